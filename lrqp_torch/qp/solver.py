@@ -1,0 +1,96 @@
+"""The batched active-set solver in the form that cvxpylayers asks of a solver."""
+
+from typing import Any
+
+import torch
+from cvxpylayers.interfaces.base import SolverInterface
+from torch import Tensor
+
+from lrqp_torch.errors import InfeasibleError
+from lrqp_torch.qp.active_set import DualSolution, solve_dual
+from lrqp_torch.qp.implicit import active_multipliers
+
+
+class DualActiveSet(SolverInterface):
+    """Solver of the dual LRQP problem as posed by :func:`~.problem.pose_dual`.
+
+    cvxpylayers hands over the canonical data of a batch as torch tensors: P = M flattened,
+    (B, m²), q = (−g, 0), (B, m + 1). Both routes, through a ``CvxpyLayer`` and directly through
+    :meth:`solve`, end in the same code; the direct one spares the layer's copies to the host.
+    """
+
+    canon_solver = "CLARABEL"
+    supports_quad_obj = True
+
+    def solve(
+        self, gram: Tensor, gap: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, DualSolution]:
+        """Multipliers λ, (B, m), differentiable in M and g; and how the solve went.
+
+        For one constraint (K = 2) this is the closed form λ = max(g, 0) / M.
+        """
+        solution = solve_single(gram, gap, noise) if gap.shape[-1] == 1 else None
+        solution = solution or solve_dual(gram.detach(), gap.detach(), noise=noise)
+        return active_multipliers(gram, gap, solution.inverse, solution.active), solution
+
+    def solve_torch_batch(
+        self, P: Tensor, q: Tensor, A: Tensor, dims: Any, solver_args: Any, needs_grad: bool  # noqa: N803
+    ) -> tuple[Tensor, Tensor, Any]:
+        """cvxpylayers' entry point: (primal (B, m), dual (B, m), state for the derivative)."""
+        n_constraints = q.shape[-1] - 1
+        gram = P.reshape(-1, n_constraints, n_constraints).double()
+        gap = -q[:, :-1].double()
+        multipliers, solution = self.solve(gram, gap)
+        if not bool(solution.feasible.all()):
+            failed = (~solution.feasible).nonzero().flatten().tolist()
+            raise InfeasibleError(
+                f"the quadratic program has no solution for examples {failed} of the batch"
+            )
+        # The constraint is written 2 λ ≥ 0, so its dual is half the slack M λ − g.
+        slack = (gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap
+        dual = torch.where(solution.active, 0.0, slack / 2)
+        return multipliers.to(q.dtype), dual.to(q.dtype), (gram, multipliers, solution, A)
+
+    def derivative_torch_batch(
+        self, dprimal: Tensor, ddual: Tensor, state: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for (P, q, A) from the gradient of λ; A is constant and receives zero.
+
+        Raises:
+            NotImplementedError: a gradient arrives at the constraint's dual variable.
+        """
+        if ddual is not None and bool((ddual != 0).any()):
+            raise NotImplementedError("DualActiveSet differentiates λ, not the slack M λ − g")
+        gram, multipliers, solution, matrix = state
+        adjoint = active_multipliers(gram, dprimal.double(), solution.inverse, solution.active)
+        gram_gradient = -(adjoint.unsqueeze(-1) * multipliers.unsqueeze(-2))
+        gram_gradient = (gram_gradient + gram_gradient.transpose(-1, -2)) / 2
+        constant = torch.zeros_like(adjoint[:, :1])
+        return (
+            gram_gradient.flatten(1).to(dprimal.dtype),
+            torch.cat([-adjoint, constant], -1).to(dprimal.dtype),
+            torch.zeros_like(matrix),
+        )
+
+
+@torch.no_grad()
+def solve_single(gram: Tensor, gap: Tensor, noise: Tensor | None = None) -> DualSolution:
+    """The closed form for one constraint: active when g > 0, infeasible when also M = 0.
+
+    Args:
+        gram: M, (B, 1, 1).
+        gap: g, (B, 1).
+        noise: rounding error of M, (B, 1); default zero.
+    """
+    length = gram.flatten(1)
+    solvable = length > (0.0 if noise is None else noise)
+    violated = gap > 0
+    active = violated & solvable
+    inverse = torch.where(active, 1.0 / length, 0.0)
+    return DualSolution(
+        multipliers=inverse * gap,
+        active=active,
+        inverse=inverse.unsqueeze(-1),
+        feasible=(solvable | ~violated).squeeze(-1),
+        converged=torch.ones_like(solvable).squeeze(-1),
+    )
