@@ -1,0 +1,34 @@
+"""The least edit to a model's activations that provably changes what a linear probe reads."""
+
+from lrqp_torch import errors, sites
+from lrqp_torch.covariance import Covariance, Mahalanobis
+from lrqp_torch.edit import LRQP
+from lrqp_torch.hooks import EditContext, Intervention, capture, intervene
+from lrqp_torch.positions import position_ids
+from lrqp_torch.probe import LinearProbe
+from lrqp_torch.qp import MahalanobisQP, Solution, Status
+from lrqp_torch.run import EditRun
+from lrqp_torch.sites import Family, all_sites, register_family
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LRQP",
+    "Covariance",
+    "EditContext",
+    "EditRun",
+    "Family",
+    "Intervention",
+    "LinearProbe",
+    "Mahalanobis",
+    "MahalanobisQP",
+    "Solution",
+    "Status",
+    "all_sites",
+    "capture",
+    "errors",
+    "intervene",
+    "position_ids",
+    "register_family",
+    "sites",
+]

@@ -1,0 +1,70 @@
+"""Rerun only what an edit can change.
+
+An edit at token p changes tokens from p on and nothing before. So the keys and values of the
+tokens before the first edited one are taken from a clean run, and only the suffix is fed to the
+model again: in a prompt of 60 tokens with an edit near its end, some 10 of them. The result equals
+the full intervened forward pass to rounding.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lrqp_torch.errors import PositionError
+
+
+class Replay:
+    """A clean run of one batch, kept so that edits of its suffix can be tried cheaply.
+
+    Args:
+        model: a transformers causal language model.
+        inputs: ``input_ids`` and ``attention_mask``, (B, T), and ``position_ids`` where the batch
+            is padded; already on the model's device.
+        first_position: the smallest column that any edit will touch; columns before it are not
+            run again.
+
+    Attributes:
+        clean_logits: logits of the last column in the clean run, (B, vocabulary).
+        first_position: as given, or 0 where the model's cache cannot be cropped exactly (sliding
+            windows), so that :meth:`run` is then the full forward pass.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], first_position: int) -> None:
+        length = inputs["input_ids"].shape[1]
+        if not 0 <= first_position < length:
+            raise PositionError(f"first_position {first_position} is outside the {length} tokens")
+        self.model, self.inputs = model, dict(inputs)
+        accepted = inspect.signature(model.forward).parameters
+        self.keep_last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        output = model(**self.inputs, use_cache=True, **self.keep_last)
+        self.clean_logits: Tensor = output.logits[:, -1]
+        cache = output.past_key_values
+        plain = isinstance(cache, DynamicCache) and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
+        self.first_position = first_position if plain else 0
+        self.past = [
+            (layer.keys[:, :, : self.first_position], layer.values[:, :, : self.first_position])
+            for layer in (cache.layers if self.first_position else [])
+        ]
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Logits of the last column, (B, vocabulary), with the edits whose contexts are open.
+
+        Positions of those edits are columns of the whole input, as always.
+        """
+        arguments: dict[str, Any] = dict(self.inputs)
+        if self.first_position:
+            for name in ("input_ids", "position_ids"):
+                if name in arguments:
+                    arguments[name] = arguments[name][:, self.first_position :]
+            arguments["past_key_values"] = DynamicCache(self.past)
+        logits: Tensor = self.model(**arguments, use_cache=True, **self.keep_last).logits
+        return logits[:, -1]

@@ -1,0 +1,181 @@
+"""Site names, and the table that says where each model family keeps its residual stream.
+
+A site is a place in the residual stream, named as in "Intervening in the Residual Stream":
+``Ln.pre`` is the input of block n, ``Ln.mid`` the stream after its attention and before its MLP,
+``Ln.post`` its output, which is ``L(n+1).pre`` except after the last block.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from lrqp_torch.errors import SiteError, UnknownFamilyError
+
+Part = Literal["pre", "mid", "post"]
+PARTS: tuple[Part, ...] = ("pre", "mid", "post")
+_NAME = re.compile(r"L(\d+)\.(pre|mid|post)")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place in the residual stream; sorts in the order in which a forward pass reaches it."""
+
+    layer: int
+    part_index: int
+
+    @classmethod
+    def parse(cls, name: "str | Site") -> "Site":
+        """The site of a name such as ``"L6.mid"``.
+
+        Raises:
+            SiteError: the name does not read ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
+        """
+        if isinstance(name, Site):
+            return name
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            raise SiteError(f"{name!r} is no site; write L<layer>.pre, .mid or .post, as in 'L6.mid'")
+        return cls(int(match[1]), PARTS.index(cast(Part, match[2])))
+
+    @property
+    def part(self) -> Part:
+        """``"pre"``, ``"mid"`` or ``"post"``."""
+        return PARTS[self.part_index]
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.part}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of Hugging Face models keeps its residual stream: one row of the table.
+
+    Module paths may be dotted.
+
+    Attributes:
+        blocks: the list of blocks, from the base model (``model.base_model``).
+        first_norm: the module of a block that first reads the stream, from the block.
+        attention_output: the module of a block whose output (or first output) is added to the
+            stream after attention, from the block. In families that normalise before adding, it
+            is that norm.
+        parallel: tells from the config whether attention and MLP read the same stream, so that
+            there is no ``mid``.
+        absolute_positions: whether the model adds learned position embeddings, so that a
+            left-padded batch needs ``position_ids``.
+    """
+
+    blocks: str
+    first_norm: str
+    attention_output: str
+    parallel: Callable[[Any], bool] = lambda config: False
+    absolute_positions: bool = False
+
+
+_LLAMA = Family("layers", "input_layernorm", "self_attn")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("h", "ln_1", "attn", absolute_positions=True),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt_neox": Family(
+        "layers",
+        "input_layernorm",
+        "post_attention_dropout",
+        parallel=lambda config: bool(config.use_parallel_residual),
+    ),
+}
+"""Rows by ``config.model_type``. Add one with :func:`register_family`."""
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Add a row: models whose ``config.model_type`` is ``model_type`` can then be edited.
+
+    Raises:
+        UnknownFamilyError: the type has another row already.
+    """
+    if FAMILIES.get(model_type, family) != family:
+        raise UnknownFamilyError(f"model type {model_type!r} has a row already; choose another name")
+    FAMILIES[model_type] = family
+
+
+@dataclass(frozen=True)
+class Located:
+    """A site in a particular model: the modules that a hook needs."""
+
+    site: Site
+    block: nn.Module
+    first_norm: nn.Module
+    attention_output: nn.Module
+
+
+def family_of(model: nn.Module) -> Family:
+    """The table row of a model.
+
+    Raises:
+        UnknownFamilyError: the model is not from transformers, or its type has no row.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnknownFamilyError(
+            f"{type(model).__name__} has no config.model_type; pass a transformers model"
+        )
+    if model_type not in FAMILIES:
+        raise UnknownFamilyError(
+            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); add one: "
+            f"lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
+            f"first_norm='input_layernorm', attention_output='self_attn'))"
+        )
+    return FAMILIES[model_type]
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The base model, which holds the blocks and reads the attention mask."""
+    return cast(nn.Module, getattr(model, "base_model", model))
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The blocks of a model, first to last."""
+    return cast(nn.ModuleList, trunk_of(model).get_submodule(family_of(model).blocks))
+
+
+def locate(model: nn.Module, name: str | Site) -> Located:
+    """Find a site's modules in a model.
+
+    Raises:
+        SiteError: bad name, layer out of range, or a ``mid`` that the family does not have.
+        UnknownFamilyError: the family has no row.
+    """
+    site, family, blocks = Site.parse(name), family_of(model), blocks_of(model)
+    if site.layer >= len(blocks):
+        raise SiteError(f"{site}: the model has {len(blocks)} blocks, L0 to L{len(blocks) - 1}")
+    if site.part == "mid" and not has_mid(model):
+        raise SiteError(
+            f"{site}: {type(model).__name__} runs attention and MLP in parallel, so there is no "
+            f"stream between them; use L{site.layer}.pre or L{site.layer}.post"
+        )
+    block = blocks[site.layer]
+    return Located(
+        site,
+        block,
+        block.get_submodule(family.first_norm),
+        block.get_submodule(family.attention_output),
+    )
+
+
+def has_mid(model: nn.Module) -> bool:
+    """Whether the model's blocks have a stream between attention and MLP."""
+    return not family_of(model).parallel(getattr(model, "config", None))
+
+
+def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[str]:
+    """Names of all sites of the given parts, in the order of a forward pass.
+
+    Parts that the family lacks are left out; ``post`` duplicates the next ``pre``.
+    """
+    present = [part for part in PARTS if part in parts and (part != "mid" or has_mid(model))]
+    return [f"L{layer}.{part}" for layer in range(len(blocks_of(model))) for part in present]
