@@ -2,12 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lrqp_torch.errors import LRQPError, SettingError
+
+if TYPE_CHECKING:
+    from lrqp_torch.covariance import Shrinkage
 
 app = typer.Typer(
     name="lrqp",
@@ -99,10 +102,13 @@ def reproduce(
     """
     errors = Console(stderr=True)
     try:
+        from transformers.utils.logging import disable_progress_bar
+
         from lrqp_torch.study.report import print_summary
         from lrqp_torch.study.reproduce import Settings
         from lrqp_torch.study.reproduce import reproduce as run_study
 
+        disable_progress_bar()  # it would run through ours
         settings = Settings(
             model=model,
             out=out,
@@ -131,9 +137,10 @@ def reproduce(
     console.print(f"Results are in {out}.", highlight=False, soft_wrap=True)
 
 
-def _shrinkage(text: str) -> str | float:
-    if text in ("ledoit_wolf", "oas"):
-        return text
+def _shrinkage(text: str) -> "Shrinkage":
+    named: dict[str, Shrinkage] = {"ledoit_wolf": "ledoit_wolf", "oas": "oas"}
+    if text in named:
+        return named[text]
     try:
         share = float(text)
     except ValueError:

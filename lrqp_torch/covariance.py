@@ -73,7 +73,9 @@ class Mahalanobis(nn.Module):
         Computed in Σ's eigenbasis; infinite where δ leaves the range of a singular Σ.
         """
         if delta.shape[-1] != self.width:
-            raise WidthError(f"the metric has width {self.width}, the displacement {delta.shape[-1]}")
+            raise WidthError(
+                f"the metric has width {self.width}, the displacement {delta.shape[-1]}"
+            )
         delta = delta.to(self.covariance)
         values, vectors = torch.linalg.eigh(self.covariance)
         present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
@@ -87,7 +89,7 @@ class Mahalanobis(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> Self:
         # .half() or .to(bfloat16) of a model that holds an edit must not destroy the metric.
         kept = self.covariance, self.mean
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in zip(("covariance", "mean"), kept, strict=True):
             after = getattr(self, name)
             if after is not None and before is not None and after.dtype != before.dtype:
@@ -113,13 +115,13 @@ class Covariance:
 
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.n_samples = 0
         self.mean = zeros(width)
         self.second = zeros(width, width)
         self.third = zeros(width)
-        self.fourth = zeros(())
+        self.fourth = zeros()
 
     @property
     def width(self) -> int:

@@ -13,7 +13,8 @@ from lrqp_torch.errors import InfeasibleError, LRQPError, NonFiniteError, Solver
 from lrqp_torch.hooks import Intervention, intervene
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution, Status
-from lrqp_torch.qp.problem import ACTIVE_SET, Realise, check_classes, check_finite
+from lrqp_torch.qp.checks import check_classes, check_finite
+from lrqp_torch.qp.problem import ACTIVE_SET, Realise
 from lrqp_torch.run import EditRun
 from lrqp_torch.saving import load_edit, save_edit
 
@@ -107,7 +108,9 @@ class LRQP(nn.Module):
         probe = LinearProbe.fit(x, y, l2=l2, n_classes=n_classes)
         return cls(probe, Mahalanobis.fit(x, shrinkage), **options)
 
-    def forward(self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None
+    ) -> Tensor:
         """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`."""
         return self.solve(x, target, source).x_new
 
@@ -277,8 +280,8 @@ class LRQP(nn.Module):
             which = names[infeasible].tolist()
             classes = sorted(set(target[infeasible].tolist()))
             raise InfeasibleError(
-                f"no activation reaches target class {classes} for {len(which)} examples, the first "
-                f"are {which[:10]}: some class has the same weights as the target, or the metric "
+                f"no activation reaches target class {classes} for {len(which)} examples, first "
+                f" {which[:10]}: some class has the same weights as the target, or the metric "
                 f"has no length along their difference. Choose another target, lower log_odds, "
                 f"shrink the covariance, or pass on_infeasible='skip' to leave them unchanged"
             )
@@ -286,8 +289,8 @@ class LRQP(nn.Module):
         short = float((solution.floor - solution.log_odds_after)[inaccurate].max())
         residual = float(solution.kkt_residual[inaccurate].max())
         raise SolverError(
-            f"{len(which)} examples could not be solved accurately, the first are {which[:10]}: log "
-            f"odds short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
+            f"{len(which)} examples could not be solved accurately, first {which[:10]}: log odds "
+            f" short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
             f"with a larger l2 or the metric with more shrinkage, or pass on_infeasible='skip'"
         )
 

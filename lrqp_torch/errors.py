@@ -40,7 +40,7 @@ class CovarianceError(LRQPError, ValueError):
 
 
 class LabelError(LRQPError, ValueError):
-    """Labels from which no probe can be fitted: one class only, a class missing, too few examples."""
+    """Labels that no probe can be fitted to: one class only, a class missing, too few examples."""
 
 
 class ConvergenceError(LRQPError, RuntimeError):

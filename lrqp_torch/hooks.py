@@ -6,7 +6,7 @@ changing the attention module's output, so that the skip path and the MLP both s
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -147,7 +147,9 @@ class _Applied:
         site = self.located.site
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise WidthError(f"the edit at {site} returned {shape} for activations {tuple(x.shape)}")
+            raise WidthError(
+                f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
+            )
         if not bool(torch.isfinite(edited).all()):
             raise NonFiniteError(f"the edit at {site} returned NaN or infinity")
 
@@ -155,9 +157,7 @@ class _Applied:
         if bool(self.fired.all()):
             return
         missed = (~self.fired).nonzero().flatten()
-        pairs = [
-            (int(self.positions.example[i]), int(self.positions.token[i])) for i in missed[:5]
-        ]
+        pairs = [(int(self.positions.example[i]), int(self.positions.token[i])) for i in missed[:5]]
         raise EditNeverFiredError(
             f"the edit at {self.located.site} never ran at {len(missed)} of {len(self.fired)} "
             f"positions, the first (example, token) are {pairs}. Run the model inside the context; "
@@ -205,7 +205,9 @@ def capture(
         raise PositionError("no sites were given: nothing would be captured")
     n_examples = _count_examples(inputs)
     if positions is not None and len(positions) != n_examples:
-        raise PositionError(f"positions are for {len(positions)} examples, inputs have {n_examples}")
+        raise PositionError(
+            f"positions are for {len(positions)} examples, inputs have {n_examples}"
+        )
     if positions is not None:
         Positions.parse(positions)
     _warn_of_dropout(model)
@@ -244,7 +246,7 @@ def _capture_batch(
                 activations = stream if residual is None else stream + residual
                 if wanted is not None:
                     at = wanted.to(stream.device)
-                    activations = activations[at.example, at.token].unflatten(0, wanted.shape)
+                    activations = activations[at.example, at.token].reshape(*wanted.shape, -1)
                 elif positions is not None:
                     activations = activations[positions.to(stream.device)]
                 captured[str(item.site)] = activations.detach()
@@ -256,10 +258,8 @@ def _capture_batch(
 
         for item in sorted(set(located), key=lambda item: item.site):
             _attach(stack, item, keep(item))
-        try:
+        with suppress(_StopForwardError):
             model(**batch)
-        except _StopForwardError:
-            pass
     missing = [str(item.site) for item in located if str(item.site) not in captured]
     if missing:
         raise EditNeverFiredError(f"the forward pass never reached {', '.join(missing)}")

@@ -6,6 +6,7 @@ class, one d × d Cholesky factor a step. Products with H cost two matrix produc
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class MultinomialFit:
 
     weight: Tensor
     bias: Tensor
-    statistics: "dict[str, float | int]"
+    statistics: dict[str, Any]
 
 
 @torch.no_grad()

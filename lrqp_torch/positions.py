@@ -77,7 +77,8 @@ class Positions:
             raise PositionError("no positions: nothing would be edited or captured")
         if int(result.token.min()) < 0:
             raise PositionError(
-                f"position {int(result.token.min())}: count from 0 on the padded input, not from the end"
+                f"position {int(result.token.min())} is negative: count from 0 at the start of the "
+                f"padded input"
             )
         return result
 
@@ -105,7 +106,11 @@ class ForwardCall:
 
     @classmethod
     def read(
-        cls, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], absolute_positions: bool
+        cls,
+        trunk: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        absolute_positions: bool,
     ) -> "ForwardCall":
         """Read the arguments of a base model's forward, however they were passed."""
         given = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments
@@ -143,18 +148,18 @@ class ForwardCall:
         if bool(beyond.any()):
             worst = int(beyond.nonzero()[0])
             raise PositionError(
-                f"position {int(positions.token[worst])} of example {int(positions.example[worst])} "
-                f"is out of range: the input has {end} tokens"
+                f"position {int(positions.token[worst])} of example "
+                f"{int(positions.example[worst])} is out of range: the input has {end} tokens"
             )
         if self.mask is None:
             return
         mask = self.mask.to(positions.token.device)
         padded = mask[positions.example, positions.token] == 0
         if bool(padded.any()):
-            worst = padded.nonzero().flatten()
-            pairs = [(int(positions.example[i]), int(positions.token[i])) for i in worst[:5]]
+            where = padded.nonzero().flatten()
+            pairs = [(int(positions.example[i]), int(positions.token[i])) for i in where[:5]]
             raise PositionError(
-                f"{len(worst)} positions lie on padding, the first (example, token) are {pairs}; "
+                f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
                 f"count positions on the padded input"
             )
 

@@ -139,7 +139,11 @@ class LinearProbe(nn.Linear):
         return float((self(x).argmax(-1) == y.to(x.device)).double().mean())
 
     def log_odds(
-        self, x: Tensor, target: Tensor | int, *, against: Literal["strongest", "rest"] = "strongest"
+        self,
+        x: Tensor,
+        target: Tensor | int,
+        *,
+        against: Literal["strongest", "rest"] = "strongest",
     ) -> Tensor:
         """Log odds of a class at each activation, (...), in nats.
 
@@ -159,7 +163,8 @@ class LinearProbe(nn.Linear):
         own = logits.gather(-1, target.unsqueeze(-1))
         rivals = logits.scatter(-1, target.unsqueeze(-1), float("-inf"))
         rival = rivals.amax(-1) if against == "strongest" else rivals.logsumexp(-1)
-        return own.squeeze(-1) - rival
+        result: Tensor = own.squeeze(-1) - rival
+        return result
 
 
 def _check(x: Tensor, y: Tensor, n_classes: int | None) -> tuple[Tensor, int]:
@@ -183,12 +188,14 @@ def _check(x: Tensor, y: Tensor, n_classes: int | None) -> tuple[Tensor, int]:
     n_classes = int(labels.max()) + 1 if n_classes is None else n_classes
     if int(labels.max()) >= n_classes:
         raise LabelError(f"label {int(labels.max())} is outside the {n_classes} classes given")
-    if len(labels.unique()) < 2:
+    if bool((labels == labels[0]).all()):
         raise LabelError(
             f"all {len(labels)} labels are class {int(labels[0])}; a probe needs two classes"
         )
     if len(x) < n_classes:
-        raise LabelError(f"{len(x)} examples cannot fit {n_classes} classes; give at least one each")
+        raise LabelError(
+            f"{len(x)} examples cannot fit {n_classes} classes; give at least one each"
+        )
     counts = torch.bincount(labels, minlength=n_classes)
     if bool((counts == 0).any()):
         missing = (counts == 0).nonzero().flatten()[:10].tolist()

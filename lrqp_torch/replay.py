@@ -41,7 +41,9 @@ class Replay:
             raise PositionError(f"first_position {first_position} is outside the {length} tokens")
         self.model, self.inputs = model, dict(inputs)
         accepted = inspect.signature(model.forward).parameters
-        self.keep_last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.keep_last: dict[str, Any] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        )
         output = model(**self.inputs, use_cache=True, **self.keep_last)
         self.clean_logits: Tensor = output.logits[:, -1]
         cache = output.past_key_values

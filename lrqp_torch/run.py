@@ -41,7 +41,9 @@ class EditRun:
             None if source is None else _per_position(source, positions, self._positions, "source")
         )
         count = len(self._positions.token)
-        self._record = {name: torch.full((count,), torch.nan, dtype=torch.float64) for name in RECORDED}
+        self._record = {
+            name: torch.full((count,), torch.nan, dtype=torch.float64) for name in RECORDED
+        }
         self._status = torch.full((count,), -1)
 
     def __call__(self, x: Tensor, context: EditContext) -> Tensor:
@@ -89,7 +91,7 @@ class EditRun:
 
     @property
     def floor(self) -> Tensor:
-        """log α that was asked for."""
+        """Log α that was asked for."""
         return self._read("floor")
 
     @property
@@ -120,18 +122,16 @@ class EditRun:
         missing = int((self._status < 0).sum())
         if missing:
             raise EditNeverFiredError(
-                f"{missing} of {len(self._status)} positions have not run yet; call the model inside "
-                f"the context first"
+                f"{missing} of {len(self._status)} positions have not run yet; call the model "
+                f"inside the context first"
             )
 
 
-def _per_position(
-    classes: Tensor | int, positions: Tensor, parsed: Positions, name: str
-) -> Tensor:
+def _per_position(classes: Tensor | int, positions: Tensor, parsed: Positions, name: str) -> Tensor:
     """One class for each (example, token) pair, (N,), on the CPU."""
     classes = torch.as_tensor(classes).cpu()
     if classes.dtype.is_floating_point or classes.dtype == torch.bool:
-        raise TargetError(f"{name} must hold integer class numbers, got {classes.dtype}; use .long()")
+        raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
     example, slot = parsed.example.cpu(), parsed.slot.cpu()
     if classes.ndim == 0:
         return classes.expand(len(example)).clone()
@@ -140,6 +140,6 @@ def _per_position(
     if classes.shape == positions.shape:
         return classes[example, slot]
     raise TargetError(
-        f"{name} has shape {tuple(classes.shape)}; give one number, ({parsed.batch},) for one class "
-        f"an example, or {tuple(positions.shape)} for one a position"
+        f"{name} has shape {tuple(classes.shape)}; give one number, ({parsed.batch},) for one "
+        f"class an example, or {tuple(positions.shape)} for one a position"
     )

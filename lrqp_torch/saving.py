@@ -50,7 +50,9 @@ def save_edit(
         OutputError: the folder cannot be written, or the notes are not JSON.
     """
     folder = Path(path)
-    blob = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    blob = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    )
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -70,7 +72,9 @@ def save_edit(
             partial.write_bytes(data)
             partial.replace(folder / name)
     except OSError as error:
-        raise OutputError(f"cannot write the edit to {folder}: {error}; choose another folder") from error
+        raise OutputError(
+            f"cannot write the edit to {folder}: {error}; choose another folder"
+        ) from error
     return folder
 
 

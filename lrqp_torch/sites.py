@@ -37,7 +37,9 @@ class Site:
             return name
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise SiteError(f"{name!r} is no site; write L<layer>.pre, .mid or .post, as in 'L6.mid'")
+            raise SiteError(
+                f"{name!r} is no site; write L<layer>.pre, .mid or .post, as in 'L6.mid'"
+            )
         return cls(int(match[1]), PARTS.index(cast(Part, match[2])))
 
     @property
@@ -99,7 +101,9 @@ def register_family(model_type: str, family: Family) -> None:
         UnknownFamilyError: the type has another row already.
     """
     if FAMILIES.get(model_type, family) != family:
-        raise UnknownFamilyError(f"model type {model_type!r} has a row already; choose another name")
+        raise UnknownFamilyError(
+            f"model type {model_type!r} has a row already; choose another name"
+        )
     FAMILIES[model_type] = family
 
 
@@ -126,8 +130,8 @@ def family_of(model: nn.Module) -> Family:
         )
     if model_type not in FAMILIES:
         raise UnknownFamilyError(
-            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); add one: "
-            f"lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
+            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); add "
+            f"one: lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
             f"first_norm='input_layernorm', attention_output='self_attn'))"
         )
     return FAMILIES[model_type]
@@ -138,7 +142,7 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return cast(nn.Module, getattr(model, "base_model", model))
 
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model, first to last."""
     return cast(nn.ModuleList, trunk_of(model).get_submodule(family_of(model).blocks))
 

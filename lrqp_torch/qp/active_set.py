@@ -103,7 +103,9 @@ def solve_dual(
     )
 
 
-def _pivot(gram: Tensor, gap: Tensor, max_pivots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _pivot(
+    gram: Tensor, gap: Tensor, max_pivots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The pivoting loop on unit-diagonal problems; batch-last inside, batch-first outside."""
     n_problems, m = gap.shape
     device, infinity = gap.device, float("inf")

@@ -101,7 +101,7 @@ class ProbeGeometry:
         return logits.gather(-1, target.unsqueeze(-1)) - logits.gather(-1, other)
 
     def displace(self, x: Tensor, target: Tensor, multipliers: Tensor) -> Tensor:
-        """x + Σ Aᵀ λ, as x + c (WΣ) with c_t = Σλ and c_ℓ = −λ_ℓ; float64, (B, d)."""
+        """X + Σ Aᵀ λ, as x + c (WΣ) with c_t = Σλ and c_ℓ = −λ_ℓ; float64, (B, d)."""
         coefficients = multipliers.new_zeros(x.shape[0], self.n_classes)
         other = other_classes(target, self.n_classes, x.device)
         coefficients = coefficients.scatter(-1, other, -multipliers)

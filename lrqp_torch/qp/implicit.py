@@ -33,7 +33,7 @@ class _ActiveSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gram, inverse, active, solution = ctx.saved_tensors
-        adjoint = _ActiveSolve.apply(gram, gradient, inverse, active)
+        adjoint = active_multipliers(gram, gradient, inverse, active)
         outer = -(adjoint.unsqueeze(-1) * solution.unsqueeze(-2))
         return (outer + outer.transpose(-1, -2)) / 2, adjoint, None, None
 
@@ -47,7 +47,7 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
         inverse: M_AA⁻¹ padded with zeros, (B, m, m), from :func:`~.active_set.solve_dual`.
         active: A, (B, m) bool.
     """
-    result: Tensor = _ActiveSolve.apply(gram, gap, inverse, active)
+    result: Tensor = _ActiveSolve.apply(gram, gap, inverse, active)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import cvxpy as cp
 import torch
-from cvxpylayers.torch import CvxpyLayer
+from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 from torch import Tensor, nn
 
-from lrqp_torch.errors import NonFiniteError, SolverError, TargetError, WidthError
+from lrqp_torch.errors import NonFiniteError, SolverError, WidthError
+from lrqp_torch.qp.checks import check_classes, check_finite, kkt_residual
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.solver import DualActiveSet
@@ -29,7 +30,9 @@ EXTERNAL_KKT_TOLERANCE = 1e-4
 MAX_ROUNDS = 24
 
 
-def pose_dual(n_constraints: int, *, factored: bool) -> tuple[cp.Problem, list[cp.Parameter], cp.Variable]:
+def pose_dual(
+    n_constraints: int, *, factored: bool
+) -> tuple[cp.Problem, list[cp.Parameter], cp.Variable]:
     """The dual of the edit in cvxpy: minimise ½ λᵀMλ − gᵀλ over λ ≥ 0.
 
     The bound is written 2λ ≥ 0, a general row, because some solver interfaces drop direct bounds.
@@ -90,11 +93,11 @@ class MahalanobisQP(nn.Module):
         self.solver_name = solver
         self.solver_args = dict(solver_args or {})
         self.active_set = DualActiveSet()
-        if solver == "DIFFCP":
+        if solver == "DIFFCP" and "solve_method" not in self.solver_args:
             # DIFFCP's own default, SCS, is accurate to 1e-3 only.
-            if self.solver_args.setdefault("solve_method", "Clarabel") == "Clarabel":
-                for tolerance in ("tol_gap_abs", "tol_gap_rel", "tol_feas"):
-                    self.solver_args.setdefault(tolerance, 1e-12)
+            clarabel = {"solve_method": "Clarabel"}
+            tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
+            self.solver_args = {**clarabel, **tolerances, **self.solver_args}
         self.factored = solver == "DIFFCP"
         problem, parameters, variable = pose_dual(n_classes - 1, factored=self.factored)
         try:
@@ -217,7 +220,9 @@ class MahalanobisQP(nn.Module):
             status=status,
         )
 
-    def _multipliers(self, gram: Tensor, gap: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _multipliers(
+        self, gram: Tensor, gap: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """λ (B, m), feasible (B,), KKT residual (B,), by the chosen solver."""
         multipliers, own = self.active_set.solve(gram, gap, noise)
         if self.solver_name != ACTIVE_SET:
@@ -229,19 +234,27 @@ class MahalanobisQP(nn.Module):
                 multipliers = multipliers.index_put(
                     (ask.nonzero().squeeze(-1),), self._external(gram[ask], gap[ask])
                 )
-        return multipliers, own.feasible, kkt_residual(gram.detach(), gap.detach(), multipliers.detach())
+        return (
+            multipliers,
+            own.feasible,
+            kkt_residual(gram.detach(), gap.detach(), multipliers.detach()),
+        )
 
     def _external(self, gram: Tensor, gap: Tensor) -> Tensor:
         if self.solver_name == "DIFFCP" and gram.is_cuda:
             raise SolverError("DIFFCP runs on the CPU only; move the data there or use ACTIVE_SET")
         # Constraints of unit length make one tolerance of the solver fit all of them.
-        scale = gram.detach().diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+        scale = (
+            gram.detach().diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+        )
         unit_gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
         matrix = _square_root(unit_gram) if self.factored else unit_gram
         try:
             (multipliers,) = self.layer(matrix, gap * scale)
         except Exception as error:
-            raise SolverError(f"{self.solver_name} failed on a batch of {len(gap)}: {error}") from error
+            raise SolverError(
+                f"{self.solver_name} failed on a batch of {len(gap)}: {error}"
+            ) from error
         result: Tensor = multipliers.to(gap).clamp_min(0.0) * scale
         return result
 
@@ -250,11 +263,13 @@ class MahalanobisQP(nn.Module):
     ) -> Tensor:
         if geometry.n_classes != self.n_classes:
             raise WidthError(
-                f"the problem is posed for {self.n_classes} classes, the probe has {geometry.n_classes}"
+                f"the problem is posed for {self.n_classes} classes, the probe has "
+                f"{geometry.n_classes}"
             )
         if x.ndim != 2 or x.shape[1] != geometry.width:
             raise WidthError(
-                f"activations must be (batch, {geometry.width}) as the probe reads, got {tuple(x.shape)}"
+                f"activations must be (batch, {geometry.width}) as the probe reads, got "
+                f"{tuple(x.shape)}"
             )
         check_classes(target, len(x), self.n_classes, "target")
         check_finite(x)
@@ -266,56 +281,11 @@ class MahalanobisQP(nn.Module):
         return floor.expand(len(x))
 
 
-def kkt_residual(gram: Tensor, gap: Tensor, multipliers: Tensor) -> Tensor:
-    """Largest violation of the KKT conditions of min ½ λᵀMλ − gᵀλ over λ ≥ 0, per example.
-
-    The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λ s = 0. Constraints are measured in units of
-    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square.
-
-    Args:
-        gram: M, (B, m, m).
-        gap: g, (B, m).
-        multipliers: λ, (B, m).
-    """
-    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    slack = ((gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap) / length
-    scaled = multipliers * length
-    gap_size = 1 + (gap / length).abs().amax(-1)
-    infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
-    complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
-    return torch.maximum(infeasibility, complementarity)
-
-
-def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
-    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
-    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
-        raise TargetError(f"{name} must hold integer class numbers, got {classes.dtype}; use .long()")
-    if classes.shape != (batch,):
-        raise TargetError(f"{name} must be ({batch},), one class per activation, got {tuple(classes.shape)}")
-    outside = (classes < 0) | (classes >= n_classes)
-    if bool(outside.any()):
-        where = outside.nonzero().flatten()[:5].tolist()
-        raise TargetError(
-            f"{name} holds {classes[outside][0].item()} at example {where[0]}, but the probe has "
-            f"classes 0 to {n_classes - 1} (examples {where})"
-        )
-
-
-def check_finite(x: Tensor) -> None:
-    """Raise :class:`NonFiniteError` naming the activations that hold NaN or infinity."""
-    finite = torch.isfinite(x).all(-1)
-    if not bool(finite.all()):
-        where = (~finite).nonzero().flatten()
-        raise NonFiniteError(
-            f"activations of {len(where)} of {len(x)} examples hold NaN or infinity, the first "
-            f"are {where[:5].tolist()}; look for overflow in the model's dtype upstream of the site"
-        )
-
-
 def _square_root(gram: Tensor) -> Tensor:
     """F with F Fᵀ = M: Cholesky, with the least diagonal that rounding of a singular M needs."""
     diagonal = gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     singular = torch.linalg.cholesky_ex(gram.detach()).info > 0
     jitter = torch.where(singular, 1e-12 * diagonal, 0.0)
-    return torch.linalg.cholesky(gram + jitter[:, None, None] * identity)
+    factor: Tensor = torch.linalg.cholesky(gram + jitter[:, None, None] * identity)
+    return factor

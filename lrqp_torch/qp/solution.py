@@ -1,8 +1,10 @@
 """What a solve returns: the edited activations and the certificate that they are right."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +18,7 @@ class Status(IntEnum):
     INFEASIBLE = 2
     """No activation reaches the target (say, two classes with equal weights); unchanged."""
     INACCURATE = 3
-    """Edited, but the KKT residual is large or the odds read back fall short of α."""
+    """The KKT residual is large, or the odds read back fall short of α."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,19 @@ class Solution:
     log_odds_after: Tensor
     kkt_residual: Tensor
     status: Tensor
+
+    def revert(self, failed: Tensor, x: Tensor) -> Self:
+        """The same solution with the examples in ``failed``, (B,) bool, left as they were in x."""
+
+        def zero(values: Tensor) -> Tensor:
+            return torch.where(failed if values.ndim == 1 else failed.unsqueeze(-1), 0, values)
+
+        return replace(
+            self,
+            x_new=torch.where(failed.unsqueeze(-1), x, self.x_new),
+            multipliers=zero(self.multipliers),
+            active=self.active & ~failed.unsqueeze(-1),
+            distance=zero(self.distance),
+            euclidean=zero(self.euclidean),
+            log_odds_after=torch.where(failed, self.log_odds_before, self.log_odds_after),
+        )

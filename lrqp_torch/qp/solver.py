@@ -34,9 +34,15 @@ class DualActiveSet(SolverInterface):
         return active_multipliers(gram, gap, solution.inverse, solution.active), solution
 
     def solve_torch_batch(
-        self, P: Tensor, q: Tensor, A: Tensor, dims: Any, solver_args: Any, needs_grad: bool  # noqa: N803
+        self,
+        P: Any,
+        q: Any,
+        A: Any,
+        dims: Any,
+        solver_args: Any,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Any]:
-        """cvxpylayers' entry point: (primal (B, m), dual (B, m), state for the derivative)."""
+        """Cvxpylayers' entry point: (primal (B, m), dual (B, m), state for the derivative)."""
         n_constraints = q.shape[-1] - 1
         gram = P.reshape(-1, n_constraints, n_constraints).double()
         gap = -q[:, :-1].double()

@@ -1,0 +1,56 @@
+"""Checks of a program's input, and the certificate of its output."""
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import NonFiniteError, TargetError
+
+
+def kkt_residual(gram: Tensor, gap: Tensor, multipliers: Tensor) -> Tensor:
+    """Largest violation of the KKT conditions of min ½ λᵀMλ − gᵀλ over λ ≥ 0, per example.
+
+    The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λ s = 0. Constraints are measured in units of
+    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square.
+
+    Args:
+        gram: M, (B, m, m).
+        gap: g, (B, m).
+        multipliers: λ, (B, m).
+    """
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    slack = ((gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap) / length
+    scaled = multipliers * length
+    gap_size = 1 + (gap / length).abs().amax(-1)
+    infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
+    complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
+    return torch.maximum(infeasibility, complementarity)
+
+
+def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
+    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
+    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
+        raise TargetError(
+            f"{name} must hold integer class numbers, got {classes.dtype}; use .long()"
+        )
+    if classes.shape != (batch,):
+        raise TargetError(
+            f"{name} must be ({batch},), one class per activation, got {tuple(classes.shape)}"
+        )
+    outside = (classes < 0) | (classes >= n_classes)
+    if bool(outside.any()):
+        where = outside.nonzero().flatten()[:5].tolist()
+        raise TargetError(
+            f"{name} holds {classes[outside][0].item()} at example {where[0]}, but the probe has "
+            f"classes 0 to {n_classes - 1} (examples {where})"
+        )
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise :class:`NonFiniteError` naming the activations that hold NaN or infinity."""
+    finite = torch.isfinite(x).all(-1)
+    if not bool(finite.all()):
+        where = (~finite).nonzero().flatten()
+        raise NonFiniteError(
+            f"activations of {len(where)} of {len(x)} examples hold NaN or infinity, the first "
+            f"are {where[:5].tolist()}; look for overflow in the model's dtype upstream of the site"
+        )
