@@ -1,0 +1,205 @@
+"""The IOI data set: prompts as tokens, with positions, labels and answers."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lrqp_torch.errors import PromptError
+from lrqp_torch.ioi.names import NAMES
+from lrqp_torch.ioi.prefixes import load_prefixes
+from lrqp_torch.ioi.prompts import draw
+from lrqp_torch.ioi.selection import row_numbers
+from lrqp_torch.ioi.tokens import encode, locate, single_token_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IOIDataset:
+    """Prompts of the indirect-object-identification task, n of them, padded to T tokens.
+
+    A prompt names two people, repeats one of them (the subject S) and ends just before the other
+    (the indirect object IO): "When Mary and John met at the park, John handed a book to".
+    Source: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593).
+
+    Attributes:
+        inputs: ``input_ids``, ``attention_mask``, ``position_ids``, LongTensors (n, T), ready for
+            ``model(**inputs)``. Position ids count real tokens from 0, so that padding on the left
+            gives the same logits as padding on the right. Nothing follows the last token of a
+            prompt: a special token that the tokenizer puts there is cut off.
+        positions: index of a token on the padded input, LongTensors (n,): ``IO``, ``S1``, ``S1+1``
+            (the token after S1), ``S2``, ``END`` (the last token, where the answer is read),
+            ``first`` and ``second`` (the names of the first clause in order).
+        labels: ``abb``, LongTensor (n,): 1 where IO comes before S1 (ABBA), 0 where S1 does (BABA).
+        io_tokens: token id of the answer, LongTensor (n,).
+        s_tokens: token id of the subject, LongTensor (n,).
+        templates: index into ``BABA_TEMPLATES`` (or ``ABBA_TEMPLATES``), LongTensor (n,).
+        prompts: the texts, prefix included.
+        prefixes: the prefix of each prompt; empty strings without one.
+        io_names: the answers as text, without the space.
+        s_names: the subjects as text, without the space.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    io_tokens: Tensor
+    s_tokens: Tensor
+    templates: Tensor
+    prompts: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    io_names: tuple[str, ...]
+    s_names: tuple[str, ...]
+
+    @classmethod
+    def generate(
+        cls,
+        tokenizer: "PreTrainedTokenizerBase",
+        n: int,
+        seed: int = 0,
+        prefixes: str | Path | Sequence[str] | None = None,
+        *,
+        padding_side: Literal["right", "left"] = "right",
+    ) -> "IOIDataset":
+        """Draw ``n`` distinct prompts, half of them ABBA within one.
+
+        The same arguments give the same data, whatever the global random state. Names that are not
+        one token with a leading space are left out with a warning.
+
+        Args:
+            tokenizer: a fast transformers tokenizer; it is not changed. Its padding token is used
+                if it has one, else its end-of-text token, else 0.
+            n: number of prompts.
+            seed: of this data set's own random generator.
+            prefixes: a sentence to put in front of each prompt, drawn from ``"bundled"`` (a list in
+                the package), ``"openwebtext"`` (streamed), the path of a text file with one
+                sentence a line, or a sequence of sentences; None for no prefix. Sentences that
+                break the rule of :mod:`lrqp_torch.ioi.prefixes` are not used.
+            padding_side: where shorter prompts are padded.
+
+        Raises:
+            PromptError: ``n``, ``seed`` or ``padding_side`` is out of range, or there are fewer
+                than ``n`` distinct prompts.
+            TokenizerError: the tokenizer gives no offsets, or fewer than ten names are one token.
+            PrefixError: the source of prefixes is missing, empty, or holds no usable sentence.
+            MissingExtraError: ``"openwebtext"`` without the package ``datasets``.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise PromptError(f"n is {n!r}: it must be a whole number of prompts, at least 1")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise PromptError(f"seed is {seed!r}: it must be a whole number")
+        if padding_side not in ("right", "left"):
+            raise PromptError(f"padding_side is {padding_side!r}: it must be 'right' or 'left'")
+
+        ids = single_token_names(tokenizer, NAMES)
+        sentences = ("",) if prefixes is None else load_prefixes(prefixes, tokenizer, n)
+        prompts = draw(n, tuple(ids), sentences, random.Random(seed))
+        encoding = encode(tokenizer, [prompt.text for prompt in prompts])
+        found = torch.tensor(
+            [locate(encoding, row, prompt, ids) for row, prompt in enumerate(prompts)]
+        )
+        abb = torch.tensor([int(prompt.abb) for prompt in prompts])
+        input_ids, attention_mask = _pad(
+            [
+                torch.tensor(row[: end + 1])
+                for row, end in zip(encoding["input_ids"], found[:, 3].tolist(), strict=True)
+            ],
+            tokenizer,
+            padding_side,
+        )
+        if padding_side == "left":
+            found = found + (input_ids.shape[1] - 1 - found[:, 3:])
+        first, second, repeated, end = found.unbind(1)
+        s1 = torch.where(abb == 1, second, first)
+        return cls(
+            inputs={
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+            },
+            positions={
+                "IO": torch.where(abb == 1, first, second),
+                "S1": s1,
+                "S1+1": s1 + 1,
+                "S2": repeated,
+                "END": end,
+                "first": first,
+                "second": second,
+            },
+            labels={"abb": abb},
+            io_tokens=torch.tensor([ids[prompt.io_name] for prompt in prompts]),
+            s_tokens=torch.tensor([ids[prompt.s_name] for prompt in prompts]),
+            templates=torch.tensor([prompt.template for prompt in prompts]),
+            prompts=tuple(prompt.text for prompt in prompts),
+            prefixes=tuple(prompt.prefix for prompt in prompts),
+            io_names=tuple(prompt.io_name for prompt in prompts),
+            s_names=tuple(prompt.s_name for prompt in prompts),
+        )
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts)
+
+    def __repr__(self) -> str:
+        """Size, device and an example: the tensors would fill pages."""
+        example = f", e.g. {self.prompts[0]!r}" if self.prompts else ""
+        shape = tuple(self.inputs["input_ids"].shape)
+        return f"IOIDataset(n={len(self)}, inputs={shape}, on {self.io_tokens.device}{example})"
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "IOIDataset":
+        """A data set of the chosen prompts, with the same padding.
+
+        Args:
+            index: a slice, a list of ints, a LongTensor (m,), a BoolTensor (n,), or one int, which
+                gives a data set of length 1.
+
+        Raises:
+            SelectionError: an index is out of range, or of a wrong shape or dtype.
+        """
+        rows = row_numbers(index, len(self))
+        here = rows.to(self.io_tokens.device)
+        chosen = rows.tolist()
+        return replace(
+            self._change_tensors(lambda tensor: tensor[here]),
+            prompts=tuple(self.prompts[row] for row in chosen),
+            prefixes=tuple(self.prefixes[row] for row in chosen),
+            io_names=tuple(self.io_names[row] for row in chosen),
+            s_names=tuple(self.s_names[row] for row in chosen),
+        )
+
+    def __iter__(self) -> Iterator["IOIDataset"]:
+        """The prompts one by one, each a data set of length 1."""
+        return (self[row] for row in range(len(self)))
+
+    def to(self, device: torch.device | str) -> "IOIDataset":
+        """The same data set with its tensors on ``device``."""
+        return self._change_tensors(lambda tensor: tensor.to(device))
+
+    def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> "IOIDataset":
+        return replace(
+            self,
+            inputs={key: change(value) for key, value in self.inputs.items()},
+            positions={key: change(value) for key, value in self.positions.items()},
+            labels={key: change(value) for key, value in self.labels.items()},
+            io_tokens=change(self.io_tokens),
+            s_tokens=change(self.s_tokens),
+            templates=change(self.templates),
+        )
+
+
+def _pad(
+    rows: list[Tensor], tokenizer: "PreTrainedTokenizerBase", side: Literal["right", "left"]
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each (n, T), of rows of unequal length."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(token for token in candidates if token is not None)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
