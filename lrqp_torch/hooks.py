@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import EditNeverFiredError, NonFiniteError, PositionError, WidthError
 from lrqp_torch.positions import ForwardCall, Positions
-from lrqp_torch.sites import Located, Site, family_of, locate, trunk_of
+from lrqp_torch.sites import PARTS, Located, Site, blocks_of, family_of, locate, trunk_of
 
 
 @dataclass(frozen=True)
@@ -137,21 +137,24 @@ class _Applied:
             placed = place(values.to(stream.dtype))  # edits return the stream's dtype
             return (placed if base is None else placed + base).double()
 
-        edited = self.item.edit(x, EditContext(index, rows, columns + call.past, realise))
-        self._check(x, edited)
+        # A copy, so that an edit which works in place is seen to have changed something.
+        edited = self.item.edit(x.clone(), EditContext(index, rows, columns + call.past, realise))
+        self._check(x, edited, stream.dtype)
         changed = (edited != x).any(-1, keepdim=True)
         self.fired[index.cpu()] = True
         return stream.index_put((rows, columns), torch.where(changed, place(edited), written))
 
-    def _check(self, x: Tensor, edited: Tensor) -> None:
+    def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype) -> None:
         site = self.located.site
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise WidthError(
                 f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
             )
-        if not bool(torch.isfinite(edited).all()):
-            raise NonFiniteError(f"the edit at {site} returned NaN or infinity")
+        if not bool(torch.isfinite(edited.to(dtype)).all()):
+            raise NonFiniteError(
+                f"the edit at {site} returned NaN, infinity, or more than {dtype} can hold"
+            )
 
     def raise_unless_fired(self) -> None:
         if bool(self.fired.all()):
@@ -204,12 +207,12 @@ def capture(
     if not located:
         raise PositionError("no sites were given: nothing would be captured")
     n_examples = _count_examples(inputs)
-    if positions is not None and len(positions) != n_examples:
-        raise PositionError(
-            f"positions are for {len(positions)} examples, inputs have {n_examples}"
-        )
     if positions is not None:
-        Positions.parse(positions)
+        parsed = Positions.parse(positions)
+        if parsed.batch != n_examples:
+            raise PositionError(
+                f"positions are for {parsed.batch} examples, inputs have {n_examples}"
+            )
     _warn_of_dropout(model)
 
     batch_size = n_examples if batch_size is None else batch_size
@@ -264,6 +267,58 @@ def _capture_batch(
     if missing:
         raise EditNeverFiredError(f"the forward pass never reached {', '.join(missing)}")
     return captured
+
+
+@contextmanager
+def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor]]:
+    """Keep the input of every block from a column on, (B, T − first_position, d) each.
+
+    Yields:
+        A list that holds one tensor a block, in order, once a forward pass has run.
+    """
+    recorded: list[Tensor] = []
+
+    def keep(stream: Tensor, residual: Tensor | None) -> Tensor:
+        recorded.append(stream[:, first_position:].detach().clone())
+        return stream
+
+    with ExitStack() as stack:
+        for layer in range(len(blocks_of(model))):
+            _attach(stack, locate(model, Site(layer, PARTS.index("pre"))), keep)
+        yield recorded
+
+
+@contextmanager
+def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
+    """Let forward passes within the context start at a block, with a given stream as its input.
+
+    The blocks below are taken out of the model for as long: they do not run, and an edit at one of
+    them fails loudly because it never fires.
+
+    Args:
+        model: a transformers model; restored when the context closes.
+        layer: the first block to run.
+        stream: what that block reads, (B, T, d): the clean ``L{layer}.pre``.
+    """
+    path = family_of(model).blocks
+    parent, _, name = path.rpartition(".")
+    owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
+
+    def replace_stream(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": stream}
+
+    # Prepended: edits of this block's input must find the stream already in place.
+    hook = blocks[layer].register_forward_pre_hook(replace_stream, prepend=True, with_kwargs=True)
+    setattr(owner, name, blocks[layer:])
+    try:
+        yield
+    finally:
+        setattr(owner, name, blocks)
+        hook.remove()
 
 
 def _attach(
@@ -323,9 +378,14 @@ def _watch_calls(
 
 
 def _warn_of_dropout(model: nn.Module) -> None:
-    if model.training and any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    ):
+    def rate(module: nn.Module) -> Any:
+        # Attention functions draw their own masks at a rate that the attention module names.
+        return (
+            module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
+        )
+
+    rates = [rate(module) for module in model.modules() if module.training]
+    if any(isinstance(value, int | float) and value > 0 for value in rates):
         warnings.warn(
             "the model is in training mode and drops out activations at random; call model.eval()",
             stacklevel=4,
