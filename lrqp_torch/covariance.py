@@ -231,7 +231,8 @@ class Covariance:
 
 
 def _check_covariance(covariance: Tensor) -> None:
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+    square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
+    if not square or covariance.numel() == 0:
         raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")
     if not bool(torch.isfinite(covariance).all()):
         raise NonFiniteError("the covariance holds NaN or infinity")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.errors import InfeasibleError, LRQPError, NonFiniteError, SolverError, WidthError
+from lrqp_torch.errors import (
+    InfeasibleError,
+    LRQPError,
+    NonFiniteError,
+    SavedEditError,
+    SolverError,
+    WidthError,
+)
 from lrqp_torch.hooks import Intervention, intervene
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution, Status
 from lrqp_torch.qp.checks import check_classes, check_finite
-from lrqp_torch.qp.problem import ACTIVE_SET, Realise
+from lrqp_torch.qp.problem import ACTIVE_SET, SOLVERS, Realise
 from lrqp_torch.run import EditRun
 from lrqp_torch.saving import load_edit, save_edit
 
@@ -85,7 +93,7 @@ class LRQP(nn.Module):
         self.rule, self.odds, self.on_infeasible = rule, odds, on_infeasible
         self.qp = MahalanobisQP(probe.n_classes, solver=solver, solver_args=solver_args)
         self.notes: dict[str, Any] = {}
-        self._geometry: tuple[tuple[Any, ...], ProbeGeometry] | None = None
+        self._geometry: _CachedGeometry | None = None
         self.geometry(probe.weight.device)
 
     @classmethod
@@ -190,11 +198,22 @@ class LRQP(nn.Module):
         moved = tuple(tensor.to(device) for tensor in tensors)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return ProbeGeometry.build(*moved)
-        key = (device, *((id(tensor), tensor._version) for tensor in tensors))
-        if self._geometry is None or self._geometry[0] != key:
+        # The probe is small enough to compare by value, which sees every way of changing it:
+        # .data, .double() and the like leave no trace in a tensor's version.
+        probe, metric = moved[:2], self.metric.covariance
+        mark = (device, metric._version, metric.data_ptr())
+        kept = self._geometry
+        if (
+            kept is None
+            or kept.metric is not metric
+            or kept.mark != mark
+            or not all(_same(old, new) for old, new in zip(kept.probe, probe, strict=True))
+        ):
             with torch.no_grad():
-                self._geometry = (key, ProbeGeometry.build(*moved))
-        return self._geometry[1]
+                copies = probe[0].clone(), probe[1].clone()
+                geometry = ProbeGeometry.build(*copies, moved[2])
+            self._geometry = kept = _CachedGeometry(mark, metric, copies, geometry)
+        return kept.geometry
 
     def save(self, path: str | Path, **notes: Any) -> Path:
         """Write the edit to a folder, as ``edit.safetensors`` and ``edit.json``.
@@ -216,6 +235,7 @@ class LRQP(nn.Module):
 
         Raises:
             SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
+            SolverError: it was saved with a solver that is not installed here.
         """
         saved = load_edit(path)
         tensors = saved.tensors
@@ -224,15 +244,27 @@ class LRQP(nn.Module):
         probe.requires_grad_(False)
         probe.weight.copy_(weight)
         probe.bias.copy_(tensors["probe.bias"])
-        metric = Mahalanobis(
-            tensors["metric.covariance"],
-            tensors.get("metric.mean"),
-            shrinkage=saved.facts["shrinkage"],
-            n_samples=saved.facts["n_samples"],
-        )
-        edit = cls(probe, metric, log_odds=float(tensors["log_odds"]), **saved.options)
+        try:
+            metric = Mahalanobis(
+                tensors["metric.covariance"],
+                tensors.get("metric.mean"),
+                shrinkage=saved.facts["shrinkage"],
+                n_samples=saved.facts["n_samples"],
+            )
+            edit = cls(probe, metric, log_odds=float(tensors["log_odds"]), **saved.options)
+        except LRQPError as error:
+            if isinstance(error, SolverError) and saved.options["solver"] in SOLVERS:
+                raise
+            raise SavedEditError(f"{path} does not hold a valid edit: {error}") from error
         edit.notes = saved.notes
         return edit.to(device) if device is not None else edit
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # A floor rounded to half precision could promise less than was asked for.
+        floor = self.log_odds
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.log_odds = floor.to(self.log_odds.device)
+        return self
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -293,6 +325,20 @@ class LRQP(nn.Module):
             f" short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
             f"with a larger l2 or the metric with more shrinkage, or pass on_infeasible='skip'"
         )
+
+
+@dataclass(frozen=True)
+class _CachedGeometry:
+    """A geometry, and what it was computed from."""
+
+    mark: tuple[Any, ...]
+    metric: Tensor
+    probe: tuple[Tensor, Tensor]
+    geometry: ProbeGeometry
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return old.dtype == new.dtype and torch.equal(old, new)
 
 
 @contextmanager

@@ -93,3 +93,7 @@ class PromptError(LRQPError, ValueError):
 
 class SelectionError(LRQPError, IndexError):
     """An index into a data set that is out of range, or of a wrong shape or dtype."""
+
+
+class StatisticsError(LRQPError, ValueError):
+    """A share, a mean or an interval of nothing, or of counts that contradict each other."""

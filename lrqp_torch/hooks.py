@@ -68,6 +68,9 @@ def intervene(model: nn.Module, interventions: Sequence[Intervention]) -> Iterat
     closes, also by an exception, all hooks are gone. With a KV cache, positions are absolute, and
     an edit runs in the call whose tokens it names.
 
+    To read the edited stream, use :func:`capture` within the context: transformers' own
+    ``output_hidden_states`` may record a block's output before an edit of it.
+
     Args:
         model: a transformers model with a row in :data:`lrqp_torch.sites.FAMILIES`.
         interventions: at least one.
@@ -206,12 +209,21 @@ def capture(
     located = [locate(model, site) for site in sites]
     if not located:
         raise PositionError("no sites were given: nothing would be captured")
-    n_examples = _count_examples(inputs)
+    n_examples, length = _count_tokens(inputs)
+    if inputs.get("past_key_values") is not None:
+        raise PositionError(
+            "capture stops the forward pass early, which would leave the KV cache in inputs half "
+            "filled; give the whole text without past_key_values"
+        )
     if positions is not None:
         parsed = Positions.parse(positions)
         if parsed.batch != n_examples:
             raise PositionError(
                 f"positions are for {parsed.batch} examples, inputs have {n_examples}"
+            )
+        if positions.dtype == torch.bool and positions.shape[1] != length:
+            raise PositionError(
+                f"the mask of positions has {positions.shape[1]} columns, the inputs have {length}"
             )
     _warn_of_dropout(model)
 
@@ -285,6 +297,41 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor
     with ExitStack() as stack:
         for layer in range(len(blocks_of(model))):
             _attach(stack, locate(model, Site(layer, PARTS.index("pre"))), keep)
+        yield recorded
+
+
+@contextmanager
+def record_heads(
+    model: nn.Module, layers: Sequence[int], positions: Tensor
+) -> Iterator[dict[int, Tensor]]:
+    """Keep the outputs of attention heads before W_O at one token an example: ``Ln.Hh.z``.
+
+    Args:
+        model: a transformers model.
+        layers: blocks to read.
+        positions: LongTensor (B,), columns of the padded input.
+
+    Yields:
+        Layer to (B, heads, head width), from the last forward pass within the context.
+    """
+    at = Positions.parse(positions)
+    family, heads = family_of(model), int(cast(Any, model).config.num_attention_heads)
+    recorded: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        calls = _watch_calls(model, stack, [at])
+
+        def keeper(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+                here = at.to(args[0].device)
+                rows = args[0][here.example, here.token - calls[-1].past]
+                recorded[layer] = rows.detach().unflatten(-1, (heads, -1))
+
+            return keep
+
+        for layer in layers:
+            block = locate(model, Site(layer, PARTS.index("pre"))).block
+            projection = block.get_submodule(family.output_projection)
+            stack.callback(projection.register_forward_pre_hook(keeper(layer)).remove)
         yield recorded
 
 
@@ -392,10 +439,11 @@ def _warn_of_dropout(model: nn.Module) -> None:
         )
 
 
-def _count_examples(inputs: Mapping[str, Any]) -> int:
+def _count_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """B and T."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(inputs.get(name), Tensor):
-            return len(inputs[name])
+            return inputs[name].shape[0], inputs[name].shape[1]
     raise PositionError(f"inputs need input_ids or inputs_embeds, got {sorted(inputs)}")
 
 

@@ -38,7 +38,8 @@ def minimise_multinomial(
         labels: (n,), long.
         n_classes: K.
         l2: penalty, > 0.
-        tolerance: stop when the gradient norm falls below this share of the one at zero.
+        tolerance: stop when the gradient norm falls below this share of the one at zero, or below
+            its own rounding error.
         max_iterations: stop after as many Newton steps.
     """
     mean = x.mean(0)
@@ -51,9 +52,12 @@ def minimise_multinomial(
 
     parameters = features.new_zeros(features.shape[1], n_classes)
     loss, gradient, probability = problem.evaluate(parameters)
-    start = gradient.norm()
+    # Activations that say nothing about the labels have a gradient of rounding errors at zero,
+    # which no step makes smaller; they are at their optimum there.
+    start, rounding = gradient.norm(), problem.rounding(probability)
+    goal = torch.maximum(tolerance * start, rounding)
     iterations = 0
-    while gradient.norm() > tolerance * start and iterations < max_iterations:
+    while gradient.norm() > goal and iterations < max_iterations:
         step = problem.newton_step(gradient, probability, float(gradient.norm() / start))
         length, slope = 1.0, float((gradient * step).sum())
         while True:
@@ -80,7 +84,9 @@ def minimise_multinomial(
         statistics={
             "loss": float(loss),
             "gradient_norm": float(gradient.norm()),
-            "relative_gradient_norm": float(gradient.norm() / start) if start > 0 else 0.0,
+            "relative_gradient_norm": (
+                float(gradient.norm() / start) if gradient.norm() > rounding else 0.0
+            ),
             "iterations": iterations,
         },
     )
@@ -104,6 +110,12 @@ class _Problem:
         probability = log_probability.exp()
         gradient = self.features.T @ (probability - self.one_hot) / n_samples
         return loss, gradient + self.penalty * parameters, probability
+
+    def rounding(self, probability: Tensor) -> Tensor:
+        """Size of the rounding error of the gradient: that of its terms, which may cancel."""
+        terms = self.features.abs().T @ (probability - self.one_hot).abs() / len(self.features)
+        size: Tensor = 8 * torch.finfo(terms.dtype).eps * torch.linalg.vector_norm(terms)
+        return size
 
     def newton_step(self, gradient: Tensor, probability: Tensor, progress: float) -> Tensor:
         """−H⁻¹ ∇ by preconditioned conjugate gradients."""

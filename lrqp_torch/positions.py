@@ -55,7 +55,7 @@ class Positions:
                 f"(batch, seq), got {positions.dtype} {tuple(positions.shape)}"
             )
         elif positions.ndim in (1, 2):
-            table = positions.long().reshape(len(positions), -1)
+            table = (positions if positions.ndim == 2 else positions.unsqueeze(-1)).long()
             rows, slots = torch.meshgrid(
                 torch.arange(table.shape[0], device=table.device),
                 torch.arange(table.shape[1], device=table.device),
@@ -97,12 +97,14 @@ class ForwardCall:
         length: tokens in this call.
         past: tokens that the KV cache holds already.
         mask: attention mask over past and present tokens, (B, past + length), or None.
+        continues: whether the call fills a KV cache, so that later calls may bring further tokens.
     """
 
     batch: int
     length: int
     past: int
     mask: Tensor | None
+    continues: bool = False
 
     @classmethod
     def read(
@@ -131,13 +133,16 @@ class ForwardCall:
                 LeftPaddingWarning,
                 stacklevel=2,
             )
-        return cls(tokens.shape[0], tokens.shape[1], past, mask)
+        continues = cache is not None or given.get("use_cache") is True
+        return cls(tokens.shape[0], tokens.shape[1], past, mask, continues)
 
     def check(self, positions: Positions) -> None:
         """Raise unless the positions fit this call.
 
         Raises:
-            PositionError: another batch size, a position beyond the input, or one on padding.
+            PositionError: another batch size, a position on padding, or one beyond the input. A
+                call that fills a KV cache may be followed by the tokens that are still missing;
+                positions that never come are found when the context closes.
         """
         if positions.batch != self.batch:
             raise PositionError(
@@ -145,7 +150,7 @@ class ForwardCall:
             )
         end = self.past + self.length
         beyond = positions.token >= end
-        if bool(beyond.any()):
+        if not self.continues and bool(beyond.any()):
             worst = int(beyond.nonzero()[0])
             raise PositionError(
                 f"position {int(positions.token[worst])} of example "
@@ -154,7 +159,8 @@ class ForwardCall:
         if self.mask is None:
             return
         mask = self.mask.to(positions.token.device)
-        padded = mask[positions.example, positions.token] == 0
+        column = positions.token.clamp_max(mask.shape[1] - 1)
+        padded = (mask[positions.example, column] == 0) & (positions.token == column)
         if bool(padded.any()):
             where = padded.nonzero().flatten()
             pairs = [(int(positions.example[i]), int(positions.token[i])) for i in where[:5]]

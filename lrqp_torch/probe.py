@@ -6,7 +6,14 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import ConvergenceError, LabelError, NonFiniteError, TargetError, WidthError
+from lrqp_torch.errors import (
+    ConvergenceError,
+    LabelError,
+    LRQPError,
+    NonFiniteError,
+    TargetError,
+    WidthError,
+)
 from lrqp_torch.newton import minimise_multinomial
 
 
@@ -17,7 +24,8 @@ class FitReport:
     Attributes:
         loss: the penalised loss at the optimum, in nats per example.
         gradient_norm: Euclidean norm of its gradient there, before rounding to the probe's dtype.
-        relative_gradient_norm: the same over the norm at W = 0, b = 0; at most ``tolerance``.
+        relative_gradient_norm: the same over the norm at W = 0, b = 0; at most ``tolerance``, and
+            0 where the gradient is below its own rounding error.
         iterations: Newton steps.
         l2: the penalty that was used.
         n_samples: examples fitted.
@@ -155,9 +163,24 @@ class LinearProbe(nn.Linear):
             x: activations, (..., d).
             target: class t, a number or one per activation.
             against: which odds.
+
+        Raises:
+            WidthError: activations of another width.
+            TargetError: classes out of range, or of a wrong shape or dtype.
+            LRQPError: odds that do not exist.
         """
+        if against not in ("strongest", "rest"):
+            raise LRQPError(f"against must be 'strongest' or 'rest', got {against!r}")
         logits = self(x)
-        target = torch.as_tensor(target, device=logits.device).expand(logits.shape[:-1])
+        target = torch.as_tensor(target, device=logits.device)
+        if target.dtype.is_floating_point or target.dtype.is_complex:
+            raise TargetError(f"target must hold integer class numbers, got {target.dtype}")
+        if target.ndim and target.shape != logits.shape[:-1]:
+            raise TargetError(
+                f"target must be a number or {tuple(logits.shape[:-1])}, one class per "
+                f"activation, got {tuple(target.shape)}"
+            )
+        target = target.long().expand(logits.shape[:-1])
         if bool(((target < 0) | (target >= self.n_classes)).any()):
             raise TargetError(f"target must lie in 0 to {self.n_classes - 1}")
         own = logits.gather(-1, target.unsqueeze(-1))

@@ -38,11 +38,13 @@ class Replay:
             windows), so that :meth:`run` is then the full forward pass.
 
     Raises:
-        PositionError: first_position is not a column of the inputs.
+        PositionError: first_position is not a column of the inputs, or there are no input_ids.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], first_position: int) -> None:
+        if not isinstance(inputs.get("input_ids"), Tensor):
+            raise PositionError(f"replay needs input_ids, got {sorted(inputs)}")
         length = inputs["input_ids"].shape[1]
         if not 0 <= first_position < length:
             raise PositionError(f"first_position {first_position} is outside the {length} tokens")

@@ -101,8 +101,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise SavedEditError(f"{file} is larger than any edit's; it is damaged or foreign")
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
+        content = json.loads(file.read_bytes(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise SavedEditError(f"{file} is not valid JSON ({error}); save the edit again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SavedEditError(f"{file} does not describe an lrqp_torch edit")
@@ -131,6 +131,10 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if wrong:
         raise SavedEditError(f"{file} is damaged: wrong or missing {', '.join(wrong)}")
     return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _read_tensors(folder: Path, checksum: str) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class Family:
         attention_output: the module of a block whose output (or first output) is added to the
             stream after attention, from the block. In families that normalise before adding, it
             is that norm.
+        output_projection: the module of a block that maps the heads' outputs, side by side, back to
+            the stream (W_O), from the block.
         parallel: tells from the config whether attention and MLP read the same stream, so that
             there is no ``mid``.
         absolute_positions: whether the model adds learned position embeddings, so that a
@@ -72,14 +74,15 @@ class Family:
     blocks: str
     first_norm: str
     attention_output: str
+    output_projection: str
     parallel: Callable[[Any], bool] = lambda config: False
     absolute_positions: bool = False
 
 
-_LLAMA = Family("layers", "input_layernorm", "self_attn")
+_LLAMA = Family("layers", "input_layernorm", "self_attn", "self_attn.o_proj")
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("h", "ln_1", "attn", absolute_positions=True),
+    "gpt2": Family("h", "ln_1", "attn", "attn.c_proj", absolute_positions=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -88,6 +91,7 @@ FAMILIES: dict[str, Family] = {
         "layers",
         "input_layernorm",
         "post_attention_dropout",
+        "attention.dense",
         parallel=lambda config: bool(config.use_parallel_residual),
     ),
 }
@@ -132,7 +136,8 @@ def family_of(model: nn.Module) -> Family:
         raise UnknownFamilyError(
             f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); add "
             f"one: lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
-            f"first_norm='input_layernorm', attention_output='self_attn'))"
+            f"first_norm='input_layernorm', attention_output='self_attn', "
+            f"output_projection='self_attn.o_proj'))"
         )
     return FAMILIES[model_type]
 

@@ -84,7 +84,7 @@ def solve_dual(
     chunk = max(1, CHUNK_NUMBERS // max(1, n_constraints**2))
     parts = [
         _pivot(unit_gram[start : start + chunk], unit_gap[start : start + chunk], max_pivots)
-        for start in range(0, n_problems, chunk)
+        for start in range(0, max(1, n_problems), chunk)
     ]
     if len(parts) == 1:
         multipliers, active, tableau, feasible, converged = parts[0]
@@ -125,7 +125,7 @@ def _pivot(
     entering = torch.zeros_like(index)
     mid_step = torch.zeros_like(index, dtype=torch.bool)
 
-    for _ in range(max_pivots + 1):
+    for _ in range(max_pivots + 1 if n_problems else 0):
         # 1. The entering constraint: the most violated one, or the one whose step was blocked.
         violation = torch.where(active, infinity, slack + tolerance)
         worst, worst_index = violation.min(0)

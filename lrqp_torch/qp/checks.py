@@ -6,21 +6,29 @@ from torch import Tensor
 from lrqp_torch.errors import NonFiniteError, TargetError
 
 
-def kkt_residual(gram: Tensor, gap: Tensor, multipliers: Tensor) -> Tensor:
+def kkt_residual(
+    gram: Tensor, gap: Tensor, multipliers: Tensor, noise: Tensor | None = None
+) -> Tensor:
     """Largest violation of the KKT conditions of min ½ λᵀMλ − gᵀλ over λ ≥ 0, per example.
 
     The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λ s = 0. Constraints are measured in units of
-    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square.
+    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square. Constraints
+    without length do not depend on the activation and are left out.
 
     Args:
         gram: M, (B, m, m).
         gap: g, (B, m).
         multipliers: λ, (B, m).
+        noise: rounding error of M's diagonal, (B, m): a length at or below it is none.
+            Default: zero.
     """
-    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    slack = ((gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap) / length
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    present = diagonal > (0.0 if noise is None else noise)
+    length = torch.where(present, diagonal, 1.0).sqrt()
+    slack = (gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap
+    slack = torch.where(present, slack / length, 0.0)
     scaled = multipliers * length
-    gap_size = 1 + (gap / length).abs().amax(-1)
+    gap_size = 1 + torch.where(present, gap / length, 0.0).abs().amax(-1)
     infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
     complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
     return torch.maximum(infeasibility, complementarity)

@@ -99,9 +99,25 @@ class MahalanobisQP(nn.Module):
             tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
             self.solver_args = {**clarabel, **tolerances, **self.solver_args}
         self.factored = solver == "DIFFCP"
-        problem, parameters, variable = pose_dual(n_classes - 1, factored=self.factored)
+        # Not a submodule: the layer's buffers are constants in a sparse format that can be neither
+        # copied nor saved, and they follow from the fields above.
+        self._layers: list[CvxpyLayer] = [self._pose()]
+
+    @property
+    def layer(self) -> CvxpyLayer:
+        """The dual problem as a cvxpylayer: (M, g) or, for DIFFCP, (F, g) → (λ,), batched."""
+        if not self._layers:
+            self._layers.append(self._pose())
+        return self._layers[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layers": []}
+
+    def _pose(self) -> CvxpyLayer:
+        problem, parameters, variable = pose_dual(self.n_classes - 1, factored=self.factored)
+        solver = self.solver_name
         try:
-            self.layer = CvxpyLayer(
+            return CvxpyLayer(
                 problem,
                 parameters=parameters,
                 variables=[variable],
@@ -161,6 +177,7 @@ class MahalanobisQP(nn.Module):
             SolverError: an external solver failed or cannot run on this device.
         """
         floor = self._check(x, target, log_odds, geometry)
+        target = target.long()
         realise = realise or (lambda values: values.to(x.dtype).double())
         margins = geometry.margins(x, target)
         needed = (margins < floor.unsqueeze(-1)).any(-1)
@@ -180,22 +197,24 @@ class MahalanobisQP(nn.Module):
         # Less than about one coordinate's rounding error would leave the rounded x' as it was.
         nudge = precision * geometry.length[target] * size / x.shape[-1] ** 0.5
 
-        wanted = needed
+        wanted, reachable = needed, torch.ones_like(needed)
         for attempt in range(MAX_ROUNDS):
             gap = floor.unsqueeze(-1) + raised - margins
             gap = torch.where(wanted.unsqueeze(-1), gap, -1.0)
-            multipliers, feasible, residual = self._multipliers(gram, gap, noise)
+            multipliers, active, feasible, residual = self._multipliers(gram, gap, noise)
+            # An infeasible example is not asked again, and what is not asked counts as feasible.
+            reachable = reachable & feasible
             edited = geometry.displace(x, target, multipliers)
             with torch.no_grad():
                 after = geometry.margins(realise(edited), target)
                 short = (floor.unsqueeze(-1) - after).clamp_min(0.0)
-                short = torch.where((needed & feasible).unsqueeze(-1), short, 0.0)
+                short = torch.where((needed & reachable).unsqueeze(-1), short, 0.0)
                 if not bool((short > 0).any()):
                     break
                 raised = raised + torch.where(short > 0, 2 * short + (attempt + 1) * nudge, 0.0)
-                wanted = needed & feasible
+                wanted = needed & reachable
 
-        edit = needed & feasible
+        edit = needed & reachable
         with torch.no_grad():
             reached = (after >= floor.unsqueeze(-1)).all(-1)
             tolerance = KKT_TOLERANCE if self.solver_name == ACTIVE_SET else EXTERNAL_KKT_TOLERANCE
@@ -203,14 +222,14 @@ class MahalanobisQP(nn.Module):
             status = torch.full_like(target, Status.SATISFIED)
             status[edit] = Status.SOLVED
             status[edit & ~accurate] = Status.INACCURATE
-            status[~feasible] = Status.INFEASIBLE
+            status[~reachable] = Status.INFEASIBLE
         squared = (multipliers * (gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(-1)
         # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
         distance = torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit
         return Solution(
             x_new=torch.where(edit.unsqueeze(-1), edited.to(x.dtype), x),
             multipliers=multipliers,
-            active=multipliers.detach() > 0,
+            active=active,
             distance=distance,
             euclidean=torch.linalg.vector_norm((edited - x.double()).detach(), dim=-1),
             floor=floor,
@@ -222,9 +241,10 @@ class MahalanobisQP(nn.Module):
 
     def _multipliers(
         self, gram: Tensor, gap: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """λ (B, m), feasible (B,), KKT residual (B,), by the chosen solver."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """λ (B, m), active (B, m), feasible (B,), KKT residual (B,), by the chosen solver."""
         multipliers, own = self.active_set.solve(gram, gap, noise)
+        active = multipliers.detach() > 0
         if self.solver_name != ACTIVE_SET:
             # Other solvers return garbage without a status where a problem is infeasible, so
             # which ones are is ours to say, and they never see those.
@@ -232,25 +252,29 @@ class MahalanobisQP(nn.Module):
             multipliers = torch.zeros_like(multipliers)
             if bool(ask.any()):
                 multipliers = multipliers.index_put(
-                    (ask.nonzero().squeeze(-1),), self._external(gram[ask], gap[ask])
+                    (ask.nonzero().squeeze(-1),), self._external(gram[ask], gap[ask], noise[ask])
                 )
-        return (
-            multipliers,
-            own.feasible,
-            kkt_residual(gram.detach(), gap.detach(), multipliers.detach()),
-        )
+            # They leave small multipliers on constraints that do not bind; the larger of the two
+            # complementary numbers, in the same units, tells which of them should be zero.
+            found, matrix = multipliers.detach(), gram.detach()
+            slack = (matrix @ found.unsqueeze(-1)).squeeze(-1) - gap.detach()
+            active = found * matrix.diagonal(dim1=-2, dim2=-1) > slack.abs()
+        residual = kkt_residual(gram.detach(), gap.detach(), multipliers.detach(), noise)
+        return multipliers, active, own.feasible, residual
 
-    def _external(self, gram: Tensor, gap: Tensor) -> Tensor:
+    def _external(self, gram: Tensor, gap: Tensor, noise: Tensor) -> Tensor:
         if self.solver_name == "DIFFCP" and gram.is_cuda:
             raise SolverError("DIFFCP runs on the CPU only; move the data there or use ACTIVE_SET")
-        # Constraints of unit length make one tolerance of the solver fit all of them.
-        scale = (
-            gram.detach().diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-        )
+        # Constraints of unit length make one tolerance of the solver fit all of them. Those without
+        # length hold already, or the example would not be asked.
+        diagonal = gram.detach().diagonal(dim1=-2, dim2=-1)
+        empty = diagonal <= noise
+        scale = torch.where(empty, 0.0, torch.where(empty, 1.0, diagonal).rsqrt())
+        unit_gap = torch.where(empty, -1.0, gap * scale)
         unit_gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
         matrix = _square_root(unit_gram) if self.factored else unit_gram
         try:
-            (multipliers,) = self.layer(matrix, gap * scale)
+            (multipliers,) = self.layer.to(gap.device)(matrix, unit_gap)
         except Exception as error:
             raise SolverError(
                 f"{self.solver_name} failed on a batch of {len(gap)}: {error}"
@@ -272,6 +296,8 @@ class MahalanobisQP(nn.Module):
                 f"{tuple(x.shape)}"
             )
         check_classes(target, len(x), self.n_classes, "target")
+        if not x.dtype.is_floating_point:
+            raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
         check_finite(x)
         floor = torch.as_tensor(log_odds, dtype=torch.float64, device=x.device)
         if floor.ndim > 1 or (floor.ndim == 1 and len(floor) != len(x)):

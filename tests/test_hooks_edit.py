@@ -1,0 +1,220 @@
+"""An edit in a model equals a forward pass by hand with the same change of the stream."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from models_for_tests import (
+    ALL_MODELS,
+    POST_MODELS,
+    SITES,
+    WIDTH,
+    WITH_MID,
+    Prompts,
+    build,
+    forward_by_hand,
+    hook_count,
+    random_edit,
+)
+from torch import Tensor
+
+import lrqp_torch as lrqp
+from lrqp_torch import Intervention, intervene
+
+PROMPTS = Prompts.random([7, 4, 9, 6])
+TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+DIRECTION = torch.linspace(-2, 2, WIDTH)
+
+
+def on_rows(at: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of the whole stream that changes the columns ``at``, (B, n), only."""
+
+    def edit(stream: Tensor) -> Tensor:
+        stream = stream.clone()
+        rows = torch.arange(len(at))[:, None]
+        stream[rows, at] = change(stream[rows, at].double()).to(stream.dtype)
+        return stream
+
+    return edit
+
+
+def push(x: Tensor) -> Tensor:
+    return x + DIRECTION.to(x.dtype)
+
+
+def stretch(x: Tensor) -> Tensor:
+    return 1.5 * x - 0.2
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_equals_the_forward_pass_by_hand(name: str, side: str) -> None:
+    model, inputs = build(name), PROMPTS.padded(side)
+    at, real = PROMPTS.columns(TOKENS, side), inputs["attention_mask"].bool()
+    for site in SITES:
+        if name == "gpt_neox_parallel" and site.endswith("mid"):
+            continue
+        expected, _ = forward_by_hand(model, inputs, {site: on_rows(at, push)})
+        clean = model(**inputs).logits
+        with intervene(model, [Intervention(site, at, lambda x, context: push(x))]):
+            edited = model(**inputs).logits
+        torch.testing.assert_close(edited[real], expected[real], **CLOSE)
+        # Nothing before the first edited token changes; every edited token's own logits do.
+        rows = torch.arange(4)[:, None]
+        assert bool((edited - clean)[rows, at].abs().amax(-1).min() > 0.01)
+        earlier = torch.arange(9) < at.amin(-1, keepdim=True)
+        assert torch.equal(edited[earlier & real], clean[earlier & real])
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@pytest.mark.parametrize("site", ["L0.pre", "L1.mid", "L2.post"])
+@torch.no_grad()
+def test_in_bfloat16_the_stream_is_what_the_edit_returned_up_to_rounding(
+    name: str, site: str
+) -> None:
+    model, inputs = build(name, dtype=torch.bfloat16), PROMPTS.padded("left")
+    at, real = PROMPTS.columns(TOKENS, "left"), inputs["attention_mask"].bool()
+    expected, streams = forward_by_hand(model, inputs, {site: on_rows(at, push)})
+    with intervene(model, [Intervention(site, at, lambda x, context: push(x))]):
+        edited = model(**inputs).logits
+        held = lrqp.capture(model, inputs, [site], at)[site]
+    torch.testing.assert_close(edited[real], expected[real], rtol=0.05, atol=0.15)
+    rows = torch.arange(4)[:, None]
+    torch.testing.assert_close(held, streams[site][rows, at], rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("name", WITH_MID)
+@torch.no_grad()
+def test_a_mid_edit_reaches_the_skip_path_and_the_mlp(name: str) -> None:
+    model, inputs = build(name), PROMPTS.padded("left")
+    at, real = PROMPTS.columns(TOKENS, "left"), inputs["attention_mask"].bool()
+    for layer in range(3):
+        site, change = f"L{layer}.mid", on_rows(at, push)
+        both, _ = forward_by_hand(model, inputs, {site: change})
+        mlp_only, _ = forward_by_hand(model, inputs, {f"L{layer}.mlp_input": change})
+        with intervene(model, [Intervention(site, at, lambda x, context: push(x))]):
+            edited = model(**inputs).logits
+            after = lrqp.capture(model, inputs, [f"L{layer}.post"], at)[f"L{layer}.post"]
+        torch.testing.assert_close(edited[real], both[real], **CLOSE)
+        assert (edited - mlp_only)[real].abs().max() > 0.1
+        # Skip path and MLP, each by its own: post = mid + mlp(norm(mid)).
+        clean = lrqp.capture(model, inputs, [f"L{layer}.mid", f"L{layer}.post"], at)
+        skip_only = clean[f"L{layer}.post"] + DIRECTION
+        assert (after - skip_only).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gpt_neox_serial"])
+@pytest.mark.parametrize("part", ["pre", "mid", "post"])
+@torch.no_grad()
+def test_padding_on_either_side_and_none_agree(name: str, part: str) -> None:
+    """Edited logits of each prompt's own tokens are those of the prompt run alone."""
+    model, site = build(name), f"L1.{part}"
+    x = lrqp.capture(model, PROMPTS.padded("right"), [site])[site].flatten(0, 1)
+    edit = random_edit(x, 3, log_odds=30.0)
+    target = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
+    logits, distances = {}, {}
+    for side in ("left", "right"):
+        inputs = PROMPTS.padded(side)
+        at = PROMPTS.columns(TOKENS, side)
+        with edit.at(model, site, positions=at, target=target) as run:
+            output = model(**inputs).logits
+        mask = inputs["attention_mask"].bool()
+        logits[side] = [row[real] for row, real in zip(output, mask, strict=True)]
+        distances[side] = run.distance
+    for i in range(4):
+        with edit.at(model, site, positions=TOKENS[i : i + 1], target=target[i : i + 1]) as run:
+            alone = model(**PROMPTS.alone(i)).logits[0]
+        assert (alone - model(**PROMPTS.alone(i)).logits[0]).abs().max() > 0.05
+        for side in ("left", "right"):
+            torch.testing.assert_close(logits[side][i], alone, rtol=1e-4, atol=2e-4)
+            torch.testing.assert_close(distances[side][i], run.distance[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@pytest.mark.parametrize(
+    ("first", "second"), list(itertools.product(["L1.pre", "L1.mid", "L1.post"], repeat=2))
+)
+@torch.no_grad()
+def test_two_edits_compose_nested_and_in_one_call(name: str, first: str, second: str) -> None:
+    """Edits act in the order of the forward pass; at the same site in the order given."""
+    model, inputs = build(name), PROMPTS.padded("left")
+    at, real = PROMPTS.columns(TOKENS, "left"), inputs["attention_mask"].bool()
+    if first == second:
+        by_hand = {first: on_rows(at, lambda x: stretch(push(x)))}
+    else:
+        by_hand = {first: on_rows(at, push), second: on_rows(at, stretch)}
+    expected, _ = forward_by_hand(model, inputs, by_hand)
+    one = Intervention(first, at, lambda x, context: push(x))
+    two = Intervention(second, at, lambda x, context: stretch(x))
+    with intervene(model, [one]):
+        with intervene(model, [two]):
+            nested = model(**inputs).logits
+        outer_only = model(**inputs).logits
+    with intervene(model, [one, two]):
+        together = model(**inputs).logits
+    torch.testing.assert_close(nested[real], expected[real], **CLOSE)
+    assert torch.equal(together, nested)
+    expected, _ = forward_by_hand(model, inputs, {first: on_rows(at, push)})
+    torch.testing.assert_close(outer_only[real], expected[real], **CLOSE)
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@torch.no_grad()
+def test_the_same_place_by_two_names(name: str) -> None:
+    """L0.post is L1.pre: the same edit at either gives the same logits, and both add up."""
+    model, inputs = build(name), PROMPTS.padded("left")
+    at = PROMPTS.columns(TOKENS, "left")
+
+    def logits(*names: str) -> Tensor:
+        with intervene(model, [Intervention(s, at, lambda x, context: push(x)) for s in names]):
+            return model(**inputs).logits
+
+    assert torch.equal(logits("L0.post"), logits("L1.pre"))
+    assert torch.equal(logits("L0.post", "L1.pre"), logits("L1.pre", "L1.pre"))
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@torch.no_grad()
+def test_several_lrqp_edits_at_once_each_reach_their_odds(name: str) -> None:
+    model, inputs = build(name), PROMPTS.padded("left")
+    sites = ["L2.pre", "L0.mid", "L1.post"]
+    clean = lrqp.capture(model, inputs, sites, inputs["attention_mask"].bool())
+    edits = {site: random_edit(clean[site], 3, seed=i) for i, site in enumerate(sites)}
+    at = {site: PROMPTS.columns(TOKENS, "left")[:, i % 2] for i, site in enumerate(sites)}
+    target = {site: torch.tensor([i, 2, 0, 1]) for i, site in enumerate(sites)}
+    items = [edits[s].on(s, positions=at[s], target=target[s]) for s in sites]
+    with intervene(model, items) as runs:
+        model(**inputs)
+        for site, run in zip(sites, runs, strict=True):
+            held = lrqp.capture(model, inputs, [site], at[site])[site]
+            odds = edits[site].probe.log_odds(held.double(), target[site])
+            assert isinstance(run, lrqp.EditRun)
+            assert bool((odds >= run.floor).all())
+            torch.testing.assert_close(odds, run.log_odds_after, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@torch.no_grad()
+def test_what_an_edit_is_told(name: str) -> None:
+    """The context names the rows; x holds their activations, in the order of the positions."""
+    model, inputs = build(name), PROMPTS.padded("left")
+    at = PROMPTS.columns(TOKENS, "left")
+    for site in SITES:
+        told: list[tuple[Tensor, lrqp.EditContext]] = []
+
+        def edit(x: Tensor, context: lrqp.EditContext, told: list[object] = told) -> Tensor:
+            told.append((x, context))
+            torch.testing.assert_close(context.realise(x.double()), x.double(), **CLOSE)
+            return x
+
+        with intervene(model, [Intervention(site, at, edit)]):
+            model(**inputs)
+        ((x, context),) = told
+        assert context.index.tolist() == list(range(8))
+        assert context.example.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert context.token.tolist() == at.flatten().tolist()
+        assert torch.equal(x, lrqp.capture(model, inputs, [site], at)[site].flatten(0, 1))

@@ -1,0 +1,197 @@
+"""The organism's training: its parts against independent ones, and the script end to end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrqp_torch.errors import OutputError
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.ioi.prefixes import bundled
+from lrqp_torch.models import load
+from lrqp_torch.models.train_organism import main
+from lrqp_torch.models.training.forward import attention_mask, run_blocks, site_names
+from lrqp_torch.models.training.interventions import Kind, draw_plan
+from lrqp_torch.models.training.loop import Recipe, new_model
+from lrqp_torch.models.training.order import OrderStatistics
+from lrqp_torch.models.training.prompts import Prompts
+from lrqp_torch.models.training.truth import ask, interchange_flip_rates
+from lrqp_torch.models.training.vocabulary import build_tokenizer
+
+TINY = Recipe(layers=4, width=16, heads=2, tokens=96)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    tokenizer = build_tokenizer(bundled())
+    return Prompts.from_dataset(
+        IOIDataset.generate(tokenizer, 24, 5, "bundled", padding_side="left")
+    )
+
+
+def test_the_tokenizer_depends_on_the_words_alone() -> None:
+    forwards = build_tokenizer(["One two.", "Three."])
+    backwards = build_tokenizer(["Three.", "two One."])
+    assert forwards.get_vocab() == backwards.get_vocab()
+
+
+def test_the_written_out_forward_pass_is_gpt2s(prompts: Prompts) -> None:
+    model = new_model(TINY, build_tokenizer(bundled())).eval()
+    embedded = model.transformer.wte(prompts.ids) + model.transformer.wpe(prompts.position_ids)
+    mask = attention_mask(prompts.present, prompts.ids.shape[1])
+    with torch.no_grad():
+        ours = run_blocks(model, embedded, mask, lambda _, stream: stream).last
+        theirs = model.transformer(
+            input_ids=prompts.ids,
+            attention_mask=prompts.present.long(),
+            position_ids=prompts.position_ids,
+        ).last_hidden_state
+    torch.testing.assert_close(
+        model.transformer.ln_f(ours)[prompts.present],
+        theirs[prompts.present],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_running_the_last_tokens_alone_changes_nothing(prompts: Prompts) -> None:
+    model = new_model(TINY, build_tokenizer(bundled())).eval()
+    embedded = model.transformer.wte(prompts.ids) + model.transformer.wpe(prompts.position_ids)
+    n = prompts.ids.shape[1]
+    start = int(prompts.s2.min())
+    with torch.no_grad():
+        whole = run_blocks(model, embedded, attention_mask(prompts.present, n), lambda _, s: s)
+        past = [(key[:, :, :start], value[:, :, :start]) for key, value in whole.keys_values]
+        mask = attention_mask(prompts.present, n - start)
+        part = run_blocks(model, embedded[:, start:], mask, lambda _, s: s, past)
+    torch.testing.assert_close(part.last[:, -1], whole.last[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_twins_have_the_same_answer_and_the_other_order(prompts: Prompts) -> None:
+    twins = prompts.twins()
+    assert torch.equal(twins.answer, prompts.answer)
+    assert torch.equal(twins.subject, prompts.subject)
+    assert torch.equal(twins.abb, 1 - prompts.abb)
+    assert (twins.ids != prompts.ids).sum() == 2 * len(prompts)
+    both = prompts.with_twins()
+    assert torch.equal(both.ids[len(prompts) :], twins.ids)
+
+
+def test_renaming_keeps_order_answer_and_subject_consistent(prompts: Prompts) -> None:
+    names = torch.tensor([7, 11, 13])
+    renamed = prompts.renamed(names)
+    assert torch.isin(renamed.answer, names).all()
+    assert (renamed.answer != renamed.subject).all()
+    second = renamed.ids[renamed.rows, renamed.second]
+    assert torch.equal((renamed.subject == second).long(), renamed.abb)
+
+
+def test_scrambling_leaves_everything_from_the_first_name_on(prompts: Prompts) -> None:
+    scrambled = prompts.scrambled(torch.ones(len(prompts), 1), torch.full_like(prompts.ids, 1))
+    after = torch.arange(prompts.ids.shape[1]) >= prompts.first[:, None]
+    assert torch.equal(scrambled.ids[after], prompts.ids[after])
+    assert (scrambled.ids[~after & prompts.present] == 1).all()
+    assert torch.equal(scrambled.ids[~prompts.present], prompts.ids[~prompts.present])
+
+
+def test_a_linear_edit_reaches_the_log_odds_and_moves_along_the_means() -> None:
+    means = torch.randn(2, 6)
+    abb = torch.arange(4000) % 2
+    x = means[abb] + torch.randn(4000, 6)
+    statistics = OrderStatistics(1, 6, ridge=0.0)
+    statistics.update(x[None], abb)
+    sites = torch.zeros(4000, dtype=torch.long)
+    edited = statistics.edited(x, sites, 1 - abb, torch.ones(4000))
+    between = statistics.means[0, 1] - statistics.means[0, 0]
+    weight = torch.linalg.solve(statistics.within[0], between)
+    odds_before, odds = ((v - statistics.means[0].mean(0)) @ weight for v in (x, edited))
+    asked = odds_before.abs().clamp(min=10)
+    torch.testing.assert_close(odds * (1 - 2 * abb), asked, rtol=1e-3, atol=1e-2)
+    moved = edited - x
+    cosine = torch.nn.functional.cosine_similarity(moved, between.expand_as(moved))
+    torch.testing.assert_close(cosine, 1.0 - 2 * abb)
+
+
+def test_a_plan_asks_for_flips_at_the_used_sites_alone(prompts: Prompts) -> None:
+    both = prompts.with_twins()
+    sites = site_names(4)
+    used = range(sites.index("L1.mid"), sites.index("L2.pre") + 1)
+    activations = torch.randn(len(sites), len(both), 16)
+    statistics = OrderStatistics(len(sites), 16)
+    statistics.update(activations, both.abb)
+    for _ in range(20):
+        plan = draw_plan(both, activations, statistics, used, push=1.0)
+        inside = (plan.sites >= used.start) & (plan.sites < used.stop)
+        assert not plan.flips[~inside].any()
+        assert plan.flips[inside & (plan.kinds == Kind.TWIN)].all()
+        swapped = plan.kinds == Kind.TWIN
+        partner = both.rows.roll(len(prompts))
+        torch.testing.assert_close(
+            plan.values[swapped], activations[plan.sites, partner][swapped], rtol=0, atol=0
+        )
+
+
+def test_without_an_edit_asking_is_the_model_itself(prompts: Prompts) -> None:
+    model, tokenizer = load("organism")
+    data = IOIDataset.generate(tokenizer, 16, 6, padding_side="left")
+    asked = ask(model, Prompts.from_dataset(data))  # type: ignore[arg-type]
+    with torch.no_grad():
+        logits = model(**data.inputs).logits[:, -1]
+    rows = torch.arange(16)
+    torch.testing.assert_close(
+        asked.difference,
+        logits[rows, data.io_tokens] - logits[rows, data.s_tokens],
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_a_swap_of_equal_streams_flips_nothing_that_was_right() -> None:
+    model, tokenizer = load("organism")
+    data = IOIDataset.generate(tokenizer, 32, 7, padding_side="left")
+    rates = interchange_flip_rates(model, Prompts.from_dataset(data))  # type: ignore[arg-type]
+    # Before the first block S2 holds its own name and position, which twins share.
+    assert rates["L0.pre"] == 0.0
+
+
+def test_the_script_writes_a_model_that_loads(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "organism"
+    sizes = "--steps 3 --batch 8 --pool 64 --measured 24 --threads 1 --save-every 2"
+    main(["--out", str(out), *sizes.split()])
+    record = json.loads((out / "ground_truth.json").read_text(encoding="utf-8"))
+    listed = {*record["used_at"], *record["not_used_at"], *record["unclear_at"]}
+    assert listed == set(Recipe().sites) == set(record["interchange_flip_rate"])
+    assert "--steps 3" in record["command"] and "--seed 0" in record["command"]
+    model, tokenizer = load(out)
+    assert model.config.n_layer == 6
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    arguments = ["--steps", "2", "--batch", "8", "--pool", "64", "--measured", "8"]
+    for folder in ("a", "b"):
+        main(["--out", str(tmp_path / folder), *arguments, "--threads", "1"])
+    first, second = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("a", "b"))
+    assert first == second
+
+
+def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(OutputError, match="--out"):
+        main(["--out", str(blocker / "organism"), "--steps", "1000000"])
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--measured"])
+def test_a_size_of_zero_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([option, "0"])
+    assert "not a positive number" in capsys.readouterr().err
+
+
+def test_the_recipe_names_its_sites() -> None:
+    recipe = replace(Recipe(), layers=2, first_used="L0.mid", last_used="L1.pre")
+    assert recipe.sites == ("L0.pre", "L0.mid", "L1.pre", "L1.mid", "L1.post")
+    assert list(recipe.used) == [1, 2]

@@ -1,0 +1,316 @@
+"""LinearProbe: the optimum of its documented objective, certified independently."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from lrqp_torch import LinearProbe
+from lrqp_torch.errors import (
+    ConvergenceError,
+    LabelError,
+    LRQPError,
+    NonFiniteError,
+    TargetError,
+    WidthError,
+)
+
+
+def samples(
+    n: int, width: int, n_classes: int, separation: float = 1.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(n) % n_classes
+    centres = separation * torch.randn(n_classes, width, dtype=torch.float64)
+    return (torch.randn(n, width, dtype=torch.float64) + centres[labels]).to(dtype), labels
+
+
+def objective(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> Tensor:
+    """(1/n) Σ −log softmax(W x + b)[y] + (l2/2) ‖W‖², by torch's own cross-entropy."""
+    loss = torch.nn.functional.cross_entropy(x.double() @ weight.T + bias, y.long())
+    return loss + l2 / 2 * weight.square().sum()
+
+
+def gradient_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> float:
+    weight, bias = weight.double().requires_grad_(), bias.double().requires_grad_()
+    gradients = torch.autograd.grad(objective(x, y, weight, bias, l2), (weight, bias))
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+
+
+def relative_gradient(probe: LinearProbe, x: Tensor, y: Tensor, l2: float) -> float:
+    zero = torch.zeros_like(probe.weight), torch.zeros_like(probe.bias)
+    found = probe.weight.detach().clone(), probe.bias.detach().clone()
+    return gradient_norm(x, y, *found, l2) / gradient_norm(x, y, *zero, l2)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5, 10])
+@pytest.mark.parametrize("l2", [None, 1e-4, 1.0, 100.0])
+def test_the_gradient_vanishes(n_classes: int, l2: float | None) -> None:
+    x, y = samples(200, 12, n_classes)
+    probe = LinearProbe.fit(x, y, l2=l2)
+    used = 1 / 200 if l2 is None else l2
+    assert relative_gradient(probe, x, y, used) <= 2e-8
+    assert probe.report is not None
+    assert probe.report.l2 == used
+    assert probe.report.n_samples == 200
+    loss = float(objective(x, y, probe.weight, probe.bias, used))
+    assert probe.report.loss == pytest.approx(loss, rel=1e-10)
+    assert probe.report.relative_gradient_norm <= 1e-8
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("separation", [0.3, 5.0])
+def test_same_optimum_as_an_independent_optimiser(n_classes: int, separation: float) -> None:
+    x, y = samples(150, 6, n_classes, separation)
+    l2 = 0.02
+    probe = LinearProbe.fit(x, y, l2=l2)
+
+    def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        flat = torch.from_numpy(parameters).requires_grad_()
+        weight, bias = flat[: 6 * n_classes].reshape(n_classes, 6), flat[6 * n_classes :]
+        loss = objective(x, y, weight, bias, l2)
+        (gradient,) = torch.autograd.grad(loss, flat)
+        return float(loss.detach()), gradient.numpy()
+
+    result = minimize(
+        loss_and_gradient,
+        np.zeros(7 * n_classes),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 20_000, "maxfun": 50_000, "ftol": 1e-16, "gtol": 1e-10, "maxcor": 50},
+    )
+    weight = torch.from_numpy(result.x[: 6 * n_classes]).reshape(n_classes, 6)
+    bias = torch.from_numpy(result.x[6 * n_classes :])
+    assert torch.allclose(probe.weight, weight, atol=1e-5)
+    # The softmax leaves one shift of all biases free.
+    assert torch.allclose(probe.bias - probe.bias.mean(), bias - bias.mean(), atol=1e-4)
+    assert float(objective(x, y, probe.weight, probe.bias, l2)) <= result.fun + 1e-12
+
+
+@pytest.mark.parametrize(("n", "width", "n_classes"), [(10, 50, 2), (30, 200, 5), (5, 100, 5)])
+def test_fewer_examples_than_dimensions(n: int, width: int, n_classes: int) -> None:
+    x, y = samples(n, width, n_classes)
+    probe = LinearProbe.fit(x, y)
+    assert relative_gradient(probe, x, y, 1 / n) <= 1e-7
+    assert probe.accuracy(x, y) == 1.0
+    # The penalised optimum lies in the span of the centred data.
+    centred = x - x.mean(0)
+    basis = torch.linalg.svd(centred, full_matrices=False).Vh[: n - 1]
+    outside = probe.weight - probe.weight @ basis.T @ basis
+    assert outside.norm() <= 1e-8 * probe.weight.norm()
+
+
+@pytest.mark.parametrize("l2", [1e-6, 1e-3])
+def test_separable_classes_have_a_finite_optimum(l2: float) -> None:
+    x, y = samples(200, 5, 2, separation=10)
+    probe = LinearProbe.fit(x, y, l2=l2)
+    assert probe.accuracy(x, y) == 1.0
+    assert relative_gradient(probe, x, y, l2) <= 2e-8
+
+
+def test_badly_scaled_features() -> None:
+    x, y = samples(300, 13, 3)
+    x = x * torch.logspace(-3, 3, 13, dtype=torch.float64)
+    probe = LinearProbe.fit(x, y)
+    assert relative_gradient(probe, x, y, 1 / 300) <= 2e-8
+
+
+@pytest.mark.parametrize(("n_classes", "n"), [(2, 5), (2, 50), (3, 50)])
+def test_activations_that_say_nothing_give_no_weight(n_classes: int, n: int) -> None:
+    """Each activation once in every class, as at a position before the classes differ."""
+    x = torch.randn(n, 7, dtype=torch.float64).repeat(n_classes, 1)
+    y = torch.arange(n_classes * n) // n
+    probe = LinearProbe.fit(x, y)
+    assert probe.weight.abs().max() <= 1e-12
+    assert probe.bias.abs().max() <= 1e-12
+    assert probe.report is not None and probe.report.relative_gradient_norm <= 1e-8
+
+
+def test_one_activation_for_all_examples_leaves_the_class_frequencies() -> None:
+    y = (torch.arange(10) >= 9).long()
+    probe = LinearProbe.fit(torch.full((10, 3), 0.1, dtype=torch.float64), y)
+    assert probe.weight.abs().max() <= 1e-12
+    assert float(probe.bias[0] - probe.bias[1]) == pytest.approx(math.log(9), rel=1e-6)
+
+
+def test_a_feature_that_never_varies_gets_no_weight() -> None:
+    x, y = samples(100, 5, 2)
+    x[:, 2] = 7
+    probe = LinearProbe.fit(x, y)
+    assert probe.weight[:, 2].abs().max() <= 1e-9
+    assert relative_gradient(probe, x, y, 0.01) <= 2e-8
+
+
+@pytest.mark.parametrize("offset", [1.0, 1e4])
+def test_a_shift_of_the_data_changes_only_the_bias(offset: float) -> None:
+    x, y = samples(200, 8, 3)
+    shift = offset * torch.randn(8, dtype=torch.float64)
+    here, there = LinearProbe.fit(x, y), LinearProbe.fit(x + shift, y)
+    assert torch.allclose(here.weight, there.weight, atol=1e-7)
+    assert torch.allclose(here.bias, there.bias + there.weight @ shift, atol=1e-6 * (1 + offset))
+    assert torch.allclose(here(x), there(x + shift), atol=1e-6 * (1 + offset))
+
+
+def test_the_order_of_examples_does_not_matter() -> None:
+    x, y = samples(200, 8, 3)
+    order = torch.randperm(200)
+    one, other = LinearProbe.fit(x, y), LinearProbe.fit(x[order], y[order])
+    assert torch.allclose(one.weight, other.weight, atol=1e-7)
+    assert torch.allclose(one.bias, other.bias, atol=1e-7)
+
+
+def test_renaming_classes_permutes_the_rows() -> None:
+    x, y = samples(200, 8, 3)
+    rename = torch.tensor([2, 0, 1])
+    one, other = LinearProbe.fit(x, y), LinearProbe.fit(x, rename[y])
+    assert torch.allclose(one.weight, other.weight[rename], atol=1e-7)
+
+
+def test_weights_of_all_classes_sum_to_zero() -> None:
+    """At the optimum Σ_k ∂/∂w_k = l2 Σ_k w_k = 0: the penalty picks the symmetric solution."""
+    x, y = samples(200, 8, 4)
+    probe = LinearProbe.fit(x, y)
+    assert probe.weight.sum(0).abs().max() <= 1e-8
+    assert abs(float(probe.bias.sum())) <= 1e-8
+
+
+def test_more_penalty_never_gives_longer_weights() -> None:
+    x, y = samples(200, 8, 3)
+    norms = [float(LinearProbe.fit(x, y, l2=10.0**p).weight.norm()) for p in range(-4, 3)]
+    assert norms == sorted(norms, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_activations_give_a_float32_probe(dtype: torch.dtype) -> None:
+    x, y = samples(300, 16, 3, dtype=dtype)
+    probe = LinearProbe.fit(x, y)
+    assert probe.weight.dtype == probe.bias.dtype == torch.float32
+    exact = LinearProbe.fit(x.double(), y)
+    assert exact.weight.dtype == torch.float64
+    assert torch.equal(probe.weight, exact.weight.float())
+    assert probe(x).dtype == torch.float32
+    assert torch.allclose(probe(x), exact(x).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
+def test_labels_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    x, y = samples(60, 4, 2)
+    assert torch.equal(LinearProbe.fit(x, y.to(dtype)).weight, LinearProbe.fit(x, y).weight)
+
+
+def test_a_fitted_probe_is_frozen_and_leaves_its_data_alone() -> None:
+    x, y = samples(60, 4, 2)
+    before = x.clone()
+    x.requires_grad_()
+    probe = LinearProbe.fit(x, y)
+    assert torch.equal(x, before)
+    assert not any(parameter.requires_grad for parameter in probe.parameters())
+    assert isinstance(probe, torch.nn.Linear)
+    assert (probe.width, probe.n_classes) == (4, 2)
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    probe = LinearProbe(2, 3)
+    with torch.no_grad():
+        probe.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, -1]]))
+        probe.bias.zero_()
+    x = torch.tensor([[1.0, 0], [0, 1], [-1, -1], [2, 0]])
+    assert probe.accuracy(x, torch.tensor([0, 1, 2, 1])) == 0.75
+    assert probe.accuracy(x.reshape(2, 2, 2), torch.tensor([[0, 1], [2, 1]])) == 0.75
+
+
+def test_log_odds_are_those_of_the_probabilities() -> None:
+    x, y = samples(50, 4, 4)
+    probe = LinearProbe.fit(x, y)
+    probability = probe(x).softmax(-1)
+    target = torch.arange(50) % 4
+    own = probability.gather(-1, target[:, None]).squeeze(-1)
+    rival = probability.scatter(-1, target[:, None], 0).amax(-1)
+    assert torch.allclose(probe.log_odds(x, target), (own / rival).log())
+    assert torch.allclose(probe.log_odds(x, target, against="rest"), (own / (1 - own)).log())
+    assert torch.allclose(probe.log_odds(x, 2)[target == 2], probe.log_odds(x, target)[target == 2])
+    gap = probe.log_odds(x, target) - probe.log_odds(x, target, against="rest")
+    assert (gap >= 0).all()
+    assert (gap <= math.log(3) + 1e-12).all()
+
+
+def test_the_two_log_odds_agree_for_two_classes() -> None:
+    x, y = samples(50, 4, 2)
+    probe = LinearProbe.fit(x, y)
+    assert torch.allclose(probe.log_odds(x, y), probe.log_odds(x, y, against="rest"))
+
+
+def bad(x: object = None, y: object = None, **options: object) -> tuple[object, object, dict]:
+    good_x, good_y = torch.randn(9, 4), torch.arange(9) % 3
+    return (good_x if x is None else x), (good_y if y is None else y), options
+
+
+BAD_FITS = {
+    "x not a matrix": (bad(x=torch.zeros(9)), WidthError, r"\(n, d\)"),
+    "integer x": (bad(x=torch.zeros(9, 4).long()), WidthError, "int64"),
+    "number of labels": (bad(y=torch.zeros(8).long()), LabelError, r"\(9,\)"),
+    "labels of shape (n, 1)": (bad(y=torch.zeros(9, 1).long()), LabelError, r"\(9,\)"),
+    "floating labels": (bad(y=torch.zeros(9)), LabelError, "float32"),
+    "no examples": (
+        bad(x=torch.zeros(0, 4), y=torch.zeros(0).long()),
+        LabelError,
+        "no examples",
+    ),
+    "NaN": (bad(x=torch.full((9, 4), float("nan"))), NonFiniteError, "9 of 9"),
+    "infinity": (bad(x=torch.full((9, 4), -float("inf"))), NonFiniteError, "infinity"),
+    "negative label": (bad(y=torch.arange(9) - 1), LabelError, "-1"),
+    "label beyond n_classes": (bad(n_classes=2), LabelError, "label 2"),
+    "one class": (bad(y=torch.ones(9).long()), LabelError, "class 1"),
+    "a class missing": (bad(y=torch.arange(9) % 2 * 2), LabelError, r"\[1\]"),
+    "last class missing": (bad(n_classes=4), LabelError, r"\[3\]"),
+    "more classes than examples": (bad(n_classes=20), LabelError, "20 classes"),
+    "l2 zero": (bad(l2=0.0), LabelError, "l2"),
+    "l2 negative": (bad(l2=-1.0), LabelError, "l2"),
+    "l2 NaN": (bad(l2=float("nan")), LabelError, "l2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FITS)
+def test_bad_data_is_named(name: str) -> None:
+    (x, y, options), error, message = BAD_FITS[name]
+    with pytest.raises(error, match=message) as caught:
+        LinearProbe.fit(x, y, **options)
+    assert isinstance(caught.value, LRQPError)
+
+
+def test_an_optimum_not_reached_is_an_error() -> None:
+    x, y = samples(200, 12, 3)
+    with pytest.raises(ConvergenceError, match="max_iterations"):
+        LinearProbe.fit(x, y, max_iterations=1)
+
+
+def test_a_looser_tolerance_is_honoured() -> None:
+    x, y = samples(200, 12, 3)
+    loose = LinearProbe.fit(x, y, tolerance=1e-1).report
+    tight = LinearProbe.fit(x, y, tolerance=1e-10).report
+    assert loose is not None and tight is not None
+    assert tight.relative_gradient_norm <= 1e-10 < loose.relative_gradient_norm <= 1e-1
+    assert loose.iterations < tight.iterations
+
+
+def test_bad_use_is_named() -> None:
+    probe = LinearProbe(4, 3)
+    x = torch.zeros(5, 4)
+    with pytest.raises(LabelError, match="at least 2"):
+        LinearProbe(4, 1)
+    with pytest.raises(WidthError, match="width 4"):
+        probe(torch.zeros(5, 3))
+    with pytest.raises(TargetError, match=r"\(5,\)"):
+        probe.accuracy(x, torch.zeros(4).long())
+    with pytest.raises(TargetError, match="0 to 2"):
+        probe.log_odds(x, 3)
+    with pytest.raises(TargetError, match="0 to 2"):
+        probe.log_odds(x, torch.tensor([0, 1, 2, -1, 0]))
+    with pytest.raises(LRQPError, match="against"):
+        probe.log_odds(x, 0, against="all")
+    with pytest.raises(TargetError, match="float32"):
+        probe.log_odds(x, torch.zeros(5))
+    with pytest.raises(TargetError, match=r"\(5,\).*\(4,\)"):
+        probe.log_odds(x, torch.zeros(4).long())

@@ -1,0 +1,294 @@
+"""Saved edits: bit-exact round trips, and a named error for everything that is not an edit."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis
+from lrqp_torch.errors import LRQPError, OutputError, SavedEditError
+
+Clusters = tuple[Tensor, Tensor]
+NUMBERS, TEXT = "edit.safetensors", "edit.json"
+
+
+@pytest.fixture
+def saved(clusters: Clusters, tmp_path: Path) -> Path:
+    """The folder of a saved edit."""
+    return LRQP.fit(*clusters).save(tmp_path / "edit", site="L6.mid")
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change fields of the JSON; a value of ``...`` removes the field."""
+    content = json.loads((folder / TEXT).read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not ...}
+    (folder / TEXT).write_text(json.dumps(content))
+
+
+def rewrite_tensors(folder: Path, **changes: Tensor | None) -> None:
+    """Change tensors (None removes one), with a checksum that fits."""
+    tensors = safetensors.torch.load_file(folder / NUMBERS)
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    blob = safetensors.torch.save(tensors)
+    (folder / NUMBERS).write_bytes(blob)
+    rewrite(folder, sha256=hashlib.sha256(blob).hexdigest())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_mean", [True, False])
+def test_round_trip_is_bit_exact(
+    clusters: Clusters, tmp_path: Path, dtype: torch.dtype, with_mean: bool
+) -> None:
+    x, y = clusters[0].to(dtype), clusters[1]
+    fitted = LRQP.fit(x, y)
+    metric = fitted.metric if with_mean else Mahalanobis(fitted.metric.covariance, n_samples=None)
+    edit = LRQP(
+        fitted.probe,
+        metric,
+        log_odds=0.1,
+        rule="fixed",
+        odds="total",
+        on_infeasible="skip",
+    )
+    folder = edit.save(
+        tmp_path / "a" / "b", site="L6.mid", accuracy=0.5, nested={"list": [1, None]}
+    )
+    assert sorted(file.name for file in folder.iterdir()) == [TEXT, NUMBERS]
+    loaded = LRQP.load(folder)
+    assert set(loaded.state_dict()) == set(edit.state_dict())
+    for name, tensor in edit.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    for name in ("rule", "odds", "on_infeasible"):
+        assert getattr(loaded, name) == getattr(edit, name)
+    assert loaded.metric.shrinkage == edit.metric.shrinkage
+    assert loaded.metric.n_samples == edit.metric.n_samples
+    assert loaded.notes == {"site": "L6.mid", "accuracy": 0.5, "nested": {"list": [1, None]}}
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    before, after = edit.solve(x, 1), loaded.solve(x, 1)
+    for name in vars(before):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+
+
+def test_saving_twice_gives_the_same_bytes_and_keeps_notes(saved: Path, tmp_path: Path) -> None:
+    loaded = LRQP.load(str(saved))
+    again = loaded.save(tmp_path / "again", seed=3)
+    assert (again / NUMBERS).read_bytes() == (saved / NUMBERS).read_bytes()
+    assert LRQP.load(again).notes == {"site": "L6.mid", "seed": 3}
+    assert loaded.save(tmp_path / "again") == again
+    assert LRQP.load(again).notes == {"site": "L6.mid"}
+
+
+def test_the_solver_and_its_arguments_are_kept(clusters: Clusters, tmp_path: Path) -> None:
+    edit = LRQP.fit(*clusters, solver="DIFFCP", solver_args={"max_iter": 77})
+    loaded = LRQP.load(edit.save(tmp_path))
+    assert loaded.qp.solver_name == "DIFFCP"
+    assert loaded.qp.solver_args == edit.qp.solver_args
+    assert loaded.qp.solver_args["max_iter"] == 77
+
+
+def test_loading_to_a_device(saved: Path) -> None:
+    edit = LRQP.load(saved, device="cpu")
+    assert {tensor.device.type for tensor in edit.state_dict().values()} == {"cpu"}
+
+
+def test_nothing_is_pickled(saved: Path) -> None:
+    for file in saved.iterdir():
+        content = file.read_bytes()
+        assert not content.startswith((b"PK", b"\x80"))
+    json.loads((saved / TEXT).read_text())
+    safetensors.torch.load_file(saved / NUMBERS)
+
+
+def test_an_edit_in_half_precision_round_trips(clusters: Clusters, tmp_path: Path) -> None:
+    edit = LRQP.fit(*clusters).bfloat16()
+    loaded = LRQP.load(edit.save(tmp_path))
+    assert loaded.probe.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded(clusters[0], 1), edit(clusters[0], 1))
+
+
+def truncate(name: str, share: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / NUMBERS).read_bytes())
+    content[-100] ^= 1
+    (folder / NUMBERS).write_bytes(content)
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def fields(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, **changes)
+
+
+def tensors(**changes: Tensor | None) -> Callable[[Path], None]:
+    return lambda folder: rewrite_tensors(folder, **changes)
+
+
+def option(name: str, value: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        options = json.loads((folder / TEXT).read_text())["options"]
+        rewrite(folder, options=options | {name: value})
+
+    return damage
+
+
+def foreign_safetensors(folder: Path) -> None:
+    blob = b"not safetensors"
+    (folder / NUMBERS).write_bytes(blob)
+    rewrite(folder, sha256=hashlib.sha256(blob).hexdigest())
+
+
+def empty_folder(folder: Path) -> None:
+    remove(NUMBERS)(folder)
+    remove(TEXT)(folder)
+
+
+def json_is_a_folder(folder: Path) -> None:
+    remove(TEXT)(folder)
+    (folder / TEXT).mkdir()
+
+
+nan = torch.full((3,), float("nan"))
+asymmetric = torch.eye(12, dtype=torch.float64)
+asymmetric[0, 1] = 0.5
+indefinite = torch.eye(12, dtype=torch.float64)
+indefinite[0, 0] = -1
+
+DAMAGES = {
+    "empty folder": (empty_folder, "missing"),
+    "no folder": (shutil.rmtree, "missing"),
+    "numbers missing": (remove(NUMBERS), "missing"),
+    "text missing": (remove(TEXT), "missing"),
+    "text is a folder": (json_is_a_folder, "missing"),
+    "numbers truncated": (truncate(NUMBERS, 0.7), "checksum"),
+    "numbers empty": (truncate(NUMBERS, 0), "checksum"),
+    "one bit flipped": (flip_a_bit, "checksum"),
+    "text truncated": (truncate(TEXT, 0.7), "JSON"),
+    "text empty": (truncate(TEXT, 0), "JSON"),
+    "text not UTF-8": (write(TEXT, b"\xff\xfe\xfa"), "JSON"),
+    "text nested without end": (write(TEXT, b"[" * 200_000), "JSON"),
+    "text far too long": (write(TEXT, b" " * 2_000_000), "larger"),
+    "text a list": (write(TEXT, b"[1, 2]"), "does not describe"),
+    "foreign text": (write(TEXT, b'{"architectures": ["GPT2LMHeadModel"]}'), "does not describe"),
+    "foreign numbers": (foreign_safetensors, "safetensors"),
+    "other format": (fields(format="lrqp_torch.probe"), "does not describe"),
+    "newer": (fields(version=2), "version 2.*update"),
+    "no version": (fields(version=...), "version None"),
+    "no checksum": (fields(sha256=...), "sha256"),
+    "no options": (fields(options=...), "options"),
+    "options a list": (fields(options=[]), "options"),
+    "options empty": (fields(options={}), "options.rule"),
+    "notes a string": (fields(notes="x"), "notes"),
+    "n_classes a string": (fields(n_classes="3"), "n_classes"),
+    "n_samples a string": (fields(n_samples="many"), "n_samples"),
+    "shrinkage NaN": (fields(shrinkage=float("nan")), "NaN"),
+    "note infinite": (fields(notes={"a": float("inf")}), "Infinity"),
+    "other n_classes": (fields(n_classes=4), r"probe.weight should be \(4, 12\)"),
+    "other width": (fields(width=11), "probe.weight"),
+    "one class": (fields(n_classes=1), "probe.weight"),
+    "unknown option": (option("extra", 1), "options.extra"),
+    "unknown rule": (option("rule", "mirrored"), "rule"),
+    "unknown odds": (option("odds", "all"), "odds"),
+    "unknown on_infeasible": (option("on_infeasible", "ignore"), "on_infeasible"),
+    "rule a number": (option("rule", 1), "options.rule"),
+    "solver_args a list": (option("solver_args", []), "options.solver_args"),
+    "unknown solver": (option("solver", "SIMPLEX"), "SIMPLEX"),
+    "weight missing": (tensors(probe__weight=None), "probe.weight.*nothing"),
+    "covariance missing": (tensors(metric__covariance=None), "metric.covariance"),
+    "floor missing": (tensors(log_odds=None), "log_odds"),
+    "bias of another shape": (tensors(probe__bias=torch.zeros(4)), "probe.bias"),
+    "mean of another shape": (tensors(metric__mean=torch.zeros(11)), "mean"),
+    "floor a vector": (tensors(log_odds=torch.zeros(1)), "log_odds"),
+    "unknown tensor": (tensors(extra=torch.zeros(1)), "extra"),
+    "NaN in bias": (tensors(probe__bias=nan), "probe.bias holds NaN"),
+    "infinite floor": (tensors(log_odds=torch.tensor(float("inf"))), "log_odds holds NaN"),
+    "integer bias": (tensors(probe__bias=torch.zeros(3).long()), "non-floating"),
+    "asymmetric covariance": (tensors(metric__covariance=asymmetric), "symmetric"),
+    "indefinite covariance": (tensors(metric__covariance=indefinite), "negative"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_not_an_edit_is_refused_by_name(saved: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    LRQP.load(saved)
+    damage(saved)
+    with pytest.raises(SavedEditError, match=message) as caught:
+        LRQP.load(saved)
+    assert isinstance(caught.value, LRQPError)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_path_to_a_file_is_refused(saved: Path) -> None:
+    for file in (saved / TEXT, saved / NUMBERS):
+        with pytest.raises(SavedEditError, match="give the folder"):
+            LRQP.load(file)
+
+
+def test_files_of_two_edits_do_not_mix(clusters: Clusters, saved: Path, tmp_path: Path) -> None:
+    other = LRQP.fit(*clusters, l2=1.0).save(tmp_path / "other")
+    shutil.copy(other / NUMBERS, saved / NUMBERS)
+    with pytest.raises(SavedEditError, match="checksum"):
+        LRQP.load(saved)
+
+
+def test_a_folder_that_cannot_be_written(clusters: Clusters, tmp_path: Path) -> None:
+    edit = LRQP.fit(*clusters)
+    (tmp_path / "file").write_text("here already")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
+        with pytest.raises(OutputError, match="cannot write"):
+            edit.save(path)
+    assert (tmp_path / "file").read_text() == "here already"
+
+
+def test_notes_must_be_json(clusters: Clusters, tmp_path: Path) -> None:
+    edit = LRQP.fit(*clusters)
+    for note in (torch.zeros(1), float("nan"), object()):
+        with pytest.raises(OutputError, match="plain JSON"):
+            edit.save(tmp_path / "new", note=note)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_save_leaves_the_old_edit_whole(
+    clusters: Clusters, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    def full_disk(*_: object) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OutputError, match="no space left"):
+        LRQP.fit(*clusters, l2=1.0).save(saved)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    LRQP.load(saved)
+
+
+def test_the_probe_alone_keeps_its_class(saved: Path) -> None:
+    loaded = LRQP.load(saved)
+    assert isinstance(loaded.probe, LinearProbe)
+    assert isinstance(loaded.metric, Mahalanobis)
