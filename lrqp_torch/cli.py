@@ -47,7 +47,15 @@ def common(
     """Options of every command."""
 
 
-@app.command()
+@app.command(
+    help="Find where a model uses the order of two names, by editing it.\n\n"
+    'For prompts such as "When Mary and John went to the store, John gave a drink to", fit a probe '
+    'for the order of the names at the second "John", at every site of the residual stream. Then '
+    "edit the activation there until the probe believes the other order, on held-out prompts, and "
+    "count the answers that flip.\n\n"
+    "Writes results.json, prompts.safetensors and the figures sweep, histogram and scatter, and "
+    "prints a summary beside the figures published for GPT-2 small."
+)
 def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for results and figures; made if needed.")],
     model: Annotated[
@@ -92,21 +100,14 @@ def reproduce(
         bool, typer.Option("--debug", help="Show the whole traceback of an error.")
     ] = False,
 ) -> None:
-    """Find where a model uses the order of two names, by editing it.
-
-    For prompts such as "When Mary and John went to the store, John gave a drink to", fit a probe
-    for the order of the names at the second "John", at every site of the residual stream. Then
-    edit the activation there until the probe believes the other order, on held-out prompts, and
-    count the answers that flip. Writes results.json, prompts.safetensors and the figures sweep,
-    histogram and scatter, and prints a summary beside the figures published for GPT-2 small.
-    """
+    """Run the study and report on it; bad input is one message and exit code 2."""
     errors = Console(stderr=True)
     try:
         from transformers.utils.logging import disable_progress_bar
 
         from lrqp_torch.study.report import print_summary
-        from lrqp_torch.study.reproduce import Settings
         from lrqp_torch.study.reproduce import reproduce as run_study
+        from lrqp_torch.study.settings import Settings
 
         disable_progress_bar()  # it would run through ours
         settings = Settings(

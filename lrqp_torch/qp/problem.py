@@ -24,7 +24,7 @@ SOLVERS = (ACTIVE_SET, "DIFFCP", "MOREAU", "CUCLARABEL")
 # 1e-12. Interior-point methods end at a small duality gap, and where the square is posed as a
 # second-order cone (DIFFCP) the solution is only as good as the root of that gap.
 KKT_TOLERANCE = 1e-8
-EXTERNAL_KKT_TOLERANCE = 1e-4
+EXTERNAL_KKT_TOLERANCE = 1e-3
 # In half precision each round of reading back and raising the floor leaves a fresh rounding
 # error; three or four rounds are usual, and the bound only guards against a loop without end.
 MAX_ROUNDS = 24
