@@ -1,9 +1,10 @@
 """The least edit to a model's activations that provably changes what a linear probe reads."""
 
 from lrqp_torch import errors, sites
+from lrqp_torch.activations import capture
 from lrqp_torch.covariance import Covariance, Mahalanobis
 from lrqp_torch.edit import LRQP
-from lrqp_torch.hooks import EditContext, Intervention, capture, intervene
+from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.positions import position_ids
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, Solution, Status

@@ -18,10 +18,10 @@ from lrqp_torch.errors import (
     SolverError,
     WidthError,
 )
-from lrqp_torch.hooks import Intervention, intervene
+from lrqp_torch.intervention import Intervention, intervene
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution, Status
-from lrqp_torch.qp.checks import check_classes, check_finite
+from lrqp_torch.qp.checks import check_classes
 from lrqp_torch.qp.problem import ACTIVE_SET, SOLVERS, Realise
 from lrqp_torch.run import EditRun
 from lrqp_torch.saving import load_edit, save_edit
@@ -148,7 +148,6 @@ class LRQP(nn.Module):
         geometry = self.geometry(x.device)
         if x.ndim != 2 or x.shape[1] != geometry.width:
             raise WidthError(f"activations must be (B, {geometry.width}), got {tuple(x.shape)}")
-        check_finite(x)
         target = self._classes(x, target, "target")
         floor = self._floor(x, target, source, geometry)
         solution = self.qp.solve(x, target, floor, geometry, realise=realise)
@@ -171,7 +170,7 @@ class LRQP(nn.Module):
         Args:
             model: a transformers model; it is not changed.
             site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T); see :func:`~.hooks.intervene`.
+            positions: LongTensor (B,), (B, n) or BoolTensor (B, T).
             target: class to write: one for all, (B,) one an example, or the shape of positions.
             source: class that holds now, in the same shapes; default the probe's own reading.
 
@@ -201,7 +200,9 @@ class LRQP(nn.Module):
         # The probe is small enough to compare by value, which sees every way of changing it:
         # .data, .double() and the like leave no trace in a tensor's version.
         probe, metric = moved[:2], self.metric.covariance
-        mark = (device, metric._version, metric.data_ptr())
+        # A tensor made in inference mode counts no versions, and cannot be changed in place.
+        version = None if metric.is_inference() else metric._version
+        mark = (device, version, metric.data_ptr())
         kept = self._geometry
         if (
             kept is None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import EditNeverFiredError, TargetError
-from lrqp_torch.hooks import EditContext
+from lrqp_torch.intervention import EditContext
 from lrqp_torch.positions import Positions
 from lrqp_torch.qp import Solution, Status
 

@@ -519,3 +519,12 @@ def test_the_floor_survives_half_precision(clusters: Clusters) -> None:
     x, y = clusters
     edit = LRQP.fit(x, y, log_odds=9.7, rule="fixed").half()
     assert (edit.solve(x, 0).floor == 9.7).all()
+
+
+def test_an_edit_made_in_inference_mode_works_there_and_outside() -> None:
+    x = torch.randn(60, 6, dtype=torch.float64)
+    y = torch.arange(60) % 2
+    with torch.inference_mode():
+        edit = LRQP.fit(x, y)
+        inside = edit(x, 1 - y)
+    torch.testing.assert_close(edit(x, 1 - y), inside, rtol=0, atol=0)
