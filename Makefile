@@ -22,11 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, for example: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) --editable '.[plots,gguf,dev]'
+	$(PIP) --editable '.[plots,report,gguf,dev]'
 	touch $@
 
+# One thread: the bundled model is so small that more threads only wait for each other.
 demo: $(STAMP)
-	$(BIN)/lrqp reproduce --model organism --n 1000 --prefixes bundled --sites all --out results/organism
+	OMP_NUM_THREADS=1 $(BIN)/lrqp reproduce --model organism --n 1000 --prefixes bundled --sites all --out results/organism
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

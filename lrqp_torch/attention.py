@@ -169,6 +169,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The family's eager attention, with the pattern shown to those who asked for it."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    if attention_mask is not None and attention_mask.dtype == torch.float64:
+        # Some families take the softmax in float32, where float64's lowest number is −∞, and a
+        # padding token that may attend to nothing would become NaN.
+        attention_mask = attention_mask.clamp_min(torch.finfo(torch.float32).min)
     output, pattern = eager(module, query, key, value, attention_mask, **options)
     edited = pattern
     for visit in _visits.get(id(module), []):

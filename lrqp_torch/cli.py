@@ -1,8 +1,11 @@
 """The ``lrqp`` command."""
 
+import inspect
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +14,18 @@ from lrqp_torch.errors import LRQPError, SettingError
 
 if TYPE_CHECKING:
     from lrqp_torch.covariance import Shrinkage
+
+# Named here and not read from the study, so that --help need not import torch.
+PARTS = {
+    "flipping": "Sweep over sites: what a probe can read there, and which answers an edit flips.",
+    "geometry": "Principal directions at S2, and how much of them is the order of the names.",
+    "probing": "Linear probes for the facts about a prompt, at every site, beside their controls.",
+    "dose": "Edits at the best site over a range of odds: how much belief flips an answer.",
+    "heads": "Attention heads: where they look, what they write, and their roles.",
+    "circuit": "What S-inhibition heads report and where name movers look under the edit.",
+    "mediation": "Whether the edit works through the attention patterns of the name movers.",
+}
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="lrqp",
@@ -47,14 +62,18 @@ def common(
     """Options of every command."""
 
 
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
 @app.command(
-    help="Find where a model uses the order of two names, by editing it.\n\n"
+    help="Find where a model uses the order of two names, by editing it: the whole study.\n\n"
     'For prompts such as "When Mary and John went to the store, John gave a drink to", fit a probe '
     'for the order of the names at the second "John", at every site of the residual stream. Then '
     "edit the activation there until the probe believes the other order, on held-out prompts, and "
-    "count the answers that flip.\n\n"
-    "Writes results.json, prompts.safetensors and the figures sweep, histogram and scatter, and "
-    "prints a summary beside the figures published for GPT-2 small."
+    "count the answers that flip. The other parts ask what else can be read there, how much belief "
+    "it takes, and which attention heads carry the change.\n\n"
+    "Writes report.html, results.json, prompts.safetensors, prompts.json and the figures as PNG "
+    "and SVG, and prints a summary beside the figures published for GPT-2 small."
 )
 def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for results and figures; made if needed.")],
@@ -78,7 +97,23 @@ def reproduce(
             help="all (the stream before and within every block), or names such as L6.mid,L7.pre."
         ),
     ] = "all",
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    parts: Annotated[
+        str,
+        typer.Option(help=f"all, or some of {','.join(PARTS)}; those that they need run too."),
+    ] = "all",
+    compare_task: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare-task/--no-compare-task",
+            help="Run the task with and without prefixes, side by side.",
+            show_default="where there are prefixes",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with what a stopped run left in the folder."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     train_share: Annotated[
@@ -96,13 +131,13 @@ def reproduce(
     figures: Annotated[
         bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG figures.")
     ] = True,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
-    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write the interactive report.html.")
+    ] = True,
+    debug: Debug = False,
 ) -> None:
     """Run the study and report on it; bad input is one message and exit code 2."""
-    errors = Console(stderr=True)
-    try:
+    with _messages(debug):
         from transformers.utils.logging import disable_progress_bar
 
         from lrqp_torch.study.report import print_summary
@@ -124,18 +159,79 @@ def reproduce(
             l2=l2,
             shrinkage=_shrinkage(shrinkage),
             figures=figures,
+            report=report,
+            parts=parts,
+            compare_task=compare_task,
+            resume=resume,
         )
-        results = run_study(settings, progress=True)
+        try:
+            results = run_study(settings, progress=True)
+        except KeyboardInterrupt:
+            _say_what_is_kept(out)
+            raise typer.Exit(INTERRUPTED) from None
+    console = Console()
+    print_summary(results, console)
+    where = f"Results are in {out}" + (f"; open {out / 'report.html'}." if report else ".")
+    console.print(where, highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(name="report", help="Write report.html anew from the results in a folder.")
+def report_again(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a finished study.")],
+    debug: Debug = False,
+) -> None:
+    """Rewrite the report; bad input is one message and exit code 2."""
+    with _messages(debug):
+        from lrqp_torch.study.reproduce import rewrite_report
+
+        path = rewrite_report(folder)
+    typer.echo(f"Wrote {path}.")
+
+
+def _command_of(part: str) -> Callable[..., None]:
+    """The command that runs one part: ``reproduce`` without the option for parts."""
+
+    def run(**options: Any) -> None:
+        reproduce(parts=part, **options)
+
+    signature = inspect.signature(reproduce)
+    options = [p for name, p in signature.parameters.items() if name != "parts"]
+    run.__annotations__ = {p.name: p.annotation for p in options}
+    # Typer reads a command's options from here.
+    run.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return run
+
+
+for _part, _help in PARTS.items():
+    app.command(name=_part, help=f"{_help}\n\nRuns this part of the study, and those it needs.")(
+        _command_of(_part)
+    )
+
+
+@contextmanager
+def _messages(debug: bool) -> Iterator[None]:
+    """Turn the package's errors into one message and exit code 2."""
+    try:
+        yield
     except LRQPError as error:
         if debug:
             raise
-        errors.print(
+        Console(stderr=True).print(
             f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
         )
         raise typer.Exit(2) from error
-    console = Console()
-    print_summary(results, console)
-    console.print(f"Results are in {out}.", highlight=False, soft_wrap=True)
+
+
+def _say_what_is_kept(out: Path) -> None:
+    from lrqp_torch.study.parts import Kept, PartStore
+
+    kept = Kept.of(PartStore(out, {}))
+    Console(stderr=True).print(
+        f"Stopped. {kept.in_words()} Go on with the same command and --resume.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _shrinkage(text: str) -> "Shrinkage":

@@ -107,6 +107,8 @@ def _require_writable(folder: Path) -> None:
 
 def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     model.save_pretrained(folder)
+    # The weights are written readable by their owner alone, but belong to an installed package.
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 

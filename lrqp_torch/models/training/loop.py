@@ -36,7 +36,7 @@ class Recipe:
         last_used: The last such site.
     """
 
-    steps: int = 2600
+    steps: int = 3500
     seed: int = 0
     batch: int = 96
     pool: int = 4000
@@ -86,7 +86,7 @@ class Progress:
     @property
     def push(self) -> float:
         """Greatest size of a push at an early site; too hard while the mechanism forms."""
-        return 2.5 if self.stage == 2 else 0.5
+        return 4.0 if self.stage == 2 else 0.5
 
     def advance(self) -> None:
         """Make the task harder once the present one is mastered."""

@@ -142,7 +142,7 @@ def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: in
         ),
         interchange_n=n,
         threshold={"used_from": USED_FROM, "not_used_to": UNUSED_TO},
-        clean_accuracy={name: float(given.right.float().mean()) for name, given in answers.items()},
+        clean_accuracy={name: _share(given.right) for name, given in answers.items()},
         clean_logit_difference={
             name: float(given.difference.mean()) for name, given in answers.items()
         },
@@ -165,7 +165,7 @@ def interchange_flip_rates(model: GPT2LMHeadModel, prompts: Prompts) -> dict[str
     """
     twins = ask(model, prompts.twins()).streams
     return {
-        name: float((ask(model, prompts, site, twins[site]).difference < 0).float().mean())
+        name: _share(ask(model, prompts, site, twins[site]).difference < 0)
         for site, name in enumerate(site_names(model.config.n_layer))
     }
 
@@ -201,14 +201,18 @@ def linear_flip_rates(
             sign = 2.0 * target - 1
             dose = (goal - sign * score).clamp(min=0) * sign / (weight @ direction)
             edited = before[site] + dose[:, None] * direction
-            flips.append(float((ask(model, asked, site, edited).difference < 0).float().mean()))
-        accuracy = float(((score > 0) == (asked.abb == 1)).float().mean())
+            flips.append(_share(ask(model, asked, site, edited).difference < 0))
+        accuracy = _share((score > 0) == (asked.abb == 1))
         rates[name] = {
             "flip_rate": flips[0],
             "control_flip_rate": flips[1],
             "probe_accuracy": accuracy,
         }
     return rates
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)
 
 
 def _logistic(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""The post's results: where the order of the names is knowable, and where it is used."""

@@ -1,0 +1,196 @@
+"use strict";
+(() => {
+  const { figures, shared } = JSON.parse(document.getElementById("report-data").textContent);
+  const root = document.documentElement;
+  const narrowBelow = 560;
+  const byTouch = matchMedia("(pointer: coarse)").matches;
+
+  // ---- theme ---------------------------------------------------------------------------------
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const button = document.getElementById("theme");
+  // Figures name their colours for a light page; these are their counterparts on a dark one.
+  const onDark = {
+    "#000000": "#e4e6e8", "black": "#e4e6e8", "#222222": "#e4e6e8", "#333333": "#d3d6d9",
+    "#444444": "#c3c7cb", "#555555": "#b4b9be", "#666666": "#a9aeb4", "#767676": "#9aa1a8",
+    "#888888": "#969da4", "#999999": "#8f969d", "#0072b2": "#4fa8e0", "#d55e00": "#f0813a",
+    "#009e73": "#2fc196", "#cc79a7": "#dd95bd", "#e69f00": "#f0b340", "white": "#1b1f23",
+    "#ffffff": "#1b1f23",
+  };
+
+  const isDark = () =>
+    root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches;
+
+  const template = () => {
+    const style = getComputedStyle(root);
+    const [ink, muted, line, surface] = ["--ink", "--muted", "--line", "--surface"].map((name) =>
+      style.getPropertyValue(name).trim(),
+    );
+    const axis = {
+      automargin: true, gridcolor: line, linecolor: muted, tickcolor: muted, zerolinecolor: muted,
+      zerolinewidth: 1, ticks: "outside", ticklen: 4, showline: true,
+      title: { font: { size: 13, color: ink }, standoff: 8 }, tickfont: { color: muted },
+    };
+    const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+    return {
+      layout: {
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+        font: { family: style.getPropertyValue("--interface"), size: 12.5, color: ink },
+        colorway: isDark() ? colours.map((colour) => onDark[colour] ?? colour) : colours,
+        xaxis: axis, yaxis: axis,
+        margin: { l: 60, r: 20, t: 36, b: 50 },
+        legend: { bgcolor: "rgba(0,0,0,0)", font: { size: 12 } },
+        hoverlabel: {
+          bgcolor: surface, bordercolor: muted, align: "left", namelength: -1,
+          font: { family: style.getPropertyValue("--interface"), size: 12.5, color: ink },
+        },
+        coloraxis: { colorbar: { outlinewidth: 0 } },
+        annotationdefaults: { font: { color: ink } },
+      },
+    };
+  };
+
+  // ---- figures -------------------------------------------------------------------------------
+  /** A figure with its shared arrays in place and, on a dark page, its colours exchanged. */
+  const expand = (value, key) => {
+    if (typeof value === "string") {
+      return isDark() && key !== "text" ? (onDark[value.toLowerCase()] ?? value) : value;
+    }
+    if (Array.isArray(value)) return value.map((item) => expand(item, key));
+    if (value === null || typeof value !== "object") return value;
+    if ("$shared" in value) {
+      const array = shared[value.$shared];
+      return key === "color" && Array.isArray(array) ? expand(array, key) : array;
+    }
+    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, expand(item, name)]));
+  };
+
+  const adapt = (layout, width) => {
+    layout.template = template();
+    layout.autosize = true;
+    delete layout.width;
+    layout.height ??= 440;
+    if (byTouch) layout.dragmode = false; // else it eats scrolling
+    if (width >= narrowBelow) return layout;
+    layout.margin = { ...layout.margin, l: 44, r: 10 };
+    layout.font = { ...layout.font, size: 11 };
+    if (layout.showlegend !== false) {
+      layout.legend = {
+        ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.16, yanchor: "top",
+        font: { size: 11 },
+      };
+    }
+    return layout;
+  };
+
+  const choiceOf = (plot) =>
+    Number(document.querySelector(`select[data-panel="${plot.dataset.panel}"]`)?.value ?? 0);
+
+  const draw = async (plot) => {
+    const figure = figures[plot.dataset.panel][choiceOf(plot)];
+    plot.dataset.state = "drawing";
+    plot.setAttribute("aria-label", figure.label);
+    const layout = adapt(expand(figure.layout), plot.clientWidth);
+    // Room is kept before the figure is there, so that the page does not jump.
+    plot.style.minHeight = `${layout.height}px`;
+    await Plotly.react(plot, expand(figure.data), layout, {
+      responsive: true, displaylogo: false, displayModeBar: byTouch ? false : "hover",
+      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+      toImageButtonOptions: { format: "svg", filename: plot.dataset.panel },
+    });
+    plot.dataset.narrow = String(plot.clientWidth < narrowBelow);
+    plot.dataset.state = "ready";
+  };
+
+  const plots = [...document.querySelectorAll(".plot")];
+  const drawn = () => plots.filter((plot) => plot.dataset.state);
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (isIntersecting && !target.dataset.state) draw(target);
+      }
+    },
+    { rootMargin: "800px 0px" },
+  );
+  for (const plot of plots) {
+    plot.style.minHeight = `${figures[plot.dataset.panel][0].layout.height ?? 440}px`;
+    near.observe(plot);
+  }
+  for (const select of document.querySelectorAll("select[data-panel]")) {
+    select.addEventListener("change", () =>
+      draw(document.querySelector(`.plot[data-panel="${select.dataset.panel}"]`)),
+    );
+  }
+  addEventListener("beforeprint", () => plots.filter((plot) => !plot.dataset.state).forEach(draw));
+
+  let resizing;
+  addEventListener("resize", () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(() => {
+      for (const plot of drawn()) {
+        if (plot.dataset.narrow !== String(plot.clientWidth < narrowBelow)) draw(plot);
+      }
+    }, 150);
+  });
+
+  const showTheme = () => {
+    button.textContent = isDark() ? "Light" : "Dark";
+    button.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
+    button.setAttribute("aria-pressed", String(isDark()));
+    drawn().forEach(draw);
+  };
+  try {
+    const kept = localStorage.getItem("lrqp-theme");
+    if (kept === "light" || kept === "dark") root.dataset.theme = kept;
+  } catch { /* storage may be switched off; the choice then lasts as long as the page */ }
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    try {
+      localStorage.setItem("lrqp-theme", root.dataset.theme);
+    } catch { /* as above */ }
+    showTheme();
+  });
+  prefersDark.addEventListener("change", showTheme);
+  showTheme();
+
+  // ---- tables --------------------------------------------------------------------------------
+  const compare = (a, b) => {
+    const [x, y] = [Number(a), Number(b)];
+    if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
+    return a.localeCompare(b, undefined, { numeric: true });
+  };
+  for (const heading of document.querySelectorAll("table.sortable th")) {
+    heading.querySelector("button").addEventListener("click", () => {
+      const descending = heading.getAttribute("aria-sort") === "ascending";
+      for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const body = heading.closest("table").tBodies[0];
+      const value = (row) => row.cells[heading.cellIndex].dataset.value;
+      const rows = [...body.rows].sort((one, two) => {
+        const [a, b] = [value(one), value(two)];
+        // Missing values come last, whichever way the others run.
+        if (a === undefined || b === undefined) return (a === undefined) - (b === undefined);
+        return descending ? compare(b, a) : compare(a, b);
+      });
+      body.append(...rows);
+    });
+  }
+
+  // ---- contents ------------------------------------------------------------------------------
+  const contents = document.querySelector(".contents details");
+  if (matchMedia("(max-width: 64rem)").matches) contents.open = false;
+  const links = new Map(
+    [...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]),
+  );
+  const spy = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        for (const link of links.values()) link.removeAttribute("aria-current");
+        links.get(target.id)?.setAttribute("aria-current", "true");
+      }
+    },
+    { rootMargin: "-10% 0px -80% 0px" },
+  );
+  document.querySelectorAll("section[id], .panel[id]").forEach((part) => spy.observe(part));
+})();

@@ -1,0 +1,91 @@
+"""What all parts of a study share: the model, the prompts of both tasks, and clean activations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.activations import capture
+from lrqp_torch.ioi import IOIDataset
+
+Advance = Callable[[int], object]
+"""Called with the number of units of work just done, to move a progress bar."""
+
+
+def no_progress(done: int) -> None:
+    """The default of every ``advance`` argument."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One version of the task: prompts to fit on and prompts held out, padded on the left.
+
+    Attributes:
+        name: ``"plain"`` (no prefix) or ``"prefixed"`` (a sentence before each prompt).
+        train: prompts to fit on.
+        test: prompts held out; none of them is in ``train``.
+    """
+
+    name: str
+    train: IOIDataset
+    test: IOIDataset
+
+
+@dataclass
+class StudyContext:
+    """The model and its prompts, with the clean activations computed once for all parts.
+
+    Attributes:
+        model: a transformers causal language model in evaluation mode.
+        task: the task under study.
+        other_task: the other version, for comparison; None where it was not asked for.
+        sites: site names in order of computation.
+        batch_size: prompts a forward pass.
+        seed: of everything random in the analysis, such as bootstrap and shuffled labels.
+        device: where the model is.
+    """
+
+    model: nn.Module
+    task: Task
+    other_task: Task | None
+    sites: list[str]
+    batch_size: int
+    seed: int
+    device: torch.device
+    _activations: dict[tuple[str, str, str], dict[str, Tensor]] = field(default_factory=dict)
+
+    def activations(
+        self,
+        task: Task,
+        split: str,
+        position: str,
+        sites: Sequence[str] | None = None,
+        advance: Advance = no_progress,
+    ) -> dict[str, Tensor]:
+        """Clean activations by site, (n, d) each in float32 on the model's device; kept.
+
+        Args:
+            task: one of the two tasks.
+            split: ``"train"`` or ``"test"``.
+            position: a key of ``IOIDataset.positions``, such as ``"S2"`` or ``"END"``.
+            sites: which; default all of the study's.
+            advance: called with the number of prompts after each batch that had to be run.
+        """
+        wanted = list(self.sites if sites is None else sites)
+        kept = self._activations.setdefault((task.name, split, position), {})
+        missing = [site for site in wanted if site not in kept]
+        if missing:
+            data: IOIDataset = getattr(task, split)
+            pieces: list[dict[str, Tensor]] = []
+            for start in range(0, len(data), self.batch_size):
+                batch = data[start : start + self.batch_size].to(self.device)
+                at = batch.positions[position]
+                pieces.append(capture(self.model, batch.inputs, missing, positions=at))
+                advance(len(batch))
+            kept.update({site: torch.cat([p[site] for p in pieces]).float() for site in missing})
+        return {site: kept[site] for site in wanted}
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator from the study's seed; parts do not share random streams."""
+        return torch.Generator().manual_seed(self.seed)

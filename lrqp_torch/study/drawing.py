@@ -1,0 +1,98 @@
+"""How the figures about attention heads are made and written."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrqp_torch.errors import MissingExtraError
+from lrqp_torch.study.figures import (
+    _STYLE,
+    CLEAN,
+    CONTROL,
+    COUNTERFACTUAL,
+    FORMATS,
+    require_matplotlib,
+)
+from lrqp_torch.study.results import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONDITION_COLOURS = {"clean": CLEAN, "control": CONTROL, "counterfactual": COUNTERFACTUAL}
+
+DIVERGING: list[tuple[float, str]] = [(0.0, "#0072B2"), (0.5, "#F2F2F2"), (1.0, "#D55E00")]
+"""Colours from below zero to above for plotly; blue and vermilion of Okabe and Ito."""
+
+RISING: list[tuple[float, str]] = [(0.0, "#F2F2F2"), (1.0, "#0072B2")]
+"""Colours from zero up for plotly."""
+
+
+def write_figures(makers: Mapping[str, Callable[[], "Figure"]], folder: Path) -> list[Path]:
+    """Make matplotlib figures in the study's style and write each as PNG and SVG.
+
+    Args:
+        makers: file name without ending to a function that draws the figure.
+        folder: an existing folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for name, make in makers.items():
+            figure = make()
+            for suffix in FORMATS:
+                path = folder / f"{name}.{suffix}"
+                metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+                with written_whole(path) as temporary:
+                    figure.savefig(temporary, dpi=150, metadata=metadata)
+                paths.append(path)
+    return paths
+
+
+def interactive(traces: list[dict[str, Any]], **layout: Any) -> Any:
+    """A plotly figure without a theme of its own: the report gives it one.
+
+    Args:
+        traces: plotly traces, each with its ``type``.
+        layout: plotly layout.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    try:
+        go = import_module("plotly.graph_objects")
+    except ImportError as error:
+        raise MissingExtraError(
+            "the interactive report needs plotly: install it with `pip install plotly`"
+        ) from error
+    clear = "rgba(0,0,0,0)"
+    return go.Figure(
+        data=traces,
+        layout={"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear} | layout,
+    )
+
+
+def as_percent(share: float | None) -> str:
+    """A share for readers, or a dash."""
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def as_interval(interval: list[float] | None, digits: int = 2) -> str:
+    """An interval for readers, ``"0.31 to 0.42"``, or a dash."""
+    if interval is None:
+        return "–"
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number for readers with its sign: ``"+0.31"`` or ``"−0.20"``."""
+    return f"{value:+.{digits}f}".replace("-", "−")

@@ -1,0 +1,184 @@
+"""The roles that attention heads play in the task, and the rules by which a program finds them.
+
+Source of the roles: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrqp_torch.errors import SiteError
+from lrqp_torch.sites import Site
+
+PREVIOUS, DUPLICATE, INDUCTION = "previous token", "duplicate token", "induction"
+S_INHIBITION = "S-inhibition"
+MOVER, NEGATIVE, BACKUP = "name mover", "negative name mover", "backup name mover"
+WRITER = "answer writer"
+ROLES = (PREVIOUS, DUPLICATE, INDUCTION, S_INHIBITION, MOVER, NEGATIVE, BACKUP, WRITER)
+"""The published roles, and answer writers: heads with a large direct effect wherever they look, so
+that a model which carries names to the answer by way of other tokens is not left without any."""
+
+ATTENTION = 0.3
+"""A head has a role only if it puts at least this much attention where the role says, on average
+over prompts; a head that ignores the content puts about one over the number of tokens there."""
+
+BACKUP_ATTENTION = 0.1
+"""The same for backup name movers, which attend to IO less."""
+
+SELECTIVE = 2.0
+"""Name movers of all kinds attend to IO at least this many times as much as to S1."""
+
+STRONG = 0.2
+"""A name mover's direct effect on the answer is at least this share of the strongest one among the
+heads that attend to IO as a name mover does, and half of this share of the strongest of all heads;
+an answer writer's, this share of the strongest of all.
+
+A direct effect counts by the end of its 95 % interval that is nearer to 0, and not at all where the
+interval includes 0: a head that copies either name alike has an effect that differs from prompt to
+prompt, and from 0 by chance."""
+
+WEAK = 0.01
+"""A backup's is at least this share: less is no effect worth a name."""
+
+EFFECT = 0.01
+"""Without an S-inhibition head, the name movers' attention to IO less that to S1 falls by this."""
+
+WRITING_EFFECT = 0.02
+"""In a model without name movers: the answer writers' direct effect falls by this share of it."""
+
+RULES: dict[str, str] = {
+    PREVIOUS: f"attention S1+1 → S1 at least {ATTENTION}",
+    DUPLICATE: f"attention S2 → S1 at least {ATTENTION}",
+    INDUCTION: f"attention S2 → S1+1 at least {ATTENTION}",
+    S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output at "
+    "END set to its mean over prompts) the name movers' attention to IO less that to S1 falls by "
+    f"at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
+    f"answer writers' direct effect falls instead, by at least {WRITING_EFFECT:.0%} of it",
+    MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and a "
+    f"direct effect for IO of at least {STRONG:.0%} of the strongest among heads with such "
+    f"attention and {STRONG / 2:.0%} of the strongest of all (direct effects by the end of their "
+    "95 % interval nearer to 0)",
+    NEGATIVE: "the same attention, and such a direct effect against IO",
+    BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to S1, a "
+    "direct effect for IO of at least "
+    f"{WEAK:.0%} of the strongest head's, in the layers from the lowest name mover on, and no name "
+    "mover itself: candidates only, since a backup shows itself when name movers are removed, "
+    "which is not done here",
+    WRITER: f"a direct effect for IO of at least {STRONG:.0%} of the strongest head's, whatever "
+    "the head attends to",
+}
+"""What the program asks of a head before it gives it a role, in words."""
+
+_PUBLISHED: dict[str, str] = {
+    PREVIOUS: "2.2 4.11",
+    DUPLICATE: "0.1 3.0 0.10",
+    INDUCTION: "5.5 5.9 5.8 6.9",
+    S_INHIBITION: "7.3 7.9 8.6 8.10",
+    MOVER: "9.9 9.6 10.0",
+    NEGATIVE: "10.7 11.10",
+    BACKUP: "9.0 9.7 10.1 10.2 10.6 10.10 11.2 11.9",
+}
+_HEAD = re.compile(r"L(\d+)\.H(\d+)")
+
+
+def head_name(layer: int, head: int) -> str:
+    """``"L9.H6"`` for head 6 of layer 9."""
+    return f"L{layer}.H{head}"
+
+
+def parse_head(name: str) -> tuple[int, int]:
+    """Layer and number of a head's name.
+
+    Raises:
+        SiteError: the name does not read ``Ln.Hh``.
+    """
+    match = _HEAD.fullmatch(name)
+    if match is None:
+        raise SiteError(f"{name!r} is no head; write L<layer>.H<head>, as in 'L9.H6'")
+    return int(match[1]), int(match[2])
+
+
+def published_heads(config: Any) -> dict[str, list[str]] | None:
+    """The published heads by role if the model is GPT-2 small, else None.
+
+    It is recognised by its name (or its folder's), ``gpt2``, and its shape.
+    """
+    name = Path(str(getattr(config, "_name_or_path", ""))).name
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.hidden_size)
+    if name != "gpt2" or shape != (12, 12, 768):
+        return None
+    return {
+        role: ["L{}.H{}".format(*head.split(".")) for head in heads.split()]
+        for role, heads in _PUBLISHED.items()
+    }
+
+
+def first_reader(site: str | Site) -> int:
+    """The lowest layer whose attention reads a site: its own for ``pre``, else the next."""
+    parsed = Site.parse(site)
+    return parsed.layer if parsed.part == "pre" else parsed.layer + 1
+
+
+def attend_roles(attention: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """Heads whose role shows in their attention alone.
+
+    Args:
+        attention: head to mean attention by the keys ``"S1+1→S1"``, ``"S2→S1"``, ``"S2→S1+1"``.
+    """
+    keys = {PREVIOUS: "S1+1→S1", DUPLICATE: "S2→S1", INDUCTION: "S2→S1+1"}
+    return {
+        role: [head for head, scores in attention.items() if scores[key] >= ATTENTION]
+        for role, key in keys.items()
+    }
+
+
+def mover_roles(
+    to_io: Mapping[str, float], to_s1: Mapping[str, float], effect: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """Name movers, negative and backup ones, and writers, from the strongest effect down.
+
+    Args:
+        to_io: head to mean attention END → IO.
+        to_s1: head to mean attention END → S1.
+        effect: head to direct effect on the logit difference IO − S; see :func:`certain_part`.
+    """
+    ranked = sorted(effect, key=lambda head: -abs(effect[head]))
+
+    def attending(least: float) -> list[str]:
+        return [
+            head
+            for head in ranked
+            if to_io[head] >= least and to_io[head] >= SELECTIVE * to_s1[head] and effect[head]
+        ]
+
+    looking = attending(ATTENTION)
+    strongest = max((abs(value) for value in effect.values()), default=0.0)
+    among = max((abs(effect[head]) for head in looking), default=0.0)
+    needed = max(STRONG * among, STRONG * strongest / 2)
+    movers = [head for head in looking if effect[head] >= needed]
+    lowest = min((parse_head(head)[0] for head in movers), default=float("inf"))
+    return {
+        MOVER: movers,
+        NEGATIVE: [head for head in looking if -effect[head] >= needed],
+        BACKUP: [
+            head
+            for head in attending(BACKUP_ATTENTION)
+            if head not in movers
+            and parse_head(head)[0] >= lowest
+            and effect[head] >= WEAK * strongest
+        ],
+        WRITER: [head for head in ranked if effect[head] >= STRONG * strongest and effect[head]],
+    }
+
+
+def certain_part(interval: Sequence[float]) -> float:
+    """The end of an interval that is nearer to 0, or 0 if it includes 0."""
+    low, high = interval
+    return 0.0 if low <= 0 <= high else min(low, high, key=abs)
+
+
+def overlap(found: Sequence[str], published: Sequence[str]) -> str:
+    """How many published heads were found, and how many others: ``"3 of 4, 1 more"``."""
+    both = len(set(found) & set(published))
+    return f"{both} of {len(published)}, {len(set(found) - set(published))} more"

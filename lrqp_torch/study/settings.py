@@ -1,0 +1,93 @@
+"""What a study is asked to do."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrqp_torch.covariance import Shrinkage
+from lrqp_torch.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study is asked to do.
+
+    Attributes:
+        model: ``organism``, ``smollm2``, ``gpt2``, or a folder or Hub name.
+        out: folder for the results; created if needed.
+        n: number of prompts, to fit on and held out together.
+        prefixes: ``none``, ``bundled``, ``openwebtext``, or a text file with a sentence per line.
+        sites: ``all`` (every pre and mid), or site names separated by commas.
+        seed: of everything random: the prompts, and the resampling behind intervals.
+        batch_size: prompts per forward pass.
+        device: ``auto``, or a torch device.
+        train_share: share of the prompts to fit on; the others are held out.
+        log_odds: least log odds that an edit asks of the probe.
+        l2: penalty of the probe; ``None`` for its own default.
+        shrinkage: of the covariance: ``ledoit_wolf``, ``oas``, or a number from 0 to 1.
+        figures: whether to draw figures.
+        report: whether to write the interactive report.
+        parts: ``all``, or parts of the study separated by commas.
+        compare_task: whether to run the other task too, without a prefix or with a bundled one;
+            ``None`` does so where this one has prefixes.
+        resume: whether to go on with what an earlier run left in ``out``.
+    """
+
+    model: str
+    out: Path
+    n: int = 1000
+    prefixes: str = "none"
+    sites: str = "all"
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "auto"
+    train_share: float = 0.5
+    log_odds: float = 10.0
+    l2: float | None = None
+    shrinkage: Shrinkage = "ledoit_wolf"
+    figures: bool = True
+    report: bool = True
+    parts: str = "all"
+    compare_task: bool | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            SettingError: a number out of its range.
+        """
+        if not 0 < self.train_share < 1:
+            raise SettingError(f"train_share must lie between 0 and 1, not {self.train_share}.")
+        if min(self.train_size, self.n - self.train_size) < 2:
+            raise SettingError(
+                f"n = {self.n} with train_share = {self.train_share} leaves fewer than two prompts "
+                "to fit on or to hold out; raise n."
+            )
+        if self.batch_size < 1:
+            raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
+
+    @property
+    def train_size(self) -> int:
+        """Number of prompts to fit on."""
+        return round(self.n * self.train_share)
+
+    @property
+    def compares(self) -> bool:
+        """Whether both tasks run."""
+        return self.prefixes != "none" if self.compare_task is None else self.compare_task
+
+    def other(self) -> "Settings":
+        """The same settings for the other task."""
+        return replace(self, prefixes="bundled" if self.prefixes == "none" else "none")
+
+    def record(self) -> dict[str, Any]:
+        """The settings as ``results.json`` keeps them: all that decides what it holds."""
+        left_out = ("out", "resume")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the numbers of every part."""
+        left_out = ("figures", "report", "parts", "compare_task")
+        kept = {name: value for name, value in self.record().items() if name not in left_out}
+        return kept | {"compare_task": self.compares}
