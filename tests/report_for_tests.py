@@ -1,12 +1,15 @@
 """A small study, made up, and its report; some of its prompts try to break out of the page."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrqp_torch.study.figures import NOTE
 from lrqp_torch.study.flipping_view import answers_panel, sweep_panel
 from lrqp_torch.study.html import Section, write_report
+from lrqp_torch.study.interactive import add_line, new_figure
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.published import PUBLISHED
@@ -78,7 +81,15 @@ def study_results() -> StudyResults:
         published=PUBLISHED,
         versions={"python": "3.x", "torch": "2.x"},
         elapsed={"sweep": 1.5, "total": 2.5},
+        parts={},
     )
+
+
+def two_panes() -> Any:
+    figure = new_figure(x_title="across", y_title="up", panes=("one", "two"))
+    for column, name in ((1, "first"), (2, "second")):
+        add_line(figure, name, [0, 1, 2], [0.0, 1.0, 4.0], colour=NOTE, pane=(1, column))
+    return figure
 
 
 def sections() -> list[Section]:
@@ -96,7 +107,14 @@ def sections() -> list[Section]:
                 answers_panel(results.sites, "L2.pre", prompt_tensors(), texts()),
             ],
         ),
-        Section("Heads", "", [Panel("heads-table", "Scores of heads", "A table.", table=table)]),
+        Section(
+            "Heads",
+            "",
+            [
+                Panel("heads-table", "Scores of heads", "A table.", table=table),
+                Panel("heads-panes", "Two panes", "Side by side.", figures={"": two_panes()}),
+            ],
+        ),
     ]
 
 

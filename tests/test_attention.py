@@ -190,6 +190,21 @@ def test_inner_contexts_see_what_outer_ones_set() -> None:
         assert torch.equal(inside[0][:, 0], first)
 
 
+@torch.no_grad()
+def test_recording_after_setting_leaves_what_was_set() -> None:
+    inputs, last = batch()
+    model = build("gpt2")
+    one_hot = torch.zeros(3, inputs["input_ids"].shape[1])
+    one_hot[:, -2] = 1
+    with set_patterns(model, {(0, 0): one_hot}, last):
+        expected = model(**inputs).logits
+    with record_patterns(model, [0], last):
+        plain = model(**inputs).logits
+    with set_patterns(model, {(0, 0): one_hot}, last), record_patterns(model, [0], last):
+        assert torch.equal(model(**inputs).logits, expected)
+    assert not torch.equal(expected[:, -1], plain[:, -1])
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_everything_is_restored_also_after_an_exception(implementation: str) -> None:

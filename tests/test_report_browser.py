@@ -180,6 +180,29 @@ def test_a_phone_needs_no_sideways_scrolling(read: Any) -> None:
     assert "John went out" in reader.point_at("flipping-answers", trace=1, point=20)
 
 
+BOXES = """plot => ["x", "x2"].map((name, index) => {
+    const box = plot.querySelectorAll(".plotly .subplot .gridlayer")[index].getBoundingClientRect();
+    return [box.left, box.right, box.top, box.bottom];
+})"""
+
+
+def test_panes_stand_side_by_side_where_there_is_room(read: Any) -> None:
+    wide = read().plot("heads-panes").evaluate(BOXES)
+    assert wide[0][1] < wide[1][0] and wide[0][2] == pytest.approx(wide[1][2], abs=2)
+    narrow = read(width=390, height=844).plot("heads-panes").evaluate(BOXES)
+    assert narrow[0][3] < narrow[1][2] and narrow[0][0] == pytest.approx(narrow[1][0], abs=2)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("panel", ["flipping-sweep", "flipping-answers", "heads-panes"])
+def test_legends_lie_within_their_figure(read: Any, width: int, panel: str) -> None:
+    plot = read(width=width).plot(panel)
+    outer, legend = plot.bounding_box(), plot.locator(".legend").bounding_box()
+    for start, size in (("x", "width"), ("y", "height")):
+        assert legend[start] >= outer[start] - 1
+        assert legend[start] + legend[size] <= outer[start] + outer[size] + 1
+
+
 def test_a_narrower_window_is_followed(read: Any) -> None:
     reader = read()
     plot = reader.plot("flipping-sweep")

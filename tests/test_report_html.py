@@ -117,6 +117,7 @@ def test_figures_and_choices_have_names(page: Page) -> None:
     assert [plot["aria-label"] for plot in plots] == [
         "What can be read, and what is used",
         "Every held-out prompt, before and after the edit",
+        "Two panes",
     ]
     titles = {heading["id"] for heading in page.all("h3") if "id" in heading}
     assert {panel["aria-labelledby"] for panel in page.all("figure")} == titles

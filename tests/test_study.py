@@ -50,7 +50,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(tiny: Path, out: Path, **changes: Any) -> Settings:
     return replace(
-        Settings(model=str(tiny), out=out, n=N, sites=SITES, batch_size=16, figures=False),
+        Settings(
+            model=str(tiny),
+            out=out,
+            n=N,
+            sites=SITES,
+            batch_size=16,
+            figures=False,
+            report=False,
+            parts="flipping",
+            compare_task=False,
+        ),
         **changes,
     )
 
@@ -207,7 +217,7 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
     chosen = settings(tiny, tmp_path, prefixes=prefixes)
     train, test = stages.make_prompts(tokenizer, chosen)
     sites = stages.choose_sites(model, "all,L2.post")
-    activations = stages.capture_s2(model, train, sites, batch_size=7)
+    activations = capture(model, train.inputs, sites, positions=train.positions["S2"])
     edits = flipping.fit_edits(activations, train.labels["abb"])
     swept = flipping.sweep(model, test, edits, batch_size=11)
     rows = torch.arange(len(test))
@@ -373,7 +383,7 @@ def test_numbers_that_are_not_finite_are_refused(
 def test_a_model_that_returns_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = models.load(tiny)
     train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
-    activations = stages.capture_s2(model, train, ["L0.mid"], batch_size=16)
+    activations = capture(model, train.inputs, ["L0.mid"], positions=train.positions["S2"])
     edits = flipping.fit_edits(activations, train.labels["abb"])
     with torch.no_grad():
         model.get_parameter("transformer.ln_f.weight").fill_(math.nan)
@@ -414,7 +424,15 @@ def test_ground_truth_is_compared_on_the_swept_sites(tmp_path: Path) -> None:
 
 def test_the_study_finds_where_the_organism_uses_the_order(tmp_path: Path) -> None:
     results = reproduce(
-        Settings(model="organism", out=tmp_path, n=240, prefixes="bundled", figures=False)
+        Settings(
+            model="organism",
+            out=tmp_path,
+            n=240,
+            prefixes="bundled",
+            parts="flipping",
+            figures=False,
+            report=False,
+        )
     )
     assert results.clean.accuracy > 0.95
     assert results.ground_truth is not None

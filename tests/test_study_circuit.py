@@ -174,6 +174,9 @@ def test_the_organisms_heads_report_the_injected_belief() -> None:
     joint = {r.condition: r for r in result.probes if r.head == ALL}
     assert all(reading.reports > 0.95 for reading in joint.values())
     assert joint["clean"].log_odds.mean > 0 > joint["counterfactual"].log_odds.mean
+    assert ("No name mover was found" in circuit.panels(result)[1].text) == (
+        not found.found[roles.MOVER]
+    )
     moved = {
         condition: [r.moved.mean for r in result.attention if r.condition == condition]
         for condition in CONDITIONS

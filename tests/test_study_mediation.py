@@ -25,7 +25,8 @@ from lrqp_torch.models.training.vocabulary import build_tokenizer
 from lrqp_torch.sites import blocks_of
 from lrqp_torch.study import heads, mediation, roles
 from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.mediation import CEILING, GroupMediation, MediationResult
+from lrqp_torch.study.head_groups import CEILING, RANDOM_SETS, head_groups
+from lrqp_torch.study.mediation import GroupMediation, MediationResult
 
 SITE = "L1.pre"
 ABOVE = [name for name in EVERY_HEAD if not name.startswith("L0")]
@@ -188,19 +189,19 @@ def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
         S_inhibition=["L1.H0"],
         answer_writer=["L2.H1", "L0.H0"],
     )
-    groups = mediation.head_groups(context, SITE, given)
+    groups = head_groups(context, SITE, given)
     assert groups["name movers"] == ["L2.H1", "L1.H2"]
     assert groups["with backups"] == ["L2.H1", "L1.H2", "L2.H3"]
     assert "with negative ones" not in groups and "with both" not in groups
     assert "answer writers" not in groups
     assert groups[CEILING] == ABOVE
     others = [members for name, members in groups.items() if "other heads" in name]
-    assert len(others) == mediation.RANDOM_SETS
+    assert len(others) == RANDOM_SETS
     for members in others:
         assert len(members) == 2 and set(members) <= set(ABOVE)
         assert not set(members) & {"L2.H1", "L1.H2", "L2.H3", "L1.H0"}
-    assert mediation.head_groups(context, SITE, given) == groups
-    few = mediation.head_groups(context, "L2.pre", given)
+    assert head_groups(context, SITE, given) == groups
+    few = head_groups(context, "L2.pre", given)
     assert few[CEILING] == [name for name in EVERY_HEAD if name.startswith("L2")]
     assert next(m for n, m in few.items() if "other heads" in n) in (["L2.H0"], ["L2.H2"])
 

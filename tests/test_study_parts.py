@@ -12,6 +12,7 @@ from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.panel import Panel
 from lrqp_torch.study.parts import Given, Kept, Part, PartStore, run_parts
+from lrqp_torch.study.settings import Settings
 
 SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
 
@@ -68,7 +69,8 @@ class Study:
             return self.bars[title].append
 
         # These parts never look at the model.
-        given = Given(cast(StudyContext, None), None, lambda site: pytest.fail(site))
+        context, settings = cast(StudyContext, None), cast(Settings, None)
+        given = Given(context, settings, None, lambda site: pytest.fail(site))
         store = PartStore(self.folder, SETTINGS | changes)
         return {name: part.raw for name, part in run_parts(given, parts, store, start).items()}
 

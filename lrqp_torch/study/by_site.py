@@ -50,3 +50,8 @@ def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
 def task_in_words(name: str) -> str:
     """A task's name as figures and sentences show it."""
     return {"plain": "without a prefix", "prefixed": "with a prefix"}.get(name, name)
+
+
+def capitalised(words: str) -> str:
+    """Words with a capital first letter; ``str.capitalize`` would turn S1 into s1."""
+    return words[0].upper() + words[1:]

@@ -13,7 +13,7 @@ from lrqp_torch.study.drawing import (
 )
 from lrqp_torch.study.figures import NOTE
 from lrqp_torch.study.panel import Panel, Table
-from lrqp_torch.study.roles import S_INHIBITION
+from lrqp_torch.study.roles import S_INHIBITION, WRITER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,12 @@ MOST_DRAWN = 8
 """Heads in the static figure; the interactive one has them all."""
 
 NONE_FOUND = "No head with this role was found, so there is nothing to show."
+NO_MOVERS = (
+    " No name mover was found: no head with a large direct effect looks mainly at IO. These are "
+    "the heads with the largest direct effect, wherever they look. Such a model may read the names "
+    "from tokens to which they were copied, so that attention to IO and S1 themselves can "
+    "move either way; what counts for these heads is how much moved at all."
+)
 EDITED = ("control", "counterfactual")
 
 
@@ -103,6 +109,7 @@ def _draw_probes(result: "CircuitResult") -> "Figure":
 
 def _draw_attention(result: "CircuitResult") -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     heads = dict(list(_by_head(result.attention).items())[:MOST_DRAWN])
     figure = Figure(figsize=(1.9 * len(heads) + 1.6, 5.0), layout="constrained")
@@ -136,17 +143,12 @@ def _draw_attention(result: "CircuitResult") -> "Figure":
         fontsize=12,
         fontweight="bold",
     )
-    for height, condition in zip((0.04, 0.005), EDITED, strict=True):
-        figure.text(
-            0.995,
-            height,
-            f"{condition} edit",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            fontweight="bold",
-            color=CONDITION_COLOURS[condition],
-        )
+    dots = [
+        Line2D([], [], ls="", marker="o", ms=5, color=CONDITION_COLOURS[condition])
+        for condition in EDITED
+    ]
+    names = [f"{condition} edit" for condition in EDITED]
+    figure.legend(dots, names, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -233,7 +235,8 @@ def _attention_panel(result: "CircuitResult") -> Panel:
         text="Each point is a held-out prompt: attention from END in the clean run against that "
         f"under the edit at {result.site}. On the dashed line nothing changed. The heads are "
         f"{_origin(result)}. Mean change under the counterfactual edit: {changes}. “Moved” in the "
-        "table is all attention that lies elsewhere than in the clean run, on whatever token.",
+        "table is all attention that lies elsewhere than in the clean run, on whatever token."
+        + (NO_MOVERS if WRITER in result.roles else ""),
         figures=figures,
         choice="head",
         table=Table(

@@ -5,7 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrqp_torch.study.by_site import TASK_COLOURS, TASK_MARKERS, TASK_SYMBOLS, task_in_words
+from lrqp_torch.study.by_site import (
+    TASK_COLOURS,
+    TASK_MARKERS,
+    TASK_SYMBOLS,
+    capitalised,
+    task_in_words,
+)
 from lrqp_torch.study.drawing import write_figures
 from lrqp_torch.study.figures import NOTE
 from lrqp_torch.study.interactive import ZERO, add_line, new_figure
@@ -47,7 +53,7 @@ def findings(result: "DoseResult") -> list[str]:
 
 
 def _sentence(result: "DoseResult", name: str, task: "TaskDose") -> str:
-    start = f"{task_in_words(name).capitalize()}, at {result.site}: "
+    start = f"{capitalised(task_in_words(name))}, at {result.site}: "
     if not task.answered:
         return start + "the model answers no held-out prompt with IO, so no answer can flip."
     half, last = task.half_dose(), task.doses[-1]
@@ -86,8 +92,8 @@ def panels(result: "DoseResult") -> list[Panel]:
             name="dose",
             title=f"How much belief it takes: odds against answers at {result.site}",
             text=(
-                " ".join(findings(result))
-                + f" Each point of a curve is a counterfactual edit at {result.position} after "
+                "\n\n".join(findings(result))
+                + f"\n\nEach point of a curve is a counterfactual edit at {result.position} after "
                 "which the probe's odds for the other order are at least α on every held-out "
                 "prompt; prompts whose odds suffice already stay as they are. Stars are the "
                 "mirror rule towards the other order, at its mean log α, and open triangles the "
@@ -205,7 +211,7 @@ def _draw(result: "DoseResult") -> "Figure":
             axes.set_ylim(-0.04, 1.04)
         else:
             axes.axhline(0, color=NOTE, lw=0.8)
-        axes.set_ylabel(title[0].upper() + title[1:])
+        axes.set_ylabel(capitalised(title))
         axes.grid(axis="y", color=NOTE, alpha=0.2, lw=0.5)
     for axes in grid[2:]:
         axes.set_xlabel("log α: least log odds of the other order (nats)")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import LabelError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.study import geometry_figures
+from lrqp_torch.study import geometry_figures, geometry_panels
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.panel import Panel
@@ -261,7 +261,7 @@ def draw(result: GeometryResult, folder: Path) -> list[Path]:
 
 def panels(result: GeometryResult) -> list[Panel]:
     """A plot of the two directions at each site, and a chart of how well they tell the order."""
-    return geometry_figures.panels(result)
+    return geometry_panels.panels(result)
 
 
 def _texts(data: IOIDataset) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.probe import LinearProbe
-from lrqp_torch.study import probing_figures
+from lrqp_torch.study import probing_figures, probing_panels
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
 from lrqp_torch.study.panel import Panel
@@ -189,7 +189,7 @@ def compute(
 
 def findings(result: ProbingResult) -> list[str]:
     """Which variables can be read where, in sentences made from the numbers."""
-    return probing_figures.findings(result)
+    return probing_panels.findings(result)
 
 
 def draw(result: ProbingResult, folder: Path) -> list[Path]:
@@ -199,7 +199,7 @@ def draw(result: ProbingResult, folder: Path) -> list[Path]:
 
 def panels(result: ProbingResult) -> list[Panel]:
     """Charts by token and task, charts by variable, and a table of all probes."""
-    return probing_figures.panels(result)
+    return probing_panels.panels(result)
 
 
 def evenly(sites: Sequence[str], most: int) -> list[str]:

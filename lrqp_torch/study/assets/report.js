@@ -64,19 +64,47 @@
     return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, expand(item, name)]));
   };
 
+  const isPaneTitle = ({ xref, yref, showarrow }) =>
+    xref === "paper" && yref === "paper" && showarrow === false;
+
+  /** Put two panes that stand side by side one above the other. */
+  const stack = (layout) => {
+    const { xaxis, xaxis2, yaxis, yaxis2 } = layout;
+    const left = xaxis?.domain, right = xaxis2?.domain;
+    if (!left || !right || layout.xaxis3 || left[1] > right[0]) return;
+    const upper = [0.6, 1], lower = [0, 0.4];
+    for (const title of (layout.annotations ?? []).filter(isPaneTitle)) {
+      title.y = title.x < right[0] ? upper[1] : lower[1];
+      title.x = 0.5;
+    }
+    xaxis.domain = xaxis2.domain = [0, 1];
+    yaxis.domain = upper;
+    yaxis2.domain = lower;
+    yaxis2.showticklabels = true;
+    xaxis2.anchor ??= "y2";
+    yaxis2.anchor ??= "x2";
+    layout.height *= 1.6;
+  };
+
   const adapt = (layout, width) => {
+    const narrow = width < narrowBelow;
     layout.template = template();
     layout.autosize = true;
     delete layout.width;
     layout.height ??= 440;
     if (byTouch) layout.dragmode = false; // else it eats scrolling
-    if (width >= narrowBelow) return layout;
+    for (const title of (layout.annotations ?? []).filter(isPaneTitle)) {
+      title.font = { size: narrow ? 12 : 14, ...title.font };
+      if (narrow) title.font.size = Math.min(title.font.size, 12);
+    }
+    if (!narrow) return layout;
+    stack(layout);
     layout.margin = { ...layout.margin, l: 44, r: 10 };
     layout.font = { ...layout.font, size: 11 };
     if (layout.showlegend !== false) {
       layout.legend = {
-        ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.16, yanchor: "top",
-        font: { size: 11 },
+        ...layout.legend, orientation: "h", font: { size: 11 },
+        x: 0, xref: "container", xanchor: "left", y: 0, yref: "container", yanchor: "bottom",
       };
     }
     return layout;

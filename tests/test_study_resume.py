@@ -1,0 +1,137 @@
+"""A study that was stopped and resumed gives the numbers of one that was not."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrqp_torch.errors import SettingError
+from lrqp_torch.study import circuit, flipping, geometry, heads
+from lrqp_torch.study.reproduce import reproduce
+from lrqp_torch.study.results import StudyResults, load
+
+PARTS = "flipping,geometry,heads,circuit"
+
+
+def settings(out: Path, **changes: Any) -> Any:
+    from lrqp_torch.study.settings import Settings
+
+    return replace(
+        Settings(
+            model="organism",
+            out=out,
+            n=48,
+            sites="L1.mid,L2.pre",
+            prefixes="bundled",
+            batch_size=8,
+            parts=PARTS,
+            figures=False,
+            report=False,
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    reproduce(settings(out))
+    return out
+
+
+def numbers(results: StudyResults) -> dict[str, Any]:
+    """All that must not depend on a stop: everything but the times."""
+    raw = asdict(results)
+    del raw["elapsed"]
+    raw["parts"]["other_task"].pop("seconds")
+    return raw
+
+
+def assert_same(resumed: Path, whole: Path) -> None:
+    (a, a_prompts), (b, b_prompts) = load(resumed), load(whole)
+    assert numbers(a) == numbers(b)
+    assert a_prompts.keys() == b_prompts.keys()
+    assert all(torch.equal(a_prompts[key], b_prompts[key]) for key in a_prompts)
+    assert (resumed / "prompts.json").read_text() == (whole / "prompts.json").read_text()
+    names = sorted(path.name for path in (resumed / "parts").iterdir())
+    assert names == sorted(path.name for path in (whole / "parts").iterdir())
+
+
+class Stopping:
+    """Calls a function, and is stopped by the reader at the call of that number."""
+
+    def __init__(self, function: Any, at: int) -> None:
+        self.function, self.at, self.calls = function, at, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "at"),
+    [
+        (flipping, "_sweep_batch", 3),  # within the sweep: 24 prompts are 3 batches a task
+        (flipping, "_sweep_batch", 5),  # within the sweep of the other task
+        (geometry, "compute", 1),
+        (heads, "compute", 1),
+        (circuit, "compute", 1),
+    ],
+)
+def test_a_stop_changes_no_number(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, at: int
+) -> None:
+    original = getattr(module, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, Stopping(original, at))
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(settings(tmp_path))
+    assert not (tmp_path / "results.json").exists()
+    again = Stopping(original, at=-1)
+    monkeypatch.setattr(module, name, again)
+    reproduce(settings(tmp_path, resume=True))
+    # What was done before the stop is not done again.
+    assert again.calls == (6 if name == "_sweep_batch" else 1) - (at - 1)
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_study_is_only_read_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce(settings(tmp_path))
+    for module, name in ((flipping, "_sweep_batch"), (geometry, "compute"), (heads, "compute")):
+        monkeypatch.setattr(module, name, Stopping(None, 1))
+    results = reproduce(settings(tmp_path, resume=True))
+    assert_same(tmp_path, whole)
+    assert load(tmp_path)[0] == results
+
+
+def test_without_resume_everything_is_new(whole: Path, tmp_path: Path) -> None:
+    reproduce(settings(tmp_path, parts="geometry,heads", seed=1))
+    reproduce(settings(tmp_path, parts="geometry", n=40))
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["geometry.json"]
+    kept = json.loads((tmp_path / "parts" / "geometry.json").read_text())
+    assert kept["fingerprint"]["seed"] == 0 and kept["fingerprint"]["n"] == 40
+    assert list(load(tmp_path)[0].parts) == ["geometry"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 5}, "seed was 0 and is now 5"),
+        ({"compare_task": False}, "compare_task was True and is now False"),
+        ({"sites": "L2.pre"}, "sites was 'L1.mid,L2.pre' and is now 'L2.pre'"),
+        ({"log_odds": 3.0}, "log_odds was 10.0 and is now 3.0"),
+    ],
+)
+def test_changed_settings_are_refused(whole: Path, change: dict[str, Any], message: str) -> None:
+    before = (whole / "results.json").read_bytes()
+    with pytest.raises(SettingError, match="cannot resume") as refused:
+        reproduce(settings(whole, resume=True, **change))
+    assert message in str(refused.value)
+    assert (whole / "results.json").read_bytes() == before
