@@ -10,7 +10,7 @@ BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 .PHONY: help demo test lint bench clean
 
 help:
-	@echo "make demo    reproduce the study on the bundled model; figures go to results/organism"
+	@echo "make demo    run the study on the bundled model; then open results/organism/report.html"
 	@echo "make test    run the tests"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   run the benchmarks at a small size"

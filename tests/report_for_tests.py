@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.study.figures import NOTE
+from lrqp_torch.study.drawing import NOTE
 from lrqp_torch.study.flipping_view import answers_panel, sweep_panel
 from lrqp_torch.study.html import Section, write_report
 from lrqp_torch.study.interactive import add_line, new_figure

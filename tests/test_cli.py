@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from lrqp_torch.cli import PARTS, app
 from lrqp_torch.errors import SiteError
 from lrqp_torch.study import chapters, heads
+from lrqp_torch.study.html import Section
 
 
 def lrqp(*arguments: object) -> Result:
@@ -68,6 +69,11 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
     assert len(figures - SWEEP_FIGURES) >= 2 * len(raw["parts"])
 
     page = (out / "report.html").read_bytes()
+    text = page.decode()
+    for words in ("Geometry: ", f"Dose: half of the answers flip at {raw['best_site']}: without"):
+        assert words in text
+    for part in chapters.PARTS:
+        assert f'<a href="#{Section(part.title, "", []).name}">' in text
     (out / "report.html").unlink()
     again = lrqp("report", out)
     assert again.exit_code == 0 and str(out / "report.html") in again.stdout

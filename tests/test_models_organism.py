@@ -166,9 +166,17 @@ def test_the_recorded_linear_edits_agree_with_the_truth() -> None:
     record = truth()
     for edits in (record["linear_edit"], record["linear_edit_prefixed"]):
         for site in all_sites():
-            used = site in record["used_at"]
-            assert edits[site]["flip_rate"] >= 0.9 if used else edits[site]["flip_rate"] <= 0.05
-            assert edits[site]["control_flip_rate"] <= 0.05
+            rates = edits[site]
+            if site in record["used_at"]:
+                assert rates["flip_rate"] >= 0.9
+                assert rates["control_flip_rate"] <= 0.05
+            elif rates["probe_accuracy"] >= 0.6:
+                assert max(rates["flip_rate"], rates["control_flip_rate"]) <= 0.05
+            else:
+                # A probe at chance asks for huge edits in an arbitrary direction. They break S2,
+                # and do so whichever order they are to bring about.
+                assert rates["flip_rate"] < 0.5
+                assert rates["flip_rate"] - rates["control_flip_rate"] < 0.1
     # Known is not used: the order is read perfectly where nothing depends on it any more.
     last_used = all_sites().index(record["used_at"][-1])
     known = [record["linear_edit"][site]["probe_accuracy"] for site in all_sites()[last_used + 1 :]]

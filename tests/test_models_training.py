@@ -14,9 +14,9 @@ from lrqp_torch.models import load
 from lrqp_torch.models.train_organism import main
 from lrqp_torch.models.training.forward import attention_mask, run_blocks, site_names
 from lrqp_torch.models.training.interventions import Kind, draw_plan
-from lrqp_torch.models.training.loop import Recipe, new_model
 from lrqp_torch.models.training.order import OrderStatistics
 from lrqp_torch.models.training.prompts import Prompts
+from lrqp_torch.models.training.recipe import Recipe, new_model
 from lrqp_torch.models.training.truth import ask, interchange_flip_rates
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 

@@ -56,9 +56,16 @@ class Reader:
         )
         self.page.mouse.move(x - 40, y - 40)
         self.page.mouse.move(x, y, steps=4)
-        label = plot.locator(".hoverlayer .hovertext").first
-        label.wait_for()
-        text: str = label.text_content()
+        # On its way the pointer may have passed other points, whose label comes first.
+        self.page.wait_for_function(
+            """([panel, trace, point]) => {
+                const plot = document.querySelector(`.plot[data-panel="${panel}"]`);
+                const [found] = plot._hoverdata ?? [];
+                return found?.curveNumber === trace && found.pointNumber === point;
+            }""",
+            arg=[panel, trace, point],
+        )
+        text: str = plot.locator(".hoverlayer .hovertext").first.text_content()
         return text
 
     def width(self) -> int:

@@ -23,7 +23,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lrqp_torch.errors import OutputError
 from lrqp_torch.ioi.prefixes import bundled
-from lrqp_torch.models.training.loop import Progress, Recipe, train
+from lrqp_torch.models.training.loop import train
+from lrqp_torch.models.training.recipe import Progress, Recipe
 from lrqp_torch.models.training.truth import Truth, measure
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 

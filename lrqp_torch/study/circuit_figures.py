@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from lrqp_torch.study.drawing import (
     CONDITION_COLOURS,
+    NOTE,
     as_interval,
     as_percent,
     interactive,
     signed,
     write_figures,
 )
-from lrqp_torch.study.figures import NOTE
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.roles import S_INHIBITION, WRITER
 

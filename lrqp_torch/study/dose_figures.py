@@ -12,8 +12,7 @@ from lrqp_torch.study.by_site import (
     capitalised,
     task_in_words,
 )
-from lrqp_torch.study.drawing import write_figures
-from lrqp_torch.study.figures import NOTE
+from lrqp_torch.study.drawing import NOTE, write_figures
 from lrqp_torch.study.interactive import ZERO, add_line, new_figure
 from lrqp_torch.study.panel import Panel, Table
 

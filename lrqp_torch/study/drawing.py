@@ -1,24 +1,20 @@
-"""How the figures about attention heads are made and written."""
+"""The colours and style of the study's figures, and how they are written."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrqp_torch.errors import MissingExtraError
-from lrqp_torch.study.figures import (
-    _STYLE,
-    CLEAN,
-    CONTROL,
-    COUNTERFACTUAL,
-    FORMATS,
-    require_matplotlib,
-)
 from lrqp_torch.study.results import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PROBE, CONTROL, COUNTERFACTUAL = "#009E73", "#0072B2", "#D55E00"
+CLEAN, NOTE, INK = "#555555", "#767676", "#222222"
+FORMATS = ("png", "svg")
 CONDITION_COLOURS = {"clean": CLEAN, "control": CONTROL, "counterfactual": COUNTERFACTUAL}
 
 DIVERGING: list[tuple[float, str]] = [(0.0, "#0072B2"), (0.5, "#F2F2F2"), (1.0, "#D55E00")]
@@ -26,6 +22,32 @@ DIVERGING: list[tuple[float, str]] = [(0.0, "#0072B2"), (0.5, "#F2F2F2"), (1.0, 
 
 RISING: list[tuple[float, str]] = [(0.0, "#F2F2F2"), (1.0, "#0072B2")]
 """Colours from zero up for plotly."""
+
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": NOTE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "none",
+    # A fixed salt makes the same results give the same file.
+    "svg.hashsalt": "lrqp_torch",
+}
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`MissingExtraError` if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError(
+            "figures need matplotlib: install it with `pip install 'lrqp_torch[plots]'`, "
+            "or pass --no-figures."
+        )
 
 
 def write_figures(makers: Mapping[str, Callable[[], "Figure"]], folder: Path) -> list[Path]:
@@ -46,7 +68,7 @@ def write_figures(makers: Mapping[str, Callable[[], "Figure"]], folder: Path) ->
     import matplotlib
 
     paths = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, make in makers.items():
             figure = make()
             for suffix in FORMATS:

@@ -6,49 +6,29 @@ curves carry their names beside them.
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lrqp_torch.errors import MissingExtraError
-from lrqp_torch.study.results import StudyResults, written_whole
+from lrqp_torch.study.drawing import (
+    CLEAN,
+    CONTROL,
+    COUNTERFACTUAL,
+    INK,
+    NOTE,
+    PROBE,
+    write_figures,
+)
+from lrqp_torch.study.results import StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PROBE, CONTROL, COUNTERFACTUAL = "#009E73", "#0072B2", "#D55E00"
-CLEAN, NOTE, INK = "#555555", "#767676", "#222222"
-FORMATS = ("png", "svg")
 MOST_LABELLED_SITES = 26
 
 _BACKGROUND = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85}
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": NOTE,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    # A fixed salt makes the same results give the same file.
-    "svg.hashsalt": "lrqp_torch",
-}
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`MissingExtraError` if matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError(
-            "figures need matplotlib: install it with `pip install 'lrqp_torch[plots]'`, "
-            "or pass --no-figures."
-        )
 
 
 def draw(results: StudyResults, prompts: Mapping[str, torch.Tensor], folder: Path) -> list[Path]:
@@ -66,24 +46,12 @@ def draw(results: StudyResults, prompts: Mapping[str, torch.Tensor], folder: Pat
         MissingExtraError: matplotlib is not installed.
         OutputError: a file cannot be written.
     """
-    require_matplotlib()
-    import matplotlib
-
-    paths = []
-    with matplotlib.rc_context(_STYLE):
-        drawn = {
-            "sweep": draw_sweep(results),
-            "histogram": draw_histogram(results, prompts),
-            "scatter": draw_scatter(results, prompts),
-        }
-        for name, figure in drawn.items():
-            for suffix in FORMATS:
-                path = folder / f"{name}.{suffix}"
-                with written_whole(path) as temporary:
-                    metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-                    figure.savefig(temporary, dpi=150, metadata=metadata)
-                paths.append(path)
-    return paths
+    makers = {
+        "sweep": lambda: draw_sweep(results),
+        "histogram": lambda: draw_histogram(results, prompts),
+        "scatter": lambda: draw_scatter(results, prompts),
+    }
+    return write_figures(makers, folder)
 
 
 def draw_sweep(results: StudyResults) -> "Figure":

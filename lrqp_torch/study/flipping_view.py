@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lrqp_torch.study.by_site import TASK_COLOURS, TASK_SYMBOLS, task_in_words
-from lrqp_torch.study.figures import CLEAN, CONTROL, COUNTERFACTUAL, NOTE, PROBE
+from lrqp_torch.study.drawing import CLEAN, CONTROL, COUNTERFACTUAL, NOTE, PROBE
 from lrqp_torch.study.flipping import CONDITIONS, USED_THRESHOLD, TaskFlipping
 from lrqp_torch.study.interactive import add_line, new_figure
 from lrqp_torch.study.panel import Panel, Table

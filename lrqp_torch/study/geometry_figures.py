@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrqp_torch.study.by_site import TASK_COLOURS, TASK_MARKERS, label_sites, task_in_words
-from lrqp_torch.study.drawing import write_figures
-from lrqp_torch.study.figures import CONTROL, COUNTERFACTUAL, NOTE
+from lrqp_torch.study.drawing import CONTROL, COUNTERFACTUAL, NOTE, write_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

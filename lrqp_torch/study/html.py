@@ -18,6 +18,7 @@ from typing import Any
 
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.study import summary
+from lrqp_torch.study.headlines import headlines
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.results import StudyResults, written_whole
 
@@ -109,7 +110,8 @@ def _summary(results: StudyResults) -> str:
         f'<dd class="theirs">GPT-2 small, published: {escape(figure.published)}</dd></div>'
         for figure in summary.key_figures(results)
     )
-    findings = "".join(f"<li>{escape(line)}</li>" for line in summary.findings(results))
+    lines = [*summary.findings(results), *headlines(results)]
+    findings = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return (
         f'<section id="summary"><h2>Summary</h2>{_paragraphs(summary.question(results))}'
         f'<dl class="figures">{tiles}</dl><ul class="findings">{findings}</ul></section>'

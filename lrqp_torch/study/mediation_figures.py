@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from lrqp_torch.study.drawing import (
     CONDITION_COLOURS,
+    COUNTERFACTUAL,
+    NOTE,
+    PROBE,
     as_interval,
     as_percent,
     interactive,
     signed,
     write_figures,
 )
-from lrqp_torch.study.figures import COUNTERFACTUAL, NOTE, PROBE
 from lrqp_torch.study.panel import Panel, Table
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from lrqp_torch.study.by_site import (
     label_sites,
     task_in_words,
 )
-from lrqp_torch.study.drawing import write_figures
-from lrqp_torch.study.figures import NOTE
+from lrqp_torch.study.drawing import NOTE, write_figures
 from lrqp_torch.study.variables import VARIABLES
 
 if TYPE_CHECKING:

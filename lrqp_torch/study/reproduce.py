@@ -13,6 +13,7 @@ from lrqp_torch.edit import LRQP
 from lrqp_torch.study import chapters, figures, flipping, html, results
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.drawing import require_matplotlib
 from lrqp_torch.study.parts import Finished, Given, PartStore, Start, kept_or_computed, run_parts
 from lrqp_torch.study.preparing import (
     choose_device,
@@ -50,7 +51,7 @@ def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:
     """
     results.prepare_folder(settings.out)
     if settings.figures:
-        figures.require_matplotlib()
+        require_matplotlib()
     if settings.report:
         html.require_plotly()
     names = chapters.choose(settings.parts)

@@ -1,0 +1,76 @@
+"""One sentence for each part of the study, for the summary at the head of the report."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lrqp_torch.study import circuit, dose, geometry, mediation
+from lrqp_torch.study.by_site import task_in_words
+from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.summary import percent
+
+
+def headlines(results: StudyResults) -> list[str]:
+    """What the parts found, for those parts that ran and found something to tell."""
+    tellers: dict[str, Callable[[dict[str, Any]], str | None]] = {
+        "geometry": _geometry,
+        "dose": _dose,
+        "circuit": _circuit,
+        "mediation": _mediation,
+    }
+    lines = [tell(results.parts[name]) for name, tell in tellers.items() if name in results.parts]
+    return [line for line in lines if line is not None]
+
+
+def _geometry(raw: dict[str, Any]) -> str:
+    result = geometry.from_json(raw)
+    task = next(iter(result.tasks.values()))
+    site = task.sites[result.best_site]
+    if site.eta_squared[0] < task.eta_chance:
+        return (
+            "Geometry: the largest direction of variation at S2 has nothing to do with the order, "
+            "at any site, as far as these prompts can tell."
+        )
+    return (
+        f"Geometry: the largest direction of variation at S2, found without labels, has most to do "
+        f"with the order at {result.best_site}, where the order explains "
+        f"{percent(site.eta_squared[0], digits=0)} of its variance and one threshold sorts "
+        f"{percent(site.accuracy)} of the held-out prompts."
+    )
+
+
+def _dose(raw: dict[str, Any]) -> str | None:
+    result = dose.from_json(raw)
+    halves = {name: task.half_dose() for name, task in result.tasks.items() if task.answered}
+    if not halves:
+        return None
+    words = "; ".join(
+        f"{task_in_words(name)}, "
+        + (f"from log odds {half:g} on" if half is not None else "not at any odds tried")
+        for name, half in halves.items()
+    )
+    return f"Dose: half of the answers flip at {result.site}: {words}."
+
+
+def _circuit(raw: dict[str, Any]) -> str | None:
+    result = circuit.from_json(raw)
+    for probe in result.probes:
+        if probe.head == circuit.ALL and probe.condition == "counterfactual":
+            return (
+                "Circuit: read from the outputs of the S-inhibition heads, the order is the one "
+                f"that the counterfactual edit wrote in {percent(probe.reports)} of the prompts."
+            )
+    return None
+
+
+def _mediation(raw: dict[str, Any]) -> str | None:
+    result = mediation.from_json(raw)
+    for group in result.groups:
+        if group.restored is not None and group.induced is not None and group.heads:
+            return (
+                f"Mediation: putting only the attention from END of {len(group.heads)} heads "
+                f"({group.group}) back to the clean run's undoes "
+                f"{percent(group.restored.value, digits=0)} of the edit's effect; putting their "
+                "attention under the edit into a clean run brings about "
+                f"{percent(group.induced.value, digits=0)} of it."
+            )
+    return None
