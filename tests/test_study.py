@@ -296,13 +296,32 @@ def test_the_best_site_flips_most_and_then_moves_most(run: tuple[StudyResults, P
 
     def site(flips: float | None, difference: float) -> Any:
         effects = replace(template.counterfactual, flipped=flips, logit_difference=difference)
-        return replace(template, counterfactual=effects)
+        control = replace(template.control, flipped=0.0)
+        return replace(template, counterfactual=effects, control=control)
 
     clean = replace(results.clean, logit_difference=1.0)
     sites = {"a": site(0.5, 9.0), "b": site(0.9, 0.0), "c": site(0.9, -1.0), "d": site(None, 50.0)}
     assert flipping.best_site(clean, sites) == "c"
     assert flipping.used_sites(sites) == ["a", "b", "c"]
     assert flipping.used_sites({"e": site(0.49, 0.0)}) == []
+
+
+def test_flips_that_the_control_edit_makes_too_do_not_count_as_use(
+    run: tuple[StudyResults, Path],
+) -> None:
+    results, _ = run
+    template = results.sites["L1.pre"]
+
+    def site(counterfactual: float, control: float) -> Any:
+        return replace(
+            template,
+            counterfactual=replace(template.counterfactual, flipped=counterfactual),
+            control=replace(template.control, flipped=control),
+        )
+
+    sites = {"broken": site(0.9, 0.7), "used": site(0.6, 0.01)}
+    assert flipping.used_sites(sites) == ["used"]
+    assert flipping.best_site(results.clean, sites) == "used"
 
 
 def test_sites_come_in_order_without_repeats(tiny: Path) -> None:

@@ -97,7 +97,7 @@ def draw_sweep(results: StudyResults) -> "Figure":
         0,
         1.03,
         f"Model: {_model_name(results)}. One site edited at a time, at S2. "
-        "Shaded: half of the answers or more flip.",
+        "Shaded: half of the answers flip, beyond the control.",
         transform=shares.transAxes,
         color=NOTE,
         fontsize=9,

@@ -28,7 +28,11 @@ from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, r
 
 CONDITIONS = ("control", "counterfactual")
 USED_THRESHOLD = 0.5
-"""A site counts as used if its counterfactual edit flips at least this share of the answers."""
+"""A site counts as used if its counterfactual edit flips this share more than its control edit.
+
+An edit may break an answer without changing the order: where a probe reads nothing, the odds asked
+for take a long arbitrary step, and the control edit then flips about as many answers.
+"""
 
 
 class Batches(Protocol):
@@ -122,7 +126,7 @@ class TaskFlipping:
         task: name of the task.
         clean: the model without any edit.
         sites: the sweep by site, in order of computation.
-        used_sites: sites whose counterfactual edit flips half of the answers or more.
+        used_sites: see :func:`used_sites`.
         best_site: the site whose counterfactual edit flips most.
         seconds: time of each stage.
     """
@@ -290,17 +294,23 @@ def summarise_sites(sweep: Sweep) -> dict[str, SiteResult]:
 
 
 def used_sites(sites: Mapping[str, SiteResult]) -> list[str]:
-    """Sites whose counterfactual edit flips at least :data:`USED_THRESHOLD` of the answers."""
-    return [name for name, site in sites.items() if _flips(site) >= USED_THRESHOLD]
+    """Sites whose counterfactual edit flips enough answers more than their control edit.
+
+    "Enough" is :data:`USED_THRESHOLD`.
+    """
+    return [name for name, site in sites.items() if _net_flips(site) >= USED_THRESHOLD]
 
 
 def best_site(clean: CleanResult, sites: Mapping[str, SiteResult]) -> str:
-    """The site that flips most; among equals, the one that moves the mean logit difference most."""
+    """The site that flips most beyond its control; among equals, the one that moves answers most.
+
+    "Moves" is the change of the mean logit difference under the counterfactual edit.
+    """
 
     def strength(name: str) -> tuple[float, float]:
         site = sites[name]
         change = abs(site.counterfactual.logit_difference - clean.logit_difference)
-        return _flips(site), change
+        return _net_flips(site), change
 
     return max(sites, key=strength)
 
@@ -323,8 +333,8 @@ def flipped(clean: Tensor, edited: Tensor) -> float | None:
     return (edited[eligible] < 0).double().mean().item()
 
 
-def _flips(site: SiteResult) -> float:
-    return site.counterfactual.flipped or 0.0
+def _net_flips(site: SiteResult) -> float:
+    return (site.counterfactual.flipped or 0.0) - (site.control.flipped or 0.0)
 
 
 def _summarise_condition(clean: CleanEffects, effects: EditEffects) -> ConditionResult:

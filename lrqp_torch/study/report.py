@@ -82,7 +82,12 @@ def _shown(results: StudyResults) -> list[str]:
 
 def _findings(results: StudyResults) -> list[Text]:
     used = ", ".join(results.used_sites) or "none"
-    lines = [Text(f"The order is used at: {used} (half of the answers or more flip).")]
+    lines = [
+        Text(
+            f"The order is used at: {used} (the counterfactual edit flips half of the answers or "
+            "more, beyond the control edit)."
+        )
+    ]
     if results.ground_truth is not None:
         true = ", ".join(results.ground_truth.used_sites) or "none"
         verdict, style = (

@@ -100,7 +100,8 @@ def findings(results: StudyResults) -> list[str]:
         f"or more at {_sites(readable, len(sites))}."
     )
     lines.append(
-        f"Used: the counterfactual edit flips {USED_THRESHOLD:.0%} of the answers or more at "
+        f"Used: the counterfactual edit flips {USED_THRESHOLD:.0%} of the answers, beyond what the "
+        f"control edit flips, at "
         f"{_sites(results.used_sites, len(sites))}."
     )
     lines.append(_strongest(results))
