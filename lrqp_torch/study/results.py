@@ -132,8 +132,8 @@ class StudyResults:
         sites: results keyed by site name, in order of computation.
         used_sites: sites whose counterfactual edit flips at least half of the answers more than
             the control edit does.
-        best_site: site whose counterfactual edit flips most beyond its control; among equals, the one with the
-            largest change of the mean logit difference; None where no site was swept.
+        best_site: site whose counterfactual edit flips most beyond its control; among equals, the
+            one with the largest change of the mean logit difference; None where no site was swept.
         ground_truth: set only for a model whose true sites are known.
         published: figures of GPT-2 small from the literature, by key.
         versions: versions of Python and of the packages that computed the results.
