@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from lrqp_torch.errors import EditNeverFiredError, PositionError
+from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.hooks import attach, warn_of_dropout, watch_calls
 from lrqp_torch.positions import Positions
 from lrqp_torch.sites import Located, Site, locate, trunk_of
@@ -22,7 +22,7 @@ class _StopForwardError(Exception):
 def capture(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    sites: Sequence[str | Site],
+    sites: str | Sequence[str | Site],
     positions: Tensor | None = None,
     *,
     batch_size: int | None = None,
@@ -35,7 +35,7 @@ def capture(
         model: a transformers model with a row in :data:`lrqp_torch.sites.FAMILIES`.
         inputs: arguments of the model's forward, tensors with one row an example; moved to the
             model's device.
-        sites: names such as ``["L6.mid", "L7.pre"]``.
+        sites: names such as ``["L6.mid", "L7.pre"]``, or one name.
         positions: LongTensor (n,) or (n, k), or BoolTensor (n, T), on the padded input as given;
             default all tokens, padding included.
         batch_size: examples a forward pass; default all at once.
@@ -49,9 +49,14 @@ def capture(
     Raises:
         SiteError, UnknownFamilyError, PositionError: bad input, named.
     """
-    located = [locate(model, site) for site in sites]
+    located = [locate(model, site) for site in ([sites] if isinstance(sites, str) else sites)]
     if not located:
         raise PositionError("no sites were given: nothing would be captured")
+    if not isinstance(inputs, Mapping):
+        raise WidthError(
+            f"inputs must be a mapping with input_ids, such as tokenizer(texts, "
+            f"return_tensors='pt', padding=True), got {type(inputs).__name__}"
+        )
     n_examples, length = _count_tokens(inputs)
     if inputs.get("past_key_values") is not None:
         raise PositionError(

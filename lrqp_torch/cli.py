@@ -72,6 +72,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback o
     "edit the activation there until the probe believes the other order, on held-out prompts, and "
     "count the answers that flip. The other parts ask what else can be read there, how much belief "
     "it takes, and which attention heads carry the change.\n\n"
+    f"Parts of the study: {', '.join(PARTS)}.\n\n"
     "Writes report.html, results.json, prompts.safetensors, prompts.json and the figures as PNG "
     "and SVG, and prints a summary beside the figures published for GPT-2 small."
 )
@@ -99,7 +100,7 @@ def reproduce(
     ] = "all",
     parts: Annotated[
         str,
-        typer.Option(help=f"all, or some of {','.join(PARTS)}; those that they need run too."),
+        typer.Option(help="all, or some of those named above, with commas; what they need runs too."),
     ] = "all",
     compare_task: Annotated[
         bool | None,

@@ -21,7 +21,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.intervention import Intervention, intervene
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution, Status
-from lrqp_torch.qp.checks import check_classes
+from lrqp_torch.qp.checks import as_classes, check_classes
 from lrqp_torch.qp.problem import ACTIVE_SET, SOLVERS, Realise
 from lrqp_torch.run import EditRun
 from lrqp_torch.saving import load_edit, save_edit
@@ -276,7 +276,7 @@ class LRQP(nn.Module):
         }
 
     def _classes(self, x: Tensor, classes: Tensor | int, name: str) -> Tensor:
-        classes = torch.as_tensor(classes, device=x.device)
+        classes = as_classes(classes, name).to(x.device)
         if classes.ndim == 0:
             classes = classes.expand(len(x))
         check_classes(classes, len(x), self.probe.n_classes, name)
@@ -314,16 +314,23 @@ class LRQP(nn.Module):
             classes = sorted(set(target[infeasible].tolist()))
             raise InfeasibleError(
                 f"no activation reaches target class {classes} for {len(which)} examples, first "
-                f" {which[:10]}: some class has the same weights as the target, or the metric "
+                f"{which[:10]}: some class has the same weights as the target, or the metric "
                 f"has no length along their difference. Choose another target, lower log_odds, "
                 f"shrink the covariance, or pass on_infeasible='skip' to leave them unchanged"
             )
         which = names[inaccurate].tolist()
-        short = float((solution.floor - solution.log_odds_after)[inaccurate].max())
+        if not bool(torch.isfinite(solution.x_new[inaccurate]).all()):
+            raise SolverError(
+                f"the edits of {len(which)} examples exceed what {x.dtype} can hold, first "
+                f"{which[:10]}: log odds of up to {float(solution.floor.detach().max()):.3g} are "
+                f"asked for. Lower log_odds, run the model in a wider dtype, or pass "
+                f"on_infeasible='skip'"
+            )
+        short = float((solution.floor - solution.log_odds_after).detach()[inaccurate].max())
         residual = float(solution.kkt_residual[inaccurate].max())
         raise SolverError(
             f"{len(which)} examples could not be solved accurately, first {which[:10]}: log odds "
-            f" short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
+            f"short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
             f"with a larger l2 or the metric with more shrinkage, or pass on_infeasible='skip'"
         )
 

@@ -8,7 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import EditNeverFiredError, NonFiniteError, PositionError, WidthError
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    NonFiniteError,
+    PositionError,
+    SiteError,
+    WidthError,
+)
 from lrqp_torch.hooks import attach, warn_of_dropout, watch_calls
 from lrqp_torch.positions import ForwardCall, Positions
 from lrqp_torch.sites import Located, locate
@@ -56,7 +62,9 @@ class Intervention:
 
 
 @contextmanager
-def intervene(model: nn.Module, interventions: Sequence[Intervention]) -> Iterator[list[Edit]]:
+def intervene(
+    model: nn.Module, interventions: Intervention | Sequence[Intervention]
+) -> Iterator[list[Edit]]:
     """Apply edits to every forward pass of ``model`` within the context.
 
     Edits at one site run in the order given. The model itself is not changed: when the context
@@ -68,7 +76,7 @@ def intervene(model: nn.Module, interventions: Sequence[Intervention]) -> Iterat
 
     Args:
         model: a transformers model with a row in :data:`lrqp_torch.sites.FAMILIES`.
-        interventions: at least one.
+        interventions: one, or a list of at least one.
 
     Yields:
         The edits, in the order given, as a convenience for reading what they recorded.
@@ -80,6 +88,14 @@ def intervene(model: nn.Module, interventions: Sequence[Intervention]) -> Iterat
             another shape.
         EditNeverFiredError: on closing, when positions never ran through the model.
     """
+    if isinstance(interventions, Intervention):
+        interventions = [interventions]
+    wrong = [item for item in interventions if not isinstance(item, Intervention)]
+    if wrong:
+        raise SiteError(
+            f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
+            f"{type(wrong[0]).__name__}"
+        )
     applied = [
         _Applied(item, Positions.parse(item.positions), locate(model, item.site))
         for item in interventions

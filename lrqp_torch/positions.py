@@ -67,7 +67,10 @@ class Positions:
             ordered = table.sort(-1).values
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                 row = int((ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero()[0])
-                raise PositionError(f"example {row} names one token twice: {table[row].tolist()}")
+                raise PositionError(
+                    f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of "
+                    f"positions must be boolean (.bool())"
+                )
         else:
             raise PositionError(
                 f"positions must have shape (batch,), (batch, n) or (batch, seq), got "
@@ -146,7 +149,9 @@ class ForwardCall:
         """
         if positions.batch != self.batch:
             raise PositionError(
-                f"positions are for {positions.batch} examples, the model was given {self.batch}"
+                f"positions are for {positions.batch} examples, the model was given {self.batch}; "
+                f"beam search and several returned sequences repeat each example, so repeat "
+                f"positions and targets likewise (repeat_interleave)"
             )
         end = self.past + self.length
         beyond = positions.token >= end

@@ -15,6 +15,7 @@ from lrqp_torch.errors import (
     WidthError,
 )
 from lrqp_torch.newton import minimise_multinomial
+from lrqp_torch.qp.checks import as_classes
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ class LinearProbe(nn.Linear):
 
 
 def _check(x: Tensor, y: Tensor, n_classes: int | None) -> tuple[Tensor, int]:
+    if not isinstance(x, Tensor):
+        raise WidthError(
+            f"activations must be a tensor, got {type(x).__name__}; torch.as_tensor(x)"
+        )
+    y = as_classes(y, "labels")
     if x.ndim != 2 or not x.dtype.is_floating_point:
         raise WidthError(f"activations must be floating (n, d), got {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1]:

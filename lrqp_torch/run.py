@@ -9,6 +9,7 @@ from lrqp_torch.errors import EditNeverFiredError, TargetError
 from lrqp_torch.intervention import EditContext
 from lrqp_torch.positions import Positions
 from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.checks import as_classes
 
 RECORDED = ("log_odds_before", "log_odds_after", "floor", "distance", "euclidean", "kkt_residual")
 
@@ -62,6 +63,15 @@ class EditRun:
             )
         self._status = self._status.to(x.device).index_put((context.index,), solution.status)
         return solution.x_new
+
+    def __repr__(self) -> str:
+        fired = self._status >= 0
+        if not bool(fired.all()):
+            return f"EditRun({int(fired.sum())} of {len(fired)} positions have run)"
+        counts = {kind.name.lower(): int((self._status == kind).sum()) for kind in Status}
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        worst = float((self.log_odds_after - self.floor).min())
+        return f"EditRun({kinds}; worst log odds margin {worst:.1e})"
 
     @property
     def status(self) -> Tensor:
@@ -129,7 +139,7 @@ class EditRun:
 
 def _per_position(classes: Tensor | int, positions: Tensor, parsed: Positions, name: str) -> Tensor:
     """One class for each (example, token) pair, (N,), on the CPU."""
-    classes = torch.as_tensor(classes).cpu()
+    classes = as_classes(classes, name).cpu()
     if classes.dtype.is_floating_point or classes.dtype == torch.bool:
         raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
     example, slot = parsed.example.cpu(), parsed.slot.cpu()

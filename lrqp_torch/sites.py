@@ -134,8 +134,9 @@ def family_of(model: nn.Module) -> Family:
         )
     if model_type not in FAMILIES:
         raise UnknownFamilyError(
-            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); add "
-            f"one: lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
+            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); with "
+            f"the names of its own modules in place of Llama's, add one: "
+            f"lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
             f"first_norm='input_layernorm', attention_output='self_attn', "
             f"output_projection='self_attn.o_proj'))"
         )

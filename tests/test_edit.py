@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -528,3 +529,30 @@ def test_an_edit_made_in_inference_mode_works_there_and_outside() -> None:
         edit = LRQP.fit(x, y)
         inside = edit(x, 1 - y)
     torch.testing.assert_close(edit(x, 1 - y), inside, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_edit_too_large_for_the_dtype_is_not_called_solved(dtype: torch.dtype) -> None:
+    x = torch.randn(60, 6)
+    y = (x[:, 0] > 0).long()
+    floor = 1e7 if dtype == torch.float16 else 1e40
+    edit = LRQP.fit(x, y, log_odds=floor)
+    with pytest.raises(SolverError, match="exceed what"):
+        edit(x.to(dtype), 1)
+    edit.on_infeasible = "skip"
+    solution = edit.solve(x.to(dtype), 1)
+    assert torch.equal(solution.x_new, x.to(dtype))
+    assert bool((solution.status == Status.INACCURATE).all())
+
+
+def test_targets_that_are_no_classes_are_refused_by_name() -> None:
+    edit = LRQP.fit(torch.randn(20, 3), torch.arange(20) % 2)
+    for target in (None, "abb"):
+        with pytest.raises(TargetError, match="target must be class numbers"):
+            edit(torch.randn(4, 3), target)  # type: ignore[arg-type]
+
+
+def test_a_solution_prints_one_line() -> None:
+    x = torch.randn(20, 3)
+    edit = LRQP.fit(x, torch.arange(20) % 2)
+    assert re.fullmatch(r"Solution\(20 activations: .*solved.*\)", repr(edit.solve(x, 1)))

@@ -8,7 +8,7 @@ from models_for_tests import POST_MODELS, SITES, WIDTH, Prompts, build, hook_cou
 from torch import Tensor
 
 import lrqp_torch as lrqp
-from lrqp_torch import Intervention, intervene
+from lrqp_torch import Intervention, capture, intervene
 from lrqp_torch.errors import (
     EditNeverFiredError,
     LRQPError,
@@ -230,3 +230,25 @@ def test_overflow_upstream_of_the_site_is_named() -> None:
     ):
         model(**PROMPTS.padded("left"))
     assert hook_count(model) == 0
+
+
+def test_things_that_are_no_interventions_are_refused_by_name() -> None:
+    model = build("gpt2")
+    for wrong in ([object()], ["L1.mid"]):
+        with (
+            pytest.raises(SiteError, match="takes a list of Intervention"),
+            intervene(model, wrong),  # type: ignore[arg-type]
+        ):
+            pass
+    assert hook_count(model) == 0
+
+
+def test_one_intervention_and_one_site_need_no_list() -> None:
+    model = build("gpt2")
+    inputs = {"input_ids": torch.arange(8).reshape(2, 4)}
+    at = torch.tensor([1, 2])
+    with intervene(model, Intervention("L1.mid", at, lambda x, context: x + 1)):
+        edited = capture(model, inputs, "L1.mid", at)["L1.mid"]
+    torch.testing.assert_close(edited, capture(model, inputs, ["L1.mid"], at)["L1.mid"] + 1)
+    with pytest.raises(WidthError, match="must be a mapping"):
+        capture(model, inputs["input_ids"], "L1.mid")  # type: ignore[arg-type]

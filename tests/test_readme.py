@@ -6,13 +6,31 @@ from typing import Any
 
 import torch
 
+import lrqp_torch as lrqp
+from lrqp_torch.models import load
+
 README = Path(__file__).parents[1] / "README.md"
 
 
+def run_example(index: int, names: dict[str, Any]) -> dict[str, Any]:
+    """Run one of the README's examples, and return the names that it leaves."""
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(examples[index], str(README), "exec"), names)
+    return names
+
+
+def test_the_example_on_other_texts_runs() -> None:
+    model, tokenizer = load("organism")
+    texts = ["the dog and the book", "a ring", "the store and the book to", "a dog"]
+    given = {"lrqp": lrqp, "model": model, "tokenizer": tokenizer, "texts": texts}
+    given |= {"labels": torch.tensor([0, 1, 2, 1]), "direction": torch.ones(128)}
+    names = run_example(1, given)
+    assert names["edit"].probe.n_classes == 3
+    assert names["last"].tolist() == [4, 1, 5, 1]
+
+
 def test_the_example_flips_answers_as_the_readme_says() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(example, str(README), "exec"), names)
+    names = run_example(0, {})
     run, test, model = names["run"], names["test"], names["model"]
     assert bool((run.log_odds_after >= 10).all())
     assert bool((run.odds_before < run.odds_after).all())

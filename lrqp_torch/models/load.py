@@ -20,6 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from lrqp_torch.errors import MissingExtraError, ModelError
 
@@ -165,11 +170,16 @@ def _why_hub_fails(name: str) -> str | None:
 
 
 def _pretrained(source: str, dtype: torch.dtype, what: str, **options: Any) -> Loaded:
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()  # bars of a second's work would run through the caller's output
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except Exception as error:  # each file format below raises its own classes
         raise ModelError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+    finally:
+        if shown:
+            enable_progress_bar()
     return model, tokenizer
 
 

@@ -1,5 +1,7 @@
 """Checks of a program's input, and the certificate of its output."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,20 @@ def kkt_residual(
     infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
     complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
     return torch.maximum(infeasibility, complementarity)
+
+
+def as_classes(classes: Any, name: str) -> Tensor:
+    """Classes as a tensor, whether given as a number, a list, an array or a tensor.
+
+    Raises:
+        TargetError: not numbers at all.
+    """
+    try:
+        return torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"{name} must be class numbers, one for all or one per activation, got {classes!r}"
+        ) from error
 
 
 def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:

@@ -21,7 +21,7 @@ class Status(IntEnum):
     """The KKT residual is large, or the odds read back fall short of α."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """Edited activations of a batch, and what the edit did to each.
 
@@ -49,6 +49,11 @@ class Solution:
     log_odds_after: Tensor
     kkt_residual: Tensor
     status: Tensor
+
+    def __repr__(self) -> str:
+        counts = {kind.name.lower(): int((self.status == kind).sum()) for kind in Status}
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return f"Solution({len(self.status)} activations: {kinds or 'none'})"
 
     def revert(self, failed: Tensor, x: Tensor) -> Self:
         """The same solution with the examples in ``failed``, (B,) bool, left as they were in x."""
