@@ -206,8 +206,7 @@ class MahalanobisQP(nn.Module):
             reachable = reachable & feasible
             edited = geometry.displace(x, target, multipliers)
             with torch.no_grad():
-                held = realise(edited)
-                after = geometry.margins(held, target)
+                after = geometry.margins(realise(edited), target)
                 short = (floor.unsqueeze(-1) - after).clamp_min(0.0)
                 short = torch.where((needed & reachable).unsqueeze(-1), short, 0.0)
                 if not bool((short > 0).any()):
@@ -217,8 +216,8 @@ class MahalanobisQP(nn.Module):
 
         edit = needed & reachable
         with torch.no_grad():
-            # A huge edit may exceed what the stream's dtype can hold; infinite odds are not odds.
-            reached = (after >= floor.unsqueeze(-1)).all(-1) & torch.isfinite(held).all(-1)
+            # An edit that exceeds what the stream's dtype can hold has margins of infinity or NaN.
+            reached = ((after >= floor.unsqueeze(-1)) & torch.isfinite(after)).all(-1)
             tolerance = KKT_TOLERANCE if self.solver_name == ACTIVE_SET else EXTERNAL_KKT_TOLERANCE
             accurate = reached & (residual <= tolerance)
             status = torch.full_like(target, Status.SATISFIED)
