@@ -100,7 +100,9 @@ def reproduce(
     ] = "all",
     parts: Annotated[
         str,
-        typer.Option(help="all, or some of those named above, with commas; what they need runs too."),
+        typer.Option(
+            help="all, or some of those named above, with commas; what they need runs too."
+        ),
     ] = "all",
     compare_task: Annotated[
         bool | None,

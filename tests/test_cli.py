@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from lrqp_torch.cli import PARTS, app
 from lrqp_torch.errors import SiteError
 from lrqp_torch.study import chapters, heads
+from lrqp_torch.study.folder import FIGURES
 from lrqp_torch.study.html import Section
 
 
@@ -38,6 +39,8 @@ def test_help_says_what_can_be_asked_for() -> None:
     text = lrqp("reproduce", "--help").stdout
     for option in ("--model", "--n", "--prefixes", "--sites", "--out", "--seed", "--no-figures"):
         assert option in text
+    for part in PARTS:
+        assert part in text
 
 
 FILES = {"results.json", "prompts.safetensors", "prompts.json", "parts"}
@@ -67,6 +70,7 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
         assert (out / "parts" / f"{part}.json").is_file()
     figures = {name for name in written if name.endswith((".png", ".svg"))}
     assert len(figures - SWEEP_FIGURES) >= 2 * len(raw["parts"])
+    assert {Path(name).stem for name in figures} <= set(FIGURES)
 
     page = (out / "report.html").read_bytes()
     text = page.decode()

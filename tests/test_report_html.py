@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from report_for_tests import (
     texts,
     write,
 )
+from rich.console import Console
 
 from lrqp_torch.errors import MissingExtraError, OutputError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 from lrqp_torch.study import html, summary
+from lrqp_torch.study.drawing import as_interval, signed
 from lrqp_torch.study.flipping_view import answers_panel
 from lrqp_torch.study.html import Section, write_report
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.prompt_texts import PromptTexts
+from lrqp_torch.study.report import print_summary
 from lrqp_torch.study.results import GroundTruth
 
 
@@ -189,6 +193,17 @@ def test_the_end_tells_how_to_make_it_again(page: Page) -> None:
         assert shown in words
 
 
+def test_the_command_names_the_folder_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my runs").mkdir()
+    words = Page(write(Path("my runs")).read_text(encoding="utf-8")).words
+    assert any(word.endswith("--seed 7 --out 'my runs'") for word in words)
+    out = summary.command(study_results(), Path("/data/run"))
+    assert out.endswith("--out /data/run")
+
+
 def test_the_summary_sets_published_figures_beside_the_own(page: Page) -> None:
     words = " ".join(page.words)
     for shown in ("+2.50", "+3.56", "99.3\u00a0%", "−2.50", "−0.99", "1 of 3 sites: L2.pre"):
@@ -218,6 +233,7 @@ def test_tables_show_numbers_alike_and_sort_by_their_value(page: Page) -> None:
     assert "−3.25" in words and "0.50" in words and "–" in words
     assert html._as_text([0.001, 0.0, None]) == ["1.0e−03", "0.0e+00", "–"]
     assert html._as_text([99.95, 0.0, -1.0]) == ["100.0", "0.0", "−1.0"]
+    assert html._as_text([-0.04, 30.0]) == ["0.0", "30.0"]
     assert html._as_text([12, None, "a"]) == ["12", "–", "a"]
     for heading in page.all("th", scope="col"):
         assert "aria-sort" not in heading
@@ -275,3 +291,18 @@ def test_positions_count_tokens_of_the_prompt(tmp_path: Path, side: Any) -> None
     path.write_text(path.read_text().replace('"io_names"', '"names"'))
     with pytest.raises(OutputError, match="cannot read the prompts"):
         PromptTexts.load(tmp_path)
+
+
+def test_the_terminal_and_the_report_write_minus_signs() -> None:
+    results = study_results()
+    down = replace(results.sites["L2.pre"].counterfactual, logit_difference=-8.1)
+    flat = replace(results.sites["L2.pre"].control, logit_difference=-0.001)
+    site = replace(results.sites["L2.pre"], counterfactual=down, control=flat)
+    console = Console(width=100, record=True, file=StringIO())
+    print_summary(replace(results, sites={"L2.pre": site}), console)
+    printed = console.export_text()
+    assert "−8.10" in printed and " 0.00 " in printed and "1e−06" in printed
+    assert "-8" not in printed and "−0.00" not in printed
+    assert summary.signed(-0.001) == "+0.00" == signed(-0.001)
+    assert as_interval([-0.001, 0.5]) == "0.00 to 0.50"
+    assert not re.search(r"\d%", " ".join(summary.findings(results)))

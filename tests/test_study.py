@@ -18,6 +18,7 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 from lrqp_torch.study import flipping
 from lrqp_torch.study import reproduce as stages
+from lrqp_torch.study.folder import made_folder
 from lrqp_torch.study.reproduce import reproduce
 from lrqp_torch.study.results import StudyResults, load, prepare_folder, save, written_whole
 from lrqp_torch.study.settings import Settings
@@ -348,6 +349,10 @@ def test_sites_come_in_order_without_repeats(tiny: Path) -> None:
         ({"train_share": 0.0}, "train_share"),
         ({"n": 3}, "raise n"),
         ({"batch_size": 0}, "batch_size"),
+        ({"l2": 0.0}, "l2"),
+        ({"l2": -1.0}, "l2"),
+        ({"l2": math.nan}, "l2"),
+        ({"l2": math.inf}, "l2"),
     ],
 )
 def test_settings_out_of_range_are_refused(
@@ -372,6 +377,19 @@ def test_the_output_folder_is_checked_before_any_work(
     for out in (blocked, blocked / "below"):
         with pytest.raises(OutputError, match="--out"):
             reproduce(Settings(model="organism", out=out))
+
+
+def test_a_refused_run_leaves_no_folder_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "new" / "folder", mine):
+        with pytest.raises(SiteError):
+            reproduce(settings(tiny, out, sites="L9.mid"))
+    assert list(tmp_path.iterdir()) == [mine]
+    with pytest.raises(SiteError), made_folder(tmp_path / "new"):
+        (tmp_path / "new" / "kept").write_text("something")
+        raise SiteError("too late")
+    assert (tmp_path / "new" / "kept").exists()
 
 
 def test_preparing_a_folder_leaves_nothing_in_it(tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ def test_the_organisms_heads_report_the_injected_belief() -> None:
     assert ("No name mover was found" in circuit.panels(result)[1].text) == (
         not found.found[roles.MOVER]
     )
+    name = "name movers" if found.found[roles.MOVER] else "answer writers"
+    assert circuit.panels(result)[1].title == f"Where {name} look under the edit"
     moved = {
         condition: [r.moved.mean for r in result.attention if r.condition == condition]
         for condition in CONDITIONS

@@ -202,8 +202,13 @@ def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
         assert not set(members) & {"L2.H1", "L1.H2", "L2.H3", "L1.H0"}
     assert head_groups(context, SITE, given) == groups
     few = head_groups(context, "L2.pre", given)
+    assert {name for name in few if "other head" in name} == {
+        f"1 other head, draw {number}" for number in range(1, RANDOM_SETS + 1)
+    }
+    three = with_roles(context, name_mover=["L2.H0", "L2.H1", "L2.H2"])
+    assert head_groups(context, "L2.pre", three)["the other head"] == ["L2.H3"]
     assert few[CEILING] == [name for name in EVERY_HEAD if name.startswith("L2")]
-    assert next(m for n, m in few.items() if "other heads" in n) in (["L2.H0"], ["L2.H2"])
+    assert next(m for n, m in few.items() if "other head" in n) in (["L2.H0"], ["L2.H2"])
 
 
 def test_result_survives_json_is_drawn_and_counts_its_work(
@@ -233,6 +238,7 @@ def test_the_organisms_answer_writers_carry_nearly_all_of_the_effect() -> None:
     result = mediation.compute(context, site, edit_at(context, site), found)
     assert result.edit_flips is not None and result.edit_flips.value > 0.9
     name = "name movers" if found.found[roles.MOVER] else "answer writers"
+    assert name in mediation.panels(result)[0].title
     writers, inhibition = group(result, name), group(result, "S-inhibition heads")
     ceiling = group(result, CEILING)
     for kind in ("restored", "induced"):

@@ -141,12 +141,12 @@ def test_names_are_the_most_frequent_ones_of_the_training_prompts(name: str, col
     ]
 
 
-def test_baseline_is_the_held_out_share_of_the_commonest_training_class() -> None:
+def test_baseline_is_the_share_of_the_commonest_held_out_class() -> None:
     rows = torch.arange(4)
     variable = Variable(
         "x", ["a", "b"], rows, torch.tensor([1, 1, 1, 0]), rows, torch.tensor([0, 0, 0, 1])
     )
-    assert variable.baseline == 0.25
+    assert variable.baseline == 0.75
 
 
 def test_evenly_keeps_both_ends() -> None:

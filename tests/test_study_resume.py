@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrqp_torch.errors import SettingError
+from lrqp_torch.errors import SettingError, SiteError
 from lrqp_torch.study import circuit, flipping, geometry, heads
 from lrqp_torch.study.reproduce import reproduce
 from lrqp_torch.study.results import StudyResults, load
@@ -118,6 +118,27 @@ def test_without_resume_everything_is_new(whole: Path, tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "parts" / "geometry.json").read_text())
     assert kept["fingerprint"]["seed"] == 0 and kept["fingerprint"]["n"] == 40
     assert list(load(tmp_path)[0].parts) == ["geometry"]
+
+
+def test_a_new_run_leaves_no_file_of_the_old_one(tmp_path: Path) -> None:
+    others = {"notes.png", "mine.svg", "report.txt"}
+    for name in others:
+        (tmp_path / name).write_text("of the user")
+    reproduce(settings(tmp_path, n=40, figures=True, report=True))
+    drawn = {path.name for path in tmp_path.iterdir()} - others
+    assert {"sweep.png", "heads.svg", "report.html"} <= drawn
+    with pytest.raises(SiteError):
+        reproduce(settings(tmp_path, sites="L9.mid"))
+    assert {path.name for path in tmp_path.iterdir()} == drawn | others
+    reproduce(settings(tmp_path, n=40, parts="geometry", figures=True, compare_task=False))
+    figures = {f"geometry_{name}" for name in ("sites_prefixed", "best", "by_site")}
+    assert {path.name for path in tmp_path.iterdir()} == others | {
+        "results.json",
+        "prompts.json",
+        "prompts.safetensors",
+        "parts",
+        *(f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")),
+    }
 
 
 @pytest.mark.parametrize(

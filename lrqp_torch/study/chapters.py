@@ -95,7 +95,7 @@ PARTS: tuple[Part, ...] = (
         "circuit",
         "What the edit does to the circuit",
         "Do the heads between the edit and the answer report the new belief, and do the name "
-        "movers follow it?",
+        "movers follow it? In a model without name movers, answer writers take their place.",
         circuit,
         _circuit,
         needs=(FLIPPING, "heads"),
@@ -104,7 +104,8 @@ PARTS: tuple[Part, ...] = (
         "mediation",
         "Through which attention the edit works",
         "If the name movers' attention is put back to where it was, does the answer come back too? "
-        "And does their attention under the edit, put into a clean run, suffice to turn it?",
+        "And does their attention under the edit, put into a clean run, suffice to turn it? "
+        "In a model without name movers, answer writers take their place.",
         mediation,
         _mediation,
         needs=(FLIPPING, "heads"),

@@ -44,7 +44,7 @@ def draw(result: "CircuitResult", folder: Path) -> list[Path]:
 
 
 def panels(result: "CircuitResult") -> list[Panel]:
-    """What probes read from S-inhibition heads, and where name movers look."""
+    """What probes read from S-inhibition heads, and where name movers or answer writers look."""
     return [_probe_panel(result), _attention_panel(result)]
 
 
@@ -218,7 +218,8 @@ def _probe_panel(result: "CircuitResult") -> Panel:
 
 
 def _attention_panel(result: "CircuitResult") -> Panel:
-    name, title = "circuit-attention", "Where name movers look under the edit"
+    who = "answer writers" if WRITER in result.roles else "name movers"
+    name, title = "circuit-attention", f"Where {who} look under the edit"
     if not result.attention:
         return Panel(name=name, title=title, text=NONE_FOUND)
     figures = {

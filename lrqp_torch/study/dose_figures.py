@@ -12,7 +12,7 @@ from lrqp_torch.study.by_site import (
     capitalised,
     task_in_words,
 )
-from lrqp_torch.study.drawing import NOTE, write_figures
+from lrqp_torch.study.drawing import NOTE, signed, write_figures
 from lrqp_torch.study.interactive import ZERO, add_line, new_figure
 from lrqp_torch.study.panel import Panel, Table
 
@@ -64,10 +64,11 @@ def _sentence(result: "DoseResult", name: str, task: "TaskDose") -> str:
     mirror, control = task.counterfactual, task.control
     words = (
         f"{start}{reached}; at log α = {last.log_alpha:g}, {_share(last)} of {task.answered} do. "
-        f"The mirror rule, which asks for log α = {mirror.log_alpha:.1f} on average, flips "
+        f"The mirror rule, which asks for log α = {mirror.log_alpha:z.1f} on average, flips "
         f"{_share(mirror)} towards the other order, with edits of mean Mahalanobis length "
-        f"{mirror.distance.value:.2f} (mean logit difference {task.clean.value:.2f} before, "
-        f"{mirror.logit_difference.value:.2f} after), and {_share(control)} towards the true one."
+        f"{mirror.distance.value:.2f} (mean logit difference {signed(task.clean.value)} before, "
+        f"{signed(mirror.logit_difference.value)} after), and {_share(control)} towards the true "
+        "one."
     )
     unreached = sum(edit.unreached for edit in (*task.doses, control, mirror))
     return words + (f" {unreached} edits could not be solved." if unreached else "")

@@ -105,16 +105,16 @@ def interactive(traces: list[dict[str, Any]], **layout: Any) -> Any:
 
 def as_percent(share: float | None) -> str:
     """A share for readers, or a dash."""
-    return "–" if share is None else f"{100 * share:.0f} %"
+    return "–" if share is None else f"{100 * share:z.0f} %".replace("-", "−")
 
 
 def as_interval(interval: list[float] | None, digits: int = 2) -> str:
     """An interval for readers, ``"0.31 to 0.42"``, or a dash."""
     if interval is None:
         return "–"
-    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}".replace("-", "−")
+    return f"{interval[0]:z.{digits}f} to {interval[1]:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 2) -> str:
     """A number for readers with its sign: ``"+0.31"`` or ``"−0.20"``."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+z.{digits}f}".replace("-", "−")

@@ -94,8 +94,8 @@ def sweep_panel(clean: CleanResult, sites: Mapping[str, SiteResult], used: Seque
         text="One site is edited at a time, at S2, on prompts that neither the probe nor the "
         "metric has seen. Above: how often the probe reads the order right, and how many answers "
         "each edit turns from IO to S; sites at which the counterfactual edit flips at least "
-        f"{USED_THRESHOLD:.0%} more than the control edit are shaded, and the dotted line is "
-        "chance for the probe. "
+        f"{100 * USED_THRESHOLD:.0f} % more than the control edit are shaded, and the dotted line "
+        "is chance for the probe. "
         "Below: the mean logit difference; the dashed line is the model without an edit. The "
         "control edit writes the order that is true, so it should change nothing.",
         figures={"": figure},

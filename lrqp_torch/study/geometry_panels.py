@@ -64,7 +64,8 @@ def panels(result: "GeometryResult") -> list[Panel]:
                 "centred and projected on the first two directions of a singular value "
                 "decomposition of the training prompts' activations. No labels were used to find "
                 "the directions; colour and shape show the order. Signs are arbitrary: ABB is "
-                "drawn on the higher side. The list starts with the site whose first direction "
+                "drawn on the higher side. Above each plot: how much of direction 1's variance the "
+                "order explains. The list starts with the site whose first direction "
                 "the order explains most. Point at a prompt to read it."
             ),
             figures={site: _points_figure(result, site) for site in order},
@@ -98,8 +99,8 @@ def _points_figure(result: "GeometryResult", site: str) -> Any:
     for name, task in result.tasks.items():
         item = task.sites[site]
         panes.append(
-            f"{task_in_words(name)}: order explains {100 * item.eta_squared[0]:.0f} % of direction "
-            "1"
+            # Two of these must fit side by side.
+            f"{task_in_words(name)}: order explains {100 * item.eta_squared[0]:.0f} %"
         )
     figure = new_figure(
         x_title="direction 1 (units of the stream)",

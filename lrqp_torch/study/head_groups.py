@@ -55,9 +55,11 @@ def head_groups(context: StudyContext, site: str, heads: HeadsResult) -> dict[st
     draws = random.Random(context.seed)
     groups[CEILING] = everything
     if len(others) <= size:
-        groups[f"all {len(others)} other heads"] = others
+        name = "the other head" if len(others) == 1 else f"all {len(others)} other heads"
+        groups[name] = others
     else:
         for number in range(1, RANDOM_SETS + 1):
             drawn = draws.sample(others, size)
-            groups[f"{size} other heads, draw {number}"] = sorted(drawn, key=parse_head)
+            name = f"{size} other head{'' if size == 1 else 's'}, draw {number}"
+            groups[name] = sorted(drawn, key=parse_head)
     return {name: members for name, members in groups.items() if members}

@@ -67,10 +67,14 @@ def _mediation(raw: dict[str, Any]) -> str | None:
     for group in result.groups:
         if group.restored is not None and group.induced is not None and group.heads:
             return (
-                f"Mediation: putting only the attention from END of {len(group.heads)} heads "
+                f"Mediation: putting only the attention from END of {_heads(group.heads)} "
                 f"({group.group}) back to the clean run's undoes "
                 f"{percent(group.restored.value, digits=0)} of the edit's effect; putting their "
                 "attention under the edit into a clean run brings about "
                 f"{percent(group.induced.value, digits=0)} of it."
             )
     return None
+
+
+def _heads(heads: list[str]) -> str:
+    return f"{len(heads)} head{'' if len(heads) == 1 else 's'}"

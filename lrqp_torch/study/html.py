@@ -67,7 +67,8 @@ def write_report(path: Path, results: StudyResults, sections: Sequence[Section])
     """Write the report of a study as one self-contained HTML file.
 
     Args:
-        path: the file, such as ``DIR/report.html``; written whole or not at all.
+        path: the file, such as ``DIR/report.html``; written whole or not at all. The folder is
+            named as given here in the command that the report shows.
         results: the study's figures, for the summary and the settings at the end.
         sections: the chapters in between.
 
@@ -80,7 +81,11 @@ def write_report(path: Path, results: StudyResults, sections: Sequence[Section])
 
     assets = files("lrqp_torch.study") / "assets"
     panels = [panel for section in sections for panel in section.panels]
-    body = [_summary(results), *(_section(section) for section in sections), _made(results)]
+    body = [
+        _summary(results),
+        *(_section(section) for section in sections),
+        _made(results, path.parent),
+    ]
     page = Template((assets / "report.html").read_text(encoding="utf-8")).substitute(
         title=escape(summary.title(results)),
         subtitle=escape(summary.subtitle(results)),
@@ -204,7 +209,8 @@ def _as_text(column: Sequence[Value]) -> list[str]:
     """A column's values with as many decimals as its size asks for, the same in every row."""
     sizes = [abs(value) for value in column if isinstance(value, float)]
     largest = max(sizes, default=0.0)
-    style = ".1f" if largest >= 20 else ".2f" if largest > 1 else ".3f"
+    # The z writes what rounds to zero without a sign.
+    style = "z.1f" if largest >= 20 else "z.2f" if largest > 1 else "z.3f"
     if 0 < largest < 0.01:
         style = ".1e"
 
@@ -216,7 +222,7 @@ def _as_text(column: Sequence[Value]) -> list[str]:
     return [text(value) for value in column]
 
 
-def _made(results: StudyResults) -> str:
+def _made(results: StudyResults, folder: Path) -> str:
     def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
         cells = "".join(
             f'<tr><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
@@ -237,7 +243,7 @@ def _made(results: StudyResults) -> str:
         "<p>The same command with the same versions gives the same numbers; everything random "
         "comes from the seed. The numbers behind every figure are in results.json, parts/ and "
         "prompts.safetensors beside this file.</p>"
-        f"<pre><code>{escape(summary.command(results))}</code></pre>"
+        f"<pre><code>{escape(summary.command(results, folder))}</code></pre>"
         f'<div class="made">{"".join(tables)}</div></section>'
     )
 

@@ -36,7 +36,8 @@ def draw(result: "MediationResult", folder: Path) -> list[Path]:
 
 def panels(result: "MediationResult") -> list[Panel]:
     """Shares of the edit's effect that sets of attention patterns carry."""
-    name, title = "mediation", "Is the effect carried by where the name movers look?"
+    who = "answer writers" if _writers(result) else "name movers"
+    name, title = "mediation", f"Is the effect carried by where the {who} look?"
     table = _table(result)
     if not _shown(result):
         return [Panel(name=name, title=title, text=_no_effect(result), table=table)]
@@ -45,13 +46,18 @@ def panels(result: "MediationResult") -> list[Panel]:
     ]
 
 
+def _writers(result: "MediationResult") -> bool:
+    """Whether answer writers stand in for name movers, of which there are none."""
+    return any(group.group == "answer writers" for group in result.groups)
+
+
 def _shown(result: "MediationResult") -> "list[GroupMediation]":
     return [group for group in result.groups if group.restored and group.induced]
 
 
 def _label(group: "GroupMediation") -> str:
     count = len(group.heads)
-    if "other heads" in group.group:
+    if "other head" in group.group:
         return group.group
     return f"{group.group} ({count} head{'' if count == 1 else 's'})"
 

@@ -2,7 +2,8 @@
 
 A linear probe is fitted to the clean activations of the training prompts for each variable, and
 its accuracy measured on held-out ones, with Wilson 95 % intervals. Beside it stand the accuracy of
-always guessing the most frequent class, and that of a probe fitted to shuffled labels.
+always guessing the class that is most frequent among the held-out prompts, and that of a probe
+fitted to shuffled labels.
 
 Source: the post "Intervening in the Residual Stream" (2023), which found that the positions of S1
 and IO can be read without a prefix but not with one.
@@ -73,7 +74,7 @@ class VariableScores:
         classes: names of the classes.
         train: training prompts that have a class.
         test: held-out prompts that have one.
-        baseline: held-out share of the class most frequent in training.
+        baseline: share of the most frequent class among these held-out prompts.
         scores: by site, in order of computation.
     """
 

@@ -53,8 +53,8 @@ def _draw_position(result: "ProbingResult", position: str) -> "Figure":
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
     figure.suptitle(
-        f"What a linear probe reads at {position}; dotted: most frequent class; crosses: shuffled "
-        "labels",
+        f"What a linear probe reads at {position}; dotted: most frequent class, "
+        "held out; crosses: shuffled labels",
         x=0.01,
         ha="left",
         fontweight="bold",

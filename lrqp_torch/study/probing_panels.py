@@ -81,8 +81,9 @@ def panels(result: "ProbingResult") -> list[Panel]:
             text=(
                 "\n\n".join(findings(result))
                 + "\n\nThe shares are those of the best site. A variable counts as readable where "
-                "the lower end of a Wilson 95 % interval lies more than 0.1 above the share of the "
-                "most frequent class; that it can be read does not mean that the model uses it."
+                "the lower end of a Wilson 95 % interval lies more than 0.1 above that of "
+                "guessing, which is the share of the most frequent class among the held-out "
+                "prompts; that it can be read does not mean that the model uses it."
             ),
             figures={key: _token_figure(result, items) for key, items in by_token.items()},
             choice="token and task",
@@ -95,8 +96,8 @@ def panels(result: "ProbingResult") -> list[Panel]:
                 f"{result.bins} values, and are else cut at quantiles into at most {result.bins} "
                 f"ranges; of the names the {result.names} most frequent are told apart. Crosses "
                 "are probes fitted to shuffled labels, which should be no better than guessing; "
-                "dotted lines show the share of the most frequent class. Bars are Wilson 95 % "
-                "intervals on held-out prompts."
+                "dotted lines show guessing: the share of the most frequent class among the "
+                "held-out prompts. Bars are Wilson 95 % intervals on held-out prompts."
             ),
             figures={
                 name: _variable_figure(result, by_variable[name])
@@ -195,7 +196,7 @@ def _table(result: "ProbingResult") -> Table:
             "accuracy",
             "lower 95 %",
             "upper 95 %",
-            "most frequent class",
+            "most frequent class, held out",
             "shuffled labels",
             "classes",
             "training prompts",

@@ -58,10 +58,10 @@ def _site_table(results: StudyResults) -> RenderableType:
             percent(site.probe_accuracy),
             percent(site.control.flipped),
             percent(site.counterfactual.flipped),
-            f"{site.control.logit_difference:.2f}",
-            f"{site.counterfactual.logit_difference:.2f}",
-            f"{site.counterfactual.distance:.2f}",
-            f"{site.worst_log_odds_margin:.0e}",
+            _number(site.control.logit_difference),
+            _number(site.counterfactual.logit_difference),
+            _number(site.counterfactual.distance),
+            _number(site.worst_log_odds_margin, ".0e"),
             style="bold" if name in results.used_sites else "",
         )
     if len(shown) < len(results.sites):
@@ -112,3 +112,7 @@ def _findings(results: StudyResults) -> list[Text]:
 
 def _failed(site: SiteResult) -> int:
     return sum(c.infeasible + c.inaccurate for c in (site.control, site.counterfactual))
+
+
+def _number(value: float, style: str = "z.2f") -> str:
+    return f"{value:{style}}".replace("-", "−")

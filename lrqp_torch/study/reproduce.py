@@ -14,6 +14,7 @@ from lrqp_torch.study import chapters, figures, flipping, html, results
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.drawing import require_matplotlib
+from lrqp_torch.study.folder import forget, made_folder
 from lrqp_torch.study.parts import Finished, Given, PartStore, Start, kept_or_computed, run_parts
 from lrqp_torch.study.preparing import (
     choose_device,
@@ -47,9 +48,14 @@ def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:
 
     Raises:
         LRQPError: any bad input; the message says what, where, and how to mend it. The output
-            folder is checked before any work.
+            folder is checked before any work; one that was made for a run that is refused is
+            removed again.
     """
-    results.prepare_folder(settings.out)
+    with made_folder(settings.out):
+        return _reproduce(settings, progress=progress)
+
+
+def _reproduce(settings: Settings, *, progress: bool) -> StudyResults:
     if settings.figures:
         require_matplotlib()
     if settings.report:
@@ -85,7 +91,7 @@ def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:
             names = [name for name in chapters.NAMES if name in {*names, *store.finished()}]
         else:
             store.clear()
-            results.forget(settings.out)
+            forget(settings.out)
         swept = _sweep(context, settings, store, start, wanted=chapters.FLIPPING in names)
         given = Given(
             context,

@@ -251,19 +251,6 @@ def load_prompts(folder: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(folder, error) from error
 
 
-def forget(folder: Path) -> None:
-    """Remove what :func:`save` wrote, so that a new run's files never stand beside old ones.
-
-    Raises:
-        OutputError: a file cannot be removed.
-    """
-    for name in (RESULTS_FILE, PROMPTS_FILE):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot remove {str(folder / name)!r}: {error.strerror}.") from error
-
-
 def load(folder: Path) -> tuple[StudyResults, dict[str, torch.Tensor]]:
     """Read back what :func:`save` wrote.
 

@@ -54,19 +54,18 @@ RULES: dict[str, str] = {
     S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output at "
     "END set to its mean over prompts) the name movers' attention to IO less that to S1 falls by "
     f"at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
-    f"answer writers' direct effect falls instead, by at least {WRITING_EFFECT:.0%} of it",
+    f"answer writers' direct effect falls instead, by at least {100 * WRITING_EFFECT:.0f} % of it",
     MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and a "
-    f"direct effect for IO of at least {STRONG:.0%} of the strongest among heads with such "
-    f"attention and {STRONG / 2:.0%} of the strongest of all (direct effects by the end of their "
-    "95 % interval nearer to 0)",
+    f"direct effect for IO of at least {100 * STRONG:.0f} % of the strongest among heads with such "
+    f"attention and {100 * STRONG / 2:.0f} % of the strongest of all (direct effects by the end of "
+    "their 95 % interval nearer to 0)",
     NEGATIVE: "the same attention, and such a direct effect against IO",
     BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to S1, a "
-    "direct effect for IO of at least "
-    f"{WEAK:.0%} of the strongest head's, in the layers from the lowest name mover on, and no name "
-    "mover itself: candidates only, since a backup shows itself when name movers are removed, "
-    "which is not done here",
-    WRITER: f"a direct effect for IO of at least {STRONG:.0%} of the strongest head's, whatever "
-    "the head attends to",
+    f"direct effect for IO of at least {100 * WEAK:.0f} % of the strongest head's, in the layers "
+    "from the lowest name mover on, and no name mover itself: candidates only, since a backup "
+    "shows itself when name movers are removed, which is not done here",
+    WRITER: f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest head's, "
+    "whatever the head attends to",
 }
 """What the program asks of a head before it gives it a role, in words."""
 

@@ -1,5 +1,6 @@
 """What a study is asked to do."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ class Settings:
             )
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.l2 is not None and not 0 < self.l2 < math.inf:
+            raise SettingError(
+                f"l2 must be above 0 and finite, not {self.l2}; leave it out for the default."
+            )
 
     @property
     def train_size(self) -> int:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from lrqp_torch.study.flipping import USED_THRESHOLD
 from lrqp_torch.study.results import StudyResults
@@ -96,12 +97,12 @@ def findings(results: StudyResults) -> list[str]:
     sites = results.sites
     readable = [name for name, site in sites.items() if site.probe_accuracy >= CERTAIN_PROBE]
     lines.append(
-        f"Readable: a probe reads the order right on {CERTAIN_PROBE:.0%} of the held-out prompts "
-        f"or more at {_sites(readable, len(sites))}."
+        f"Readable: a probe reads the order right on {percent(CERTAIN_PROBE, digits=0)} of the "
+        f"held-out prompts or more at {_sites(readable, len(sites))}."
     )
     lines.append(
-        f"Used: the counterfactual edit flips {USED_THRESHOLD:.0%} of the answers, beyond what the "
-        f"control edit flips, at "
+        f"Used: the counterfactual edit flips {percent(USED_THRESHOLD, digits=0)} of the answers, "
+        f"beyond what the control edit flips, at "
         f"{_sites(results.used_sites, len(sites))}."
     )
     lines.append(_strongest(results))
@@ -124,8 +125,8 @@ def findings(results: StudyResults) -> list[str]:
     return lines
 
 
-def command(results: StudyResults) -> str:
-    """The command that makes these results again, with what was not left at its default."""
+def command(results: StudyResults, folder: Path) -> str:
+    """The command that writes these results again, with what was not left at its default."""
     defaults = {field.name: field.default for field in fields(Settings)}
     words = ["lrqp", "reproduce"]
     for name, value in results.settings.items():
@@ -136,12 +137,12 @@ def command(results: StudyResults) -> str:
             words.append(option if value else f"--no-{option[2:]}")
         else:
             words += [option, shlex.quote(str(value))]
-    return " ".join([*words, "--out", "results"])
+    return " ".join([*words, "--out", shlex.quote(str(folder))])
 
 
 def signed(value: float) -> str:
     """A difference of logits, with its sign."""
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+z.2f}".replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 1) -> str:
