@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import CovarianceError, NonFiniteError, WidthError
+from lrqp_torch.qp.checks import check_finite
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
 
@@ -138,13 +139,7 @@ class Covariance:
         """
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
-        finite = torch.isfinite(x).all(-1)
-        if not bool(finite.all()):
-            where = (~finite).nonzero().flatten()[:5].tolist()
-            raise NonFiniteError(
-                f"{int((~finite).sum())} of {len(x)} activations hold NaN or infinity (rows "
-                f"{where}); leave them out before estimating a covariance"
-            )
+        check_finite(x)
         if len(x) == 0:
             return self
         x = x.to(self.mean)

@@ -10,12 +10,11 @@ from lrqp_torch.errors import (
     ConvergenceError,
     LabelError,
     LRQPError,
-    NonFiniteError,
     TargetError,
     WidthError,
 )
 from lrqp_torch.newton import minimise_multinomial
-from lrqp_torch.qp.checks import as_classes
+from lrqp_torch.qp.checks import as_classes, check_finite
 
 
 @dataclass(frozen=True)
@@ -205,12 +204,7 @@ def _check(x: Tensor, y: Tensor, n_classes: int | None) -> tuple[Tensor, int]:
         raise LabelError(f"labels must be integers or bool, got {y.dtype}")
     if len(x) == 0:
         raise LabelError("no examples to fit a probe on")
-    finite = torch.isfinite(x).all(-1)
-    if not bool(finite.all()):
-        where = (~finite).nonzero().flatten()[:5].tolist()
-        raise NonFiniteError(
-            f"{int((~finite).sum())} of {len(x)} activations hold NaN or infinity (rows {where})"
-        )
+    check_finite(x)
     labels = y.to(x.device).long()
     if int(labels.min()) < 0:
         raise LabelError(f"labels must be 0 or more, got {int(labels.min())}")

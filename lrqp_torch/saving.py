@@ -6,7 +6,6 @@ name and shape by shape, and a checksum ties the two files together.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lrqp_torch.errors import OutputError, SavedEditError
+from lrqp_torch.files import prepare_folder, written_whole
 
 FORMAT = "lrqp_torch.edit"
 VERSION = 1
@@ -65,16 +65,10 @@ def save_edit(
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise OutputError(f"notes and solver_args must be plain JSON values: {error}") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in ((TENSORS_FILE, blob), (JSON_FILE, text.encode())):
-            partial = folder / f".{name}.{os.getpid()}"
+    prepare_folder(folder)
+    for name, data in ((TENSORS_FILE, blob), (JSON_FILE, text.encode())):
+        with written_whole(folder / name) as partial:
             partial.write_bytes(data)
-            partial.replace(folder / name)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the edit to {folder}: {error}; choose another folder"
-        ) from error
     return folder
 
 

@@ -303,3 +303,13 @@ def test_bad_means_and_displacements_are_named() -> None:
         Mahalanobis.fit(torch.zeros(5))
     with pytest.raises(WidthError, match="metric has width 3"):
         LRQP(LinearProbe(4, 2), Mahalanobis.euclidean(3))
+
+
+def test_infinities_that_cancel_are_found_and_large_finite_numbers_are_not_mistaken() -> None:
+    x = torch.randn(6, 3)
+    x[2, 0], x[4, 0] = float("inf"), float("-inf")
+    with pytest.raises(NonFiniteError, match=r"2 of 6.*\[2, 4\]"):
+        Covariance(3).update(x)
+    half = torch.full((50, 4), 6e4, dtype=torch.float16)  # its sum overflows float16
+    half[::2] /= 2
+    assert Covariance(4).update(half).n_samples == 50

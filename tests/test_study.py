@@ -14,13 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lrqp_torch import capture, models
 from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
+from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 from lrqp_torch.study import flipping
 from lrqp_torch.study import reproduce as stages
 from lrqp_torch.study.folder import made_folder
 from lrqp_torch.study.reproduce import reproduce
-from lrqp_torch.study.results import StudyResults, load, prepare_folder, save, written_whole
+from lrqp_torch.study.results import StudyResults, load, save
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.truth import read_truth
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import platform
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from rich.progress import TimeRemainingColumn
 from rich.table import Table
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lrqp_torch.errors import OutputError
+from lrqp_torch.files import prepare_folder
 from lrqp_torch.ioi.prefixes import bundled
 from lrqp_torch.models.training.loop import train
 from lrqp_torch.models.training.recipe import Progress, Recipe
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         OutputError: The output folder cannot be written; found out before training.
     """
     options = _parser().parse_args(arguments)
-    _require_writable(options.out)
+    prepare_folder(options.out)
     torch.set_num_threads(options.threads)
     recipe = Recipe(steps=options.steps, seed=options.seed, batch=options.batch, pool=options.pool)
     tokenizer = build_tokenizer(bundled())
@@ -92,18 +91,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"the output folder {str(folder)!r} cannot be written ({error}): give another folder "
-            "with --out, or change its permissions"
-        ) from error
 
 
 def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:

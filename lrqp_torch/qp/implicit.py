@@ -33,9 +33,7 @@ class _ActiveSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gram, inverse, active, solution = ctx.saved_tensors
-        adjoint = active_multipliers(gram, gradient, inverse, active)
-        outer = -(adjoint.unsqueeze(-1) * solution.unsqueeze(-2))
-        return (outer + outer.transpose(-1, -2)) / 2, adjoint, None, None
+        return *adjoint_gradients(gram, solution, inverse, active, gradient), None, None
 
 
 def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tensor) -> Tensor:
@@ -49,6 +47,15 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
     """
     result: Tensor = _ActiveSolve.apply(gram, gap, inverse, active)  # type: ignore[no-untyped-call]
     return result
+
+
+def adjoint_gradients(
+    gram: Tensor, multipliers: Tensor, inverse: Tensor, active: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients for M, (B, m, m) symmetric, and g, (B, m), from the gradient of λ, (B, m)."""
+    adjoint = active_multipliers(gram, gradient, inverse, active)
+    outer = -(adjoint.unsqueeze(-1) * multipliers.unsqueeze(-2))
+    return (outer + outer.transpose(-1, -2)) / 2, adjoint
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import InfeasibleError
 from lrqp_torch.qp.active_set import DualSolution, solve_dual
-from lrqp_torch.qp.implicit import active_multipliers
+from lrqp_torch.qp.implicit import active_multipliers, adjoint_gradients
 
 
 class DualActiveSet(SolverInterface):
@@ -68,9 +68,9 @@ class DualActiveSet(SolverInterface):
         if ddual is not None and bool((ddual != 0).any()):
             raise NotImplementedError("DualActiveSet differentiates λ, not the slack M λ − g")
         gram, multipliers, solution, matrix = state
-        adjoint = active_multipliers(gram, dprimal.double(), solution.inverse, solution.active)
-        gram_gradient = -(adjoint.unsqueeze(-1) * multipliers.unsqueeze(-2))
-        gram_gradient = (gram_gradient + gram_gradient.transpose(-1, -2)) / 2
+        gram_gradient, adjoint = adjoint_gradients(
+            gram, multipliers, solution.inverse, solution.active, dprimal.double()
+        )
         constant = torch.zeros_like(adjoint[:, :1])
         return (
             gram_gradient.flatten(1).to(dprimal.dtype),

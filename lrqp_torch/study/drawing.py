@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrqp_torch.errors import MissingExtraError
-from lrqp_torch.study.results import written_whole
+from lrqp_torch.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lrqp_torch.errors import LRQPError, OutputError
+from lrqp_torch.files import prepare_folder
 from lrqp_torch.study.drawing import FORMATS
 from lrqp_torch.study.html import REPORT_FILE
 from lrqp_torch.study.prompt_texts import TEXTS_FILE
-from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE, prepare_folder
+from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE
 
 FIGURES = (
     "sweep",

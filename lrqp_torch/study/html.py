@@ -17,10 +17,11 @@ from string import Template
 from typing import Any
 
 from lrqp_torch.errors import MissingExtraError
+from lrqp_torch.files import written_whole
 from lrqp_torch.study import summary
 from lrqp_torch.study.headlines import headlines
 from lrqp_torch.study.panel import Panel, Table
-from lrqp_torch.study.results import StudyResults, written_whole
+from lrqp_torch.study.results import StudyResults
 
 REPORT_FILE = "report.html"
 SHARED_FROM = 32
@@ -98,12 +99,6 @@ def write_report(path: Path, results: StudyResults, sections: Sequence[Section])
     )
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-
-
-def hover_text(text: str) -> str:
-    """Any text made safe for a plotly hover label, which would read tags such as ``<b>``."""
-    # plotly decodes these three entities and no named quotes.
-    return escape(text, quote=False)
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
+from lrqp_torch.files import written_whole
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.results import written_whole
 from lrqp_torch.study.settings import Settings
 
 PARTS_FOLDER = "parts"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from lrqp_torch.errors import OutputError
+from lrqp_torch.files import written_whole
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.study.results import written_whole
 
 TEXTS_FILE = "prompts.json"
 SHOWN_POSITIONS = ("IO", "S1", "S2", "END")

@@ -5,11 +5,8 @@ A study leaves ``results.json`` (every figure, with the settings, seed and versi
 """
 
 import json
-import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors.torch import save as serialise
 
 from lrqp_torch import __version__
 from lrqp_torch.errors import NonFiniteError, OutputError
+from lrqp_torch.files import written_whole
 from lrqp_torch.study.published import PublishedFigure
 
 FORMAT = 1
@@ -166,41 +164,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-def prepare_folder(folder: Path) -> None:
-    """Create ``folder`` if needed and prove that a file can be written there.
-
-    Raises:
-        OutputError: it cannot be created, is not a folder, or refuses a file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write results to {str(folder)!r}: {error.strerror or error}. "
-            "Choose another folder with --out, or make this one writable."
-        ) from error
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    # The suffix is kept, since matplotlib reads the format from it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(results: StudyResults, prompts: Mapping[str, torch.Tensor], folder: Path) -> None:
