@@ -7,12 +7,21 @@ changing the attention module's output, so that the skip path and the MLP both s
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from lrqp_torch.positions import ForwardCall, Positions
-from lrqp_torch.sites import PARTS, Located, Site, blocks_of, family_of, locate, trunk_of
+from lrqp_torch.sites import (
+    PARTS,
+    Located,
+    Site,
+    blocks_of,
+    family_of,
+    head_count,
+    locate,
+    trunk_of,
+)
 
 
 def attach(
@@ -44,12 +53,14 @@ def attach(
         stack.callback(located.block.register_forward_hook(after).remove)
         return
 
-    # The first norm reads the block input as it is after all edits of it, in whatever order
+    # The first reader sees the block input as it is after all edits of it, in whatever order
     # contexts were nested; a pre-hook on the block might still see it before.
-    def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
-        residual[:] = [args[0]]
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        residual[:] = [args[0] if args else kwargs["hidden_states"]]
 
-    stack.callback(located.first_norm.register_forward_pre_hook(remember).remove)
+    stack.callback(
+        located.first_reader.register_forward_pre_hook(remember, with_kwargs=True).remove
+    )
     stack.callback(located.attention_output.register_forward_hook(after).remove)
 
 
@@ -122,7 +133,7 @@ def record_heads(
         Layer to (B, heads, head width), from the last forward pass within the context.
     """
     at = Positions.parse(positions)
-    family, heads = family_of(model), int(cast(Any, model).config.num_attention_heads)
+    family, heads = family_of(model), head_count(model)
     recorded: dict[int, Tensor] = {}
     with ExitStack() as stack:
         calls = watch_calls(model, stack, [at])

@@ -7,7 +7,7 @@ A site is a place in the residual stream, named as in "Intervening in the Residu
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -58,42 +58,103 @@ class Family:
     Module paths may be dotted.
 
     Attributes:
-        blocks: the list of blocks, from the base model (``model.base_model``).
-        first_norm: the module of a block that first reads the stream, from the block.
+        blocks: the list of blocks, from the trunk.
+        first_reader: the module of a block that first reads the stream, from the block: its first
+            norm, or its attention where that comes without one.
         attention_output: the module of a block whose output (or first output) is added to the
             stream after attention, from the block. In families that normalise before adding, it
             is that norm.
         output_projection: the module of a block that maps the heads' outputs, side by side, back to
             the stream (W_O), from the block.
-        parallel: tells from the config whether attention and MLP read the same stream, so that
-            there is no ``mid``.
-        absolute_positions: whether the model adds learned position embeddings, so that a
-            left-padded batch needs ``position_ids``.
+        without_mid: tells from the config why blocks have no stream between attention and MLP, or
+            None where they have one; :func:`in_parallel` is the usual reason.
+        absolute_positions: whether the model adds learned position embeddings to columns of the
+            input, so that a left-padded batch needs ``position_ids``.
+        trunk: the module that reads the token ids and the attention mask in every forward pass,
+            from the base model (``model.base_model``); by default that itself.
     """
 
     blocks: str
-    first_norm: str
+    first_reader: str
     attention_output: str
     output_projection: str
-    parallel: Callable[[Any], bool] = lambda config: False
+    without_mid: Callable[[Any], str | None] = lambda config: None
     absolute_positions: bool = False
+    trunk: str = ""
+
+
+def in_parallel(config: Any) -> str:
+    """The reason of families whose attention and MLP read the same stream."""
+    return "runs attention and MLP in parallel"
+
+
+def _in_parallel_if(option: str) -> Callable[[Any], str | None]:
+    return lambda config: in_parallel(config) if getattr(config, option) else None
+
+
+def _opt_without_mid(config: Any) -> str | None:
+    return (
+        None if config.do_layer_norm_before else "normalises the stream itself after adding to it"
+    )
+
+
+def _falcon_without_mid(config: Any) -> str | None:
+    return in_parallel(config) if config.new_decoder_architecture or config.parallel_attn else None
 
 
 _LLAMA = Family("layers", "input_layernorm", "self_attn", "self_attn.o_proj")
+_GEMMA2 = replace(_LLAMA, attention_output="post_attention_layernorm")
+_GPT2 = Family("h", "ln_1", "attn", "attn.c_proj", absolute_positions=True)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("h", "ln_1", "attn", "attn.c_proj", absolute_positions=True),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "cohere": replace(_LLAMA, without_mid=in_parallel),
+    "falcon": Family(
+        "h",
+        "input_layernorm",
+        "self_attention",
+        "self_attention.dense",
+        without_mid=_falcon_without_mid,
+    ),
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),
+    "gemma3_text": _GEMMA2,
+    "glm4": replace(_LLAMA, attention_output="post_self_attn_layernorm"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": replace(_GPT2, output_projection="attn.attention.out_proj"),
     "gpt_neox": Family(
         "layers",
         "input_layernorm",
         "post_attention_dropout",
         "attention.dense",
-        parallel=lambda config: bool(config.use_parallel_residual),
+        without_mid=_in_parallel_if("use_parallel_residual"),
     ),
+    "gptj": Family("h", "ln_1", "attn", "attn.out_proj", without_mid=in_parallel),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": replace(_LLAMA, first_reader="self_attn", attention_output="post_attention_layernorm"),
+    "opt": Family(
+        "layers",
+        "self_attn_layer_norm",
+        "self_attn",
+        "self_attn.out_proj",
+        without_mid=_opt_without_mid,
+        trunk="decoder",
+    ),
+    "phi": Family(
+        "layers", "input_layernorm", "self_attn", "self_attn.dense", without_mid=in_parallel
+    ),
+    "phi3": replace(_LLAMA, attention_output="resid_attn_dropout"),
+    "qwen2": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": replace(_LLAMA, without_mid=_in_parallel_if("use_parallel_residual")),
+    "starcoder2": _LLAMA,
 }
 """Rows by ``config.model_type``. Add one with :func:`register_family`."""
 
@@ -117,8 +178,17 @@ class Located:
 
     site: Site
     block: nn.Module
-    first_norm: nn.Module
-    attention_output: nn.Module
+    family: Family
+
+    @property
+    def first_reader(self) -> nn.Module:
+        """The module that first reads the block's input."""
+        return self.block.get_submodule(self.family.first_reader)
+
+    @property
+    def attention_output(self) -> nn.Module:
+        """The module whose output is added to the stream after attention."""
+        return self.block.get_submodule(self.family.attention_output)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -137,20 +207,26 @@ def family_of(model: nn.Module) -> Family:
             f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); with "
             f"the names of its own modules in place of Llama's, add one: "
             f"lrqp_torch.sites.register_family({model_type!r}, Family(blocks='layers', "
-            f"first_norm='input_layernorm', attention_output='self_attn', "
+            f"first_reader='input_layernorm', attention_output='self_attn', "
             f"output_projection='self_attn.o_proj'))"
         )
     return FAMILIES[model_type]
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
-    """The base model, which holds the blocks and reads the attention mask."""
-    return cast(nn.Module, getattr(model, "base_model", model))
+    """The module that holds the blocks and reads the attention mask."""
+    base = cast(nn.Module, getattr(model, "base_model", model))
+    return base.get_submodule(family_of(model).trunk)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model, first to last."""
     return cast(nn.ModuleList, trunk_of(model).get_submodule(family_of(model).blocks))
+
+
+def head_count(model: nn.Module) -> int:
+    """Attention heads of each block; of the text part in models that also see."""
+    return int(cast(Any, model).config.get_text_config().num_attention_heads)
 
 
 def locate(model: nn.Module, name: str | Site) -> Located:
@@ -163,23 +239,18 @@ def locate(model: nn.Module, name: str | Site) -> Located:
     site, family, blocks = Site.parse(name), family_of(model), blocks_of(model)
     if site.layer >= len(blocks):
         raise SiteError(f"{site}: the model has {len(blocks)} blocks, L0 to L{len(blocks) - 1}")
-    if site.part == "mid" and not has_mid(model):
+    reason = family.without_mid(getattr(model, "config", None))
+    if site.part == "mid" and reason is not None:
         raise SiteError(
-            f"{site}: {type(model).__name__} runs attention and MLP in parallel, so there is no "
-            f"stream between them; use L{site.layer}.pre or L{site.layer}.post"
+            f"{site}: {type(model).__name__} {reason}, so there is no stream between attention and "
+            f"MLP; use L{site.layer}.pre or L{site.layer}.post"
         )
-    block = blocks[site.layer]
-    return Located(
-        site,
-        block,
-        block.get_submodule(family.first_norm),
-        block.get_submodule(family.attention_output),
-    )
+    return Located(site, blocks[site.layer], family)
 
 
 def has_mid(model: nn.Module) -> bool:
     """Whether the model's blocks have a stream between attention and MLP."""
-    return not family_of(model).parallel(getattr(model, "config", None))
+    return family_of(model).without_mid(getattr(model, "config", None)) is None
 
 
 def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[str]:

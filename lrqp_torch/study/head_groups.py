@@ -1,9 +1,8 @@
 """The sets of heads whose attention patterns the study compares."""
 
 import random
-from typing import Any
 
-from lrqp_torch.sites import blocks_of
+from lrqp_torch.sites import blocks_of, head_count
 from lrqp_torch.study.circuit import attention_roles
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.heads import HeadsResult
@@ -43,11 +42,10 @@ def head_groups(context: StudyContext, site: str, heads: HeadsResult) -> dict[st
         }
     groups["answer writers"] = roles.get(WRITER, [])
     groups["S-inhibition heads"] = heads.members(S_INHIBITION)
-    model: Any = context.model
     everything = [
         head_name(layer, head)
         for layer in range(first_reader(site), len(blocks_of(context.model)))
-        for head in range(model.config.num_attention_heads)
+        for head in range(head_count(context.model))
     ]
     known = {head for group in groups.values() for head in group}
     others = [head for head in everything if head not in known]
