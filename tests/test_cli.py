@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lrqp_torch.cli import PARTS, app
+from lrqp_torch.cli import app
+from lrqp_torch.cli.study import PARTS
 from lrqp_torch.errors import SiteError
 from lrqp_torch.study import chapters, heads
 from lrqp_torch.study.folder import FIGURES

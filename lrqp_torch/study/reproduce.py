@@ -9,6 +9,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lrqp_torch import __version__, models
+from lrqp_torch.digests import digest_model
 from lrqp_torch.edit import LRQP
 from lrqp_torch.study import chapters, figures, flipping, html, results
 from lrqp_torch.study.clock import Clock
@@ -20,7 +21,6 @@ from lrqp_torch.study.preparing import (
     choose_device,
     choose_sites,
     describe_model,
-    digest_model,
     digest_prompts,
     make_prompts,
     name_task,
@@ -31,6 +31,7 @@ from lrqp_torch.study.published import PUBLISHED
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.truth import read_truth
+from lrqp_torch.versions import package_versions
 
 
 def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:
@@ -115,7 +116,7 @@ def _reproduce(settings: Settings, *, progress: bool) -> StudyResults:
             if truth is None or swept.own is None
             else truth.compare(sites, swept.own.used_sites),
             published=PUBLISHED,
-            versions=results.package_versions(),
+            versions=package_versions(),
             elapsed=_elapsed(clock, swept, parts),
             parts={name: part.raw for name, part in parts.items()},
         )

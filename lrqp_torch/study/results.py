@@ -5,10 +5,8 @@ A study leaves ``results.json`` (every figure, with the settings, seed and versi
 """
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from lrqp_torch import __version__
 from lrqp_torch.errors import NonFiniteError, OutputError
 from lrqp_torch.files import written_whole
 from lrqp_torch.study.published import PublishedFigure
@@ -27,14 +24,6 @@ FORMAT = 1
 
 RESULTS_FILE = "results.json"
 PROMPTS_FILE = "prompts.safetensors"
-VERSIONED_PACKAGES = (
-    "torch",
-    "transformers",
-    "cvxpy",
-    "cvxpylayers",
-    "numpy",
-    "safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -153,17 +142,6 @@ class StudyResults:
     elapsed: dict[str, float]
     parts: dict[str, dict[str, Any]]
     format: int = FORMAT
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of every package that the figures depend on."""
-    versions = {"lrqp_torch": __version__, "python": platform.python_version()}
-    for package in VERSIONED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 def save(results: StudyResults, prompts: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -1,21 +1,21 @@
-"""The ``lrqp`` command."""
+"""The study of indirect object identification: ``lrqp reproduce`` and a command for each part."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from lrqp_torch.errors import LRQPError, SettingError
+from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
+from lrqp_torch.errors import SettingError
 
 if TYPE_CHECKING:
     from lrqp_torch.covariance import Shrinkage
 
-# Named here and not read from the study, so that --help need not import torch.
+# Named here and not read from the study, so that --help need not import its parts.
 PARTS = {
     "flipping": "Sweep over sites: what a probe can read there, and which answers an edit flips.",
     "geometry": "Principal directions at S2, and how much of them is the order of the names.",
@@ -25,44 +25,6 @@ PARTS = {
     "circuit": "What S-inhibition heads report and where name movers look under the edit.",
     "mediation": "Whether the edit works through the attention patterns of the name movers.",
 }
-INTERRUPTED = 130
-
-app = typer.Typer(
-    name="lrqp",
-    help="Change what a model believes at one place, by the least edit that its probe accepts, "
-    "and see what it answers then.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from lrqp_torch.study.results import package_versions
-
-        versions = package_versions()
-        others = ", ".join(
-            f"{name} {text}" for name, text in versions.items() if name[:4] != "lrqp"
-        )
-        typer.echo(f"lrqp {versions['lrqp_torch']} ({others})")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print versions and exit."
-        ),
-    ] = False,
-) -> None:
-    """Options of every command."""
-
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
 @app.command(
@@ -81,7 +43,8 @@ def reproduce(
     model: Annotated[
         str,
         typer.Option(
-            help="organism (bundled, ready in seconds), smollm2, gpt2, or a folder or Hub name."
+            help="organism, organism-present or organism-absent (bundled, ready in seconds), "
+            "smollm2, gpt2, or a folder or Hub name."
         ),
     ] = "organism",
     n: Annotated[int, typer.Option("--n", min=4, help="Prompts, fitted and held out.")] = 1000,
@@ -140,7 +103,7 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Run the study and report on it; bad input is one message and exit code 2."""
-    with _messages(debug):
+    with messages(debug):
         from transformers.utils.logging import disable_progress_bar
 
         from lrqp_torch.study.report import print_summary
@@ -184,7 +147,7 @@ def report_again(
     debug: Debug = False,
 ) -> None:
     """Rewrite the report; bad input is one message and exit code 2."""
-    with _messages(debug):
+    with messages(debug):
         from lrqp_torch.study.reproduce import rewrite_report
 
         path = rewrite_report(folder)
@@ -209,20 +172,6 @@ for _part, _help in PARTS.items():
     app.command(name=_part, help=f"{_help}\n\nRuns this part of the study, and those it needs.")(
         _command_of(_part)
     )
-
-
-@contextmanager
-def _messages(debug: bool) -> Iterator[None]:
-    """Turn the package's errors into one message and exit code 2."""
-    try:
-        yield
-    except LRQPError as error:
-        if debug:
-            raise
-        Console(stderr=True).print(
-            f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(2) from error
 
 
 def _say_what_is_kept(out: Path) -> None:
@@ -250,8 +199,3 @@ def _shrinkage(text: str) -> "Shrinkage":
             f"shrinkage is {text!r}: it must be ledoit_wolf, oas, or a number from 0 to 1."
         )
     return share
-
-
-def main() -> None:
-    """Run the ``lrqp`` command."""
-    app()
