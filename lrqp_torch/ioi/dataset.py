@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lrqp_torch.errors import PromptError
 from lrqp_torch.ioi.names import NAMES
 from lrqp_torch.ioi.prefixes import load_prefixes
 from lrqp_torch.ioi.prompts import draw
-from lrqp_torch.ioi.selection import row_numbers
-from lrqp_torch.ioi.tokens import encode, locate, single_token_names
+from lrqp_torch.ioi.tokens import locate, single_token_names
+from lrqp_torch.tasks.selection import row_numbers
+from lrqp_torch.tasks.tokens import encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ class IOIDataset:
             [locate(encoding, row, prompt, ids) for row, prompt in enumerate(prompts)]
         )
         abb = torch.tensor([int(prompt.abb) for prompt in prompts])
-        input_ids, attention_mask = _pad(
+        inputs = pad(
             [
                 torch.tensor(row[: end + 1])
                 for row, end in zip(encoding["input_ids"], found[:, 3].tolist(), strict=True)
@@ -115,15 +115,11 @@ class IOIDataset:
             padding_side,
         )
         if padding_side == "left":
-            found = found + (input_ids.shape[1] - 1 - found[:, 3:])
+            found = found + (inputs["input_ids"].shape[1] - 1 - found[:, 3:])
         first, second, repeated, end = found.unbind(1)
         s1 = torch.where(abb == 1, second, first)
         return cls(
-            inputs={
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-            },
+            inputs=inputs,
             positions={
                 "IO": torch.where(abb == 1, first, second),
                 "S1": s1,
@@ -192,14 +188,3 @@ class IOIDataset:
             s_tokens=change(self.s_tokens),
             templates=change(self.templates),
         )
-
-
-def _pad(
-    rows: list[Tensor], tokenizer: "PreTrainedTokenizerBase", side: Literal["right", "left"]
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each (n, T), of rows of unequal length."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(token for token in candidates if token is not None)
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
-    ones = [torch.ones_like(row) for row in rows]
-    return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lrqp_torch.errors import TokenizerError
 from lrqp_torch.ioi.prompts import Prompt
+from lrqp_torch.tasks.tokens import encode, require_fast, token_at
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -14,32 +15,6 @@ if TYPE_CHECKING:
 LEAST_NAMES = 10
 CARRIER = "to"
 """The word every prompt ends with: the answer is the token that follows it."""
-
-
-def require_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that cannot say which token a character belongs to.
-
-    Raises:
-        TokenizerError: ``tokenizer`` is not a fast transformers tokenizer.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TokenizerError(
-            f"{type(tokenizer).__name__} gives no character offsets, by which the names are found "
-            f"among the tokens: use a fast tokenizer (AutoTokenizer.from_pretrained(..., "
-            f"use_fast=True)), or wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast"
-        )
-
-
-def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> "BatchEncoding":
-    """Tokenise all texts at once, as the model would see them, without padding or truncation."""
-    encoding: BatchEncoding = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
-    return encoding
-
-
-def token_at(encoding: "BatchEncoding", row: int, character: int) -> int:
-    """Index of the token that holds a character of text ``row``; -1 where no token does."""
-    token = encoding.char_to_token(row, character)
-    return -1 if token is None else token
 
 
 def single_token_names(

@@ -1,0 +1,268 @@
+"""Prompts of any task as tokens: where to edit, what holds there, and which answers go with it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import PromptError, TokenizerError
+from lrqp_torch.tasks.selection import row_numbers
+from lrqp_torch.tasks.tokens import encode, pad, require_fast, token_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPENING, CLOSING = "[[", "]]"
+"""The marks around the words at whose last token a prompt is read and edited."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt before it is tokens.
+
+    Attributes:
+        text: with at most one marked span, as in ``"The [[keys]] to the cabinet"``; the last token
+            of the span is the position. Without a mark it is the prompt's last token.
+        label: name of the class that holds.
+        answers: for each class the continuations that go with it, each of one token, such as
+            ``{"plural": (" are", " were"), "singular": (" is", " was")}``; None where the task has
+            none, and then edits can be made but not judged by what the model says.
+    """
+
+    text: str
+    label: str
+    answers: Mapping[str, tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptSet:
+    """Prompts of a task, n of them, padded to T tokens.
+
+    Attributes:
+        inputs: ``input_ids``, ``attention_mask``, ``position_ids``, LongTensors (n, T), ready for
+            ``model(**inputs)``.
+        position: where each prompt is read and edited, on the padded input, LongTensor (n,).
+        end: the last token of each, after which the answer is read, LongTensor (n,).
+        labels: class of each, LongTensor (n,).
+        classes: names of the K classes; ``labels`` counts in their order.
+        answers: token ids that go with each class, LongTensor (n, K, A), −1 where there are fewer
+            than A; None where the task has none.
+        prompts: the texts, without marks.
+    """
+
+    inputs: dict[str, Tensor]
+    position: Tensor
+    end: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    answers: Tensor | None
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def encode(
+        cls,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[Prompt],
+        classes: Sequence[str] | None = None,
+        *,
+        padding_side: Literal["right", "left"] = "left",
+    ) -> Self:
+        """Tokenise prompts.
+
+        Args:
+            tokenizer: a fast transformers tokenizer; it is not changed.
+            prompts: at least one.
+            classes: names of the classes in order; default those that occur, sorted.
+            padding_side: where shorter prompts are padded.
+
+        Raises:
+            PromptError: no prompts, marks that do not pair, a label or an answer of no class, a
+                class without an answer.
+            TokenizerError: no offsets, or an answer that is not one token behind its prompt.
+        """
+        require_fast(tokenizer)
+        names = _classes(prompts, classes)
+        split = [_unmark(row, prompt.text) for row, prompt in enumerate(prompts)]
+        encoding = encode(tokenizer, [text for text, _ in split])
+        positions, ends = [], []
+        for row, (text, character) in enumerate(split):
+            at, last = token_at(encoding, row, character), token_at(encoding, row, len(text) - 1)
+            if at < 0 or last < 0:
+                raise TokenizerError(
+                    f"prompt {row}: no token of {text!r} holds character "
+                    f"{character if at < 0 else len(text) - 1}; end prompts and marked spans with "
+                    f"a letter, not with a space"
+                )
+            positions.append(at)
+            ends.append(last)
+        # What a tokenizer adds behind a text would stand between the prompt and its answer.
+        rows = [
+            torch.tensor(ids[: last + 1])
+            for ids, last in zip(encoding["input_ids"], ends, strict=True)
+        ]
+        inputs = pad(rows, tokenizer, padding_side)
+        position, end = torch.tensor(positions), torch.tensor(ends)
+        left = padding_side == "left"
+        shift = inputs["input_ids"].shape[1] - 1 - end if left else torch.zeros_like(end)
+        return cls(
+            inputs=inputs,
+            position=position + shift,
+            end=end + shift,
+            labels=torch.tensor([names.index(prompt.label) for prompt in prompts]),
+            classes=names,
+            answers=_answer_ids(tokenizer, prompts, [text for text, _ in split], rows, names),
+            prompts=tuple(text for text, _ in split),
+        )
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """How strongly the model answers in the sense of each class, (n, K), float64.
+
+            s_c = log Σ_{a ∈ answers of c} exp(logit_a)
+
+        so that s_c − s_ℓ is the log odds of answering with c rather than with ℓ.
+
+        Args:
+            logits: of the token after each prompt, (n, vocabulary).
+
+        Raises:
+            PromptError: the task has no answers.
+        """
+        if self.answers is None:
+            raise PromptError(
+                "these prompts have no answers, so what the model says cannot be scored; give "
+                "each prompt the answers of every class"
+            )
+        answers = self.answers.to(logits.device)
+        chosen = logits.double().gather(-1, answers.clamp_min(0).flatten(1)).view(answers.shape)
+        return chosen.masked_fill(answers < 0, float("-inf")).logsumexp(-1)
+
+    def preference(self, logits: Tensor, against: Tensor) -> Tensor:
+        """Score of the class that holds minus that of another, (n,): positive where answered so.
+
+        Args:
+            logits: of the token after each prompt, (n, vocabulary).
+            against: the other class, LongTensor (n,).
+        """
+        scores = self.scores(logits)
+        pair = torch.stack([self.labels, against.to(self.labels)], -1).to(scores.device)
+        own, other = scores.gather(-1, pair).unbind(-1)
+        return own - other
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts)
+
+    def __repr__(self) -> str:
+        """Size, classes and an example: the tensors would fill pages."""
+        example = f", e.g. {self.prompts[0]!r}" if self.prompts else ""
+        return f"PromptSet(n={len(self)}, classes={', '.join(self.classes)}{example})"
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
+        """The chosen prompts, with the same padding; one int gives a set of length 1.
+
+        Raises:
+            SelectionError: an index is out of range, or of a wrong shape or dtype.
+        """
+        rows = row_numbers(index, len(self))
+        here = rows.to(self.labels.device)
+        chosen = self._change_tensors(lambda tensor: tensor[here])
+        return replace(chosen, prompts=tuple(self.prompts[row] for row in rows.tolist()))
+
+    def __iter__(self) -> Iterator[Self]:
+        """The prompts one by one, each a set of length 1."""
+        return (self[row] for row in range(len(self)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same prompts with their tensors on ``device``."""
+        return self._change_tensors(lambda tensor: tensor.to(device))
+
+    def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(
+            self,
+            inputs={name: change(value) for name, value in self.inputs.items()},
+            position=change(self.position),
+            end=change(self.end),
+            labels=change(self.labels),
+            answers=None if self.answers is None else change(self.answers),
+        )
+
+
+def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[str, ...]:
+    if not prompts:
+        raise PromptError("no prompts were given")
+    names = tuple(sorted({prompt.label for prompt in prompts}) if classes is None else classes)
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise PromptError(
+            f"a task needs at least two different classes, got {', '.join(map(repr, names))}"
+        )
+    for row, prompt in enumerate(prompts):
+        answers = prompt.answers
+        wrong = [prompt.label] if prompt.label not in names else []
+        wrong += [] if answers is None else [name for name in answers if name not in names]
+        if wrong:
+            raise PromptError(
+                f"prompt {row} names the class {wrong[0]!r}; the classes are {', '.join(names)}"
+            )
+        if (answers is None) != (prompts[0].answers is None):
+            raise PromptError(f"prompts 0 and {row}: give answers to all prompts or to none")
+        empty = [] if answers is None else [name for name in names if not answers.get(name)]
+        if empty:
+            raise PromptError(f"prompt {row} has no answer for the class {empty[0]!r}")
+    return names
+
+
+def _unmark(row: int, marked: str) -> tuple[str, int]:
+    """The text without its marks, and the character at whose token to edit."""
+    before, opening, rest = marked.partition(OPENING)
+    span, closing, after = rest.partition(CLOSING)
+    text = before + span + after
+    if not opening:
+        span, before, after = marked, "", ""
+    paired = bool(opening) == bool(closing) and CLOSING not in before + after
+    if not paired or OPENING in text or CLOSING in text or not span:
+        raise PromptError(
+            f"prompt {row}: {marked!r} needs one marked span, as in "
+            f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token"
+        )
+    return text, len(before) + len(span) - 1
+
+
+def _answer_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    rows: Sequence[Tensor],
+    classes: tuple[str, ...],
+) -> Tensor | None:
+    """Token ids (n, K, A) of the answers, found behind each prompt, where they will be read."""
+    given = [prompt.answers for prompt in prompts if prompt.answers is not None]
+    if not given:
+        return None
+    asked = [
+        (row, index, answer)
+        for row, answers in enumerate(given)
+        for index, name in enumerate(classes)
+        for answer in answers[name]
+    ]
+    encoding = encode(tokenizer, [texts[row] + answer for row, _, answer in asked])
+    most = max(len(texts_of_class) for answers in given for texts_of_class in answers.values())
+    ids = torch.full((len(prompts), len(classes), most), -1)
+    for number, (row, index, answer) in enumerate(asked):
+        whole = torch.tensor(encoding["input_ids"][number])
+        last = token_at(encoding, number, len(texts[row]) + len(answer) - 1)
+        length = len(rows[row])
+        if last != length or not torch.equal(whole[:length], rows[row]):
+            raise TokenizerError(
+                f"prompt {row}: the answer {answer!r} is not one token of its own behind "
+                f"{texts[row]!r}; begin it with a space where a word follows, or choose another"
+            )
+        token = int(whole[length])
+        if bool((ids[row] == token).any()):
+            raise PromptError(
+                f"prompt {row}: the answer {answer!r} is given twice, so it would speak for no "
+                f"class; give each class answers of its own"
+            )
+        ids[row, index, int((ids[row, index] >= 0).sum())] = token
+    return ids

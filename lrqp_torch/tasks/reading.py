@@ -1,0 +1,169 @@
+"""Prompts of your own from a file: CSV, JSONL, or a data set of the Hugging Face Hub.
+
+One prompt a row, with the columns
+
+    text      the prompt, with the words to edit marked: ``The [[keys]] to the cabinet``
+    label     the class that holds, such as ``plural``
+    answers   optional; what the model may say if a class holds
+
+In JSONL ``answers`` is an object, ``{"plural": " are", "singular": [" is", " was"]}``; in CSV it is
+a column for each class, ``answers.plural`` and ``answers.singular``, several answers separated by
+``|``.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lrqp_torch.errors import MissingExtraError, PromptError
+from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt
+
+ANSWERS = "answers"
+SEPARATOR = "|"
+
+
+def read_prompts(
+    source: str | Path, *, label: str = "label", text: str = "text", position: str = "mark"
+) -> list[Prompt]:
+    """Read prompts.
+
+    Args:
+        source: a file ending in ``.csv``, ``.jsonl`` or ``.json`` (one object a line), or a data
+            set of the Hub as ``name`` or ``name:split`` (extra ``datasets``).
+        label: column of the class.
+        text: column of the prompt.
+        position: ``"mark"`` for the words between [[ and ]], which every prompt must then have;
+            ``"last"`` for the last token of each prompt; or the name of a column that holds words
+            of the prompt, found once in it.
+
+    Raises:
+        PromptError: nothing there, a row that lacks a column, or a position that is not found.
+        MissingExtraError: a data set without the package ``datasets``.
+    """
+    rows = list(_rows(str(source)))
+    if not rows:
+        raise PromptError(f"{str(source)!r} holds no prompts")
+    return [_prompt(number, row, label, text, position) for number, row in enumerate(rows)]
+
+
+def _rows(source: str) -> Iterator[Mapping[str, Any]]:
+    path = Path(source)
+    if path.suffix.lower() == ".csv":
+        yield from _csv_rows(path)
+    elif path.suffix.lower() in (".jsonl", ".json"):
+        yield from _json_rows(path)
+    elif path.exists():
+        raise PromptError(f"{source!r}: the file must end in .csv or .jsonl")
+    else:
+        yield from _dataset_rows(source)
+
+
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with _opened(path) as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                answers = {
+                    name.removeprefix(f"{ANSWERS}."): value.split(SEPARATOR)
+                    for name, value in row.items()
+                    if name is not None and name.startswith(f"{ANSWERS}.") and value
+                }
+                if None in row or None in row.values():
+                    raise PromptError(
+                        f"line {reader.line_num} of {str(path)!r} does not have the "
+                        f"{len(reader.fieldnames or ())} columns of the first"
+                    )
+                yield dict(row) | ({ANSWERS: answers} if answers else {})
+        except csv.Error as error:
+            raise PromptError(f"line {reader.line_num} of {str(path)!r}: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PromptError(
+                    f"line {number} of {str(path)!r} is not valid JSON ({error}); write one object "
+                    f"a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise PromptError(f"line {number} of {str(path)!r} is no JSON object")
+            yield row
+
+
+def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{source!r} is no file, and data sets of the Hub need the package datasets: "
+            f"pip install 'lrqp_torch[datasets]'"
+        ) from error
+    name, _, split = source.partition(":")
+    try:
+        yield from load_dataset(name, split=split or "train")
+    except Exception as error:
+        # datasets raises errors of many libraries, for a name, a network or a split that is not.
+        raise PromptError(
+            f"{source!r} is no file, and cannot be loaded as a data set: {error}"
+        ) from error
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise PromptError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+
+
+def _prompt(number: int, row: Mapping[str, Any], label: str, text: str, position: str) -> Prompt:
+    columns = [text, label] + ([position] if position not in ("mark", "last") else [])
+    missing = [name for name in columns if row.get(name) in (None, "")]
+    if missing:
+        raise PromptError(
+            f"prompt {number} has no {missing[0]!r}; its columns are {', '.join(map(str, row))}"
+        )
+    words = str(row[text])
+    if position == "mark" and OPENING not in words:
+        raise PromptError(
+            f"prompt {number}, {words!r}, marks no words with {OPENING} and {CLOSING}; mark them, "
+            f"or choose another position: 'last', or a column that holds the words"
+        )
+    if position == "last":
+        words = words.replace(OPENING, "").replace(CLOSING, "")
+    elif position != "mark":
+        words = _mark(number, words, str(row[position]))
+    return Prompt(words, str(row[label]), _answers(number, row.get(ANSWERS)))
+
+
+def _mark(number: int, words: str, wanted: str) -> str:
+    found = words.count(wanted)
+    if found != 1:
+        raise PromptError(
+            f"prompt {number}: {wanted!r} occurs {found} times in {words!r}, not once; mark the "
+            f"words with {OPENING} and {CLOSING} instead"
+        )
+    return words.replace(wanted, f"{OPENING}{wanted}{CLOSING}")
+
+
+def _answers(number: int, raw: Any) -> dict[str, tuple[str, ...]] | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        raise PromptError(
+            f"prompt {number}: answers must be an object from class to text, got {raw!r}"
+        )
+    return {str(name): _texts(number, value) for name, value in raw.items() if value is not None}
+
+
+def _texts(number: int, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Iterable) or not all(isinstance(item, str) for item in texts):
+        raise PromptError(f"prompt {number}: an answer must be text, got {value!r}")
+    return tuple(texts)

@@ -1,0 +1,60 @@
+"""From texts to padded tokens, and from characters to the tokens that hold them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lrqp_torch.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+def require_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that cannot say which token a character belongs to.
+
+    Raises:
+        TokenizerError: ``tokenizer`` is not a fast transformers tokenizer.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} gives no character offsets, by which words are found "
+            f"among the tokens: use a fast tokenizer (AutoTokenizer.from_pretrained(..., "
+            f"use_fast=True)), or wrap a tokenizers.Tokenizer in PreTrainedTokenizerFast"
+        )
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> "BatchEncoding":
+    """Tokenise all texts at once, as the model would see them, without padding or truncation."""
+    encoding: BatchEncoding = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
+    return encoding
+
+
+def token_at(encoding: "BatchEncoding", row: int, character: int) -> int:
+    """Index of the token that holds a character of text ``row``; -1 where no token does."""
+    token = encoding.char_to_token(row, character)
+    return -1 if token is None else token
+
+
+def pad(
+    rows: Sequence[Tensor], tokenizer: "PreTrainedTokenizerBase", side: Literal["right", "left"]
+) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` and ``position_ids``, (n, T) each, of rows of token ids.
+
+    The padding token is the tokenizer's if it has one, else its end-of-text token, else 0. Position
+    ids count real tokens from 0, so that padding on the left gives the logits of padding on the
+    right.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(token for token in candidates if token is not None)
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id, padding_side=side)
+    ones = [torch.ones_like(row) for row in rows]
+    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }

@@ -1,0 +1,216 @@
+"""Prompts of your own: marks, labels and answers become the right tokens, and errors name rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrqp_torch import models
+from lrqp_torch.errors import PromptError, TokenizerError
+from lrqp_torch.tasks import PromptSet, read_prompts
+from lrqp_torch.tasks.examples import EXAMPLES, write_prompts
+from lrqp_torch.tasks.prompts import Prompt
+
+ANSWERS = {"ABBA": (" Mary", " John"), "BABA": (" Tom", " James")}
+PROMPTS = [
+    Prompt("When Mary and John went to the [[park]], John gave a drink to", "ABBA", ANSWERS),
+    Prompt("When Tom and James went to the park, [[James]] gave a ring to", "BABA", ANSWERS),
+    Prompt("Then, Mary and [[Tom went]] to the school", "ABBA", ANSWERS),
+]
+MARKED = ("park", "James", "went")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load("organism")[1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_position_is_the_last_token_of_the_marked_words(tokenizer, side: str) -> None:
+    prompts = PromptSet.encode(tokenizer, PROMPTS, padding_side=side)
+    ids = prompts.inputs["input_ids"]
+    for row, word in enumerate(MARKED):
+        assert tokenizer.decode(ids[row, prompts.position[row]]).strip() == word
+        last = prompts.prompts[row].split()[-1]
+        assert tokenizer.decode(ids[row, prompts.end[row]]).strip() == last
+        real = prompts.inputs["attention_mask"][row].bool()
+        assert (
+            tokenizer.decode(ids[row][real]).split()
+            == tokenizer.decode(tokenizer(prompts.prompts[row])["input_ids"]).split()
+        )
+    assert prompts.classes == ("ABBA", "BABA")
+    assert prompts.labels.tolist() == [0, 1, 0]
+
+
+def test_without_a_mark_it_is_the_last_token(tokenizer) -> None:
+    prompts = PromptSet.encode(tokenizer, [Prompt("Mary and John", "a"), Prompt("Tom", "b")])
+    assert torch.equal(prompts.position, prompts.end)
+    assert prompts.answers is None
+    with pytest.raises(PromptError, match="no answers"):
+        prompts.scores(torch.zeros(2, 10))
+
+
+def test_scores_are_the_log_of_the_summed_odds(tokenizer) -> None:
+    prompts = PromptSet.encode(tokenizer, PROMPTS)
+    logits = torch.randn(3, len(tokenizer), generator=torch.Generator().manual_seed(0))
+    probability = logits.double().softmax(-1)
+
+    def mass(row: int, name: str) -> torch.Tensor:
+        ids = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(a))[-1] for a in ANSWERS[name]]
+        return probability[row, ids].sum()
+
+    preference = prompts.preference(logits, 1 - prompts.labels)
+    for row, prompt in enumerate(PROMPTS):
+        other = {"ABBA": "BABA", "BABA": "ABBA"}[prompt.label]
+        expected = (mass(row, prompt.label) / mass(row, other)).log()
+        torch.testing.assert_close(preference[row], expected)
+    # Answers of different numbers: the padding counts for nothing.
+    fewer = [
+        Prompt(p.text, p.label, {"ABBA": (" Mary",), "BABA": ANSWERS["BABA"]}) for p in PROMPTS
+    ]
+    scores = PromptSet.encode(tokenizer, fewer).scores(logits)
+    mary = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" Mary"))[-1]
+    torch.testing.assert_close(scores[:, 0], logits[:, mary].double())
+
+
+def test_selection_keeps_rows_together(tokenizer) -> None:
+    prompts = PromptSet.encode(tokenizer, PROMPTS)
+    two = prompts[[2, 1]]
+    assert two.prompts == (prompts.prompts[2], prompts.prompts[1])
+    for name in ("position", "end", "labels", "answers"):
+        assert torch.equal(getattr(two, name), getattr(prompts, name)[[2, 1]])
+    assert [len(one) for one in prompts] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("The [[keys to the cabinet", "prompt 1.*one marked span"),
+        ("The keys]] to the cabinet", "prompt 1.*one marked span"),
+        ("The [[keys]] to the [[cabinet]]", "prompt 1.*one marked span"),
+        ("The [[]] keys", "prompt 1.*one marked span"),
+        ("", "prompt 1.*one marked span"),
+    ],
+)
+def test_marks_that_do_not_pair_are_named(tokenizer, text: str, what: str) -> None:
+    with pytest.raises(PromptError, match=what):
+        PromptSet.encode(tokenizer, [Prompt("Mary", "a"), Prompt(text, "b")])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "classes", "what"),
+    [
+        ([], None, "no prompts"),
+        ([Prompt("Mary", "a")], None, "at least two different classes"),
+        ([Prompt("Mary", "a"), Prompt("John", "c")], ("a", "b"), "prompt 1 names the class 'c'"),
+        ([Prompt("Mary", "a"), Prompt("John", "b", ANSWERS)], None, "prompt 1 names the class"),
+        (
+            [Prompt("Mary", "a"), Prompt("John", "b", {"a": (" Tom",), "b": (" Tom",)})],
+            None,
+            "prompts 0 and 1",
+        ),
+        (
+            [Prompt(name, name, {"a": (" Tom",)}) for name in ("a", "b")],
+            None,
+            "prompt 0 has no answer for the class 'b'",
+        ),
+        (
+            [Prompt("Mary", name, {"a": (" Tom",), "b": (" Tom",)}) for name in ("a", "b")],
+            None,
+            "given twice",
+        ),
+    ],
+)
+def test_labels_and_answers_that_do_not_fit_are_named(tokenizer, prompts, classes, what) -> None:
+    with pytest.raises(PromptError, match=what):
+        PromptSet.encode(tokenizer, prompts, classes)
+
+
+def test_answers_of_several_tokens_are_refused(tokenizer) -> None:
+    answers = {"a": (" Mary and",), "b": (" Tom",)}
+    with pytest.raises(TokenizerError, match=r"prompt 0: the answer ' Mary and' is not one token"):
+        PromptSet.encode(tokenizer, [Prompt("John", name, answers) for name in ("a", "b")])
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_balanced_reproducible_and_distinct(name: str, tmp_path: Path) -> None:
+    prompts = EXAMPLES[name](101, 3)
+    assert prompts == EXAMPLES[name](101, 3) != EXAMPLES[name](101, 4)
+    assert len({prompt.text for prompt in prompts}) == 101
+    counts = [sum(p.label == label for p in prompts) for label in {p.label for p in prompts}]
+    assert sorted(counts) == [50, 51]
+    assert read_prompts(write_prompts(prompts, tmp_path / "a" / "p.jsonl")) == [
+        Prompt(p.text, p.label, dict(p.answers)) for p in prompts
+    ]
+    with pytest.raises(PromptError, match="ask for 2 to"):
+        EXAMPLES[name](10**6, 0)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
+    lines = [
+        {"text": "The [[keys]], red", "number": "plural", "answers": {"plural": " are"}},
+        {"text": "A [[key]]", "number": "singular", "answers": {"singular": [" is", " was"]}},
+    ]
+    jsonl = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, lines)))
+    csv = write(
+        tmp_path / "a.csv",
+        "\ufeffnumber,text,answers.plural,answers.singular\n"
+        'plural,"The [[keys]], red", are,\nsingular,A [[key]],, is| was\n',
+    )
+    expected = [
+        Prompt("The [[keys]], red", "plural", {"plural": (" are",)}),
+        Prompt("A [[key]]", "singular", {"singular": (" is", " was")}),
+    ]
+    assert read_prompts(jsonl, label="number") == expected == read_prompts(csv, label="number")
+
+
+def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "a.csv", "text,label,who\nMary met [[John]] here,a,Mary\nTom met Ann,b,Ann\n"
+    )
+    with pytest.raises(PromptError, match="prompt 1, 'Tom met Ann', marks no words"):
+        read_prompts(file)
+    assert [p.text for p in read_prompts(file, position="last")] == [
+        "Mary met John here",
+        "Tom met Ann",
+    ]
+    file = write(tmp_path / "b.csv", "text,label,who\nMary met John,a,Mary\nTom met Tom,b,Tom\n")
+    with pytest.raises(PromptError, match="prompt 1: 'Tom' occurs 2 times"):
+        read_prompts(file, position="who")
+    file = write(tmp_path / "c.csv", "text,label,who\nMary met John,a,Mary\nTom met Ann,b,Ann\n")
+    assert [p.text for p in read_prompts(file, position="who")] == [
+        "[[Mary]] met John",
+        "Tom met [[Ann]]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("a.csv", "text,label\n", "holds no prompts"),
+        ("a.csv", "text,label\nonly\n", "line 2.*2 columns"),
+        ("a.csv", "text,label\na,b,c\n", "line 2.*2 columns"),
+        ("a.csv", "text,class\n[[a]],b\n", "prompt 0 has no 'label'; its columns are text, class"),
+        ("a.jsonl", '{"text": 1\n', "line 1.*not valid JSON"),
+        ("a.jsonl", "[1]\n", "line 1.*no JSON object"),
+        ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": 3}', "answers must be an object"),
+        ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": {"b": 3}}', "must be text"),
+        ("a.txt", "hello", r"must end in \.csv or \.jsonl"),
+    ],
+)
+def test_files_that_hold_no_prompts_are_named(
+    tmp_path: Path, name: str, text: str, what: str
+) -> None:
+    with pytest.raises(PromptError, match=what):
+        read_prompts(write(tmp_path / name, text))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"cannot read .*nothing\.csv"):
+        read_prompts(tmp_path / "nothing.csv")
