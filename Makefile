@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, for example: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) --editable '.[plots,report,gguf,dev]'
+	$(PIP) --editable '.[plots,report,gguf,leace,dev]'
 	touch $@
 
 # One thread: the bundled model is so small that more threads only wait for each other.

@@ -43,6 +43,10 @@ class LabelError(LRQPError, ValueError):
     """Labels that no probe can be fitted to: one class only, a class missing, too few examples."""
 
 
+class BatchError(LRQPError, ValueError):
+    """Batches that cannot be gone through twice, or that differ from one pass to the next."""
+
+
 class ConvergenceError(LRQPError, RuntimeError):
     """An optimiser stopped before it reached the promised gradient norm."""
 
@@ -97,3 +101,27 @@ class SelectionError(LRQPError, IndexError):
 
 class StatisticsError(LRQPError, ValueError):
     """A share, a mean or an interval of nothing, or of counts that contradict each other."""
+
+
+class LearningError(LRQPError, RuntimeError):
+    """An edit that cannot be learned: no prompts, no gradient, a loss of NaN, a foreign folder."""
+
+
+class PairError(LRQPError, ValueError):
+    """An edit that needs activations of paired prompts and has none, or not one for each row."""
+
+
+class ActivationStoreError(LRQPError, ValueError):
+    """Stored activations that are missing, damaged, foreign, unfinished, or of another capture."""
+
+
+class ProvenanceError(LRQPError, ValueError):
+    """An edit put into a model that it was not fitted on, or a damaged record of its origin."""
+
+
+class HubError(LRQPError, RuntimeError):
+    """An edit that cannot be sent to or fetched from the Hugging Face Hub."""
+
+
+class ConstraintError(LRQPError, ValueError):
+    """A constraint or penalty of the user's own that is not convex, not DPP, or not a term."""

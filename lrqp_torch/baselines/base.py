@@ -1,0 +1,246 @@
+"""What every baseline is: an edit of activations with the same call as LRQP."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.baselines.data import BaselineData
+from lrqp_torch.baselines.length import MahalanobisLength
+from lrqp_torch.baselines.run import BaselineRun
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import PairError, SettingError, WidthError
+from lrqp_torch.intervention import EditContext, Intervention, intervene
+from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
+
+
+class Baseline(nn.Module, ABC):
+    """An edit x ↦ x' that LRQP is compared with.
+
+        x' = x + s (edit(x) − x)
+
+    with ``edit`` the method's own formula and s the ``strength``: 0 leaves activations as they
+    are, 1 is the method as published, and a sweep over s gives its curve of effect against side
+    effect. An activation that the method does not move comes back bit for bit.
+
+    Args:
+        reference: the LRQP whose probe gives the default source class and the odds on record, and
+            whose metric measures the size of the edit.
+        strength: s.
+
+    Raises:
+        SettingError: a strength that is not finite.
+    """
+
+    name: ClassVar[str]
+    """Under which the registry knows it."""
+    title: ClassVar[str]
+    """For tables."""
+    needs_pair: ClassVar[bool] = False
+    """Whether :meth:`Paired.paired` must be called before the edit."""
+
+    def __init__(self, reference: LRQP, *, strength: float = 1.0) -> None:
+        super().__init__()
+        self.reference = reference
+        self.strength = _checked(strength)
+        self.length = MahalanobisLength(reference.metric)
+
+    @classmethod
+    @abstractmethod
+    def from_data(cls, data: BaselineData) -> Self:
+        """Build it with its default options from what a comparison has at hand."""
+
+    @abstractmethod
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """The method at strength 1.
+
+        Args:
+            x: checked activations, (N, d), in the stream's dtype.
+            target: class to write, (N,) long.
+            source: class that holds now, (N,) long.
+            context: which rows these are, and what the stream will hold of them.
+
+        Returns:
+            Edited activations, (N, d), of any floating dtype; rows to leave alone equal x.
+        """
+
+    @property
+    def n_classes(self) -> int:
+        """K."""
+        return self.reference.probe.n_classes
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations."""
+        return self.reference.probe.width
+
+    def forward(
+        self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None
+    ) -> Tensor:
+        """Edited activations, (B, d), in x's dtype; differentiable where the formula is.
+
+        Args:
+            x: activations, (B, d).
+            target: class to write, (B,) or one for all.
+            source: class that holds now; default the reference probe's own reading.
+
+        Raises:
+            WidthError, TargetError, NonFiniteError: bad input, named.
+            PairError: a method that needs paired activations has none, or not as many as x.
+        """
+        rows = torch.arange(len(x), device=x.device)
+        self.check_pairs(len(x))
+        return self.edit_rows(x, target, source, _outside_a_model(x, rows))
+
+    def edit_rows(
+        self,
+        x: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None,
+        context: EditContext,
+    ) -> Tensor:
+        """:meth:`forward` for rows that ``context`` numbers: what the hook in a model calls."""
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise WidthError(f"activations must be (B, {self.width}), got {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
+        check_finite(x)
+        target = self._classes(x, target, "target")
+        if source is None:
+            source = self.reference.geometry(x.device).logits(x).argmax(-1)
+        source = self._classes(x, source, "source")
+        edited = self.edit(x, target, source, context)
+        if self.strength != 1:
+            wide = x.double()
+            edited = wide + self.strength * (edited.double() - wide)
+        return edited.to(x.dtype)
+
+    def at_strength(self, strength: float) -> Self:
+        """The same edit at another strength; shares all tensors with this one."""
+        other = copy.copy(self)
+        other.strength = _checked(strength)
+        return other
+
+    def on(
+        self,
+        site: str,
+        *,
+        positions: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+    ) -> Intervention:
+        """The edit as an item for :func:`~lrqp_torch.intervene`. See :meth:`LRQP.at`."""
+        run = BaselineRun(self, positions, target, source)
+        self.check_pairs(run.n_positions)
+        return Intervention(site, positions, run)
+
+    @contextmanager
+    def at(
+        self,
+        model: nn.Module,
+        site: str,
+        *,
+        positions: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+    ) -> Iterator[BaselineRun]:
+        """Edit ``model`` at a site in every forward pass within the context.
+
+        Arguments as of :meth:`LRQP.at`. Yields the record of what the edit did.
+        """
+        item = self.on(site, positions=positions, target=target, source=source)
+        with intervene(model, [item]) as (run,):
+            assert isinstance(run, BaselineRun)
+            yield run
+
+    def check_pairs(self, count: int) -> None:
+        """Raise unless paired activations, where the method needs them, are as many as rows."""
+
+    def _classes(self, x: Tensor, classes: Tensor | int, name: str) -> Tensor:
+        classes = as_classes(classes, name).to(x.device)
+        if classes.ndim == 0:
+            classes = classes.expand(len(x))
+        check_classes(classes, len(x), self.n_classes, name)
+        return classes.long()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # .half() of a model that holds an edit must not round the edit's own numbers.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class Paired(Baseline):
+    """A baseline that reads, for each example, the activation of another prompt.
+
+    The pair says what is written; ``target`` is only what the record's odds refer to. For a control
+    edit give the activations of prompts of the same class.
+    """
+
+    needs_pair: ClassVar[bool] = True
+
+    def __init__(self, reference: LRQP, *, strength: float = 1.0) -> None:
+        super().__init__(reference, strength=strength)
+        self.partner: Tensor | None = None
+
+    def paired(self, activations: Tensor) -> Self:
+        """The same edit, bound to one paired activation for each row that it will edit.
+
+        Args:
+            activations: in the order and shape of the rows: (B, d) for positions (B,), (B, n, d)
+                for (B, n), (N, d) for a mask with N true entries; as :func:`capture` returns them
+                for the paired prompts.
+
+        Raises:
+            PairError: another width, or NaN.
+        """
+        if activations.ndim < 2 or activations.shape[-1] != self.width:
+            raise PairError(
+                f"paired activations must be (..., {self.width}), one for each edited position, "
+                f"got {tuple(activations.shape)}"
+            )
+        flat = activations.detach().flatten(0, -2)
+        if not bool(torch.isfinite(flat).all()):
+            raise PairError("paired activations hold NaN or infinity; capture them again")
+        other = copy.copy(self)
+        other.partner = flat
+        return other
+
+    def partners(self, x: Tensor, context: EditContext) -> Tensor:
+        """The paired activations of some rows, (N, d) float64."""
+        assert self.partner is not None
+        return self.partner.to(x.device)[context.index].double()
+
+    def check_pairs(self, count: int) -> None:
+        """Raise unless there is one paired activation for each of ``count`` rows."""
+        if self.partner is None:
+            raise PairError(
+                f"{self.name} writes the activations of paired prompts: call "
+                f".paired(activations) first, with one activation for each of the {count} rows"
+            )
+        if len(self.partner) != count:
+            raise PairError(
+                f"{self.name} was given {len(self.partner)} paired activations for {count} rows; "
+                f"give one for each, in the same order"
+            )
+
+
+def _checked(strength: float) -> float:
+    if not math.isfinite(strength):
+        raise SettingError(f"strength must be a finite number, got {strength}")
+    return float(strength)
+
+
+def _outside_a_model(x: Tensor, rows: Tensor) -> EditContext:
+    return EditContext(
+        rows, rows, torch.zeros_like(rows), lambda values: values.to(x.dtype).double()
+    )

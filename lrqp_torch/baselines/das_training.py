@@ -1,0 +1,166 @@
+"""Training of a subspace for interchange, through a frozen model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.baselines.data import Behaviour
+from lrqp_torch.errors import LearningError, PairError, SettingError
+from lrqp_torch.intervention import EditContext, Intervention, intervene
+
+
+@dataclass(frozen=True)
+class DASReport:
+    """How a subspace was trained.
+
+    Attributes:
+        start_loss: validation loss of the random subspace it started from.
+        training_loss: mean loss of each epoch's batches.
+        validation_loss: after each epoch.
+        best_epoch: whose subspace was kept, counted from 1; 0 is the start.
+        seed: of the split, the order and the start.
+    """
+
+    start_loss: float
+    training_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    best_epoch: int
+    seed: int
+
+
+def train_subspace(
+    behaviour: Behaviour,
+    paired: Tensor,
+    *,
+    rank: int,
+    epochs: int,
+    learning_rate: float,
+    validation: float,
+    patience: int,
+    seed: int,
+) -> tuple[Tensor, DASReport]:
+    """The orthonormal basis R, (d, r) float64, that minimises the edited model's mean loss.
+
+    R is the Q of a free matrix's QR decomposition and is moved by Adam. Since the model's
+    parameters need no gradient, the backward pass goes through the layers above the site only.
+
+    Args:
+        behaviour: model, prompts and loss.
+        paired: activation of each prompt's pair, (n, d).
+        rank: r.
+        epochs: passes over the training prompts, at most.
+        learning_rate: Adam's; the free matrix has entries of size 1.
+        validation: share of the prompts held out to decide when to stop and what to keep.
+        patience: epochs without a better validation loss after which to stop.
+        seed: of the split, the order of prompts and the start.
+
+    Raises:
+        PairError, SettingError, LearningError: see :meth:`DAS.fit`.
+    """
+    positions = behaviour.positions
+    if positions.ndim != 1 or paired.ndim != 2 or len(paired) != len(positions):
+        raise PairError(
+            f"DAS is trained on one position and one paired activation for each prompt, got "
+            f"positions {tuple(positions.shape)} and pairs {tuple(paired.shape)}"
+        )
+    if not 1 <= rank <= paired.shape[1]:
+        raise SettingError(f"rank must be 1 to {paired.shape[1]}, got {rank}")
+    if epochs < 1 or patience < 1 or not 0 < validation < 1 or not learning_rate > 0:
+        raise SettingError(
+            f"epochs and patience must be at least 1, validation within (0, 1) and learning_rate "
+            f"positive, got {epochs}, {patience}, {validation} and {learning_rate}"
+        )
+    held_out = max(1, round(validation * len(paired)))
+    if held_out >= len(paired):
+        raise LearningError(f"{len(paired)} prompts are too few to train on some and validate")
+
+    # Drawn on the CPU, so that the same seed gives the same start on any device.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(paired), generator=generator)
+    check, train = order[:held_out], order[held_out:]
+    start = torch.randn(paired.shape[1], rank, generator=generator, dtype=torch.float64)
+    free = start.to(paired.device).requires_grad_()
+    optimiser = torch.optim.Adam([free], lr=learning_rate)
+
+    trained, checked = [], []
+    # Whoever compares edits will be in no_grad.
+    with torch.enable_grad(), _frozen(behaviour.model):
+        best = start_loss = _mean_loss(behaviour, paired, _basis(free), check)
+        kept, best_epoch = _basis(free).detach(), 0
+        for epoch in range(1, epochs + 1):
+            shuffled = train[torch.randperm(len(train), generator=generator)]
+            total = 0.0
+            for rows in shuffled.split(behaviour.batch_size):
+                loss = _losses(behaviour, paired, _basis(free), rows).mean()
+                (free.grad,) = torch.autograd.grad(loss, [free])
+                optimiser.step()
+                total += float(loss.detach()) * len(rows)
+            trained.append(total / len(train))
+            checked.append(_mean_loss(behaviour, paired, _basis(free), check))
+            if checked[-1] < best:
+                best, best_epoch, kept = checked[-1], epoch, _basis(free).detach()
+            elif epoch - best_epoch >= patience:
+                break
+    return kept, DASReport(start_loss, tuple(trained), tuple(checked), best_epoch, seed)
+
+
+def interchange(x: Tensor, partner: Tensor, basis: Tensor) -> Tensor:
+    """Rows x + R Rᵀ (x_pair − x), (N, d) in float64, for R (d, r)."""
+    return x.double() + ((partner.double() - x.double()) @ basis) @ basis.T
+
+
+def _basis(free: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(free).Q
+    return basis
+
+
+@torch.no_grad()
+def _mean_loss(behaviour: Behaviour, paired: Tensor, basis: Tensor, rows: Tensor) -> float:
+    losses = [_losses(behaviour, paired, basis, part) for part in rows.split(behaviour.batch_size)]
+    return float(torch.cat(losses).mean())
+
+
+def _losses(behaviour: Behaviour, paired: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+    """Loss of each prompt of a batch with the interchange in place, (b,)."""
+    partner = paired[rows.to(paired.device)].detach()
+
+    def edit(x: Tensor, context: EditContext) -> Tensor:
+        pair = partner.to(x.device)[context.index]
+        return interchange(x, pair, basis.to(x.device)).to(x.dtype)
+
+    positions = behaviour.positions[rows.to(behaviour.positions.device)]
+    batch = _batch(behaviour, rows)
+    with intervene(behaviour.model, Intervention(behaviour.site, positions, edit)):
+        logits = behaviour.model(**batch, use_cache=False).logits
+    losses = behaviour.loss(logits, rows)
+    if losses.shape != rows.shape or not bool(torch.isfinite(losses).all()):
+        raise LearningError(
+            f"the loss must return one finite number for each of {len(rows)} prompts, got "
+            f"{tuple(losses.shape)}, {int((~torch.isfinite(losses)).sum())} not finite"
+        )
+    return losses
+
+
+def _batch(behaviour: Behaviour, rows: Tensor) -> dict[str, Any]:
+    device = next(behaviour.model.parameters()).device
+    return {
+        name: value[rows.to(value.device)].to(device) if isinstance(value, Tensor) else value
+        for name, value in behaviour.inputs.items()
+    }
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter need a gradient; afterwards those that did need one again."""
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)

@@ -1,0 +1,123 @@
+"""Optimal transport between class Gaussians."""
+
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.baselines.base import Baseline
+from lrqp_torch.baselines.data import BaselineData, check_examples
+from lrqp_torch.covariance import Mahalanobis, Shrinkage
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import WidthError
+from lrqp_torch.intervention import EditContext
+
+
+class OptimalTransport(Baseline):
+    """The affine map that takes the Gaussian of the source class to that of the target class.
+
+        x' = μ_t + A (x − μ_v),   A = Σ_v^{−1/2} (Σ_v^{1/2} Σ_t Σ_v^{1/2})^{1/2} Σ_v^{−1/2}
+
+    with A the Monge map of quadratic cost: of all maps that match the target's mean and covariance,
+    the one that moves activations least in mean square. With t = v nothing changes.
+
+    Source: MiMiC of Singh et al. 2024, "Representation Surgery: Theory and Practice of Affine
+    Steering", arXiv 2402.09631.
+
+    Args:
+        reference: see :class:`Baseline`.
+        classes: mean and covariance of each class; each must have a mean.
+        strength: see :class:`Baseline`.
+
+    Raises:
+        WidthError: not one for each class, of another width, or without a mean.
+    """
+
+    name: ClassVar[str] = "optimal_transport"
+    title: ClassVar[str] = "optimal transport (MiMiC)"
+    means: Tensor
+    covariances: Tensor
+
+    def __init__(
+        self, reference: LRQP, classes: list[Mahalanobis], *, strength: float = 1.0
+    ) -> None:
+        super().__init__(reference, strength=strength)
+        means = [item.mean for item in classes if item.mean is not None]
+        widths = {item.width for item in classes}
+        if len(means) != self.n_classes or len(classes) != len(means) or widths != {self.width}:
+            raise WidthError(
+                f"give a mean and a covariance of width {self.width} for each of the "
+                f"{self.n_classes} classes, got {len(classes)} of widths {sorted(widths)}, "
+                f"{len(means)} with a mean"
+            )
+        self.register_buffer("means", torch.stack(means))
+        self.register_buffer("covariances", torch.stack([item.covariance for item in classes]))
+        # Of K (K − 1) maps most tasks need a few, and each costs two eigendecompositions.
+        self._maps: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def fit(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        *,
+        reference: LRQP | None = None,
+        shrinkage: Shrinkage = "ledoit_wolf",
+        strength: float = 1.0,
+    ) -> Self:
+        """Means and covariances of activations x, (n, d), within each class of y, (n,).
+
+        Args:
+            x: activations.
+            y: their classes.
+            reference: default an LRQP fitted to the same activations.
+            shrinkage: of each class covariance, see :meth:`Covariance.finish`. With 0 and fewer
+                examples than dimensions, the map acts within the span of the source class only.
+            strength: see :class:`Baseline`.
+
+        Raises:
+            WidthError, NonFiniteError, LabelError: bad input, named.
+            CovarianceError: a class whose activations are all the same, or no such shrinkage.
+        """
+        reference = LRQP.fit(x, y) if reference is None else reference
+        x, labels = check_examples(x, y, reference)
+        classes = [
+            Mahalanobis.fit(x[labels == k], shrinkage) for k in range(reference.probe.n_classes)
+        ]
+        return cls(reference, classes, strength=strength)
+
+    @classmethod
+    def from_data(cls, data: BaselineData) -> Self:
+        """See :meth:`Baseline.from_data`."""
+        return cls.fit(data.x, data.y, reference=data.reference)
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        edited = x.double()
+        pairs = torch.stack([source, target], -1)
+        for pair in pairs[source != target].unique(dim=0):
+            held, wanted = (int(k) for k in pair)
+            rows = (pairs == pair).all(-1).nonzero().squeeze(-1)
+            centred = x[rows].double() - self.means[held]
+            moved = self.means[wanted] + centred @ self._map(held, wanted).to(x.device).T
+            edited = edited.index_put((rows,), moved)
+        return edited
+
+    def _map(self, held: int, wanted: int) -> Tensor:
+        if (held, wanted) not in self._maps:
+            self._maps[held, wanted] = monge_map(self.covariances[held], self.covariances[wanted])
+        return self._maps[held, wanted]
+
+
+@torch.no_grad()
+def monge_map(source: Tensor, target: Tensor) -> Tensor:
+    """The symmetric A with A Σ_v A = Σ_t on the range of Σ_v; (d, d) each."""
+    values, vectors = torch.linalg.eigh(source)
+    present = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    basis, scale = vectors[:, present], values[present].sqrt()
+    # In the eigenbasis of Σ_v its roots are diagonal, and its null space is left out.
+    middle = scale.unsqueeze(-1) * (basis.T @ target @ basis) * scale
+    squared, axes = torch.linalg.eigh(middle)
+    root = (axes * squared.clamp_min(0.0).sqrt()) @ axes.T
+    transport: Tensor = basis @ (root / scale / scale.unsqueeze(-1)) @ basis.T
+    return transport
