@@ -1,42 +1,28 @@
 """The linear probe: multinomial logistic regression, fitted to its optimum."""
 
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import (
-    ConvergenceError,
-    LabelError,
-    LRQPError,
-    TargetError,
-    WidthError,
-)
-from lrqp_torch.newton import minimise_multinomial
-from lrqp_torch.qp.checks import as_classes, check_finite
+from lrqp_torch.errors import LabelError, LRQPError, TargetError, WidthError
+from lrqp_torch.probe_batches import Batches
+from lrqp_torch.probe_fitting import FitReport, Fitted, Options, fit_in_memory, fit_streamed
+from lrqp_torch.probe_problems import Problem, check_problem, named
+from lrqp_torch.qp.checks import as_classes
+
+BATCH = 4096
+"""Rows of stored activations that are read at a time."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class FitReport:
-    """How a probe was fitted.
+class StoredActivations(Protocol):
+    """Activations (n, d) that are read a batch at a time, such as those of an activation store."""
 
-    Attributes:
-        loss: the penalised loss at the optimum, in nats per example.
-        gradient_norm: Euclidean norm of its gradient there, before rounding to the probe's dtype.
-        relative_gradient_norm: the same over the norm at W = 0, b = 0; at most ``tolerance``, and
-            0 where the gradient is below its own rounding error.
-        iterations: Newton steps.
-        l2: the penalty that was used.
-        n_samples: examples fitted.
-    """
-
-    loss: float
-    gradient_norm: float
-    relative_gradient_norm: float
-    iterations: int
-    l2: float
-    n_samples: int
+    def batches(self, rows: int, /) -> Iterator[Tensor]:
+        """All rows in order, at most so many at a time; anew with every call."""
 
 
 class LinearProbe(nn.Linear):
@@ -75,7 +61,7 @@ class LinearProbe(nn.Linear):
     @classmethod
     def fit(
         cls,
-        x: Tensor,
+        x: Tensor | StoredActivations,
         y: Tensor,
         *,
         l2: float | None = None,
@@ -93,7 +79,7 @@ class LinearProbe(nn.Linear):
         float64 when x is), frozen: call ``requires_grad_()`` to train them further.
 
         Args:
-            x: activations, (n, d).
+            x: activations, (n, d); or stored ones, which are then read as by :meth:`fit_batches`.
             y: class of each, (n,), integers from 0, or bool.
             l2: penalty on W; default 1/n, which is the usual C = 1.
             n_classes: K; default the largest label + 1. Every class must occur.
@@ -106,29 +92,115 @@ class LinearProbe(nn.Linear):
             LabelError: one class only, a class without examples, fewer examples than classes.
             ConvergenceError: the gradient norm was not reached.
         """
-        labels, n_classes = _check(x, y, n_classes)
-        l2 = 1.0 / len(x) if l2 is None else float(l2)
-        if not l2 > 0:
-            raise LabelError(
-                f"l2 must be positive, got {l2}: separable classes have no optimum without it"
+        if not isinstance(x, Tensor) and hasattr(x, "batches"):
+            pairs = _in_order(x, y)
+            return cls.fit_batches(
+                pairs,
+                l2=l2,
+                n_classes=n_classes,
+                tolerance=tolerance,
+                max_iterations=max_iterations,
             )
-        result = minimise_multinomial(
-            x.detach().double(), labels, n_classes, l2, tolerance, max_iterations
-        )
-        report = FitReport(l2=l2, n_samples=len(x), **result.statistics)
-        if report.relative_gradient_norm > tolerance:
-            raise ConvergenceError(
-                f"the probe's gradient norm is {report.relative_gradient_norm:.1e} of its start "
-                f"after {report.iterations} steps, above {tolerance:.0e}; raise max_iterations or "
-                f"l2 (now {l2:.1e}), or standardise the activations"
-            )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        probe = cls(x.shape[1], n_classes, device=x.device, dtype=dtype)
+        problem = check_problem(x, y, n_classes)
+        (found,) = fit_in_memory({"probe": problem}, Options(l2, tolerance, max_iterations), 0)
+        return cls._of(found["probe"], problem.x.dtype)
+
+    @classmethod
+    def fit_many(
+        cls,
+        problems: Mapping[Key, tuple[Tensor, Tensor]],
+        *,
+        l2: float | None = None,
+        tolerance: float = 1e-8,
+        max_iterations: int = 200,
+        memory: int = 2**32,
+        advance: Callable[[int], object] | None = None,
+    ) -> dict[Key, Self]:
+        """Fit many probes at once, each to the optimum that :meth:`fit` finds.
+
+            probes = LinearProbe.fit_many({site: (x, labels) for site, x in activations.items()})
+
+        Several label sets on the same tensor share its float64 copy and its first factorisation,
+        and activations of one shape are stacked on a GPU. A probe that has reached its optimum
+        leaves the stack. Widths, numbers of examples and of classes may differ.
+
+        Args:
+            problems: name of a probe to its activations (n, d) and classes (n,).
+            l2: penalty on W; default 1/n, each with its own n.
+            tolerance: bound on each gradient norm, relative to the one at zero.
+            max_iterations: Newton steps before giving up.
+            memory: bytes of float64 working copies to hold at once, never less than one tensor's.
+                On a CPU one tensor is worked on at a time, whatever this says.
+            advance: called with the number of probes fitted, after each stack.
+
+        Returns:
+            Name to probe, in the order given.
+
+        Raises:
+            WidthError, NonFiniteError, LabelError, ConvergenceError: as :meth:`fit`, beginning
+                with the name of the probe.
+        """
+        checked: dict[Key, Problem] = {}
+        for name, (x, y) in problems.items():
+            try:
+                checked[name] = check_problem(x, y, None)
+            except LRQPError as error:
+                raise named(error, name) from error
+        found: dict[Key, Fitted] = {}
+        for fitted in fit_in_memory(checked, Options(l2, tolerance, max_iterations), memory):
+            found |= fitted
+            if advance is not None:
+                advance(len(fitted))
+        return {name: cls._of(found[name], checked[name].x.dtype) for name in problems}
+
+    @classmethod
+    def fit_batches(
+        cls,
+        batches: Batches,
+        *,
+        l2: float | None = None,
+        n_classes: int | None = None,
+        tolerance: float = 1e-8,
+        max_iterations: int = 200,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Fit to data beyond memory: the optimum of :meth:`fit` over all batches together.
+
+        Not stochastic: each evaluation and each product with the Hessian is a pass over all
+        batches, some 20 to 60 passes in all. Memory grows with the batch and with d², not with n.
+
+        Args:
+            batches: pairs of activations (m, d) and classes (m,) that can be gone through again
+                and again: a list, a DataLoader, an object whose ``__iter__`` starts anew, or a
+                function that returns a new iterator. Every pass must give the same examples; their
+                order and their division into batches may change.
+            l2: penalty on W; default 1/n.
+            n_classes: K; default the largest label + 1.
+            tolerance: bound on the gradient norm, relative to the one at zero.
+            max_iterations: Newton steps before giving up.
+            device: where to compute; default the device of the first batch.
+
+        Raises:
+            BatchError: an iterator that is exhausted after one pass, batches that are no pairs,
+                examples or labels that changed between passes.
+            WidthError: batches of different widths.
+            NonFiniteError, LabelError, ConvergenceError: as :meth:`fit`.
+        """
+        options = Options(l2, tolerance, max_iterations)
+        found, dtype = fit_streamed(batches, options, n_classes=n_classes, device=device)
+        return cls._of(found, dtype)
+
+    @classmethod
+    def _of(cls, found: Fitted, activations: torch.dtype) -> Self:
+        """The frozen probe of a fit to activations of that dtype."""
+        n_classes, width = found.weight.shape
+        dtype = torch.float64 if activations == torch.float64 else torch.float32
+        probe = cls(width, n_classes, device=found.weight.device, dtype=dtype)
         with torch.no_grad():
-            probe.weight.copy_(result.weight)
-            probe.bias.copy_(result.bias)
+            probe.weight.copy_(found.weight)
+            probe.bias.copy_(found.bias)
         probe.requires_grad_(False)
-        probe.report = report
+        probe.report = found.report
         return probe
 
     def forward(self, input: Tensor) -> Tensor:
@@ -190,39 +262,16 @@ class LinearProbe(nn.Linear):
         return result
 
 
-def _check(x: Tensor, y: Tensor, n_classes: int | None) -> tuple[Tensor, int]:
-    if not isinstance(x, Tensor):
-        raise WidthError(
-            f"activations must be a tensor, got {type(x).__name__}; torch.as_tensor(x)"
-        )
-    y = as_classes(y, "labels")
-    if x.ndim != 2 or not x.dtype.is_floating_point:
-        raise WidthError(f"activations must be floating (n, d), got {x.dtype} {tuple(x.shape)}")
-    if y.shape != x.shape[:1]:
-        raise LabelError(f"labels must be ({len(x)},), one per activation, got {tuple(y.shape)}")
-    if y.dtype.is_floating_point or y.dtype.is_complex:
-        raise LabelError(f"labels must be integers or bool, got {y.dtype}")
-    if len(x) == 0:
-        raise LabelError("no examples to fit a probe on")
-    check_finite(x)
-    labels = y.to(x.device).long()
-    if int(labels.min()) < 0:
-        raise LabelError(f"labels must be 0 or more, got {int(labels.min())}")
-    n_classes = int(labels.max()) + 1 if n_classes is None else n_classes
-    if int(labels.max()) >= n_classes:
-        raise LabelError(f"label {int(labels.max())} is outside the {n_classes} classes given")
-    if bool((labels == labels[0]).all()):
-        raise LabelError(
-            f"all {len(labels)} labels are class {int(labels[0])}; a probe needs two classes"
-        )
-    if len(x) < n_classes:
-        raise LabelError(
-            f"{len(x)} examples cannot fit {n_classes} classes; give at least one each"
-        )
-    counts = torch.bincount(labels, minlength=n_classes)
-    if bool((counts == 0).any()):
-        missing = (counts == 0).nonzero().flatten()[:10].tolist()
-        raise LabelError(
-            f"classes {missing} have no examples; renumber the labels or give more prompts"
-        )
-    return labels, n_classes
+def _in_order(x: StoredActivations, y: Tensor) -> Batches:
+    """Stored activations with their labels, batch by batch."""
+    labels = as_classes(y, "labels")
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for part in x.batches(BATCH):
+            yield part, labels[start : start + len(part)]
+            start += len(part)
+        if start != len(labels):
+            raise LabelError(f"labels must be ({start},), one per activation, got {len(labels)}")
+
+    return pairs

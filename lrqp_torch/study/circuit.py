@@ -221,8 +221,8 @@ def _fit_probes(
     if not readers:
         return {}
     outputs, labels = torch.cat(pieces).float(), data.labels["abb"].to(context.device)
-    probes = {name: LinearProbe.fit(outputs[:, i], labels) for i, name in enumerate(readers)}
-    return probes | {ALL: LinearProbe.fit(outputs.flatten(1), labels)}
+    problems = {name: (outputs[:, i], labels) for i, name in enumerate(readers)}
+    return LinearProbe.fit_many(problems | {ALL: (outputs.flatten(1), labels)})
 
 
 def _read_probes(

@@ -158,7 +158,7 @@ def compute(
         names: how many names are told apart at most, the most frequent in the training prompts;
             prompts with others are left out of the probes of names.
         bins: into how many ranges positions are cut at most.
-        advance: called after each batch captured and each probe fitted.
+        advance: called after each batch captured, and with the number of probes fitted.
 
     Raises:
         ConvergenceError: a probe did not converge.
@@ -243,24 +243,28 @@ def _scores(
 ) -> list[ProbeScore]:
     """Fit and score the probes of one variable; ``order`` shuffles the control's labels."""
     shuffled = variable.train_labels[order]
-    control, scores = set(_control_sites(sites)), []
+    control, problems = set(_control_sites(sites)), {}
     for site in _sites(variable.name, sites):
-        right = _correct(variable, train[site], variable.train_labels, test[site])
-        advance(1)
-        by_chance = None
+        x = _rows(train[site], variable.train_rows)
+        problems[site, False] = x, variable.train_labels
         if site in control:
-            by_chance = _correct(variable, train[site], shuffled, test[site])
-            advance(1)
-        n = len(variable.test_labels)
+            problems[site, True] = x, shuffled
+    probes = LinearProbe.fit_many(problems, tolerance=TOLERANCE, advance=advance)
+    n = len(variable.test_labels)
+    scores = []
+    for site in _sites(variable.name, sites):
+        held_out = _rows(test[site], variable.test_rows)
+        right, *by_chance = (
+            int((probes[site, wrong](held_out).argmax(-1).cpu() == variable.test_labels).sum())
+            for wrong in (False, True)
+            if (site, wrong) in probes
+        )
         lower, upper = wilson(right, n)
-        share = None if by_chance is None else by_chance / n
+        share = by_chance[0] / n if by_chance else None
         scores.append(ProbeScore(site, right / n, lower, upper, share))
     return scores
 
 
-def _correct(variable: Variable, train: Tensor, labels: Tensor, test: Tensor) -> int:
-    """Held-out prompts whose class a probe names that is fitted to the given labels."""
-    x = train[variable.train_rows.to(train.device)]
-    held_out = test[variable.test_rows.to(test.device)]
-    probe = LinearProbe.fit(x, labels, n_classes=len(variable.classes), tolerance=TOLERANCE)
-    return int((probe(held_out).argmax(-1).cpu() == variable.test_labels).sum())
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of the activations, without a copy where that is all of them."""
+    return x if len(rows) == len(x) else x[rows.to(x.device)]

@@ -1,0 +1,122 @@
+"""Fitting the probes of many sites: together, one after another, and with torch.optim.LBFGS.
+
+Activations have the falling spectrum and the one outsized dimension of a residual stream; at one
+third of the sites the classes overlap, at one third they nearly separate, at one third they do.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, medians, parse_arguments, report
+from lrqp_torch import LinearProbe
+
+LBFGS_STEPS, PEER_SITES = 500, 2
+
+
+def activations(sites: int, n: int, width: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Two classes at each site, float64, so that probes are stored as exactly as they are found."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 2
+    scale = 10 * torch.arange(1, width + 1).pow(-0.7)
+    found = {}
+    for site in range(sites):
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        apart = torch.zeros(width)
+        apart[width // 40 : width // 12] = (0.1, 0.4, 0.8)[site % 3]
+        x = torch.randn(n, width, generator=generator)
+        x = ((x + (2 * labels - 1)[:, None] * apart) * scale) @ rotation
+        x[:, 3] *= 50
+        found[f"L{site}.mid"] = x.double().to(device)
+    return found, labels.to(device)
+
+
+def lbfgs(x: Tensor, labels: Tensor) -> torch.nn.Linear:
+    """The same objective in float64 with torch's own optimiser, on standardised activations."""
+    x = x.double()
+    mean, scale = x.mean(0), x.std(0)
+    x = (x - mean) / scale
+    probe = torch.nn.Linear(x.shape[1], 2, device=x.device, dtype=torch.float64)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    optimiser = torch.optim.LBFGS(
+        probe.parameters(),
+        max_iter=LBFGS_STEPS,
+        max_eval=2 * LBFGS_STEPS,
+        tolerance_grad=1e-12,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(probe(x), labels)
+        loss = loss + (probe.weight / scale).square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        probe.weight /= scale
+        probe.bias -= probe.weight @ mean
+    return probe
+
+
+def relative_gradient(probe: torch.nn.Linear, x: Tensor, labels: Tensor) -> float:
+    """Norm of the gradient over that at zero, in float64, of the weights as they are stored."""
+    x, targets = x.double(), torch.nn.functional.one_hot(labels).double()
+
+    def norm(weight: Tensor, bias: Tensor) -> float:
+        residual = ((x @ weight.T + bias).softmax(1) - targets) / len(x)
+        gradient = residual.T @ x + weight / len(x)
+        return float((gradient.square().sum() + residual.sum(0).square().sum()).sqrt())
+
+    weight, bias = probe.weight.detach().double(), probe.bias.detach().double()
+    return norm(weight, bias) / norm(torch.zeros_like(weight), torch.zeros_like(bias))
+
+
+def measure(count: int, n: int, width: int, arguments: Namespace) -> list[Row]:
+    """Every way on so many sites; the peer on the first two of them at most."""
+    found, labels = activations(count, n, width, arguments.device)
+    few = dict(list(found.items())[:PEER_SITES])
+    probes: dict[str, dict[str, torch.nn.Linear]] = {}
+
+    def together() -> None:
+        probes["together"] = {**LinearProbe.fit_many({s: (x, labels) for s, x in found.items()})}
+
+    def in_turn() -> None:
+        probes["one after another"] = {s: LinearProbe.fit(x, labels) for s, x in found.items()}
+
+    def peer() -> None:
+        probes["torch.optim.LBFGS"] = {s: lbfgs(x, labels) for s, x in few.items()}
+
+    ways = {"together": together, "one after another": in_turn, "torch.optim.LBFGS": peer}
+    seconds = medians(ways, 1 if arguments.small else min(arguments.repeats, 3), arguments.device)
+    return [
+        {
+            "sites": count,
+            "fitted": name,
+            "timed": len(probes[name]),
+            "seconds a site": taken / len(probes[name]),
+            "worst relative gradient": max(
+                relative_gradient(probe, found[site], labels)
+                for site, probe in probes[name].items()
+            ),
+            "time over together": taken / len(probes[name]) / (seconds["together"] / count),
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(__doc__ or "", argv)
+    counts, n, width = ((1, 4), 500, 128) if arguments.small else ((1, 8, 24), 3000, 768)
+    rows = [row for count in counts for row in measure(count, n, width, arguments)]
+    report(f"Fitting probes to {n} x {width}, K = 2", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
