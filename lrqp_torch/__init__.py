@@ -1,7 +1,8 @@
 """The least edit to a model's activations that provably changes what a linear probe reads."""
 
 from lrqp_torch import errors, sites
-from lrqp_torch.activations import capture
+from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activations import capture, capture_batches
 from lrqp_torch.covariance import Covariance, Mahalanobis
 from lrqp_torch.edit import LRQP
 from lrqp_torch.intervention import EditContext, Intervention, intervene
@@ -10,11 +11,13 @@ from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, Solution, Status
 from lrqp_torch.run import EditRun
 from lrqp_torch.sites import Family, all_sites, register_family
+from lrqp_torch.storing import capture_to
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LRQP",
+    "ActivationStore",
     "Covariance",
     "EditContext",
     "EditRun",
@@ -27,6 +30,8 @@ __all__ = [
     "Status",
     "all_sites",
     "capture",
+    "capture_batches",
+    "capture_to",
     "errors",
     "intervene",
     "position_ids",

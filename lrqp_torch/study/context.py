@@ -77,13 +77,11 @@ class StudyContext:
         missing = [site for site in wanted if site not in kept]
         if missing:
             data: IOIDataset = getattr(task, split)
-            pieces: list[dict[str, Tensor]] = []
-            for start in range(0, len(data), self.batch_size):
-                batch = data[start : start + self.batch_size].to(self.device)
-                at = batch.positions[position]
-                pieces.append(capture(self.model, batch.inputs, missing, positions=at))
-                advance(len(batch))
-            kept.update({site: torch.cat([p[site] for p in pieces]).float() for site in missing})
+            at = data.positions[position]
+            found = capture(
+                self.model, data.inputs, missing, at, batch_size=self.batch_size, progress=advance
+            )
+            kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}
 
     def generator(self) -> torch.Generator:

@@ -13,9 +13,6 @@ from lrqp_torch.sites import Site, all_sites, locate
 from lrqp_torch.study.context import Task
 from lrqp_torch.study.settings import Settings
 
-_DIGESTED = 65_536
-"""Elements of each parameter that the digest reads: enough to tell models apart, in no time."""
-
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; ``auto`` takes a CUDA device where there is one.
@@ -85,16 +82,6 @@ def describe_model(model: Any, name: str) -> dict[str, Any]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
     }
-
-
-def digest_model(model: Any) -> str:
-    """A short digest of the model's weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:_DIGESTED].cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def digest_prompts(tasks: Sequence[Task]) -> str:

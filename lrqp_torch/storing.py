@@ -1,0 +1,119 @@
+"""Writing activations to disk as they are captured, shard by shard."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lrqp_torch.activation_index import DTYPES, INDEX_FILE, Index, Shard, checksum, shard_path
+from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activations import Progressed, progress_shown
+from lrqp_torch.batching import is_watched
+from lrqp_torch.digests import digest_model, digest_values
+from lrqp_torch.errors import ActivationStoreError, OutputError, PositionError
+from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.reading import Reading
+from lrqp_torch.sites import Site
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def capture_to(
+    folder: str | Path,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: str | Sequence[str | Site],
+    positions: Tensor | None = None,
+    *,
+    shard_size: int = 4096,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    progress: Progressed = False,
+) -> ActivationStore:
+    """The activations of :func:`capture`, written to a folder shard by shard.
+
+    Memory holds one shard. Each shard is written whole or not at all. A capture that was
+    interrupted goes on after its last shard when it is called again with the same model, inputs,
+    sites, positions and shard size, and one that is complete returns at once.
+
+    Args:
+        folder: where to write; created if needed.
+        model: as for :func:`capture`, like the other arguments not named here.
+        inputs: as there.
+        sites: as there.
+        positions: as there.
+        shard_size: examples a shard; padding is kept small within each.
+        batch_size: as there; at most ``shard_size`` examples run together in any case.
+        batch_tokens: as there.
+        progress: as there.
+
+    Raises:
+        SiteError, UnknownFamilyError, PositionError: bad input, named.
+        ActivationStoreError: the folder holds the capture of something else, or a damaged one; or
+            hooks are open on the model, such as edits, of which a store could not tell later
+            whether they were the same.
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    if shard_size < 1:
+        raise PositionError(f"shard_size must be at least 1, got {shard_size}")
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens)
+    if is_watched(model):
+        raise ActivationStoreError(
+            "the model has hooks or open edits, which capture_to cannot check when it resumes; "
+            "close them, or use capture or capture_batches"
+        )
+    request = {
+        "model": f"{type(model).__name__} {digest_model(model)}",
+        "inputs": digest_values(inputs),
+        "positions": digest_values({"positions": positions}),
+        "sites": ", ".join(reading.sites),
+        "shard size": str(shard_size),
+    }
+    prepare_folder(folder)
+    done = _resume(folder, request)
+    with progress_shown(progress, reading.n_examples) as advance:
+        starts = range(0, reading.n_examples, shard_size)
+        if done is not None:
+            advance(min(len(done.shards) * shard_size, reading.n_examples))
+        for number in range(len(done.shards) if done else 0, len(starts)):
+            stop = min(starts[number] + shard_size, reading.n_examples)
+            found = reading.gather(range(starts[number], stop), "cpu", advance)
+            if positions is None:  # then two sites may be one tensor, such as L0.post and L1.pre
+                found = {site: part.clone() for site, part in found.items()}
+            shard = _write_shard(shard_path(folder, number), found)
+            if done is None:
+                first = found[reading.sites[0]]
+                shape, dtype = tuple(first.shape[1:]), _NAMES[first.dtype]
+                done = Index(tuple(reading.sites), shape, dtype, len(starts), request, ())
+            done = replace(done, shards=(*done.shards, shard))
+            done.write(folder)
+    return ActivationStore(folder)
+
+
+def _resume(folder: Path, request: dict[str, str]) -> Index | None:
+    """The index of what is written already, or None."""
+    if not (folder / INDEX_FILE).exists():
+        return None
+    index = Index.read(folder)
+    different = [name for name, value in request.items() if index.request.get(name) != value]
+    if different:
+        raise ActivationStoreError(
+            f"{str(folder)!r} holds the capture of other {', '.join(different)}; choose another "
+            f"folder, or delete this one"
+        )
+    return index
+
+
+def _write_shard(path: Path, found: dict[str, Tensor]) -> Shard:
+    with written_whole(path) as partial:
+        try:
+            safetensors.torch.save_file(found, partial)
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error}") from error
+        size, sha256 = partial.stat().st_size, checksum(partial)
+    return Shard(len(next(iter(found.values()))), size, sha256)
