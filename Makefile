@@ -4,16 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
+DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,qp learn baselines sharing tasks ioi models)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:
 	@echo "make demo    run the study on the bundled model; then open results/organism/report.html"
 	@echo "make test    run the tests"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   run the benchmarks at a small size"
+	@echo "make docs    build the API reference into site/"
 	@echo "make clean   remove the environment, the results and all caches"
 
 # torch is installed first and alone, so that a wheel which is already at hand (for example one
@@ -40,6 +42,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module --small; done
 
+docs: $(STAMP)
+	$(BIN)/pdoc --docformat google --math --output-directory site $(DOCUMENTED)
+
 clean:
-	rm -rf $(VENV) results build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
