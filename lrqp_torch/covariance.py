@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import CovarianceError, NonFiniteError, WidthError
+from lrqp_torch.keeping import class_differences, conditional_covariance, orthonormal_basis
 from lrqp_torch.qp.checks import check_finite
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
@@ -20,15 +21,18 @@ class Mahalanobis(nn.Module):
         mean: mean activation, (d,), for reference; the metric does not depend on it.
         shrinkage: the weight that was given to the isotropic target, for the record.
         n_samples: how many activations the covariance was estimated from, for the record.
+        kept: directions along which Σ is zero because :meth:`keeping` took them out, (r, d),
+            orthonormal; for the record and for error messages.
 
     Raises:
-        WidthError: the covariance is not square, or the mean has another width.
-        NonFiniteError: NaN or infinity in either.
+        WidthError: the covariance is not square, or mean or kept have another width.
+        NonFiniteError: NaN or infinity in any of them.
         CovarianceError: not symmetric, or not positive semidefinite.
     """
 
     covariance: Tensor
     mean: Tensor | None
+    kept: Tensor | None
 
     def __init__(
         self,
@@ -37,16 +41,22 @@ class Mahalanobis(nn.Module):
         *,
         shrinkage: float = 0.0,
         n_samples: int | None = None,
+        kept: Tensor | None = None,
     ) -> None:
         super().__init__()
         _check_covariance(covariance)
         width = covariance.shape[0]
+        if kept is not None and (kept.ndim != 2 or kept.shape[1] != width):
+            raise WidthError(f"the covariance has width {width}, kept is {tuple(kept.shape)}")
         if mean is not None and mean.shape != (width,):
             raise WidthError(f"the covariance has width {width}, the mean is {tuple(mean.shape)}")
         if mean is not None and not bool(torch.isfinite(mean).all()):
             raise NonFiniteError("the mean holds NaN or infinity")
+        if kept is not None and not bool(torch.isfinite(kept).all()):
+            raise NonFiniteError("the kept directions hold NaN or infinity")
         self.register_buffer("covariance", covariance.double())
         self.register_buffer("mean", None if mean is None else mean.double())
+        self.register_buffer("kept", None if kept is None else kept.double())
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
 
@@ -66,6 +76,48 @@ class Mahalanobis(nn.Module):
     def width(self) -> int:
         """The width d of the activations."""
         return self.covariance.shape[0]
+
+    def keeping(self, *others: nn.Linear | Tensor) -> "Mahalanobis":
+        """The metric of the least edits that leave what other probes believe where it is.
+
+            minimise δᵀ Σ⁻¹ δ subject to further constraints and C δ = 0
+
+        is the same problem without C, in the conditional covariance Σ − Σ Cᵀ (C Σ Cᵀ)⁺ C Σ: that
+        of x given C x, for Gaussian x. So every edit can use it,
+
+            edit = LRQP(probe, metric.keeping(other_probe))
+
+        The rows C of a probe are its class differences w_k − mean of w: its probabilities stay,
+        while a shift common to all its logits is free. In a stream of machine precision ε the
+        edited activation is rounded, which moves a kept log odds aᵀ x by at most ε ‖a‖ ‖x'‖, and by
+        1e-12 of that size in float64. A target whose own directions all are kept is unreachable:
+        :class:`~lrqp_torch.errors.InfeasibleError`. To keep within a tolerance instead, or another
+        probe for each example, see :class:`~lrqp_torch.JointLRQP`.
+
+        Args:
+            others: probes, or rows (n, d). They are constants: gradients flow to Σ only.
+
+        Raises:
+            WidthError: another width, or neither a probe nor rows.
+            NonFiniteError: NaN or infinity in them.
+            CovarianceError: no direction is left.
+        """
+        rows = [class_differences(other, self.width).to(self.covariance) for other in others]
+        if not rows:
+            raise WidthError("nothing to keep: give at least one probe or tensor of rows")
+        held = [] if self.kept is None else [self.kept]
+        bases = [orthonormal_basis(block) for block in rows]
+        basis = orthonormal_basis(torch.cat([*held, *bases]))
+        covariance = self.covariance
+        if len(basis):
+            covariance = conditional_covariance(covariance, basis)
+        return Mahalanobis(
+            covariance,
+            self.mean,
+            shrinkage=self.shrinkage,
+            n_samples=self.n_samples,
+            kept=basis,
+        )
 
     @torch.no_grad()
     def distance(self, delta: Tensor) -> Tensor:
@@ -89,9 +141,10 @@ class Mahalanobis(nn.Module):
 
     def _apply(self, fn: object, recurse: bool = True) -> Self:
         # .half() or .to(bfloat16) of a model that holds an edit must not destroy the metric.
-        kept = self.covariance, self.mean
+        names = ("covariance", "mean", "kept")
+        held = [getattr(self, name) for name in names]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in zip(("covariance", "mean"), kept, strict=True):
+        for name, before in zip(names, held, strict=True):
             after = getattr(self, name)
             if after is not None and before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))

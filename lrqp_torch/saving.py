@@ -159,7 +159,12 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], content: dict[str, 
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise SavedEditError(f"{folder}: {name} should be {shape}, found {found}")
-    unknown = set(tensors) - set(shapes) - {"metric.mean"}
+    kept = tensors.get("metric.kept")
+    if kept is not None and (kept.ndim != 2 or kept.shape[1] != width):
+        raise SavedEditError(
+            f"{folder}: metric.kept should be (r, {width}), found {tuple(kept.shape)}"
+        )
+    unknown = set(tensors) - set(shapes) - {"metric.mean", "metric.kept"}
     if unknown:
         raise SavedEditError(f"{folder}: unknown tensors {sorted(unknown)}")
     for name, tensor in tensors.items():

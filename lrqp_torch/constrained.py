@@ -1,0 +1,494 @@
+"""LRQP with constraints and penalties of one's own, posed in cvxpy and solved as a layer."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.covariance import Mahalanobis
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import (
+    ConstraintError,
+    InfeasibleError,
+    LRQPError,
+    NonFiniteError,
+    SavedEditError,
+    SolverError,
+    WidthError,
+)
+from lrqp_torch.failures import raise_failures
+from lrqp_torch.intervention import Intervention, intervene
+from lrqp_torch.odds import Odds, Rule, floors
+from lrqp_torch.positions import Positions
+from lrqp_torch.probe import LinearProbe
+from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
+from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
+from lrqp_torch.qp.posed import Point, PosedProblem
+from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp.reduction import Reduction
+from lrqp_torch.qp.rounding import Headroom
+from lrqp_torch.run import EditRun
+
+Reads = Literal["activation", "length"] | Tensor
+Values = Mapping[str, Tensor | float]
+
+# Constraints count as met within this share of 1 + their terms. Clarabel ends at 1e-9 or better.
+MET = 1e-6
+# The floors are aimed at by this much more, so that what the solver leaves does not cost a round.
+AIM = 1e-8
+# An edit shorter than this, in standard deviations, of an activation that meets its floor is none:
+# solvers that pose a square as a cone know a length only to the root of their duality gap.
+NO_EDIT = 1e-5
+MAX_ROUNDS = 8
+
+
+class ConstrainedLRQP(nn.Module):
+    """The least edit that a probe reads as the target, under constraints of one's own.
+
+        minimise  ½ (x' − x)ᵀ Σ⁻¹ (x' − x) + penalties(x')
+        subject to  z_t(x') − z_ℓ(x') ≥ log α for all ℓ ≠ t,  and constraints(x')
+
+    ``constraints`` receives a :class:`~lrqp_torch.qp.posed.Point`, whose ``x``, ``displacement``,
+    ``features``, ``distance`` and ``radius`` are cvxpy expressions and whose ``parameters`` are
+    those declared; it returns cvxpy constraints, and scalar convex expressions as penalties:
+
+        def cap(point):
+            return [point.radius <= point.parameters["cap"]]
+
+        edit = ConstrainedLRQP(probe, metric, cap, parameters={"cap": ()}, reads="length")
+        x_new = edit(x, target, parameters={"cap": 30.0})
+
+    All is posed as one disciplined parametrised program (Agrawal et al. 2019, "Differentiable
+    convex optimization layers") and solved through cvxpylayers. Gradients flow to x, the
+    parameters, the probe's bias, and, with ``reads="activation"``, its weights; the metric is
+    constant. The odds are promised for the stored numbers, as in :class:`LRQP`; own constraints
+    hold to 1e-6 of their terms and the rounding of the stream. Terms apply to every activation, so
+    one whose odds are right already moves if it breaks a constraint or a penalty pulls it.
+
+    Cost: a solver run an example, in a thread pool. With ``reads="length"`` or n features the
+    problem has K + n variables, some 5 ms an example at any d. With ``"activation"`` it has d, and
+    d² numbers: 7 ms at d = 64, 20 ms at d = 256, 60 ms at d = 768 (one CPU core, K = 3). By
+    default x' is exact to about 1e-5 of the edit's length, since DIFFCP takes the square as a cone;
+    ``solver="MOREAU"`` (extra ``moreau``) takes it as it is and reaches 1e-8.
+
+    Args:
+        probe: z(x) = W x + b.
+        metric: Σ, with the mean if ``point.radius`` is used.
+        constraints: the function.
+        parameters: name to shape, or to a ``cp.Parameter`` (with ``nonneg=True``, say); values are
+            given with each call, one for all or one an activation.
+        reads: what of x' the function uses: ``"activation"``, all of it; a tensor F (n, d), only
+            ``point.features`` = F x' and lengths; ``"length"``, only lengths.
+        log_odds, rule, odds, on_infeasible: as in :class:`LRQP`.
+        solver: ``"DIFFCP"`` (with Clarabel), ``"MOREAU"``, ``"CUCLARABEL"``, …, as far as the
+            solver has the cones that the terms need.
+        solver_args: passed to it.
+
+    Raises:
+        ConstraintError: terms that are not convex or not DPP, with what to change.
+        SolverError: the solver is not installed.
+        WidthError, NonFiniteError, LRQPError: as in :class:`LRQP`.
+    """
+
+    def __init__(
+        self,
+        probe: LinearProbe,
+        metric: Mahalanobis,
+        constraints: Callable[[Point], Any],
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        reads: Reads = "activation",
+        log_odds: float = 10.0,
+        rule: Rule = "mirror",
+        odds: Odds = "pairwise",
+        on_infeasible: Literal["raise", "skip"] = "raise",
+        solver: str = "DIFFCP",
+        solver_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.edit = LRQP(
+            probe, metric, log_odds=log_odds, rule=rule, odds=odds, on_infeasible=on_infeasible
+        )
+        self.constraints = constraints
+        self.declared = dict(parameters or {})
+        self.features = _features(reads, probe.width)
+        self.solver, self.solver_args = solver, dict(solver_args or {})
+        # Not a submodule: what is posed can be neither copied nor saved, and follows from the rest.
+        self._posed: list[tuple[list[Tensor], Reduction, PosedProblem]] = []
+        self._pose()
+
+    @property
+    def probe(self) -> LinearProbe:
+        """The probe whose odds are written."""
+        return self.edit.probe
+
+    @property
+    def metric(self) -> Mahalanobis:
+        """The metric in which edits are least."""
+        return self.edit.metric
+
+    def forward(
+        self,
+        x: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+        *,
+        parameters: Values | None = None,
+    ) -> Tensor:
+        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`."""
+        return self.solve(x, target, source, parameters=parameters).x_new
+
+    def solve(
+        self,
+        x: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+        *,
+        parameters: Values | None = None,
+        realise: Realise | None = None,
+        examples: Tensor | None = None,
+    ) -> Solution:
+        """Edit activations, and return the certificate with them.
+
+        In the :class:`Solution`, ``multipliers`` are zero (the solver's are not asked for),
+        ``active`` says which floors bind, and ``kkt_residual`` is the largest violation of any
+        constraint, relative to 1 + its terms; that the edit is the least is the solver's word.
+
+        Args:
+            x: activations, (B, d).
+            target: class to write, (B,) or one for all.
+            source: class that holds now, for the ``mirror`` rule; default the probe's reading.
+            parameters: values of the declared parameters, of their shape or (B, *shape).
+            realise: see :meth:`MahalanobisQP.solve`.
+            examples: names for the rows in error messages, (B,); default 0, 1, ….
+
+        Raises:
+            InfeasibleError: no activation meets all constraints, unless on_infeasible is "skip".
+            SolverError: the solver failed, unless on_infeasible is "skip".
+            ConstraintError: parameters that were not declared, or not given, or of another shape.
+            WidthError, TargetError, NonFiniteError: bad input, named.
+        """
+        geometry = self.edit.geometry(x.device)
+        basis, problem = self._pose()
+        basis = basis.to(x.device)
+        check_finite(x)
+        classes = self._classes(target, x, "target")
+        held = None if source is None else self._classes(source, x, "source")
+        margins = geometry.margins(x, classes)
+        log_odds = self.edit.log_odds.to(x.device)
+        floor = floors(margins, classes, held, log_odds, self.edit.rule, self.edit.odds)
+        values = self._values(problem, basis, geometry, x, classes, parameters or {})
+        solution = self._solve(x, classes, floor, margins, geometry, basis, values, realise)
+        return self._judge(solution, x, classes, examples)
+
+    def at(
+        self,
+        model: nn.Module,
+        site: str,
+        *,
+        positions: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+        parameters: Values | None = None,
+    ) -> AbstractContextManager[EditRun]:
+        """Edit ``model`` at a site within the context, as :meth:`LRQP.at`.
+
+        Args:
+            model: a transformers model; it is not changed.
+            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
+            positions: LongTensor (B,), (B, n) or BoolTensor (B, T).
+            target: class to write: one for all, (B,) one an example, or the shape of positions.
+            source: class that holds now, in the same shapes; default the probe's own reading.
+            parameters: of their declared shape for all, or (B, *shape), one an example.
+        """
+        item = self.on(
+            site, positions=positions, target=target, source=source, parameters=parameters
+        )
+        return _edit_at(model, item)
+
+    def on(
+        self,
+        site: str,
+        *,
+        positions: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+        parameters: Values | None = None,
+    ) -> Intervention:
+        """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
+        batch = Positions.parse(positions).batch
+        _, problem = self._pose()
+        spread = {
+            name: self._spread(problem, name, value, batch)
+            for name, value in (parameters or {}).items()
+        }
+
+        def solve(
+            x: Tensor,
+            target: Tensor,
+            source: Tensor | None,
+            *,
+            realise: Realise,
+            examples: Tensor,
+        ) -> Solution:
+            own = {name: value.to(x.device)[examples] for name, value in spread.items()}
+            return self.solve(x, target, source, parameters=own, realise=realise, examples=examples)
+
+        return Intervention(site, positions, EditRun(solve, positions, target, source))
+
+    def save(self, path: str | Path, **notes: Any) -> NoReturn:
+        """Refuse: a function is not data.
+
+        Raises:
+            SavedEditError: always.
+        """
+        raise SavedEditError(
+            "an edit with constraints of your own cannot be saved: the function is code, and "
+            "reading a saved edit executes nothing. Save edit.edit, which has the probe, the "
+            "metric and the odds, and pass the function again: ConstrainedLRQP(saved.probe, "
+            "saved.metric, function)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_posed": []}
+
+    def _pose(self) -> tuple[Reduction, PosedProblem]:
+        """The basis and the problem in it; posed anew only when probe or metric change."""
+        metric, weight = self.metric, self.probe.weight
+        tensors = [metric.covariance, metric.mean, weight]
+        given = [tensor for tensor in tensors if tensor is not None]
+        if self._posed:
+            copies, basis, problem = self._posed[0]
+            if all(torch.equal(old, new.cpu()) for old, new in zip(copies, given, strict=True)):
+                return basis, problem
+        basis = Reduction.build(metric.covariance, metric.mean, weight, self.features)
+        problem = PosedProblem(
+            self.constraints,
+            basis,
+            self.probe.n_classes - 1,
+            self.features,
+            self.declared,
+            self.solver,
+            self.solver_args,
+        )
+        self._posed = [([tensor.detach().cpu().clone() for tensor in given], basis, problem)]
+        return basis, problem
+
+    def _values(
+        self,
+        problem: PosedProblem,
+        basis: Reduction,
+        geometry: ProbeGeometry,
+        x: Tensor,
+        target: Tensor,
+        parameters: Values,
+    ) -> list[Tensor]:
+        """Values of all parameters but the gap, (B, …) each, in the order of the problem."""
+        unknown, missing = (
+            set(parameters) - set(self.declared),
+            set(self.declared) - set(parameters),
+        )
+        if unknown or missing:
+            raise ConstraintError(
+                f"the parameters are {sorted(self.declared)}: "
+                + (f"{sorted(unknown)} were not declared" if unknown else "")
+                + (f"{sorted(missing)} have no value" if missing else "")
+            )
+        if torch.is_grad_enabled() and (
+            self.metric.covariance.requires_grad
+            or (self.probe.weight.requires_grad and not basis.complete)
+        ):
+            raise ConstraintError(
+                "the metric, and with reads= other than 'activation' the probe's weights, are "
+                "constants of the posed problem: detach them (requires_grad_(False))"
+            )
+        wide = x.double()
+        other = other_classes(target, geometry.n_classes, x.device)
+        normals = geometry.weight[target].unsqueeze(-2) - geometry.weight[other]
+        values: dict[str, Tensor] = {"x": wide}
+        if self.features is not None:
+            values["features"] = wide @ self.features.to(x.device).T
+        if "centred" in problem.given:
+            values["centred"], _ = basis.centred(wide)
+        own = [self._spread(problem, name, parameters[name], len(x)) for name in self.declared]
+        return [
+            basis.slopes(normals),
+            *(values[name] for name in problem.given),
+            *(value.to(x.device) for value in own),
+        ]
+
+    def _spread(
+        self, problem: PosedProblem, name: str, value: Tensor | float, batch: int
+    ) -> Tensor:
+        """A parameter's value for each example, (B, *shape)."""
+        if name not in problem.parameters:
+            raise ConstraintError(f"{name!r} was not declared; parameters={sorted(self.declared)}")
+        shape = tuple(problem.parameters[name].shape)
+        tensor = torch.as_tensor(value).double()
+        if tensor.shape == shape:
+            return tensor.expand(batch, *shape)
+        if tensor.shape == (batch, *shape):
+            return tensor
+        raise ConstraintError(
+            f"parameter {name!r} must be {shape} or {(batch, *shape)}, got {tuple(tensor.shape)}"
+        )
+
+    def _solve(
+        self,
+        x: Tensor,
+        target: Tensor,
+        floor: Tensor,
+        margins: Tensor,
+        geometry: ProbeGeometry,
+        basis: Reduction,
+        values: list[Tensor],
+        realise: Realise | None,
+    ) -> Solution:
+        _, problem = self._pose()
+        wide, bound = x.double(), floor.unsqueeze(-1)
+        realise = realise or (lambda edited: edited.to(x.dtype).double())
+        size = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
+        length = geometry.constraints(target).length
+        headroom = Headroom(torch.finfo(x.dtype).eps, length, size, x.shape[-1])
+        raised = headroom.in_advance(bound.detach()) + AIM * (1 + bound.detach().abs())
+        held = (margins >= bound).all(-1)
+        status, violation = self._first_look(problem, values, bound + raised - margins, held)
+        solved = status == Status.SOLVED
+        rows = solved.nonzero().squeeze(-1)
+        for attempt in range(MAX_ROUNDS):
+            gap = bound + raised - margins
+            moved = wide.new_zeros(len(x), basis.size)
+            if len(rows):
+                found = problem.solve([values[0], gap, *values[1:]], rows)
+                moved = moved.index_put((rows,), found)
+            edited = basis.displace(wide, moved)
+            with torch.no_grad():
+                after = geometry.margins(realise(edited), target)
+                short = torch.where(solved.unsqueeze(-1), (bound - after).clamp_min(0.0), 0.0)
+                if not bool((short > 0).any()):
+                    break
+                raised = headroom.after_missing(raised, short, attempt)
+        with torch.no_grad():
+            distance = torch.linalg.vector_norm(moved, dim=-1)
+            still = solved & held & (distance <= NO_EDIT)
+            reached = ((after >= bound) & torch.isfinite(after)).all(-1)
+            status = torch.where(solved & ~reached, int(Status.INACCURATE), status)
+            status = torch.where(still, int(Status.SATISFIED), status)
+            edit = (status == Status.SOLVED) | (status == Status.INACCURATE)
+            before = margins.amin(-1)
+        # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
+        squared = torch.where(edit, moved.square().sum(-1), 1.0)
+        return Solution(
+            x_new=torch.where(edit.unsqueeze(-1), edited.to(x.dtype), x),
+            multipliers=torch.zeros_like(after),
+            active=edit.unsqueeze(-1) & (after <= bound + MET * (1 + bound.abs())),
+            distance=squared.sqrt() * edit,
+            euclidean=torch.linalg.vector_norm((edited - wide).detach(), dim=-1) * edit,
+            floor=floor,
+            log_odds_before=before,
+            log_odds_after=torch.where(edit, after.amin(-1), before),
+            kkt_residual=violation,
+            status=status,
+        )
+
+    @torch.no_grad()
+    def _first_look(
+        self, problem: PosedProblem, values: list[Tensor], gap: Tensor, held: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which examples can be solved, (B,) status, and how far each is from its constraints.
+
+        Where the floors hold and nothing else pulls or is broken, no edit is the least one.
+        Solvers return garbage for infeasible examples, or refuse the whole batch. So what they
+        return is held against the constraints, and what fails is solved alone for a verdict; only
+        sound examples go through the layer that gradients flow through.
+        """
+        everything = [values[0], gap, *values[1:]]
+        batch, device = len(gap), gap.device
+        nowhere = values[0].new_zeros(values[0].shape[-1])
+        idle = [
+            not problem.penalties and problem.violation(everything, i, nowhere) == 0
+            for i in range(batch)
+        ]
+        satisfied = held & torch.tensor(idle, device=device)
+        try:
+            found = problem.solve(everything, torch.arange(batch, device=device))
+        except SolverError:
+            found = torch.full((batch, values[0].shape[-1]), torch.nan, device=device)
+        reached = (values[0] @ found.unsqueeze(-1)).squeeze(-1)
+        short = ((gap - reached) / (1 + gap.abs())).amax(-1).clamp_min(0.0)
+        own = [problem.violation(everything, i, found[i]) for i in range(batch)]
+        violation = torch.maximum(short, torch.tensor(own, dtype=gap.dtype, device=device))
+        violation = torch.where(satisfied, 0.0, violation)
+        status = torch.where(satisfied, int(Status.SATISFIED), int(Status.SOLVED))
+        for i in (~(violation <= MET)).nonzero().squeeze(-1).tolist():
+            verdict = problem.verdict(everything, i)
+            infeasible = verdict.startswith("infeasible")
+            status[i] = int(Status.INFEASIBLE if infeasible else Status.INACCURATE)
+            if verdict == "optimal" and torch.isnan(found[i]).any():
+                # Only its company was refused.
+                status[i], violation[i] = int(Status.SOLVED), 0.0
+        return status, violation.nan_to_num(torch.inf)
+
+    def _classes(self, classes: Tensor | int, x: Tensor, name: str) -> Tensor:
+        tensor = as_classes(classes, name).to(x.device)
+        tensor = tensor.expand(len(x)) if tensor.ndim == 0 else tensor
+        check_classes(tensor, len(x), self.probe.n_classes, name)
+        return tensor.long()
+
+    def _judge(
+        self, solution: Solution, x: Tensor, target: Tensor, examples: Tensor | None
+    ) -> Solution:
+        failed = solution.status >= Status.INFEASIBLE
+        if not bool(failed.any()):
+            return solution
+        if self.edit.on_infeasible == "skip":
+            return solution.revert(failed, x)
+        names = torch.arange(len(x), device=x.device) if examples is None else examples
+        infeasible = solution.status == Status.INFEASIBLE
+        if bool(infeasible.any()):
+            which = names[infeasible].tolist()
+            raise InfeasibleError(
+                f"no activation meets the odds and your constraints together for {len(which)} "
+                f"examples, first {which[:10]}: loosen a constraint, turn it into a penalty, lower "
+                f"log_odds, or pass on_infeasible='skip' to leave them unchanged"
+            )
+        raise_failures(
+            solution.status,
+            names=names,
+            target=target,
+            floor=solution.floor.detach(),
+            reached=solution.log_odds_after.detach(),
+            residual=solution.kkt_residual,
+            overflow=~torch.isfinite(solution.x_new.detach()).all(-1),
+            dtype=x.dtype,
+        )
+        return solution
+
+
+def _features(reads: Reads, width: int) -> Tensor | None:
+    """The rows F that the function reads, (n, d), none for lengths; None for all of x'."""
+    if isinstance(reads, Tensor):
+        if reads.ndim != 2 or reads.shape[1] != width or not reads.is_floating_point():
+            raise WidthError(
+                f"reads must be rows (n, {width}) of what the function uses of x', got "
+                f"{reads.dtype} {tuple(reads.shape)}"
+            )
+        if not bool(torch.isfinite(reads).all()):
+            raise NonFiniteError("reads holds NaN or infinity")
+        return reads.detach().cpu().double()
+    if reads == "activation":
+        return None
+    if reads == "length":
+        return torch.zeros(0, width, dtype=torch.float64)
+    raise LRQPError(f"reads must be 'activation', 'length' or a tensor (n, {width}), got {reads!r}")
+
+
+@contextmanager
+def _edit_at(model: nn.Module, intervention: Intervention) -> Iterator[EditRun]:
+    with intervene(model, [intervention]) as (run,):
+        assert isinstance(run, EditRun)
+        yield run

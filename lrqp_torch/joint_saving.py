@@ -1,0 +1,83 @@
+"""Saved edits of several variables: ``joint.json``, and a saved edit in a folder each."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import OutputError, SavedEditError
+from lrqp_torch.files import prepare_folder, written_whole
+
+FORMAT = "lrqp_torch.joint"
+VERSION = 1
+JSON_FILE = "joint.json"
+# Names, tolerances and notes take a few kilobytes; a file beyond this is not a joint edit.
+MAX_JSON_BYTES = 1_000_000
+
+
+def save_joint(path: str | Path, edits: Sequence[LRQP], content: dict[str, Any]) -> Path:
+    """Write the edits, each in a folder named by its place, and the JSON that joins them last.
+
+    Raises:
+        OutputError: the folder cannot be written, or the content is not JSON.
+    """
+    folder = Path(path)
+    try:
+        text = json.dumps(
+            {"format": FORMAT, "version": VERSION, **content}, indent=2, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise OutputError(f"notes must be plain JSON values: {error}") from error
+    prepare_folder(folder)
+    for place, edit in enumerate(edits):
+        edit.save(folder / str(place))
+    with written_whole(folder / JSON_FILE) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return folder
+
+
+def load_joint(path: str | Path) -> tuple[dict[str, Any], list[LRQP]]:
+    """Read and check the JSON and the edits.
+
+    Raises:
+        SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
+    """
+    folder = Path(path)
+    content = _read_json(folder)
+    return content, [LRQP.load(folder / str(place)) for place in range(len(content["names"]))]
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    file = folder / JSON_FILE
+    if not file.is_file():
+        raise SavedEditError(f"no joint edit in {folder}: {JSON_FILE} is missing")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise SavedEditError(f"{file} is larger than any edit's; it is damaged or foreign")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SavedEditError(f"{file} is not valid JSON ({error}); save the edit again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SavedEditError(f"{file} does not describe a joint edit of lrqp_torch")
+    if content.get("version") != VERSION:
+        raise SavedEditError(
+            f"{file} has format version {content.get('version')!r}, this program reads {VERSION}"
+        )
+    kinds = {
+        "names": list,
+        "kept_by_default": list,
+        "within": dict,
+        "on_infeasible": str,
+        "notes": dict,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if not wrong and not (
+        content["names"] and all(isinstance(name, str) for name in content["names"])
+    ):
+        wrong = ["names"]
+    if not wrong and not all(isinstance(t, int | float) for t in content["within"].values()):
+        wrong = ["within"]
+    if wrong:
+        raise SavedEditError(f"{file} is damaged: wrong or missing {', '.join(wrong)}")
+    return content

@@ -1,0 +1,249 @@
+"""The edit posed in cvxpy with constraints and penalties of the user's own.
+
+The variable is v, the displacement in an orthonormal basis of whitened coordinates: with
+Σ = L Lᵀ and D = L Qᵀ, x' = x + D v and the squared Mahalanobis length of the edit is ‖v‖². With
+Q = I that is every displacement in the range of Σ. Where the user's terms read x' only through rows
+F, or only through lengths, the optimum lies in the span of Σ Aᵀ, Σ Fᵀ and x − μ (any part of the
+edit outside lengthens it and changes nothing else), so that v needs K + n coordinates and not d.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+from cvxpylayers.torch.cvxpylayer import CvxpyLayer
+from torch import Tensor
+
+from lrqp_torch.errors import ConstraintError, SolverError
+from lrqp_torch.qp.external import solver_options
+from lrqp_torch.qp.reduction import Reduction
+
+Terms = Iterable[cp.Constraint | cp.Expression]
+
+REWRITE = (
+    "Each must be affine in the parameters when x' is held, and may not multiply two parameters, "
+    "or take a nonlinear function of one (https://www.cvxpy.org/tutorial/dpp): compute the product "
+    "or function in torch and declare it as a parameter of its own; write quad_form(x, P) with a "
+    "parameter P as sum_squares(F @ x) with P = Fᵀ F; and write p1 * (p2 * x) as p12 * x"
+)
+
+
+class Point:
+    """The edited activation x', as a user's function sees it: cvxpy expressions.
+
+    Attributes:
+        parameters: the declared parameters by name, to be given for each example.
+    """
+
+    def __init__(
+        self,
+        variable: cp.Variable,
+        reduction: Reduction,
+        features: Tensor | None,
+        parameters: Mapping[str, cp.Parameter],
+    ) -> None:
+        self.parameters = dict(parameters)
+        self._variable, self._reduction, self._features = variable, reduction, features
+        # Parameters that follow from x; made when first asked for, since cvxpylayers refuses one
+        # that no term uses.
+        self.given: dict[str, cp.Parameter] = {}
+
+    @property
+    def x(self) -> cp.Expression:
+        """The edited activation x', (d,); with ``reads="activation"`` only."""
+        if self._features is not None:
+            raise ConstraintError(
+                "the function reads x', but the problem was reduced by reads=; leave reads at "
+                "'activation', or use point.features, point.distance and point.radius only"
+            )
+        return self._given("x", len(self._reduction.directions)) + self.displacement
+
+    @property
+    def displacement(self) -> cp.Expression:
+        """The edit x' − x, (d,); with ``reads="activation"`` only."""
+        if self._features is not None:
+            raise ConstraintError("the function reads x' − x; leave reads at 'activation'")
+        return self._reduction.directions.numpy() @ self._variable
+
+    @property
+    def features(self) -> cp.Expression:
+        """The rows that were declared, at x': F x', (n,)."""
+        if self._features is None or len(self._features) == 0:
+            raise ConstraintError("no features were declared: pass reads=F, a tensor (n, d)")
+        slopes = self._reduction.slopes(self._features).numpy()
+        return self._given("features", len(self._features)) + slopes @ self._variable
+
+    @property
+    def distance(self) -> cp.Expression:
+        """The Mahalanobis length √((x'−x)ᵀ Σ⁻¹ (x'−x)) of the edit, ()."""
+        return cp.norm(self._variable)
+
+    @property
+    def radius(self) -> cp.Expression:
+        """The Mahalanobis distance √((x'−μ)ᵀ Σ⁻¹ (x'−μ)) of x' from the mean, ().
+
+        Measured in the range of Σ; the metric must have its mean.
+        """
+        if self._reduction.mean is None:
+            raise ConstraintError(
+                "point.radius needs the mean of the activations: use a metric with one, such as "
+                "Mahalanobis.fit(x) makes"
+            )
+        return cp.norm(self._given("centred", self._reduction.size) + self._variable)
+
+    def _given(self, name: str, size: int) -> cp.Parameter:
+        return self.given.setdefault(name, cp.Parameter(size, name=name))
+
+
+class PosedProblem:
+    """Minimise ½‖v‖² + penalties subject to R v ≥ g and the user's constraints, as a layer.
+
+    Args:
+        function: maps a :class:`Point` to constraints and scalar convex penalties.
+        reduction: the displacements to seek among.
+        n_rivals: K − 1.
+        features: F, (n, d) with n ≥ 0, or None for the whole activation.
+        declared: name to the shape of a parameter, or to a ``cp.Parameter``.
+        solver: a solver of cvxpylayers.
+        solver_args: passed to it.
+
+    Raises:
+        ConstraintError: what the function returns is not convex, not DPP, or not terms at all.
+        SolverError: the solver is not installed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Point], Any],
+        reduction: Reduction,
+        n_rivals: int,
+        features: Tensor | None,
+        declared: Mapping[str, Any],
+        solver: str,
+        solver_args: dict[str, Any],
+    ) -> None:
+        size = reduction.size
+        self.variable = cp.Variable(size, name="displacement")
+        self.rows = cp.Parameter((n_rivals, size), name="rows")
+        self.gap = cp.Parameter(n_rivals, name="gap")
+        self.parameters = {name: _declare(name, shape) for name, shape in declared.items()}
+        point = Point(self.variable, reduction, features, self.parameters)
+        own, penalties = _sort(function(point))
+        self.own, self.penalties, self.given = own, penalties, point.given
+        objective = cp.sum_squares(self.variable) / 2 + sum(penalties, start=cp.Constant(0))
+        reached = self.rows @ self.variable >= self.gap
+        self.problem = cp.Problem(cp.Minimize(objective), [reached, *own])
+        used = {parameter.id for parameter in self.problem.parameters()}
+        unused = [name for name, item in self.parameters.items() if item.id not in used]
+        if unused:
+            raise ConstraintError(f"parameters {unused} were declared, but no term uses them")
+        self.order = [self.rows, self.gap, *self.given.values(), *self.parameters.values()]
+        self.solver = solver
+        try:
+            self.layer = CvxpyLayer(
+                self.problem,
+                parameters=self.order,
+                variables=[self.variable],
+                solver=solver,
+                solver_args=solver_options(solver, solver_args),
+            )
+        except (ImportError, cp.error.SolverError) as error:
+            raise SolverError(
+                f"solver {solver!r} cannot pose these terms here ({error}); install it, choose "
+                f"another, or leave solver at DIFFCP"
+            ) from error
+
+    def solve(self, values: list[Tensor], rows: Tensor) -> Tensor:
+        """V of the examples in ``rows``, (n,) integer; differentiable. Values are (B, …).
+
+        Raises:
+            SolverError: the solver refused the whole batch.
+        """
+        device = values[0].device
+        chosen = [value[rows] for value in values]
+        if self.solver == "DIFFCP":
+            chosen = [value.cpu() for value in chosen]
+        try:
+            (result,) = self.layer(*chosen)
+        except Exception as error:
+            raise SolverError(f"{self.solver} failed on a batch of {len(rows)}: {error}") from error
+        moved: Tensor = result.to(device)
+        return moved
+
+    def violation(self, values: list[Tensor], example: int, displacement: Tensor) -> float:
+        """The largest violation of the user's constraints at v, relative to 1 + its terms."""
+        self._fill(values, example)
+        self.variable.value = displacement.detach().cpu().numpy()
+        worst = 0.0
+        for constraint in self.own:
+            broken = float(np.max(constraint.violation(), initial=0.0))
+            sizes = [float(np.max(np.abs(term.value), initial=0.0)) for term in constraint.args]
+            worst = max(worst, broken / (1 + max(sizes, default=0.0)))
+        return worst
+
+    def verdict(self, values: list[Tensor], example: int) -> str:
+        """What cvxpy says of one example, solved alone: ``"optimal"``, ``"infeasible"``, …."""
+        self._fill(values, example)
+        try:
+            self.problem.solve(solver=cp.CLARABEL)
+        except cp.error.SolverError:
+            return "solver_error"
+        return str(self.problem.status)
+
+    def _fill(self, values: list[Tensor], example: int) -> None:
+        for parameter, value in zip(self.order, values, strict=True):
+            parameter.value = value[example].detach().cpu().numpy()
+
+
+def _declare(name: str, shape: Any) -> cp.Parameter:
+    if isinstance(shape, cp.Parameter):
+        return shape
+    if isinstance(shape, int):
+        return cp.Parameter(shape, name=name)
+    if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
+        return cp.Parameter(shape, name=name)
+    raise ConstraintError(
+        f"parameter {name!r} must be declared by a shape, such as () or (5,), or as a "
+        f"cp.Parameter, got {shape!r}"
+    )
+
+
+def _sort(terms: Any) -> tuple[list[cp.Constraint], list[cp.Expression]]:
+    """Constraints and penalties apart, each checked to be convex and DPP."""
+    if isinstance(terms, cp.Constraint | cp.Expression):
+        terms = [terms]
+    if not isinstance(terms, Iterable) or isinstance(terms, str):
+        raise ConstraintError(
+            f"the function must return cvxpy constraints and scalar penalties, got {terms!r}"
+        )
+    constraints: list[cp.Constraint] = []
+    penalties: list[cp.Expression] = []
+    for place, term in enumerate(terms):
+        if isinstance(term, cp.Constraint):
+            constraints.append(term)
+        elif isinstance(term, cp.Expression) and term.size == 1:
+            penalties.append(cp.reshape(term, (), order="C") if term.shape else term)
+        else:
+            shape = f" of shape {term.shape}" if isinstance(term, cp.Expression) else ""
+            raise ConstraintError(
+                f"term {place} is {type(term).__name__}{shape}: a term is a cvxpy constraint, or a "
+                f"scalar convex expression to add to the objective"
+            )
+        if isinstance(term, cp.Constraint):
+            convex, ready = term.is_dcp(), term.is_dcp(dpp=True)
+        else:
+            convex, ready = term.is_convex(), term.is_dpp() and term.is_convex()
+        if not convex:
+            raise ConstraintError(
+                f"term {place} is not convex by cvxpy's rules: {term}. Write convex ≤ concave (a "
+                f"cap on a norm, say, not a floor), affine == affine, and convex penalties"
+            )
+        if not ready:
+            raise ConstraintError(
+                f"term {place} is convex, but not in a form that can be differentiated in its "
+                f"parameters (not DPP): {term}. {REWRITE}"
+            )
+    if not constraints and not penalties:
+        raise ConstraintError("the function returned no terms: use LRQP, which is exact and faster")
+    return constraints, penalties

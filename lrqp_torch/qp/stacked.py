@@ -1,0 +1,236 @@
+"""Constraints of several probes on one activation, each to write, to keep, or to leave alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import TargetError, WidthError
+from lrqp_torch.qp.checks import readable
+from lrqp_torch.qp.geometry import Constraints, other_classes
+from lrqp_torch.qp.implicit import matvec
+
+FREE = -1
+"""In place of a target: the variable may move as it likes."""
+KEEP = -2
+"""In place of a target: the variable's beliefs stay where they are."""
+
+# A kept row of which the rows before it leave less than this share is a combination of them.
+DEPENDENT = 1e-13
+ROUNDING = 16 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class StackedGeometry:
+    """Constraints of V probes stacked, in one metric; all floating tensors float64.
+
+    Variable v with K_v classes has K_v − 1 constraints z_t − z_ℓ for a target t, others ascending;
+    none for :data:`FREE`; and for :data:`KEEP` either C δ = 0 with C its class differences, or,
+    where it has a tolerance, all K_v (K_v − 1) ordered differences as inequalities. So that all
+    examples have one shape, a variable owns as many slots as it can need; in a slot that it does
+    not need stands a constraint of no length that reads 0.
+
+    C δ = 0 is eliminated beforehand, by Gaussian elimination in the Gram matrix: constraints A
+    become A' = A − A Σ Cᵀ (C Σ Cᵀ)⁺ C, which is the conditional covariance of
+    :func:`~lrqp_torch.keeping.conditional_covariance` for each example its own, and never larger
+    than m × m.
+
+    Attributes:
+        weight: all W stacked, (ΣK, d).
+        bias: all b, (ΣK,).
+        steering: W Σ, (ΣK, d).
+        plus, minus: classes p and n of every ordered pair (p, n) of one probe, (R,).
+        gram: (w_p − w_n)ᵀ Σ (w_q − w_r) for all pairs, (R, R).
+        noise, length: rounding error of its diagonal, and ‖w_p − w_n‖, (R,).
+        variable, offset: to which variable a slot belongs, and as which of its slots, (m,).
+        first: the first pair of a slot's variable, (m,).
+        rivals: K_v − 1 of a slot's variable, (m,).
+        tolerant: whether a slot's variable is kept within a tolerance, (m,) bool.
+        n_classes: K_v of each variable.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    steering: Tensor
+    plus: Tensor
+    minus: Tensor
+    gram: Tensor
+    noise: Tensor
+    length: Tensor
+    variable: Tensor
+    offset: Tensor
+    first: Tensor
+    rivals: Tensor
+    tolerant: Tensor
+    n_classes: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        covariance: Tensor,
+        tolerant: Sequence[bool],
+    ) -> "StackedGeometry":
+        """Compute the geometry; differentiable in weights, biases and covariance.
+
+        Cost: ΣK d² for WΣ and R² d for the Gram matrix, R = Σ K (K − 1), once.
+
+        Args:
+            weights: W of each probe, (K_v, d).
+            biases: b of each, (K_v,).
+            covariance: Σ, (d, d).
+            tolerant: for each, whether it is to be kept within a tolerance.
+
+        Raises:
+            WidthError: the shapes do not fit together.
+        """
+        width = covariance.shape[0]
+        for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+                raise WidthError(
+                    f"probe {place} has weight {tuple(weight.shape)} and bias "
+                    f"{tuple(bias.shape)}, the metric has width {width}; fit all on activations "
+                    f"of the same site"
+                )
+        device = covariance.device
+        sizes = tuple(len(weight) for weight in weights)
+        weight = torch.cat([part.double() for part in weights])
+        bias = torch.cat([part.double() for part in biases])
+        covariance = covariance.double()
+        steering = weight @ covariance
+
+        plus, minus, first, slots = [], [], [], []
+        n_pairs = n_stacked = 0
+        for place, (size, wide) in enumerate(zip(sizes, tolerant, strict=True)):
+            classes = torch.arange(size, device=device)
+            plus.append(n_stacked + classes.repeat_interleave(size - 1))
+            minus.append(n_stacked + other_classes(classes, size, device).flatten())
+            n_slots = size * (size - 1) if wide else size - 1
+            slots += [(place, i, n_pairs, size - 1, wide) for i in range(n_slots)]
+            first.append(n_pairs)
+            n_pairs, n_stacked = n_pairs + size * (size - 1), n_stacked + size
+        p, n = torch.cat(plus), torch.cat(minus)
+        normals, along = weight[p] - weight[n], steering[p] - steering[n]
+        products = normals @ along.T
+        length = torch.linalg.vector_norm(normals.detach(), dim=-1)
+        size_of = torch.linalg.vector_norm(steering.detach(), dim=-1)
+        # Differences of steering directions round by their terms; products by all of Σ.
+        spread = torch.linalg.matrix_norm(covariance.detach())
+        noise = ROUNDING * length * torch.maximum(size_of[p] + size_of[n], length * spread)
+        columns = [torch.tensor(column, device=device) for column in zip(*slots, strict=True)]
+        return cls(
+            weight=weight,
+            bias=bias,
+            steering=steering,
+            plus=p,
+            minus=n,
+            gram=(products + products.T) / 2,
+            noise=noise,
+            length=length,
+            variable=columns[0],
+            offset=columns[1],
+            first=columns[2],
+            rivals=columns[3],
+            tolerant=columns[4],
+            n_classes=sizes,
+        )
+
+    @property
+    def n_constraints(self) -> int:
+        """Slots of all variables together."""
+        return len(self.variable)
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations that the probes read."""
+        return self.weight.shape[1]
+
+    def check(self, choice: Tensor, batch: int) -> None:
+        """Raise unless ``choice`` is (B, V) with classes of each variable, FREE or KEEP."""
+        n_variables = len(self.n_classes)
+        if choice.shape != (batch, n_variables):
+            raise TargetError(
+                f"targets must be ({batch}, {n_variables}), one per activation and variable, got "
+                f"{tuple(choice.shape)}"
+            )
+        sizes = torch.tensor(self.n_classes, device=choice.device)
+        outside = (choice < KEEP) | (choice >= sizes)
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise TargetError(
+                f"the target of variable {column} is {int(choice[row, column])} at example {row}; "
+                f"it has classes 0 to {self.n_classes[column] - 1}, FREE is {FREE} and KEEP {KEEP}"
+            )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of all probes side by side, in float64, (B, ΣK)."""
+        return torch.nn.functional.linear(x.double(), self.weight, self.bias)
+
+    def margins(self, x: Tensor, choice: Tensor) -> Tensor:
+        """z_p − z_n of each slot's pair, 0 where the slot is not needed; float64, (B, m)."""
+        pair, wanted, _ = self._slots(choice)
+        logits = self.logits(x)
+        margins = logits.gather(-1, self.plus[pair]) - logits.gather(-1, self.minus[pair])
+        return torch.where(wanted, margins, 0.0)
+
+    def constraints(self, choice: Tensor) -> Constraints:
+        """The dual's constants of what each example is to write and keep."""
+        gram, noise, _ = self._eliminated(choice)
+        pair, wanted, _ = self._slots(choice)
+        return Constraints(
+            gram=gram,
+            noise=torch.where(wanted, noise, 1.0),
+            length=torch.where(wanted, self.length[pair], 0.0),
+        )
+
+    def displace(self, x: Tensor, choice: Tensor, multipliers: Tensor) -> Tensor:
+        """X + Σ A'ᵀ λ, (B, d), in float64."""
+        pair, _, _ = self._slots(choice)
+        _, _, combination = self._eliminated(choice)
+        share = matvec(combination.transpose(-1, -2), multipliers)
+        coefficients = share.new_zeros(len(x), len(self.weight))
+        coefficients = coefficients.scatter_add(-1, self.plus[pair], share)
+        coefficients = coefficients.scatter_add(-1, self.minus[pair], -share)
+        return torch.addmm(x.double(), coefficients, self.steering)
+
+    def _slots(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each slot: its pair, whether it is an inequality, and whether an equation; (B, m)."""
+        chosen = choice[:, self.variable]
+        written, kept = chosen >= 0, chosen == KEEP
+        within = self.offset < self.rivals
+        wanted = (written & within) | (kept & self.tolerant)
+        fixed = kept & within & ~self.tolerant
+        start = torch.where(written, chosen * self.rivals, 0)
+        pair = self.first + torch.where(wanted | fixed, start + self.offset, 0)
+        return pair, wanted, fixed
+
+    def _eliminated(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """M' = A' Σ A'ᵀ (B, m, m), its noise (B, m), and A' as combinations of the slots' rows.
+
+        Rows of slots that are not inequalities are zero.
+        """
+        pair, wanted, fixed = self._slots(choice)
+        used = wanted | fixed
+        gram = self.gram[pair.unsqueeze(-1), pair.unsqueeze(-2)]
+        gram = torch.where(used.unsqueeze(-1) & used.unsqueeze(-2), gram, 0.0)
+        diagonal = gram.detach().diagonal(dim1=-2, dim2=-1)
+        noise = self.noise[pair]
+        identity = torch.eye(self.n_constraints, dtype=gram.dtype, device=gram.device)
+        combination = identity.expand_as(gram)
+        if not readable(fixed) or bool(fixed.any()):
+            noise = noise + DEPENDENT * diagonal
+            for slot in range(self.n_constraints):
+                pivot = gram[:, slot, slot]
+                present = fixed[:, slot] & (pivot.detach() > noise[:, slot])
+                scaled = torch.where(
+                    present.unsqueeze(-1),
+                    gram[:, slot] / torch.where(present, pivot, 1.0).unsqueeze(-1),
+                    0.0,
+                )
+                combination = combination - scaled.unsqueeze(-1) * combination[:, slot, None]
+                gram = gram - scaled.unsqueeze(-1) * gram[:, slot, None]
+        both = wanted.unsqueeze(-1) & wanted.unsqueeze(-2)
+        gram = torch.where(both, (gram + gram.transpose(-1, -2)) / 2, 0.0)
+        return gram, noise, torch.where(wanted.unsqueeze(-1), combination, 0.0)

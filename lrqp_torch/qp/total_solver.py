@@ -1,0 +1,219 @@
+"""Newton's method for a batch of total-odds problems; the problem is that of :mod:`~.total`.
+
+For fixed μ the condition λ = μ p(s⁰ + M λ) is that of the convex function
+
+    ½ λᵀMλ + μ log Σ exp(−s⁰ − Mλ),
+
+minimised by Newton steps with a line search. There f increases with μ, so that f = log α is a
+bracketed Newton iteration in one number; both are taken together once λ has settled. Any p gives by
+duality the lower bound
+
+    distance ≥ (log α − pᵀs⁰ + H(p)) / √(pᵀMp),   H the entropy,
+
+and where that has no finite value the target is unreachable.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.solver import DualActiveSet
+from lrqp_torch.qp.total import solve_inner, total_log_odds
+
+# A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
+GROWTH = 30.0
+# f is met within this share of the terms that it is made of. The two Newton steps of
+# :func:`total_multipliers` square that twice.
+MET = 1e-9
+# λ = μ p is met within this share of 1 + the length of the edit; where classes are nearly equal,
+# rounding of s allows no better.
+BALANCED = 1e-5
+# λ may move on to the next μ when its Newton decrement, a squared length, is below this share of
+# 1 + the squared length of the edit.
+SETTLED = 1e-6
+# p ᵀ M p at or below this share of (Σ p √M_ll)² is a combination of normals that cancels.
+CANCELLED = 1e-13
+MAX_STEPS = 400
+MAX_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class TotalSolution:
+    """Result of :func:`solve_total`.
+
+    Attributes:
+        multipliers: λ, (B, m), non-negative.
+        weight: μ = Σ λ, the multiplier of the one constraint, (B,).
+        feasible: False where no activation reaches the odds, (B,).
+        converged: False where the steps ran out, (B,).
+    """
+
+    multipliers: Tensor
+    weight: Tensor
+    feasible: Tensor
+    converged: Tensor
+
+
+@torch.no_grad()
+def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
+    """Solve a batch of total-odds problems; where f(s⁰) ≥ log α already, λ = 0.
+
+    Args:
+        gram: M, (B, m, m), symmetric positive semidefinite, float64.
+        start: s⁰, the margins before the edit, (B, m).
+        floor: log α, (B,).
+        noise: rounding error of M's diagonal, (B, m).
+    """
+    problem = _Batch.begin(gram, start, floor, noise)
+    for _ in range(MAX_STEPS):
+        problem = problem.step()
+        if len(problem.index) == 0:
+            break
+    return problem.result
+
+
+@dataclass
+class _Batch:
+    """The problems still being solved, and the results of all."""
+
+    result: TotalSolution
+    index: Tensor
+    gram: Tensor
+    start: Tensor
+    floor: Tensor
+    noise: Tensor
+    multipliers: Tensor
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Batch":
+        """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
+        needed = total_log_odds(start) < floor
+        enough = floor.unsqueeze(-1) + math.log(start.shape[-1])
+        gap = torch.where(needed.unsqueeze(-1) & torch.isfinite(start), enough - start, -1.0)
+        multipliers, pairwise = DualActiveSet().solve(gram, gap, noise)
+        multipliers = torch.where(pairwise.feasible.unsqueeze(-1), multipliers, 0.0)
+        # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
+        share = (-start).softmax(-1)
+        slope = (share * matvec(gram, share)).sum(-1)
+        lowest = torch.finfo(gram.dtype).tiny
+        guess = (floor - total_log_odds(start)) / slope.clamp_min(lowest)
+        weight = torch.where(pairwise.feasible, multipliers.sum(-1), guess.clamp(0.0, 1e12))
+        result = TotalSolution(
+            torch.zeros_like(start),
+            torch.zeros_like(floor),
+            torch.ones_like(needed),
+            ~needed,
+        )
+        low, high = torch.zeros_like(floor), torch.full_like(floor, torch.inf)
+        index = needed.nonzero().squeeze(-1)
+        parts = (gram, start, floor, noise, multipliers, weight, low, high)
+        return cls(result, index, *(part[index] for part in parts))
+
+    def step(self) -> "_Batch":
+        """One Newton step of each problem: for λ while it is off, else for μ."""
+        if len(self.index) == 0:
+            return self
+        gram, weight = self.gram, self.weight
+        moved = matvec(gram, self.multipliers)
+        margins = self.start + moved
+        share = (-margins).softmax(-1)
+        residual = self.multipliers - weight.unsqueeze(-1) * share
+        back, along = solve_inner(gram, share, weight, residual, share)
+        pulled, slope = matvec(gram, back), matvec(gram, share)
+        decrement = (residual * pulled).sum(-1).clamp_min(0.0)
+        distance = (self.multipliers * moved).sum(-1).clamp_min(0.0)
+
+        # Where λ has settled at its μ, f tells on which side of the bracket μ lies. Settled means
+        # that what λ still has to go cannot change f by enough to change sides.
+        missing = self.floor - total_log_odds(margins)
+        terms = self.start.abs() + matvec(gram.abs(), self.multipliers.abs())
+        size = 1 + self.floor.abs() + torch.where(share > 0, share * terms, 0.0).sum(-1)
+        pending = (slope * back).sum(-1).abs()
+        settled = decrement <= SETTLED * (1 + distance)
+        settled &= pending <= torch.maximum(missing.abs() / 10, 1e-13 * size)
+        unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0)
+        done = settled & (missing.abs() <= MET * size)
+        done &= unbalanced <= BALANCED**2 * (1 + distance)
+        lost = settled & (missing > 0) & self._beyond_reach(share, slope)
+        low = torch.where(settled & (missing > 0), weight, self.low)
+        high = torch.where(settled & (missing <= 0), weight, self.high)
+        rate = (slope * along).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+        proposed = weight + (missing + (slope * back).sum(-1)) / rate
+        bounded = torch.isfinite(high)
+        limit = torch.where(bounded, high, GROWTH * weight)
+        middle = torch.where(
+            bounded, torch.where(low > 0, (low * high).sqrt(), high / GROWTH), limit
+        )
+        inside = (proposed > low) & (proposed < limit)
+        chosen = torch.where(inside, proposed, middle)
+        change = torch.where(settled, chosen - weight, 0.0)
+
+        # Elsewhere, a Newton step for λ, halved until the function falls as it should.
+        stride = self._line_search(margins, moved, back, pulled, decrement)
+        next_multipliers = torch.where(
+            settled.unsqueeze(-1),
+            self.multipliers - back + change.unsqueeze(-1) * along,
+            self.multipliers - stride.unsqueeze(-1) * back,
+        )
+        finished = done | lost
+        if bool(finished.any()):
+            at = self.index[finished]
+            found = torch.where(lost.unsqueeze(-1), 0.0, self.multipliers.clamp_min(0.0))
+            self.result.multipliers[at] = found[finished]
+            self.result.weight[at] = torch.where(lost, 0.0, weight)[finished]
+            self.result.feasible[at] = ~lost[finished]
+            self.result.converged[at] = True
+        keep = ~finished
+        return _Batch(
+            self.result,
+            *(
+                part[keep]
+                for part in (
+                    self.index,
+                    gram,
+                    self.start,
+                    self.floor,
+                    self.noise,
+                    next_multipliers,
+                    weight + change,
+                    low,
+                    high,
+                )
+            ),
+        )
+
+    def _beyond_reach(self, share: Tensor, slope: Tensor) -> Tensor:
+        """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""
+        entropy = -torch.special.xlogy(share, share).sum(-1)
+        reading = torch.where(share > 0, share * self.start, 0.0).sum(-1)
+        gap = self.floor - reading + entropy
+        length = (share * slope).sum(-1)
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+        resolved = CANCELLED * (share * scale).sum(-1).square()
+        resolved = torch.maximum(resolved, (share * self.noise.sqrt()).sum(-1).square())
+        result: Tensor = (gap > 0) & (length <= resolved)
+        return result
+
+    def _line_search(
+        self, margins: Tensor, moved: Tensor, back: Tensor, pulled: Tensor, decrement: Tensor
+    ) -> Tensor:
+        """The first of 1, ½, ¼, … at which ½ λᵀMλ + μ log Σ exp(−s) falls by 10⁻⁴ of its slope."""
+        linear, square = (moved * back).sum(-1), (back * pulled).sum(-1)
+        before = (-margins).logsumexp(-1)
+        stride = torch.ones_like(decrement)
+        for _ in range(MAX_HALVINGS):
+            after = (stride.unsqueeze(-1) * pulled - margins).logsumexp(-1)
+            fall = stride * linear - stride.square() * square / 2 - self.weight * (after - before)
+            # What rounding of the two terms leaves cannot be asked of a step that is that small.
+            rounding = 1e-14 * (1 + (stride * linear).abs() + self.weight * (1 + before.abs()))
+            enough = fall >= 1e-4 * stride * decrement - rounding
+            if bool(enough.all()):
+                break
+            stride = torch.where(enough, stride, stride / 2)
+        return stride
