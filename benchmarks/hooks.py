@@ -1,71 +1,232 @@
-"""The forward pass of a model with one edit in it, against the bare forward pass."""
+"""The forward pass of a model with one edit in it, against the bare one and other libraries.
 
-from collections.abc import Callable
+All additions are of one vector at one token, to the output of the same block, and must give the
+same logits. LRQP edits an own token of each example there. Each library is held against the bare
+forward pass of the model as it runs it; TransformerLens runs it with eager attention.
+"""
+
+import gc
+import time
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from benchmarks.measure import medians, parse_arguments, report
-from lrqp_torch import LRQP, Intervention, capture, intervene
+from benchmarks.hook_peers import PEERS, Addition, copied, steering_vectors
+from benchmarks.measure import Row, medians, parse_arguments, report, version_of
+from lrqp_torch import LRQP, Intervention, capture, intervene, intervention
+from lrqp_torch.errors import MissingExtraError
+from lrqp_torch.models import load
+from lrqp_torch.positions import ForwardCall
+from lrqp_torch.sites import blocks_of
 
-SITE = "L6.mid"
-LENGTH = 64
+BARE = "bare forward pass"
+TRAIN = 256
+MODELS = ("gpt2-shape", "smollm2")
+MOST_FOR_PEERS = 16
+"""Larger batches are timed without other libraries: their passes take long and show no more."""
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__ or "")
-    device = arguments.device
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(__doc__ or "", argv, _options)
+    names = arguments.models or ("gpt2-shape" if arguments.small else ",".join(MODELS))
+    batches = arguments.batches or ("16" if arguments.small else "1,16,64")
+    rows: list[Row] = []
+    for name in names.split(","):
+        try:
+            model, tokenizer = _load(name, arguments.device)
+        except MissingExtraError as error:
+            rows.append(_row(f"{name}: {error}", name, 0))
+            continue
+        for batch in map(int, batches.split(",")):
+            rows += measure(name, model, tokenizer, batch, arguments)
+    report(
+        f"One edit in a forward pass of {arguments.length} tokens, after the middle block",
+        rows,
+        arguments,
+        versions={
+            package: version_of(package)
+            for package in ("lrqp_torch", "transformers", "pyvene", "nnsight", "transformer-lens")
+        },
+    )
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}, organism, tiny")
+    parser.add_argument("--batches", help="B, default 1,16,64")
+    parser.add_argument("--length", type=int, default=64, help="tokens")
+    parser.add_argument("--seconds", type=float, default=12.0, help="at most, for each figure")
+    parser.add_argument(
+        "--steering-vectors-python",
+        type=Path,
+        help="the Python of an environment with steering-vectors, which pins transformers < 5",
+    )
+
+
+def _load(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name != "tiny":
+        return load(name, device=device)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=5000)).eval().to(device)
-    rows = []
-    for batch in (16,) if arguments.small else (1, 16, 64):
-        rows += measure(model, batch, arguments.repeats, device)
-    report(f"GPT-2 small shape, {LENGTH} tokens, one edit a prompt at {SITE}", rows, arguments)
+    config = GPT2Config(
+        vocab_size=99, n_layer=2, n_embd=32, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval().to(device), load("organism")[1]
 
 
 @torch.no_grad()
-def measure(model: GPT2LMHeadModel, batch: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """Time the bare forward, one with an addition, one with LRQP, and the LRQP solve alone."""
-    inputs = {"input_ids": torch.randint(5000, (batch, LENGTH), device=device)}
-    positions = torch.randint(LENGTH, (batch,), device=device)
-    train = {"input_ids": torch.randint(5000, (256, 16), device=device)}
-    activations = capture(model, train, [SITE], torch.full((256,), 15, device=device))[SITE]
-    edit = LRQP.fit(activations, torch.arange(256, device=device) % 2)
-    target = torch.arange(batch, device=device) % 2
-    direction = torch.randn(activations.shape[1], device=device)
-    sample = activations[:batch] if batch <= len(activations) else activations
+def measure(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+    arguments: Namespace,
+) -> list[Row]:
+    """Time everything on one model and batch."""
+    device = arguments.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.config.vocab_size, 5000)
 
-    def bare() -> None:
-        model(**inputs)
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator).to(device)
 
-    def addition() -> None:
-        with intervene(model, [Intervention(SITE, positions, lambda x, context: x + direction)]):
-            model(**inputs)
+    tokens = draw(vocabulary, batch, arguments.length)
+    layer = (len(blocks_of(model)) - 1) // 2
+    site = f"L{layer}.post"
+    last = torch.full((TRAIN,), 7, device=device)
+    x = capture(model, {"input_ids": draw(vocabulary, TRAIN, 8)}, site, last)[site]
+    edit = LRQP.fit(x, torch.arange(TRAIN, device=device) % 2)
+    direction = torch.randn(x.shape[1], generator=generator).to(x)
+    addition = Addition(layer, arguments.length // 2, direction)
+    positions, target = draw(arguments.length, batch), draw(2, batch)
+    column = torch.full((batch,), addition.column, device=device)
 
-    def lrqp() -> None:
-        with edit.at(model, SITE, positions=positions, target=target):
-            model(**inputs)
+    def bare() -> Tensor:
+        logits: Tensor = model(input_ids=tokens).logits
+        return logits
 
-    def solve() -> None:
-        edit.solve(sample, target[: len(sample)])
+    def added() -> Tensor:
+        with intervene(model, [Intervention(site, column, lambda x, context: x + direction)]):
+            return bare()
 
-    runs: dict[str, Callable[[], None]] = {
-        "bare forward pass": bare,
-        "with an addition": addition,
-        "with LRQP": lrqp,
-        "the LRQP solve alone": solve,
+    def lrqp() -> Tensor:
+        with edit.at(model, site, positions=positions, target=target):
+            return bare()
+
+    reference = added()
+    if torch.equal(reference, bare()):
+        raise AssertionError(f"the addition at {site} changed no logit")
+    runs: dict[str, Callable[[], Tensor]] = {
+        BARE: bare,
+        "lrqp_torch, addition": added,
+        "lrqp_torch, LRQP": lrqp,
     }
-    seconds = medians(runs, repeats, device)
-    return [
-        {
-            "what": name,
-            "B": batch,
-            "milliseconds": value * 1e3,
-            "share of bare": value / seconds["bare forward pass"],
-        }
-        for name, value in seconds.items()
+    differences: dict[str, float | None] = {"lrqp_torch, addition": 0.0}
+    rows = []
+    seconds = medians(runs, arguments.repeats, device, seconds=arguments.seconds)
+    inside = {what: _inside(run) for what, run in runs.items() if what != BARE}
+    rows += [
+        _row(what, name, batch, value, seconds[BARE], differences.get(what), inside.get(what))
+        for what, value in seconds.items()
     ]
+    if batch > MOST_FOR_PEERS:
+        return rows
+    # One library at a time, so that no more than one copy of the model is held; beside it the bare
+    # forward pass, on the model as that library runs it.
+    for peer in PEERS:
+        if find_spec(peer.package) is None:
+            rows.append(
+                _row(f"{peer.name}: not installed: pip install {peer.install}", name, batch)
+            )
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = peer.prepare(copied(model), tokenizer, addition)
+            difference = float((run(tokens) - reference).abs().max())
+        beside: Any = model
+        if peer.attention is not None:
+            beside = copied(model)
+            beside.set_attn_implementation(peer.attention)
+        pair: dict[str, Callable[[], Any]] = {
+            BARE: partial(beside, input_ids=tokens),
+            peer.name: partial(run, tokens),
+        }
+        times = medians(pair, arguments.repeats, device, seconds=arguments.seconds)
+        rows.append(_row(peer.name, name, batch, times[peer.name], times[BARE], difference))
+        del run, beside, pair
+        gc.collect()
+    rows.append(_steering_vectors(name, model, tokens, addition, reference, arguments))
+    return rows
+
+
+def _inside(run: Callable[[], Tensor]) -> float:
+    """Seconds that one call spends in the hooks of an edit, apart from the noise of the pass."""
+    spent: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    with (
+        patch.object(intervention._Applied, "apply", timed(intervention._Applied.apply)),
+        patch.object(ForwardCall, "read", timed(ForwardCall.read)),
+    ):
+        run()
+    return sum(spent)
+
+
+def _steering_vectors(
+    name: str,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    addition: Addition,
+    reference: Tensor,
+    arguments: Namespace,
+) -> Row:
+    what, python = "steering-vectors, addition", arguments.steering_vectors_python
+    if python is None:
+        why = "pins transformers < 5, give --steering-vectors-python"
+        return _row(f"{what}: {why}", name, len(tokens))
+    found = steering_vectors(python, model, tokens, addition, min(arguments.repeats, 3))
+    difference = float((found["logits"].to(reference) - reference).abs().max())
+    return _row(what, name, len(tokens), found["addition"], found["bare"], difference)
+
+
+def _row(
+    what: str,
+    model: str,
+    batch: int,
+    seconds: float | None = None,
+    bare: float | None = None,
+    difference: float | None = None,
+    inside: float | None = None,
+) -> Row:
+    return {
+        "what": what,
+        "model": model,
+        "B": batch,
+        "milliseconds": None if seconds is None else seconds * 1e3,
+        "over bare, %": None if seconds is None or bare is None else 100 * (seconds / bare - 1),
+        "in the hooks, % of bare": None if not inside or not bare else 100 * inside / bare,
+        "largest logit difference": difference,
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Timing several alternatives side by side, and printing them as one table."""
 
 import json
+import os
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +14,121 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+Row = dict[str, Any]
 
-def parse_arguments(description: str) -> Namespace:
-    """The options that every benchmark has; sets the number of threads."""
+
+def parse_arguments(
+    description: str,
+    argv: Sequence[str] | None = None,
+    more: Callable[[ArgumentParser], object] | None = None,
+) -> Namespace:
+    """The options that every benchmark has; sets the number of threads.
+
+    Args:
+        description: of the script.
+        argv: arguments instead of the command line's.
+        more: adds the script's own options to the parser.
+    """
     parser = ArgumentParser(description=description)
     parser.add_argument("--small", action="store_true", help="a run of seconds, for a first look")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--repeats", type=int, default=None, help="rounds to take medians of")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
-    arguments = parser.parse_args()
+    if more is not None:
+        more(parser)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     arguments.repeats = arguments.repeats or (5 if arguments.small else 15)
     return arguments
 
 
 def medians(
-    alternatives: Mapping[str, Callable[[], Any]], repeats: int, device: str
+    alternatives: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: str,
+    *,
+    seconds: float = float("inf"),
 ) -> dict[str, float]:
     """Median seconds of each alternative.
 
     Alternatives take turns within every round, so that a busy machine slows all of them alike;
     the first round warms up and does not count.
+
+    Args:
+        alternatives: what to time, by name.
+        repeats: rounds that count.
+        device: where they run; a GPU is waited for.
+        seconds: an alternative that has taken this long in all sits out the remaining rounds. The
+            first round then counts where there is no other.
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(repeats + 1):
         for name, run in alternatives.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+            if not times[name] or sum(times[name]) < seconds:
+                times[name].append(seconds_of(run, device))
+    return {name: statistics.median(values[1:] or values) for name, values in times.items()}
 
 
-def report(title: str, rows: list[dict[str, Any]], arguments: Namespace) -> None:
-    """Print rows as a table, and write them as JSON where that was asked for."""
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """How long one call takes; a GPU is waited for."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def report(title: str, rows: list[Row], arguments: Namespace, **facts: Any) -> None:
+    """Print rows as a table, and write them as JSON where that was asked for.
+
+    Args:
+        title: of the table.
+        rows: one dictionary a line, all with the same keys.
+        arguments: of :func:`parse_arguments`.
+        facts: further figures for the JSON file.
+    """
     where = arguments.device
     if where != "cpu":
         where = torch.cuda.get_device_name()
-    table = Table(title=f"{title} ({where}, torch {torch.__version__})", title_justify="left")
+    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
+    table = Table(
+        title=f"{title} ({where}, {threads}, torch {torch.__version__})", title_justify="left"
+    )
     for index, column in enumerate(rows[0]):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
-    Console(width=120).print(table)
+    Console(width=170).print(table)
     if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps({"title": title, "device": where, "rows": rows}, indent=2)
-        )
+        content = {
+            "title": title,
+            "device": where,
+            "threads": arguments.threads,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "repeats": arguments.repeats,
+            "rows": rows,
+            **facts,
+        }
+        arguments.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _synchronise(device: str) -> None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

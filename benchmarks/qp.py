@@ -1,148 +1,163 @@
-"""The quadratic program against other solvers, and against the matrix products it cannot avoid."""
+"""The quadratic program against other solvers, and against the matrix products it cannot avoid.
 
-from collections.abc import Callable
+Methods that take long an example are timed on fewer examples (the column "timed"), and all times
+are also given per example. Errors are those on the first examples against the exact optimum.
+"""
+
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import medians, parse_arguments, report
-from lrqp_torch.errors import SolverError
-from lrqp_torch.qp import MahalanobisQP, ProbeGeometry
+from benchmarks.measure import Row, medians, parse_arguments, report, version_of
+from benchmarks.qp_peers import METHODS, OURS, Method
+from benchmarks.qp_problem import Exact, QPProblem
 
-WIDTH = 768
-LOG_ODDS = 10.0
-# Solvers that loop over examples in Python take seconds for a thousand of them.
-SLOW_EXAMPLES = 64
+BATCHES, CLASSES = (1, 32, 256, 1024, 16384), (2, 3, 5, 10, 20, 50)
+BARE = "bare matrix products"
+CHECKED = 16
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__ or "")
-    sizes = (
-        [(32, 2), (1024, 2), (1024, 10)]
-        if arguments.small
-        else [
-            (batch, n_classes)
-            for batch in (1, 32, 1024, 16384)
-            for n_classes in (2, 3, 5, 10, 20, 50)
-        ]
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(__doc__ or "", argv, _options)
+    default = ((32, 1024), (2, 10)) if arguments.small else (BATCHES, CLASSES)
+    batches = _numbers(arguments.batches) or default[0]
     rows = []
-    for batch, n_classes in sizes:
-        rows += measure(batch, n_classes, arguments.repeats, arguments.device)
-    report(f"Least edits, d = {WIDTH}, float64, microseconds an example", rows, arguments)
-
-
-def measure(batch: int, n_classes: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """Time every solver on one size; the ratio is to the bare matrix products."""
-    x, target, weight, bias, covariance = random_problem(batch, n_classes, device)
-    geometry = ProbeGeometry.build(weight, bias, covariance)
-    coefficients = torch.randn(batch, n_classes, dtype=torch.float64, device=device)
-
-    def solve(name: str, examples: int) -> Callable[[], Tensor]:
-        qp = MahalanobisQP(n_classes, solver=name).to(device)
-        return lambda: qp.solve(x[:examples], target[:examples], LOG_ODDS, geometry).x_new
-
-    def train(name: str, examples: int) -> Callable[[], None]:
-        qp = MahalanobisQP(n_classes, solver=name).to(device)
-        leaf = x[:examples].clone().requires_grad_()
-        return lambda: qp.solve(leaf, target[:examples], LOG_ODDS, geometry).x_new.sum().backward()
-
-    slow = min(batch, SLOW_EXAMPLES)
-    runs: dict[str, tuple[int, Callable[[], Any], Callable[[], Any] | None]] = {
-        "bare matrix products": (
-            batch,
-            lambda: (x @ weight.T, torch.addmm(x, coefficients, geometry.steering)),
-            None,
-        ),
-        "lrqp_torch": (batch, solve("ACTIVE_SET", batch), train("ACTIVE_SET", batch)),
-    }
-    absent = {}
-    for name, label, examples in (
-        ("MOREAU", "cvxpylayers, MOREAU", batch),
-        ("DIFFCP", "cvxpylayers, DIFFCP + Clarabel", slow),
-    ):
-        try:
-            runs[label] = (examples, solve(name, examples), train(name, examples))
-        except SolverError:
-            absent[label] = "not installed"
-    full = full_dimension(x, target, weight, bias, covariance)
-    if full is not None:
-        runs["quadprog in d dimensions (the post's way)"] = (min(batch, 4), full, None)
-    else:
-        absent["quadprog in d dimensions (the post's way)"] = "not installed"
-
-    forward = medians({name: run for name, (_, run, _) in runs.items()}, repeats, device)
-    backward = medians(
-        {name: run for name, (_, _, run) in runs.items() if run is not None}, repeats, device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peers warn of their own formats and tolerances
+        for n_classes in _numbers(arguments.classes) or default[1]:
+            for batch in batches:
+                # The program in d variables takes as long an example whatever the batch is.
+                slow = batch == max(size for size in batches if size <= 1024 or size == batches[0])
+                rows += measure(batch, n_classes, slow, arguments)
+    report(
+        f"Least edits, d = {arguments.width}, float64, B activations, K classes",
+        rows,
+        arguments,
+        versions={name: version_of(name) for name in _packages()},
     )
-    per_example = {name: forward[name] / runs[name][0] * 1e6 for name in runs}
-    bare = per_example["bare matrix products"]
-    rows = [
-        {
-            "solver": name,
-            "B": batch,
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("--batches", default="", help=f"B, default {BATCHES}")
+    parser.add_argument("--classes", default="", help=f"K, default {CLASSES}")
+    parser.add_argument("--width", type=int, default=768, help="d")
+    parser.add_argument("--seconds", type=float, default=0.4, help="at most, for each figure")
+
+
+def measure(batch: int, n_classes: int, slow: bool, arguments: Namespace) -> list[Row]:
+    """Every method on one size."""
+    device = arguments.device
+    problem = QPProblem.random(batch, n_classes, arguments.width, device)
+    exact = Exact.of(problem.first(CHECKED).to("cpu"))
+    forward: dict[str, Callable[[], Any]] = {BARE: bare(problem)}
+    both: dict[str, Callable[[], Any]] = {BARE: bare(problem, backward=True)}
+    timed, errors, absent = {BARE: batch}, {}, {}
+    for method in METHODS:
+        if method.in_full_dimension and (not slow or n_classes > method.most_classes):
+            continue
+        if not all(find_spec(package) for package in method.packages):
+            absent[method.name] = f"not installed: pip install {method.install}"
+            continue
+        examples = min(batch, method.examples)
+        part = problem.first(examples)
+        solve = method.prepare(part.to("cpu") if method.on_cpu else part)
+        x = part.x.to("cpu") if method.on_cpu else part.x
+        direction = part.direction.to(x)
+        forward[method.name] = _forward(solve, x)
+        if method.differentiable:
+            both[method.name] = _both(solve, x, direction)
+        timed[method.name] = examples
+        errors[method.name] = check(part, exact, solve, x, direction, method)
+    times = medians(forward, arguments.repeats, device, seconds=arguments.seconds)
+    full = medians(both, arguments.repeats, device, seconds=arguments.seconds)
+
+    def row(name: str) -> Row:
+        count = timed.get(name, 0)
+        one = times[name] / count if name in times else None
+        two = full[name] / count if name in full else None
+        violation, gradient_error = errors.get(name, (None, None))
+        return {
+            "method": f"{name}: {absent[name]}" if name in absent else name,
             "K": n_classes,
-            "forward": per_example[name],
-            "forward + backward": backward[name] / runs[name][0] * 1e6 if name in backward else "–",
-            "times bare": per_example[name] / bare,
-        }
-        for name in runs
-    ]
-    return rows + [
-        {
-            "solver": name,
             "B": batch,
-            "K": n_classes,
-            "forward": why,
-            "forward + backward": "–",
-            "times bare": "–",
+            "timed": count,
+            "forward, ms": None if one is None else one * count * 1e3,
+            "both, ms": None if two is None else two * count * 1e3,
+            "µs each": None if one is None else one * 1e6,
+            "× bare": None if one is None else one / (times[BARE] / batch),
+            "both × bare": None if two is None else two / (full[BARE] / batch),
+            "× ours": None if one is None else one / (times[OURS] / batch),
+            "both × ours": None if two is None else two / (full[OURS] / batch),
+            "violation": violation,
+            "gradient error": gradient_error,
         }
-        for name, why in absent.items()
-    ]
+
+    return [row(name) for name in (*forward, *absent)]
 
 
-def random_problem(
-    batch: int, n_classes: int, device: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Activations, targets, and a probe with logits of standard deviation 2 under Σ of cond 1e4."""
-    generator = torch.Generator().manual_seed(0)
+def check(
+    part: QPProblem,
+    exact: Exact,
+    solve: Callable[[Tensor], Tensor],
+    x: Tensor,
+    direction: Tensor,
+    method: Method,
+) -> tuple[float, float | None]:
+    """Worst violation in nats, and the relative error of the gradient with respect to x."""
+    leaf = x.clone().requires_grad_(method.differentiable)
+    edited = solve(leaf)
+    gradient = None
+    if method.differentiable:
+        (gradient,) = torch.autograd.grad((edited * direction).sum(), leaf)
+        gradient = gradient.cpu()
+    _, gradient_error = exact.errors(edited.cpu(), gradient)
+    return part.violation(edited.to(part.x)), gradient_error
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    basis = torch.linalg.qr(normal(WIDTH, WIDTH)).Q
-    variances = torch.logspace(0, -4, WIDTH, dtype=torch.float64)
-    covariance = (basis * variances) @ basis.T
-    x = (normal(batch, WIDTH) * variances.sqrt()) @ basis.T
-    weight = normal(n_classes, WIDTH)
-    weight *= 2 / ((weight @ covariance) * weight).sum(-1, keepdim=True).sqrt()
-    target = torch.randint(n_classes, (batch,), generator=generator)
-    problem = (x, target, weight, normal(n_classes), covariance)
-    return tuple(tensor.to(device) for tensor in problem)  # type: ignore[return-value]
+def bare(problem: QPProblem, *, backward: bool = False) -> Callable[[], object]:
+    """The two matrix products of an edit, and with backward the two of its derivative.
 
+    For two classes one difference of logits and one direction suffice.
+    """
+    columns = 1 if problem.n_classes == 2 else problem.n_classes
+    weight, steering = problem.weight[:columns], problem.geometry.steering[:columns]
+    coefficients = torch.randn_like(problem.x[:, :columns])
+    x, direction = problem.x, problem.direction
 
-def full_dimension(
-    x: Tensor, target: Tensor, weight: Tensor, bias: Tensor, covariance: Tensor
-) -> Callable[[], None] | None:
-    """The post's formulation: Σ⁻¹ as the quadratic form, d variables, one example at a time."""
-    try:
-        import quadprog
-    except ImportError:
-        return None
-    precision = torch.linalg.inv(covariance).cpu().numpy()
-    rows = []
-    for index in range(min(len(x), 4)):
-        other = torch.arange(len(weight), device=x.device) != target[index]
-        normals = (weight[target[index]] - weight[other]).cpu().numpy()
-        bound = (LOG_ODDS - (bias[target[index]] - bias[other])).cpu().numpy()
-        rows.append((precision @ x[index].cpu().numpy(), normals.T.copy(), bound))
-
-    def run() -> None:
-        for linear, normals, bound in rows:
-            quadprog.solve_qp(precision, linear, normals, bound)
+    def run() -> object:
+        forward = (x @ weight.T, torch.addmm(x, coefficients, steering))
+        if not backward:
+            return forward
+        return (*forward, direction @ steering.T, torch.addmm(direction, coefficients, weight))
 
     return run
+
+
+def _forward(solve: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    return torch.no_grad()(lambda: solve(x))
+
+
+def _both(solve: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Callable[[], object]:
+    leaf = x.clone().requires_grad_()
+
+    def run() -> object:
+        return torch.autograd.grad(solve(leaf), leaf, direction)
+
+    return run
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _packages() -> list[str]:
+    named = {package for method in METHODS for package in method.packages}
+    return sorted(named | {"lrqp_torch", "cvxpy", "cvxpylayers"})
 
 
 if __name__ == "__main__":

@@ -106,6 +106,42 @@ def test_several_edits_at_several_positions(name: str) -> None:
     assert not close(replayed, replay.clean_logits)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("first_position", [0, FIRST])
+@torch.no_grad()
+def test_copies_side_by_side_equal_runs_of_their_own(name: str, first_position: int) -> None:
+    model, inputs = build(name), PROMPTS.padded("left")
+    alone, twice = Replay(model, inputs, first_position), Replay(model, inputs, FIRST, copies=2)
+    targets = (TARGET, (TARGET + 1) % 3)
+    for site in sites_of(name)[1:]:
+        edit, layer, separate = edit_of(model, site), int(site[1]), []
+        for target in targets:
+            with edit.at(model, site, positions=AT, target=target):
+                separate.append(alone.run(layer))
+        with edit.at(model, site, positions=AT.repeat(2), target=torch.cat(targets)) as run:
+            together = twice.run(layer)
+        assert close(together, torch.cat(separate))
+        assert not close(separate[0], separate[1])
+        assert run.distance.shape == (2 * len(AT),)
+    assert torch.equal(twice.clean_logits, alone.clean_logits)
+
+
+@torch.no_grad()
+def test_copies_without_a_cache_that_can_be_cropped() -> None:
+    model, inputs = build("mistral", sliding_window=4), PROMPTS.padded("left")
+    replay = Replay(model, inputs, FIRST, copies=3)
+    assert replay.first_position == 0
+    assert close(replay.run(), replay.clean_logits.repeat(3, 1))
+
+
+def test_a_replay_made_in_inference_mode_runs_outside_it() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    with torch.inference_mode():
+        replay = Replay(model, inputs, FIRST)
+        inside = replay.run(1)
+    assert torch.equal(replay.run(1), inside)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @torch.no_grad()
 def test_runs_only_the_suffix_and_the_layers_above(name: str) -> None:
@@ -223,6 +259,11 @@ def test_first_layer_must_be_a_layer(first_layer: int) -> None:
     replay = Replay(build("gpt2"), PROMPTS.padded("left"), FIRST)
     with pytest.raises(SiteError, match=f"first_layer {first_layer}: .* 3 blocks"):
         replay.run(first_layer)
+
+
+def test_there_is_at_least_one_copy() -> None:
+    with pytest.raises(PositionError, match="copies must be at least 1, got 0"):
+        Replay(build("gpt2"), PROMPTS.padded("left"), FIRST, copies=0)
 
 
 def test_tokens_are_needed() -> None:

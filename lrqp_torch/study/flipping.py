@@ -16,15 +16,15 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.covariance import Shrinkage
+from lrqp_torch.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import NonFiniteError
 from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import Status
 from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, read_sites
+from lrqp_torch.study.side_by_side import edited_side_by_side, finite
 
 CONDITIONS = ("control", "counterfactual")
 USED_THRESHOLD = 0.5
@@ -169,19 +169,23 @@ def fit_edits(
         shrinkage: of the covariance.
         log_odds: least log odds of the ``mirror`` rule, log α = max(z_v − z_k, ``log_odds``), with
             v the true class and k the target, as in the post.
-        advance: called with 1 after each site.
+        advance: called with the number of probes fitted, one a site in all.
 
     Returns:
         Site name to edit, in the order given.
     """
-    edits = {}
-    for site, x in activations.items():
-        # Prompts that cannot be edited are counted in the results instead of ending the study.
-        edits[site] = LRQP.fit(
-            x, labels, l2=l2, shrinkage=shrinkage, log_odds=log_odds, on_infeasible="skip"
+    problems = {site: (x, labels) for site, x in activations.items()}
+    probes = LinearProbe.fit_many(problems, l2=l2, advance=advance)
+    # Prompts that cannot be edited are counted in the results instead of ending the study.
+    return {
+        site: LRQP(
+            probes[site],
+            Mahalanobis.fit(x, shrinkage),
+            log_odds=log_odds,
+            on_infeasible="skip",
         )
-        advance(1)
-    return edits
+        for site, x in activations.items()
+    }
 
 
 def sweep(
@@ -237,25 +241,18 @@ def _sweep_batch(
     model: Any, batch: IOIDataset, edits: Mapping[str, LRQP], advance: Advance
 ) -> Sweep:
     positions, labels = batch.positions["S2"], batch.labels["abb"]
-    replay = Replay(model, batch.inputs, int(positions.min()))
-    logits = _finite(replay.clean_logits, "the clean run")
+    targets = dict(zip(CONDITIONS, (labels, 1 - labels), strict=True))
+    replay = Replay(model, batch.inputs, int(positions.min()), copies=len(targets))
+    logits = finite(replay.clean_logits, "the clean run")
     clean = CleanEffects(_logit_difference(logits, batch), _io_probability(logits, batch))
     advance(1)
     effects: dict[str, dict[str, EditEffects]] = {}
-    for site, edit in edits.items():
-        effects[site] = {}
-        for condition, target in zip(CONDITIONS, (labels, 1 - labels), strict=True):
-            with edit.at(model, site, positions=positions, target=target, source=labels) as run:
-                logits = _finite(
-                    replay.run(Site.parse(site).layer), f"the {condition} edit at {site}"
-                )
-            columns = {
-                field.name: getattr(run, field.name).to("cpu", torch.float64)
-                for field in fields(EditEffects)[1:]
-            }
-            columns["status"] = columns["status"].to(torch.int64)
-            effects[site][condition] = EditEffects(_logit_difference(logits, batch), **columns)
-            advance(1)
+    for site, found in edited_side_by_side(replay, edits, positions, labels, targets):
+        effects[site] = {
+            condition: EditEffects(_logit_difference(edited.logits, batch), **edited.record)
+            for condition, edited in found.items()
+        }
+        advance(len(targets))
     return Sweep(clean, effects)
 
 
@@ -355,19 +352,13 @@ def _summarise_condition(clean: CleanEffects, effects: EditEffects) -> Condition
     )
 
 
-def _finite(logits: Tensor, where: str) -> Tensor:
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError(
-            f"the model's logits at END contain NaN or infinity in {where}. "
-            "Try the model in float32."
-        )
-    return logits.double().cpu()
-
-
 def _logit_difference(logits: Tensor, data: IOIDataset) -> Tensor:
-    rows = torch.arange(len(logits))
-    return logits[rows, data.io_tokens.cpu()] - logits[rows, data.s_tokens.cpu()]
+    """IO minus S, (B,), float64 on the CPU."""
+    answers = torch.stack([data.io_tokens, data.s_tokens], -1).to(logits.device)
+    io, s = logits.gather(-1, answers).double().cpu().unbind(-1)
+    return io - s
 
 
 def _io_probability(logits: Tensor, data: IOIDataset) -> Tensor:
-    return logits.softmax(-1)[torch.arange(len(logits)), data.io_tokens.cpu()]
+    answers = data.io_tokens.unsqueeze(-1).to(logits.device)
+    return logits.double().softmax(-1).gather(-1, answers).squeeze(-1).cpu()

@@ -1,0 +1,150 @@
+"""The whole study against the forward passes that no program could avoid.
+
+The floor is measured in the same run, before and after the study, with bare passes of its exact
+shapes: the training prompts once through the trunk, the held-out prompts once, and for each site
+and condition their suffix through the blocks from the edited one on. A pass from any block on is
+interpolated between those from the first and from the last block, since blocks are alike.
+"""
+
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks.floor import BarePasses
+from benchmarks.measure import Row, parse_arguments, report, seconds_of
+from lrqp_torch import models
+from lrqp_torch.covariance import Covariance
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.sites import Site, blocks_of, trunk_of
+from lrqp_torch.study import figures
+from lrqp_torch.study import reproduce as study
+from lrqp_torch.study.flipping import CONDITIONS, in_batches
+from lrqp_torch.study.preparing import choose_sites, make_prompts
+from lrqp_torch.study.settings import Settings
+
+ADDED = ("covariance", "figures", "report")
+"""Stages that the study does not time itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(__doc__ or "", argv, _options)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            model=arguments.model,
+            out=Path(folder) / "study",
+            n=arguments.n or (64 if arguments.small else 1000),
+            prefixes=arguments.prefixes,
+            parts=arguments.parts,
+            compare_task=False,
+            device=arguments.device,
+        )
+        before = floor(settings, arguments.device)
+        stages, total = run(settings, arguments.device)
+        after = floor(settings, arguments.device)
+    least = {name: (before[name] + after[name]) / 2 for name in before}
+    bottom = sum(least.values())
+
+    def row(what: str, seconds: float, unavoidable: float | None = None) -> Row:
+        return {
+            "stage": what,
+            "seconds": seconds,
+            "share of the total, %": 100 * seconds / total,
+            "unavoidable passes, seconds": unavoidable,
+            "over unavoidable": None if unavoidable is None else seconds / unavoidable,
+        }
+
+    rows = [row(name, seconds, least.get(name)) for name, seconds in stages.items()]
+    rows.append(row("everything else", total - sum(stages.values())))
+    rows.append(row("total", total, bottom))
+    report(
+        f"lrqp reproduce --model {settings.model} --n {settings.n} --prefixes {settings.prefixes} "
+        f"--parts {settings.parts} --sites all",
+        rows,
+        arguments,
+        floor={"before": before, "after": after},
+    )
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt2-shape", help="as for lrqp reproduce")
+    parser.add_argument("--n", type=int, help="prompts, default 1000, 64 with --small")
+    parser.add_argument("--prefixes", default="none", help="as for lrqp reproduce")
+    parser.add_argument(
+        "--parts", default="flipping", help="as for lrqp reproduce; the floor is flipping's"
+    )
+
+
+def run(settings: Settings, device: str) -> tuple[dict[str, float], float]:
+    """Seconds of each stage of the study, and in all."""
+    added: dict[str, float] = defaultdict(float)
+    with ExitStack() as stack:
+        for name, owner, function in (
+            ("covariance", Covariance, "update"),
+            ("covariance", Covariance, "finish"),
+            ("figures", figures, "draw"),
+            ("report", study, "rewrite_report"),
+        ):
+            stack.enter_context(_stopwatch(added, name, owner, function, device))
+        start = time.perf_counter()
+        results = study.reproduce(settings)
+        total = time.perf_counter() - start
+    stages = {name: seconds for name, seconds in results.elapsed.items() if name != "total"}
+    # Fitted inside the stage that the study calls "fit".
+    stages["probe fits"] = stages.pop("fit") - added["covariance"]
+    return stages | {name: added[name] for name in ADDED}, total
+
+
+@contextmanager
+def _stopwatch(
+    times: dict[str, float], name: str, owner: Any, function: str, device: str
+) -> Iterator[None]:
+    """Add up the seconds spent in a function."""
+    original: Callable[..., Any] = getattr(owner, function)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = []
+        times[name] += seconds_of(lambda: found.append(original(*args, **kwargs)), device)
+        return found[0]
+
+    with patch.object(owner, function, timed):
+        yield
+
+
+@torch.no_grad()
+def floor(settings: Settings, device: str) -> dict[str, float]:
+    """Seconds of the passes that capture and sweep cannot avoid."""
+    model, tokenizer = models.load(settings.model, device=device)
+    train, test = make_prompts(tokenizer, settings)
+    layers = [Site.parse(site).layer for site in choose_sites(model, settings.sites)]
+    times = {"capture": 0.0, "sweep": 0.0}
+    trunk_of(model)(**train[:4].to(device).inputs)
+    for rows in in_batches(torch.arange(len(train)), settings.batch_size):
+        inputs = train[rows].to(device).inputs
+        times["capture"] += seconds_of(lambda inputs=inputs: trunk_of(model)(**inputs), device)
+    # Making the bare passes of a batch has run it once, so they are warm.
+    order = torch.argsort(test.positions["S2"], stable=True)
+    for rows in in_batches(order, settings.batch_size):
+        times["sweep"] += _sweep_floor(model, test[rows].to(device), layers, device)
+    return times
+
+
+def _sweep_floor(model: nn.Module, batch: IOIDataset, layers: list[int], device: str) -> float:
+    bare = BarePasses(model, batch.inputs, int(batch.positions["S2"].min()))
+    top = len(blocks_of(model)) - 1
+    whole = seconds_of(lambda: bare.suffix(0), device)
+    last = seconds_of(lambda: bare.suffix(top), device)
+    passes = sum(last + (whole - last) * (top - layer) / max(1, top) for layer in layers)
+    return seconds_of(bare.clean, device) + len(CONDITIONS) * passes
+
+
+if __name__ == "__main__":
+    main()

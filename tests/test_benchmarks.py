@@ -1,0 +1,165 @@
+"""Every benchmark runs at its smallest size and writes strict JSON with positive figures."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, growth, hooks, qp, replay
+from benchmarks.floor import BarePasses
+from benchmarks.measure import medians
+from benchmarks.qp_peers import OURS
+from benchmarks.qp_problem import Exact, QPProblem
+from lrqp_torch.qp import MahalanobisQP
+from lrqp_torch.sites import blocks_of
+
+Main = Callable[[Sequence[str]], None]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run a benchmark's ``main`` and read what it wrote."""
+
+    def run_main(main: Main, *options: str) -> dict[str, Any]:
+        path, threads = tmp_path / "figures.json", torch.get_num_threads()
+        try:
+            main([*options, "--repeats", "1", "--json", str(path)])
+        finally:
+            torch.set_num_threads(threads)
+
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is not strict JSON")
+
+        figures: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+        assert figures["title"] and figures["torch"] == torch.__version__
+        assert figures["rows"]
+        assert all(row.keys() == figures["rows"][0].keys() for row in figures["rows"])
+        return figures
+
+    return run_main
+
+
+def positive(rows: list[dict[str, Any]], *columns: str) -> None:
+    for row in rows:
+        for column in columns:
+            assert math.isfinite(row[column]) and row[column] > 0, (row, column)
+
+
+def test_qp(run: Callable[..., dict[str, Any]]) -> None:
+    options = ("--batches", "3", "--classes", "2,3", "--width", "8", "--seconds", "0")
+    rows = run(qp.main, *options)["rows"]
+    timed = [row for row in rows if row["forward, ms"] is not None]
+    positive(timed, "forward, ms", "µs each", "× bare", "× ours")
+    absent = [row for row in rows if row["forward, ms"] is None]
+    assert all(": not installed: pip install " in row["method"] for row in absent)
+    ours = [row for row in rows if row["method"] == OURS]
+    assert {row["K"] for row in ours} == {2, 3}
+    assert all(row["violation"] == 0 and row["gradient error"] < 1e-9 for row in ours)
+    assert all(row["both × ours"] == 1 for row in ours)
+
+
+def test_a_missing_solver_is_a_row_that_says_so(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qp, "find_spec", lambda name: None)
+    options = ("--batches", "2", "--classes", "2", "--width", "8", "--seconds", "0")
+    names = [row["method"] for row in run(qp.main, *options)["rows"]]
+    assert names[:2] == [qp.BARE, OURS]
+    assert any("quadprog" in name and name.endswith("pip install quadprog") for name in names[2:])
+
+
+def test_the_exact_answer_agrees_with_autograd_through_our_solver() -> None:
+    problem = QPProblem.random(6, 5, 12, "cpu")
+    exact = Exact.of(problem)
+    leaf = problem.x.clone().requires_grad_()
+    found = MahalanobisQP(5).solve(leaf, problem.target, 10.0, problem.geometry).x_new
+    (gradient,) = torch.autograd.grad((found * problem.direction).sum(), leaf)
+    assert max(exact.errors(found, gradient)) < 1e-9  # type: ignore[type-var]
+    assert problem.violation(exact.x_new) < 1e-9
+    assert problem.violation(problem.x) > 1
+    wrong = exact.errors(exact.x_new + 1, exact.gradient * 1.1)
+    assert wrong[0] > 0.01 and wrong[1] == pytest.approx(0.1)
+
+
+def test_hooks(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "find_spec", lambda name: None)
+    rows = run(hooks.main, "--models", "tiny", "--batches", "2", "--length", "12")["rows"]
+    positive([row for row in rows if row["milliseconds"] is not None], "milliseconds")
+    names = [row["what"] for row in rows]
+    assert names[:3] == [hooks.BARE, "lrqp_torch, addition", "lrqp_torch, LRQP"]
+    assert sum("not installed: pip install" in name for name in names) == 3
+    assert "--steering-vectors-python" in names[-1]
+
+
+def test_replay(run: Callable[..., dict[str, Any]]) -> None:
+    options = ("--models", "tiny", "--batch", "3", "--length", "14", "--suffix", "5")
+    figures = run(replay.main, *options)
+    positive(figures["rows"], "milliseconds", "times faster than full")
+    positive(figures["sweeps"], "sweep, seconds", "floor, seconds", "sweep over floor")
+    (replayed,) = [row for row in figures["rows"] if "replayed" in row["run"]]
+    assert replayed["largest relative logit difference"] <= 1e-5
+    assert figures["sweeps"][0]["sites"] == 8
+
+
+@torch.no_grad()
+def test_bare_passes_give_the_clean_logits_and_leave_the_model_whole() -> None:
+    torch.manual_seed(0)
+    model = replay.tiny().eval()
+    blocks = list(blocks_of(model))
+    inputs = {"input_ids": torch.randint(99, (3, 9)), "attention_mask": torch.ones(3, 9)}
+    bare = BarePasses(model, inputs, 5)
+    clean = bare.clean().logits[:, -1]
+    for _ in range(2):
+        assert torch.allclose(bare.suffix(0)[:, -1], clean, atol=1e-5)
+    assert not torch.allclose(bare.suffix(3)[:, -1], clean, atol=1e-3)
+    assert list(blocks_of(model)) == blocks
+
+
+def test_end_to_end(run: Callable[..., dict[str, Any]]) -> None:
+    rows = run(end_to_end.main, "--model", "organism", "--n", "12")["rows"]
+    stages = {row["stage"]: row for row in rows}
+    positive(
+        [stages[name] for name in ("capture", "sweep", "total")],
+        "seconds",
+        "unavoidable passes, seconds",
+        "over unavoidable",
+    )
+    positive(
+        [stages[name] for name in ("probe fits", "covariance", "figures", "report")], "seconds"
+    )
+    total = stages.pop("total")["seconds"]
+    assert sum(row["seconds"] for row in stages.values()) == pytest.approx(total, rel=0.02)
+
+
+def test_growth(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "growth.png"
+    rows = run(growth.main, "--tiny", "--plot", str(path))["rows"]
+    positive(rows, "milliseconds", "value")
+    assert {row["axis"] for row in rows} == {"prompts", "sites"}
+    assert {row["step"] for row in rows} == set(growth.STEPS)
+    assert all(row["peak memory, MiB"] >= 0 for row in rows)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_knees_are_where_time_begins_to_grow_faster() -> None:
+    values = (10, 100, 1000, 10_000)
+    flat_then_steep = [(seconds, 1.0) for seconds in (1.0, 1.0, 1.0, 10.0)]
+    (line,) = growth.knees(growth._curve("prompts", "solve", values, flat_then_steep))
+    assert "steeper from 0.00 to 1.00 at 10000" in line
+    straight = [(float(value), 1.0) for value in values]
+    (line,) = growth.knees(growth._curve("prompts", "solve", values, straight))
+    assert "prompts^1.00" in line and "steeper" not in line
+
+
+def test_alternatives_take_turns_and_slow_ones_sit_out() -> None:
+    calls: list[str] = []
+    alternatives = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    assert all(value > 0 for value in medians(alternatives, 2, "cpu").values())
+    assert calls == ["a", "b"] * 3
+    calls.clear()
+    medians(alternatives, 5, "cpu", seconds=1e-12)
+    assert calls == ["a", "b"]
