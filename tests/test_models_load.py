@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from lrqp_torch.errors import MissingExtraError, ModelError
 from lrqp_torch.ioi import NAMES
 from lrqp_torch.models import load
+from lrqp_torch.models.organisms import ORGANISMS
 
 loader = sys.modules[load.__module__]
 
@@ -39,16 +40,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_organism_needs_no_network_and_is_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ORGANISMS)
+def test_an_organism_needs_no_network_and_is_in_eval_mode(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr(loader, "get_hf_file_metadata", refuse)
-    model, tokenizer = load("organism")
+    model, tokenizer = load(name)
     assert isinstance(model, GPT2LMHeadModel)
     assert not model.training
     assert model.config.vocab_size == len(tokenizer)
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "kind"), ORGANISMS.items())
+def test_an_organism_without_weights_says_how_to_make_it_again(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader, "organism_folder", lambda _: tmp_path)
+    with pytest.raises(ModelError, match=rf"{name} are missing .*train_organism --kind {kind}"):
+        load(name)
 
 
 def test_every_name_is_one_token_of_the_organism() -> None:

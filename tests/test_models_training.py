@@ -1,6 +1,7 @@
 """The organism's training: its parts against independent ones, and the script end to end."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from lrqp_torch.models import load
 from lrqp_torch.models.train_organism import main
 from lrqp_torch.models.training.forward import attention_mask, run_blocks, site_names
 from lrqp_torch.models.training.interventions import Kind, draw_plan
+from lrqp_torch.models.training.loop import _one_of_each_pair, train
 from lrqp_torch.models.training.order import OrderStatistics
 from lrqp_torch.models.training.prompts import Prompts
-from lrqp_torch.models.training.recipe import Recipe, new_model
+from lrqp_torch.models.training.readers import Readers
+from lrqp_torch.models.training.recipe import KINDS, RECIPES, Progress, Recipe, new_model
+from lrqp_torch.models.training.recipe import Kind as Use
 from lrqp_torch.models.training.truth import ask, interchange_flip_rates
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 
@@ -156,25 +160,54 @@ def test_a_swap_of_equal_streams_flips_nothing_that_was_right() -> None:
     assert rates["L0.pre"] == 0.0
 
 
-def test_the_script_writes_a_model_that_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_script_writes_a_model_that_loads(kind: Use, tmp_path: Path) -> None:
     out = tmp_path / "new" / "organism"
     sizes = "--steps 3 --batch 8 --pool 64 --measured 24 --threads 1 --save-every 2"
-    main(["--out", str(out), *sizes.split()])
+    main(["--kind", kind, "--out", str(out), *sizes.split()])
     record = json.loads((out / "ground_truth.json").read_text(encoding="utf-8"))
     listed = {*record["used_at"], *record["not_used_at"], *record["unclear_at"]}
-    assert listed == set(Recipe().sites) == set(record["interchange_flip_rate"])
-    assert "--steps 3" in record["command"] and "--seed 0" in record["command"]
+    assert listed == set(RECIPES[kind].sites) == set(record["interchange_flip_rate"])
+    assert f"--kind {kind} --steps 3 --seed 0" in record["command"]
+    assert record["kind"] == kind
+    assert record["recipe"] == vars(replace(RECIPES[kind], steps=3, batch=8, pool=64))
     model, tokenizer = load(out)
-    assert model.config.n_layer == 6
+    assert model.config.n_layer == RECIPES[kind].layers
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
-    arguments = ["--steps", "2", "--batch", "8", "--pool", "64", "--measured", "8"]
-    for folder in ("a", "b"):
-        main(["--out", str(tmp_path / folder), *arguments, "--threads", "1"])
-    first, second = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("a", "b"))
-    assert first == second
+def test_one_of_each_pair_is_drawn_and_both_orders_occur() -> None:
+    for _ in range(50):
+        first = torch.randint(0, 2, (2,))
+        rows = _one_of_each_pair(torch.cat([first, 1 - first]))
+        assert torch.equal(rows % 2, torch.arange(2))
+        assert torch.cat([first, 1 - first])[rows].unique().numel() == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage_trains_and_the_same_seed_gives_the_same_weights(
+    kind: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_step_a_stage(progress: Progress) -> None:
+        progress.stage = progress.step
+
+    monkeypatch.setattr(Progress, "advance", one_step_a_stage)
+    tokenizer = build_tokenizer(bundled())
+    recipe = replace(
+        RECIPES[kind], steps=3, batch=8, pool=64, layers=4, width=16, heads=2, last_read="L2.pre"
+    )
+    reports: list[tuple[int, float, float]] = []
+
+    def report(progress: Progress, _: object) -> None:
+        assert math.isfinite(progress.loss)
+        reports.append((progress.stage, progress.loss, progress.edited))
+
+    first, second = (train(recipe, tokenizer, report).state_dict() for _ in range(2))
+    assert [stage for stage, *_ in reports] == [1, 2, 3] * 2
+    assert reports[:3] == reports[3:]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    untrained = new_model(recipe, tokenizer).state_dict()
+    assert not torch.equal(first["transformer.wpe.weight"], untrained["transformer.wpe.weight"])
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None:
@@ -184,14 +217,85 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None
         main(["--out", str(blocker / "organism"), "--steps", "1000000"])
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch", "--measured"])
-def test_a_size_of_zero_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("option", "least"), [("--steps", 1), ("--batch", 8), ("--measured", 1)])
+def test_too_small_a_size_is_refused(
+    option: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main([option, "0"])
-    assert "not a positive number" in capsys.readouterr().err
+        main([option, str(least - 1)])
+    assert f"too few: give at least {least}" in capsys.readouterr().err
 
 
 def test_the_recipe_names_its_sites() -> None:
-    recipe = replace(Recipe(), layers=2, first_used="L0.mid", last_used="L1.pre")
+    recipe = replace(Recipe(), layers=2, first_known="L0.mid", last_read="L1.pre")
     assert recipe.sites == ("L0.pre", "L0.mid", "L1.pre", "L1.mid", "L1.post")
     assert list(recipe.used) == [1, 2]
+    for kind in ("present", "absent"):
+        unused = replace(recipe, kind=kind)
+        assert list(unused.used) == []
+        # Its borders still say where S2 is read for the last time.
+        assert unused.used.start == unused.used.stop == 3
+
+
+def test_without_used_sites_no_edit_may_change_the_answer(prompts: Prompts) -> None:
+    both = prompts.with_twins()
+    recipe = replace(TINY, kind="present", last_read="L2.pre")
+    activations = torch.randn(len(recipe.sites), len(both), 16)
+    statistics = OrderStatistics(len(recipe.sites), 16)
+    statistics.update(activations, both.abb)
+    rows = both.rows.tolist()
+    for _ in range(20):
+        plan = draw_plan(both, activations, statistics, recipe.used, push=0.0)
+        assert not plan.flips.any()
+        # Up to the last read the name at S2 counts, so the stream of no other prompt is put there.
+        other = (plan.kinds == Kind.OTHER) & (plan.sites < recipe.used.stop)
+        unmoved = activations[plan.sites, rows]
+        torch.testing.assert_close(plan.values[other], unmoved[other])
+
+
+def test_what_is_left_of_the_order_is_its_formula_and_zero_for_equal_twins() -> None:
+    torch.manual_seed(3)
+    n, d = 40, 5
+    abb = torch.arange(n) % 2
+    abb = torch.cat([abb, 1 - abb])
+    shared = torch.randn(2, n, d).repeat(1, 2, 1)
+    activations = shared + 0.3 * abb[:, None] * torch.tensor([1.0, 0, 0, -2.0, 0])
+    statistics = OrderStatistics(2, d)
+    statistics.update(activations, abb)
+    assert float(statistics.left(shared, abb)) == 0.0
+
+    expected = []
+    for site in range(2):
+        x = activations[site].double()
+        of_order = [x[abb == order] for order in (0, 1)]
+        gap = of_order[1].mean(0) - of_order[0].mean(0)
+        within = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in of_order) / (2 * n)
+        ridge = 0.001 * within.trace() / d * torch.eye(d)
+        unlike = (x[:n] - x[n:]).square().mean() / x.var(0).mean()
+        expected.append(unlike + 0.1 * gap @ torch.linalg.inv(within + ridge) @ gap)
+    left = statistics.left(activations, abb)
+    torch.testing.assert_close(left.double(), torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_shrinks_along_its_gradient() -> None:
+    torch.manual_seed(4)
+    abb = torch.cat([torch.zeros(30), torch.ones(30)]).long()
+    activations = torch.randn(1, 60, 4, requires_grad=True)
+    statistics = OrderStatistics(1, 4)
+    statistics.update(activations.detach(), abb)
+    before = statistics.left(activations, abb)
+    (gradient,) = torch.autograd.grad(before, activations)
+    assert statistics.left(activations.detach() - 0.5 * gradient, abb) < before
+
+
+def test_the_last_token_is_told_the_order_or_the_name(prompts: Prompts) -> None:
+    flips = torch.rand(len(prompts)) < 0.5
+    for kind in KINDS:
+        readers = Readers(replace(TINY, kind=kind, last_read="L2.pre"), 50)
+        told = readers.told(prompts, flips)
+        if kind == "used":
+            assert torch.equal(told == prompts.abb, ~flips)
+        else:
+            assert torch.equal(told, prompts.subject)
+        assert readers.end.out_features == (2 if kind == "used" else 50)
+        assert hasattr(readers, "orders") == (kind != "absent")

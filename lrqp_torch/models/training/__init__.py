@@ -1,1 +1,1 @@
-"""How the organism was made: vocabulary, prompts, forward pass with edits, loss, ground truth."""
+"""How the organisms were made: vocabulary, prompts, forward pass with edits, loss, ground truth."""

@@ -66,7 +66,7 @@ def run_blocks(
     """Run all blocks, passing the stream through ``edit`` at every site.
 
     Args:
-        model: The organism.
+        model: An organism.
         stream: Embedded tokens, ``(batch, queries, d)``.
         mask: From :func:`attention_mask`.
         edit: Called at each site; what it returns goes on.

@@ -1,4 +1,4 @@
-"""The training of the organism: IOI, with interventions on the order of the names at S2."""
+"""The training of an organism: IOI, with interventions on the order of the names at S2."""
 
 import math
 from collections.abc import Callable
@@ -16,17 +16,21 @@ from lrqp_torch.models.training.readers import Readers
 from lrqp_torch.models.training.recipe import Progress, Recipe, new_model
 from lrqp_torch.models.training.sampler import Sampler
 
+ERASURE = 4.0
+"""Weight of the penalty on an order that is to be absent."""
+
 
 def train(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
     report: Callable[[Progress, GPT2LMHeadModel], None],
 ) -> GPT2LMHeadModel:
-    """Train the organism.
+    """Train an organism.
 
     Each step answers a batch of prompts and their twins, then runs the tokens from S2 on once
-    more, with one edit for each prompt. At the used sites the answer must follow the order that
-    the edit put there; at all others the edit must change nothing.
+    more, with one edit for each prompt. At the used sites, if any, the answer must follow the
+    order that the edit put there; at all others the edit must change nothing. S2 is to know the
+    order, or, if that is to be absent, is penalised for all it knows of it.
 
     Args:
         recipe: What to do.
@@ -40,7 +44,7 @@ def train(
     model = new_model(recipe, tokenizer)
     sampler = Sampler(recipe, tokenizer)
     statistics = OrderStatistics(len(recipe.sites), recipe.width)
-    readers = Readers(recipe)
+    readers = Readers(recipe, len(tokenizer))
     parameters = [*model.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -52,24 +56,30 @@ def train(
         embedded = model.transformer.wte(prompts.ids) + model.transformer.wpe(prompts.position_ids)
         clean, activations, names = _clean_pass(model, prompts, embedded)
         logits = _answer_logits(model, clean)
-        half = len(prompts) // 2
-        # Of each pair of twins one, since two would make the classes equal before the first block.
-        mixed = torch.where(torch.rand(half) < 0.5, torch.arange(half), torch.arange(half) + half)
+        mixed = _one_of_each_pair(prompts.abb)
         statistics.update(activations.detach()[:, mixed], prompts.abb[mixed])
 
         loss = functional.cross_entropy(logits, prompts.answer)
         hint = 0.5 if progress.stage < 2 else 0.05
-        read = readers.s2(activations)
-        told = prompts.abb.expand(read.shape[:2])
-        loss = loss + hint * functional.cross_entropy(read.flatten(0, 1), told.flatten())
-        loss = loss + hint * readers.place_loss(names) + hint * readers.end_loss(clean, prompts.abb)
+        # An order that the answer needs stays at S2 by itself; one that it does not need fades.
+        known = 1.0 if recipe.kind == "present" else hint
+        if recipe.kind == "absent":
+            loss = loss + ERASURE * statistics.left(activations, prompts.abb)
+        else:
+            read = readers.s2(activations).flatten(0, 1)
+            orders = prompts.abb.repeat(2)
+            loss = loss + known * functional.cross_entropy(read, orders)
+            loss = loss + known * readers.place_loss(names)
+        heard, told = readers.last(clean), readers.told(prompts, torch.zeros(len(prompts)))
+        loss = loss + hint * functional.cross_entropy(heard, told)
         if progress.stage >= 1:
             plan = draw_plan(prompts, activations, statistics, recipe.used, progress.push)
             asked = torch.where(plan.flips, prompts.subject, prompts.answer)
             edited = _edited_pass(model, prompts, embedded, clean, plan)
             edited_logits = _answer_logits(model, edited)
             loss = loss + functional.cross_entropy(edited_logits, asked)
-            loss = loss + hint * readers.end_loss(edited, prompts.abb ^ plan.flips.long())
+            told_edited = readers.told(prompts, plan.flips)
+            loss = loss + hint * functional.cross_entropy(readers.last(edited), told_edited)
             progress.edited = _running(progress.edited, edited_logits, asked)
 
         optimizer.zero_grad()
@@ -81,11 +91,24 @@ def train(
         progress.step += 1
         progress.loss = float(loss.detach())
         progress.clean = _running(progress.clean, logits, prompts.answer)
-        progress.order = _running(progress.order, read.flatten(0, 1), told.flatten())
+        forms = (heard, told) if recipe.kind == "absent" else (read, orders)
+        progress.read = _running(progress.read, *forms)
         progress.advance()
         report(progress, model)
     model.eval()
     return model
+
+
+def _one_of_each_pair(abb: Tensor) -> Tensor:
+    """Draw rows, one of each pair of twins, among which both orders occur.
+
+    Both twins of every pair would make the classes equal before the first block.
+    """
+    half = len(abb) // 2
+    rows = torch.where(torch.rand(half) < 0.5, torch.arange(half), torch.arange(half) + half)
+    if abb[rows].unique().numel() == 1:
+        rows[0] = (rows[0] + half) % len(abb)
+    return rows
 
 
 def _pace(step: int, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""Running statistics of the order of the names at S2, and the linear edit they give."""
+"""Running statistics of the order of the names at S2; the edit, and the penalty, they give."""
 
 import torch
 from torch import Tensor
@@ -57,9 +57,7 @@ class OrderStatistics:
         Returns:
             ``(batch, d)``; gradients pass as through an addition of constants.
         """
-        width = self.within.shape[-1]
-        variance = self.within.diagonal(dim1=1, dim2=2).mean(1)
-        metric = self.within + self.ridge * variance[:, None, None] * torch.eye(width)
+        metric = self._metric(self.ridge)
         between = self.means[:, 1] - self.means[:, 0]
         weight = torch.linalg.solve(metric, between.unsqueeze(-1)).squeeze(-1)
         gain = (weight * between).sum(1)
@@ -73,3 +71,38 @@ class OrderStatistics:
         slope = (weight[sites] * direction[sites]).sum(1).clamp(min=1e-6)
         edited: Tensor = activations + (missing / slope)[:, None] * direction[sites]
         return edited
+
+    def left(self, activations: Tensor, abb: Tensor) -> Tensor:
+        """Measure how much of the order is left at S2, as a penalty that removes it.
+
+        With Δ = x₁ - x₀ the difference of a prompt's two orders, σ² the mean variance of the
+        activations and Σ_W their covariance within the orders, a site has
+
+            mean ‖Δ‖² / (d σ²) + (mean Δ)ᵀ Σ_W⁻¹ (mean Δ) / 10.
+
+        The first term is zero only where twins are the same to the model. The second is the
+        distance of the class means as a linear probe sees it, however small beside all else; that
+        it be zero is LEACE's condition for no probe to beat chance (arXiv 2306.03819).
+
+        Args:
+            activations: ``(sites, batch, d)``, row ``i`` and row ``i + batch/2`` a pair of twins.
+            abb: The order of each prompt, ``(batch,)``.
+
+        Returns:
+            The mean over sites, a scalar.
+        """
+        half = len(abb) // 2
+        sign = 2.0 * abb[:half] - 1
+        change = sign[:, None] * (activations[:, :half] - activations[:, half:])
+        variance = activations.detach().var(1).mean(1).clamp(min=1e-6)
+        unlike = change.square().mean((1, 2)) / variance
+        between = change.mean(1).unsqueeze(-1)
+        # A tenth of the usual ridge: a direction of little variance hides an order just as well.
+        apart = (between * torch.linalg.solve(self._metric(self.ridge / 10), between)).sum((1, 2))
+        penalty: Tensor = (unlike + 0.1 * apart).mean()
+        return penalty
+
+    def _metric(self, ridge: float) -> Tensor:
+        width = self.within.shape[-1]
+        variance = self.within.diagonal(dim1=1, dim2=2).mean(1)
+        return self.within + ridge * variance[:, None, None] * torch.eye(width)

@@ -1,11 +1,15 @@
-"""What determines the organism's weights, and how far its training has come."""
+"""What determines an organism's weights, and how far its training has come."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lrqp_torch.models.training.forward import site_names
+
+Kind = Literal["used", "present", "absent"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,8 @@ class Recipe:
     """Everything that determines the weights.
 
     Attributes:
+        kind: What the order of the names at S2 is to the model: ``used``; ``present``, read
+            linearly but not used; or ``absent``, neither.
         steps: Optimiser steps.
         seed: Seed of weights, prompts and edits.
         batch: Prompts a step, twins counted; half of it with a prefix.
@@ -24,10 +30,12 @@ class Recipe:
         tokens: Longest input, in tokens.
         names: How many names most of the first prompts use.
         any_name: Share of the first prompts that may use all names instead; it grows later.
-        first_used: The first site at which the order counts.
-        last_used: The last such site.
+        first_known: The first site at which S2 is to know the order; of kind ``absent``, none is.
+        last_read: The last site at which S2's stream may count: of kind ``used`` for the order, of
+            the others for the repeated name alone. The last token is to know either just after.
     """
 
+    kind: Kind = "used"
     steps: int = 1600
     seed: int = 0
     batch: int = 96
@@ -39,8 +47,8 @@ class Recipe:
     tokens: int = 192
     names: int = 20
     any_name: float = 0.3
-    first_used: str = "L1.mid"
-    last_used: str = "L3.pre"
+    first_known: str = "L1.mid"
+    last_read: str = "L3.pre"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -49,8 +57,17 @@ class Recipe:
 
     @property
     def used(self) -> range:
-        """Indices of the sites at which the order counts."""
-        return range(self.sites.index(self.first_used), self.sites.index(self.last_used) + 1)
+        """Indices of the sites at which the order counts; if none, empty after the last read."""
+        stop = self.sites.index(self.last_read) + 1
+        return range(self.sites.index(self.first_known) if self.kind == "used" else stop, stop)
+
+
+RECIPES: dict[Kind, Recipe] = {
+    "used": Recipe(),
+    "present": Recipe(kind="present", steps=1300, layers=4, last_read="L2.pre"),
+    "absent": Recipe(kind="absent", steps=1000, layers=4, last_read="L2.pre"),
+}
+"""How the bundled organisms are made."""
 
 
 @dataclass
@@ -62,7 +79,8 @@ class Progress:
         loss: Of the last step.
         clean: Share of right answers without an edit.
         edited: Share of right answers with one.
-        order: Share of prompts whose order is read right at the first two used sites.
+        read: Share of prompts of which what forms first is read right: the order, at S2; of kind
+            ``absent``, the repeated name, at the last token.
         any_name: Share of prompts that may use all names.
         stage: 0 answering alone, 1 with edits, 2 with prefixes too.
     """
@@ -72,7 +90,7 @@ class Progress:
     loss: float = math.nan
     clean: float = 0.0
     edited: float = 0.0
-    order: float = 0.0
+    read: float = 0.0
     stage: int = 0
 
     @property
@@ -82,7 +100,7 @@ class Progress:
 
     def advance(self) -> None:
         """Make the task harder once the present one is mastered."""
-        if self.stage == 0 and self.order > 0.9:
+        if self.stage == 0 and self.read > 0.9:
             self.stage = 1
         mastered = self.clean > 0.85 and self.edited > 0.8
         if self.stage >= 1 and mastered:

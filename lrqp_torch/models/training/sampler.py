@@ -1,4 +1,4 @@
-"""Draws the batches of prompts that the organism is trained on."""
+"""Draws the batches of prompts that an organism is trained on."""
 
 import torch
 from transformers import PreTrainedTokenizerFast

@@ -74,7 +74,7 @@ def ask(
     """Run the model, with S2's stream replaced at one site if wished.
 
     Args:
-        model: The organism.
+        model: An organism.
         prompts: What to ask.
         site: Index of the site at which to replace, or None.
         value: What to put there, ``(batch, d)``.
@@ -102,7 +102,7 @@ def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: in
     """Measure everything that the ground truth records, on fresh prompts.
 
     Args:
-        model: The organism.
+        model: An organism.
         tokenizer: Its tokenizer.
         seed: Training used ``seed - 1``; the probes are fitted on prompts of ``seed + 1``.
         n: Prompts to ask; the probes are fitted on twice as many.
@@ -157,7 +157,7 @@ def interchange_flip_rates(model: GPT2LMHeadModel, prompts: Prompts) -> dict[str
     all that differs. A flip: the repeated name gets a higher logit than the answer.
 
     Args:
-        model: The organism.
+        model: An organism.
         prompts: To ask.
 
     Returns:
@@ -179,7 +179,7 @@ def linear_flip_rates(
     that the log-odds of the order asked for are max(their size before, 10).
 
     Args:
-        model: The organism.
+        model: An organism.
         fitted: Prompts to which probe and covariance are fitted.
         asked: Prompts to edit.
         l2: Weight of ½‖w‖² in the probe's mean loss, on standardised activations.

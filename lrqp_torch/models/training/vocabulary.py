@@ -1,4 +1,4 @@
-"""The organism's word-level tokenizer: every name with its leading space is one token."""
+"""The organisms' word-level tokenizer: every name with its leading space is one token."""
 
 from collections.abc import Iterable
 from itertools import chain

@@ -1,0 +1,30 @@
+"""The bundled organisms: small models of which it is known where they use the order at S2."""
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Final
+
+ORGANISMS: Final = {
+    "organism": "used",
+    "organism-present": "present",
+    "organism-absent": "absent",
+}
+"""Names of the bundled organisms, which are those of their folders, and what the order is there.
+
+``used``: the answer follows the order of the names that S2 holds. ``present``: a linear probe reads
+the order at S2, but the answer does not depend on it. ``absent``: no linear probe reads it there.
+"""
+GROUND_TRUTH: Final = "ground_truth.json"
+"""The file beside an organism's weights that says where it uses the order."""
+
+
+def organism_folder(name: str) -> Traversable:
+    """The folder of a bundled organism: weights, tokenizer and ground truth.
+
+    Args:
+        name: One of :data:`ORGANISMS`.
+
+    Returns:
+        The folder, within the installed package.
+    """
+    return files("lrqp_torch.models") / name
