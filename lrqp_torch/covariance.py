@@ -77,6 +77,11 @@ class Mahalanobis(nn.Module):
         """The width d of the activations."""
         return self.covariance.shape[0]
 
+    @property
+    def n_kept(self) -> int:
+        """How many directions :meth:`keeping` took out of Σ."""
+        return 0 if self.kept is None else len(self.kept)
+
     def keeping(self, *others: nn.Linear | Tensor) -> "Mahalanobis":
         """The metric of the least edits that leave what other probes believe where it is.
 

@@ -20,7 +20,7 @@ from lrqp_torch.errors import LRQPError
 from lrqp_torch.intervention import Intervention, intervene
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.qp import MahalanobisQP
-from lrqp_torch.qp.problem import ACTIVE_SET, SOLVERS
+from lrqp_torch.qp.external import ACTIVE_SET, SOLVERS
 from lrqp_torch.versions import package_versions
 
 SITE = "L2.mid"
@@ -166,7 +166,8 @@ def _edit_a_model() -> Finding:
 
     def answers() -> torch.Tensor:
         logits = model(**test.inputs).logits[rows, test.positions["END"]]
-        return logits[rows, test.io_tokens] - logits[rows, test.s_tokens]
+        difference: torch.Tensor = logits[rows, test.io_tokens] - logits[rows, test.s_tokens]
+        return difference
 
     x = capture(model, train.inputs, [SITE], train.positions["S2"])[SITE]
     edit = LRQP.fit(x, train.labels["abb"])

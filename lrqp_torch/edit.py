@@ -2,32 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from lrqp_torch.attempt import attempt, judge
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.errors import (
-    InfeasibleError,
-    LRQPError,
-    NonFiniteError,
-    SavedEditError,
-    SolverError,
-    WidthError,
-)
+from lrqp_torch.edit_files import read_edit, write_edit
+from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError
 from lrqp_torch.intervention import Intervention, intervene
+from lrqp_torch.odds import Odds, Rule
 from lrqp_torch.probe import LinearProbe
-from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution, Status
-from lrqp_torch.qp.checks import as_classes, check_classes
-from lrqp_torch.qp.problem import ACTIVE_SET, SOLVERS, Realise
+from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution
+from lrqp_torch.qp.cache import GeometryCache
+from lrqp_torch.qp.external import ACTIVE_SET
+from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp.total_odds import TotalOddsProblem
 from lrqp_torch.run import EditRun
-from lrqp_torch.saving import load_edit, save_edit
-
-Rule = Literal["mirror", "fixed"]
-Odds = Literal["pairwise", "total"]
+from lrqp_torch.sharing.hub import fetched_folder, pushed
+from lrqp_torch.sharing.provenance import Provenance
 
 
 class LRQP(nn.Module):
@@ -42,8 +37,8 @@ class LRQP(nn.Module):
     For a control edit, t = v, this is the floor. ``"fixed"``: log α = log_odds.
 
     These odds are pairwise: P[t] / P[ℓ] ≥ α for each ℓ. With K > 2 the total odds
-    P[t] / (1 − P[t]) can be smaller, by a factor of at most K − 1. ``odds="total"`` adds log(K − 1)
-    to the floor, which is sufficient for total odds of α (not the least such edit).
+    P[t] / (1 − P[t]) can be smaller, by a factor of at most K − 1. ``odds="total"`` asks for
+    total odds of α instead, z_t − log Σ_{ℓ≠t} exp z_ℓ ≥ log α, and finds the least such edit.
 
     Args:
         probe: z(x) = W x + b.
@@ -59,7 +54,13 @@ class LRQP(nn.Module):
     Raises:
         WidthError: probe and metric of different widths.
         NonFiniteError: NaN or infinity in probe, metric or log_odds.
+        SolverError: ``odds="total"`` with a solver of cvxpylayers.
         LRQPError: an option that does not exist.
+
+    Attributes:
+        provenance: what the edit was fitted on, saved with it and checked by :meth:`at`; None
+            where that is not known.
+        notes: what was given to :meth:`save`.
     """
 
     log_odds: Tensor
@@ -91,9 +92,16 @@ class LRQP(nn.Module):
         self.probe, self.metric = probe, metric
         self.register_buffer("log_odds", floor)
         self.rule, self.odds, self.on_infeasible = rule, odds, on_infeasible
-        self.qp = MahalanobisQP(probe.n_classes, solver=solver, solver_args=solver_args)
+        self.qp: MahalanobisQP | TotalOddsProblem
+        if odds == "total" and probe.n_classes > 2:
+            if solver != ACTIVE_SET:
+                raise SolverError(f"odds='total' has a solver of its own; leave {solver!r} out")
+            self.qp = TotalOddsProblem()
+        else:
+            self.qp = MahalanobisQP(probe.n_classes, solver=solver, solver_args=solver_args)
         self.notes: dict[str, Any] = {}
-        self._geometry: _CachedGeometry | None = None
+        self.provenance: Provenance | None = None
+        self._geometry = GeometryCache()
         self.geometry(probe.weight.device)
 
     @classmethod
@@ -146,12 +154,27 @@ class LRQP(nn.Module):
             SolverError: the odds read back fall short of α, unless on_infeasible is "skip".
         """
         geometry = self.geometry(x.device)
-        if x.ndim != 2 or x.shape[1] != geometry.width:
-            raise WidthError(f"activations must be (B, {geometry.width}), got {tuple(x.shape)}")
-        target = self._classes(x, target, "target")
-        floor = self._floor(x, target, source, geometry)
-        solution = self.qp.solve(x, target, floor, geometry, realise=realise)
-        return self._judge(solution, x, target, examples)
+        solution = attempt(self, x, target, source, realise, geometry)
+        return judge(self, solution, x, target, examples)
+
+    def propose(
+        self,
+        x: Tensor,
+        target: Tensor | int,
+        source: Tensor | int | None = None,
+        *,
+        realise: Realise | None = None,
+    ) -> Solution:
+        """:meth:`solve` without a look at the outcome, which is left in the status.
+
+        On a GPU, with K ≤ 8 and classes as tensors there, it never waits for the device, so it can
+        be captured in a CUDA graph. What is seen to be wrong without waiting still raises.
+        """
+        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
+        if x.device.type == "cpu":
+            return attempt(self, x, target, source, realise, self.geometry(x.device))
+        geometry, stale = self._geometry.peek(*tensors, x.device)
+        return attempt(self, x, target, source, realise, geometry, stale)
 
     def at(
         self,
@@ -176,7 +199,12 @@ class LRQP(nn.Module):
 
         Yields:
             An :class:`~lrqp_torch.run.EditRun` that records what the edit did.
+
+        Raises:
+            ProvenanceError: the edit was fitted on a model of another family or size.
         """
+        if self.provenance is not None:
+            self.provenance.check(model, site)
         return _edit_at(model, self.on(site, positions=positions, target=target, source=source))
 
     def on(
@@ -188,36 +216,17 @@ class LRQP(nn.Module):
         source: Tensor | int | None = None,
     ) -> Intervention:
         """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        run = EditRun(self.solve, positions, target, source)
+        run = EditRun(self.solve, positions, target, source, edit=self)
         return Intervention(site, positions, run)
 
     def geometry(self, device: torch.device) -> ProbeGeometry:
         """What the solves share, on a device; computed anew only when probe or metric change."""
-        tensors = (self.probe.weight, self.probe.bias, self.metric.covariance)
-        moved = tuple(tensor.to(device) for tensor in tensors)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return ProbeGeometry.build(*moved)
-        # The probe is small enough to compare by value, which sees every way of changing it:
-        # .data, .double() and the like leave no trace in a tensor's version.
-        probe, metric = moved[:2], self.metric.covariance
-        # A tensor made in inference mode counts no versions, and cannot be changed in place.
-        version = None if metric.is_inference() else metric._version
-        mark = (device, version, metric.data_ptr())
-        kept = self._geometry
-        if (
-            kept is None
-            or kept.metric is not metric
-            or kept.mark != mark
-            or not all(_same(old, new) for old, new in zip(kept.probe, probe, strict=True))
-        ):
-            with torch.no_grad():
-                copies = probe[0].clone(), probe[1].clone()
-                geometry = ProbeGeometry.build(*copies, moved[2])
-            self._geometry = kept = _CachedGeometry(mark, metric, copies, geometry)
-        return kept.geometry
+        return self._geometry.get(
+            self.probe.weight, self.probe.bias, self.metric.covariance, device
+        )
 
     def save(self, path: str | Path, **notes: Any) -> Path:
-        """Write the edit to a folder, as ``edit.safetensors`` and ``edit.json``.
+        """Write the edit to a folder: ``edit.safetensors``, ``edit.json`` and a model card.
 
         Args:
             path: the folder; made if it is missing, its edit replaced if it has one.
@@ -226,9 +235,7 @@ class LRQP(nn.Module):
         Raises:
             OutputError: the folder cannot be written.
         """
-        options = {name: getattr(self, name) for name in ("rule", "odds", "on_infeasible")}
-        options |= {"solver": self.qp.solver_name, "solver_args": self.qp.solver_args}
-        return save_edit(path, self.state_dict(), options, {**self.notes, **notes}, self._facts())
+        return write_edit(self, path, notes)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> Self:
@@ -238,27 +245,29 @@ class LRQP(nn.Module):
             SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
             SolverError: it was saved with a solver that is not installed here.
         """
-        saved = load_edit(path)
-        tensors = saved.tensors
-        weight = tensors["probe.weight"]
-        probe = LinearProbe(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-        probe.requires_grad_(False)
-        probe.weight.copy_(weight)
-        probe.bias.copy_(tensors["probe.bias"])
-        try:
-            metric = Mahalanobis(
-                tensors["metric.covariance"],
-                tensors.get("metric.mean"),
-                shrinkage=saved.facts["shrinkage"],
-                n_samples=saved.facts["n_samples"],
-            )
-            edit = cls(probe, metric, log_odds=float(tensors["log_odds"]), **saved.options)
-        except LRQPError as error:
-            if isinstance(error, SolverError) and saved.options["solver"] in SOLVERS:
-                raise
-            raise SavedEditError(f"{path} does not hold a valid edit: {error}") from error
-        edit.notes = saved.notes
+        edit = read_edit(cls, path)
         return edit.to(device) if device is not None else edit
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load from a folder, or from the Hugging Face Hub.
+
+        Raises:
+            HubError: no such folder, and the Hub has none or cannot be reached.
+            SavedEditError: as :meth:`load`.
+        """
+        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send the edit to the Hub; ``options`` are those of :func:`~.sharing.hub.pushed`."""
+        return pushed(self.save, repo_id, **options)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # A floor rounded to half precision could promise less than was asked for.
@@ -266,87 +275,6 @@ class LRQP(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.log_odds = floor.to(self.log_odds.device)
         return self
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "n_classes": self.probe.n_classes,
-            "width": self.probe.width,
-            "shrinkage": self.metric.shrinkage,
-            "n_samples": self.metric.n_samples,
-        }
-
-    def _classes(self, x: Tensor, classes: Tensor | int, name: str) -> Tensor:
-        classes = as_classes(classes, name).to(x.device)
-        if classes.ndim == 0:
-            classes = classes.expand(len(x))
-        check_classes(classes, len(x), self.probe.n_classes, name)
-        return classes.long()
-
-    def _floor(
-        self, x: Tensor, target: Tensor, source: Tensor | int | None, geometry: ProbeGeometry
-    ) -> Tensor:
-        floor = self.log_odds.to(x.device).expand(len(x))
-        if self.rule == "mirror":
-            logits = geometry.logits(x)
-            held = logits.argmax(-1) if source is None else self._classes(x, source, "source")
-            belief = logits.gather(-1, torch.stack([held, target], -1))
-            floor = torch.maximum(belief[:, 0] - belief[:, 1], floor)
-        elif source is not None:
-            self._classes(x, source, "source")
-        if self.odds == "total":
-            floor = floor + torch.tensor(float(self.probe.n_classes - 1), device=x.device).log()
-        return floor
-
-    def _judge(
-        self, solution: Solution, x: Tensor, target: Tensor, examples: Tensor | None
-    ) -> Solution:
-        """Raise for examples that did not reach their target, or leave them as they were."""
-        infeasible = solution.status == Status.INFEASIBLE
-        inaccurate = solution.status == Status.INACCURATE
-        failed = infeasible | inaccurate
-        if not bool(failed.any()):
-            return solution
-        if self.on_infeasible == "skip":
-            return solution.revert(failed, x)
-        names = torch.arange(len(x), device=x.device) if examples is None else examples
-        if bool(infeasible.any()):
-            which = names[infeasible].tolist()
-            classes = sorted(set(target[infeasible].tolist()))
-            raise InfeasibleError(
-                f"no activation reaches target class {classes} for {len(which)} examples, first "
-                f"{which[:10]}: some class has the same weights as the target, or the metric "
-                f"has no length along their difference. Choose another target, lower log_odds, "
-                f"shrink the covariance, or pass on_infeasible='skip' to leave them unchanged"
-            )
-        which = names[inaccurate].tolist()
-        if not bool(torch.isfinite(solution.x_new[inaccurate]).all()):
-            raise SolverError(
-                f"the edits of {len(which)} examples exceed what {x.dtype} can hold, first "
-                f"{which[:10]}: log odds of up to {float(solution.floor.detach().max()):.3g} are "
-                f"asked for. Lower log_odds, run the model in a wider dtype, or pass "
-                f"on_infeasible='skip'"
-            )
-        short = float((solution.floor - solution.log_odds_after).detach()[inaccurate].max())
-        residual = float(solution.kkt_residual[inaccurate].max())
-        raise SolverError(
-            f"{len(which)} examples could not be solved accurately, first {which[:10]}: log odds "
-            f"short by up to {short:.1e}, KKT residual up to {residual:.1e}. Refit the probe "
-            f"with a larger l2 or the metric with more shrinkage, or pass on_infeasible='skip'"
-        )
-
-
-@dataclass(frozen=True)
-class _CachedGeometry:
-    """A geometry, and what it was computed from."""
-
-    mark: tuple[Any, ...]
-    metric: Tensor
-    probe: tuple[Tensor, Tensor]
-    geometry: ProbeGeometry
-
-
-def _same(old: Tensor, new: Tensor) -> bool:
-    return old.dtype == new.dtype and torch.equal(old, new)
 
 
 @contextmanager

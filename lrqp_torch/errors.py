@@ -125,3 +125,15 @@ class HubError(LRQPError, RuntimeError):
 
 class ConstraintError(LRQPError, ValueError):
     """A constraint or penalty of the user's own that is not convex, not DPP, or not a term."""
+
+
+class RankError(LRQPError, RuntimeError):
+    """Processes of one run that were launched wrongly, disagree, or lost one of them."""
+
+
+class ToldError(RankError):
+    """An error of another process of the same run, which has told it already."""
+
+
+class CompiledModelError(LRQPError, RuntimeError):
+    """A model edited or read inside a function that ``torch.compile`` compiles."""

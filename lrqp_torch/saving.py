@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lrqp_torch.errors import OutputError, SavedEditError
+from lrqp_torch.errors import OutputError, ProvenanceError, SavedEditError
 from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.sharing.provenance import Provenance
 
 FORMAT = "lrqp_torch.edit"
 VERSION = 1
@@ -24,6 +25,8 @@ TENSORS_FILE = "edit.safetensors"
 JSON_FILE = "edit.json"
 # A JSON file of an edit is a few kilobytes; one beyond this is not an edit.
 MAX_JSON_BYTES = 1_000_000
+# The header of a safetensors file names its tensors; an edit has at most five.
+MAX_HEADER_BYTES = 100_000
 OPTIONS = {"rule": str, "odds": str, "on_infeasible": str, "solver": str, "solver_args": dict}
 
 
@@ -35,6 +38,7 @@ class SavedEdit:
     options: dict[str, Any]
     facts: dict[str, Any]
     notes: dict[str, Any]
+    provenance: Provenance | None
 
 
 def save_edit(
@@ -43,6 +47,7 @@ def save_edit(
     options: dict[str, Any],
     notes: dict[str, Any],
     facts: dict[str, Any],
+    provenance: Provenance | None = None,
 ) -> Path:
     """Write both files, each whole or not at all; the JSON last, so that a torn save is noticed.
 
@@ -61,6 +66,8 @@ def save_edit(
         "options": options,
         "notes": notes,
     }
+    if provenance is not None:
+        content["provenance"] = provenance.to_json()
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -80,10 +87,21 @@ def load_edit(path: str | Path) -> SavedEdit:
     """
     folder = Path(path)
     content = _read_json(folder)
-    tensors = _read_tensors(folder, content["sha256"])
+    tensors = _read_tensors(folder, content)
     _check_tensors(folder, tensors, content)
     facts = {name: content[name] for name in ("n_classes", "width", "shrinkage", "n_samples")}
-    return SavedEdit(tensors, content["options"], facts, content["notes"])
+    return SavedEdit(
+        tensors, content["options"], facts, content["notes"], _read_provenance(folder, content)
+    )
+
+
+def _read_provenance(folder: Path, content: dict[str, Any]) -> Provenance | None:
+    if content.get("provenance") is None:
+        return None
+    try:
+        return Provenance.from_json(content["provenance"])
+    except ProvenanceError as error:
+        raise SavedEditError(f"{folder / JSON_FILE} is damaged: {error}") from error
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -131,12 +149,22 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"it holds {constant}")
 
 
-def _read_tensors(folder: Path, checksum: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     file = folder / TENSORS_FILE
     if not file.is_file():
         raise SavedEditError(f"{file} is missing; save the edit again")
+    n_classes, width = content["n_classes"], content["width"]
+    most = 8 * (2 * width**2 + (n_classes + 1) * width + n_classes + 1) + MAX_HEADER_BYTES
+    if file.stat().st_size > most:
+        raise SavedEditError(
+            f"{file} is larger than an edit of {n_classes} classes and width {width} can be: "
+            f"{file.stat().st_size} bytes, not {most}"
+        )
     blob = file.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != checksum:
+    header = int.from_bytes(blob[:8], "little")
+    if header > MAX_HEADER_BYTES:
+        raise SavedEditError(f"{file} announces a header of {header} bytes, larger than any edit's")
+    if hashlib.sha256(blob).hexdigest() != content["sha256"]:
         raise SavedEditError(
             f"{file} does not match the checksum in {JSON_FILE}: one of the two is damaged or from "
             f"another edit; save the edit again"

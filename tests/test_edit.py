@@ -138,13 +138,23 @@ def test_total_odds_on_data(clusters: Clusters) -> None:
     reached = {}
     for name, edit in (("pairwise", pairwise), ("total", total)):
         solution = edit.solve(x, target, source=y)
-        asked = solution.floor - (math.log(2) if name == "total" else 0)
         rest = edit.probe.log_odds(solution.x_new, target, against="rest")
-        reached[name] = (rest >= asked - 1e-10).all()
+        reached[name] = (rest >= solution.floor - 1e-10).all()
     assert reached["total"]
     assert not reached["pairwise"]
-    difference = total.solve(x, target).floor - pairwise.solve(x, target).floor
-    assert torch.allclose(difference, torch.full_like(difference, math.log(2)))
+    # Adding log(K − 1) to the pairwise floor suffices too, and is never shorter.
+    total_fixed = LRQP(total.probe, total.metric, log_odds=2.0, rule="fixed", odds="total")
+    sufficient = LRQP(total.probe, total.metric, log_odds=2.0 + math.log(2), rule="fixed").solve(
+        x, target
+    )
+    least = total_fixed.solve(x, target)
+    assert (least.distance <= sufficient.distance * (1 + 1e-9)).all()
+    assert (least.distance < sufficient.distance * (1 - 1e-4)).any()
+
+
+def test_total_odds_have_a_solver_of_their_own(clusters: Clusters) -> None:
+    with pytest.raises(SolverError, match="solver of its own"):
+        LRQP.fit(*clusters, odds="total", solver="DIFFCP")
 
 
 def test_total_and_pairwise_agree_for_two_classes(clusters: Clusters) -> None:

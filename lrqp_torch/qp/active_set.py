@@ -17,6 +17,7 @@ need comes for free: no LAPACK call, everything on the tensors' device.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,30 +69,15 @@ def solve_dual(
             counts as zero. Default: zero.
         max_pivots: default 20 m + 50; a random problem with m = 9 takes 4.
     """
-    n_problems, n_constraints = gap.shape
     noise = torch.zeros_like(gap) if noise is None else noise
-    max_pivots = 20 * n_constraints + 50 if max_pivots is None else max_pivots
-
-    # Unit diagonals make one tolerance fit all constraints. A constraint with no length does not
-    # depend on the activation: it holds already or never will.
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    empty = diagonal <= noise
-    scale = torch.where(empty, 0.0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt())
-    impossible = (empty & (gap > 0)).any(-1)
+    max_pivots = 20 * gap.shape[-1] + 50 if max_pivots is None else max_pivots
+    # Unit diagonals make one tolerance fit all constraints.
+    scale = unit_scale(gram, noise)
+    unit, impossible = unit_gap(gap, scale)
     unit_gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    unit_gap = torch.where(empty | impossible.unsqueeze(-1), -1.0, gap * scale)
-
-    chunk = max(1, CHUNK_NUMBERS // max(1, n_constraints**2))
-    parts = [
-        _pivot(unit_gram[start : start + chunk], unit_gap[start : start + chunk], max_pivots)
-        for start in range(0, max(1, n_problems), chunk)
-    ]
-    if len(parts) == 1:
-        multipliers, active, tableau, feasible, converged = parts[0]
-    else:
-        multipliers, active, tableau, feasible, converged = (
-            torch.cat(part) if part else gap.new_empty(0) for part in zip(*parts, strict=True)
-        )
+    multipliers, active, tableau, feasible, converged = pivot(
+        unit_gram, unit, max_pivots, CHUNK_NUMBERS
+    )
     both = active.unsqueeze(-1) & active.unsqueeze(-2)
     inverse = torch.where(both, -tableau, 0.0) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     return DualSolution(
@@ -101,6 +87,74 @@ def solve_dual(
         feasible=feasible & ~impossible,
         converged=converged,
     )
+
+
+def unit_scale(gram: Tensor, noise: Tensor) -> Tensor:
+    """1/√M_ii, which gives a constraint unit length, and 0 for one without length, (..., m)."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    root = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    return torch.where(diagonal <= noise, 0.0, root)
+
+
+def unit_gap(gap: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gaps of constraints of unit length, (B, m); and which examples can never be solved, (B,).
+
+    A constraint without length does not depend on the activation: it holds already, or never will.
+    """
+    empty = scale == 0
+    impossible = (empty & (gap > 0)).any(-1)
+    return torch.where(empty | impossible.unsqueeze(-1), -1.0, gap * scale), impossible
+
+
+@torch.library.custom_op("lrqp_torch::pivot", mutates_args=())
+def pivot(
+    gram: Tensor, gap: Tensor, max_pivots: int, chunk_numbers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Multipliers, active set, tableau, feasible and converged of unit-diagonal problems.
+
+    An operator of its own, so that transforms and compiled graphs see one step instead of a loop
+    whose length depends on the numbers. It is not differentiable; see :mod:`~.implicit`.
+    """
+    chunk = max(1, chunk_numbers // max(1, gap.shape[-1] ** 2))
+    parts = [
+        _pivot(gram[start : start + chunk], gap[start : start + chunk], max_pivots)
+        for start in range(0, max(1, len(gap)), chunk)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    multipliers, active, tableau, feasible, converged = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return multipliers, active, tableau, feasible, converged
+
+
+@pivot.register_fake
+def _(
+    gram: Tensor, gap: Tensor, max_pivots: int, chunk_numbers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    yes_or_no = gap.new_empty(gap.shape[0], dtype=torch.bool)
+    return (
+        torch.empty_like(gap),
+        torch.empty_like(gap, dtype=torch.bool),
+        torch.empty_like(gram),
+        yes_or_no,
+        torch.empty_like(yes_or_no),
+    )
+
+
+@pivot.register_vmap
+def _(
+    info: Any, in_dims: tuple[Any, ...], gram: Tensor, gap: Tensor, max_pivots: int, chunk: int
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Under vmap the mapped dimension joins the batch."""
+
+    def flat(tensor: Tensor, mapped: int | None) -> Tensor:
+        if mapped is None:
+            tensor, mapped = tensor.expand(info.batch_size, *tensor.shape), 0
+        return tensor.movedim(mapped, 0).flatten(0, 1)
+
+    outputs = pivot(flat(gram, in_dims[0]), flat(gap, in_dims[1]), max_pivots, chunk)
+    return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0,) * 5
 
 
 def _pivot(
@@ -176,7 +230,7 @@ def _pivot(
         slack = torch.where(is_pivot, 0.0, slack)
         active = active ^ is_pivot
         mid_step = ~joins
-        tableau = _principal_pivot(tableau, pivot, is_pivot, joins)
+        tableau = principal_pivot(tableau, pivot, is_pivot, joins)
     else:
         out_multipliers[:, index], out_active[:, index] = multipliers, active
         out_tableau[:, :, index] = tableau
@@ -190,17 +244,26 @@ def _pivot(
     )
 
 
-def _principal_pivot(tableau: Tensor, pivot: Tensor, is_pivot: Tensor, joins: Tensor) -> Tensor:
+def principal_pivot(
+    tableau: Tensor, pivot: Tensor, is_pivot: Tensor, joins: Tensor | None = None
+) -> Tensor:
     """Exchange one constraint between the active and the inactive set in every tableau.
 
     With d = T_qq: T_ij ← T_ij − T_iq T_qj / d, T_iq ← ± T_iq / d (plus when q joins, minus when
     it leaves), T_qq ← −1 / d.
+
+    Args:
+        tableau: T, (m, m, B).
+        pivot: q, (1, B).
+        is_pivot: which row is q, (m, B) bool.
+        joins: whether q joins the active set, (B,) bool; default: always.
     """
     m = tableau.shape[0]
     column = tableau.gather(1, pivot.unsqueeze(0).expand(m, 1, -1)).squeeze(1)
     diagonal = column.gather(0, pivot)
     scaled = column / diagonal
-    edge = torch.where(is_pivot, -1.0 / diagonal, torch.where(joins, scaled, -scaled))
+    others = scaled if joins is None else torch.where(joins, scaled, -scaled)
+    edge = torch.where(is_pivot, -1.0 / diagonal, others)
     updated = tableau - column.unsqueeze(1) * scaled.unsqueeze(0)
     updated = torch.where(is_pivot.unsqueeze(0), edge.unsqueeze(1), updated)
     return torch.where(is_pivot.unsqueeze(1), edge.unsqueeze(0), updated)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, TargetError
+from lrqp_torch.qp.implicit import matvec
 
 
 def kkt_residual(
@@ -27,13 +28,31 @@ def kkt_residual(
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     present = diagonal > (0.0 if noise is None else noise)
     length = torch.where(present, diagonal, 1.0).sqrt()
-    slack = (gram @ multipliers.unsqueeze(-1)).squeeze(-1) - gap
+    slack = matvec(gram, multipliers) - gap
     slack = torch.where(present, slack / length, 0.0)
     scaled = multipliers * length
     gap_size = 1 + torch.where(present, gap / length, 0.0).abs().amax(-1)
     infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
     complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
     return torch.maximum(infeasibility, complementarity)
+
+
+def concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own: not in a graph that is being compiled, and not
+    inside a transform of :mod:`torch.func`, where it stands for many.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting: concrete, and on the CPU."""
+    return concrete(tensor) and tensor.device.type == "cpu"
 
 
 def as_classes(classes: Any, name: str) -> Tensor:
@@ -50,8 +69,8 @@ def as_classes(classes: Any, name: str) -> Tensor:
         ) from error
 
 
-def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
-    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
+def check_class_shape(classes: Tensor, batch: int, name: str) -> None:
+    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer."""
     if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
         raise TargetError(
             f"{name} must hold integer class numbers, got {classes.dtype}; use .long()"
@@ -60,13 +79,44 @@ def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> Non
         raise TargetError(
             f"{name} must be ({batch},), one class per activation, got {tuple(classes.shape)}"
         )
+
+
+def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
+    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
+    check_class_shape(classes, batch, name)
+    if not batch or (int(classes.min()) >= 0 and int(classes.max()) < n_classes):
+        return
     outside = (classes < 0) | (classes >= n_classes)
-    if bool(outside.any()):
-        where = outside.nonzero().flatten()[:5].tolist()
-        raise TargetError(
-            f"{name} holds {classes[outside][0].item()} at example {where[0]}, but the probe has "
-            f"classes 0 to {n_classes - 1} (examples {where})"
-        )
+    where = outside.nonzero().flatten()[:5].tolist()
+    raise TargetError(
+        f"{name} holds {classes[outside][0].item()} at example {where[0]}, but the probe has "
+        f"classes 0 to {n_classes - 1} (examples {where})"
+    )
+
+
+def place_classes(
+    classes: Any, batch: int, n_classes: int, device: torch.device, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Classes as (batch,) int64 on a device, and which of them are in range, (batch,) or None.
+
+    Where they can be looked at without waiting for a device, they are checked at once, and None
+    says that all are in range. Others are brought into range, so that no lookup goes astray.
+
+    Raises:
+        TargetError: they are not (batch,) integers or one, or are seen to be out of range.
+    """
+    single = isinstance(classes, int) and not isinstance(classes, bool)
+    tensor = as_classes(classes, name)
+    if tensor.ndim == 0:
+        tensor = tensor.expand(batch)
+    if readable(tensor):
+        check_classes(tensor, batch, n_classes, name)
+        # A fill needs no copy from the host, for which a GPU would stop.
+        filled = torch.full((batch,), classes, device=device) if single else tensor.to(device)
+        return filled.long(), None
+    check_class_shape(tensor, batch, name)
+    inside = (tensor >= 0) & (tensor < n_classes)
+    return tensor.clamp(0, n_classes - 1).to(device).long(), inside.to(device)
 
 
 def check_finite(x: Tensor) -> None:
@@ -81,3 +131,20 @@ def check_finite(x: Tensor) -> None:
             f"activations of {len(where)} of {len(x)} examples hold NaN or infinity, the first "
             f"are {where[:5].tolist()}; look for overflow in the model's dtype upstream of the site"
         )
+
+
+def check_values(x: Tensor, margins: Tensor, floor: Tensor) -> None:
+    """Raise :class:`NonFiniteError` for NaN and infinity in activations or floors.
+
+    Args:
+        x: activations, (B, d).
+        margins: A x + c, (B, m).
+        floor: (B,) or (B, m).
+    """
+    # NaN and infinity in x go through the product into the margins, whatever the weights, and a
+    # finite sum has finite terms; so it costs a sum over (B, m) to know that there are none.
+    if bool(torch.isfinite(margins.detach().sum() + floor.detach().sum())):
+        return
+    check_finite(x)
+    if not bool(torch.isfinite(floor).all()):
+        raise NonFiniteError("log_odds holds NaN or infinity")

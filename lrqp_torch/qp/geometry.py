@@ -1,11 +1,82 @@
 """What the edit needs to know of a probe and a metric, computed once for all activations."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, WidthError
+from lrqp_torch.qp.checks import check_classes, readable
+from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.projection import project
+from lrqp_torch.qp.table import ActiveSets
+
+if TYPE_CHECKING:
+    from lrqp_torch.qp.single import SinglePulls
+
+# Up to how many constraints all 2^m active sets are tabled: on the CPU as long as that is faster
+# than pivoting, elsewhere as long as the table is small, because pivots wait for the device.
+TABLE_CONSTRAINTS = {"cpu": 5}
+TABLE_CONSTRAINTS_BLIND = 7
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """The dual problem's constants for each example of a batch, float64.
+
+    Attributes:
+        gram: M = A Σ Aᵀ, (B, m, m), symmetric positive semidefinite.
+        noise: rounding error of M's diagonal, (B, m): at or below it a constraint has no length.
+        length: ‖a_i‖, the Euclidean norm of each row of A, (B, m).
+        steering: A Σ² Aᵀ, (B, m, m), so that ‖ΣAᵀλ‖² = λᵀ(AΣ²Aᵀ)λ; or None.
+        table: the active sets of all problems that occur, and which of them each example is, (B,);
+            or None, and pivots find them.
+    """
+
+    gram: Tensor
+    noise: Tensor
+    length: Tensor
+    steering: Tensor | None = None
+    table: tuple[ActiveSets, Tensor] | None = None
+
+    def moved(self, multipliers: Tensor) -> Tensor:
+        """‖ΣAᵀλ‖, how far λ moves each activation in the units of the stream, (B,)."""
+        assert self.steering is not None
+        squared = (multipliers * matvec(self.steering, multipliers)).sum(-1)
+        return squared.clamp_min(0.0).sqrt()
+
+
+class Geometry(Protocol):
+    """All that a solve asks of the constraints A x' + c ≥ floor and of the metric Σ.
+
+    ``choice`` says which constraints each example has: for a probe the target class, (B,); for
+    other problems any integer tensor whose first dimension is the batch.
+    """
+
+    @property
+    def n_constraints(self) -> int:
+        """How many constraints each example has, m."""
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations."""
+
+    def check(self, choice: Tensor, batch: int) -> None:
+        """Raise :class:`~lrqp_torch.errors.TargetError` unless ``choice`` suits ``batch`` examples.
+
+        Called only where values can be looked at: not inside transforms or a compiled graph.
+        """
+
+    def margins(self, x: Tensor, choice: Tensor) -> Tensor:
+        """A x + c, (B, m), in float64 whatever the dtype of x, (B, d); differentiable."""
+
+    def constraints(self, choice: Tensor) -> Constraints:
+        """The dual's constants for each example; M is differentiable, the rest is not."""
+
+    def displace(self, x: Tensor, choice: Tensor, multipliers: Tensor) -> Tensor:
+        """The point x + Σ Aᵀ λ, (B, d), for λ (B, m), in float64; differentiable."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +95,9 @@ class ProbeGeometry:
         noise: rounding error of the diagonal of M_t, (K, K−1). At or below it two classes are
             equal as far as the metric can tell.
         length: ‖a_ℓ‖ for every target, (K, K−1).
+        steering_gram: a_ℓᵀ Σ² a_j for every target, (K, K−1, K−1), which measures edits in the
+            units of the stream.
+        sets: the active sets for every target where K is small, else None.
     """
 
     weight: Tensor
@@ -32,6 +106,8 @@ class ProbeGeometry:
     gram: Tensor
     noise: Tensor
     length: Tensor
+    steering_gram: Tensor
+    sets: ActiveSets | None
 
     @classmethod
     def build(cls, weight: Tensor, bias: Tensor, covariance: Tensor) -> "ProbeGeometry":
@@ -60,24 +136,41 @@ class ProbeGeometry:
                 f"{tuple(covariance.shape)}; fit both on activations of the same site"
             )
         for name, tensor in (("weight", weight), ("bias", bias), ("covariance", covariance)):
-            if not bool(torch.isfinite(tensor).all()):
+            if readable(tensor) and not bool(torch.isfinite(tensor).all()):
                 owner = "metric" if name == "covariance" else "probe"
                 raise NonFiniteError(f"the {owner}'s {name} holds NaN or infinity; refit it")
 
         weight, bias, covariance = weight.double(), bias.double(), covariance.double()
         steering = weight @ covariance
         steering_size = torch.linalg.vector_norm(steering.detach(), dim=-1)
+        # A singular Σ has rounding errors of its own norm's size in its null space, and W Σ there
+        # is nothing but rounding.
+        spread = torch.linalg.matrix_norm(covariance.detach())
         precision = 16 * torch.finfo(torch.float64).eps
-        gram, noise, length = [], [], []
+        gram, noise, length, moved = [], [], [], []
         for target in range(n_classes):
             other = other_classes(target, n_classes, weight.device)
             normals = weight[target] - weight[other]
-            products = normals @ (steering[target] - steering[other]).T
+            along = steering[target] - steering[other]
+            products = normals @ along.T
             gram.append((products + products.T) / 2)
+            moved.append(along.detach() @ along.detach().T)
             length.append(torch.linalg.vector_norm(normals.detach(), dim=-1))
-            noise.append(precision * length[-1] * (steering_size[target] + steering_size[other]))
+            size = steering_size[target] + steering_size[other]
+            noise.append(precision * length[-1] * torch.maximum(size, length[-1] * spread))
+        grams, noises = torch.stack(gram), torch.stack(noise)
+        sets = None
+        if 1 < n_classes - 1 <= TABLE_CONSTRAINTS.get(weight.device.type, TABLE_CONSTRAINTS_BLIND):
+            sets = ActiveSets.build(grams, noises)
         return cls(
-            weight, bias, steering, torch.stack(gram), torch.stack(noise), torch.stack(length)
+            weight=weight,
+            bias=bias,
+            steering=steering,
+            gram=grams,
+            noise=noises,
+            length=torch.stack(length),
+            steering_gram=torch.stack(moved),
+            sets=sets,
         )
 
     @property
@@ -85,23 +178,63 @@ class ProbeGeometry:
         """K."""
         return self.weight.shape[0]
 
+    @cached_property
+    def single(self) -> "SinglePulls":
+        """Directions of edits in float32, for large batches on the CPU."""
+        from lrqp_torch.qp.single import SinglePulls
+
+        return SinglePulls.of(self)
+
+    @property
+    def n_constraints(self) -> int:
+        """One for each class other than the target, K − 1."""
+        return self.n_classes - 1
+
     @property
     def width(self) -> int:
         """The width d of the activations that the probe reads."""
         return self.weight.shape[1]
 
+    def check(self, target: Tensor, batch: int) -> None:
+        """Raise :class:`~lrqp_torch.errors.TargetError` unless ``target`` is (B,) in [0, K)."""
+        check_classes(target, batch, self.n_classes, "target")
+
+    def constraints(self, target: Tensor) -> Constraints:
+        """The dual's constants for targets (B,)."""
+        if self.n_classes == 2:
+            # The two targets have the same problem, up to a sign that M does not see.
+            return Constraints(
+                gram=self.gram[:1].expand(len(target), 1, 1),
+                noise=self.noise[:1].expand(len(target), 1).detach(),
+                length=self.length[:1].expand(len(target), 1).detach(),
+                steering=self.steering_gram[:1].expand(len(target), 1, 1),
+            )
+        return Constraints(
+            gram=self.gram.index_select(0, target),
+            noise=self.noise.index_select(0, target).detach(),
+            length=self.length.index_select(0, target).detach(),
+            steering=self.steering_gram.index_select(0, target),
+            table=None if self.sets is None else (self.sets, target),
+        )
+
     def logits(self, x: Tensor) -> Tensor:
         """Probe logits x Wᵀ + b in float64, (B, K)."""
-        return torch.nn.functional.linear(x.double(), self.weight, self.bias)
+        return project(x, self.weight, self.bias)
 
     def margins(self, x: Tensor, target: Tensor) -> Tensor:
         """z_t − z_ℓ for the other classes ℓ in ascending order, (B, K−1), float64."""
+        if self.n_classes == 2:
+            between = project(x, self.weight[:1] - self.weight[1:], self.bias[:1] - self.bias[1:])
+            return between * (1 - 2 * target).unsqueeze(-1)
         logits = self.logits(x)
         other = other_classes(target, self.n_classes, x.device)
         return logits.gather(-1, target.unsqueeze(-1)) - logits.gather(-1, other)
 
     def displace(self, x: Tensor, target: Tensor, multipliers: Tensor) -> Tensor:
         """X + Σ Aᵀ λ, as x + c (WΣ) with c_t = Σλ and c_ℓ = −λ_ℓ; float64, (B, d)."""
+        if self.n_classes == 2:
+            along = self.steering[:1] - self.steering[1:]
+            return torch.addcmul(x.double(), multipliers * (1 - 2 * target).unsqueeze(-1), along)
         coefficients = multipliers.new_zeros(x.shape[0], self.n_classes)
         other = other_classes(target, self.n_classes, x.device)
         coefficients = coefficients.scatter(-1, other, -multipliers)

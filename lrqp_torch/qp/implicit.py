@@ -19,11 +19,13 @@ from torch import Tensor
 class _ActiveSolve(torch.autograd.Function):
     """λ = M_AA⁻¹ r_A, zero outside A, with one step of iterative refinement."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gram: Tensor, right: Tensor, inverse: Tensor, active: Tensor) -> Tensor:
-        solution = _matvec(inverse, right)
-        residual = torch.where(active, right - _matvec(gram, solution), 0.0)
-        return solution + _matvec(inverse, residual)
+        solution = matvec(inverse, right)
+        residual = torch.where(active, right - matvec(gram, solution), 0.0)
+        return solution + matvec(inverse, residual)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -36,6 +38,21 @@ class _ActiveSolve(torch.autograd.Function):
         return *adjoint_gradients(gram, solution, inverse, active, gradient), None, None
 
 
+class _ForwardActiveSolve(_ActiveSolve):
+    """The same with a derivative in forward mode, which graph compilers do not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        gram, _, inverse, active = inputs
+        ctx.save_for_backward(gram, inverse, active, output)
+        ctx.save_for_forward(gram, inverse, active, output)
+
+    @staticmethod
+    def jvp(ctx: Any, gram_tangent: Tensor, tangent: Tensor, *_: None) -> Tensor:
+        gram, inverse, active, solution = ctx.saved_tensors
+        return active_multipliers(gram, tangent - matvec(gram_tangent, solution), inverse, active)
+
+
 def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tensor) -> Tensor:
     """λ with M_AA λ_A = g_A and λ = 0 elsewhere, differentiable in M and g to every order.
 
@@ -45,7 +62,8 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
         inverse: M_AA⁻¹ padded with zeros, (B, m, m), from :func:`~.active_set.solve_dual`.
         active: A, (B, m) bool.
     """
-    result: Tensor = _ActiveSolve.apply(gram, gap, inverse, active)  # type: ignore[no-untyped-call]
+    solve = _ActiveSolve if torch.compiler.is_compiling() else _ForwardActiveSolve
+    result: Tensor = solve.apply(gram, gap, inverse, active)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -58,5 +76,8 @@ def adjoint_gradients(
     return (outer + outer.transpose(-1, -2)) / 2, adjoint
 
 
-def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The product of each matrix (..., m, m) with its vector (..., m)."""
+    if matrix.shape[-1] == 1:
+        return matrix.squeeze(-1) * vector
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

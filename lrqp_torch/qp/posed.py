@@ -57,14 +57,16 @@ class Point:
                 "the function reads x', but the problem was reduced by reads=; leave reads at "
                 "'activation', or use point.features, point.distance and point.radius only"
             )
-        return self._given("x", len(self._reduction.directions)) + self.displacement
+        x: cp.Expression = self._given("x", len(self._reduction.directions)) + self.displacement
+        return x
 
     @property
     def displacement(self) -> cp.Expression:
         """The edit x' − x, (d,); with ``reads="activation"`` only."""
         if self._features is not None:
             raise ConstraintError("the function reads x' − x; leave reads at 'activation'")
-        return self._reduction.directions.numpy() @ self._variable
+        moved: cp.Expression = self._reduction.directions.numpy() @ self._variable
+        return moved
 
     @property
     def features(self) -> cp.Expression:
@@ -72,12 +74,16 @@ class Point:
         if self._features is None or len(self._features) == 0:
             raise ConstraintError("no features were declared: pass reads=F, a tensor (n, d)")
         slopes = self._reduction.slopes(self._features).numpy()
-        return self._given("features", len(self._features)) + slopes @ self._variable
+        features: cp.Expression = (
+            self._given("features", len(self._features)) + slopes @ self._variable
+        )
+        return features
 
     @property
     def distance(self) -> cp.Expression:
         """The Mahalanobis length √((x'−x)ᵀ Σ⁻¹ (x'−x)) of the edit, ()."""
-        return cp.norm(self._variable)
+        length: cp.Expression = cp.norm(self._variable)
+        return length
 
     @property
     def radius(self) -> cp.Expression:
@@ -90,7 +96,10 @@ class Point:
                 "point.radius needs the mean of the activations: use a metric with one, such as "
                 "Mahalanobis.fit(x) makes"
             )
-        return cp.norm(self._given("centred", self._reduction.size) + self._variable)
+        length: cp.Expression = cp.norm(
+            self._given("centred", self._reduction.size) + self._variable
+        )
+        return length
 
     def _given(self, name: str, size: int) -> cp.Parameter:
         return self.given.setdefault(name, cp.Parameter(size, name=name))

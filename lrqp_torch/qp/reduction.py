@@ -66,9 +66,14 @@ class Reduction:
 
     def to(self, device: torch.device) -> "Reduction":
         """The same on another device."""
-        moved = (self.directions, self.rows, self.factor, self.whitening)
-        mean = None if self.mean is None else self.mean.to(device)
-        return Reduction(*(part.to(device) for part in moved), mean, self.complete)
+        return Reduction(
+            self.directions.to(device),
+            self.rows.to(device),
+            self.factor.to(device),
+            self.whitening.to(device),
+            None if self.mean is None else self.mean.to(device),
+            self.complete,
+        )
 
     def slopes(self, rows: Tensor) -> Tensor:
         """How rows that lie in the basis, (..., n, d), change with v: (..., n, size)."""

@@ -9,10 +9,11 @@ from torch import Tensor
 from lrqp_torch.errors import InfeasibleError
 from lrqp_torch.qp.active_set import DualSolution, solve_dual
 from lrqp_torch.qp.implicit import active_multipliers, adjoint_gradients
+from lrqp_torch.qp.table import ActiveSets
 
 
 class DualActiveSet(SolverInterface):
-    """Solver of the dual LRQP problem as posed by :func:`~.problem.pose_dual`.
+    """Solver of the dual LRQP problem as posed by :func:`~.external.pose_dual`.
 
     cvxpylayers hands over the canonical data of a batch as torch tensors: P = M flattened,
     (B, m²), q = (−g, 0), (B, m + 1). Both routes, through a ``CvxpyLayer`` and directly through
@@ -23,14 +24,31 @@ class DualActiveSet(SolverInterface):
     supports_quad_obj = True
 
     def solve(
-        self, gram: Tensor, gap: Tensor, noise: Tensor | None = None
+        self,
+        gram: Tensor,
+        gap: Tensor,
+        noise: Tensor | None = None,
+        *,
+        table: tuple[ActiveSets, Tensor] | None = None,
     ) -> tuple[Tensor, DualSolution]:
         """Multipliers λ, (B, m), differentiable in M and g; and how the solve went.
 
         For one constraint (K = 2) this is the closed form λ = max(g, 0) / M.
+
+        Args:
+            gram: M, (B, m, m).
+            gap: g, (B, m).
+            noise: rounding error of M's diagonal, (B, m); default zero.
+            table: active sets worked out beforehand, and which of their problems each example is,
+                (B,). Default: find the active set by pivots.
         """
-        solution = solve_single(gram, gap, noise) if gap.shape[-1] == 1 else None
-        solution = solution or solve_dual(gram.detach(), gap.detach(), noise=noise)
+        if gap.shape[-1] == 1:
+            return solve_single(gram, gap, noise)
+        if table is not None:
+            sets, case = table
+            solution = sets.solve(case, gap.detach())
+        else:
+            solution = solve_dual(gram.detach(), gap.detach(), noise=noise)
         return active_multipliers(gram, gap, solution.inverse, solution.active), solution
 
     def solve_torch_batch(
@@ -79,8 +97,9 @@ class DualActiveSet(SolverInterface):
         )
 
 
-@torch.no_grad()
-def solve_single(gram: Tensor, gap: Tensor, noise: Tensor | None = None) -> DualSolution:
+def solve_single(
+    gram: Tensor, gap: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, DualSolution]:
     """The closed form for one constraint: active when g > 0, infeasible when also M = 0.
 
     Args:
@@ -89,14 +108,15 @@ def solve_single(gram: Tensor, gap: Tensor, noise: Tensor | None = None) -> Dual
         noise: rounding error of M, (B, 1); default zero.
     """
     length = gram.flatten(1)
-    solvable = length > (0.0 if noise is None else noise)
-    violated = gap > 0
+    solvable = length.detach() > (0.0 if noise is None else noise)
+    violated = gap.detach() > 0
     active = violated & solvable
-    inverse = torch.where(active, 1.0 / length, 0.0)
-    return DualSolution(
-        multipliers=inverse * gap,
+    inverse = torch.where(active, torch.where(solvable, length, 1.0).reciprocal(), 0.0)
+    multipliers = inverse * gap
+    return multipliers, DualSolution(
+        multipliers=multipliers.detach(),
         active=active,
-        inverse=inverse.unsqueeze(-1),
+        inverse=inverse.detach().unsqueeze(-1),
         feasible=(solvable | ~violated).squeeze(-1),
         converged=torch.ones_like(solvable).squeeze(-1),
     )

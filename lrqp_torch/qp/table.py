@@ -1,0 +1,131 @@
+"""Every active set of a few small dual problems, worked out beforehand and then looked up.
+
+With m constraints there are 2^m active sets. For each set S the principal transform P_S maps the
+gaps g to λ_i for i in S and to the slack (Mλ − g)_i for the others, so the KKT conditions are
+P_S g ≥ 0, and one matrix product tries all sets for a whole batch. No step depends on a value
+that the host must wait for, so the solve can be captured in a CUDA graph or compiled.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.qp.active_set import (
+    DEPENDENT,
+    SATISFIED,
+    DualSolution,
+    principal_pivot,
+    unit_gap,
+    unit_scale,
+)
+from lrqp_torch.qp.implicit import matvec
+
+# The least violation over all sets is of the order of the gaps where a problem is infeasible, and
+# rounding where it is not.
+FITS = 1e-7
+# A batch is tried in parts of this many numbers; buffers above 32 MB are slow on the CPU, where
+# the allocator returns them to the system each time.
+CHUNK_NUMBERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class ActiveSets:
+    """The active sets of C problems of m constraints each.
+
+    Attributes:
+        members: which constraints each set holds, smaller sets first, (2^m, m) bool.
+        transforms: P_S transposed, for constraints of unit length, (C, m, 2^m, m).
+        inverses: M_SS⁻¹ padded with zeros, (C, 2^m, m, m).
+        dependent: sets whose constraints are linearly dependent, (C, 2^m) bool.
+        scale: 1/√M_ii, or 0 for a constraint without length, (C, m).
+    """
+
+    members: Tensor
+    transforms: Tensor
+    inverses: Tensor
+    dependent: Tensor
+    scale: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, gram: Tensor, noise: Tensor) -> "ActiveSets":
+        """Work out the sets by principal pivots: those with constraint q from those without.
+
+        Args:
+            gram: M of each problem, (C, m, m).
+            noise: rounding error of its diagonal, (C, m).
+        """
+        n_problems, m = noise.shape
+        gram = gram.detach()
+        scale = unit_scale(gram, noise.detach())
+        index = torch.arange(m, device=gram.device).unsqueeze(-1)
+        # As the pivots want it, problems last: (m, m, sets, C).
+        tableau = (gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)).permute(1, 2, 0).unsqueeze(2)
+        dependent = torch.zeros(1, n_problems, dtype=torch.bool, device=gram.device)
+        members = torch.zeros(1, m, dtype=torch.bool, device=gram.device)
+        for q in range(m):
+            flat = tableau.reshape(m, m, -1)
+            is_pivot = (index == q).expand(m, flat.shape[-1])
+            joined = principal_pivot(flat, index[q : q + 1].expand_as(is_pivot[:1]), is_pivot)
+            joins = dependent | (tableau[q, q] <= DEPENDENT)
+            joined = torch.where(joins, 0.0, joined.reshape(tableau.shape))
+            tableau = torch.cat([tableau, joined], 2)
+            dependent = torch.cat([dependent, joins])
+            members = torch.cat([members, members | (index == q).T])
+        order = members.sum(-1).argsort(stable=True)
+        members, dependent = members[order], dependent[order].T
+        tableau = tableau[:, :, order].permute(3, 2, 0, 1)
+
+        rows, columns = members.unsqueeze(-1), members.unsqueeze(-2)
+        outside = torch.where(rows, 0.0, -torch.eye(m, dtype=gram.dtype, device=gram.device))
+        transforms = torch.where(columns, torch.where(rows, -tableau, tableau), outside)
+        inverses = torch.where(rows & columns, -tableau, 0.0)
+        return cls(
+            members=members,
+            transforms=transforms.permute(0, 3, 1, 2).contiguous(),
+            inverses=inverses * scale[:, None, :, None] * scale[:, None, None, :],
+            dependent=dependent,
+            scale=scale,
+        )
+
+    @torch.no_grad()
+    def solve(self, case: Tensor, gap: Tensor) -> DualSolution:
+        """Pick the set that violates the KKT conditions least, the smallest of equals.
+
+        Args:
+            case: which of the C problems each example is, (B,).
+            gap: g, (B, m).
+        """
+        scale = self.scale[case]
+        unit, impossible = unit_gap(gap, scale)
+        _, m, n_sets, _ = self.transforms.shape
+        chunk = max(1, CHUNK_NUMBERS // (n_sets * m))
+        size = 1 + unit.abs().amax(-1)
+        parts = [
+            self._try(case[start : start + chunk], unit[start : start + chunk])
+            for start in range(0, max(1, len(gap)), chunk)
+        ]
+        violation = parts[0] if len(parts) == 1 else torch.cat(parts)
+        violation = violation.clamp_min(SATISFIED * size.unsqueeze(-1))
+        least, chosen = torch.where(self.dependent[case], torch.inf, violation).min(-1)
+        feasible = (least <= FITS * size) & ~impossible
+        active = self.members[chosen] & feasible.unsqueeze(-1)
+        inverse = torch.where(feasible[:, None, None], self.inverses[case, chosen], 0.0)
+        return DualSolution(
+            multipliers=matvec(inverse, gap).clamp_min(0.0),
+            active=active,
+            inverse=inverse,
+            feasible=feasible,
+            converged=torch.ones_like(feasible),
+        )
+
+    def _try(self, case: Tensor, unit: Tensor) -> Tensor:
+        """How much each set violates the KKT conditions, (B, 2^m)."""
+        n_problems, m, n_sets, _ = self.transforms.shape
+        # Gaps in the columns of their own problem, zero in others': one product for all problems.
+        own = case.unsqueeze(-1) == torch.arange(n_problems, device=case.device)
+        spread = torch.where(own.unsqueeze(-1), unit.unsqueeze(1), 0.0).flatten(1)
+        values = spread @ self.transforms.reshape(n_problems * m, n_sets * m)
+        least: Tensor = values.unflatten(-1, (n_sets, m)).amin(-1)
+        return -least

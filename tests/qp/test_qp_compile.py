@@ -1,0 +1,188 @@
+"""The path that never looks at a value: under a guard, on the meta device, and compiled."""
+
+from typing import Any
+
+import pytest
+import torch
+from qp_reference import Problem, random_problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
+from lrqp_torch.qp import ProbeGeometry, cache, checks, geometry, problem, readback
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
+
+
+class NoLooking(TorchDispatchMode):
+    """Raises on every operation for which a host has to wait for its device."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        assert not name.startswith(LOOKS), f"{name} looks at a value"
+        if name in ("index", "index_put", "index_put_"):
+            where = [at for at in args[1] if at is not None]
+            assert all(at.dtype != torch.bool for at in where), f"{name} by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
+    for module in (checks, problem, readback, geometry):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+    monkeypatch.setattr(geometry, "TABLE_CONSTRAINTS", {})
+
+
+def geometry_of(problem: Problem) -> ProbeGeometry:
+    return ProbeGeometry.build(problem.weight, problem.bias, problem.covariance)
+
+
+def same(found: Solution, expected: Solution) -> None:
+    assert torch.equal(found.status, expected.status)
+    assert torch.equal(found.active, expected.active)
+    near = {"rtol": 1e-9, "atol": 1e-9}
+    for name in ("multipliers", "distance", "euclidean", "floor", "log_odds_before"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), **near)
+    edited = expected.status == Status.SOLVED
+    assert (found.log_odds_after >= found.floor)[edited].all()
+
+
+@pytest.mark.parametrize("n_classes", range(2, 9))
+def test_a_solve_looks_at_nothing_and_is_the_same(blind: None, n_classes: int) -> None:
+    task = random_problem(n_classes, 16, 64, condition=10)
+    with NoLooking():
+        shape = geometry_of(task)
+        found = MahalanobisQP(n_classes).solve(task.x, task.target, task.floor, shape)
+    assert shape.n_constraints == n_classes - 1
+    assert {Status.SATISFIED, Status.SOLVED} == set(found.status.tolist())
+    expected = seen(task)
+    same(found, expected)
+    torch.testing.assert_close(found.x_new, expected.x_new, rtol=1e-10, atol=1e-10)
+
+
+def seen(task: Problem) -> Solution:
+    """The solution by pivots, with values looked at."""
+    from dataclasses import replace
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (problem, readback):
+            patch.setattr(module, "readable", lambda tensor: True)
+        shape = replace(geometry_of(task), sets=None)
+        return MahalanobisQP(len(task.bias)).solve(task.x, task.target, task.floor, shape)
+
+
+def test_the_guard_sees_a_look() -> None:
+    task = random_problem(3, 8, 5)
+    shape = geometry_of(task)
+    with pytest.raises(AssertionError, match="looks at a value"), NoLooking():
+        MahalanobisQP(3).solve(task.x, task.target, 1.0, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", [2, 4, 8])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 100.0])
+def test_a_fixed_number_of_rounds_reaches_every_floor(
+    blind: None, dtype: torch.dtype, n_classes: int, size: float
+) -> None:
+    task = random_problem(n_classes, 64, 200, seed=n_classes)
+    task.x = (task.x * size).to(dtype)
+    solution = MahalanobisQP(n_classes).solve(task.x, task.target, task.floor, geometry_of(task))
+    assert (solution.status <= Status.SOLVED).all()
+    margins = geometry_of(task).margins(solution.x_new, task.target).amin(-1)
+    assert (margins >= task.floor).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_half_precision_is_reached_blindly(blind: None, dtype: torch.dtype) -> None:
+    """At ``mid`` the stream holds attention output + block input, each of half precision."""
+    task = random_problem(3, 64, 300, condition=10)
+    base = (3 * torch.randn(300, 64, dtype=torch.float64)).to(dtype)
+    stream = (base + task.x.to(dtype)).to(dtype)
+
+    def realise(edited: Tensor) -> Tensor:
+        return (base + (edited.to(dtype).double() - base.double()).to(dtype)).double()
+
+    solution = MahalanobisQP(3).solve(
+        stream, task.target, task.floor, geometry_of(task), realise=realise
+    )
+    assert (solution.status <= Status.SOLVED).all()
+    assert (solution.log_odds_after >= solution.floor).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_bad_input_ends_as_a_status_where_it_cannot_raise(blind: None, n_classes: int) -> None:
+    task = random_problem(n_classes, 8, 6)
+    task.x[1, 2], task.x[4, 0] = torch.nan, torch.inf
+    task.floor[2] = torch.nan
+    solution = MahalanobisQP(n_classes).solve(task.x, task.target, task.floor, geometry_of(task))
+    assert (solution.status == Status.INVALID).tolist() == [False, True, True, False, True, False]
+    assert torch.equal(solution.x_new[2], task.x[2])
+    assert torch.equal(solution.x_new[4], task.x[4])
+
+
+def test_unreachable_targets_are_told_from_reachable_ones_by_the_table(blind: None) -> None:
+    task = random_problem(4, 8, 120)
+    task.weight[3], task.bias[3] = task.weight[2], task.bias[2] + 3
+    task.floor = torch.full((120,), 2.0, dtype=torch.float64)
+    solution = MahalanobisQP(4).solve(task.x, task.target, task.floor, geometry_of(task))
+    assert torch.equal(solution.status == Status.INFEASIBLE, task.target == 2)
+    assert (solution.status[task.target != 2] <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_edit_runs_without_values(n_classes: int, dtype: torch.dtype) -> None:
+    """Tensors of the meta device have none, so whatever depends on one raises."""
+    probe = LinearProbe(16, n_classes, dtype=torch.float64).requires_grad_(False)
+    edit = LRQP(probe, Mahalanobis.euclidean(16)).to("meta")
+    x = torch.zeros(10, 16, dtype=dtype, device="meta", requires_grad=True)
+    target = torch.zeros(10, dtype=torch.long, device="meta")
+    solution = edit.propose(x, target, target)
+    assert solution.x_new.shape == (10, 16) and solution.x_new.dtype == dtype
+    assert solution.status.shape == (10,)
+    (gradient,) = torch.autograd.grad(solution.x_new, x, torch.zeros_like(solution.x_new))
+    assert gradient.shape == x.shape
+
+
+def test_a_kept_geometry_is_compared_on_the_device(blind: None) -> None:
+    """A change that leaves no trace cannot be seen without waiting; it is told afterwards."""
+    weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    kept, metric = cache.GeometryCache(), torch.eye(4, dtype=torch.float64)
+    first = kept.get(weight, bias, metric, weight.device)
+    with NoLooking():
+        again, stale = kept.peek(weight, bias, metric, weight.device)
+    assert again is first and not stale
+    weight.data.mul_(2)
+    with NoLooking():
+        _, stale = kept.peek(weight, bias, metric, weight.device)
+    assert stale
+    assert kept.get(weight, bias, metric, weight.device) is not first
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 10])
+def test_compiled_in_one_graph(n_classes: int) -> None:
+    """The whole solve and its gradient, with the same numbers; K = 10 pivots in one operator."""
+    torch.compiler.reset()
+    task = random_problem(n_classes, 16, 40, condition=10)
+    x, shape, qp = task.x.float(), geometry_of(task), MahalanobisQP(n_classes)
+
+    def solve(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        solution = qp.solve(x, target, 3.0, shape)
+        return solution.x_new, solution.status
+
+    compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    results = [run(leaf, task.target) for run, leaf in zip((compiled, solve), inputs, strict=True)]
+    (found, status), (expected, expected_status) = results
+    assert torch.equal(status, expected_status)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert (shape.margins(found, task.target) >= 3.0).all()
+    outgoing = torch.randn_like(x)
+    gradients = [
+        torch.autograd.grad(r[0], i, outgoing)[0] for r, i in zip(results, inputs, strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
