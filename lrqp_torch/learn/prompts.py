@@ -1,0 +1,123 @@
+"""What a learned edit is trained on: prompts, where to edit them, and the answer that is wanted."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import LearningError, PositionError, WidthError
+from lrqp_torch.positions import Positions
+from lrqp_torch.qp.checks import as_classes
+
+
+@dataclass(frozen=True, eq=False)
+class EditPrompts:
+    """n prompts padded to T tokens, and what an edit of them should do.
+
+    Attributes:
+        inputs: ``input_ids`` and ``attention_mask``, LongTensors (n, T), and ``position_ids`` where
+            the prompts are padded.
+        positions: columns to edit, LongTensor (n,) or (n, k).
+        target: class to write, LongTensor (n,).
+        read: column where the answer is read, LongTensor (n,).
+        source: class that holds now, (n,): for the ``mirror`` rule, and for control edits, which
+            write it. None: the probe's own reading, and no control edits.
+        wins: token that should become the answer, LongTensor (n,). None for own objectives.
+        loses: token that should cease to be, LongTensor (n,). None for own objectives.
+        elsewhere: columns whose next-token distribution should stay, BoolTensor (n, T). None:
+            every token from the first edited one on, except ``read``.
+
+    Raises:
+        LearningError: no prompts.
+        WidthError: a tensor of another shape.
+        PositionError: positions of another shape or dtype, or columns that do not exist.
+    """
+
+    inputs: Mapping[str, Tensor]
+    positions: Tensor
+    target: Tensor
+    read: Tensor
+    source: Tensor | None = None
+    wins: Tensor | None = None
+    loses: Tensor | None = None
+    elsewhere: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise PositionError(f"inputs need input_ids (n, T), got {sorted(self.inputs)}")
+        if len(ids) == 0:
+            raise LearningError("no prompts were given: there is nothing to learn from")
+        shapes = {f"inputs[{name!r}]": (tensor, len(ids)) for name, tensor in self.inputs.items()}
+        shapes |= {"positions": (self.positions, len(ids))}
+        for name, (tensor, n) in shapes.items():
+            if len(tensor) != n:
+                raise WidthError(f"{name} has {len(tensor)} rows, input_ids {n}")
+        for name in ("target", "read", "source", "wins", "loses"):
+            value = getattr(self, name)
+            if value is not None and as_classes(value, name).shape != (len(ids),):
+                raise WidthError(f"{name} must be ({len(ids)},), got {tuple(value.shape)}")
+        if self.elsewhere is not None and (
+            self.elsewhere.shape != ids.shape or self.elsewhere.dtype != torch.bool
+        ):
+            raise WidthError(
+                f"elsewhere must be a BoolTensor {tuple(ids.shape)}, got {self.elsewhere.dtype} "
+                f"{tuple(self.elsewhere.shape)}"
+            )
+        if self.positions.dtype == torch.bool:
+            raise PositionError("positions must be LongTensor (n,) or (n, k) here, not a mask")
+        last = max(int(self.read.max()), int(Positions.parse(self.positions).token.max()))
+        if last >= ids.shape[1] or int(self.read.min()) < 0:
+            raise PositionError(f"column {last} is outside the {ids.shape[1]} tokens of the input")
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.inputs["input_ids"])
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """The prompts of a LongTensor or BoolTensor of rows, with the same padding."""
+        return self._change(lambda tensor: tensor[rows.to(tensor.device)])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same prompts on a device."""
+        return self._change(lambda tensor: tensor.to(device))
+
+    def control(self) -> Self:
+        """The same prompts with the class that holds already as the target."""
+        if self.source is None:
+            raise LearningError("control edits write the class that holds now: give source")
+        return replace(self, target=self.source)
+
+    @property
+    def first_position(self) -> int:
+        """The smallest column that is edited."""
+        return int(self.positions.min())
+
+    @property
+    def kept(self) -> Tensor:
+        """Columns whose next-token distribution should stay, BoolTensor (n, T)."""
+        columns = torch.arange(self.inputs["input_ids"].shape[1], device=self.read.device)
+        first = self.positions.reshape(len(self), -1).amin(-1, keepdim=True)
+        # Before the first edited token nothing can change, and layers there do not run again.
+        reachable = (columns >= first) & (columns != self.read[:, None])
+        if self.elsewhere is not None:
+            return self.elsewhere & reachable
+        mask = self.inputs.get("attention_mask")
+        return reachable if mask is None else reachable & mask.bool()
+
+    def texts(self) -> list[tuple[int, ...]]:
+        """The tokens of each prompt without padding: the same however it was padded."""
+        ids = self.inputs["input_ids"].cpu()
+        mask = self.inputs.get("attention_mask", torch.ones_like(ids)).cpu().bool()
+        return [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {
+            field.name: change(getattr(self, field.name))
+            for field in fields(self)
+            if field.name != "inputs" and getattr(self, field.name) is not None
+        }
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, **changed)
