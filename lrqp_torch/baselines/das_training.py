@@ -133,9 +133,11 @@ def _losses(behaviour: Behaviour, paired: Tensor, basis: Tensor, rows: Tensor) -
         return interchange(x, pair, basis.to(x.device)).to(x.dtype)
 
     positions = behaviour.positions[rows.to(behaviour.positions.device)]
-    batch = _batch(behaviour, rows)
     with intervene(behaviour.model, Intervention(behaviour.site, positions, edit)):
-        logits = behaviour.model(**batch, use_cache=False).logits
+        if behaviour.rerun is not None:
+            logits = behaviour.rerun(rows)
+        else:
+            logits = behaviour.model(**_batch(behaviour, rows), use_cache=False).logits
     losses = behaviour.loss(logits, rows)
     if losses.shape != rows.shape or not bool(torch.isfinite(losses).all()):
         raise LearningError(

@@ -25,6 +25,9 @@ class Behaviour:
         positions: the column edited in each prompt, LongTensor (n,).
         loss: of the edited model's logits; see :data:`Loss` and :func:`answer_loss`.
         batch_size: prompts a forward pass.
+        rerun: gives the logits of training prompts ``rows`` (b,) under the edits that are open, for
+            the loss to read; default the whole forward pass, (b, T, V). A rerun of the layers above
+            the site alone, such as :meth:`lrqp_torch.tail.Tail.run`, is cheaper.
     """
 
     model: nn.Module
@@ -33,6 +36,7 @@ class Behaviour:
     positions: Tensor
     loss: Loss
     batch_size: int = 32
+    rerun: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,12 @@ FIGURES = (
     "circuit_probes",
     "circuit_attention",
     "mediation",
+    "compare_pareto",
+    "compare_table",
+    "compare_equal_effect",
+    "controls_splits",
+    "controls_sites",
+    "controls_chance",
 )
 """Every figure that the study's parts can draw, without the ending."""
 

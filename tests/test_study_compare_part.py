@@ -1,0 +1,209 @@
+"""The league table end to end on the organism: computed, drawn, put into words, resumed."""
+
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_for_tests import FEW, SITE, SMALL, few, reference
+from contexts_for_tests import Count, check_part
+from typer.testing import CliRunner
+
+from lrqp_torch.baselines import BaselineData, build
+from lrqp_torch.cli import app
+from lrqp_torch.errors import MissingExtraError, SettingError
+from lrqp_torch.study import compare, heads
+from lrqp_torch.study.compare import CompareOptions, CompareResult, methods
+from lrqp_torch.study.compare.reading import reading
+from lrqp_torch.study.reproduce import reproduce
+from lrqp_torch.study.results import load
+from lrqp_torch.study.settings import Settings
+
+# ---- the part ------------------------------------------------------------------------------------
+
+
+@cache
+def result() -> CompareResult:
+    one, count = few(), Count()
+    found = compare.compute(
+        one, {SITE: reference()}, heads.compute(one), options=SMALL, advance=count
+    )
+    assert count.total == compare.work(one, SMALL)
+    return found
+
+
+def without_times(found: CompareResult) -> dict[str, Any]:
+    raw = asdict(found)
+    for site in raw["sites"].values():
+        for row in site["methods"]:
+            row["seconds"] = None
+    return raw
+
+
+def test_the_part_end_to_end(tmp_path: Path) -> None:
+    check_part(compare, result(), tmp_path)
+    site = result().sites[SITE]
+    assert [row.name for row in site.methods] == SMALL.names
+    assert {"none", "lrqp"} <= set(SMALL.names)
+    nothing, own = site.method("none"), site.method("lrqp")
+    assert nothing.counterfactual is not None and own.counterfactual is not None
+    assert nothing.counterfactual.divergence.upper == 0
+    assert nothing.counterfactual.logit_difference == site.clean
+    assert nothing.scores["selectivity"] is None or nothing.scores["selectivity"].value == 1
+    assert own.counterfactual.flipped is not None and own.counterfactual.flipped.value > 0.5
+    assert own.counterfactual.log_odds.value > 0 > nothing.counterfactual.log_odds.value
+    patch = site.method("full_patch")
+    assert patch.scores["completeness"] is not None
+    assert patch.scores["completeness"].value > 0.9
+    for row in site.methods:
+        assert not row.problem
+        for name in ("control", "counterfactual"):
+            effect = getattr(row, name)
+            for mean in asdict(effect).values():
+                assert mean is None or mean["lower"] - 1e-9 <= mean["value"] <= mean["upper"] + 1e-9
+    assert "1 epochs" in site.method("das").settings
+    assert site.watched and own.counterfactual.attention is not None
+    assert own.relative["divergence"] is not None
+    assert own.relative["divergence"].value == pytest.approx(1)
+    assert [curve.name for curve in site.curves] == [*SMALL.names[1:], "lrqp_dose"]
+    for curve in site.curves:
+        wanted = SMALL.log_alphas if curve.name == "lrqp_dose" else SMALL.strengths
+        assert tuple(point.dose for point in curve.points) == wanted
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    one = few()
+    again = compare.compute(one, {SITE: reference()}, heads.compute(one), options=SMALL)
+    assert without_times(again) == without_times(result())
+
+
+def test_strength_1_of_a_curve_is_the_row_of_the_table() -> None:
+    one = replace(few(), batch_size=50)
+    options = replace(SMALL, methods=("euclidean",), sweep_prompts=FEW)
+    site = compare.compute(one, {SITE: reference()}, options=options).sites[SITE]
+    assert site.watched == [] and site.role == ""
+    for name in ("lrqp", "euclidean"):
+        curve = next(curve for curve in site.curves if curve.name == name)
+        point = next(point for point in curve.points if point.dose == 1)
+        effect = site.method(name).counterfactual
+        assert effect is not None and effect.attention is None
+        fall = site.clean.value - effect.logit_difference.value
+        assert point.effect.value == pytest.approx(fall)
+        assert point.costs["divergence"].value == pytest.approx(effect.divergence.value)
+
+
+def test_a_method_that_cannot_be_built_is_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str, data: BaselineData) -> Any:
+        if name == "leace":
+            raise MissingExtraError("LEACE needs a package: install it")
+        return build(name, data)
+
+    monkeypatch.setattr(methods, "build", missing)
+    one, count = few(), Count()
+    options = replace(SMALL, methods=("leace", "euclidean"))
+    found = compare.compute(one, {SITE: reference()}, options=options, advance=count)
+    assert count.total == compare.work(one, options)
+    row = found.sites[SITE].method("leace")
+    assert "install it" in row.problem and row.counterfactual is None
+    (table,) = (p.table for p in compare.panels(found) if p.name == "compare-0")
+    assert table is not None
+    assert next(r for r in table.rows if r[0] == row.title)[1:-1] == (None,) * (
+        len(table.columns) - 2
+    )
+    assert any("LEACE needs a package" in line for line in reading(found.sites[SITE]))
+
+
+def test_words_follow_the_figures() -> None:
+    site = result().sites[SITE]
+    own = site.method("lrqp")
+
+    def with_rivals(lower: float, upper: float) -> str:
+        rows = []
+        for row in site.methods:
+            if row.name not in ("none", "lrqp", "lrqp_learned"):
+                mean = replace(own.relative["divergence"], value=upper, lower=lower, upper=upper)
+                row = replace(row, relative=dict.fromkeys(own.relative, mean))
+            rows.append(row)
+        return " ".join(reading(replace(site, methods=rows)))
+
+    assert "not in LRQP's favour (4 clearly better" in with_rivals(0.4, 0.5)
+    assert ": in LRQP's favour (0 clearly better, 4 clearly worse" in with_rivals(1.5, 2.0)
+    assert "neither for nor against LRQP" in with_rivals(0.9, 1.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": ("sorcery",)},
+        {"strengths": (0.5, 2.0)},
+        {"strengths": (-1.0, 1.0)},
+        {"sweep_prompts": 1},
+    ],
+)
+def test_bad_options_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(SettingError):
+        CompareOptions(**changes)
+
+
+def test_a_table_needs_a_site() -> None:
+    with pytest.raises(SettingError, match="no site"):
+        compare.compute(few(), {})
+
+
+# ---- in the study --------------------------------------------------------------------------------
+
+TINY = replace(SMALL, methods=("mean_difference", "full_patch"), sweep_prompts=8, texts=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "compute", partial(compare.compute, options=TINY))
+    monkeypatch.setattr(compare, "work", partial(compare.work, options=TINY))
+
+
+def settings(out: Path, **changes: Any) -> Settings:
+    whole: dict[str, Any] = {"n": 48, "sites": "L1.mid,L2.pre", "prefixes": "bundled"}
+    whole |= {"batch_size": 16, "compare_task": False, "figures": False, "report": False}
+    return Settings(model="organism", out=out, parts="compare", **(whole | changes))
+
+
+def test_a_stopped_study_goes_on_with_the_same_table(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = reproduce(settings(tmp_path / "whole"))
+    assert set(whole.parts) == {"heads", "compare"}
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "compute", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(settings(out))
+    assert {path.stem for path in (out / "parts").glob("*.json")} == {"flipping", "heads"}
+    resumed = reproduce(settings(out, resume=True))
+    tables = [
+        without_times(compare.from_json(study.parts["compare"])) for study in (whole, resumed)
+    ]
+    assert tables[0] == tables[1]
+    # A finished table is only read again.
+    monkeypatch.setattr(compare, "compute", stop)
+    assert reproduce(settings(out, resume=True)).parts == load(out)[0].parts
+
+
+def test_the_command_writes_table_figures_and_report(tiny: None, tmp_path: Path) -> None:
+    arguments = "compare --n 48 --prefixes bundled --sites L1.mid,L2.pre --batch-size 16"
+    answer = CliRunner().invoke(
+        app, [*arguments.split(), "--no-compare-task", "--out", str(tmp_path)]
+    )
+    assert answer.exit_code == 0, answer.output
+    names = {path.name for path in tmp_path.iterdir()}
+    for stem in ("compare_pareto", "compare_table", "compare_equal_effect"):
+        assert {f"{stem}.png", f"{stem}.svg"} <= names
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "LRQP beside other edits" in page and "At the same effect as LRQP" in page
+    assert (tmp_path / "parts" / "compare.json").exists()
