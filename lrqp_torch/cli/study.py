@@ -24,6 +24,9 @@ PARTS = {
     "heads": "Attention heads: where they look, what they write, and their roles.",
     "circuit": "What S-inhibition heads report and where name movers look under the edit.",
     "mediation": "Whether the edit works through the attention patterns of the name movers.",
+    "compare": "LRQP beside other edits of the same belief: effect, side effects, Pareto front "
+    "(not among all: it trains some of them).",
+    "controls": "Whether the edit works through what the model reads: controls for illusions.",
 }
 
 
@@ -64,7 +67,8 @@ def reproduce(
     parts: Annotated[
         str,
         typer.Option(
-            help="all, or some of those named above, with commas; what they need runs too."
+            help="all (without compare), or some of those named above, with commas; what they "
+            "need runs too."
         ),
     ] = "all",
     compare_task: Annotated[
@@ -106,35 +110,41 @@ def reproduce(
     with messages(debug):
         from transformers.utils.logging import disable_progress_bar
 
+        from lrqp_torch.distributed import joined
         from lrqp_torch.study.report import print_summary
-        from lrqp_torch.study.reproduce import reproduce as run_study
+        from lrqp_torch.study.reproduce import reproduce_on
         from lrqp_torch.study.settings import Settings
 
         disable_progress_bar()  # it would run through ours
-        settings = Settings(
-            model=model,
-            out=out,
-            n=n,
-            prefixes=prefixes,
-            sites=sites,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            train_share=train_share,
-            log_odds=log_odds,
-            l2=l2,
-            shrinkage=_shrinkage(shrinkage),
-            figures=figures,
-            report=report,
-            parts=parts,
-            compare_task=compare_task,
-            resume=resume,
-        )
-        try:
-            results = run_study(settings, progress=True)
-        except KeyboardInterrupt:
-            _say_what_is_kept(out)
-            raise typer.Exit(INTERRUPTED) from None
+        with joined(device) as ranks:
+            with ranks.together():
+                settings = Settings(
+                    model=model,
+                    out=out,
+                    n=n,
+                    prefixes=prefixes,
+                    sites=sites,
+                    seed=seed,
+                    batch_size=batch_size,
+                    device=device,
+                    train_share=train_share,
+                    log_odds=log_odds,
+                    l2=l2,
+                    shrinkage=parse_shrinkage(shrinkage),
+                    figures=figures,
+                    report=report,
+                    parts=parts,
+                    compare_task=compare_task,
+                    resume=resume,
+                )
+            try:
+                results = reproduce_on(ranks, settings, progress=True)
+            except KeyboardInterrupt:
+                if ranks.is_main:
+                    _say_what_is_kept(out)
+                raise typer.Exit(INTERRUPTED) from None
+    if results is None:  # rank 0 tells
+        return
     console = Console()
     print_summary(results, console)
     where = f"Results are in {out}" + (f"; open {out / 'report.html'}." if report else ".")
@@ -186,7 +196,8 @@ def _say_what_is_kept(out: Path) -> None:
     )
 
 
-def _shrinkage(text: str) -> "Shrinkage":
+def parse_shrinkage(text: str) -> "Shrinkage":
+    """The shrinkage that an option names."""
     named: dict[str, Shrinkage] = {"ledoit_wolf": "ledoit_wolf", "oas": "oas"}
     if text in named:
         return named[text]

@@ -84,6 +84,7 @@ class Part:
         module: what counts its work, draws it, shows it and reads it back.
         compute: gives its result, a dataclass of plain JSON values.
         needs: names of the parts that must have run before.
+        by_name_only: whether it runs only when it is named, and not as one of all.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Part:
     module: PartModule
     compute: Callable[[Given, Advance], Any]
     needs: tuple[str, ...] = ()
+    by_name_only: bool = False
 
 
 @dataclass(frozen=True)
