@@ -16,7 +16,9 @@ def digest_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(_bytes(parameter.detach().flatten()[:_DIGESTED]))
+        # A tensor-parallel model holds a part of it on each rank.
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        digest.update(_bytes(whole.detach().flatten()[:_DIGESTED]))
     return digest.hexdigest()[:16]
 
 

@@ -46,29 +46,34 @@ class Passes:
                 f"only once; give a list, a DataLoader, or a function that returns a new one"
             )
         self._batches = batches
-        self.width, self.n_samples = 0, 0
-        self.device, self.dtype = device, torch.float32
+        self.width, self.device, self.dtype = 0, device, torch.float32
+        self.n_samples, total, counts = self._first_pass()
+        if self.n_samples == 0:
+            raise LabelError("no examples to fit a probe on")
+        self.mean = total / self.n_samples
+        self.n_classes = check_counts(counts, n_classes)
+        self._sums: Tensor | None = None
+
+    def _first_pass(self) -> tuple[int, Tensor, Tensor]:
+        """Number of examples, their sum (d,), and how many are of each class."""
+        self._own_samples = 0
         total = counts = torch.zeros(0)
         for number, (x, labels) in enumerate(self._pairs()):
             if number == 0:
-                self.width, self.device, self.dtype = x.shape[1], device or x.device, x.dtype
+                self.width, self.device, self.dtype = x.shape[1], self.device or x.device, x.dtype
                 total = torch.zeros(self.width, dtype=torch.float64, device=self.device)
                 counts = torch.zeros(0, dtype=torch.long, device=labels.device)
             try:
                 check_finite(x)
             except LRQPError as error:
                 raise named(error, f"batch {number}") from error
-            self.n_samples += len(x)
+            self._own_samples += len(x)
             total += x.to(total).sum(0)
             most = max(len(counts), int(labels.max()) + 1 if len(labels) else 0)
             longer = torch.bincount(labels, minlength=most)
             longer[: len(counts)] += counts.to(longer.device)
             counts = longer
-        if self.n_samples == 0:
-            raise LabelError("no examples to fit a probe on")
-        self.mean = total / self.n_samples
-        self.n_classes = check_counts(counts, n_classes)
-        self._sums: Tensor | None = None
+        return self._own_samples, total, counts
 
     def __iter__(self) -> Iterator[Block]:
         sums = self.mean.new_zeros(1, self.width + 1)
@@ -87,9 +92,9 @@ class Passes:
             seen += len(x)
             sums = sums + targets @ features
             squares = squares + features.square().sum()
-        if seen != self.n_samples:
+        if seen != self._own_samples:
             raise BatchError(
-                f"the batches gave {self.n_samples} examples on the first pass and {seen} on a "
+                f"the batches gave {self._own_samples} examples on the first pass and {seen} on a "
                 f"later one; {_SAME}"
             )
         # Sums of each class tell whether any activation or label changed, in whatever order.

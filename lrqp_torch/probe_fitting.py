@@ -1,6 +1,6 @@
 """Fitting many probes at once: what shares activations or their shape is one stack of problems."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,9 +97,15 @@ def fit_streamed(
     device: torch.device | str | None,
 ) -> tuple[Fitted, torch.dtype]:
     """Fit one probe to data read anew in every pass; also the dtype of the activations."""
-    data = Passes(batches, n_classes, device)
+    return fit_passes(Passes(batches, n_classes, device), options, MultinomialLoss)
+
+
+def fit_passes(
+    data: Passes, options: Options, likelihood: Callable[..., MultinomialLoss]
+) -> tuple[Fitted, torch.dtype]:
+    """The same for passes that were made before, with a likelihood that sums over them."""
     l2 = options.penalty(data.n_samples)
-    loss = MultinomialLoss(data, n_samples=data.n_samples, l2=l2, in_memory=False)
+    loss = likelihood(data, n_samples=data.n_samples, l2=l2, in_memory=False)
     zero = data.mean.new_zeros(1, 1, rows_of(data.n_classes), data.width + 1)
     minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
     found = _unpack(minimum, 0, 0, data.mean, None, l2, data.n_samples)

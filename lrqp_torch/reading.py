@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.batching import Batch, by_length, count_tokens, cut, in_order, may_trim, take
+from lrqp_torch.compiled import run_eagerly
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.hooks import attach, warn_of_dropout
+from lrqp_torch.placement import input_device
 from lrqp_torch.positions import ForwardCall, Positions
 from lrqp_torch.sites import Located, Site, family_of, locate, trunk_of
 
@@ -96,9 +98,7 @@ class Reading:
         advance: Callable[[int], object],
     ) -> dict[str, Tensor]:
         """The activations of consecutive examples, in their order."""
-        begin, end = examples.start, examples.stop
-        if self.places is not None and self.places.is_mask:
-            begin, end = int(self.places.offsets[begin]), int(self.places.offsets[end])
+        begin, end = self.span(examples)
         whole: dict[str, Tensor] = {}
         for batch, rows, found in self.run(examples, device):
             if len(rows) == end - begin:  # all of it, in order, so without a copy
@@ -113,18 +113,28 @@ class Reading:
             advance(len(batch.examples))
         return whole
 
+    def span(self, examples: range) -> tuple[int, int]:
+        """First row of the result that consecutive examples fill, and the one after the last."""
+        begin, end = examples.start, examples.stop
+        if self.places is not None and self.places.is_mask:
+            begin, end = int(self.places.offsets[begin]), int(self.places.offsets[end])
+        return begin, end
+
     def run(
-        self, examples: range, device: torch.device | str | None
+        self, examples: range, device: torch.device | str | None, turns: slice = slice(None)
     ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
-        """Batch, rows of the result and activations by site, of consecutive examples."""
+        """Batch, rows of the result and activations by site, of consecutive examples.
+
+        ``turns`` says which of the batches to run, such as every second one.
+        """
         limits = examples, self.batch_size, self.batch_tokens
         batches = (
             by_length(self.inputs["attention_mask"], *limits)
             if self.trims
             else in_order(self.length, *limits)
         )
-        home = cast(Any, trunk_of(self.model)).device
-        for batch in batches:
+        home = input_device(self.model)
+        for batch in batches[turns]:
             part = cut(self.model, self.inputs, batch) if self.trims else take(self.inputs, batch)
             part = {
                 name: value.to(home) if isinstance(value, Tensor) else value
@@ -195,6 +205,7 @@ def _read(
         return read
 
     with ExitStack() as stack:
+        stack.enter_context(run_eagerly(model))
         for item in sorted(located, key=lambda item: item.site):
             attach(stack, item, keep(item))
         with suppress(_StopForwardError):

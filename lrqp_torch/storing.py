@@ -58,41 +58,71 @@ def capture_to(
             whether they were the same.
         OutputError: the folder cannot be written.
     """
-    folder = Path(folder)
-    if shard_size < 1:
-        raise PositionError(f"shard_size must be at least 1, got {shard_size}")
     reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens)
-    if is_watched(model):
-        raise ActivationStoreError(
-            "the model has hooks or open edits, which capture_to cannot check when it resumes; "
-            "close them, or use capture or capture_batches"
-        )
-    request = {
-        "model": f"{type(model).__name__} {digest_model(model)}",
-        "inputs": digest_values(inputs),
-        "positions": digest_values({"positions": positions}),
-        "sites": ", ".join(reading.sites),
-        "shard size": str(shard_size),
-    }
-    prepare_folder(folder)
-    done = _resume(folder, request)
+    writing = Writing(Path(folder), reading, positions, shard_size)
     with progress_shown(progress, reading.n_examples) as advance:
-        starts = range(0, reading.n_examples, shard_size)
-        if done is not None:
-            advance(min(len(done.shards) * shard_size, reading.n_examples))
-        for number in range(len(done.shards) if done else 0, len(starts)):
-            stop = min(starts[number] + shard_size, reading.n_examples)
-            found = reading.gather(range(starts[number], stop), "cpu", advance)
-            if positions is None:  # then two sites may be one tensor, such as L0.post and L1.pre
-                found = {site: part.clone() for site, part in found.items()}
-            shard = _write_shard(shard_path(folder, number), found)
-            if done is None:
-                first = found[reading.sites[0]]
-                shape, dtype = tuple(first.shape[1:]), _NAMES[first.dtype]
-                done = Index(tuple(reading.sites), shape, dtype, len(starts), request, ())
-            done = replace(done, shards=(*done.shards, shard))
-            done.write(folder)
+        advance(writing.examples_done)
+        for examples in writing.pending:
+            writing.add(reading.gather(examples, "cpu", advance))
     return ActivationStore(folder)
+
+
+class Writing:
+    """A store being written: what is there already, what is still to come, and adding to it.
+
+    Args:
+        folder: where to write; created if needed.
+        reading: what is captured.
+        positions: of the reading, as given.
+        shard_size: examples a shard.
+
+    Attributes:
+        pending: the examples of each shard that is not written yet, in order.
+        examples_done: how many are written.
+
+    Raises:
+        PositionError, ActivationStoreError, OutputError: as of :func:`capture_to`.
+    """
+
+    def __init__(
+        self, folder: Path, reading: Reading, positions: Tensor | None, shard_size: int
+    ) -> None:
+        if shard_size < 1:
+            raise PositionError(f"shard_size must be at least 1, got {shard_size}")
+        if is_watched(reading.model):
+            raise ActivationStoreError(
+                "the model has hooks or open edits, which capture_to cannot check when it resumes; "
+                "close them, or use capture or capture_batches"
+            )
+        self.folder, self._reading = folder, reading
+        self._request = {
+            "model": f"{type(reading.model).__name__} {digest_model(reading.model)}",
+            "inputs": digest_values(reading.inputs),
+            "positions": digest_values({"positions": positions}),
+            "sites": ", ".join(reading.sites),
+            "shard size": str(shard_size),
+        }
+        prepare_folder(folder)
+        self._done = _resume(folder, self._request)
+        n = reading.n_examples
+        shards = [range(start, min(start + shard_size, n)) for start in range(0, n, shard_size)]
+        written = 0 if self._done is None else len(self._done.shards)
+        self.pending, self._n_shards = shards[written:], len(shards)
+        self.examples_done = shards[written - 1].stop if written else 0
+
+    def add(self, found: dict[str, Tensor]) -> None:
+        """Write the next shard: the activations of the first pending examples not added yet."""
+        if self._reading.places is None:  # then two sites may be one tensor: L0.post and L1.pre
+            found = {site: part.clone() for site, part in found.items()}
+        number = 0 if self._done is None else len(self._done.shards)
+        shard = _write_shard(shard_path(self.folder, number), found)
+        if self._done is None:
+            first = found[self._reading.sites[0]]
+            shape, dtype = tuple(first.shape[1:]), _NAMES[first.dtype]
+            sites = tuple(self._reading.sites)
+            self._done = Index(sites, shape, dtype, self._n_shards, self._request, ())
+        self._done = replace(self._done, shards=(*self._done.shards, shard))
+        self._done.write(self.folder)
 
 
 def _resume(folder: Path, request: dict[str, str]) -> Index | None:

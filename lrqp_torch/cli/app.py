@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lrqp_torch.errors import LRQPError
+from lrqp_torch.errors import LRQPError, ToldError
 
 INTERRUPTED = 130
 """Exit code of a command that the user stopped, as shells have it."""
@@ -51,10 +51,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback o
 
 @contextmanager
 def messages(debug: bool) -> Iterator[None]:
-    """Turn the package's errors into one message and exit code 2."""
+    """Turn the package's errors into one message and exit code 2.
+
+    Of processes that run together, the one that the error comes from tells it.
+    """
     try:
         yield
     except LRQPError as error:
+        if isinstance(error, ToldError):
+            raise typer.Exit(2) from error
         if debug:
             raise
         Console(stderr=True).print(

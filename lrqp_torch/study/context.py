@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.activations import capture
+from lrqp_torch.distributed import Ranks, capture
 from lrqp_torch.ioi import IOIDataset
 
 Advance = Callable[[int], object]
 """Called with the number of units of work just done, to move a progress bar."""
+
+ALONE = Ranks()
+"""One process, without others to share work with."""
 
 
 def no_progress(done: int) -> None:
@@ -62,6 +65,7 @@ class StudyContext:
         position: str,
         sites: Sequence[str] | None = None,
         advance: Advance = no_progress,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """Clean activations by site, (n, d) each in float32 on the model's device; kept.
 
@@ -71,6 +75,7 @@ class StudyContext:
             position: a key of ``IOIDataset.positions``, such as ``"S2"`` or ``"END"``.
             sites: which; default all of the study's.
             advance: called with the number of prompts after each batch that had to be run.
+            ranks: the processes among which batches are shared, all of which make this call.
         """
         wanted = list(self.sites if sites is None else sites)
         kept = self._activations.setdefault((task.name, split, position), {})
@@ -79,7 +84,13 @@ class StudyContext:
             data: IOIDataset = getattr(task, split)
             at = data.positions[position]
             found = capture(
-                self.model, data.inputs, missing, at, batch_size=self.batch_size, progress=advance
+                self.model,
+                data.inputs,
+                missing,
+                at,
+                ranks=ranks,
+                batch_size=self.batch_size,
+                progress=advance,
             )
             kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}

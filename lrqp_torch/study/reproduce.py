@@ -1,19 +1,23 @@
 """The whole study in one call: prompts, sweep of edits, the other parts, figures and report."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from rich.progress import Progress
 from torch import Tensor
 
 from lrqp_torch import __version__, models
 from lrqp_torch.digests import digest_model
+from lrqp_torch.distributed import Ranks
 from lrqp_torch.edit import LRQP
-from lrqp_torch.study import chapters, figures, flipping, html, results
+from lrqp_torch.study import chapters, figures, flipping, html, results, shared_sweep
+from lrqp_torch.study.captured import tasks_of
 from lrqp_torch.study.clock import Clock
-from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.drawing import require_matplotlib
 from lrqp_torch.study.folder import forget, made_folder
 from lrqp_torch.study.parts import Finished, Given, PartStore, Start, kept_or_computed, run_parts
@@ -52,88 +56,133 @@ def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:
             folder is checked before any work; one that was made for a run that is refused is
             removed again.
     """
-    with made_folder(settings.out):
-        return _reproduce(settings, progress=progress)
+    # Rank 0 always has results, and one process is rank 0.
+    return cast(StudyResults, reproduce_on(ALONE, settings, progress=progress))
 
 
-def _reproduce(settings: Settings, *, progress: bool) -> StudyResults:
-    if settings.figures:
-        require_matplotlib()
-    if settings.report:
-        html.require_plotly()
-    names = chapters.choose(settings.parts)
+def reproduce_on(
+    ranks: Ranks, settings: Settings, *, progress: bool = False
+) -> StudyResults | None:
+    """The study of :func:`reproduce` on many processes, all of which make this call.
+
+    The sweep is shared: its captures and held-out prompts batch by batch, its probes and
+    covariances site by site. The numbers are those of one process. The other parts, figures and
+    report are made by rank 0 alone, after ``ranks.leave()``; it alone reads and writes
+    ``settings.out``. The others return as soon as the sweep is done.
+
+    Args:
+        ranks: this process among the others, from :func:`lrqp_torch.distributed.joined`.
+        settings: what to run, the same on every rank.
+        progress: whether rank 0 shows progress bars on standard error.
+
+    Returns:
+        The results on rank 0, None on the others.
+
+    Raises:
+        LRQPError: as :func:`reproduce`, on the first rank where it happens.
+        ToldError: on the others.
+        RankError: another rank has ended, or has other prompts or weights.
+    """
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(made_folder(settings.out))
+        bars = stack.enter_context(progress_bars(enabled=progress and ranks.is_main))
+        return _reproduce(ranks, settings, _start(bars))
+
+
+def _reproduce(ranks: Ranks, settings: Settings, start: Start) -> StudyResults | None:
     clock = Clock()
-
-    with progress_bars(enabled=progress) as bars:
-        start = _start(bars)
-        with clock.stage("model"):
-            advance = start("loading the model", 1)
-            device = choose_device(settings.device)
-            model, tokenizer = models.load(settings.model, device=device)
-            advance(1)
+    with ranks.together():
+        if settings.figures:
+            require_matplotlib()
+        if settings.report:
+            html.require_plotly()
+        names = chapters.choose(settings.parts)
+        context = _prepare(settings, start, clock)
         truth = read_truth(settings.model)
-        sites = choose_sites(model, settings.sites)
-        with clock.stage("prompts"):
-            advance = start("writing prompts", 1)
-            versions = [settings, settings.other()] if settings.compares else [settings]
-            tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]
-            advance(1)
-        context = StudyContext(
-            model=model,
-            task=tasks[0],
-            other_task=tasks[1] if settings.compares else None,
-            sites=sites,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            device=device,
-        )
         store = PartStore(settings.out, _fingerprint(settings, context))
-        if settings.resume:
+    ranks.agree(store.fingerprint)
+    with ranks.together():
+        if ranks.is_main and settings.resume:
             names = [name for name in chapters.NAMES if name in {*names, *store.finished()}]
-        else:
+        elif ranks.is_main:
             store.clear()
             forget(settings.out)
-        swept = _sweep(context, settings, store, start, wanted=chapters.FLIPPING in names)
-        given = Given(
-            context,
-            settings,
-            None if swept.own is None else swept.own.best_site,
-            _edits(context, settings),
-        )
-        chosen = [part for part in chapters.PARTS if part.name in names]
-        finished = run_parts(given, chosen, store, start)
-        other = None if swept.other is None else store.load(chapters.OTHER_TASK)
-        parts = finished if other is None else {chapters.OTHER_TASK: other} | finished
-        study = StudyResults(
-            settings=settings.record(),
-            model=describe_model(model, settings.model),
-            data={"train": len(context.task.train), "test": len(context.task.test)},
-            clean=swept.clean,
-            sites={} if swept.own is None else swept.own.sites,
-            used_sites=[] if swept.own is None else swept.own.used_sites,
-            best_site=given.best_site,
-            ground_truth=None
-            if truth is None or swept.own is None
-            else truth.compare(sites, swept.own.used_sites),
-            published=PUBLISHED,
-            versions=package_versions(),
-            elapsed=_elapsed(clock, swept, parts),
-            parts={name: part.raw for name, part in parts.items()},
-        )
-        results.save(study, swept.prompts, settings.out)
-        if settings.figures:
-            advance = start("drawing figures", 1 + len(chosen))
-            if swept.own is not None:
-                figures.draw(study, swept.prompts, settings.out)
+        sweeps = [chapters.FLIPPING, chapters.OTHER_TASK] if chapters.FLIPPING in names else []
+        tasks = dict(zip(sweeps, tasks_of(context), strict=False))
+        missing = [name for name in tasks if ranks.is_main and store.load(name) is None]
+    missing = ranks.from_main(missing)
+    if not ranks.is_main:
+        for name in missing:
+            _sweep_task(ranks, context, tasks[name], settings, store, name, start)
+        return None
+    swept = _sweep(ranks, context, settings, store, start, wanted=chapters.FLIPPING in names)
+    ranks.leave()
+    given = Given(
+        context,
+        settings,
+        None if swept.own is None else swept.own.best_site,
+        _edits(context, settings),
+    )
+    chosen = [part for part in chapters.PARTS if part.name in names]
+    finished = run_parts(given, chosen, store, start)
+    other = None if swept.other is None else store.load(chapters.OTHER_TASK)
+    parts = finished if other is None else {chapters.OTHER_TASK: other} | finished
+    study = StudyResults(
+        settings=settings.record(),
+        model=describe_model(context.model, settings.model),
+        data={"train": len(context.task.train), "test": len(context.task.test)},
+        clean=swept.clean,
+        sites={} if swept.own is None else swept.own.sites,
+        used_sites=[] if swept.own is None else swept.own.used_sites,
+        best_site=given.best_site,
+        ground_truth=None
+        if truth is None or swept.own is None
+        else truth.compare(context.sites, swept.own.used_sites),
+        published=PUBLISHED,
+        versions=package_versions(),
+        elapsed=_elapsed(clock, swept, parts),
+        parts={name: part.raw for name, part in parts.items()},
+    )
+    results.save(study, swept.prompts, settings.out)
+    if settings.figures:
+        advance = start("drawing figures", 1 + len(chosen))
+        if swept.own is not None:
+            figures.draw(study, swept.prompts, settings.out)
+        advance(1)
+        for part in chosen:
+            part.module.draw(given.results[part.name], settings.out)
             advance(1)
-            for part in chosen:
-                part.module.draw(given.results[part.name], settings.out)
-                advance(1)
-        if settings.report:
-            advance = start("writing the report", 1)
-            rewrite_report(settings.out)
-            advance(1)
+    if settings.report:
+        advance = start("writing the report", 1)
+        rewrite_report(settings.out)
+        advance(1)
     return study
+
+
+def _prepare(settings: Settings, start: Start, clock: Clock) -> StudyContext:
+    """The model, its sites, and the prompts."""
+    with clock.stage("model"):
+        advance = start("loading the model", 1)
+        device = choose_device(settings.device)
+        model, tokenizer = models.load(settings.model, device=device)
+        advance(1)
+    sites = choose_sites(model, settings.sites)
+    with clock.stage("prompts"):
+        advance = start("writing prompts", 1)
+        versions = [settings, settings.other()] if settings.compares else [settings]
+        tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]
+        advance(1)
+    return StudyContext(
+        model=model,
+        task=tasks[0],
+        other_task=tasks[1] if settings.compares else None,
+        sites=sites,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        device=device,
+    )
 
 
 def rewrite_report(folder: Path) -> Path:
@@ -163,7 +212,13 @@ class _Swept:
 
 
 def _sweep(
-    context: StudyContext, settings: Settings, store: PartStore, start: Start, *, wanted: bool
+    ranks: Ranks,
+    context: StudyContext,
+    settings: Settings,
+    store: PartStore,
+    start: Start,
+    *,
+    wanted: bool,
 ) -> _Swept:
     PromptTexts.of(context.task.test).save(settings.out)
     labels = {"labels.abb": context.task.test.labels["abb"].cpu()}
@@ -181,7 +236,7 @@ def _sweep(
 
     def run(task: Task, name: str) -> flipping.TaskFlipping:
         def compute() -> flipping.TaskFlipping:
-            swept, seconds = _sweep_task(context, task, settings, store, name, start)
+            swept, seconds = _sweep_task(ranks, context, task, settings, store, name, start)
             if task is context.task:
                 results.save_prompts(swept.prompts() | labels, settings.out)
             return flipping.TaskFlipping.of(task.name, swept, seconds)
@@ -195,6 +250,7 @@ def _sweep(
 
 
 def _sweep_task(
+    ranks: Ranks,
     context: StudyContext,
     task: Task,
     settings: Settings,
@@ -206,19 +262,31 @@ def _sweep_task(
     what = "" if task is context.task else ", other task"
     with clock.stage("capture"):
         advance = start(f"reading activations{what}", len(task.train))
-        activations = context.activations(task, "train", "S2", advance=advance)
-    with clock.stage("fit"):
-        edits = flipping.fit_edits(
-            activations,
-            task.train.labels["abb"].to(context.device),
-            l2=settings.l2,
-            shrinkage=settings.shrinkage,
-            log_odds=settings.log_odds,
-            advance=start(f"fitting probes{what}", len(context.sites)),
-        )
+        activations = context.activations(task, "train", "S2", advance=advance, ranks=ranks)
+    with (
+        clock.stage("fit"),
+        ranks.counted(
+            start(f"fitting probes{what}", len(context.sites)), len(context.sites)
+        ) as advance,
+    ):
+        labels = task.train.labels["abb"].to(context.device)
+
+        def fit(sites: list[str]) -> dict[str, LRQP]:
+            return flipping.fit_edits(
+                {site: activations[site] for site in sites},
+                labels,
+                l2=settings.l2,
+                shrinkage=settings.shrinkage,
+                log_odds=settings.log_odds,
+                advance=advance,
+            )
+
+        fitted = ranks.divide(context.sites, fit, context.device)
+        edits = {site: fitted[site] for site in context.sites}
     with clock.stage("sweep"):
         batches = -(-len(task.test) // context.batch_size)
-        swept = flipping.sweep(
+        swept = shared_sweep.sweep(
+            ranks,
             context.model,
             task.test,
             edits,

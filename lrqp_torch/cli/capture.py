@@ -1,0 +1,200 @@
+"""``lrqp capture``: the activations of a model at some sites, kept in a folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lrqp_torch.cli.app import Debug, app, messages
+from lrqp_torch.errors import PositionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrqp_torch.activation_store import ActivationStore
+
+LABELS_FILE = "labels.json"
+EVERY_TOKEN = "all"
+
+
+@app.command(rich_help_panel="Edits of your own")
+def capture(
+    out: Annotated[Path, typer.Option(help="Folder for the activations; made if needed.")],
+    sites: Annotated[
+        str,
+        typer.Option(
+            help="Names such as L6.mid,L7.pre, or all (the stream before and within every block)."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="organism, smollm2, gpt2, or a folder or Hub name.")
+    ] = "organism",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts of your own: a .csv or .jsonl file, or a data set of the Hub as NAME or "
+            "NAME:SPLIT, with the columns text and label.",
+            show_default="prompts about two names, as in lrqp reproduce",
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to read each prompt: a named token such as S2 or END; with --data mark "
+            "(the last token of the words in [[ ]]), last, or a column that holds words of the "
+            "prompt; all for every token.",
+            show_default="S2; with --data mark",
+        ),
+    ] = None,
+    label: Annotated[str, typer.Option(help="Column of the class, with --data.")] = "label",
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts, without --data.")] = 1000,
+    prefixes: Annotated[
+        str,
+        typer.Option(
+            help="Sentence before each prompt, without --data: none, bundled, openwebtext, or a "
+            "text file with a sentence per line."
+        ),
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Seed of the prompts, without --data.")] = 0,
+    shard_size: Annotated[int, typer.Option(min=1, help="Prompts per file.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 64,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The most tokens per forward pass, padding included.", show_default="any"
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the files back and compare their checksums.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write the activations of a model at some sites to a folder, to fit probes on later.
+
+    Nothing but the part of the model below the last site is run, prompts of similar length
+    together. A capture that was stopped goes on with the same command. In Python,
+    lrqp_torch.ActivationStore(FOLDER) reads the activations, and labels.json beside them holds the
+    class of each prompt.
+
+    Many processes share the work: torchrun --nproc-per-node 4 -m -- lrqp_torch capture ...
+    """
+    with messages(debug):
+        from transformers.utils.logging import disable_progress_bar
+
+        from lrqp_torch.distributed import capture_to, joined
+        from lrqp_torch.files import prepare_folder
+        from lrqp_torch.models import load
+        from lrqp_torch.study.preparing import choose_device, choose_sites
+
+        disable_progress_bar()  # it would run through ours
+        with joined(device) as ranks:
+            with ranks.together():
+                if ranks.is_main:
+                    prepare_folder(out)
+                loaded, tokenizer = load(model, device=choose_device(device))
+                chosen = choose_sites(loaded, sites)
+                inputs, at, labels = (
+                    _names(tokenizer, n, seed, prefixes, positions)
+                    if data is None
+                    else _own(tokenizer, data, label, positions)
+                )
+            store = capture_to(
+                out,
+                loaded,
+                inputs,
+                chosen,
+                at,
+                ranks=ranks,
+                shard_size=shard_size,
+                batch_size=batch_size,
+                batch_tokens=batch_tokens,
+                progress=True,
+            )
+        if store is None:  # rank 0 tells
+            return
+        _write(out / LABELS_FILE, labels)
+        if verify:
+            store.verify()
+        _describe(store, _padding(inputs, shard_size, batch_size, batch_tokens))
+
+
+def _names(
+    tokenizer: Any, n: int, seed: int, prefixes: str, positions: str | None
+) -> "tuple[dict[str, Tensor], Tensor, dict[str, Any]]":
+    """Inputs, positions and labels of prompts about two names."""
+    from lrqp_torch.ioi import IOIDataset
+
+    found = IOIDataset.generate(
+        tokenizer,
+        n,
+        seed=seed,
+        prefixes=None if prefixes == "none" else prefixes,
+        padding_side="left",
+    )
+    name = "S2" if positions is None else positions
+    places = found.positions | {EVERY_TOKEN: found.inputs["attention_mask"].bool()}
+    if name not in places:
+        raise PositionError(f"no position {name!r}; there are {', '.join(places)}")
+    labels = {"variable": "abb", "classes": ["BABA", "ABBA"]}
+    return found.inputs, places[name], _rows(labels, name, found.labels["abb"], found.inputs)
+
+
+def _own(
+    tokenizer: Any, data: str, label: str, positions: str | None
+) -> "tuple[dict[str, Tensor], Tensor, dict[str, Any]]":
+    """The same of the user's own prompts."""
+    from lrqp_torch.tasks import PromptSet, read_prompts
+
+    name = "mark" if positions is None else positions
+    read = read_prompts(data, label=label, position="last" if name == EVERY_TOKEN else name)
+    prompts = PromptSet.encode(tokenizer, read)
+    labels = {"variable": label, "classes": list(prompts.classes)}
+    mask = prompts.inputs["attention_mask"].bool()
+    at = mask if name == EVERY_TOKEN else prompts.position
+    return prompts.inputs, at, _rows(labels, name, prompts.labels, prompts.inputs)
+
+
+def _rows(
+    labels: dict[str, Any], position: str, classes: "Tensor", inputs: "dict[str, Tensor]"
+) -> dict[str, Any]:
+    """What labels.json says: the class of each prompt, and how many rows it has in the store."""
+    every = inputs["attention_mask"].sum(1)
+    rows = every if position == EVERY_TOKEN else classes.new_ones(len(classes))
+    return labels | {"position": position, "labels": classes.tolist(), "rows": rows.tolist()}
+
+
+def _write(path: Path, labels: dict[str, Any]) -> None:
+    from lrqp_torch.files import written_whole
+
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(labels), encoding="utf-8")
+
+
+def _padding(
+    inputs: "dict[str, Tensor]", shard_size: int, batch_size: int, batch_tokens: int | None
+) -> float:
+    """Share of the tokens that ran which was padding."""
+    from lrqp_torch.batching import by_length, wasted_share
+
+    mask = inputs["attention_mask"]
+    shards = range(0, len(mask), shard_size)
+    spans = [range(start, min(start + shard_size, len(mask))) for start in shards]
+    batches = [batch for span in spans for batch in by_length(mask, span, batch_size, batch_tokens)]
+    return wasted_share(mask, batches)
+
+
+def _describe(store: "ActivationStore", padding: float) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    size = sum(shard.size for shard in store.index.shards)
+    first = store[store.sites[0]]
+    shape = " × ".join(map(str, first.shape))
+    console.print(
+        f"{len(store)} {'site' if len(store) == 1 else 'sites'} of {shape} in "
+        f"{str(first.dtype).removeprefix('torch.')}, {len(store.index.shards)} files, "
+        f"{size:,} bytes; {padding:.1%} of the tokens that ran were padding.",
+        markup=False,
+    )
+    console.print(f"Activations are in {store.folder}.", markup=False)
