@@ -6,7 +6,17 @@ from typing import Any
 from torch import Tensor
 
 from lrqp_torch.errors import SettingError
-from lrqp_torch.study import circuit, dose, flipping_view, geometry, heads, mediation, probing
+from lrqp_torch.study import (
+    circuit,
+    compare,
+    controls,
+    dose,
+    flipping_view,
+    geometry,
+    heads,
+    mediation,
+    probing,
+)
 from lrqp_torch.study.context import Advance
 from lrqp_torch.study.flipping import TaskFlipping
 from lrqp_torch.study.html import Section
@@ -54,6 +64,24 @@ def _mediation(given: Given, advance: Advance) -> Any:
     edit = given.edit_at(given.site)
     return mediation.compute(
         given.context, given.site, edit, given.results["heads"], advance=advance
+    )
+
+
+def _compare(given: Given, advance: Advance) -> Any:
+    edits = {given.site: given.edit_at(given.site)}
+    return compare.compute(given.context, edits, given.results["heads"], advance=advance)
+
+
+def _controls(given: Given, advance: Advance) -> Any:
+    settings = given.settings
+    return controls.compute(
+        given.context,
+        given.site,
+        given.edit_at(given.site),
+        given.results["heads"],
+        l2=settings.l2,
+        shrinkage=settings.shrinkage,
+        advance=advance,
     )
 
 
@@ -110,6 +138,26 @@ PARTS: tuple[Part, ...] = (
         _mediation,
         needs=(FLIPPING, "heads"),
     ),
+    Part(
+        "compare",
+        "LRQP beside other edits",
+        "What do other ways to write the same belief at the same place do to the answer, to all "
+        "else that the model says, and to what independent probes read? Is LRQP the better choice?",
+        compare,
+        _compare,
+        needs=(FLIPPING, "heads"),
+        by_name_only=True,  # it trains edits, which takes as long as all else together
+    ),
+    Part(
+        "controls",
+        "Is the edit an illusion?",
+        "An edit can change an answer along a direction that means nothing to the model. Does this "
+        "one act through what later parts of the model read, does it act elsewhere too, and what "
+        "do edits do that know nothing of the order?",
+        controls,
+        _controls,
+        needs=(FLIPPING, "heads"),
+    ),
 )
 NAMES = (FLIPPING, *(part.name for part in PARTS))
 
@@ -118,14 +166,16 @@ def choose(names: str) -> list[str]:
     """Parts to run, in order, with those that they need.
 
     Args:
-        names: part names separated by commas; ``all`` stands for every part.
+        names: part names separated by commas; ``all`` stands for every part but those that run
+            only when they are named.
 
     Raises:
         SettingError: a name that is no part, or no name at all.
     """
     asked = {name.strip() for name in names.split(",") if name.strip()}
     if "all" in asked:
-        asked = (asked - {"all"}) | set(NAMES)
+        by_name = {part.name for part in PARTS if part.by_name_only}
+        asked = (asked - {"all"}) | (set(NAMES) - by_name)
     unknown = sorted(asked - set(NAMES))
     if unknown or not asked:
         found = f"unknown part {unknown[0]!r}" if unknown else "no part given"

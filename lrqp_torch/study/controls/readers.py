@@ -1,0 +1,258 @@
+"""What later parts of a model read from the stream, as subspaces of it.
+
+A head reads W_K y and W_V y from a token, an MLP W_in y, where y = g ⊙ (x − mean x) / s + b is the
+norm before it (an RMSNorm has neither mean nor b). With the gain g and the centring C folded in,
+the rows of
+
+    R = W diag(g) C
+
+span all that the head or the MLP can see of x, apart from the scale s, which any change of x moves
+a little: a displacement that R maps to 0 is seen through s alone.
+
+Rows of a few heads or of one MLP often span the whole stream. So the space is cut where its leading
+singular directions hold :data:`ENERGY` of ‖R‖²_F; what is left out is read, but faintly.
+
+Source: the split is that of Makelov, Lange and Nanda 2023 (arXiv 2311.17030), who take the null
+space of W_out; heads' reading matrices as in Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits".
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
+from lrqp_torch.sites import Site, blocks_of, head_count
+from lrqp_torch.study.attribution import output_projection
+from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.roles import MOVER, S_INHIBITION, WRITER, first_reader, parse_head
+
+ENERGY = 0.9
+"""Share of the squared Frobenius norm of reading weights that a space must hold."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A subspace of the stream.
+
+    Attributes:
+        name: for tables.
+        rows: orthonormal basis, (r, d), float64.
+        rank: numerical rank of the weights that it was cut from.
+        energy: share of their squared Frobenius norm that it holds.
+        reads: whether later parts of the model read through it; False for other subspaces.
+    """
+
+    name: str
+    rows: Tensor
+    rank: int
+    energy: float
+    reads: bool = True
+
+
+@dataclass(frozen=True)
+class ReadingModules:
+    """Where the blocks of a family keep the weights that read the stream, from the block.
+
+    Attributes:
+        attention_norm: the norm before attention.
+        keys: makes keys.
+        values: makes values; the same module where it makes queries, keys and values side by side.
+        mlp_norm: the norm before the MLP.
+        mlp: the MLP's first linear maps.
+    """
+
+    attention_norm: str
+    keys: str
+    values: str
+    mlp_norm: str
+    mlp: tuple[str, ...]
+
+
+_LLAMA = ReadingModules(
+    "input_layernorm",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "post_attention_layernorm",
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+READING: dict[str, ReadingModules] = {
+    "gemma": _LLAMA,
+    "gemma2": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm"),
+    "gemma3_text": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm"),
+    "gpt2": ReadingModules("ln_1", "attn.c_attn", "attn.c_attn", "ln_2", ("mlp.c_fc",)),
+    "gpt_neo": ReadingModules(
+        "ln_1", "attn.attention.k_proj", "attn.attention.v_proj", "ln_2", ("mlp.c_fc",)
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+}
+"""Rows by ``config.model_type``."""
+
+
+def top_space(name: str, weights: Tensor, *, energy: float = ENERGY) -> Space:
+    """The least number of leading right singular directions that hold a share of ‖R‖²_F.
+
+    Args:
+        name: for tables.
+        weights: R, (m, d).
+        energy: the share, in (0, 1].
+
+    Raises:
+        WidthError: not a matrix, or one without a row that is not zero.
+        NonFiniteError: NaN or infinity in it.
+    """
+    if weights.ndim != 2 or not bool((weights != 0).any()):
+        raise WidthError(f"{name}: reading weights must be (m, d) and not all 0")
+    if not bool(torch.isfinite(weights).all()):
+        raise NonFiniteError(f"{name}: the reading weights hold NaN or infinity")
+    wide = weights.detach().double()
+    values, basis = torch.linalg.svd(wide, full_matrices=False)[1:]
+    rank = int((values > max(wide.shape) * torch.finfo(wide.dtype).eps * values[0]).sum())
+    held = values.square().cumsum(0) / values.square().sum()
+    # Rounding may leave the last share a hair below 1.
+    count = min(int((held < energy * (1 - 1e-12)).sum()) + 1, rank)
+    return Space(name, basis[:count], rank, float(held[count - 1]))
+
+
+def reader_spaces(model: nn.Module, site: str, heads: HeadsResult) -> list[Space]:
+    """What the S-inhibition heads above a site read of it, and what the next MLP reads.
+
+    Without S-inhibition heads above the site, name movers take their place, or answer writers.
+
+    Args:
+        model: a transformers model with a row in :data:`READING`.
+        site: a site of its stream.
+        heads: the heads and their roles.
+
+    Raises:
+        UnknownFamilyError: the family has no row, so its reading weights cannot be told.
+    """
+    role, chosen = readers_of(site, heads)
+    spaces = []
+    if chosen:
+        keys, values = zip(*(head_weights(model, name) for name in chosen), strict=True)
+        spaces = [
+            top_space(f"{role}: values", torch.cat(values)),
+            top_space(f"{role}: keys", torch.cat(keys)),
+            top_space(f"{role}: keys and values", torch.cat([*keys, *values])),
+        ]
+    layer = next_mlp(site)
+    if layer < len(blocks_of(model)):
+        spaces.append(top_space(f"MLP of layer {layer}", mlp_weights(model, layer)))
+    return spaces
+
+
+def readers_of(site: str, heads: HeadsResult) -> tuple[str, list[str]]:
+    """The role whose heads are taken for the readers of a site, and those heads above it."""
+    lowest = first_reader(site)
+    for role, names in (
+        ("S-inhibition heads", heads.members(S_INHIBITION)),
+        ("name movers", heads.members(MOVER)),
+        ("answer writers", heads.found[WRITER]),
+    ):
+        above = [name for name in names if parse_head(name)[0] >= lowest]
+        if above:
+            return role, above
+    return "", []
+
+
+def next_mlp(site: str) -> int:
+    """The layer of the first MLP behind a site."""
+    parsed = Site.parse(site)
+    return parsed.layer + 1 if parsed.part == "post" else parsed.layer
+
+
+def head_weights(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """The reading weights of a head's keys and values, (head width, d) each, norm folded in.
+
+    Heads that share keys and values (grouped queries) give the same ones.
+
+    Raises:
+        UnknownFamilyError: the family has no row, or its modules have other shapes.
+    """
+    layer, head = parse_head(name)
+    modules, block = _modules(model), blocks_of(model)[layer]
+    width = output_projection(model, layer)[0].shape[0] // head_count(model)
+    keys, values = (_weight(block.get_submodule(path)) for path in (modules.keys, modules.values))
+    if modules.keys == modules.values:
+        _, keys, values = keys.chunk(3)
+    group = head * (len(keys) // width) // head_count(model)
+    rows = slice(group * width, (group + 1) * width)
+    norm = block.get_submodule(modules.attention_norm)
+    return fold_norm(keys[rows], norm), fold_norm(values[rows], norm)
+
+
+def mlp_weights(model: nn.Module, layer: int) -> Tensor:
+    """The reading weights of a layer's MLP, (hidden, d), norm folded in.
+
+    Raises:
+        UnknownFamilyError: the family has no row, or its modules have other shapes.
+    """
+    modules, block = _modules(model), blocks_of(model)[layer]
+    weight = torch.cat([_weight(block.get_submodule(path)) for path in modules.mlp])
+    return fold_norm(weight, block.get_submodule(modules.mlp_norm))
+
+
+@torch.no_grad()
+def fold_norm(weight: Tensor, norm: nn.Module) -> Tensor:
+    """W diag(g) C of a LayerNorm or an RMSNorm, (m, d), float64; exact up to its epsilon.
+
+    Both are read from what the norm does, so that norms which store g − 1 need no rule of their
+    own: norm(x) − norm(−x) = 2 g ⊙ C x / s for every x, and C is the identity unless the norm sends
+    all vectors with equal entries to one.
+    """
+    width = weight.shape[1]
+    ones = torch.ones(1, width, dtype=weight.dtype, device=weight.device)
+    x = ones.clone()
+    x[:, 1::2] = -1
+    shift: Tensor = (norm(ones) - norm(-ones)).double()
+    change: Tensor = (norm(x) - norm(-x)).double()
+    centres = bool(shift.abs().max() <= 1e-3 * change.abs().max())
+    seen = x.double() - x.double().mean() if centres else x.double()
+    gain = change / (2 * seen)
+    folded = weight.double() * gain
+    return folded - folded.mean(1, keepdim=True) if centres else folded
+
+
+def random_space(like: Space, generator: torch.Generator) -> Space:
+    """A subspace of the same dimension in a random position, uniform over all of them."""
+    count, width = like.rows.shape
+    normal = torch.randn(width, count, dtype=torch.float64, generator=generator)
+    basis = torch.linalg.qr(normal)[0].T.to(like.rows.device)
+    return Space(f"random space, {count} dimensions", basis, count, 1.0, reads=False)
+
+
+def class_mean_space(x: Tensor, labels: Tensor) -> Space:
+    """The span of the differences of class means: all that the class explains of the data.
+
+    Args:
+        x: activations, (n, d).
+        labels: their classes, (n,).
+    """
+    wide = x.double()
+    means = torch.stack([wide[labels == k].mean(0) for k in labels.unique()])
+    found = top_space("differences of class means", means[1:] - means[0], energy=1.0)
+    return replace(found, reads=False)
+
+
+def _modules(model: nn.Module) -> ReadingModules:
+    model_type: str = cast(Any, model).config.model_type
+    if model_type not in READING:
+        raise UnknownFamilyError(
+            f"which weights of model type {model_type!r} read the stream is not known (known: "
+            f"{', '.join(sorted(READING))}); add a row to READING of "
+            "lrqp_torch.study.controls.readers"
+        )
+    return READING[model_type]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    # transformers' Conv1D keeps its weight as (in, out), nn.Linear as (out, in).
+    weight: Tensor = cast(Any, module).weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T

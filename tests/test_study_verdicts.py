@@ -1,0 +1,271 @@
+"""Verdicts "used here": rules, counts against brute force, and runs on the bundled organisms."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from heads_for_tests import study_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lrqp_torch import models
+from lrqp_torch.cli import app
+from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
+from lrqp_torch.study import flipping, verdicts
+from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study.controls.running import Trial, run_trials
+from lrqp_torch.study.statistics import wilson
+from lrqp_torch.study.truth import KnownSites, read_truth
+from lrqp_torch.study.verdicts import VerdictSettings, judge, score_sites
+from lrqp_torch.study.verdicts_counting import (
+    ACCURATE,
+    ALL,
+    NOT_USED,
+    PROBE,
+    UNCLEAR,
+    USED,
+    SiteScores,
+    VerdictsResult,
+    count_all,
+    findings,
+)
+
+SITES = ["L1.mid", "L4.pre"]
+
+
+def score(
+    truth: str = USED,
+    *,
+    accuracy: float = 1.0,
+    control: float | None = 0.0,
+    flips: float | None = 1.0,
+    model: str = "m",
+) -> SiteScores:
+    return SiteScores(model, 0, "L1.mid", truth, accuracy, {"lrqp": control}, {"lrqp": flips})
+
+
+def test_an_edit_says_used_where_half_of_the_answers_flip_beyond_the_control() -> None:
+    assert score(flips=0.5).says_used("lrqp")
+    assert not score(flips=0.49).says_used("lrqp")
+    assert not score(flips=1.0, control=0.6).says_used("lrqp")
+    assert not score(flips=None, control=None).says_used("lrqp")
+    assert score(accuracy=ACCURATE).says_used(PROBE)
+    assert not score(accuracy=ACCURATE - 1e-9).says_used(PROBE)
+    assert score().rules == [PROBE, "lrqp"]
+    assert score(UNCLEAR).right("lrqp") is None
+    assert score(NOT_USED).right("lrqp") is False and score(USED).right("lrqp") is True
+
+
+shares = st.one_of(st.none(), st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
+all_scores = st.builds(
+    score,
+    st.sampled_from([USED, NOT_USED, UNCLEAR]),
+    accuracy=st.sampled_from([0.5, 0.89, 0.9, 1.0]),
+    control=shares,
+    flips=shares,
+    model=st.sampled_from(["a", "b"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(all_scores, min_size=1, max_size=25))
+def test_counts_are_those_of_a_table_made_by_hand(scores: list[SiteScores]) -> None:
+    counted = {(c.rule, c.model): c for c in count_all(scores)}
+    names = [*{item.model for item in scores}, ALL]
+    assert counted.keys() == {(rule, name) for rule in (PROBE, "lrqp") for name in names}
+    for (rule, name), count in counted.items():
+        table = {(said, truth): 0 for said in (True, False) for truth in (USED, NOT_USED, UNCLEAR)}
+        for item in scores:
+            if name not in (item.model, ALL):
+                continue
+            if rule == PROBE:
+                said = item.probe_accuracy >= 0.9
+            else:
+                said = (item.counterfactual["lrqp"] or 0) - (item.control["lrqp"] or 0) >= 0.5
+            table[said, item.truth] += 1
+        tp, fp = table[True, USED], table[True, NOT_USED]
+        fn, tn = table[False, USED], table[False, NOT_USED]
+        assert (count.true_positives, count.false_positives) == (tp, fp)
+        assert (count.true_negatives, count.false_negatives) == (tn, fn)
+        assert count.unclear == table[True, UNCLEAR] + table[False, UNCLEAR]
+        for rate, part, whole in (
+            (count.right, tp + tn, tp + fp + tn + fn),
+            (count.false_positive_rate, fp, fp + tn),
+            (count.false_negative_rate, fn, fn + tp),
+        ):
+            assert rate.value == (part / whole if whole else None)
+            assert rate.interval == list(wilson(part, whole))
+
+
+def test_findings_say_what_the_counts_say() -> None:
+    scores = [score(USED), score(NOT_USED, flips=0.0), score(NOT_USED, flips=0.1)]
+    titles = {PROBE: "probe accuracy alone", "lrqp": "LRQP"}
+    result = VerdictsResult({}, "", {}, titles, {}, scores, count_all(scores))
+    lines = findings(result)
+    assert lines[0].startswith("LRQP: right in 3 of 3 verdicts (100.0 %")
+    assert (
+        lines[1].startswith("probe accuracy alone: right in 1 of 3")
+        and "false positives: 2" in lines[1]
+    )
+    assert lines[2] == "Most often right, in 100.0 % of the sites: LRQP."
+    assert lines[-1] == "Sites said to be used that are not: probe accuracy alone (2 of 2)."
+    silent = [replace(item, counterfactual={"lrqp": 0.0}) for item in scores]
+    lines = findings(replace(result, scores=silent, counts=count_all(silent)))
+    assert "Never say that a site is used, and so are right where none is: LRQP." in lines
+    careful = [replace(item, probe_accuracy=0.5) for item in silent]
+    lines = findings(replace(result, scores=careful, counts=count_all(careful)))
+    assert lines[-1] == "No rule says of a site that it is used when it is not."
+
+
+@pytest.fixture(scope="module")
+def context() -> StudyContext:
+    model, tokenizer = models.load("organism")
+    return replace(study_of("", n=80, model=model, tokenizer=tokenizer), sites=SITES)
+
+
+def test_scores_are_those_of_the_sweep_and_of_a_patch(context: StudyContext) -> None:
+    truth = read_truth("organism")
+    assert truth is not None
+    methods = ["none", "lrqp", "mean_difference", "full_patch"]
+    scores, problems = score_sites(context, truth, methods, "organism")
+    assert problems == {} and [item.site for item in scores] == SITES
+    assert [item.truth for item in scores] == [USED, NOT_USED]
+    edits = flipping.fit_edits(
+        context.activations(context.task, "train", "S2"), context.task.train.labels["abb"]
+    )
+    swept = flipping.sweep(context.model, context.task.test, edits)
+    summary = flipping.summarise_sites(swept)
+    for item in scores:
+        there = summary[item.site]
+        assert item.counterfactual["lrqp"] == there.counterfactual.flipped
+        assert item.control["lrqp"] == there.control.flipped
+        assert item.probe_accuracy == there.probe_accuracy
+        assert item.says_used("lrqp") == (item.site in flipping.used_sites(summary))
+        assert item.control["none"] == item.counterfactual["none"] == 0
+        assert item.control["mean_difference"] == 0
+    used, unused = scores
+    # What a minimal pair writes is what the truth was found by.
+    assert (used.counterfactual["full_patch"] or 0) > 0.9
+    assert (unused.counterfactual["full_patch"] or 0) < 0.1
+    unclear = KnownSites(frozenset(), frozenset(["L1.mid"]))
+    again, _ = score_sites(context, unclear, ["none"], "organism")
+    assert [item.truth for item in again] == [UNCLEAR, NOT_USED]
+
+
+def test_the_control_of_a_patch_writes_another_prompt_of_the_same_order(
+    context: StudyContext,
+) -> None:
+    data = context.task.test
+    other = verdicts._same_order(data, context.generator())
+    assert torch.equal(other.sort().values, torch.arange(len(data)))
+    assert not bool((other == torch.arange(len(data))).any())
+    assert torch.equal(data.labels["abb"][other], data.labels["abb"])
+
+
+def test_equal_displacements_run_once_and_give_what_they_would(context: StudyContext) -> None:
+    n = len(context.task.test)
+    delta = 9 * torch.randn(n, 128, generator=torch.Generator().manual_seed(0))
+    keys = [("L1.mid", name, condition) for name in "ab" for condition in verdicts.CONDITIONS]
+    added = [delta, delta.clone(), torch.zeros_like(delta), -delta]
+    trials = {key: Trial("L1.mid", own) for key, own in zip(keys, added, strict=True)}
+    clean, found = verdicts._run(context, trials)
+    _, each = run_trials(context, list(trials.values()))
+    for key, expected in zip(keys, each, strict=True):
+        torch.testing.assert_close(found[key], expected)
+    assert torch.equal(found[keys[2]], clean)
+    assert not torch.allclose(found[keys[0]], clean) and not torch.allclose(*each[2:])
+
+
+def test_a_method_that_cannot_be_built_is_named(
+    context: StudyContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = verdicts.build
+
+    def missing(name: str, data: object) -> object:
+        if name == "leace":
+            raise MissingExtraError("leace needs a package")
+        return build(name, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verdicts, "build", missing)
+    scores, problems = score_sites(
+        context, KnownSites(frozenset(), frozenset()), ["none", "leace"], "organism"
+    )
+    assert problems == {"leace": "leace needs a package"}
+    assert all(item.rules == [PROBE, "none"] for item in scores)
+
+
+def lrqp(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["verdicts", *map(str, arguments)])
+
+
+def test_the_command_judges_and_writes(tmp_path: Path) -> None:
+    common = ("--models", "organism,organism-absent", "--methods", "lrqp,leace,full_patch")
+    small = ("--n", 40, "--seeds", 2, "--seed", 3, "--sites", "L1.mid,L2.mid")
+    result = lrqp(*common, *small, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Seeds 3 to 4." in result.stdout and "lrqp verdicts --models organism," in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"verdicts.{suffix}" for suffix in ("json", "csv", "png", "svg")
+    }
+    raw = json.loads((tmp_path / "verdicts.json").read_text())
+    assert len(raw["scores"]) == 2 * 2 * 2
+    assert raw["models"] == {"organism": "used", "organism-absent": "absent"}
+    rows = list(csv.DictReader((tmp_path / "verdicts.csv").open()))
+    assert len(rows) == 4 * 3
+    by_name = {(row["rule"], row["model"]): row for row in rows}
+    own = by_name["lrqp", "organism"]
+    assert int(own["true_positives"]) + int(own["false_negatives"]) == 4
+    assert math.isclose(float(own["right_share"]), int(own["true_positives"]) / 4)
+    assert by_name["lrqp", "organism-absent"]["false_negative_rate_share"] == ""
+    assert int(by_name["lrqp", ALL]["true_positives"]) == int(own["true_positives"])
+
+    again = lrqp(*common, *small, "--out", tmp_path / "again", "--no-figures")
+    assert again.exit_code == 0, again.output
+    other = json.loads((tmp_path / "again" / "verdicts.json").read_text())
+    assert other["scores"] == raw["scores"] and other["counts"] == raw["counts"]
+    assert not (tmp_path / "again" / "verdicts.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--methods", "lrqp,origami"), "unknown method 'origami'"),
+        (("--methods", ","), "no method given"),
+        (("--models", ","), "no model given"),
+        (("--models", "gpt2-shape"), "nothing is known of where 'gpt2-shape' uses the order"),
+        (("--sites", "L77.pre", "--n", "20"), "L77.pre"),
+        (("--device", "quantum"), "quantum"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    result = lrqp(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert expected in result.stderr and "Traceback" not in result.stderr
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    for wrong in ({"n": 7}, {"seeds": 0}, {"batch_size": 0}):
+        with pytest.raises(SettingError, match=next(iter(wrong))):
+            VerdictSettings(tmp_path, **wrong)  # type: ignore[arg-type]
+    assert "das" not in VerdictSettings(tmp_path).method_names()
+    assert "das" in VerdictSettings(tmp_path, das=True).method_names()
+    assert VerdictSettings(tmp_path, methods="full_patch,lrqp").method_names() == [
+        "lrqp",
+        "full_patch",
+    ]
+    with pytest.raises(ModelError, match="ground_truth"):
+        judge(VerdictSettings(tmp_path, models=str(tmp_path), figures=False))
+
+
+def test_help_names_the_options() -> None:
+    text = lrqp("--help").stdout
+    for option in ("--models", "--methods", "--das", "--seeds", "--out"):
+        assert option in text
