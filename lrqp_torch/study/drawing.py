@@ -10,6 +10,7 @@ from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.files import written_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PROBE, CONTROL, COUNTERFACTUAL = "#009E73", "#0072B2", "#D55E00"
@@ -78,6 +79,35 @@ def write_figures(makers: Mapping[str, Callable[[], "Figure"]], folder: Path) ->
                     figure.savefig(temporary, dpi=150, metadata=metadata)
                 paths.append(path)
     return paths
+
+
+def name_ends(axes: "Axes", curves: dict[str, tuple[float, str]], *, gap: float) -> None:
+    """Write each curve's name right of the axes, level with its last point.
+
+    Names are kept ``gap`` apart, in the units of the axes, and between its limits.
+    """
+    ranked = sorted(curves.items(), key=lambda item: item[1][0])
+    low, high = axes.get_ylim()
+    heights: list[float] = []
+    for _, (value, _) in ranked:
+        heights.append(max([value, *(height + gap for height in heights[-1:])]))
+    ceiling = high - 0.4 * gap
+    for index in reversed(range(len(heights))):
+        heights[index] = max(low, min(heights[index], ceiling))
+        ceiling = heights[index] - gap
+    for (name, (_, colour)), height in zip(ranked, heights, strict=True):
+        axes.annotate(
+            name,
+            xy=(1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 def interactive(traces: list[dict[str, Any]], **layout: Any) -> Any:

@@ -18,6 +18,7 @@ from lrqp_torch.study.drawing import (
     INK,
     NOTE,
     PROBE,
+    name_ends,
     write_figures,
 )
 from lrqp_torch.study.results import StudyResults
@@ -81,7 +82,7 @@ def draw_sweep(results: StudyResults) -> "Figure":
     shares.plot(x, probe, color=PROBE, marker="o", ms=5, lw=1.8)
     shares.plot(x, flips, color=COUNTERFACTUAL, marker="s", ms=5, lw=1.8)
     shares.plot(x, accidents, color=CONTROL, marker="^", ms=4, lw=1.2)
-    _name_ends(
+    name_ends(
         shares,
         {
             "probe accuracy,\nheld-out prompts": (probe[-1], PROBE),
@@ -113,7 +114,7 @@ def draw_sweep(results: StudyResults) -> "Figure":
     heights = (0.0, clean, *control, *counterfactual)
     span = max(heights) - min(heights) or 1.0
     logits.set_ylim(min(heights) - 0.08 * span, max(heights) + 0.08 * span)
-    _name_ends(
+    name_ends(
         logits,
         {
             "no edit": (clean, CLEAN),
@@ -240,35 +241,6 @@ def draw_scatter(results: StudyResults, prompts: Mapping[str, torch.Tensor]) -> 
         fontsize=9,
     )
     return figure
-
-
-def _name_ends(axes: "Axes", curves: dict[str, tuple[float, str]], *, gap: float) -> None:
-    """Write each curve's name right of the axes, level with its last point.
-
-    Names are kept ``gap`` apart, in the units of the axes, and between its limits.
-    """
-    ranked = sorted(curves.items(), key=lambda item: item[1][0])
-    low, high = axes.get_ylim()
-    heights: list[float] = []
-    for _, (value, _) in ranked:
-        heights.append(max([value, *(height + gap for height in heights[-1:])]))
-    ceiling = high - 0.4 * gap
-    for index in reversed(range(len(heights))):
-        heights[index] = max(low, min(heights[index], ceiling))
-        ceiling = heights[index] - gap
-    for (name, (_, colour)), height in zip(ranked, heights, strict=True):
-        axes.annotate(
-            name,
-            xy=(1, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            fontsize=9,
-            fontweight="bold",
-            annotation_clip=False,
-        )
 
 
 def _label_sites(axes: "Axes", names: list[str]) -> None:

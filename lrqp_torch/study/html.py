@@ -7,7 +7,7 @@ text, are stored once.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -77,19 +77,48 @@ def write_report(path: Path, results: StudyResults, sections: Sequence[Section])
         MissingExtraError: plotly is not installed.
         OutputError: the file cannot be written.
     """
+    write_page(
+        path,
+        title=summary.title(results),
+        subtitle=summary.subtitle(results),
+        opening=_summary(results),
+        sections=sections,
+        closing=_made(results, path.parent),
+    )
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    opening: str,
+    sections: Sequence[Section],
+    closing: str,
+) -> None:
+    """Write a page in the report's style as one self-contained HTML file.
+
+    Args:
+        path: the file; written whole or not at all.
+        title: plain text, like ``subtitle``.
+        subtitle: below the title.
+        opening: HTML of a section with the id ``summary``; see :func:`summary_section`.
+        sections: the chapters.
+        closing: HTML of a section with the id ``made``; see :func:`made_section`.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+        OutputError: the file cannot be written.
+    """
     require_plotly()
     from plotly.offline import get_plotlyjs
 
     assets = files("lrqp_torch.study") / "assets"
     panels = [panel for section in sections for panel in section.panels]
-    body = [
-        _summary(results),
-        *(_section(section) for section in sections),
-        _made(results, path.parent),
-    ]
+    body = [opening, *(_section(section) for section in sections), closing]
     page = Template((assets / "report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(summary.title(results)),
-        subtitle=escape(summary.subtitle(results)),
+        title=escape(title),
+        subtitle=escape(subtitle),
         css=(assets / "report.css").read_text(encoding="utf-8"),
         contents=_contents(sections),
         body="\n".join(body),
@@ -105,16 +134,33 @@ def write_report(path: Path, results: StudyResults, sections: Sequence[Section])
 
 
 def _summary(results: StudyResults) -> str:
-    tiles = "".join(
-        f'<div><dd class="own">{escape(figure.own)}</dd><dt>{escape(figure.quantity)}</dt>'
-        f'<dd class="theirs">GPT-2 small, published: {escape(figure.published)}</dd></div>'
+    tiles = [
+        (figure.own, figure.quantity, f"GPT-2 small, published: {figure.published}")
         for figure in summary.key_figures(results)
-    )
+    ]
     lines = [*summary.findings(results), *headlines(results)]
-    findings = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return summary_section(summary.question(results), tiles, lines)
+
+
+def summary_section(
+    question: str, tiles: Iterable[tuple[str, str, str]], findings: Iterable[str]
+) -> str:
+    """The opening of a page: what was asked, the key figures, what was found. All plain text.
+
+    Args:
+        question: paragraphs separated by an empty line.
+        tiles: each figure, what it is, and a note on it.
+        findings: a sentence or two each.
+    """
+    figures = "".join(
+        f'<div><dd class="own">{escape(figure)}</dd><dt>{escape(quantity)}</dt>'
+        f'<dd class="theirs">{escape(note)}</dd></div>'
+        for figure, quantity, note in tiles
+    )
+    items = "".join(f"<li>{escape(line)}</li>" for line in findings)
     return (
-        f'<section id="summary"><h2>Summary</h2>{_paragraphs(summary.question(results))}'
-        f'<dl class="figures">{tiles}</dl><ul class="findings">{findings}</ul></section>'
+        f'<section id="summary"><h2>Summary</h2>{_paragraphs(question)}'
+        f'<dl class="figures">{figures}</dl><ul class="findings">{items}</ul></section>'
     )
 
 
@@ -218,6 +264,36 @@ def _as_text(column: Sequence[Value]) -> list[str]:
 
 
 def _made(results: StudyResults, folder: Path) -> str:
+    return made_section(
+        command=summary.command(results, folder),
+        files="results.json, parts/ and prompts.safetensors",
+        settings=results.settings,
+        model=results.model,
+        versions=results.versions,
+        elapsed=results.elapsed,
+    )
+
+
+def made_section(
+    *,
+    command: str,
+    files: str,
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    versions: Mapping[str, str],
+    elapsed: Mapping[str, float],
+) -> str:
+    """The end of a page: the command that writes it again, and all that its numbers depend on.
+
+    Args:
+        command: plain text.
+        files: the files beside the page that hold its numbers, in words.
+        settings: None is shown as the default.
+        model: what identifies it.
+        versions: by package.
+        elapsed: seconds by stage.
+    """
+
     def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
         cells = "".join(
             f'<tr><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
@@ -225,20 +301,17 @@ def _made(results: StudyResults, folder: Path) -> str:
         )
         return f"<div><h3>{escape(title)}</h3><table><tbody>{cells}</tbody></table></div>"
 
-    seconds = ((stage, f"{value:.1f}") for stage, value in results.elapsed.items())
-    settings = ((key, "default" if v is None else v) for key, v in results.settings.items())
     tables = (
-        table("Settings", settings),
-        table("Model", results.model.items()),
-        table("Versions", results.versions.items()),
-        table("Seconds", seconds),
+        table("Settings", ((key, "default" if v is None else v) for key, v in settings.items())),
+        table("Model", model.items()),
+        table("Versions", versions.items()),
+        table("Seconds", ((stage, f"{value:.1f}") for stage, value in elapsed.items())),
     )
     return (
         '<section id="made"><h2>How this was made</h2>'
         "<p>The same command with the same versions gives the same numbers; everything random "
-        "comes from the seed. The numbers behind every figure are in results.json, parts/ and "
-        "prompts.safetensors beside this file.</p>"
-        f"<pre><code>{escape(summary.command(results, folder))}</code></pre>"
+        f"comes from the seed. The numbers behind every figure are in {escape(files)} beside this "
+        f"file.</p><pre><code>{escape(command)}</code></pre>"
         f'<div class="made">{"".join(tables)}</div></section>'
     )
 

@@ -1,0 +1,220 @@
+"""Applying a fitted edit to prompts of your own, and reading what it changes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.activations import capture
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import PromptError, TargetError
+from lrqp_torch.replay import Replay
+from lrqp_torch.run import EditRun
+from lrqp_torch.sites import Site
+from lrqp_torch.study.flipping import in_batches
+from lrqp_torch.study.side_by_side import finite
+from lrqp_torch.tasks.fitting import next_class
+from lrqp_torch.tasks.origin import origin_of
+from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt, PromptSet
+from lrqp_torch.tasks.sweep import lead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Editing = AbstractContextManager[EditRun]
+
+OWN, OTHER = "own", "other"
+"""Targets besides the classes' names: the class that holds, and the one after it."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One prompt without and with an edit. "Before" is without.
+
+    Attributes:
+        prompt: its text.
+        source: class that holds, by the data or, for prompts without a label, by the probe.
+        target: class that was written.
+        belief_before: the probe's log odds of the target against its strongest rival, in nats.
+        belief_after: the same, read back from the activation that the model received.
+        distance: Mahalanobis length of the edit.
+        lead_before: score of the target's answers minus the highest of the other classes', in
+            nats; None for prompts without answers.
+        lead_after: the same under the edit.
+        next_before: the likeliest next tokens with their probabilities.
+        next_after: the same under the edit.
+        continued_before: what the model writes behind the prompt; None if nothing was asked for.
+        continued_after: the same under the edit.
+    """
+
+    prompt: str
+    source: str
+    target: str
+    belief_before: float
+    belief_after: float
+    distance: float
+    lead_before: float | None
+    lead_after: float | None
+    next_before: list[tuple[str, float]]
+    next_after: list[tuple[str, float]]
+    continued_before: str | None
+    continued_after: str | None
+
+
+def typed_prompts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], edit: LRQP
+) -> PromptSet:
+    """Prompts without labels, for an edit that knows its position and classes.
+
+    Raises:
+        ProvenanceError: it does not.
+        PromptError: a text without marks for an edit at marked words, or marks that do not pair.
+    """
+    origin = origin_of(edit)
+    last = origin.position == "last"
+    for text in texts:
+        if not last and OPENING not in text:
+            raise PromptError(
+                f"{text!r} marks no words, and this edit was fitted at marked ones: write the "
+                f"words that it is for as {OPENING}words{CLOSING}"
+            )
+    plain = [text.replace(OPENING, "").replace(CLOSING, "") if last else text for text in texts]
+    classes = origin.classes or ()
+    return PromptSet.encode(tokenizer, [Prompt(text, classes[0]) for text in plain], classes)
+
+
+def targets_of(name: str, labels: Tensor, classes: Sequence[str]) -> Tensor:
+    """The class to write into each prompt, (n,).
+
+    Args:
+        name: of a class; or ``"own"`` for the class that holds, or ``"other"`` for the one after
+            it, where no class has that name.
+        labels: class that holds, (n,).
+        classes: names.
+
+    Raises:
+        TargetError: no such class.
+    """
+    if name in classes:
+        return torch.full_like(labels, list(classes).index(name))
+    if name == OWN:
+        return labels
+    if name == OTHER:
+        return next_class(labels, len(classes))
+    raise TargetError(
+        f"no class {name!r}: the classes of this edit are {', '.join(classes)}; or write "
+        f"{OTHER!r}, or {OWN!r} for a control edit"
+    )
+
+
+@torch.no_grad()
+def apply(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    edit: LRQP,
+    prompts: PromptSet,
+    target: str,
+    *,
+    labelled: bool = True,
+    likeliest: int = 5,
+    generate: int = 0,
+    batch_size: int = 64,
+) -> list[Applied]:
+    """Run prompts without and with an edit at the site that it was fitted for.
+
+    Args:
+        model: the model that the edit was fitted on.
+        tokenizer: its tokenizer.
+        edit: made by :func:`~lrqp_torch.tasks.fitting.fit`.
+        prompts: with the edit's classes, padded on the left.
+        target: see :func:`targets_of`.
+        labelled: whether the labels of ``prompts`` are known; else the probe's reading is taken.
+        likeliest: how many next tokens to list.
+        generate: how many tokens to continue each prompt by, greedily; 0 for none.
+        batch_size: prompts a forward pass.
+
+    Raises:
+        ProvenanceError: an edit of another model, or one that does not know its site.
+        TargetError: no such class.
+        InfeasibleError: a class that no activation reaches.
+    """
+    origin = origin_of(edit)
+    origin.check(model, origin.site)
+    targets_of(target, prompts.labels, prompts.classes)
+    device = next(model.parameters()).device
+    edit = edit.to(device)
+    found = []
+    for rows in in_batches(torch.arange(len(prompts)), batch_size):
+        batch = prompts[rows].to(device)
+        if not labelled:
+            x = capture(model, batch.inputs, origin.site, batch.position)[origin.site]
+            batch = replace(batch, labels=edit.probe(x).argmax(-1))
+        written = targets_of(target, batch.labels, batch.classes)
+
+        def editing(at: PromptSet = batch, classes: Tensor = written) -> Editing:
+            return edit.at(
+                model, origin.site, positions=at.position, target=classes, source=at.labels
+            )
+
+        replay = Replay(model, batch.inputs, int(batch.position.min()))
+        clean = finite(replay.clean_logits, "the clean run")
+        with editing() as run:
+            edited = finite(replay.run(Site.parse(origin.site).layer), f"the edit at {origin.site}")
+        before = after = [None] * len(batch)
+        if generate:
+            before = _continued(model, tokenizer, batch, generate)
+            with editing():
+                after = _continued(model, tokenizer, batch, generate)
+        columns = zip(
+            batch.prompts,
+            [batch.classes[index] for index in batch.labels.tolist()],
+            [batch.classes[index] for index in written.tolist()],
+            run.log_odds_before.tolist(),
+            run.log_odds_after.tolist(),
+            run.distance.tolist(),
+            _leads(batch, clean, written),
+            _leads(batch, edited, written),
+            _likeliest(tokenizer, clean, likeliest),
+            _likeliest(tokenizer, edited, likeliest),
+            before,
+            after,
+            strict=True,
+        )
+        found += [Applied(*row) for row in columns]
+    return found
+
+
+def _leads(prompts: PromptSet, logits: Tensor, classes: Tensor) -> list[float] | list[None]:
+    if prompts.answers is None:
+        return [None] * len(prompts)
+    values: list[float] = lead(prompts.scores(logits), classes[:, None]).tolist()
+    return values
+
+
+def _likeliest(
+    tokenizer: "PreTrainedTokenizerBase", logits: Tensor, count: int
+) -> list[list[tuple[str, float]]]:
+    chances, tokens = logits.double().softmax(-1).topk(count)
+    return [
+        [(str(tokenizer.decode([token])), chance) for token, chance in zip(*row, strict=True)]
+        for row in zip(tokens.tolist(), chances.tolist(), strict=True)
+    ]
+
+
+def _continued(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: PromptSet, count: int
+) -> list[Any]:
+    length = prompts.inputs["input_ids"].shape[1]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = model.generate(
+        input_ids=prompts.inputs["input_ids"],
+        attention_mask=prompts.inputs["attention_mask"],
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=padding,
+    )
+    texts: list[Any] = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
+    return texts

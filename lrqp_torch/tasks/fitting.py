@@ -1,0 +1,198 @@
+"""Fitting edits to prompts of your own, and looking at what they do to prompts held out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.activations import capture
+from lrqp_torch.covariance import Shrinkage
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import PromptError
+from lrqp_torch.sharing.provenance import Provenance
+from lrqp_torch.study.context import Advance, no_progress
+from lrqp_torch.study.flipping import fit_edits
+from lrqp_torch.study.statistics import wilson
+from lrqp_torch.tasks.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An edit at one site, on the activations of n prompts that it was not fitted to.
+
+    Attributes:
+        prompts: n.
+        correct: prompts whose class the probe reads.
+        reached: prompts whose edit to the next class was granted the odds that it asks for, read
+            back from the edited activation.
+        worst_log_odds_margin: least log odds read back minus those asked for.
+        distance: mean Mahalanobis length of these edits.
+    """
+
+    prompts: int
+    correct: int
+    reached: int
+    worst_log_odds_margin: float
+    distance: float
+
+    @property
+    def accuracy(self) -> float:
+        """Of the probe."""
+        return self.correct / self.prompts
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, 95 %."""
+        return wilson(self.correct, self.prompts)
+
+    @classmethod
+    def of(cls, edit: LRQP, x: Tensor, labels: Tensor) -> "HeldOut":
+        """Try an edit on activations x, (n, d), of classes ``labels``, (n,)."""
+        labels = labels.to(x.device)
+        solution = edit.propose(x, next_class(labels, edit.probe.n_classes), labels)
+        margin = solution.log_odds_after - solution.floor
+        return cls(
+            prompts=len(labels),
+            correct=int((edit.probe(x).argmax(-1) == labels).sum()),
+            reached=int((margin >= 0).sum()),
+            worst_log_odds_margin=float(margin.min()),
+            distance=float(solution.distance.mean()),
+        )
+
+
+def fit(
+    model: Any,
+    prompts: PromptSet,
+    site: str,
+    *,
+    held_out: PromptSet | None = None,
+    l2: float | None = None,
+    shrinkage: Shrinkage = "ledoit_wolf",
+    log_odds: float = 10.0,
+    batch_size: int = 64,
+    **known: Any,
+) -> LRQP:
+    """Fit probe, metric and edit to prompts of your own.
+
+        edit = tasks.fit(model, train, "L6.mid", held_out=test)
+        edit.save("number")
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        prompts: to fit on; every class must occur.
+        site: where, such as ``"L6.mid"``.
+        held_out: other prompts with the same classes, for the probe accuracy that the edit keeps.
+        l2: penalty of the probe; default its own.
+        shrinkage: of the covariance.
+        log_odds: least log odds that an edit asks for, in nats.
+        batch_size: prompts a forward pass.
+        known: further fields of the edit's :class:`~lrqp_torch.sharing.provenance.Provenance`,
+            such as ``task``, ``variable``, ``position`` and ``seed``.
+
+    Returns:
+        The edit; its ``provenance`` names site, model, classes, accuracy and versions.
+
+    Raises:
+        SiteError, UnknownFamilyError: no such site in this model.
+        PromptError: a class without prompts, or held-out prompts with other classes.
+    """
+    edits = fit_sites(
+        model, prompts, [site], l2=l2, shrinkage=shrinkage, log_odds=log_odds, batch_size=batch_size
+    )
+    tried = {} if held_out is None else try_sites(model, held_out, edits, batch_size=batch_size)
+    return with_origin(model, prompts, edits, tried, **known)[site]
+
+
+def fit_sites(
+    model: Any,
+    prompts: PromptSet,
+    sites: Sequence[str],
+    *,
+    l2: float | None = None,
+    shrinkage: Shrinkage = "ledoit_wolf",
+    log_odds: float = 10.0,
+    batch_size: int = 64,
+    advance: Advance = no_progress,
+) -> dict[str, LRQP]:
+    """One edit a site, fitted to the same prompts. They leave what they cannot reach unchanged.
+
+    Args:
+        model: as for :func:`fit`, like the other arguments.
+        prompts: as there.
+        sites: names.
+        l2: as there.
+        shrinkage: as there.
+        log_odds: as there.
+        batch_size: as there.
+        advance: called with the number of probes fitted.
+
+    Raises:
+        SiteError, UnknownFamilyError, PromptError: as :func:`fit`.
+    """
+    require_every_class(prompts)
+    found = capture(
+        model, prompts.inputs, list(sites), positions=prompts.position, batch_size=batch_size
+    )
+    device = next(model.parameters()).device
+    return fit_edits(
+        found,
+        prompts.labels.to(device),
+        l2=l2,
+        shrinkage=shrinkage,
+        log_odds=log_odds,
+        advance=advance,
+    )
+
+
+def try_sites(
+    model: Any, prompts: PromptSet, edits: Mapping[str, LRQP], *, batch_size: int = 64
+) -> dict[str, HeldOut]:
+    """What each edit does to the activations of held-out prompts, without the rest of the model."""
+    found = capture(
+        model, prompts.inputs, list(edits), positions=prompts.position, batch_size=batch_size
+    )
+    return {site: HeldOut.of(edit, found[site], prompts.labels) for site, edit in edits.items()}
+
+
+def with_origin(
+    model: Any,
+    prompts: PromptSet,
+    edits: Mapping[str, LRQP],
+    tried: Mapping[str, HeldOut],
+    **known: Any,
+) -> dict[str, LRQP]:
+    """Finished edits: they know where they come from, and refuse what they cannot reach."""
+    for site, edit in edits.items():
+        accuracy = tried[site].accuracy if site in tried else None
+        edit.on_infeasible = "raise"
+        edit.provenance = Provenance.of(
+            model,
+            site,
+            classes=prompts.classes,
+            probe_accuracy=accuracy,
+            probe_samples=len(prompts),
+            **known,
+        )
+    return dict(edits)
+
+
+def require_every_class(prompts: PromptSet) -> None:
+    """Refuse prompts among which a class does not occur.
+
+    Raises:
+        PromptError: one does not.
+    """
+    counts = torch.bincount(prompts.labels.cpu(), minlength=len(prompts.classes)).tolist()
+    missing = [name for name, count in zip(prompts.classes, counts, strict=True) if not count]
+    if missing:
+        raise PromptError(
+            f"no prompt to fit on has the class {missing[0]!r}; the classes are "
+            f"{', '.join(prompts.classes)}"
+        )
+
+
+def next_class(labels: Tensor, n_classes: int) -> Tensor:
+    """The class after each one, (n,): the other one of two."""
+    return (labels + 1) % n_classes

@@ -1,0 +1,185 @@
+"""What fits, edits and studies of your own say on the terminal."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.sharing.provenance import Provenance
+from lrqp_torch.study.summary import percent, signed
+from lrqp_torch.tasks.applying import Applied
+from lrqp_torch.tasks.fitting import HeldOut
+from lrqp_torch.tasks.results import Share, TaskResults
+from lrqp_torch.tasks.words import effect_title, findings, measured
+
+MOST_ROWS = 40
+
+
+def print_fit(
+    label: str,
+    classes: Sequence[str],
+    fitted: int,
+    majority: float,
+    tried: Mapping[str, HeldOut],
+    console: Console,
+) -> None:
+    """Say how well the probes of one label read prompts held out, and what edits of these reach."""
+    held_out = next(iter(tried.values())).prompts
+    table = _table(
+        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always\n"
+        f"naming the most frequent class is right on {percent(majority)}",
+        ("probe\naccuracy", "95 %\ninterval", "odds\nreached", "worst\nmargin", "edit\nlength"),
+        "on prompts held out; edits are to the next class; margin: log odds read after the edit\n"
+        "minus those asked, worst prompt; length: Mahalanobis",
+    )
+    for site, found in tried.items():
+        low, high = found.interval
+        table.add_row(
+            site,
+            percent(found.accuracy),
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{found.reached} of {found.prompts}",
+            f"{found.worst_log_odds_margin:.0e}",
+            f"{found.distance:.2f}",
+        )
+    console.print(table)
+
+
+def print_applied(
+    found: Sequence[Applied], origin: Provenance, show: int, console: Console
+) -> None:
+    """Print what an edit did to the first prompts, and what it did to all."""
+    for item in found[:show]:
+        lines = [
+            f"\n{item.prompt}",
+            f"  belief in {item.target}: {_chance(item.belief_before)} → "
+            f"{_chance(item.belief_after)} (log odds {signed(item.belief_before)} → "
+            f"{signed(item.belief_after)}; edit of length {item.distance:.2f} at {origin.site})",
+        ]
+        if item.lead_before is not None and item.lead_after is not None:
+            lines.append(
+                f"  answers with {item.target} rather than another: "
+                f"{signed(item.lead_before)} → {signed(item.lead_after)} nats"
+            )
+        lines.append(f"  next: {_tokens(item.next_before)}")
+        lines.append(f"     →  {_tokens(item.next_after)}")
+        if item.continued_before is not None:
+            lines.append(f"  goes on: {item.continued_before!r}")
+            lines.append(f"        →  {item.continued_after!r}")
+        console.print("\n".join(lines), markup=False)
+    left_out = len(found) - min(show, len(found))
+    if left_out:
+        console.print(f"\n{left_out} more prompts: see --show and --json.", markup=False)
+    console.print(f"\n{_total(found)}", markup=False)
+
+
+def write_applied(found: Sequence[Applied], origin: Provenance, file: Path) -> None:
+    """Write what an edit did to every prompt, with its origin, as JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    prepare_folder(file.parent)
+    content = {"edit": origin.to_json(), "prompts": [asdict(item) for item in found]}
+    with written_whole(file) as partial:
+        partial.write_text(
+            json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+
+
+def print_results(results: TaskResults, console: Console) -> None:
+    """Print a study's table of sites, and what it says."""
+    headings = ["probe\naccuracy", "shuffled\nlabels"]
+    if results.answered is not None:
+        headings += ["flipped,\ncontrol", "flipped,\ncounter-\nfactual"]
+    headings += ["effect,\ncounter-\nfactual", "edit\nlength"]
+    effect = effect_title(results)
+    table = _table(
+        f"On {results.data['test']} held-out prompts; shares in %, with 95 % intervals",
+        headings,
+        f"effect: {effect[0].lower()}{effect[1:]}\nlength: Mahalanobis, counterfactual",
+    )
+    shown = _shown(results)
+    for name in shown:
+        site = results.sites[name]
+        flips = (site.control.flipped, site.counterfactual.flipped)
+        cells = [_with_range(site.probe), _share(site.shuffled)]
+        if flips[0] is not None and flips[1] is not None:
+            cells += [_share(flips[0]), _with_range(flips[1])]
+        cells += [
+            signed(measured(site.counterfactual).value),
+            f"{site.counterfactual.distance:.2f}",
+        ]
+        table.add_row(name, *cells, style="bold" if name in results.used_sites else "")
+    console.print(table)
+    if len(shown) < len(results.sites):
+        left_out = len(results.sites) - len(shown)
+        console.print(f"{left_out} more sites, where less changes, are in results.json.")
+    for line in findings(results):
+        console.print(line, markup=False)
+
+
+def _shown(results: TaskResults) -> list[str]:
+    """Every site if they are few, else those at which most changes, in order of computation."""
+    change = {name: site.counterfactual.divergence.value for name, site in results.sites.items()}
+    most = set(sorted(change, key=lambda name: change[name], reverse=True)[:MOST_ROWS])
+    return [name for name in results.sites if name in most]
+
+
+def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=caption,
+        caption_justify="left",
+    )
+    table.add_column("site", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    return table
+
+
+def _total(found: Sequence[Applied]) -> str:
+    count = len(found)
+    believed = sum(item.belief_after > 0 for item in found)
+    text = f"Of {count} prompts, the probe reads the target on {believed} after the edit"
+    leads = [
+        (item.lead_before, item.lead_after)
+        for item in found
+        if item.lead_before is not None and item.lead_after is not None
+    ]
+    if leads:
+        before, after = (sum(value > 0 for value in column) for column in zip(*leads, strict=True))
+        return (
+            f"{text}; the model answers with the target on {after}, without the edit on {before}."
+        )
+    changed = sum(item.next_before[0][0] != item.next_after[0][0] for item in found)
+    return f"{text}; the likeliest next token changes on {changed}."
+
+
+def _chance(log_odds: float) -> str:
+    """The probability of a class against its strongest rival."""
+    return f"{100 / (1 + math.exp(-max(-700.0, log_odds))):.2f} %"
+
+
+def _tokens(tokens: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{token!r} {100 * chance:.0f} %" for token, chance in tokens)
+
+
+def _share(share: Share) -> str:
+    return "–" if share.value is None else f"{100 * share.value:.1f}"
+
+
+def _with_range(share: Share) -> str:
+    low, high = share.interval
+    return f"{_share(share)} ({100 * low:.0f}–{100 * high:.0f})"

@@ -1,0 +1,32 @@
+"""Finding one edit in a folder or on the Hub that may hold several."""
+
+from lrqp_torch.edit import LRQP
+from lrqp_torch.errors import SavedEditError
+from lrqp_torch.sharing.hub import fetched_folder
+from lrqp_torch.sharing.library import INDEX_FILE, EditLibrary
+
+
+def load_one(name_or_path: str, name: str | None = None) -> LRQP:
+    """The edit of a folder or a name on the Hub.
+
+    Args:
+        name_or_path: holds one edit, or a library of several.
+        name: which of several.
+
+    Raises:
+        HubError: neither a folder nor to be had from the Hub.
+        SavedEditError: it holds no edit, several and none is named, or none of that name.
+    """
+    folder = fetched_folder(name_or_path)
+    if not (folder / INDEX_FILE).is_file():
+        if name is not None:
+            raise SavedEditError(f"{name_or_path!r} holds one edit, and none called {name!r}")
+        return LRQP.load(folder)
+    library = EditLibrary.load(folder)
+    if name is None or name not in library:
+        asked = "say which one you mean" if name is None else f"it has none called {name!r}"
+        raise SavedEditError(
+            f"{name_or_path!r} holds the edits {', '.join(library)}; {asked} (on the command line "
+            f"with --edit)"
+        )
+    return library[name]

@@ -1,0 +1,336 @@
+"""Fitting, applying and studying edits of tasks of one's own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import build
+from prompts_for_tests import names_task, organism
+
+from lrqp_torch import LRQP, capture, tasks
+from lrqp_torch.errors import OutputError, PromptError, ProvenanceError, SettingError, TargetError
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.study import flipping
+from lrqp_torch.study.statistics import wilson
+from lrqp_torch.tasks import Prompt, PromptSet, TaskResults, figures, report, split, words
+from lrqp_torch.tasks.applying import apply, typed_prompts
+from lrqp_torch.tasks.fitting import HeldOut, fit_sites, next_class
+from lrqp_torch.tasks.origin import origin_of
+from lrqp_torch.tasks.results import Condition, columns_of
+from lrqp_torch.tasks.sweep import divergences, read_answers, sweep
+
+USED = ["L1.mid", "L2.pre", "L2.mid"]
+SITES = ["L0.mid", *USED, "L3.mid"]
+
+
+def encoded(n: int, seed: int = 0, answers: bool = True) -> tuple[PromptSet, PromptSet]:
+    tokenizer = organism()[1]
+    train, test = split(names_task(n, seed, answers), seed=seed)
+    return PromptSet.encode(tokenizer, train), PromptSet.encode(tokenizer, test)
+
+
+@pytest.fixture(scope="module")
+def halves() -> tuple[PromptSet, PromptSet]:
+    return encoded(400)
+
+
+@pytest.fixture(scope="module")
+def results(halves: tuple[PromptSet, PromptSet]) -> TaskResults:
+    return tasks.study(organism()[0], *halves, SITES, name="organism", data="names.jsonl")
+
+
+@pytest.fixture(scope="module")
+def edit(halves: tuple[PromptSet, PromptSet]) -> LRQP:
+    train, test = halves
+    known = {"position": "mark", "variable": "label", "seed": 0}
+    return tasks.fit(organism()[0], train, "L2.mid", held_out=test, **known)
+
+
+# ---- the study -----------------------------------------------------------------------------------
+
+
+def test_the_study_finds_where_the_organism_uses_the_order(results: TaskResults) -> None:
+    assert results.used_sites == USED
+    assert results.best_site in USED
+    assert results.answered.value > 0.95 and results.preference.value > 5
+    assert results.data == {"train": 200, "test": 200} and results.majority == 0.5
+    for name, site in results.sites.items():
+        assert site.probe.interval == wilson(site.probe.count, 200)
+        assert 0.3 < site.shuffled.value < 0.7 < site.probe.value
+        assert site.control.flipped.value < 0.05
+        assert site.worst_log_odds_margin >= 0 and site.counterfactual.failed == 0
+        low, high = site.counterfactual.preference.interval
+        assert low <= site.counterfactual.preference.value <= high
+        if name not in USED:
+            assert site.counterfactual.flipped.value < 0.05
+            assert site.counterfactual.divergence.value < 0.1
+    # Read there, and not used.
+    assert results.sites["L3.mid"].probe.value > 0.97
+
+
+def test_numbers_of_each_prompt_make_the_summary(results: TaskResults) -> None:
+    flat = results.prompts
+    right = flat["clean.preference"] > 0
+    for name, site in results.sites.items():
+        edited = columns_of(flat, f"{name}.counterfactual")
+        flips = site.counterfactual.flipped
+        assert flips.of == int(right.sum()) and flips.count == int(
+            (edited["preference"][right] < 0).sum()
+        )
+        before = flat[f"{name}.control.log_odds_before"]
+        assert site.probe.count == int((before > 0).sum())
+        assert torch.equal(flat["labels"], 1 - flat["other"])
+
+
+def test_results_survive_a_round_trip(results: TaskResults, tmp_path: Path) -> None:
+    results.save(tmp_path / "out")
+    loaded = TaskResults.load(tmp_path / "out")
+    for name in ("settings", "model", "classes", "sites", "answered", "texts", "used_sites"):
+        assert getattr(loaded, name) == getattr(results, name)
+    assert all(torch.equal(loaded.prompts[k], v) for k, v in results.prompts.items())
+    file = tmp_path / "out" / "results.json"
+    raw = json.loads(file.read_text())
+    assert raw["settings"]["data"] == "names.jsonl" and raw["versions"]["torch"]
+    file.write_text(json.dumps(raw | {"format": 99}))
+    with pytest.raises(OutputError, match="format 99"):
+        TaskResults.load(tmp_path / "out")
+
+
+def test_the_sweep_equals_that_of_the_study_of_names() -> None:
+    model, tokenizer = organism()
+    train, test = (IOIDataset.generate(tokenizer, 60, s, padding_side="left") for s in (0, 1))
+    sites = ["L1.mid", "L4.pre"]
+    found = capture(model, train.inputs, sites, positions=train.positions["S2"])
+    edits = flipping.fit_edits(found, train.labels["abb"])
+    expected = flipping.sweep(model, test, edits, batch_size=16)
+    labels = test.labels["abb"]
+    said = torch.stack([test.io_tokens, test.s_tokens], 1)
+    prompts = PromptSet(
+        inputs=test.inputs,
+        position=test.positions["S2"],
+        end=test.positions["END"],
+        labels=labels,
+        classes=("BABA", "ABBA"),
+        answers=torch.where(labels[:, None] == 0, said, said.flip(1))[:, :, None],
+        prompts=test.prompts,
+    )
+    flat = sweep(model, prompts, edits, batch_size=25)
+    torch.testing.assert_close(
+        flat["clean.preference"], expected.clean.logit_difference, atol=1e-4, rtol=1e-5
+    )
+    for site, conditions in expected.effects.items():
+        for condition, effects in conditions.items():
+            own = columns_of(flat, f"{site}.{condition}")
+            torch.testing.assert_close(
+                own["preference"], effects.logit_difference, atol=1e-3, rtol=1e-4
+            )
+            torch.testing.assert_close(own["distance"], effects.distance, atol=1e-4, rtol=1e-4)
+
+
+def test_the_divergence_is_that_of_the_whole_forward_pass(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP, results: TaskResults
+) -> None:
+    model, test = organism()[0], halves[1][:20]
+    with torch.no_grad():
+        clean = model(**test.inputs).logits[:, -1]
+        target = next_class(test.labels, 2)
+        with edit.at(model, "L2.mid", positions=test.position, target=target, source=test.labels):
+            edited = model(**test.inputs).logits[:, -1]
+    expected = torch.nn.functional.kl_div(
+        edited.double().log_softmax(-1),
+        clean.double().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    found = results.prompts["L2.mid.counterfactual.divergence"][:20]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert torch.equal(divergences(clean, clean), torch.zeros(20, dtype=torch.float64))
+
+
+def test_with_three_classes_a_flip_is_an_answer_with_the_target() -> None:
+    answers = torch.tensor([[[0], [1], [2]]]).expand(4, 3, 1)
+    labels = torch.tensor([0, 0, 1, 2])
+    other = next_class(labels, 3)
+    assert other.tolist() == [1, 1, 2, 0]
+    prompts = PromptSet({}, labels, labels, labels, ("a", "b", "c"), answers, ("",) * 4)
+    clean = torch.tensor([[3.0, 1, 0], [1, 3, 0], [0, 3, 1], [0, 0, 3]])
+    edited = torch.tensor([[1.0, 3, 0], [0, 3, 0], [0, 2, 1], [0, 4, 3]])
+    before, after = (read_answers(prompts, logits, other) for logits in (clean, edited))
+    assert before["own_lead"].tolist() == [2, -2, 2, 3]
+    assert after["other_lead"].tolist() == [2, 3, -1, -4]
+    assert after["preference"].tolist() == [-2, -3, 1, 3]
+    record = {name: torch.zeros(4) for name in (
+        "status", "distance", "euclidean", "log_odds_after", "floor", "divergence"
+    )}  # fmt: skip
+    # Prompt 1 was answered otherwise to begin with; prompt 3 is now answered with a third class.
+    share = Condition.of(record | after, before["own_lead"] > 0, 0).flipped
+    assert (share.count, share.of) == (1, 3)
+
+
+def test_without_answers_the_next_token_is_measured(tmp_path: Path) -> None:
+    found = tasks.study(organism()[0], *encoded(80, answers=False), ["L0.mid", "L2.pre"])
+    assert found.answered is None and found.preference is None and found.used_sites == []
+    assert found.best_site == "L2.pre"
+    site = found.sites["L2.pre"]
+    assert site.counterfactual.flipped is None and site.net_flips is None
+    assert site.counterfactual.divergence.value > 1 > 10 * site.control.divergence.value
+    assert any("no flip can be counted" in line for line in words.findings(found))
+    found.save(tmp_path)
+    assert TaskResults.load(tmp_path).sites == found.sites
+    assert all(path.stat().st_size for path in figures.draw(found, tmp_path))
+    page = report.write_report(found, tmp_path).read_text(encoding="utf-8")
+    assert "no flip can be counted" in page and "flipped at" not in page
+
+
+def test_the_page_and_the_figure_say_what_was_found(results: TaskResults, tmp_path: Path) -> None:
+    hostile = replace(results, texts=("<script>alert(1)</script>", *results.texts[1:]))
+    page = report.write_report(hostile, tmp_path).read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    for text in ("L1.mid to L2.mid", "ABBA", "lrqp study --model organism", "results.json"):
+        assert text in page
+    names = {path.name for path in figures.draw(results, tmp_path)}
+    assert names == {"sites.png", "sites.svg"}
+    drawn = (tmp_path / "sites.svg").read_text()
+    assert "answers flipped by the" in drawn and "majority class" in drawn
+
+
+def test_a_model_that_never_answers_right_is_said_to_be_unused(
+    halves: tuple[PromptSet, PromptSet],
+) -> None:
+    train, test = halves
+    turned = replace(test[:20], answers=test[:20].answers.flip(1))
+    found = tasks.study(organism()[0], train, turned, ["L2.mid"])
+    assert found.answered.count == 0 and found.sites["L2.mid"].counterfactual.flipped.value is None
+    assert found.used_sites == []
+    assert any("None is left" in line for line in words.findings(found))
+
+
+def test_studies_of_prompts_that_do_not_fit_are_refused(
+    halves: tuple[PromptSet, PromptSet],
+) -> None:
+    model, tokenizer = organism()
+    train, test = halves
+    with pytest.raises(PromptError, match="both fitted on and held out"):
+        tasks.study(model, train, train, ["L2.mid"])
+    with pytest.raises(PromptError, match="encode both with the same"):
+        tasks.study(model, train, replace(test, classes=("a", "b")), ["L2.mid"])
+    with pytest.raises(PromptError, match="no prompt to fit on has the class 'BABA'"):
+        tasks.study(model, train[train.labels == 0], test, ["L2.mid"])
+    right = PromptSet.encode(tokenizer, names_task(20, 5), padding_side="right")
+    with pytest.raises(PromptError, match="padded on the left"):
+        tasks.study(model, train, right, ["L2.mid"])
+
+
+# ---- dividing ------------------------------------------------------------------------------------
+
+
+def test_both_sides_hold_every_class_and_no_text_is_on_both() -> None:
+    prompts = [Prompt(f"word{i}", "abc"[i % 3]) for i in range(60)]
+    prompts += [Prompt("[[one]] two", "a"), Prompt("one [[two]]", "b"), *prompts[:9]]
+    for seed in range(5):
+        train, test = split(prompts, 0.6, seed)
+        assert sorted(p.text for p in train + test) == sorted(p.text for p in prompts)
+        plain = [{p.text.replace("[[", "").replace("]]", "") for p in x} for x in (train, test)]
+        assert not plain[0] & plain[1]
+        for label in "abc":
+            share = sum(p.label == label for p in train) / sum(p.label == label for p in prompts)
+            assert abs(share - 0.6) < 0.12
+    assert split(prompts, 0.6, 1) == split(prompts, 0.6, 1) != split(prompts, 0.6, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "share", "error", "what"),
+    [
+        ([Prompt("x", "a"), Prompt("y", "b")], 0.5, PromptError, "class 'a' has 1 different"),
+        ([Prompt("x", "a")] * 4, 0.5, PromptError, "class 'a' has 1 different"),
+        ([Prompt("x", "a"), Prompt("x", "b")], 0.5, PromptError, "is 'b' here and 'a' elsewhere"),
+        ([Prompt("x", "a")], 1.0, SettingError, "train_share is 1.0"),
+        ([Prompt("x", "a")], float("nan"), SettingError, "train_share is nan"),
+    ],
+)
+def test_prompts_that_cannot_be_divided_are_refused(prompts, share, error, what) -> None:
+    with pytest.raises(error, match=what):
+        split(prompts, share)
+
+
+# ---- fitting and applying ------------------------------------------------------------------------
+
+
+def test_a_fit_is_that_of_the_activations_and_knows_its_origin(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP, tmp_path: Path
+) -> None:
+    model = organism()[0]
+    train, test = halves
+    x, held = (capture(model, part.inputs, "L2.mid", part.position)["L2.mid"] for part in halves)
+    plain = LRQP.fit(x, train.labels)
+    torch.testing.assert_close(edit.probe.weight, plain.probe.weight, atol=1e-4, rtol=1e-3)
+    assert edit.on_infeasible == "raise"
+    for made in (edit, LRQP.load(edit.save(tmp_path / "edit"))):
+        origin = origin_of(made)
+        assert (origin.site, origin.classes) == ("L2.mid", ("ABBA", "BABA"))
+        assert (origin.position, origin.variable, origin.seed) == ("mark", "label", 0)
+        assert origin.probe_samples == len(train) and origin.model_type == "gpt2"
+        assert origin.probe_accuracy == pytest.approx(plain.probe.accuracy(held, test.labels))
+    with pytest.raises(ProvenanceError, match="does not say"):
+        origin_of(plain)
+
+
+def test_odds_that_are_not_reached_are_counted(halves: tuple[PromptSet, PromptSet]) -> None:
+    model, (train, test) = organism()[0], halves
+    edit = fit_sites(model, train, ["L2.mid"])["L2.mid"]
+    x = capture(model, test.inputs, "L2.mid", test.position)["L2.mid"]
+    found = HeldOut.of(edit, x, test.labels)
+    assert found.reached == found.prompts == 200 and found.worst_log_odds_margin >= 0
+    assert found.accuracy == pytest.approx(edit.probe.accuracy(x, test.labels))
+    turned = edit.solve(x, 1 - test.labels, test.labels)
+    assert found.distance == pytest.approx(turned.distance.mean().item())
+    with torch.no_grad():
+        edit.probe.weight[1] = edit.probe.weight[0]
+    assert HeldOut.of(edit, x, test.labels).reached < 200
+
+
+def test_an_edit_turns_answers_and_its_control_does_not(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP
+) -> None:
+    model, tokenizer = organism()
+    test = halves[1][:30]
+    turned = apply(model, tokenizer, edit, test, "other", generate=2, batch_size=16)
+    control = apply(model, tokenizer, edit, test, "own")
+    assert [item.prompt for item in turned] == list(test.prompts)
+    for item, same in zip(turned, control, strict=True):
+        assert {item.source, item.target} == {"ABBA", "BABA"} and same.target == same.source
+        assert item.belief_after >= 10 - 1e-4 and item.belief_before < 10
+        assert item.lead_before < item.lead_after
+        assert item.continued_before.startswith(item.next_before[0][0])
+        assert item.continued_after.startswith(item.next_after[0][0])
+        assert sum(chance for _, chance in item.next_after) <= 1 + 1e-9
+        assert same.next_before[0][0] == same.next_after[0][0] and same.continued_after is None
+    assert sum(item.lead_after > 0 for item in turned) > 25
+    named = apply(model, tokenizer, edit, test, "ABBA")
+    assert {item.target for item in named} == {"ABBA"}
+
+
+def test_prompts_without_a_label_have_what_the_probe_reads(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP
+) -> None:
+    model, tokenizer = organism()
+    texts = [prompt.text for prompt in names_task(8, 3)]
+    prompts = typed_prompts(tokenizer, texts, edit)
+    assert prompts.answers is None
+    found = apply(model, tokenizer, edit, prompts, "other", labelled=False)
+    x = capture(model, prompts.inputs, "L2.mid", prompts.position)["L2.mid"]
+    read = edit.probe(x).argmax(-1).tolist()
+    assert [item.source for item in found] == [("ABBA", "BABA")[index] for index in read]
+    assert all(item.lead_before is None for item in found)
+    with pytest.raises(PromptError, match="marks no words"):
+        typed_prompts(tokenizer, ["Mary and John"], edit)
+
+
+def test_edits_that_do_not_fit_are_refused(halves: tuple[PromptSet, PromptSet], edit: LRQP) -> None:
+    model, tokenizer = organism()
+    with pytest.raises(TargetError, match=r"no class 'plural'.*ABBA, BABA.*'own'"):
+        apply(model, tokenizer, edit, halves[1], "plural")
+    with pytest.raises(ProvenanceError, match="not on"):
+        apply(build("gpt2"), tokenizer, edit, halves[1], "other")
