@@ -6,6 +6,7 @@ from lrqp_torch.activations import capture, capture_batches
 from lrqp_torch.constrained import ConstrainedLRQP
 from lrqp_torch.covariance import Covariance, Mahalanobis
 from lrqp_torch.edit import LRQP
+from lrqp_torch.generation import Scope
 from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.joint import JointLRQP
 from lrqp_torch.positions import position_ids
@@ -34,6 +35,7 @@ __all__ = [
     "Mahalanobis",
     "MahalanobisQP",
     "Provenance",
+    "Scope",
     "Solution",
     "Status",
     "all_sites",

@@ -12,6 +12,7 @@ from lrqp_torch.attempt import attempt, judge
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.edit_files import read_edit, write_edit
 from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError
+from lrqp_torch.generation import Where
 from lrqp_torch.intervention import Intervention, intervene
 from lrqp_torch.odds import Odds, Rule
 from lrqp_torch.probe import LinearProbe
@@ -181,7 +182,7 @@ class LRQP(nn.Module):
         model: nn.Module,
         site: str,
         *,
-        positions: Tensor,
+        positions: Where,
         target: Tensor | int,
         source: Tensor | int | None = None,
     ) -> AbstractContextManager[EditRun]:
@@ -193,7 +194,8 @@ class LRQP(nn.Module):
         Args:
             model: a transformers model; it is not changed.
             site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T).
+            positions: LongTensor (B,), (B, n) or BoolTensor (B, T); or, around ``model.generate``,
+                ``"prompt"``, ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
             target: class to write: one for all, (B,) one an example, or the shape of positions.
             source: class that holds now, in the same shapes; default the probe's own reading.
 
@@ -211,7 +213,7 @@ class LRQP(nn.Module):
         self,
         site: str,
         *,
-        positions: Tensor,
+        positions: Where,
         target: Tensor | int,
         source: Tensor | int | None = None,
     ) -> Intervention:

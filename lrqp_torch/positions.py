@@ -2,13 +2,18 @@
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lrqp_torch.compiled import unwrapped
 from lrqp_torch.errors import PositionError
+
+_HIDDEN = -1e4
+"""Additive attention masks hide with numbers below this."""
 
 
 class LeftPaddingWarning(UserWarning):
@@ -45,7 +50,10 @@ class Positions:
                 twice in an example.
         """
         if not isinstance(positions, Tensor):
-            raise PositionError(f"positions must be a tensor, got {type(positions).__name__}")
+            raise PositionError(
+                f"positions must be a tensor, got {type(positions).__name__}; scopes such as "
+                f"'generated' are for edits without anything that is given by position"
+            )
         if positions.dtype == torch.bool and positions.ndim == 2:
             example, token = positions.nonzero(as_tuple=True)
             result = cls(example, token, token, (len(example),), len(positions))
@@ -91,6 +99,13 @@ class Positions:
         return Positions(example, token, slot, self.shape, self.batch)
 
 
+class Follows(Protocol):
+    """Positions that depend on the calls themselves."""
+
+    def see(self, call: "ForwardCall") -> None:
+        """Take notice of a forward pass that is about to run, or refuse it."""
+
+
 @dataclass(frozen=True)
 class ForwardCall:
     """What a forward pass was given.
@@ -101,6 +116,8 @@ class ForwardCall:
         past: tokens that the KV cache holds already.
         mask: attention mask over past and present tokens, (B, past + length), or None.
         continues: whether the call fills a KV cache, so that later calls may bring further tokens.
+        tokens: the tokens, (B, length), or their embeddings.
+        square: a four-dimensional attention mask, as calls with a static cache have it, or None.
     """
 
     batch: int
@@ -108,6 +125,8 @@ class ForwardCall:
     past: int
     mask: Tensor | None
     continues: bool = False
+    tokens: Tensor | None = None
+    square: Tensor | None = None
 
     @classmethod
     def read(
@@ -118,7 +137,7 @@ class ForwardCall:
         absolute_positions: bool,
     ) -> "ForwardCall":
         """Read the arguments of a base model's forward, however they were passed."""
-        given = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(unwrapped(trunk).forward).bind_partial(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -126,7 +145,11 @@ class ForwardCall:
             raise PositionError("the model was called without input_ids or inputs_embeds")
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        # Four-dimensional masks are the caller's own construction and say nothing of padding.
+        # Models with several kinds of attention take a mask for each.
+        if isinstance(mask, Mapping):
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        square = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+        # Four-dimensional masks may be the caller's own, and need say nothing of padding.
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         unaware = absolute_positions and given.get("position_ids") is None
         if mask is not None and unaware and bool((mask[:, 0] == 0).any()):
@@ -137,9 +160,32 @@ class ForwardCall:
                 stacklevel=2,
             )
         continues = cache is not None or given.get("use_cache") is True
-        return cls(tokens.shape[0], tokens.shape[1], past, mask, continues)
+        return cls(tokens.shape[0], tokens.shape[1], past, mask, continues, tokens, square)
 
-    def check(self, positions: Positions) -> None:
+    def real(self) -> Tensor | None:
+        """Which tokens of this call are text and not padding, (B, length) bool; None if all are.
+
+        In a four-dimensional mask, padding is what does not see itself.
+
+        Raises:
+            PositionError: a mask that does not reach to the end of this call.
+        """
+        end = self.past + self.length
+        given = self.mask if self.square is None else self.square
+        if given is None:
+            return None
+        if given.shape[-1] < end:
+            raise PositionError(
+                f"the attention mask has {given.shape[-1]} columns, the text {end}, so it does not "
+                f"say what is padding: give the mask of past and present tokens, and do not use a "
+                f"static cache with a sliding window in a scope"
+            )
+        if self.square is None:
+            return given[:, self.past : end].bool()
+        own = given[:, 0, :, self.past : end].diagonal(dim1=-2, dim2=-1)
+        return (own if own.dtype == torch.bool else own > _HIDDEN).expand(self.batch, -1)
+
+    def check(self, positions: "Positions | Follows") -> None:
         """Raise unless the positions fit this call.
 
         Raises:
@@ -147,12 +193,11 @@ class ForwardCall:
                 call that fills a KV cache may be followed by the tokens that are still missing;
                 positions that never come are found when the context closes.
         """
+        if not isinstance(positions, Positions):
+            positions.see(self)
+            return
         if positions.batch != self.batch:
-            raise PositionError(
-                f"positions are for {positions.batch} examples, the model was given {self.batch}; "
-                f"beam search and several returned sequences repeat each example, so repeat "
-                f"positions and targets likewise (repeat_interleave)"
-            )
+            raise PositionError(wrong_batch("positions", positions.batch, 1, self.batch))
         end = self.past + self.length
         beyond = positions.token >= end
         if not self.continues and bool(beyond.any()):
@@ -173,6 +218,16 @@ class ForwardCall:
                 f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
                 f"count positions on the padded input"
             )
+
+
+def wrong_batch(what: str, examples: int, repeats: int, given: int) -> str:
+    """What to say when positions or targets are for another batch than the model was given."""
+    each = f" with repeats={repeats}" if repeats > 1 else ""
+    return (
+        f"{what} are for {examples} examples{each}, the model was given {given}; beam search and "
+        f"several returned sequences repeat each example, so repeat positions and targets likewise "
+        f"(repeat_interleave), or give a scope repeats=k for k rows an example"
+    )
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

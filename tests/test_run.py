@@ -6,7 +6,7 @@ from models_for_tests import POST_MODELS, Prompts, build, hook_count, random_edi
 from torch import Tensor, nn
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import EditNeverFiredError, InfeasibleError
+from lrqp_torch.errors import EditNeverFiredError, InfeasibleError, NonFiniteError, TargetError
 
 PROMPTS = Prompts.random([7, 4, 9, 6])
 TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
@@ -210,3 +210,70 @@ def test_an_unreachable_target_raises_with_the_examples_and_leaves_no_hooks() ->
     ):
         model(**PROMPTS.padded("left"))
     assert hook_count(model) == 0
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a forward pass does not wait to know how an edit went."""
+    for module in (lrqp.run, lrqp.intervention):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+
+
+@torch.no_grad()
+def test_without_waiting_the_record_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    edit, runs = edit_of(model, "L1.mid"), []
+    for waits in (True, False):
+        monkeypatch.setattr(lrqp.run, "readable", lambda tensor, waits=waits: waits)
+        with edit.at(model, "L1.mid", positions=AT, target=1, source=2) as run:
+            model(**inputs)
+        runs.append(run)
+    for name in RECORDED:
+        assert torch.equal(getattr(runs[0], name), getattr(runs[1], name)), name
+
+
+@torch.no_grad()
+def test_a_failure_that_was_not_waited_for_is_raised_when_the_context_closes(late: None) -> None:
+    model = build("gpt2")
+    edit = with_unreachable_class(model, "L1.mid")
+    finished = []
+    target = torch.tensor([0, 2, 0, 2])
+    with (
+        pytest.raises(InfeasibleError, match=r"target class \[2\] for 2 examples.*\[1, 3\]"),
+        edit.at(model, "L1.mid", positions=AT[:, 0], target=target, source=0) as run,
+    ):
+        model(**PROMPTS.padded("left"))
+        # Another pass does not make the failure forgotten, and reading the record tells it.
+        model(**Prompts.random([7, 4, 9, 6], seed=3).padded("left"))
+        with pytest.raises(InfeasibleError):
+            run.distance  # noqa: B018
+        finished.append(True)
+    assert finished
+    assert hook_count(model) == 0
+
+
+@torch.no_grad()
+def test_skipped_failures_are_no_errors_without_waiting_either(late: None) -> None:
+    model = build("gpt2")
+    edit = with_unreachable_class(model, "L1.mid", on_infeasible="skip")
+    with edit.at(model, "L1.mid", positions=AT[:, 0], target=2) as run:
+        model(**PROMPTS.padded("left"))
+    assert run.n_unreached > 0
+
+
+@torch.no_grad()
+def test_an_edit_of_nan_is_raised_when_the_context_closes(late: None) -> None:
+    model, done = build("gpt2"), []
+    item = lrqp.Intervention("L1.mid", AT[:, 0], lambda x, context: x / 0)
+    with pytest.raises(NonFiniteError, match=r"L1\.mid"), lrqp.intervene(model, item):
+        model(**PROMPTS.padded("left"))
+        done.append(True)
+    assert done
+
+
+def test_a_class_that_does_not_exist_is_found_before_anything_runs() -> None:
+    model = build("gpt2")
+    edit = edit_of(model, "L1.mid")
+    for wrong in ({"target": 3}, {"target": 0, "source": torch.tensor([0, 1, 7, 0])}):
+        with pytest.raises(TargetError):
+            edit.on("L1.mid", positions=AT, **wrong)

@@ -15,6 +15,7 @@ from lrqp_torch.baselines.length import MahalanobisLength
 from lrqp_torch.baselines.run import BaselineRun
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import PairError, SettingError, WidthError
+from lrqp_torch.generation import Where
 from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
 
@@ -130,11 +131,13 @@ class Baseline(nn.Module, ABC):
         self,
         site: str,
         *,
-        positions: Tensor,
+        positions: Where,
         target: Tensor | int,
         source: Tensor | int | None = None,
     ) -> Intervention:
         """The edit as an item for :func:`~lrqp_torch.intervene`. See :meth:`LRQP.at`."""
+        if self.needs_pair and not isinstance(positions, Tensor):
+            raise PairError(f"{self.name} needs a pair for each position, known beforehand")
         run = BaselineRun(self, positions, target, source)
         self.check_pairs(run.n_positions)
         return Intervention(site, positions, run)
@@ -145,7 +148,7 @@ class Baseline(nn.Module, ABC):
         model: nn.Module,
         site: str,
         *,
-        positions: Tensor,
+        positions: Where,
         target: Tensor | int,
         source: Tensor | int | None = None,
     ) -> Iterator[BaselineRun]:

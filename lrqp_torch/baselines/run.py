@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lrqp_torch.generation import Where
 from lrqp_torch.intervention import EditContext
 from lrqp_torch.qp import Status
 from lrqp_torch.run import EditRun
@@ -24,7 +25,7 @@ class BaselineRun(EditRun):
     def __init__(
         self,
         baseline: "Baseline",
-        positions: Tensor,
+        positions: Where,
         target: Tensor | int,
         source: Tensor | int | None,
     ) -> None:
