@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from lrqp_torch.compiled import run_eagerly
 from lrqp_torch.errors import PositionError, SiteError, UnknownFamilyError, WidthError
 from lrqp_torch.sites import blocks_of, family_of
 
@@ -49,7 +50,8 @@ def visit_patterns(model: nn.Module, visits: Mapping[int, Visit]) -> Iterator[No
     try:
         if previous != NAME:
             _switch(model, NAME)
-        yield
+        with run_eagerly(model):
+            yield
     finally:
         for layer in visits:
             _visits[id(modules[layer])].pop()

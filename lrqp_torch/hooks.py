@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lrqp_torch.positions import ForwardCall, Positions
+from lrqp_torch.compiled import run_eagerly
+from lrqp_torch.positions import Follows, ForwardCall, Positions
 from lrqp_torch.sites import (
     PARTS,
     Located,
@@ -65,9 +67,11 @@ def attach(
 
 
 def watch_calls(
-    model: nn.Module, stack: ExitStack, positions: Sequence[Positions]
+    model: nn.Module, stack: ExitStack, positions: Sequence[Positions | Follows]
 ) -> list[ForwardCall]:
     """A list whose last entry describes the forward pass under way; checks positions first."""
+    stack.enter_context(run_eagerly(model))
+    warn_of_checkpointing(model)
     calls: list[ForwardCall] = []
     absolute = family_of(model).absolute_positions
     trunk = trunk_of(model)
@@ -99,6 +103,27 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
+def warn_of_checkpointing(model: nn.Module) -> None:
+    """Warn when blocks run once more in the backward pass, and torch would not notice a change.
+
+    Without ``use_reentrant`` torch itself raises where the second run differs from the first.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+            continue
+        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if options.get("use_reentrant") is not False:
+            warnings.warn(
+                "gradient checkpointing runs the blocks again in the backward pass: call backward "
+                "before the context closes, or the gradient is that of the unedited model. With "
+                "use_reentrant=False torch raises instead",
+                stacklevel=4,
+            )
+            return
+
+
 @contextmanager
 def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor]]:
     """Keep the input of every block from a column on, (B, T − first_position, d) each.
@@ -113,6 +138,7 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor
         return stream
 
     with ExitStack() as stack:
+        stack.enter_context(run_eagerly(model))
         for layer in range(len(blocks_of(model))):
             attach(stack, locate(model, Site(layer, PARTS.index("pre"))), keep)
         yield recorded
@@ -177,10 +203,13 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
         return args, {**kwargs, "hidden_states": stream}
 
     # Prepended: edits of this block's input must find the stream already in place.
-    hook = blocks[layer].register_forward_pre_hook(replace_stream, prepend=True, with_kwargs=True)
-    setattr(owner, name, blocks[layer:])
-    try:
-        yield
-    finally:
-        setattr(owner, name, blocks)
-        hook.remove()
+    with run_eagerly(model):
+        hook = blocks[layer].register_forward_pre_hook(
+            replace_stream, prepend=True, with_kwargs=True
+        )
+        setattr(owner, name, blocks[layer:])
+        try:
+            yield
+        finally:
+            setattr(owner, name, blocks)
+            hook.remove()

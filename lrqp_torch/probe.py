@@ -209,7 +209,8 @@ class LinearProbe(nn.Linear):
             raise WidthError(
                 f"the probe reads width {self.width}, the activations have {input.shape[-1]}"
             )
-        return super().forward(input.to(self.weight.dtype))
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lrqp_torch.compiled import unwrapped
 from lrqp_torch.errors import PositionError, SiteError
 from lrqp_torch.hooks import record_stream, resume_at
 from lrqp_torch.sites import blocks_of
@@ -70,7 +71,7 @@ class Replay:
         if copies < 1:
             raise PositionError(f"copies must be at least 1, got {copies}")
         self.model, self.copies = model, copies
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(unwrapped(model).forward).parameters
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in accepted:
             self._options["logits_to_keep"] = 1

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import LRQPError, NonFiniteError, PositionError, WidthError
 from lrqp_torch.intervention import Edit, EditContext, Intervention, intervene
+from lrqp_torch.placement import input_device
 from lrqp_torch.sites import locate
 from lrqp_torch.tail import Tail, frozen
 
@@ -48,7 +49,7 @@ class SiteReading:
                     f"{name} must be LongTensor ({n},), one column a prompt, got {columns.dtype} "
                     f"{tuple(columns.shape)}"
                 )
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.model, self.site, self.reading = model, str(where), reading
         self.positions, self.read = positions.to(self.device), read.to(self.device)
         self.batch_size = batch_size

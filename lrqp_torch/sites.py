@@ -215,7 +215,9 @@ def family_of(model: nn.Module) -> Family:
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """The module that holds the blocks and reads the attention mask."""
-    base = cast(nn.Module, getattr(model, "base_model", model))
+    # A model with adapters of peft names its tuner, and not its trunk, a base model.
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(nn.Module, getattr(inner, "base_model", inner))
     return base.get_submodule(family_of(model).trunk)
 
 

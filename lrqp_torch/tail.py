@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lrqp_torch.compiled import unwrapped
 from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
 from lrqp_torch.hooks import record_stream, resume_at
+from lrqp_torch.placement import input_device
 from lrqp_torch.sites import blocks_of
 
 
@@ -65,9 +67,9 @@ class Tail:
         if not 0 <= layer < len(blocks_of(model)):
             raise SiteError(f"layer {layer}: the model has {len(blocks_of(model))} blocks")
         self.model, self.layer = model, layer
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._selects = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
         self.first_position = first_position
         streams: list[Tensor] = []
         pasts: list[list[tuple[Tensor, Tensor]]] = []

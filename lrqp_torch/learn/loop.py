@@ -18,6 +18,7 @@ from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Learned
 from lrqp_torch.learn.trainer import Trainer
+from lrqp_torch.placement import input_device
 from lrqp_torch.sites import locate
 from lrqp_torch.tail import frozen
 
@@ -72,7 +73,7 @@ def learn(
     options = options or LearnOptions()
     where = locate(model, site).site
     _check(model, train, validation, unrelated, options)
-    device = next(model.parameters()).device
+    device = input_device(model)
     edit = TrainableEdit(
         start,
         device,

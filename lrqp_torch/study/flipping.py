@@ -19,6 +19,7 @@ from torch import Tensor
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.edit import LRQP
 from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.placement import input_device
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import Status
 from lrqp_torch.replay import Replay
@@ -214,7 +215,7 @@ def sweep(
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     # Left padding puts END in the last column, so a later S2 means a shorter suffix.
     order = torch.argsort(data.positions["S2"].cpu(), stable=True)
     flat: dict[str, Tensor] = {}

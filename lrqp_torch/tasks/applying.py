@@ -11,6 +11,7 @@ from torch import Tensor
 from lrqp_torch.activations import capture
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import PromptError, TargetError
+from lrqp_torch.placement import input_device
 from lrqp_torch.replay import Replay
 from lrqp_torch.run import EditRun
 from lrqp_torch.sites import Site
@@ -144,7 +145,7 @@ def apply(
     origin = origin_of(edit)
     origin.check(model, origin.site)
     targets_of(target, prompts.labels, prompts.classes)
-    device = next(model.parameters()).device
+    device = input_device(model)
     edit = edit.to(device)
     found = []
     for rows in in_batches(torch.arange(len(prompts)), batch_size):

@@ -11,6 +11,7 @@ from lrqp_torch.activations import capture
 from lrqp_torch.covariance import Shrinkage
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import PromptError
+from lrqp_torch.placement import input_device
 from lrqp_torch.sharing.provenance import Provenance
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import fit_edits
@@ -135,7 +136,7 @@ def fit_sites(
     found = capture(
         model, prompts.inputs, list(sites), positions=prompts.position, batch_size=batch_size
     )
-    device = next(model.parameters()).device
+    device = input_device(model)
     return fit_edits(
         found,
         prompts.labels.to(device),

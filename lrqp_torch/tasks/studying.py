@@ -17,6 +17,7 @@ from lrqp_torch.activations import capture
 from lrqp_torch.covariance import Shrinkage
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import PromptError
+from lrqp_torch.placement import input_device
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import Advance, no_progress
@@ -103,7 +104,7 @@ def study(
             )
             for part in (train, test)
         )
-    device = next(model.parameters()).device
+    device = input_device(model)
     labels = train.labels.to(device)
     with clock.stage("fit"):
         advance = start("fitting probes", 2 * len(chosen))

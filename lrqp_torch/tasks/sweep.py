@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import PromptError
+from lrqp_torch.placement import input_device
 from lrqp_torch.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, in_batches
@@ -54,7 +55,7 @@ def sweep(
             "the prompts of a study must be padded on the left: use "
             "PromptSet.encode(..., padding_side='left')"
         )
-    device = next(model.parameters()).device
+    device = input_device(model)
     labels = prompts.labels.cpu()
     flat = {"labels": labels, "other": next_class(labels, len(prompts.classes))}
     # A later position means a shorter suffix to run again.
