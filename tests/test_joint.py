@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from lrqp_torch.errors import (
     WidthError,
 )
 from lrqp_torch.joint import JointLRQP
+from lrqp_torch.joint.floors import slot_floors
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
 
 WIDTH = 16
@@ -278,7 +280,7 @@ def test_gradients_against_finite_differences() -> None:
                 (root + root.T) / 2,
                 [name in joint.within for name in joint.names],
             )
-            floor = joint._floors
+            floor = partial(slot_floors, joint._edits(), joint.within)
             solution = joint.qp.solve(
                 x,
                 choice,

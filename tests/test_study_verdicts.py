@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from lrqp_torch import models
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
-from lrqp_torch.study import flipping, verdicts
+from lrqp_torch.study import flipping, verdicts_scoring
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.controls.running import Trial, run_trials
 from lrqp_torch.study.statistics import wilson
 from lrqp_torch.study.truth import KnownSites, read_truth
-from lrqp_torch.study.verdicts import VerdictSettings, judge, score_sites
+from lrqp_torch.study.verdicts import judge
 from lrqp_torch.study.verdicts_counting import (
     ACCURATE,
     ALL,
@@ -35,6 +35,8 @@ from lrqp_torch.study.verdicts_counting import (
     count_all,
     findings,
 )
+from lrqp_torch.study.verdicts_scoring import CONDITIONS, score_sites
+from lrqp_torch.study.verdicts_settings import VerdictSettings
 
 SITES = ["L1.mid", "L4.pre"]
 
@@ -162,7 +164,7 @@ def test_the_control_of_a_patch_writes_another_prompt_of_the_same_order(
     context: StudyContext,
 ) -> None:
     data = context.task.test
-    other = verdicts._same_order(data, context.generator())
+    other = verdicts_scoring._same_order(data, context.generator())
     assert torch.equal(other.sort().values, torch.arange(len(data)))
     assert not bool((other == torch.arange(len(data))).any())
     assert torch.equal(data.labels["abb"][other], data.labels["abb"])
@@ -171,10 +173,10 @@ def test_the_control_of_a_patch_writes_another_prompt_of_the_same_order(
 def test_equal_displacements_run_once_and_give_what_they_would(context: StudyContext) -> None:
     n = len(context.task.test)
     delta = 9 * torch.randn(n, 128, generator=torch.Generator().manual_seed(0))
-    keys = [("L1.mid", name, condition) for name in "ab" for condition in verdicts.CONDITIONS]
+    keys = [("L1.mid", name, condition) for name in "ab" for condition in CONDITIONS]
     added = [delta, delta.clone(), torch.zeros_like(delta), -delta]
     trials = {key: Trial("L1.mid", own) for key, own in zip(keys, added, strict=True)}
-    clean, found = verdicts._run(context, trials)
+    clean, found = verdicts_scoring._run(context, trials)
     _, each = run_trials(context, list(trials.values()))
     for key, expected in zip(keys, each, strict=True):
         torch.testing.assert_close(found[key], expected)
@@ -185,14 +187,14 @@ def test_equal_displacements_run_once_and_give_what_they_would(context: StudyCon
 def test_a_method_that_cannot_be_built_is_named(
     context: StudyContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = verdicts.build
+    build = verdicts_scoring.build
 
     def missing(name: str, data: object) -> object:
         if name == "leace":
             raise MissingExtraError("leace needs a package")
         return build(name, data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(verdicts, "build", missing)
+    monkeypatch.setattr(verdicts_scoring, "build", missing)
     scores, problems = score_sites(
         context, KnownSites(frozenset(), frozenset()), ["none", "leace"], "organism"
     )

@@ -3,10 +3,11 @@
 import os
 import sys
 
-from lrqp_torch.cli import capture, doctor, study, tasks, verdicts  # their import adds the commands
+# Their import adds the commands.
+from lrqp_torch.cli import capture, doctor, study, tasks, tasks_study, verdicts
 from lrqp_torch.cli.app import app
 
-__all__ = ["app", "capture", "doctor", "main", "study", "tasks", "verdicts"]
+__all__ = ["app", "capture", "doctor", "main", "study", "tasks", "tasks_study", "verdicts"]
 
 
 def main() -> None:

@@ -54,8 +54,9 @@ def verdicts(
     with messages(debug):
         from transformers.utils.logging import disable_progress_bar
 
-        from lrqp_torch.study.verdicts import VerdictSettings, judge
+        from lrqp_torch.study.verdicts import judge
         from lrqp_torch.study.verdicts_counting import findings
+        from lrqp_torch.study.verdicts_settings import VerdictSettings
 
         disable_progress_bar()  # it would run through ours
         settings = VerdictSettings(

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lrqp_torch.covariance import Mahalanobis
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import OutputError, SavedEditError
 from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.probe import LinearProbe
 
 FORMAT = "lrqp_torch.joint"
 VERSION = 1
@@ -37,15 +39,22 @@ def save_joint(path: str | Path, edits: Sequence[LRQP], content: dict[str, Any])
     return folder
 
 
-def load_joint(path: str | Path) -> tuple[dict[str, Any], list[LRQP]]:
-    """Read and check the JSON and the edits.
+def load_joint(
+    path: str | Path,
+) -> tuple[dict[str, Any], dict[str, LRQP | LinearProbe], Mahalanobis]:
+    """Read and check the JSON, the edits and probes by name, and their metric.
 
     Raises:
         SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
     """
     folder = Path(path)
     content = _read_json(folder)
-    return content, [LRQP.load(folder / str(place)) for place in range(len(content["names"]))]
+    names, bare = content["names"], content["kept_by_default"]
+    saved = [LRQP.load(folder / str(place)) for place in range(len(names))]
+    edits: dict[str, LRQP | LinearProbe] = {
+        name: edit.probe if name in bare else edit for name, edit in zip(names, saved, strict=True)
+    }
+    return content, edits, saved[0].metric
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What an edit of several variables did inside a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.generation import Where
+from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.qp import Status
 from lrqp_torch.run import EditRun, _per_position
 
@@ -29,7 +31,7 @@ class JointRun(EditRun):
     def __init__(
         self,
         solve: Callable[..., Any],
-        positions: Tensor,
+        positions: Where,
         target: Mapping[str, Tensor | int],
         source: Mapping[str, Tensor | int],
     ) -> None:
@@ -41,7 +43,7 @@ class JointRun(EditRun):
                 _per_position(part, positions, self._positions, f"{what} of {name!r}")
                 for name, part in classes.items()
             ]
-            return torch.stack(parts, -1)
+            return torch.stack(torch.broadcast_tensors(*parts), -1)
 
         self._target = stack(target, "target")
         self._source = stack(source, "source")
@@ -82,3 +84,11 @@ class JointRun(EditRun):
         self._require_fired()
         values = self._record[name]
         return values.reshape(*self._positions.shape, *values.shape[1:])
+
+
+@contextmanager
+def edit_at(model: nn.Module, intervention: Intervention) -> Iterator[JointRun]:
+    """Apply one joint edit within the context, and yield its record."""
+    with intervene(model, [intervention]) as (run,):
+        assert isinstance(run, JointRun)
+        yield run
