@@ -1,7 +1,8 @@
 """The least edit to a model's activations that provably changes what a linear probe reads."""
 
 from lrqp_torch import errors, sites
-from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activation_store.store import ActivationStore
+from lrqp_torch.activation_store.storing import capture_to
 from lrqp_torch.activations import capture, capture_batches
 from lrqp_torch.constrained import ConstrainedLRQP
 from lrqp_torch.covariance import Covariance, Mahalanobis
@@ -16,7 +17,6 @@ from lrqp_torch.run import EditRun
 from lrqp_torch.sharing.library import EditLibrary
 from lrqp_torch.sharing.provenance import Provenance
 from lrqp_torch.sites import Family, all_sites, register_family
-from lrqp_torch.storing import capture_to
 
 __version__ = "0.2.0"
 

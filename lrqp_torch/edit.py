@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lrqp_torch.attempt import attempt, judge
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.edit_files import read_edit, write_edit
 from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError
 from lrqp_torch.generation import Where
 from lrqp_torch.intervention import Intervention, intervene
@@ -22,6 +21,7 @@ from lrqp_torch.qp.external import ACTIVE_SET
 from lrqp_torch.qp.problem import Realise
 from lrqp_torch.qp.total_odds import TotalOddsProblem
 from lrqp_torch.run import EditRun
+from lrqp_torch.sharing.edit_files import read_edit, write_edit
 from lrqp_torch.sharing.hub import fetched_folder, pushed
 from lrqp_torch.sharing.provenance import Provenance
 

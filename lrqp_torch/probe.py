@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import LabelError, LRQPError, TargetError, WidthError
-from lrqp_torch.probe_batches import Batches
-from lrqp_torch.probe_fitting import FitReport, Fitted, Options, fit_in_memory, fit_streamed
-from lrqp_torch.probe_problems import Problem, check_problem, named
+from lrqp_torch.fitting.in_memory import FitReport, Fitted, Options, fit_in_memory, fit_streamed
+from lrqp_torch.fitting.problems import Problem, check_problem, named
+from lrqp_torch.fitting.streamed import Batches
 from lrqp_torch.qp.checks import as_classes
 
 BATCH = 4096

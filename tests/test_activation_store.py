@@ -14,10 +14,10 @@ from models_for_tests import WIDTH, Prompts, build
 from torch import Tensor
 
 import lrqp_torch as lrqp
-from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activation_store.store import ActivationStore
+from lrqp_torch.activation_store.storing import capture_to
 from lrqp_torch.errors import ActivationStoreError, LRQPError, OutputError, SelectionError
 from lrqp_torch.reading import Reading
-from lrqp_torch.storing import capture_to
 
 LENGTHS = [7, 4, 9, 6, 5, 4, 8, 9, 3, 6]
 INPUTS = Prompts.random(LENGTHS).padded("left")

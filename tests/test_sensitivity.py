@@ -14,9 +14,9 @@ import lrqp_torch as lrqp
 from lrqp_torch.errors import LRQPError, NonFiniteError, PositionError, WidthError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
-from lrqp_torch.sensitivity import attribute, gauss_legendre
-from lrqp_torch.site_reading import SiteReading
-from lrqp_torch.smallest_odds import SmallestOdds, smallest_odds
+from lrqp_torch.sensitivity.attribution import attribute, gauss_legendre
+from lrqp_torch.sensitivity.reading import SiteReading
+from lrqp_torch.sensitivity.smallest_odds import SmallestOdds, smallest_odds
 
 SITE = "L1.mid"
 LENGTHS = [9, 7, 8, 9, 6, 8]

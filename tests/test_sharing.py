@@ -135,9 +135,7 @@ def test_an_oversized_header_or_file_is_refused_before_it_is_read(
     file = edit.save(tmp_path) / "edit.safetensors"
     original = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 2**40) + original[8:])
-    with pytest.raises(
-        SavedEditError, match=r"edit\.safetensors.*header"
-    ):
+    with pytest.raises(SavedEditError, match=r"edit\.safetensors.*header"):
         LRQP.load(tmp_path)
     with file.open("wb") as handle:
         handle.truncate(2**33)  # a sparse file: eight gigabytes of nothing

@@ -13,7 +13,7 @@ from lrqp_torch.errors import PositionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lrqp_torch.activation_store import ActivationStore
+    from lrqp_torch.activation_store.store import ActivationStore
 
 LABELS_FILE = "labels.json"
 EVERY_TOKEN = "all"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import WidthError
-from lrqp_torch.multinomial import MultinomialLoss, Point
+from lrqp_torch.fitting.in_memory import Options, fit_passes
+from lrqp_torch.fitting.multinomial import MultinomialLoss, Point
+from lrqp_torch.fitting.streamed import Batches, Passes
 from lrqp_torch.probe import LinearProbe
-from lrqp_torch.probe_batches import Batches, Passes
-from lrqp_torch.probe_fitting import Options, fit_passes
 
 Key = TypeVar("Key", bound=Hashable)
 

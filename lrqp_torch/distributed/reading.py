@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activation_store.store import ActivationStore
+from lrqp_torch.activation_store.storing import Writing
 from lrqp_torch.activations import Progressed, progress_shown
 from lrqp_torch.digests import digest_model, digest_values
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.reading import Reading
 from lrqp_torch.sites import Site
-from lrqp_torch.storing import Writing
 
 
 def capture(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrqp_torch.activation_index import DTYPES, Index, checksum, open_shard, shard_path
+from lrqp_torch.activation_store.index import DTYPES, Index, checksum, open_shard, shard_path
 from lrqp_torch.errors import ActivationStoreError, SelectionError, SiteError
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import ConvergenceError, LabelError
-from lrqp_torch.multinomial import Block, MultinomialLoss, encode, rows_of
-from lrqp_torch.newton import Minimum, minimise
-from lrqp_torch.probe_batches import Batches, Passes
-from lrqp_torch.probe_problems import Problem
+from lrqp_torch.fitting.multinomial import Block, MultinomialLoss, encode, rows_of
+from lrqp_torch.fitting.newton import Minimum, minimise
+from lrqp_torch.fitting.problems import Problem
+from lrqp_torch.fitting.streamed import Batches, Passes
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -8,8 +8,8 @@ from lrqp_torch.errors import LRQPError, SavedEditError, SolverError
 from lrqp_torch.files import written_whole
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp.external import SOLVERS
-from lrqp_torch.saving import load_edit, save_edit
 from lrqp_torch.sharing.card import CARD_FILE, model_card
+from lrqp_torch.sharing.saving import load_edit, save_edit
 
 if TYPE_CHECKING:
     from lrqp_torch.edit import LRQP

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from lrqp_torch.multinomial import MultinomialLoss, Point
+from lrqp_torch.fitting.multinomial import MultinomialLoss, Point
 
 MAX_CG_STEPS = 500
 ARMIJO = 1e-4

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import BatchError, LabelError, LRQPError, WidthError
-from lrqp_torch.multinomial import Block, encode
-from lrqp_torch.probe_problems import check_batch, check_counts, named
+from lrqp_torch.fitting.multinomial import Block, encode
+from lrqp_torch.fitting.problems import check_batch, check_counts, named
 from lrqp_torch.qp.checks import check_finite
 
 Batches = Iterable[tuple[Tensor, Tensor]] | Callable[[], Iterable[tuple[Tensor, Tensor]]]

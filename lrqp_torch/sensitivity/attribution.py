@@ -20,7 +20,7 @@ from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import Status
 from lrqp_torch.qp.checks import as_classes
-from lrqp_torch.site_reading import Reading, SiteReading
+from lrqp_torch.sensitivity.reading import Reading, SiteReading
 
 NODES = 4
 MOST_HALVINGS = 12

@@ -9,8 +9,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lrqp_torch.activation_index import DTYPES, INDEX_FILE, Index, Shard, checksum, shard_path
-from lrqp_torch.activation_store import ActivationStore
+from lrqp_torch.activation_store.index import DTYPES, INDEX_FILE, Index, Shard, checksum, shard_path
+from lrqp_torch.activation_store.store import ActivationStore
 from lrqp_torch.activations import Progressed, progress_shown
 from lrqp_torch.batching import is_watched
 from lrqp_torch.digests import digest_model, digest_values
