@@ -162,3 +162,31 @@ def test_requests_that_do_not_fit_are_refused(
     assert "holds one edit" in refused(*use, "other", "--data", data, "--edit", "x")
     other = ("apply", edit, "--model", "gpt2-shape", "--target", "other", "--data", data)
     assert "would mean nothing there" in refused(*other)
+
+
+def test_a_folder_holds_one_edit_or_a_library(
+    fitted: tuple[Path, Result], data: Path, tmp_path: Path
+) -> None:
+    edit = LRQP.load(fitted[0])
+    one, several = edit.save(tmp_path / "one"), EditLibrary({"a": edit}).save(tmp_path / "several")
+    before = [sorted(tmp_path.rglob("*")), (one / "edit.json").read_bytes()]
+    common = ("fit", "--data", data, "--model", "organism", "--site")
+    assert "choose another folder" in refused(*common, "L1.mid", "--out", several)
+    assert "choose another folder" in refused(*common, "L1.mid,L2.mid", "--out", one)
+    assert before == [sorted(tmp_path.rglob("*")), (one / "edit.json").read_bytes()]
+    (one / "library.json").write_bytes((several / "library.json").read_bytes())
+    use = ("apply", one, "--model", "organism", "--data", data, "--target", "other")
+    assert "beside an edit" in refused(*use)
+
+
+def test_a_fit_refuses_its_folder_before_any_work(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*given: object) -> None:
+        pytest.fail("data were read for a folder that cannot be written")
+
+    monkeypatch.setattr("lrqp_torch.cli.tasks.read_halves", work)
+    file = tmp_path / "file"
+    file.write_text("")
+    common = ("fit", "--data", data, "--model", "organism", "--site", "L2.mid")
+    assert "cannot write to" in refused(*common, "--out", file / "edit")

@@ -15,7 +15,7 @@ from models_for_tests import Prompts, build, random_edit
 from torch import Tensor
 
 from lrqp_torch import LRQP, EditLibrary, Provenance
-from lrqp_torch.errors import HubError, LRQPError, ProvenanceError, SavedEditError
+from lrqp_torch.errors import HubError, LRQPError, OutputError, ProvenanceError, SavedEditError
 from lrqp_torch.sharing.provenance import RevisionWarning
 
 WIDTH = 24
@@ -201,6 +201,38 @@ def test_damaged_libraries_are_named(
         EditLibrary.load(folder)
     with pytest.raises(SavedEditError, match="not an LRQP"):
         EditLibrary({"a": 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ((), "at least one edit"),
+        (("order", "Order"), "'order' and 'Order'"),
+        (("library.json",), "that of a file"),
+        (("Edit.json",), "that of a file"),
+    ],
+)
+def test_names_that_clash_are_refused(
+    library: EditLibrary, tmp_path: Path, names: tuple[str, ...], what: str
+) -> None:
+    with pytest.raises(SavedEditError, match=what):
+        EditLibrary(dict.fromkeys(names, library["order.L1.mid"]))
+    folder = library.save(tmp_path / "edits")
+    index = json.loads((folder / "library.json").read_text()) | {"edits": list(names)}
+    (folder / "library.json").write_text(json.dumps(index))
+    with pytest.raises(SavedEditError, match=what):
+        EditLibrary.load(folder)
+
+
+def test_an_edit_and_a_library_do_not_share_a_folder(library: EditLibrary, tmp_path: Path) -> None:
+    edit = library["order.L1.mid"]
+    for name, first, second in (("one", edit, library), ("several", library, edit)):
+        folder = first.save(tmp_path / name)
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(OutputError, match="choose another folder"):
+            second.save(folder)
+        assert sorted(folder.rglob("*")) == before
+        first.save(folder)
 
 
 class FakeHub:

@@ -211,6 +211,72 @@ def test_files_that_hold_no_prompts_are_named(
         read_prompts(write(tmp_path / name, text))
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_files_that_are_not_utf_8_are_named(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes('{"text": "[[caf\u00e9]]", "label": "a"}\n'.encode(encoding))
+    with pytest.raises(PromptError, match=rf"{name}' is not UTF-8 text .*save it as UTF-8"):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("a.jsonl", "[" * 100_000, "line 1.*not valid JSON"),
+        ("a.csv", "text,label,label\n[[a]],b,c\n", "two columns named 'label'"),
+        ("a.csv", "text,label\n[[a]],b\n[[c]],  \n", "prompt 1: 'label' must be text"),
+        ("a.csv", "text,label\n  ,b\n", "prompt 0: 'text' must be text"),
+        ("a.jsonl", '{"text": "[[a]]", "label": NaN}', "prompt 0: 'label'.*got nan"),
+        ("a.jsonl", '{"text": "[[a]]", "label": 0.5}', "prompt 0: 'label'.*got 0.5"),
+        ("a.jsonl", '{"text": "[[a]]", "label": ["b"]}', "prompt 0: 'label'.*got .'b'"),
+        ("a.jsonl", '{"text": {"a": "[[a]]"}, "label": "b"}', "prompt 0: 'text' must be text"),
+        ("a.jsonl", '{"text": NaN, "label": "b"}', "prompt 0: 'text' must be text, got nan"),
+        (
+            "a.jsonl",
+            '{"text": "[[a]]", "label": "b", "answers": {"b": " x", "b ": " y"}}',
+            "prompt 0 has answers for 'b' twice",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, text: str, what: str
+) -> None:
+    with pytest.raises(PromptError, match=what):
+        read_prompts(write(tmp_path / name, text))
+
+
+def test_labels_that_are_written_differently_are_one_class(tmp_path: Path) -> None:
+    lines = [
+        {"text": "[[a]]", "label": label, "answers": {" 1": " x"}} for label in (1, 1.0, " 1 ")
+    ]
+    found = read_prompts(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines))))
+    assert [(p.label, p.answers) for p in found] == [("1", {"1": (" x",)})] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "marked"),
+    [
+        ("The catalog", "cat", 0),
+        ("The concat", "cat", 0),
+        ("The catalog of a cat", "cat", "The catalog of a [[cat]]"),
+        ("In 1732 and 17", 17, "In 1732 and [[17]]"),
+        ("John's key", "'s", "John[['s]] key"),
+        ("aaa", "aa", 0),
+        ("a --- b", "--", 2),
+    ],
+)
+def test_a_position_is_whole_words_once(
+    tmp_path: Path, text: str, wanted: str | int, marked: str | int
+) -> None:
+    line = json.dumps({"text": text, "label": "a", "who": wanted})
+    file = write(tmp_path / "a.jsonl", line)
+    if isinstance(marked, str):
+        assert read_prompts(file, position="who")[0].text == marked
+    else:
+        with pytest.raises(PromptError, match=f"prompt 0: '{wanted}' occurs {marked} times"):
+            read_prompts(file, position="who")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"cannot read .*nothing\.csv"):
         read_prompts(tmp_path / "nothing.csv")

@@ -240,12 +240,50 @@ def test_both_sides_hold_every_class_and_no_text_is_on_both() -> None:
     assert split(prompts, 0.6, 1) == split(prompts, 0.6, 1) != split(prompts, 0.6, 2)
 
 
+def test_prompts_of_the_same_words_with_several_labels_are_divided_in_shares() -> None:
+    both = [
+        Prompt(text, label)
+        for i in range(20)
+        for text, label in ((f"[[one{i}]] two", "a"), (f"one{i} [[two]]", "b"))
+    ]
+    # One text with both labels, and two with one: a side that got no other must get it.
+    few = [Prompt("[[x]] y", "a"), Prompt("x [[y]]", "b"), Prompt("p", "a"), Prompt("q", "b")]
+    for prompts, tolerance in ((both, 0.0), (few, 0.0), (both + few, 0.1)):
+        for seed in range(5):
+            halves = split(prompts, 0.5, seed)
+            train, test = ({p.text.translate({91: None, 93: None}) for p in x} for x in halves)
+            assert not train & test and sum(map(len, halves)) == len(prompts)
+            for label in "ab":
+                count = sum(p.label == label for p in halves[0])
+                of = sum(p.label == label for p in prompts)
+                assert abs(count / of - 0.5) <= tolerance
+
+
 @pytest.mark.parametrize(
     ("prompts", "share", "error", "what"),
     [
         ([Prompt("x", "a"), Prompt("y", "b")], 0.5, PromptError, "class 'a' has 1 different"),
         ([Prompt("x", "a")] * 4, 0.5, PromptError, "class 'a' has 1 different"),
         ([Prompt("x", "a"), Prompt("x", "b")], 0.5, PromptError, "is 'b' here and 'a' elsewhere"),
+        ([], 0.5, PromptError, "no prompts were given"),
+        (
+            [Prompt(f"{m}[[{x}]] {x}", x) for x in "ab" for m in ("", "the ")] + [Prompt("x", "c")],
+            0.5,
+            PromptError,
+            "class 'c' has 1 different",
+        ),
+        (
+            [
+                Prompt(text, label)
+                for labels, pair in zip(("ab", "ac", "bc"), ("k l", "m n", "o p"), strict=True)
+                for label, text in zip(
+                    labels, (f"[[{pair[0]}]] {pair[2]}", f"{pair[0]} [[{pair[2]}]]"), strict=True
+                )
+            ],
+            0.5,
+            PromptError,
+            "is on one side only",
+        ),
         ([Prompt("x", "a")], 1.0, SettingError, "train_share is 1.0"),
         ([Prompt("x", "a")], float("nan"), SettingError, "train_share is nan"),
     ],
@@ -334,3 +372,31 @@ def test_edits_that_do_not_fit_are_refused(halves: tuple[PromptSet, PromptSet], 
         apply(model, tokenizer, edit, halves[1], "plural")
     with pytest.raises(ProvenanceError, match="not on"):
         apply(build("gpt2"), tokenizer, edit, halves[1], "other")
+
+
+def test_prompts_with_other_classes_than_the_edit_are_refused(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP
+) -> None:
+    model, tokenizer = organism()
+    test = halves[1][:4]
+    turned = replace(test, classes=test.classes[::-1], labels=1 - test.labels)
+    for wrong in (turned, replace(test, classes=("p", "q"))):
+        with pytest.raises(PromptError, match=r"fitted to the classes ABBA, BABA, in this order"):
+            apply(model, tokenizer, edit, wrong, wrong.classes[0])
+        with pytest.raises(PromptError, match=r"encode both with the same"):
+            tasks.fit(model, halves[0], "L2.mid", held_out=wrong)
+        with pytest.raises(PromptError, match=r"encode both with the same"):
+            tasks.study(model, halves[0], wrong, ["L2.mid"])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"generate": -3}, {"likeliest": 0}, {"likeliest": -1}, {"likeliest": 10**6}]
+)
+def test_settings_out_of_range_are_refused(
+    halves: tuple[PromptSet, PromptSet], edit: LRQP, setting: dict[str, int]
+) -> None:
+    model, tokenizer = organism()
+    with pytest.raises(
+        SettingError, match=f"{next(iter(setting))} is {next(iter(setting.values()))}"
+    ):
+        apply(model, tokenizer, edit, halves[1][:2], "own", **setting)

@@ -77,7 +77,9 @@ def fit(
     """
     with messages(debug):
         from lrqp_torch.cli.study import parse_shrinkage
+        from lrqp_torch.sharing.edit_files import require_one_kind
         from lrqp_torch.sharing.library import EditLibrary
+        from lrqp_torch.study.folder import made_folder
         from lrqp_torch.study.preparing import choose_sites
         from lrqp_torch.tasks.fitting import fit_sites, try_sites, with_origin
         from lrqp_torch.tasks.printing import print_fit
@@ -85,27 +87,29 @@ def fit(
 
         shrunk = parse_shrinkage(shrinkage)
         labels = split_names(label)
-        read = {name: read_halves(data, name, position, train_share, seed) for name in labels}
-        loaded, tokenizer = load_model(model, device)
-        sites = choose_sites(loaded, site)
-        several = len(sites) * len(labels) > 1
-        edits = {}
-        for name, halves in read.items():
-            train, test = encode_halves(tokenizer, halves)
-            fitted = fit_sites(
-                loaded, train, sites,
-                l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
-            )  # fmt: skip
-            tried = try_sites(loaded, test, fitted, batch_size=batch_size)
-            origin = {"task": data.stem, "variable": name, "position": position, "seed": seed}
-            for at, edit in with_origin(loaded, train, fitted, tried, **origin).items():
-                edits[f"{name}.{at}" if len(labels) > 1 else at] = edit
-            majority = majority_share(train.labels.tolist(), test.labels.tolist())
-            print_fit(name, train.classes, len(train), majority, tried, console())
-        if several:
-            EditLibrary(edits).save(out)
-        else:
-            next(iter(edits.values())).save(out)
+        with made_folder(out):
+            read = {name: read_halves(data, name, position, train_share, seed) for name in labels}
+            loaded, tokenizer = load_model(model, device)
+            sites = choose_sites(loaded, site)
+            several = len(sites) * len(labels) > 1
+            require_one_kind(out, several)
+            edits = {}
+            for name, halves in read.items():
+                train, test = encode_halves(tokenizer, halves)
+                fitted = fit_sites(
+                    loaded, train, sites,
+                    l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
+                )  # fmt: skip
+                tried = try_sites(loaded, test, fitted, batch_size=batch_size)
+                origin = {"task": data.stem, "variable": name, "position": position, "seed": seed}
+                for at, edit in with_origin(loaded, train, fitted, tried, **origin).items():
+                    edits[f"{name}.{at}" if len(labels) > 1 else at] = edit
+                majority = majority_share(train.labels.tolist(), test.labels.tolist())
+                print_fit(name, train.classes, len(train), majority, tried, console())
+            if several:
+                EditLibrary(edits).save(out)
+            else:
+                next(iter(edits.values())).save(out)
     kept = f"the edits {', '.join(edits)}" if several else "the edit"
     console().print(f"Kept {kept} in {out}; try: lrqp apply {out} --help", markup=False)
 

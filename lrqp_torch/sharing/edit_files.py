@@ -1,24 +1,50 @@
 """An LRQP edit as the content of a saved edit, and back."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.errors import LRQPError, SavedEditError, SolverError
+from lrqp_torch.errors import LRQPError, OutputError, SavedEditError, SolverError
 from lrqp_torch.files import written_whole
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp.external import SOLVERS
 from lrqp_torch.sharing.card import CARD_FILE, model_card
-from lrqp_torch.sharing.saving import load_edit, save_edit
+from lrqp_torch.sharing.saving import JSON_FILE, load_edit, save_edit
 
 if TYPE_CHECKING:
     from lrqp_torch.edit import LRQP
 
 Edit = TypeVar("Edit", bound="LRQP")
 
+INDEX_FILE = "library.json"
+"""Tells a folder of several edits from that of one, which has ``edit.json``."""
+
+
+def require_one_kind(folder: Path, several: bool) -> None:
+    """Refuse to write an edit into a library's folder, or a library into an edit's.
+
+    Of a folder with both, a reader could find only one.
+
+    Args:
+        folder: to write to.
+        several: whether a library is to be written.
+
+    Raises:
+        OutputError: the folder holds the other kind.
+    """
+    # Unlike Path.exists, this is no error where nobody may look; writing will name that.
+    if os.path.exists(folder / (JSON_FILE if several else INDEX_FILE)):
+        kinds = ("an edit", "a library of edits")
+        raise OutputError(
+            f"{str(folder)!r} holds {kinds[not several]}, beside which {kinds[several]} could not "
+            f"be told apart; choose another folder (on the command line with --out)"
+        )
+
 
 def write_edit(edit: "LRQP", path: str | Path, notes: dict[str, Any]) -> Path:
     """Write an edit to a folder; see :meth:`LRQP.save`."""
+    require_one_kind(Path(path), several=False)
     options = {name: getattr(edit, name) for name in ("rule", "odds", "on_infeasible")}
     options |= {"solver": edit.qp.solver_name, "solver_args": edit.qp.solver_args}
     facts = {

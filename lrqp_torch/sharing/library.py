@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,11 +11,12 @@ import torch
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import SavedEditError
 from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.sharing.edit_files import INDEX_FILE, require_one_kind
 from lrqp_torch.sharing.hub import fetched_folder, pushed
+from lrqp_torch.sharing.saving import JSON_FILE
 
 FORMAT = "lrqp_torch.library"
 VERSION = 1
-INDEX_FILE = "library.json"
 MAX_INDEX_BYTES = 1_000_000
 # A name is a folder's name: nothing in it may lead elsewhere.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -29,15 +30,16 @@ class EditLibrary(Mapping[str, LRQP]):
         EditLibrary.from_pretrained("edits")["order.L6.mid"].at(model, ...)
 
     Args:
-        edits: name to edit; names of letters, digits, dots, hyphens and underscores.
+        edits: name to edit, at least one; names of letters, digits, dots, hyphens and underscores,
+            different beyond upper and lower case, which some file systems do not tell apart.
 
     Raises:
-        SavedEditError: a name that cannot be a folder's, or no edit.
+        SavedEditError: no edits, a name that cannot be a folder's, or something that is no edit.
     """
 
     def __init__(self, edits: Mapping[str, LRQP]) -> None:
+        _check_names(edits, "an EditLibrary")
         for name, edit in edits.items():
-            _check_name(name, "an EditLibrary")
             if not isinstance(edit, LRQP):
                 raise SavedEditError(f"{name!r} is {type(edit).__name__}, not an LRQP edit")
         self._edits = dict(edits)
@@ -60,9 +62,10 @@ class EditLibrary(Mapping[str, LRQP]):
         """Write each edit to a folder of its own within ``path``, and ``library.json`` last.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or holds an edit of its own.
         """
         folder = Path(path)
+        require_one_kind(folder, several=True)
         prepare_folder(folder)
         for name, edit in self.items():
             edit.save(folder / name)
@@ -123,14 +126,27 @@ def _read_index(folder: Path) -> list[str]:
     names = index.get("edits")
     if not isinstance(names, list):
         raise SavedEditError(f"{file} is damaged: it lists no edits")
-    for name in names:
-        _check_name(name, str(file))
+    _check_names(names, str(file))
     return names
 
 
-def _check_name(name: object, where: str) -> None:
-    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
-        raise SavedEditError(
-            f"{name!r} in {where} cannot be the name of an edit: use letters, digits, dots, "
-            f"hyphens and underscores"
-        )
+def _check_names(names: Iterable[object], where: str) -> None:
+    taken: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+            raise SavedEditError(
+                f"{name!r} in {where} cannot be the name of an edit: use letters, digits, dots, "
+                f"hyphens and underscores"
+            )
+        if name.casefold() in (INDEX_FILE, JSON_FILE):
+            raise SavedEditError(
+                f"{name!r} in {where} cannot be the name of an edit: it is that of a file"
+            )
+        if name.casefold() in taken:
+            raise SavedEditError(
+                f"{taken[name.casefold()]!r} and {name!r} in {where} are one folder where upper "
+                f"and lower case are not told apart; rename one"
+            )
+        taken[name.casefold()] = name
+    if not taken:
+        raise SavedEditError(f"{where} needs at least one edit, and none was given")

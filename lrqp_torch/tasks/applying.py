@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lrqp_torch.activations import capture
 from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import PromptError, TargetError
+from lrqp_torch.errors import PromptError, SettingError, TargetError
 from lrqp_torch.placement import input_device
 from lrqp_torch.replay import Replay
 from lrqp_torch.run import EditRun
 from lrqp_torch.sites import Site
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.side_by_side import finite
-from lrqp_torch.tasks.fitting import next_class
+from lrqp_torch.tasks.fitting import next_class, require_classes
 from lrqp_torch.tasks.origin import origin_of
 from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt, PromptSet
 from lrqp_torch.tasks.sweep import lead
@@ -130,20 +130,25 @@ def apply(
         model: the model that the edit was fitted on.
         tokenizer: its tokenizer.
         edit: made by :func:`~lrqp_torch.tasks.fitting.fit`.
-        prompts: with the edit's classes, padded on the left.
+        prompts: with the edit's classes in the edit's order, padded on the left.
         target: see :func:`targets_of`.
         labelled: whether the labels of ``prompts`` are known; else the probe's reading is taken.
-        likeliest: how many next tokens to list.
+        likeliest: how many next tokens to list, from 1 to the size of the vocabulary.
         generate: how many tokens to continue each prompt by, greedily; 0 for none.
         batch_size: prompts a forward pass.
 
     Raises:
         ProvenanceError: an edit of another model, or one that does not know its site.
+        PromptError: prompts with other classes than the edit's, or in another order.
+        SettingError: ``likeliest`` or ``generate`` out of range.
         TargetError: no such class.
         InfeasibleError: a class that no activation reaches.
     """
     origin = origin_of(edit)
     origin.check(model, origin.site)
+    require_classes(prompts, origin.classes or (), "this edit was fitted to")
+    if generate < 0:
+        raise SettingError(f"generate is {generate}: give 0 or more tokens to continue by")
     targets_of(target, prompts.labels, prompts.classes)
     device = input_device(model)
     edit = edit.to(device)
@@ -162,6 +167,11 @@ def apply(
 
         replay = Replay(model, batch.inputs, int(batch.position.min()))
         clean = finite(replay.clean_logits, "the clean run")
+        if not 1 <= likeliest <= clean.shape[-1]:
+            raise SettingError(
+                f"likeliest is {likeliest}: list 1 to {clean.shape[-1]} next tokens, of which the "
+                f"vocabulary has no more"
+            )
         with editing() as run:
             edited = finite(replay.run(Site.parse(origin.site).layer), f"the edit at {origin.site}")
         before = after = [None] * len(batch)

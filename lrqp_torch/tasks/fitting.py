@@ -84,7 +84,8 @@ def fit(
         model: a transformers causal language model in evaluation mode.
         prompts: to fit on; every class must occur.
         site: where, such as ``"L6.mid"``.
-        held_out: other prompts with the same classes, for the probe accuracy that the edit keeps.
+        held_out: other prompts with the same classes in the same order, for the probe accuracy
+            that the edit keeps.
         l2: penalty of the probe; default its own.
         shrinkage: of the covariance.
         log_odds: least log odds that an edit asks for, in nats.
@@ -99,6 +100,8 @@ def fit(
         SiteError, UnknownFamilyError: no such site in this model.
         PromptError: a class without prompts, or held-out prompts with other classes.
     """
+    if held_out is not None:
+        require_classes(held_out, prompts.classes, "the prompts to fit on have")
     edits = fit_sites(
         model, prompts, [site], l2=l2, shrinkage=shrinkage, log_odds=log_odds, batch_size=batch_size
     )
@@ -191,6 +194,25 @@ def require_every_class(prompts: PromptSet) -> None:
         raise PromptError(
             f"no prompt to fit on has the class {missing[0]!r}; the classes are "
             f"{', '.join(prompts.classes)}"
+        )
+
+
+def require_classes(prompts: PromptSet, classes: Sequence[str], whose: str) -> None:
+    """Refuse prompts whose labels do not count in the order of ``classes``.
+
+    Args:
+        prompts: to be used with them.
+        classes: names in order.
+        whose: begins the message, such as ``"this edit was fitted to"``.
+
+    Raises:
+        PromptError: they have other classes, or the same in another order.
+    """
+    if tuple(prompts.classes) != tuple(classes):
+        raise PromptError(
+            f"{whose} the classes {', '.join(classes)}, in this order, and these prompts have "
+            f"{', '.join(prompts.classes)}; encode both with the same ones: "
+            f"PromptSet.encode(..., classes={tuple(classes)!r})"
         )
 
 

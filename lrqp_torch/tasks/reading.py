@@ -6,6 +6,10 @@ One prompt a row, with the columns
     label     the class that holds, such as ``plural``
     answers   optional; what the model may say if a class holds
 
+Labels are names: spaces around them are dropped, and of numbers only whole ones are taken, so that
+1 and 1.0, which a table with empty cells makes of it, are the one class ``1``. (CSV holds text
+only; there ``1`` and ``1.0`` are two names.)
+
 In JSONL ``answers`` is an object, ``{"plural": " are", "singular": [" is", " was"]}``; in CSV it is
 a column for each class, ``answers.plural`` and ``answers.singular``, several answers separated by
 ``|``.
@@ -13,7 +17,10 @@ a column for each class, ``answers.plural`` and ``answers.singular``, several an
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +43,11 @@ def read_prompts(
         text: column of the prompt.
         position: ``"mark"`` for the words between [[ and ]], which every prompt must then have;
             ``"last"`` for the last token of each prompt; or the name of a column that holds words
-            of the prompt, found once in it.
+            of the prompt, found once in it as whole words.
 
     Raises:
-        PromptError: nothing there, a row that lacks a column, or a position that is not found.
+        PromptError: nothing there, a file that is not UTF-8, a column named twice, a row that lacks
+            a column or holds no text or no label in it, or a position that is not found once.
         MissingExtraError: a data set without the package ``datasets``.
     """
     rows = list(_rows(str(source)))
@@ -64,6 +72,12 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     with _opened(path) as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
+            times = Counter(name for name in reader.fieldnames or () if name)
+            twice = [name for name, count in times.items() if count > 1]
+            if twice:
+                raise PromptError(
+                    f"{str(path)!r} has two columns named {twice[0]!r}; remove or rename one"
+                )
             for row in reader:
                 answers = {
                     name.removeprefix(f"{ANSWERS}."): value.split(SEPARATOR)
@@ -87,7 +101,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PromptError(
                     f"line {number} of {str(path)!r} is not valid JSON ({error}); write one object "
                     f"a line"
@@ -115,21 +129,25 @@ def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Iterable[str]]:
     try:
-        return path.open(encoding="utf-8-sig", newline="")
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:
         raise PromptError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
 def _prompt(number: int, row: Mapping[str, Any], label: str, text: str, position: str) -> Prompt:
     columns = [text, label] + ([position] if position not in ("mark", "last") else [])
-    missing = [name for name in columns if row.get(name) in (None, "")]
+    missing = [name for name in columns if row.get(name) is None or row[name] == ""]
     if missing:
         raise PromptError(
             f"prompt {number} has no {missing[0]!r}; its columns are {', '.join(map(str, row))}"
         )
-    words = str(row[text])
+    words = _words(number, text, row[text])
     if position == "mark" and OPENING not in words:
         raise PromptError(
             f"prompt {number}, {words!r}, marks no words with {OPENING} and {CLOSING}; mark them, "
@@ -138,18 +156,40 @@ def _prompt(number: int, row: Mapping[str, Any], label: str, text: str, position
     if position == "last":
         words = words.replace(OPENING, "").replace(CLOSING, "")
     elif position != "mark":
-        words = _mark(number, words, str(row[position]))
-    return Prompt(words, str(row[label]), _answers(number, row.get(ANSWERS)))
+        words = _mark(number, words, _name(number, position, row[position]))
+    return Prompt(words, _name(number, label, row[label]), _answers(number, row.get(ANSWERS)))
 
 
 def _mark(number: int, words: str, wanted: str) -> str:
-    found = words.count(wanted)
-    if found != 1:
+    # A letter or digit at an edge must not go on beyond it; looking ahead finds overlaps too.
+    before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (wanted[0], wanted[-1]))
+    found = [
+        match.start() for match in re.finditer(f"{before}(?={re.escape(wanted)}{after})", words)
+    ]
+    if len(found) != 1:
         raise PromptError(
-            f"prompt {number}: {wanted!r} occurs {found} times in {words!r}, not once; mark the "
-            f"words with {OPENING} and {CLOSING} instead"
+            f"prompt {number}: {wanted!r} occurs {len(found)} times in {words!r} as whole words, "
+            f"not once; mark the words with {OPENING} and {CLOSING} instead"
         )
-    return words.replace(wanted, f"{OPENING}{wanted}{CLOSING}")
+    start, end = found[0], found[0] + len(wanted)
+    return f"{words[:start]}{OPENING}{wanted}{CLOSING}{words[end:]}"
+
+
+def _words(number: int, column: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise PromptError(f"prompt {number}: {column!r} must be text, got {value!r}")
+    return value
+
+
+def _name(number: int, column: str, value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = str(value).strip() if isinstance(value, str | int) else ""
+    if not name:
+        raise PromptError(
+            f"prompt {number}: {column!r} must be text or a whole number, got {value!r}"
+        )
+    return name
 
 
 def _answers(number: int, raw: Any) -> dict[str, tuple[str, ...]] | None:
@@ -159,7 +199,13 @@ def _answers(number: int, raw: Any) -> dict[str, tuple[str, ...]] | None:
         raise PromptError(
             f"prompt {number}: answers must be an object from class to text, got {raw!r}"
         )
-    return {str(name): _texts(number, value) for name, value in raw.items() if value is not None}
+    names = Counter(str(name).strip() for name, value in raw.items() if value is not None)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise PromptError(f"prompt {number} has answers for {twice[0]!r} twice; give them once")
+    return {
+        str(name).strip(): _texts(number, value) for name, value in raw.items() if value is not None
+    }
 
 
 def _texts(number: int, value: Any) -> tuple[str, ...]:

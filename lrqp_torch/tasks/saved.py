@@ -2,8 +2,10 @@
 
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import SavedEditError
+from lrqp_torch.sharing.edit_files import INDEX_FILE
 from lrqp_torch.sharing.hub import fetched_folder
-from lrqp_torch.sharing.library import INDEX_FILE, EditLibrary
+from lrqp_torch.sharing.library import EditLibrary
+from lrqp_torch.sharing.saving import JSON_FILE
 
 
 def load_one(name_or_path: str, name: str | None = None) -> LRQP:
@@ -15,13 +17,19 @@ def load_one(name_or_path: str, name: str | None = None) -> LRQP:
 
     Raises:
         HubError: neither a folder nor to be had from the Hub.
-        SavedEditError: it holds no edit, several and none is named, or none of that name.
+        SavedEditError: it holds no edit, several and none is named, none of that name, or a library
+            beside an edit of its own.
     """
     folder = fetched_folder(name_or_path)
     if not (folder / INDEX_FILE).is_file():
         if name is not None:
             raise SavedEditError(f"{name_or_path!r} holds one edit, and none called {name!r}")
         return LRQP.load(folder)
+    if (folder / JSON_FILE).exists():
+        raise SavedEditError(
+            f"{name_or_path!r} holds a library ({INDEX_FILE}) beside an edit ({JSON_FILE}), so "
+            f"which one is meant cannot be told; move one of the two to another folder"
+        )
     library = EditLibrary.load(folder)
     if name is None or name not in library:
         asked = "say which one you mean" if name is None else f"it has none called {name!r}"

@@ -23,7 +23,7 @@ from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, fit_edits, sweep_runs
 from lrqp_torch.study.preparing import choose_sites, describe_model
-from lrqp_torch.tasks.fitting import require_every_class
+from lrqp_torch.tasks.fitting import require_classes, require_every_class
 from lrqp_torch.tasks.prompts import PromptSet
 from lrqp_torch.tasks.results import (
     Condition,
@@ -171,11 +171,7 @@ def _summarise(
 
 def _check(train: PromptSet, test: PromptSet) -> None:
     require_every_class(train)
-    if train.classes != test.classes:
-        raise PromptError(
-            f"the prompts to fit on have the classes {', '.join(train.classes)}, those held out "
-            f"{', '.join(test.classes)}; encode both with the same ones"
-        )
+    require_classes(test, train.classes, "the prompts to fit on have")
     both = set(train.prompts) & set(test.prompts)
     if both:
         raise PromptError(
