@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import WidthError
 from lrqp_torch.failures import raise_failures
 from lrqp_torch.odds import floors
 from lrqp_torch.qp import ProbeGeometry, Solution, Status
@@ -37,10 +36,8 @@ def attempt(
         stale: bool (): whether the geometry is not that of the probe any more.
 
     Raises:
-        WidthError, TargetError, NonFiniteError: bad input that is seen without waiting.
+        TargetError, NonFiniteError: bad input that is seen without waiting.
     """
-    if x.ndim != 2 or x.shape[1] != geometry.width:
-        raise WidthError(f"activations must be (B, {geometry.width}), got {tuple(x.shape)}")
     batch, n_classes, device = len(x), edit.probe.n_classes, x.device
     classes, valid = place_classes(target, batch, n_classes, device, "target")
     held, valid_source = (
@@ -78,7 +75,7 @@ def judge(
     status = solution.status
     if not concrete(status):
         return solution
-    allowed = Status.INACCURATE if edit.on_infeasible == "skip" else Status.SOLVED
+    allowed = _allowed(edit.on_infeasible)
     if bool((status <= allowed).all()):
         return solution
     check_finite(x)
@@ -95,3 +92,20 @@ def judge(
         n_kept=edit.metric.n_kept,
     )
     return solution
+
+
+def visible(solution: Solution, on_infeasible: str) -> Tensor:
+    """The edited activations, with NaN in the rows that would have raised, had they been seen.
+
+    Inside a transform or a compiled graph a row that failed could not be told from one that needed
+    no edit by its activation alone.
+    """
+    if concrete(solution.status):
+        return solution.x_new
+    failed = solution.status > _allowed(on_infeasible)
+    return torch.where(failed.unsqueeze(-1), torch.nan, solution.x_new)
+
+
+def _allowed(on_infeasible: str) -> Status:
+    """The worst status that raises nothing; what is to be skipped is skipped already."""
+    return Status.INACCURATE if on_infeasible == "skip" else Status.SOLVED

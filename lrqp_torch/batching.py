@@ -6,13 +6,14 @@ batches of neighbours in length, and each batch loses the padding that none of i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.attention import NAME as PATTERNS_SHOWN
-from lrqp_torch.errors import PositionError
+from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.sites import family_of
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -38,13 +39,20 @@ def count_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
     """Number of examples n and of columns T of the inputs.
 
     Raises:
-        PositionError: neither ``input_ids`` nor ``inputs_embeds``, or no example in them.
+        PositionError: neither ``input_ids`` nor ``inputs_embeds``, or no token in them.
+        WidthError: they are not (n, T), or (n, T, d).
     """
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(inputs.get(name), Tensor):
-            n_examples, length = inputs[name].shape[:2]
-            if n_examples == 0:
-                raise PositionError(f"{name} holds no example: nothing would be captured")
+            shape, form = tuple(inputs[name].shape), "(n, T, d)" if "embeds" in name else "(n, T)"
+            if len(shape) != form.count(",") + 1:
+                raise WidthError(f"{name} must be {form}, got {shape}; for one text use [None]")
+            n_examples, length = shape[:2]
+            if n_examples == 0 or length == 0:
+                lacking = "example" if n_examples == 0 else "token"
+                raise PositionError(
+                    f"{name} holds no {lacking}, its shape is {shape}: nothing would be captured"
+                )
             return n_examples, length
     raise PositionError(f"inputs need input_ids or inputs_embeds, got {sorted(inputs)}")
 
@@ -164,11 +172,23 @@ def wasted_share(mask: Tensor, batches: list[Batch]) -> float:
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether hooks, or visitors of attention patterns, see the model's forward passes."""
+    """Whether hooks, or visitors of attention patterns, see the model's forward passes.
+
+    Not so the hooks of transformers' own, which ``output_hidden_states=True`` leaves on the blocks
+    for good, and which only read.
+    """
     shown = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return shown == PATTERNS_SHOWN or any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        not _is_transformers_own(hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
+
+
+def _is_transformers_own(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _rotates_by_length(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.attempt import attempt, judge
+from lrqp_torch.attempt import attempt, judge, visible
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError
 from lrqp_torch.generation import Where
@@ -17,6 +17,7 @@ from lrqp_torch.odds import Odds, Rule
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution
 from lrqp_torch.qp.cache import GeometryCache
+from lrqp_torch.qp.checks import check_activations
 from lrqp_torch.qp.external import ACTIVE_SET
 from lrqp_torch.qp.problem import Realise
 from lrqp_torch.qp.total_odds import TotalOddsProblem
@@ -128,8 +129,12 @@ class LRQP(nn.Module):
     def forward(
         self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None
     ) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`."""
-        return self.solve(x, target, source).x_new
+        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`.
+
+        Under ``vmap`` and in a compiled graph, where nothing can raise, a row that would have
+        raised is NaN; the status of :meth:`solve` says why.
+        """
+        return visible(self.solve(x, target, source), self.on_infeasible)
 
     def solve(
         self,
@@ -154,6 +159,7 @@ class LRQP(nn.Module):
             InfeasibleError: a target that no activation reaches, unless on_infeasible is "skip".
             SolverError: the odds read back fall short of α, unless on_infeasible is "skip".
         """
+        check_activations(x, self.probe.width)
         geometry = self.geometry(x.device)
         solution = attempt(self, x, target, source, realise, geometry)
         return judge(self, solution, x, target, examples)
@@ -171,6 +177,7 @@ class LRQP(nn.Module):
         On a GPU, with K ≤ 8 and classes as tensors there, it never waits for the device, so it can
         be captured in a CUDA graph. What is seen to be wrong without waiting still raises.
         """
+        check_activations(x, self.probe.width)
         tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         if x.device.type == "cpu":
             return attempt(self, x, target, source, realise, self.geometry(x.device))

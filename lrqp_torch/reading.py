@@ -11,6 +11,7 @@ from lrqp_torch.batching import Batch, by_length, count_tokens, cut, in_order, m
 from lrqp_torch.compiled import run_eagerly
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.hooks import attach, warn_of_dropout
+from lrqp_torch.inputs import check_inputs
 from lrqp_torch.placement import input_device
 from lrqp_torch.positions import ForwardCall, Positions
 from lrqp_torch.sites import Located, Site, family_of, locate, trunk_of
@@ -57,6 +58,7 @@ class Reading:
                 f"return_tensors='pt', padding=True), got {type(inputs).__name__}"
             )
         self.n_examples, self.length = count_tokens(inputs)
+        check_inputs(model, inputs)
         if inputs.get("past_key_values") is not None:
             raise PositionError(
                 "capture stops the forward pass early, which would leave the KV cache in inputs "

@@ -212,6 +212,15 @@ def test_open_edits_are_refused(tmp_path: Path) -> None:
         store_of(tmp_path, model=model)
 
 
+@torch.no_grad()
+def test_a_model_whose_hidden_states_were_asked_for_is_stored_as_before(folder: Path) -> None:
+    model = build("gpt2")
+    model(**INPUTS, output_hidden_states=True)
+    assert torch.equal(
+        store_of(folder, model=model)["L1.mid"][:], ActivationStore(folder)["L1.mid"][:]
+    )
+
+
 def change_index(folder: Path, **changes: Any) -> None:
     content = json.loads((folder / "index.json").read_text()) | changes
     content = {name: value for name, value in content.items() if value is not ...}

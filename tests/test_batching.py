@@ -1,5 +1,6 @@
 """Batching: neighbours in length run together, nothing is lost, and nothing else is computed."""
 
+import functools
 import itertools
 import math
 
@@ -7,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import POST_MODELS, SITES, Prompts, build
+from models_for_tests import POST_MODELS, SITES, Prompts, build, hook_count
 from torch import Tensor
 
 import lrqp_torch as lrqp
 from lrqp_torch.activations import capture_batches
 from lrqp_torch.attention import record_patterns
-from lrqp_torch.batching import by_length, in_order, real_spans, wasted_share
+from lrqp_torch.batching import by_length, in_order, is_watched, real_spans, wasted_share
 from lrqp_torch.errors import PositionError
 from lrqp_torch.positions import LeftPaddingWarning
 
@@ -262,3 +263,19 @@ def test_waste_is_small_where_lengths_vary() -> None:
     assert math.isclose(wasted_share(mask, before), 1 - int(lengths.sum()) / 120_000)
     assert wasted_share(mask, before) > 0.3
     assert wasted_share(mask, after) < 0.05
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@torch.no_grad()
+def test_the_hooks_that_transformers_leaves_are_not_of_anyone(name: str) -> None:
+    model, inputs = build(name), ragged("left")
+    at = positions_of(inputs)[0]
+    plain = lrqp.capture(model, inputs, "L1.mid", at, batch_size=3)["L1.mid"]
+    model(**inputs, output_hidden_states=True)
+    assert hook_count(model) > 0 and not is_watched(model)
+    shapes = shapes_run(model)
+    found = lrqp.capture(model, inputs, "L1.mid", at, batch_size=3)["L1.mid"]
+    assert shapes == [(3, 9), (3, 7), (2, 3)] and torch.equal(found, plain)
+    handle = model.register_forward_hook(functools.partial(lambda *_: None))
+    assert is_watched(model)
+    handle.remove()

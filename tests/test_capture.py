@@ -6,9 +6,11 @@ import pytest
 import torch
 from models_for_tests import (
     ALL_MODELS,
+    CONTEXT,
     LAYERS,
     POST_MODELS,
     SITES,
+    VOCABULARY,
     WIDTH,
     Prompts,
     build,
@@ -16,9 +18,10 @@ from models_for_tests import (
     hook_count,
 )
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import LRQPError
+from lrqp_torch.errors import LRQPError, PositionError, WidthError
 
 PROMPTS = Prompts.random([7, 4, 9, 6, 5])
 TOLERANCE = {
@@ -159,19 +162,17 @@ def test_leaves_the_model_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_leaves_no_hooks_when_the_forward_raises(site: str) -> None:
     model, inputs = build("gpt2"), PROMPTS.padded("left")
-    with pytest.raises(IndexError):
-        lrqp.capture(model, {"input_ids": inputs["input_ids"] + 1000}, [site])
-    assert hook_count(model) == 0
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    handle = model.transformer.h[0].ln_1.register_forward_pre_hook(fail)
-    if site != "L0.pre":
-        with pytest.raises(RuntimeError, match="out of memory"):
-            lrqp.capture(model, inputs, [site])
-    handle.remove()
-    assert hook_count(model) == 0
+    for module in (model.transformer.wte, model.transformer.h[0].ln_1):
+        handle = module.register_forward_pre_hook(fail)
+        if site != "L0.pre" or module is model.transformer.wte:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                lrqp.capture(model, inputs, [site])
+        handle.remove()
+        assert hook_count(model) == 0
 
 
 @pytest.mark.parametrize("name", POST_MODELS)
@@ -256,3 +257,73 @@ def test_bad_arguments_are_named(
     with pytest.raises(LRQPError, match=message):
         lrqp.capture(model, PROMPTS.padded("left"), sites, **options)
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", POST_MODELS)
+@pytest.mark.parametrize("part", ["attention_mask", "position_ids"])
+@pytest.mark.parametrize("shape", [(3, 9), (1, 9), (5, 10), (5, 8), (9,)])
+def test_masks_and_position_ids_of_another_shape_are_refused(
+    name: str, part: str, shape: tuple[int, ...]
+) -> None:
+    model, inputs = build(name), PROMPTS.padded("left")
+    expected = lrqp.capture(model, inputs, "L1.mid", batch_size=2)["L1.mid"]
+    inputs[part] = torch.ones(shape, dtype=torch.long)
+    if part == "position_ids" and shape == (1, 9):
+        shared = lrqp.capture(model, inputs, "L1.mid", batch_size=2)["L1.mid"]
+        inputs[part] = inputs[part].expand(5, 9)
+        assert torch.equal(shared, lrqp.capture(model, inputs, "L1.mid", batch_size=2)["L1.mid"])
+        assert shared.shape == expected.shape
+        return
+    with pytest.raises(WidthError, match=rf"{part} .*\(5, 9\)"):
+        lrqp.capture(model, inputs, "L1.mid", batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.tensor([[1, 2], [3, VOCABULARY]]), WidthError, "61 in row 1, column 1"),
+        (torch.tensor([[1, 2], [-1, 4]]), WidthError, "-1 in row 1, column 0"),
+        (torch.ones(2, 3), WidthError, "float32"),
+        (torch.ones(3, dtype=torch.long), WidthError, r"\(n, T\)"),
+        (torch.ones(2, 0, dtype=torch.long), PositionError, "no token"),
+        (torch.ones(2, CONTEXT + 1, dtype=torch.long), PositionError, "row 0 needs 65 positions"),
+    ],
+)
+def test_tokens_that_the_model_cannot_read_are_refused_before_it_runs(
+    ids: Tensor, error: type[LRQPError], message: str
+) -> None:
+    model = build("gpt2")
+    with pytest.raises(error, match=message):
+        lrqp.capture(model, {"input_ids": ids}, "L1.mid")
+    assert hook_count(model) == 0
+
+
+def test_only_learned_positions_end() -> None:
+    ids = torch.ones(2, CONTEXT + 1, dtype=torch.long)
+    found = lrqp.capture(build("llama"), {"input_ids": ids}, "L1.mid")["L1.mid"]
+    assert found.shape == (2, CONTEXT + 1, WIDTH)
+    places = (torch.arange(CONTEXT + 1) - 1).clamp_min(0)[None]
+    inputs = {"input_ids": ids, "position_ids": places}
+    assert lrqp.capture(build("gpt2"), inputs, "L1.mid")["L1.mid"].shape == found.shape
+    with pytest.raises(PositionError, match="row 0 are negative"):
+        lrqp.capture(build("gpt2"), {**inputs, "position_ids": places - 1}, "L1.mid")
+
+
+def test_opt_counts_the_real_tokens_itself() -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        ffn_dim=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=8,
+        word_embed_proj_dim=WIDTH,
+    )
+    model = OPTForCausalLM(config).eval()
+    inputs = {"input_ids": torch.ones(2, 9, dtype=torch.long)}
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[:, 0] = 0
+    lrqp.capture(model, {**inputs, "attention_mask": mask}, "L0.mid")
+    mask[1] = 1
+    with pytest.raises(PositionError, match="row 1 needs 9 positions"):
+        lrqp.capture(model, {**inputs, "attention_mask": mask}, "L0.mid")

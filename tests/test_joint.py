@@ -17,6 +17,7 @@ from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Status
 from lrqp_torch.errors import (
     InfeasibleError,
     LRQPError,
+    NonFiniteError,
     OutputError,
     SavedEditError,
     TargetError,
@@ -380,3 +381,72 @@ def test_inside_a_model(dtype: torch.dtype, site: str) -> None:
     item = joint.on(site, positions=at[:, 0], target={"a": 1, "b": 0})
     with lrqp.intervene(model, [item]):
         model(**inputs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("choice", [FREE, KEEP])
+def test_activations_that_are_not_finite_raise_where_nothing_is_written(
+    value: float, choice: int
+) -> None:
+    x = normal(2, WIDTH)
+    x[1, 3] = value
+    with pytest.raises(NonFiniteError, match="1 of 2"):
+        joint_of()(x, {"a": choice, "b": choice, "c": choice})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"names": ["a", "a", "c"]},
+        {"names": ["a", "b"]},
+        {"names": ["a", "b", "c", "d"]},
+        {"kept_by_default": ["z"]},
+        {"kept_by_default": [["c"]]},
+        {"within": {"c": 10**400}},
+        {"within": {"c": True}},
+    ],
+)
+def test_a_damaged_joint_file_is_named(damage: dict[str, object], tmp_path: Path) -> None:
+    file = joint_of().save(tmp_path / "joint") / "joint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(SavedEditError):
+        JointLRQP.load(tmp_path / "joint")
+
+
+def test_a_smaller_edit_replaces_a_larger_one(tmp_path: Path) -> None:
+    joint = joint_of()
+    joint.save(tmp_path)
+    first = JointLRQP({"a": joint.edits[0]})
+    first.save(tmp_path)
+    assert not (tmp_path / "1").exists()
+    assert JointLRQP.load(tmp_path).names == ("a",)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="one more edit"):
+        first.save(tmp_path)
+    assert (tmp_path / "1" / "mine.txt").exists()
+
+
+def test_a_wrong_class_is_said_by_name_and_role() -> None:
+    joint, x = joint_of(), normal(2, WIDTH)
+    with pytest.raises(TargetError, match="the source of variable 'a' is 5 at example 0"):
+        joint(x, {"a": 1, "b": 1}, {"a": 5})
+    with pytest.raises(TargetError, match="the target of variable 'b' is 7 at example 1"):
+        joint(x, {"a": 1, "b": torch.tensor([0, 7])})
+    with pytest.raises(TargetError, match="names"):
+        joint(x, {"a": 1, "b": 1, "z": 1, 3: 0})
+    with pytest.raises(WidthError, match="must be a tensor"):
+        joint([[0.0] * WIDTH], {"a": 1, "b": 1})
+
+
+def test_misuse_of_the_constructor_is_named() -> None:
+    metric = metric_of()
+    edit = LRQP(probe_of(3, 1), metric)
+    for edits in ({"a": 3}, {"a": torch.nn.Linear(WIDTH, 3)}, edit, {1: edit}, "ab"):
+        with pytest.raises(LRQPError, match=r"variable|edits must be"):
+            JointLRQP(edits, metric)
+    with pytest.raises(LRQPError, match="Mahalanobis"):
+        JointLRQP({"a": edit}, torch.eye(WIDTH))
+    for within in ({"a": "x"}, {"a": 10**400}, ["a"]):
+        with pytest.raises(LRQPError, match="within must map"):
+            JointLRQP({"a": edit}, within=within)

@@ -359,6 +359,22 @@ def test_what_cannot_be_learned_from_is_named() -> None:
     for options in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"patience": 0}):
         with pytest.raises(LearningError, match="must be"):
             LearnOptions(**options)
+    for options in ({"epochs": 1.5}, {"epochs": float("nan")}, {"learning_rate": "0.1"}):
+        with pytest.raises(LearningError, match="must be"):
+            LearnOptions(**options)
+    with pytest.raises(PositionError, match=r"read lies on padding in rows \["):
+        replace(prompts, read=torch.zeros(6, dtype=torch.long))
+    with pytest.raises(PositionError, match="read must hold integers"):
+        replace(prompts, read=prompts.read.float())
+    for name, token in (("wins", 61), ("loses", -1)):
+        ids = getattr(prompts, name).clone()
+        ids[2] = token
+        with pytest.raises(LearningError, match=rf"{name} of train holds {token} in row 2"):
+            learn(model, SITE, start, replace(prompts, **{name: ids}))
+    one = replace(prompts, target=1, source=0)
+    assert torch.equal(one.target, torch.ones(6).long()) and one[torch.arange(2)].source.shape == (
+        2,
+    )
     with pytest.raises(LearningError, match="weight size"):
         Weights(size=-1.0)
 

@@ -11,7 +11,14 @@ from test_hooks_gradient import in_double
 from torch import Tensor, nn
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import LRQPError, NonFiniteError, PositionError, WidthError
+from lrqp_torch.errors import (
+    LRQPError,
+    NonFiniteError,
+    PositionError,
+    SettingError,
+    TargetError,
+    WidthError,
+)
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
 from lrqp_torch.sensitivity.attribution import attribute, gauss_legendre
@@ -234,9 +241,19 @@ def test_bad_input_is_named() -> None:
         (attribute, {"reading": lambda z, rows: z}, WidthError, "one a prompt"),
         (smallest_odds, {"reading": lambda z, rows: z[:, 0] * torch.nan}, NonFiniteError, "NaN"),
         (attribute, {"target": 2}, LRQPError, "target"),
+        (smallest_odds, {"highest": float("nan")}, SettingError, "highest must be a finite"),
+        (smallest_odds, {"highest": float("inf")}, SettingError, "highest must be a finite"),
+        (smallest_odds, {"tolerance": float("inf")}, SettingError, "tolerance must be a finite"),
+        (smallest_odds, {"scan": 2.5}, SettingError, "scan must be an integer"),
+        (attribute, {"target": AT[:3] * 0}, TargetError, r"target must be \(6,\)"),
+        (smallest_odds, {"target": AT[:3] * 0}, TargetError, r"target must be \(6,\)"),
+        (attribute, {"source": AT[:3] * 0}, TargetError, r"source must be \(6,\)"),
     ):
         with pytest.raises(error, match=message):
             call(model, SITE, edit, **{**common, **options})
+    number = attribute(model, SITE, edit, **common, source=0)
+    each = attribute(model, SITE, edit, **common, source=torch.zeros(6, dtype=torch.long))
+    assert torch.equal(number.after, each.after)
     with pytest.raises(LRQPError, match="training mode"):
         attribute(model.train(), SITE, edit, **common)
     assert hook_count(model) == 0

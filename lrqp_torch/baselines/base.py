@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,7 @@ from lrqp_torch.baselines.data import BaselineData
 from lrqp_torch.baselines.length import MahalanobisLength
 from lrqp_torch.baselines.run import BaselineRun
 from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import PairError, SettingError, WidthError
+from lrqp_torch.errors import NonFiniteError, PairError, SettingError, WidthError
 from lrqp_torch.generation import Where
 from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
@@ -92,6 +93,7 @@ class Baseline(nn.Module, ABC):
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
+            NonFiniteError: an edited activation that x's dtype cannot hold.
             PairError: a method that needs paired activations has none, or not as many as x.
         """
         rows = torch.arange(len(x), device=x.device)
@@ -119,7 +121,9 @@ class Baseline(nn.Module, ABC):
         if self.strength != 1:
             wide = x.double()
             edited = wide + self.strength * (edited.double() - wide)
-        return edited.to(x.dtype)
+        result = edited.to(x.dtype)
+        _check_holds(result, context)
+        return result
 
     def at_strength(self, strength: float) -> Self:
         """The same edit at another strength; shares all tensors with this one."""
@@ -204,8 +208,12 @@ class Paired(Baseline):
                 for the paired prompts.
 
         Raises:
-            PairError: another width, or NaN.
+            PairError: no tensor, another width, or NaN.
         """
+        if not isinstance(activations, Tensor):
+            raise PairError(
+                f"paired activations must be a tensor, got {type(activations).__name__}"
+            )
         if activations.ndim < 2 or activations.shape[-1] != self.width:
             raise PairError(
                 f"paired activations must be (..., {self.width}), one for each edited position, "
@@ -237,9 +245,22 @@ class Paired(Baseline):
             )
 
 
-def _checked(strength: float) -> float:
-    if not math.isfinite(strength):
-        raise SettingError(f"strength must be a finite number, got {strength}")
+def _check_holds(edited: Tensor, context: EditContext) -> None:
+    # A finite sum has finite terms, and costs a fraction of looking at each of them.
+    if bool(torch.isfinite(edited.detach().sum())):
+        return
+    lost = (~torch.isfinite(edited).all(-1)).nonzero().flatten()
+    if len(lost):
+        raise NonFiniteError(
+            f"{len(lost)} edited activations exceed what {edited.dtype} can hold, the first are of "
+            f"rows {context.index[lost[:5]].tolist()}; lower the strength, or run the model in "
+            f"float32"
+        )
+
+
+def _checked(strength: Any) -> float:
+    if not isinstance(strength, Real | Tensor) or not math.isfinite(strength):
+        raise SettingError(f"strength must be a finite number, got {strength!r}")
     return float(strength)
 
 

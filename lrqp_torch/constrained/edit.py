@@ -20,7 +20,7 @@ from lrqp_torch.intervention import Intervention
 from lrqp_torch.odds import Odds, Rule, floors
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import Solution
-from lrqp_torch.qp.checks import check_finite
+from lrqp_torch.qp.checks import check_activations, check_finite, require_concrete
 from lrqp_torch.qp.posed import Point, PosedProblem
 from lrqp_torch.qp.problem import Realise
 from lrqp_torch.qp.reduction import Reduction
@@ -149,10 +149,15 @@ class ConstrainedLRQP(nn.Module):
 
         Raises:
             InfeasibleError: no activation meets all constraints, unless on_infeasible is "skip".
-            SolverError: the solver failed, unless on_infeasible is "skip".
-            ConstraintError: parameters that were not declared, or not given, or of another shape.
+            SolverError: the solver failed, unless on_infeasible is "skip"; or under ``vmap``.
+            ConstraintError: parameters that were not declared, or not given, or of another shape,
+                sign or kind; or an objective without a lower bound.
             WidthError, TargetError, NonFiniteError: bad input, named.
         """
+        check_activations(x, self.probe.width)
+        require_concrete(
+            "ConstrainedLRQP", x, target, source, self.probe.weight, *(parameters or {}).values()
+        )
         geometry = self.edit.geometry(x.device)
         basis, problem = self._pose()
         basis = basis.to(x.device)

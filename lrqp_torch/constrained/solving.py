@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import SolverError
+from lrqp_torch.errors import ConstraintError, SolverError
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.posed import PosedProblem
@@ -93,27 +93,38 @@ def _first_look(
     """
     everything = [values[0], gap, *values[1:]]
     batch, device = len(gap), gap.device
+    if not batch:
+        return gap.new_zeros(0, dtype=torch.long), gap.new_zeros(0)
     nowhere = values[0].new_zeros(values[0].shape[-1])
     idle = [
         not problem.penalties and problem.violation(everything, i, nowhere) == 0
         for i in range(batch)
     ]
-    satisfied = held & torch.tensor(idle, device=device)
+    satisfied = held & torch.tensor(idle, dtype=torch.bool, device=device)
     try:
         found = problem.solve(everything, torch.arange(batch, device=device))
     except SolverError:
-        found = torch.full((batch, values[0].shape[-1]), torch.nan, device=device)
+        found = gap.new_full((batch, values[0].shape[-1]), torch.nan)
     reached = (values[0] @ found.unsqueeze(-1)).squeeze(-1)
     short = ((gap - reached) / (1 + gap.abs())).amax(-1).clamp_min(0.0)
-    own = [problem.violation(everything, i, found[i]) for i in range(batch)]
+    refused = found.isnan().any(-1).tolist()
+    own = [
+        torch.nan if refused[i] else problem.violation(everything, i, found[i])
+        for i in range(batch)
+    ]
     violation = torch.maximum(short, torch.tensor(own, dtype=gap.dtype, device=device))
     violation = torch.where(satisfied, 0.0, violation)
     status = torch.where(satisfied, int(Status.SATISFIED), int(Status.SOLVED))
     for i in (~(violation <= MET)).nonzero().squeeze(-1).tolist():
         verdict = problem.verdict(everything, i)
+        if verdict.startswith("unbounded"):
+            raise ConstraintError(
+                f"the objective of example {i} has no lower bound that a solver finds: a penalty "
+                f"falls without end, or by too large a factor; bound it or scale it down"
+            )
         infeasible = verdict.startswith("infeasible")
         status[i] = int(Status.INFEASIBLE if infeasible else Status.INACCURATE)
-        if verdict == "optimal" and torch.isnan(found[i]).any():
+        if verdict == "optimal" and refused[i]:
             # Only its company was refused.
             status[i], violation[i] = int(Status.SOLVED), 0.0
     return status, violation.nan_to_num(torch.inf)

@@ -93,10 +93,19 @@ def spread_parameter(problem: PosedProblem, name: str, value: Tensor | float, ba
     if name not in problem.parameters:
         raise ConstraintError(f"{name!r} was not declared; parameters={sorted(problem.parameters)}")
     shape = tuple(problem.parameters[name].shape)
-    tensor = torch.as_tensor(value).double()
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConstraintError(f"parameter {name!r} must be numbers, got {value!r}") from error
+    if tensor.is_complex():
+        raise ConstraintError(f"parameter {name!r} must be real, got {tensor.dtype}")
+    tensor = tensor.double()
     if tensor.shape == shape:
+        problem.check_value(name, tensor)
         return tensor.expand(batch, *shape)
     if tensor.shape == (batch, *shape):
+        for one in tensor:
+            problem.check_value(name, one)
         return tensor
     raise ConstraintError(
         f"parameter {name!r} must be {shape} or {(batch, *shape)}, got {tuple(tensor.shape)}"

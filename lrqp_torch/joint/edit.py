@@ -8,9 +8,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from lrqp_torch.attempt import visible
 from lrqp_torch.covariance import Mahalanobis
 from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import LRQPError, SavedEditError, WidthError
+from lrqp_torch.errors import LRQPError, SavedEditError
 from lrqp_torch.generation import Where
 from lrqp_torch.intervention import Intervention
 from lrqp_torch.joint.failing import raise_joint_failures
@@ -19,10 +20,16 @@ from lrqp_torch.joint.run import JointRun, edit_at
 from lrqp_torch.joint.saving import load_joint, save_joint
 from lrqp_torch.joint.solution import JointSolution, read_odds
 from lrqp_torch.joint.targets import Targets, name_targets, stack_targets
-from lrqp_torch.joint.variables import build_geometry, check_within, common_metric, with_metric
+from lrqp_torch.joint.variables import (
+    build_geometry,
+    check_within,
+    common_metric,
+    name_edits,
+    with_metric,
+)
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, Status
-from lrqp_torch.qp.checks import concrete
+from lrqp_torch.qp.checks import check_activations, check_finite, concrete
 from lrqp_torch.qp.problem import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
 
@@ -73,8 +80,7 @@ class JointLRQP(nn.Module):
         on_infeasible: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
-        if not isinstance(edits, Mapping):
-            edits = {str(place): edit for place, edit in enumerate(edits)}
+        edits = name_edits(edits, metric)
         if on_infeasible not in ("raise", "skip"):
             raise LRQPError(f"on_infeasible must be 'raise' or 'skip', got {on_infeasible!r}")
         self.metric = common_metric(edits) if metric is None else metric
@@ -91,8 +97,11 @@ class JointLRQP(nn.Module):
         self._kept: tuple[list[Tensor], StackedGeometry] | None = None
 
     def forward(self, x: Tensor, target: Targets, source: Targets | None = None) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`."""
-        return self.solve(x, target, source).x_new
+        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`.
+
+        Under ``vmap`` a row that would have raised is NaN, as in :meth:`LRQP.forward`.
+        """
+        return visible(self.solve(x, target, source), self.on_infeasible)
 
     def solve(
         self,
@@ -119,14 +128,14 @@ class JointLRQP(nn.Module):
             InfeasibleError: no activation meets all that is asked, unless on_infeasible is "skip".
             SolverError: odds read back fall short of α, unless on_infeasible is "skip".
         """
+        check_activations(x, self.metric.width)
+        # Where nothing is written no constraint reads x, and none would tell.
+        if concrete(x):
+            check_finite(x)
         geometry = self.geometry(x.device)
-        if x.ndim != 2 or x.shape[1] != geometry.width:
-            raise WidthError(f"activations must be (B, {geometry.width}), got {tuple(x.shape)}")
-        choice = self._choice(target, len(x), x.device, "target")
-        held = (
-            torch.full_like(choice, FREE)
-            if source is None
-            else self._choice(source, len(x), x.device, "source")
+        choice, sound = self._choice(target, len(x), geometry, "target")
+        held, sound_source = self._choice(
+            {} if source is None else source, len(x), geometry, "source"
         )
 
         def floor(margins: Tensor, rows: slice) -> Tensor:
@@ -135,6 +144,8 @@ class JointLRQP(nn.Module):
             )
 
         solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
+        if not concrete(choice) or not concrete(held):
+            solution = solution.invalidate(~(sound & sound_source), x)
         failed = solution.status >= Status.INFEASIBLE
         if self.on_infeasible == "skip":
             solution = solution.revert(failed & (solution.status != Status.INVALID), x)
@@ -242,8 +253,13 @@ class JointLRQP(nn.Module):
     def _parts(self, targets: Targets, what: str) -> dict[str, Tensor | int]:
         return name_targets(targets, what, self.names, self.kept_by_default)
 
-    def _choice(self, targets: Targets, batch: int, device: torch.device, what: str) -> Tensor:
-        choice = stack_targets(self._parts(targets, what), batch, device, what)
+    def _choice(
+        self, targets: Targets, batch: int, geometry: StackedGeometry, what: str
+    ) -> tuple[Tensor, Tensor]:
+        """The choices, (B, V), and which rows are in range, (B,); seen out of range, they raise."""
+        parts = self._parts(targets, what)
+        choice = stack_targets(parts, batch, geometry.weight.device, what)
         if concrete(choice):
-            self.geometry(device).check(choice, batch)
-        return choice
+            geometry.check(choice, batch, what, self.names)
+        inside = geometry.in_range(choice)
+        return torch.where(inside, choice, FREE), inside.all(-1)

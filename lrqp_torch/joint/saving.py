@@ -10,6 +10,7 @@ from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import OutputError, SavedEditError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.probe import LinearProbe
+from lrqp_torch.sharing import card, saving
 
 FORMAT = "lrqp_torch.joint"
 VERSION = 1
@@ -32,6 +33,7 @@ def save_joint(path: str | Path, edits: Sequence[LRQP], content: dict[str, Any])
     except (TypeError, ValueError) as error:
         raise OutputError(f"notes must be plain JSON values: {error}") from error
     prepare_folder(folder)
+    _remove_beyond(folder, len(edits))
     for place, edit in enumerate(edits):
         edit.save(folder / str(place))
     with written_whole(folder / JSON_FILE) as partial:
@@ -50,11 +52,37 @@ def load_joint(
     folder = Path(path)
     content = _read_json(folder)
     names, bare = content["names"], content["kept_by_default"]
+    beyond = _numbered_beyond(folder, len(names))
+    if beyond:
+        raise SavedEditError(
+            f"{folder} holds edits {[item.name for item in beyond]}, but {JSON_FILE} names "
+            f"{len(names)}; it is damaged: save the edit again into an empty folder"
+        )
     saved = [LRQP.load(folder / str(place)) for place in range(len(names))]
     edits: dict[str, LRQP | LinearProbe] = {
         name: edit.probe if name in bare else edit for name, edit in zip(names, saved, strict=True)
     }
     return content, edits, saved[0].metric
+
+
+def _numbered_beyond(folder: Path, count: int) -> list[Path]:
+    """Folders of edits with a number that ``count`` edits do not have."""
+    numbered = [item for item in folder.iterdir() if item.name.isdecimal() and item.is_dir()]
+    return sorted(item for item in numbered if int(item.name) >= count)
+
+
+def _remove_beyond(folder: Path, count: int) -> None:
+    """Remove the edits of an earlier save of more; nothing that an edit's save does not write."""
+    for stale in _numbered_beyond(folder, count):
+        try:
+            for name in (saving.TENSORS_FILE, saving.JSON_FILE, card.CARD_FILE):
+                (stale / name).unlink(missing_ok=True)
+            stale.rmdir()
+        except OSError as error:
+            raise OutputError(
+                f"{stale} would be taken for one more edit, and cannot be removed ({error}); "
+                f"remove it, or save into another folder"
+            ) from error
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -81,12 +109,15 @@ def _read_json(folder: Path) -> dict[str, Any]:
         "notes": dict,
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
-    if not wrong and not (
-        content["names"] and all(isinstance(name, str) for name in content["names"])
-    ):
-        wrong = ["names"]
-    if not wrong and not all(isinstance(t, int | float) for t in content["within"].values()):
-        wrong = ["within"]
+    if not wrong:
+        names = content["names"]
+        strings = all(isinstance(name, str) for name in names)
+        if not names or not strings or len(set(names)) != len(names):
+            wrong.append("names")
+        if not all(name in names for name in content["kept_by_default"]):
+            wrong.append("kept_by_default")
+        if not all(type(value) in (int, float) for value in content["within"].values()):
+            wrong.append("within")
     if wrong:
         raise SavedEditError(f"{file} is damaged: wrong or missing {', '.join(wrong)}")
     return content

@@ -19,7 +19,9 @@ def name_targets(
     if isinstance(targets, Mapping):
         unknown = set(targets) - set(names)
         if unknown:
-            raise TargetError(f"{what} names {sorted(unknown)}, the variables are {list(names)}")
+            raise TargetError(
+                f"{what} names {sorted(unknown, key=repr)}, the variables are {list(names)}"
+            )
         parts = dict(targets)
         for name in names:
             if name in parts:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +11,34 @@ from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp.stacked import StackedGeometry
+
+
+def name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
+    """Edits and probes by name; those of a sequence by their place.
+
+    Raises:
+        LRQPError: neither edit nor probe, a metric that is none, or a name that is no string.
+    """
+    if not isinstance(edits, Mapping):
+        if not isinstance(edits, Sequence) or isinstance(edits, str):
+            raise LRQPError(
+                f"edits must be a mapping from names to LRQP or LinearProbe, or a sequence of "
+                f"them, got {type(edits).__name__}"
+            )
+        edits = {str(place): edit for place, edit in enumerate(edits)}
+    for name, edit in edits.items():
+        if not isinstance(name, str):
+            raise LRQPError(f"variables must have names, got {name!r}")
+        if not isinstance(edit, LRQP | LinearProbe):
+            raise LRQPError(
+                f"variable {name!r} must be an LRQP or a LinearProbe, got {type(edit).__name__}"
+            )
+    if metric is not None and not isinstance(metric, Mahalanobis):
+        raise LRQPError(
+            f"metric must be a Mahalanobis, got {type(metric).__name__}; wrap a covariance as "
+            f"Mahalanobis(covariance)"
+        )
+    return dict(edits)
 
 
 def common_metric(edits: Mapping[str, LRQP | LinearProbe]) -> Mahalanobis:
@@ -52,12 +81,18 @@ def check_within(within: Mapping[str, float], names: Sequence[str]) -> dict[str,
     Raises:
         LRQPError: a name that is no variable, or a tolerance that is not positive.
     """
-    checked = {name: float(value) for name, value in within.items()}
-    for name, value in checked.items():
-        if name not in names or not (math.isfinite(value) and value > 0):
+    if not isinstance(within, Mapping):
+        raise LRQPError(f"within must map names among {list(names)} to nats, got {within!r}")
+    checked = {}
+    for name, value in within.items():
+        try:
+            checked[name] = number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = math.nan
+        if name not in names or not (math.isfinite(number) and number > 0):
             raise LRQPError(
                 f"within must map names among {list(names)} to positive numbers, got "
-                f"{name!r}: {value}; for exact keeping leave it out"
+                f"{name!r}: {str(value)[:50]}; for exact keeping leave it out"
             )
     return checked
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import LearningError
+from lrqp_torch.inputs import check_inputs, vocabulary_of
 from lrqp_torch.learn.checkpoint import Checkpoint, digest_run
 from lrqp_torch.learn.objective import Objective, Workload, counterfactual_wins
 from lrqp_torch.learn.options import LearnOptions
@@ -65,7 +66,8 @@ def learn(
 
     Raises:
         LearningError: the model is in training mode; validation prompts are among the training
-            prompts; control edits are weighted but ``source`` is missing; the objective has no
+            prompts; control edits are weighted but ``source`` is missing; ``wins`` or ``loses``
+            are no tokens of the model; the objective has no
             gradient; the loss is NaN or infinite; the folder is of another run.
         EditNeverFiredError: the edit's positions never ran.
         SiteError, PositionError, WidthError, TargetError, SolverError: as in ``edit.at``.
@@ -136,9 +138,25 @@ def _check(
                     f"{name} has no source, the class that holds now, which control edits write; "
                     f"give it, or set Weights(control=0)"
                 )
+    for name, prompts in (("train", train), ("validation", validation), ("unrelated", unrelated)):
+        if prompts is not None:
+            check_inputs(model, prompts.inputs)
+            _check_tokens(name, prompts, vocabulary_of(model))
     shared = set(train.texts()) & set(validation.texts()) if validation is not None else set()
     if shared:
         raise LearningError(
             f"{len(shared)} prompts are in both train and validation, so that the validation loss "
             f"would not notice overfitting; take them out of one"
         )
+
+
+def _check_tokens(name: str, prompts: EditPrompts, vocabulary: int) -> None:
+    for token in ("wins", "loses"):
+        ids = getattr(prompts, token)
+        outside = torch.zeros(0) if ids is None else ((ids < 0) | (ids >= vocabulary)).nonzero()
+        if len(outside):
+            rows = outside.flatten()[:5].tolist()
+            raise LearningError(
+                f"{token} of {name} holds {int(ids[rows[0]])} in row {rows[0]} (rows {rows}), but "
+                f"the model has tokens 0 to {vocabulary - 1}"
+            )

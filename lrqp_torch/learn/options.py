@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from lrqp_torch.errors import LearningError
 from lrqp_torch.learn.objective import Weights
@@ -40,7 +42,11 @@ class LearnOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 0), ("epochs", 1), ("batch_size", 1), ("patience", 1)):
-            if getattr(self, name) < least:
-                raise LearningError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise LearningError(f"learning_rate must be above 0, got {self.learning_rate}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise LearningError(
+                    f"{name} must be an integer and at least {least}, got {value!r}"
+                )
+        rate: Any = self.learning_rate
+        if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
+            raise LearningError(f"learning_rate must be a number above 0, got {rate!r}")

@@ -20,10 +20,10 @@ class EditPrompts:
         inputs: ``input_ids`` and ``attention_mask``, LongTensors (n, T), and ``position_ids`` where
             the prompts are padded.
         positions: columns to edit, LongTensor (n,) or (n, k).
-        target: class to write, LongTensor (n,).
+        target: class to write, LongTensor (n,); one number stands for all.
         read: column where the answer is read, LongTensor (n,).
-        source: class that holds now, (n,): for the ``mirror`` rule, and for control edits, which
-            write it. None: the probe's own reading, and no control edits.
+        source: class that holds now, (n,) or one for all: for the ``mirror`` rule, and for control
+            edits, which write it. None: the probe's own reading, and no control edits.
         wins: token that should become the answer, LongTensor (n,). None for own objectives.
         loses: token that should cease to be, LongTensor (n,). None for own objectives.
         elsewhere: columns whose next-token distribution should stay, BoolTensor (n, T). None:
@@ -32,7 +32,9 @@ class EditPrompts:
     Raises:
         LearningError: no prompts.
         WidthError: a tensor of another shape.
-        PositionError: positions of another shape or dtype, or columns that do not exist.
+        PositionError: positions or ``read`` of another shape or dtype, columns that do not exist,
+            or ``read`` on padding.
+        TargetError: classes or tokens that are not numbers.
     """
 
     inputs: Mapping[str, Tensor]
@@ -56,9 +58,17 @@ class EditPrompts:
             if len(tensor) != n:
                 raise WidthError(f"{name} has {len(tensor)} rows, input_ids {n}")
         for name in ("target", "read", "source", "wins", "loses"):
-            value = getattr(self, name)
-            if value is not None and as_classes(value, name).shape != (len(ids),):
+            if getattr(self, name) is None:
+                continue
+            value = as_classes(getattr(self, name), name)
+            if name in ("target", "source") and value.ndim == 0:
+                value = value.expand(len(ids))
+            if value.shape != (len(ids),):
                 raise WidthError(f"{name} must be ({len(ids)},), got {tuple(value.shape)}")
+            if value.dtype.is_floating_point or value.dtype == torch.bool:
+                error = PositionError if name == "read" else LearningError
+                raise error(f"{name} must hold integers, got {value.dtype}; use .long()")
+            object.__setattr__(self, name, value)
         if self.elsewhere is not None and (
             self.elsewhere.shape != ids.shape or self.elsewhere.dtype != torch.bool
         ):
@@ -71,6 +81,14 @@ class EditPrompts:
         last = max(int(self.read.max()), int(Positions.parse(self.positions).token.max()))
         if last >= ids.shape[1] or int(self.read.min()) < 0:
             raise PositionError(f"column {last} is outside the {ids.shape[1]} tokens of the input")
+        mask = self.inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            padded = (mask.gather(1, self.read.long().to(mask.device)[:, None]) == 0).flatten()
+            if bool(padded.any()):
+                raise PositionError(
+                    f"read lies on padding in rows {padded.nonzero().flatten()[:5].tolist()}; "
+                    f"count columns on the padded input"
+                )
 
     def __len__(self) -> int:
         """Number of prompts."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, TargetError
+from lrqp_torch.errors import NonFiniteError, SolverError, TargetError, WidthError
 from lrqp_torch.qp.implicit import matvec
 
 
@@ -53,6 +53,33 @@ def concrete(tensor: Tensor) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting: concrete, and on the CPU."""
     return concrete(tensor) and tensor.device.type == "cpu"
+
+
+def require_concrete(what: str, *inputs: Any) -> None:
+    """Raise :class:`SolverError` where an input is inside a transform that hides its values.
+
+    A graph that is being compiled is left to break there, and goes on with values.
+    """
+    tensors = [item for item in inputs if isinstance(item, Tensor)]
+    if not torch.compiler.is_compiling() and not all(concrete(tensor) for tensor in tensors):
+        raise SolverError(
+            f"{what} looks at values while it solves, which vmap, jacfwd and the meta device hide: "
+            f"call it on the whole batch (jacrev and grad work), or use LRQP or JointLRQP with "
+            f"pairwise odds, which transforms support"
+        )
+
+
+def check_activations(x: Any, width: int) -> None:
+    """Raise :class:`WidthError` unless ``x`` is a floating tensor (B, width)."""
+    if not isinstance(x, Tensor):
+        raise WidthError(
+            f"activations must be a tensor (B, {width}), got {type(x).__name__}; use torch.stack "
+            f"or torch.as_tensor"
+        )
+    if x.ndim != 2 or x.shape[1] != width:
+        raise WidthError(f"activations must be (B, {width}), got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
 
 
 def as_classes(classes: Any, name: str) -> Tensor:

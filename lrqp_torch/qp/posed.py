@@ -7,6 +7,7 @@ F, or only through lengths, the optimum lies in the span of Σ Aᵀ, Σ Fᵀ and
 edit outside lengthens it and changes nothing else), so that v needs K + n coordinates and not d.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,16 @@ REWRITE = (
 )
 
 
+class Declared(dict[str, cp.Parameter]):
+    """Parameters by name; one that was not declared is named."""
+
+    def __missing__(self, name: str) -> cp.Parameter:
+        raise ConstraintError(
+            f"the function reads parameter {name!r}, the declared ones are {list(self)}: declare "
+            f"it by parameters={{{name!r}: shape}}"
+        )
+
+
 class Point:
     """The edited activation x', as a user's function sees it: cvxpy expressions.
 
@@ -43,7 +54,7 @@ class Point:
         features: Tensor | None,
         parameters: Mapping[str, cp.Parameter],
     ) -> None:
-        self.parameters = dict(parameters)
+        self.parameters = Declared(parameters)
         self._variable, self._reduction, self._features = variable, reduction, features
         # Parameters that follow from x; made when first asked for, since cvxpylayers refuses one
         # that no term uses.
@@ -138,11 +149,12 @@ class PosedProblem:
         self.gap = cp.Parameter(n_rivals, name="gap")
         self.parameters = {name: _declare(name, shape) for name, shape in declared.items()}
         point = Point(self.variable, reduction, features, self.parameters)
-        own, penalties = _sort(function(point))
+        own, penalties = _sort(_call(function, point))
         self.own, self.penalties, self.given = own, penalties, point.given
         objective = cp.sum_squares(self.variable) / 2 + sum(penalties, start=cp.Constant(0))
         reached = self.rows @ self.variable >= self.gap
         self.problem = cp.Problem(cp.Minimize(objective), [reached, *own])
+        self._check_atoms()
         used = {parameter.id for parameter in self.problem.parameters()}
         unused = [name for name, item in self.parameters.items() if item.id not in used]
         if unused:
@@ -180,6 +192,18 @@ class PosedProblem:
         moved: Tensor = result.to(device)
         return moved
 
+    def check_value(self, name: str, value: Tensor) -> None:
+        """Raise :class:`ConstraintError` unless a declared parameter can have this value."""
+        parameter = self.parameters[name]
+        try:
+            parameter.value = value.detach().cpu().numpy()
+        except ValueError as error:
+            raise ConstraintError(
+                f"parameter {name!r} cannot be {value.tolist()}: {error}"
+            ) from error
+        if not bool(value.isfinite().all()):
+            raise ConstraintError(f"parameter {name!r} holds NaN or infinity: {value.tolist()}")
+
     def violation(self, values: list[Tensor], example: int, displacement: Tensor) -> float:
         """The largest violation of the user's constraints at v, relative to 1 + its terms."""
         self._fill(values, example)
@@ -200,9 +224,37 @@ class PosedProblem:
             return "solver_error"
         return str(self.problem.status)
 
+    def _check_atoms(self) -> None:
+        """Raise for variables and parameters of elsewhere, and constants that are not finite."""
+        known = {self.variable.id, self.rows.id, self.gap.id}
+        known |= {item.id for item in (*self.given.values(), *self.parameters.values())}
+        atoms = [*self.problem.variables(), *self.problem.parameters()]
+        foreign = [f"{type(item).__name__} {item}" for item in atoms if item.id not in known]
+        if foreign:
+            raise ConstraintError(
+                f"the terms use {', '.join(foreign)}, made outside: write them with point.x, "
+                f"point.displacement, point.features, point.distance or point.radius, and declare "
+                f"parameters by parameters={{name: shape}}"
+            )
+        # A finite sum has finite terms, and sparse constants have one too.
+        if not all(np.isfinite(constant.value.sum()) for constant in self.problem.constants()):
+            raise ConstraintError("a constant in the terms holds NaN or infinity")
+
     def _fill(self, values: list[Tensor], example: int) -> None:
         for parameter, value in zip(self.order, values, strict=True):
             parameter.value = value[example].detach().cpu().numpy()
+
+
+def _call(function: Any, point: Point) -> Any:
+    if not callable(function):
+        raise ConstraintError(f"constraints must be a function of a point, got {function!r}")
+    try:
+        inspect.signature(function).bind(point)
+    except (TypeError, ValueError) as error:
+        raise ConstraintError(
+            f"constraints must be a function of one argument, the point: {error}"
+        ) from error
+    return function(point)
 
 
 def _declare(name: str, shape: Any) -> cp.Parameter:

@@ -8,7 +8,7 @@ from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 from torch import Tensor, nn
 
 from lrqp_torch.errors import SolverError, WidthError
-from lrqp_torch.qp.checks import check_values, kkt_residual, readable
+from lrqp_torch.qp.checks import check_activations, check_values, kkt_residual, readable
 from lrqp_torch.qp.external import ACTIVE_SET as ACTIVE_SET
 from lrqp_torch.qp.external import SOLVERS as SOLVERS
 from lrqp_torch.qp.external import (
@@ -85,7 +85,8 @@ class MahalanobisQP(nn.Module):
         self.active_set = DualActiveSet()
         # Not a submodule: the layer's buffers are constants in a sparse format that can be neither
         # copied nor saved, and they follow from the fields above.
-        self._layers: list[CvxpyLayer] = [self._pose()]
+        # Ours never needs it, and it cannot be posed inside a transform; others are tried at once.
+        self._layers: list[CvxpyLayer] = [] if solver == ACTIVE_SET else [self._pose()]
 
     @property
     def layer(self) -> CvxpyLayer:
@@ -223,13 +224,7 @@ class MahalanobisQP(nn.Module):
                 f"the problem is posed for {self.n_classes} classes, the probe has "
                 f"{geometry.n_constraints + 1}"
             )
-        if x.ndim != 2 or x.shape[1] != geometry.width:
-            raise WidthError(
-                f"activations must be (batch, {geometry.width}) as the probe reads, got "
-                f"{tuple(x.shape)}"
-            )
-        if not x.dtype.is_floating_point:
-            raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
+        check_activations(x, geometry.width)
         if readable(choice):
             geometry.check(choice, len(x))
         if callable(log_odds):

@@ -147,20 +147,31 @@ class StackedGeometry:
         """The width d of the activations that the probes read."""
         return self.weight.shape[1]
 
-    def check(self, choice: Tensor, batch: int) -> None:
+    def in_range(self, choice: Tensor) -> Tensor:
+        """Which choices, (B, V), are a class of their variable, FREE or KEEP; (B, V) bool."""
+        sizes = torch.tensor(self.n_classes, device=choice.device)
+        return (choice >= KEEP) & (choice < sizes)
+
+    def check(
+        self,
+        choice: Tensor,
+        batch: int,
+        what: str = "target",
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Raise unless ``choice`` is (B, V) with classes of each variable, FREE or KEEP."""
         n_variables = len(self.n_classes)
         if choice.shape != (batch, n_variables):
             raise TargetError(
-                f"targets must be ({batch}, {n_variables}), one per activation and variable, got "
+                f"{what}s must be ({batch}, {n_variables}), one per activation and variable, got "
                 f"{tuple(choice.shape)}"
             )
-        sizes = torch.tensor(self.n_classes, device=choice.device)
-        outside = (choice < KEEP) | (choice >= sizes)
+        outside = ~self.in_range(choice)
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
             raise TargetError(
-                f"the target of variable {column} is {int(choice[row, column])} at example {row}; "
+                f"the {what} of variable {names[column] if names else column!r} is "
+                f"{int(choice[row, column])} at example {row}; "
                 f"it has classes 0 to {self.n_classes[column] - 1}, FREE is {FREE} and KEEP {KEEP}"
             )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import NonFiniteError, WidthError
-from lrqp_torch.qp.checks import check_finite
+from lrqp_torch.qp.checks import check_activations, check_finite, require_concrete
 from lrqp_torch.qp.external import ACTIVE_SET
 from lrqp_torch.qp.geometry import Geometry
 from lrqp_torch.qp.problem import Floor
@@ -74,6 +74,7 @@ class TotalOddsProblem(nn.Module):
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
+            SolverError: inside a transform that hides the values, such as ``vmap``.
         """
         _check(x, target, geometry)
         target = target.long()
@@ -142,11 +143,8 @@ class TotalOddsProblem(nn.Module):
 
 
 def _check(x: Tensor, target: Tensor, geometry: Geometry) -> None:
-    if x.ndim != 2 or x.shape[1] != geometry.width or not x.dtype.is_floating_point:
-        raise WidthError(
-            f"activations must be floating (batch, {geometry.width}) as the probe reads, got "
-            f"{x.dtype} {tuple(x.shape)}"
-        )
+    check_activations(x, geometry.width)
+    require_concrete("odds='total'", x, target)
     geometry.check(target, len(x))
     check_finite(x)
 
@@ -156,6 +154,7 @@ def _floor(log_odds: Floor, margins: Tensor) -> Tensor:
     if callable(log_odds):
         log_odds = log_odds(margins, slice(0, batch))
     floor = torch.as_tensor(log_odds, dtype=torch.float64, device=margins.device)
+    require_concrete("odds='total'", margins, floor)
     if floor.shape not in ((), (batch,)):
         raise WidthError(
             f"total odds are one number an example: log_odds must be a number or ({batch},), got "

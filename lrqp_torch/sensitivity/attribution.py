@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import Status
-from lrqp_torch.qp.checks import as_classes
 from lrqp_torch.sensitivity.reading import Reading, SiteReading
 
 NODES = 4
@@ -72,7 +71,7 @@ def attribute(
     read: Tensor,
     reading: Reading,
     *,
-    source: Tensor | None = None,
+    source: Tensor | int | None = None,
     tolerance: float = 0.01,
     batch_size: int = 32,
 ) -> Attribution:
@@ -91,7 +90,7 @@ def attribute(
         target: class to write, one for all or (n,).
         read: column whose logits ``reading`` is given, LongTensor (n,).
         reading: f; must be differentiable, and each row depend on its own prompt alone.
-        source: class that holds now, (n,), for the ``mirror`` rule.
+        source: class that holds now, one for all or (n,), for the ``mirror`` rule.
         tolerance: bound of ``Attribution.unexplained``, in the units of f. Where rounding in the
             model's dtype forbids it, the halving ends at 1/4096 of the path.
         batch_size: prompts a pass.
@@ -106,9 +105,8 @@ def attribute(
             f"batch_size must be at least 1 and tolerance above 0, got {batch_size}, {tolerance}"
         )
     run = SiteReading(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    n, device = len(run), run.device
-    target = as_classes(target, "target").to(device).expand(n).long()
-    source = None if source is None else source.to(device)
+    target = run.classes(target, edit.probe.n_classes, "target")
+    source = None if source is None else run.classes(source, edit.probe.n_classes, "source")
     parts: list[tuple[Tensor, ...]] = []
     for rows in run.batches():
         x = run.activations(rows)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import LRQPError, NonFiniteError, PositionError, WidthError
+from lrqp_torch.inputs import check_inputs
 from lrqp_torch.intervention import Edit, EditContext, Intervention, intervene
 from lrqp_torch.placement import input_device
+from lrqp_torch.qp.checks import as_classes, check_classes
 from lrqp_torch.sites import locate
 from lrqp_torch.tail import Tail, frozen
 
@@ -42,6 +44,7 @@ class SiteReading:
         where = locate(model, site).site
         if any(module.training for module in model.modules()):
             raise LRQPError("the model is in training mode; call model.eval() first")
+        check_inputs(model, inputs)
         n = len(inputs["input_ids"])
         for name, columns in (("positions", positions), ("read", read)):
             if columns.shape != (n,) or columns.dtype != torch.long:
@@ -57,6 +60,17 @@ class SiteReading:
 
     def __len__(self) -> int:
         return len(self.read)
+
+    def classes(self, classes: Tensor | int, n_classes: int, name: str) -> Tensor:
+        """Classes of all prompts, (n,) long, of which one may have been given for all.
+
+        Raises:
+            TargetError: another shape or dtype, or out of range.
+        """
+        tensor = as_classes(classes, name).to(self.device)
+        tensor = tensor.expand(len(self)) if tensor.ndim == 0 else tensor
+        check_classes(tensor, len(self), n_classes, name)
+        return tensor.long()
 
     def batches(self) -> list[Tensor]:
         """All rows, a batch at a time."""

@@ -7,17 +7,19 @@ a ← a − f(x'(a)) / (d/da) f(x'(a)), whose derivative passes through the quad
 rest of the model; a bracket in which f changes its sign makes it safe.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import LRQPError
+from lrqp_torch.errors import SettingError
 from lrqp_torch.qp import Status
-from lrqp_torch.qp.checks import as_classes
 from lrqp_torch.sensitivity.reading import Reading, SiteReading
 from lrqp_torch.tail import frozen
 
@@ -92,21 +94,27 @@ def smallest_odds(
         batch_size: prompts a pass.
 
     Raises:
-        LRQPError: an option out of its range, or a model in training mode.
+        SettingError: an option out of its range.
+        LRQPError: a model in training mode.
         NonFiniteError: f or its derivative is NaN or infinite.
         SiteError, PositionError, WidthError, TargetError: bad input, named.
 
     Source: safeguarded Newton as in Press et al., "Numerical Recipes", section 9.4, on a batch.
     """
-    if scan < 1 or batch_size < 1 or not tolerance >= LEAST_TOLERANCE:
-        raise LRQPError(
-            f"scan and batch_size must be at least 1 and tolerance {LEAST_TOLERANCE}, got {scan}, "
-            f"{batch_size} and {tolerance}"
-        )
+    limits: dict[str, tuple[Any, type[Integral] | type[Real], float]] = {
+        "scan": (scan, Integral, 1),
+        "batch_size": (batch_size, Integral, 1),
+        "tolerance": (tolerance, Real, LEAST_TOLERANCE),
+        "highest": (highest, Real, -sys.float_info.max),
+    }
+    for name, (value, kind, least) in limits.items():
+        if not isinstance(value, kind) or not least <= float(value) < math.inf:
+            what = "an integer" if kind is Integral else "a finite number"
+            raise SettingError(f"{name} must be {what}, at least {least:g}, got {value!r}")
     if method not in ("newton", "bisection"):
-        raise LRQPError(f"method must be 'newton' or 'bisection', got {method!r}")
+        raise SettingError(f"method must be 'newton' or 'bisection', got {method!r}")
     run = SiteReading(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    target = as_classes(target, "target").to(run.device).expand(len(run)).long()
+    target = run.classes(target, edit.probe.n_classes, "target")
     found = [
         _search(_Path(run, edit, rows, target[rows]), highest, scan, tolerance, method == "newton")
         for rows in run.batches()

@@ -17,6 +17,7 @@ from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 from lrqp_torch.baselines import (
     LEACE,
     AlterRep,
+    BaselineData,
     ConditionalMean,
     EuclideanLeastEdit,
     ExactMeanDifference,
@@ -34,6 +35,8 @@ from lrqp_torch.errors import (
     CovarianceError,
     InfeasibleError,
     MissingExtraError,
+    NonFiniteError,
+    PairError,
     SettingError,
     WidthError,
 )
@@ -490,6 +493,19 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     ):
         with pytest.raises(WidthError):
             make()
+
+
+def test_what_a_dtype_cannot_hold_is_named() -> None:
+    x, y, reference = fitted()
+    baseline = MeanDifference.from_data(BaselineData(x, y, reference))
+    with pytest.raises(NonFiniteError, match=r"float16 can hold, the first are of rows \[0"):
+        baseline.at_strength(1e7)(x.half(), (y + 1) % 3)
+    assert bool(torch.isfinite(baseline.at_strength(1e7)(x.float(), (y + 1) % 3)).all())
+    for strength in ("1", None, float("nan")):
+        with pytest.raises(SettingError, match="strength must be a finite number"):
+            baseline.at_strength(strength)
+    with pytest.raises(PairError, match="must be a tensor, got list"):
+        FullPatch(reference).paired([1])
 
 
 # The length on record

@@ -385,3 +385,75 @@ def test_inside_a_model(dtype: torch.dtype) -> None:
     radius = edit.metric.distance(held - edit.metric.mean)
     slack = 1e-5 if dtype == torch.float32 else 0.05
     assert (radius[fine] <= caps[fine] * (1 + slack)).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [normal(WIDTH), normal(2, WIDTH - 1), torch.ones(2, WIDTH, dtype=torch.long), [1.0]]
+)
+def test_activations_of_another_shape_or_kind(wrong: Any) -> None:
+    edit = edit_of(lambda point: [point.distance <= 50], reads="length")
+    for solve in (edit, edit.edit):
+        with pytest.raises(WidthError, match="activations must be"):
+            solve(wrong, 1)
+
+
+def test_an_empty_batch_needs_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = edit_of(lambda point: [point.distance <= 50], reads="length")
+    monkeypatch.setattr(edit._pose()[1], "layer", None)
+    solution = edit.solve(normal(0, WIDTH), 1)
+    assert solution.x_new.shape == (0, WIDTH)
+    assert solution.status.shape == solution.distance.shape == (0,)
+
+
+def test_a_batch_that_the_solver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example is then judged alone; what can be solved is, without its company."""
+    edit = edit_of(cap, parameters={"cap": ()}, reads="length", on_infeasible="skip")
+    problem = edit._pose()[1]
+    x, caps = normal(3, WIDTH), torch.tensor([9.0, 0.01, 9.0], dtype=torch.float64)
+    expected, solve = edit.solve(x, 1, parameters={"cap": caps}), problem.solve
+
+    def refusing(values: list[Tensor], rows: Tensor) -> Tensor:
+        if 1 in rows.tolist():
+            raise SolverError("refused")
+        return solve(values, rows)
+
+    monkeypatch.setattr(problem, "solve", refusing)
+    solution = edit.solve(x, 1, parameters={"cap": caps})
+    assert solution.status.tolist() == expected.status.tolist() == [1, 2, 0]
+    torch.testing.assert_close(solution.x_new, expected.x_new)
+
+
+def test_an_option_that_the_solver_does_not_have() -> None:
+    edit = edit_of(lambda point: [point.distance <= 50], solver_args={"bogus": 1})
+    with pytest.raises(SolverError, match="bogus"):
+        edit(normal(2, WIDTH), 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (3, "must be a function"),
+        (lambda: [], "one argument"),
+        (lambda point: [point.distance <= point.parameters["zz"]], "'zz'.*declare"),
+        (lambda point: [point.distance <= cp.Variable(name="mine")], "mine"),
+        (lambda point: [cp.Variable(name="mine")], "mine"),
+        (lambda point: [point.distance <= cp.Parameter(name="mine", value=1.0)], "mine"),
+        (lambda point: [point.x <= torch.nan], "NaN"),
+    ],
+)
+def test_functions_that_cannot_be_posed(function: Any, said: str) -> None:
+    with pytest.raises(ConstraintError, match=said):
+        edit_of(function)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -1.0, "much", None, torch.tensor([2.0, -1.0])])
+def test_values_that_a_parameter_cannot_have(value: Any) -> None:
+    edit = edit_of(cap, parameters={"cap": cp.Parameter(nonneg=True)}, reads="length")
+    with pytest.raises(ConstraintError, match="parameter 'cap'"):
+        edit(normal(2, WIDTH), 1, parameters={"cap": value})
+
+
+def test_an_objective_without_a_lower_bound() -> None:
+    edit = edit_of(lambda point: [-1e30 * point.x[0]])
+    with pytest.raises(ConstraintError, match="objective of example 0 has no lower bound"):
+        edit(normal(2, WIDTH), 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.autograd.functional import jacobian as plain_jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
+from lrqp_torch.constrained import ConstrainedLRQP
+from lrqp_torch.errors import InfeasibleError, SolverError
+from lrqp_torch.joint import JointLRQP
 from lrqp_torch.qp import ProbeGeometry
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -176,5 +180,55 @@ def test_classes_under_vmap_are_brought_into_range_and_marked() -> None:
     assert vmap(status)(x, target)[1] == Status.INVALID
     x[2, 1] = torch.nan
     assert vmap(status)(x, target)[2] == Status.INVALID
-    kept = vmap(lambda x, t: edit(x[None], t[None])[0])(x, target)
+    kept = vmap(lambda x, t: edit.solve(x[None], t[None]).x_new[0])(x, target)
     assert torch.equal(kept[1], x[1])
+
+
+def edit_with_equal_rows(**options: Any) -> LRQP:
+    """Classes 0 and 1 have the same weights, so that neither can be written."""
+    probe = LinearProbe(4, 3, dtype=torch.float64).requires_grad_(False)
+    weight = random_problem(3, 4, 1, seed=0).weight
+    probe.weight.copy_(torch.stack([weight[0], weight[0], weight[2]]))
+    return LRQP(probe, Mahalanobis.euclidean(4), **options)
+
+
+def test_rows_that_would_have_raised_are_nan_under_vmap() -> None:
+    edit = edit_with_equal_rows()
+    x = random_problem(3, 4, 4, seed=1).x
+    target = torch.tensor([2, 7, -1, 1])
+    expected = edit(x[:1], 2)
+
+    def check(edited: Tensor) -> None:
+        torch.testing.assert_close(edited[:1], expected, **CLOSE)
+        assert edited[1:].isnan().all()
+
+    check(vmap(one(edit))(x, target))
+    joint = JointLRQP({"a": edit, "b": edit})
+    # A class that does not exist, and one that contradicts the other variable's.
+    choice = torch.tensor([2, 9, -7, 0])
+    check(vmap(lambda x, t: joint(x[None], {"a": 2, "b": t[None]})[0])(x, choice))
+    skipping = edit_with_equal_rows(on_infeasible="skip")
+    edited = vmap(one(skipping))(x, target)
+    assert torch.equal(edited[3], x[3])
+    assert edited[1].isnan().all()
+
+
+def test_what_looks_at_values_refuses_vmap_by_name() -> None:
+    total = edit_with_equal_rows(odds="total")
+    x, classes = random_problem(3, 4, 2, seed=1).x, torch.tensor([2, 2])
+    with pytest.raises(SolverError, match=r"odds='total' looks at values .* vmap"):
+        vmap(one(total))(x, classes)
+    with pytest.raises(SolverError, match="odds='total'"):
+        vmap(lambda source: total(x, 2, source.expand(2)))(classes)
+    own = ConstrainedLRQP(total.probe, total.metric, lambda point: [point.distance <= 50])
+    with pytest.raises(SolverError, match=r"ConstrainedLRQP looks at values .* vmap"):
+        vmap(one(own))(x, classes)
+
+
+def test_an_edit_made_inside_a_transform_raises_as_outside() -> None:
+    made = edit_with_equal_rows()
+    x = random_problem(3, 4, 2, seed=1).x
+    with pytest.raises(InfeasibleError, match="target class"):
+        jacrev(lambda x: LRQP(made.probe, made.metric)(x, 1))(x)
+    inside = jacrev(lambda x: LRQP(made.probe, made.metric)(x, 2))(x)
+    torch.testing.assert_close(inside, jacrev(lambda x: made(x, 2))(x), **CLOSE)
