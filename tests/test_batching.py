@@ -265,10 +265,9 @@ def test_waste_is_small_where_lengths_vary() -> None:
     assert wasted_share(mask, after) < 0.05
 
 
-@pytest.mark.parametrize("name", POST_MODELS)
 @torch.no_grad()
-def test_the_hooks_that_transformers_leaves_are_not_of_anyone(name: str) -> None:
-    model, inputs = build(name), ragged("left")
+def test_the_hooks_that_transformers_leaves_are_not_of_anyone() -> None:
+    model, inputs = build("llama"), ragged("left")
     at = positions_of(inputs)[0]
     plain = lrqp.capture(model, inputs, "L1.mid", at, batch_size=3)["L1.mid"]
     model(**inputs, output_hidden_states=True)
