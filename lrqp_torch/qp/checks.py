@@ -63,9 +63,9 @@ def require_concrete(what: str, *inputs: Any) -> None:
     tensors = [item for item in inputs if isinstance(item, Tensor)]
     if not torch.compiler.is_compiling() and not all(concrete(tensor) for tensor in tensors):
         raise SolverError(
-            f"{what} looks at values while it solves, which vmap, jacfwd and the meta device hide: "
-            f"call it on the whole batch (jacrev and grad work), or use LRQP or JointLRQP with "
-            f"pairwise odds, which transforms support"
+            f"{what} looks at values while it solves, which vmap and the meta device hide: call "
+            f"it on the whole batch, or use LRQP or JointLRQP with pairwise odds, which all "
+            f"transforms support"
         )
 
 

@@ -153,7 +153,7 @@ def test_gradient_of_the_slack_is_refused_not_wrong() -> None:
 
 BAD_CALLS = {
     "width of x": ({"x": torch.zeros(5, 7).double()}, WidthError, "4"),
-    "x not a matrix": ({"x": torch.zeros(4).double()}, WidthError, "batch, 4"),
+    "x not a matrix": ({"x": torch.zeros(4).double()}, WidthError, "B, 4"),
     "integer x": ({"x": torch.zeros(5, 4).long()}, WidthError, "int64"),
     "NaN in x": ({"x": torch.full((5, 4), float("nan")).double()}, NonFiniteError, "5 of 5"),
     "infinite x": ({"x": torch.full((5, 4), float("inf"))}, NonFiniteError, "NaN or infinity"),
