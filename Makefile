@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
-DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,qp learn baselines sharing tasks ioi models)
+DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,qp fitting joint constrained learn sensitivity baselines activation_store distributed sharing tasks ioi models)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help

@@ -1,0 +1,1 @@
+"""From texts to tokens: what every task builds on."""
