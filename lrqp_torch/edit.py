@@ -1,7 +1,6 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +11,7 @@ from lrqp_torch.attempt import attempt, judge, visible
 from lrqp_torch.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError
 from lrqp_torch.generation import Where
-from lrqp_torch.intervention import Intervention, intervene
+from lrqp_torch.intervention import Intervention, intervene_once
 from lrqp_torch.odds import Odds, Rule
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution
@@ -214,7 +213,8 @@ class LRQP(nn.Module):
         """
         if self.provenance is not None:
             self.provenance.check(model, site)
-        return _edit_at(model, self.on(site, positions=positions, target=target, source=source))
+        item = self.on(site, positions=positions, target=target, source=source)
+        return intervene_once(model, item, EditRun)
 
     def on(
         self,
@@ -284,13 +284,6 @@ class LRQP(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.log_odds = floor.to(self.log_odds.device)
         return self
-
-
-@contextmanager
-def _edit_at(model: nn.Module, intervention: Intervention) -> Iterator[EditRun]:
-    with intervene(model, [intervention]) as (run,):
-        assert isinstance(run, EditRun)
-        yield run
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

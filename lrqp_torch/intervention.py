@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lrqp_torch.positions import ForwardCall
 from lrqp_torch.qp.checks import readable
 from lrqp_torch.rows import FixedRows
 from lrqp_torch.sites import Located, locate
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,14 @@ def intervene(
     # Reached only when the body did not raise: its own error says more than this one would.
     for item in applied:
         item.close()
+
+
+@contextmanager
+def intervene_once(model: nn.Module, item: Intervention, record: type[Record]) -> Iterator[Record]:
+    """Apply one edit within the context, and yield it as the ``record`` of what it did."""
+    with intervene(model, item) as (edit,):
+        assert isinstance(edit, record)
+        yield edit
 
 
 class _Applied:

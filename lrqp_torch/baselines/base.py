@@ -17,7 +17,7 @@ from lrqp_torch.baselines.run import BaselineRun
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import NonFiniteError, PairError, SettingError, WidthError
 from lrqp_torch.generation import Where
-from lrqp_torch.intervention import EditContext, Intervention, intervene
+from lrqp_torch.intervention import EditContext, Intervention, intervene_once
 from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
 
 
@@ -161,8 +161,7 @@ class Baseline(nn.Module, ABC):
         Arguments as of :meth:`LRQP.at`. Yields the record of what the edit did.
         """
         item = self.on(site, positions=positions, target=target, source=source)
-        with intervene(model, [item]) as (run,):
-            assert isinstance(run, BaselineRun)
+        with intervene_once(model, item, BaselineRun) as run:
             yield run
 
     def check_pairs(self, count: int) -> None:

@@ -13,10 +13,10 @@ from lrqp_torch.constrained.placing import solve_with
 from lrqp_torch.constrained.solving import solve_posed
 from lrqp_torch.constrained.values import Reads, Values, parameter_values, row_classes, rows_read
 from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.edit import LRQP, _edit_at
+from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import SavedEditError
 from lrqp_torch.generation import Where
-from lrqp_torch.intervention import Intervention
+from lrqp_torch.intervention import Intervention, intervene_once
 from lrqp_torch.odds import Odds, Rule, floors
 from lrqp_torch.probe import LinearProbe
 from lrqp_torch.qp import Solution
@@ -200,7 +200,7 @@ class ConstrainedLRQP(nn.Module):
         item = self.on(
             site, positions=positions, target=target, source=source, parameters=parameters
         )
-        return _edit_at(model, item)
+        return intervene_once(model, item, EditRun)
 
     def on(
         self,

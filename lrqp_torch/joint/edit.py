@@ -13,10 +13,10 @@ from lrqp_torch.covariance import Mahalanobis
 from lrqp_torch.edit import LRQP
 from lrqp_torch.errors import LRQPError, SavedEditError
 from lrqp_torch.generation import Where
-from lrqp_torch.intervention import Intervention
+from lrqp_torch.intervention import Intervention, intervene_once
 from lrqp_torch.joint.failing import raise_joint_failures
 from lrqp_torch.joint.floors import slot_floors
-from lrqp_torch.joint.run import JointRun, edit_at
+from lrqp_torch.joint.run import JointRun
 from lrqp_torch.joint.saving import load_joint, save_joint
 from lrqp_torch.joint.solution import JointSolution, read_odds
 from lrqp_torch.joint.targets import Targets, name_targets, stack_targets
@@ -180,7 +180,8 @@ class JointLRQP(nn.Module):
         Yields:
             A :class:`~lrqp_torch.joint.run.JointRun` that records what the edit did.
         """
-        return edit_at(model, self.on(site, positions=positions, target=target, source=source))
+        item = self.on(site, positions=positions, target=target, source=source)
+        return intervene_once(model, item, JointRun)
 
     def on(
         self, site: str, *, positions: Where, target: Targets, source: Targets | None = None

@@ -1,14 +1,13 @@
 """What an edit of several variables did inside a model."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrqp_torch.generation import Where
-from lrqp_torch.intervention import EditContext, Intervention, intervene
+from lrqp_torch.intervention import EditContext
 from lrqp_torch.qp import Status
 from lrqp_torch.run import EditRun, _per_position
 
@@ -84,11 +83,3 @@ class JointRun(EditRun):
         self._require_fired()
         values = self._record[name]
         return values.reshape(*self._positions.shape, *values.shape[1:])
-
-
-@contextmanager
-def edit_at(model: nn.Module, intervention: Intervention) -> Iterator[JointRun]:
-    """Apply one joint edit within the context, and yield its record."""
-    with intervene(model, [intervention]) as (run,):
-        assert isinstance(run, JointRun)
-        yield run

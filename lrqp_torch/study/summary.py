@@ -113,16 +113,19 @@ def findings(results: StudyResults) -> list[str]:
         for site in sites.values()
         for condition in (site.control, site.counterfactual)
     )
+    return [*lines, promise_in_words(failed, margin)]
+
+
+def promise_in_words(failed: int, margin: float) -> str:
+    """Whether the edits kept their promise: how many failed, and the worst log odds margin."""
     if failed:
-        lines.append(f"{failed} edits were infeasible or inaccurate; see the table of sites.")
-    elif margin >= 0:
-        lines.append(
+        return f"{failed} edits were infeasible or inaccurate; see the table of sites."
+    if margin >= 0:
+        return (
             "Every edit reached the odds asked of its probe, read back from the very numbers that "
             "the model received."
         )
-    else:
-        lines.append(f"The worst edit missed the log odds asked of its probe by {-margin:.1g}.")
-    return lines
+    return f"The worst edit missed the log odds asked of its probe by {-margin:.1g}."
 
 
 def command(results: StudyResults, folder: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lrqp_torch.study.by_site import in_ranges
 from lrqp_torch.study.flipping import USED_THRESHOLD
-from lrqp_torch.study.summary import percent, signed
+from lrqp_torch.study.summary import percent, promise_in_words, signed
 from lrqp_torch.tasks.results import Condition, Mean, Share, TaskResults
 
 KNOWABLE = 0.95
@@ -69,16 +69,7 @@ def findings(results: TaskResults) -> list[str]:
             ]
     failed = sum(c.failed for s in results.sites.values() for c in (s.control, s.counterfactual))
     margin = min(site.worst_log_odds_margin for site in results.sites.values())
-    if failed:
-        lines.append(f"{failed} edits were infeasible or inaccurate; see the table of sites.")
-    elif margin >= 0:
-        lines.append(
-            "Every edit reached the odds asked of its probe, read back from the very numbers that "
-            "the model received."
-        )
-    else:
-        lines.append(f"The worst edit missed the log odds asked of its probe by {-margin:.1g}.")
-    return lines
+    return [*lines, promise_in_words(failed, margin)]
 
 
 def command(results: TaskResults, folder: Path) -> str:
