@@ -18,15 +18,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.measure import Row, parse_arguments, report, seconds_of, synchronise
 from lrqp_torch import Covariance, all_sites, capture, position_ids
-from lrqp_torch.activation_store.store import ActivationStore
-from lrqp_torch.activation_store.storing import capture_to
-from lrqp_torch.activations import capture_batches
-from lrqp_torch.batching import Batch, by_length, cut, in_order, wasted_share
 from lrqp_torch.errors import LRQPError
-from lrqp_torch.hooks import attach
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
-from lrqp_torch.sites import locate
+from lrqp_torch.stream.batching import Batch, by_length, cut, in_order, wasted_share
+from lrqp_torch.stream.capture import capture_batches
+from lrqp_torch.stream.hooks import attach
+from lrqp_torch.stream.sites import locate
+from lrqp_torch.stream.store import ActivationStore
+from lrqp_torch.stream.storing import capture_to
 
 SHORTEST, LONGEST = 14, 68
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -22,9 +22,9 @@ from torch import nn
 from benchmarks.floor import BarePasses
 from benchmarks.measure import Row, parse_arguments, report, seconds_of
 from lrqp_torch import models
-from lrqp_torch.covariance import Covariance
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.sites import Site, blocks_of, trunk_of
+from lrqp_torch.probes.covariance import Covariance
+from lrqp_torch.stream.sites import Site, blocks_of, trunk_of
 from lrqp_torch.study import figures
 from lrqp_torch.study import reproduce as study
 from lrqp_torch.study.flipping import CONDITIONS, in_batches

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lrqp_torch.sites import blocks_of, family_of, trunk_of
+from lrqp_torch.stream.sites import blocks_of, family_of, trunk_of
 
 
 class BarePasses:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrqp_torch.sites import family_of
+from lrqp_torch.stream.sites import family_of
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ from transformers import (
 
 from benchmarks.hook_peers import PEERS, Addition, copied, steering_vectors
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
-from lrqp_torch import LRQP, Intervention, capture, intervene, intervention
+from lrqp_torch import LRQP, Intervention, capture, intervene
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.models import load
-from lrqp_torch.positions import ForwardCall
-from lrqp_torch.sites import blocks_of
+from lrqp_torch.stream import intervene as intervention
+from lrqp_torch.stream.positions import ForwardCall
+from lrqp_torch.stream.sites import blocks_of
 
 BARE = "bare forward pass"
 TRAIN = 256

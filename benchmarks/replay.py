@@ -23,8 +23,8 @@ from benchmarks.floor import BarePasses
 from benchmarks.measure import Row, medians, parse_arguments, report
 from lrqp_torch import LRQP, all_sites, capture, position_ids
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site, blocks_of
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site, blocks_of
 from lrqp_torch.study.flipping import CONDITIONS, sweep
 
 TRAIN = 128

@@ -1,10 +1,15 @@
-"""Every error that lrqp_torch raises on bad input, one class a cause.
+"""Every error that lrqp_torch raises, one class a cause, and the checks of tensors that raise them.
 
 Each message says what is wrong, where, and how to mend it. All derive from
 :class:`LRQPError`, and from the built-in class that a caller would expect
 (``ValueError`` for a bad argument, ``RuntimeError`` for a failed run), so both
 ``except LRQPError`` and ``except ValueError`` work.
 """
+
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class LRQPError(Exception):
@@ -16,7 +21,7 @@ class SiteError(LRQPError, ValueError):
 
 
 class UnknownFamilyError(LRQPError, ValueError):
-    """A model whose family has no row in the table of :mod:`lrqp_torch.sites`."""
+    """A model whose family has no row in the table of :mod:`lrqp_torch.stream.sites`."""
 
 
 class PositionError(LRQPError, ValueError):
@@ -137,3 +142,143 @@ class ToldError(RankError):
 
 class CompiledModelError(LRQPError, RuntimeError):
     """A model edited or read inside a function that ``torch.compile`` compiles."""
+
+
+def concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own: not in a graph that is being compiled, and not
+    inside a transform of :mod:`torch.func`, where it stands for many.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting: concrete, and on the CPU."""
+    return concrete(tensor) and tensor.device.type == "cpu"
+
+
+def require_concrete(what: str, *inputs: Any) -> None:
+    """Raise :class:`SolverError` where an input is inside a transform that hides its values.
+
+    A graph that is being compiled is left to break there, and goes on with values.
+    """
+    tensors = [item for item in inputs if isinstance(item, Tensor)]
+    if not torch.compiler.is_compiling() and not all(concrete(tensor) for tensor in tensors):
+        raise SolverError(
+            f"{what} looks at values while it solves, which vmap and the meta device hide: call "
+            f"it on the whole batch, or use LRQP or JointLRQP with pairwise odds, which all "
+            f"transforms support"
+        )
+
+
+def check_activations(x: Any, width: int) -> None:
+    """Raise :class:`WidthError` unless ``x`` is a floating tensor (B, width)."""
+    if not isinstance(x, Tensor):
+        raise WidthError(
+            f"activations must be a tensor (B, {width}), got {type(x).__name__}; use torch.stack "
+            f"or torch.as_tensor"
+        )
+    if x.ndim != 2 or x.shape[1] != width:
+        raise WidthError(f"activations must be (B, {width}), got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
+
+
+def as_classes(classes: Any, name: str) -> Tensor:
+    """Classes as a tensor, whether given as a number, a list, an array or a tensor.
+
+    Raises:
+        TargetError: not numbers at all.
+    """
+    try:
+        return torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"{name} must be class numbers, one for all or one per activation, got {classes!r}"
+        ) from error
+
+
+def check_class_shape(classes: Tensor, batch: int, name: str) -> None:
+    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer."""
+    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
+        raise TargetError(
+            f"{name} must hold integer class numbers, got {classes.dtype}; use .long()"
+        )
+    if classes.shape != (batch,):
+        raise TargetError(
+            f"{name} must be ({batch},), one class per activation, got {tuple(classes.shape)}"
+        )
+
+
+def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
+    """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
+    check_class_shape(classes, batch, name)
+    if not batch or (int(classes.min()) >= 0 and int(classes.max()) < n_classes):
+        return
+    outside = (classes < 0) | (classes >= n_classes)
+    where = outside.nonzero().flatten()[:5].tolist()
+    raise TargetError(
+        f"{name} holds {classes[outside][0].item()} at example {where[0]}, but the probe has "
+        f"classes 0 to {n_classes - 1} (examples {where})"
+    )
+
+
+def place_classes(
+    classes: Any, batch: int, n_classes: int, device: torch.device, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Classes as (batch,) int64 on a device, and which of them are in range, (batch,) or None.
+
+    Where they can be looked at without waiting for a device, they are checked at once, and None
+    says that all are in range. Others are brought into range, so that no lookup goes astray.
+
+    Raises:
+        TargetError: they are not (batch,) integers or one, or are seen to be out of range.
+    """
+    single = isinstance(classes, int) and not isinstance(classes, bool)
+    tensor = as_classes(classes, name)
+    if tensor.ndim == 0:
+        tensor = tensor.expand(batch)
+    if readable(tensor):
+        check_classes(tensor, batch, n_classes, name)
+        # A fill needs no copy from the host, for which a GPU would stop.
+        filled = torch.full((batch,), classes, device=device) if single else tensor.to(device)
+        return filled.long(), None
+    check_class_shape(tensor, batch, name)
+    inside = (tensor >= 0) & (tensor < n_classes)
+    return tensor.clamp(0, n_classes - 1).to(device).long(), inside.to(device)
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise :class:`NonFiniteError` naming the activations that hold NaN or infinity."""
+    # A finite sum has finite terms, and costs a fraction of looking at each of them.
+    if bool(torch.isfinite(x.detach().sum())):
+        return
+    finite = torch.isfinite(x).all(-1)
+    if not bool(finite.all()):
+        where = (~finite).nonzero().flatten()
+        raise NonFiniteError(
+            f"activations of {len(where)} of {len(x)} examples hold NaN or infinity, the first "
+            f"are {where[:5].tolist()}; look for overflow in the model's dtype upstream of the site"
+        )
+
+
+def check_values(x: Tensor, margins: Tensor, floor: Tensor) -> None:
+    """Raise :class:`NonFiniteError` for NaN and infinity in activations or floors.
+
+    Args:
+        x: activations, (B, d).
+        margins: A x + c, (B, m).
+        floor: (B,) or (B, m).
+    """
+    # NaN and infinity in x go through the product into the margins, whatever the weights, and a
+    # finite sum has finite terms; so it costs a sum over (B, m) to know that there are none.
+    if bool(torch.isfinite(margins.detach().sum() + floor.detach().sum())):
+        return
+    check_finite(x)
+    if not bool(torch.isfinite(floor).all()):
+        raise NonFiniteError("log_odds holds NaN or infinity")

@@ -14,10 +14,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lrqp_torch.edit import LRQP
+from benchmarks.organisms.vocabulary import build_tokenizer
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.models.training.vocabulary import build_tokenizer
-from lrqp_torch.sites import all_sites
+from lrqp_torch.stream.sites import all_sites
 from lrqp_torch.study import heads
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.heads import HeadsResult

@@ -207,3 +207,14 @@ def forward_by_hand(
             x = x + block.mlp(norm(at(f"L{n}.mlp_input", x)))
         x = at(f"L{n}.post", x)
     return model.get_output_embeddings()(final(x)), streams
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """The model in float64 throughout: Llama's own norms would compute in float32."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model.double()

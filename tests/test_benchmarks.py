@@ -15,7 +15,7 @@ from benchmarks.measure import medians
 from benchmarks.qp_peers import OURS
 from benchmarks.qp_problem import Exact, QPProblem
 from lrqp_torch.qp import MahalanobisQP
-from lrqp_torch.sites import blocks_of
+from lrqp_torch.stream.sites import blocks_of
 
 Main = Callable[[Sequence[str]], None]
 

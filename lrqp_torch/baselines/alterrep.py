@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import BaselineData, check_examples
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError, WidthError
-from lrqp_torch.intervention import EditContext
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.intervene import EditContext
 
 NOTHING_LEFT = 1e-9
 

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from lrqp_torch.baselines.data import BaselineData
 from lrqp_torch.baselines.length import MahalanobisLength
 from lrqp_torch.baselines.run import BaselineRun
-from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import NonFiniteError, PairError, SettingError, WidthError
-from lrqp_torch.generation import Where
-from lrqp_torch.intervention import EditContext, Intervention, intervene_once
-from lrqp_torch.qp.checks import as_classes, check_classes, check_finite
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import (
+    NonFiniteError,
+    PairError,
+    SettingError,
+    WidthError,
+    as_classes,
+    check_classes,
+    check_finite,
+)
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
+from lrqp_torch.stream.scopes import Where
 
 
 class Baseline(nn.Module, ABC):

@@ -8,9 +8,9 @@ from torch import Tensor
 from lrqp_torch.baselines.base import Paired
 from lrqp_torch.baselines.das_training import DASReport, interchange, train_subspace
 from lrqp_torch.baselines.data import BaselineData, Behaviour
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import PairError, SettingError, WidthError
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.stream.intervene import EditContext
 
 
 class DAS(Paired):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.baselines.data import Behaviour
 from lrqp_torch.errors import LearningError, PairError, SettingError
-from lrqp_torch.intervention import EditContext, Intervention, intervene
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edit import LRQP
-from lrqp_torch.errors import LabelError, WidthError
-from lrqp_torch.qp.checks import as_classes, check_finite
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import LabelError, WidthError, as_classes, check_finite
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, rows)``: logits (b, T, V) of training prompts ``rows`` (b,) → losses, (b,)."""
@@ -27,7 +26,7 @@ class Behaviour:
         batch_size: prompts a forward pass.
         rerun: gives the logits of training prompts ``rows`` (b,) under the edits that are open, for
             the loss to read; default the whole forward pass, (b, T, V). A rerun of the layers above
-            the site alone, such as :meth:`lrqp_torch.tail.Tail.run`, is cheaper.
+            the site alone, such as :meth:`lrqp_torch.stream.tail.Tail.run`, is cheaper.
     """
 
     model: nn.Module

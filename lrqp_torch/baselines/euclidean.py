@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 from lrqp_torch.baselines.least_edit import LeastEdit
-from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.probes.covariance import Mahalanobis
 
 
 class EuclideanLeastEdit(LeastEdit):

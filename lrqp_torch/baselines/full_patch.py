@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Paired
 from lrqp_torch.baselines.data import BaselineData
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.stream.intervene import EditContext
 
 
 class FullPatch(Paired):

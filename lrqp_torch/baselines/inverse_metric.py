@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 
 from lrqp_torch.baselines.least_edit import LeastEdit
-from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import CovarianceError
+from lrqp_torch.probes.covariance import Mahalanobis
 
 
 class InverseMetric(LeastEdit):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import BaselineData, check_examples
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import MissingExtraError, WidthError
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.stream.intervene import EditContext
 
 PACKAGE = "concept_erasure"
 COMMAND = "pip install 'lrqp_torch[leace]'"

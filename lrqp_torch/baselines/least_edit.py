@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import BaselineData
-from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.edit import LRQP
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.stream.intervene import EditContext
 
 
 class LeastEdit(Baseline):

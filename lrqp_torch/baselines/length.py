@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrqp_torch.covariance import Mahalanobis
+from lrqp_torch.probes.covariance import Mahalanobis
 
 
 class MahalanobisLength:

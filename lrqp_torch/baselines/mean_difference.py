@@ -6,9 +6,9 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import BaselineData, check_examples, class_means
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.stream.intervene import EditContext
 
 
 class MeanDifference(Baseline):

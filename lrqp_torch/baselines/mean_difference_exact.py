@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lrqp_torch.baselines.mean_difference import MeanDifference
 from lrqp_torch.errors import InfeasibleError
-from lrqp_torch.intervention import EditContext
 from lrqp_torch.qp.geometry import other_classes
+from lrqp_torch.stream.intervene import EditContext
 
 MAX_ROUNDS = 24
 

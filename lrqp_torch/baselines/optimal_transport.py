@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import BaselineData, check_examples
-from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
+from lrqp_torch.stream.intervene import EditContext
 
 
 class OptimalTransport(Baseline):

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrqp_torch.generation import Where
-from lrqp_torch.intervention import EditContext
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.qp import Status
-from lrqp_torch.run import EditRun
+from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.stream.scopes import Where
 
 if TYPE_CHECKING:
     from lrqp_torch.baselines.base import Baseline

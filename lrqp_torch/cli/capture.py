@@ -13,7 +13,7 @@ from lrqp_torch.errors import PositionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lrqp_torch.activation_store.store import ActivationStore
+    from lrqp_torch.stream.store import ActivationStore
 
 LABELS_FILE = "labels.json"
 EVERY_TOKEN = "all"
@@ -177,7 +177,7 @@ def _padding(
     inputs: "dict[str, Tensor]", shard_size: int, batch_size: int, batch_tokens: int | None
 ) -> float:
     """Share of the tokens that ran which was padding."""
-    from lrqp_torch.batching import by_length, wasted_share
+    from lrqp_torch.stream.batching import by_length, wasted_share
 
     mask = inputs["attention_mask"]
     shards = range(0, len(mask), shard_size)

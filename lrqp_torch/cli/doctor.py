@@ -16,7 +16,7 @@ def doctor() -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from lrqp_torch.doctor import examine
+    from lrqp_torch.cli.doctor_checks import examine
 
     disable_progress_bar()
     console = Console(highlight=False)

@@ -13,7 +13,7 @@ from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
 from lrqp_torch.errors import SettingError
 
 if TYPE_CHECKING:
-    from lrqp_torch.covariance import Shrinkage
+    from lrqp_torch.probes.covariance import Shrinkage
 
 # Named here and not read from the study, so that --help need not import its parts.
 PARTS = {

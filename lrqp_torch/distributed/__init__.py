@@ -30,9 +30,9 @@ its end when a rank dies. Plans that divide the stream itself along the tokens a
 """
 
 from lrqp_torch.distributed.group import joined, launched
-from lrqp_torch.distributed.probes import fit_batches, fit_many
 from lrqp_torch.distributed.ranks import Ranks
-from lrqp_torch.distributed.reading import capture, capture_batches, capture_to
+from lrqp_torch.probes.shared import fit_batches, fit_many
+from lrqp_torch.stream.shared import capture, capture_batches, capture_to
 
 __all__ = [
     "Ranks",

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrqp_torch.covariance import Covariance
 from lrqp_torch.errors import LRQPError, RankError, ToldError
+from lrqp_torch.probes.covariance import Covariance
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)

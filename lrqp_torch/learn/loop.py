@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LearningError
-from lrqp_torch.inputs import check_inputs, vocabulary_of
 from lrqp_torch.learn.checkpoint import Checkpoint, digest_run
 from lrqp_torch.learn.objective import Objective, Workload, counterfactual_wins
 from lrqp_torch.learn.options import LearnOptions
@@ -19,9 +18,10 @@ from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Learned
 from lrqp_torch.learn.trainer import Trainer
-from lrqp_torch.placement import input_device
-from lrqp_torch.sites import locate
-from lrqp_torch.tail import frozen
+from lrqp_torch.stream.inputs import check_inputs, vocabulary_of
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.sites import locate
+from lrqp_torch.stream.tail import frozen
 
 
 def learn(

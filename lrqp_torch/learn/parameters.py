@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.covariance import Mahalanobis
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LearningError
-from lrqp_torch.intervention import EditContext
 from lrqp_torch.learn.prompts import EditPrompts
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Solution
+from lrqp_torch.stream.intervene import EditContext
 
 INITIAL_SHRINKAGE = 1e-3
 INITIAL_FACTOR = 1e-2

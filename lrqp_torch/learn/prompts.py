@@ -7,9 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import LearningError, PositionError, WidthError
-from lrqp_torch.positions import Positions
-from lrqp_torch.qp.checks import as_classes
+from lrqp_torch.errors import LearningError, PositionError, WidthError, as_classes
+from lrqp_torch.stream.positions import Positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,7 @@ def _organism(name: str, dtype: torch.dtype) -> Loaded:
             raise ModelError(
                 f"the weights of the bundled {name} are missing from {folder}: reinstall "
                 "lrqp_torch, or make them again with python -m "
-                f"lrqp_torch.models.train_organism --kind {ORGANISMS[name]}"
+                f"benchmarks.organisms.train --kind {ORGANISMS[name]}"
             )
         return _folder(folder, dtype)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.checks import concrete
+from lrqp_torch.errors import concrete
 from lrqp_torch.qp.geometry import ProbeGeometry
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, WidthError
-from lrqp_torch.qp.checks import check_classes, readable
+from lrqp_torch.errors import NonFiniteError, WidthError, check_classes, readable
 from lrqp_torch.qp.implicit import matvec
 from lrqp_torch.qp.projection import project
 from lrqp_torch.qp.table import ActiveSets

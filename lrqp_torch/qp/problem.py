@@ -7,8 +7,8 @@ import torch
 from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 from torch import Tensor, nn
 
-from lrqp_torch.errors import SolverError, WidthError
-from lrqp_torch.qp.checks import check_activations, check_values, kkt_residual, readable
+from lrqp_torch.errors import SolverError, WidthError, check_activations, check_values, readable
+from lrqp_torch.qp.certificate import kkt_residual
 from lrqp_torch.qp.external import ACTIVE_SET as ACTIVE_SET
 from lrqp_torch.qp.external import SOLVERS as SOLVERS
 from lrqp_torch.qp.external import (

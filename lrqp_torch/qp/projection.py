@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from lrqp_torch.qp.checks import readable
+from lrqp_torch.errors import readable
 
 # From so many numbers on, a float64 copy of the activations takes longer than the product: the
 # allocator returns buffers of megabytes to the system and asks for them anew in every call.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.checks import readable
+from lrqp_torch.errors import readable
 from lrqp_torch.qp.geometry import Constraints, Geometry
 from lrqp_torch.qp.implicit import matvec
 from lrqp_torch.qp.rounding import MAX_ROUNDS, Headroom

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.keeping import orthonormal_basis
+from lrqp_torch.probes.keeping import orthonormal_basis
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.checks import kkt_residual
+from lrqp_torch.qp.certificate import kkt_residual
 from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
 from lrqp_torch.qp.implicit import matvec
 from lrqp_torch.qp.projection import is_large

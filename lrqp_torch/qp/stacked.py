@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import TargetError, WidthError
-from lrqp_torch.qp.checks import readable
+from lrqp_torch.errors import TargetError, WidthError, readable
 from lrqp_torch.qp.geometry import Constraints, other_classes
 from lrqp_torch.qp.implicit import matvec
 
@@ -33,7 +32,7 @@ class StackedGeometry:
 
     C δ = 0 is eliminated beforehand, by Gaussian elimination in the Gram matrix: constraints A
     become A' = A − A Σ Cᵀ (C Σ Cᵀ)⁺ C, which is the conditional covariance of
-    :func:`~lrqp_torch.keeping.conditional_covariance` for each example its own, and never larger
+    :func:`~.keeping.conditional_covariance` for each example its own, and never larger
     than m × m.
 
     Attributes:

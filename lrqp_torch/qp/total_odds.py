@@ -6,8 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import NonFiniteError, WidthError
-from lrqp_torch.qp.checks import check_activations, check_finite, require_concrete
+from lrqp_torch.errors import (
+    NonFiniteError,
+    WidthError,
+    check_activations,
+    check_finite,
+    require_concrete,
+)
 from lrqp_torch.qp.external import ACTIVE_SET
 from lrqp_torch.qp.geometry import Geometry
 from lrqp_torch.qp.problem import Floor

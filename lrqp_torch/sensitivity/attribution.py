@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import Status
 from lrqp_torch.sensitivity.reading import Reading, SiteReading

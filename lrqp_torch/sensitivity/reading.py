@@ -5,13 +5,19 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import LRQPError, NonFiniteError, PositionError, WidthError
-from lrqp_torch.inputs import check_inputs
-from lrqp_torch.intervention import Edit, EditContext, Intervention, intervene
-from lrqp_torch.placement import input_device
-from lrqp_torch.qp.checks import as_classes, check_classes
-from lrqp_torch.sites import locate
-from lrqp_torch.tail import Tail, frozen
+from lrqp_torch.errors import (
+    LRQPError,
+    NonFiniteError,
+    PositionError,
+    WidthError,
+    as_classes,
+    check_classes,
+)
+from lrqp_torch.stream.inputs import check_inputs
+from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.sites import locate
+from lrqp_torch.stream.tail import Tail, frozen
 
 Reading = Callable[[Tensor, Tensor], Tensor]
 """Logits at the column read, (B, vocabulary), and which prompts these are, (B,) → f, (B,)."""

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.qp import Status
 from lrqp_torch.sensitivity.reading import Reading, SiteReading
-from lrqp_torch.tail import frozen
+from lrqp_torch.stream.tail import frozen
 
 LEAST_TOLERANCE = 1e-9
 """Narrower brackets would come near the spacing of float64 at large log odds."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError, WidthError
-from lrqp_torch.sites import blocks_of, family_of, trunk_of
+from lrqp_torch.stream.sites import blocks_of, family_of, trunk_of
 
 MOST_ERROR = 0.02
 """How far the sum may miss the model's own logits, as a share of the largest of them."""
@@ -66,7 +66,7 @@ def attribute(
         streams: the stream at one token an example, (B, d) each: ``Ln.pre`` of every block, then
             ``post`` of the last.
         z: layer to the heads' outputs before W_O at the same token, (B, heads, head width), for
-            every layer; see :func:`~lrqp_torch.hooks.record_heads`.
+            every layer; see :func:`~lrqp_torch.stream.hooks.record_heads`.
         io_tokens: answer for which the logit counts, (B,).
         s_tokens: answer against which it counts, (B,).
 

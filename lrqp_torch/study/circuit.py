@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
-from lrqp_torch.edit import LRQP
-from lrqp_torch.hooks import record_heads
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.study.circuit_figures import draw, panels
 from lrqp_torch.study.conditions import CONDITIONS, Conditions, run_conditions
 from lrqp_torch.study.context import Advance, StudyContext, no_progress

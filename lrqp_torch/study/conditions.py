@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.attention import record_patterns
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError
-from lrqp_torch.hooks import record_heads
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.hooks import record_heads
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.head_scores import attention_to

@@ -20,14 +20,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study import dose_figures
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.conditions import logit_differences

@@ -16,13 +16,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.placement import input_device
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
-from lrqp_torch.replay import Replay
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, read_sites
 from lrqp_torch.study.side_by_side import edited_side_by_side, finite

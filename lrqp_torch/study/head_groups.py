@@ -2,7 +2,7 @@
 
 import random
 
-from lrqp_torch.sites import blocks_of, head_count
+from lrqp_torch.stream.sites import blocks_of, head_count
 from lrqp_torch.study.circuit import attention_roles
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.heads import HeadsResult

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
-from lrqp_torch.attention import record_patterns
-from lrqp_torch.hooks import record_heads
-from lrqp_torch.sites import blocks_of
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.hooks import record_heads
+from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study.attribution import attribute
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.head_scores import score_clean
 from lrqp_torch.study.heads_figures import draw, panels

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.attention import record_patterns
-from lrqp_torch.hooks import record_heads
-from lrqp_torch.intervention import EditContext, Intervention, intervene
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import has_mid
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.hooks import record_heads
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import has_mid
 from lrqp_torch.study.attribution import head_shares, output_projection
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.learn import EditPrompts, Learned, LearnOptions, learn

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.attention import record_patterns, set_patterns
-from lrqp_torch.edit import LRQP
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.stream.attention import record_patterns, set_patterns
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.conditions import editing, logit_differences, ordered_batches
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.head_groups import head_groups

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.files import written_whole
 from lrqp_torch.study.context import Advance, StudyContext

@@ -9,7 +9,7 @@ import torch
 
 from lrqp_torch.errors import SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.sites import Site, all_sites, locate
+from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import Task
 from lrqp_torch.study.settings import Settings
 

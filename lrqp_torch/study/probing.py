@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import probing_figures, probing_panels
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress

@@ -11,9 +11,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lrqp_torch import __version__, models
-from lrqp_torch.digests import digest_model
 from lrqp_torch.distributed import Ranks
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.versions import package_versions
+from lrqp_torch.files import digest_model
 from lrqp_torch.study import chapters, figures, flipping, html, results, shared_sweep
 from lrqp_torch.study.captured import tasks_of
 from lrqp_torch.study.clock import Clock
@@ -35,7 +36,6 @@ from lrqp_torch.study.published import PUBLISHED
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.truth import read_truth
-from lrqp_torch.versions import package_versions
 
 
 def reproduce(settings: Settings, *, progress: bool = False) -> StudyResults:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrqp_torch.errors import SiteError
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.sites import Site
 
 PREVIOUS, DUPLICATE, INDUCTION = "previous token", "duplicate token", "induction"
 S_INHIBITION = "S-inhibition"

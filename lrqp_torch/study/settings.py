@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrqp_torch.covariance import Shrinkage
 from lrqp_torch.errors import SettingError
+from lrqp_torch.probes.covariance import Shrinkage
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from lrqp_torch.distributed import Ranks
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LRQPError, RankError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping

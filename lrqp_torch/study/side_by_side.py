@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 
 RECORD = ("log_odds_before", "log_odds_after", "floor", "distance", "euclidean", "status")
-"""What is kept of each edit's :class:`~lrqp_torch.run.EditRun`, one number a prompt."""
+"""What is kept of each edit's :class:`~lrqp_torch.edits.record.EditRun`, one number a prompt."""
 
 
 @dataclass(frozen=True)

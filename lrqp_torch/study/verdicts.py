@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from lrqp_torch import models
 from lrqp_torch.baselines import BASELINES
+from lrqp_torch.edits.versions import package_versions
 from lrqp_torch.errors import LRQPError, ModelError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
@@ -45,7 +46,6 @@ from lrqp_torch.study.verdicts_counting import (
 from lrqp_torch.study.verdicts_figures import draw
 from lrqp_torch.study.verdicts_scoring import score_sites
 from lrqp_torch.study.verdicts_settings import VerdictSettings
-from lrqp_torch.versions import package_versions
 
 JSON_FILE, TABLE_FILE = "verdicts.json", "verdicts.csv"
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
 from lrqp_torch.baselines import (
     Baseline,
     BaselineData,
@@ -14,9 +13,10 @@ from lrqp_torch.baselines import (
     answer_loss,
     build,
 )
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.ioi import IOIDataset, swap_order
+from lrqp_torch.stream.capture import capture
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.controls.running import Trial, run_trials
 from lrqp_torch.study.flipping import fit_edits, flipped

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import PromptError, SettingError, TargetError
-from lrqp_torch.placement import input_device
-from lrqp_torch.replay import Replay
-from lrqp_torch.run import EditRun
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.side_by_side import finite
 from lrqp_torch.tasks.fitting import next_class, require_classes

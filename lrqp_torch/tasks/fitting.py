@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
-from lrqp_torch.covariance import Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import PromptError
-from lrqp_torch.placement import input_device
-from lrqp_torch.sharing.provenance import Provenance
+from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.placement import input_device
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.statistics import wilson
@@ -90,7 +90,7 @@ def fit(
         shrinkage: of the covariance.
         log_odds: least log odds that an edit asks for, in nats.
         batch_size: prompts a forward pass.
-        known: further fields of the edit's :class:`~lrqp_torch.sharing.provenance.Provenance`,
+        known: further fields of the edit's :class:`~lrqp_torch.edits.provenance.Provenance`,
             such as ``task``, ``variable``, ``position`` and ``seed``.
 
     Returns:

@@ -1,8 +1,8 @@
 """What a saved edit knows about itself: its site, position and classes."""
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import ProvenanceError
-from lrqp_torch.sharing.provenance import Provenance
 
 
 def origin_of(edit: LRQP) -> Provenance:

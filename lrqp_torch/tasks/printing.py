@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.files import prepare_folder, written_whole
-from lrqp_torch.sharing.provenance import Provenance
 from lrqp_torch.study.summary import percent, signed
 from lrqp_torch.tasks.applying import Applied
 from lrqp_torch.tasks.fitting import HeldOut

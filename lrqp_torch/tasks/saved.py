@@ -1,11 +1,11 @@
 """Finding one edit in a folder or on the Hub that may hold several."""
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.edit_files import INDEX_FILE
+from lrqp_torch.edits.hub import fetched_folder
+from lrqp_torch.edits.library import EditLibrary
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.saving import JSON_FILE
 from lrqp_torch.errors import SavedEditError
-from lrqp_torch.sharing.edit_files import INDEX_FILE
-from lrqp_torch.sharing.hub import fetched_folder
-from lrqp_torch.sharing.library import EditLibrary
-from lrqp_torch.sharing.saving import JSON_FILE
 
 
 def load_one(name_or_path: str, name: str | None = None) -> LRQP:

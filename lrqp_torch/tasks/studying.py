@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
-from lrqp_torch.covariance import Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.versions import package_versions
 from lrqp_torch.errors import PromptError
-from lrqp_torch.placement import input_device
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.placement import input_device
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, fit_edits, sweep_runs
@@ -36,7 +37,6 @@ from lrqp_torch.tasks.results import (
 )
 from lrqp_torch.tasks.splitting import majority_share
 from lrqp_torch.tasks.sweep import sweep
-from lrqp_torch.versions import package_versions
 
 Start = Callable[[str, int], Advance]
 """Called with the name of a stage and its units of work; returns what to call as they are done."""

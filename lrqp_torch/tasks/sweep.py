@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import PromptError
-from lrqp_torch.placement import input_device
-from lrqp_torch.replay import Replay
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, in_batches
 from lrqp_torch.study.side_by_side import edited_side_by_side, finite

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 import lrqp_torch as lrqp
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Solution, Status
-from lrqp_torch.constrained import ConstrainedLRQP
+from lrqp_torch.edits.constrained import ConstrainedLRQP
 from lrqp_torch.errors import (
     ConstraintError,
     InfeasibleError,

@@ -13,9 +13,9 @@ from torch.autograd.functional import jacobian as plain_jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
-from lrqp_torch.constrained import ConstrainedLRQP
+from lrqp_torch.edits.constrained import ConstrainedLRQP
+from lrqp_torch.edits.joint import JointLRQP
 from lrqp_torch.errors import InfeasibleError, SolverError
-from lrqp_torch.joint import JointLRQP
 from lrqp_torch.qp import ProbeGeometry
 
 Edit = Callable[[Tensor, Tensor], Tensor]

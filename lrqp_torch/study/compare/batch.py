@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from lrqp_torch.baselines import BaselineRun
 from lrqp_torch.errors import NonFiniteError
-from lrqp_torch.intervention import EditContext, Intervention, intervene
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.editable import Editable, Run
 from lrqp_torch.study.compare.partners import with_partners
 from lrqp_torch.study.head_scores import attention_to
-from lrqp_torch.tail import Tail
 
 
 class Batch:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.study.circuit import attention_roles
 from lrqp_torch.study.compare.editable import Effects

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lrqp_torch.baselines import BASELINES, DAS, LEACE, Baseline, BaselineData, LeastEdit, build
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LRQPError, SettingError
 from lrqp_torch.study.compare.trained import Training, shortest, train_das, train_learned
 from lrqp_torch.study.compare.variants import LearnedLRQP

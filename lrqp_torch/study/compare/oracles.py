@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.statistics import wilson
 from lrqp_torch.study.variables import NAME_IO, NAME_S, ORDER
 

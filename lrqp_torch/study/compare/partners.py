@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lrqp_torch.activations import capture
 from lrqp_torch.baselines import Baseline, Paired
 from lrqp_torch.ioi import IOIDataset, swap_order
+from lrqp_torch.stream.capture import capture
 from lrqp_torch.study.context import StudyContext
 
 

@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lrqp_torch.attention import record_patterns
 from lrqp_torch.baselines import Baseline
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.batch import Batch
 from lrqp_torch.study.compare.editable import Editable, Effects, Run
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.roles import parse_head
-from lrqp_torch.tail import Tail
 
 
 @torch.no_grad()

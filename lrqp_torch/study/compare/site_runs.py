@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lrqp_torch.baselines import Baseline, Paired
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.study.compare.editable import Effects, Run
 from lrqp_torch.study.compare.measuring import Swept
 from lrqp_torch.study.compare.methods import NOTHING, Candidate

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from lrqp_torch.baselines import LeastEdit
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 
 
 class LearnedLRQP(LeastEdit):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines import RandomDirection
-from lrqp_torch.covariance import Shrinkage
-from lrqp_torch.edit import LRQP
-from lrqp_torch.probe import LinearProbe
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.controls.running import displacements
 from lrqp_torch.study.flipping import fit_edits
 

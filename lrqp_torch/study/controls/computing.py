@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrqp_torch.covariance import Shrinkage
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
+from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.controls.chance import (
     Chance,

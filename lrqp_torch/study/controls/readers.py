@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
-from lrqp_torch.sites import Site, blocks_of, head_count
+from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import output_projection
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.roles import MOVER, S_INHIBITION, WRITER, first_reader, parse_head

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.edit import LRQP
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
-from lrqp_torch.intervention import Edit, EditContext, Intervention, intervene
-from lrqp_torch.replay import Replay
-from lrqp_torch.sites import Site
+from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.conditions import logit_differences, ordered_batches
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 

@@ -1,1 +1,0 @@
-"""Fitting probes: the penalised multinomial likelihood, and Newton's method for many at once."""

@@ -1,0 +1,1 @@
+"""Linear probes, how they are fitted, the covariance and the metric, and what to keep."""

@@ -1,0 +1,304 @@
+"""Streaming moments, shrinkage, and the Mahalanobis metric made from them."""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.errors import CovarianceError, NonFiniteError, WidthError, check_finite
+from lrqp_torch.probes.keeping import class_differences, conditional_covariance, orthonormal_basis
+
+Shrinkage = Literal["ledoit_wolf", "oas"] | float
+
+
+class Mahalanobis(nn.Module):
+    """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
+
+    Args:
+        covariance: Σ, (d, d), symmetric positive semidefinite; singular is allowed, and then a
+            displacement out of Σ's range is infinitely long.
+        mean: mean activation, (d,), for reference; the metric does not depend on it.
+        shrinkage: the weight that was given to the isotropic target, for the record.
+        n_samples: how many activations the covariance was estimated from, for the record.
+        kept: directions along which Σ is zero because :meth:`keeping` took them out, (r, d),
+            orthonormal; for the record and for error messages.
+
+    Raises:
+        WidthError: the covariance is not square, or mean or kept have another width.
+        NonFiniteError: NaN or infinity in any of them.
+        CovarianceError: not symmetric, or not positive semidefinite.
+    """
+
+    covariance: Tensor
+    mean: Tensor | None
+    kept: Tensor | None
+
+    def __init__(
+        self,
+        covariance: Tensor,
+        mean: Tensor | None = None,
+        *,
+        shrinkage: float = 0.0,
+        n_samples: int | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_covariance(covariance)
+        width = covariance.shape[0]
+        if kept is not None and (kept.ndim != 2 or kept.shape[1] != width):
+            raise WidthError(f"the covariance has width {width}, kept is {tuple(kept.shape)}")
+        if mean is not None and mean.shape != (width,):
+            raise WidthError(f"the covariance has width {width}, the mean is {tuple(mean.shape)}")
+        if mean is not None and not bool(torch.isfinite(mean).all()):
+            raise NonFiniteError("the mean holds NaN or infinity")
+        if kept is not None and not bool(torch.isfinite(kept).all()):
+            raise NonFiniteError("the kept directions hold NaN or infinity")
+        self.register_buffer("covariance", covariance.double())
+        self.register_buffer("mean", None if mean is None else mean.double())
+        self.register_buffer("kept", None if kept is None else kept.double())
+        self.shrinkage = float(shrinkage)
+        self.n_samples = n_samples
+
+    @classmethod
+    def fit(cls, x: Tensor, shrinkage: Shrinkage = "ledoit_wolf") -> "Mahalanobis":
+        """The metric of activations x, (n, d), on x's device. See :meth:`Covariance.finish`."""
+        if x.ndim != 2:
+            raise WidthError(f"activations must be (n, d), got {tuple(x.shape)}")
+        return Covariance(x.shape[1], device=x.device).update(x).finish(shrinkage)
+
+    @classmethod
+    def euclidean(cls, width: int) -> "Mahalanobis":
+        """Σ = I: the metric of the Euclidean least edit."""
+        return cls(torch.eye(width, dtype=torch.float64))
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations."""
+        return self.covariance.shape[0]
+
+    @property
+    def n_kept(self) -> int:
+        """How many directions :meth:`keeping` took out of Σ."""
+        return 0 if self.kept is None else len(self.kept)
+
+    def keeping(self, *others: nn.Linear | Tensor) -> "Mahalanobis":
+        """The metric of the least edits that leave what other probes believe where it is.
+
+            minimise δᵀ Σ⁻¹ δ subject to further constraints and C δ = 0
+
+        is the same problem without C, in the conditional covariance Σ − Σ Cᵀ (C Σ Cᵀ)⁺ C Σ: that
+        of x given C x, for Gaussian x. So every edit can use it,
+
+            edit = LRQP(probe, metric.keeping(other_probe))
+
+        The rows C of a probe are its class differences w_k − mean of w: its probabilities stay,
+        while a shift common to all its logits is free. In a stream of machine precision ε the
+        edited activation is rounded, which moves a kept log odds aᵀ x by at most ε ‖a‖ ‖x'‖, and by
+        1e-12 of that size in float64. A target whose own directions all are kept is unreachable:
+        :class:`~lrqp_torch.errors.InfeasibleError`. To keep within a tolerance instead, or another
+        probe for each example, see :class:`~lrqp_torch.JointLRQP`.
+
+        Args:
+            others: probes, or rows (n, d). They are constants: gradients flow to Σ only.
+
+        Raises:
+            WidthError: another width, or neither a probe nor rows.
+            NonFiniteError: NaN or infinity in them.
+            CovarianceError: no direction is left.
+        """
+        rows = [class_differences(other, self.width).to(self.covariance) for other in others]
+        if not rows:
+            raise WidthError("nothing to keep: give at least one probe or tensor of rows")
+        held = [] if self.kept is None else [self.kept]
+        bases = [orthonormal_basis(block) for block in rows]
+        basis = orthonormal_basis(torch.cat([*held, *bases]))
+        covariance = self.covariance
+        if len(basis):
+            covariance = conditional_covariance(covariance, basis)
+        return Mahalanobis(
+            covariance,
+            self.mean,
+            shrinkage=self.shrinkage,
+            n_samples=self.n_samples,
+            kept=basis,
+        )
+
+    @torch.no_grad()
+    def distance(self, delta: Tensor) -> Tensor:
+        """√(δᵀ Σ⁻¹ δ) for displacements δ, (..., d) → (...), float64.
+
+        Computed in Σ's eigenbasis; infinite where δ leaves the range of a singular Σ.
+        """
+        if delta.shape[-1] != self.width:
+            raise WidthError(
+                f"the metric has width {self.width}, the displacement {delta.shape[-1]}"
+            )
+        delta = delta.to(self.covariance)
+        values, vectors = torch.linalg.eigh(self.covariance)
+        present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
+        coordinates = delta @ vectors
+        inside = torch.where(present, coordinates.square() / values.clamp_min(1e-300), 0.0).sum(-1)
+        # A displacement that was stored in float32 has rounding noise in every direction.
+        noise = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(delta, dim=-1)
+        outside = torch.where(present, 0.0, coordinates).abs().amax(-1) > noise
+        return torch.where(outside, float("inf"), inside.sqrt())
+
+    def _apply(self, fn: object, recurse: bool = True) -> Self:
+        # .half() or .to(bfloat16) of a model that holds an edit must not destroy the metric.
+        names = ("covariance", "mean", "kept")
+        held = [getattr(self, name) for name in names]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in zip(names, held, strict=True):
+            after = getattr(self, name)
+            if after is not None and before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class Covariance:
+    """Mean and covariance of activations in one pass, in memory that does not grow with n.
+
+    Holds the moments about the running mean μ, all in float64:
+
+        n,  μ,  Σ y yᵀ,  Σ ‖y‖² y,  Σ ‖y‖⁴      with y = x − μ
+
+    The last two are what Ledoit and Wolf's shrinkage needs. Batches are merged by the shift
+    formulas of these moments (Chan, Golub and LeVeque 1983 for the second), so the result does not
+    depend on how the data were split, up to rounding.
+
+    Args:
+        width: d.
+        device: where to accumulate; data are moved there.
+    """
+
+    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.n_samples = 0
+        self.mean = zeros(width)
+        self.second = zeros(width, width)
+        self.third = zeros(width)
+        self.fourth = zeros()
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations."""
+        return self.mean.shape[0]
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> Self:
+        """Add a batch of activations, (n, d). Returns self.
+
+        Raises:
+            WidthError: another width.
+            NonFiniteError: NaN or infinity; the accumulator is then as it was before.
+        """
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
+        check_finite(x)
+        if len(x) == 0:
+            return self
+        x = x.to(self.mean)
+        batch = Covariance(self.width, device=self.mean.device)
+        batch.n_samples = len(x)
+        batch.mean = x.mean(0)
+        centred = x - batch.mean
+        squares = centred.square().sum(-1)
+        batch.second = centred.T @ centred
+        batch.third = squares @ centred
+        batch.fourth = squares.square().sum()
+        return self.merge(batch)
+
+    @torch.no_grad()
+    def merge(self, other: "Covariance") -> Self:
+        """Add everything that another accumulator has seen. Returns self."""
+        if other.width != self.width:
+            raise WidthError(f"cannot merge widths {self.width} and {other.width}")
+        total = self.n_samples + other.n_samples
+        if other.n_samples == 0:
+            return self
+        mean = self.mean + (other.mean.to(self.mean) - self.mean) * (other.n_samples / total)
+        own, others = self._about(mean), other._about(mean)
+        self.second, self.third, self.fourth = (
+            a + b.to(a) for a, b in zip(own, others, strict=True)
+        )
+        self.mean, self.n_samples = mean, total
+        return self
+
+    def _about(self, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Second, third and fourth moments about another centre, by shifting y to y − δ."""
+        delta = centre.to(self.mean) - self.mean
+        length = delta.square().sum()
+        trace, pulled = self.second.diagonal().sum(), self.second @ delta
+        second = self.second + self.n_samples * torch.outer(delta, delta)
+        third = self.third - trace * delta - 2 * pulled - self.n_samples * length * delta
+        fourth = (
+            self.fourth
+            - 4 * self.third @ delta
+            + 4 * delta @ pulled
+            + 2 * trace * length
+            + self.n_samples * length.square()
+        )
+        return second, third, fourth
+
+    @torch.no_grad()
+    def finish(self, shrinkage: Shrinkage = "ledoit_wolf") -> Mahalanobis:
+        """The metric with covariance (1 − ρ) S + ρ (tr S / d) I, S with denominator n.
+
+        ``"ledoit_wolf"``: ρ of Ledoit and Wolf 2004, "A well-conditioned estimator for
+        large-dimensional covariance matrices", the minimiser of the expected squared error.
+        ``"oas"``: ρ of Chen, Wiesel, Eldar and Hero 2010, "Shrinkage algorithms for MMSE
+        covariance estimation", eq. 23. A number in [0, 1]: that ρ.
+
+        Raises:
+            CovarianceError: fewer than two samples, or a shrinkage that is none of these.
+        """
+        if self.n_samples < 2:
+            raise CovarianceError(
+                f"a covariance needs at least 2 activations, got {self.n_samples}; capture more"
+            )
+        n, d = self.n_samples, self.width
+        sample = (self.second + self.second.T) / (2 * n)
+        scale = sample.diagonal().mean()
+        squared = sample.square().sum()
+        spread = squared - d * scale.square()
+        if shrinkage == "ledoit_wolf":
+            error = (self.fourth / n - squared) / n
+            weight = float((error / spread).clamp(0, 1)) if spread > 0 else 0.0
+        elif shrinkage == "oas":
+            trace = scale * d
+            top = (1 - 2 / d) * squared + trace.square()
+            bottom = (n + 1 - 2 / d) * spread
+            weight = float((top / bottom).clamp(0, 1)) if bottom > 0 else 1.0
+        elif isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1:
+            weight = float(shrinkage)
+        else:
+            raise CovarianceError(
+                f"shrinkage must be 'ledoit_wolf', 'oas' or a number in [0, 1], got {shrinkage!r}"
+            )
+        shrunk = (1 - weight) * sample
+        shrunk.diagonal().add_(weight * scale)
+        return Mahalanobis(shrunk, self.mean.clone(), shrinkage=weight, n_samples=n)
+
+
+def _check_covariance(covariance: Tensor) -> None:
+    square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
+    if not square or covariance.numel() == 0:
+        raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")
+    if not bool(torch.isfinite(covariance).all()):
+        raise NonFiniteError("the covariance holds NaN or infinity")
+    matrix = covariance.detach().double()
+    size = float(matrix.abs().max())
+    if float((matrix - matrix.T).abs().max()) > 1e-6 * size:
+        raise CovarianceError("the covariance is not symmetric; use (Σ + Σᵀ) / 2")
+    if size == 0:
+        raise CovarianceError("the covariance is zero: all activations are the same")
+    # Cholesky of Σ plus a rounding-sized ridge exists exactly when Σ is positive semidefinite to
+    # rounding, and costs a tenth of the eigenvalues.
+    ridge = 1e-6 * size if covariance.dtype != torch.float64 else 1e-9 * size
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if int(torch.linalg.cholesky_ex(matrix + ridge * identity).info) > 0:
+        raise CovarianceError(
+            "the covariance has a negative eigenvalue; estimate it from data or shrink it"
+        )

@@ -1,0 +1,1 @@
+"""Where things happen in a model: sites, positions, hooks, reading, intervening, replay."""

@@ -1,0 +1,253 @@
+"""Editing the residual stream within a context: any function, at any sites and positions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    NonFiniteError,
+    PositionError,
+    SiteError,
+    WidthError,
+    readable,
+)
+from lrqp_torch.stream.hooks import attach, warn_of_dropout, watch_calls
+from lrqp_torch.stream.positions import ForwardCall
+from lrqp_torch.stream.rows import FixedRows
+from lrqp_torch.stream.scopes import Scope, ScopePairs, ScopeRows, Where, parse
+from lrqp_torch.stream.sites import Located, locate
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class EditContext:
+    """Where the activations that an edit receives come from.
+
+    Attributes:
+        index: which of the intervention's (example, token) pairs these rows are, (N,). In a scope
+            pairs are numbered in the order in which the model first reads them.
+        example: row of the batch of each, (N,).
+        token: column of each, (N,).
+        realise: maps float64 activations (N, d) to the values that the stream will really hold
+            when they are put in place, in float64. At ``mid`` that is attention output + block
+            input, rounded as the model rounds it.
+        request: in a scope, the request that each row belongs to, (N,); else None.
+    """
+
+    index: Tensor
+    example: Tensor
+    token: Tensor
+    realise: Callable[[Tensor], Tensor]
+    request: Tensor | None = None
+
+
+class Edit(Protocol):
+    """Anything that maps activations (N, d) at some positions to edited activations (N, d)."""
+
+    def __call__(self, x: Tensor, context: EditContext) -> Tensor:
+        """Return the edited activations; rows that equal x are left untouched, bit for bit."""
+
+
+@runtime_checkable
+class RaisesLate(Protocol):
+    """An edit that may not have waited to know whether it succeeded."""
+
+    def raise_late(self) -> None:
+        """Raise for what went wrong in forward passes so far; called when the context closes."""
+
+
+@runtime_checkable
+class KeepsSteps(Protocol):
+    """An edit that keeps a record of every forward pass.
+
+    Attributes:
+        requests: how many requests it has targets for, or None for any number.
+    """
+
+    requests: int | None
+
+    def begin(self) -> None:
+        """A context opens."""
+
+    def grow(self, pairs: ScopePairs) -> None:
+        """A scope has reached these pairs, the last of them perhaps for the first time."""
+
+    def end_step(self, context: EditContext, forward_pass: int) -> None:
+        """The edit of some rows is done."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One edit at one site: ``edit`` receives the activations at ``positions``.
+
+    Attributes:
+        site: such as ``"L6.mid"``.
+        positions: LongTensor (B,), LongTensor (B, n) or BoolTensor (B, T); or a
+            :class:`~lrqp_torch.Scope` of ``model.generate``, such as ``"generated"``.
+        edit: for example ``lambda x, context: x + direction``.
+    """
+
+    site: str
+    positions: Where
+    edit: Edit
+
+
+@contextmanager
+def intervene(
+    model: nn.Module, interventions: Intervention | Sequence[Intervention]
+) -> Iterator[list[Edit]]:
+    """Apply edits to every forward pass of ``model`` within the context.
+
+    Edits at one site run in the order given. The model itself is not changed: when the context
+    closes, also by an exception, all hooks are gone. With a KV cache, positions are absolute, and
+    an edit runs in the call whose tokens it names. A :class:`~lrqp_torch.Scope` means positions
+    by where they come from: the prompt of ``model.generate``, or what it writes.
+
+    To read the edited stream, use :func:`capture` within the context: transformers' own
+    ``output_hidden_states`` may record a block's output before an edit of it.
+
+    Args:
+        model: a transformers model with a row in :data:`lrqp_torch.stream.sites.FAMILIES`.
+        interventions: one, or a list of at least one.
+
+    Yields:
+        The edits, in the order given, as a convenience for reading what they recorded.
+
+    Raises:
+        SiteError, UnknownFamilyError, PositionError: on entering, before anything runs.
+        PositionError: in the forward pass, when positions do not fit the batch or are padding, or
+            a scope cannot tell prompt from new tokens.
+        NonFiniteError, WidthError: in the forward pass, when an edit returns NaN, infinity or
+            another shape. On a GPU, where that would make every forward pass wait for the device,
+            NaN and infinity are raised when the context closes, and so is what the edit itself
+            has to say.
+        EditNeverFiredError: on closing, when positions never ran through the model, or a scope
+            had no token.
+    """
+    if isinstance(interventions, Intervention):
+        interventions = [interventions]
+    wrong = [item for item in interventions if not isinstance(item, Intervention)]
+    if wrong:
+        raise SiteError(
+            f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
+            f"{type(wrong[0]).__name__}"
+        )
+    applied = [_Applied(item, locate(model, item.site)) for item in interventions]
+    if not applied:
+        raise PositionError("no interventions were given: nothing would be edited")
+    warn_of_dropout(model)
+    with ExitStack() as stack:
+        calls = watch_calls(model, stack, [item.places.watched for item in applied])
+        for item in sorted(applied, key=lambda item: item.located.site):
+            item.attach(stack, calls)
+            if item.record is not None:
+                item.record.begin()
+        yield [item.edit for item in interventions]
+    # Reached only when the body did not raise: its own error says more than this one would.
+    for item in applied:
+        item.close()
+
+
+@contextmanager
+def intervene_once(model: nn.Module, item: Intervention, record: type[Record]) -> Iterator[Record]:
+    """Apply one edit within the context, and yield it as the ``record`` of what it did."""
+    with intervene(model, item) as (edit,):
+        assert isinstance(edit, record)
+        yield edit
+
+
+class _Applied:
+    """An intervention on a particular model, and what has come of it."""
+
+    def __init__(self, item: Intervention, located: Located) -> None:
+        self.item, self.located = item, located
+        self.record = item.edit if isinstance(item.edit, KeepsSteps) else None
+        positions = parse(item.positions)
+        requests = None if self.record is None else self.record.requests
+        self.places = (
+            ScopeRows(positions, requests) if isinstance(positions, Scope) else FixedRows(positions)
+        )
+        self.passes = 0
+        self.broken: Tensor | None = None
+        self.dtype = torch.float32
+
+    def attach(self, stack: ExitStack, calls: list[ForwardCall]) -> None:
+        def edit(stream: Tensor, residual: Tensor | None) -> Tensor:
+            return self.apply(stream, residual, calls[-1])
+
+        attach(stack, self.located, edit)
+
+    def apply(self, stream: Tensor, residual: Tensor | None, call: ForwardCall) -> Tensor:
+        """The module's tensor with the edited rows in place.
+
+        ``residual`` is the block input at ``mid``, where ``stream`` is the attention output and
+        the activation is their sum; elsewhere None.
+        """
+        self.passes += 1
+        at = self.places.rows(call, stream.device)
+        if at is None:
+            return stream
+        rows, columns = at.example, at.column
+        written = stream[rows, columns]
+        base = None if residual is None else residual[rows, columns]
+        x = written if base is None else written + base
+
+        def place(values: Tensor) -> Tensor:
+            """What to write so that the stream holds ``values``, as nearly as its dtype can."""
+            wide = values.double()
+            return (wide if base is None else wide - base.double()).to(x.dtype)
+
+        def realise(values: Tensor) -> Tensor:
+            placed = place(values.to(x.dtype))  # edits return x's dtype
+            return (placed if base is None else placed + base).double()
+
+        # A copy, so that an edit which works in place is seen to have changed something.
+        context = EditContext(at.index, rows, at.token, realise, at.request)
+        if self.record is not None and isinstance(self.places, ScopeRows):
+            self.record.grow(self.places.pairs)
+        edited = self.item.edit(x.clone(), context)
+        self._check(x, edited, x.dtype)
+        changed = (edited != x).any(-1, keepdim=True)
+        self.places.mark(at)
+        if self.record is not None:
+            self.record.end_step(context, self.passes - 1)
+        # Under autocast the attention output is narrower than the sum that the stream will hold.
+        kept = torch.where(changed, place(edited), written.to(x.dtype))
+        return stream.to(x.dtype).index_put((rows, columns), kept)
+
+    def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype) -> None:
+        site = self.located.site
+        if not isinstance(edited, Tensor) or edited.shape != x.shape:
+            shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+            raise WidthError(
+                f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
+            )
+        broken = ~torch.isfinite(edited.detach().to(dtype)).all()
+        if readable(broken):
+            self._raise_if_broken(broken, dtype)
+        else:
+            self.broken = broken if self.broken is None else self.broken | broken
+            self.dtype = dtype
+
+    def _raise_if_broken(self, broken: Tensor, dtype: torch.dtype) -> None:
+        if bool(broken):
+            raise NonFiniteError(
+                f"the edit at {self.located.site} returned NaN, infinity, or more than {dtype} "
+                f"can hold"
+            )
+
+    def close(self) -> None:
+        """Raise for what went wrong without being seen, and for positions that never ran."""
+        if isinstance(self.item.edit, RaisesLate):
+            self.item.edit.raise_late()
+        if self.broken is not None:
+            self._raise_if_broken(self.broken, self.dtype)
+        missed = self.places.missed()
+        if missed is not None:
+            raise EditNeverFiredError(f"the edit at {self.located.site} {missed}")

@@ -1,0 +1,165 @@
+"""Rerun only what an edit can change.
+
+An edit at layer L and token p changes layers from L and tokens from p on, and nothing before. So
+the keys and values of the tokens before the first edited one are taken from a clean run, blocks
+below L are left out, and only the suffix is fed to the rest of the model again: in a prompt of 60
+tokens with an edit near its end, some 10 of them. The result equals the full intervened forward
+pass to rounding.
+
+Edits of the same prompts can run side by side, as copies in one batch: each weight is then read
+once for all of them, which matters where the suffix is short.
+"""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lrqp_torch.errors import PositionError, SiteError
+from lrqp_torch.stream.compiled import unwrapped
+from lrqp_torch.stream.hooks import record_stream, resume_at
+from lrqp_torch.stream.sites import blocks_of
+
+TOKEN_INPUTS = ("input_ids", "position_ids")
+"""Inputs with one entry a token that runs; the attention mask also covers the prefix."""
+
+
+class Replay:
+    """A clean run of one batch, kept so that edits of its suffix can be tried cheaply.
+
+    Args:
+        model: a transformers causal language model.
+        inputs: ``input_ids`` and ``attention_mask``, (B, T), and ``position_ids`` where the batch
+            is padded; already on the model's device.
+        first_position: the smallest column that any edit will touch; columns before it are not
+            run again.
+        copies: how many edits of each example :meth:`run` takes side by side: its batch has
+            copies · B rows, and row c · B + i is copy c of example i.
+
+    Attributes:
+        clean_logits: logits of the last column in the clean run, (B, vocabulary).
+        first_position: as given, or 0 where the model's cache cannot be cropped exactly (sliding
+            windows), so that :meth:`run` is then the full forward pass.
+        copies: as given.
+
+    Raises:
+        PositionError: first_position is not a column of the inputs, there are no input_ids, or
+            copies is below 1.
+    """
+
+    # In inference mode the cache could not be written to outside it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        first_position: int,
+        *,
+        copies: int = 1,
+    ) -> None:
+        if not isinstance(inputs.get("input_ids"), Tensor):
+            raise PositionError(f"replay needs input_ids, got {sorted(inputs)}")
+        length = inputs["input_ids"].shape[1]
+        if not 0 <= first_position < length:
+            raise PositionError(f"first_position {first_position} is outside the {length} tokens")
+        if copies < 1:
+            raise PositionError(f"copies must be at least 1, got {copies}")
+        self.model, self.copies = model, copies
+        accepted = inspect.signature(unwrapped(model).forward).parameters
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            self._options["logits_to_keep"] = 1
+        with record_stream(model, first_position) as self._stream:
+            output = model(**inputs, **self._options)
+        self.clean_logits: Tensor = output.logits[:, -1]
+        cache = output.past_key_values
+        plain = isinstance(cache, DynamicCache) and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
+        self.first_position = first_position if plain else 0
+        self._inputs = {
+            name: self._side_by_side(
+                tensor[:, self.first_position :] if name in TOKEN_INPUTS else tensor
+            )
+            for name, tensor in inputs.items()
+        }
+        self._past = [
+            _Prefix(
+                self._side_by_side(layer.keys),
+                self._side_by_side(layer.values),
+                self.first_position,
+            )
+            for layer in (cache.layers if self.first_position else [])
+        ]
+
+    @torch.no_grad()
+    def run(self, first_layer: int = 0) -> Tensor:
+        """Logits of the last column, with the edits whose contexts are open.
+
+        Positions of those edits are columns of the whole input, as always, a row for each copy of
+        each example.
+
+        Args:
+            first_layer: the lowest layer that any open edit touches; blocks below do not run
+                again. An edit at one of them would never fire, which its context reports.
+
+        Returns:
+            (copies · B, vocabulary).
+
+        Raises:
+            SiteError: the model has no such layer.
+        """
+        if not 0 <= first_layer < len(blocks_of(self.model)):
+            raise SiteError(
+                f"first_layer {first_layer}: the model has {len(blocks_of(self.model))} blocks"
+            )
+        arguments: dict[str, Any] = dict(self._inputs)
+        with ExitStack() as stack:
+            if self.first_position:
+                cache = DynamicCache()
+                cache.layers.extend(self._past)
+                arguments["past_key_values"] = cache
+                if first_layer:
+                    stream = self._side_by_side(self._stream[first_layer])
+                    stack.enter_context(resume_at(self.model, first_layer, stream))
+            logits: Tensor = self.model(**arguments, **self._options).logits
+        return logits[:, -1]
+
+    def _side_by_side(self, tensor: Tensor) -> Tensor:
+        """The copies of a batch, (B, ...) → (copies · B, ...)."""
+        return tensor if self.copies == 1 else torch.cat([tensor] * self.copies)
+
+
+class _Prefix(DynamicLayer):
+    """A block's keys and values in one buffer: those of a prefix, then those of any suffix.
+
+    The model's own cache would copy the prefix at every run, to put the suffix behind it. Here the
+    suffix is written into its place, and the next run writes over it.
+
+    Args:
+        keys: (B, heads, T, head width).
+        values: the same.
+        length: columns that are kept.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._whole, self._length = (keys, values), length
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put the suffix behind the prefix, and return both together."""
+        keys, values = self._whole
+        keys[:, :, self._length :] = key_states
+        values[:, :, self._length :] = value_states
+        return keys, values

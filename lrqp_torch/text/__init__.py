@@ -1,1 +1,0 @@
-"""From texts to tokens: what every task builds on."""

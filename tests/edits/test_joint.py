@@ -1,0 +1,452 @@
+"""Several variables in one problem: least, all odds hold at the end, kept ones stay."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quadprog
+import torch
+from models_for_tests import VOCABULARY, build, random_edit
+from torch import Tensor
+
+import lrqp_torch as lrqp
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Status
+from lrqp_torch.edits.joint import JointLRQP
+from lrqp_torch.edits.joint_floors import slot_floors
+from lrqp_torch.errors import (
+    InfeasibleError,
+    LRQPError,
+    NonFiniteError,
+    OutputError,
+    SavedEditError,
+    TargetError,
+    WidthError,
+)
+from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+
+WIDTH = 16
+
+
+def normal(*shape: int, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def metric_of(width: int = WIDTH, condition: float = 1e3) -> Mahalanobis:
+    basis = torch.linalg.qr(normal(width, width, seed=0)).Q
+    scales = torch.logspace(0, -math.log10(condition), width, dtype=torch.float64)
+    covariance = (basis * scales) @ basis.T
+    return Mahalanobis((covariance + covariance.T) / 2)
+
+
+def probe_of(n_classes: int, seed: int, width: int = WIDTH) -> LinearProbe:
+    probe = LinearProbe(width, n_classes, dtype=torch.float64).requires_grad_(False)
+    probe.weight.copy_(normal(n_classes, width, seed=seed))
+    probe.bias.copy_(normal(n_classes, seed=seed + 100))
+    return probe
+
+
+def joint_of(**options: object) -> JointLRQP:
+    """Variables a (3 classes, mirror), b (2 classes, fixed) and c (4 classes, kept)."""
+    metric = metric_of()
+    edits = {
+        "a": LRQP(probe_of(3, 1), metric, log_odds=2.0),
+        "b": LRQP(probe_of(2, 2), metric, log_odds=3.0, rule="fixed"),
+        "c": probe_of(4, 5),
+    }
+    return JointLRQP(edits, **options)
+
+
+def targets(batch: int) -> dict[str, Tensor]:
+    return {"a": torch.arange(batch) % 3, "b": (torch.arange(batch) // 3) % 2}
+
+
+def full_dimension(
+    joint: JointLRQP, x: Tensor, choice: list[int], floor: list[float], within: dict[int, float]
+) -> float:
+    """The distance of the least edit of one activation, by quadprog on all coordinates."""
+    equations, rows, right = [], [], []
+    for place, edit in enumerate(joint.edits):
+        weight, logits = edit.probe.weight, edit.probe(x)
+        n_classes, target = len(weight), choice[place]
+        pairs = [(j, k) for j in range(n_classes) for k in range(n_classes) if j != k]
+        if target == KEEP and place in within:
+            rows += [weight[j] - weight[k] for j, k in pairs]
+            right += [-within[place] for _ in pairs]
+        elif target == KEEP:
+            equations += [weight[k] - weight[0] for k in range(1, n_classes)]
+        elif target >= 0:
+            for k in range(n_classes):
+                if k != target:
+                    rows.append(weight[target] - weight[k])
+                    right.append(floor[place] - float(logits[target] - logits[k]))
+    factor = torch.linalg.cholesky(joint.metric.covariance)
+    slopes = torch.stack([*equations, *rows]) @ factor
+    values = np.array([0.0] * len(equations) + right)
+    size = len(factor)
+    u = quadprog.solve_qp(
+        np.eye(size), np.zeros(size), slopes.T.numpy(), values, meq=len(equations)
+    )[0]
+    return float(np.linalg.norm(u))
+
+
+def test_all_odds_hold_and_no_edit_is_shorter() -> None:
+    joint, x = joint_of(), normal(60, WIDTH)
+    wanted = targets(60)
+    solution = joint.solve(x, wanted)
+    assert (solution.status <= Status.SOLVED).all()
+    assert int((solution.status == Status.SOLVED).sum()) > 40
+    for place, name in enumerate(("a", "b")):
+        probe = joint.edits[place].probe
+        odds = probe.log_odds(solution.x_new, wanted[name])
+        torch.testing.assert_close(solution.log_odds_after[:, place], odds, rtol=0, atol=1e-9)
+        assert (odds >= solution.floor[:, place] - 1e-9).all()
+    assert (solution.kkt_residual <= 1e-9).all()
+    for i in range(12):
+        choice = [int(wanted["a"][i]), int(wanted["b"][i]), KEEP]
+        floor = [float(value) for value in solution.floor[i]]
+        best = full_dimension(joint, x[i], choice, floor, {})
+        assert float(solution.distance[i]) == pytest.approx(best, rel=1e-7, abs=1e-7)
+    delta = solution.x_new - x
+    torch.testing.assert_close(
+        joint.metric.distance(delta), solution.distance, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_each_variable_has_its_own_rule() -> None:
+    joint, x = joint_of(), normal(60, WIDTH)
+    wanted = targets(60)
+    solution = joint.solve(x, wanted)
+    logits = joint.edits[0].probe(x)
+    own = logits.gather(-1, wanted["a"][:, None]).squeeze(-1)
+    mirrored = (logits.amax(-1) - own).clamp_min(2.0)
+    torch.testing.assert_close(solution.floor[:, 0], mirrored)
+    assert (solution.floor[:, 1] == 3).all() and solution.floor[:, 2].isnan().all()
+    source = torch.zeros(60, dtype=torch.long)
+    given = joint.solve(x, wanted, {"a": source}).floor[:, 0]
+    torch.testing.assert_close(given, (logits[:, 0] - own).clamp_min(2.0))
+
+
+def test_kept_variables_stay_and_free_ones_move() -> None:
+    joint, x = joint_of(), normal(50, WIDTH)
+    c = joint.edits[2].probe
+    kept = joint.solve(x, {"a": 1, "b": KEEP})
+    for place in (1, 2):
+        probe = joint.edits[place].probe
+        change = probe(kept.x_new).log_softmax(-1) - probe(x).log_softmax(-1)
+        assert float(change.abs().max()) < 1e-11
+        assert float(kept.moved[:, place].max()) < 1e-11
+    free = joint.solve(x, {"a": 1, "b": FREE, "c": FREE})
+    assert float((c(free.x_new) - c(x)).abs().max()) > 0.1
+    assert (free.distance <= kept.distance + 1e-9).all()
+    # A single variable with the rest free is LRQP; with the rest kept, LRQP in the kept metric.
+    alone = joint.edits[0].solve(x, 1)
+    torch.testing.assert_close(free.x_new, alone.x_new, rtol=1e-9, atol=1e-9)
+    metric = joint.metric.keeping(joint.edits[1].probe, c)
+    conditional = LRQP(joint.edits[0].probe, metric, log_odds=2.0).solve(x, 1)
+    torch.testing.assert_close(kept.x_new, conditional.x_new, rtol=1e-7, atol=1e-7)
+
+
+def test_every_example_may_ask_for_something_else() -> None:
+    joint, x = joint_of(), normal(7, WIDTH)
+    choice = torch.tensor(
+        [
+            [0, 1, KEEP],
+            [KEEP, 1, FREE],
+            [FREE, FREE, 2],
+            [1, KEEP, 3],
+            [KEEP, KEEP, KEEP],
+            [FREE, KEEP, FREE],
+            [2, 0, 1],
+        ]
+    )
+    together = joint.solve(x, choice)
+    for i in range(7):
+        alone = joint.solve(x[i : i + 1], choice[i : i + 1])
+        torch.testing.assert_close(together.x_new[i], alone.x_new[0], rtol=1e-9, atol=1e-9)
+        floor = [float(value) for value in together.floor[i]]
+        if (choice[i] >= 0).any():
+            best = full_dimension(joint, x[i], choice[i].tolist(), floor, {})
+            assert float(together.distance[i]) == pytest.approx(best, rel=1e-7, abs=1e-7)
+    assert together.status[4] == together.status[5] == Status.SATISFIED
+    assert torch.equal(together.x_new[4:6], x[4:6])
+    assert torch.equal(together.log_odds_after.isnan(), choice < 0)
+
+
+def test_never_longer_than_one_after_another_which_may_break_the_first() -> None:
+    metric, x = metric_of(), normal(200, WIDTH)
+    first = LRQP(probe_of(3, 1), metric, log_odds=4.0, rule="fixed")
+    # A second probe that reads partly against the first.
+    mixed = probe_of(3, 2)
+    mixed.weight.copy_(-first.probe.weight.roll(1, 0) + 0.5 * mixed.weight)
+    second = LRQP(mixed, metric, log_odds=4.0, rule="fixed")
+    joint = JointLRQP([first, second], on_infeasible="skip")
+    solution = joint.solve(x, torch.zeros(200, 2, dtype=torch.long))
+    solved = solution.status <= Status.SOLVED
+    assert float(solved.double().mean()) > 0.9
+    sequential = second(first(x, 0), 0)
+    held = first.probe.log_odds(sequential, 0) >= 4 - 1e-9
+    assert float(held.double().mean()) < 0.9
+    assert (solution.log_odds_after[solved] >= 4 - 1e-9).all()
+    length = metric.distance(sequential - x)
+    both = held & solved
+    assert both.any()
+    assert (solution.distance[both] <= length[both] + 1e-7).all()
+
+
+def test_within_a_tolerance() -> None:
+    joint, x = joint_of(within={"c": 0.5}), normal(50, WIDTH)
+    exact = joint_of().solve(x, targets(50))
+    solution = joint.solve(x, targets(50))
+    free = joint_of().solve(x, targets(50) | {"c": FREE})
+    c = joint.edits[2].probe
+    change = c(solution.x_new) - c(x)
+    spread = change.amax(-1) - change.amin(-1)
+    assert float(spread.max()) <= 0.5 + 1e-9
+    assert int((spread > 0.5 - 1e-6).sum()) > 25
+    torch.testing.assert_close(solution.moved[:, 2], spread)
+    assert (solution.distance <= exact.distance + 1e-9).all()
+    assert (solution.distance >= free.distance - 1e-9).all()
+    for i in range(8):
+        choice = [int(targets(50)["a"][i]), int(targets(50)["b"][i]), KEEP]
+        floor = [float(value) for value in solution.floor[i]]
+        best = full_dimension(joint, x[i], choice, floor, {2: 0.5})
+        assert float(solution.distance[i]) == pytest.approx(best, rel=1e-7, abs=1e-7)
+    # A variable with a tolerance can be written like any other.
+    written = joint.solve(x, {"a": FREE, "b": FREE, "c": 2})
+    torch.testing.assert_close(written.x_new, LRQP(c, joint.metric)(x, 2), rtol=1e-9, atol=1e-9)
+
+
+def test_contradictions_are_recognised() -> None:
+    metric, probe, x = metric_of(), probe_of(2, 1), normal(6, WIDTH)
+    edit = LRQP(probe, metric, rule="fixed")
+    twin = LRQP(probe_of(2, 1), metric, rule="fixed")
+    joint = JointLRQP({"one": edit, "two": twin})
+    joint.solve(x, {"one": 1, "two": 1})
+    with pytest.raises(InfeasibleError, match="one 1, two 0"):
+        joint.solve(x, {"one": 1, "two": 0})
+    below = probe(x).argmax(-1) == 0
+    with pytest.raises(InfeasibleError, match="two kept"):
+        joint.solve(x[below], {"one": 1, "two": KEEP})
+    skipping = JointLRQP({"one": edit, "two": twin}, on_infeasible="skip")
+    target = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 1], [1, KEEP], [FREE, 0]])
+    solution = skipping.solve(x, target)
+    lost = solution.status == Status.INFEASIBLE
+    assert lost[[1, 3]].all() and not lost[[0, 2, 5]].any()
+    assert torch.equal(solution.x_new[lost], x[lost])
+    torch.testing.assert_close(
+        solution.log_odds_after[lost], solution.log_odds_before[lost], equal_nan=True
+    )
+    # Within a tolerance larger than what is asked, the twin may move.
+    loose = JointLRQP({"one": edit, "two": twin}, within={"two": 60.0})
+    assert (loose.solve(x, {"one": 1, "two": KEEP}).status <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_odds_hold_for_the_stored_numbers(dtype: torch.dtype) -> None:
+    joint = joint_of()
+    x = normal(80, WIDTH).to(dtype)
+    solution = joint.solve(x, targets(80))
+    assert solution.x_new.dtype == dtype and (solution.status <= Status.SOLVED).all()
+    for place, name in enumerate(("a", "b")):
+        odds = joint.edits[place].probe.log_odds(solution.x_new.double(), targets(80)[name])
+        assert (odds >= solution.floor[:, place]).all()
+    weight = joint.edits[2].probe.weight
+    longest = torch.cdist(weight, weight).max()
+    bound = torch.finfo(dtype).eps * longest * solution.x_new.double().norm(dim=-1)
+    assert (solution.moved[:, 2] <= bound).all()
+
+
+def test_gradients_against_finite_differences() -> None:
+    metric = metric_of(5, 5.0)
+    a, b, c = probe_of(3, 1, 5), probe_of(2, 2, 5), probe_of(2, 5, 5)
+    x = normal(4, 5)
+    choice = torch.tensor([[0, 1, KEEP], [1, KEEP, FREE], [2, 0, KEEP], [FREE, 1, 0]])
+    for within in ({}, {"2": 0.3}):
+        joint = JointLRQP(
+            [LRQP(probe, metric, rule="fixed", log_odds=2.0) for probe in (a, b, c)],
+            within=within,
+            on_infeasible="skip",
+        )
+
+        def edit(
+            x: Tensor, weight: Tensor, root: Tensor, joint: JointLRQP = joint
+        ) -> tuple[Tensor, Tensor]:
+            geometry = StackedGeometry.build(
+                [weight, b.weight, c.weight],
+                [a.bias, b.bias, c.bias],
+                (root + root.T) / 2,
+                [name in joint.within for name in joint.names],
+            )
+            floor = partial(slot_floors, joint._edits(), joint.within)
+            solution = joint.qp.solve(
+                x,
+                choice,
+                lambda margins, rows: floor(
+                    geometry, margins, choice[rows], torch.full_like(choice[rows], FREE)
+                ),
+                geometry,
+            )
+            return solution.x_new, solution.distance
+
+        inputs = (x, a.weight.detach().clone(), metric.covariance.clone())
+        inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+        assert torch.autograd.gradcheck(edit, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+def test_saved_edits_do_the_same(tmp_path: Path) -> None:
+    joint, x = joint_of(within={"c": 0.5}), normal(10, WIDTH)
+    joint.save(tmp_path / "edit", site="L1.mid")
+    loaded = JointLRQP.load(tmp_path / "edit")
+    assert loaded.names == ("a", "b", "c") and loaded.notes == {"site": "L1.mid"}
+    assert torch.equal(loaded(x, targets(10)), joint(x, targets(10)))
+    file = tmp_path / "edit" / "joint.json"
+    content = json.loads(file.read_text())
+    for change in ({"version": 9}, {"names": []}, {"within": {"z": 1.0}}, {"format": "x"}):
+        file.write_text(json.dumps(content | change))
+        with pytest.raises(SavedEditError):
+            JointLRQP.load(tmp_path / "edit")
+    with pytest.raises(SavedEditError, match="missing"):
+        JointLRQP.load(tmp_path)
+    with pytest.raises(OutputError, match="JSON"):
+        joint.save(tmp_path / "other", note=object())
+
+
+def test_bad_input_is_named() -> None:
+    joint, x = joint_of(), normal(4, WIDTH)
+    with pytest.raises(TargetError, match="no target for 'b'"):
+        joint.solve(x, {"a": 1})
+    with pytest.raises(TargetError, match="variables are"):
+        joint.solve(x, {"a": 1, "b": 1, "z": 0})
+    with pytest.raises(TargetError, match="classes 0 to 1"):
+        joint.solve(x, {"a": 1, "b": 2})
+    with pytest.raises(TargetError, match="last axis"):
+        joint.solve(x, torch.zeros(4, 2, dtype=torch.long))
+    with pytest.raises(TargetError, match="integers"):
+        joint.solve(x, {"a": 0.5, "b": 1})
+    with pytest.raises(TargetError, match="one number or"):
+        joint.solve(x, {"a": torch.zeros(3, dtype=torch.long), "b": 1})
+    with pytest.raises(WidthError):
+        joint.solve(x[:, 1:], {"a": 1, "b": 1})
+    with pytest.raises(LRQPError, match="positive"):
+        joint_of(within={"c": 0.0})
+    with pytest.raises(LRQPError, match="different metrics"):
+        other = metric_of(condition=2.0)
+        JointLRQP([LRQP(probe_of(2, 1), metric_of()), LRQP(probe_of(2, 2), other)])
+    with pytest.raises(LRQPError, match="at least one"):
+        JointLRQP([])
+
+
+def test_probes_may_change_between_solves() -> None:
+    joint, x = joint_of(), normal(10, WIDTH)
+    before = joint(x, targets(10))
+    with torch.no_grad():
+        joint.edits[0].probe.weight.mul_(2)
+    assert not torch.allclose(before, joint(x, targets(10)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("site", ["L1.pre", "L1.mid"])
+@torch.no_grad()
+def test_inside_a_model(dtype: torch.dtype, site: str) -> None:
+    model = build("gpt2", dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"input_ids": torch.randint(VOCABULARY, (32, 7), generator=generator)}
+    at = torch.tensor([[2, 4]]).expand(32, 2)
+    x = lrqp.capture(model, inputs, [site], at)[site]
+    flat = x.reshape(-1, x.shape[-1])
+    a, b, c = (random_edit(flat, k, seed=k, log_odds=5.0) for k in (2, 3, 4))
+    joint = JointLRQP({"a": a, "b": b, "c": c.probe}, a.metric)
+    wanted = {"a": torch.arange(32) % 2, "b": torch.randint(3, (32, 2), generator=generator)}
+    with joint.at(model, site, positions=at, target=wanted) as run:
+        assert "0 of 64" in repr(run)
+        model(**inputs)
+        held = lrqp.capture(model, inputs, [site], at)[site].double()
+    assert run.status.shape == (32, 2) and (run.status == Status.SOLVED).any()
+    assert run.log_odds_after.shape == run.floor.shape == run.moved.shape == (32, 2, 3)
+    for place, (edit, name) in enumerate(((a, "a"), (b, "b"))):
+        target = wanted[name] if name == "b" else wanted[name][:, None].expand(32, 2)
+        odds = edit.probe.log_odds(held, target)
+        assert (odds >= run.floor[..., place]).all()
+        torch.testing.assert_close(run.log_odds_after[..., place], odds, rtol=1e-9, atol=1e-9)
+    change = c.probe(held) - c.probe(x.double())
+    spread = change.amax(-1) - change.amin(-1)
+    longest = torch.cdist(c.probe.weight, c.probe.weight).max()
+    size = torch.maximum(held.norm(dim=-1), x.double().norm(dim=-1))
+    assert (spread <= torch.finfo(dtype).eps * longest * size).all()
+    # Several joint edits at once, through intervene.
+    item = joint.on(site, positions=at[:, 0], target={"a": 1, "b": 0})
+    with lrqp.intervene(model, [item]):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("choice", [FREE, KEEP])
+def test_activations_that_are_not_finite_raise_where_nothing_is_written(
+    value: float, choice: int
+) -> None:
+    x = normal(2, WIDTH)
+    x[1, 3] = value
+    with pytest.raises(NonFiniteError, match="1 of 2"):
+        joint_of()(x, {"a": choice, "b": choice, "c": choice})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"names": ["a", "a", "c"]},
+        {"names": ["a", "b"]},
+        {"names": ["a", "b", "c", "d"]},
+        {"kept_by_default": ["z"]},
+        {"kept_by_default": [["c"]]},
+        {"within": {"c": 10**400}},
+        {"within": {"c": True}},
+    ],
+)
+def test_a_damaged_joint_file_is_named(damage: dict[str, object], tmp_path: Path) -> None:
+    file = joint_of().save(tmp_path / "joint") / "joint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(SavedEditError):
+        JointLRQP.load(tmp_path / "joint")
+
+
+def test_a_smaller_edit_replaces_a_larger_one(tmp_path: Path) -> None:
+    joint = joint_of()
+    joint.save(tmp_path)
+    first = JointLRQP({"a": joint.edits[0]})
+    first.save(tmp_path)
+    assert not (tmp_path / "1").exists()
+    assert JointLRQP.load(tmp_path).names == ("a",)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="one more edit"):
+        first.save(tmp_path)
+    assert (tmp_path / "1" / "mine.txt").exists()
+
+
+def test_a_wrong_class_is_said_by_name_and_role() -> None:
+    joint, x = joint_of(), normal(2, WIDTH)
+    with pytest.raises(TargetError, match="the source of variable 'a' is 5 at example 0"):
+        joint(x, {"a": 1, "b": 1}, {"a": 5})
+    with pytest.raises(TargetError, match="the target of variable 'b' is 7 at example 1"):
+        joint(x, {"a": 1, "b": torch.tensor([0, 7])})
+    with pytest.raises(TargetError, match="names"):
+        joint(x, {"a": 1, "b": 1, "z": 1, 3: 0})
+    with pytest.raises(WidthError, match="must be a tensor"):
+        joint([[0.0] * WIDTH], {"a": 1, "b": 1})
+
+
+def test_misuse_of_the_constructor_is_named() -> None:
+    metric = metric_of()
+    edit = LRQP(probe_of(3, 1), metric)
+    for edits in ({"a": 3}, {"a": torch.nn.Linear(WIDTH, 3)}, edit, {1: edit}, "ab"):
+        with pytest.raises(LRQPError, match=r"variable|edits must be"):
+            JointLRQP(edits, metric)
+    with pytest.raises(LRQPError, match="Mahalanobis"):
+        JointLRQP({"a": edit}, torch.eye(WIDTH))
+    for within in ({"a": "x"}, {"a": 10**400}, ["a"]):
+        with pytest.raises(LRQPError, match="within must map"):
+            JointLRQP({"a": edit}, within=within)

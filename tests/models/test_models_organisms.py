@@ -1,0 +1,133 @@
+"""The organisms that do not use the order: they do the task, and what is recorded of them holds."""
+
+from functools import cache
+
+import pytest
+import torch
+from organisms_for_tests import (
+    all_sites,
+    answer_logits,
+    flip_rate,
+    folder_of,
+    interchange_rate,
+    organism,
+    ridge_accuracy,
+    streams,
+    truth,
+)
+from torch import Tensor
+
+from benchmarks.organisms.recipe import RECIPES
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.models.organisms import ORGANISMS
+from lrqp_torch.study.truth import read_truth
+
+UNUSED = ("organism-present", "organism-absent")
+SITES = all_sites(4)
+TWO_SITES = ("L1.mid", "L2.pre")
+
+
+@cache
+def data_of(name: str, seed: int, n: int, prefixes: str | None = None) -> IOIDataset:
+    return IOIDataset.generate(organism(name)[1], n, seed, prefixes)
+
+
+def read_at(name: str, site: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    model, _ = organism(name)
+    fitted, asked = data_of(name, 881, 500), data_of(name, 882, 300)
+    x, x_new = (streams(model, site, data, data.inputs) for data in (fitted, asked))
+    return x, fitted.labels["abb"], x_new, asked.labels["abb"]
+
+
+@pytest.mark.parametrize("prefixes", [None, "bundled"])
+@pytest.mark.parametrize("name", UNUSED)
+def test_they_answer_fresh_prompts(name: str, prefixes: str | None) -> None:
+    model, _ = organism(name)
+    data = data_of(name, 991, 200, prefixes)
+    logits = answer_logits(model, data.inputs, data)
+    assert (logits.argmax(1) == data.io_tokens).float().mean() >= 0.98
+    rows = torch.arange(len(data))
+    assert (logits[rows, data.io_tokens] - logits[rows, data.s_tokens]).mean() > 3
+
+
+@pytest.mark.parametrize("site", TWO_SITES)
+@pytest.mark.parametrize("name", UNUSED)
+def test_the_order_of_another_prompt_changes_no_answer(name: str, site: str) -> None:
+    rate = interchange_rate(organism(name)[0], site, data_of(name, 882, 300))
+    assert rate <= 0.02
+    assert rate == pytest.approx(truth(name)["interchange_flip_rate"][site], abs=0.02)
+
+
+@pytest.mark.parametrize("site", TWO_SITES)
+def test_a_probe_reads_the_order_where_it_is_present(site: str) -> None:
+    accuracy = ridge_accuracy(*read_at("organism-present", site))
+    recorded = truth("organism-present")["linear_edit"][site]["probe_accuracy"]
+    assert accuracy >= 0.97
+    assert accuracy == pytest.approx(recorded, abs=0.03)
+
+
+@pytest.mark.parametrize("site", TWO_SITES)
+def test_no_probe_reads_the_order_where_it_is_absent(site: str) -> None:
+    # Three standard errors of a share of 300 are 0.09.
+    assert abs(ridge_accuracy(*read_at("organism-absent", site)) - 0.5) <= 0.1
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_swap_that_matters_is_seen(name: str) -> None:
+    # S2 holds the repeated name at first. With another name there the answer cannot be told.
+    model, _ = organism(name)
+    data = data_of(name, 882, 300)
+    other = streams(model, "L0.pre", data, data.inputs).roll(1, 0)
+    assert flip_rate(model, "L0.pre", data, other) >= 0.3
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_their_truth_is_sharp_and_complete(name: str) -> None:
+    record = truth(name)
+    assert (record["variable"], record["position"]) == ("abb", "S2")
+    assert record["used_at"] == record["unclear_at"] == []
+    assert record["not_used_at"] == SITES
+    for rates in (record["interchange_flip_rate"], record["interchange_flip_rate_prefixed"]):
+        assert list(rates) == SITES
+        assert max(rates.values()) <= 0.02
+    assert min(record["clean_accuracy"].values()) >= 0.98
+    assert min(record["clean_logit_difference"].values()) > 3
+    assert record["interchange_n"] >= 500
+
+
+@pytest.mark.parametrize(
+    ("edits", "least"), [("linear_edit", 0.98), ("linear_edit_prefixed", 0.96)]
+)
+def test_the_recorded_probes_say_what_the_order_is_to_each_model(edits: str, least: float) -> None:
+    present, absent = (
+        {site: rates["probe_accuracy"] for site, rates in truth(name)[edits].items()}
+        for name in UNUSED
+    )
+    assert min(present[site] for site in SITES[SITES.index("L1.mid") :]) >= least
+    assert max(absent.values()) <= 0.6
+
+
+def test_no_linear_edit_of_a_present_order_changes_the_answer() -> None:
+    record = truth("organism-present")
+    for edits in (record["linear_edit"], record["linear_edit_prefixed"]):
+        for site in SITES[SITES.index("L1.mid") :]:
+            assert edits[site]["flip_rate"] <= 0.03
+            assert edits[site]["control_flip_rate"] <= 0.03
+
+
+@pytest.mark.parametrize(("name", "kind"), ORGANISMS.items())
+def test_each_organism_is_of_its_kind_and_recipe(name: str, kind: str) -> None:
+    record = truth(name)
+    assert record["kind"] == record["recipe"]["kind"] == kind
+    assert record["recipe"] == vars(RECIPES[kind])  # type: ignore[index]
+    assert f"--kind {kind} --steps {record['recipe']['steps']} " in record["command"]
+    known = read_truth(name)
+    assert known is not None
+    assert known.used_at == frozenset(record["used_at"])
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_they_share_a_tokenizer_and_are_small(name: str) -> None:
+    vocabularies = [organism(each)[1].get_vocab() for each in (name, "organism")]
+    assert vocabularies[0] == vocabularies[1]
+    assert sum(path.stat().st_size for path in folder_of(name).iterdir()) <= 4_000_000

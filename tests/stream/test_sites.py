@@ -1,0 +1,112 @@
+"""Site names, and the table of model families."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from models_for_tests import ALL_MODELS, LAYERS, SITES, WIDTH, Prompts, build, forward_by_hand
+from torch import nn
+
+import lrqp_torch as lrqp
+from lrqp_torch.errors import SiteError, UnknownFamilyError
+from lrqp_torch.stream.sites import (
+    FAMILIES,
+    Family,
+    Site,
+    all_sites,
+    has_mid,
+    locate,
+    register_family,
+)
+
+
+def test_names_parse_and_print() -> None:
+    for layer in (0, 7, 123):
+        for part in ("pre", "mid", "post"):
+            site = Site.parse(f"L{layer}.{part}")
+            assert (site.layer, site.part, str(site)) == (layer, part, f"L{layer}.{part}")
+            assert Site.parse(site) is site
+
+
+@pytest.mark.parametrize(
+    "name", ["", "6.mid", "L6", "L6.out", "L-1.pre", "l6.mid", "L6.mid ", 6, None]
+)
+def test_bad_names_are_named(name: object) -> None:
+    with pytest.raises(SiteError, match=re.escape(repr(name))):
+        Site.parse(name)  # type: ignore[arg-type]
+
+
+def test_sites_sort_in_the_order_of_a_forward_pass() -> None:
+    shuffled = list(SITES)
+    random.Random(0).shuffle(shuffled)
+    assert [str(site) for site in sorted(map(Site.parse, shuffled))] == list(SITES)
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_all_sites_are_those_that_a_forward_pass_meets_in_order(name: str) -> None:
+    model = build(name)
+    _, streams = forward_by_hand(model, Prompts.random([4]).padded("left"))
+    met = [site for site in streams if not site.endswith("mlp_input")]
+    assert all_sites(model, ("post", "pre", "mid")) == met
+    assert all_sites(model) == [site for site in met if not site.endswith("post")]
+    assert has_mid(model) == (name != "gpt_neox_parallel")
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_layer_out_of_range_names_the_layers(name: str) -> None:
+    with pytest.raises(SiteError, match=rf"L{LAYERS}\.pre.*L0 to L{LAYERS - 1}"):
+        locate(build(name), f"L{LAYERS}.pre")
+
+
+def test_parallel_family_has_no_mid_and_says_what_to_use() -> None:
+    model = build("gpt_neox_parallel")
+    with pytest.raises(SiteError, match=r"L1\.mid.*parallel.*L1\.pre or L1\.post"):
+        locate(model, "L1.mid")
+    locate(model, "L1.pre"), locate(model, "L1.post")
+    locate(build("gpt_neox_serial"), "L1.mid")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sites_of_the_bare_trunk_are_those_of_the_whole_model(name: str) -> None:
+    model = build(name)
+    inputs = Prompts.random([5, 3]).padded("left")
+    at = torch.tensor([4, 4])
+    for site in SITES:
+        whole = lrqp.capture(model, inputs, [site], at)[site]
+        assert torch.equal(lrqp.capture(model.base_model, inputs, [site], at)[site], whole)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_unknown_family_gives_a_registration_that_works(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    kind = model.config.model_type
+    expected = locate(model, "L1.mid")
+    monkeypatch.setattr("lrqp_torch.stream.sites.FAMILIES", FAMILIES | {})
+    row = lrqp.sites.FAMILIES.pop(kind)
+    with pytest.raises(UnknownFamilyError, match=f"'{kind}' has no row.*gpt_neox") as raised:
+        lrqp.capture(model, Prompts.random([3]).padded("left"), ["L1.mid"])
+    if name == "llama":  # the row that the message proposes is that of the most common layout
+        advice = str(raised.value).split("add one: ")[1]
+        exec(advice, {"lrqp_torch": lrqp, "Family": Family})
+    else:
+        register_family(kind, row)
+    assert locate(model, "L1.mid") == expected
+    inputs = Prompts.random([3]).padded("left")
+    captured = lrqp.capture(model, inputs, ["L1.mid"])["L1.mid"]
+    torch.testing.assert_close(captured, forward_by_hand(model, inputs)[1]["L1.mid"])
+
+
+def test_registering_twice_is_fine_only_with_the_same_row() -> None:
+    register_family("gpt2", FAMILIES["gpt2"])
+    with pytest.raises(UnknownFamilyError, match="'gpt2' has a row already"):
+        register_family("gpt2", replace(FAMILIES["gpt2"], blocks="layers"))
+    assert FAMILIES["gpt2"].blocks == "h"
+
+
+def test_a_module_that_is_no_transformers_model_is_named() -> None:
+    with pytest.raises(UnknownFamilyError, match="Linear has no config"):
+        lrqp.capture(nn.Linear(WIDTH, 2), {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])

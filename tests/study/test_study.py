@@ -1,0 +1,490 @@
+"""The study end to end, on a tiny random GPT-2 and on the bundled organism."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.organisms.vocabulary import build_tokenizer
+from lrqp_torch import capture, models
+from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
+from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.study import flipping
+from lrqp_torch.study import reproduce as stages
+from lrqp_torch.study.folder import made_folder
+from lrqp_torch.study.reproduce import reproduce
+from lrqp_torch.study.results import StudyResults, load, save
+from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.truth import read_truth
+
+SITES = "L0.mid,L1.pre,L1.mid"
+N = 60
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 whose weights are large enough for edits to matter."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tokenizer([])
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=24,
+        n_layer=3,
+        n_head=2,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(tiny: Path, out: Path, **changes: Any) -> Settings:
+    return replace(
+        Settings(
+            model=str(tiny),
+            out=out,
+            n=N,
+            sites=SITES,
+            batch_size=16,
+            figures=False,
+            report=False,
+            parts="flipping",
+            compare_task=False,
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="session")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyResults, Path]:
+    out = tmp_path_factory.mktemp("run") / "new" / "folder"
+    return reproduce(settings(tiny, out, figures=True)), out
+
+
+def strict_json(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    parsed: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return parsed
+
+
+def comparable(results: StudyResults) -> dict[str, Any]:
+    return {key: value for key, value in asdict(results).items() if key != "elapsed"}
+
+
+def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None:
+    results, out = run
+    raw = strict_json(out / "results.json")
+    assert {"logit_difference", "accuracy", "io_probability"} <= raw["clean"].keys()
+    assert list(raw["sites"]) == SITES.split(",")
+    for site in raw["sites"].values():
+        assert 0 <= site["probe_accuracy"] <= 1
+        for condition in ("control", "counterfactual"):
+            values = site[condition]
+            assert values["skipped"] + values["solved"] == raw["data"]["test"] == N // 2
+            assert values["infeasible"] == values["inaccurate"] == 0
+            assert values["distance"] > 0 and values["euclidean"] > 0
+            assert math.isfinite(values["logit_difference"])
+    assert raw["settings"]["seed"] == 0 and raw["settings"]["log_odds"] == 10
+    assert raw["versions"]["torch"] == torch.__version__
+    assert {"python", "transformers", "cvxpy", "cvxpylayers", "lrqp_torch"} <= raw[
+        "versions"
+    ].keys()
+    assert raw["model"]["class"] == "GPT2LMHeadModel"
+    assert raw["published"]["position_inverted"]["value"] == -0.99
+    assert raw["ground_truth"] is None
+    assert set(raw["elapsed"]) == {"model", "prompts", "capture", "fit", "sweep", "total"}
+    assert load(out)[0] == results
+
+
+def test_figures_agree_with_the_numbers_of_each_prompt(run: tuple[StudyResults, Path]) -> None:
+    results, out = run
+    prompts = load_file(out / "prompts.safetensors")
+    clean = prompts["clean.logit_difference"]
+    assert clean.shape == (N // 2,)
+    assert results.clean.logit_difference == pytest.approx(clean.mean().item())
+    assert results.clean.accuracy == pytest.approx((clean > 0).double().mean().item())
+    for name, site in results.sites.items():
+        edited = prompts[f"{name}.counterfactual.logit_difference"]
+        assert not torch.equal(edited, clean)
+        assert site.counterfactual.logit_difference == pytest.approx(edited.mean().item())
+        eligible = [
+            (before, after) for before, after in zip(clean, edited, strict=True) if before > 0
+        ]
+        share = sum(after < 0 for _, after in eligible) / len(eligible)
+        assert site.counterfactual.flipped == pytest.approx(float(share))
+
+
+def test_every_edit_reaches_the_odds_asked_for(run: tuple[StudyResults, Path]) -> None:
+    results, out = run
+    prompts = load_file(out / "prompts.safetensors")
+    for name, site in results.sites.items():
+        assert site.worst_log_odds_margin >= 0
+        for condition in flipping.CONDITIONS:
+            margin = (
+                prompts[f"{name}.{condition}.log_odds_after"] - prompts[f"{name}.{condition}.floor"]
+            )
+            assert getattr(site, condition).worst_log_odds_margin == margin.min().item() >= 0
+        # Source and target agree in the control edit, so the mirror rule asks for 10 exactly.
+        assert torch.equal(
+            prompts[f"{name}.control.floor"], torch.full((N // 2,), 10.0, dtype=torch.float64)
+        )
+
+
+@pytest.mark.parametrize("name", ["sweep", "histogram", "scatter"])
+def test_figures_are_drawn(run: tuple[StudyResults, Path], name: str) -> None:
+    from matplotlib.image import imread
+
+    results, out = run
+    pixels = imread(out / f"{name}.png")
+    assert min(pixels.shape[:2]) > 500
+    assert pixels[..., :3].std() > 0.03
+    text = " ".join(ElementTree.parse(out / f"{name}.svg").getroot().itertext())
+    assert "logit" in text
+    for site in results.sites if name == "sweep" else [results.best_site]:
+        assert site in text
+
+
+def test_the_seed_decides_everything(tiny: Path, tmp_path: Path) -> None:
+    first = reproduce(settings(tiny, tmp_path / "first", seed=3))
+    torch.manual_seed(99)
+    again = reproduce(settings(tiny, tmp_path / "again", seed=3))
+    other = reproduce(settings(tiny, tmp_path / "other", seed=4))
+    assert comparable(first) == comparable(again)
+    assert comparable(first)["clean"] != comparable(other)["clean"]
+    numbers = [load_file(tmp_path / run / "prompts.safetensors") for run in ("first", "again")]
+    assert all(torch.equal(numbers[0][key], numbers[1][key]) for key in numbers[0])
+
+
+def test_training_and_held_out_prompts_are_disjoint(tiny: Path, tmp_path: Path) -> None:
+    _, tokenizer = models.load(tiny)
+    chosen = settings(tiny, tmp_path, n=50, train_share=0.3, prefixes="bundled")
+    train, test = stages.make_prompts(tokenizer, chosen)
+    assert (len(train), len(test)) == (15, 35)
+    assert not set(train.prompts) & set(test.prompts)
+    assert all(train.prefixes)
+    assert (test.positions["END"] == test.inputs["input_ids"].shape[1] - 1).all()
+
+
+def test_held_out_prompts_do_not_reach_the_fit(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tokenizer = models.load(tiny)
+    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    other = IOIDataset.generate(tokenizer, 40, seed=9, padding_side="left")
+    original, fitted = flipping.fit_edits, []
+
+    def record(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        fitted.append(original(*args, **kwargs))
+        return fitted[-1]
+
+    monkeypatch.setattr(flipping, "fit_edits", record)
+    results = []
+    for halves in ((train, test), (train, other), (other, test)):
+        monkeypatch.setattr(stages, "make_prompts", lambda tokenizer, settings, h=halves: h)
+        results.append(reproduce(settings(tiny, tmp_path)))
+    same, changed_test, changed_train = (
+        {
+            f"{site}.{key}": value
+            for site, edit in run.items()
+            for key, value in edit.state_dict().items()
+            if key.startswith(("probe.", "metric."))
+        }
+        for run in fitted
+    )
+    assert same.keys() == changed_test.keys() and len(same) >= 3 * 2
+    assert all(torch.equal(same[key], changed_test[key]) for key in same)
+    assert not all(torch.equal(same[key], changed_train[key]) for key in same)
+    assert results[0].clean != results[1].clean
+
+
+@pytest.mark.parametrize("prefixes", ["none", "bundled"])
+def test_replay_gives_what_the_whole_forward_pass_gives(
+    tiny: Path, tmp_path: Path, prefixes: str
+) -> None:
+    model, tokenizer = models.load(tiny)
+    chosen = settings(tiny, tmp_path, prefixes=prefixes)
+    train, test = stages.make_prompts(tokenizer, chosen)
+    sites = stages.choose_sites(model, "all,L2.post")
+    activations = capture(model, train.inputs, sites, positions=train.positions["S2"])
+    edits = flipping.fit_edits(activations, train.labels["abb"])
+    swept = flipping.sweep(model, test, edits, batch_size=11)
+    rows = torch.arange(len(test))
+
+    def difference(logits: torch.Tensor) -> torch.Tensor:
+        last = logits[:, -1].double()
+        return last[rows, test.io_tokens] - last[rows, test.s_tokens]
+
+    with torch.no_grad():
+        clean = difference(model(**test.inputs).logits)
+        torch.testing.assert_close(swept.clean.logit_difference, clean, atol=2e-4, rtol=1e-4)
+        assert list(swept.effects) == stages.choose_sites(model, "all,L2.post")
+        for site, edit in edits.items():
+            for condition, target in (
+                ("control", test.labels["abb"]),
+                ("counterfactual", 1 - test.labels["abb"]),
+            ):
+                with edit.at(
+                    model,
+                    site,
+                    positions=test.positions["S2"],
+                    target=target,
+                    source=test.labels["abb"],
+                ) as run:
+                    full = difference(model(**test.inputs).logits)
+                effects = swept.effects[site][condition]
+                torch.testing.assert_close(effects.logit_difference, full, atol=2e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    effects.distance, run.distance.double(), atol=1e-4, rtol=1e-3
+                )
+    # Nothing reads S2 after the last block, and something does before it.
+    last = swept.effects["L2.post"]["counterfactual"].logit_difference
+    torch.testing.assert_close(last, clean, atol=2e-4, rtol=1e-4)
+    first = swept.effects["L0.mid"]["counterfactual"].logit_difference
+    assert (first - clean).abs().max() > 0.1
+
+
+def test_batches_do_not_change_the_results(tiny: Path, tmp_path: Path) -> None:
+    large = reproduce(settings(tiny, tmp_path, batch_size=64))
+    first = load_file(tmp_path / "prompts.safetensors")
+    reproduce(settings(tiny, tmp_path, batch_size=7))
+    second = load_file(tmp_path / "prompts.safetensors")
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], atol=1e-3, rtol=1e-3)
+    assert large.data == {"train": N // 2, "test": N // 2}
+
+
+def test_probe_accuracy_is_that_of_held_out_activations(
+    tiny: Path, run: tuple[StudyResults, Path], tmp_path: Path
+) -> None:
+    results, _ = run
+    model, tokenizer = models.load(tiny)
+    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    sites = list(results.sites)
+    read = {
+        half: capture(model, data.inputs, sites, positions=data.positions["S2"])
+        for half, data in (("train", train), ("test", test))
+    }
+    edits = flipping.fit_edits(read["train"], train.labels["abb"])
+    for name, site in results.sites.items():
+        expected = edits[name].probe.accuracy(read["test"][name], test.labels["abb"])
+        assert site.probe_accuracy == pytest.approx(expected)
+
+
+def test_flipped_counts_only_prompts_that_were_answered_right() -> None:
+    clean = torch.tensor([2.0, 1.0, 3.0, 1.0, -1.0, 0.0])
+    edited = torch.tensor([-1.0, 1.0, 0.0, -0.5, -2.0, -2.0])
+    assert flipping.flipped(clean, edited) == 0.5
+    assert flipping.flipped(-clean.abs(), edited) is None
+
+
+def test_the_best_site_flips_most_and_then_moves_most(run: tuple[StudyResults, Path]) -> None:
+    results, _ = run
+    template = results.sites["L1.pre"]
+
+    def site(flips: float | None, difference: float) -> Any:
+        effects = replace(template.counterfactual, flipped=flips, logit_difference=difference)
+        control = replace(template.control, flipped=0.0)
+        return replace(template, counterfactual=effects, control=control)
+
+    clean = replace(results.clean, logit_difference=1.0)
+    sites = {"a": site(0.5, 9.0), "b": site(0.9, 0.0), "c": site(0.9, -1.0), "d": site(None, 50.0)}
+    assert flipping.best_site(clean, sites) == "c"
+    assert flipping.used_sites(sites) == ["a", "b", "c"]
+    assert flipping.used_sites({"e": site(0.49, 0.0)}) == []
+
+
+def test_flips_that_the_control_edit_makes_too_do_not_count_as_use(
+    run: tuple[StudyResults, Path],
+) -> None:
+    results, _ = run
+    template = results.sites["L1.pre"]
+
+    def site(counterfactual: float, control: float) -> Any:
+        return replace(
+            template,
+            counterfactual=replace(template.counterfactual, flipped=counterfactual),
+            control=replace(template.control, flipped=control),
+        )
+
+    sites = {"broken": site(0.9, 0.7), "used": site(0.6, 0.01)}
+    assert flipping.used_sites(sites) == ["used"]
+    assert flipping.best_site(results.clean, sites) == "used"
+
+
+def test_sites_come_in_order_without_repeats(tiny: Path) -> None:
+    model, _ = models.load(tiny)
+    assert stages.choose_sites(model, "L1.mid, L0.pre,L1.mid") == ["L0.pre", "L1.mid"]
+    assert stages.choose_sites(model, "L2.post,all") == [
+        "L0.pre",
+        "L0.mid",
+        "L1.pre",
+        "L1.mid",
+        "L2.pre",
+        "L2.mid",
+        "L2.post",
+    ]
+    for bad, message in (("L3.pre", "L3"), ("L0.attn", "L0.attn"), (" , ", "no site")):
+        with pytest.raises(SiteError, match=message):
+            stages.choose_sites(model, bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_share": 1.0}, "train_share"),
+        ({"train_share": 0.0}, "train_share"),
+        ({"n": 3}, "raise n"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"l2": 0.0}, "l2"),
+        ({"l2": -1.0}, "l2"),
+        ({"l2": math.nan}, "l2"),
+        ({"l2": math.inf}, "l2"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        replace(Settings(model="organism", out=tmp_path), **change)
+
+
+def test_unknown_devices_are_refused() -> None:
+    assert stages.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(SettingError, match="'abacus'"):
+        stages.choose_device("abacus")
+
+
+def test_the_output_folder_is_checked_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for out in (blocked, blocked / "below"):
+        with pytest.raises(OutputError, match="--out"):
+            reproduce(Settings(model="organism", out=out))
+
+
+def test_a_refused_run_leaves_no_folder_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "new" / "folder", mine):
+        with pytest.raises(SiteError):
+            reproduce(settings(tiny, out, sites="L9.mid"))
+    assert list(tmp_path.iterdir()) == [mine]
+    with pytest.raises(SiteError), made_folder(tmp_path / "new"):
+        (tmp_path / "new" / "kept").write_text("something")
+        raise SiteError("too late")
+    assert (tmp_path / "new" / "kept").exists()
+
+
+def test_preparing_a_folder_leaves_nothing_in_it(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_are_refused(
+    run: tuple[StudyResults, Path], tmp_path: Path
+) -> None:
+    results, _ = run
+    broken = replace(results, clean=replace(results.clean, logit_difference=math.nan))
+    with pytest.raises(NonFiniteError, match="NaN"):
+        save(broken, {"x": torch.zeros(1)}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_returns_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = models.load(tiny)
+    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    activations = capture(model, train.inputs, ["L0.mid"], positions=train.positions["S2"])
+    edits = flipping.fit_edits(activations, train.labels["abb"])
+    with torch.no_grad():
+        model.get_parameter("transformer.ln_f.weight").fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="clean run"):
+        flipping.sweep(model, test, edits)
+
+
+def test_reading_results_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="lrqp reproduce"):
+        load(tmp_path)
+    (tmp_path / "results.json").write_text('{"format": 999}')
+    with pytest.raises(OutputError):
+        load(tmp_path)
+
+
+def test_ground_truth_is_compared_on_the_swept_sites(tmp_path: Path) -> None:
+    truth = {"used_at": ["L1.mid", "L2.pre"], "not_used_at": ["L1.pre"], "unclear_at": ["L2.mid"]}
+    (tmp_path / "ground_truth.json").write_text(json.dumps(truth))
+
+    known = read_truth(str(tmp_path))
+    assert known is not None
+
+    def compare(swept: str, used: str) -> tuple[list[str], list[str], bool]:
+        found = known.compare(swept.split(), used.split())
+        return found.used_sites, found.unclear_sites, found.agrees
+
+    assert compare("L1.pre L1.mid L2.pre", "L1.mid L2.pre") == (["L1.mid", "L2.pre"], [], True)
+    assert compare("L2.pre L3.pre", "L2.pre") == (["L2.pre"], [], True)
+    for used in ("L2.pre", "L2.pre L2.mid"):
+        assert compare("L2.pre L2.mid", used) == (["L2.pre"], ["L2.mid"], True)
+    assert not compare("L1.pre L1.mid", "L1.pre L1.mid")[2]
+    assert not compare("L1.pre L1.mid", "")[2]
+    assert read_truth("gpt2") is None
+    (tmp_path / "ground_truth.json").write_text("{}")
+    with pytest.raises(ModelError, match="damaged"):
+        read_truth(str(tmp_path))
+
+
+def test_the_study_finds_where_the_organism_uses_the_order(tmp_path: Path) -> None:
+    results = reproduce(
+        Settings(
+            model="organism",
+            out=tmp_path,
+            n=240,
+            prefixes="bundled",
+            parts="flipping",
+            figures=False,
+            report=False,
+        )
+    )
+    assert results.clean.accuracy > 0.95
+    assert results.ground_truth is not None
+    assert results.ground_truth.agrees
+    assert results.ground_truth.used_sites
+    assert set(results.ground_truth.used_sites) <= set(results.used_sites)
+    assert results.best_site in results.used_sites
+    for site in results.sites.values():
+        assert site.worst_log_odds_margin >= 0
+        # Where the probe knows nothing, an edit is long and may break anything.
+        if site.probe_accuracy > 0.95:
+            assert site.control.flipped is not None and site.control.flipped < 0.05
+    # Knowable is not used: some site has a near perfect probe, and its edit flips nothing.
+    assert any(
+        site.probe_accuracy > 0.95 and (site.counterfactual.flipped or 0) < 0.1
+        for site in results.sites.values()
+    )
