@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
-DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,qp fitting joint constrained learn sensitivity baselines activation_store distributed sharing tasks ioi models)
+DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits baselines learn sensitivity distributed tasks ioi models)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 help:
 	@echo "make demo    run the study on the bundled model; then open results/organism/report.html"
 	@echo "make test    run the tests"
-	@echo "make lint    check style, format and types"
+	@echo "make lint    check style, format, types and who imports whom"
 	@echo "make bench   run the benchmarks at a small size"
 	@echo "make docs    build the API reference into site/"
 	@echo "make clean   remove the environment, the results and all caches"
@@ -38,6 +38,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(STAMP)
 	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module --small; done
@@ -46,5 +47,5 @@ docs: $(STAMP)
 	$(BIN)/pdoc --docformat google --math --output-directory site $(DOCUMENTED)
 
 clean:
-	rm -rf $(VENV) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

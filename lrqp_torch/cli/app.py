@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lrqp_torch.errors import LRQPError, ToldError
-
 INTERRUPTED = 130
 """Exit code of a command that the user stopped, as shells have it."""
 
@@ -57,10 +55,12 @@ def messages(debug: bool) -> Iterator[None]:
     """
     try:
         yield
-    except LRQPError as error:
+    except Exception as error:
+        from lrqp_torch.errors import LRQPError, ToldError
+
         if isinstance(error, ToldError):
             raise typer.Exit(2) from error
-        if debug:
+        if debug or not isinstance(error, LRQPError):
             raise
         Console(stderr=True).print(
             f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True

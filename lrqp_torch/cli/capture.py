@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 from lrqp_torch.cli.app import Debug, app, messages
-from lrqp_torch.errors import PositionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +124,7 @@ def _names(
     tokenizer: Any, n: int, seed: int, prefixes: str, positions: str | None
 ) -> "tuple[dict[str, Tensor], Tensor, dict[str, Any]]":
     """Inputs, positions and labels of prompts about two names."""
+    from lrqp_torch.errors import PositionError
     from lrqp_torch.ioi import IOIDataset
 
     found = IOIDataset.generate(

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
-from lrqp_torch.errors import SettingError
 
 if TYPE_CHECKING:
     from lrqp_torch.probes.covariance import Shrinkage
@@ -198,6 +197,8 @@ def _say_what_is_kept(out: Path) -> None:
 
 def parse_shrinkage(text: str) -> "Shrinkage":
     """The shrinkage that an option names."""
+    from lrqp_torch.errors import SettingError
+
     named: dict[str, Shrinkage] = {"ledoit_wolf": "ledoit_wolf", "oas": "oas"}
     if text in named:
         return named[text]

@@ -24,7 +24,6 @@ from lrqp_torch.cli.tasks_options import (
     read_halves,
     split_names,
 )
-from lrqp_torch.errors import PromptError
 
 
 @app.command(name="example-task", rich_help_panel=PANEL)
@@ -41,6 +40,7 @@ def example_task(
     greater-than: whether the first of two years is early or late in its century, at the second.
     """
     with messages(debug):
+        from lrqp_torch.errors import PromptError
         from lrqp_torch.tasks.examples import EXAMPLES, write_prompts
 
         if name not in EXAMPLES:
@@ -150,6 +150,7 @@ def apply(
     label; the class that holds is then what the probe reads.
     """
     with messages(debug):
+        from lrqp_torch.errors import PromptError
         from lrqp_torch.tasks.applying import apply as apply_edit
         from lrqp_torch.tasks.applying import typed_prompts
         from lrqp_torch.tasks.origin import origin_of

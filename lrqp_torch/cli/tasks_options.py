@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from lrqp_torch.errors import PromptError
-
 if TYPE_CHECKING:
     from lrqp_torch.tasks.prompts import Prompt
 
@@ -77,6 +75,8 @@ def load_model(model: str, device: str) -> Any:
 
 def split_names(text: str) -> list[str]:
     """Names separated by commas."""
+    from lrqp_torch.errors import PromptError
+
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise PromptError("no label given; name the column of the class")

@@ -1,0 +1,56 @@
+"""``import lrqp_torch`` and ``lrqp --help`` load what they need, and every public name is there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lrqp_torch
+
+
+def loaded_by(program: str) -> set[str]:
+    """The modules that a fresh interpreter has after a program."""
+    code = f"{program}\nimport sys\nprint('\\n' + ' '.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    modules = loaded_by("import lrqp_torch; assert 'LRQP' in dir(lrqp_torch)")
+    assert not modules & {"torch", "transformers", "cvxpy", "cvxpylayers", "numpy", "rich"}
+    assert {name for name in modules if name.startswith("lrqp_torch")} == {"lrqp_torch"}
+
+
+def test_the_help_of_the_command_loads_no_library() -> None:
+    modules = loaded_by(
+        "import sys; sys.argv = ['lrqp', '--help']\n"
+        "from lrqp_torch.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass"
+    )
+    assert "lrqp_torch.cli.app" in modules
+    assert not modules & {"torch", "transformers", "cvxpy", "cvxpylayers", "numpy"}
+
+
+def test_type_checkers_see_the_names_that_are_imported_at_run_time() -> None:
+    tree = ast.parse(Path(str(lrqp_torch.__file__)).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(lrqp_torch.__all__)
+    for name, module in seen.items():
+        assert module is not None
+        home = __import__(module, fromlist=[name])
+        assert getattr(lrqp_torch, name) is getattr(home, name), name
+
+
+def test_rooms_are_attributes_and_other_names_are_not() -> None:
+    code = "import lrqp_torch; print(lrqp_torch.baselines.build, lrqp_torch.errors.LRQPError)"
+    assert "lrqp_torch.baselines" in loaded_by(code)
+    assert not hasattr(lrqp_torch, "no_such_name")
