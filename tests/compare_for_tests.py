@@ -26,7 +26,7 @@ SMALL = CompareOptions(
 def reference() -> LRQP:
     one = context()
     x = one.activations(one.task, "train", "S2", [SITE])[SITE]
-    return LRQP.fit(x, one.task.train.labels["abb"], on_infeasible="skip")
+    return LRQP.fit(x, one.task.train.labels, on_infeasible="skip")
 
 
 def few() -> Any:
@@ -38,4 +38,4 @@ def few() -> Any:
 def baseline(name: str) -> Any:
     one = context()
     x = one.activations(one.task, "train", "S2", [SITE])[SITE]
-    return build(name, BaselineData(x, one.task.train.labels["abb"], reference()))
+    return build(name, BaselineData(x, one.task.train.labels, reference()))

@@ -11,6 +11,7 @@ import torch
 from lrqp_torch import models
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 TRAIN, TEST = 240, 120
 SITES = ["L0.pre", "L1.mid", "L2.pre", "L3.mid", "L4.pre"]
@@ -19,8 +20,14 @@ SITES = ["L0.pre", "L1.mid", "L2.pre", "L3.mid", "L4.pre"]
 @cache
 def task(name: str) -> Task:
     tokenizer = models.load("organism")[1]
-    data = IOIDataset.generate(
-        tokenizer, TRAIN + TEST, 3, "bundled" if name == "prefixed" else None, padding_side="left"
+    data = IOIPrompts.of(
+        IOIDataset.generate(
+            tokenizer,
+            TRAIN + TEST,
+            3,
+            "bundled" if name == "prefixed" else None,
+            padding_side="left",
+        )
     )
     return Task(name, data[:TRAIN], data[TRAIN:])
 

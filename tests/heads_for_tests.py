@@ -21,6 +21,7 @@ from lrqp_torch.stream.sites import all_sites
 from lrqp_torch.study import heads
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 LAYERS, HEADS, WIDTH = 3, 4, 24
 EVERY_HEAD = [f"L{layer}.H{head}" for layer in range(LAYERS) for head in range(HEADS)]
@@ -63,7 +64,7 @@ def study_of(
     """A study's context on a random model of a family, or on a given model."""
     tokenizer = build_tokenizer([]) if tokenizer is None else tokenizer
     model = random_model(name, len(tokenizer)) if model is None else model
-    data = IOIDataset.generate(tokenizer, n, seed=0, padding_side="left")
+    data = IOIPrompts.of(IOIDataset.generate(tokenizer, n, seed=0, padding_side="left"))
     task = Task("plain", data[: n // 2], data[n // 2 :])
     return StudyContext(model, task, None, all_sites(model), 16, 0, torch.device("cpu"))
 
@@ -71,7 +72,7 @@ def study_of(
 def edit_at(context: StudyContext, site: str, **options: Any) -> LRQP:
     """An edit fitted to the training prompts."""
     x = context.activations(context.task, "train", "S2", [site])[site]
-    return LRQP.fit(x, context.task.train.labels["abb"], **options)
+    return LRQP.fit(x, context.task.train.labels, **options)
 
 
 def with_roles(context: StudyContext, **roles: list[str]) -> HeadsResult:
@@ -92,7 +93,7 @@ def with_telling_answers(context: StudyContext, site: str) -> StudyContext:
     the one whose logits it moves most.
     """
     edit, test = edit_at(context, site), context.task.test
-    labels = test.labels["abb"]
+    labels = test.labels
     clean = context.model(**test.inputs).logits[:, -1]
     with edit.at(
         context.model, site, positions=test.positions["S2"], target=1 - labels, source=labels
@@ -104,9 +105,10 @@ def with_telling_answers(context: StudyContext, site: str) -> StudyContext:
     flips = ((before > 0) & (after < 0)).sum(0)
     effect = (before - after).mean(0).masked_fill(flips < flips.max() / 2, -torch.inf)
     best, worst = divmod(int(effect.argmax()), effect.shape[1])
-    data = replace(
-        test,
+    answers = replace(
+        test.data,
         io_tokens=torch.where(labels == 1, best, worst),
         s_tokens=torch.where(labels == 1, worst, best),
     )
+    data = IOIPrompts.of(answers)
     return replace(context, task=replace(context.task, test=data))

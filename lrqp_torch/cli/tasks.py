@@ -155,7 +155,7 @@ def apply(
         from lrqp_torch.tasks.applying import typed_prompts
         from lrqp_torch.tasks.origin import origin_of
         from lrqp_torch.tasks.printing import print_applied, write_applied
-        from lrqp_torch.tasks.prompts import PromptSet
+        from lrqp_torch.study.prompts import PromptSet
         from lrqp_torch.tasks.reading import read_prompts
         from lrqp_torch.tasks.saved import load_one
 

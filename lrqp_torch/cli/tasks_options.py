@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from lrqp_torch.tasks.prompts import Prompt
+    from lrqp_torch.study.prompts import Prompt
 
 PANEL = "Edits of your own"
 
@@ -56,7 +56,7 @@ def read_halves(
 
 def encode_halves(tokenizer: Any, halves: "tuple[list[Prompt], list[Prompt]]") -> Any:
     """Both halves as tokens, with the classes of both."""
-    from lrqp_torch.tasks.prompts import PromptSet
+    from lrqp_torch.study.prompts import PromptSet
 
     classes = sorted({prompt.label for half in halves for prompt in half})
     return tuple(PromptSet.encode(tokenizer, half, classes) for half in halves)

@@ -25,10 +25,10 @@ from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.study.circuit_figures import draw, panels
 from lrqp_torch.study.conditions import CONDITIONS, Conditions, run_conditions
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.estimates import bootstrap_mean, wilson
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.roles import BACKUP, MOVER, NEGATIVE, S_INHIBITION, WRITER, parse_head
-from lrqp_torch.study.statistics import bootstrap_mean, wilson
 
 __all__ = [
     "AttentionReading",
@@ -220,7 +220,7 @@ def _fit_probes(
         advance(len(rows))
     if not readers:
         return {}
-    outputs, labels = torch.cat(pieces).float(), data.labels["abb"].to(context.device)
+    outputs, labels = torch.cat(pieces).float(), data.labels.to(context.device)
     problems = {name: (outputs[:, i], labels) for i, name in enumerate(readers)}
     return LinearProbe.fit_many(problems | {ALL: (outputs.flatten(1), labels)})
 
@@ -231,7 +231,7 @@ def _read_probes(
     runs: Conditions,
     generator: torch.Generator,
 ) -> list[ProbeReading]:
-    true = context.task.test.labels["abb"].cpu()
+    true = context.task.test.labels.cpu()
     readings = []
     for number, (name, probe) in enumerate(probes.items()):
         for condition in CONDITIONS:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
@@ -16,6 +15,7 @@ from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.head_scores import attention_to
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.roles import parse_head
 
 CONDITIONS = ("clean", "control", "counterfactual")
@@ -50,19 +50,19 @@ def ordered_batches(context: StudyContext) -> list[Tensor]:
 
 
 def editing(
-    context: StudyContext, site: str, edit: LRQP, batch: IOIDataset, condition: str
+    context: StudyContext, site: str, edit: LRQP, batch: IOIPrompts, condition: str
 ) -> AbstractContextManager[object]:
     """The context in which a batch runs under a condition."""
     if condition == "clean":
         return nullcontext()
-    labels = batch.labels["abb"]
+    labels = batch.labels
     target = labels if condition == "control" else 1 - labels
     return edit.at(
         context.model, site, positions=batch.positions["S2"], target=target, source=labels
     )
 
 
-def logit_differences(logits: Tensor, batch: IOIDataset) -> Tensor:
+def logit_differences(logits: Tensor, batch: IOIPrompts) -> Tensor:
     """IO − S, (B,), in float64 on the CPU.
 
     Raises:

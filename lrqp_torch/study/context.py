@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed import Ranks, capture
-from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 Advance = Callable[[int], object]
 """Called with the number of units of work just done, to move a progress bar."""
@@ -31,8 +31,8 @@ class Task:
     """
 
     name: str
-    train: IOIDataset
-    test: IOIDataset
+    train: IOIPrompts
+    test: IOIPrompts
 
 
 @dataclass
@@ -72,7 +72,7 @@ class StudyContext:
         Args:
             task: one of the two tasks.
             split: ``"train"`` or ``"test"``.
-            position: a key of ``IOIDataset.positions``, such as ``"S2"`` or ``"END"``.
+            position: a key of ``IOIPrompts.positions``, such as ``"S2"`` or ``"END"``.
             sites: which; default all of the study's.
             advance: called with the number of prompts after each batch that had to be run.
             ranks: the processes among which batches are shared, all of which make this call.
@@ -81,7 +81,7 @@ class StudyContext:
         kept = self._activations.setdefault((task.name, split, position), {})
         missing = [site for site in wanted if site not in kept]
         if missing:
-            data: IOIDataset = getattr(task, split)
+            data: IOIPrompts = getattr(task, split)
             at = data.positions[position]
             found = capture(
                 self.model,

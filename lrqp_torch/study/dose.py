@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
@@ -32,9 +31,10 @@ from lrqp_torch.study import dose_figures
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.conditions import logit_differences
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
+from lrqp_torch.study.estimates import bootstrap_mean, wilson
 from lrqp_torch.study.flipping import in_batches
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.statistics import bootstrap_mean, wilson
 
 POSITION = "S2"
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
@@ -192,7 +192,7 @@ def compute(
     tasks = {}
     for task in tasks_of(context):
         train, test = clean_activations(context, task, POSITION, advance, [site])
-        labels = task.train.labels["abb"].to(train[site].device)
+        labels = task.train.labels.to(train[site].device)
         probe = LinearProbe.fit(train[site], labels, l2=l2)
         metric = Mahalanobis.fit(train[site], shrinkage)
         # Prompts that cannot be edited are counted instead of ending the study.
@@ -204,7 +204,7 @@ def compute(
         tasks[task.name] = TaskDose(
             prompts=len(task.test),
             answered=int((runs.clean > 0).sum()),
-            probe_accuracy=probe.accuracy(test[site], task.test.labels["abb"]),
+            probe_accuracy=probe.accuracy(test[site], task.test.labels),
             clean=Mean.of(runs.clean, context.generator()),
             doses=summaries[:-2],
             control=summaries[-2],
@@ -243,7 +243,7 @@ def _run(
     advance: Advance,
 ) -> _Runs:
     """Run every edit, each towards the other order where its flag is set and else the true one."""
-    data: IOIDataset = task.test
+    data: IOIPrompts = task.test
     clean = torch.zeros(len(data), dtype=torch.float64)
     effects = [
         {name: torch.zeros(len(data), dtype=torch.float64) for name in ("logits", *_RECORDED)}
@@ -253,7 +253,7 @@ def _run(
     order = torch.argsort(data.positions[POSITION].cpu(), stable=True)
     for rows in in_batches(order, context.batch_size):
         batch = data[rows].to(context.device)
-        at, labels = batch.positions[POSITION], batch.labels["abb"]
+        at, labels = batch.positions[POSITION], batch.labels
         replay = Replay(context.model, batch.inputs, int(at.min()))
         clean[rows] = logit_differences(replay.clean_logits, batch)
         for (edit, counterfactual), columns in zip(edits, effects, strict=True):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
 from lrqp_torch.stream.placement import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, read_sites
 from lrqp_torch.study.side_by_side import edited_side_by_side, finite
 
@@ -191,7 +191,7 @@ def fit_edits(
 
 def sweep(
     model: Any,
-    data: IOIDataset,
+    data: IOIPrompts,
     edits: Mapping[str, LRQP],
     *,
     batch_size: int = 64,
@@ -239,9 +239,9 @@ def sweep_runs(edits: int) -> int:
 
 @torch.no_grad()
 def _sweep_batch(
-    model: Any, batch: IOIDataset, edits: Mapping[str, LRQP], advance: Advance
+    model: Any, batch: IOIPrompts, edits: Mapping[str, LRQP], advance: Advance
 ) -> Sweep:
-    positions, labels = batch.positions["S2"], batch.labels["abb"]
+    positions, labels = batch.positions["S2"], batch.labels
     targets = dict(zip(CONDITIONS, (labels, 1 - labels), strict=True))
     replay = Replay(model, batch.inputs, int(positions.min()), copies=len(targets))
     logits = finite(replay.clean_logits, "the clean run")
@@ -353,13 +353,13 @@ def _summarise_condition(clean: CleanEffects, effects: EditEffects) -> Condition
     )
 
 
-def _logit_difference(logits: Tensor, data: IOIDataset) -> Tensor:
+def _logit_difference(logits: Tensor, data: IOIPrompts) -> Tensor:
     """IO minus S, (B,), float64 on the CPU."""
     answers = torch.stack([data.io_tokens, data.s_tokens], -1).to(logits.device)
     io, s = logits.gather(-1, answers).double().cpu().unbind(-1)
     return io - s
 
 
-def _io_probability(logits: Tensor, data: IOIDataset) -> Tensor:
+def _io_probability(logits: Tensor, data: IOIPrompts) -> Tensor:
     answers = data.io_tokens.unsqueeze(-1).to(logits.device)
     return logits.double().softmax(-1).gather(-1, answers).squeeze(-1).cpu()

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import LabelError
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import geometry_figures, geometry_panels
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.estimates import wilson
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.statistics import wilson
 
 POSITION = "S2"
 MOST_POINTS = 200
@@ -130,7 +130,7 @@ def compute(context: StudyContext, advance: Advance = no_progress) -> GeometryRe
         sites = {}
         for site in context.sites:
             sites[site] = site_geometry(
-                train[site], task.train.labels["abb"], test[site], task.test.labels["abb"]
+                train[site], task.train.labels, test[site], task.test.labels
             )
             advance(1)
         shown = task.test[:MOST_POINTS]
@@ -139,7 +139,7 @@ def compute(context: StudyContext, advance: Advance = no_progress) -> GeometryRe
             test=len(task.test),
             # F(1, n − 2) is near its limit χ²(1), whose 95 % point is 3.84.
             eta_chance=min(1.0, 3.84 / (len(task.test) - 1)),
-            labels=shown.labels["abb"].tolist(),
+            labels=shown.labels.tolist(),
             prompts=_texts(shown),
             sites=sites,
         )
@@ -264,10 +264,10 @@ def panels(result: GeometryResult) -> list[Panel]:
     return geometry_panels.panels(result)
 
 
-def _texts(data: IOIDataset) -> list[str]:
+def _texts(data: IOIPrompts) -> list[str]:
     """Prompts without their prefixes, short enough to be shown beside a pointer."""
     texts = []
-    for prompt, prefix in zip(data.prompts, data.prefixes, strict=True):
+    for prompt, prefix in zip(data.prompts, data.data.prefixes, strict=True):
         text = prompt.removeprefix(prefix).strip()
         short = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
         texts.append(f"… {short}" if prefix else short)

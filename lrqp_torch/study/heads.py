@@ -17,6 +17,7 @@ import torch
 
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.estimates import bootstrap_mean
 from lrqp_torch.study.head_scores import score_clean
 from lrqp_torch.study.heads_figures import draw, panels
 from lrqp_torch.study.inhibition import MoverEffect, effects_on_movers
@@ -34,7 +35,6 @@ from lrqp_torch.study.roles import (
     parse_head,
     published_heads,
 )
-from lrqp_torch.study.statistics import bootstrap_mean
 from lrqp_torch.study.truth import read_truth
 
 __all__ = [

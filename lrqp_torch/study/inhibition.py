@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
@@ -15,6 +14,7 @@ from lrqp_torch.study.attribution import head_shares, output_projection
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.head_scores import CleanHeads, attention_to
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.roles import ATTENTION, parse_head
 
 MOST_TESTED = 24
@@ -122,7 +122,7 @@ def shift_head(model: nn.Module, layer: int, head: int, shift: Tensor, end: Tens
     return Intervention(site, end, add)
 
 
-def _preference(patterns: dict[int, Tensor], heads: list[str], batch: IOIDataset) -> Tensor:
+def _preference(patterns: dict[int, Tensor], heads: list[str], batch: IOIPrompts) -> Tensor:
     """Mean over heads of attention END→IO less END→S1, (B,)."""
     columns = []
     for name in heads:

@@ -10,13 +10,13 @@ import torch
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.learn import EditPrompts, Learned, LearnOptions, learn
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 
-def counterfactual_prompts(data: IOIDataset) -> EditPrompts:
+def counterfactual_prompts(data: IOIPrompts) -> EditPrompts:
     """IOI prompts whose edit at S2 writes the other order, so that S wins over IO at END."""
-    labels = data.labels["abb"]
+    labels = data.labels
     return EditPrompts(
         inputs=data.inputs,
         positions=data.positions["S2"],
@@ -32,7 +32,7 @@ def fit_learned(
     model: Any,
     site: str,
     start: LRQP,
-    train: IOIDataset,
+    train: IOIPrompts,
     *,
     held_back: float = 0.25,
     options: LearnOptions | None = None,

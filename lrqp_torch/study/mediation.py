@@ -32,11 +32,11 @@ from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.conditions import editing, logit_differences, ordered_batches
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.estimates import bootstrap_mean, bootstrap_ratio, wilson
 from lrqp_torch.study.head_groups import head_groups
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.mediation_figures import draw, panels
 from lrqp_torch.study.roles import first_reader, parse_head
-from lrqp_torch.study.statistics import bootstrap_mean, bootstrap_ratio, wilson
 
 __all__ = [
     "GroupMediation",

@@ -11,6 +11,7 @@ from lrqp_torch.errors import SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import Task
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.settings import Settings
 
 
@@ -52,15 +53,16 @@ def choose_sites(model: Any, names: str) -> list[str]:
     return [str(site) for site in sorted(chosen)]
 
 
-def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIDataset, IOIDataset]:
+def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIPrompts, IOIPrompts]:
     """Prompts to fit on and prompts held out, without a prompt in common."""
-    data = IOIDataset.generate(
+    drawn = IOIDataset.generate(
         tokenizer,
         settings.n,
         seed=settings.seed,
         prefixes=None if settings.prefixes == "none" else settings.prefixes,
         padding_side="left",
     )
+    data = IOIPrompts.of(drawn)
     return data[: settings.train_size], data[settings.train_size :]
 
 

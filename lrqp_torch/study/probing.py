@@ -21,8 +21,8 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import probing_figures, probing_panels
 from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.statistics import wilson
 from lrqp_torch.study.variables import (
     CLAUSE_IO,
     CLAUSE_S1,
@@ -223,7 +223,7 @@ def _split(
     task: Task, context: StudyContext, names: int, bins: int
 ) -> tuple[list[Variable], dict[str, str]]:
     """Variables to probe, and which of them stand for a second one that is the same here."""
-    plain = next((t for t in tasks_of(context) if not any(t.train.prefixes)), None)
+    plain = next((t for t in tasks_of(context) if not any(t.train.data.prefixes)), None)
     made = variables_of(task, plain, names=names, bins=bins)
     if task is not plain:
         return made, {}

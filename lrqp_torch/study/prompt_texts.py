@@ -10,7 +10,7 @@ from typing import Self
 
 from lrqp_torch.errors import OutputError
 from lrqp_torch.files import written_whole
-from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 TEXTS_FILE = "prompts.json"
 SHOWN_POSITIONS = ("IO", "S1", "S2", "END")
@@ -34,15 +34,15 @@ class PromptTexts:
     positions: dict[str, list[int]]
 
     @classmethod
-    def of(cls, data: IOIDataset) -> Self:
+    def of(cls, data: IOIPrompts) -> Self:
         """Texts and positions of a data set, padding not counted."""
         padding = (data.inputs["attention_mask"] == 0).sum(1)
         if not bool((data.inputs["attention_mask"][:, -1] == 1).all()):
             padding = padding * 0  # padded on the right: columns count from the first token already
         return cls(
             prompts=list(data.prompts),
-            io_names=list(data.io_names),
-            s_names=list(data.s_names),
+            io_names=list(data.data.io_names),
+            s_names=list(data.data.s_names),
             positions={
                 name: (data.positions[name] - padding + 1).tolist() for name in SHOWN_POSITIONS
             },

@@ -221,7 +221,7 @@ def _sweep(
     wanted: bool,
 ) -> _Swept:
     PromptTexts.of(context.task.test).save(settings.out)
-    labels = {"labels.abb": context.task.test.labels["abb"].cpu()}
+    labels = {"labels.abb": context.task.test.labels.cpu()}
     if not wanted:
         swept = flipping.sweep(
             context.model,
@@ -269,7 +269,7 @@ def _sweep_task(
             start(f"fitting probes{what}", len(context.sites)), len(context.sites)
         ) as advance,
     ):
-        labels = task.train.labels["abb"].to(context.device)
+        labels = task.train.labels.to(context.device)
 
         def fit(sites: list[str]) -> dict[str, LRQP]:
             return flipping.fit_edits(
@@ -312,7 +312,7 @@ def _edits(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]:
     def edit_at(site: str) -> LRQP:
         fitted = flipping.fit_edits(
             context.activations(context.task, "train", "S2", [site]),
-            context.task.train.labels["abb"].to(context.device),
+            context.task.train.labels.to(context.device),
             l2=settings.l2,
             shrinkage=settings.shrinkage,
             log_odds=settings.log_odds,

@@ -8,15 +8,15 @@ from torch import Tensor
 from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LRQPError, RankError
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping
 from lrqp_torch.study.context import Advance, no_progress
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 
 def sweep(
     ranks: Ranks,
     model: Any,
-    data: IOIDataset,
+    data: IOIPrompts,
     edits: Mapping[str, LRQP],
     *,
     batch_size: int = 64,

@@ -4,10 +4,10 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.flipping import USED_THRESHOLD
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.statistics import wilson
 
 CERTAIN_PROBE = 0.95
 """A probe that is right on this share of the held-out prompts reads the order reliably."""

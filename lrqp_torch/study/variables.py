@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study.context import Task
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 ORDER = "order of the names"
 POSITION_S1, POSITION_IO = "position of S1", "position of IO"
@@ -75,15 +75,15 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
         bins: the most classes that a position is cut into.
     """
     train, test = task.train, task.test
-    made = [_of_values(ORDER, train.labels["abb"].cpu(), test.labels["abb"].cpu(), bins)]
+    made = [_of_values(ORDER, train.labels.cpu(), test.labels.cpu(), bins)]
     for name, token in ((POSITION_S1, "S1"), (POSITION_IO, "IO")):
         made.append(_of_values(name, _positions(train, token), _positions(test, token), bins))
     if plain is not None:
         for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
             known = _clause_positions([plain.train, plain.test], token)
             made.append(_of_values(name, _looked_up(train, known), _looked_up(test, known), bins))
-    made.append(_of_names(NAME_S, train.s_names, test.s_names, names))
-    made.append(_of_names(NAME_IO, train.io_names, test.io_names, names))
+    made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))
+    made.append(_of_names(NAME_IO, train.data.io_names, test.data.io_names, names))
     return [
         variable
         for variable in made
@@ -91,17 +91,17 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
     ]
 
 
-def _positions(data: IOIDataset, token: str) -> Tensor:
+def _positions(data: IOIPrompts, token: str) -> Tensor:
     """Positions counted from the first real token, (n,)."""
     columns = data.positions[token].unsqueeze(1)
     return data.inputs["position_ids"].gather(1, columns).squeeze(1).cpu()
 
 
-def _keys(data: IOIDataset) -> list[tuple[int, int]]:
-    return list(zip(data.templates.tolist(), data.labels["abb"].tolist(), strict=True))
+def _keys(data: IOIPrompts) -> list[tuple[int, int]]:
+    return list(zip(data.data.templates.tolist(), data.labels.tolist(), strict=True))
 
 
-def _clause_positions(plain: Sequence[IOIDataset], token: str) -> dict[tuple[int, int], int]:
+def _clause_positions(plain: Sequence[IOIPrompts], token: str) -> dict[tuple[int, int], int]:
     """Position by template and order; the most frequent where a longer word moves it."""
     seen: dict[tuple[int, int], Counter[int]] = {}
     for data in plain:
@@ -110,7 +110,7 @@ def _clause_positions(plain: Sequence[IOIDataset], token: str) -> dict[tuple[int
     return {key: min(counts, key=lambda v: (-counts[v], v)) for key, counts in seen.items()}
 
 
-def _looked_up(data: IOIDataset, known: dict[tuple[int, int], int]) -> Tensor:
+def _looked_up(data: IOIPrompts, known: dict[tuple[int, int], int]) -> Tensor:
     """Position of each prompt's template, −1 where it does not occur, (n,)."""
     return torch.tensor([known.get(key, -1) for key in _keys(data)])
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.flipping import USED_THRESHOLD
-from lrqp_torch.study.statistics import wilson
 
 ACCURATE = 0.9
 """Accuracy of a held-out probe from which on accuracy alone would say "used here"."""

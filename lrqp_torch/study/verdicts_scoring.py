@@ -15,11 +15,11 @@ from lrqp_torch.baselines import (
 )
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import MissingExtraError
-from lrqp_torch.ioi import IOIDataset, swap_order
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.controls.running import Trial, run_trials
 from lrqp_torch.study.flipping import fit_edits, flipped
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.truth import KnownSites
 from lrqp_torch.study.verdicts_counting import (
     NOT_USED,
@@ -46,8 +46,8 @@ def score_sites(
         A score for each site in order, and the methods that could not be built with the reason.
     """
     train, test = context.task.train, context.task.test
-    y = train.labels["abb"].to(context.device)
-    labels = test.labels["abb"].to(context.device).long()
+    y = train.labels.to(context.device)
+    labels = test.labels.to(context.device).long()
     x_train = context.activations(context.task, "train", "S2")
     x_test = context.activations(context.task, "test", "S2")
     paired_train, paired_test = (_swapped(context, data) for data in (train, test))
@@ -97,11 +97,11 @@ def _truth_at(truth: KnownSites, site: str) -> str:
     return USED if site in truth.used_at else NOT_USED
 
 
-def _swapped(context: StudyContext, data: IOIDataset) -> dict[str, Tensor]:
+def _swapped(context: StudyContext, data: IOIPrompts) -> dict[str, Tensor]:
     """Activations at S2 of each prompt's minimal pair, by site, (n, d) each."""
     found = capture(
         context.model,
-        swap_order(data).inputs,
+        data.twins().inputs,
         context.sites,
         data.positions["S2"],
         batch_size=context.batch_size,
@@ -109,9 +109,9 @@ def _swapped(context: StudyContext, data: IOIDataset) -> dict[str, Tensor]:
     return {site: values.float() for site, values in found.items()}
 
 
-def _same_order(data: IOIDataset, generator: torch.Generator) -> Tensor:
+def _same_order(data: IOIPrompts, generator: torch.Generator) -> Tensor:
     """For each prompt the row of another one with the same order, (n,)."""
-    labels = data.labels["abb"].cpu()
+    labels = data.labels.cpu()
     other = torch.arange(len(labels))
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()

@@ -1,8 +1,8 @@
 """Tasks of your own: prompts with a marked position, a label, and the answers that go with it."""
 
+from lrqp_torch.study.prompts import Prompt, PromptSet
 from lrqp_torch.tasks.applying import Applied, apply
 from lrqp_torch.tasks.fitting import fit
-from lrqp_torch.tasks.prompts import Prompt, PromptSet
 from lrqp_torch.tasks.reading import read_prompts
 from lrqp_torch.tasks.results import TaskResults
 from lrqp_torch.tasks.splitting import split

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lrqp_torch.errors import PromptError
 from lrqp_torch.files import prepare_folder, written_whole
-from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt
+from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt
 
 SUBJECTS = (
     ("key", "keys"), ("letter", "letters"), ("picture", "pictures"), ("door", "doors"),

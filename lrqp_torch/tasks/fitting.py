@@ -14,9 +14,9 @@ from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.placement import input_device
 from lrqp_torch.study.context import Advance, no_progress
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.flipping import fit_edits
-from lrqp_torch.study.statistics import wilson
-from lrqp_torch.tasks.prompts import PromptSet
+from lrqp_torch.study.prompts import PromptSet
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lrqp_torch.errors import MissingExtraError, PromptError
-from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt
+from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt
 
 ANSWERS = "answers"
 SEPARATOR = "|"

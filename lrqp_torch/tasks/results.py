@@ -12,9 +12,9 @@ from torch import Tensor
 from lrqp_torch.errors import NonFiniteError, OutputError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.qp import Status
+from lrqp_torch.study.estimates import bootstrap_mean, wilson
 from lrqp_torch.study.flipping import CONDITIONS, USED_THRESHOLD
 from lrqp_torch.study.results import RESULTS_FILE, load_prompts, save_prompts
-from lrqp_torch.study.statistics import bootstrap_mean, wilson
 
 FORMAT = 1
 """Version of the layout of ``results.json``."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lrqp_torch.errors import PromptError, SettingError
-from lrqp_torch.tasks.prompts import CLOSING, OPENING, Prompt
+from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt
 
 
 def split(

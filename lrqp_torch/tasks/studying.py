@@ -24,8 +24,8 @@ from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, fit_edits, sweep_runs
 from lrqp_torch.study.preparing import choose_sites, describe_model
+from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.tasks.fitting import require_classes, require_every_class
-from lrqp_torch.tasks.prompts import PromptSet
 from lrqp_torch.tasks.results import (
     Condition,
     Mean,

@@ -12,9 +12,9 @@ from lrqp_torch.stream.placement import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, in_batches
+from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.study.side_by_side import edited_side_by_side, finite
 from lrqp_torch.tasks.fitting import next_class
-from lrqp_torch.tasks.prompts import PromptSet
 
 
 @torch.no_grad()

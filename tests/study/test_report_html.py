@@ -29,6 +29,7 @@ from lrqp_torch.study import html, summary
 from lrqp_torch.study.drawing import as_interval, signed
 from lrqp_torch.study.flipping_view import answers_panel
 from lrqp_torch.study.html import Section, write_report
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.report import print_summary
@@ -274,7 +275,9 @@ def test_a_table_may_be_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_count_tokens_of_the_prompt(tmp_path: Path, side: Any) -> None:
     tokenizer = build_tokenizer([])
-    data = IOIDataset.generate(tokenizer, 20, seed=2, prefixes="bundled", padding_side=side)
+    data = IOIPrompts.of(
+        IOIDataset.generate(tokenizer, 20, seed=2, prefixes="bundled", padding_side=side)
+    )
     found = PromptTexts.of(data)
     for row, prompt in enumerate(found.prompts):
         tokens = tokenizer(prompt).input_ids

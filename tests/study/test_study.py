@@ -20,6 +20,7 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping
 from lrqp_torch.study import reproduce as stages
 from lrqp_torch.study.folder import made_folder
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.reproduce import reproduce
 from lrqp_torch.study.results import StudyResults, load, save
 from lrqp_torch.study.settings import Settings
@@ -175,7 +176,7 @@ def test_training_and_held_out_prompts_are_disjoint(tiny: Path, tmp_path: Path) 
     train, test = stages.make_prompts(tokenizer, chosen)
     assert (len(train), len(test)) == (15, 35)
     assert not set(train.prompts) & set(test.prompts)
-    assert all(train.prefixes)
+    assert all(train.data.prefixes)
     assert (test.positions["END"] == test.inputs["input_ids"].shape[1] - 1).all()
 
 
@@ -184,7 +185,7 @@ def test_held_out_prompts_do_not_reach_the_fit(
 ) -> None:
     _, tokenizer = models.load(tiny)
     train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
-    other = IOIDataset.generate(tokenizer, 40, seed=9, padding_side="left")
+    other = IOIPrompts.of(IOIDataset.generate(tokenizer, 40, seed=9, padding_side="left"))
     original, fitted = flipping.fit_edits, []
 
     def record(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
     train, test = stages.make_prompts(tokenizer, chosen)
     sites = stages.choose_sites(model, "all,L2.post")
     activations = capture(model, train.inputs, sites, positions=train.positions["S2"])
-    edits = flipping.fit_edits(activations, train.labels["abb"])
+    edits = flipping.fit_edits(activations, train.labels)
     swept = flipping.sweep(model, test, edits, batch_size=11)
     rows = torch.arange(len(test))
 
@@ -234,15 +235,15 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
         assert list(swept.effects) == stages.choose_sites(model, "all,L2.post")
         for site, edit in edits.items():
             for condition, target in (
-                ("control", test.labels["abb"]),
-                ("counterfactual", 1 - test.labels["abb"]),
+                ("control", test.labels),
+                ("counterfactual", 1 - test.labels),
             ):
                 with edit.at(
                     model,
                     site,
                     positions=test.positions["S2"],
                     target=target,
-                    source=test.labels["abb"],
+                    source=test.labels,
                 ) as run:
                     full = difference(model(**test.inputs).logits)
                 effects = swept.effects[site][condition]
@@ -279,9 +280,9 @@ def test_probe_accuracy_is_that_of_held_out_activations(
         half: capture(model, data.inputs, sites, positions=data.positions["S2"])
         for half, data in (("train", train), ("test", test))
     }
-    edits = flipping.fit_edits(read["train"], train.labels["abb"])
+    edits = flipping.fit_edits(read["train"], train.labels)
     for name, site in results.sites.items():
-        expected = edits[name].probe.accuracy(read["test"][name], test.labels["abb"])
+        expected = edits[name].probe.accuracy(read["test"][name], test.labels)
         assert site.probe_accuracy == pytest.approx(expected)
 
 
@@ -422,7 +423,7 @@ def test_a_model_that_returns_nan_is_refused(tiny: Path, tmp_path: Path) -> None
     model, tokenizer = models.load(tiny)
     train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
     activations = capture(model, train.inputs, ["L0.mid"], positions=train.positions["S2"])
-    edits = flipping.fit_edits(activations, train.labels["abb"])
+    edits = flipping.fit_edits(activations, train.labels)
     with torch.no_grad():
         model.get_parameter("transformer.ln_f.weight").fill_(math.nan)
     with pytest.raises(NonFiniteError, match="clean run"):

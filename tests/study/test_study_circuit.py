@@ -38,7 +38,7 @@ def result(context: StudyContext) -> circuit.CircuitResult:
 def by_hand(context: StudyContext) -> dict[str, tuple[Tensor, tuple[Tensor, ...], Any]]:
     """Logits, all attention and the heads' outputs at END by condition, from whole forwards."""
     model, data = context.model, context.task.test
-    labels, edit = data.labels["abb"], edit_at(context, SITE)
+    labels, edit = data.labels, edit_at(context, SITE)
     model.set_attn_implementation("eager")
     runs = {}
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_attention_and_answers_are_those_of_whole_forward_passes(
 def test_probes_are_fitted_to_clean_training_runs_and_read_the_edited_ones(
     context: StudyContext, result: circuit.CircuitResult, by_hand: dict[str, Any]
 ) -> None:
-    train, true = context.task.train, context.task.test.labels["abb"]
+    train, true = context.task.train, context.task.test.labels
     with record_heads(context.model, range(LAYERS), train.positions["END"]) as z:
         context.model(**train.inputs)
 
@@ -107,7 +107,7 @@ def test_probes_are_fitted_to_clean_training_runs_and_read_the_edited_ones(
 
     assert [reading.head for reading in result.probes[::3]] == [*READERS, ALL]
     for reading in result.probes:
-        probe = LinearProbe.fit(outputs(z, reading.head), train.labels["abb"])
+        probe = LinearProbe.fit(outputs(z, reading.head), train.labels)
         x = outputs(by_hand[reading.condition][2], reading.head)
         log_odds = probe.log_odds(x, true)
         assert reading.log_odds.values == pytest.approx(log_odds.tolist(), abs=2e-3)

@@ -16,7 +16,6 @@ from torch import Tensor
 from lrqp_torch import capture
 from lrqp_torch.baselines import BASELINES, DAS, Behaviour, answer_loss
 from lrqp_torch.errors import StatisticsError
-from lrqp_torch.ioi import swap_order
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.study.compare import Training
@@ -37,7 +36,7 @@ from lrqp_torch.study.compare.running import run_edits
 from lrqp_torch.study.compare.texts import LEAST_TOKENS, held_out, only_first, unrelated
 from lrqp_torch.study.compare.trained import shortest, train_das
 from lrqp_torch.study.context import no_progress
-from lrqp_torch.study.statistics import bootstrap_mean
+from lrqp_torch.study.estimates import bootstrap_mean
 
 # ---- measures ------------------------------------------------------------------------------------
 
@@ -143,7 +142,7 @@ def test_no_prompt_is_read_by_a_probe_that_was_fitted_to_it() -> None:
     one = context()
     x = one.activations(one.task, "test", "S2", [SITE])[SITE]
     oracles = Oracles(x, one.task.test, one.generator())
-    labels = one.task.test.labels["abb"]
+    labels = one.task.test.labels
     found = oracles.logits("order of the names", x)
     assert abs(int((oracles.half == 1).sum()) - TEST / 2) <= 1
     for half in (0, 1):
@@ -173,19 +172,19 @@ def test_partners_are_minimal_pairs_and_as_a_control_others_of_the_same_order() 
     one = few()
     data = one.task.test
     pairs, others = patches()
-    wanted = capture(one.model, swap_order(data).inputs, [SITE], data.positions["S2"])[SITE]
+    wanted = capture(one.model, data.twins().inputs, [SITE], data.positions["S2"])[SITE]
     assert torch.allclose(pairs, wanted, atol=1e-4)
     x = one.activations(one.task, "test", "S2", [SITE])[SITE]
     chosen = torch.cdist(others.double(), x.double()).argmin(1)
     assert torch.equal(x[chosen], others)
-    assert torch.equal(data.labels["abb"][chosen], data.labels["abb"])
+    assert torch.equal(data.labels[chosen], data.labels)
     assert (chosen != torch.arange(FEW)).all()
     assert chosen.unique().numel() == FEW
 
 
 def runs_of(edits: list[Any], *, control: bool = False) -> tuple[Any, list[Any]]:
     one = few()
-    labels = one.task.test.labels["abb"]
+    labels = one.task.test.labels
     target = labels if control else 1 - labels
     runs = [Run(edit, target, patches()[control]) for edit in edits]
     return run_edits(one, SITE, held_out(one.task.test), runs, [], no_progress)
@@ -215,7 +214,7 @@ def test_no_edit_changes_nothing_and_a_mean_difference_nothing_under_control() -
 def test_effects_are_those_of_whole_forward_passes() -> None:
     one = few()
     data, model = one.task.test, one.model
-    labels, rows = data.labels["abb"], torch.arange(FEW)
+    labels, rows = data.labels, torch.arange(FEW)
     edit = baseline("lrqp").at_strength(0.75)
     watched = ["L1.H0", "L3.H1", "L5.H0"]
     run = Run(edit, 1 - labels, patches()[0])
@@ -281,7 +280,7 @@ def test_das_learns_the_same_from_reruns_as_from_whole_forward_passes() -> None:
         answer_loss(data.positions["END"], data.s_tokens),
         batch_size=training.batch_size,
     )
-    paired = s2_activations(one, swap_order(data), SITE)
+    paired = s2_activations(one, data.twins(), SITE)
     whole = DAS.fit(behaviour, paired, reference=reference(), epochs=2, seed=one.seed)
     assert isinstance(reruns, DAS)
     assert torch.allclose(reruns.basis, whole.basis, atol=1e-5)

@@ -35,6 +35,7 @@ from lrqp_torch.study.controls.readers import (
 )
 from lrqp_torch.study.controls.running import Trial, run_trials
 from lrqp_torch.study.controls.splitting import Along, along, direction_of, split
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 SITE = "L2.pre"
 HEAD = "L2.H1"
@@ -59,7 +60,7 @@ def result(context: StudyContext) -> ControlsResult:
 
 def fitted(context: StudyContext, site: str) -> LRQP:
     x = context.activations(context.task, "train", "S2", [site])
-    return flipping.fit_edits(x, context.task.train.labels["abb"])[site]
+    return flipping.fit_edits(x, context.task.train.labels)[site]
 
 
 @settings(max_examples=40, deadline=None)
@@ -224,18 +225,19 @@ def planted(direction: str) -> tuple[StudyContext, LRQP, ControlsResult]:
 def telling(context: StudyContext, edit: LRQP) -> StudyContext:
     """The same study with those two tokens for answers whose logits the edit moves most."""
     test = context.task.test
-    labels = test.labels["abb"]
+    labels = test.labels
     clean = context.model(**test.inputs).logits[:, -1]
     at = {"positions": test.positions["S2"], "target": 1 - labels, "source": labels}
     with edit.at(context.model, SITE, **at):
         change = context.model(**test.inputs).logits[:, -1] - clean
     moved = ((2 * labels - 1)[:, None] * change).mean(0)
     best, worst = int(moved.argmin()), int(moved.argmax())
-    data = replace(
-        test,
+    answers = replace(
+        test.data,
         io_tokens=torch.where(labels == 1, best, worst),
         s_tokens=torch.where(labels == 1, worst, best),
     )
+    data = IOIPrompts.of(answers)
     return replace(context, task=replace(context.task, test=data))
 
 
@@ -319,7 +321,7 @@ def test_chance_is_as_long_as_it_says_and_drawn_anew_for_each_seed(context: Stud
     edit = fitted(context, SITE)
     task = context.task
     train, test = (
-        Examples(context.activations(task, half, "S2", [SITE])[SITE], data.labels["abb"])
+        Examples(context.activations(task, half, "S2", [SITE])[SITE], data.labels)
         for half, data in (("train", task.train), ("test", task.test))
     )
     delta = edit(test.x.double(), 1 - test.y, test.y) - test.x.double()

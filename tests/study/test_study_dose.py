@@ -27,10 +27,10 @@ def test_sizes_follow_the_closed_form_of_two_classes(result: DoseResult) -> None
     for task in (one.task, one.other_task):
         assert task is not None
         x = one.activations(task, "train", "S2", [SITE])[SITE]
-        edit = LRQP.fit(x, task.train.labels["abb"])
+        edit = LRQP.fit(x, task.train.labels)
         held_out = one.activations(task, "test", "S2", [SITE])[SITE].double()
         weight, bias = edit.probe.weight.double(), edit.probe.bias.double()
-        sign = 1.0 - 2.0 * task.test.labels["abb"]  # the target is the other order
+        sign = 1.0 - 2.0 * task.test.labels  # the target is the other order
         odds = sign * (held_out @ (weight[1] - weight[0]) + bias[1] - bias[0])
         slope = weight[1] - weight[0]
         pushed = edit.metric.covariance @ slope
@@ -76,11 +76,11 @@ def test_replayed_answers_are_those_of_the_full_forward_pass(
     one = context()
     data = one.task.test
     x = one.activations(one.task, "train", "S2", [SITE])[SITE]
-    edit = LRQP.fit(x, one.task.train.labels["abb"], rule="fixed", log_odds=alpha)
+    edit = LRQP.fit(x, one.task.train.labels, rule="fixed", log_odds=alpha)
     rows = torch.arange(TEST)
     with torch.no_grad():
         clean = one.model(**data.inputs).logits[:, -1]
-        target = 1 - data.labels["abb"]
+        target = 1 - data.labels
         with edit.at(one.model, SITE, positions=data.positions["S2"], target=target):
             edited = one.model(**data.inputs).logits[:, -1]
     before, after = (

@@ -63,7 +63,7 @@ class Independent:
     @torch.no_grad()
     def run(self, edited: bool, patterns: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Any]:
         """Logit differences, and all attention."""
-        labels = self.data.labels["abb"]
+        labels = self.data.labels
         with ExitStack() as stack:
             for layer in range(LAYERS):
                 mine = {h: p for (n, h), p in patterns.items() if n == layer}

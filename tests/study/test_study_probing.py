@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lrqp_torch import models
 from lrqp_torch.study import probing
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.probing import ProbeScore, ProbingResult, VariableScores, evenly, findings
-from lrqp_torch.study.statistics import wilson
 from lrqp_torch.study.variables import (
     CLAUSE_IO,
     CLAUSE_S1,
@@ -68,7 +68,7 @@ def test_every_variable_is_there_with_classes_numbered_from_zero(name: str) -> N
 def test_order_is_the_data_sets_label() -> None:
     order = variables("prefixed")[ORDER]
     assert order.classes == ["BAB", "ABB"]
-    assert torch.equal(order.train_labels, task("prefixed").train.labels["abb"])
+    assert torch.equal(order.train_labels, task("prefixed").train.labels)
     assert torch.equal(order.test_rows, torch.arange(TEST))
 
 
@@ -113,7 +113,7 @@ def test_position_in_the_clause_leaves_out_the_prefix(
     # The organism's tokenizer splits words and punctuation, so prefixes can be counted.
     tokenizer = models.load("organism")[1]
     for row, label in list(zip(variable.train_rows, variable.train_labels, strict=True))[:40]:
-        prefix = len(tokenizer(data.prefixes[row])["input_ids"])
+        prefix = len(tokenizer(data.data.prefixes[row])["input_ids"])
         there = int(true_positions("prefixed", "train", token)[row])
         assert variable.classes[label] == str(there - prefix)
 
@@ -126,8 +126,8 @@ def test_without_the_plain_task_there_is_no_position_in_the_clause() -> None:
 @pytest.mark.parametrize(("name", "column"), [(NAME_S, "s_names"), (NAME_IO, "io_names")])
 def test_names_are_the_most_frequent_ones_of_the_training_prompts(name: str, column: str) -> None:
     variable = variables("plain")[name]
-    train = getattr(task("plain").train, column)
-    test = getattr(task("plain").test, column)
+    train = getattr(task("plain").train.data, column)
+    test = getattr(task("plain").test.data, column)
     counts = {value: train.count(value) for value in set(train)}
     assert len(variable.classes) == 6
     assert min(counts[value] for value in variable.classes) >= max(

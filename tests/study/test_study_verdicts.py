@@ -20,7 +20,7 @@ from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
 from lrqp_torch.study import flipping, verdicts_scoring
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.controls.running import Trial, run_trials
-from lrqp_torch.study.statistics import wilson
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.truth import KnownSites, read_truth
 from lrqp_torch.study.verdicts import judge
 from lrqp_torch.study.verdicts_counting import (
@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_sweep_and_of_a_patch(context: StudyContext) -> 
     assert problems == {} and [item.site for item in scores] == SITES
     assert [item.truth for item in scores] == [USED, NOT_USED]
     edits = flipping.fit_edits(
-        context.activations(context.task, "train", "S2"), context.task.train.labels["abb"]
+        context.activations(context.task, "train", "S2"), context.task.train.labels
     )
     swept = flipping.sweep(context.model, context.task.test, edits)
     summary = flipping.summarise_sites(swept)
@@ -167,7 +167,7 @@ def test_the_control_of_a_patch_writes_another_prompt_of_the_same_order(
     other = verdicts_scoring._same_order(data, context.generator())
     assert torch.equal(other.sort().values, torch.arange(len(data)))
     assert not bool((other == torch.arange(len(data))).any())
-    assert torch.equal(data.labels["abb"][other], data.labels["abb"])
+    assert torch.equal(data.labels[other], data.labels)
 
 
 def test_equal_displacements_run_once_and_give_what_they_would(context: StudyContext) -> None:

@@ -13,7 +13,8 @@ from lrqp_torch import LRQP, capture, tasks
 from lrqp_torch.errors import OutputError, PromptError, ProvenanceError, SettingError, TargetError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping
-from lrqp_torch.study.statistics import wilson
+from lrqp_torch.study.estimates import wilson
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.tasks import Prompt, PromptSet, TaskResults, figures, report, split, words
 from lrqp_torch.tasks.applying import apply, typed_prompts
 from lrqp_torch.tasks.fitting import HeldOut, fit_sites, next_class
@@ -100,12 +101,14 @@ def test_results_survive_a_round_trip(results: TaskResults, tmp_path: Path) -> N
 
 def test_the_sweep_equals_that_of_the_study_of_names() -> None:
     model, tokenizer = organism()
-    train, test = (IOIDataset.generate(tokenizer, 60, s, padding_side="left") for s in (0, 1))
+    train, test = (
+        IOIPrompts.of(IOIDataset.generate(tokenizer, 60, s, padding_side="left")) for s in (0, 1)
+    )
     sites = ["L1.mid", "L4.pre"]
     found = capture(model, train.inputs, sites, positions=train.positions["S2"])
-    edits = flipping.fit_edits(found, train.labels["abb"])
+    edits = flipping.fit_edits(found, train.labels)
     expected = flipping.sweep(model, test, edits, batch_size=16)
-    labels = test.labels["abb"]
+    labels = test.labels
     said = torch.stack([test.io_tokens, test.s_tokens], 1)
     prompts = PromptSet(
         inputs=test.inputs,

@@ -104,7 +104,7 @@ def _at_site(
     of_swept = Resampling(few, context.generator())
     of_texts = Resampling(texts, context.generator()) if texts else None
     relative = relative_costs(swept, of_swept)
-    target = 1 - data.labels["abb"].cpu()
+    target = 1 - data.labels.cpu()
     differences = clean.columns["logit_difference"]
 
     def row(item: Candidate) -> MethodResult:

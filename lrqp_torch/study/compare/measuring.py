@@ -26,7 +26,7 @@ from lrqp_torch.study.compare.result import (
     Point,
 )
 from lrqp_torch.study.dose import Mean
-from lrqp_torch.study.statistics import wilson
+from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.variables import ORDER
 
 REACHED = 0.975

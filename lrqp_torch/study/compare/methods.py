@@ -72,7 +72,7 @@ def build_candidates(
     """
     data = context.task.train
     x = context.activations(context.task, "train", "S2", [site])[site]
-    labels = data.labels["abb"].to(x.device)
+    labels = data.labels.to(x.device)
     few = shortest(data, training.prompts)
 
     def closed_form(name: str) -> tuple[Baseline, str]:

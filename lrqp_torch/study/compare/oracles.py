@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.study.statistics import wilson
+from lrqp_torch.study.estimates import wilson
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.variables import NAME_IO, NAME_S, ORDER
 
 TEMPLATE, POSITION_S2 = "template", "position of S2"
@@ -65,18 +65,18 @@ class Oracles:
         scores: of each variable, the order first.
     """
 
-    def __init__(self, x: Tensor, data: IOIDataset, generator: torch.Generator) -> None:
+    def __init__(self, x: Tensor, data: IOIPrompts, generator: torch.Generator) -> None:
         self.half = torch.zeros(len(data), dtype=torch.long)
-        labels = {ORDER: data.labels["abb"].cpu()}
+        labels = {ORDER: data.labels.cpu()}
         for label in (0, 1):  # both orders are as frequent in one half as in the other
             rows = (labels[ORDER] == label).nonzero().flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]
             self.half[rows[::2]] = 1
         real = data.inputs["position_ids"].gather(1, data.positions["S2"].unsqueeze(1)).squeeze(1)
         values: dict[str, Sequence[Hashable]] = {
-            NAME_S: data.s_names,
-            NAME_IO: data.io_names,
-            TEMPLATE: data.templates.tolist(),
+            NAME_S: data.data.s_names,
+            NAME_IO: data.data.io_names,
+            TEMPLATE: data.data.templates.tolist(),
             POSITION_S2: _ranges(real.cpu()).tolist(),
         }
         for name, items in values.items():

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines import Baseline, Paired
-from lrqp_torch.ioi import IOIDataset, swap_order
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 
 def partners(context: StudyContext, site: str, *, control: bool) -> Tensor:
@@ -18,12 +18,12 @@ def partners(context: StudyContext, site: str, *, control: bool) -> Tensor:
     """
     data = context.task.test
     if not control:
-        return s2_activations(context, swap_order(data), site)
+        return s2_activations(context, data.twins(), site)
     x = context.activations(context.task, "test", "S2", [site])[site]
     other = torch.arange(len(data))
     generator = context.generator()
     for label in (0, 1):
-        rows = (data.labels["abb"].cpu() == label).nonzero().flatten()
+        rows = (data.labels.cpu() == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)]
         other[rows] = rows.roll(1)
     return x[other.to(x.device)]
@@ -32,7 +32,7 @@ def partners(context: StudyContext, site: str, *, control: bool) -> Tensor:
 def partners_of_class(context: StudyContext, site: str, target: Tensor) -> Tensor:
     """Activations at S2 of random training prompts with the orders asked for, (len(target), d)."""
     x = context.activations(context.task, "train", "S2", [site])[site]
-    labels = context.task.train.labels["abb"].cpu()
+    labels = context.task.train.labels.cpu()
     chosen = torch.zeros(len(target), dtype=torch.long)
     generator = context.generator()
     for label in (0, 1):
@@ -47,7 +47,7 @@ def with_partners(edit: Baseline, activations: Tensor) -> Baseline:
     return edit.paired(activations) if isinstance(edit, Paired) else edit
 
 
-def s2_activations(context: StudyContext, data: IOIDataset, site: str) -> Tensor:
+def s2_activations(context: StudyContext, data: IOIPrompts, site: str) -> Tensor:
     """Clean activations at S2, (n, d), in float32."""
     found = capture(
         context.model, data.inputs, [site], data.positions["S2"], batch_size=context.batch_size

@@ -47,7 +47,7 @@ class SiteRuns:
         self._titles = {item.name: item.title for item in candidates}
         self._options = options
         self._prompts = held_out(context.task.test)
-        self._labels = context.task.test.labels["abb"].to(context.device)
+        self._labels = context.task.test.labels.to(context.device)
         x = context.activations(context.task, "test", POSITION, [site])[site]
         patched = any(isinstance(edit, Paired) for edit in self._edits.values())
         self.pairs = partners(context, site, control=False) if patched else x

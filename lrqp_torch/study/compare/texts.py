@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study.compare.editable import Editable
 from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study.indirect_objects import IOIPrompts
 
 LEAST_TOKENS = 6
 """Texts before the clause with fewer tokens are not used as unrelated text."""
 
 
-def held_out(data: IOIDataset) -> Editable:
+def held_out(data: IOIPrompts) -> Editable:
     """Prompts edited at S2. Unrelated positions are the tokens between S2 and END."""
     columns = torch.arange(data.inputs["input_ids"].shape[1], device=data.io_tokens.device)
     s2, end = (data.positions[name].unsqueeze(1) for name in ("S2", "END"))
     return Editable(
         inputs=data.inputs,
         positions=data.positions["S2"],
-        source=data.labels["abb"],
+        source=data.labels,
         elsewhere=(columns > s2) & (columns < end),
         answers=torch.stack([data.io_tokens, data.s_tokens], dim=-1),
         keys=torch.stack([data.positions["IO"], data.positions["S1"]], dim=-1),

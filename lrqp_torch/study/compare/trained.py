@@ -1,18 +1,18 @@
 """Methods that are trained through the model, on as few and as short prompts as will do."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from lrqp_torch.baselines import DAS, Behaviour, answer_loss
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.ioi import IOIDataset, swap_order
 from lrqp_torch.learn import LearnOptions, Weights
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.partners import s2_activations
 from lrqp_torch.study.compare.variants import LearnedLRQP
 from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.learned import fit_learned
 
 
@@ -36,21 +36,15 @@ class Training:
     batch_size: int = 16
 
 
-def shortest(data: IOIDataset, most: int) -> IOIDataset:
+def shortest(data: IOIPrompts, most: int) -> IOIPrompts:
     """The shortest prompts in their own order, without the padding that none of them needs."""
     mask = data.inputs["attention_mask"]
     rows = torch.argsort(mask.sum(1), stable=True)[:most].sort().values
-    chosen = data[rows]
-    spare = int((chosen.inputs["attention_mask"].cumsum(1) == 0).sum(1).min())
-    return replace(
-        chosen,
-        inputs={name: tensor[:, spare:] for name, tensor in chosen.inputs.items()},
-        positions={name: columns - spare for name, columns in chosen.positions.items()},
-    )
+    return data[rows].trimmed()
 
 
 def train_das(
-    context: StudyContext, site: str, reference: LRQP, data: IOIDataset, training: Training
+    context: StudyContext, site: str, reference: LRQP, data: IOIPrompts, training: Training
 ) -> tuple[DAS, str]:
     """DAS of rank 1 for S to be the answer, and how it was trained, in words."""
     here = data.to(context.device)
@@ -75,7 +69,7 @@ def train_das(
     )
     edit = DAS.fit(
         behaviour,
-        s2_activations(context, swap_order(data), site),
+        s2_activations(context, data.twins(), site),
         reference=reference,
         rank=1,
         epochs=training.das_epochs,
@@ -90,7 +84,7 @@ def train_das(
 
 
 def train_learned(
-    context: StudyContext, site: str, reference: LRQP, data: IOIDataset, training: Training
+    context: StudyContext, site: str, reference: LRQP, data: IOIPrompts, training: Training
 ) -> tuple[LearnedLRQP, str]:
     """LRQP learned for S to be the answer, and how, in words."""
     options = LearnOptions(

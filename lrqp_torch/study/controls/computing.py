@@ -160,9 +160,7 @@ def _sites(
 ) -> dict[str, _Site]:
     task, wanted = context.task, [site, *others]
     train, test = (context.activations(task, half, "S2", wanted) for half in ("train", "test"))
-    y_train, y_test = (
-        data.labels["abb"].to(context.device).long() for data in (task.train, task.test)
-    )
+    y_train, y_test = (data.labels.to(context.device).long() for data in (task.train, task.test))
     edits = {site: edit}
     if others:
         edits |= fit_edits(

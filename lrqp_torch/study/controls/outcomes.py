@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrqp_torch.study.controls.splitting import Along
 from lrqp_torch.study.dose import Mean
-from lrqp_torch.study.statistics import bootstrap_mean, bootstrap_ratio, wilson
+from lrqp_torch.study.estimates import bootstrap_mean, bootstrap_ratio, wilson
 
 CARRIES = 0.5
 """A part carries the effect if it brings about at least this share of the edit's own."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, StatisticsError, WidthError
-from lrqp_torch.study import statistics
-from lrqp_torch.study.statistics import NORMAL_QUANTILE, bootstrap_mean, bootstrap_ratio, wilson
+from lrqp_torch.study import estimates
+from lrqp_torch.study.estimates import NORMAL_QUANTILE, bootstrap_mean, bootstrap_ratio, wilson
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -102,7 +102,7 @@ def test_one_value_is_its_own_interval() -> None:
 def test_drawing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(64, generator=seeded(4), dtype=torch.float64)
     whole = bootstrap_mean(values, seeded(9), resamples=100)
-    monkeypatch.setattr(statistics, "_MOST_DRAWS", 64 * 16)
+    monkeypatch.setattr(estimates, "_MOST_DRAWS", 64 * 16)
     assert bootstrap_mean(values, seeded(9), resamples=100) == whole
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,29 @@ class Prompt:
     answers: Mapping[str, tuple[str, ...]] | None = None
 
 
+@dataclass(frozen=True)
+class Words:
+    """What the things of a task are called in figures and sentences.
+
+    Attributes:
+        variable: what the classes are of, with its article.
+        position: the token that is read and edited.
+        end: the token after which the answer is read.
+        held: the answer in the sense of the class that holds.
+        other: the answer in the sense of the counterfactual class.
+        preference: score of the one minus that of the other.
+        unit: of the scores.
+    """
+
+    variable: str = "the class"
+    position: str = "the marked token"
+    end: str = "the last token"
+    held: str = "the class that holds"
+    other: str = "the other class"
+    preference: str = "class that holds − other"
+    unit: str = "nats"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PromptSet:
     """Prompts of a task, n of them, padded to T tokens.
@@ -50,7 +73,10 @@ class PromptSet:
         answers: token ids that go with each class, LongTensor (n, K, A), −1 where there are fewer
             than A; None where the task has none.
         prompts: the texts, without marks.
+        words: what the things of the task are called.
     """
+
+    words: ClassVar[Words] = Words()
 
     inputs: dict[str, Tensor]
     position: Tensor
@@ -116,6 +142,11 @@ class PromptSet:
             prompts=tuple(text for text, _ in split),
         )
 
+    @property
+    def positions(self) -> dict[str, Tensor]:
+        """The named tokens of each prompt, (n,): ``"mark"`` and ``"end"``."""
+        return {"mark": self.position, "end": self.end}
+
     def scores(self, logits: Tensor) -> Tensor:
         """How strongly the model answers in the sense of each class, (n, K), float64.
 
@@ -149,6 +180,24 @@ class PromptSet:
         pair = torch.stack([self.labels, against.to(self.labels)], -1).to(scores.device)
         own, other = scores.gather(-1, pair).unbind(-1)
         return own - other
+
+    def twins(self) -> Self | None:
+        """For each prompt one that differs in the class alone; None where the task knows none."""
+        return None
+
+    def trimmed(self) -> Self:
+        """The same prompts without the padding on the left that none of them needs."""
+        spare = self.spare_columns()
+        return replace(
+            self,
+            inputs={name: tensor[:, spare:] for name, tensor in self.inputs.items()},
+            position=self.position - spare,
+            end=self.end - spare,
+        )
+
+    def spare_columns(self) -> int:
+        """How many columns on the left are padding in every prompt."""
+        return int((self.inputs["attention_mask"].cumsum(1) == 0).sum(1).min())
 
     def __len__(self) -> int:
         """Number of prompts."""

@@ -1,6 +1,8 @@
-"""Confidence intervals of 95 %: Wilson's for shares, the bootstrap's for means and ratios."""
+"""Numbers with their 95 % intervals: Wilson's for shares, the bootstrap's for means and ratios."""
 
 import math
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,6 +15,66 @@ NORMAL_QUANTILE = 1.959963984540054
 
 _MOST_DRAWS = 4_000_000
 """Indices drawn at once; keeps a bootstrap of many prompts within some tens of megabytes."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number measured on prompts, with its 95 % interval.
+
+    Attributes:
+        value: the number; None where no prompt says anything about it.
+        lower: lower end of the interval; None where it is not known or not finite.
+        upper: upper end.
+        n: prompts that it was measured on.
+    """
+
+    value: float | None
+    lower: float | None
+    upper: float | None
+    n: int
+
+    @property
+    def interval(self) -> list[float] | None:
+        """Both ends, or None where one is not known."""
+        return None if self.lower is None or self.upper is None else [self.lower, self.upper]
+
+    @property
+    def known(self) -> float:
+        """The value where it must be there.
+
+        Raises:
+            StatisticsError: no prompt says anything about it.
+        """
+        if self.value is None:
+            raise StatisticsError("this number was measured on no prompt, so it has no value")
+        return self.value
+
+    @classmethod
+    def share(cls, true: Tensor) -> Self:
+        """The share of a BoolTensor (n,) that is true, with Wilson's interval."""
+        return cls.count(int(true.sum()), len(true))
+
+    @classmethod
+    def count(cls, successes: int, n: int) -> Self:
+        """The share ``successes / n``, with Wilson's interval; no value where n is 0."""
+        return cls(successes / n if n else None, *wilson(successes, n), n)
+
+    @classmethod
+    def mean(cls, values: Tensor, generator: torch.Generator) -> Self:
+        """The mean of (n,) values, with its bootstrap interval."""
+        return cls(values.double().mean().item(), *bootstrap_mean(values, generator), len(values))
+
+    @classmethod
+    def ratio(cls, numerator: Tensor, denominator: Tensor, generator: torch.Generator) -> Self:
+        """mean(numerator) / mean(denominator) over the same n prompts, with its bootstrap interval.
+
+        There is no value where the denominator's mean is 0, and no end that is infinite.
+        """
+        below = denominator.double().mean().item()
+        value = numerator.double().mean().item() / below if below else None
+        ends = bootstrap_ratio(numerator, denominator, generator)
+        lower, upper = (end if math.isfinite(end) else None for end in ends)
+        return cls(value, lower, upper, len(numerator))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

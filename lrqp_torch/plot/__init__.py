@@ -1,0 +1,1 @@
+"""Charts: described once, then drawn with plotly or matplotlib, or written as a table."""

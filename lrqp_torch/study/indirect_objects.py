@@ -1,0 +1,90 @@
+"""Indirect object identification as a task of the study: its prompts, and what things are called.
+
+The variable edited is the order of the two names of the first clause, read at the second mention of
+the subject (S2); the answer after the last token (END) is the indirect object (IO) or the subject.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.ioi import IOIDataset, swap_order
+from lrqp_torch.study.prompts import PromptSet, Words
+
+WORDS = Words(
+    variable="the order of the names",
+    position="S2",
+    end="END",
+    held="IO",
+    other="S",
+    preference="IO − S",
+    unit="logits",
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IOIPrompts(PromptSet):
+    """IOI prompts with the order of the names as their class, ABB (1) or BAB (0).
+
+    Answering in the sense of the class that holds is to answer IO, in that of the other one S, so
+    that :meth:`PromptSet.preference` is the logit difference IO − S.
+
+    Attributes:
+        data: the prompts as they were generated, with names, templates and all positions.
+    """
+
+    data: IOIDataset
+    words = WORDS
+
+    @classmethod
+    def of(cls, data: IOIDataset) -> Self:
+        """The prompts of a data set, whose padding stays as it is."""
+        order = data.labels["abb"]
+        own_first = torch.stack([data.io_tokens, data.s_tokens], dim=-1)
+        answers = torch.where((order == 0).unsqueeze(-1), own_first, own_first.flip(-1))
+        return cls(
+            inputs=data.inputs,
+            position=data.positions["S2"],
+            end=data.positions["END"],
+            labels=order,
+            classes=("BAB", "ABB"),
+            answers=answers.unsqueeze(-1),
+            prompts=data.prompts,
+            data=data,
+        )
+
+    @property
+    def positions(self) -> dict[str, Tensor]:
+        """The named tokens: those of every task, and IO, S1, S1+1, S2, END, first and second."""
+        return {**super().positions, **self.data.positions}
+
+    @property
+    def io_tokens(self) -> Tensor:
+        """Token id of the indirect object, (n,)."""
+        return self.data.io_tokens
+
+    @property
+    def s_tokens(self) -> Tensor:
+        """Token id of the subject, (n,)."""
+        return self.data.s_tokens
+
+    def twins(self) -> Self:
+        """Each prompt's minimal pair: the names of the first clause in the other order."""
+        return self.of(swap_order(self.data))
+
+    def trimmed(self) -> Self:
+        """See :meth:`PromptSet.trimmed`."""
+        spare = self.spare_columns()
+        inputs = {name: tensor[:, spare:] for name, tensor in self.inputs.items()}
+        positions = {name: columns - spare for name, columns in self.data.positions.items()}
+        return self.of(replace(self.data, inputs=inputs, positions=positions))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
+        return self.of(self.data[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same prompts with their tensors on ``device``."""
+        return self.of(self.data.to(device))

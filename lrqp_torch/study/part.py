@@ -1,0 +1,91 @@
+"""What a part of the study is: a question, its numbers, and how they are shown.
+
+A part is one file of :mod:`lrqp_torch.study.parts` with one :class:`Part` in it; the study's list
+of parts (:data:`lrqp_torch.study.parts.PARTS`) is all that knows it besides.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import SettingError
+from lrqp_torch.plot.chart import Chart, Panel
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.settings import Settings
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a part may build on.
+
+    Attributes:
+        context: the model and its prompts.
+        settings: what the study is asked to do.
+        best_site: where the sweep's counterfactual edit flips most; None without a sweep.
+        edit_at: the study's edit at a site.
+        results: results of the parts that ran before, by name.
+    """
+
+    context: StudyContext
+    settings: Settings
+    best_site: str | None
+    edit_at: Callable[[str], LRQP]
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> str:
+        """The best site, for parts that need the sweep."""
+        if self.best_site is None:
+            raise SettingError("this part edits the best site of the sweep: run flipping before it")
+        return self.best_site
+
+
+class Part(ABC, Generic[R]):
+    """One part of the study.
+
+    Attributes:
+        name: on the command line and of its file; letters only.
+        title: of its chapter in the report, and of its progress bar.
+        question: what the chapter asks, in plain words.
+        result: the dataclass of its result: plain values, :class:`~.estimates.Estimate` and
+            dataclasses of these, which :mod:`~.records` writes and reads.
+        needs: names of the parts that must have run before.
+        by_name_only: whether it runs only when it is named, and not as one of all.
+        help: one line for the command of its own name.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    question: ClassVar[str]
+    help: ClassVar[str]
+    result: ClassVar[type]
+    needs: ClassVar[tuple[str, ...]] = ()
+    by_name_only: ClassVar[bool] = False
+
+    def missing(self, context: StudyContext, /) -> str | None:
+        """Why the part cannot run on these prompts (a sentence), or None if it can."""
+        return None
+
+    @abstractmethod
+    def work(self, context: StudyContext, /) -> int:
+        """Units by which :meth:`compute` advances its progress bar in all."""
+
+    @abstractmethod
+    def compute(self, given: Given, advance: Advance, /) -> R:
+        """The part's numbers."""
+
+    @abstractmethod
+    def panels(self, result: R, /) -> list[Panel]:
+        """Its charts and tables in the report."""
+
+    @abstractmethod
+    def figures(self, result: R, /) -> dict[str, Chart]:
+        """Its figures on disk: file name without ending to chart."""
+
+    @abstractmethod
+    def says(self, result: R, /) -> Sequence[str]:
+        """What was found, a sentence or two each, for the report and the terminal."""

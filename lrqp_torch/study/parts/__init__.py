@@ -1,0 +1,1 @@
+"""The parts of the study, one file each; none knows another."""
