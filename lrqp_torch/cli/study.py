@@ -184,7 +184,7 @@ for _part, _help in PARTS.items():
 
 
 def _say_what_is_kept(out: Path) -> None:
-    from lrqp_torch.study.parts import Kept, PartStore
+    from lrqp_torch.study.part_store import Kept, PartStore
 
     kept = Kept.of(PartStore(out, {}))
     Console(stderr=True).print(

@@ -151,11 +151,11 @@ def apply(
     """
     with messages(debug):
         from lrqp_torch.errors import PromptError
+        from lrqp_torch.study.prompts import PromptSet
         from lrqp_torch.tasks.applying import apply as apply_edit
         from lrqp_torch.tasks.applying import typed_prompts
         from lrqp_torch.tasks.origin import origin_of
         from lrqp_torch.tasks.printing import print_applied, write_applied
-        from lrqp_torch.study.prompts import PromptSet
         from lrqp_torch.tasks.reading import read_prompts
         from lrqp_torch.tasks.saved import load_one
 

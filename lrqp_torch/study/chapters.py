@@ -20,7 +20,7 @@ from lrqp_torch.study import (
 from lrqp_torch.study.context import Advance
 from lrqp_torch.study.flipping import TaskFlipping
 from lrqp_torch.study.html import Section
-from lrqp_torch.study.parts import Given, Part
+from lrqp_torch.study.part_store import Given, Part
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.results import StudyResults
 

@@ -21,7 +21,14 @@ from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.drawing import require_matplotlib
 from lrqp_torch.study.folder import forget, made_folder
-from lrqp_torch.study.parts import Finished, Given, PartStore, Start, kept_or_computed, run_parts
+from lrqp_torch.study.part_store import (
+    Finished,
+    Given,
+    PartStore,
+    Start,
+    kept_or_computed,
+    run_parts,
+)
 from lrqp_torch.study.preparing import (
     choose_device,
     choose_sites,

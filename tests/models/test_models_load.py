@@ -60,7 +60,7 @@ def test_an_organism_without_weights_says_how_to_make_it_again(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(loader, "organism_folder", lambda _: tmp_path)
-    with pytest.raises(ModelError, match=rf"{name} are missing .*train_organism --kind {kind}"):
+    with pytest.raises(ModelError, match=rf"{name} are missing .*organisms.train --kind {kind}"):
         load(name)
 
 

@@ -11,7 +11,7 @@ import torch
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.parts import Given, Kept, Part, PartStore, run_parts
+from lrqp_torch.study.part_store import Given, Kept, Part, PartStore, run_parts
 from lrqp_torch.study.settings import Settings
 
 SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
