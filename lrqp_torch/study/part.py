@@ -1,7 +1,7 @@
 """What a part of the study is: a question, its numbers, and how they are shown.
 
-A part is one file of :mod:`lrqp_torch.study.part_store` with one :class:`Part` in it; the study's list
-of parts (:data:`lrqp_torch.study.part_store.PARTS`) is all that knows it besides.
+A part is one file of :mod:`lrqp_torch.study.parts` with one :class:`Part` in it; the study's list
+of parts (:data:`lrqp_torch.study.parts.PARTS`) is all that knows it besides.
 """
 
 from abc import ABC, abstractmethod
