@@ -29,10 +29,11 @@ same inputs, and nothing here must be used to divide them; :func:`joined` is wel
 its end when a rank dies. Plans that divide the stream itself along the tokens are not supported.
 """
 
+from importlib import import_module
+from typing import Any
+
 from lrqp_torch.distributed.group import joined, launched
 from lrqp_torch.distributed.ranks import Ranks
-from lrqp_torch.probes.shared import fit_batches, fit_many
-from lrqp_torch.stream.shared import capture, capture_batches, capture_to
 
 __all__ = [
     "Ranks",
@@ -44,3 +45,23 @@ __all__ = [
     "joined",
     "launched",
 ]
+
+# What works over ranks lies on the floors above this one, which import it: so it is found by name,
+# when it is asked for.
+_ABOVE = {
+    "capture": "stream.shared",
+    "capture_batches": "stream.shared",
+    "capture_to": "stream.shared",
+    "fit_batches": "probes.shared",
+    "fit_many": "probes.shared",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ABOVE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lrqp_torch.{_ABOVE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,18 +3,25 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrqp_torch.errors import LRQPError, RankError, ToldError
-from lrqp_torch.probes.covariance import Covariance
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
 Module = TypeVar("Module", bound=nn.Module)
+Summed = TypeVar("Summed", covariant=True)
+
+
+class Mergeable(Protocol[Summed]):
+    """What can be summed over the ranks, such as a :class:`~lrqp_torch.Covariance`."""
+
+    def over(self, ranks: "Ranks", /) -> Summed:
+        """The sum over all ranks, merged in rank order, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -203,29 +210,17 @@ class Ranks:
                 if count:
                     part = own[name] if rank == self.rank else result.new_empty(count, *shape)
                     here = places[starts[rank] : starts[rank] + count].to(device)
-                    result[here] = self._send(part, rank)
+                    result[here] = self.send(part, rank)
             whole[name] = result
         return whole
 
-    def merge(self, covariance: Covariance) -> Covariance:
+    def merge(self, covariance: Mergeable[Summed]) -> Summed:
         """The moments of all ranks, merged in rank order, with the same bits on every rank.
 
         Raises:
             RankError: covariances of different widths.
         """
-        counts = self.gather((covariance.width, covariance.n_samples))
-        if len({width for width, _ in counts}) > 1:
-            raise RankError(f"covariances of widths {[width for width, _ in counts]} do not merge")
-        device = covariance.mean.device
-        merged = Covariance(covariance.width, device=device)
-        for rank, (width, n_samples) in enumerate(counts):
-            part = covariance if rank == self.rank else Covariance(width, device=device)
-            received = Covariance(width, device=device)
-            received.n_samples = n_samples
-            for name in ("mean", "second", "third", "fourth"):
-                setattr(received, name, self._send(getattr(part, name), rank))
-            merged.merge(received)
-        return merged
+        return covariance.over(self)
 
     @contextmanager
     def counted(
@@ -253,7 +248,7 @@ class Ranks:
         if self.owned and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _send(self, tensor: Tensor, source: int) -> Tensor:
+    def send(self, tensor: Tensor, source: int) -> Tensor:
         """A tensor of the source rank, on every rank."""
         if self.size == 1:
             return tensor

@@ -5,7 +5,14 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import CovarianceError, NonFiniteError, WidthError, check_finite
+from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.errors import (
+    CovarianceError,
+    NonFiniteError,
+    RankError,
+    WidthError,
+    check_finite,
+)
 from lrqp_torch.probes.keeping import class_differences, conditional_covariance, orthonormal_basis
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
@@ -225,6 +232,26 @@ class Covariance:
         )
         self.mean, self.n_samples = mean, total
         return self
+
+    def over(self, ranks: Ranks) -> "Covariance":
+        """The accumulators of all ranks, merged in rank order, with the same bits on every rank.
+
+        Raises:
+            RankError: covariances of different widths.
+        """
+        counts = ranks.gather((self.width, self.n_samples))
+        if len({width for width, _ in counts}) > 1:
+            raise RankError(f"covariances of widths {[width for width, _ in counts]} do not merge")
+        device = self.mean.device
+        merged = Covariance(self.width, device=device)
+        for rank, (width, n_samples) in enumerate(counts):
+            part = self if rank == ranks.rank else Covariance(width, device=device)
+            received = Covariance(width, device=device)
+            received.n_samples = n_samples
+            for name in ("mean", "second", "third", "fourth"):
+                setattr(received, name, ranks.send(getattr(part, name), rank))
+            merged.merge(received)
+        return merged
 
     def _about(self, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Second, third and fourth moments about another centre, by shifting y to y − δ."""
