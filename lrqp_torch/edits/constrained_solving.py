@@ -7,9 +7,8 @@ from lrqp_torch.errors import ConstraintError, SolverError
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.posed import PosedProblem
-from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
 from lrqp_torch.qp.reduction import Reduction
-from lrqp_torch.qp.rounding import Headroom
 
 # Constraints count as met within this share of 1 + their terms. Clarabel ends at 1e-9 or better.
 MET = 1e-6
@@ -34,28 +33,39 @@ def solve_posed(
 ) -> Solution:
     """Solve for the stored numbers: floors that rounding misses are raised, and solved again."""
     wide, bound = x.double(), floor.unsqueeze(-1)
-    realise = realise or (lambda edited: edited.to(x.dtype).double())
-    size = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
-    length = geometry.constraints(target).length
-    headroom = Headroom(torch.finfo(x.dtype).eps, length, size, x.shape[-1])
-    raised = headroom.in_advance(bound.detach()) + AIM * (1 + bound.detach().abs())
+    headroom = Headroom.of(x, geometry.constraints(target).length)
+    raised = headroom.in_advance(bound) + AIM * (1 + bound.detach().abs())
     held = (margins >= bound).all(-1)
     status, violation = _first_look(problem, values, bound + raised - margins, held)
     solved = status == Status.SOLVED
-    rows = solved.nonzero().squeeze(-1)
-    for attempt in range(MAX_ROUNDS):
-        gap = bound + raised - margins
+
+    def step(aim: Tensor, rows: Rows) -> Attempt:
+        everyone = torch.arange(len(x), device=x.device)
+        asked = everyone[solved] if rows is None else rows[solved[rows]]
+        gap = aim - margins if rows is None else margins.index_copy(0, rows, aim - margins[rows])
         moved = wide.new_zeros(len(x), basis.size)
-        if len(rows):
-            found = problem.solve([values[0], gap, *values[1:]], rows)
-            moved = moved.index_put((rows,), found)
-        edited = basis.displace(wide, moved)
-        with torch.no_grad():
-            after = geometry.margins(realise(edited), target)
-            short = torch.where(solved.unsqueeze(-1), (bound - after).clamp_min(0.0), 0.0)
-            if not bool((short > 0).any()):
-                break
-            raised = headroom.after_missing(raised, short, attempt)
+        if len(asked):
+            found = problem.solve([values[0], gap, *values[1:]], asked)
+            moved = moved.index_put((asked,), found)
+        rows = everyone if rows is None else rows
+        moved = moved[rows]
+        return Attempt(basis.displace(wide[rows], moved), solved[rows], (moved,))
+
+    def read(stored: Tensor, rows: Rows) -> Tensor:
+        return geometry.margins(stored, target if rows is None else target[rows])
+
+    attempt, after = reach(
+        bound,
+        solved,
+        headroom,
+        step,
+        read,
+        dtype=x.dtype,
+        realise=realise,
+        raised=raised,
+        rounds=MAX_ROUNDS,
+    )
+    edited, (moved,) = attempt.edited, attempt.found
     with torch.no_grad():
         distance = torch.linalg.vector_norm(moved, dim=-1)
         still = solved & held & (distance <= NO_EDIT)

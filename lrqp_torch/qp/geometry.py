@@ -40,6 +40,18 @@ class Constraints:
     steering: Tensor | None = None
     table: tuple[ActiveSets, Tensor] | None = None
 
+    def rows(self, rows: Tensor | None) -> "Constraints":
+        """Those of some of the examples, (n,) integer; None: all."""
+        if rows is None:
+            return self
+        return Constraints(
+            self.gram[rows],
+            self.noise[rows],
+            self.length[rows],
+            None if self.steering is None else self.steering[rows],
+            None if self.table is None else (self.table[0], self.table[1][rows]),
+        )
+
     def moved(self, multipliers: Tensor) -> Tensor:
         """‖ΣAᵀλ‖, how far λ moves each activation in the units of the stream, (B,)."""
         assert self.steering is not None

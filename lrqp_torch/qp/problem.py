@@ -18,10 +18,11 @@ from lrqp_torch.qp.external import (
     solver_options,
 )
 from lrqp_torch.qp.geometry import Constraints, Geometry, ProbeGeometry
-from lrqp_torch.qp.readback import Realise as Realise
-from lrqp_torch.qp.readback import solve_and_read_back
+from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.reach import Attempt, Headroom, Rows, reach
+from lrqp_torch.qp.reach import Realise as Realise
 from lrqp_torch.qp.single import solve_single, suits
-from lrqp_torch.qp.solution import Solution, join
+from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solver import DualActiveSet
 
 Floor = Tensor | float | Callable[[Tensor, slice], Tensor]
@@ -178,16 +179,62 @@ class MahalanobisQP(nn.Module):
             )
             if solution is not None:
                 return solution
-        return solve_and_read_back(
-            x,
-            choice,
-            margins,
-            floor,
-            geometry,
-            realise,
-            self._multipliers,
-            KKT_TOLERANCE if ours else EXTERNAL_KKT_TOLERANCE,
+        return self._reach(x, choice, margins, floor, geometry, realise)
+
+    def _reach(
+        self,
+        x: Tensor,
+        choice: Tensor,
+        margins: Tensor,
+        floor: Tensor,
+        geometry: Geometry,
+        realise: Realise | None,
+    ) -> Solution:
+        """The edits of a batch whose realised activations reach their floors."""
+        # One floor for all constraints of an example, or one each.
+        bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
+        wide = x.double()
+        valid = torch.isfinite(margins.detach() - bound.detach()).all(-1)
+        needed = (margins < bound).any(-1) & valid
+        constraints = geometry.constraints(choice)
+
+        def step(aim: Tensor, rows: Rows) -> Attempt:
+            some = slice(None) if rows is None else rows
+            gap = torch.where(needed[some].unsqueeze(-1), aim - margins[some], -1.0)
+            here = constraints.rows(rows)
+            multipliers, active, feasible, residual = self._multipliers(here, gap)
+            edited = geometry.displace(wide[some], choice[some], multipliers)
+            return Attempt(edited, feasible, (multipliers, active, residual))
+
+        def read(held: Tensor, rows: Rows) -> Tensor:
+            return geometry.margins(held, choice if rows is None else choice[rows])
+
+        headroom = Headroom.of(x, constraints.length)
+        attempt, after = reach(bound, needed, headroom, step, read, dtype=x.dtype, realise=realise)
+        multipliers, active, residual = attempt.found
+        edit = needed & attempt.reachable
+        reached = ((after >= bound) & torch.isfinite(after)).all(-1)
+        accurate = reached & (residual <= self.tolerance)
+        # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
+        squared = (multipliers * matvec(constraints.gram, multipliers)).sum(-1)
+        before = margins.amin(-1)
+        return Solution(
+            x_new=_keep(x, attempt.edited.to(x.dtype), edit),
+            multipliers=multipliers,
+            active=active,
+            distance=torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit,
+            euclidean=_euclidean(constraints, multipliers, attempt.edited, wide),
+            floor=floor,
+            log_odds_before=before,
+            log_odds_after=torch.where(edit, after.amin(-1), before.detach()),
+            kkt_residual=residual,
+            status=statuses(attempt.reachable, edit, accurate, valid),
         )
+
+    @property
+    def tolerance(self) -> float:
+        """On the KKT residual of an accurate solve."""
+        return KKT_TOLERANCE if self.solver_name == ACTIVE_SET else EXTERNAL_KKT_TOLERANCE
 
     def _multipliers(
         self, constraints: Constraints, gap: Tensor
@@ -238,3 +285,20 @@ class MahalanobisQP(nn.Module):
                 f"log_odds must be a number, ({len(x)},) or {each}, got {tuple(floor.shape)}"
             )
         return floor.expand(len(x)) if floor.ndim < 2 else floor
+
+
+def _keep(x: Tensor, edited: Tensor, edit: Tensor) -> Tensor:
+    """The edited activations where there is an edit, and x bit for bit elsewhere."""
+    if not readable(edit):
+        return torch.where(edit.unsqueeze(-1), edited, x)
+    # Selecting rows takes several times as long as copying the few that stay as they are.
+    rows = (~edit).nonzero().squeeze(-1)
+    return edited.index_copy(0, rows, x[rows]) if len(rows) else edited
+
+
+def _euclidean(constraints: Constraints, multipliers: Tensor, edited: Tensor, x: Tensor) -> Tensor:
+    """‖x' − x‖, (B,); not differentiated."""
+    if constraints.steering is None:
+        length: Tensor = torch.linalg.vector_norm((edited - x).detach(), dim=-1)
+        return length
+    return constraints.moved(multipliers.detach())

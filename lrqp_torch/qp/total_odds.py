@@ -16,6 +16,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.qp.external import ACTIVE_SET
 from lrqp_torch.qp.geometry import Geometry
 from lrqp_torch.qp.problem import Floor
+from lrqp_torch.qp.reach import Attempt, Headroom, Rows, reach
 from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.total import (
     total_log_odds,
@@ -28,8 +29,6 @@ from lrqp_torch.qp.total_solver import solve_total
 # Random problems end at 1e-12. λ = μ p multiplies the rounding errors of the margins by μ, which is
 # large where a rival is nearly the target's equal: up to 1e-6 for copies one part in a million off.
 KKT_TOLERANCE = 1e-5
-# As for the pairwise problem: half precision takes three or four rounds.
-MAX_ROUNDS = 24
 
 
 class TotalOddsProblem(nn.Module):
@@ -83,54 +82,51 @@ class TotalOddsProblem(nn.Module):
         """
         _check(x, target, geometry)
         target = target.long()
-        realise = realise or (lambda values: values.to(x.dtype).double())
         margins = geometry.margins(x, target)
         floor = _floor(log_odds, margins)
         before = total_log_odds(margins.detach())
         needed = before < floor
         constraints = geometry.constraints(target)
-        gram, fixed = constraints.gram, constraints.gram.detach()
+        wide = x.double()
 
-        # How far rounding of the stream can move the odds, and the least change that it resolves;
-        # half precision is asked for only what turns out to be missing. See MahalanobisQP.solve.
-        precision = torch.finfo(x.dtype).eps
-        size = constraints.length.amax(-1) * torch.linalg.vector_norm(x.detach().double(), dim=-1)
-        raised = torch.zeros_like(before)
-        if precision < 1e-5:
-            raised = 2 * precision * (size + floor.detach().abs())
-        nudge = precision * size / x.shape[-1] ** 0.5
-
-        reachable, wanted = torch.ones_like(needed), needed
-        for attempt in range(MAX_ROUNDS):
+        def step(aim: Tensor, rows: Rows) -> Attempt:
+            some = slice(None) if rows is None else rows
+            here, wanted = constraints.rows(rows), needed[some]
+            fixed = here.gram.detach()
             start, asked, room = without_constants(
-                fixed, margins, floor + raised, constraints.noise
+                fixed, margins[some], aim.squeeze(-1), here.noise
             )
-            reachable = reachable & (room | ~wanted)
             # A floor of −∞ is met by every activation: that example is not asked.
             question = torch.where(wanted & room, asked.detach(), -torch.inf)
-            found = solve_total(fixed, start.detach(), question, constraints.noise)
-            reachable = reachable & found.feasible
-            wanted = needed & reachable
+            found = solve_total(fixed, start.detach(), question, here.noise)
+            reachable = (room | ~wanted) & found.feasible
+            wanted = wanted & reachable
             multipliers = total_multipliers(
-                gram, start, asked, found.multipliers, found.weight, wanted
+                here.gram, start, asked, found.multipliers, found.weight, wanted
             )
-            edited = geometry.displace(x, target, multipliers)
-            with torch.no_grad():
-                after = total_log_odds(geometry.margins(realise(edited), target))
-                short = torch.where(wanted, (floor - after).clamp_min(0.0), 0.0)
-                if not bool((short > 0).any()):
-                    break
-                raised = raised + torch.where(short > 0, 2 * short + (attempt + 1) * nudge, 0.0)
+            residual = total_residual(fixed, start, asked, multipliers).detach()
+            edited = geometry.displace(wide[some], target[some], multipliers)
+            return Attempt(edited, reachable, (multipliers, torch.where(wanted, residual, 0.0)))
 
+        def read(held: Tensor, rows: Rows) -> Tensor:
+            here = target if rows is None else target[rows]
+            return total_log_odds(geometry.margins(held, here)).unsqueeze(-1)
+
+        # Total odds change no faster than the fastest of the margins.
+        headroom = Headroom.of(x, constraints.length.amax(-1, keepdim=True))
+        attempt, read_back = reach(
+            floor.unsqueeze(-1), needed, headroom, step, read, dtype=x.dtype, realise=realise
+        )
+        edited, after = attempt.edited, read_back.squeeze(-1)
+        multipliers, residual = attempt.found
+        reachable, wanted = attempt.reachable, needed & attempt.reachable
         with torch.no_grad():
-            residual = total_residual(fixed, start, asked, multipliers)
-            residual = torch.where(wanted, residual, 0.0)
             accurate = (after >= floor) & torch.isfinite(after) & (residual <= KKT_TOLERANCE)
             status = torch.full_like(target, Status.SATISFIED)
             status[wanted] = Status.SOLVED
             status[wanted & ~accurate] = Status.INACCURATE
             status[~reachable] = Status.INFEASIBLE
-        squared = (multipliers * (gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(-1)
+        squared = (multipliers * (constraints.gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(-1)
         # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
         distance = torch.where(wanted, squared, 1.0).clamp_min(0.0).sqrt() * wanted
         return Solution(
@@ -138,7 +134,7 @@ class TotalOddsProblem(nn.Module):
             multipliers=multipliers,
             active=multipliers.detach() > 0,
             distance=distance,
-            euclidean=torch.linalg.vector_norm((edited - x.double()).detach(), dim=-1),
+            euclidean=torch.linalg.vector_norm((edited - wide).detach(), dim=-1),
             floor=floor,
             log_odds_before=total_log_odds(margins),
             log_odds_after=torch.where(wanted, after, before),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, errors
-from lrqp_torch.qp import ProbeGeometry, cache, geometry, problem, readback
+from lrqp_torch.qp import ProbeGeometry, cache, geometry, problem, reach
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
@@ -32,7 +32,7 @@ class NoLooking(TorchDispatchMode):
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
-    for module in (errors, problem, readback, geometry):
+    for module in (errors, problem, reach, geometry):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
     monkeypatch.setattr(geometry, "TABLE_CONSTRAINTS", {})
 
@@ -69,7 +69,7 @@ def seen(task: Problem) -> Solution:
     from dataclasses import replace
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (problem, readback):
+        for module in (problem, reach):
             patch.setattr(module, "readable", lambda tensor: True)
         shape = replace(geometry_of(task), sets=None)
         return MahalanobisQP(len(task.bias)).solve(task.x, task.target, task.floor, shape)

@@ -1,0 +1,196 @@
+"""The one loop of every exact edit: aim, solve, read back what is held, raise the floor.
+
+What is solved in float64 is stored in the stream's dtype, and rounding moves what a probe reads. So
+each edit is read back as it will be stored; where it fell short of its floor, it is solved again
+for a higher one, alone, without those that are done. The last round aims by a proven bound.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import readable
+
+Realise = Callable[[Tensor], Tensor]
+"""Maps float64 activations to the values that the model will really hold, in float64."""
+
+Rows = Tensor | None
+"""Which examples of the batch, (n,) integer; None: all of them."""
+
+# Half an ulp in each coordinate is nothing in the finer dtypes and may be taken off in advance; in
+# half precision it would be a large part of the edit, so there only what turns out to be missing is
+# added, a few times over.
+FINE = 1e-5
+# Rounds of solving and reading back. Where values can be looked at, until nothing is missing: three
+# or four are usual in half precision, and the bound only guards against a loop without end.
+MAX_ROUNDS = 24
+# Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
+BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 3, 5
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What rounding to a dtype can take off what is read from some activations.
+
+    Attributes:
+        precision: ε of the dtype.
+        length: ‖a‖ of each constraint, (B, m): no reading changes faster than by ‖a‖ ‖Δx‖.
+        size: ‖x‖, (B, 1).
+        width: d.
+    """
+
+    precision: float
+    length: Tensor
+    size: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, x: Tensor, length: Tensor) -> "Headroom":
+        """That of activations x, (B, d), in their own dtype."""
+        size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=torch.float64)
+        return cls(torch.finfo(x.dtype).eps, length.detach(), size, x.shape[-1])
+
+    def rows(self, rows: Rows) -> "Headroom":
+        """That of some of the examples."""
+        if rows is None:
+            return self
+        return Headroom(self.precision, self.length[rows], self.size[rows], self.width)
+
+    @property
+    def fine(self) -> bool:
+        """Whether the dtype is float32 or finer."""
+        return self.precision < FINE
+
+    def in_advance(self, floor: Tensor) -> Tensor:
+        """How much to aim above the floors, (B, 1) or (B, m), in the first round, (B, m).
+
+        Half an ulp in each coordinate moves a reading by at most ½ ε ‖a‖ ‖x‖.
+        """
+        if not self.fine:
+            return torch.zeros_like(self.length)
+        return 2 * self.precision * (self.length * self.size + floor.detach().abs())
+
+    def after_missing(self, raised: Tensor, short: Tensor, attempt: int) -> Tensor:
+        """How much to aim above them after a round that left readings ``short``, (B, m)."""
+        # Less than about one coordinate's rounding error would leave the rounded x' as it was.
+        nudge = self.precision * self.length * self.size / self.width**0.5
+        return raised + torch.where(short > 0, 2 * short + (attempt + 1) * nudge, 0.0)
+
+    def proven(self, raised: Tensor, short: Tensor, edited: Tensor, held: Tensor) -> Tensor:
+        """The same by a bound on the rounding of x' itself, which the next round cannot miss.
+
+        ‖a‖ ε ‖x'‖ is twice the bound for a rounding to nearest. Where the stream holds x' as a
+        sum, what it rounds by is seen in ``held``, and four times that covers each half ulp. All
+        constraints of an example aim higher, because raising one moves the others; and by some
+        times what is missing from any, which may be rounding of the solve and not of x'.
+        """
+        size = torch.linalg.vector_norm(edited, dim=-1, keepdim=True)
+        error = torch.linalg.vector_norm(held.double() - edited, dim=-1, keepdim=True)
+        enough = self.length * torch.maximum(self.precision * size, 4 * error)
+        worst = short.amax(-1, keepdim=True)
+        return torch.where(worst > 0, torch.maximum(raised + 4 * worst, enough), raised)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one round found for some examples.
+
+    Attributes:
+        edited: x' as it was solved for, (n, d), float64.
+        reachable: False where no activation reaches the floor, (n,) bool.
+        found: whatever else belongs to the solution; the first dimension of each is n.
+    """
+
+    edited: Tensor
+    reachable: Tensor
+    found: tuple[Tensor, ...] = ()
+
+    def replaced(self, rows: Tensor, other: "Attempt") -> "Attempt":
+        """The same with some examples from another attempt, at those alone."""
+        return Attempt(
+            self.edited.index_copy(0, rows, other.edited),
+            self.reachable.index_copy(0, rows, other.reachable),
+            tuple(
+                old.index_copy(0, rows, new)
+                for old, new in zip(self.found, other.found, strict=True)
+            ),
+        )
+
+
+Step = Callable[[Tensor, Rows], Attempt]
+"""Solves some examples for the floors, (n, m), that are aimed at; differentiable."""
+
+Read = Callable[[Tensor, Rows], Tensor]
+"""What is read from activations of some examples, (n, d), as they are held: (n, m)."""
+
+
+def reach(
+    floor: Tensor,
+    needed: Tensor,
+    headroom: Headroom,
+    step: Step,
+    read: Read,
+    *,
+    dtype: torch.dtype,
+    realise: Realise | None = None,
+    raised: Tensor | None = None,
+    rounds: int = MAX_ROUNDS,
+) -> tuple[Attempt, Tensor]:
+    """Solve until what is read from the realised activations is at its floor.
+
+    Where values can be looked at, only the examples that fell short are solved again. Where they
+    cannot, all are, in a fixed number of rounds. An example that is not ``needed`` or not reachable
+    is never short.
+
+    Args:
+        floor: what is promised, (B, 1) or (B, m).
+        needed: which examples are to be edited, (B,) bool.
+        headroom: what rounding can take off.
+        step: one solve.
+        read: one reading.
+        dtype: of the stream.
+        realise: what the model will hold when all x' are put in place; default: x' in ``dtype``.
+        raised: how far above the floors to aim first, (B, m); default ``headroom.in_advance``.
+        rounds: at most, where values can be looked at.
+
+    Returns:
+        The last attempt at each example, and what was read back from it, (B, m).
+    """
+    looking, rows = readable(needed), None
+    if not looking:
+        rounds = BLIND_ROUNDS_FINE if headroom.fine else BLIND_ROUNDS_COARSE
+    raised = headroom.in_advance(floor) if raised is None else raised
+    total = attempt = step(floor + raised, None)
+    after = torch.empty_like(raised)
+    for number in range(rounds):
+        with torch.no_grad():
+            edited = attempt.edited.detach()
+            held = edited.to(dtype) if realise is None else _at(realise(total.edited), rows)
+            seen = read(held, rows).detach()
+            after = seen if rows is None else after.index_copy(0, rows, seen)
+            # An edit that exceeds what the stream's dtype can hold reads infinity or NaN.
+            wanted = (_at(needed, rows) & attempt.reachable).unsqueeze(-1) & torch.isfinite(seen)
+            short = torch.where(wanted, (_at(floor, rows).detach() - seen).clamp_min(0.0), 0.0)
+            if number + 1 == rounds:
+                break
+            if looking:
+                behind = (short > 0).any(-1).nonzero().squeeze(-1)
+                if not len(behind):
+                    break
+                rows = behind if rows is None else rows[behind]
+                short, edited, held = short[behind], edited[behind], held[behind]
+            room, aim = headroom.rows(rows), _at(raised, rows)
+            if number + 2 == rounds:
+                aim = room.proven(aim, short, edited, held)
+            else:
+                aim = room.after_missing(aim, short, number)
+            raised = aim if rows is None else raised.index_copy(0, rows, aim)
+        attempt = step(_at(floor, rows) + aim, rows)
+        total = attempt if rows is None else total.replaced(rows, attempt)
+    return total, after
+
+
+def _at(values: Tensor, rows: Rows) -> Tensor:
+    return values if rows is None else values[rows]
