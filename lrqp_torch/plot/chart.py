@@ -41,6 +41,7 @@ class Marks:
         labels: written beside the marks.
         legend: whether to name it in the legend.
         width: of bars at numbers, in units of x; None for the usual.
+        fill: whether the area below a line is lightly shaded.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Marks:
     labels: Sequence[str] | None = None
     legend: bool = True
     width: float | None = None
+    fill: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Heat:
         diverging: whether colours go both ways from zero; else they rise from ``low``.
         low: value of the first colour; None for the data's own range.
         high: value of the last colour.
+        texts: written in the cells, by row.
+        framed: cells with an outline, each as (row, column), counted from 0.
     """
 
     values: Sequence[Sequence[float | None]]
@@ -82,6 +86,8 @@ class Heat:
     diverging: bool = False
     low: float | None = None
     high: float | None = None
+    texts: Sequence[Sequence[str]] | None = None
+    framed: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,12 @@ class Pane:
         x_range: limits; None for the data's own.
         y_range: limits.
         x_log: whether the x axis is logarithmic.
+        y_log: whether the y axis is.
         square: whether a unit of x is as long as one of y, as where y = x is drawn.
         note: a short text in a corner of the pane.
+        horizontal: whether places run down the side, the first one on top, and values to the right:
+            for places with long names. ``x`` still means places and ``y`` values, in the titles,
+            ranges, rules and bands too.
     """
 
     marks: Sequence[Marks] = ()
@@ -141,8 +151,10 @@ class Pane:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     x_log: bool = False
+    y_log: bool = False
     square: bool = False
     note: str = ""
+    horizontal: bool = False
 
 
 @dataclass(frozen=True)
