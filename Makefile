@@ -5,18 +5,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits baselines learn sensitivity distributed tasks ioi models)
+# The versions of transformers that `make test-matrix` runs the tests of the stream against.
+TRANSFORMERS := $(shell sed -n 's/^TESTED_TRANSFORMERS = //p' lrqp_torch/stream/__init__.py | tr -d '(),"')
+NEWEST := $(lastword $(TRANSFORMERS))
+MATRIX := .venv-matrix
+SHORT := $(addprefix tests/stream/test_,generation.py replay.py tail.py hooks_cache.py attention.py)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-matrix test-newest lint bench docs clean
 
 help:
-	@echo "make demo    run the study on the bundled model; then open results/organism/report.html"
-	@echo "make test    run the tests"
-	@echo "make lint    check style, format, types and who imports whom"
-	@echo "make bench   run the benchmarks at a small size"
-	@echo "make docs    build the API reference into site/"
-	@echo "make clean   remove the environment, the results and all caches"
+	@echo "make demo         run the study on the bundled model; then open results/organism/report.html"
+	@echo "make test         run the tests"
+	@echo "make test-matrix  run those of the stream against other versions of transformers"
+	@echo "make test-newest  run a few of them against the newest of these"
+	@echo "make lint         check style, format, types and who imports whom"
+	@echo "make bench        run the benchmarks at a small size"
+	@echo "make docs         build the API reference into site/"
+	@echo "make clean        remove the environment, the results and all caches"
 
 # torch is installed first and alone, so that a wheel which is already at hand (for example one
 # without CUDA) satisfies what the other packages ask for.
@@ -34,6 +41,21 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Each version is installed, with what it alone needs otherwise, in front of the other packages.
+$(MATRIX)/%/.installed: $(STAMP)
+	$(BIN)/python -m venv $(MATRIX)/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(MATRIX)/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/others.pth"
+	$(MATRIX)/$*/bin/python -m pip install transformers==$*
+	touch $@
+
+test-matrix: $(TRANSFORMERS:%=$(MATRIX)/%/.installed)
+	@set -e; for version in $(TRANSFORMERS); do \
+		echo "== transformers $$version"; $(MATRIX)/$$version/bin/python -m pytest tests/stream; \
+	done
+
+test-newest: $(MATRIX)/$(NEWEST)/.installed
+	$(MATRIX)/$(NEWEST)/bin/python -m pytest $(SHORT)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,5 +69,5 @@ docs: $(STAMP)
 	$(BIN)/pdoc --docformat google --math --output-directory site $(DOCUMENTED)
 
 clean:
-	rm -rf $(VENV) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(MATRIX) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

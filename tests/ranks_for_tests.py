@@ -7,10 +7,12 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 DEADLINE = 60.0
@@ -27,6 +29,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
 
     A rank that was killed gives its negative exit code; a run that hangs fails the test.
     """
+    with pytest.MonkeyPatch.context() as patch:  # there may be fewer GPUs than ranks
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
     port = _free_port()
     started = []
     for rank in range(size):

@@ -1,5 +1,6 @@
-"""Checks of what a model is to be given, before any of it runs."""
+"""What a model is given: its arguments by name, and the checks of them before any of it runs."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -8,7 +9,77 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.batching import count_tokens
+from lrqp_torch.stream.compiled import unwrapped
 from lrqp_torch.stream.sites import family_of, trunk_of
+
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Names that transformers has given to a model's KV cache, the newest first."""
+
+
+def forward_of(module: nn.Module) -> inspect.Signature:
+    """What a model's class takes, whatever its ``forward`` was wrapped in or replaced by."""
+    plain = unwrapped(module)
+    if hasattr(plain, "get_base_model"):
+        plain = cast(Any, plain).get_base_model()
+    return inspect.signature(type(plain).forward)
+
+
+def arguments_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of ``module`` by their names, however they were passed.
+
+    Raises:
+        PositionError: the call does not fit the signature of the class.
+    """
+    signature = forward_of(module)
+    try:
+        given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    except TypeError as error:
+        if args:
+            raise PositionError(
+                f"the call of {type(unwrapped(module)).__name__} cannot be understood ({error}); "
+                f"pass its arguments by name"
+            ) from error
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
+
+
+def cache_among(given: Mapping[str, Any]) -> Any:
+    """The KV cache among named arguments or results of a model, whatever its name; or None.
+
+    Raises:
+        PositionError: there are several, or one that does not say how many tokens it holds.
+    """
+    found = {id(value): value for value in given.values() if hasattr(value, "get_seq_length")}
+    if len(found) > 1:
+        raise PositionError(
+            f"the model has {len(found)} caches ({', '.join(map(_kind, found.values()))}), of "
+            f"which one cannot say which holds the text"
+        )
+    if found:
+        return next(iter(found.values()))
+    for name, value in given.items():
+        known = name in CACHES and value is not None and not isinstance(value, bool)
+        if known or _kind(value).endswith("Cache"):
+            raise PositionError(
+                f"{name} is a {_kind(value)}, which does not say how many tokens it holds, so "
+                f"positions in the text cannot be told: run the model without it (use_cache=False)"
+            )
+    return None
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def name_of_cache(model: nn.Module) -> str:
+    """The name under which the model takes its KV cache."""
+    known = forward_of(model).parameters
+    return next((name for name in CACHES if name in known), CACHES[0])
 
 
 def vocabulary_of(model: nn.Module) -> int:

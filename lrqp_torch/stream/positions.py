@@ -1,6 +1,5 @@
 """Token positions of a batch: one rule for all shapes, checked against what the model is given."""
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError
-from lrqp_torch.stream.compiled import unwrapped
+from lrqp_torch.stream.inputs import arguments_of, cache_among
 
 _HIDDEN = -1e4
 """Additive attention masks hide with numbers below this."""
@@ -137,13 +136,12 @@ class ForwardCall:
         absolute_positions: bool,
     ) -> "ForwardCall":
         """Read the arguments of a base model's forward, however they were passed."""
-        given = inspect.signature(unwrapped(trunk).forward).bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
+        given = arguments_of(trunk, args, kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor):
             raise PositionError("the model was called without input_ids or inputs_embeds")
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = cache_among(given), given.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         # Models with several kinds of attention take a mask for each.
         if isinstance(mask, Mapping):

@@ -11,7 +11,7 @@ from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.stream.batching import Batch, by_length, count_tokens, cut, in_order, may_trim, take
 from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.hooks import attach, warn_of_dropout
-from lrqp_torch.stream.inputs import check_inputs
+from lrqp_torch.stream.inputs import cache_among, check_inputs
 from lrqp_torch.stream.placement import input_device
 from lrqp_torch.stream.positions import ForwardCall, Positions
 from lrqp_torch.stream.sites import Located, Site, family_of, locate, trunk_of
@@ -59,10 +59,10 @@ class Reading:
             )
         self.n_examples, self.length = count_tokens(inputs)
         check_inputs(model, inputs)
-        if inputs.get("past_key_values") is not None:
+        if cache_among(inputs) is not None:
             raise PositionError(
                 "capture stops the forward pass early, which would leave the KV cache in inputs "
-                "half filled; give the whole text without past_key_values"
+                "half filled; give the whole text without a cache"
             )
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value is not None and value < 1:

@@ -10,7 +10,6 @@ Edits of the same prompts can run side by side, as copies in one batch: each wei
 once for all of them, which matters where the suffix is short.
 """
 
-import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -21,8 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lrqp_torch.errors import PositionError, SiteError
-from lrqp_torch.stream.compiled import unwrapped
 from lrqp_torch.stream.hooks import record_stream, resume_at
+from lrqp_torch.stream.inputs import cache_among, forward_of, name_of_cache
 from lrqp_torch.stream.sites import blocks_of
 
 TOKEN_INPUTS = ("input_ids", "position_ids")
@@ -71,14 +70,14 @@ class Replay:
         if copies < 1:
             raise PositionError(f"copies must be at least 1, got {copies}")
         self.model, self.copies = model, copies
-        accepted = inspect.signature(unwrapped(model).forward).parameters
+        self._cache_name = name_of_cache(model)
         self._options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in forward_of(model).parameters:
             self._options["logits_to_keep"] = 1
         with record_stream(model, first_position) as self._stream:
             output = model(**inputs, **self._options)
         self.clean_logits: Tensor = output.logits[:, -1]
-        cache = output.past_key_values
+        cache = cache_among(output)
         plain = isinstance(cache, DynamicCache) and all(
             type(layer) is DynamicLayer for layer in cache.layers
         )
@@ -124,7 +123,7 @@ class Replay:
             if self.first_position:
                 cache = DynamicCache()
                 cache.layers.extend(self._past)
-                arguments["past_key_values"] = cache
+                arguments[self._cache_name] = cache
                 if first_layer:
                     stream = self._side_by_side(self._stream[first_layer])
                     stack.enter_context(resume_at(self.model, first_layer, stream))

@@ -6,7 +6,6 @@ drawn anew in each epoch. What an edit cannot change (layers below, tokens befor
 and is never part of the graph, so a backward pass needs the memory of the layers above the site.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
-from lrqp_torch.stream.compiled import unwrapped
 from lrqp_torch.stream.hooks import record_stream, resume_at
+from lrqp_torch.stream.inputs import cache_among, forward_of, name_of_cache
 from lrqp_torch.stream.placement import input_device
 from lrqp_torch.stream.sites import blocks_of
 
@@ -69,7 +68,8 @@ class Tail:
         self.model, self.layer = model, layer
         self._device = input_device(model)
         self._inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        self._selects = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+        self._selects = "logits_to_keep" in forward_of(model).parameters
+        self._cache_name = name_of_cache(model)
         self.first_position = first_position
         streams: list[Tensor] = []
         pasts: list[list[tuple[Tensor, Tensor]]] = []
@@ -112,7 +112,7 @@ class Tail:
                 )
                 past = [(below, below)] * self.layer
                 past += [(keys[rows], values[rows]) for keys, values in self._past]
-                arguments["past_key_values"] = DynamicCache(past)
+                arguments[self._cache_name] = DynamicCache(past)
                 stack.enter_context(resume_at(self.model, self.layer, self._stream[rows]))
             logits: Tensor = self.model(**arguments, **options).logits
         return logits if self._selects else logits[:, at]
@@ -123,7 +123,7 @@ class Tail:
         if self._selects:
             arguments["logits_to_keep"] = 1
         with record_stream(self.model, self.first_position) as streams:
-            cache = self.model(**arguments, use_cache=True).past_key_values
+            cache = cache_among(self.model(**arguments, use_cache=True))
         stream = streams[self.layer]
         if not bool(torch.isfinite(stream).all()):
             raise NonFiniteError(

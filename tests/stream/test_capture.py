@@ -236,7 +236,7 @@ def test_a_mask_of_another_width_is_refused(width: int) -> None:
 def test_a_cache_is_refused_and_left_alone() -> None:
     model, ids = build("gpt2"), PROMPTS.tokens[2][None]
     cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-    with pytest.raises(LRQPError, match="without past_key_values"):
+    with pytest.raises(LRQPError, match="without a cache"):
         lrqp.capture(model, {"input_ids": ids[:, 5:], "past_key_values": cache}, ["L1.mid"])
     assert [cache.get_seq_length(layer) for layer in range(LAYERS)] == [5] * LAYERS
 

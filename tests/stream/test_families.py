@@ -172,14 +172,13 @@ def test_replay_is_the_full_forward(name: str) -> None:
 def test_attention_patterns_are_eagers_or_the_family_says_that_it_has_none(name: str) -> None:
     model = build_family(name)
     inputs, at = batch()
-    if not FAMILIES_BUILT[name].patterns:
-        refused = pytest.raises(UnknownFamilyError, match="patterns cannot be read")
-        with refused, record_patterns(model, [1], at):
-            pass
+    try:
+        with record_patterns(model, [1], at) as patterns:
+            logits = model(**inputs).logits
+    except UnknownFamilyError as error:  # a newer transformers may show those of more families
+        assert "patterns cannot be read" in str(error) and not FAMILIES_BUILT[name].patterns
         return
     eager = model(**inputs, output_attentions=True)
-    with record_patterns(model, [1], at) as patterns:
-        logits = model(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert torch.equal(logits[real], eager.logits[real])
     assert torch.equal(patterns[1], eager.attentions[1][torch.arange(3), :, at])
