@@ -26,9 +26,9 @@ from lrqp_torch.study.circuit_figures import draw, panels
 from lrqp_torch.study.conditions import CONDITIONS, Conditions, run_conditions
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.estimates import bootstrap_mean, wilson
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.roles import BACKUP, MOVER, NEGATIVE, S_INHIBITION, WRITER, parse_head
+from lrqp_torch.study.running import in_batches
 
 __all__ = [
     "AttentionReading",

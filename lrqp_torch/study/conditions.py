@@ -13,10 +13,10 @@ from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.head_scores import attention_to
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.roles import parse_head
+from lrqp_torch.study.running import in_batches
 
 CONDITIONS = ("clean", "control", "counterfactual")
 KEYS = ("IO", "S1")

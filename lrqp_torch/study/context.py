@@ -34,6 +34,10 @@ class Task:
     train: IOIPrompts
     test: IOIPrompts
 
+    def __len__(self) -> int:
+        """Number of prompts, to fit on and held out together."""
+        return len(self.train) + len(self.test)
+
 
 @dataclass
 class StudyContext:
@@ -72,17 +76,19 @@ class StudyContext:
         Args:
             task: one of the two tasks.
             split: ``"train"`` or ``"test"``.
-            position: a key of ``IOIPrompts.positions``, such as ``"S2"`` or ``"END"``.
+            position: a key of ``PromptSet.positions``, such as ``"mark"`` or ``"end"``.
             sites: which; default all of the study's.
             advance: called with the number of prompts after each batch that had to be run.
             ranks: the processes among which batches are shared, all of which make this call.
         """
         wanted = list(self.sites if sites is None else sites)
-        kept = self._activations.setdefault((task.name, split, position), {})
+        data: IOIPrompts = getattr(task, split)
+        at = data.positions[position]
+        # One token may have several names, such as mark and S2.
+        name = next(name for name, columns in data.positions.items() if torch.equal(columns, at))
+        kept = self._activations.setdefault((task.name, split, name), {})
         missing = [site for site in wanted if site not in kept]
         if missing:
-            data: IOIPrompts = getattr(task, split)
-            at = data.positions[position]
             found = capture(
                 self.model,
                 data.inputs,
@@ -94,6 +100,32 @@ class StudyContext:
             )
             kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The study's task, then the other one where there is one."""
+        return [self.task] if self.other_task is None else [self.task, self.other_task]
+
+    def clean(
+        self, task: Task, position: str, advance: Advance, sites: Sequence[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Clean activations of the training and of the held-out prompts; see :meth:`activations`.
+
+        ``advance`` is called with ``len(task)`` in all, also where another part of the study has
+        captured the same before.
+        """
+        halves = []
+        for split in ("train", "test"):
+            counted = 0
+
+            def count(done: int) -> None:
+                nonlocal counted
+                counted += done
+                advance(done)
+
+            halves.append(self.activations(task, split, position, sites, count))
+            advance(len(getattr(task, split)) - counted)
+        return halves[0], halves[1]
 
     def generator(self) -> torch.Generator:
         """A fresh generator from the study's seed; parts do not share random streams."""

@@ -28,13 +28,12 @@ from lrqp_torch.qp import Status
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study import dose_figures
-from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.conditions import logit_differences
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import bootstrap_mean, wilson
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.panel import Panel
+from lrqp_torch.study.running import in_batches
 
 POSITION = "S2"
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
@@ -158,7 +157,7 @@ def from_json(raw: dict[str, Any]) -> DoseResult:
 def work(context: StudyContext, /, *, log_alphas: Sequence[float] = LOG_ALPHAS) -> int:
     """Units that :func:`compute` advances: prompts captured, and prompts run under each edit."""
     edits = len(log_alphas) + 2
-    return sum(capture_units(task) + edits * len(task.test) for task in tasks_of(context))
+    return sum(len(task) + edits * len(task.test) for task in context.tasks)
 
 
 def compute(
@@ -190,8 +189,8 @@ def compute(
     if not asked or any(a >= b for a, b in pairwise(asked)):
         raise SettingError(f"log_alphas must be one or more rising numbers, got {asked}")
     tasks = {}
-    for task in tasks_of(context):
-        train, test = clean_activations(context, task, POSITION, advance, [site])
+    for task in context.tasks:
+        train, test = context.clean(task, POSITION, advance, [site])
         labels = task.train.labels.to(train[site].device)
         probe = LinearProbe.fit(train[site], labels, l2=l2)
         metric = Mahalanobis.fit(train[site], shrinkage)

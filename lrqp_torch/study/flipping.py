@@ -9,7 +9,7 @@ site; a probe's accuracy tells only that it is *knowable* there.
 Source: the post "Intervening in the Residual Stream" (2023).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
@@ -20,12 +20,11 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
-from lrqp_torch.stream.placement import input_device
-from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, read_sites
-from lrqp_torch.study.side_by_side import edited_side_by_side, finite
+from lrqp_torch.study.running import Batch, put
+from lrqp_torch.study.running import batches as in_order
 
 CONDITIONS = ("control", "counterfactual")
 USED_THRESHOLD = 0.5
@@ -215,20 +214,16 @@ def sweep(
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    device = input_device(model)
-    # Left padding puts END in the last column, so a later S2 means a shorter suffix.
-    order = torch.argsort(data.positions["S2"].cpu(), stable=True)
     flat: dict[str, Tensor] = {}
-    for index, rows in enumerate(in_batches(order, batch_size)):
+    for index, batch in enumerate(in_order(model, data, batch_size, copies=len(CONDITIONS))):
         done = None if batches is None else batches.load(index)
         if done is None:
-            done = _sweep_batch(model, data[rows].to(device), edits, advance).prompts()
+            done = _sweep_batch(batch, edits, advance).prompts()
             if batches is not None:
                 batches.save(index, done)
         else:
             advance(sweep_runs(len(edits)))
-        for name, values in done.items():
-            flat.setdefault(name, values.new_zeros(len(data)))[rows] = values
+        put(flat, done, batch.rows, len(data))
     return Sweep.from_prompts(flat, edits)
 
 
@@ -238,29 +233,18 @@ def sweep_runs(edits: int) -> int:
 
 
 @torch.no_grad()
-def _sweep_batch(
-    model: Any, batch: IOIPrompts, edits: Mapping[str, LRQP], advance: Advance
-) -> Sweep:
-    positions, labels = batch.positions["S2"], batch.labels
-    targets = dict(zip(CONDITIONS, (labels, 1 - labels), strict=True))
-    replay = Replay(model, batch.inputs, int(positions.min()), copies=len(targets))
-    logits = finite(replay.clean_logits, "the clean run")
-    clean = CleanEffects(_logit_difference(logits, batch), _io_probability(logits, batch))
+def _sweep_batch(batch: Batch[IOIPrompts], edits: Mapping[str, LRQP], advance: Advance) -> Sweep:
+    data, targets = batch.prompts, batch.targets()
+    clean = CleanEffects(_logit_difference(batch.clean, data), _io_probability(batch.clean, data))
     advance(1)
     effects: dict[str, dict[str, EditEffects]] = {}
-    for site, found in edited_side_by_side(replay, edits, positions, labels, targets):
+    for site, edit in edits.items():
         effects[site] = {
-            condition: EditEffects(_logit_difference(edited.logits, batch), **edited.record)
-            for condition, edited in found.items()
+            condition: EditEffects(_logit_difference(edited.logits, data), **edited.record)
+            for condition, edited in batch.edited(site, edit, targets).items()
         }
         advance(len(targets))
     return Sweep(clean, effects)
-
-
-def in_batches(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive pieces of ``rows``, each of at most ``size``."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def summarise_clean(clean: CleanEffects) -> CleanResult:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lrqp_torch.errors import LabelError
 from lrqp_torch.study import geometry_figures, geometry_panels
-from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.indirect_objects import IOIPrompts
@@ -115,7 +114,7 @@ def from_json(raw: dict[str, Any]) -> GeometryResult:
 
 def work(context: StudyContext, /) -> int:
     """Units that :func:`compute` advances: prompts to capture, and sites of each task."""
-    return sum(capture_units(task) + len(context.sites) for task in tasks_of(context))
+    return sum(len(task) + len(context.sites) for task in context.tasks)
 
 
 def compute(context: StudyContext, advance: Advance = no_progress) -> GeometryResult:
@@ -125,8 +124,8 @@ def compute(context: StudyContext, advance: Advance = no_progress) -> GeometryRe
         LabelError: the prompts of a split are all of one order.
     """
     tasks = {}
-    for task in tasks_of(context):
-        train, test = clean_activations(context, task, POSITION, advance)
+    for task in context.tasks:
+        train, test = context.clean(task, POSITION, advance)
         sites = {}
         for site in context.sites:
             sites[site] = site_geometry(

@@ -11,8 +11,8 @@ from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study.attribution import attribute
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.roles import head_name
+from lrqp_torch.study.running import in_batches
 
 ATTENTIONS = {
     "END→IO": ("END", "IO"),

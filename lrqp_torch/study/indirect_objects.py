@@ -11,11 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lrqp_torch.errors import PromptError
 from lrqp_torch.ioi import IOIDataset, swap_order
 from lrqp_torch.study.prompts import PromptSet, Words
 
 WORDS = Words(
     variable="the order of the names",
+    value="order",
     position="S2",
     end="END",
     held="IO",
@@ -23,6 +25,11 @@ WORDS = Words(
     preference="IO − S",
     unit="logits",
 )
+
+NAMES_NEEDED = (
+    "it follows attention to the two names, which only the prompts of `lrqp reproduce` have"
+)
+"""Why a part of the study cannot run on prompts of another task."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,3 +95,14 @@ class IOIPrompts(PromptSet):
     def to(self, device: torch.device | str) -> Self:
         """The same prompts with their tensors on ``device``."""
         return self.of(self.data.to(device))
+
+
+def named(prompts: PromptSet) -> IOIPrompts:
+    """The same prompts, for what asks for the tokens IO and S1.
+
+    Raises:
+        PromptError: they are of another task.
+    """
+    if not isinstance(prompts, IOIPrompts):
+        raise PromptError(NAMES_NEEDED)
+    return prompts

@@ -12,10 +12,10 @@ from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import has_mid
 from lrqp_torch.study.attribution import head_shares, output_projection
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.head_scores import CleanHeads, attention_to
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.roles import ATTENTION, parse_head
+from lrqp_torch.study.running import in_batches
 
 MOST_TESTED = 24
 """At most this many heads are tested for S-inhibition, those that attend most to S2."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import probing_figures, probing_panels
-from lrqp_torch.study.captured import capture_units, clean_activations, tasks_of
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.panel import Panel
@@ -135,13 +134,13 @@ def from_json(raw: dict[str, Any]) -> ProbingResult:
 def work(context: StudyContext, /, *, names: int = 20, bins: int = 8) -> int:
     """Units that :func:`compute` advances: prompts to capture, and probes to fit."""
     units = 0
-    for task in tasks_of(context):
+    for task in context.tasks:
         probed, _ = _split(task, context, names, bins)
         fits = sum(
             len(_sites(variable.name, context.sites)) + len(_control_sites(context.sites))
             for variable in probed
         )
-        units += len(POSITIONS) * (capture_units(task) + fits)
+        units += len(POSITIONS) * (len(task) + fits)
     return units
 
 
@@ -165,10 +164,10 @@ def compute(
     """
     generator = context.generator()
     entries = []
-    for task in tasks_of(context):
+    for task in context.tasks:
         probed, repeated = _split(task, context, names, bins)
         for position in POSITIONS:
-            train, test = clean_activations(context, task, position, advance)
+            train, test = context.clean(task, position, advance)
             for variable in probed:
                 order = torch.randperm(len(variable.train_rows), generator=generator)
                 scores = _scores(variable, train, test, context.sites, order, advance)
@@ -223,7 +222,7 @@ def _split(
     task: Task, context: StudyContext, names: int, bins: int
 ) -> tuple[list[Variable], dict[str, str]]:
     """Variables to probe, and which of them stand for a second one that is the same here."""
-    plain = next((t for t in tasks_of(context) if not any(t.train.data.prefixes)), None)
+    plain = next((t for t in context.tasks if not any(t.train.data.prefixes)), None)
     made = variables_of(task, plain, names=names, bins=bins)
     if task is not plain:
         return made, {}

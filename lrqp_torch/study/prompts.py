@@ -42,6 +42,7 @@ class Words:
 
     Attributes:
         variable: what the classes are of, with its article.
+        value: what one of the classes is, without an article: "the other ...", "the true ...".
         position: the token that is read and edited.
         end: the token after which the answer is read.
         held: the answer in the sense of the class that holds.
@@ -51,6 +52,7 @@ class Words:
     """
 
     variable: str = "the class"
+    value: str = "class"
     position: str = "the marked token"
     end: str = "the last token"
     held: str = "the class that holds"

@@ -16,7 +16,6 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.versions import package_versions
 from lrqp_torch.files import digest_model
 from lrqp_torch.study import chapters, figures, flipping, html, results, shared_sweep
-from lrqp_torch.study.captured import tasks_of
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.drawing import require_matplotlib
@@ -117,7 +116,7 @@ def _reproduce(ranks: Ranks, settings: Settings, start: Start) -> StudyResults |
             store.clear()
             forget(settings.out)
         sweeps = [chapters.FLIPPING, chapters.OTHER_TASK] if chapters.FLIPPING in names else []
-        tasks = dict(zip(sweeps, tasks_of(context), strict=False))
+        tasks = dict(zip(sweeps, context.tasks, strict=False))
         missing = [name for name in tasks if ranks.is_main and store.load(name) is None]
     missing = ranks.from_main(missing)
     if not ranks.is_main:
@@ -330,12 +329,11 @@ def _edits(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]:
 
 
 def _fingerprint(settings: Settings, context: StudyContext) -> dict[str, object]:
-    tasks = [context.task] if context.other_task is None else [context.task, context.other_task]
     return settings.deciding() | {
         "sites": ",".join(context.sites),
         "device": context.device.type,
         "weights": digest_model(context.model),
-        "prompts": digest_prompts(tasks),
+        "prompts": digest_prompts(context.tasks),
         "lrqp_torch": __version__,
     }
 

@@ -15,12 +15,10 @@ from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.placement import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, PromptSet
-from lrqp_torch.study.side_by_side import finite
-from lrqp_torch.tasks.fitting import next_class, require_classes
+from lrqp_torch.study.running import finite, in_batches, lead, next_class
+from lrqp_torch.tasks.fitting import require_classes
 from lrqp_torch.tasks.origin import origin_of
-from lrqp_torch.tasks.sweep import lead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,6 +17,7 @@ from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.running import next_class
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,3 @@ def require_classes(prompts: PromptSet, classes: Sequence[str], whose: str) -> N
             f"{', '.join(prompts.classes)}; encode both with the same ones: "
             f"PromptSet.encode(..., classes={tuple(classes)!r})"
         )
-
-
-def next_class(labels: Tensor, n_classes: int) -> Tensor:
-    """The class after each one, (n,): the other one of two."""
-    return (labels + 1) % n_classes

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import PromptError
-from lrqp_torch.stream.placement import input_device
-from lrqp_torch.stream.replay import Replay
 from lrqp_torch.study.context import Advance, no_progress
-from lrqp_torch.study.flipping import CONDITIONS, in_batches
+from lrqp_torch.study.flipping import CONDITIONS
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.side_by_side import edited_side_by_side, finite
-from lrqp_torch.tasks.fitting import next_class
+from lrqp_torch.study.running import Batch, answers, batches, divergences, next_class, put
 
 
 @torch.no_grad()
@@ -41,80 +37,32 @@ def sweep(
         One number a prompt, (n,), on the CPU, in the order of ``prompts``:
 
         - ``labels`` and ``other``: the class that holds and the counterfactual one;
-        - ``clean.NAME`` with the names of :func:`read_answers`;
+        - ``clean.NAME`` with the names of :func:`~lrqp_torch.study.running.answers`;
         - ``SITE.CONDITION.NAME`` with these names, those of
-          :data:`~lrqp_torch.study.side_by_side.RECORD`, and ``divergence``,
+          :data:`~lrqp_torch.study.running.RECORD`, and ``divergence``,
           KL(clean ‖ edited) of the next token in nats.
 
     Raises:
         PromptError: prompts that do not end in the last column.
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    if not bool((prompts.end == prompts.inputs["input_ids"].shape[1] - 1).all()):
-        raise PromptError(
-            "the prompts of a study must be padded on the left: use "
-            "PromptSet.encode(..., padding_side='left')"
-        )
-    device = input_device(model)
     labels = prompts.labels.cpu()
     flat = {"labels": labels, "other": next_class(labels, len(prompts.classes))}
-    # A later position means a shorter suffix to run again.
-    order = torch.argsort(prompts.position.cpu(), stable=True)
-    for rows in in_batches(order, batch_size):
-        for name, values in _sweep_batch(model, prompts[rows].to(device), edits, advance).items():
-            flat.setdefault(name, values.new_zeros(len(prompts)))[rows] = values
+    for batch in batches(model, prompts, batch_size, copies=len(CONDITIONS)):
+        put(flat, _sweep_batch(batch, edits, advance), batch.rows, len(prompts))
     return flat
 
 
-def read_answers(prompts: PromptSet, logits: Tensor, other: Tensor) -> dict[str, Tensor]:
-    """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
-
-    Args:
-        prompts: with their classes' answers.
-        logits: of the next token, (n, vocabulary).
-        other: a class besides the one that holds, (n,).
-
-    Returns:
-        ``preference``, the score of the class that holds minus that of ``other``; ``own_lead`` and
-        ``other_lead``, the score of each minus the highest of all other classes, positive where it
-        is what the model answers.
-    """
-    if prompts.answers is None:
-        return {}
-    scores = prompts.scores(logits).cpu()
-    own, other = prompts.labels.cpu()[:, None], other.cpu()[:, None]
-    preference = scores.gather(-1, own) - scores.gather(-1, other)
-    leads = {"own_lead": lead(scores, own), "other_lead": lead(scores, other)}
-    return {"preference": preference.squeeze(-1)} | leads
-
-
-def divergences(clean: Tensor, edited: Tensor) -> Tensor:
-    """KL(clean ‖ edited) of the next token in nats, (n,), of logits (n, vocabulary)."""
-    before, after = clean.double().log_softmax(-1), edited.double().log_softmax(-1)
-    # Rounding can leave −1e-17 where nothing changed.
-    return (before.exp() * (before - after)).sum(-1).clamp_min(0).cpu()
-
-
-def lead(scores: Tensor, classes: Tensor) -> Tensor:
-    """Score of a class minus the highest of all others, (n,), of scores (n, K), classes (n, 1)."""
-    rival = scores.scatter(-1, classes, float("-inf")).amax(-1)
-    return scores.gather(-1, classes).squeeze(-1) - rival
-
-
 def _sweep_batch(
-    model: Any, batch: PromptSet, edits: Mapping[str, LRQP], advance: Advance
+    batch: Batch[PromptSet], edits: Mapping[str, LRQP], advance: Advance
 ) -> dict[str, Tensor]:
-    labels = batch.labels
-    other = next_class(labels, len(batch.classes))
-    targets = dict(zip(CONDITIONS, (labels, other), strict=True))
-    replay = Replay(model, batch.inputs, int(batch.position.min()), copies=len(targets))
-    clean = finite(replay.clean_logits, "the clean run")
-    found = {f"clean.{k}": v for k, v in read_answers(batch, clean, other).items()}
+    targets = batch.targets()
+    found = {f"clean.{k}": v for k, v in answers(batch.prompts, batch.clean).items()}
     advance(1)
-    for site, conditions in edited_side_by_side(replay, edits, batch.position, labels, targets):
-        for condition, edited in conditions.items():
-            columns = edited.record | read_answers(batch, edited.logits, other)
-            columns["divergence"] = divergences(clean, edited.logits)
+    for site, edit in edits.items():
+        for condition, edited in batch.edited(site, edit, targets).items():
+            columns = edited.record | answers(batch.prompts, edited.logits)
+            columns["divergence"] = divergences(batch.clean, edited.logits)
             found |= {f"{site}.{condition}.{name}": values for name, values in columns.items()}
         advance(len(targets))
     return found

@@ -15,12 +15,13 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.running import answers, divergences, next_class
 from lrqp_torch.tasks import Prompt, PromptSet, TaskResults, figures, report, split, words
 from lrqp_torch.tasks.applying import apply, typed_prompts
-from lrqp_torch.tasks.fitting import HeldOut, fit_sites, next_class
+from lrqp_torch.tasks.fitting import HeldOut, fit_sites
 from lrqp_torch.tasks.origin import origin_of
 from lrqp_torch.tasks.results import Condition, columns_of
-from lrqp_torch.tasks.sweep import divergences, read_answers, sweep
+from lrqp_torch.tasks.sweep import sweep
 
 USED = ["L1.mid", "L2.pre", "L2.mid"]
 SITES = ["L0.mid", *USED, "L3.mid"]
@@ -153,14 +154,13 @@ def test_the_divergence_is_that_of_the_whole_forward_pass(
 
 
 def test_with_three_classes_a_flip_is_an_answer_with_the_target() -> None:
-    answers = torch.tensor([[[0], [1], [2]]]).expand(4, 3, 1)
+    tokens = torch.tensor([[[0], [1], [2]]]).expand(4, 3, 1)
     labels = torch.tensor([0, 0, 1, 2])
-    other = next_class(labels, 3)
-    assert other.tolist() == [1, 1, 2, 0]
-    prompts = PromptSet({}, labels, labels, labels, ("a", "b", "c"), answers, ("",) * 4)
+    assert next_class(labels, 3).tolist() == [1, 1, 2, 0]
+    prompts = PromptSet({}, labels, labels, labels, ("a", "b", "c"), tokens, ("",) * 4)
     clean = torch.tensor([[3.0, 1, 0], [1, 3, 0], [0, 3, 1], [0, 0, 3]])
     edited = torch.tensor([[1.0, 3, 0], [0, 3, 0], [0, 2, 1], [0, 4, 3]])
-    before, after = (read_answers(prompts, logits, other) for logits in (clean, edited))
+    before, after = (answers(prompts, logits) for logits in (clean, edited))
     assert before["own_lead"].tolist() == [2, -2, 2, 3]
     assert after["other_lead"].tolist() == [2, 3, -1, -4]
     assert after["preference"].tolist() == [-2, -3, 1, 3]

@@ -14,8 +14,8 @@ from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.batch import Batch
 from lrqp_torch.study.compare.editable import Editable, Effects, Run
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.flipping import in_batches
 from lrqp_torch.study.roles import parse_head
+from lrqp_torch.study.running import in_batches
 
 
 @torch.no_grad()

@@ -1,0 +1,233 @@
+"""Running prompts batch by batch: clean once, then under any edits, rerunning what they change."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import NonFiniteError, PromptError
+from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.study.prompts import PromptSet
+
+P = TypeVar("P", bound=PromptSet)
+K = TypeVar("K", bound=Hashable)
+
+RECORD = ("log_odds_before", "log_odds_after", "floor", "distance", "euclidean", "status")
+"""What is kept of each edit's :class:`~lrqp_torch.edits.record.EditRun`, one number a prompt."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """One edit of a batch of prompts.
+
+    Attributes:
+        logits: of the last column, (B, vocabulary), on the model's device.
+        record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64.
+    """
+
+    logits: Tensor
+    record: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch(Generic[P]):
+    """Some prompts, and their clean run once it is asked for.
+
+    Attributes:
+        model: a transformers causal language model.
+        rows: which prompts of the whole set, (B,), on the CPU.
+        prompts: the same prompts, on the model's device.
+        first: the smallest column that an edit will touch.
+        copies: how many targets of each edit run side by side.
+    """
+
+    model: Any
+    rows: Tensor
+    prompts: P
+    first: int
+    copies: int = 1
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The clean run, made when first asked for and kept."""
+        return Replay(self.model, self.prompts.inputs, self.first, copies=self.copies)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """Logits of the last column in the clean run, (B, vocabulary).
+
+        Raises:
+            NonFiniteError: they hold NaN or infinity.
+        """
+        return finite(self.replay.clean_logits, "the clean run")
+
+    def targets(self) -> dict[str, Tensor]:
+        """The class to write by condition: the one that holds (control) or the next one."""
+        labels = self.prompts.labels
+        return {
+            "control": labels,
+            "counterfactual": next_class(labels, len(self.prompts.classes)),
+        }
+
+    def editing(self, site: str, edit: LRQP, condition: str) -> AbstractContextManager[object]:
+        """The context of an edit under ``"control"`` or ``"counterfactual"``; none for others."""
+        target = self.targets().get(condition)
+        if target is None:
+            return nullcontext()
+        at, source = self.prompts.position, self.prompts.labels
+        return edit.at(self.model, site, positions=at, target=target, source=source)
+
+    def run(self, first_layer: int, where: str) -> Tensor:
+        """Logits of the last column under the contexts that are open, (copies · B, vocabulary).
+
+        Args:
+            first_layer: the lowest layer that any of them touches.
+            where: what they do, for the message of the error.
+
+        Raises:
+            NonFiniteError: the logits hold NaN or infinity.
+        """
+        return finite(self.replay.run(first_layer), where)
+
+    def edited(self, site: str, edit: LRQP, targets: Mapping[str, Tensor]) -> dict[str, Edited]:
+        """What an edit at one site does, towards each of ``copies`` targets at once.
+
+        Args:
+            site: its name.
+            edit: acts at the marked token.
+            targets: name to the class to write, (B,), as many as there are copies.
+
+        Raises:
+            NonFiniteError: the model's logits under an edit are NaN or infinite.
+        """
+        count = len(self)
+        at, source = (
+            each.repeat(len(targets)) for each in (self.prompts.position, self.prompts.labels)
+        )
+        target = torch.cat(list(targets.values()))
+        with edit.at(self.model, site, positions=at, target=target, source=source) as run:
+            logits = self.run(Site.parse(site).layer, f"the edits at {site}")
+        record = {name: getattr(run, name).to("cpu", torch.float64) for name in RECORD}
+        record["status"] = record["status"].to(torch.int64)
+        found = {}
+        for index, name in enumerate(targets):
+            rows = slice(index * count, (index + 1) * count)
+            own = {key: values[rows].clone() for key, values in record.items()}
+            found[name] = Edited(logits[rows], own)
+        return found
+
+
+def batches(
+    model: Any, prompts: P, size: int, *, start: str = "mark", copies: int = 1
+) -> Iterator[Batch[P]]:
+    """The prompts in batches, in the order in which replaying them is cheapest.
+
+    Padding on the left puts the end in the last column, so a later start means a shorter suffix to
+    run again; prompts of like suffixes share a batch.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        prompts: padded on the left.
+        size: prompts a batch, at most.
+        start: the token, one of ``prompts.positions``, before which no edit acts.
+        copies: how many targets of each edit run side by side.
+
+    Raises:
+        PromptError: prompts that do not end in the last column.
+    """
+    if not bool((prompts.end == prompts.inputs["input_ids"].shape[1] - 1).all()):
+        raise PromptError(
+            "the prompts of a study must be padded on the left: use "
+            "PromptSet.encode(..., padding_side='left')"
+        )
+    device = input_device(model)
+    columns = prompts.positions[start].cpu()
+    for rows in in_batches(torch.argsort(columns, stable=True), size):
+        yield Batch(model, rows, prompts[rows].to(device), int(columns[rows].min()), copies)
+
+
+def in_batches(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Consecutive pieces of ``rows``, each of at most ``size``."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def put(kept: dict[K, Tensor], found: Mapping[K, Tensor], rows: Tensor, n: int) -> None:
+    """Put a batch's tensors, (B, …) each, into those of all n prompts, on the CPU.
+
+    Args:
+        kept: tensors of shape (n, …) so far; new names are added, with zeros elsewhere.
+        found: those of the batch.
+        rows: which prompts it holds, (B,).
+        n: number of prompts in all.
+    """
+    for name, values in found.items():
+        here = values.detach().cpu()
+        if name not in kept:
+            kept[name] = here.new_zeros(n, *here.shape[1:])
+        kept[name][rows] = here
+
+
+def answers(prompts: PromptSet, logits: Tensor) -> dict[str, Tensor]:
+    """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
+
+    Args:
+        prompts: with their classes' answers.
+        logits: of the next token, (n, vocabulary).
+
+    Returns:
+        ``preference``, the score of the class that holds minus that of the counterfactual class,
+        which is the next one; ``own_lead`` and ``other_lead``, the score of each minus the highest
+        of all other classes, positive where it is what the model answers. With two classes these
+        are the preference and its negative.
+    """
+    if prompts.answers is None:
+        return {}
+    scores = prompts.scores(logits).cpu()
+    labels = prompts.labels.cpu()
+    own, other = labels[:, None], next_class(labels, len(prompts.classes))[:, None]
+    preference = scores.gather(-1, own) - scores.gather(-1, other)
+    leads = {"own_lead": lead(scores, own), "other_lead": lead(scores, other)}
+    return {"preference": preference.squeeze(-1)} | leads
+
+
+def lead(scores: Tensor, classes: Tensor) -> Tensor:
+    """Score of a class minus the highest of all others, (n,), of scores (n, K), classes (n, 1)."""
+    rival = scores.scatter(-1, classes, float("-inf")).amax(-1)
+    return scores.gather(-1, classes).squeeze(-1) - rival
+
+
+def divergences(clean: Tensor, edited: Tensor) -> Tensor:
+    """KL(clean ‖ edited) of the next token in nats, (n,), of logits (n, vocabulary)."""
+    before, after = clean.double().log_softmax(-1), edited.double().log_softmax(-1)
+    # Rounding can leave −1e-17 where nothing changed.
+    return (before.exp() * (before - after)).sum(-1).clamp_min(0).cpu()
+
+
+def next_class(labels: Tensor, n_classes: int) -> Tensor:
+    """The class after each one, (n,): the counterfactual one, the other one of two."""
+    return (labels + 1) % n_classes
+
+
+def finite(logits: Tensor, where: str) -> Tensor:
+    """The same logits.
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
+    """
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError(
+            f"the model's logits contain NaN or infinity in {where}. Try the model in float32."
+        )
+    return logits
