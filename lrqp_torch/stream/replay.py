@@ -98,8 +98,8 @@ class Replay:
         ]
 
     @torch.no_grad()
-    def run(self, first_layer: int = 0) -> Tensor:
-        """Logits of the last column, with the edits whose contexts are open.
+    def run(self, first_layer: int = 0, columns: Tensor | None = None) -> Tensor:
+        """Logits of the last column or of chosen ones, with the edits whose contexts are open.
 
         Positions of those edits are columns of the whole input, as always, a row for each copy of
         each example.
@@ -107,18 +107,27 @@ class Replay:
         Args:
             first_layer: the lowest layer that any open edit touches; blocks below do not run
                 again. An edit at one of them would never fire, which its context reports.
+            columns: LongTensor (k,), rising, columns of the whole input that run again.
 
         Returns:
-            (copies · B, vocabulary).
+            (copies · B, vocabulary), or (copies · B, k, vocabulary) of columns.
 
         Raises:
             SiteError: the model has no such layer.
+            PositionError: a column that does not run again.
         """
         if not 0 <= first_layer < len(blocks_of(self.model)):
             raise SiteError(
                 f"first_layer {first_layer}: the model has {len(blocks_of(self.model))} blocks"
             )
         arguments: dict[str, Any] = dict(self._inputs)
+        options = dict(self._options)
+        if columns is not None:
+            if len(columns) == 0 or int(columns.min()) < self.first_position:
+                raise PositionError(f"columns must be {self.first_position} or more, got {columns}")
+            columns = columns - self.first_position
+            if "logits_to_keep" in options:
+                options["logits_to_keep"] = columns
         with ExitStack() as stack:
             if self.first_position:
                 cache = DynamicCache()
@@ -127,8 +136,10 @@ class Replay:
                 if first_layer:
                     stream = self._side_by_side(self._stream[first_layer])
                     stack.enter_context(resume_at(self.model, first_layer, stream))
-            logits: Tensor = self.model(**arguments, **self._options).logits
-        return logits[:, -1]
+            logits: Tensor = self.model(**arguments, **options).logits
+        if columns is None:
+            return logits[:, -1]
+        return logits if "logits_to_keep" in options else logits[:, columns]
 
     def _side_by_side(self, tensor: Tensor) -> Tensor:
         """The copies of a batch, (B, ...) → (copies · B, ...)."""

@@ -126,6 +126,21 @@ def test_copies_side_by_side_equal_runs_of_their_own(name: str, first_position: 
     assert torch.equal(twice.clean_logits, alone.clean_logits)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_columns_are_those_of_the_full_forward_pass(name: str) -> None:
+    model, inputs = build(name), PROMPTS.padded("left")
+    replay, columns = Replay(model, inputs, FIRST), torch.tensor([FIRST, 9, 11])
+    edit = edit_of(model, "L1.pre")
+    with edit.at(model, "L1.pre", positions=AT, target=TARGET):
+        full = model(**inputs).logits
+        found = replay.run(1, columns)
+    real = inputs["attention_mask"].bool()
+    assert close(found[real[:, columns]], full[:, columns][real[:, columns]])
+    with pytest.raises(PositionError, match=f"columns must be {FIRST} or more"):
+        replay.run(1, columns - 1)
+
+
 @torch.no_grad()
 def test_copies_without_a_cache_that_can_be_cropped() -> None:
     model, inputs = build("mistral", sliding_window=4), PROMPTS.padded("left")
