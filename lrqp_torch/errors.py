@@ -144,6 +144,27 @@ class CompiledModelError(LRQPError, RuntimeError):
     """A model edited or read inside a function that ``torch.compile`` compiles."""
 
 
+def check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise :class:`LRQPError` unless an option has one of its values."""
+    if value not in allowed:
+        raise LRQPError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {quoted(value)}"
+        )
+
+
+QUOTED = 200
+"""So many characters of what a user gave stand in a message, at most."""
+
+
+def quoted(given: object) -> str:
+    """What a user gave, as it may stand in a message: its repr, cut where it is long."""
+    try:
+        text = repr(given)
+    except ValueError:  # an integer of thousands of digits
+        text = type(given).__name__
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
+
+
 def concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values of its own: not in a graph that is being compiled, and not
     inside a transform of :mod:`torch.func`, where it stands for many.
@@ -155,6 +176,13 @@ def concrete(tensor: Tensor) -> bool:
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return True
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The values of a concrete tensor, detached, out of the transforms that it is wrapped in."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach()
 
 
 def readable(tensor: Tensor) -> bool:

@@ -18,7 +18,6 @@ from lrqp_torch.baselines.neuron_transport import NeuronTransport
 from lrqp_torch.baselines.optimal_transport import OptimalTransport
 from lrqp_torch.baselines.random_direction import RandomDirection
 from lrqp_torch.baselines.registry import BASELINES, build
-from lrqp_torch.baselines.run import BaselineRun
 
 __all__ = [
     "BASELINES",
@@ -27,7 +26,6 @@ __all__ = [
     "AlterRep",
     "Baseline",
     "BaselineData",
-    "BaselineRun",
     "Behaviour",
     "ConditionalMean",
     "DASReport",

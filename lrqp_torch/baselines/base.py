@@ -2,33 +2,35 @@
 
 import copy
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrqp_torch.baselines.data import BaselineData
 from lrqp_torch.baselines.length import MahalanobisLength
-from lrqp_torch.baselines.run import BaselineRun
-from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.base import Edit
+from lrqp_torch.edits.lrqp import LRQP, Classes
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import (
     NonFiniteError,
     PairError,
     SettingError,
-    WidthError,
     as_classes,
+    check_activations,
     check_classes,
     check_finite,
+    quoted,
 )
-from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
+from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.reach import Realise
+from lrqp_torch.stream.intervene import EditContext, Intervention
 from lrqp_torch.stream.scopes import Where
 
 
-class Baseline(nn.Module, ABC):
+class Baseline(Edit[Classes]):
     """An edit x ↦ x' that LRQP is compared with.
 
         x' = x + s (edit(x) − x)
@@ -54,7 +56,7 @@ class Baseline(nn.Module, ABC):
     """Whether :meth:`Paired.paired` must be called before the edit."""
 
     def __init__(self, reference: LRQP, *, strength: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(reference.on_infeasible)
         self.reference = reference
         self.strength = _checked(strength)
         self.length = MahalanobisLength(reference.metric)
@@ -81,56 +83,87 @@ class Baseline(nn.Module, ABC):
     @property
     def n_classes(self) -> int:
         """K."""
-        return self.reference.probe.n_classes
+        return self.reference.n_classes
 
     @property
     def width(self) -> int:
         """The width d of the activations."""
         return self.reference.probe.width
 
-    def forward(
-        self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None
-    ) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable where the formula is.
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name
+
+    def solve(
+        self,
+        x: Tensor,
+        target: Classes,
+        source: Classes | None = None,
+        *,
+        realise: Realise | None = None,
+        examples: Tensor | None = None,
+    ) -> Solution:
+        """Edit activations; differentiable where the formula is.
+
+        In the :class:`~lrqp_torch.Solution` odds and distance are those of the reference's probe
+        and metric, read from what the stream holds; ``floor`` and ``kkt_residual`` are NaN, since a
+        baseline promises no odds. ``status`` is SATISFIED where the activation was left as it was,
+        and otherwise SOLVED.
 
         Args:
             x: activations, (B, d).
             target: class to write, (B,) or one for all.
             source: class that holds now; default the reference probe's own reading.
+            realise: what the model will hold of float64 activations; default: x' in x's dtype.
+            examples: names for the rows in error messages, (B,); default 0, 1, ….
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
             NonFiniteError: an edited activation that x's dtype cannot hold.
             PairError: a method that needs paired activations has none, or not as many as x.
         """
-        rows = torch.arange(len(x), device=x.device)
+        check_activations(x, self.width)
         self.check_pairs(len(x))
-        return self.edit_rows(x, target, source, _outside_a_model(x, rows))
+        rows = torch.arange(len(x), device=x.device)
+        names = rows if examples is None else examples
+        held = realise or (lambda values: values.to(x.dtype).double())
+        given = self._classes(x, target, "target")
+        own = None if source is None else self._classes(x, source, "source")
+        return self.edit_rows(x, given, own, EditContext(rows, names, torch.zeros_like(rows), held))
 
     def edit_rows(
-        self,
-        x: Tensor,
-        target: Tensor | int,
-        source: Tensor | int | None,
-        context: EditContext,
-    ) -> Tensor:
-        """:meth:`forward` for rows that ``context`` numbers: what the hook in a model calls."""
-        if x.ndim != 2 or x.shape[1] != self.width:
-            raise WidthError(f"activations must be (B, {self.width}), got {tuple(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
+        self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
+    ) -> Solution:
+        """:meth:`solve` for rows that ``context`` numbers: what the hook in a model calls."""
         check_finite(x)
-        target = self._classes(x, target, "target")
+        geometry = self.reference.geometry(x.device)
         if source is None:
-            source = self.reference.geometry(x.device).logits(x).argmax(-1)
-        source = self._classes(x, source, "source")
-        edited = self.edit(x, target, source, context)
+            source = geometry.logits(x).argmax(-1)
+        edited = self.edit(x, target.long(), source.long(), context)
         if self.strength != 1:
             wide = x.double()
             edited = wide + self.strength * (edited.double() - wide)
         result = edited.to(x.dtype)
         _check_holds(result, context)
-        return result
+        with torch.no_grad():
+            moved = (result != x).any(-1)
+            held = torch.where(moved.unsqueeze(-1), context.realise(result), x.double())
+            delta = held - x.double()
+            unknown = torch.full_like(delta[:, 0], torch.nan)
+            none = torch.zeros(len(x), self.n_classes - 1, dtype=torch.float64, device=x.device)
+            return Solution(
+                x_new=result,
+                multipliers=none,
+                active=none > 0,
+                distance=self.length(delta),
+                euclidean=torch.linalg.vector_norm(delta, dim=-1),
+                floor=unknown,
+                log_odds_before=geometry.margins(x, target).amin(-1),
+                log_odds_after=geometry.margins(held, target).amin(-1),
+                kkt_residual=unknown,
+                status=torch.where(moved, int(Status.SOLVED), int(Status.SATISFIED)),
+            )
 
     def at_strength(self, strength: float) -> Self:
         """The same edit at another strength; shares all tensors with this one."""
@@ -143,33 +176,16 @@ class Baseline(nn.Module, ABC):
         site: str,
         *,
         positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
+        record: bool = True,
     ) -> Intervention:
-        """The edit as an item for :func:`~lrqp_torch.intervene`. See :meth:`LRQP.at`."""
+        """The edit as an item for :func:`~lrqp_torch.intervene`. See :meth:`Edit.at`."""
         if self.needs_pair and not isinstance(positions, Tensor):
             raise PairError(f"{self.name} needs a pair for each position, known beforehand")
-        run = BaselineRun(self, positions, target, source)
+        run = EditRun(self, positions, target, source, record)
         self.check_pairs(run.n_positions)
         return Intervention(site, positions, run)
-
-    @contextmanager
-    def at(
-        self,
-        model: nn.Module,
-        site: str,
-        *,
-        positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
-    ) -> Iterator[BaselineRun]:
-        """Edit ``model`` at a site in every forward pass within the context.
-
-        Arguments as of :meth:`LRQP.at`. Yields the record of what the edit did.
-        """
-        item = self.on(site, positions=positions, target=target, source=source)
-        with intervene_once(model, item, BaselineRun) as run:
-            yield run
 
     def check_pairs(self, count: int) -> None:
         """Raise unless paired activations, where the method needs them, are as many as rows."""
@@ -180,16 +196,6 @@ class Baseline(nn.Module, ABC):
             classes = classes.expand(len(x))
         check_classes(classes, len(x), self.n_classes, name)
         return classes.long()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # .half() of a model that holds an edit must not round the edit's own numbers.
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
 
 class Paired(Baseline):
@@ -266,11 +272,5 @@ def _check_holds(edited: Tensor, context: EditContext) -> None:
 
 def _checked(strength: Any) -> float:
     if not isinstance(strength, Real | Tensor) or not math.isfinite(strength):
-        raise SettingError(f"strength must be a finite number, got {strength!r}")
+        raise SettingError(f"strength must be a finite number, got {quoted(strength)}")
     return float(strength)
-
-
-def _outside_a_model(x: Tensor, rows: Tensor) -> EditContext:
-    return EditContext(
-        rows, rows, torch.zeros_like(rows), lambda values: values.to(x.dtype).double()
-    )

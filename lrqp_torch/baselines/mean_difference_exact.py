@@ -66,10 +66,10 @@ class ExactMeanDifference(MeanDifference):
                 break
             raised = raised + torch.where(short > 0, 2 * short + (attempt + 1) * nudge, 0.0)
         reached = needed & ~(short > 0).any(-1)
-        self._judge(needed & ~reached, target, context)
+        self._refuse(needed & ~reached, target, context)
         return torch.where(reached.unsqueeze(-1), edited, x.double())
 
-    def _judge(self, unreached: Tensor, target: Tensor, context: EditContext) -> None:
+    def _refuse(self, unreached: Tensor, target: Tensor, context: EditContext) -> None:
         if self.reference.on_infeasible == "skip" or not bool(unreached.any()):
             return
         which = context.example[unreached].tolist()

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from lrqp_torch.edits.versions import package_versions
+        from lrqp_torch.edits.provenance import package_versions
 
         versions = package_versions()
         others = ", ".join(

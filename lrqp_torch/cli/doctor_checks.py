@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from lrqp_torch import models
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.versions import package_versions
+from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.qp import MahalanobisQP

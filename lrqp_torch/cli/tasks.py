@@ -77,8 +77,8 @@ def fit(
     """
     with messages(debug):
         from lrqp_torch.cli.study import parse_shrinkage
-        from lrqp_torch.edits.edit_files import require_one_kind
         from lrqp_torch.edits.library import EditLibrary
+        from lrqp_torch.edits.saving import require_one_kind
         from lrqp_torch.study.folder import made_folder
         from lrqp_torch.study.preparing import choose_sites
         from lrqp_torch.tasks.fitting import fit_sites, try_sites, with_origin

@@ -8,31 +8,48 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.constrained_judging import judge_solution
-from lrqp_torch.edits.constrained_placing import solve_with
-from lrqp_torch.edits.constrained_solving import solve_posed
-from lrqp_torch.edits.constrained_values import (
-    Reads,
-    Values,
-    parameter_values,
-    row_classes,
-    rows_read,
-)
-from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.odds import Odds, Rule, floors
+from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.lrqp import LRQP, Classes, Odds, Rule
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import SavedEditError, check_activations, check_finite, require_concrete
+from lrqp_torch.errors import (
+    ConstraintError,
+    LRQPError,
+    NonFiniteError,
+    SavedEditError,
+    SolverError,
+    WidthError,
+    as_classes,
+    check_activations,
+    check_classes,
+    check_finite,
+    quoted,
+    require_concrete,
+)
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.qp import Solution
+from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
 from lrqp_torch.qp.posed import Point, PosedProblem
-from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
 from lrqp_torch.qp.reduction import Reduction
-from lrqp_torch.stream.intervene import Intervention, intervene_once
-from lrqp_torch.stream.scopes import Where
+from lrqp_torch.stream.intervene import EditContext, Intervention
+from lrqp_torch.stream.positions import Positions
+from lrqp_torch.stream.scopes import Where, parse
+
+Reads = Literal["activation", "length"] | Tensor
+Values = Mapping[str, Tensor | float]
+
+# Constraints count as met within this share of 1 + their terms. Clarabel ends at 1e-9 or better.
+MET = 1e-6
+# The floors are aimed at by this much more, so that what the solver leaves does not cost a round.
+AIM = 1e-8
+# An edit shorter than this, in standard deviations, of an activation that meets its floor is none:
+# solvers that pose a square as a cone know a length only to the root of their duality gap.
+NO_EDIT = 1e-5
+MAX_ROUNDS = 8
 
 
-class ConstrainedLRQP(nn.Module):
+class ConstrainedLRQP(Edit[Classes]):
     """The least edit that a probe reads as the target, under constraints of one's own.
 
         minimise  ½ (x' − x)ᵀ Σ⁻¹ (x' − x) + penalties(x')
@@ -91,17 +108,17 @@ class ConstrainedLRQP(nn.Module):
         log_odds: float = 10.0,
         rule: Rule = "mirror",
         odds: Odds = "pairwise",
-        on_infeasible: Literal["raise", "skip"] = "raise",
+        on_infeasible: OnInfeasible = "raise",
         solver: str = "DIFFCP",
         solver_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(on_infeasible)
         self.edit = LRQP(
             probe, metric, log_odds=log_odds, rule=rule, odds=odds, on_infeasible=on_infeasible
         )
         self.constraints = constraints
         self.declared = dict(parameters or {})
-        self.features = rows_read(reads, probe.width)
+        self.features = _rows_read(reads, probe.width)
         self.solver, self.solver_args = solver, dict(solver_args or {})
         # Not a submodule: what is posed can be neither copied nor saved, and follows from the rest.
         self._posed: list[tuple[list[Tensor], Reduction, PosedProblem]] = []
@@ -117,22 +134,16 @@ class ConstrainedLRQP(nn.Module):
         """The metric in which edits are least."""
         return self.edit.metric
 
-    def forward(
-        self,
-        x: Tensor,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
-        *,
-        parameters: Values | None = None,
-    ) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`."""
-        return self.solve(x, target, source, parameters=parameters).x_new
+    @property
+    def n_classes(self) -> int:
+        """K."""
+        return self.edit.n_classes
 
     def solve(
         self,
         x: Tensor,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
         *,
         parameters: Values | None = None,
         realise: Realise | None = None,
@@ -159,27 +170,29 @@ class ConstrainedLRQP(nn.Module):
                 sign or kind; or an objective without a lower bound.
             WidthError, TargetError, NonFiniteError: bad input, named.
         """
+        given = dict(parameters or {})
         check_activations(x, self.probe.width)
-        require_concrete(
-            "ConstrainedLRQP", x, target, source, self.probe.weight, *(parameters or {}).values()
-        )
+        require_concrete("ConstrainedLRQP", x, target, source, self.probe.weight, *given.values())
         geometry = self.edit.geometry(x.device)
         basis, problem = self._pose()
         basis = basis.to(x.device)
         check_finite(x)
-        n_classes = self.probe.n_classes
-        classes = row_classes(target, x, n_classes, "target")
-        held = None if source is None else row_classes(source, x, n_classes, "source")
+
+        def each(classes: Classes, what: str) -> Tensor:
+            tensor = as_classes(classes, what).to(x.device)
+            tensor = tensor.expand(len(x)) if tensor.ndim == 0 else tensor
+            check_classes(tensor, len(x), self.n_classes, what)
+            return tensor.long()
+
+        classes = each(target, "target")
+        held = None if source is None else each(source, "source")
         margins = geometry.margins(x, classes)
-        log_odds = self.edit.log_odds.to(x.device)
-        floor = floors(margins, classes, held, log_odds, self.edit.rule, self.edit.odds)
-        values = parameter_values(
-            self.edit, self.features, problem, basis, geometry, x, classes, parameters or {}
-        )
-        solution = solve_posed(
+        floor = self.edit.floors(margins, classes, held, sufficient=True)
+        values = self._values(problem, basis, geometry, x, classes, given)
+        solution = _solve_posed(
             problem, x, classes, floor, margins, geometry, basis, values, realise
         )
-        return judge_solution(solution, x, classes, examples, self.edit.on_infeasible)
+        return self._judge(self._skip(solution, x), x, classes, examples)
 
     def at(
         self,
@@ -187,45 +200,64 @@ class ConstrainedLRQP(nn.Module):
         site: str,
         *,
         positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
+        record: bool = True,
         parameters: Values | None = None,
     ) -> AbstractContextManager[EditRun]:
         """Edit ``model`` at a site within the context, as :meth:`LRQP.at`.
 
-        Args:
-            model: a transformers model; it is not changed.
-            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T).
-            target: class to write: one for all, (B,) one an example, or the shape of positions.
-            source: class that holds now, in the same shapes; default the probe's own reading.
-            parameters: of their declared shape for all, or (B, *shape), one an example; in a scope
-                for all.
+        ``parameters`` are of their declared shape for all, or (B, *shape), one an example; in a
+        scope for all.
         """
         item = self.on(
-            site, positions=positions, target=target, source=source, parameters=parameters
+            site,
+            positions=positions,
+            target=target,
+            source=source,
+            record=record,
+            parameters=parameters,
         )
-        return intervene_once(model, item, EditRun)
+        return self._open(model, item)
 
     def on(
         self,
         site: str,
         *,
         positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
+        record: bool = True,
         parameters: Values | None = None,
     ) -> Intervention:
         """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        solve = solve_with(self.solve, self._pose()[1], positions, parameters or {})
-        return Intervention(site, positions, EditRun(solve, positions, target, source))
+        run = EditRun(self, positions, target, source, record)
+        parsed, problem = parse(positions), self._pose()[1]
+        batch = parsed.batch if isinstance(parsed, Positions) else 1
+        run.given["parameters"] = {
+            name: _spread(problem, name, value, batch) for name, value in (parameters or {}).items()
+        }
+        return Intervention(site, positions, run)
 
-    def save(self, path: str | Path, **notes: Any) -> NoReturn:
-        """Refuse: a function is not data.
+    def edit_rows(
+        self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
+    ) -> Solution:
+        """See :meth:`Edit.edit_rows`: each example with its own parameters."""
+        # In a scope, whose batch is not known beforehand, parameters are the same for all.
+        rows = context.example
+        rows = rows if context.request is None else torch.zeros_like(rows)
+        own = {name: value.to(x.device)[rows] for name, value in given["parameters"].items()}
+        return super().edit_rows(x, target, source, context, parameters=own)
 
-        Raises:
-            SavedEditError: always.
-        """
+    def unreachable(self, target: Tensor, which: str) -> str:
+        """See :meth:`Edit.unreachable`."""
+        return (
+            f"no activation meets the odds and your constraints together for {which}: loosen a "
+            f"constraint, turn it into a penalty, lower log_odds, or pass on_infeasible='skip' to "
+            f"leave them unchanged"
+        )
+
+    def _write(self, folder: Path, notes: dict[str, Any]) -> NoReturn:
         raise SavedEditError(
             "an edit with constraints of your own cannot be saved: the function is code, and "
             "reading a saved edit executes nothing. Save edit.edit, which has the probe, the "
@@ -257,3 +289,208 @@ class ConstrainedLRQP(nn.Module):
         )
         self._posed = [([tensor.detach().cpu().clone() for tensor in given], basis, problem)]
         return basis, problem
+
+    def _values(
+        self,
+        problem: PosedProblem,
+        basis: Reduction,
+        geometry: ProbeGeometry,
+        x: Tensor,
+        target: Tensor,
+        parameters: Values,
+    ) -> list[Tensor]:
+        """Values of all parameters but the gap, (B, …) each, in the order of the problem."""
+        declared = set(problem.parameters)
+        unknown, missing = set(parameters) - declared, declared - set(parameters)
+        if unknown or missing:
+            raise ConstraintError(
+                f"the parameters are {sorted(declared)}: "
+                + (f"{sorted(unknown)} were not declared" if unknown else "")
+                + (f"{sorted(missing)} have no value" if missing else "")
+            )
+        if torch.is_grad_enabled() and (
+            self.metric.covariance.requires_grad
+            or (self.probe.weight.requires_grad and not basis.complete)
+        ):
+            raise ConstraintError(
+                "the metric, and with reads= other than 'activation' the probe's weights, are "
+                "constants of the posed problem: detach them (requires_grad_(False))"
+            )
+        wide = x.double()
+        other = other_classes(target, geometry.n_classes, x.device)
+        normals = geometry.weight[target].unsqueeze(-2) - geometry.weight[other]
+        values: dict[str, Tensor] = {"x": wide}
+        if self.features is not None:
+            values["features"] = wide @ self.features.to(x.device).T
+        if "centred" in problem.given:
+            values["centred"], _ = basis.centred(wide)
+        own = [_spread(problem, name, parameters[name], len(x)) for name in problem.parameters]
+        return [
+            basis.slopes(normals),
+            *(values[name] for name in problem.given),
+            *(value.to(x.device) for value in own),
+        ]
+
+
+def _rows_read(reads: Reads, width: int) -> Tensor | None:
+    """The rows F that the function reads, (n, d), none for lengths; None for all of x'."""
+    if isinstance(reads, Tensor):
+        if reads.ndim != 2 or reads.shape[1] != width or not reads.is_floating_point():
+            raise WidthError(
+                f"reads must be rows (n, {width}) of what the function uses of x', got "
+                f"{reads.dtype} {tuple(reads.shape)}"
+            )
+        if not bool(torch.isfinite(reads).all()):
+            raise NonFiniteError("reads holds NaN or infinity")
+        return reads.detach().cpu().double()
+    if reads == "activation":
+        return None
+    if reads == "length":
+        return torch.zeros(0, width, dtype=torch.float64)
+    raise LRQPError(
+        f"reads must be 'activation', 'length' or a tensor (n, {width}), got {quoted(reads)}"
+    )
+
+
+def _spread(problem: PosedProblem, name: str, value: Tensor | float, batch: int) -> Tensor:
+    """A parameter's value for each example, (B, *shape)."""
+    if name not in problem.parameters:
+        raise ConstraintError(f"{name!r} was not declared; parameters={sorted(problem.parameters)}")
+    shape = tuple(problem.parameters[name].shape)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConstraintError(f"parameter {name!r} must be numbers, got {quoted(value)}") from error
+    if tensor.is_complex():
+        raise ConstraintError(f"parameter {name!r} must be real, got {tensor.dtype}")
+    tensor = tensor.double()
+    if tensor.shape == shape:
+        problem.check_value(name, tensor)
+        return tensor.expand(batch, *shape)
+    if tensor.shape == (batch, *shape):
+        for one in tensor:
+            problem.check_value(name, one)
+        return tensor
+    raise ConstraintError(
+        f"parameter {name!r} must be {shape} or {(batch, *shape)}, got {tuple(tensor.shape)}"
+    )
+
+
+def _solve_posed(
+    problem: PosedProblem,
+    x: Tensor,
+    target: Tensor,
+    floor: Tensor,
+    margins: Tensor,
+    geometry: ProbeGeometry,
+    basis: Reduction,
+    values: list[Tensor],
+    realise: Realise | None,
+) -> Solution:
+    """Solve for the stored numbers: floors that rounding misses are raised, and solved again."""
+    wide, bound = x.double(), floor.unsqueeze(-1)
+    headroom = Headroom.of(x, geometry.constraints(target).length)
+    raised = headroom.in_advance(bound) + AIM * (1 + bound.detach().abs())
+    held = (margins >= bound).all(-1)
+    status, violation = _first_look(problem, values, bound + raised - margins, held)
+    solved = status == Status.SOLVED
+
+    def step(aim: Tensor, rows: Rows) -> Attempt:
+        everyone = torch.arange(len(x), device=x.device)
+        asked = everyone[solved] if rows is None else rows[solved[rows]]
+        gap = aim - margins if rows is None else margins.index_copy(0, rows, aim - margins[rows])
+        moved = wide.new_zeros(len(x), basis.size)
+        if len(asked):
+            found = problem.solve([values[0], gap, *values[1:]], asked)
+            moved = moved.index_put((asked,), found)
+        rows = everyone if rows is None else rows
+        moved = moved[rows]
+        return Attempt(basis.displace(wide[rows], moved), solved[rows], (moved,))
+
+    def read(stored: Tensor, rows: Rows) -> Tensor:
+        return geometry.margins(stored, target if rows is None else target[rows])
+
+    attempt, after = reach(
+        bound,
+        solved,
+        headroom,
+        step,
+        read,
+        dtype=x.dtype,
+        realise=realise,
+        raised=raised,
+        rounds=MAX_ROUNDS,
+    )
+    edited, (moved,) = attempt.edited, attempt.found
+    with torch.no_grad():
+        distance = torch.linalg.vector_norm(moved, dim=-1)
+        still = solved & held & (distance <= NO_EDIT)
+        reached = ((after >= bound) & torch.isfinite(after)).all(-1)
+        status = torch.where(solved & ~reached, int(Status.INACCURATE), status)
+        status = torch.where(still, int(Status.SATISFIED), status)
+        edit = (status == Status.SOLVED) | (status == Status.INACCURATE)
+        before = margins.amin(-1)
+    # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
+    squared = torch.where(edit, moved.square().sum(-1), 1.0)
+    return Solution(
+        x_new=torch.where(edit.unsqueeze(-1), edited.to(x.dtype), x),
+        multipliers=torch.zeros_like(after),
+        active=edit.unsqueeze(-1) & (after <= bound + MET * (1 + bound.abs())),
+        distance=squared.sqrt() * edit,
+        euclidean=torch.linalg.vector_norm((edited - wide).detach(), dim=-1) * edit,
+        floor=floor,
+        log_odds_before=before,
+        log_odds_after=torch.where(edit, after.amin(-1), before),
+        kkt_residual=violation,
+        status=status,
+    )
+
+
+@torch.no_grad()
+def _first_look(
+    problem: PosedProblem, values: list[Tensor], gap: Tensor, held: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which examples can be solved, (B,) status, and how far each is from its constraints.
+
+    Where the floors hold and nothing else pulls or is broken, no edit is the least one.
+    Solvers return garbage for infeasible examples, or refuse the whole batch. So what they
+    return is held against the constraints, and what fails is solved alone for a verdict; only
+    sound examples go through the layer that gradients flow through.
+    """
+    everything = [values[0], gap, *values[1:]]
+    batch, device = len(gap), gap.device
+    if not batch:
+        return gap.new_zeros(0, dtype=torch.long), gap.new_zeros(0)
+    nowhere = values[0].new_zeros(values[0].shape[-1])
+    idle = [
+        not problem.penalties and problem.violation(everything, i, nowhere) == 0
+        for i in range(batch)
+    ]
+    satisfied = held & torch.tensor(idle, dtype=torch.bool, device=device)
+    try:
+        found = problem.solve(everything, torch.arange(batch, device=device))
+    except SolverError:
+        found = gap.new_full((batch, values[0].shape[-1]), torch.nan)
+    reached = (values[0] @ found.unsqueeze(-1)).squeeze(-1)
+    short = ((gap - reached) / (1 + gap.abs())).amax(-1).clamp_min(0.0)
+    refused = found.isnan().any(-1).tolist()
+    own = [
+        torch.nan if refused[i] else problem.violation(everything, i, found[i])
+        for i in range(batch)
+    ]
+    violation = torch.maximum(short, torch.tensor(own, dtype=gap.dtype, device=device))
+    violation = torch.where(satisfied, 0.0, violation)
+    status = torch.where(satisfied, int(Status.SATISFIED), int(Status.SOLVED))
+    for i in (~(violation <= MET)).nonzero().squeeze(-1).tolist():
+        verdict = problem.verdict(everything, i)
+        if verdict.startswith("unbounded"):
+            raise ConstraintError(
+                f"the objective of example {i} has no lower bound that a solver finds: a penalty "
+                f"falls without end, or by too large a factor; bound it or scale it down"
+            )
+        infeasible = verdict.startswith("infeasible")
+        status[i] = int(Status.INFEASIBLE if infeasible else Status.INACCURATE)
+        if verdict == "optimal" and refused[i]:
+            # Only its company was refused.
+            status[i], violation[i] = int(Status.SOLVED), 0.0
+    return status, violation.nan_to_num(torch.inf)

@@ -1,13 +1,76 @@
 """Edits that did not reach their target, said as errors that name the examples."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import InfeasibleError, NonFiniteError, SolverError
-from lrqp_torch.qp import Status
+from lrqp_torch.errors import (
+    InfeasibleError,
+    NonFiniteError,
+    SolverError,
+    check_finite,
+    concrete,
+)
+from lrqp_torch.qp import Solution, Status
+
+if TYPE_CHECKING:
+    from lrqp_torch.edits.base import Edit
+
+
+def worst_allowed(on_infeasible: str) -> Status:
+    """The worst status that is no error; what is to be skipped is skipped already."""
+    return Status.INACCURATE if on_infeasible == "skip" else Status.SOLVED
+
+
+def visible(solution: Solution, on_infeasible: str) -> Tensor:
+    """The edited activations, with NaN in the rows that would have raised, had they been seen.
+
+    Inside a transform or a compiled graph a row that failed could not be told from one that needed
+    no edit by its activation alone.
+    """
+    if concrete(solution.status):
+        return solution.x_new
+    failed = solution.status > worst_allowed(on_infeasible)
+    return torch.where(failed.unsqueeze(-1), torch.nan, solution.x_new)
+
+
+def judge(
+    edit: "Edit[Any]", solution: Solution, x: Tensor, target: Tensor, examples: Tensor | None
+) -> None:
+    """Raise for the examples that did not reach their target and are not to be skipped.
+
+    Inside a transform or a compiled graph nothing can be seen, and nothing is raised.
+
+    Args:
+        edit: what was applied.
+        solution: what came of it.
+        x: activations, (B, d).
+        target: what was asked for, (B,) or (B, V).
+        examples: what the rows are called in messages, (B,); default 0, 1, ….
+
+    Raises:
+        NonFiniteError, InfeasibleError, SolverError: as :func:`raise_failures`.
+    """
+    status = solution.status
+    if not concrete(status) or bool((status <= worst_allowed(edit.on_infeasible)).all()):
+        return
+    check_finite(x)
+    raise_failures(
+        edit,
+        status,
+        names=torch.arange(len(x), device=x.device) if examples is None else examples,
+        target=target,
+        floor=solution.floor.detach(),
+        reached=solution.log_odds_after.detach(),
+        residual=solution.kkt_residual.detach(),
+        overflow=~torch.isfinite(solution.x_new.detach()).all(-1),
+        dtype=x.dtype,
+    )
 
 
 def raise_failures(
+    edit: "Edit[Any]",
     status: Tensor,
     *,
     names: Tensor,
@@ -17,64 +80,55 @@ def raise_failures(
     residual: Tensor,
     overflow: Tensor,
     dtype: torch.dtype,
-    n_kept: int = 0,
 ) -> None:
-    """Raise for the first kind of failure among some edits, all arguments (N,).
+    """Raise for the first kind of failure among N edits.
 
     Args:
-        status: :class:`~lrqp_torch.Status` of each.
-        names: what the examples are called in messages.
-        target: class that was asked for.
-        floor: log α that was asked for.
-        reached: log odds that were reached.
-        residual: KKT residuals.
-        overflow: whether the edit exceeds what the dtype can hold, bool.
+        edit: what was applied; it says what to do about a target that nothing reaches.
+        status: :class:`~lrqp_torch.Status` of each, (N,).
+        names: what the examples are called in messages, (N,).
+        target: class that was asked for, (N,), or (N, V) of V variables.
+        floor: log α that was asked for, likewise; NaN where nothing was.
+        reached: log odds that were reached, likewise.
+        residual: KKT residuals, (N,).
+        overflow: whether the edit exceeds what the dtype can hold, (N,) bool.
         dtype: of the activations.
-        n_kept: directions that the metric keeps, along which nothing moves.
 
     Raises:
         NonFiniteError: NaN, infinity or a class out of range went in.
         InfeasibleError: no activation reaches the target.
         SolverError: the odds fall short of α.
     """
-    invalid = status == Status.INVALID
+
+    def those(failed: Tensor) -> str:
+        which = names[failed].tolist()
+        return f"{len(which)} examples, first {which[:10]}"
+
+    # What is to be skipped is no failure, also beside something that is.
+    status = torch.where(status <= worst_allowed(edit.on_infeasible), int(Status.SOLVED), status)
+    invalid, infeasible, inaccurate = (
+        status == kind for kind in (Status.INVALID, Status.INFEASIBLE, Status.INACCURATE)
+    )
     if bool(invalid.any()):
-        which = names[invalid].tolist()
         raise NonFiniteError(
-            f"{len(which)} examples could not be edited, first {which[:10]}: their activations or "
-            f"floors hold NaN or infinity (look for overflow upstream of the site), their classes "
-            f"are out of range, or the probe was changed through .data while a model ran"
+            f"could not edit {those(invalid)}: their activations or floors hold NaN or infinity "
+            f"(look for overflow upstream of the site), their classes are out of range, or the "
+            f"probe was changed through .data while a model ran"
         )
-    infeasible = status == Status.INFEASIBLE
     if bool(infeasible.any()):
-        which = names[infeasible].tolist()
-        classes = sorted(set(target[infeasible].tolist()))
-        kept = (
-            f". The metric keeps {n_kept} directions, and what the target needs may lie among "
-            f"them: keep fewer, or allow a tolerance (JointLRQP(..., within=...))"
-        )
-        raise InfeasibleError(
-            f"no activation reaches target class {classes} for {len(which)} examples, first "
-            f"{which[:10]}: some class has the same weights as the target, or the metric "
-            f"has no length along their difference. Choose another target, lower log_odds, "
-            f"shrink the covariance, or pass on_infeasible='skip' to leave them unchanged"
-            f"{kept if n_kept else ''}"
-        )
-    inaccurate = status == Status.INACCURATE
+        raise InfeasibleError(edit.unreachable(target[infeasible], those(infeasible)))
     if not bool(inaccurate.any()):
         return
-    which = names[inaccurate].tolist()
     if bool((overflow & inaccurate).any()):
+        asked = float(floor.nan_to_num(-torch.inf).max())
         raise SolverError(
-            f"the edits of {len(which)} examples exceed what {dtype} can hold, first "
-            f"{which[:10]}: log odds of up to {float(floor.max()):.3g} are "
-            f"asked for. Lower log_odds, run the model in a wider dtype, or pass "
+            f"the edits exceed what {dtype} can hold for {those(inaccurate)}: log odds of up to "
+            f"{asked:.3g} are asked for. Lower log_odds, run the model in a wider dtype, or pass "
             f"on_infeasible='skip'"
         )
-    short = float((floor - reached)[inaccurate].max())
+    short = float((floor - reached)[inaccurate].nan_to_num(0.0).max())
     raise SolverError(
-        f"{len(which)} examples could not be solved accurately, first {which[:10]}: log odds "
-        f"short by up to {short:.1e}, KKT residual up to {float(residual[inaccurate].max()):.1e}. "
-        f"Refit the probe with a larger l2 or the metric with more shrinkage, or pass "
-        f"on_infeasible='skip'"
+        f"could not solve accurately for {those(inaccurate)}: log odds short by up to {short:.1e}, "
+        f"KKT residual up to {float(residual[inaccurate].max()):.1e}. Refit the probe with a "
+        f"larger l2 or the metric with more shrinkage, or pass on_infeasible='skip'"
     )

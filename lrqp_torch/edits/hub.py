@@ -1,18 +1,70 @@
-"""Folders on the Hugging Face Hub, sent and fetched whole."""
+"""Edits on the Hugging Face Hub: their model card, and folders sent and fetched whole."""
 
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import HubError
 
-PATTERNS = ["*.safetensors", "*.json", "README.md"]
+CARD_FILE = "README.md"
+PATTERNS = ["*.safetensors", "*.json", CARD_FILE]
 """All that an edit or a library consists of; nothing else is sent or fetched."""
 
-_UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+_TEXT = """# An LRQP edit
+
+The least change of a model's residual stream, in Mahalanobis distance, after which a linear probe \
+reads the class that is asked for.
+
+| | |
+|---|---|
+{table}
+
+```python
+import lrqp_torch as lrqp
+
+edit = lrqp.LRQP.from_pretrained("{name}")
+with edit.at(model, "{site}", positions=positions, target=target) as run:
+    logits = model(**inputs).logits
+```
+"""
+
+
+def model_card(name: str, facts: dict[str, Any], provenance: Provenance | None) -> str:
+    """The text of ``README.md`` for one edit, with the metadata that the Hub reads.
+
+    Args:
+        name: a folder or a name on the Hub, for the example.
+        facts: the edit's own figures, by label.
+        provenance: where it comes from, if that is known.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    origin = provenance.to_json() if provenance is not None else {}
+    versions = origin.pop("versions", {})
+    base = origin.get("model")
+    metadata = ModelCardData(
+        library_name="lrqp_torch",
+        tags=["activation-steering", "interpretability", "lrqp"],
+        # Only a name of the Hub may stand here, and a path of some disk is none.
+        base_model=base if base is not None and _is_hub_name(base) else None,
+    )
+    rows = [(label.replace("_", " "), value) for label, value in (origin | facts).items()]
+    rows += [("made with", ", ".join(f"{key} {value}" for key, value in versions.items()))]
+    table = "\n".join(f"| {label} | {_cell(value)} |" for label, value in rows if value)
+    text = _TEXT.format(table=table, name=name, site=origin.get("site", "L6.mid"))
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _is_hub_name(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
 
 
 def pushed(
@@ -38,6 +90,8 @@ def pushed(
     Raises:
         HubError: the Hub cannot be reached, or refuses.
     """
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         save(Path(folder))
@@ -49,7 +103,7 @@ def pushed(
                 allow_patterns=PATTERNS,
                 commit_message=commit_message,
             )
-        except _UNREACHABLE as error:
+        except _unreachable() as error:
             raise HubError(
                 f"nothing was sent to {repo_id!r}: {error}. Check the name, the network and "
                 f"`hf auth whoami`"
@@ -65,18 +119,29 @@ def fetched_folder(
     Raises:
         HubError: there is no such folder, and the Hub has none or cannot be reached.
     """
-    folder = Path(name_or_path)
+    folder, name = Path(name_or_path), str(name_or_path)
     if folder.is_dir():
         if revision is not None:
-            raise HubError(f"{str(folder)!r} is a local folder, which has no revisions")
+            raise HubError(f"{name!r} is a local folder, which has no revisions")
         return folder
+    import huggingface_hub
+
     try:
-        return Path(
-            snapshot_download(
-                str(name_or_path), revision=revision, token=token, allow_patterns=PATTERNS
-            )
+        fetched = huggingface_hub.snapshot_download(
+            name, revision=revision, token=token, allow_patterns=PATTERNS
         )
-    except _UNREACHABLE as error:
+    except _unreachable() as error:
         raise HubError(
-            f"{str(name_or_path)!r} is no local folder and cannot be fetched from the Hub: {error}"
+            f"{name!r} is no local folder and cannot be fetched from the Hub: {error}"
         ) from error
+    return Path(fetched)
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError

@@ -1,39 +1,53 @@
 """Several variables edited at one site in one problem: every odds holds at the end."""
 
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.attempt import visible
-from lrqp_torch.edits.joint_failing import raise_joint_failures
-from lrqp_torch.edits.joint_floors import slot_floors
-from lrqp_torch.edits.joint_run import JointRun
-from lrqp_torch.edits.joint_saving import load_joint, save_joint
-from lrqp_torch.edits.joint_solution import JointSolution, read_odds
-from lrqp_torch.edits.joint_targets import Targets, name_targets, stack_targets
-from lrqp_torch.edits.joint_variables import (
-    build_geometry,
-    check_within,
-    common_metric,
-    name_edits,
-    with_metric,
-)
+from lrqp_torch.edits.base import Edit, OnInfeasible, Place
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import LRQPError, SavedEditError, check_activations, check_finite, concrete
+from lrqp_torch.edits.saving import read_joint, write_joint
+from lrqp_torch.errors import (
+    LRQPError,
+    SavedEditError,
+    TargetError,
+    as_classes,
+    check_activations,
+    check_finite,
+    concrete,
+    quoted,
+)
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.qp import MahalanobisQP, Status
-from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp import MahalanobisQP, Solution
+from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
-from lrqp_torch.stream.intervene import Intervention, intervene_once
-from lrqp_torch.stream.scopes import Where
+
+Targets = Mapping[str, Tensor | int] | Tensor
+"""Name to class, ``KEEP`` or ``FREE``; or all of them as a tensor with V as a last axis."""
 
 
-class JointLRQP(nn.Module):
+@dataclass(frozen=True, repr=False)
+class JointSolution(Solution):
+    """What one problem did to several variables: a :class:`Solution` with V columns of odds.
+
+    ``floor``, ``log_odds_before`` and ``log_odds_after`` are (B, V), NaN where a variable was not
+    written; ``multipliers`` and ``active`` are those of all constraints together, (B, m).
+
+    Attributes:
+        moved: the largest change of any log odds z_j − z_k of a variable, read back, (B, V): for a
+            kept variable what rounding or its tolerance let through.
+    """
+
+    moved: Tensor
+
+
+class JointLRQP(Edit[Targets]):
     """The least edit, in Mahalanobis distance, after which several probes read their targets.
 
         minimise  (x' − x)ᵀ Σ⁻¹ (x' − x)
@@ -76,31 +90,25 @@ class JointLRQP(nn.Module):
         metric: Mahalanobis | None = None,
         *,
         within: Mapping[str, float] | None = None,
-        on_infeasible: Literal["raise", "skip"] = "raise",
+        on_infeasible: OnInfeasible = "raise",
     ) -> None:
-        super().__init__()
-        edits = name_edits(edits, metric)
-        if on_infeasible not in ("raise", "skip"):
-            raise LRQPError(f"on_infeasible must be 'raise' or 'skip', got {on_infeasible!r}")
-        self.metric = common_metric(edits) if metric is None else metric
+        super().__init__(on_infeasible)
+        edits = _name_edits(edits, metric)
+        self.metric = _common_metric(edits) if metric is None else metric
         self.names = tuple(edits)
         self.kept_by_default = tuple(
             name for name, edit in edits.items() if not isinstance(edit, LRQP)
         )
-        self.edits = nn.ModuleList(with_metric(edit, self.metric) for edit in edits.values())
-        self.within = check_within(within or {}, self.names)
-        self.on_infeasible = on_infeasible
-        self.notes: dict[str, Any] = {}
+        self.edits = nn.ModuleList(_with_metric(edit, self.metric) for edit in edits.values())
+        self.within = _check_within(within or {}, self.names)
         geometry = self._build(self.metric.covariance.device)
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
         self._kept: tuple[list[Tensor], StackedGeometry] | None = None
 
-    def forward(self, x: Tensor, target: Targets, source: Targets | None = None) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`.
-
-        Under ``vmap`` a row that would have raised is NaN, as in :meth:`LRQP.forward`.
-        """
-        return visible(self.solve(x, target, source), self.on_infeasible)
+    @property
+    def n_classes(self) -> int:
+        """The most classes that any variable has."""
+        return max(edit.n_classes for edit in self._edits().values())
 
     def solve(
         self,
@@ -138,56 +146,50 @@ class JointLRQP(nn.Module):
         )
 
         def floor(margins: Tensor, rows: slice) -> Tensor:
-            return slot_floors(
-                self._edits(), self.within, geometry, margins, choice[rows], held[rows]
-            )
+            return self.slot_floors(geometry, margins, choice[rows], held[rows])
 
         solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
         if not concrete(choice) or not concrete(held):
             solution = solution.invalidate(~(sound & sound_source), x)
-        failed = solution.status >= Status.INFEASIBLE
-        if self.on_infeasible == "skip":
-            solution = solution.revert(failed & (solution.status != Status.INVALID), x)
-        joint = read_odds(self._edits(), geometry, solution, x, choice, held, realise)
-        if concrete(failed) and bool(failed.any()):
-            raise_joint_failures(joint, x, choice, examples, self.names, self.on_infeasible)
-        return joint
+        solution = self._skip(solution, x)
+        joint = self._read_odds(geometry, solution, x, choice, held, realise)
+        return self._judge(joint, x, choice, examples)
 
-    def at(
-        self,
-        model: nn.Module,
-        site: str,
-        *,
-        positions: Where,
-        target: Targets,
-        source: Targets | None = None,
-    ) -> AbstractContextManager[JointRun]:
-        """Edit ``model`` at a site in every forward pass within the context.
+    def slot_floors(
+        self, geometry: StackedGeometry, margins: Tensor, choice: Tensor, held: Tensor
+    ) -> Tensor:
+        """The floor of every slot: log α, the margin at x less τ, or what always holds; (b, m)."""
+        columns = []
+        for place, (name, edit) in enumerate(self._edits().items()):
+            own = margins[:, geometry.variable == place]
+            log_odds = _asked(edit, own, choice[:, place], held[:, place])
+            written, kept = choice[:, place] >= 0, choice[:, place] == KEEP
+            slot = torch.arange(own.shape[-1], device=own.device)
+            inside = written.unsqueeze(-1) & (slot < edit.n_classes - 1)
+            floor = torch.where(inside, log_odds.unsqueeze(-1), -1.0)
+            if name in self.within:
+                floor = torch.where(kept.unsqueeze(-1), own - self.within[name], floor)
+            columns.append(floor)
+        return torch.cat(columns, -1)
 
-            with joint.at(model, "L6.mid", positions=s2, target={"order": 1, "name": 0}) as run:
-                logits = model(**inputs).logits
-            run.log_odds_after                    # (B, V), in the order of joint.names
+    def place(self, classes: Targets, what: str, place: Place) -> Tensor:
+        """See :meth:`Edit.place`; ranges are checked where it is solved."""
+        parts = self._parts(classes, what)
+        placed = [place(part, f"{what} of {name!r}") for name, part in parts.items()]
+        return torch.stack(torch.broadcast_tensors(*placed), -1)
 
-        Args:
-            model: a transformers model; it is not changed.
-            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T).
-            target: name to class, ``KEEP`` or ``FREE``, each one for all, (B,) one an example, or
-                the shape of positions; or a tensor of one of these shapes with V as a last axis.
-            source: classes that hold now, in the same forms.
-
-        Yields:
-            A :class:`~lrqp_torch.edits.joint_run.JointRun` that records what the edit did.
-        """
-        item = self.on(site, positions=positions, target=target, source=source)
-        return intervene_once(model, item, JointRun)
-
-    def on(
-        self, site: str, *, positions: Where, target: Targets, source: Targets | None = None
-    ) -> Intervention:
-        """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        parts = self._parts(target, "target"), self._parts(source or {}, "source")
-        return Intervention(site, positions, JointRun(self.solve, positions, *parts))
+    def unreachable(self, target: Tensor, which: str) -> str:
+        """See :meth:`Edit.unreachable`."""
+        said = {FREE: "free", KEEP: "kept"}
+        wishes = ", ".join(
+            f"{name} {said.get(value, value)}"
+            for name, value in zip(self.names, target[0].tolist(), strict=True)
+        )
+        return (
+            f"no activation meets all that is asked of {which} ({wishes}): targets contradict each "
+            f"other, or the directions that one needs are kept for another. Leave a variable FREE, "
+            f"keep it within a tolerance (within={{name: nats}}), or pass on_infeasible='skip'"
+        )
 
     def geometry(self, device: torch.device) -> StackedGeometry:
         """What the solves share, on a device; computed anew only when probes or metric change."""
@@ -208,58 +210,227 @@ class JointLRQP(nn.Module):
                 self._kept = kept = copies, self._build(device)
         return kept[1]
 
-    def save(self, path: str | Path, **notes: Any) -> Path:
-        """Write all edits to a folder: ``joint.json``, and a saved edit in a folder each.
-
-        Raises:
-            OutputError: the folder cannot be written, or the notes are not JSON.
-        """
+    def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         content = {
             "names": list(self.names),
             "kept_by_default": list(self.kept_by_default),
             "within": self.within,
             "on_infeasible": self.on_infeasible,
-            "notes": {**self.notes, **notes},
+            "notes": notes,
         }
-        return save_joint(path, list(self._edits().values()), content)
+        return write_joint(folder, list(self._edits().values()), content)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None) -> Self:
-        """Read edits that :meth:`save` wrote. Nothing is executed.
-
-        Raises:
-            SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
-        """
-        content, edits, metric = load_joint(path)
+    def _read(cls, folder: Path) -> Self:
+        content, saved = read_joint(folder, LRQP.load)
+        bare = content["kept_by_default"]
+        edits = {
+            name: edit.probe if name in bare else edit
+            for name, edit in zip(content["names"], saved, strict=True)
+        }
         try:
             joint = cls(
                 edits,
-                metric,
+                saved[0].metric,
                 within=content["within"],
                 on_infeasible=content["on_infeasible"],
             )
         except LRQPError as error:
-            raise SavedEditError(f"{path} does not hold valid edits: {error}") from error
+            raise SavedEditError(f"{folder} does not hold valid edits: {error}") from error
         joint.notes = content["notes"]
-        return joint.to(device) if device is not None else joint
+        return joint
 
     def _build(self, device: torch.device) -> StackedGeometry:
-        return build_geometry(self._edits(), self.metric, self.within, device)
+        """The constraints of all probes stacked."""
+        probes = [edit.probe for edit in self._edits().values()]
+        return StackedGeometry.build(
+            [probe.weight.to(device) for probe in probes],
+            [probe.bias.to(device) for probe in probes],
+            self.metric.covariance.to(device),
+            [name in self.within for name in self.names],
+        )
 
     def _edits(self) -> dict[str, LRQP]:
         named = zip(self.names, self.edits, strict=True)
         return {name: edit for name, edit in named if isinstance(edit, LRQP)}
 
     def _parts(self, targets: Targets, what: str) -> dict[str, Tensor | int]:
-        return name_targets(targets, what, self.names, self.kept_by_default)
+        """One entry a variable, in order; from a mapping, or from a tensor with V as last axis."""
+        if not isinstance(targets, Mapping):
+            tensor = as_classes(targets, what)
+            if tensor.ndim == 0 or tensor.shape[-1] != len(self.names):
+                raise TargetError(
+                    f"{what} must be a mapping from {list(self.names)}, or a tensor with these "
+                    f"{len(self.names)} as last axis, got {tuple(tensor.shape)}"
+                )
+            return dict(zip(self.names, tensor.unbind(-1), strict=True))
+        unknown = set(targets) - set(self.names)
+        if unknown:
+            raise TargetError(
+                f"{what} names {sorted(unknown, key=repr)}, the variables are {list(self.names)}"
+            )
+        parts = dict(targets)
+        for name in self.names:
+            if what == "target" and name not in parts and name not in self.kept_by_default:
+                raise TargetError(
+                    f"no target for {name!r}: give a class, KEEP to hold its beliefs where they "
+                    f"are, or FREE to let them move"
+                )
+            parts.setdefault(name, KEEP if what == "target" else FREE)
+        return {name: parts[name] for name in self.names}
 
     def _choice(
         self, targets: Targets, batch: int, geometry: StackedGeometry, what: str
     ) -> tuple[Tensor, Tensor]:
         """The choices, (B, V), and which rows are in range, (B,); seen out of range, they raise."""
-        parts = self._parts(targets, what)
-        choice = stack_targets(parts, batch, geometry.weight.device, what)
+        columns = []
+        for name, part in self._parts(targets, what).items():
+            column = as_classes(part, f"{what} of {name!r}").to(geometry.weight.device)
+            if column.dtype.is_floating_point or column.dtype == torch.bool:
+                raise TargetError(f"{what} of {name!r} must hold integers, got {column.dtype}")
+            if column.ndim and column.shape != (batch,):
+                raise TargetError(
+                    f"{what} of {name!r} must be one number or ({batch},), got "
+                    f"{tuple(column.shape)}"
+                )
+            columns.append(column.long().expand(batch))
+        choice = torch.stack(columns, -1)
         if concrete(choice):
             geometry.check(choice, batch, what, self.names)
         inside = geometry.in_range(choice)
         return torch.where(inside, choice, FREE), inside.all(-1)
+
+    def _read_odds(
+        self,
+        geometry: StackedGeometry,
+        solution: Solution,
+        x: Tensor,
+        choice: Tensor,
+        held: Tensor,
+        realise: Realise | None,
+    ) -> JointSolution:
+        """The solution with the odds of each variable, read back from what the stream holds."""
+        with torch.no_grad():
+            edited = solution.x_new.detach().double()
+            stored = edited if realise is None else realise(edited)
+            unchanged = (solution.x_new == x).all(-1, keepdim=True)
+            stored = torch.where(unchanged, x.double(), stored)
+            logits_after = geometry.logits(stored)
+        logits_before = geometry.logits(x)
+        columns: dict[str, list[Tensor]] = {
+            name: [] for name in ("log_odds_before", "log_odds_after", "floor", "moved")
+        }
+        sizes = [edit.n_classes for edit in self._edits().values()]
+        logits = zip(logits_before.split(sizes, -1), logits_after.split(sizes, -1), strict=True)
+        for place, (edit, (before, after)) in enumerate(
+            zip(self._edits().values(), logits, strict=True)
+        ):
+            target, written = choice[:, place], choice[:, place] >= 0
+            margins = _margins(before, target)
+            values = {
+                "log_odds_before": margins.amin(-1),
+                "log_odds_after": _margins(after, target).amin(-1),
+                "floor": _asked(edit, margins, target, held[:, place]),
+            }
+            for name, column in values.items():
+                columns[name].append(torch.where(written, column, torch.nan))
+            change = after - before.detach()
+            columns["moved"].append(change.amax(-1) - change.amin(-1))
+        parts = {field.name: getattr(solution, field.name) for field in fields(Solution)}
+        return JointSolution(**parts | {n: torch.stack(c, -1) for n, c in columns.items()})
+
+
+def _asked(edit: LRQP, margins: Tensor, target: Tensor, held: Tensor) -> Tensor:
+    """Log α of a variable by its own rule, (b,); any number where it is not written.
+
+    For total odds a sufficient one: their exact form is not linear.
+    """
+    margins = margins[:, : edit.n_classes - 1]
+    return edit.floors(margins, target.clamp_min(0), held, sufficient=True)
+
+
+def _margins(logits: Tensor, target: Tensor) -> Tensor:
+    """z_t − z_ℓ over the other classes ascending, (B, K−1); t = 0 where there is no target."""
+    target = target.clamp_min(0).unsqueeze(-1)
+    index = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    other = index + (index >= target).long()
+    return logits.gather(-1, target) - logits.gather(-1, other)
+
+
+def _name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
+    """Edits and probes by name; those of a sequence by their place.
+
+    Raises:
+        LRQPError: neither edit nor probe, a metric that is none, or a name that is no string.
+    """
+    if not isinstance(edits, Mapping):
+        if not isinstance(edits, Sequence) or isinstance(edits, str):
+            raise LRQPError(
+                f"edits must be a mapping from names to LRQP or LinearProbe, or a sequence of "
+                f"them, got {type(edits).__name__}"
+            )
+        edits = {str(place): edit for place, edit in enumerate(edits)}
+    for name, edit in edits.items():
+        if not isinstance(name, str):
+            raise LRQPError(f"variables must have names, got {quoted(name)}")
+        if not isinstance(edit, LRQP | LinearProbe):
+            raise LRQPError(
+                f"variable {name!r} must be an LRQP or a LinearProbe, got {type(edit).__name__}"
+            )
+    if metric is not None and not isinstance(metric, Mahalanobis):
+        raise LRQPError(
+            f"metric must be a Mahalanobis, got {type(metric).__name__}; wrap a covariance as "
+            f"Mahalanobis(covariance)"
+        )
+    return dict(edits)
+
+
+def _common_metric(edits: Mapping[str, LRQP | LinearProbe]) -> Mahalanobis:
+    """The metric that all edits share.
+
+    Raises:
+        LRQPError: no edit, or different metrics.
+    """
+    metrics = {name: edit.metric for name, edit in edits.items() if isinstance(edit, LRQP)}
+    if not metrics:
+        raise LRQPError("give at least one LRQP, or probes and a metric")
+    first_name, first = next(iter(metrics.items()))
+    for name, metric in metrics.items():
+        if metric is not first and not torch.equal(metric.covariance, first.covariance):
+            raise LRQPError(
+                f"{first_name!r} and {name!r} have different metrics, and one problem has one: "
+                f"pass metric=, for example that of the edit fitted on more activations"
+            )
+    return first
+
+
+def _with_metric(edit: LRQP | LinearProbe, metric: Mahalanobis) -> LRQP:
+    """The edit in another metric; a probe with the defaults of :class:`LRQP`."""
+    if not isinstance(edit, LRQP):
+        return LRQP(edit, metric)
+    if edit.metric is metric:
+        return edit
+    log_odds = float(edit.log_odds)
+    return LRQP(edit.probe, metric, log_odds=log_odds, rule=edit.rule, odds=edit.odds)
+
+
+def _check_within(within: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The tolerances as numbers.
+
+    Raises:
+        LRQPError: a name that is no variable, or a tolerance that is not positive.
+    """
+    if not isinstance(within, Mapping):
+        raise LRQPError(f"within must map names among {list(names)} to nats, got {quoted(within)}")
+    checked = {}
+    for name, value in within.items():
+        try:
+            checked[name] = number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = math.nan
+        if name not in names or not (math.isfinite(number) and number > 0):
+            raise LRQPError(
+                f"within must map names among {list(names)} to positive numbers, got "
+                f"{name!r}: {quoted(value)}; for exact keeping leave it out"
+            )
+    return checked

@@ -1,6 +1,5 @@
 """Several edits in one folder, loaded in one call."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,16 +7,19 @@ from typing import Any, Self
 
 import torch
 
-from lrqp_torch.edits.edit_files import INDEX_FILE, require_one_kind
 from lrqp_torch.edits.hub import fetched_folder, pushed
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.saving import JSON_FILE
-from lrqp_torch.errors import SavedEditError
-from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.edits.saving import (
+    INDEX_FILE,
+    JSON_FILE,
+    read_content,
+    require_one_kind,
+    write_content,
+)
+from lrqp_torch.errors import SavedEditError, quoted
+from lrqp_torch.files import prepare_folder
 
 FORMAT = "lrqp_torch.library"
-VERSION = 1
-MAX_INDEX_BYTES = 1_000_000
 # A name is a folder's name: nothing in it may lead elsewhere.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -69,9 +71,7 @@ class EditLibrary(Mapping[str, LRQP]):
         prepare_folder(folder)
         for name, edit in self.items():
             edit.save(folder / name)
-        index = {"format": FORMAT, "version": VERSION, "edits": list(self)}
-        with written_whole(folder / INDEX_FILE) as partial:
-            partial.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_content(folder / INDEX_FILE, FORMAT, {"edits": list(self)})
         return folder
 
     @classmethod
@@ -82,7 +82,13 @@ class EditLibrary(Mapping[str, LRQP]):
             SavedEditError: missing, damaged, foreign, or of a newer format.
         """
         folder = Path(path)
-        return cls({name: LRQP.load(folder / name, device) for name in _read_index(folder)})
+        file = folder / INDEX_FILE
+        names = read_content(file, "library", FORMAT, {"edits": list})["edits"]
+        _check_names(names, str(file))
+        for name in names:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise SavedEditError(f"{folder / name} is a link that leads out of the library")
+        return cls({name: LRQP.load(folder / name, device) for name in names})
 
     @classmethod
     def from_pretrained(
@@ -106,37 +112,13 @@ class EditLibrary(Mapping[str, LRQP]):
         return pushed(self.save, repo_id, **options)
 
 
-def _read_index(folder: Path) -> list[str]:
-    file = folder / INDEX_FILE
-    if not file.is_file():
-        raise SavedEditError(f"no library in {folder}: {INDEX_FILE} is missing")
-    if file.stat().st_size > MAX_INDEX_BYTES:
-        raise SavedEditError(f"{file} is larger than any library's; it is damaged or foreign")
-    try:
-        index = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SavedEditError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise SavedEditError(f"{file} does not describe a library of lrqp_torch edits")
-    if index.get("version") != VERSION:
-        raise SavedEditError(
-            f"{file} has format version {index.get('version')!r}, this program reads {VERSION}; "
-            f"update lrqp_torch"
-        )
-    names = index.get("edits")
-    if not isinstance(names, list):
-        raise SavedEditError(f"{file} is damaged: it lists no edits")
-    _check_names(names, str(file))
-    return names
-
-
 def _check_names(names: Iterable[object], where: str) -> None:
     taken: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
             raise SavedEditError(
-                f"{name!r} in {where} cannot be the name of an edit: use letters, digits, dots, "
-                f"hyphens and underscores"
+                f"{quoted(name)} in {where} cannot be the name of an edit: use letters, digits, "
+                f"dots, hyphens and underscores"
             )
         if name.casefold() in (INDEX_FILE, JSON_FILE):
             raise SavedEditError(

@@ -1,31 +1,39 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
-from contextlib import AbstractContextManager
+import copy
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrqp_torch.edits.attempt import attempt, judge, visible
-from lrqp_torch.edits.edit_files import read_edit, write_edit
-from lrqp_torch.edits.hub import fetched_folder, pushed
-from lrqp_torch.edits.odds import Odds, Rule
-from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import LRQPError, NonFiniteError, SolverError, WidthError, check_activations
+from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.saving import read_edit, write_edit
+from lrqp_torch.errors import (
+    NonFiniteError,
+    SolverError,
+    WidthError,
+    check_activations,
+    check_option,
+    place_classes,
+    readable,
+)
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution
 from lrqp_torch.qp.cache import GeometryCache
 from lrqp_torch.qp.external import ACTIVE_SET
-from lrqp_torch.qp.problem import Realise
+from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.total_odds import TotalOddsProblem
-from lrqp_torch.stream.intervene import Intervention, intervene_once
-from lrqp_torch.stream.scopes import Where
+from lrqp_torch.stream.intervene import EditContext
+
+Rule = Literal["mirror", "fixed"]
+Odds = Literal["pairwise", "total"]
+Classes = Tensor | int
 
 
-class LRQP(nn.Module):
+class LRQP(Edit[Classes]):
     """The least edit, in Mahalanobis distance, after which a probe reads the target class.
 
         minimise  (x' − x)ᵀ Σ⁻¹ (x' − x)   subject to  z_t(x') − z_ℓ(x') ≥ log α  for all ℓ ≠ t
@@ -42,7 +50,7 @@ class LRQP(nn.Module):
 
     Args:
         probe: z(x) = W x + b.
-        metric: Σ.
+        metric: Σ; if it is on another device than the probe, a copy is taken there.
         log_odds: the floor of log α in nats; 10 is the post's.
         rule: ``"mirror"`` or ``"fixed"``.
         odds: ``"pairwise"`` or ``"total"``.
@@ -56,11 +64,6 @@ class LRQP(nn.Module):
         NonFiniteError: NaN or infinity in probe, metric or log_odds.
         SolverError: ``odds="total"`` with a solver of cvxpylayers.
         LRQPError: an option that does not exist.
-
-    Attributes:
-        provenance: what the edit was fitted on, saved with it and checked by :meth:`at`; None
-            where that is not known.
-        notes: what was given to :meth:`save`.
     """
 
     log_odds: Tensor
@@ -73,25 +76,27 @@ class LRQP(nn.Module):
         log_odds: float = 10.0,
         rule: Rule = "mirror",
         odds: Odds = "pairwise",
-        on_infeasible: Literal["raise", "skip"] = "raise",
+        on_infeasible: OnInfeasible = "raise",
         solver: str = ACTIVE_SET,
         solver_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(on_infeasible)
         if probe.width != metric.width:
             raise WidthError(
                 f"the probe reads width {probe.width}, the metric has width {metric.width}; fit "
                 f"both on activations of the same site"
             )
-        _check_option("rule", rule, ("mirror", "fixed"))
-        _check_option("odds", odds, ("pairwise", "total"))
-        _check_option("on_infeasible", on_infeasible, ("raise", "skip"))
+        check_option("rule", rule, ("mirror", "fixed"))
+        check_option("odds", odds, ("pairwise", "total"))
         floor = torch.as_tensor(log_odds, dtype=torch.float64)
         if floor.ndim != 0 or not bool(torch.isfinite(floor)):
             raise NonFiniteError(f"log_odds must be one finite number, got {log_odds}")
+        device = probe.weight.device
+        if metric.covariance.device != device:
+            metric = copy.deepcopy(metric).to(device)
         self.probe, self.metric = probe, metric
-        self.register_buffer("log_odds", floor)
-        self.rule, self.odds, self.on_infeasible = rule, odds, on_infeasible
+        self.register_buffer("log_odds", floor.to(device))
+        self.rule, self.odds = rule, odds
         self.qp: MahalanobisQP | TotalOddsProblem
         if odds == "total" and probe.n_classes > 2:
             if solver != ACTIVE_SET:
@@ -99,10 +104,8 @@ class LRQP(nn.Module):
             self.qp = TotalOddsProblem()
         else:
             self.qp = MahalanobisQP(probe.n_classes, solver=solver, solver_args=solver_args)
-        self.notes: dict[str, Any] = {}
-        self.provenance: Provenance | None = None
         self._geometry = GeometryCache()
-        self.geometry(probe.weight.device)
+        self.geometry(device)
 
     @classmethod
     def fit(
@@ -124,21 +127,16 @@ class LRQP(nn.Module):
         probe = LinearProbe.fit(x, y, l2=l2, n_classes=n_classes)
         return cls(probe, Mahalanobis.fit(x, shrinkage), **options)
 
-    def forward(
-        self, x: Tensor, target: Tensor | int, source: Tensor | int | None = None
-    ) -> Tensor:
-        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`.
-
-        Under ``vmap`` and in a compiled graph, where nothing can raise, a row that would have
-        raised is NaN; the status of :meth:`solve` says why.
-        """
-        return visible(self.solve(x, target, source), self.on_infeasible)
+    @property
+    def n_classes(self) -> int:
+        """K."""
+        return self.probe.n_classes
 
     def solve(
         self,
         x: Tensor,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
         *,
         realise: Realise | None = None,
         examples: Tensor | None = None,
@@ -158,15 +156,15 @@ class LRQP(nn.Module):
             SolverError: the odds read back fall short of α, unless on_infeasible is "skip".
         """
         check_activations(x, self.probe.width)
-        geometry = self.geometry(x.device)
-        solution = attempt(self, x, target, source, realise, geometry)
-        return judge(self, solution, x, target, examples)
+        solution = self._attempt(x, target, source, realise, self.geometry(x.device))
+        asked = torch.as_tensor(target, device=x.device).expand(len(x))
+        return self._judge(solution, x, asked, examples)
 
     def propose(
         self,
         x: Tensor,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
+        target: Classes,
+        source: Classes | None = None,
         *,
         realise: Realise | None = None,
     ) -> Solution:
@@ -176,56 +174,61 @@ class LRQP(nn.Module):
         be captured in a CUDA graph. What is seen to be wrong without waiting still raises.
         """
         check_activations(x, self.probe.width)
-        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         if x.device.type == "cpu":
-            return attempt(self, x, target, source, realise, self.geometry(x.device))
+            return self._attempt(x, target, source, realise, self.geometry(x.device))
+        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         geometry, stale = self._geometry.peek(*tensors, x.device)
-        return attempt(self, x, target, source, realise, geometry, stale)
+        return self._attempt(x, target, source, realise, geometry, stale)
 
-    def at(
-        self,
-        model: nn.Module,
-        site: str,
-        *,
-        positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
-    ) -> AbstractContextManager[EditRun]:
-        """Edit ``model`` at a site in every forward pass within the context.
+    def edit_rows(
+        self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
+    ) -> Solution:
+        """See :meth:`Edit.edit_rows`; where a look would wait for the device, it comes later."""
+        if readable(x):
+            return super().edit_rows(x, target, source, context, **given)
+        return self.propose(x, target, source, realise=context.realise)
 
-            with edit.at(model, "L6.mid", positions=s2, target=1 - labels) as run:
-                logits = model(**inputs).logits
+    def floors(
+        self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool
+    ) -> Tensor:
+        """Log α of each activation by the odds rule, (B,), in nats; differentiable.
+
+        ``mirror``: max(z_v − z_t, log_odds), v the source class, by default the probe's own
+        reading. ``fixed``: log_odds.
 
         Args:
-            model: a transformers model; it is not changed.
-            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T); or, around ``model.generate``,
-                ``"prompt"``, ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
-            target: class to write: one for all, (B,) one an example, or the shape of positions.
-            source: class that holds now, in the same shapes; default the probe's own reading.
-
-        Yields:
-            An :class:`~lrqp_torch.edits.record.EditRun` that records what the edit did.
-
-        Raises:
-            ProvenanceError: the edit was fitted on a model of another family or size.
+            margins: z_t − z_ℓ for the other classes ℓ ascending, (B, K−1).
+            target: t, (B,).
+            source: v, (B,), negative where it is the probe's own reading; None: everywhere.
+            sufficient: whether these are pairwise odds that suffice for the total odds, where those
+                are asked for: α (K − 1).
         """
-        if self.provenance is not None:
-            self.provenance.check(model, site)
-        item = self.on(site, positions=positions, target=target, source=source)
-        return intervene_once(model, item, EditRun)
+        n_rivals = margins.shape[-1]
+        floor = self.log_odds.to(margins.device).expand(len(margins))
+        if self.rule == "mirror":
+            belief = -margins.amin(-1).clamp_max(0.0)
+            if source is not None:
+                rival = (source - (source > target).long()).clamp(0, n_rivals - 1)
+                given = -margins.gather(-1, rival.unsqueeze(-1)).squeeze(-1)
+                given = torch.where(source == target, 0.0, given)
+                belief = torch.where(source >= 0, given, belief)
+            floor = torch.maximum(belief, floor)
+        return floor + math.log(n_rivals) if sufficient and self.odds == "total" else floor
 
-    def on(
-        self,
-        site: str,
-        *,
-        positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None = None,
-    ) -> Intervention:
-        """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        run = EditRun(self.solve, positions, target, source, edit=self)
-        return Intervention(site, positions, run)
+    def unreachable(self, target: Tensor, which: str) -> str:
+        """See :meth:`Edit.unreachable`."""
+        kept = self.metric.n_kept
+        return (
+            f"no activation reaches target class {sorted(set(target.tolist()))} for {which}: some "
+            f"class has the same weights as the target, or the metric has no length along their "
+            f"difference. Choose another target, lower log_odds, shrink the covariance, or pass "
+            f"on_infeasible='skip' to leave them unchanged"
+        ) + (
+            f". The metric keeps {kept} directions, and what the target needs may lie among them: "
+            f"keep fewer, or allow a tolerance (JointLRQP(..., within=...))"
+            if kept
+            else ""
+        )
 
     def geometry(self, device: torch.device) -> ProbeGeometry:
         """What the solves share, on a device; computed anew only when probe or metric change."""
@@ -233,58 +236,54 @@ class LRQP(nn.Module):
             self.probe.weight, self.probe.bias, self.metric.covariance, device
         )
 
-    def save(self, path: str | Path, **notes: Any) -> Path:
-        """Write the edit to a folder: ``edit.safetensors``, ``edit.json`` and a model card.
+    def extra_repr(self) -> str:
+        """The odds rule, and what is known of the fit."""
+        facts = {
+            "rule": self.rule,
+            "odds": self.odds,
+            "log_odds": f"{float(self.log_odds):g}",
+            "K": self.n_classes,
+            "d": self.probe.width,
+            "n": self.metric.n_samples,
+            "shrinkage": f"{self.metric.shrinkage:.3g}",
+            "site": self.notes.get("site") if self.provenance is None else self.provenance.site,
+        }
+        return ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
 
-        Args:
-            path: the folder; made if it is missing, its edit replaced if it has one.
-            notes: anything that JSON can hold, such as ``site="L6.mid"``; read back in ``notes``.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
-        Raises:
-            OutputError: the folder cannot be written.
+    def _attempt(
+        self,
+        x: Tensor,
+        target: Classes,
+        source: Classes | None,
+        realise: Realise | None,
+        geometry: ProbeGeometry,
+        stale: Tensor | None = None,
+    ) -> Solution:
+        """Solve by the odds rule; what failed is in the status, and skipped where asked for.
+
+        ``stale``, bool (), says whether the geometry is not that of the probe any more.
         """
-        return write_edit(self, path, notes)
+        batch, device = len(x), x.device
+        classes, valid = place_classes(target, batch, self.n_classes, device, "target")
+        held, valid_source = None, None
+        if source is not None:
+            held, valid_source = place_classes(source, batch, self.n_classes, device, "source")
+
+        def floor(margins: Tensor, rows: slice) -> Tensor:
+            own = None if held is None else held[rows]
+            return self.floors(margins, classes[rows], own, sufficient=False)
+
+        solution = self.qp.solve(x, classes, floor, geometry, realise=realise)
+        for sound in (valid, valid_source, None if stale is None else ~stale.expand(batch)):
+            solution = solution if sound is None else solution.invalidate(~sound, x)
+        return self._skip(solution, x)
+
+    def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
+        return write_edit(self, folder, notes)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None) -> Self:
-        """Read an edit that :meth:`save` wrote. Nothing is executed.
-
-        Raises:
-            SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
-            SolverError: it was saved with a solver that is not installed here.
-        """
-        edit = read_edit(cls, path)
-        return edit.to(device) if device is not None else edit
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Load from a folder, or from the Hugging Face Hub.
-
-        Raises:
-            HubError: no such folder, and the Hub has none or cannot be reached.
-            SavedEditError: as :meth:`load`.
-        """
-        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Send the edit to the Hub; ``options`` are those of :func:`~.sharing.hub.pushed`."""
-        return pushed(self.save, repo_id, **options)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # A floor rounded to half precision could promise less than was asked for.
-        floor = self.log_odds
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.log_odds = floor.to(self.log_odds.device)
-        return self
-
-
-def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise LRQPError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    def _read(cls, folder: Path) -> Self:
+        return read_edit(cls, folder)

@@ -4,13 +4,14 @@ An edit is a probe of one model at one site. Put into another model of the same 
 without complaint and mean nothing, so a saved edit carries this record, and checks it.
 """
 
+import platform
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self, cast
 
 from torch import nn
 
-from lrqp_torch.edits.versions import package_versions
 from lrqp_torch.errors import ProvenanceError
 from lrqp_torch.stream.sites import Site, locate
 
@@ -27,6 +28,20 @@ OPTIONAL = {
     "seed": int,
     "versions": dict,
 }
+VERSIONED_PACKAGES = ("torch", "transformers", "cvxpy", "cvxpylayers", "numpy", "safetensors")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of every package that the figures depend on."""
+    from lrqp_torch import __version__
+
+    versions = {"lrqp_torch": __version__, "python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 class RevisionWarning(UserWarning):
@@ -146,5 +161,5 @@ class Provenance:
                 warnings.warn(
                     f"this edit was fitted for {what} {made!r} and is used for {found!r}",
                     RevisionWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )

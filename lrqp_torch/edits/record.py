@@ -1,31 +1,72 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.edits.failures import raise_failures
-from lrqp_torch.edits.steps import Step, summarise
-from lrqp_torch.errors import EditNeverFiredError, TargetError, as_classes, check_classes, readable
+from lrqp_torch.edits.failures import raise_failures, worst_allowed
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    LRQPError,
+    TargetError,
+    as_classes,
+    concrete,
+    unwrapped,
+)
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 from lrqp_torch.stream.scopes import Scope, ScopePairs, Where, parse
 
 if TYPE_CHECKING:
-    from lrqp_torch.edits.lrqp import LRQP
+    from lrqp_torch.edits.base import Edit
 
 RECORDED = ("log_odds_before", "log_odds_after", "floor", "distance", "euclidean", "kkt_residual")
 
 
+@dataclass(frozen=True)
+class Step:
+    """The tokens that one forward pass edited, n of them; numbers only, no activations.
+
+    Odds and floor have the variables of a joint edit as a last axis, and are NaN where a method
+    promises none.
+
+    Attributes:
+        forward_pass: number of the pass within the context, from 0, among those that reach the
+            site; passes without a token to edit leave a gap.
+        example: row of the batch of each token, (n,), as rows were in this pass.
+        token: column of each, (n,), counted from the beginning of the text.
+        log_odds_before: log odds of the target before the edit, in nats.
+        log_odds_after: the same, read back from the values that the stream holds.
+        floor: log α that was asked for.
+        distance: Mahalanobis length of each edit, (n,).
+        status: :class:`~lrqp_torch.Status` of each, (n,).
+    """
+
+    forward_pass: int
+    example: Tensor
+    token: Tensor
+    log_odds_before: Tensor
+    log_odds_after: Tensor
+    floor: Tensor
+    distance: Tensor
+    status: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
 class EditRun:
-    """An LRQP edit at particular positions, and the record of its last application to each.
+    """An edit at particular positions, and the record of its last application to each.
 
     Every property has the shape of the positions: (B,), (B, n), or (N,) for a mask with N true
-    entries. Positions are recorded when the forward pass reaches them; reading one before all have
-    run raises :class:`~lrqp_torch.errors.EditNeverFiredError`.
+    entries; odds and floor of an edit of several variables have these as a last axis, in the order
+    of ``names``, and are NaN where a variable was not written, or where a method promises no odds.
+    Positions are recorded when the forward pass reaches them; reading one before all have run
+    raises :class:`~lrqp_torch.errors.EditNeverFiredError`.
 
     In a :class:`~lrqp_torch.Scope` properties are flat, (N,), over all tokens that were edited, in
     the order in which the model first read them; ``example``, ``token`` and ``generation`` say
@@ -35,190 +76,176 @@ class EditRun:
     wait to know: it goes on, and the same error is raised when the context closes, or as soon as
     the record is read.
 
+    A forward pass adds a row of some 80 bytes for each token that it edits (a variable more, 32
+    more), in constant time, however many there are.
+
     Args:
-        solve: :meth:`LRQP.solve`.
+        edit: what to apply.
         positions: as given to ``edit.at``.
         target: class to write: one for all, (B,), or the shape of positions. In a scope (B,) are
             requests, each of ``repeats`` rows.
         source: class that holds now, in the same shapes, or None.
-        edit: the edit whose failures may be raised late; without one, ``solve`` raises at once.
+        record: whether to keep the rows; without them nothing can be read but failures.
 
     Attributes:
-        steps: a :class:`~.steps.Step` for every forward pass with a token to edit since
-            the context opened; a few numbers a token.
+        edit: what is applied.
+        given: what else it is given at each application.
     """
 
     def __init__(
         self,
-        solve: Callable[..., Solution],
+        edit: "Edit[Any]",
         positions: Where,
-        target: Tensor | int,
-        source: Tensor | int | None,
-        edit: "LRQP | None" = None,
+        target: Any,
+        source: Any = None,
+        record: bool = True,
     ) -> None:
-        self._solve, self._edit = solve, edit
+        self.edit, self.given = edit, dict[str, Any]()
         parsed = parse(positions)
-        self._positions = ScopePairs(parsed) if isinstance(parsed, Scope) else parsed
-        self._target = _per_position(target, positions, self._positions, "target")
-        self._source = (
-            None if source is None else _per_position(source, positions, self._positions, "source")
-        )
-        if edit is not None:
-            for name, classes in (("target", self._target), ("source", self._source)):
-                if classes is not None:
-                    check_classes(classes, len(classes), edit.probe.n_classes, name)
-        count = len(self._positions.token)
-        self.steps: list[Step] = []
-        self._per_request: tuple[Tensor, Tensor | None] | None = None
-        self._record = {
-            name: torch.full((count,), torch.nan, dtype=torch.float64) for name in RECORDED
-        }
-        self._status = torch.full((count,), -1)
-        self._dtype, self._late = torch.float32, False
+        self._pairs = ScopePairs(parsed) if isinstance(parsed, Scope) else parsed
 
-    def __call__(self, x: Tensor, context: EditContext) -> Tensor:
-        """Edit the activations of some positions; called by the hook."""
-        self._to(x.device)
-        index = context.index
-        target = self._target[index]
-        source = None if self._source is None else self._source[index]
-        if self._edit is None or readable(x):
-            solution = self._solve(
-                x, target, source, realise=context.realise, examples=context.example
-            )
-            kept = torch.zeros_like(index, dtype=torch.bool)
-        else:
-            solution = self._edit.propose(x, target, source, realise=context.realise)
-            # What failed stays on record until it is raised, whatever passes follow.
-            kept = self._failed()[index]
-            self._dtype, self._late = x.dtype, True
-        for name, values in self._record.items():
-            new = torch.where(kept, values[index], getattr(solution, name).detach())
-            self._record[name] = values.index_put((index,), new)
-        status = torch.where(kept, self._status[index], solution.status)
-        self._status = self._status.index_put((index,), status)
-        return solution.x_new
+        def place(classes: Any, what: str) -> Tensor:
+            return _per_position(classes, positions, self._pairs, what)
+
+        self._target = edit.place(target, "target", place)
+        self._source = None if source is None else edit.place(source, "source", place)
+        self._rows = _Rows(record)
+        self._dtype = torch.float32
+
+    @property
+    def n_positions(self) -> int:
+        """How many activations are edited, in a scope so far."""
+        return len(self._pairs.token)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the record takes."""
+        pairs = self._pairs.example, self._pairs.token, self.generation
+        return self._rows.nbytes + sum(part.nbytes for part in pairs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variables of an edit of several."""
+        return self.edit.names
 
     @property
     def requests(self) -> int | None:
         """B, if targets in a scope were given one a request; else None."""
-        return self._positions.requests if isinstance(self._positions, ScopePairs) else None
+        return self._pairs.requests if isinstance(self._pairs, ScopePairs) else None
+
+    def __call__(self, x: Tensor, context: EditContext) -> Tensor:
+        """Edit the activations of some positions; called by the hook."""
+        which = context.index if context.request is None else context.request
+        self._target = self._target.to(x.device)
+        target = _chosen(self._target, which)
+        if self._source is not None:
+            self._source = self._source.to(x.device)
+        source = None if self._source is None else _chosen(self._source, which)
+        solution = self.edit.edit_rows(x, target, source, context, **self.given)
+        self._rows.append(solution, context.index)
+        self._dtype = x.dtype
+        return solution.x_new
 
     def begin(self) -> None:
-        """Forget the steps, and a scope's tokens, of a context before; called on entering."""
-        self.steps.clear()
-        if not isinstance(self._positions, ScopePairs):
-            return
-        self._positions.take(ScopePairs(self._positions.scope))
-        if self._per_request is None:
-            self._per_request = self._target, self._source
-        self._target = self._target[:0]
-        self._source = None if self._source is None else self._source[:0]
-        self._record = {name: values[:0] for name, values in self._record.items()}
-        self._status = self._status[:0]
+        """Forget what a context before left, of a scope its tokens too; called on entering."""
+        self._rows.clear()
+        if isinstance(self._pairs, ScopePairs):
+            self._pairs.take(ScopePairs(self._pairs.scope))
 
     def grow(self, pairs: ScopePairs) -> None:
-        """Make room for tokens that a scope has reached; called before they are edited."""
-        held, new = len(self._status), len(pairs.token) - len(self._status)
-        if not new:
-            return
-        assert isinstance(self._positions, ScopePairs) and self._per_request is not None
-        self._positions.take(pairs)
-        request = pairs.request[held:]
-        target, source = self._per_request
-
-        def extend(classes: Tensor, given: Tensor) -> Tensor:
-            rows = given[request] if len(given) > 1 else given.expand(new, *given.shape[1:])
-            return torch.cat([classes, rows.to(classes.device)])
-
-        self._target = extend(self._target, target)
-        if self._source is not None and source is not None:
-            self._source = extend(self._source, source)
-        self._record = {
-            name: torch.cat([values, values.new_full((new, *values.shape[1:]), torch.nan)])
-            for name, values in self._record.items()
-        }
-        self._status = torch.cat([self._status, self._status.new_full((new,), -1)])
+        """Take notice of the tokens that a scope has reached; called before they are edited."""
+        assert isinstance(self._pairs, ScopePairs)
+        self._pairs.take(pairs)
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
-        """Keep what the record says of the rows just edited; called after the edit."""
-        names = "log_odds_before", "log_odds_after", "floor", "distance"
-        values = {name: self._record[name][context.index] for name in names}
-        status = self._status[context.index]
-        self.steps.append(
-            Step(forward_pass, context.example, context.token, **values, status=status)
-        )
+        """Note in which pass the rows just edited were; called after the edit."""
+        self._rows.number(len(context.index), forward_pass)
+
+    @property
+    def steps(self) -> list[Step]:
+        """A :class:`Step` for every forward pass with a token to edit since the context opened."""
+        rows = self._recorded()
+        if not len(rows):
+            return []
+        numbers, lengths = rows.column("forward_pass").long().unique_consecutive(return_counts=True)
+        example, token = self._pairs.example.to(rows.device), self._pairs.token.to(rows.device)
+        steps = []
+        for number, part in zip(numbers.tolist(), rows.split(lengths.tolist()), strict=True):
+            index = part.column("index").long()
+            names = "log_odds_before", "log_odds_after", "floor", "distance"
+            values = {name: part.column(name) for name in names}
+            status = part.column("status").long()
+            steps.append(Step(number, example[index], token[index], **values, status=status))
+        return steps
 
     def summary(self) -> str:
-        """A table of the steps, a line each, in medians over tokens."""
+        """A table of the steps, a line each, in medians over tokens (log odds in nats)."""
         return summarise(self.steps)
 
     def raise_late(self) -> None:
         """Raise for edits that failed in a forward pass that did not wait to know.
 
         Raises:
-            InfeasibleError, SolverError, NonFiniteError: as :meth:`LRQP.solve`.
+            InfeasibleError, SolverError, NonFiniteError: as the edit's ``solve``.
         """
-        if not self._late:
+        rows = self._rows
+        if not len(rows):
             return
-        failed = self._failed()
+        failed = rows.column("status") > worst_allowed(self.edit.on_infeasible)
         if not bool(failed.any()):
             return
+        # What failed stays on record, whatever passes follow; one position is named once.
+        rows = rows.last(len(self._pairs.token), failed)
+        index = rows.column("index").long()
+        pairs, reached = self._pairs, rows.column("log_odds_after")
+        which = pairs.request if isinstance(pairs, ScopePairs) else torch.arange(len(pairs.token))
         raise_failures(
-            torch.where(failed, self._status, int(Status.SATISFIED)),
-            names=self._positions.example.to(failed.device),
-            target=self._target,
-            floor=self._record["floor"],
-            reached=self._record["log_odds_after"],
-            residual=self._record["kkt_residual"],
-            overflow=~torch.isfinite(self._record["log_odds_after"]),
+            self.edit,
+            rows.column("status").long(),
+            names=pairs.example.to(index.device)[index],
+            target=_chosen(self._target, which.to(index.device)[index]),
+            floor=rows.column("floor"),
+            reached=reached,
+            residual=rows.column("kkt_residual"),
+            overflow=~torch.isfinite(reached.reshape(len(index), -1)).all(-1),
             dtype=self._dtype,
-            n_kept=0 if self._edit is None else self._edit.metric.n_kept,
         )
 
-    def _failed(self) -> Tensor:
-        """Which positions have failed in a way that is an error, (N,) bool."""
-        allowed = self._edit is not None and self._edit.on_infeasible == "skip"
-        return self._status > int(Status.INACCURATE if allowed else Status.SOLVED)
-
-    def _to(self, device: torch.device) -> None:
-        if self._status.device == device:
-            return
-        self._status, self._target = self._status.to(device), self._target.to(device)
-        self._source = None if self._source is None else self._source.to(device)
-        self._record = {name: values.to(device) for name, values in self._record.items()}
-
     def __repr__(self) -> str:
-        fired = self._status >= 0
-        if not len(fired) or not bool(fired.all()):
-            return f"EditRun({int(fired.sum())} of {len(fired)} positions have run)"
-        counts = {kind.name.lower(): int((self._status == kind).sum()) for kind in Status}
-        kinds = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        worst = float((self.log_odds_after - self.floor).min())
-        return f"EditRun({kinds}; worst log odds margin {worst:.1e})"
+        if not self._rows.kept:
+            return "EditRun(no record)"
+        rows = self._rows.last(len(self._pairs.token))
+        if not len(rows) or len(rows) < len(self._pairs.token):
+            return f"EditRun({len(rows)} of {len(self._pairs.token)} positions have run)"
+        status = rows.column("status")
+        counts = {kind.name.lower(): int((status == kind).sum()) for kind in Status}
+        said = [self.edit.label, ", ".join(f"{n} {name}" for name, n in counts.items() if n)]
+        margin = rows.column("log_odds_after") - rows.column("floor")
+        if not bool(margin.isnan().all()):
+            said.append(f"worst log odds margin {float(margin.nan_to_num(torch.inf).min()):.1e}")
+        return f"EditRun({'; '.join(filter(None, said))})"
 
     @property
     def example(self) -> Tensor:
         """Row of the batch of each position."""
-        return self._positions.example.reshape(self._positions.shape)
+        return self._pairs.example.reshape(self._pairs.shape)
 
     @property
     def token(self) -> Tensor:
         """Column of each position."""
-        return self._positions.token.reshape(self._positions.shape)
+        return self._pairs.token.reshape(self._pairs.shape)
 
     @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each token is part of, from 0; else zeros."""
-        if isinstance(self._positions, ScopePairs):
-            return self._positions.generation
-        return torch.zeros(self._positions.shape, dtype=torch.long)
+        if isinstance(self._pairs, ScopePairs):
+            return self._pairs.generation
+        return torch.zeros(self._pairs.shape, dtype=torch.long)
 
     @property
     def status(self) -> Tensor:
-        """:class:`~lrqp_torch.Status` of each position."""
-        self._require_fired()
-        return self._status.reshape(self._positions.shape)
+        """:class:`~lrqp_torch.Status` of each position; of a baseline, whether it moved."""
+        return self._read("status").long()
 
     @property
     def log_odds_before(self) -> Tensor:
@@ -261,27 +288,168 @@ class EditRun:
         return self._read("kkt_residual")
 
     @property
+    def moved(self) -> Tensor:
+        """Of an edit of several variables: the largest change of any log odds of each, in nats."""
+        return self._read("moved")
+
+    @property
     def n_unreached(self) -> int:
         """How many positions were left unchanged because their target could not be reached."""
         return int((self.status >= Status.INFEASIBLE).sum())
 
     def _read(self, name: str) -> Tensor:
-        self._require_fired()
-        return self._record[name].reshape(self._positions.shape)
-
-    def _require_fired(self) -> None:
+        rows, count = self._recorded(), len(self._pairs.token)
         self.raise_late()
-        if not len(self._status):
+        if not count:
             raise EditNeverFiredError(
                 "no token of the scope has been edited yet; call model.generate inside the context "
                 "first"
             )
-        missing = int((self._status < 0).sum())
-        if missing:
+        rows = rows.last(count)
+        if len(rows) < count:
             raise EditNeverFiredError(
-                f"{missing} of {len(self._status)} positions have not run yet; call the model "
-                f"inside the context first"
+                f"{count - len(rows)} of {count} positions have not run yet; call the model inside "
+                f"the context first"
             )
+        values = rows.column(name)
+        return values.reshape(*self._pairs.shape, *values.shape[1:])
+
+    def _recorded(self) -> "_Rows":
+        if not self._rows.kept:
+            raise LRQPError(
+                "this context was opened with record=False, which keeps nothing to be read"
+            )
+        return self._rows
+
+
+class _Rows:
+    """A row of numbers for each application of an edit to a token, in the order of application.
+
+    Args:
+        kept: whether to keep them; of rows that are not kept only the worst is, for its error.
+        places: the columns of each quantity, one column or V.
+        held: the rows so far.
+    """
+
+    def __init__(
+        self,
+        kept: bool = True,
+        places: dict[str, slice | int] | None = None,
+        held: Tensor | None = None,
+    ) -> None:
+        self.kept, self._places = kept, places or {}
+        self._buffer = torch.zeros(0, 0, dtype=torch.float64) if held is None else held
+        self._count = len(self._buffer)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._buffer.device
+
+    @property
+    def nbytes(self) -> int:
+        """What they take, with the room for more."""
+        return self._buffer.nbytes
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._count = 0
+
+    # Rows may be added within inference mode and read, or added to, outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def append(self, solution: Solution, index: Tensor) -> None:
+        """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
+        if not concrete(solution.status):
+            return
+        own = [field.name for field in fields(solution) if field.name not in _OF_SOLUTION]
+        names = (*RECORDED, *own, "status")
+        values = {name: unwrapped(getattr(solution, name)) for name in names} | {"index": index}
+        values["forward_pass"] = torch.full_like(index, -1)
+        new = torch.cat([v.double().reshape(len(index), -1) for v in values.values()], 1)
+        if new.shape[1] != self._buffer.shape[1] or new.device != self._buffer.device:
+            self._buffer, self._count = new.new_zeros(0, new.shape[1]), 0
+            start = 0
+            for name, value in values.items():
+                width = 1 if value.ndim == 1 else value.shape[1]
+                self._places[name] = start if value.ndim == 1 else slice(start, start + width)
+                start += width
+        if not self.kept:
+            status = self._places["status"]
+            rows = torch.cat([self._buffer[: self._count], new])
+            new, self._count = rows.index_select(0, rows[:, status].argmax(0, keepdim=True)), 0
+        end = self._count + len(new)
+        if end > len(self._buffer):
+            # By half of what is there, so that a pass costs the same however many came before.
+            room = new.new_empty(end + self._count // 2, new.shape[1])
+            room[: self._count] = self._buffer[: self._count]
+            self._buffer = room
+        self._buffer[self._count : end] = new
+        self._count = end
+
+    def number(self, count: int, forward_pass: int) -> None:
+        """Say in which forward pass the last rows were added."""
+        if self.kept and self._count >= count:
+            self.column("forward_pass")[-count:] = forward_pass
+
+    def column(self, name: str) -> Tensor:
+        """A quantity of all rows, (N,) or (N, V), float64."""
+        if name not in self._places:
+            raise LRQPError(f"this kind of edit records no {name!r}; it has {list(self._places)}")
+        return self._buffer[: self._count, self._places[name]]
+
+    def split(self, lengths: list[int]) -> "list[_Rows]":
+        """Parts of the rows one after another."""
+        parts = self._buffer[: self._count].split(lengths)
+        return [_Rows(True, self._places, part) for part in parts]
+
+    def last(self, count: int, among: Tensor | None = None) -> "_Rows":
+        """The last row of each of ``count`` positions that has one, among some of the rows."""
+        if not self._count:
+            return _Rows(True, self._places, self._buffer[:0])
+        number = torch.arange(self._count, device=self.device)
+        number = number if among is None else torch.where(among, number, -1)
+        last = torch.full((count,), -1, device=self.device)
+        last = last.scatter_reduce(0, self.column("index").long(), number, "amax")
+        return _Rows(True, self._places, self._buffer[last[last >= 0]])
+
+
+_OF_SOLUTION = {field.name for field in fields(Solution)}
+_COLUMNS = ("pass", "tokens", "columns", "edited", "log odds before", "after", "distance")
+
+
+def summarise(steps: Sequence[Step]) -> str:
+    """A table of steps, one line each, in medians over tokens (log odds in nats)."""
+
+    def median(values: Tensor) -> float:
+        return float(torch.nanmedian(values))
+
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    for step in steps:
+        first, last = int(step.token.min()), int(step.token.max())
+        cells = (
+            str(step.forward_pass),
+            str(len(step)),
+            str(first) if first == last else f"{first}-{last}",
+            str(int((step.status == Status.SOLVED).sum())),
+            f"{median(step.log_odds_before):.2f}",
+            f"{median(step.log_odds_after):.2f}",
+            f"{median(step.distance):.3f}",
+        )
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def _chosen(classes: Tensor, which: Tensor) -> Tensor:
+    """The classes of some rows; one of a scope may stand for all."""
+    return classes[which] if len(classes) != 1 else classes.expand(len(which), *classes.shape[1:])
 
 
 def _per_position(

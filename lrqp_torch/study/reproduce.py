@@ -13,7 +13,7 @@ from torch import Tensor
 from lrqp_torch import __version__, models
 from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.versions import package_versions
+from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.files import digest_model
 from lrqp_torch.study import chapters, figures, flipping, html, results, shared_sweep
 from lrqp_torch.study.clock import Clock

@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from lrqp_torch import models
 from lrqp_torch.baselines import BASELINES
-from lrqp_torch.edits.versions import package_versions
+from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import LRQPError, ModelError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.models.organisms import ORGANISMS

@@ -1,10 +1,9 @@
 """Finding one edit in a folder or on the Hub that may hold several."""
 
-from lrqp_torch.edits.edit_files import INDEX_FILE
 from lrqp_torch.edits.hub import fetched_folder
 from lrqp_torch.edits.library import EditLibrary
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.saving import JSON_FILE
+from lrqp_torch.edits.saving import INDEX_FILE, JSON_FILE
 from lrqp_torch.errors import SavedEditError
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.versions import package_versions
+from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.probes.linear import LinearProbe

@@ -10,7 +10,7 @@ from models_for_tests import hook_count
 from torch import Tensor
 
 import lrqp_torch as lrqp
-from lrqp_torch.baselines import BASELINES, Baseline, BaselineData, BaselineRun, Paired, build
+from lrqp_torch.baselines import BASELINES, Baseline, BaselineData, Paired, build
 from lrqp_torch.errors import (
     EditNeverFiredError,
     LabelError,
@@ -75,7 +75,7 @@ def test_in_the_model_as_outside_with_a_true_record(name: str, strength: float) 
     stream = lrqp.capture(here.model, here.inputs, [SITE])[SITE]
     assert torch.equal(held[untouched], stream[untouched])
 
-    assert isinstance(run, BaselineRun) and name in repr(run)
+    assert isinstance(run, lrqp.EditRun) and name in repr(run)
     reference = here.data.reference
     probe = copy.deepcopy(reference.probe).double()
     near = {"rtol": 1e-9, "atol": 1e-9}

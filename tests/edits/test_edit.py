@@ -566,3 +566,29 @@ def test_a_solution_prints_one_line() -> None:
     x = torch.randn(20, 3)
     edit = LRQP.fit(x, torch.arange(20) % 2)
     assert re.fullmatch(r"Solution\(20 activations: .*solved.*\)", repr(edit.solve(x, 1)))
+
+
+def test_an_edit_prints_its_rule_and_its_fit(clusters: Clusters) -> None:
+    edit = LRQP.fit(*clusters, log_odds=3.0, shrinkage=0.25)
+    said = "rule=mirror, odds=pairwise, log_odds=3, K=3, d=12, n=300, shrinkage=0.25"
+    assert repr(edit) == f"LRQP({said})"
+    edit.notes["site"] = "L6.mid"
+    assert repr(edit) == f"LRQP({said}, site=L6.mid)"
+    bare = LRQP(edit.probe, Mahalanobis.euclidean(12), rule="fixed")
+    assert repr(bare) == "LRQP(rule=fixed, odds=pairwise, log_odds=10, K=3, d=12, shrinkage=0)"
+
+
+def test_an_edit_is_where_its_probe_is() -> None:
+    """Seen on the device that holds no numbers, which is always there."""
+    probe = LinearProbe(4, 3, device="meta", dtype=torch.float64)
+    metric = Mahalanobis.euclidean(4)
+    edit = LRQP(probe, metric)
+    assert {tensor.device.type for tensor in edit.state_dict().values()} == {"meta"}
+    assert metric.covariance.device.type == "cpu"
+    assert edit(torch.zeros(2, 4, device="meta"), 1).device.type == "meta"
+
+
+def test_what_a_user_gave_is_cut_in_messages() -> None:
+    with pytest.raises(LRQPError, match="rule must be one of") as caught:
+        duplicate_edit(rule="x" * 10_000)
+    assert len(str(caught.value)) < 300

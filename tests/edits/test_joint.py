@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor
 import lrqp_torch as lrqp
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Status
 from lrqp_torch.edits.joint import JointLRQP
-from lrqp_torch.edits.joint_floors import slot_floors
 from lrqp_torch.errors import (
     InfeasibleError,
     LRQPError,
@@ -281,11 +279,10 @@ def test_gradients_against_finite_differences() -> None:
                 (root + root.T) / 2,
                 [name in joint.within for name in joint.names],
             )
-            floor = partial(slot_floors, joint._edits(), joint.within)
             solution = joint.qp.solve(
                 x,
                 choice,
-                lambda margins, rows: floor(
+                lambda margins, rows: joint.slot_floors(
                     geometry, margins, choice[rows], torch.full_like(choice[rows], FREE)
                 ),
                 geometry,

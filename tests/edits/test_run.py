@@ -4,9 +4,16 @@ import pytest
 import torch
 from models_for_tests import POST_MODELS, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import EditNeverFiredError, InfeasibleError, NonFiniteError, TargetError
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    InfeasibleError,
+    LRQPError,
+    NonFiniteError,
+    TargetError,
+)
 
 PROMPTS = Prompts.random([7, 4, 9, 6])
 TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
@@ -215,7 +222,7 @@ def test_an_unreachable_target_raises_with_the_examples_and_leaves_no_hooks() ->
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: a forward pass does not wait to know how an edit went."""
-    for module in (lrqp.edits.record, lrqp.stream.intervene):
+    for module in (lrqp.edits.lrqp, lrqp.stream.intervene):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
@@ -224,7 +231,7 @@ def test_without_waiting_the_record_is_the_same(monkeypatch: pytest.MonkeyPatch)
     model, inputs = build("gpt2"), PROMPTS.padded("left")
     edit, runs = edit_of(model, "L1.mid"), []
     for waits in (True, False):
-        monkeypatch.setattr(lrqp.edits.record, "readable", lambda tensor, waits=waits: waits)
+        monkeypatch.setattr(lrqp.edits.lrqp, "readable", lambda tensor, waits=waits: waits)
         with edit.at(model, "L1.mid", positions=AT, target=1, source=2) as run:
             model(**inputs)
         runs.append(run)
@@ -277,3 +284,96 @@ def test_a_class_that_does_not_exist_is_found_before_anything_runs() -> None:
     for wrong in ({"target": 3}, {"target": 0, "source": torch.tensor([0, 1, 7, 0])}):
         with pytest.raises(TargetError):
             edit.on("L1.mid", positions=AT, **wrong)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_keeping_a_step_waits_for_no_device(record: bool) -> None:
+    """Nothing whose size or course depends on values, for which a GPU would have to stop."""
+
+    class NoLooking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = function.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), name
+            return function(*args, **(kwargs or {}))
+
+    edit = random_edit(torch.randn(40, 6), 3)
+    run = edit.on("L1.mid", positions=torch.tensor([3, 8, 8, 8]), target=0, record=record).edit
+    index, x = torch.arange(4), torch.randn(4, 6)
+    context = lrqp.EditContext(index, index, index, lambda values: values)
+    solution = edit.solve(x, 0)
+    edit.edit_rows = lambda *given, **options: solution  # type: ignore[method-assign]
+    for _ in range(3):
+        with NoLooking():
+            run(x, context)
+            run.end_step(context, 0)
+    if record:
+        assert len(run.steps[0]) == 12
+        assert torch.equal(run.distance, solution.distance)
+
+
+@torch.no_grad()
+def test_a_long_generation_costs_constant_time_a_pass_and_little_memory() -> None:
+    """Numbers written in a pass do not grow with the passes before; 200 bytes a token."""
+
+    class Written(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            found = function(*args, **(kwargs or {}))
+            alias = function._schema.returns[0].alias_info if isinstance(found, Tensor) else None
+            if isinstance(found, Tensor) and (alias is None or alias.is_write):
+                self.numbers += found.numel()
+            return found
+
+    edit = random_edit(torch.randn(40, 6), 2)
+    x, rows = torch.randn(2, 6), torch.arange(2)
+    solution = edit.solve(x, 1)
+    edit.edit_rows = lambda *given, **options: solution  # type: ignore[method-assign]
+    passes, written = 2000, []
+    positions = torch.arange(passes).expand(2, -1)
+    run = edit.on("L1.mid", positions=positions, target=1).edit
+    for number in range(passes):
+        context = lrqp.EditContext(rows * passes + number, rows, rows + number, lambda v: v)
+        with Written() as mode:
+            run(x, context)
+            run.end_step(context, number)
+        written.append(mode.numbers)
+    assert sorted(written)[passes // 2] == sorted(written[:20])[10]
+    assert sum(written) < 5 * passes * sorted(written)[passes // 2]
+    assert run.nbytes <= 200 * run.n_positions
+    assert len(run.steps) == passes and run.distance.shape == (2, passes)
+
+
+@torch.no_grad()
+def test_a_record_can_be_switched_off(late: None) -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    edit = edit_of(model, "L1.mid")
+    logits = []
+    for record in (True, False):
+        with edit.at(model, "L1.mid", positions=AT, target=1, record=record) as run:
+            logits.append(model(**inputs).logits)
+    assert torch.equal(*logits)
+    assert repr(run) == "EditRun(no record)" and run.nbytes < 1000
+    for read in (lambda: run.distance, lambda: run.steps, run.summary):
+        with pytest.raises(LRQPError, match="record=False"):
+            read()
+    # What failed is said all the same, after other passes too.
+    unreachable, target = with_unreachable_class(model, "L1.mid"), torch.tensor([0, 2, 0, 0])
+    with (
+        pytest.raises(InfeasibleError, match=r"target class \[2\] for 1 examples, first \[1\]"),
+        unreachable.at(model, "L1.mid", positions=AT[:, 0], target=target, source=0, record=False),
+    ):
+        model(**inputs)
+        model(**Prompts.random([7, 4, 9, 6], seed=3).padded("left"))
+
+
+def test_a_record_begun_in_inference_mode_goes_on_outside_of_it() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    edit = edit_of(model, "L1.mid")
+    with edit.at(model, "L1.mid", positions=AT, target=1) as run:
+        with torch.inference_mode():
+            model(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+    first, second = run.steps
+    assert torch.equal(first.distance, second.distance) and not run.distance.is_inference()

@@ -204,6 +204,16 @@ DAMAGES = {
     "notes a string": (fields(notes="x"), "notes"),
     "n_classes a string": (fields(n_classes="3"), "n_classes"),
     "n_samples a string": (fields(n_samples="many"), "n_samples"),
+    "shrinkage beyond all numbers": (
+        lambda folder: (folder / TEXT).write_text(
+            (folder / TEXT).read_text().replace('"shrinkage": ', '"shrinkage": 1e999, "x": ')
+        ),
+        "1e999",
+    ),
+    "eight bits a number": (
+        tensors(probe__bias=torch.zeros(3).to(torch.float8_e4m3fn)),
+        "non-floating",
+    ),
     "shrinkage NaN": (fields(shrinkage=float("nan")), "NaN"),
     "note infinite": (fields(notes={"a": float("inf")}), "Infinity"),
     "other n_classes": (fields(n_classes=4), r"probe.weight should be \(4, 12\)"),

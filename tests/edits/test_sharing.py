@@ -179,7 +179,7 @@ def test_names_that_lead_elsewhere_are_refused(
     [
         ({"version": 2}, "version 2"),
         ({"format": "other"}, "does not describe"),
-        ({"edits": "order"}, "lists no edits"),
+        ({"edits": "order"}, "missing edits"),
     ],
 )
 def test_damaged_libraries_are_named(
@@ -201,6 +201,14 @@ def test_damaged_libraries_are_named(
         EditLibrary.load(folder)
     with pytest.raises(SavedEditError, match="not an LRQP"):
         EditLibrary({"a": 3})  # type: ignore[dict-item]
+
+
+def test_a_link_out_of_a_library_is_not_followed(library: EditLibrary, tmp_path: Path) -> None:
+    folder = library.save(tmp_path / "edits")
+    (folder / "name.L2.pre").rename(tmp_path / "elsewhere")
+    (folder / "name.L2.pre").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SavedEditError, match="leads out of the library"):
+        EditLibrary.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +250,7 @@ class FakeHub:
         self.folder = folder
         monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
         monkeypatch.setattr(HfApi, "upload_folder", self.upload_folder)
-        monkeypatch.setattr("lrqp_torch.edits.hub.snapshot_download", self.snapshot_download)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
     def create_repo(self, repo_id: str, **options: Any) -> None:
         (self.folder / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])

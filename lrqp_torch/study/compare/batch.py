@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.baselines import BaselineRun
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import NonFiniteError
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 from lrqp_torch.stream.tail import Tail
@@ -43,8 +43,9 @@ class Batch:
         batch = self._batch
         edit = with_partners(run.edit, run.partners[rows.to(run.partners.device)])
         target = run.target[rows.to(run.target.device)].to(batch.positions.device)
-        record = BaselineRun(edit, batch.positions, target, batch.source)
-        edit.check_pairs(record.n_positions)
+        item = edit.on(site, positions=batch.positions, target=target, source=batch.source)
+        record = item.edit
+        assert isinstance(record, EditRun)
         after: list[Tensor] = []
 
         def act(x: Tensor, context: EditContext) -> Tensor:

@@ -1,0 +1,258 @@
+"""What every edit is: a change of activations, outside a model or inside its forward pass."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.edits.failures import judge, visible
+from lrqp_torch.edits.hub import fetched_folder, pushed
+from lrqp_torch.edits.provenance import Provenance
+from lrqp_torch.edits.record import EditRun
+from lrqp_torch.errors import SavedEditError, check_classes, check_option, readable
+from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.reach import Realise
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
+from lrqp_torch.stream.scopes import Where
+
+Asked = TypeVar("Asked")
+"""How a kind of edit is told what to write: a class, or a class for each of several variables."""
+OnInfeasible = Literal["raise", "skip"]
+Found = TypeVar("Found", bound=Solution)
+Place = Callable[[Any, str], Tensor]
+"""Classes as a user gives them, and their name, to one for each position edited."""
+
+
+class Edit(nn.Module, ABC, Generic[Asked]):
+    """A change of activations, with a record of what it did to each.
+
+    A kind of edit says how it is solved, in :meth:`solve`; how it is put into a model, read back,
+    and passed on is the same for all.
+
+    Attributes:
+        on_infeasible: what to do where a target cannot be reached: ``"raise"`` or ``"skip"``.
+        provenance: what the edit was fitted on, saved with it and checked by :meth:`at`; None
+            where that is not known.
+        notes: what was given to :meth:`save`.
+        names: the variables that it writes, where they are several.
+    """
+
+    def __init__(self, on_infeasible: OnInfeasible = "raise") -> None:
+        super().__init__()
+        check_option("on_infeasible", on_infeasible, ("raise", "skip"))
+        self.on_infeasible = on_infeasible
+        self.notes: dict[str, Any] = {}
+        self.provenance: Provenance | None = None
+        self.names: tuple[str, ...] = ()
+
+    @abstractmethod
+    def solve(
+        self,
+        x: Tensor,
+        target: Asked,
+        source: Asked | None = None,
+        *,
+        realise: Realise | None = None,
+        examples: Tensor | None = None,
+    ) -> Solution:
+        """Edit activations, and return what was done with them.
+
+        Args:
+            x: activations, (B, d).
+            target: what to write, one for each activation or one for all.
+            source: what holds now; default the probe's own reading.
+            realise: what the model will hold of float64 activations; default: x' in x's dtype.
+            examples: names for the rows in error messages, (B,); default 0, 1, ….
+        """
+
+    @property
+    @abstractmethod
+    def n_classes(self) -> int:
+        """How many classes a target may be one of, K."""
+
+    @property
+    def label(self) -> str:
+        """What a record says of this edit, besides its numbers."""
+        return ", ".join(self.names)
+
+    def forward(
+        self, x: Tensor, target: Asked, source: Asked | None = None, **given: Any
+    ) -> Tensor:
+        """Edited activations, (B, d), in x's dtype; differentiable. See :meth:`solve`.
+
+        Under ``vmap`` and in a compiled graph, where nothing can raise, a row that would have
+        raised is NaN; the status of :meth:`solve` says why.
+        """
+        return visible(self.solve(x, target, source, **given), self.on_infeasible)
+
+    def at(
+        self,
+        model: nn.Module,
+        site: str,
+        *,
+        positions: Where,
+        target: Asked,
+        source: Asked | None = None,
+        record: bool = True,
+    ) -> AbstractContextManager[EditRun]:
+        """Edit ``model`` at a site in every forward pass within the context.
+
+            with edit.at(model, "L6.mid", positions=s2, target=1 - labels) as run:
+                logits = model(**inputs).logits
+
+        Args:
+            model: a transformers model; it is not changed.
+            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
+            positions: LongTensor (B,), (B, n) or BoolTensor (B, T); or, around ``model.generate``,
+                ``"prompt"``, ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
+            target: class to write: one for all, (B,) one an example, or the shape of positions. Of
+                several variables: name to class, each in one of these shapes, or a tensor with the
+                variables as a last axis.
+            source: class that holds now, in the same shapes; default the probe's own reading.
+            record: whether to keep what the edit did to each token, some 100 bytes a token.
+
+        Yields:
+            An :class:`~lrqp_torch.EditRun` that records what the edit did.
+
+        Raises:
+            ProvenanceError: the edit was fitted on a model of another family or size.
+        """
+        item = self.on(site, positions=positions, target=target, source=source, record=record)
+        return self._open(model, item)
+
+    def on(
+        self,
+        site: str,
+        *,
+        positions: Where,
+        target: Asked,
+        source: Asked | None = None,
+        record: bool = True,
+    ) -> Intervention:
+        """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
+        return Intervention(site, positions, EditRun(self, positions, target, source, record))
+
+    def edit_rows(
+        self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
+    ) -> Solution:
+        """:meth:`solve` for rows that ``context`` numbers: what the hook in a model calls."""
+        solve: Callable[..., Solution] = self.solve
+        return solve(x, target, source, realise=context.realise, examples=context.example, **given)
+
+    def place(self, classes: Asked, what: str, place: Place) -> Tensor:
+        """The classes for each position, (N,), or (N, V) of V variables, checked.
+
+        Args:
+            classes: as given to :meth:`on`.
+            what: ``"target"`` or ``"source"``.
+            place: one class for each position from the classes of one variable.
+
+        Raises:
+            TargetError: another shape or dtype, or out of range.
+        """
+        placed = place(classes, what)
+        check_classes(placed, len(placed), self.n_classes, what)
+        return placed
+
+    def unreachable(self, target: Tensor, which: str) -> str:
+        """What to say where no activation reaches the target.
+
+        Args:
+            target: what was asked of the examples, (n,) or (n, V).
+            which: how many they are, and the first of them.
+        """
+        classes = sorted(set(target.tolist()))
+        return (
+            f"no activation reaches target class {classes} for {which}. Choose another target, or "
+            f"pass on_infeasible='skip' to leave them unchanged"
+        )
+
+    def save(self, path: str | Path, **notes: Any) -> Path:
+        """Write the edit to a folder.
+
+        Args:
+            path: the folder; made if it is missing, its edit replaced if it has one.
+            notes: anything that JSON can hold, such as ``site="L6.mid"``; read back in ``notes``.
+
+        Raises:
+            OutputError: the folder cannot be written, or the notes are not JSON.
+            SavedEditError: an edit of a kind that cannot be saved.
+        """
+        return self._write(Path(path), {**self.notes, **notes})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> Self:
+        """Read an edit that :meth:`save` wrote. Nothing is executed.
+
+        Raises:
+            SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
+            SolverError: it was saved with a solver that is not installed here.
+        """
+        edit = cls._read(Path(path))
+        return edit.to(device) if device is not None else edit
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load from a folder, or from the Hugging Face Hub.
+
+        Raises:
+            HubError: no such folder, and the Hub has none or cannot be reached.
+            SavedEditError: as :meth:`load`.
+        """
+        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send the edit to the Hub; ``options`` are those of :func:`~.hub.pushed`."""
+        return pushed(self.save, repo_id, **options)
+
+    def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
+        raise SavedEditError(
+            f"{type(self).__name__} cannot be saved; LRQP and JointLRQP can, and what else an edit "
+            f"was built from"
+        )
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        raise SavedEditError(f"{cls.__name__} is not an edit that can be saved or loaded")
+
+    def _open(self, model: nn.Module, item: Intervention) -> AbstractContextManager[EditRun]:
+        if self.provenance is not None:
+            self.provenance.check(model, item.site)
+        return intervene_once(model, item, EditRun)
+
+    def _skip(self, solution: Found, x: Tensor) -> Found:
+        """The solution with what failed left as it was, where that is what ``skip`` asks for."""
+        if self.on_infeasible != "skip":
+            return solution
+        failed = (solution.status == Status.INFEASIBLE) | (solution.status == Status.INACCURATE)
+        # A look costs less than the selection where it costs no waiting.
+        if readable(failed) and not bool(failed.any()):
+            return solution
+        return solution.revert(failed, x)
+
+    def _judge(self, solution: Found, x: Tensor, target: Tensor, examples: Tensor | None) -> Found:
+        """The solution, or the error that names the examples which failed."""
+        judge(self, solution, x, target, examples)
+        return solution
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # .half() of a model that holds an edit must not round the edit's own numbers: a floor in
+        # half precision could promise less than was asked for.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
