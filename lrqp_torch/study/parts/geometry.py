@@ -1,0 +1,494 @@
+"""What the largest directions of variation at the marked token say about the class, without labels.
+
+At each site the clean activations of the training prompts are centred and decomposed,
+X − 1μᵀ = U S Vᵀ. The held-out prompts are projected on the first two rows of Vᵀ. If the classes
+fall apart there, the class is among the largest things that differ between prompts at that site;
+labels are used only to measure this, never to find the directions.
+
+Source: the post "Intervening in the Residual Stream" (2023), which sees the two orders of the names
+apart in GPT-2 small from L5.mid on for several layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+from lrqp_torch.errors import LabelError
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.prompts import PromptSet, Words
+from lrqp_torch.study.showing import (
+    SITES,
+    headed,
+    in_ranges,
+    look,
+    marks_of,
+    percent,
+    share_in_words,
+    table_of,
+    task_in_words,
+)
+
+MOST_POINTS = 200
+"""Held-out prompts drawn at each site; the numbers are of all of them."""
+
+MOST_DIRECTIONS = 10
+"""Directions searched for the one that the class explains most."""
+
+APART = 0.9
+"""Held-out accuracy of thresholds on direction 1 from which the classes count as apart."""
+
+ACCURACY = "accuracy on direction 1"
+
+_LONGEST_TEXT = 90
+
+
+@dataclass(frozen=True)
+class SiteGeometry:
+    """The first directions at one site.
+
+    Attributes:
+        variance: share of the training prompts' total variance in direction 1 and in direction 2.
+        eta_squared: share of each direction's variance between held-out prompts that the class
+            explains: variance between the classes over total variance.
+        strongest: which of the first ten directions, counted from 1, the class explains most among
+            the training prompts.
+        strongest_eta_squared: the same share for that direction, on held-out prompts.
+        thresholds: on direction 1, rising, between neighbouring classes; each is chosen for
+            accuracy on the training prompts of the two.
+        accuracy: share of held-out prompts between the right thresholds.
+        auc: chance that of two held-out prompts of different classes the one of the class with the
+            larger training mean lies higher on direction 1, ties half; mean over pairs of classes.
+        points: coordinates of the first held-out prompts on both directions, (points, 2).
+    """
+
+    variance: list[float]
+    eta_squared: list[float]
+    strongest: int
+    strongest_eta_squared: float
+    thresholds: list[float]
+    accuracy: Estimate
+    auc: float
+    points: list[list[float]]
+
+
+@dataclass(frozen=True)
+class TaskGeometry:
+    """All sites, for one version of the task.
+
+    Attributes:
+        train: prompts that directions and thresholds were fitted to.
+        test: held-out prompts that everything else was measured on.
+        eta_chance: eta squared that a direction of normal values that has nothing to do with the
+            class stays below in 95 % of cases.
+        labels: classes of the prompts drawn.
+        prompts: their texts, shortened, without prefix.
+        sites: site name to its geometry.
+    """
+
+    train: int
+    test: int
+    eta_chance: float
+    labels: list[int]
+    prompts: list[str]
+    sites: dict[str, SiteGeometry]
+
+
+@dataclass(frozen=True)
+class GeometryResult:
+    """The geometry of the clean activations.
+
+    Attributes:
+        classes: their names.
+        words: what the things of the task are called.
+        best_site: site whose first direction the class explains most, in the study's task.
+        tasks: task name to its geometry, the study's task first.
+    """
+
+    classes: list[str]
+    words: Words
+    best_site: str
+    tasks: dict[str, TaskGeometry]
+
+
+def site_geometry(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
+) -> SiteGeometry:
+    """The first two directions of the training activations, measured on held-out ones.
+
+    The sign of a direction is arbitrary; it is chosen so that in the training prompts the mean of
+    the last class is above that of the first.
+
+    Args:
+        train: activations, (n, d) with n, d ≥ 2.
+        train_labels: class of each, (n,).
+        test: held-out activations, (m, d).
+        test_labels: (m,).
+
+    Raises:
+        LabelError: one class only in either split.
+    """
+    train, test = train.double(), test.double()
+    y_train, y_test = train_labels.to(train.device), test_labels.to(test.device)
+    for labels, split in ((y_train, "training"), (y_test, "held-out")):
+        if len(labels.unique()) < 2:
+            raise LabelError(f"the {split} prompts are all of one class; give more prompts")
+    mean = train.mean(0)
+    _, singular, directions = torch.linalg.svd(train - mean, full_matrices=False)
+    total = singular.square().sum()
+    # Activations that are all the same vary in no direction.
+    shares = singular.square() / total if total > 0 else torch.zeros_like(singular)
+    fitted, held_out = ((x - mean) @ directions[:MOST_DIRECTIONS].T for x in (train, test))
+    first, last = (fitted[y_train == label].mean(0) for label in (y_train.min(), y_train.max()))
+    sign = torch.where(last >= first, 1.0, -1.0)
+    fitted, held_out = fitted * sign, held_out * sign
+    explained = [eta_squared(column, y_train) for column in fitted.T]
+    strongest = max(range(len(explained)), key=explained.__getitem__)
+    order, thresholds = neighbours(fitted[:, 0], y_train)
+    cuts = torch.tensor(thresholds, dtype=torch.float64, device=test.device)
+    said = torch.tensor(order, device=test.device)[
+        torch.bucketize(held_out[:, 0].contiguous(), cuts)
+    ]
+    return SiteGeometry(
+        variance=shares[:2].tolist(),
+        eta_squared=[eta_squared(column, y_test) for column in held_out[:, :2].T],
+        strongest=strongest + 1,
+        strongest_eta_squared=eta_squared(held_out[:, strongest], y_test),
+        thresholds=thresholds,
+        accuracy=Estimate.share(said == test_labels.cpu()),
+        auc=area_under_curve(held_out[:, 0], y_test, order),
+        points=[
+            [float(f"{value:.4g}") for value in row] for row in held_out[:MOST_POINTS, :2].tolist()
+        ],
+    )
+
+
+def eta_squared(values: Tensor, labels: Tensor) -> float:
+    """Share of variance that classes explain: Σ_k n_k (mean_k − mean)² / Σ_i (x_i − mean)².
+
+    Args:
+        values: (n,).
+        labels: class of each, (n,).
+
+    Returns:
+        A number from 0 to 1; 0 where the values do not vary.
+    """
+    centred = values.double() - values.double().mean()
+    total = float(centred.square().sum())
+    if total == 0:
+        return 0.0
+    between = 0.0
+    for label in labels.unique():
+        group = centred[labels == label]
+        between += len(group) * float(group.mean()) ** 2
+    return min(between / total, 1.0)
+
+
+def neighbours(scores: Tensor, labels: Tensor) -> tuple[list[int], list[float]]:
+    """The classes by rising mean score, and the thresholds between each and the next.
+
+    Args:
+        scores: (n,).
+        labels: class of each, (n,).
+    """
+    means = {int(label): float(scores[labels == label].mean()) for label in labels.unique()}
+    order = sorted(means, key=lambda label: means[label])
+    cuts: list[float] = []
+    for lower, upper in pairwise(order):
+        rows = (labels == lower) | (labels == upper)
+        cut = best_threshold(scores[rows], (labels[rows] == upper).long())
+        cuts.append(max(cut, *cuts[-1:]) if cuts else cut)
+    return order, cuts
+
+
+def best_threshold(scores: Tensor, labels: Tensor) -> float:
+    """The threshold t at which "class 1 where score > t" is right most often.
+
+    Args:
+        scores: (n,).
+        labels: 0 or 1, (n,).
+
+    Returns:
+        A midpoint between neighbouring scores, or a number beyond all of them.
+    """
+    ordered, index = scores.sort()
+    ones = labels[index].double()
+    # Cut i puts the i lowest scores below the threshold.
+    start = ones.new_zeros(1)
+    zeros_below = torch.cat([start, (1 - ones).cumsum(0)])
+    ones_above = ones.sum() - torch.cat([start, ones.cumsum(0)])
+    right = zeros_below + ones_above
+    tied = torch.zeros_like(right, dtype=torch.bool)
+    tied[1:-1] = ordered[1:] == ordered[:-1]
+    cut = int(right.masked_fill(tied, -1).argmax())
+    if cut == 0:
+        return float(ordered[0]) - 1.0
+    if cut == len(ordered):
+        return float(ordered[-1]) + 1.0
+    return float((ordered[cut - 1] + ordered[cut]) / 2)
+
+
+def area_under_curve(scores: Tensor, labels: Tensor, order: list[int]) -> float:
+    """Chance that a score of a later class is above one of an earlier class, ties counted half.
+
+    Args:
+        scores: (n,).
+        labels: class of each, (n,).
+        order: the classes, those with higher scores later.
+
+    Returns:
+        The mean over pairs of classes that occur.
+    """
+    groups = [scores[labels == label].sort().values.contiguous() for label in order]
+    areas = []
+    for lower, upper in combinations([group for group in groups if len(group)], 2):
+        below = torch.searchsorted(lower, upper) + torch.searchsorted(lower, upper, right=True)
+        areas.append(float(below.double().mean() / (2 * len(lower))))
+    return sum(areas) / len(areas)
+
+
+def _texts(prompts: PromptSet) -> list[str]:
+    """Prompts without their prefixes, short enough to be shown beside a pointer."""
+    prefixes = prompts.data.prefixes if isinstance(prompts, IOIPrompts) else [""] * len(prompts)
+    texts = []
+    for prompt, prefix in zip(prompts.prompts, prefixes, strict=True):
+        text = prompt.removeprefix(prefix).strip()
+        short = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+        texts.append(f"… {short}" if prefix else short)
+    return texts
+
+
+MEASURES: dict[str, Callable[[SiteGeometry], Estimate | float]] = {
+    "eta squared, direction 1": lambda site: site.eta_squared[0],
+    "eta squared, direction 2": lambda site: site.eta_squared[1],
+    ACCURACY: lambda site: site.accuracy,
+    "area under the curve": lambda site: site.auc,
+    "share of all variance, direction 1": lambda site: site.variance[0],
+    "share of all variance, direction 2": lambda site: site.variance[1],
+}
+
+
+class Geometry(Part[GeometryResult]):
+    """Principal directions of the clean activations, and how much of them is the class."""
+
+    name = "geometry"
+    title = "Geometry without labels"
+    question = (
+        "Does what a probe is to read show among the largest differences between prompts, before "
+        "any probe is told what to look for?"
+    )
+    help = "Principal directions of the activations, and how much of them the classes explain."
+    result = GeometryResult
+
+    def work(self, context: StudyContext, /) -> int:
+        """Prompts to capture, and sites of each version of the task."""
+        return sum(len(task) + len(context.sites) for task in context.tasks)
+
+    def compute(self, given: Given, advance: Advance, /) -> GeometryResult:
+        """Decompose the activations at every site, for each version of the task.
+
+        Raises:
+            LabelError: the prompts of a split are all of one class.
+        """
+        context, tasks = given.context, {}
+        for task in context.tasks:
+            train, test = context.clean(task, "mark", advance)
+            sites = {}
+            for site in context.sites:
+                sites[site] = site_geometry(
+                    train[site], task.train.labels, test[site], task.test.labels
+                )
+                advance(1)
+            shown, n, k = task.test[:MOST_POINTS], len(task.test), len(task.test.classes)
+            tasks[task.name] = TaskGeometry(
+                train=len(task.train),
+                test=n,
+                # Of normal values that no class moves, eta squared has this Beta distribution.
+                eta_chance=float(betaincinv((k - 1) / 2, (n - k) / 2, 0.95)) if n > k else 1.0,
+                labels=shown.labels.tolist(),
+                prompts=_texts(shown),
+                sites=sites,
+            )
+        own, prompts = tasks[context.task.name].sites, context.task.test
+        best = max(own, key=lambda site: own[site].eta_squared[0])
+        return GeometryResult(list(prompts.classes), prompts.words, best, tasks)
+
+    def says(self, result: GeometryResult, /) -> list[str]:
+        """Where the classes lie apart, for each version of the task."""
+        return [_finding(result, name) for name in result.tasks]
+
+    def figures(self, result: GeometryResult, /) -> dict[str, Chart]:
+        """A grid of all sites for each task, a large plot of the best one, and curves by site."""
+        grids = {}
+        for name, task in result.tasks.items():
+            panes = [
+                _plane(result, name, site, f"{site}   η² = {item.eta_squared[0]:.2f}", size=0.5)
+                for site, item in task.sites.items()
+            ]
+            title = f"Directions 1 and 2 of the activations at {result.words.position}"
+            grids[f"geometry_sites_{name}"] = Chart(
+                panes, ", ".join(filter(None, [title, task_in_words(name)])), columns=6
+            )
+        curves = [
+            _by_site(result, "eta squared, direction 1", "Share of direction 1's\nvariance (η²)"),
+            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)}\non direction 1"),
+        ]
+        title = f"How much of the largest direction is {result.words.variable}"
+        return {
+            **grids,
+            "geometry_best": _best(result, result.best_site),
+            "geometry_by_site": Chart(curves, title, share_x=True),
+        }
+
+    def panels(self, result: GeometryResult, /) -> list[Panel]:
+        """A plot of the two directions at each site, and curves of how well they tell classes."""
+        first, words = next(iter(result.tasks.values())), result.words
+        every = [
+            (task_in_words(name) or "–", site, item)
+            for name, task in result.tasks.items()
+            for site, item in task.sites.items()
+        ]
+        items = [item for *_, item in every]
+        return [
+            Panel(
+                name="geometry-directions",
+                title=f"The two largest directions of variation at {words.position}",
+                text=(
+                    f"Each point is a held-out prompt: its clean activation at {words.position}, "
+                    "centred and projected on the first two directions of a singular value "
+                    "decomposition of the training prompts' activations. No labels were used to "
+                    f"find the directions; colour and shape show the {words.value}. Signs are "
+                    f"arbitrary: {result.classes[-1]} is drawn on the higher side of "
+                    f"{result.classes[0]}. Above each plot: how much of direction 1's variance the "
+                    f"{words.value} explains. The list starts with the site whose first direction "
+                    f"the {words.value} explains most. Point at a prompt to read it."
+                ),
+                charts={
+                    site: _best(result, site)
+                    for site in dict.fromkeys([result.best_site, *first.sites])
+                },
+                choice="site",
+            ),
+            Panel(
+                name="geometry-by-site",
+                title=f"How much of the largest direction is {words.variable}",
+                text="\n\n".join(self.says(result))
+                + "\n\nEta squared is the variance between classes over the total variance along a "
+                f"direction, on held-out prompts; a direction unrelated to the {words.value} stays "
+                f"below {first.eta_chance:.3f} in 95 % of cases. Bars on the accuracy are Wilson "
+                "95 % intervals.",
+                charts={key: Chart([_by_site(result, key, key)]) for key in MEASURES},
+                choice="measure",
+                table=table_of(
+                    {
+                        "task": [task for task, _, _ in every],
+                        "site": [site for _, site, _ in every],
+                        **{key: list(map(read, items)) for key, read in MEASURES.items()},
+                        "strongest of the first ten": [item.strongest for item in items],
+                        "its eta squared": [item.strongest_eta_squared for item in items],
+                    }
+                ),
+            ),
+        ]
+
+
+def _thresholds(result: GeometryResult) -> str:
+    return "one threshold" if len(result.classes) == 2 else "thresholds"
+
+
+def _finding(result: GeometryResult, name: str) -> str:
+    """What was seen in one task, in some sentences."""
+    task, words = result.tasks[name], result.words
+    apart = [site for site, item in task.sites.items() if (item.accuracy.value or 0) >= APART]
+    best, item = max(task.sites.items(), key=lambda pair: pair[1].eta_squared[0])
+    chance = " (within chance)" if item.eta_squared[0] < task.eta_chance else ""
+    two = len(result.classes) == 2
+    said = (
+        f"{'a threshold' if two else 'thresholds'} on the first direction alone "
+        f"{'tells' if two else 'tell'} at least {percent(APART, 0)} of the {task.test} held-out "
+        f"prompts at {in_ranges(apart, list(task.sites))}. The {words.value} explains that "
+        f"direction most at {best}: {percent(item.eta_squared[0])} of its variance{chance}, "
+        f"accuracy {share_in_words(item.accuracy)}, the direction itself "
+        f"{percent(item.variance[0])} of all variance."
+    )
+    lower = {
+        site: item
+        for site, item in task.sites.items()
+        if item.strongest > 1
+        and item.strongest_eta_squared > max(0.5, item.eta_squared[0], task.eta_chance)
+    }
+    if lower:
+        where = ", ".join(
+            f"direction {item.strongest} at {site} ({percent(item.strongest_eta_squared, 0)})"
+            for site, item in lower.items()
+        )
+        said += f" Elsewhere it explains most of a lower direction: {where}."
+    return headed(name, said)
+
+
+def _best(result: GeometryResult, site: str) -> Chart:
+    """Both directions at one site, a pane a task."""
+    panes = []
+    for name, task in result.tasks.items():
+        item = task.sites[site]
+        about = (
+            f"{result.words.value} explains {percent(item.eta_squared[0])} of direction 1; "
+            f"accuracy {percent(item.accuracy.value)}"
+        )
+        panes.append(_plane(result, name, site, headed(name, about, "\n")))
+    title = f"Held-out prompts at {site}, {result.words.position}; directions found without labels"
+    return Chart(panes, title=title, columns=len(panes))
+
+
+def _plane(result: GeometryResult, name: str, site: str, title: str, *, size: float = 1.0) -> Pane:
+    """Held-out prompts on both directions at one site."""
+    task = result.tasks[name]
+    item = task.sites[site]
+    marks = []
+    for index, label in reversed(list(enumerate(result.classes))):
+        rows = [row for row, value in enumerate(task.labels) if value == index]
+        marks.append(
+            Marks(
+                label,
+                [item.points[row][0] for row in rows],
+                [item.points[row][1] for row in rows],
+                kind="points",
+                size=size,
+                opacity=0.6,
+                texts=[task.prompts[row] for row in rows],
+                **look(index),
+            )
+        )
+    x_title, y_title = (
+        f"direction {number} ({percent(share)} of all variance)" if size == 1 else ""
+        for number, share in enumerate(item.variance, start=1)
+    )
+    rules = [Rule(cut, axis="x") for cut in item.thresholds]
+    return Pane(marks, rules=rules, title=title, x_title=x_title, y_title=y_title)
+
+
+def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
+    """One measure by site, a curve a task."""
+    marks = [
+        marks_of(
+            task_in_words(name) or result.words.variable,
+            list(task.sites),
+            [MEASURES[measure](item) for item in task.sites.values()],
+            **look(index),
+        )
+        for index, (name, task) in enumerate(result.tasks.items())
+    ]
+    return Pane(
+        marks,
+        rules=[Rule(1 / len(result.classes))] if measure == ACCURACY else [],
+        x_title=SITES,
+        y_title=title,
+        y_range=(-0.03, 1.03),
+    )

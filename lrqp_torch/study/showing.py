@@ -1,0 +1,158 @@
+"""Estimates, sites and tasks as sentences, charts and tables show them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+from lrqp_torch.plot.chart import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Cell,
+    Marker,
+    Marks,
+    Table,
+)
+from lrqp_torch.study.estimates import Estimate
+
+NO_BREAK = "\u00a0"
+SITES = "site, in order of computation"
+"""Title of an axis."""
+
+LOOKS: tuple[tuple[str, Marker], ...] = (
+    (BLUE, "circle"),
+    (VERMILION, "square"),
+    (GREEN, "triangle"),
+    (PURPLE, "diamond"),
+    (ORANGE, "down"),
+    (SKY, "pentagon"),
+    (BLACK, "star"),
+)
+"""Colour and marker of the first, second, ... of several tasks or classes."""
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of the index-th of several tasks or classes, as :class:`Marks` take."""
+    colour, marker = LOOKS[index % len(LOOKS)]
+    return {"colour": colour, "marker": marker}
+
+
+def marks_of(
+    name: str,
+    x: Sequence[str] | Sequence[float],
+    values: Sequence[Estimate | float | None],
+    *,
+    scale: float = 1.0,
+    **looks: Any,
+) -> Marks:
+    """Estimates, or plain numbers, as marks with their intervals.
+
+    Args:
+        name: in the legend.
+        x: where each stands.
+        values: None leaves a gap.
+        scale: what they are multiplied by, such as 100 for per cent.
+        looks: any other fields of :class:`~lrqp_torch.plot.chart.Marks`.
+    """
+    ends = [cells(value) for value in values]
+    y, lower, upper = (
+        [None if end is None else scale * end for end in column]
+        for column in zip(*ends, strict=True)
+    )
+    known = any(end is not None for end in (*lower, *upper))
+    return Marks(
+        name, x, y, lower=lower if known else None, upper=upper if known else None, **looks
+    )
+
+
+def cells(value: Estimate | float | None) -> tuple[float | None, float | None, float | None]:
+    """Value, lower and upper end."""
+    if not isinstance(value, Estimate):
+        return value, None, None
+    return (None, None, None) if value.value is None else (value.value, value.lower, value.upper)
+
+
+def table_of(columns: Mapping[str, Sequence[Estimate | Cell]]) -> Table:
+    """A table by columns; the estimates of a column have their ends in two columns behind it."""
+    shown: list[tuple[str, Sequence[Cell]]] = []
+    for heading, values in columns.items():
+        if not any(isinstance(value, Estimate) for value in values):
+            shown.append((heading, cast(Sequence[Cell], values)))
+            continue
+        ends = zip(
+            *(cells(cast("Estimate | float | None", value)) for value in values), strict=True
+        )
+        shown += zip((heading, "lower 95 %", "upper 95 %"), ends, strict=True)
+    rows = zip(*(values for _, values in shown), strict=True)
+    return Table([heading for heading, _ in shown], list(rows))
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in per cent, ``"95.4 %"``; a dash for none."""
+    return "–" if share is None else f"{_minus(f'{100 * share:z.{digits}f}')}{NO_BREAK}%"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign: ``"+0.31"`` or ``"−0.20"``."""
+    return _minus(f"{value:+z.{digits}f}")
+
+
+def between(estimate: Estimate, digits: int = 2, scale: float = 1.0) -> str:
+    """The interval of an estimate times ``scale``, ``"0.31 to 0.42"``; a dash for none."""
+    if estimate.interval is None:
+        return "–"
+    lower, upper = (f"{scale * end:z.{digits}f}" for end in estimate.interval)
+    return _minus(f"{lower} to {upper}")
+
+
+def share_in_words(estimate: Estimate, digits: int = 1) -> str:
+    """A share with its interval: ``"95.4 % (93.1 to 96.9)"``."""
+    return f"{percent(estimate.value, digits)} ({between(estimate, digits, 100)})"
+
+
+def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
+    """Sites in words, neighbours joined: "L1.mid to L3.pre, L4.mid"; "no site" for none.
+
+    Args:
+        chosen: the sites to name.
+        order: all sites, in order of computation.
+    """
+    runs: list[list[str]] = []
+    broken = True
+    for site in order:
+        if site in chosen and broken:
+            runs.append([site])
+        elif site in chosen:
+            runs[-1].append(site)
+        broken = site not in chosen
+    if not runs:
+        return "no site"
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def task_in_words(name: str) -> str:
+    """Which version of the task, as figures and sentences say it; nothing where there is one."""
+    return {"plain": "without a prefix", "prefixed": "with a prefix"}.get(name, "")
+
+
+def headed(name: str, words: str, mark: str = ": ") -> str:
+    """Words about one version of the task, beginning with its name where it has one."""
+    head = task_in_words(name)
+    return capitalised(f"{head}{mark}{words}" if head else words)
+
+
+def capitalised(words: str) -> str:
+    """Words with a capital first letter; ``str.capitalize`` would turn S1 into s1."""
+    return words[:1].upper() + words[1:]
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: ``"1 head"``, ``"3 heads"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
