@@ -19,7 +19,7 @@ from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.qp import MahalanobisQP
-from lrqp_torch.qp.external import ACTIVE_SET, SOLVERS
+from lrqp_torch.qp.solvers import ACTIVE_SET, SOLVERS
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.intervene import Intervention, intervene
 

@@ -29,9 +29,8 @@ from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
-from lrqp_torch.qp.posed import Point, PosedProblem
+from lrqp_torch.qp.posed import Point, PosedProblem, Reduction
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
-from lrqp_torch.qp.reduction import Reduction
 from lrqp_torch.stream.intervene import EditContext, Intervention
 from lrqp_torch.stream.positions import Positions
 from lrqp_torch.stream.scopes import Where, parse

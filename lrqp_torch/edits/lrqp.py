@@ -1,7 +1,6 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
 import copy
-import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +11,6 @@ from lrqp_torch.edits.base import Edit, OnInfeasible
 from lrqp_torch.edits.saving import read_edit, write_edit
 from lrqp_torch.errors import (
     NonFiniteError,
-    SolverError,
     WidthError,
     check_activations,
     check_option,
@@ -21,11 +19,9 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.qp import MahalanobisQP, ProbeGeometry, Solution
-from lrqp_torch.qp.cache import GeometryCache
-from lrqp_torch.qp.external import ACTIVE_SET
+from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.qp.total_odds import TotalOddsProblem
+from lrqp_torch.qp.solvers import ACTIVE_SET
 from lrqp_torch.stream.intervene import EditContext
 
 Rule = Literal["mirror", "fixed"]
@@ -77,7 +73,7 @@ class LRQP(Edit[Classes]):
         rule: Rule = "mirror",
         odds: Odds = "pairwise",
         on_infeasible: OnInfeasible = "raise",
-        solver: str = ACTIVE_SET,
+        solver: str | Solver = ACTIVE_SET,
         solver_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(on_infeasible)
@@ -87,7 +83,7 @@ class LRQP(Edit[Classes]):
                 f"both on activations of the same site"
             )
         check_option("rule", rule, ("mirror", "fixed"))
-        check_option("odds", odds, ("pairwise", "total"))
+        check_option("odds", odds, tuple(ODDS))
         floor = torch.as_tensor(log_odds, dtype=torch.float64)
         if floor.ndim != 0 or not bool(torch.isfinite(floor)):
             raise NonFiniteError(f"log_odds must be one finite number, got {log_odds}")
@@ -97,13 +93,7 @@ class LRQP(Edit[Classes]):
         self.probe, self.metric = probe, metric
         self.register_buffer("log_odds", floor.to(device))
         self.rule, self.odds = rule, odds
-        self.qp: MahalanobisQP | TotalOddsProblem
-        if odds == "total" and probe.n_classes > 2:
-            if solver != ACTIVE_SET:
-                raise SolverError(f"odds='total' has a solver of its own; leave {solver!r} out")
-            self.qp = TotalOddsProblem()
-        else:
-            self.qp = MahalanobisQP(probe.n_classes, solver=solver, solver_args=solver_args)
+        self.qp = ODDS[odds].program(probe.n_classes, solver=solver, solver_args=solver_args)
         self._geometry = GeometryCache()
         self.geometry(device)
 
@@ -213,7 +203,7 @@ class LRQP(Edit[Classes]):
                 given = torch.where(source == target, 0.0, given)
                 belief = torch.where(source >= 0, given, belief)
             floor = torch.maximum(belief, floor)
-        return floor + math.log(n_rivals) if sufficient and self.odds == "total" else floor
+        return floor + ODDS[self.odds].surplus(n_rivals) if sufficient else floor
 
     def unreachable(self, target: Tensor, which: str) -> str:
         """See :meth:`Edit.unreachable`."""

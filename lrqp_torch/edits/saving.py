@@ -24,7 +24,7 @@ from lrqp_torch.errors import LRQPError, OutputError, ProvenanceError, SavedEdit
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.qp.external import SOLVERS
+from lrqp_torch.qp.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.lrqp import LRQP

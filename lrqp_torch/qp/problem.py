@@ -1,38 +1,31 @@
 """The LRQP quadratic program: the nearest activation at which a probe reads the target."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 from torch import Tensor, nn
 
-from lrqp_torch.errors import SolverError, WidthError, check_activations, check_values, readable
-from lrqp_torch.qp.certificate import kkt_residual
-from lrqp_torch.qp.external import ACTIVE_SET as ACTIVE_SET
-from lrqp_torch.qp.external import SOLVERS as SOLVERS
-from lrqp_torch.qp.external import (
-    active_by_strength,
-    make_layer,
-    solve_external,
-    solver_options,
+from lrqp_torch.errors import (
+    WidthError,
+    check_activations,
+    check_values,
+    readable,
+    require_concrete,
 )
 from lrqp_torch.qp.geometry import Constraints, Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import matvec
-from lrqp_torch.qp.reach import Attempt, Headroom, Rows, reach
-from lrqp_torch.qp.reach import Realise as Realise
+from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
 from lrqp_torch.qp.single import solve_single, suits
 from lrqp_torch.qp.solution import Solution, join, statuses
-from lrqp_torch.qp.solver import DualActiveSet
+from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
+
+if TYPE_CHECKING:
+    from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
 Floor = Tensor | float | Callable[[Tensor, slice], Tensor]
 """Log α: a number, (B,), (B, m), or a function of the margins (b, m) of a slice of the batch."""
 
-# A solve counts as accurate when its scaled KKT residual is below these. Our own solver reaches
-# 1e-12. Interior-point methods end at a small duality gap, and where the square is posed as a
-# second-order cone (DIFFCP) the solution is only as good as the root of that gap.
-KKT_TOLERANCE = 1e-8
-EXTERNAL_KKT_TOLERANCE = 1e-3
 # Buffers above 32 MB are slow on the CPU, where the allocator returns them to the system each
 # time; so many numbers of float64 activations, 12 MB, are taken at once.
 CHUNK_NUMBERS = 1_572_864
@@ -63,9 +56,9 @@ class MahalanobisQP(nn.Module):
 
     Args:
         n_classes: K ≥ 2.
-        solver: ``"ACTIVE_SET"`` (ours: any device, exact), or a solver of cvxpylayers:
-            ``"DIFFCP"`` (with Clarabel, CPU only), ``"MOREAU"`` (extra ``moreau``),
-            ``"CUCLARABEL"`` (needs Julia and CUDA).
+        solver: a :class:`~.solvers.Solver`, or the name of one: ``"ACTIVE_SET"`` (ours: any device,
+            exact); ``"DIFFCP"`` (with Clarabel, CPU only), ``"MOREAU"`` (extra ``moreau``) or
+            ``"CUCLARABEL"`` (needs Julia and CUDA) of cvxpylayers.
         solver_args: passed to the cvxpylayers solver.
 
     Raises:
@@ -73,31 +66,33 @@ class MahalanobisQP(nn.Module):
     """
 
     def __init__(
-        self, n_classes: int, *, solver: str = ACTIVE_SET, solver_args: dict[str, Any] | None = None
+        self,
+        n_classes: int,
+        *,
+        solver: str | Solver = ACTIVE_SET,
+        solver_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if n_classes < 2:
             raise WidthError(f"a probe needs at least 2 classes, got {n_classes}")
-        if solver not in SOLVERS:
-            raise SolverError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
         self.n_classes = n_classes
-        self.solver_name = solver
-        self.solver_args = solver_options(solver, solver_args or {})
-        self.active_set = DualActiveSet()
-        # Not a submodule: the layer's buffers are constants in a sparse format that can be neither
-        # copied nor saved, and they follow from the fields above.
-        # Ours never needs it, and it cannot be posed inside a transform; others are tried at once.
-        self._layers: list[CvxpyLayer] = [] if solver == ACTIVE_SET else [self._pose()]
+        self.solver = solver_of(solver, solver_args)
+        self.solver.prepare(n_classes - 1)
 
     @property
-    def layer(self) -> CvxpyLayer:
-        """The dual problem as a cvxpylayer: (M, g) or, for DIFFCP, (F, g) → (λ,), batched."""
-        if not self._layers:
-            self._layers.append(self._pose())
-        return self._layers[0]
+    def solver_name(self) -> str:
+        """What the solver is called where edits are saved."""
+        return self.solver.name
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layers": []}
+    @property
+    def solver_args(self) -> dict[str, Any]:
+        """The options that the solver was made with."""
+        return self.solver.args
+
+    @property
+    def layer(self) -> "CvxpyLayer":
+        """The dual problem as a cvxpylayer: (M, g) or, for DIFFCP, (F, g) → (λ,), batched."""
+        return self.solver.layer(self.n_classes - 1)
 
     def forward(
         self,
@@ -167,57 +162,45 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
         rows: slice,
     ) -> Solution:
-        ours = self.solver_name == ACTIVE_SET
         margins = geometry.margins(x, choice)
         floor = log_odds[rows] if isinstance(log_odds, Tensor) else log_odds(margins, rows)
+        if self.solver.looks is not None:
+            require_concrete(self.solver.looks, x, choice, floor)
         if readable(margins):
             check_values(x, margins, floor)
-        if realise is None and ours and suits(x, geometry):
+        if realise is None and isinstance(self.solver, ActiveSet) and suits(x, geometry):
             assert isinstance(geometry, ProbeGeometry)
-            solution = solve_single(
-                x, choice, margins, floor, geometry, self.active_set, KKT_TOLERANCE
-            )
+            solution = solve_single(x, choice, margins, floor, geometry, self.solver.tolerance)
             if solution is not None:
                 return solution
-        return self._reach(x, choice, margins, floor, geometry, realise)
-
-    def _reach(
-        self,
-        x: Tensor,
-        choice: Tensor,
-        margins: Tensor,
-        floor: Tensor,
-        geometry: Geometry,
-        realise: Realise | None,
-    ) -> Solution:
-        """The edits of a batch whose realised activations reach their floors."""
         # One floor for all constraints of an example, or one each.
         bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
-        wide = x.double()
-        valid = torch.isfinite(margins.detach() - bound.detach()).all(-1)
-        needed = (margins < bound).any(-1) & valid
+        reading, wide = self.solver.read(margins), x.double()
+        valid = torch.isfinite(reading.detach() - bound.detach()).all(-1)
+        needed = (reading < bound).any(-1) & valid
         constraints = geometry.constraints(choice)
 
         def step(aim: Tensor, rows: Rows) -> Attempt:
             some = slice(None) if rows is None else rows
-            gap = torch.where(needed[some].unsqueeze(-1), aim - margins[some], -1.0)
             here = constraints.rows(rows)
-            multipliers, active, feasible, residual = self._multipliers(here, gap)
-            edited = geometry.displace(wide[some], choice[some], multipliers)
-            return Attempt(edited, feasible, (multipliers, active, residual))
+            found = self.solver.solve(here, margins[some], aim, needed[some])
+            edited = geometry.displace(wide[some], choice[some], found.multipliers)
+            others = (found.multipliers, found.active, found.residual)
+            return Attempt(edited, found.feasible, others)
 
         def read(held: Tensor, rows: Rows) -> Tensor:
-            return geometry.margins(held, choice if rows is None else choice[rows])
+            here = choice if rows is None else choice[rows]
+            return self.solver.read(geometry.margins(held, here))
 
-        headroom = Headroom.of(x, constraints.length)
+        headroom = Headroom.of(x, self.solver.lengths(constraints))
         attempt, after = reach(bound, needed, headroom, step, read, dtype=x.dtype, realise=realise)
         multipliers, active, residual = attempt.found
         edit = needed & attempt.reachable
         reached = ((after >= bound) & torch.isfinite(after)).all(-1)
-        accurate = reached & (residual <= self.tolerance)
+        accurate = reached & (residual <= self.solver.tolerance)
         # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
         squared = (multipliers * matvec(constraints.gram, multipliers)).sum(-1)
-        before = margins.amin(-1)
+        before = reading.amin(-1)
         return Solution(
             x_new=_keep(x, attempt.edited.to(x.dtype), edit),
             multipliers=multipliers,
@@ -230,37 +213,6 @@ class MahalanobisQP(nn.Module):
             kkt_residual=residual,
             status=statuses(attempt.reachable, edit, accurate, valid),
         )
-
-    @property
-    def tolerance(self) -> float:
-        """On the KKT residual of an accurate solve."""
-        return KKT_TOLERANCE if self.solver_name == ACTIVE_SET else EXTERNAL_KKT_TOLERANCE
-
-    def _multipliers(
-        self, constraints: Constraints, gap: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """λ (B, m), active (B, m), feasible (B,), KKT residual (B,), by the chosen solver."""
-        gram, noise = constraints.gram, constraints.noise
-        multipliers, own = self.active_set.solve(gram, gap, noise, table=constraints.table)
-        active = multipliers.detach() > 0
-        if self.solver_name != ACTIVE_SET:
-            # Other solvers return garbage without a status where a problem is infeasible, so
-            # which ones are is ours to say, and they never see those.
-            ask = own.feasible & (gap > 0).any(-1)
-            multipliers = torch.zeros_like(multipliers)
-            if bool(ask.any()):
-                multipliers = multipliers.index_put(
-                    (ask.nonzero().squeeze(-1),), self._external(gram[ask], gap[ask], noise[ask])
-                )
-            active = active_by_strength(gram.detach(), gap.detach(), multipliers.detach())
-        residual = kkt_residual(gram.detach(), gap.detach(), multipliers.detach(), noise)
-        return multipliers, active, own.feasible, residual
-
-    def _external(self, gram: Tensor, gap: Tensor, noise: Tensor) -> Tensor:
-        return solve_external(self.layer, self.solver_name, gram, gap, noise)
-
-    def _pose(self) -> CvxpyLayer:
-        return make_layer(self.n_classes - 1, self.solver_name, self.solver_args)
 
     def _check(
         self, x: Tensor, choice: Tensor, log_odds: Floor, geometry: Geometry
@@ -280,11 +232,17 @@ class MahalanobisQP(nn.Module):
             return torch.full((len(x),), log_odds, dtype=torch.float64, device=x.device)
         floor = log_odds.to(x.device, torch.float64)
         each = (len(x), geometry.n_constraints)
+        if self.solver.one_floor and floor.ndim == 2:
+            raise WidthError(
+                f"total odds are one number an example: log_odds must be a number or ({len(x)},), "
+                f"got {tuple(floor.shape)}"
+            )
         if floor.shape not in ((), each[:1], each):
             raise WidthError(
                 f"log_odds must be a number, ({len(x)},) or {each}, got {tuple(floor.shape)}"
             )
-        return floor.expand(len(x)) if floor.ndim < 2 else floor
+        # A copy, so that the solution does not change with the tensor that was given.
+        return (floor.expand(len(x)) if floor.ndim < 2 else floor).clone()
 
 
 def _keep(x: Tensor, edited: Tensor, edit: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ leaves the floor reached is proven instead of read: with u = 2⁻²⁴, γ_n = n
 rows of P, in whatever order it sums (Higham 2002, Accuracy and Stability, §3.1),
 
     ‖fl(x + c P) − (x + c P)‖ ≤ γ_{K+2} (‖x‖ + Σ_k |c_k| ‖p_k‖).
-
-Margins and sizes for the record are worked out when they are asked for.
 """
 
 from dataclasses import dataclass
@@ -16,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.certificate import kkt_residual
 from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
 from lrqp_torch.qp.implicit import matvec
 from lrqp_torch.qp.projection import is_large
-from lrqp_torch.qp.solution import DeferredSolution, Solution, Status, statuses
-from lrqp_torch.qp.solver import DualActiveSet
+from lrqp_torch.qp.solution import Solution, kkt_residual, statuses
+from lrqp_torch.qp.solvers import solve_gram
 
 # Rounds of solving until the bound is met; one does it, except for edits far longer than x.
 ROUNDS = 4
@@ -104,7 +101,6 @@ def solve_single(
     margins: Tensor,
     floor: Tensor,
     geometry: ProbeGeometry,
-    solver: DualActiveSet,
     tolerance: float,
 ) -> Solution | None:
     """The solution, or None where the bound cannot be met and x' has to be read back.
@@ -115,7 +111,6 @@ def solve_single(
         margins: at x, (B, K−1), float64.
         floor: log α, (B,) or (B, K−1).
         geometry: probe and metric.
-        solver: the active-set solver.
         tolerance: on the KKT residual.
     """
     pulls, constraints = geometry.single, geometry.constraints(target)
@@ -146,7 +141,7 @@ def solve_single(
         pad = 1.1 * rates * (size + likely)
         for _ in range(ROUNDS):
             gap = ask(pad)
-            multipliers, own = solver.solve(
+            multipliers, own = solve_gram(
                 constraints.gram, gap, constraints.noise, table=constraints.table
             )
             coefficients = pulls.coefficients(target, multipliers)
@@ -170,36 +165,20 @@ def solve_single(
         rows = (~edit).nonzero().squeeze(-1)
         edited = edited.index_copy(0, rows, x[rows])
 
-    def residual() -> Tensor:
-        return kkt_residual(constraints.gram.detach(), gap.detach(), found, constraints.noise)
-
-    def distance() -> Tensor:
-        squared = (multipliers * matvec(constraints.gram, multipliers)).sum(-1)
+    residual = kkt_residual(constraints.gram.detach(), gap.detach(), found, constraints.noise)
+    squared = (multipliers * matvec(constraints.gram, multipliers)).sum(-1)
+    after = geometry.margins(edited.detach(), target).amin(-1)
+    before = margins.amin(-1)
+    return Solution(
+        x_new=edited,
+        multipliers=multipliers,
+        active=found > 0,
         # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
-        return torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit
-
-    def after() -> Tensor:
-        read = geometry.margins(edited.detach(), target).amin(-1)
-        return torch.where(edit, read, margins.detach().amin(-1))
-
-    # The closed form for one constraint leaves no residual that could be large.
-    accurate = edit if geometry.n_classes == 2 else residual() <= tolerance
-    solved = everywhere and (accurate is edit or bool(accurate.all()))
-    return DeferredSolution(
-        now={
-            "x_new": edited,
-            "multipliers": multipliers,
-            "active": found > 0,
-            "floor": floor,
-            "status": torch.full_like(target, int(Status.SOLVED))
-            if solved
-            else statuses(feasible, edit, accurate),
-        },
-        later={
-            "distance": distance,
-            "euclidean": lambda: constraints.moved(found),
-            "kkt_residual": residual,
-            "log_odds_before": lambda: margins.amin(-1),
-            "log_odds_after": after,
-        },
+        distance=torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit,
+        euclidean=constraints.moved(found),
+        floor=floor,
+        log_odds_before=before,
+        log_odds_after=torch.where(edit, after, before.detach()),
+        kkt_residual=residual,
+        status=statuses(feasible, edit, residual <= tolerance),
     )

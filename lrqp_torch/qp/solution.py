@@ -1,13 +1,14 @@
 """What a solve returns: the edited activations and the certificate that they are right."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from lrqp_torch.qp.implicit import matvec
 
 
 class Status(IntEnum):
@@ -81,39 +82,10 @@ class Solution:
         )
 
 
-class DeferredSolution(Solution):
-    """A solution of which some attributes are worked out when they are first read."""
-
-    __slots__ = ("_later",)
-    _later: Mapping[str, Callable[[], Tensor]]
-
-    def __init__(
-        self, now: Mapping[str, Tensor], later: Mapping[str, Callable[[], Tensor]]
-    ) -> None:
-        self.__dict__.update(now)
-        object.__setattr__(self, "_later", later)
-
-    def __getattr__(self, name: str) -> Tensor:
-        later = object.__getattribute__(self, "_later")
-        if name not in later:
-            raise AttributeError(name)
-        value: Tensor = later[name]()
-        self.__dict__[name] = value
-        return value
-
-
 def join(parts: Sequence[Solution]) -> Solution:
-    """Solutions of consecutive parts of a batch as one; nothing is worked out before its time."""
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+    """Solutions of consecutive parts of a batch as one."""
     names = [field.name for field in fields(Solution)]
-    later = [name for name in names if any(name not in vars(part) for part in parts)]
-    return DeferredSolution(
-        now={name: joined(name) for name in names if name not in later},
-        later={name: partial(joined, name) for name in later},
-    )
+    return Solution(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
 def statuses(
@@ -124,3 +96,31 @@ def statuses(
     status = torch.where(edit, edited, int(Status.SATISFIED))
     status = torch.where(reachable, status, int(Status.INFEASIBLE))
     return status if valid is None else torch.where(valid, status, int(Status.INVALID))
+
+
+def kkt_residual(
+    gram: Tensor, gap: Tensor, multipliers: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """Largest violation of the KKT conditions of min ½ λᵀMλ − gᵀλ over λ ≥ 0, per example.
+
+    The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λ s = 0. Constraints are measured in units of
+    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square. Constraints
+    without length do not depend on the activation and are left out.
+
+    Args:
+        gram: M, (B, m, m).
+        gap: g, (B, m).
+        multipliers: λ, (B, m).
+        noise: rounding error of M's diagonal, (B, m): a length at or below it is none.
+            Default: zero.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    present = diagonal > (0.0 if noise is None else noise)
+    length = torch.where(present, diagonal, 1.0).sqrt()
+    slack = matvec(gram, multipliers) - gap
+    slack = torch.where(present, slack / length, 0.0)
+    scaled = multipliers * length
+    gap_size = 1 + torch.where(present, gap / length, 0.0).abs().amax(-1)
+    infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
+    complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
+    return torch.maximum(infeasibility, complementarity)

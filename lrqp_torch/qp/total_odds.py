@@ -1,166 +1,388 @@
-"""The total-odds edit of a batch: solve, put in place, read back, and certify."""
+"""The least edit for total odds: P[t] / (1 − P[t]) ≥ α, exactly, as one convex constraint.
 
-from collections.abc import Callable
-from typing import Any
+With s_ℓ = z_t − z_ℓ the margins over the m = K − 1 rivals, the log of the total odds is
+
+    f(s) = z_t − log Σ_{ℓ≠t} exp z_ℓ = −log Σ_ℓ exp(−s_ℓ),
+
+concave, with gradient p = softmax(−s): the rivals' shares among themselves. So the problem
+
+    minimise ½ δᵀ Σ⁻¹ δ   subject to   f(s⁰ + A δ) ≥ log α
+
+is convex, and its KKT conditions (Boyd and Vandenberghe 2004, §5.5.3) are δ = Σ Aᵀ λ with
+
+    λ = μ p(s⁰ + M λ),   f(s⁰ + M λ) = log α,   μ ≥ 0,   M = A Σ Aᵀ:
+
+every rival is held down in proportion to its probability at x'. Only M is needed, m × m.
+
+They are solved by Newton's method. For fixed μ the condition λ = μ p(s⁰ + M λ) is that of the
+convex function
+
+    ½ λᵀMλ + μ log Σ exp(−s⁰ − Mλ),
+
+minimised by Newton steps with a line search. There f increases with μ, so that f = log α is a
+bracketed Newton iteration in one number; both are taken together once λ has settled. Any p gives by
+duality the lower bound
+
+    distance ≥ (log α − pᵀs⁰ + H(p)) / √(pᵀMp),   H the entropy,
+
+and where that has no finite value the target is unreachable.
+"""
+
+import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrqp_torch.errors import (
-    NonFiniteError,
-    WidthError,
-    check_activations,
-    check_finite,
-    require_concrete,
-)
-from lrqp_torch.qp.external import ACTIVE_SET
-from lrqp_torch.qp.geometry import Geometry
-from lrqp_torch.qp.problem import Floor
-from lrqp_torch.qp.reach import Attempt, Headroom, Rows, reach
-from lrqp_torch.qp.solution import Solution, Status
-from lrqp_torch.qp.total import (
-    total_log_odds,
-    total_multipliers,
-    total_residual,
-    without_constants,
-)
-from lrqp_torch.qp.total_solver import solve_total
+from lrqp_torch.qp.geometry import Constraints
+from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver, solve_gram
 
-# Random problems end at 1e-12. λ = μ p multiplies the rounding errors of the margins by μ, which is
-# large where a rival is nearly the target's equal: up to 1e-6 for copies one part in a million off.
-KKT_TOLERANCE = 1e-5
+# A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
+GROWTH = 30.0
+# f is met within this share of the terms that it is made of. The two Newton steps of
+# :func:`total_multipliers` square that twice.
+MET = 1e-9
+# λ = μ p is met within this share of 1 + the length of the edit; where classes are nearly equal,
+# rounding of s allows no better.
+BALANCED = 1e-5
+# λ may move on to the next μ when its Newton decrement, a squared length, is below this share of
+# 1 + the squared length of the edit.
+SETTLED = 1e-6
+# p ᵀ M p at or below this share of (Σ p √M_ll)² is a combination of normals that cancels.
+CANCELLED = 1e-13
+MAX_STEPS = 400
+MAX_HALVINGS = 40
 
 
-class TotalOddsProblem(nn.Module):
+class TotalOdds(Solver):
     """The nearest activation at which P[t] / (1 − P[t]) ≥ α: the least edit for total odds.
 
         minimise  (x' − x)ᵀ Σ⁻¹ (x' − x)
         subject to  z_t(x') − log Σ_{ℓ≠t} exp z_ℓ(x') ≥ log α
 
     Never longer than the pairwise edit at (K − 1) α, which is sufficient for the same odds, and the
-    same edit for K = 2. The call is that of :meth:`MahalanobisQP.solve`; in the
-    :class:`~.solution.Solution`, ``floor``, ``log_odds_before`` and ``log_odds_after`` are logs of
-    *total* odds, and every multiplier of an edited example is positive: all rivals are held, each
-    in proportion to its probability.
-
-    As there, the odds are read back from the realised activations and the floor is raised by what
-    rounding left short. Derivatives in x, W, b, Σ and log α are exact to third order.
+    same edit for K = 2. With this solver, ``floor``, ``log_odds_before`` and ``log_odds_after`` of
+    the :class:`~.solution.Solution` are logs of *total* odds, and every multiplier of an edited
+    example is positive: all rivals are held, each in proportion to its probability. Derivatives in
+    x, W, b, Σ and log α are exact to third order.
     """
 
-    solver_name = ACTIVE_SET
+    name = ACTIVE_SET
+    # Random problems end at 1e-12. λ = μ p multiplies the rounding errors of the margins by μ,
+    # which is large where a rival is nearly the target's equal: up to 1e-6 for copies one part in a
+    # million off.
+    tolerance = 1e-5
+    looks = "odds='total'"
+    one_floor = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.solver_args: dict[str, Any] = {}
+    def read(self, margins: Tensor) -> Tensor:
+        """See :meth:`Solver.read`: the log of the total odds, (B, 1)."""
+        return total_log_odds(margins).unsqueeze(-1)
 
-    def forward(self, x: Tensor, target: Tensor, log_odds: Floor, geometry: Geometry) -> Solution:
-        """The same as :meth:`solve`."""
-        return self.solve(x, target, log_odds, geometry)
+    def lengths(self, constraints: Constraints) -> Tensor:
+        """See :meth:`Solver.lengths`: total odds change no faster than the fastest margin."""
+        return constraints.length.amax(-1, keepdim=True)
 
     def solve(
-        self,
-        x: Tensor,
-        target: Tensor,
-        log_odds: Floor,
-        geometry: Geometry,
-        *,
-        realise: Callable[[Tensor], Tensor] | None = None,
-    ) -> Solution:
-        """Solve with a geometry of one probe.
-
-        Args:
-            x: activations, (B, d), any floating dtype.
-            target: target classes, (B,) integer.
-            log_odds: log α: a number, (B,), or a function of the margins at x, (B, K−1), and of
-                the slice of the batch that these are.
-            geometry: probe and metric, from :meth:`ProbeGeometry.build`.
-            realise: what the model will hold when x' is put in place; default: x' in x's dtype.
-
-        Raises:
-            WidthError, TargetError, NonFiniteError: bad input, named.
-            SolverError: inside a transform that hides the values, such as ``vmap``.
-        """
-        _check(x, target, geometry)
-        target = target.long()
-        margins = geometry.margins(x, target)
-        floor = _floor(log_odds, margins)
-        before = total_log_odds(margins.detach())
-        needed = before < floor
-        constraints = geometry.constraints(target)
-        wide = x.double()
-
-        def step(aim: Tensor, rows: Rows) -> Attempt:
-            some = slice(None) if rows is None else rows
-            here, wanted = constraints.rows(rows), needed[some]
-            fixed = here.gram.detach()
-            start, asked, room = without_constants(
-                fixed, margins[some], aim.squeeze(-1), here.noise
-            )
-            # A floor of −∞ is met by every activation: that example is not asked.
-            question = torch.where(wanted & room, asked.detach(), -torch.inf)
-            found = solve_total(fixed, start.detach(), question, here.noise)
-            reachable = (room | ~wanted) & found.feasible
-            wanted = wanted & reachable
-            multipliers = total_multipliers(
-                here.gram, start, asked, found.multipliers, found.weight, wanted
-            )
-            residual = total_residual(fixed, start, asked, multipliers).detach()
-            edited = geometry.displace(wide[some], target[some], multipliers)
-            return Attempt(edited, reachable, (multipliers, torch.where(wanted, residual, 0.0)))
-
-        def read(held: Tensor, rows: Rows) -> Tensor:
-            here = target if rows is None else target[rows]
-            return total_log_odds(geometry.margins(held, here)).unsqueeze(-1)
-
-        # Total odds change no faster than the fastest of the margins.
-        headroom = Headroom.of(x, constraints.length.amax(-1, keepdim=True))
-        attempt, read_back = reach(
-            floor.unsqueeze(-1), needed, headroom, step, read, dtype=x.dtype, realise=realise
+        self, constraints: Constraints, margins: Tensor, floor: Tensor, asked: Tensor
+    ) -> Found:
+        """See :meth:`Solver.solve`."""
+        gram, noise = constraints.gram, constraints.noise
+        fixed = gram.detach()
+        start, wanted, room = without_constants(fixed, margins, floor.squeeze(-1), noise)
+        # A floor of −∞ is met by every activation: that example is not asked.
+        question = torch.where(asked & room, wanted.detach(), -torch.inf)
+        found = solve_total(fixed, start.detach(), question, noise)
+        feasible = (room | ~asked) & found.feasible
+        edited = asked & feasible
+        multipliers = total_multipliers(
+            gram, start, wanted, found.multipliers, found.weight, edited
         )
-        edited, after = attempt.edited, read_back.squeeze(-1)
-        multipliers, residual = attempt.found
-        reachable, wanted = attempt.reachable, needed & attempt.reachable
-        with torch.no_grad():
-            accurate = (after >= floor) & torch.isfinite(after) & (residual <= KKT_TOLERANCE)
-            status = torch.full_like(target, Status.SATISFIED)
-            status[wanted] = Status.SOLVED
-            status[wanted & ~accurate] = Status.INACCURATE
-            status[~reachable] = Status.INFEASIBLE
-        squared = (multipliers * (constraints.gram @ multipliers.unsqueeze(-1)).squeeze(-1)).sum(-1)
-        # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
-        distance = torch.where(wanted, squared, 1.0).clamp_min(0.0).sqrt() * wanted
-        return Solution(
-            x_new=torch.where(wanted.unsqueeze(-1), edited.to(x.dtype), x),
-            multipliers=multipliers,
-            active=multipliers.detach() > 0,
-            distance=distance,
-            euclidean=torch.linalg.vector_norm((edited - wide).detach(), dim=-1),
-            floor=floor,
-            log_odds_before=total_log_odds(margins),
-            log_odds_after=torch.where(wanted, after, before),
-            kkt_residual=residual,
-            status=status,
+        residual = total_residual(fixed, start, wanted, multipliers).detach()
+        residual = torch.where(edited, residual, 0.0)
+        return Found(multipliers, multipliers.detach() > 0, feasible, residual)
+
+
+def total_log_odds(margins: Tensor) -> Tensor:
+    """Log P[t] / (1 − P[t]) from the margins z_t − z_ℓ over the rivals, (..., m) → (...)."""
+    return -(-margins).logsumexp(-1)
+
+
+def without_constants(
+    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same problem without the rivals that no activation moves; differentiable.
+
+    Where M_ℓℓ is none, s_ℓ is a constant: Σ exp(−s) ≤ 1/α leaves less for the others, so their
+    floor is −log(1/α − Σ exp(−s_constant)), and s_ℓ = ∞ takes the rival out.
+
+    Returns:
+        s⁰ with ∞ in place of constants, (B, m); the floor of the others, (B,); whether the
+        constants leave any room, (B,) bool.
+    """
+    constant = gram.detach().diagonal(dim1=-2, dim2=-1) <= noise
+    some = constant.any(-1)
+    # Log of the constants' share of what is allowed. Where there are none, any number will do.
+    held = torch.where(constant, start, torch.where(some.unsqueeze(-1), torch.inf, 0.0))
+    share = floor - total_log_odds(held)
+    room = ~some | ((share < 0) & ~constant.all(-1))
+    spent = some & room
+    rest = floor - (-torch.expm1(torch.where(spent, share, -1.0))).log()
+    return (
+        torch.where(constant, torch.inf, start),
+        torch.where(spent, rest, floor),
+        room,
+    )
+
+
+def newton_step(
+    gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One Newton step on λ = μ p, f = log α, for (λ, μ); differentiable in everything.
+
+    Args:
+        gram: M, (B, m, m).
+        start: s⁰, (B, m).
+        floor: log α, (B,).
+        multipliers: λ, (B, m).
+        weight: μ, (B,).
+    """
+    margins = start + matvec(gram, multipliers)
+    share = (-margins).softmax(-1)
+    residual = multipliers - weight.unsqueeze(-1) * share
+    back, along = solve_inner(gram, share, weight, residual, share)
+    slope = matvec(gram, share)
+    missing = floor - total_log_odds(margins) + (slope * back).sum(-1)
+    step = missing / (slope * along).sum(-1)
+    return multipliers - back + step.unsqueeze(-1) * along, weight + step
+
+
+def total_multipliers(
+    gram: Tensor,
+    start: Tensor,
+    floor: Tensor,
+    multipliers: Tensor,
+    weight: Tensor,
+    edited: Tensor,
+) -> Tensor:
+    """λ, (B, m), differentiable in M, s⁰ and log α to third order; zero where not ``edited``.
+
+    Newton's method doubles the number of correct terms of a power series as it doubles digits: from
+    a solution held constant, one differentiable step has the exact first derivative (the implicit
+    function theorem), two have the first three.
+    """
+    one, other = edited.unsqueeze(-1), edited[:, None, None]
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(other, gram, identity)
+    start = torch.where(one, start, 0.0)
+    floor = torch.where(edited, floor, total_log_odds(torch.zeros_like(start)))
+    multipliers = torch.where(one, multipliers, 0.0)
+    weight = torch.where(edited, weight, 0.0)
+    for _ in range(2):
+        multipliers, weight = newton_step(gram, start, floor, multipliers, weight)
+    return torch.where(one, multipliers, 0.0)
+
+
+def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tensor) -> Tensor:
+    """Largest violation of the KKT conditions λ = μ p and f = log α (μ > 0), per example.
+
+    The first is measured in the metric and relative to 1 + the length of the edit, the second to
+    1 + the distance of f from log α before the edit. Where λ = 0 only f ≥ log α is asked.
+    """
+    moved = matvec(gram, multipliers)
+    margins = start + moved
+    weight = multipliers.sum(-1)
+    residual = multipliers - weight.unsqueeze(-1) * (-margins).softmax(-1)
+    length = (multipliers * moved).sum(-1).clamp_min(0.0).sqrt()
+    unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0).sqrt() / (1 + length)
+    missing = floor - total_log_odds(margins)
+    missing = torch.where(weight > 0, missing.abs(), missing.clamp_min(0.0))
+    return torch.maximum(unbalanced, missing / (1 + (floor - total_log_odds(start)).abs()))
+
+
+def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
+    """(I + μ H M)⁻¹ r for each r, H = diag p − p pᵀ; it has no eigenvalue below 1."""
+    curvature = share.unsqueeze(-1) * (gram - matvec(gram, share).unsqueeze(-2))
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    system = identity + weight[:, None, None] * curvature
+    return tuple(torch.linalg.solve(system, torch.stack(right, -1)).unbind(-1))
+
+
+@dataclass(frozen=True)
+class TotalSolution:
+    """Result of :func:`solve_total`.
+
+    Attributes:
+        multipliers: λ, (B, m), non-negative.
+        weight: μ = Σ λ, the multiplier of the one constraint, (B,).
+        feasible: False where no activation reaches the odds, (B,).
+        converged: False where the steps ran out, (B,).
+    """
+
+    multipliers: Tensor
+    weight: Tensor
+    feasible: Tensor
+    converged: Tensor
+
+
+@torch.no_grad()
+def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
+    """Solve a batch of total-odds problems; where f(s⁰) ≥ log α already, λ = 0.
+
+    Args:
+        gram: M, (B, m, m), symmetric positive semidefinite, float64.
+        start: s⁰, the margins before the edit, (B, m).
+        floor: log α, (B,).
+        noise: rounding error of M's diagonal, (B, m).
+    """
+    problem = _Batch.begin(gram, start, floor, noise)
+    for _ in range(MAX_STEPS):
+        problem = problem.step()
+        if len(problem.index) == 0:
+            break
+    return problem.result
+
+
+@dataclass
+class _Batch:
+    """The problems still being solved, and the results of all."""
+
+    result: TotalSolution
+    index: Tensor
+    gram: Tensor
+    start: Tensor
+    floor: Tensor
+    noise: Tensor
+    multipliers: Tensor
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Batch":
+        """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
+        needed = total_log_odds(start) < floor
+        enough = floor.unsqueeze(-1) + math.log(start.shape[-1])
+        gap = torch.where(needed.unsqueeze(-1) & torch.isfinite(start), enough - start, -1.0)
+        multipliers, pairwise = solve_gram(gram, gap, noise)
+        multipliers = torch.where(pairwise.feasible.unsqueeze(-1), multipliers, 0.0)
+        # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
+        share = (-start).softmax(-1)
+        slope = (share * matvec(gram, share)).sum(-1)
+        lowest = torch.finfo(gram.dtype).tiny
+        guess = (floor - total_log_odds(start)) / slope.clamp_min(lowest)
+        weight = torch.where(pairwise.feasible, multipliers.sum(-1), guess.clamp(0.0, 1e12))
+        result = TotalSolution(
+            torch.zeros_like(start),
+            torch.zeros_like(floor),
+            torch.ones_like(needed),
+            ~needed,
+        )
+        low, high = torch.zeros_like(floor), torch.full_like(floor, torch.inf)
+        index = needed.nonzero().squeeze(-1)
+        parts = (gram, start, floor, noise, multipliers, weight, low, high)
+        return cls(result, index, *(part[index] for part in parts))
+
+    def step(self) -> "_Batch":
+        """One Newton step of each problem: for λ while it is off, else for μ."""
+        if len(self.index) == 0:
+            return self
+        gram, weight = self.gram, self.weight
+        moved = matvec(gram, self.multipliers)
+        margins = self.start + moved
+        share = (-margins).softmax(-1)
+        residual = self.multipliers - weight.unsqueeze(-1) * share
+        back, along = solve_inner(gram, share, weight, residual, share)
+        pulled, slope = matvec(gram, back), matvec(gram, share)
+        decrement = (residual * pulled).sum(-1).clamp_min(0.0)
+        distance = (self.multipliers * moved).sum(-1).clamp_min(0.0)
+
+        # Where λ has settled at its μ, f tells on which side of the bracket μ lies. Settled means
+        # that what λ still has to go cannot change f by enough to change sides.
+        missing = self.floor - total_log_odds(margins)
+        terms = self.start.abs() + matvec(gram.abs(), self.multipliers.abs())
+        size = 1 + self.floor.abs() + torch.where(share > 0, share * terms, 0.0).sum(-1)
+        pending = (slope * back).sum(-1).abs()
+        settled = decrement <= SETTLED * (1 + distance)
+        settled &= pending <= torch.maximum(missing.abs() / 10, 1e-13 * size)
+        unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0)
+        done = settled & (missing.abs() <= MET * size)
+        done &= unbalanced <= BALANCED**2 * (1 + distance)
+        lost = settled & (missing > 0) & self._beyond_reach(share, slope)
+        low = torch.where(settled & (missing > 0), weight, self.low)
+        high = torch.where(settled & (missing <= 0), weight, self.high)
+        rate = (slope * along).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+        proposed = weight + (missing + (slope * back).sum(-1)) / rate
+        bounded = torch.isfinite(high)
+        limit = torch.where(bounded, high, GROWTH * weight)
+        middle = torch.where(
+            bounded, torch.where(low > 0, (low * high).sqrt(), high / GROWTH), limit
+        )
+        inside = (proposed > low) & (proposed < limit)
+        chosen = torch.where(inside, proposed, middle)
+        change = torch.where(settled, chosen - weight, 0.0)
+
+        # Elsewhere, a Newton step for λ, halved until the function falls as it should.
+        stride = self._line_search(margins, moved, back, pulled, decrement)
+        next_multipliers = torch.where(
+            settled.unsqueeze(-1),
+            self.multipliers - back + change.unsqueeze(-1) * along,
+            self.multipliers - stride.unsqueeze(-1) * back,
+        )
+        finished = done | lost
+        if bool(finished.any()):
+            at = self.index[finished]
+            found = torch.where(lost.unsqueeze(-1), 0.0, self.multipliers.clamp_min(0.0))
+            self.result.multipliers[at] = found[finished]
+            self.result.weight[at] = torch.where(lost, 0.0, weight)[finished]
+            self.result.feasible[at] = ~lost[finished]
+            self.result.converged[at] = True
+        keep = ~finished
+        return _Batch(
+            self.result,
+            *(
+                part[keep]
+                for part in (
+                    self.index,
+                    gram,
+                    self.start,
+                    self.floor,
+                    self.noise,
+                    next_multipliers,
+                    weight + change,
+                    low,
+                    high,
+                )
+            ),
         )
 
+    def _beyond_reach(self, share: Tensor, slope: Tensor) -> Tensor:
+        """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""
+        entropy = -torch.special.xlogy(share, share).sum(-1)
+        reading = torch.where(share > 0, share * self.start, 0.0).sum(-1)
+        gap = self.floor - reading + entropy
+        length = (share * slope).sum(-1)
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+        resolved = CANCELLED * (share * scale).sum(-1).square()
+        resolved = torch.maximum(resolved, (share * self.noise.sqrt()).sum(-1).square())
+        result: Tensor = (gap > 0) & (length <= resolved)
+        return result
 
-def _check(x: Tensor, target: Tensor, geometry: Geometry) -> None:
-    check_activations(x, geometry.width)
-    require_concrete("odds='total'", x, target)
-    geometry.check(target, len(x))
-    check_finite(x)
-
-
-def _floor(log_odds: Floor, margins: Tensor) -> Tensor:
-    batch = len(margins)
-    if callable(log_odds):
-        log_odds = log_odds(margins, slice(0, batch))
-    floor = torch.as_tensor(log_odds, dtype=torch.float64, device=margins.device)
-    require_concrete("odds='total'", margins, floor)
-    if floor.shape not in ((), (batch,)):
-        raise WidthError(
-            f"total odds are one number an example: log_odds must be a number or ({batch},), got "
-            f"{tuple(floor.shape)}"
-        )
-    if not bool(torch.isfinite(floor).all()):
-        raise NonFiniteError("log_odds holds NaN or infinity")
-    return floor.expand(batch)
+    def _line_search(
+        self, margins: Tensor, moved: Tensor, back: Tensor, pulled: Tensor, decrement: Tensor
+    ) -> Tensor:
+        """The first of 1, ½, ¼, … at which ½ λᵀMλ + μ log Σ exp(−s) falls by 10⁻⁴ of its slope."""
+        linear, square = (moved * back).sum(-1), (back * pulled).sum(-1)
+        before = (-margins).logsumexp(-1)
+        stride = torch.ones_like(decrement)
+        for _ in range(MAX_HALVINGS):
+            after = (stride.unsqueeze(-1) * pulled - margins).logsumexp(-1)
+            fall = stride * linear - stride.square() * square / 2 - self.weight * (after - before)
+            # What rounding of the two terms leaves cannot be asked of a step that is that small.
+            rounding = 1e-14 * (1 + (stride * linear).abs() + self.weight * (1 + before.abs()))
+            enough = fall >= 1e-4 * stride * decrement - rounding
+            if bool(enough.all()):
+                break
+            stride = torch.where(enough, stride, stride / 2)
+        return stride

@@ -9,6 +9,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from lrqp_torch import MahalanobisQP, Solution
+from lrqp_torch.qp import Solver
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Problem:
     bias: Tensor
     covariance: Tensor
 
-    def solve(self, solver: str = "ACTIVE_SET") -> Solution:
+    def solve(self, solver: str | Solver = "ACTIVE_SET") -> Solution:
         qp = MahalanobisQP(len(self.bias), solver=solver)
         return qp(self.x, self.target, self.floor, self.weight, self.bias, self.covariance)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrqp_torch.qp import active_set
 from lrqp_torch.qp.active_set import DualSolution, solve_dual
-from lrqp_torch.qp.certificate import kkt_residual
+from lrqp_torch.qp.solution import kkt_residual
 
 
 def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, errors
-from lrqp_torch.qp import ProbeGeometry, cache, geometry, problem, reach
+from lrqp_torch.qp import ProbeGeometry, geometry, problem, reach
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
@@ -151,7 +151,7 @@ def test_the_whole_edit_runs_without_values(n_classes: int, dtype: torch.dtype) 
 def test_a_kept_geometry_is_compared_on_the_device(blind: None) -> None:
     """A change that leaves no trace cannot be seen without waiting; it is told afterwards."""
     weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    kept, metric = cache.GeometryCache(), torch.eye(4, dtype=torch.float64)
+    kept, metric = geometry.GeometryCache(), torch.eye(4, dtype=torch.float64)
     first = kept.get(weight, bias, metric, weight.device)
     with NoLooking():
         again, stale = kept.peek(weight, bias, metric, weight.device)

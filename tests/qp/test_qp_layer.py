@@ -3,15 +3,19 @@
 import copy
 import importlib.util
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from qp_reference import Problem, random_problem
 from torch import Tensor
 
-from lrqp_torch import MahalanobisQP, Status
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
 from lrqp_torch.errors import InfeasibleError, NonFiniteError, SolverError, TargetError, WidthError
-from lrqp_torch.qp import DualActiveSet, ProbeGeometry
+from lrqp_torch.qp import ODDS, ActiveSet, DualActiveSet, ProbeGeometry, TotalOdds
+from lrqp_torch.qp.geometry import Constraints
+from lrqp_torch.qp.solvers import Found
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -109,6 +113,49 @@ def test_moreau_reads_back_the_floor_too() -> None:
 def test_a_solver_that_is_not_installed_is_named() -> None:
     with pytest.raises(SolverError, match="CUCLARABEL"):
         MahalanobisQP(3, solver="CUCLARABEL")
+
+
+def test_a_solver_is_an_object_that_is_passed_in() -> None:
+    """A user's own: ours, but for a doubled floor; an edit takes it as it takes a name."""
+
+    class Doubled(ActiveSet):
+        name = "DOUBLED"
+
+        def solve(
+            self, constraints: Constraints, margins: Tensor, floor: Tensor, asked: Tensor
+        ) -> Found:
+            return super().solve(constraints, margins, 2 * floor, asked)
+
+    problem = random_problem(4, 8, 30)
+    problem.floor = problem.floor.abs() + 1
+    doubled = problem.solve(Doubled())
+    problem.floor = 2 * problem.floor
+    expected = problem.solve()
+    more = (expected.status == Status.SOLVED) & (doubled.status == Status.SOLVED)
+    assert more.sum() > 20
+    torch.testing.assert_close(doubled.x_new[more], expected.x_new[more])
+    probe = LinearProbe(8, 4, dtype=torch.float64).requires_grad_(False)
+    edit = LRQP(probe, Mahalanobis(problem.covariance), solver=Doubled())
+    assert isinstance(edit.qp.solver, Doubled) and edit.qp.solver_name == "DOUBLED"
+    with pytest.raises(SolverError, match="when it is made"):
+        MahalanobisQP(3, solver=Doubled(), solver_args={"max_iter": 3})
+    with pytest.raises(SolverError, match="no solver of the dual"):
+        MahalanobisQP(3, solver=TotalOdds()).layer.cpu()
+    with pytest.raises(SolverError, match=r"odds='total' has a solver of its own.*'DIFFCP'"):
+        ODDS["total"].program(3, solver="DIFFCP")
+
+
+def test_cvxpy_is_loaded_when_a_layer_is_asked_for() -> None:
+    code = """
+import sys, torch, lrqp_torch as lrqp
+x = torch.randn(60, 4)
+edit = lrqp.LRQP.fit(x, torch.arange(60) % 3, log_odds=1.0, odds="total")
+edit(x, 1)
+assert not {"cvxpy", "cvxpylayers", "scipy"} & set(sys.modules)
+from lrqp_torch.qp import DualActiveSet
+assert {"cvxpy", "cvxpylayers"} <= set(sys.modules) and DualActiveSet.canon_solver
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_an_unknown_solver_is_named_with_the_choice() -> None:

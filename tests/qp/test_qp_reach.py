@@ -6,9 +6,8 @@ from qp_reference import random_problem
 from torch import Tensor
 
 from lrqp_torch import MahalanobisQP, Status
-from lrqp_torch.qp import ProbeGeometry
+from lrqp_torch.qp import ODDS, ProbeGeometry
 from lrqp_torch.qp.reach import MAX_ROUNDS, Attempt, Headroom, Rows, reach
-from lrqp_torch.qp.total_odds import TotalOddsProblem
 
 
 def coarse(values: Tensor) -> Tensor:
@@ -96,8 +95,9 @@ def test_nothing_is_read_of_what_cannot_be_reached() -> None:
 def test_a_stream_coarser_than_its_dtype_is_reached(odds: str) -> None:
     task = random_problem(4, 12, 100, seed=3, condition=10)
     geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
-    qp = MahalanobisQP(4) if odds == "pairwise" else TotalOddsProblem()
-    solution = qp.solve(task.x, task.target, task.floor, geometry, realise=coarse)
+    solution = (
+        ODDS[odds].program(4).solve(task.x, task.target, task.floor, geometry, realise=coarse)
+    )
     assert (solution.status <= Status.SOLVED).all()
     assert (solution.log_odds_after >= solution.floor).all()
 

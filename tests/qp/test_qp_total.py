@@ -15,17 +15,21 @@ import lrqp_torch as lrqp
 from lrqp_torch import MahalanobisQP, Solution, Status
 from lrqp_torch.errors import NonFiniteError, TargetError, WidthError
 from lrqp_torch.qp.geometry import ProbeGeometry
-from lrqp_torch.qp.total import total_log_odds
-from lrqp_torch.qp.total_odds import TotalOddsProblem
-from lrqp_torch.qp.total_solver import solve_total
+from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds
 
 
 def geometry_of(problem: Problem) -> ProbeGeometry:
     return ProbeGeometry.build(problem.weight, problem.bias, problem.covariance)
 
 
+def total_program(n_classes: int) -> MahalanobisQP:
+    return MahalanobisQP(n_classes, solver=TotalOdds())
+
+
 def solve(problem: Problem) -> Solution:
-    return TotalOddsProblem().solve(problem.x, problem.target, problem.floor, geometry_of(problem))
+    return total_program(len(problem.bias)).solve(
+        problem.x, problem.target, problem.floor, geometry_of(problem)
+    )
 
 
 def total_of(problem: Problem, x: Tensor) -> Tensor:
@@ -251,7 +255,8 @@ def test_gradients_of_all_inputs(n_classes: int, output: str) -> None:
     def edit(x: Tensor, weight: Tensor, bias: Tensor, root: Tensor, floor: Tensor) -> Tensor:
         geometry = ProbeGeometry.build(weight, bias, (root + root.T) / 2)
         result: Tensor = getattr(
-            TotalOddsProblem().solve(x, problem.target, floor, geometry), output
+            total_program(n_classes).solve(x, problem.target, floor, geometry),
+            output,
         )
         return result
 
@@ -265,7 +270,11 @@ def test_second_derivatives() -> None:
     geometry = geometry_of(problem)
 
     def edit(x: Tensor, floor: Tensor) -> Tensor:
-        return TotalOddsProblem().solve(x, problem.target, floor, geometry).x_new
+        return (
+            MahalanobisQP(len(problem.bias), solver=TotalOdds())
+            .solve(x, problem.target, floor, geometry)
+            .x_new
+        )
 
     inputs = (problem.x.requires_grad_(), problem.floor.clone().requires_grad_())
     assert gradgradcheck(edit, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
@@ -276,7 +285,7 @@ def test_unreachable_companions_leave_gradients_finite() -> None:
     problem.weight[3], problem.bias[3] = problem.weight[2], problem.bias[2]
     x = problem.x.clone().requires_grad_()
     geometry = geometry_of(problem)
-    solution = TotalOddsProblem().solve(x, problem.target, problem.floor, geometry)
+    solution = total_program(len(problem.bias)).solve(x, problem.target, problem.floor, geometry)
     assert {Status.SOLVED, Status.INFEASIBLE} <= set(solution.status.tolist())
     (gradient,) = torch.autograd.grad(solution.x_new.sum() + solution.distance.sum(), x)
     assert torch.isfinite(gradient).all()
@@ -303,13 +312,13 @@ def test_floors_may_be_a_function_of_the_margins() -> None:
         assert margins.shape == (20, 3) and rows == slice(0, 20)
         return problem.floor
 
-    solution = TotalOddsProblem().solve(problem.x, problem.target, floor, geometry)
+    solution = total_program(len(problem.bias)).solve(problem.x, problem.target, floor, geometry)
     assert torch.equal(solution.x_new, solve(problem).x_new)
 
 
 def test_bad_input_is_named() -> None:
     problem = random_problem(3, 6, 4)
-    geometry, solver = geometry_of(problem), TotalOddsProblem()
+    geometry, solver = geometry_of(problem), total_program(3)
     with pytest.raises(WidthError):
         solver.solve(problem.x[:, :5], problem.target, 1.0, geometry)
     with pytest.raises(TargetError):
@@ -332,7 +341,7 @@ def test_inside_a_model_the_total_odds_are_reached() -> None:
     edit = random_edit(x, 4)
     geometry = edit.geometry(x.device)
     target = torch.ones(48, dtype=torch.long)
-    problem = TotalOddsProblem()
+    problem = total_program(4)
 
     def write(x: Tensor, context: lrqp.EditContext) -> Tensor:
         return problem.solve(
