@@ -2,12 +2,14 @@
 
 A :class:`Chart` is one or more panes; a pane holds marks (curves, points, bars with intervals) or
 one heat map, with reference lines and shaded bands. The same description is drawn with plotly
-(interactive), with matplotlib (PNG and SVG), and as a table of its numbers.
+(interactive), with matplotlib (PNG and SVG), and as a table of its numbers. All text is plain: no
+library's markup, a line break where lines end, and :func:`strong` for what stands out.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 GREEN, BLUE, VERMILION = "#009E73", "#0072B2", "#D55E00"
@@ -15,7 +17,12 @@ ORANGE, SKY, PURPLE, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#000000"
 INK, NOTE, CLEAN = "#222222", "#767676", "#555555"
 PROBE, CONTROL, COUNTERFACTUAL = GREEN, BLUE, VERMILION
 
-Marker = Literal["circle", "square", "triangle", "diamond", "cross", "star", "pentagon", "down"]
+CONDITION_COLOURS = {"clean": CLEAN, "control": CONTROL, "counterfactual": COUNTERFACTUAL}
+
+Marker = Literal[
+    "circle", "square", "triangle", "diamond", "cross", "star", "pentagon", "down", "plus", "tick",
+    "none",
+]  # fmt: skip
 Dash = Literal["solid", "dash", "dot", "none"]
 Cell = str | float | int | None
 
@@ -30,18 +37,25 @@ class Marks:
         y: the values; None leaves a gap.
         lower: lower ends of their intervals, or None where none is known.
         upper: upper ends.
-        kind: ``"line"`` joins the points, ``"points"`` does not, ``"bars"`` reach to zero.
+        x_lower: lower ends of intervals along x, where x are numbers.
+        x_upper: upper ends.
+        kind: ``"line"`` joins the points, ``"points"`` does not, ``"bars"`` reach to zero, and
+            ``"steps"`` shades all below a staircase. Bars at the same places stand side by side;
+            bars at numbers overlap, as those of histograms do.
         colour: as ``"#RRGGBB"``.
         marker: shape of the points, so that curves differ by more than colour.
         filled: whether markers are filled.
         dash: of the line.
         size: of the markers, against the usual ones.
+        stroke: thickness of the line, against the usual one.
         opacity: of the marks, from 0 to 1.
-        texts: shown when the reader points at a mark; default the place and the value.
+        texts: what each mark is, shown above its name and value when the reader points at it.
+        notes: shown below its value.
         labels: written beside the marks.
-        legend: whether to name it in the legend.
+        legend: whether to name it.
         width: of bars at numbers, in units of x; None for the usual.
         fill: whether the area below a line is lightly shaded.
+        shift: how far to stand beside the named places, in units of their distance.
     """
 
     name: str
@@ -49,18 +63,28 @@ class Marks:
     y: Sequence[float | None]
     lower: Sequence[float | None] | None = None
     upper: Sequence[float | None] | None = None
-    kind: Literal["line", "points", "bars"] = "line"
+    x_lower: Sequence[float | None] | None = None
+    x_upper: Sequence[float | None] | None = None
+    kind: Literal["line", "points", "bars", "steps"] = "line"
     colour: str = INK
     marker: Marker = "circle"
     filled: bool = True
     dash: Dash = "solid"
     size: float = 1.0
+    stroke: float = 1.0
     opacity: float = 1.0
     texts: Sequence[str] | None = None
+    notes: Sequence[str] | None = None
     labels: Sequence[str] | None = None
     legend: bool = True
     width: float | None = None
     fill: bool = False
+    shift: float = 0.0
+
+    @property
+    def named(self) -> bool:
+        """Whether it stands at named places rather than at numbers."""
+        return any(isinstance(place, str) for place in self.x)
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,9 @@ class Heat:
         high: value of the last colour.
         texts: written in the cells, by row.
         framed: cells with an outline, each as (row, column), counted from 0.
+        crossed: cells with a cross in their corner.
+        gaps: rows before which a gap is left.
+        bar: whether a colour bar stands beside the map.
     """
 
     values: Sequence[Sequence[float | None]]
@@ -88,6 +115,22 @@ class Heat:
     high: float | None = None
     texts: Sequence[Sequence[str]] | None = None
     framed: Sequence[tuple[int, int]] = ()
+    crossed: Sequence[tuple[int, int]] = ()
+    gaps: Sequence[int] = ()
+    bar: bool = True
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Values of the first and last colour; of a diverging map as far from zero."""
+        known = [value for row in self.values for value in row if value is not None] or [0.0]
+        if self.diverging:
+            end = max(map(abs, known)) or 1.0
+            low, high = -end, end
+        else:
+            low, high = min(known), max(known)
+        low = low if self.low is None else self.low
+        high = high if self.high is None else self.high
+        return low, high if high > low else low + 1.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +139,7 @@ class Rule:
 
     Attributes:
         at: where, in units of its axis; of the diagonal it is the offset y − x.
-        axis: ``"y"`` for a horizontal line, ``"x"`` for a vertical one, ``"diagonal"`` for y = x.
+        axis: ``"y"`` for a line at a value of y, ``"x"`` for one at x, ``"diagonal"`` for y = x.
         name: written at its end; may be empty.
         colour: as ``"#RRGGBB"``.
         dash: of the line.
@@ -135,10 +178,15 @@ class Pane:
         x_log: whether the x axis is logarithmic.
         y_log: whether the y axis is.
         square: whether a unit of x is as long as one of y, as where y = x is drawn.
-        note: a short text in a corner of the pane.
         horizontal: whether places run down the side, the first one on top, and values to the right:
             for places with long names. ``x`` still means places and ``y`` values, in the titles,
             ranges, rules and bands too.
+        places: names of the places of x in their order; default as the marks have them.
+        ticks: whether the axes are labelled with numbers.
+        names: on paper, where the marks' names stand, each in its colour: in a ``"legend"`` below,
+            at the curves' ``"ends"``, in a ``"corner"`` of the pane, or ``"beside"`` it. The
+            interactive figure has a legend.
+        note: a short text in a corner of the pane.
     """
 
     marks: Sequence[Marks] = ()
@@ -153,8 +201,16 @@ class Pane:
     x_log: bool = False
     y_log: bool = False
     square: bool = False
-    note: str = ""
     horizontal: bool = False
+    places: Sequence[str] | None = None
+    ticks: bool = True
+    names: Literal["legend", "ends", "corner", "beside"] = "legend"
+    note: str = ""
+
+    @property
+    def named(self) -> bool:
+        """Whether x has named places."""
+        return self.heat is None and any(marks.named for marks in self.marks)
 
 
 @dataclass(frozen=True)
@@ -166,9 +222,11 @@ class Chart:
         title: what the figure shows, one line.
         subtitle: model, data and how to read it, one or two lines.
         columns: panes side by side before a new row begins.
-        share_x: whether the panes of a column have one x axis.
-        share_y: whether the panes of a row have one y axis.
+        share_x: whether the panes of a column have one axis across the page.
+        share_y: whether the panes of a row have one axis up the page.
         heights: of the rows, relative to each other; None for equal ones.
+        widths: of the columns, likewise.
+        size: width and height on paper, in inches; None for what suits the panes.
     """
 
     panes: Sequence[Pane]
@@ -178,6 +236,26 @@ class Chart:
     share_x: bool = False
     share_y: bool = False
     heights: Sequence[float] | None = None
+    widths: Sequence[float] | None = None
+    size: tuple[float, float] | None = None
+
+    def table(self) -> "Table":
+        """The numbers of the chart: a row a place, or a row a mark where x are numbers.
+
+        A heat map keeps its rows and columns. Where there are several panes, each is named by its
+        title, or what it shows.
+        """
+        parts = [_tabulated(pane) for pane in self.panes]
+        if len(parts) == 1:
+            return parts[0]
+        headings = list(dict.fromkeys(name for part in parts for name in part.columns))
+        rows: list[list[Cell]] = []
+        for number, (pane, part) in enumerate(zip(self.panes, parts, strict=True), start=1):
+            title = pane.title or pane.y_title or str(number)
+            for row in part.rows:
+                cells = dict(zip(part.columns, row, strict=True))
+                rows.append([title, *(cells.get(name) for name in headings)])
+        return Table(["pane", *headings], rows)
 
 
 @dataclass(frozen=True)
@@ -213,3 +291,90 @@ class Panel:
     charts: dict[str, Chart] = field(default_factory=dict)
     choice: str = ""
     table: Table | None = None
+
+
+# ---- helpers of those who describe charts --------------------------------------------------------
+
+
+def strong(text: str) -> str:
+    """Text that stands out within a text of marks, where the drawing library can show that."""
+    return f"\x02{text}\x03"
+
+
+def percents(shares: Sequence[float | None] | None) -> list[float | None]:
+    """Shares in per cent; None stays None."""
+    return [None if share is None else 100 * share for share in shares or ()]
+
+
+def edges(values: Sequence[float], bins: int = 40) -> list[float]:
+    """Limits of equally wide bins that hold all values, one more than there are bins."""
+    low, high = min(values), max(values)
+    width = (high - low or 1.0) / bins
+    return [low + width * step for step in range(bins + 1)]
+
+
+def counted(name: str, values: Sequence[float], limits: Sequence[float], **style: Any) -> Marks:
+    """The histogram of values as bars.
+
+    Args:
+        name: of the marks.
+        values: each is counted in one bin; a limit belongs to the bin above it, the last one to
+            the last bin.
+        limits: of equally wide bins, as :func:`edges` gives them.
+        style: further fields of :class:`Marks`.
+    """
+    counts = [0] * (len(limits) - 1)
+    for value in values:
+        counts[min(max(bisect_right(limits, value) - 1, 0), len(counts) - 1)] += 1
+    width = limits[1] - limits[0]
+    centres = [limit + width / 2 for limit in limits[:-1]]
+    return Marks(name, centres, [*map(float, counts)], kind="bars", width=width, **style)
+
+
+def _tabulated(pane: Pane) -> Table:
+    heat = pane.heat
+    if heat is not None:
+        corner = " / ".join(title for title in (pane.y_title, pane.x_title) if title)
+        rows = [[name, *row] for name, row in zip(heat.rows, heat.values, strict=True)]
+        return Table([corner or heat.name, *heat.columns], rows)
+    if pane.named:
+        return _by_place(pane)
+    x, y = pane.x_title or "x", pane.y_title or "y"
+    ends = any(marks.lower is not None for marks in pane.marks)
+    columns = ["curve", x, y, *(("lower 95 %", "upper 95 %") if ends else ())]
+    return Table(
+        columns,
+        [
+            [_line(marks.name), marks.x[i], marks.y[i], *(_ends(marks, i) if ends else ())]
+            for marks in pane.marks
+            for i in range(len(marks.x))
+        ],
+    )
+
+
+def _by_place(pane: Pane) -> Table:
+    columns: list[str] = [pane.x_title or "place"]
+    cells: dict[str, dict[str, Cell]] = {place: {} for place in pane.places or ()}
+    for marks in pane.marks:
+        name = _line(marks.name) or pane.y_title
+        ends = (f"{name}, lower 95 %", f"{name}, upper 95 %") if marks.lower is not None else ()
+        columns += [heading for heading in (name, *ends) if heading not in columns]
+        for index, (place, value) in enumerate(zip(marks.x, marks.y, strict=True)):
+            row = cells.setdefault(str(place), {})
+            more = dict(zip(ends, _ends(marks, index), strict=False))
+            for heading, cell in {name: value, **more}.items():
+                row[heading] = f"{row[heading]}, {cell}" if heading in row else cell
+    rows = [
+        [_line(place), *(row.get(name) for name in columns[1:])] for place, row in cells.items()
+    ]
+    return Table(columns, rows)
+
+
+def _ends(marks: Marks, index: int) -> tuple[float | None, float | None]:
+    if marks.lower is None or marks.upper is None:
+        return None, None
+    return marks.lower[index], marks.upper[index]
+
+
+def _line(name: str) -> str:
+    return name.replace("\n", " ")

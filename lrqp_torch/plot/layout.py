@@ -1,0 +1,133 @@
+"""What both renderers ask of a chart: where named places stand, how bars share them, and words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lrqp_torch.plot.chart import Chart, Marks, Pane
+
+MOST_LABELLED = 26
+"""Named places below an axis; of more, only the first of every few layers is labelled."""
+
+DIVERGING = ((0.0, "#0072B2"), (0.5, "#F2F2F2"), (1.0, "#D55E00"))
+"""Colours from below zero to above; blue and vermilion of Okabe and Ito."""
+
+RISING = ((0.0, "#F2F2F2"), (1.0, "#0072B2"))
+"""Colours from low values to high ones."""
+
+_GROUP = 0.78
+"""Share of the distance between two places that their bars fill."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A pane in its place.
+
+    Attributes:
+        pane: what is drawn.
+        row: from above, from 0.
+        column: from the left, from 0.
+        places: names of the places of x, in order; empty where x are numbers.
+        lowest: whether no pane is below it in its column.
+    """
+
+    pane: Pane
+    row: int
+    column: int
+    places: list[str]
+    lowest: bool
+
+    def at(self, marks: Marks) -> list[float]:
+        """Where marks stand along x: place i is at i."""
+        if not marks.named:
+            return [float(x) for x in marks.x]
+        index = {name: float(i) for i, name in enumerate(self.places)}
+        return [index[str(place)] + marks.shift for place in marks.x]
+
+    def labelled(self) -> list[int]:
+        """Which places are named on the axis: all while they fit, else some layers' first."""
+        if len(self.places) <= MOST_LABELLED or self.pane.horizontal:
+            return list(range(len(self.places)))
+        layers: dict[str, int] = {}
+        for index, name in enumerate(self.places):
+            layers.setdefault(name.split(".")[0], index)
+        first = list(layers.values())
+        return first[:: -(-len(first) // 16)]
+
+    def bars(self) -> dict[int, tuple[float, float]]:
+        """For each of the pane's bars, by number of its marks: shift along x, and width."""
+        drawn = {i: marks for i, marks in enumerate(self.pane.marks) if marks.kind == "bars"}
+        every = [place for marks in drawn.values() for place in set(marks.x)]
+        beside = len(every) > len(set(every))
+        width = _GROUP / len(drawn) if beside and drawn else _GROUP
+        found = {}
+        for number, (index, marks) in enumerate(drawn.items()):
+            if not marks.named:
+                found[index] = (0.0, marks.width or _nearest(self.at(marks)))
+            else:
+                shift = width * (number - (len(drawn) - 1) / 2) if beside else 0.0
+                found[index] = (shift, marks.width or 0.94 * width)
+        return found
+
+    def slanted(self) -> bool:
+        """Whether the names of the places are too long to stand side by side."""
+        labels = [self.places[index] for index in self.labelled()]
+        return sum(len(label) + 2 for label in labels) > 44
+
+
+def cells(chart: Chart) -> list[Cell]:
+    """The panes in their places. Panes that share an axis have the same named places."""
+    shared = chart.share_x or chart.share_y
+    common = _places([pane for pane in chart.panes if pane.named]) if shared else []
+    columns = max(1, min(chart.columns, len(chart.panes)))
+    return [
+        Cell(
+            pane,
+            row=number // columns,
+            column=number % columns,
+            places=[] if not pane.named else common if shared else _places([pane]),
+            lowest=number + columns >= len(chart.panes),
+        )
+        for number, pane in enumerate(chart.panes)
+    ]
+
+
+def extent(pane: Pane, axis: str) -> tuple[float, float]:
+    """Limits of an axis: those asked for, or those of the values and intervals, with a margin."""
+    asked = pane.x_range if axis == "x" else pane.y_range
+    if asked is not None:
+        return asked
+    known: list[float] = []
+    for marks in pane.marks:
+        ends = (marks.lower, marks.upper) if axis == "y" else (marks.x_lower, marks.x_upper)
+        for values in (marks.x if axis == "x" else marks.y, *ends):
+            known += [value for value in values or () if isinstance(value, int | float)]
+    known += [rule.at for rule in pane.rules if rule.axis == axis]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    margin = 0.05 * (high - low or 1.0)
+    return low - margin, high + margin
+
+
+def common_title(titles: Sequence[str], repeated: int) -> str:
+    """The title that all panes share, where several would repeat it; else empty."""
+    return titles[0] if repeated > 2 and len(set(titles)) == 1 else ""
+
+
+def written(value: float | None, title: str) -> str:
+    """A value for readers, with the unit of its axis where that is per cent."""
+    if value is None:
+        return "–"
+    text = f"{value:z.1f} %" if title.rstrip(")").endswith("(%") else f"{value:.4g}"
+    return text.replace("-", "−")
+
+
+def _places(panes: Sequence[Pane]) -> list[str]:
+    ordered = [name for pane in panes for name in pane.places or ()]
+    found = [str(x) for pane in panes for marks in pane.marks if marks.named for x in marks.x]
+    return list(dict.fromkeys([*ordered, *found]))
+
+
+def _nearest(x: Sequence[float]) -> float:
+    """The least distance between two values, as the width of bars."""
+    ordered = sorted(set(x))
+    return min((b - a for a, b in pairwise(ordered)), default=1.0)
