@@ -21,12 +21,11 @@ from lrqp_torch import Covariance, all_sites, capture, position_ids
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
-from lrqp_torch.stream.batching import Batch, by_length, cut, in_order, wasted_share
 from lrqp_torch.stream.capture import capture_batches
 from lrqp_torch.stream.hooks import attach
+from lrqp_torch.stream.inputs import Batch, by_length, cut, in_order, wasted_share
 from lrqp_torch.stream.sites import locate
-from lrqp_torch.stream.store import ActivationStore
-from lrqp_torch.stream.storing import capture_to
+from lrqp_torch.stream.store import ActivationStore, capture_to
 
 SHORTEST, LONGEST = 14, 68
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

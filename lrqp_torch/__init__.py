@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from lrqp_torch.stream.positions import position_ids
     from lrqp_torch.stream.scopes import Scope
     from lrqp_torch.stream.sites import Family, all_sites, register_family
-    from lrqp_torch.stream.store import ActivationStore
-    from lrqp_torch.stream.storing import capture_to
+    from lrqp_torch.stream.store import ActivationStore, capture_to
 
 __version__ = "0.2.0"
 
@@ -74,8 +73,7 @@ _MODULES = {
     "stream.positions": ["position_ids"],
     "stream.scopes": ["Scope"],
     "stream.sites": ["Family", "all_sites", "register_family"],
-    "stream.store": ["ActivationStore"],
-    "stream.storing": ["capture_to"],
+    "stream.store": ["ActivationStore", "capture_to"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 # Modules and packages that are public names themselves.

@@ -26,7 +26,7 @@ class Behaviour:
         batch_size: prompts a forward pass.
         rerun: gives the logits of training prompts ``rows`` (b,) under the edits that are open, for
             the loss to read; default the whole forward pass, (b, T, V). A rerun of the layers above
-            the site alone, such as :meth:`lrqp_torch.stream.tail.Tail.run`, is cheaper.
+            the site alone, such as :meth:`lrqp_torch.stream.replay.Tail.run`, is cheaper.
     """
 
     model: nn.Module

@@ -177,7 +177,7 @@ def _padding(
     inputs: "dict[str, Tensor]", shard_size: int, batch_size: int, batch_tokens: int | None
 ) -> float:
     """Share of the tokens that ran which was padding."""
-    from lrqp_torch.stream.batching import by_length, wasted_share
+    from lrqp_torch.stream.inputs import by_length, wasted_share
 
     mask = inputs["attention_mask"]
     shards = range(0, len(mask), shard_size)

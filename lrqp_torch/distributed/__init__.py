@@ -49,9 +49,9 @@ __all__ = [
 # What works over ranks lies on the floors above this one, which import it: so it is found by name,
 # when it is asked for.
 _ABOVE = {
-    "capture": "stream.shared",
-    "capture_batches": "stream.shared",
-    "capture_to": "stream.shared",
+    "capture": "stream.capture",
+    "capture_batches": "stream.capture",
+    "capture_to": "stream.store",
     "fit_batches": "probes.shared",
     "fit_many": "probes.shared",
 }

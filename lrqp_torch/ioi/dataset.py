@@ -14,8 +14,7 @@ from lrqp_torch.ioi.names import NAMES
 from lrqp_torch.ioi.prefixes import load_prefixes
 from lrqp_torch.ioi.prompts import draw
 from lrqp_torch.ioi.tokens import locate, single_token_names
-from lrqp_torch.stream.selection import row_numbers
-from lrqp_torch.stream.tokens import encode, pad
+from lrqp_torch.stream.text import encode, pad, row_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

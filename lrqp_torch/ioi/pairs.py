@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import PromptError, TokenizerError
 from lrqp_torch.ioi.dataset import IOIDataset
-from lrqp_torch.stream.tokens import encode
+from lrqp_torch.stream.text import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lrqp_torch.errors import TokenizerError
 from lrqp_torch.ioi.prompts import Prompt
-from lrqp_torch.stream.tokens import encode, require_fast, token_at
+from lrqp_torch.stream.text import encode, require_fast, token_at
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

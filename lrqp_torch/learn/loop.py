@@ -18,10 +18,9 @@ from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Learned
 from lrqp_torch.learn.trainer import Trainer
-from lrqp_torch.stream.inputs import check_inputs, vocabulary_of
-from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.inputs import check_inputs, input_device, vocabulary_of
+from lrqp_torch.stream.replay import frozen
 from lrqp_torch.stream.sites import locate
-from lrqp_torch.stream.tail import frozen
 
 
 def learn(

@@ -10,8 +10,8 @@ from lrqp_torch.errors import LearningError
 from lrqp_torch.learn.parameters import Applied, TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.replay import Tail
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.stream.tail import Tail
 
 Objective = Callable[[Tensor, EditPrompts], Tensor]
 """Logits at ``read``, (B, vocabulary), and the batch's prompts → a number to minimise."""

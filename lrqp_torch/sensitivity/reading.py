@@ -13,11 +13,10 @@ from lrqp_torch.errors import (
     as_classes,
     check_classes,
 )
-from lrqp_torch.stream.inputs import check_inputs
+from lrqp_torch.stream.inputs import check_inputs, input_device
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
-from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.replay import Tail, frozen
 from lrqp_torch.stream.sites import locate
-from lrqp_torch.stream.tail import Tail, frozen
 
 Reading = Callable[[Tensor, Tensor], Tensor]
 """Logits at the column read, (B, vocabulary), and which prompts these are, (B,) → f, (B,)."""

@@ -21,7 +21,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.qp import Status
 from lrqp_torch.sensitivity.reading import Reading, SiteReading
-from lrqp_torch.stream.tail import frozen
+from lrqp_torch.stream.replay import frozen
 
 LEAST_TOLERANCE = 1e-9
 """Narrower brackets would come near the spacing of float64 at large log odds."""

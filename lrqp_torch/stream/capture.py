@@ -1,15 +1,35 @@
-"""Reading the residual stream: what was asked for, and no further than needed."""
+"""Reading the residual stream: a checked request, and the forward passes that answer it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lrqp_torch.stream.reading import Reading
-from lrqp_torch.stream.sites import Site
+from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
+from lrqp_torch.files import digest_model, digest_values
+from lrqp_torch.stream.compiled import run_eagerly
+from lrqp_torch.stream.hooks import attach, warn_of_dropout
+from lrqp_torch.stream.inputs import (
+    Batch,
+    by_length,
+    cache_among,
+    check_inputs,
+    count_tokens,
+    cut,
+    in_order,
+    input_device,
+    may_trim,
+    take,
+)
+from lrqp_torch.stream.positions import ForwardCall, Positions
+from lrqp_torch.stream.sites import Located, Site, family_of, locate, trunk_of
+
+ALONE = Ranks()
+"""One process."""
 
 Progressed = bool | Callable[[int], object]
 """Whether to show a progress bar, or what to call with the number of examples just run."""
@@ -25,11 +45,12 @@ def capture(
     batch_tokens: int | None = None,
     device: torch.device | str | None = None,
     progress: Progressed = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Activations at sites and positions; keeps nothing else, and runs no further than needed.
 
     With positions and an attention mask, examples of similar length run together and the padding
-    that none of them needs does not run (:mod:`~.batching`); the result is in the order
+    that none of them needs does not run (:mod:`~.inputs`); the result is in the order
     of the inputs all the same, and equal to what the inputs as given would yield, to rounding.
     Under open edits and other hooks the inputs run as given.
 
@@ -44,18 +65,24 @@ def capture(
         batch_tokens: the most tokens a forward pass, padding included; default no limit. A single
             example may exceed it.
         device: where to keep the activations; default the model's device.
-        progress: whether to show a progress bar; or a function to call with the number of examples
-            just run.
+        progress: whether to show a progress bar (rank 0 does); or a function to call with the
+            number of examples just run.
+        ranks: processes that share the work, of which each runs some batches and gets the whole,
+            the same bits as of one process with the same ``batch_size`` or ``batch_tokens``;
+            without either, every rank runs one batch. The whole model and all inputs must be there
+            on each.
 
     Returns:
         For each name activations in the stream's dtype: (n, d) for positions (n,), (n, k, d) for
         (n, k), (N, d) for a mask with N true entries in row-major order, (n, T, d) without.
 
     Raises:
-        SiteError, UnknownFamilyError, PositionError: bad input, named.
+        SiteError, UnknownFamilyError, PositionError: bad input, named, on the first rank.
+        ToldError: an error on another rank, which raises it.
+        RankError: models or inputs that are not the same on all ranks, or a rank that has gone.
     """
-    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens)
-    with progress_shown(progress, reading.n_examples) as advance:
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
+    with progress_shown(ranks.is_main and progress, reading.n_examples) as advance:
         return reading.gather(range(reading.n_examples), device, advance)
 
 
@@ -68,6 +95,7 @@ def capture_batches(
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     device: torch.device | str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """The activations of :func:`capture` batch by batch, in memory that does not grow with n.
 
@@ -87,17 +115,20 @@ def capture_batches(
         batch_size: as there.
         batch_tokens: as there.
         device: as there.
+        ranks: as there, but each batch comes on one rank only, and nothing is exchanged:
+            ``ranks.merge`` makes one covariance of those of all ranks,
+            :func:`lrqp_torch.distributed.fit_batches` one probe.
 
     Yields:
         ``(rows, found)`` with ``capture(...)[site][rows]`` equal to ``found[site]``; rows is a
         LongTensor, ascending, on the CPU.
 
     Raises:
-        SiteError, UnknownFamilyError, PositionError: bad input, named; at the call, not at the
-            first batch.
+        SiteError, UnknownFamilyError, PositionError, ToldError, RankError: as there; at the call,
+            not at the first batch.
     """
-    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens)
-    runs = reading.run(range(reading.n_examples), device)
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
+    runs = reading.run(range(reading.n_examples), device, ranks.turns)
     return ((rows, found) for _, rows, found in runs)
 
 
@@ -112,3 +143,249 @@ def progress_shown(progress: Progressed, n_examples: int) -> Iterator[Callable[[
             yield lambda done: bar.advance(task, done)
     else:
         yield lambda done: None
+
+
+# What says where the text is, and where each token of it stands.
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass after the last site that a capture needs; never leaves this file."""
+
+
+class Reading:
+    """A checked request for activations, of which any range of examples can be run.
+
+    Args:
+        model: as for :func:`lrqp_torch.capture`, like all other arguments.
+        inputs: as there.
+        sites: as there.
+        positions: as there.
+        batch_size: as there.
+        batch_tokens: as there.
+
+    Attributes:
+        n_examples: n.
+        sites: the names in the order asked for, each once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        sites: str | Sequence[str | Site],
+        positions: Tensor | None,
+        batch_size: int | None,
+        batch_tokens: int | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        with ranks.together():
+            self._prepare(model, inputs, sites, positions, batch_size, batch_tokens)
+        self.ranks = ranks
+        if ranks.size > 1:
+            ranks.agree(
+                {
+                    "the models": digest_model(model),
+                    "the inputs": digest_values(inputs),
+                    "the positions": digest_values({"positions": positions}),
+                    "sites and batches": (self.sites, batch_size, batch_tokens),
+                }
+            )
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        sites: str | Sequence[str | Site],
+        positions: Tensor | None,
+        batch_size: int | None,
+        batch_tokens: int | None,
+    ) -> None:
+        located = [locate(model, site) for site in ([sites] if isinstance(sites, str) else sites)]
+        if not located:
+            raise PositionError("no sites were given: nothing would be captured")
+        if not isinstance(inputs, Mapping):
+            raise WidthError(
+                f"inputs must be a mapping with input_ids, such as tokenizer(texts, "
+                f"return_tensors='pt', padding=True), got {type(inputs).__name__}"
+            )
+        self.n_examples, self.length = count_tokens(inputs)
+        check_inputs(model, inputs)
+        if cache_among(inputs) is not None:
+            raise PositionError(
+                "capture stops the forward pass early, which would leave the KV cache in inputs "
+                "half filled; give the whole text without a cache"
+            )
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if value is not None and value < 1:
+                raise PositionError(f"{name} must be at least 1, got {value}")
+        self.model, self.inputs = model, inputs
+        self.located = {str(item.site): item for item in located}
+        self.sites = list(self.located)
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.trims = positions is not None and may_trim(model, inputs)
+        self.places = None if positions is None else self._parse(positions)
+        given = {name: inputs[name] for name in _READ if inputs.get(name) is not None}
+        call = ForwardCall.read(trunk_of(model), (), given, family_of(model).absolute_positions)
+        if self.places is not None:
+            call.check(self.places.positions)
+        warn_of_dropout(model)
+
+    def _parse(self, positions: Tensor) -> "_Places":
+        parsed = Positions.parse(positions).to(torch.device("cpu"))
+        if parsed.batch != self.n_examples:
+            raise PositionError(
+                f"positions are for {parsed.batch} examples, inputs have {self.n_examples}"
+            )
+        is_mask = positions.dtype == torch.bool
+        if is_mask and positions.shape[1] != self.length:
+            raise PositionError(
+                f"the mask of positions has {positions.shape[1]} columns, the inputs have "
+                f"{self.length}"
+            )
+        return _Places(parsed, is_mask)
+
+    def gather(
+        self,
+        examples: range,
+        device: torch.device | str | None,
+        advance: Callable[[int], object],
+    ) -> dict[str, Tensor]:
+        """The activations of consecutive examples, in their order, on every rank."""
+        begin, end = self.span(examples)
+        if self.ranks.size > 1:
+            return self._gather_shares(examples, device, advance)
+        whole: dict[str, Tensor] = {}
+        for batch, rows, found in self.run(examples, device):
+            if len(rows) == end - begin:  # all of it, in order, so without a copy
+                whole = found
+            else:
+                whole = whole or {
+                    name: part.new_empty(end - begin, *part.shape[1:])
+                    for name, part in found.items()
+                }
+                for name, part in found.items():
+                    whole[name][rows.to(part.device) - begin] = part
+            advance(len(batch.examples))
+        return whole
+
+    def _gather_shares(
+        self,
+        examples: range,
+        device: torch.device | str | None,
+        advance: Callable[[int], object],
+    ) -> dict[str, Tensor]:
+        if self.batch_size is None and self.batch_tokens is None:
+            self.batch_size = -(-len(examples) // self.ranks.size)
+        begin, end = self.span(examples)
+        rows, parts = [torch.empty(0, dtype=torch.long)], list[dict[str, Tensor]]()
+        with self.ranks.counted(advance, len(examples)) as own, self.ranks.together():
+            for batch, here, found in self.run(examples, device, self.ranks.turns):
+                rows.append(here - begin)
+                parts.append(found)
+                own(len(batch.examples))
+        names = self.sites if parts else []
+        mine = {name: torch.cat([part[name] for part in parts]) for name in names}
+        return self.ranks.gather_rows(torch.cat(rows), mine, end - begin)
+
+    def span(self, examples: range) -> tuple[int, int]:
+        """First row of the result that consecutive examples fill, and the one after the last."""
+        begin, end = examples.start, examples.stop
+        if self.places is not None and self.places.is_mask:
+            begin, end = int(self.places.offsets[begin]), int(self.places.offsets[end])
+        return begin, end
+
+    def run(
+        self, examples: range, device: torch.device | str | None, turns: slice = slice(None)
+    ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+        """Batch, rows of the result and activations by site, of consecutive examples.
+
+        ``turns`` says which of the batches to run, such as every second one.
+        """
+        limits = examples, self.batch_size, self.batch_tokens
+        batches = (
+            by_length(self.inputs["attention_mask"], *limits)
+            if self.trims
+            else in_order(self.length, *limits)
+        )
+        home = input_device(self.model)
+        for batch in batches[turns]:
+            part = cut(self.model, self.inputs, batch) if self.trims else take(self.inputs, batch)
+            part = {
+                name: value.to(home) if isinstance(value, Tensor) else value
+                for name, value in part.items()
+            }
+            at = None if self.places is None else self.places.of(batch).to(home)
+            found = _read(self.model, part, list(self.located.values()), at)
+            if device is not None:
+                found = {name: activations.to(device) for name, activations in found.items()}
+            rows = batch.examples if self.places is None else self.places.rows(batch)
+            yield batch, rows, {name: found[name] for name in self.sites}
+
+
+class _Places:
+    """The positions of a whole set of inputs, of which each batch takes its own.
+
+    Attributes:
+        is_mask: whether they were given as a mask, so that results have one row a position.
+        offsets: number of positions before each example, and in all, LongTensor (n + 1,).
+    """
+
+    def __init__(self, positions: Positions, is_mask: bool) -> None:
+        self.positions, self.is_mask = positions, is_mask
+        self.counts = positions.example.bincount(minlength=positions.batch)
+        self.offsets = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    def of(self, batch: Batch) -> Positions:
+        """The positions of a batch, on the columns that it runs."""
+        pairs, counts = self._pairs(batch), self.counts[batch.examples]
+        example = torch.arange(len(batch.examples)).repeat_interleave(counts)
+        token = self.positions.token[pairs] - batch.first[example]
+        size = len(batch.examples)
+        shape = (len(pairs),) if self.is_mask else (size, *self.positions.shape[1:])
+        return Positions(example, token, self.positions.slot[pairs], shape, size)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Which rows of the whole result a batch yields."""
+        return self._pairs(batch) if self.is_mask else batch.examples
+
+    def _pairs(self, batch: Batch) -> Tensor:
+        counts = self.counts[batch.examples]
+        before = self.offsets[batch.examples] - (counts.cumsum(0) - counts)
+        return before.repeat_interleave(counts) + torch.arange(int(counts.sum()))
+
+
+@torch.no_grad()
+def _read(
+    model: nn.Module, inputs: dict[str, Any], located: list[Located], at: Positions | None
+) -> dict[str, Tensor]:
+    """One forward pass, ended at the last site."""
+    captured: dict[str, Tensor] = {}
+    last = max(item.site for item in located)
+
+    def keep(item: Located) -> Callable[[Tensor, Tensor | None], Tensor]:
+        def read(stream: Tensor, residual: Tensor | None) -> Tensor:
+            def pick(tensor: Tensor) -> Tensor:
+                if at is None:
+                    return tensor
+                here = at.to(tensor.device)
+                return tensor[here.example, here.token].reshape(*at.shape, tensor.shape[-1])
+
+            picked = pick(stream) if residual is None else pick(stream) + pick(residual)
+            captured[str(item.site)] = picked.detach()
+            if item.site == last:
+                raise _StopForwardError
+            return stream
+
+        return read
+
+    with ExitStack() as stack:
+        stack.enter_context(run_eagerly(model))
+        for item in sorted(located, key=lambda item: item.site):
+            attach(stack, item, keep(item))
+        with suppress(_StopForwardError):
+            model(**inputs)
+    missing = [str(item.site) for item in located if str(item.site) not in captured]
+    if missing:
+        raise EditNeverFiredError(f"the forward pass never reached {', '.join(missing)}")
+    return captured

@@ -1,13 +1,197 @@
-"""Activations on disk, for sets beyond memory: read where they are indexed."""
+"""Activations on disk, for sets beyond memory: written as they are captured, read where indexed.
 
+::
+
+    index.json                    format, sites, shape, dtype, and for each shard rows and checksum
+    shard-00000.safetensors       one tensor a site, (rows, ...): consecutive rows in input order
+    shard-00001.safetensors
+
+Shards are named by their number, so an index cannot point anywhere else. Opening a store reads the
+index and the shards' headers; activations are read, memory-mapped, when they are asked for.
+"""
+
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from lrqp_torch.errors import ActivationStoreError, SelectionError, SiteError
-from lrqp_torch.stream.store_index import DTYPES, Index, checksum, open_shard, shard_path
+from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.errors import (
+    ActivationStoreError,
+    OutputError,
+    PositionError,
+    SelectionError,
+    SiteError,
+)
+from lrqp_torch.files import digest_model, digest_values, prepare_folder, written_whole
+from lrqp_torch.stream.capture import ALONE, Progressed, Reading, progress_shown
+from lrqp_torch.stream.inputs import is_watched
+from lrqp_torch.stream.sites import Site
+
+FORMAT = "lrqp_torch.activations"
+VERSION = 1
+INDEX_FILE = "index.json"
+# A shard takes some hundred bytes of the index; one beyond this is no index.
+MAX_INDEX_BYTES = 10_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of activations, by their names in safetensors."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index says of a shard: its rows, its size in bytes, and its SHA-256."""
+
+    rows: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The checked content of an index.
+
+    Attributes:
+        sites: names of the sites in every shard.
+        shape: shape of one row, such as (d,).
+        dtype: as in safetensors, such as ``"F32"``.
+        n_shards: how many there are in all when the capture is complete.
+        request: digests of what was captured, by name.
+        shards: those that are written, in order.
+    """
+
+    sites: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    n_shards: int
+    request: dict[str, str]
+    shards: tuple[Shard, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write the index, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        with written_whole(folder / INDEX_FILE) as partial:
+            partial.write_text(json.dumps(content, indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """Read an index and check it, and the size and header of every shard that it names.
+
+        Raises:
+            ActivationStoreError: no index, or one that is damaged, foreign or of a newer format; a
+                shard that is missing, damaged, or holds something else than the index says.
+        """
+        index = cls._parse(folder / INDEX_FILE)
+        for number, shard in enumerate(index.shards):
+            index._check(shard_path(folder, number), shard)
+        return index
+
+    @classmethod
+    def _parse(cls, file: Path) -> "Index":
+        if not file.is_file():
+            raise ActivationStoreError(
+                f"no activations in {str(file.parent)!r}: {INDEX_FILE} is missing; give the folder "
+                f"that capture_to wrote"
+            )
+        if file.stat().st_size > MAX_INDEX_BYTES:
+            raise ActivationStoreError(f"{file} is larger than any index; it is damaged or foreign")
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ActivationStoreError(f"{file} is not valid JSON ({error})") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ActivationStoreError(f"{file} is not an index of lrqp_torch activations")
+        version = content.pop("version", None)
+        if version != VERSION:
+            raise ActivationStoreError(
+                f"{file} has format version {version!r}, this program reads {VERSION}; update "
+                f"lrqp_torch"
+            )
+        try:
+            shards = [Shard(**shard) for shard in content.pop("shards")]
+            index = cls(shards=tuple(shards), **content)
+            index = cls(**{**vars(index), "sites": tuple(index.sites), "shape": tuple(index.shape)})
+            named = [str(Site.parse(site)) for site in index.sites]
+        except (TypeError, KeyError, SiteError) as error:
+            raise ActivationStoreError(f"{file} is damaged: {error}") from error
+        if not (
+            named
+            and len(set(named)) == len(named)
+            and _all_counts([*index.shape, index.n_shards])
+            and _all_counts([number for shard in shards for number in (shard.rows, shard.size)])
+            and all(isinstance(shard.sha256, str) for shard in shards)
+            and 0 < len(shards) <= index.n_shards
+            and index.dtype in DTYPES
+            and isinstance(index.request, dict)
+        ):
+            raise ActivationStoreError(
+                f"{file} is damaged: its sites, shapes or numbers contradict one another"
+            )
+        return index
+
+    def _check(self, path: Path, shard: Shard) -> None:
+        if not path.is_file():
+            raise ActivationStoreError(f"{path} is missing; capture the activations again")
+        if path.stat().st_size != shard.size:
+            raise ActivationStoreError(
+                f"{path} has {path.stat().st_size} bytes, the index says {shard.size}: it is "
+                f"damaged or from another store; capture the activations again"
+            )
+        with open_shard(path) as file:
+            if set(file.keys()) != set(self.sites):
+                raise ActivationStoreError(
+                    f"{path} holds {sorted(file.keys())[:5]}, the index says {sorted(self.sites)}"
+                )
+            for site in self.sites:
+                part, expected = file.get_slice(site), [shard.rows, *self.shape]
+                found = list(part.get_shape()), part.get_dtype()
+                if found != (expected, self.dtype):
+                    raise ActivationStoreError(
+                        f"{path}: {site} is {found[0]} {found[1]}, the index says {expected} "
+                        f"{self.dtype}; capture the activations again"
+                    )
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where the shard of a number lies."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_shard(path: Path) -> Any:
+    """A shard for reading, memory-mapped.
+
+    Raises:
+        ActivationStoreError: it is missing or no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ActivationStoreError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _all_counts(numbers: Sequence[Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 class ActivationStore(Mapping[str, "StoredActivations"]):
@@ -156,3 +340,173 @@ class StoredActivations:
         with open_shard(shard_path(self._folder, number)) as file:
             part: Tensor = file.get_slice(self.site)[begin:end]
             return part
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@overload
+def capture_to(
+    folder: str | Path,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: str | Sequence[str | Site],
+    positions: Tensor | None = None,
+    *,
+    ranks: Ranks,
+    **options: Any,
+) -> "ActivationStore | None": ...
+
+
+@overload
+def capture_to(
+    folder: str | Path,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: str | Sequence[str | Site],
+    positions: Tensor | None = None,
+    **options: Any,
+) -> "ActivationStore": ...
+
+
+def capture_to(  # type: ignore[misc]  # options are those named here
+    folder: str | Path,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: str | Sequence[str | Site],
+    positions: Tensor | None = None,
+    *,
+    shard_size: int = 4096,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    progress: Progressed = False,
+    ranks: Ranks = ALONE,
+) -> "ActivationStore | None":
+    """The activations of :func:`capture`, written to a folder shard by shard.
+
+    Memory holds one shard. Each shard is written whole or not at all. A capture that was
+    interrupted goes on after its last shard when it is called again with the same model, inputs,
+    sites, positions and shard size, and one that is complete returns at once.
+
+    Args:
+        folder: where to write; created if needed. Rank 0 alone writes, so the others need not see
+            it, and a capture that some number of ranks began goes on with any other.
+        model: as for :func:`capture`, like the other arguments not named here.
+        inputs: as there.
+        sites: as there.
+        positions: as there.
+        shard_size: examples a shard; padding is kept small within each.
+        batch_size: as there; at most ``shard_size`` examples run together in any case.
+        batch_tokens: as there.
+        progress: as there.
+        ranks: as there; they share the batches of each shard, and the files are those of one
+            process with the same ``batch_size``.
+
+    Returns:
+        The store; on ranks other than 0 None.
+
+    Raises:
+        SiteError, UnknownFamilyError, PositionError: bad input, named, on the first rank.
+        ActivationStoreError: the folder holds the capture of something else, or a damaged one; or
+            hooks are open on the model, such as edits, of which a store could not tell later
+            whether they were the same.
+        OutputError: the folder cannot be written.
+        ToldError, RankError: as there.
+    """
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
+    writing: Writing | None = None
+    with ranks.together():
+        if ranks.is_main:
+            writing = Writing(Path(folder), reading, positions, shard_size)
+    pending = ranks.from_main(None if writing is None else writing.pending)
+    with progress_shown(ranks.is_main and progress, reading.n_examples) as advance:
+        if writing is not None:
+            advance(writing.examples_done)
+        for examples in pending or ():
+            found = reading.gather(examples, "cpu", advance)
+            with ranks.together():
+                if writing is not None:
+                    writing.add(found)
+    return None if writing is None else ActivationStore(folder)
+
+
+class Writing:
+    """A store being written: what is there already, what is still to come, and adding to it.
+
+    Args:
+        folder: where to write; created if needed.
+        reading: what is captured.
+        positions: of the reading, as given.
+        shard_size: examples a shard.
+
+    Attributes:
+        pending: the examples of each shard that is not written yet, in order.
+        examples_done: how many are written.
+
+    Raises:
+        PositionError, ActivationStoreError, OutputError: as of :func:`capture_to`.
+    """
+
+    def __init__(
+        self, folder: Path, reading: Reading, positions: Tensor | None, shard_size: int
+    ) -> None:
+        if shard_size < 1:
+            raise PositionError(f"shard_size must be at least 1, got {shard_size}")
+        if is_watched(reading.model):
+            raise ActivationStoreError(
+                "the model has hooks or open edits, which capture_to cannot check when it resumes; "
+                "close them, or use capture or capture_batches"
+            )
+        self.folder, self._reading = folder, reading
+        self._request = {
+            "model": f"{type(reading.model).__name__} {digest_model(reading.model)}",
+            "inputs": digest_values(reading.inputs),
+            "positions": digest_values({"positions": positions}),
+            "sites": ", ".join(reading.sites),
+            "shard size": str(shard_size),
+        }
+        prepare_folder(folder)
+        self._done = _resume(folder, self._request)
+        n = reading.n_examples
+        shards = [range(start, min(start + shard_size, n)) for start in range(0, n, shard_size)]
+        written = 0 if self._done is None else len(self._done.shards)
+        self.pending, self._n_shards = shards[written:], len(shards)
+        self.examples_done = shards[written - 1].stop if written else 0
+
+    def add(self, found: dict[str, Tensor]) -> None:
+        """Write the next shard: the activations of the first pending examples not added yet."""
+        if self._reading.places is None:  # then two sites may be one tensor: L0.post and L1.pre
+            found = {site: part.clone() for site, part in found.items()}
+        number = 0 if self._done is None else len(self._done.shards)
+        shard = _write_shard(shard_path(self.folder, number), found)
+        if self._done is None:
+            first = found[self._reading.sites[0]]
+            shape, dtype = tuple(first.shape[1:]), _NAMES[first.dtype]
+            sites = tuple(self._reading.sites)
+            self._done = Index(sites, shape, dtype, self._n_shards, self._request, ())
+        self._done = replace(self._done, shards=(*self._done.shards, shard))
+        self._done.write(self.folder)
+
+
+def _resume(folder: Path, request: dict[str, str]) -> Index | None:
+    """The index of what is written already, or None."""
+    if not (folder / INDEX_FILE).exists():
+        return None
+    index = Index.read(folder)
+    different = [name for name, value in request.items() if index.request.get(name) != value]
+    if different:
+        raise ActivationStoreError(
+            f"{str(folder)!r} holds the capture of other {', '.join(different)}; choose another "
+            f"folder, or delete this one"
+        )
+    return index
+
+
+def _write_shard(path: Path, found: dict[str, Tensor]) -> Shard:
+    with written_whole(path) as partial:
+        try:
+            safetensors.torch.save_file(found, partial)
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error}") from error
+        size, sha256 = partial.stat().st_size, checksum(partial)
+    return Shard(len(next(iter(found.values()))), size, sha256)

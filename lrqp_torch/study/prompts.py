@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import PromptError, TokenizerError
-from lrqp_torch.stream.selection import row_numbers
-from lrqp_torch.stream.tokens import encode, pad, require_fast, token_at
+from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

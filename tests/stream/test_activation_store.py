@@ -15,9 +15,8 @@ from torch import Tensor
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import ActivationStoreError, LRQPError, OutputError, SelectionError
-from lrqp_torch.stream.reading import Reading
-from lrqp_torch.stream.store import ActivationStore
-from lrqp_torch.stream.storing import capture_to
+from lrqp_torch.stream.capture import Reading
+from lrqp_torch.stream.store import ActivationStore, capture_to
 
 LENGTHS = [7, 4, 9, 6, 5, 4, 8, 9, 3, 6]
 INPUTS = Prompts.random(LENGTHS).padded("left")

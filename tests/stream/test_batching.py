@@ -14,8 +14,8 @@ from torch import Tensor
 import lrqp_torch as lrqp
 from lrqp_torch.errors import PositionError
 from lrqp_torch.stream.attention import record_patterns
-from lrqp_torch.stream.batching import by_length, in_order, is_watched, real_spans, wasted_share
 from lrqp_torch.stream.capture import capture_batches
+from lrqp_torch.stream.inputs import by_length, in_order, is_watched, real_spans, wasted_share
 from lrqp_torch.stream.positions import LeftPaddingWarning
 
 LENGTHS = [7, 3, 9, 6, 3, 8, 2, 9]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
-from lrqp_torch.stream.tail import Tail, frozen
+from lrqp_torch.stream.replay import Tail, frozen
 
 PROMPTS = Prompts.random([9, 7, 8, 9, 6])
 EDITED = torch.tensor([4, 3, 5, 6, 3])

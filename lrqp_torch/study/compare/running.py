@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lrqp_torch.baselines import Baseline
 from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.replay import Tail
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.batch import Batch
 from lrqp_torch.study.compare.editable import Editable, Effects, Run
 from lrqp_torch.study.context import Advance, StudyContext

@@ -7,8 +7,8 @@ import torch
 from lrqp_torch.baselines import DAS, Behaviour, answer_loss
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.learn import LearnOptions, Weights
+from lrqp_torch.stream.replay import Tail
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.stream.tail import Tail
 from lrqp_torch.study.compare.partners import s2_activations
 from lrqp_torch.study.compare.variants import LearnedLRQP
 from lrqp_torch.study.context import StudyContext

@@ -1,4 +1,4 @@
-"""From texts to padded tokens, and from characters to the tokens that hold them."""
+"""Texts as a model sees them: padded tokens, the tokens that hold a character, rows of a set."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrqp_torch.errors import TokenizerError
+from lrqp_torch.errors import SelectionError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -58,3 +58,47 @@ def pad(
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
     }
+
+
+def row_numbers(index: int | slice | Sequence[int] | Tensor, n: int) -> Tensor:
+    """An index into ``n`` rows, as a LongTensor of row numbers from 0, on the CPU.
+
+    Args:
+        index: an int, a slice, a sequence of ints, an integer tensor () or (m,), or a BoolTensor
+            (n,). Negative numbers count from the end.
+        n: number of rows.
+
+    Raises:
+        SelectionError: an index is out of range, or of a wrong shape or dtype.
+    """
+    if isinstance(index, slice):
+        return torch.tensor(range(n)[index], dtype=torch.long)
+    if isinstance(index, Tensor):
+        rows = index.detach().cpu()
+    else:
+        numbers = [index] if isinstance(index, int) else index
+        if not isinstance(numbers, Sequence) or not all(
+            isinstance(number, int) and not isinstance(number, bool) for number in numbers
+        ):
+            raise SelectionError(
+                f"a data set cannot be indexed with {index!r}: use an int, a slice, a list of "
+                f"ints, a LongTensor, or a BoolTensor (a list of bools is not a mask)"
+            )
+        rows = torch.tensor(list(numbers), dtype=torch.long)
+    if rows.dtype == torch.bool:
+        if rows.shape != (n,):
+            raise SelectionError(
+                f"a boolean mask of shape {tuple(rows.shape)} does not fit {n} prompts: it must "
+                f"be of shape ({n},)"
+            )
+        return rows.nonzero().squeeze(1)
+    if rows.is_floating_point() or rows.is_complex() or rows.dim() > 1:
+        raise SelectionError(
+            f"a data set cannot be indexed with a tensor of dtype {rows.dtype} and shape "
+            f"{tuple(rows.shape)}: it must hold integers, or bools, in one dimension"
+        )
+    rows = rows.long().reshape(-1)
+    outside = rows[(rows < -n) | (rows >= n)]
+    if outside.numel():
+        raise SelectionError(f"index {outside[0].item()} is out of range for {n} prompts")
+    return rows.remainder(n) if n else rows
