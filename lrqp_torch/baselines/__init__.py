@@ -1,23 +1,22 @@
-"""Other ways to make the same edit, one a file, with the same call as LRQP."""
+"""Other ways to make the same edit, with the same call as LRQP.
 
-from lrqp_torch.baselines.alterrep import AlterRep
+A baseline is a class with a ``name`` and an ``edit``, and a row in :data:`BASELINES`.
+"""
+
 from lrqp_torch.baselines.base import Baseline, Paired
-from lrqp_torch.baselines.conditional_mean import ConditionalMean
-from lrqp_torch.baselines.das import DAS
-from lrqp_torch.baselines.das_training import DASReport
+from lrqp_torch.baselines.das import DAS, DASReport
 from lrqp_torch.baselines.data import BaselineData, Behaviour, answer_loss
-from lrqp_torch.baselines.euclidean import EuclideanLeastEdit
-from lrqp_torch.baselines.full_patch import FullPatch
-from lrqp_torch.baselines.identity import NoEdit
-from lrqp_torch.baselines.inverse_metric import InverseMetric
-from lrqp_torch.baselines.leace import LEACE
-from lrqp_torch.baselines.least_edit import LeastEdit
-from lrqp_torch.baselines.mean_difference import MeanDifference
-from lrqp_torch.baselines.mean_difference_exact import ExactMeanDifference
-from lrqp_torch.baselines.neuron_transport import NeuronTransport
-from lrqp_torch.baselines.optimal_transport import OptimalTransport
-from lrqp_torch.baselines.random_direction import RandomDirection
-from lrqp_torch.baselines.registry import BASELINES, build
+from lrqp_torch.baselines.least import (
+    EuclideanLeastEdit,
+    InverseMetric,
+    LeastEdit,
+    RandomDirection,
+)
+from lrqp_torch.baselines.means import ConditionalMean, ExactMeanDifference, MeanDifference
+from lrqp_torch.baselines.patch import FullPatch, NoEdit
+from lrqp_torch.baselines.projections import LEACE, AlterRep
+from lrqp_torch.baselines.transport import NeuronTransport, OptimalTransport
+from lrqp_torch.errors import SettingError, quoted
 
 __all__ = [
     "BASELINES",
@@ -43,3 +42,37 @@ __all__ = [
     "answer_loss",
     "build",
 ]
+
+BASELINES: dict[str, type[Baseline]] = {
+    cls.name: cls
+    for cls in (
+        NoEdit,
+        RandomDirection,
+        LeastEdit,
+        EuclideanLeastEdit,
+        InverseMetric,
+        MeanDifference,
+        ExactMeanDifference,
+        ConditionalMean,
+        OptimalTransport,
+        NeuronTransport,
+        LEACE,
+        AlterRep,
+        DAS,
+        FullPatch,
+    )
+}
+"""Name to class, in the order of a table; ``"lrqp"`` is the reference itself."""
+
+
+def build(name: str, data: BaselineData) -> Baseline:
+    """The baseline of a name, fitted with its default options.
+
+    Raises:
+        SettingError: no such baseline.
+        PairError: it needs paired activations and a model, and ``data`` has none.
+        MissingExtraError: it needs a package that is not installed.
+    """
+    if name not in BASELINES:
+        raise SettingError(f"unknown baseline {quoted(name)}; choose one of {', '.join(BASELINES)}")
+    return BASELINES[name].from_data(data)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines.data import BaselineData
-from lrqp_torch.baselines.length import MahalanobisLength
 from lrqp_torch.edits.base import Edit
 from lrqp_torch.edits.lrqp import LRQP, Classes
 from lrqp_torch.edits.record import EditRun
@@ -18,12 +17,14 @@ from lrqp_torch.errors import (
     NonFiniteError,
     PairError,
     SettingError,
+    WidthError,
     as_classes,
     check_activations,
     check_classes,
     check_finite,
     quoted,
 )
+from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext, Intervention
@@ -62,9 +63,29 @@ class Baseline(Edit[Classes]):
         self.length = MahalanobisLength(reference.metric)
 
     @classmethod
-    @abstractmethod
+    def fit(cls, x: Tensor, y: Tensor, *, reference: LRQP | None = None, **options: Any) -> Self:
+        """Fit it to activations.
+
+        Args:
+            x: activations, (n, d).
+            y: their classes, (n,).
+            reference: default an LRQP fitted to the same activations.
+            options: ``strength``, and those that the method names.
+
+        Raises:
+            WidthError, NonFiniteError, LabelError: bad input, named.
+        """
+        return cls._fit(LRQP.fit(x, y) if reference is None else reference, x, y, **options)
+
+    @classmethod
     def from_data(cls, data: BaselineData) -> Self:
         """Build it with its default options from what a comparison has at hand."""
+        return cls._fit(data.reference, data.x, data.y)
+
+    @classmethod
+    def _fit(cls, reference: LRQP, x: Tensor, y: Tensor, *given: Any, **options: Any) -> Self:
+        """With what is estimated from activations; a method that estimates nothing ignores them."""
+        return cls(reference, *given, **options)
 
     @abstractmethod
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
@@ -187,6 +208,19 @@ class Baseline(Edit[Classes]):
         self.check_pairs(run.n_positions)
         return Intervention(site, positions, run)
 
+    def _hold(self, name: str, tensor: Tensor, *shape: int) -> None:
+        """Keep a tensor of a shape as a buffer in float64.
+
+        Raises:
+            WidthError: it has another shape.
+        """
+        if tuple(tensor.shape) != shape:
+            raise WidthError(
+                f"{name} of {self.name} must be {shape}, got {tuple(tensor.shape)}: it has another "
+                f"width or other classes than the reference"
+            )
+        self.register_buffer(name, tensor.double())
+
     def check_pairs(self, count: int) -> None:
         """Raise unless paired activations, where the method needs them, are as many as rows."""
 
@@ -274,3 +308,42 @@ def _checked(strength: Any) -> float:
     if not isinstance(strength, Real | Tensor) or not math.isfinite(strength):
         raise SettingError(f"strength must be a finite number, got {quoted(strength)}")
     return float(strength)
+
+
+class MahalanobisLength:
+    """√(δᵀ Σ⁻¹ δ), as :meth:`Mahalanobis.distance`, for use in every forward pass of a model.
+
+    Σ = L Lᵀ is kept for as long as the metric stays what it is, and the length is ‖L⁻¹δ‖. Where Σ
+    is singular to rounding, ``distance`` itself is called, which knows of displacements that leave
+    Σ's range.
+
+    Args:
+        metric: Σ.
+    """
+
+    def __init__(self, metric: Mahalanobis) -> None:
+        self.metric = metric
+        self._mark: tuple[object, ...] | None = None
+        self._factor: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Lengths of displacements, (N, d) → (N,), float64."""
+        covariance = self.metric.covariance
+        version = None if covariance.is_inference() else covariance._version
+        mark = (covariance.data_ptr(), version, covariance.device)
+        if mark != self._mark:
+            self._mark, self._factor = mark, _factor(covariance)
+        if self._factor is None:
+            return self.metric.distance(delta)
+        solved = torch.linalg.solve_triangular(self._factor, delta.to(covariance).T, upper=False)
+        length: Tensor = torch.linalg.vector_norm(solved, dim=0)
+        return length
+
+
+def _factor(covariance: Tensor) -> Tensor | None:
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    pivots = factor.diagonal().square()
+    precision = 1e3 * len(covariance) * torch.finfo(covariance.dtype).eps
+    singular = bool(failed) or bool(pivots.min() <= precision * covariance.diagonal().max())
+    return None if singular else factor

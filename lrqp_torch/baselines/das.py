@@ -1,16 +1,36 @@
 """Distributed alignment search: the subspace whose interchange changes the behaviour."""
 
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.baselines.base import Paired
-from lrqp_torch.baselines.das_training import DASReport, interchange, train_subspace
 from lrqp_torch.baselines.data import BaselineData, Behaviour
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import PairError, SettingError, WidthError
-from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.errors import LearningError, PairError, SettingError, WidthError
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.tail import frozen
+
+
+@dataclass(frozen=True)
+class DASReport:
+    """How a subspace was trained.
+
+    Attributes:
+        start_loss: validation loss of the random subspace it started from.
+        training_loss: mean loss of each epoch's batches.
+        validation_loss: after each epoch.
+        best_epoch: whose subspace was kept, counted from 1; 0 is the start.
+        seed: of the split, the order and the start.
+    """
+
+    start_loss: float
+    training_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    best_epoch: int
+    seed: int
 
 
 class DAS(Paired):
@@ -58,37 +78,17 @@ class DAS(Paired):
         self.register_buffer("basis", basis)
 
     @classmethod
-    def fit(
+    def fit(  # type: ignore[override]
         cls,
         behaviour: Behaviour,
         paired: Tensor,
         *,
         reference: LRQP,
-        rank: int = 1,
-        epochs: int = 20,
-        learning_rate: float = 0.03,
-        validation: float = 0.2,
-        patience: int = 3,
-        seed: int = 0,
         strength: float = 1.0,
+        **training: Any,
     ) -> Self:
-        """Train R through the frozen model. See :func:`train_subspace` for the arguments.
-
-        Raises:
-            PairError: paired activations that do not fit the prompts.
-            SettingError: a rank, a share or a number of epochs out of range.
-            LearningError: too few prompts, or a loss that is not finite.
-        """
-        basis, report = train_subspace(
-            behaviour,
-            paired,
-            rank=rank,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            validation=validation,
-            patience=patience,
-            seed=seed,
-        )
+        """Train R through the frozen model; ``training`` and errors as :func:`train_subspace`."""
+        basis, report = train_subspace(behaviour, paired, **training)
         result = cls(reference, basis, strength=strength)
         result.report = report
         return result
@@ -110,3 +110,128 @@ class DAS(Paired):
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
         """See :meth:`Baseline.edit`."""
         return interchange(x, self.partners(x, context), self.basis)
+
+
+def train_subspace(
+    behaviour: Behaviour,
+    paired: Tensor,
+    *,
+    rank: int = 1,
+    epochs: int = 20,
+    learning_rate: float = 0.03,
+    validation: float = 0.2,
+    patience: int = 3,
+    seed: int = 0,
+) -> tuple[Tensor, DASReport]:
+    """The orthonormal basis R, (d, r) float64, that minimises the edited model's mean loss.
+
+    R is the Q of a free matrix's QR decomposition and is moved by Adam. Since the model's
+    parameters need no gradient, the backward pass goes through the layers above the site only.
+
+    Args:
+        behaviour: model, prompts and loss.
+        paired: activation of each prompt's pair, (n, d).
+        rank: r.
+        epochs: passes over the training prompts, at most.
+        learning_rate: Adam's; the free matrix has entries of size 1.
+        validation: share of the prompts held out to decide when to stop and what to keep.
+        patience: epochs without a better validation loss after which to stop.
+        seed: of the split, the order of prompts and the start.
+
+    Raises:
+        PairError: paired activations that do not fit the prompts.
+        SettingError: a rank, a share or a number of epochs out of range.
+        LearningError: too few prompts, or a loss that is not finite.
+    """
+    positions = behaviour.positions
+    if positions.ndim != 1 or paired.ndim != 2 or len(paired) != len(positions):
+        raise PairError(
+            f"DAS is trained on one position and one paired activation for each prompt, got "
+            f"positions {tuple(positions.shape)} and pairs {tuple(paired.shape)}"
+        )
+    if not 1 <= rank <= paired.shape[1]:
+        raise SettingError(f"rank must be 1 to {paired.shape[1]}, got {rank}")
+    if epochs < 1 or patience < 1 or not 0 < validation < 1 or not learning_rate > 0:
+        raise SettingError(
+            f"epochs and patience must be at least 1, validation within (0, 1) and learning_rate "
+            f"positive, got {epochs}, {patience}, {validation} and {learning_rate}"
+        )
+    held_out = max(1, round(validation * len(paired)))
+    if held_out >= len(paired):
+        raise LearningError(f"{len(paired)} prompts are too few to train on some and validate")
+
+    # Drawn on the CPU, so that the same seed gives the same start on any device.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(paired), generator=generator)
+    check, train = order[:held_out], order[held_out:]
+    start = torch.randn(paired.shape[1], rank, generator=generator, dtype=torch.float64)
+    free = start.to(paired.device).requires_grad_()
+    optimiser = torch.optim.Adam([free], lr=learning_rate)
+
+    trained, checked = [], []
+    # Whoever compares edits will be in no_grad.
+    with torch.enable_grad(), frozen(behaviour.model):
+        best = start_loss = _mean_loss(behaviour, paired, _basis(free), check)
+        kept, best_epoch = _basis(free).detach(), 0
+        for epoch in range(1, epochs + 1):
+            shuffled = train[torch.randperm(len(train), generator=generator)]
+            total = 0.0
+            for rows in shuffled.split(behaviour.batch_size):
+                loss = _losses(behaviour, paired, _basis(free), rows).mean()
+                (free.grad,) = torch.autograd.grad(loss, [free])
+                optimiser.step()
+                total += float(loss.detach()) * len(rows)
+            trained.append(total / len(train))
+            checked.append(_mean_loss(behaviour, paired, _basis(free), check))
+            if checked[-1] < best:
+                best, best_epoch, kept = checked[-1], epoch, _basis(free).detach()
+            elif epoch - best_epoch >= patience:
+                break
+    return kept, DASReport(start_loss, tuple(trained), tuple(checked), best_epoch, seed)
+
+
+def interchange(x: Tensor, partner: Tensor, basis: Tensor) -> Tensor:
+    """Rows x + R Rᵀ (x_pair − x), (N, d) in float64, for R (d, r)."""
+    return x.double() + ((partner.double() - x.double()) @ basis) @ basis.T
+
+
+def _basis(free: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(free).Q
+    return basis
+
+
+@torch.no_grad()
+def _mean_loss(behaviour: Behaviour, paired: Tensor, basis: Tensor, rows: Tensor) -> float:
+    losses = [_losses(behaviour, paired, basis, part) for part in rows.split(behaviour.batch_size)]
+    return float(torch.cat(losses).mean())
+
+
+def _losses(behaviour: Behaviour, paired: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+    """Loss of each prompt of a batch with the interchange in place, (b,)."""
+    partner = paired[rows.to(paired.device)].detach()
+
+    def edit(x: Tensor, context: EditContext) -> Tensor:
+        pair = partner.to(x.device)[context.index]
+        return interchange(x, pair, basis.to(x.device)).to(x.dtype)
+
+    positions = behaviour.positions[rows.to(behaviour.positions.device)]
+    with intervene(behaviour.model, Intervention(behaviour.site, positions, edit)):
+        if behaviour.rerun is not None:
+            logits = behaviour.rerun(rows)
+        else:
+            logits = behaviour.model(**_batch(behaviour, rows), use_cache=False).logits
+    losses = behaviour.loss(logits, rows)
+    if losses.shape != rows.shape or not bool(torch.isfinite(losses).all()):
+        raise LearningError(
+            f"the loss must return one finite number for each of {len(rows)} prompts, got "
+            f"{tuple(losses.shape)}, {int((~torch.isfinite(losses)).sum())} not finite"
+        )
+    return losses
+
+
+def _batch(behaviour: Behaviour, rows: Tensor) -> dict[str, Any]:
+    device = next(behaviour.model.parameters()).device
+    return {
+        name: value[rows.to(value.device)].to(device) if isinstance(value, Tensor) else value
+        for name, value in behaviour.inputs.items()
+    }

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import lrqp_torch as lrqp
 from lrqp_torch.baselines import DAS, Behaviour, answer_loss
-from lrqp_torch.baselines.das_training import _basis, _losses
+from lrqp_torch.baselines.das import _basis, _losses
 from lrqp_torch.errors import LearningError, PairError, SettingError, WidthError
 
 SITE = "L1.pre"

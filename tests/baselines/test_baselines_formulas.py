@@ -30,7 +30,7 @@ from lrqp_torch.baselines import (
     OptimalTransport,
     RandomDirection,
 )
-from lrqp_torch.baselines.length import MahalanobisLength
+from lrqp_torch.baselines.base import MahalanobisLength
 from lrqp_torch.errors import (
     CovarianceError,
     InfeasibleError,
@@ -405,7 +405,7 @@ def test_leace_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ImportError(name)
         return real(name, *rest)
 
-    monkeypatch.setattr("lrqp_torch.baselines.leace.import_module", missing)
+    monkeypatch.setattr("lrqp_torch.baselines.projections.import_module", missing)
     with pytest.raises(MissingExtraError, match=r"pip install 'lrqp_torch\[leace\]'"):
         LEACE.fit(*three_classes())
     assert issubclass(MissingExtraError, builtins.ImportError)
@@ -456,6 +456,20 @@ def test_alterrep_stops_when_nothing_is_left() -> None:
     baseline = AlterRep.fit(x, y, iterations=5)
     assert int((baseline.directions[1].norm(dim=-1) > 0).sum()) == 2
     assert bool(torch.isfinite(baseline(x, 1 - y)).all())
+
+
+def test_alterrep_without_centres_is_the_published_formula() -> None:
+    x, y = two_classes()
+    baseline = AlterRep.fit(x, y, iterations=2, centred=False)
+    rows = baseline.directions[1].numpy()
+    for k in range(2):
+        weight = LinearProbe.fit(x, y).weight
+        first = ((weight[1] - weight[0]) / (weight[1] - weight[0]).norm()).numpy()
+        np.testing.assert_allclose(rows[0], first, atol=1e-8)
+        read = x.numpy() @ rows.T
+        sign = 1.0 if k else -1.0
+        expected = x.numpy() - read @ rows + sign * 4.0 * np.abs(read) @ rows
+        np.testing.assert_allclose(baseline(x, k), expected, atol=1e-9)
 
 
 def test_alterrep_options() -> None:

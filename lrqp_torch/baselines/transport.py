@@ -1,4 +1,4 @@
-"""Optimal transport between class Gaussians."""
+"""Optimal transport between class Gaussians, jointly or coordinate by coordinate."""
 
 from typing import ClassVar, Self
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
-from lrqp_torch.baselines.data import BaselineData, check_examples
+from lrqp_torch.baselines.data import check_examples, class_means
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
@@ -24,6 +24,9 @@ class OptimalTransport(Baseline):
     Source: MiMiC of Singh et al. 2024, "Representation Surgery: Theory and Practice of Affine
     Steering", arXiv 2402.09631.
 
+    ``fit`` takes the ``shrinkage`` of each class covariance, see :meth:`Covariance.finish`. With 0
+    and fewer examples than dimensions, the map acts within the span of the source class only.
+
     Args:
         reference: see :class:`Baseline`.
         classes: mean and covariance of each class; each must have a mean.
@@ -31,6 +34,8 @@ class OptimalTransport(Baseline):
 
     Raises:
         WidthError: not one for each class, of another width, or without a mean.
+        CovarianceError: in ``fit``: activations of a class that are all the same, or no such
+            shrinkage.
     """
 
     name: ClassVar[str] = "optimal_transport"
@@ -56,40 +61,18 @@ class OptimalTransport(Baseline):
         self._maps: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
-    def fit(
+    def _fit(
         cls,
+        reference: LRQP,
         x: Tensor,
         y: Tensor,
         *,
-        reference: LRQP | None = None,
         shrinkage: Shrinkage = "ledoit_wolf",
         strength: float = 1.0,
     ) -> Self:
-        """Means and covariances of activations x, (n, d), within each class of y, (n,).
-
-        Args:
-            x: activations.
-            y: their classes.
-            reference: default an LRQP fitted to the same activations.
-            shrinkage: of each class covariance, see :meth:`Covariance.finish`. With 0 and fewer
-                examples than dimensions, the map acts within the span of the source class only.
-            strength: see :class:`Baseline`.
-
-        Raises:
-            WidthError, NonFiniteError, LabelError: bad input, named.
-            CovarianceError: a class whose activations are all the same, or no such shrinkage.
-        """
-        reference = LRQP.fit(x, y) if reference is None else reference
         x, labels = check_examples(x, y, reference)
-        classes = [
-            Mahalanobis.fit(x[labels == k], shrinkage) for k in range(reference.probe.n_classes)
-        ]
+        classes = [Mahalanobis.fit(x[labels == k], shrinkage) for k in range(reference.n_classes)]
         return cls(reference, classes, strength=strength)
-
-    @classmethod
-    def from_data(cls, data: BaselineData) -> Self:
-        """See :meth:`Baseline.from_data`."""
-        return cls.fit(data.x, data.y, reference=data.reference)
 
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
         """See :meth:`Baseline.edit`."""
@@ -121,3 +104,53 @@ def monge_map(source: Tensor, target: Tensor) -> Tensor:
     root = (axes * squared.clamp_min(0.0).sqrt()) @ axes.T
     transport: Tensor = basis @ (root / scale / scale.unsqueeze(-1)) @ basis.T
     return transport
+
+
+class NeuronTransport(Baseline):
+    """Each coordinate's Gaussian in the source class goes to that in the target class.
+
+        x'_i = μ_{t,i} + (σ_{t,i} / σ_{v,i}) (x_i − μ_{v,i})
+
+    the optimal transport in one dimension, which ignores how coordinates vary together. With t = v
+    nothing changes; a coordinate that is constant in the source class is only shifted.
+
+    Source: Linear-AcT of Rodriguez et al. 2024, "Controlling Language and Diffusion Models by
+    Transporting Activations", arXiv 2410.23054, with Gaussians in the place of their regression of
+    sorted samples; the strength is their λ.
+
+    Args:
+        reference: see :class:`Baseline`.
+        means: μ, (K, d).
+        deviations: σ, (K, d), not negative.
+        strength: see :class:`Baseline`.
+
+    Raises:
+        WidthError: means or deviations that do not fit the reference.
+    """
+
+    name: ClassVar[str] = "neuron_transport"
+    title: ClassVar[str] = "per-neuron transport (Gaussian AcT)"
+    means: Tensor
+    deviations: Tensor
+
+    def __init__(
+        self, reference: LRQP, means: Tensor, deviations: Tensor, *, strength: float = 1.0
+    ) -> None:
+        super().__init__(reference, strength=strength)
+        self._hold("means", means, self.n_classes, self.width)
+        self._hold("deviations", deviations, self.n_classes, self.width)
+
+    @classmethod
+    def _fit(cls, reference: LRQP, x: Tensor, y: Tensor, *, strength: float = 1.0) -> Self:
+        x, labels = check_examples(x, y, reference)
+        means = class_means(x, labels, reference.n_classes)
+        variances = class_means((x - means[labels]).square(), labels, reference.n_classes)
+        return cls(reference, means, variances.sqrt(), strength=strength)
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        held, wanted = self.deviations[source], self.deviations[target]
+        scale = torch.where(held > 0, wanted / torch.where(held > 0, held, 1.0), 1.0)
+        shift = self.means[target] - self.means[source]
+        # Written as a change, so that t = v gives x itself and not x up to rounding.
+        return x.double() + shift + (scale - 1) * (x.double() - self.means[source])

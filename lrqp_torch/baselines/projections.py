@@ -1,18 +1,92 @@
-"""AlterRep: mirror what a sequence of linear classifiers reads to the target's side."""
+"""Edits by what linear classifiers read: erased (LEACE), or mirrored (AlterRep)."""
 
+from importlib import import_module
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.baselines.base import Baseline
-from lrqp_torch.baselines.data import BaselineData, check_examples
+from lrqp_torch.baselines.data import check_examples
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError, WidthError
+from lrqp_torch.errors import MissingExtraError, SettingError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.intervene import EditContext
 
+PACKAGE = "concept_erasure"
+COMMAND = "pip install 'lrqp_torch[leace]'"
 NOTHING_LEFT = 1e-9
+
+
+class LEACE(Baseline):
+    """The least change, in mean square, after which no linear classifier finds the class.
+
+        x' = x − L R (x − μ),   L R = W⁺ P W,   P the orthogonal projection onto the range of W Σ_xz
+
+    with W = Σ^{−1/2} and Σ_xz the cross-covariance with the one-hot classes. Afterwards all classes
+    have the same mean. The target is not read: at strength 1 the belief is erased and not flipped,
+    and a control edit erases it as well. At strength 2 the part that tells classes apart is
+    mirrored about the mean.
+
+    Source: Belrose et al. 2023, "LEACE: Perfect linear concept erasure in closed form", arXiv
+    2306.03819, computed by the authors' package ``concept-erasure``.
+
+    ``fit`` takes ``shrinkage``, whether the package shrinks its covariance.
+
+    Args:
+        reference: see :class:`Baseline`.
+        left: L, (d, k).
+        right: R, (k, d).
+        mean: μ, (d,).
+        strength: see :class:`Baseline`.
+
+    Raises:
+        WidthError: tensors that do not fit the reference.
+        MissingExtraError: in ``fit``: ``concept-erasure`` is not installed.
+    """
+
+    name: ClassVar[str] = "leace"
+    title: ClassVar[str] = "LEACE"
+    left: Tensor
+    right: Tensor
+    mean: Tensor
+
+    def __init__(
+        self, reference: LRQP, left: Tensor, right: Tensor, mean: Tensor, *, strength: float = 1.0
+    ) -> None:
+        super().__init__(reference, strength=strength)
+        rank = left.shape[-1]
+        self._hold("left", left, self.width, rank)
+        self._hold("right", right, rank, self.width)
+        self._hold("mean", mean, self.width)
+
+    @classmethod
+    def _fit(
+        cls,
+        reference: LRQP,
+        x: Tensor,
+        y: Tensor,
+        *,
+        shrinkage: bool = True,
+        strength: float = 1.0,
+    ) -> Self:
+        try:
+            package = import_module(PACKAGE)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"LEACE is computed by the package concept-erasure, which is not installed: "
+                f"{COMMAND}"
+            ) from error
+        x, labels = check_examples(x, y, reference)
+        one_hot = torch.nn.functional.one_hot(labels, reference.n_classes).to(x)
+        # The last class follows from the others. The package's own threshold, 0.01, would leave
+        # weak classes as they are.
+        eraser = package.LeaceEraser.fit(x, one_hot[:, :-1], shrinkage=shrinkage, svd_tol=1e-12)
+        return cls(reference, eraser.proj_left, eraser.proj_right, eraser.bias, strength=strength)
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        return x.double() - ((x.double() - self.mean) @ self.right.T) @ self.left.T
 
 
 class AlterRep(Baseline):
@@ -30,6 +104,10 @@ class AlterRep(Baseline):
     Source: Ravfogel et al. 2021, "Counterfactual Interventions Reveal the Causal Effect of Relative
     Clause Representations on Agreement Prediction", arXiv 2105.06965.
 
+    ``fit`` takes ``alpha``, α; ``iterations``, m, how many classifiers in sequence (fewer where
+    nothing is left to read); ``l2``, their penalty, see :meth:`LinearProbe.fit`; and ``centred``,
+    False for the authors' form with c = 0.
+
     Args:
         reference: see :class:`Baseline`.
         rows: r for each target class, (K, m, d), orthonormal within a class; rows of zeros are
@@ -40,7 +118,7 @@ class AlterRep(Baseline):
 
     Raises:
         WidthError: tensors that do not fit the reference.
-        SettingError: α below zero.
+        SettingError: α below zero; in ``fit``, iterations outside 1 to d.
     """
 
     name: ClassVar[str] = "alterrep"
@@ -58,51 +136,29 @@ class AlterRep(Baseline):
         strength: float = 1.0,
     ) -> None:
         super().__init__(reference, strength=strength)
-        shape = (self.n_classes, rows.shape[1] if rows.ndim == 3 else 0, self.width)
-        if tuple(rows.shape) != shape or centres.shape != (self.n_classes, self.width):
-            raise WidthError(
-                f"rows must be ({self.n_classes}, m, {self.width}) and centres "
-                f"({self.n_classes}, {self.width}), got {tuple(rows.shape)} and "
-                f"{tuple(centres.shape)}"
-            )
         if not alpha >= 0:
             raise SettingError(f"alpha must be 0 or more, got {alpha}")
         self.alpha = float(alpha)
-        self.register_buffer("directions", rows.double())
-        self.register_buffer("centres", centres.double())
+        self._hold("directions", rows, self.n_classes, rows.shape[-2], self.width)
+        self._hold("centres", centres, self.n_classes, self.width)
 
     @classmethod
-    def fit(
+    def _fit(
         cls,
+        reference: LRQP,
         x: Tensor,
         y: Tensor,
         *,
-        reference: LRQP | None = None,
         alpha: float = 4.0,
         iterations: int = 8,
         l2: float | None = None,
+        centred: bool = True,
         strength: float = 1.0,
     ) -> Self:
-        """Fit the classifiers to activations x, (n, d), with classes y, (n,).
-
-        Args:
-            x: activations.
-            y: their classes.
-            reference: default an LRQP fitted to the same activations.
-            alpha: α.
-            iterations: m, how many classifiers in sequence; fewer where nothing is left to read.
-            l2: their penalty, see :meth:`LinearProbe.fit`.
-            strength: see :class:`Baseline`.
-
-        Raises:
-            WidthError, NonFiniteError, LabelError: bad input, named.
-            SettingError: α below zero, or iterations outside 1 to d.
-        """
-        reference = LRQP.fit(x, y) if reference is None else reference
         x, labels = check_examples(x, y, reference)
         if not 1 <= iterations <= x.shape[1]:
             raise SettingError(f"iterations must be 1 to {x.shape[1]}, got {iterations}")
-        n_classes = reference.probe.n_classes
+        n_classes = reference.n_classes
         rows: list[Tensor] = []
         centres: list[Tensor] = []
         for k in range(n_classes):
@@ -111,16 +167,12 @@ class AlterRep(Baseline):
                 centres.append(centres[0])
                 continue
             inside = labels == k
-            centres.append((x[inside].mean(0) + x[~inside].mean(0)) / 2)
+            middle = (x[inside].mean(0) + x[~inside].mean(0)) / 2
+            centres.append(middle if centred else torch.zeros_like(middle))
             rows.append(_nullspace_rows(x - centres[-1], inside, iterations, l2))
         return cls(
             reference, torch.stack(rows), torch.stack(centres), alpha=alpha, strength=strength
         )
-
-    @classmethod
-    def from_data(cls, data: BaselineData) -> Self:
-        """See :meth:`Baseline.from_data`."""
-        return cls.fit(data.x, data.y, reference=data.reference)
 
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
         """See :meth:`Baseline.edit`."""
