@@ -11,7 +11,7 @@ from lrqp_torch.baselines.data import BaselineData, Behaviour
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LearningError, PairError, SettingError, WidthError
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
-from lrqp_torch.stream.tail import frozen
+from lrqp_torch.stream.replay import frozen
 
 
 @dataclass(frozen=True)
