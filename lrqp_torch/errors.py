@@ -8,6 +8,7 @@ Each message says what is wrong, where, and how to mend it. All derive from
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,6 +203,26 @@ def require_concrete(what: str, *inputs: Any) -> None:
             f"it on the whole batch, or use LRQP or JointLRQP with pairwise odds, which all "
             f"transforms support"
         )
+
+
+def as_numbers(values: Any, what: str, error: type[LRQPError] = WidthError) -> Tensor:
+    """A tensor as it is; a number, a list, an array or a data frame as a tensor on the CPU.
+
+    Raises:
+        LRQPError: of the given class, where it holds no numbers.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        # torch takes no other machine's byte order, and warns of an array that it must not write.
+        array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+        return torch.from_numpy(np.asarray(array, order="C"))
+    except (TypeError, ValueError, RuntimeError) as caught:
+        raise error(
+            f"{what} must be numbers, in a tensor or an array, got {type(values).__name__} "
+            f"{str(values)[:200]}; use torch.as_tensor or torch.stack"
+        ) from caught
 
 
 def check_activations(x: Any, width: int) -> None:

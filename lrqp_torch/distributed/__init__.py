@@ -52,8 +52,8 @@ _ABOVE = {
     "capture": "stream.capture",
     "capture_batches": "stream.capture",
     "capture_to": "stream.store",
-    "fit_batches": "probes.shared",
-    "fit_many": "probes.shared",
+    "fit_batches": "probes.linear",
+    "fit_many": "probes.linear",
 }
 
 

@@ -1,6 +1,6 @@
 """Streaming moments, shrinkage, and the Mahalanobis metric made from them."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from lrqp_torch.errors import (
     NonFiniteError,
     RankError,
     WidthError,
+    as_numbers,
     check_finite,
 )
+from lrqp_torch.probes.fitting import BATCH
+from lrqp_torch.probes.judging import check_moments, check_sinks
 from lrqp_torch.probes.keeping import class_differences, conditional_covariance, orthonormal_basis
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
@@ -22,8 +25,8 @@ class Mahalanobis(nn.Module):
     """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
 
     Args:
-        covariance: Σ, (d, d), symmetric positive semidefinite; singular is allowed, and then a
-            displacement out of Σ's range is infinitely long.
+        covariance: Σ, (d, d), symmetric positive semidefinite, a tensor or an array; singular is
+            allowed, and then a displacement out of Σ's range is infinitely long.
         mean: mean activation, (d,), for reference; the metric does not depend on it.
         shrinkage: the weight that was given to the isotropic target, for the record.
         n_samples: how many activations the covariance was estimated from, for the record.
@@ -42,36 +45,51 @@ class Mahalanobis(nn.Module):
 
     def __init__(
         self,
-        covariance: Tensor,
-        mean: Tensor | None = None,
+        covariance: Any,
+        mean: Any = None,
         *,
         shrinkage: float = 0.0,
         n_samples: int | None = None,
-        kept: Tensor | None = None,
+        kept: Any = None,
     ) -> None:
         super().__init__()
+        covariance = as_numbers(covariance, "a covariance")
         _check_covariance(covariance)
         width = covariance.shape[0]
-        if kept is not None and (kept.ndim != 2 or kept.shape[1] != width):
-            raise WidthError(f"the covariance has width {width}, kept is {tuple(kept.shape)}")
-        if mean is not None and mean.shape != (width,):
-            raise WidthError(f"the covariance has width {width}, the mean is {tuple(mean.shape)}")
-        if mean is not None and not bool(torch.isfinite(mean).all()):
-            raise NonFiniteError("the mean holds NaN or infinity")
-        if kept is not None and not bool(torch.isfinite(kept).all()):
-            raise NonFiniteError("the kept directions hold NaN or infinity")
-        self.register_buffer("covariance", covariance.double())
-        self.register_buffer("mean", None if mean is None else mean.double())
-        self.register_buffer("kept", None if kept is None else kept.double())
+        self.register_buffer("covariance", _ordinary(covariance))
+        for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
+            tensor = None if value is None else as_numbers(value, name)
+            if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != width):
+                raise WidthError(f"the covariance has width {width}, {name} {tuple(tensor.shape)}")
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"{name} holds NaN or infinity")
+            self.register_buffer(name, None if tensor is None else _ordinary(tensor))
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
 
     @classmethod
-    def fit(cls, x: Tensor, shrinkage: Shrinkage = "ledoit_wolf") -> "Mahalanobis":
-        """The metric of activations x, (n, d), on x's device. See :meth:`Covariance.finish`."""
+    def fit(cls, x: Any, shrinkage: Shrinkage = "ledoit_wolf") -> "Mahalanobis":
+        """The metric of activations x, (n, d), on x's device. See :meth:`Covariance.finish`.
+
+        They are a tensor or an array; or stored ones, which are then read a batch at a time.
+
+        Warns:
+            ProbeWarning: a few activations or coordinates carry most of the variance, as attention
+                sinks do that were captured along with the rest.
+        """
+        if not isinstance(x, Tensor) and hasattr(x, "batches"):
+            parts = iter(x.batches(BATCH))
+            first = next(parts, torch.empty(0, 1))
+            found = Covariance(first.shape[1], device=first.device).update(first)
+            for part in parts:
+                found.update(part)
+            return found.finish(shrinkage)
+        x = as_numbers(x, "activations")
         if x.ndim != 2:
             raise WidthError(f"activations must be (n, d), got {tuple(x.shape)}")
-        return Covariance(x.shape[1], device=x.device).update(x).finish(shrinkage)
+        found = Covariance(x.shape[1], device=x.device).update(x)
+        check_sinks(x)
+        return found._finish(shrinkage)
 
     @classmethod
     def euclidean(cls, width: int) -> "Mahalanobis":
@@ -194,13 +212,14 @@ class Covariance:
         return self.mean.shape[0]
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> Self:
-        """Add a batch of activations, (n, d). Returns self.
+    def update(self, x: Any) -> Self:
+        """Add a batch of activations, (n, d), a tensor or an array. Returns self.
 
         Raises:
             WidthError: another width.
             NonFiniteError: NaN or infinity; the accumulator is then as it was before.
         """
+        x = as_numbers(x, "activations")
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
         check_finite(x)
@@ -278,9 +297,18 @@ class Covariance:
         ``"oas"``: ρ of Chen, Wiesel, Eldar and Hero 2010, "Shrinkage algorithms for MMSE
         covariance estimation", eq. 23. A number in [0, 1]: that ρ.
 
+        Warns:
+            ProbeWarning: as :meth:`Mahalanobis.fit`.
+
         Raises:
             CovarianceError: fewer than two samples, or a shrinkage that is none of these.
         """
+        metric = self._finish(shrinkage)
+        check_moments(self.second.diagonal(), self.fourth, self.n_samples)
+        return metric
+
+    @torch.no_grad()
+    def _finish(self, shrinkage: Shrinkage) -> Mahalanobis:
         if self.n_samples < 2:
             raise CovarianceError(
                 f"a covariance needs at least 2 activations, got {self.n_samples}; capture more"
@@ -307,6 +335,13 @@ class Covariance:
         shrunk = (1 - weight) * sample
         shrunk.diagonal().add_(weight * scale)
         return Mahalanobis(shrunk, self.mean.clone(), shrinkage=weight, n_samples=n)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """In float64, as a tensor that gradients can flow through, under torch.inference_mode too."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        return (tensor.clone() if tensor.is_inference() else tensor).double()
 
 
 def _check_covariance(covariance: Tensor) -> None:

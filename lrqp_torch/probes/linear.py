@@ -1,18 +1,37 @@
 """The linear probe: multinomial logistic regression, fitted to its optimum."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Literal, Protocol, Self, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import LabelError, LRQPError, TargetError, WidthError, as_classes
-from lrqp_torch.probes.in_memory import FitReport, Fitted, Options, fit_in_memory, fit_streamed
-from lrqp_torch.probes.problems import Problem, check_problem, named
-from lrqp_torch.probes.streamed import Batches
-
-BATCH = 4096
-"""Rows of stored activations that are read at a time."""
+from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.errors import (
+    LabelError,
+    LRQPError,
+    NonFiniteError,
+    TargetError,
+    WidthError,
+    as_numbers,
+)
+from lrqp_torch.probes.fitting import (
+    BATCH,
+    Batches,
+    ClassWeight,
+    FitReport,
+    Fitted,
+    Options,
+    Passes,
+    Problem,
+    fit_in_memory,
+    fit_passes,
+    named,
+    read_labels,
+)
+from lrqp_torch.probes.judging import check_sinks, judge, split
+from lrqp_torch.probes.multinomial import ALONE
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,9 +51,14 @@ class LinearProbe(nn.Linear):
         n_classes: K ≥ 2.
         device: where the weights live.
         dtype: their dtype; default float32.
+
+    Attributes:
+        report: how it was fitted; None if it was not.
+        classes: names of the classes in order, where labels were given by name; else None.
     """
 
     report: FitReport | None = None
+    classes: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -58,19 +82,106 @@ class LinearProbe(nn.Linear):
         return self.out_features
 
     @classmethod
+    def from_linear(cls, layer: nn.Linear) -> Self:
+        """A copy of a linear layer as a probe, frozen, in its dtype but not below float32.
+
+        Without a bias, b = 0. A layer with one output w x + b is that of a sigmoid, whose classes
+        are 0 and 1: z = (0, w x + b).
+
+        Raises:
+            WidthError: not a linear layer.
+            NonFiniteError: NaN or infinity in its weights.
+        """
+        if not isinstance(layer, nn.Linear):
+            raise WidthError(
+                f"a probe must be an nn.Linear from activations to logits, got "
+                f"{type(layer).__name__}; for weights of other kinds use LinearProbe.from_weights"
+            )
+        probe = cls.from_weights(layer.weight, layer.bias)
+        if isinstance(layer, LinearProbe):
+            probe.report, probe.classes = layer.report, layer.classes
+        return probe
+
+    @classmethod
+    def from_weights(
+        cls,
+        coef: Any,
+        intercept: Any = None,
+        mean: Any = None,
+        scale: Any = None,
+        *,
+        classes: Sequence[str] | None = None,
+    ) -> Self:
+        """A frozen probe from weights that were fitted elsewhere, as tensors or arrays.
+
+            z(x) = coef (x − mean) / scale + intercept
+
+        The standardisation is folded into the weights, in float64; they are stored in the dtype of
+        ``coef``, but not below float32. In scikit-learn's terms: ``coef_`` and ``intercept_`` of a
+        linear classifier, ``mean_`` and ``scale_`` of a ``StandardScaler`` in front of it.
+
+        Args:
+            coef: (K, d); or (1, d) or (d,), of the log odds of class 1 against class 0.
+            intercept: (K,), or for one row (1,) or a number; default 0.
+            mean: what is subtracted first, (d,) or a number; default 0.
+            scale: what is then divided by, (d,) or a number; default 1.
+            classes: names of the classes in order.
+
+        Raises:
+            WidthError: shapes that do not fit together, or no floating-point numbers.
+            NonFiniteError: NaN or infinity, also as the result of a scale of 0.
+            LabelError: another number of names than of classes.
+        """
+        given = as_numbers(coef, "coef").detach()
+        weight = torch.atleast_2d(given.double())
+        n_rows, width = weight.shape[0], weight.shape[-1]
+        shapes = {"intercept": (n_rows,), "mean": (width,), "scale": (width,)}
+        values = {"intercept": intercept, "mean": mean, "scale": scale}
+        if weight.ndim != 2 or 0 in weight.shape or given.is_complex():
+            raise WidthError(f"coef must be (K, d), got {given.dtype} {tuple(given.shape)}")
+        found = {}
+        for name, shape in shapes.items():
+            value = 1.0 if name == "scale" else 0.0
+            tensor = as_numbers(value if values[name] is None else values[name], name).detach()
+            if tensor.numel() != 1 and tensor.shape != shape:
+                raise WidthError(
+                    f"{name} must be {shape} for coef {tuple(weight.shape)}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            found[name] = tensor.to(weight).flatten().expand(shape)
+        weight = weight / found["scale"]
+        bias = found["intercept"] - weight @ found["mean"]
+        if not bool(weight.isfinite().all() and bias.isfinite().all()):
+            raise NonFiniteError(
+                "the probe's weights are NaN or infinite; look at coef, intercept and mean, and "
+                "for zeros in scale"
+            )
+        if n_rows == 1:
+            weight = torch.cat([torch.zeros_like(weight), weight])
+            bias = torch.cat([torch.zeros_like(bias), bias])
+        if classes is not None and len(classes) != len(weight):
+            raise LabelError(f"{len(classes)} names were given for {len(weight)} classes")
+        names = None if classes is None else tuple(map(str, classes))
+        return cls._frozen(weight, bias, given.dtype, classes=names)
+
+    @classmethod
     def fit(
         cls,
-        x: Tensor | StoredActivations,
-        y: Tensor,
+        x: Any,
+        y: Any,
         *,
         l2: float | None = None,
         n_classes: int | None = None,
+        sample_weight: Any = None,
+        class_weight: ClassWeight | None = None,
+        held_out: float | tuple[Any, Any] | None = None,
+        seed: int = 0,
         tolerance: float = 1e-8,
         max_iterations: int = 200,
     ) -> Self:
         """Fit to the optimum of the L2-penalised multinomial likelihood.
 
-            minimise  (1/n) Σ_i −log softmax(W x_i + b)[y_i]  +  (l2/2) ‖W‖²_F
+            minimise  (1/n) Σ_i ω_i (−log softmax(W x_i + b)[y_i])  +  (l2/2) ‖W‖²_F,   n = Σ_i ω_i
 
         The bias is not penalised. The problem is strictly convex in W, so the optimum is one
         point however the data look, separable ones and n < d included. Solved in float64 on x's
@@ -78,44 +189,71 @@ class LinearProbe(nn.Linear):
         float64 when x is), frozen: call ``requires_grad_()`` to train them further.
 
         Args:
-            x: activations, (n, d); or stored ones, which are then read as by :meth:`fit_batches`.
-            y: class of each, (n,), integers from 0, or bool.
+            x: activations, (n, d), a tensor or an array; or stored ones, which are then read as by
+                :meth:`fit_batches`.
+            y: class of each, (n,), integers from 0, or bool; or names, which are numbered in
+                alphabetical order and kept in ``classes``.
             l2: penalty on W; default 1/n, which is the usual C = 1.
             n_classes: K; default the largest label + 1. Every class must occur.
+            sample_weight: ω, (n,); default 1 each. An example of weight 2 is one given twice.
+            class_weight: by class, what ω is multiplied by: K numbers, some by number or name, or
+                ``"balanced"``, n / (K n_k).
+            held_out: what to report the accuracy on: examples (x, y), or a share of each class. In
+                that case a second probe, fitted to the others, is asked; this one is fitted to all.
+            seed: of that random share.
             tolerance: bound on the gradient norm, relative to the one at zero.
             max_iterations: Newton steps before giving up.
+
+        Warns:
+            ProbeWarning: few activations for their width, classes of very different size and, in
+                memory, an accuracy of chance, or a few activations or coordinates whose size dwarfs
+                the others.
 
         Raises:
             WidthError: shapes that do not fit.
             NonFiniteError: NaN or infinity in x.
-            LabelError: one class only, a class without examples, fewer examples than classes.
+            LabelError: one class only, a class without examples, fewer examples than classes, or
+                weights that do not fit.
             ConvergenceError: the gradient norm was not reached.
         """
+        options = Options(l2, tolerance, max_iterations)
+        share = held_out if isinstance(held_out, int | float) else None
+        pair = held_out if isinstance(held_out, tuple | list) else None
         if not isinstance(x, Tensor) and hasattr(x, "batches"):
-            pairs = _in_order(x, y)
-            return cls.fit_batches(
-                pairs,
-                l2=l2,
-                n_classes=n_classes,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-            )
-        problem = check_problem(x, y, n_classes)
-        (found,) = fit_in_memory({"probe": problem}, Options(l2, tolerance, max_iterations), 0)
-        return cls._of(found["probe"], problem.x.dtype)
+            if share is not None:
+                raise LabelError("of stored activations no share can be held out; give (x, y)")
+            numbers, classes = read_labels(y)
+            batches = _in_order(x, numbers, sample_weight)
+            data = Passes(batches, n_classes, class_weight, classes=classes)
+            probe, accuracy = cls._streamed(data, options), None
+        else:
+            problem = Problem.of(x, y, sample_weight, n_classes, class_weight)
+            check_sinks(problem.x)
+            probe = cls._in_memory({"probe": problem}, options)["probe"]
+            accuracy = probe.accuracy(problem.x, problem.labels)
+        if share is not None:
+            rest, kept = split(problem, share, seed)
+            (other,) = cls._in_memory({"probe of the others": rest}, options).values()
+            probe._score(other.accuracy(kept.x, kept.labels), len(kept.x))
+        elif pair is not None:
+            probe._score(probe.accuracy(*pair), len(pair[0]))
+        probe._judge(accuracy)
+        return probe
 
     @classmethod
     def fit_many(
         cls,
-        problems: Mapping[Key, tuple[Tensor, Tensor]],
+        problems: Mapping[Key, tuple[Any, ...]],
         *,
         l2: float | None = None,
+        class_weight: ClassWeight | None = None,
         tolerance: float = 1e-8,
         max_iterations: int = 200,
         memory: int = 2**32,
         advance: Callable[[int], object] | None = None,
+        ranks: Ranks = ALONE,
     ) -> dict[Key, Self]:
-        """Fit many probes at once, each to the optimum that :meth:`fit` finds.
+        """Fit many probes at once, each to the optimum that :meth:`fit` finds, without warnings.
 
             probes = LinearProbe.fit_many({site: (x, labels) for site, x in activations.items()})
 
@@ -123,34 +261,47 @@ class LinearProbe(nn.Linear):
         and activations of one shape are stacked on a GPU. A probe that has reached its optimum
         leaves the stack. Widths, numbers of examples and of classes may differ.
 
+        Over many ranks, each fits some of the probes, and all of them are on each. Label sets on
+        the same activations stay on one rank, which factorises them once.
+
         Args:
-            problems: name of a probe to its activations (n, d) and classes (n,).
+            problems: name of a probe to its activations (n, d), classes (n,) and, if wanted,
+                weights (n,); the same on all ranks.
             l2: penalty on W; default 1/n, each with its own n.
+            class_weight: as of :meth:`fit`.
             tolerance: bound on each gradient norm, relative to the one at zero.
             max_iterations: Newton steps before giving up.
             memory: bytes of float64 working copies to hold at once, never less than one tensor's.
                 On a CPU one tensor is worked on at a time, whatever this says.
-            advance: called with the number of probes fitted, after each stack.
+            advance: called with the number of probes fitted here, after each stack.
+            ranks: this process among the others.
 
         Returns:
             Name to probe, in the order given.
 
         Raises:
             WidthError, NonFiniteError, LabelError, ConvergenceError: as :meth:`fit`, beginning
-                with the name of the probe.
+                with the name of the probe; of many ranks, on the first that fits such a probe.
+            ToldError: on the other ranks.
         """
-        checked: dict[Key, Problem] = {}
-        for name, (x, y) in problems.items():
-            try:
-                checked[name] = check_problem(x, y, None)
-            except LRQPError as error:
-                raise named(error, name) from error
-        found: dict[Key, Fitted] = {}
-        for fitted in fit_in_memory(checked, Options(l2, tolerance, max_iterations), memory):
-            found |= fitted
-            if advance is not None:
-                advance(len(fitted))
-        return {name: cls._of(found[name], checked[name].x.dtype) for name in problems}
+        options = Options(l2, tolerance, max_iterations)
+
+        def fit(some: list[list[Key]]) -> dict[Key, Self]:
+            checked: dict[Key, Problem] = {}
+            for name in (name for names in some for name in names):
+                x, y, weights = (*problems[name], None)[:3]
+                try:
+                    checked[name] = Problem.of(x, y, weights, class_weight=class_weight)
+                except LRQPError as error:
+                    raise named(error, name) from error
+            return cls._in_memory(checked, options, memory, advance)
+
+        sites: dict[object, list[Key]] = {}
+        for name, (x, *_) in problems.items():
+            sites.setdefault(x.data_ptr() if isinstance(x, Tensor) else id(x), []).append(name)
+        probes: dict[Key, Self] = ranks.divide(list(sites.values()), fit, "cpu")
+        devices = {name: getattr(x, "device", "cpu") for name, (x, *_) in problems.items()}
+        return {name: probes[name].to(device) for name, device in devices.items()}
 
     @classmethod
     def fit_batches(
@@ -159,48 +310,126 @@ class LinearProbe(nn.Linear):
         *,
         l2: float | None = None,
         n_classes: int | None = None,
+        class_weight: ClassWeight | None = None,
         tolerance: float = 1e-8,
         max_iterations: int = 200,
         device: torch.device | str | None = None,
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Fit to data beyond memory: the optimum of :meth:`fit` over all batches together.
 
         Not stochastic: each evaluation and each product with the Hessian is a pass over all
         batches, some 20 to 60 passes in all. Memory grows with the batch and with d², not with n.
 
+        Over many ranks, each passes over its own batches only. Loss, gradient and products with
+        the Hessian are sums over examples, which are added up over the ranks; every rank then takes
+        the same step, and gets the same probe bit for bit. The ranks must compute alike, so on
+        devices of one kind.
+
         Args:
-            batches: pairs of activations (m, d) and classes (m,) that can be gone through again
-                and again: a list, a DataLoader, an object whose ``__iter__`` starts anew, or a
-                function that returns a new iterator. Every pass must give the same examples; their
-                order and their division into batches may change.
-            l2: penalty on W; default 1/n.
-            n_classes: K; default the largest label + 1.
+            batches: activations (m, d), classes (m,) and, if wanted, weights (m,), that can be gone
+                through again and again: a list, a DataLoader, an object whose ``__iter__`` starts
+                anew, or a function that returns a new iterator. Every pass must give the same
+                examples; their order and their division into batches may change. Of many ranks,
+                this one's batches, which may be none.
+            l2: penalty on W; default 1/n, n the examples of all ranks.
+            n_classes: K; default the largest label on any rank + 1. Not every class need occur on
+                each rank.
+            class_weight: as of :meth:`fit`, by number.
             tolerance: bound on the gradient norm, relative to the one at zero.
             max_iterations: Newton steps before giving up.
             device: where to compute; default the device of the first batch.
+            ranks: this process among the others.
+
+        Warns:
+            ProbeWarning: as :meth:`fit` for stored activations, on rank 0 only.
 
         Raises:
             BatchError: an iterator that is exhausted after one pass, batches that are no pairs,
                 examples or labels that changed between passes.
-            WidthError: batches of different widths.
-            NonFiniteError, LabelError, ConvergenceError: as :meth:`fit`.
+            WidthError, NonFiniteError, LabelError, ConvergenceError: as :meth:`fit`.
+            ToldError: one of these on another rank, in the first pass.
+            RankError: another rank has ended.
         """
-        options = Options(l2, tolerance, max_iterations)
-        found, dtype = fit_streamed(batches, options, n_classes=n_classes, device=device)
-        return cls._of(found, dtype)
+        data = Passes(batches, n_classes, class_weight, device, ranks)
+        probe = cls._streamed(data, Options(l2, tolerance, max_iterations))
+        if ranks.is_main:
+            probe._judge(None)
+        return probe
 
     @classmethod
-    def _of(cls, found: Fitted, activations: torch.dtype) -> Self:
-        """The frozen probe of a fit to activations of that dtype."""
-        n_classes, width = found.weight.shape
-        dtype = torch.float64 if activations == torch.float64 else torch.float32
-        probe = cls(width, n_classes, device=found.weight.device, dtype=dtype)
-        with torch.no_grad():
-            probe.weight.copy_(found.weight)
-            probe.bias.copy_(found.bias)
+    def _streamed(cls, data: Passes, options: Options) -> Self:
+        found = fit_passes(data, options)
+        return cls._frozen(found.weight, found.bias, data.dtype, found.report, data.classes)
+
+    @classmethod
+    def _in_memory(
+        cls,
+        problems: Mapping[Key, Problem],
+        options: Options,
+        memory: int = 0,
+        advance: Callable[[int], object] | None = None,
+    ) -> dict[Key, Self]:
+        """The frozen probes of problems, in their order."""
+        found: dict[Key, Fitted] = {}
+        for fitted in fit_in_memory(problems, options, memory):
+            found |= fitted
+            if advance is not None:
+                advance(len(fitted))
+        return {
+            name: cls._frozen(one.weight, one.bias, problem.x.dtype, one.report, problem.classes)
+            for name, problem in problems.items()
+            for one in (found[name],)
+        }
+
+    @classmethod
+    def _frozen(
+        cls,
+        weight: Tensor,
+        bias: Tensor,
+        like: torch.dtype,
+        report: FitReport | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> Self:
+        """The probe of weights (K, d) and biases (K,), in float64 if ``like`` is, else float32.
+
+        Its parameters are ordinary tensors, also under ``torch.inference_mode``.
+        """
+        dtype = torch.float64 if like == torch.float64 else torch.float32
+        with torch.inference_mode(False), torch.no_grad():
+            probe = cls(weight.shape[1], weight.shape[0], device=weight.device, dtype=dtype)
+            probe.weight.copy_(weight)
+            probe.bias.copy_(bias)
         probe.requires_grad_(False)
-        probe.report = found.report
+        probe.report, probe.classes = report, classes
         return probe
+
+    def _judge(self, accuracy: float | None) -> None:
+        if self.report is not None:
+            judge(self.report, self.width, accuracy)
+
+    def _score(self, accuracy: float, n_samples: int) -> None:
+        if self.report is not None:
+            self.report = replace(self.report, held_out=accuracy, held_out_samples=n_samples)
+
+    def numbers(self, labels: Any) -> Tensor:
+        """Class numbers of labels, which may be names of :attr:`classes`.
+
+        Raises:
+            TargetError: a name that the probe does not know.
+            LabelError: neither numbers nor names.
+        """
+        found, names = read_labels(labels)
+        if names is None:
+            return found
+        known = self.classes or ()
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise TargetError(
+                f"no class is named {unknown[0][:200]!r}; "
+                + (f"there are {', '.join(known)}" if known else "this probe's have numbers only")
+            )
+        return torch.tensor([known.index(name) for name in names])[found]
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits z(x), (..., K), in the probe's dtype whatever the dtype of the activations."""
@@ -212,8 +441,9 @@ class LinearProbe(nn.Linear):
             return super().forward(input.to(self.weight.dtype))
 
     @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Share of examples whose most likely class is y."""
+    def accuracy(self, x: Any, y: Any) -> float:
+        """Share of examples, in tensors or arrays, whose most likely class is y."""
+        x, y = as_numbers(x, "activations").to(self.weight.device), self.numbers(y)
         if y.shape != x.shape[:-1]:
             raise TargetError(f"labels must be {tuple(x.shape[:-1])}, got {tuple(y.shape)}")
         return float((self(x).argmax(-1) == y.to(x.device)).double().mean())
@@ -221,7 +451,7 @@ class LinearProbe(nn.Linear):
     def log_odds(
         self,
         x: Tensor,
-        target: Tensor | int,
+        target: Any,
         *,
         against: Literal["strongest", "rest"] = "strongest",
     ) -> Tensor:
@@ -233,7 +463,7 @@ class LinearProbe(nn.Linear):
 
         Args:
             x: activations, (..., d).
-            target: class t, a number or one per activation.
+            target: class t, a number or name, or one per activation.
             against: which odds.
 
         Raises:
@@ -244,7 +474,7 @@ class LinearProbe(nn.Linear):
         if against not in ("strongest", "rest"):
             raise LRQPError(f"against must be 'strongest' or 'rest', got {against!r}")
         logits = self(x)
-        target = torch.as_tensor(target, device=logits.device)
+        target = self.numbers(target).to(logits.device)
         if target.dtype.is_floating_point or target.dtype.is_complex:
             raise TargetError(f"target must hold integer class numbers, got {target.dtype}")
         if target.ndim and target.shape != logits.shape[:-1]:
@@ -262,16 +492,19 @@ class LinearProbe(nn.Linear):
         return result
 
 
-def _in_order(x: StoredActivations, y: Tensor) -> Batches:
-    """Stored activations with their labels, batch by batch."""
-    labels = as_classes(y, "labels")
+def _in_order(x: StoredActivations, labels: Tensor, weights: Any) -> Batches:
+    """Stored activations with their labels and weights, batch by batch."""
+    columns = [labels] if weights is None else [labels, as_numbers(weights, "sample_weight")]
 
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+    def rows() -> Iterator[Sequence[Tensor]]:
         start = 0
         for part in x.batches(BATCH):
-            yield part, labels[start : start + len(part)]
+            yield part, *(column[start : start + len(part)] for column in columns)
             start += len(part)
-        if start != len(labels):
-            raise LabelError(f"labels must be ({start},), one per activation, got {len(labels)}")
+        if any(len(column) != start for column in columns):
+            raise LabelError(
+                f"labels must be ({start},), one per activation, and sample_weight too, got "
+                f"{' and '.join(str(len(column)) for column in columns)}"
+            )
 
-    return pairs
+    return rows

@@ -1,4 +1,4 @@
-"""The L2-penalised multinomial likelihood of many probes at once, with its derivatives.
+"""The L2-penalised multinomial likelihood of many probes at once, and its minimum.
 
 A stack of problems has S data matrices ("sites") of one shape, and L label sets for each, all with
 K classes. Parameters are (S, L, C, p): a row of p numbers for each class, the last of them the
@@ -7,14 +7,35 @@ when the long dimension is the last.
 
 For K = 2 one row is enough, C = 1: Σ_k ∂/∂w_k = l2 Σ_k w_k = 0 at the optimum, so w_0 = −w_1, and
 the row of class 1 stands for both. Otherwise C = K.
+
+The minimum is found by a Newton–conjugate-gradient method. Each Newton step solves H s = −∇ by
+conjugate gradients to a tolerance that tightens with the gradient (Nocedal and Wright 2006,
+algorithm 7.1). The preconditioner is the Hessian of the average class as it was some steps ago: its
+factor, by far the dearest thing here, is renewed only for problems whose conjugate gradients have
+become long. At W = 0 all label sets share it.
+
+All problems of a stack move together, each with its own step length and its own end. On a GPU the
+host waits for the device a few times in a Newton step, never once for every conjugate gradient.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from lrqp_torch.distributed.ranks import Ranks
+
+ALONE: Final = Ranks()
+"""A run of one process."""
+
+MAX_CG_STEPS = 500
+ARMIJO = 1e-4
+SHORTEST_STEP = 1e-10
+PATIENCE = 8
+"""Products with the Hessian before a factor is renewed; anything from 4 to 20 measures alike."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +45,25 @@ class Block:
     Attributes:
         features: (S, m, p), float64; the last feature is 1.
         targets: 1 where an example is of a class, else 0, (S, L, C, m), float64.
+        weights: of the examples, (S, L, 1, m), float64; None if each counts once.
     """
 
     features: Tensor
     targets: Tensor
+    weights: Tensor | None = None
+
+    def weighed(self, values: Tensor) -> Tensor:
+        """Values of the examples, (S, L, C, m), times their weights."""
+        return values if self.weights is None else values * self.weights
+
+    def keep(self, sites: Tensor) -> "Block":
+        """The examples of some of the sites."""
+        weights = None if self.weights is None else self.weights[sites]
+        return Block(self.features[sites], self.targets[sites], weights)
 
 
 @dataclass(frozen=True)
-class Point:
+class Evaluation:
     """The likelihood at one setting of the parameters.
 
     Attributes:
@@ -49,7 +81,7 @@ class Point:
     size: Tensor
     probability: list[Tensor] | None
 
-    def keep(self, sites: Tensor) -> "Point":
+    def keep(self, sites: Tensor) -> "Evaluation":
         """The point of some of the sites."""
         kept = None if self.probability is None else [p[sites] for p in self.probability]
         rest = {
@@ -57,7 +89,7 @@ class Point:
         }
         return replace(self, probability=kept, **rest)
 
-    def where(self, chosen: Tensor, other: "Point") -> "Point":
+    def where(self, chosen: Tensor, other: "Evaluation") -> "Evaluation":
         """This point for the chosen problems, (S, L), the other one elsewhere."""
 
         def mix(own: Tensor, others: Tensor) -> Tensor:
@@ -70,7 +102,7 @@ class Point:
             name: mix(getattr(self, name), getattr(other, name))
             for name in ("parameters", "loss", "gradient", "size")
         }
-        return Point(probability=kept, **rest)
+        return Evaluation(probability=kept, **rest)
 
 
 def rows_of(n_classes: int) -> int:
@@ -86,34 +118,42 @@ def encode(labels: Tensor, n_classes: int) -> Tensor:
 
 
 class MultinomialLoss:
-    """(1/n) Σ_i −log softmax(W x_i + b)[y_i] + (l2/2) ‖W‖², one for each problem of a stack.
+    """(1/n) Σ_i ω_i (−log softmax(W x_i + b)[y_i]) + (l2/2) ‖W‖², for each problem of a stack.
 
     Args:
         blocks: the examples, in one block or in many; gone through in every evaluation and in
             every product with the Hessian.
-        n_samples: n, in all blocks together.
+        total: n = Σ ω_i, in all blocks together; the number of examples if they have no weights.
         l2: the penalty.
         in_memory: the blocks stay in memory, and so may the probabilities of their examples.
+        ranks: processes that each hold some of the blocks; sums over examples are added up over
+            them, with the same bits on each.
     """
 
     def __init__(
-        self, blocks: Iterable[Block], *, n_samples: int, l2: float, in_memory: bool
+        self,
+        blocks: Iterable[Block],
+        *,
+        total: float,
+        l2: float,
+        in_memory: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.blocks, self.n_samples, self.l2, self.in_memory = blocks, n_samples, l2, in_memory
+        self.blocks, self.total, self.in_memory, self.ranks = blocks, total, in_memory, ranks
+        # The penalty belongs into the sum over ranks once.
+        self.l2 = l2 if ranks.is_main else 0.0
         self._penalty: Tensor | None = None
 
     def keep(self, sites: Tensor) -> "MultinomialLoss":
         """The problems of some of the sites."""
-        blocks = [Block(b.features[sites], b.targets[sites]) for b in self.blocks]
+        blocks = [block.keep(sites) for block in self.blocks]
         return MultinomialLoss(
-            blocks, n_samples=self.n_samples, l2=self.l2, in_memory=self.in_memory
+            blocks, total=self.total, l2=self.l2, in_memory=self.in_memory, ranks=self.ranks
         )
 
-    def evaluate(self, parameters: Tensor) -> Point:
+    def evaluate(self, parameters: Tensor) -> Evaluation:
         """Loss and gradient, in one pass over the blocks."""
-        classes = 2 if parameters.shape[2] == 1 else parameters.shape[2]
-        # The row of class 1 stands for two rows, of opposite sign.
-        copies = classes / parameters.shape[2]
+        copies = _copies(parameters)
         penalised = self._penalise(parameters)
         loss = copies * (parameters * penalised).sum((2, 3)) / 2
         gradient = penalised
@@ -121,20 +161,21 @@ class MultinomialLoss:
         for block in self.blocks:
             logits = _times(parameters, block.features)
             probability = _probability(logits)
-            likelihood = _negative_log_likelihood(logits, block.targets)
-            loss = loss + likelihood / self.n_samples
-            gradient = self._add(gradient, probability - block.targets, block.features)
+            likelihood = block.weighed(_negative_log_likelihood(logits, block.targets))
+            loss = loss + likelihood.sum((2, 3)) / self.total
+            residual = block.weighed(probability - block.targets)
+            gradient = self._add(gradient, residual, block.features)
             if self.in_memory:
                 kept.append(probability)
-        size = copies**0.5 * torch.linalg.vector_norm(gradient, dim=(2, 3))
-        return Point(parameters, loss, gradient, size, kept if self.in_memory else None)
+        loss, gradient = self.ranks.total(loss), self.ranks.total(gradient)
+        size = copies**0.5 * _norm(gradient)
+        return Evaluation(parameters, loss, gradient, size, kept if self.in_memory else None)
 
-    def slope(self, point: Point, direction: Tensor) -> Tensor:
+    def slope(self, point: Evaluation, direction: Tensor) -> Tensor:
         """Derivative of the loss along a direction, (S, L)."""
-        copies = 2 if direction.shape[2] == 1 else 1
-        return copies * (point.gradient * direction).sum((2, 3))
+        return _copies(direction) * _dot(point.gradient, direction)
 
-    def hessian(self, point: Point, direction: Tensor) -> Tensor:
+    def hessian(self, point: Evaluation, direction: Tensor) -> Tensor:
         """The Hessian times a direction, (S, L, C, p)."""
         product = self._penalise(direction)
         for block, probability in self._examples(point):
@@ -144,38 +185,42 @@ class MultinomialLoss:
             else:
                 mean = (probability * change).sum(2, keepdim=True)
                 change = probability * (change - mean)
-            product = self._add(product, change, block.features)
-        return product
+            product = self._add(product, block.weighed(change), block.features)
+        return self.ranks.total(product)
 
-    def average_hessian(self, point: Point, problems: list[tuple[int, int]]) -> Tensor:
+    def average_hessian(self, point: Evaluation, problems: list[tuple[int, int]]) -> Tensor:
         """Hessian of the average class of some problems, (len(problems), p, p).
 
-        H̄ = (1/n) Σ_i ω_i x_i x_iᵀ + l2 I,  ω_i = Σ_k p_ik (1 − p_ik) / (K − 1)
+        H̄ = (1/n) Σ_i ω_i c_i x_i x_iᵀ + l2 I,  c_i = Σ_k p_ik (1 − p_ik) / (K − 1)
 
         It is the Hessian itself for K = 2, and for any K where all classes are equally likely.
         """
         width = point.parameters.shape[3]
-        total = point.parameters.new_zeros(len(problems), width, width)
+        whole = point.parameters.new_zeros(len(problems), width, width)
         for block, probability in self._examples(point):
             for index, (site, label_set) in enumerate(problems):
                 p = probability[site, label_set]
                 spread = (p * (1 - p)).sum(0)
-                weight = 2 * spread if len(p) == 1 else spread / (len(p) - 1)
+                curvature = 2 * spread if len(p) == 1 else spread / (len(p) - 1)
+                if block.weights is not None:
+                    curvature = curvature * block.weights[site, label_set, 0]
                 features = block.features[site]
-                total[index] += (features * weight.unsqueeze(1)).T @ features
-        total /= self.n_samples
-        total.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2)
-        return total
+                whole[index] += (features * curvature.unsqueeze(1)).T @ features
+        whole /= self.total
+        whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2)
+        return self.ranks.total(whole)
 
-    def rounding(self, point: Point) -> Tensor:
-        """Rounding error of the gradient's norm: that of its terms, which may cancel, (S, L)."""
+    def rounding(self, point: Evaluation) -> Tensor:
+        """Rounding error of the gradient's norm: that of its terms, which may cancel, (S, L).
+
+        Over many ranks at most √(their number) times that of one.
+        """
         terms = torch.zeros_like(point.gradient)
         for block, probability in self._examples(point):
-            residual = (probability - block.targets).abs()
+            residual = block.weighed((probability - block.targets).abs())
             terms = self._add(terms, residual, block.features.abs())
-        copies = 2 if terms.shape[2] == 1 else 1
-        size: Tensor = copies**0.5 * torch.linalg.vector_norm(terms, dim=(2, 3))
-        return 8 * torch.finfo(terms.dtype).eps * size
+        size = _copies(terms) ** 0.5 * _norm(terms)
+        return self.ranks.total(8 * torch.finfo(terms.dtype).eps * size)
 
     def _penalise(self, parameters: Tensor) -> Tensor:
         """Gradient of the penalty, which leaves the bias out."""
@@ -187,11 +232,11 @@ class MultinomialLoss:
     def _add(self, rows: Tensor, values: Tensor, features: Tensor) -> Tensor:
         """(S, L, C, p) plus 1/n Σ over examples of values (S, L, C, m) times their features."""
         total: Tensor = torch.baddbmm(
-            rows.flatten(1, 2), values.flatten(1, 2), features, alpha=1 / self.n_samples
+            rows.flatten(1, 2), values.flatten(1, 2), features, alpha=1 / self.total
         )
         return total.view_as(rows)
 
-    def _examples(self, point: Point) -> Iterator[tuple[Block, Tensor]]:
+    def _examples(self, point: Evaluation) -> Iterator[tuple[Block, Tensor]]:
         if point.probability is not None:
             yield from zip(self.blocks, point.probability, strict=True)
             return
@@ -211,10 +256,230 @@ def _probability(logits: Tensor) -> Tensor:
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each example, (S, L, C, m); those of all C rows add up to it."""
     if logits.shape[2] == 1:
         # log(1 + e^−m), m the margin of the true class; beyond the threshold torch returns −m.
-        terms = softplus(2 * (1 - 2 * targets) * logits, threshold=40)
-    else:
-        terms = -targets * logits.log_softmax(2)
-    total: Tensor = terms.sum((2, 3))
+        return softplus(2 * (1 - 2 * targets) * logits, threshold=40)
+    return -targets * logits.log_softmax(2)
+
+
+def _copies(rows: Tensor) -> int:
+    """How many rows of the K one row of (S, L, C, p) stands for: for K = 2 two, of other sign."""
+    return 2 if rows.shape[2] == 1 else 1
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where the search ended, for each problem of a stack; the statistics are on the CPU.
+
+    Attributes:
+        parameters: (S, L, C, p), float64.
+        loss: in nats per example, penalty included, (S, L).
+        gradient_norm: (S, L).
+        relative_gradient_norm: over the norm at zero; 0 below the rounding error, (S, L).
+        iterations: Newton steps, (S, L).
+    """
+
+    parameters: Tensor
+    loss: Tensor
+    gradient_norm: Tensor
+    relative_gradient_norm: Tensor
+    iterations: Tensor
+
+
+@dataclass(frozen=True)
+class _State:
+    """The search of the sites that are still in the stack; every field has S rows."""
+
+    site: Tensor
+    point: Evaluation
+    start: Tensor
+    rounding: Tensor
+    goal: Tensor
+    iterations: Tensor
+    stuck: Tensor
+    factor: Tensor
+    spent: Tensor
+
+    def keep(self, sites: Tensor) -> "_State":
+        kept = {f.name: getattr(self, f.name)[sites] for f in fields(self) if f.name != "point"}
+        return _State(point=self.point.keep(sites), **kept)
+
+    def result(self, sites: Tensor) -> Minimum:
+        size = self.point.size
+        relative = torch.where(size > self.rounding, size / self.start, 0.0)
+        statistics = (self.point.loss, size, relative, self.iterations)
+        return Minimum(self.point.parameters[sites], *(value[sites].cpu() for value in statistics))
+
+
+@torch.no_grad()
+def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iterations: int) -> Minimum:
+    """Minimise every loss of a stack from zero.
+
+    Args:
+        loss: the losses.
+        zero: parameters to start from, all zero, (S, L, C, p), float64.
+        tolerance: stop when the gradient norm falls below this share of the one at zero, or below
+            its own rounding error.
+        max_iterations: stop after as many Newton steps.
+    """
+    state = _begin(loss, zero, tolerance)
+    finished: list[tuple[Tensor, Minimum]] = []
+    while True:
+        running = (state.point.size > state.goal) & ~state.stuck
+        running &= state.iterations < max_iterations
+        stale = running & (state.spent > PATIENCE)
+        open_sites, renew = _to_host(running.any(1), stale)
+        if 2 * int(open_sites.sum()) <= len(open_sites):
+            done = (~open_sites).nonzero().flatten().to(zero.device)
+            finished.append((state.site[done], state.result(done)))
+            if not bool(open_sites.any()):
+                break
+            left = open_sites.nonzero().flatten().to(zero.device)
+            loss, state, running = loss.keep(left), state.keep(left), running[left]
+            renew = renew[open_sites]
+        state = _renew(loss, state, [(s, k) for s, k in renew.nonzero().tolist()])
+        state = _advance(loss, state, running)
+    order = torch.cat([sites for sites, _ in finished]).argsort()
+    whole = {}
+    for field in fields(Minimum):
+        values = torch.cat([getattr(result, field.name) for _, result in finished])
+        whole[field.name] = values[order.to(values.device)]
+    return Minimum(**whole)
+
+
+def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
+    point = loss.evaluate(zero)
+    # Activations that say nothing about the labels have a gradient of rounding errors at zero,
+    # which no step makes smaller; they are at their optimum there.
+    rounding = loss.rounding(point)
+    sites, label_sets = zero.shape[:2]
+    # With all classes equally likely the curvature does not depend on the labels.
+    shared = _factor(loss.average_hessian(point, [(site, 0) for site in range(sites)]))
+    return _State(
+        site=torch.arange(sites, device=zero.device),
+        point=point,
+        start=point.size,
+        rounding=rounding,
+        goal=torch.maximum(tolerance * point.size, rounding),
+        iterations=torch.zeros_like(point.loss, dtype=torch.long),
+        stuck=torch.zeros_like(point.loss, dtype=torch.bool),
+        factor=shared.unsqueeze(1).repeat(1, label_sets, 1, 1),
+        spent=torch.zeros_like(point.loss, dtype=torch.long),
+    )
+
+
+def _advance(loss: MultinomialLoss, state: _State, running: Tensor) -> _State:
+    """One Newton step with a line search."""
+    step, products = _newton_step(loss, state, running)
+    point, moved = _line_search(loss, state.point, step, running)
+    return replace(
+        state,
+        point=point,
+        iterations=state.iterations + running,
+        stuck=state.stuck | (running & ~moved),
+        spent=state.spent + products,
+    )
+
+
+def _line_search(
+    loss: MultinomialLoss, point: Evaluation, step: Tensor, running: Tensor
+) -> tuple[Evaluation, Tensor]:
+    """The point after the longest of the steps 1, ½, ¼, … that makes progress, and who found it."""
+    slope = loss.slope(point, step)
+    length = torch.ones_like(point.loss)
+    waiting, found = running, point
+    while True:
+        trial = loss.evaluate(point.parameters + length[..., None, None] * step)
+        # Near the optimum the decrease is below the loss's rounding; there the full step is
+        # safe, and a smaller gradient is the progress that counts.
+        enough = trial.loss <= point.loss + ARMIJO * length * slope
+        enough |= trial.size < 0.5 * point.size
+        # A problem that has finished takes a step of zero.
+        short = (waiting & ~enough & (length < SHORTEST_STEP)).any()
+        settled, short = _to_host((enough | ~waiting).all(), short)
+        if bool(settled) and found is point:
+            return trial, running
+        found = trial.where(waiting & enough, found)
+        waiting = waiting & ~enough
+        if bool(short) or bool(settled):
+            return found, running & ~waiting
+        length = torch.where(waiting, length / 2, length)
+
+
+def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple[Tensor, Tensor]:
+    """−H⁻¹ ∇ by preconditioned conjugate gradients, and the products that it took, (S, L)."""
+    point = state.point
+    target = (point.size / state.start).sqrt().clamp_max(0.1)
+    residual = -point.gradient
+    target = target * _norm(residual)
+    step = torch.zeros_like(residual)
+    solved = _precondition(state.factor, residual)
+    direction, product = solved, _dot(residual, solved)
+    spent = torch.zeros_like(running, dtype=torch.long)
+    for number in range(MAX_CG_STEPS):
+        running = running & (_norm(residual) > target)
+        # Asking whether all have finished makes the host wait for a GPU, so ask it ever more
+        # rarely: after 1, 2, 4, … products.
+        if (number & (number - 1) == 0 or not residual.is_cuda) and not bool(running.any()):
+            break
+        curved = loss.hessian(point, direction)
+        curvature = _dot(direction, curved)
+        running = running & (curvature > 0)
+        spent += running
+        length = torch.where(running, product / curvature, 0.0)[..., None, None]
+        step = torch.addcmul(step, length, direction)
+        residual = torch.addcmul(residual, length, curved, value=-1)
+        solved = _precondition(state.factor, residual)
+        before, product = product, _dot(residual, solved)
+        ratio = torch.where(running, product / before, 0.0)[..., None, None]
+        direction = torch.addcmul(solved, ratio, direction)
+    return step, spent
+
+
+def _renew(loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]]) -> _State:
+    """Preconditioners of the stale problems from where they are now."""
+    if not stale:
+        return state
+    where = tuple(torch.tensor(stale, device=state.spent.device).T)
+    factor, spent = state.factor, state.spent.clone()
+    factor[where] = _factor(loss.average_hessian(state.point, stale))
+    spent[where] = 0
+    return replace(state, spent=spent)
+
+
+def _factor(matrices: Tensor) -> Tensor:
+    """L⁻¹ of symmetric matrices L Lᵀ: two products with it cost less than two triangular solves.
+
+    L⁻ᵀ L⁻¹ is positive definite whatever the rounding, as a preconditioner must be.
+    """
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-12 * diagonal.amax(1, keepdim=True))
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    scale = diagonal.clamp_min(1e-300).sqrt().diag_embed()
+    factor = torch.where((failed > 0)[:, None, None], scale, factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    # Triangular solves return columns in memory order; products are faster with rows.
+    return inverse.contiguous()
+
+
+def _precondition(factor: Tensor, rows: Tensor) -> Tensor:
+    return (rows @ factor.mT) @ factor
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    total: Tensor = (a * b).sum((2, 3))
     return total
+
+
+def _norm(a: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(a, dim=(2, 3))
+    return size
+
+
+def _to_host(*values: Tensor) -> list[Tensor]:
+    """Flags on the CPU, all in one transfer."""
+    flat = torch.cat([value.flatten() for value in values]).cpu()
+    pieces = flat.split([value.numel() for value in values])
+    return [piece.view(value.shape) for piece, value in zip(pieces, values, strict=True)]

@@ -16,7 +16,7 @@ from lrqp_torch.errors import (
     NonFiniteError,
     WidthError,
 )
-from lrqp_torch.probes import in_memory
+from lrqp_torch.probes import fitting
 
 Pair = tuple[Tensor, Tensor]
 
@@ -69,7 +69,7 @@ def mixed() -> dict[object, Pair]:
 @pytest.fixture(params=[0, 2**30], ids=["one at a time", "stacked"])
 def stacks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems of one shape on their own, or all in one stack."""
-    monkeypatch.setattr(in_memory, "CACHE", request.param)
+    monkeypatch.setattr(fitting, "CACHE", request.param)
 
 
 @pytest.mark.usefixtures("stacks")
@@ -110,7 +110,7 @@ def test_two_classes_have_opposite_rows() -> None:
 
 
 def test_a_problem_that_ends_early_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_memory, "CACHE", 2**30)
+    monkeypatch.setattr(fitting, "CACHE", 2**30)
     noise = torch.randn(30, 6, dtype=torch.float64).repeat(2, 1)
     says_nothing = noise, torch.arange(60) // 30
     hard = [samples(60, 6, 2, separation=20.0) for _ in range(3)]

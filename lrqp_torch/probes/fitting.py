@@ -1,0 +1,560 @@
+"""What probes are fitted to, in memory or read anew in every pass, checked; and the fit of many.
+
+In memory, what shares activations or their shape is one stack of problems. Beyond memory, and over
+many ranks, one problem's likelihood is a sum over batches.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.errors import (
+    BatchError,
+    ConvergenceError,
+    LabelError,
+    LRQPError,
+    WidthError,
+    as_numbers,
+    check_finite,
+)
+from lrqp_torch.probes.multinomial import (
+    ALONE,
+    Block,
+    Minimum,
+    MultinomialLoss,
+    encode,
+    minimise,
+    rows_of,
+)
+
+Key = TypeVar("Key", bound=Hashable)
+
+Batches = Iterable[Sequence[Any]] | Callable[[], Iterable[Sequence[Any]]]
+"""Activations (m, d), their labels (m,) and, if wanted, their weights (m,), to be gone through
+again and again."""
+
+ClassWeight = Literal["balanced"] | Mapping[Any, float] | Sequence[float] | Tensor
+"""What an example of each class counts: one number a class, some by number or name, or
+``"balanced"``, by which all classes count the same."""
+
+BATCH = 4096
+"""Rows of stored activations that are read at a time."""
+
+CACHE = 2**22
+"""Bytes of a stack on a CPU."""
+
+ROUNDING = 1e-9
+"""Relative size below which sums over all examples may differ between two passes."""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a probe was fitted.
+
+    Attributes:
+        loss: the penalised loss at the optimum, in nats per example.
+        gradient_norm: Euclidean norm of its gradient there, before rounding to the probe's dtype.
+        relative_gradient_norm: the same over the norm at W = 0, b = 0; at most ``tolerance``, and
+            0 where the gradient is below its own rounding error.
+        iterations: Newton steps.
+        l2: the penalty that was used.
+        n_samples: examples fitted.
+        counts: examples of each class, by weight if they have any.
+        held_out: accuracy on examples that were not fitted; None if that was not asked for.
+        held_out_samples: how many these were.
+    """
+
+    loss: float
+    gradient_norm: float
+    relative_gradient_norm: float
+    iterations: int
+    l2: float
+    n_samples: int
+    counts: tuple[float, ...] = ()
+    held_out: float | None = None
+    held_out_samples: int = 0
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always answering the most frequent class."""
+        return max(self.counts) / sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weight (K, d) and bias (K,) in float64, and how they were found."""
+
+    weight: Tensor
+    bias: Tensor
+    report: FitReport
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all problems of one call share; see :meth:`~lrqp_torch.LinearProbe.fit_many`."""
+
+    l2: float | None
+    tolerance: float
+    max_iterations: int
+
+    def penalty(self, total: float) -> float:
+        """The penalty for examples of so much weight; default 1/n."""
+        l2 = 1.0 / total if self.l2 is None else float(self.l2)
+        if not l2 > 0:
+            raise LabelError(
+                f"l2 must be positive, got {l2}: separable classes have no optimum without it"
+            )
+        return l2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Examples in memory, checked.
+
+    Attributes:
+        x: activations, (n, d).
+        labels: their classes, (n,).
+        weights: what each counts, (n,), float64; None if each counts once.
+        counts: examples of each of the K classes, by weight, (K,).
+        classes: names of the classes, where they were given by name.
+    """
+
+    x: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    counts: Tensor
+    classes: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        y: Any,
+        weights: Any = None,
+        n_classes: int | None = None,
+        class_weight: ClassWeight | None = None,
+    ) -> "Problem":
+        """Check and convert what a user gives; raises the errors of :meth:`LinearProbe.fit`."""
+        x = as_numbers(x, "activations")
+        numbers, classes = read_labels(y)
+        labels, weights = _check_examples(x, numbers, weights)
+        if len(x) == 0:
+            raise LabelError("no examples to fit a probe on")
+        check_finite(x)
+        counts = _check_counts(torch.bincount(labels), n_classes)
+        if class_weight is not None:
+            weighed = torch.bincount(labels, weights)
+            share = class_weights(class_weight, weighed.double(), classes)[labels]
+            weights = share if weights is None else share * weights
+        if weights is not None:
+            counts = torch.bincount(labels, weights)
+            _check_weighed(counts)
+        return cls(x.detach(), labels, weights, counts, classes)
+
+    def take(self, rows: Tensor) -> "Problem":
+        """Some of the examples, chosen by a mask (n,)."""
+        rows = rows.to(self.x.device)
+        weights = None if self.weights is None else self.weights[rows]
+        counts = torch.bincount(self.labels[rows], weights, len(self.counts))
+        return Problem(self.x[rows], self.labels[rows], weights, counts, self.classes)
+
+
+def read_labels(y: Any) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels as a tensor; where they are names, as their places in the sorted names, and those.
+
+    Raises:
+        LabelError: neither numbers nor texts.
+    """
+    if isinstance(y, Tensor):
+        return y, None
+    try:
+        array = np.asarray(y)
+    except (TypeError, ValueError):
+        return as_numbers(y, "labels", LabelError), None
+    if array.dtype.kind == "O" and array.size and all(isinstance(v, str) for v in array.flat):
+        array = array.astype(str)
+    if array.dtype.kind != "U":
+        return as_numbers(array, "labels", LabelError), None
+    names, places = np.unique(array, return_inverse=True)
+    return torch.from_numpy(places.reshape(array.shape)), tuple(names.tolist())
+
+
+def class_weights(given: Any, counts: Tensor, classes: Sequence[Any] | None) -> Tensor:
+    """What an example of each class counts, (K,), float64.
+
+    Args:
+        given: see :data:`ClassWeight`.
+        counts: examples of each class, by weight, (K,).
+        classes: their names, if they have some.
+
+    Raises:
+        LabelError: another number of weights, classes that do not exist, or no weights.
+    """
+    if isinstance(given, str) and given == "balanced":
+        return counts.sum() / (len(counts) * counts)
+    if isinstance(given, Mapping):
+        names = list(range(len(counts))) if classes is None else list(classes)
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise LabelError(f"class_weight names {unknown[0]!r}; the classes are {names[:10]}")
+        given = [given.get(name, 1.0) for name in names]
+    elif isinstance(given, str):
+        raise LabelError(f"class_weight must be 'balanced' or numbers, got {given[:200]!r}")
+    weights = as_numbers(given, "class_weight").to(counts)
+    if weights.shape != counts.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise LabelError(
+            f"class_weight must be {len(counts)} finite numbers of 0 or more, got {given}"
+        )
+    return weights
+
+
+def _check_examples(x: Tensor, y: Any, weights: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Labels as int64 and weights as float64 on x's device.
+
+    Raises:
+        WidthError: activations that are not floating (n, d).
+        LabelError: labels or weights of another length, not integers, or negative.
+    """
+    y, classes = read_labels(y)
+    if classes is not None:
+        raise LabelError("labels of batches must be numbers, since no batch knows all the names")
+    if x.ndim != 2 or not x.dtype.is_floating_point:
+        raise WidthError(f"activations must be floating (n, d), got {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise LabelError(f"labels must be ({len(x)},), one per activation, got {tuple(y.shape)}")
+    if y.dtype.is_floating_point or y.dtype.is_complex:
+        raise LabelError(f"labels must be integers or bool, got {y.dtype}")
+    labels: Tensor = y.to(x.device).long()
+    if len(labels) and int(labels.min()) < 0:
+        raise LabelError(f"labels must be 0 or more, got {int(labels.min())}")
+    if weights is None:
+        return labels, None
+    weights = as_numbers(weights, "sample_weight").to(x.device).double()
+    if weights.shape != labels.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise LabelError(
+            f"sample_weight must be ({len(x)},), finite and 0 or more, got {tuple(weights.shape)}"
+        )
+    return labels, weights
+
+
+def _check_counts(counts: Tensor, n_classes: int | None) -> Tensor:
+    """The number of examples in each of K classes, from that in each up to the largest label.
+
+    Raises:
+        LabelError: a label beyond ``n_classes``, one class only, a class without examples, or
+            fewer examples than classes.
+    """
+    found, total = len(counts), int(counts.sum())
+    n_classes = found if n_classes is None else n_classes
+    if found > n_classes:
+        raise LabelError(f"label {found - 1} is outside the {n_classes} classes given")
+    if int(counts[-1]) == total:
+        raise LabelError(f"all {total} labels are class {found - 1}; a probe needs two classes")
+    if total < n_classes:
+        raise LabelError(f"{total} examples cannot fit {n_classes} classes; give at least one each")
+    missing = [*(counts == 0).nonzero().flatten().tolist(), *range(found, n_classes)]
+    if missing:
+        raise LabelError(
+            f"classes {missing[:10]} have no examples; renumber the labels or give more prompts"
+        )
+    return counts
+
+
+def _check_weighed(counts: Tensor) -> None:
+    if not bool((counts > 0).all()):
+        empty = (counts <= 0).nonzero().flatten().tolist()
+        raise LabelError(f"all examples of classes {empty[:10]} have weight 0")
+
+
+def named(error: LRQPError, name: Hashable) -> LRQPError:
+    """The same error, saying which of many problems it is about."""
+    return type(error)(f"{name}: {error}")
+
+
+def fit_in_memory(
+    problems: Mapping[Key, Problem], options: Options, memory: int
+) -> Iterator[dict[Key, Fitted]]:
+    """Fit probes, a stack at a time.
+
+    Problems on the same activations tensor share its float64 copy and its first preconditioner.
+    Activations of equal shape are stacked, as many as ``memory`` bytes hold; on a CPU, only those
+    so small that calling costs more than computing. The narrow products of larger ones are bound
+    by memory there, and BLAS does them several times faster one matrix at a time.
+    """
+    for group in _groups(problems):
+        first = problems[group[0][0]]
+        n, size = len(first.x), _size(first.x)
+        per_site = 8 * size * (3 * n + 3 * size * len(group[0]))
+        limit = memory if first.x.is_cuda else min(memory, CACHE)
+        sites = max(1, limit // per_site)
+        for start in range(0, len(group), sites):
+            yield _fit_stack(problems, group[start : start + sites], options)
+
+
+def _groups(problems: Mapping[Key, Problem]) -> list[list[list[Key]]]:
+    """Keys as groups of sites of label sets: [group][site][label set], in the order given."""
+    sites: dict[tuple[Any, ...], list[Key]] = {}
+    for key, problem in problems.items():
+        x = problem.x
+        view = (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
+        # Weights change what n is, by which all losses of a stack are divided.
+        own = None if problem.weights is None else key
+        sites.setdefault((view, len(problem.counts), own), []).append(key)
+    groups: dict[tuple[Any, ...], list[list[Key]]] = {}
+    for ((device, _, shape, *_), n_classes, own), keys in sites.items():
+        groups.setdefault((device, shape, n_classes, len(keys), own), []).append(keys)
+    return list(groups.values())
+
+
+def _fit_stack(
+    problems: Mapping[Key, Problem], group: Sequence[Sequence[Key]], options: Options
+) -> dict[Key, Fitted]:
+    """Fit the label sets of some sites of one shape, all with the same number of classes."""
+    first = problems[group[0][0]]
+    n, size, n_classes = len(first.x), _size(first.x), len(first.counts)
+    means, bases = [], []
+    features = torch.empty(len(group), n, size + 1, dtype=torch.float64, device=first.x.device)
+    for site, keys in enumerate(group):
+        x = problems[keys[0]].x.double()
+        mean = x.mean(0)
+        centred = x - mean
+        basis = torch.linalg.qr(centred.T).Q if size < x.shape[1] else None
+        features[site, :, :size] = centred if basis is None else centred @ basis
+        means.append(mean)
+        bases.append(basis)
+    features[..., -1] = 1.0
+    labels = torch.stack([torch.stack([problems[k].labels for k in keys]) for keys in group])
+    weights = None if first.weights is None else first.weights.view(1, 1, 1, n)
+    total = float(n if weights is None else weights.sum())
+    l2 = options.penalty(total)
+    block = Block(features, encode(labels, n_classes), weights)
+    loss = MultinomialLoss([block], total=total, l2=l2, in_memory=True)
+    zero = features.new_zeros(*labels.shape[:2], rows_of(n_classes), size + 1)
+    minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
+    found = {
+        key: _unpack(minimum, site, label_set, means[site], bases[site], l2, n, problems[key])
+        for site, keys in enumerate(group)
+        for label_set, key in enumerate(keys)
+    }
+    _check_convergence(found, options.tolerance)
+    return found
+
+
+def _size(x: Tensor) -> int:
+    """Dimensions to solve in.
+
+    By the representer theorem W lies in the span of the centred activations. With few examples an
+    orthonormal basis of it costs less than it saves.
+    """
+    n, width = x.shape
+    return n if 2 * n <= width else width
+
+
+def _unpack(
+    minimum: Minimum,
+    site: int,
+    label_set: int,
+    mean: Tensor,
+    basis: Tensor | None,
+    l2: float,
+    n_samples: int,
+    data: "Problem | Passes",
+) -> Fitted:
+    """One probe in the coordinates of its activations."""
+    parameters = minimum.parameters[site, label_set]
+    if len(parameters) == 1:
+        parameters = torch.cat([-parameters, parameters])
+    weight, bias = parameters[:, :-1], parameters[:, -1]
+    weight = weight.clone() if basis is None else weight @ basis.T
+    # The softmax ignores a shift of all biases; take the one with mean zero.
+    bias = bias - bias.mean() - weight @ mean
+    statistics = (minimum.loss, minimum.gradient_norm, minimum.relative_gradient_norm)
+    loss, size, relative = (float(value[site, label_set]) for value in statistics)
+    steps, counts = int(minimum.iterations[site, label_set]), tuple(data.counts.tolist())
+    report = FitReport(loss, size, relative, steps, l2, n_samples, counts)
+    return Fitted(weight, bias, report)
+
+
+def _check_convergence(found: Mapping[Key, Fitted], tolerance: float) -> None:
+    failed = [k for k, f in found.items() if not f.report.relative_gradient_norm <= tolerance]
+    if not failed:
+        return
+    report = found[failed[0]].report
+    others = f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""
+    raise ConvergenceError(
+        f"{failed[0]}: the gradient norm{others} is {report.relative_gradient_norm:.1e} of its "
+        f"start after {report.iterations} steps, above {tolerance:.0e}; raise max_iterations or "
+        f"l2 (now {report.l2:.1e}), or standardise the activations"
+    )
+
+
+def fit_passes(data: "Passes", options: Options) -> Fitted:
+    """Fit one probe to data read anew in every pass, on every rank."""
+    l2 = options.penalty(data.total)
+    loss = MultinomialLoss(data, total=data.total, l2=l2, in_memory=False, ranks=data.ranks)
+    zero = data.mean.new_zeros(1, 1, rows_of(len(data.counts)), data.width + 1)
+    minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
+    found = _unpack(minimum, 0, 0, data.mean, None, l2, data.n_samples, data)
+    _check_convergence({"streamed probe": found}, options.tolerance)
+    return found
+
+
+class Passes:
+    """The blocks of one probe's likelihood, read anew whenever they are iterated over.
+
+    One pass at the start checks everything and finds the mean. Every later one must give the same
+    examples, in whatever order and batches. Over many ranks the blocks are this rank's own; number
+    of examples, mean and classes are those of all.
+
+    Args:
+        batches: activations, labels and maybe weights.
+        n_classes: K; default the largest label + 1.
+        class_weight: see :data:`ClassWeight`.
+        device: where to compute; default the device of the first batch.
+        ranks: this process among the others.
+        classes: names of the classes, where they have some.
+
+    Raises:
+        BatchError: batches that can be gone through only once, or that are no pairs.
+        WidthError, NonFiniteError, LabelError: as of :meth:`~lrqp_torch.LinearProbe.fit`.
+        ToldError: one of these on another rank.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        n_classes: int | None = None,
+        class_weight: ClassWeight | None = None,
+        device: torch.device | str | None = None,
+        ranks: Ranks = ALONE,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise BatchError(
+                f"batches must be gone through many times, and a {type(batches).__name__} can be "
+                f"only once; give a list, a DataLoader, or a function that returns a new one"
+            )
+        self._batches, self.ranks, self.classes = batches, ranks, classes
+        self.width, self.device, self.dtype = 0, device, torch.float32
+        self._weighed, self._own_samples = False, 0
+        self._sums: Tensor | None = None
+        with ranks.together():
+            total, counts = self._first_pass()
+        total, counts = self._of_all(total, counts)
+        self.n_samples = int(counts[0].sum())
+        if self.n_samples == 0:
+            raise LabelError("no examples to fit a probe on")
+        self.mean = total / self.n_samples
+        _check_counts(counts[0], n_classes)
+        self.counts = counts[int(self._weighed)]
+        self._share: Tensor | None = None
+        if class_weight is not None:
+            self._share = class_weights(class_weight, self.counts, classes)
+            self.counts = self.counts * self._share
+        _check_weighed(self.counts)
+        self.total = float(self.counts.sum())
+
+    def _first_pass(self) -> tuple[Tensor, Tensor]:
+        """Sum of this rank's activations, (d,), and their classes' numbers and weights, (2, K)."""
+        total = torch.zeros(0)
+        counts = torch.zeros(2, 0, dtype=torch.float64)
+        for number, (x, labels, weights) in enumerate(self._read()):
+            if number == 0:
+                self.width, self.device, self.dtype = x.shape[1], self.device or x.device, x.dtype
+                total = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+            try:
+                check_finite(x)
+            except LRQPError as error:
+                raise named(error, f"batch {number}") from error
+            self._own_samples += len(x)
+            self._weighed |= weights is not None
+            total += x.to(total).sum(0)
+            most = max(counts.shape[1], int(labels.max()) + 1 if len(labels) else 0)
+            rows = [torch.bincount(labels, given, most).double() for given in (None, weights)]
+            longer = torch.stack(rows).cpu()
+            longer[:, : counts.shape[1]] += counts
+            counts = longer
+        return total, counts
+
+    def _of_all(self, total: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the examples of all ranks; width and dtype are then the same on each."""
+        if self.ranks.size == 1:
+            return total, counts
+        found = self.ranks.gather((self.width, self.dtype, self._weighed, counts.tolist()))
+        present = [(width, dtype) for width, dtype, *_ in found if width]
+        if len(set(present)) > 1:
+            raise WidthError(f"the ranks hold activations of different width or dtype: {present}")
+        if not present:
+            return total, counts
+        (self.width, self.dtype) = present[0]
+        self.device = self.device or "cpu"
+        self._weighed = any(weighed for *_, weighed, _ in found)
+        if not self._own_samples:
+            total = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        whole = torch.zeros(2, max(len(part[0]) for *_, part in found), dtype=torch.float64)
+        for *_, part in found:
+            whole[:, : len(part[0])] += torch.tensor(part, dtype=torch.float64)
+        return self.ranks.total(total), whole
+
+    def __iter__(self) -> Iterator[Block]:
+        n_classes = len(self.counts)
+        sums = self.mean.new_zeros(1, self.width + 1)
+        squares = self.mean.new_zeros(())
+        seen = 0
+        for number, (x, labels, weights) in enumerate(self._read()):
+            if len(labels) and int(labels.max()) >= n_classes:
+                raise BatchError(
+                    f"batch {number} holds label {int(labels.max())}, which the first pass did "
+                    f"not; {_SAME}"
+                )
+            centred = x.to(self.mean) - self.mean
+            features = torch.cat([centred, centred.new_ones(len(x), 1)], 1)
+            labels = labels.to(self.mean.device)
+            targets = encode(labels, n_classes)
+            if self._share is not None:
+                share = self._share.to(labels.device)[labels]
+                weights = share if weights is None else share * weights.to(share)
+            weights = None if weights is None else weights.to(features).view(1, 1, 1, -1)
+            block = Block(features.unsqueeze(0), targets.unsqueeze(0).unsqueeze(0), weights)
+            yield block
+            seen += len(x)
+            sums = sums + block.weighed(block.targets)[0, 0] @ features
+            squares = squares + block.weighed(features.norm(dim=1)).square().sum()
+        if seen != self._own_samples:
+            raise BatchError(
+                f"the batches gave {self._own_samples} examples on the first pass and {seen} on a "
+                f"later one; {_SAME}"
+            )
+        # Sums of each class tell whether any activation or label changed, in whatever order.
+        if self._sums is None:
+            self._sums = sums
+        change = torch.linalg.vector_norm(sums - self._sums)
+        if bool(change > ROUNDING * (seen * squares).sqrt()):
+            raise BatchError(f"the activations or the labels changed between passes; {_SAME}")
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        batches = self._batches() if callable(self._batches) else self._batches
+        for number, given in enumerate(batches):
+            if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+                raise BatchError(
+                    f"batch {number} must be a pair of activations (m, d) and labels (m,), or "
+                    f"these and weights (m,), got {type(given).__name__}"
+                )
+            try:
+                x = as_numbers(given[0], "activations")
+                labels, weights = _check_examples(x, given[1], *given[2:])
+            except LRQPError as error:
+                raise named(error, f"batch {number}") from error
+            if self.width and x.shape[1] != self.width:
+                raise WidthError(
+                    f"batch {number} has width {x.shape[1]}, the ones before {self.width}"
+                )
+            yield x.detach(), labels, weights
+
+
+_SAME = "every pass must give the same examples, so do not sample or shuffle labels in it"
