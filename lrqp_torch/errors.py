@@ -191,6 +191,16 @@ def readable(tensor: Tensor) -> bool:
     return concrete(tensor) and tensor.device.type == "cpu"
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor; where it was made under ``torch.inference_mode``, a copy of it that was not,
+    through which gradients can flow.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def require_concrete(what: str, *inputs: Any) -> None:
     """Raise :class:`SolverError` where an input is inside a transform that hides its values.
 

@@ -30,6 +30,7 @@ its end when a rank dies. Plans that divide the stream itself along the tokens a
 """
 
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from lrqp_torch.distributed.group import joined, launched
@@ -49,18 +50,19 @@ __all__ = [
 # What works over ranks lies on the floors above this one, which import it: so it is found by name,
 # when it is asked for.
 _ABOVE = {
-    "capture": "stream.capture",
-    "capture_batches": "stream.capture",
-    "capture_to": "stream.store",
-    "fit_batches": "probes.linear",
-    "fit_many": "probes.linear",
+    "capture": ("stream.capture", "capture"),
+    "capture_batches": ("stream.capture", "capture_batches"),
+    "capture_to": ("stream.store", "capture_to"),
+    "fit_batches": ("probes.linear", "LinearProbe.fit_batches"),
+    "fit_many": ("probes.linear", "LinearProbe.fit_many"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ABOVE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lrqp_torch.{_ABOVE[name]}"), name)
+    module, path = _ABOVE[name]
+    return attrgetter(path)(import_module(f"lrqp_torch.{module}"))
 
 
 def __dir__() -> list[str]:

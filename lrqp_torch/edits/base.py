@@ -13,7 +13,7 @@ from lrqp_torch.edits.failures import judge, visible
 from lrqp_torch.edits.hub import fetched_folder, pushed
 from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import SavedEditError, check_classes, check_option, readable
+from lrqp_torch.errors import SavedEditError, check_classes, check_option, ordinary, readable
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
@@ -48,6 +48,10 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         self.notes: dict[str, Any] = {}
         self.provenance: Provenance | None = None
         self.names: tuple[str, ...] = ()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As of any module; a tensor made under ``torch.inference_mode`` is copied out of it."""
+        super().register_buffer(name, tensor if tensor is None else ordinary(tensor), persistent)
 
     @abstractmethod
     def solve(

@@ -78,7 +78,7 @@ class ConstrainedLRQP(Edit[Classes]):
     ``solver="MOREAU"`` (extra ``moreau``) takes it as it is and reaches 1e-8.
 
     Args:
-        probe: z(x) = W x + b.
+        probe: z(x) = W x + b; see :class:`LRQP`.
         metric: Σ, with the mean if ``point.radius`` is used.
         constraints: the function.
         parameters: name to shape, or to a ``cp.Parameter`` (with ``nonneg=True``, say); values are
@@ -98,7 +98,7 @@ class ConstrainedLRQP(Edit[Classes]):
 
     def __init__(
         self,
-        probe: LinearProbe,
+        probe: nn.Linear,
         metric: Mahalanobis,
         constraints: Callable[[Point], Any],
         *,
@@ -117,7 +117,7 @@ class ConstrainedLRQP(Edit[Classes]):
         )
         self.constraints = constraints
         self.declared = dict(parameters or {})
-        self.features = _rows_read(reads, probe.width)
+        self.features = _rows_read(reads, self.probe.width)
         self.solver, self.solver_args = solver, dict(solver_args or {})
         # Not a submodule: what is posed can be neither copied nor saved, and follows from the rest.
         self._posed: list[tuple[list[Tensor], Reduction, PosedProblem]] = []
@@ -267,6 +267,8 @@ class ConstrainedLRQP(Edit[Classes]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_posed": []}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _pose(self) -> tuple[Reduction, PosedProblem]:
         """The basis and the problem in it; posed anew only when probe or metric change."""
         metric, weight = self.metric, self.probe.weight

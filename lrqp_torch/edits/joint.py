@@ -23,7 +23,7 @@ from lrqp_torch.errors import (
     quoted,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
-from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import MahalanobisQP, Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
@@ -70,8 +70,9 @@ class JointLRQP(Edit[Targets]):
 
     Args:
         edits: name to :class:`LRQP`, whose probe, log_odds, rule and odds are used; or name to
-            :class:`LinearProbe`, a variable that is kept unless a target is given for it, and then
-            written by the defaults of :class:`LRQP`. A sequence is named "0", "1", ….
+            :class:`LinearProbe` or ``nn.Linear``, a variable that is kept unless a target is given
+            for it, and then written by the defaults of :class:`LRQP`. A sequence is named "0", "1",
+            ….
         metric: Σ; default that of the edits, which must then share one.
         within: name to τ > 0 in nats, for variables to keep within a tolerance.
         on_infeasible: ``"raise"`` or ``"skip"``, as in :class:`LRQP`.
@@ -205,7 +206,7 @@ class JointLRQP(Edit[Targets]):
             or kept[1].weight.device != device
             or not all(torch.equal(old, new) for old, new in zip(kept[0], tensors, strict=True))
         ):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 copies = [tensor.clone() for tensor in tensors]
                 self._kept = kept = copies, self._build(device)
         return kept[1]
@@ -370,6 +371,7 @@ def _name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
                 f"them, got {type(edits).__name__}"
             )
         edits = {str(place): edit for place, edit in enumerate(edits)}
+    edits = {name: as_probe(e) if isinstance(e, nn.Linear) else e for name, e in edits.items()}
     for name, edit in edits.items():
         if not isinstance(name, str):
             raise LRQPError(f"variables must have names, got {quoted(name)}")

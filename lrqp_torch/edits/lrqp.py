@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible
 from lrqp_torch.edits.saving import read_edit, write_edit
@@ -18,7 +18,8 @@ from lrqp_torch.errors import (
     readable,
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
-from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.probes.fitting import ClassWeight
+from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET
@@ -45,7 +46,8 @@ class LRQP(Edit[Classes]):
     total odds of α instead, z_t − log Σ_{ℓ≠t} exp z_ℓ ≥ log α, and finds the least such edit.
 
     Args:
-        probe: z(x) = W x + b.
+        probe: z(x) = W x + b; any other linear layer than a :class:`LinearProbe` is copied into one
+            by :meth:`LinearProbe.from_linear`.
         metric: Σ; if it is on another device than the probe, a copy is taken there.
         log_odds: the floor of log α in nats; 10 is the post's.
         rule: ``"mirror"`` or ``"fixed"``.
@@ -66,7 +68,7 @@ class LRQP(Edit[Classes]):
 
     def __init__(
         self,
-        probe: LinearProbe,
+        probe: nn.Linear,
         metric: Mahalanobis,
         *,
         log_odds: float = 10.0,
@@ -77,6 +79,7 @@ class LRQP(Edit[Classes]):
         solver_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(on_infeasible)
+        probe = as_probe(probe)
         if probe.width != metric.width:
             raise WidthError(
                 f"the probe reads width {probe.width}, the metric has width {metric.width}; fit "
@@ -100,21 +103,35 @@ class LRQP(Edit[Classes]):
     @classmethod
     def fit(
         cls,
-        x: Tensor,
-        y: Tensor,
+        x: Any,
+        y: Any,
         *,
         l2: float | None = None,
         shrinkage: Shrinkage = "ledoit_wolf",
         n_classes: int | None = None,
+        sample_weight: Any = None,
+        class_weight: ClassWeight | None = None,
+        held_out: float | tuple[Any, Any] | None = None,
         **options: Any,
     ) -> Self:
         """Fit probe and metric to activations x, (n, d), with classes y, (n,).
 
-        The covariance is that of all activations together. ``l2`` and ``n_classes`` are those of
-        :meth:`LinearProbe.fit`, ``shrinkage`` that of :meth:`Covariance.finish`, and ``options``
-        are the constructor's.
+        The covariance is that of all activations together. ``shrinkage`` is that of
+        :meth:`Covariance.finish`, ``options`` are the constructor's, and all others are those of
+        :meth:`LinearProbe.fit`.
+
+        Warns:
+            ProbeWarning: as :meth:`LinearProbe.fit` and :meth:`Mahalanobis.fit`.
         """
-        probe = LinearProbe.fit(x, y, l2=l2, n_classes=n_classes)
+        probe = LinearProbe.fit(
+            x,
+            y,
+            l2=l2,
+            n_classes=n_classes,
+            sample_weight=sample_weight,
+            class_weight=class_weight,
+            held_out=held_out,
+        )
         return cls(probe, Mahalanobis.fit(x, shrinkage), **options)
 
     @property

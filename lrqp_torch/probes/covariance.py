@@ -13,6 +13,7 @@ from lrqp_torch.errors import (
     WidthError,
     as_numbers,
     check_finite,
+    ordinary,
 )
 from lrqp_torch.probes.fitting import BATCH
 from lrqp_torch.probes.judging import check_moments, check_sinks
@@ -56,14 +57,14 @@ class Mahalanobis(nn.Module):
         covariance = as_numbers(covariance, "a covariance")
         _check_covariance(covariance)
         width = covariance.shape[0]
-        self.register_buffer("covariance", _ordinary(covariance))
+        self.register_buffer("covariance", ordinary(covariance.double()))
         for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
             tensor = None if value is None else as_numbers(value, name)
             if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != width):
                 raise WidthError(f"the covariance has width {width}, {name} {tuple(tensor.shape)}")
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"{name} holds NaN or infinity")
-            self.register_buffer(name, None if tensor is None else _ordinary(tensor))
+            self.register_buffer(name, None if tensor is None else ordinary(tensor.double()))
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
 
@@ -288,7 +289,6 @@ class Covariance:
         )
         return second, third, fourth
 
-    @torch.no_grad()
     def finish(self, shrinkage: Shrinkage = "ledoit_wolf") -> Mahalanobis:
         """The metric with covariance (1 − ρ) S + ρ (tr S / d) I, S with denominator n.
 
@@ -335,13 +335,6 @@ class Covariance:
         shrunk = (1 - weight) * sample
         shrunk.diagonal().add_(weight * scale)
         return Mahalanobis(shrunk, self.mean.clone(), shrinkage=weight, n_samples=n)
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """In float64, as a tensor that gradients can flow through, under torch.inference_mode too."""
-    grad = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        return (tensor.clone() if tensor.is_inference() else tensor).double()
 
 
 def _check_covariance(covariance: Tensor) -> None:

@@ -75,7 +75,9 @@ def judge(report: FitReport, width: int, accuracy: float | None) -> None:
     if found <= chance + excess + 2 * math.sqrt(chance * (1 - chance) / size):
         warn(
             f"the probe reads no more than chance: {found:.1%} of {size} activations {where} are "
-            f"right, as with random labels; the most frequent class alone gives {chance:.1%}"
+            f"right, as with random labels; the most frequent class alone gives {chance:.1%}. What "
+            f"it asks for may not be there, or l2={report.l2:.1e} be too strong for the "
+            f"activations' size"
         )
 
 

@@ -36,6 +36,11 @@ from lrqp_torch.probes.multinomial import ALONE
 Key = TypeVar("Key", bound=Hashable)
 
 
+def as_probe(layer: nn.Linear) -> "LinearProbe":
+    """A probe as it is, another linear layer by :meth:`LinearProbe.from_linear`."""
+    return layer if isinstance(layer, LinearProbe) else LinearProbe.from_linear(layer)
+
+
 class StoredActivations(Protocol):
     """Activations (n, d) that are read a batch at a time, such as those of an activation store."""
 
@@ -97,10 +102,7 @@ class LinearProbe(nn.Linear):
                 f"a probe must be an nn.Linear from activations to logits, got "
                 f"{type(layer).__name__}; for weights of other kinds use LinearProbe.from_weights"
             )
-        probe = cls.from_weights(layer.weight, layer.bias)
-        if isinstance(layer, LinearProbe):
-            probe.report, probe.classes = layer.report, layer.classes
-        return probe
+        return cls.from_weights(layer.weight, layer.bias)
 
     @classmethod
     def from_weights(

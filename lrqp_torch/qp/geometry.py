@@ -320,6 +320,8 @@ class GeometryCache:
             )
         return kept.geometry, (kept.weight != weight).any() | (kept.bias != bias).any()
 
+    # What is kept may be differentiated through later, whatever the mode in which it was computed.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _build(
         self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device

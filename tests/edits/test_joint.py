@@ -439,7 +439,7 @@ def test_a_wrong_class_is_said_by_name_and_role() -> None:
 def test_misuse_of_the_constructor_is_named() -> None:
     metric = metric_of()
     edit = LRQP(probe_of(3, 1), metric)
-    for edits in ({"a": 3}, {"a": torch.nn.Linear(WIDTH, 3)}, edit, {1: edit}, "ab"):
+    for edits in ({"a": 3}, {"a": torch.nn.ReLU()}, edit, {1: edit}, "ab"):
         with pytest.raises(LRQPError, match=r"variable|edits must be"):
             JointLRQP(edits, metric)
     with pytest.raises(LRQPError, match="Mahalanobis"):
