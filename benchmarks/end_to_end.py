@@ -26,7 +26,7 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Covariance
 from lrqp_torch.stream.sites import Site, blocks_of, trunk_of
 from lrqp_torch.study import figures
-from lrqp_torch.study import reproduce as study
+from lrqp_torch.study import run as study
 from lrqp_torch.study.flipping import CONDITIONS
 from lrqp_torch.study.preparing import choose_sites, make_prompts
 from lrqp_torch.study.running import in_batches

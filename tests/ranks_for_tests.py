@@ -20,7 +20,7 @@ DEADLINE = 60.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["lrqp_torch.cli", "lrqp_torch.distributed", "lrqp_torch.study.reproduce", "transformers"]
+    ["lrqp_torch.cli", "lrqp_torch.distributed", "lrqp_torch.study.run", "transformers"]
 )
 
 

@@ -10,23 +10,10 @@ import typer
 from rich.console import Console
 
 from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
+from lrqp_torch.study.parts import PARTS
 
 if TYPE_CHECKING:
     from lrqp_torch.probes.covariance import Shrinkage
-
-# Named here and not read from the study, so that --help need not import its parts.
-PARTS = {
-    "flipping": "Sweep over sites: what a probe can read there, and which answers an edit flips.",
-    "geometry": "Principal directions at S2, and how much of them is the order of the names.",
-    "probing": "Linear probes for the facts about a prompt, at every site, beside their controls.",
-    "dose": "Edits at the best site over a range of odds: how much belief flips an answer.",
-    "heads": "Attention heads: where they look, what they write, and their roles.",
-    "circuit": "What S-inhibition heads report and where name movers look under the edit.",
-    "mediation": "Whether the edit works through the attention patterns of the name movers.",
-    "compare": "LRQP beside other edits of the same belief: effect, side effects, Pareto front "
-    "(not among all: it trains some of them).",
-    "controls": "Whether the edit works through what the model reads: controls for illusions.",
-}
 
 
 @app.command(
@@ -111,7 +98,7 @@ def reproduce(
 
         from lrqp_torch.distributed import joined
         from lrqp_torch.study.report import print_summary
-        from lrqp_torch.study.reproduce import reproduce_on
+        from lrqp_torch.study.run import run
         from lrqp_torch.study.settings import Settings
 
         disable_progress_bar()  # it would run through ours
@@ -137,7 +124,7 @@ def reproduce(
                     resume=resume,
                 )
             try:
-                results = reproduce_on(ranks, settings, progress=True)
+                results = run(settings, ranks, progress=True)
             except KeyboardInterrupt:
                 if ranks.is_main:
                     _say_what_is_kept(out)
@@ -157,7 +144,7 @@ def report_again(
 ) -> None:
     """Rewrite the report; bad input is one message and exit code 2."""
     with messages(debug):
-        from lrqp_torch.study.reproduce import rewrite_report
+        from lrqp_torch.study.run import rewrite_report
 
         path = rewrite_report(folder)
     typer.echo(f"Wrote {path}.")
@@ -184,7 +171,7 @@ for _part, _help in PARTS.items():
 
 
 def _say_what_is_kept(out: Path) -> None:
-    from lrqp_torch.study.part_store import Kept, PartStore
+    from lrqp_torch.study.store import Kept, PartStore
 
     kept = Kept.of(PartStore(out, {}))
     Console(stderr=True).print(

@@ -62,7 +62,7 @@ def forget(folder: Path) -> None:
     """Remove every file that a study writes, so that new files never stand beside old ones.
 
     Only names that the study itself gives are removed; the parts are in
-    :class:`~lrqp_torch.study.part_store.PartStore`.
+    :class:`~lrqp_torch.study.store.PartStore`.
 
     Raises:
         OutputError: a file cannot be removed.

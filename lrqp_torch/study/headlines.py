@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from lrqp_torch.study import circuit, dose, geometry, mediation
+from lrqp_torch.study import circuit, dose, mediation
 from lrqp_torch.study.by_site import task_in_words
+from lrqp_torch.study.parts.geometry import PART as GEOMETRY
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.summary import percent
 
@@ -12,30 +13,13 @@ from lrqp_torch.study.summary import percent
 def headlines(results: StudyResults) -> list[str]:
     """What the parts found, for those parts that ran and found something to tell."""
     tellers: dict[str, Callable[[dict[str, Any]], str | None]] = {
-        "geometry": _geometry,
+        "geometry": lambda raw: " ".join(GEOMETRY.says(GEOMETRY.read(raw))) or None,
         "dose": _dose,
         "circuit": _circuit,
         "mediation": _mediation,
     }
     lines = [tell(results.parts[name]) for name, tell in tellers.items() if name in results.parts]
     return [line for line in lines if line is not None]
-
-
-def _geometry(raw: dict[str, Any]) -> str:
-    result = geometry.from_json(raw)
-    task = next(iter(result.tasks.values()))
-    site = task.sites[result.best_site]
-    if site.eta_squared[0] < task.eta_chance:
-        return (
-            "Geometry: the largest direction of variation at S2 has nothing to do with the order, "
-            "at any site, as far as these prompts can tell."
-        )
-    return (
-        f"Geometry: the largest direction of variation at S2, found without labels, has most to do "
-        f"with the order at {result.best_site}, where the order explains "
-        f"{percent(site.eta_squared[0], digits=0)} of its variance and one threshold sorts "
-        f"{percent(site.accuracy)} of the held-out prompts."
-    )
 
 
 def _dose(raw: dict[str, Any]) -> str | None:

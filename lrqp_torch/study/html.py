@@ -18,6 +18,8 @@ from typing import Any
 
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.files import written_whole
+from lrqp_torch.plot.chart import Chart
+from lrqp_torch.plot.interactive import to_plotly
 from lrqp_torch.study import summary
 from lrqp_torch.study.headlines import headlines
 from lrqp_torch.study.panel import Panel, Table
@@ -345,7 +347,11 @@ def _plain(figure: Any) -> dict[str, Any]:
     """Data and layout of a plotly figure as plain JSON values; the page brings its own template."""
     from plotly.io import to_json
 
-    raw: dict[str, Any] = json.loads(to_json(figure, validate=False))
+    raw: dict[str, Any]
+    if isinstance(figure, Chart):
+        raw = to_plotly(figure, alone=False)
+    else:
+        raw = json.loads(to_json(figure, validate=False))
     layout = {key: v for key, v in raw["layout"].items() if key not in ("template", "width")}
     return {"data": raw["data"], "layout": layout}
 

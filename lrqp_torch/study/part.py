@@ -1,21 +1,40 @@
 """What a part of the study is: a question, its numbers, and how they are shown.
 
-A part is one file of :mod:`lrqp_torch.study.parts` with one :class:`Part` in it; the study's list
-of parts (:data:`lrqp_torch.study.parts.PARTS`) is all that knows it besides.
+A part is one file of :mod:`lrqp_torch.study.parts` with one :class:`Part` in it, and an instance of
+it under the name ``PART``; a row of :data:`lrqp_torch.study.parts.PARTS` is all that knows it
+besides.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
+from torch import Tensor
+
+from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.plot.chart import Chart, Panel
-from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.context import ALONE, Advance, StudyContext
+from lrqp_torch.study.records import from_json
 from lrqp_torch.study.settings import Settings
 
 R = TypeVar("R")
+
+
+class Batches(Protocol):
+    """Keeps the tensors of finished batches, so that a part that was stopped can go on."""
+
+    def load(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of a batch, or None if it was not reached."""
+
+    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a batch."""
+
+
+def keep_nothing(tensors: Mapping[str, Tensor]) -> None:
+    """The default of :attr:`Given.keep_prompts`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,9 @@ class Given:
         best_site: where the sweep's counterfactual edit flips most; None without a sweep.
         edit_at: the study's edit at a site.
         results: results of the parts that ran before, by name.
+        ranks: the processes that all compute this part, for parts that are ``shared``.
+        batches: where the part may keep batches until it is finished; None to keep none.
+        keep_prompts: keeps numbers of each held-out prompt, (n,) by name, beside the results.
     """
 
     context: StudyContext
@@ -35,6 +57,9 @@ class Given:
     best_site: str | None
     edit_at: Callable[[str], LRQP]
     results: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    batches: Batches | None = None
+    keep_prompts: Callable[[Mapping[str, Tensor]], object] = keep_nothing
 
     @property
     def site(self) -> str:
@@ -55,16 +80,16 @@ class Part(ABC, Generic[R]):
             dataclasses of these, which :mod:`~.records` writes and reads.
         needs: names of the parts that must have run before.
         by_name_only: whether it runs only when it is named, and not as one of all.
-        help: one line for the command of its own name.
+        shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     question: ClassVar[str]
-    help: ClassVar[str]
     result: ClassVar[type]
     needs: ClassVar[tuple[str, ...]] = ()
     by_name_only: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Why the part cannot run on these prompts (a sentence), or None if it can."""
@@ -77,6 +102,10 @@ class Part(ABC, Generic[R]):
     @abstractmethod
     def compute(self, given: Given, advance: Advance, /) -> R:
         """The part's numbers."""
+
+    def read(self, raw: dict[str, Any], /) -> R:
+        """A result from the plain JSON values that :func:`~.records.to_json` made of it."""
+        return cast(R, from_json(self.result, raw))
 
     @abstractmethod
     def panels(self, result: R, /) -> list[Panel]:

@@ -283,10 +283,10 @@ def settings(out: Path, **changes: Any) -> Any:
 
 
 def _study(wanted: Any) -> dict[str, Any] | None:
-    from lrqp_torch.study.reproduce import reproduce_on
+    from lrqp_torch.study.run import run
 
     with joined("cpu") as ranks:
-        results = reproduce_on(ranks, wanted)
+        results = run(wanted, ranks)
         return None if results is None else asdict(results)
 
 
@@ -317,7 +317,7 @@ def test_a_study_is_that_of_one_process_and_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lrqp_torch.study import flipping
-    from lrqp_torch.study.reproduce import reproduce
+    from lrqp_torch.study.run import reproduce
 
     alone, shared, resumed = (tmp_path / name for name in ("alone", "shared", "resumed"))
     reproduce(settings(alone))

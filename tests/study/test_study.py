@@ -18,11 +18,11 @@ from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingEr
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import flipping
-from lrqp_torch.study import reproduce as stages
+from lrqp_torch.study import run as stages
 from lrqp_torch.study.folder import made_folder
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.reproduce import reproduce
 from lrqp_torch.study.results import StudyResults, load, save
+from lrqp_torch.study.run import reproduce
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.truth import read_truth
 

@@ -16,8 +16,8 @@ from lrqp_torch.errors import MissingExtraError, SettingError
 from lrqp_torch.study import compare, heads
 from lrqp_torch.study.compare import CompareOptions, CompareResult, methods
 from lrqp_torch.study.compare.reading import reading
-from lrqp_torch.study.reproduce import reproduce
 from lrqp_torch.study.results import load
+from lrqp_torch.study.run import reproduce
 from lrqp_torch.study.settings import Settings
 
 # ---- the part ------------------------------------------------------------------------------------

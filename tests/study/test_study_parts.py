@@ -10,9 +10,10 @@ import torch
 
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.part_store import Given, Kept, Part, PartStore, run_parts
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.run import run_parts
 from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.store import Kept, PartStore
 
 SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
 
@@ -23,10 +24,13 @@ class Count:
     parts_before: list[str]
 
 
-class Counting:
+class Counting(Part[Count]):
     """A part that counts its runs, and may be told to stop in the middle."""
 
-    def __init__(self) -> None:
+    result = Count
+
+    def __init__(self, name: str) -> None:
+        self.name, self.title = name, f"counting {name}"
         self.runs = 0
         self.stop: BaseException | None = None
 
@@ -42,37 +46,34 @@ class Counting:
         before = sum(result.total for result in given.results.values())
         return Count(before + 1 / 3, list(given.results))
 
-    def draw(self, result: Any, folder: Path) -> list[Path]:
+    def panels(self, result: Count) -> list[Any]:
         return []
 
-    def panels(self, result: Any) -> list[Panel]:
-        return []
+    def figures(self, result: Count) -> dict[str, Any]:
+        return {}
 
-    def from_json(self, raw: dict[str, Any]) -> Count:
-        return Count(**raw)
+    def says(self, result: Count) -> list[str]:
+        return []
 
 
 @dataclass
 class Study:
     folder: Path
-    modules: dict[str, Counting]
+    parts: dict[str, Counting]
     bars: dict[str, list[int]]
 
     def run(self, **changes: object) -> dict[str, Any]:
-        parts = [
-            Part(name, f"counting {name}", "", module, module.compute)
-            for name, module in self.modules.items()
-        ]
-
         def start(title: str, total: int) -> Advance:
             self.bars[title] = [total]
             return self.bars[title].append
 
         # These parts never look at the model.
-        context, settings = cast(StudyContext, None), cast(Settings, None)
+        context, settings = cast(StudyContext, None), Settings("tiny", self.folder)
         given = Given(context, settings, None, lambda site: pytest.fail(site))
         store = PartStore(self.folder, SETTINGS | changes)
-        return {name: part.raw for name, part in run_parts(given, parts, store, start).items()}
+        finished = run_parts(given, list(self.parts.values()), store, start)
+        assert finished is not None
+        return {name: part.raw for name, part in finished.items()}
 
     def files(self) -> dict[str, Any]:
         """Every part's file but for the time that it took."""
@@ -85,7 +86,7 @@ class Study:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    return Study(tmp_path, {name: Counting() for name in ("one", "two", "three")}, {})
+    return Study(tmp_path, {name: Counting(name) for name in ("one", "two", "three")}, {})
 
 
 def test_each_part_is_kept_with_its_settings(study: Study) -> None:
@@ -108,16 +109,16 @@ def test_each_part_is_kept_with_its_settings(study: Study) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     study: Study, stop: BaseException, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    whole = Study(tmp_path_factory.mktemp("whole"), {n: Counting() for n in study.modules}, {})
+    whole = Study(tmp_path_factory.mktemp("whole"), {n: Counting(n) for n in study.parts}, {})
     expected = whole.run()
-    study.modules["two"].stop = stop
+    study.parts["two"].stop = stop
     with pytest.raises(type(stop)):
         study.run()
     assert sorted(study.files()) == ["one.json"]
-    study.modules["two"].stop = None
+    study.parts["two"].stop = None
     assert study.run() == expected
     assert study.files() == whole.files()
-    assert {name: module.runs for name, module in study.modules.items()} == {
+    assert {name: part.runs for name, part in study.parts.items()} == {
         "one": 1, "two": 2, "three": 1,
     }  # fmt: skip
 

@@ -284,7 +284,6 @@ class Geometry(Part[GeometryResult]):
         "Does what a probe is to read show among the largest differences between prompts, before "
         "any probe is told what to look for?"
     )
-    help = "Principal directions of the activations, and how much of them the classes explain."
     result = GeometryResult
 
     def work(self, context: StudyContext, /) -> int:
@@ -492,3 +491,6 @@ def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
         y_title=title,
         y_range=(-0.03, 1.03),
     )
+
+
+PART = Geometry()

@@ -9,91 +9,20 @@ settings, it gives the numbers that it would have given without the stop.
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.files import written_whole
-from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.panel import Panel
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.records import to_json
 
 PARTS_FOLDER = "parts"
-
-Start = Callable[[str, int], Advance]
-"""Opens a progress bar with a title and a total, and gives the function that moves it."""
-
-
-class PartModule(Protocol):
-    """What a part's file offers besides ``compute``."""
-
-    def work(self, context: StudyContext, /) -> int:
-        """Units by which the part advances its progress bar in all."""
-
-    def draw(self, result: Any, folder: Path, /) -> list[Path]:
-        """Write its figures as PNG and SVG."""
-
-    def panels(self, result: Any, /) -> list[Panel]:
-        """Its panels of the interactive report."""
-
-    def from_json(self, raw: dict[str, Any], /) -> Any:
-        """Read back what ``dataclasses.asdict`` made of a result."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a part may build on.
-
-    Attributes:
-        context: the model and its prompts.
-        settings: what the study is asked to do.
-        best_site: where the sweep's counterfactual edit flips most; None without a sweep.
-        edit_at: the study's edit at a site.
-        results: results of the parts that ran before, by name.
-    """
-
-    context: StudyContext
-    settings: Settings
-    best_site: str | None
-    edit_at: Callable[[str], LRQP]
-    results: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def site(self) -> str:
-        """The best site, for parts that need the sweep."""
-        if self.best_site is None:
-            raise SettingError("this part edits the best site of the sweep: run flipping before it")
-        return self.best_site
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the study.
-
-    Attributes:
-        name: on the command line and of its file.
-        title: of its chapter in the report, and of its progress bar.
-        text: what the chapter asks, in plain words.
-        module: what counts its work, draws it, shows it and reads it back.
-        compute: gives its result, a dataclass of plain JSON values.
-        needs: names of the parts that must have run before.
-        by_name_only: whether it runs only when it is named, and not as one of all.
-    """
-
-    name: str
-    title: str
-    text: str
-    module: PartModule
-    compute: Callable[[Given, Advance], Any]
-    needs: tuple[str, ...] = ()
-    by_name_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +91,7 @@ class PartStore:
 
         Args:
             name: of the part.
-            result: a dataclass of plain JSON values.
+            result: a dataclass that :func:`~.records.to_json` writes.
             seconds: how long it took.
 
         Returns:
@@ -176,7 +105,7 @@ class PartStore:
             "part": name,
             "fingerprint": self.fingerprint,
             "seconds": round(seconds, 3),
-            "result": asdict(result),
+            "result": to_json(result),
         }
         try:
             text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1)
@@ -304,37 +233,6 @@ def kept_or_computed(store: PartStore, name: str, compute: Callable[[], Any]) ->
         began = time.perf_counter()
         finished = store.save(name, compute(), time.perf_counter() - began)
     return finished
-
-
-def run_parts(
-    given: Given, parts: Sequence[Part], store: PartStore, start: Start
-) -> dict[str, Finished]:
-    """Compute each part, or take it from the store, and keep it as soon as it is finished.
-
-    Args:
-        given: what the parts build on; their results are added to ``given.results``.
-        parts: in the order in which they run, each after those that it needs.
-        store: where they are kept; :meth:`PartStore.clear` it first to compute everything anew.
-        start: opens a progress bar.
-
-    Returns:
-        Part name to its finished result.
-
-    Raises:
-        SettingError: a part in the store was made with other settings.
-        LRQPError: whatever a part raises; the parts before it are kept.
-    """
-    results = {}
-    for part in parts:
-
-        def compute(part: Part = part) -> Any:
-            return part.compute(given, start(part.title, part.module.work(given.context)))
-
-        finished = kept_or_computed(store, part.name, compute)
-        results[part.name] = finished
-        # Read back also when just computed: what follows then never depends on a stop.
-        given.results[part.name] = part.module.from_json(finished.raw)
-    return results
 
 
 def _damaged(path: Path, error: Exception) -> OutputError:
