@@ -20,6 +20,14 @@ def no_progress(done: int) -> None:
     """The default of every ``advance`` argument."""
 
 
+def evenly(sites: Sequence[str], most: int) -> list[str]:
+    """At most ``most`` sites, evenly spaced, the first and the last among them."""
+    if len(sites) <= most:
+        return list(sites)
+    steps = torch.linspace(0, len(sites) - 1, most).round().long()
+    return [sites[index] for index in steps.tolist()]
+
+
 @dataclass(frozen=True)
 class Task:
     """One version of the task: prompts to fit on and prompts held out, padded on the left.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import probing_figures, probing_panels
-from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
+from lrqp_torch.study.context import Advance, StudyContext, Task, evenly, no_progress
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.panel import Panel
 from lrqp_torch.study.variables import (
@@ -200,14 +200,6 @@ def draw(result: ProbingResult, folder: Path) -> list[Path]:
 def panels(result: ProbingResult) -> list[Panel]:
     """Charts by token and task, charts by variable, and a table of all probes."""
     return probing_panels.panels(result)
-
-
-def evenly(sites: Sequence[str], most: int) -> list[str]:
-    """At most ``most`` sites, evenly spaced, the first and the last among them."""
-    if len(sites) <= most:
-        return list(sites)
-    steps = torch.linspace(0, len(sites) - 1, most).round().long()
-    return [sites[index] for index in steps.tolist()]
 
 
 def _sites(variable: str, sites: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the prompts of the task differ in, as classes that a probe can be fitted to."""
+"""What the prompts of a task differ in, as classes that a probe can be fitted to."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrqp_torch.study.context import Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.prompts import PromptSet
 
 ORDER = "order of the names"
 POSITION_S1, POSITION_IO = "position of S1", "position of IO"
@@ -35,7 +36,7 @@ class Variable:
     """One variable of one task. Prompts of no class are left out.
 
     Attributes:
-        name: one of :data:`VARIABLES`.
+        name: one of :data:`VARIABLES`, or what the labels of another task are of.
         classes: names of the classes.
         train_rows: training prompts that have a class, (n,).
         train_labels: their classes, (n,).
@@ -60,12 +61,13 @@ class Variable:
 
 
 def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> list[Variable]:
-    """All variables of a task that have at least two classes.
+    """All variables of a task that have at least two classes; the label comes first.
 
-    Positions are classes of their own while they take at most ``bins`` values in the training
-    prompts, as they mostly do without a prefix; else they are cut at the training prompts'
-    quantiles into at most ``bins`` ranges. A position within the clause is that of the same
-    template and order in the task without a prefix, so it asks the same of both tasks.
+    Of prompts that are not about two names the label is the only one. Positions are classes of
+    their own while they take at most ``bins`` values in the training prompts, as they mostly do
+    without a prefix; else they are cut at the training prompts' quantiles into at most ``bins``
+    ranges. A position within the clause is that of the same template and order in the task without
+    a prefix, so it asks the same of both tasks.
 
     Args:
         task: whose prompts.
@@ -75,20 +77,28 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
         bins: the most classes that a position is cut into.
     """
     train, test = task.train, task.test
-    made = [_of_values(ORDER, train.labels.cpu(), test.labels.cpu(), bins)]
-    for name, token in ((POSITION_S1, "S1"), (POSITION_IO, "IO")):
-        made.append(_of_values(name, _positions(train, token), _positions(test, token), bins))
-    if plain is not None:
-        for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
-            known = _clause_positions([plain.train, plain.test], token)
-            made.append(_of_values(name, _looked_up(train, known), _looked_up(test, known), bins))
-    made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))
-    made.append(_of_names(NAME_IO, train.data.io_names, test.data.io_names, names))
+    label = label_name(train)
+    made = [_numbered(label, list(train.classes), train.labels.cpu(), test.labels.cpu())]
+    if isinstance(train, IOIPrompts) and isinstance(test, IOIPrompts):
+        for name, token in ((POSITION_S1, "S1"), (POSITION_IO, "IO")):
+            made.append(_of_values(name, _positions(train, token), _positions(test, token), bins))
+        if plain is not None:
+            for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
+                known = _clause_positions([plain.train, plain.test], token)
+                halves = _looked_up(train, known), _looked_up(test, known)
+                made.append(_of_values(name, *halves, bins))
+        made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))
+        made.append(_of_names(NAME_IO, train.data.io_names, test.data.io_names, names))
     return [
         variable
         for variable in made
         if len(variable.classes) > 1 and len(variable.test_rows) and len(variable.train_rows)
     ]
+
+
+def label_name(prompts: PromptSet) -> str:
+    """What the labels are of, as a variable is called."""
+    return ORDER if isinstance(prompts, IOIPrompts) else prompts.words.variable
 
 
 def _positions(data: IOIPrompts, token: str) -> Tensor:
@@ -134,8 +144,6 @@ def _of_values(name: str, train: Tensor, test: Tensor, bins: int) -> Variable:
         inside = train[train_class == index].tolist()
         low, high = (min(inside), max(inside)) if inside else (0, 0)
         labels.append(str(low) if low == high else f"{low} to {high}")
-    if name == ORDER:
-        labels = ["BAB" if label == "0" else "ABB" for label in labels]
     return _numbered(name, labels, train_class, test_class)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.probes.covariance import Shrinkage
-from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.controls.chance import (
     Chance,
     Examples,
@@ -35,7 +35,6 @@ from lrqp_torch.study.controls.running import Trial, displacements, run_trials
 from lrqp_torch.study.controls.splitting import along, direction_of, split
 from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.heads import HeadsResult
-from lrqp_torch.study.probing import evenly
 
 SEEDS = 5
 """Draws of everything that is drawn by chance."""

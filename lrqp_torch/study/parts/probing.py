@@ -1,0 +1,442 @@
+"""What can be read at the marked token and at the end: the class, and what else prompts differ in.
+
+A linear probe is fitted to the clean activations of the training prompts for each variable, and
+its accuracy measured on held-out ones, with Wilson 95 % intervals. Beside it stand the accuracy of
+always guessing the class that is most frequent among the held-out prompts, and that of a probe
+fitted to shuffled labels. Of prompts about two names seven variables are read
+(:mod:`lrqp_torch.study.variables`), of others the label.
+
+Source: the post "Intervening in the Residual Stream" (2023), which found that the positions of S1
+and IO can be read without a prefix but not with one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study.context import Advance, StudyContext, Task, evenly
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.prompts import PromptSet, Words
+from lrqp_torch.study.showing import (
+    SITES,
+    capitalised,
+    look,
+    marks_of,
+    percent,
+    table_of,
+    task_in_words,
+)
+from lrqp_torch.study.variables import (
+    CLAUSE_IO,
+    CLAUSE_S1,
+    MEANINGS,
+    POSITION_IO,
+    POSITION_S1,
+    Variable,
+    label_name,
+    variables_of,
+)
+
+MARGIN = 0.1
+"""A variable counts as readable where the interval lies above the baseline by more than this."""
+
+MOST_SITES, CONTROL_SITES = 12, 6
+TOLERANCE = 1e-4
+"""Relative gradient norm of the probes: accuracies do not move below it, and it halves the time."""
+
+_ACCURACY, _SHARES = "held-out accuracy", (-0.03, 1.03)
+_SAME_WITHOUT_PREFIX = {POSITION_S1: CLAUSE_S1, POSITION_IO: CLAUSE_IO}
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """One probe on held-out prompts.
+
+    Attributes:
+        site: where it reads.
+        accuracy: share of held-out prompts whose class it names.
+        shuffled: the same of a probe fitted to shuffled labels; None where it was not fitted.
+    """
+
+    site: str
+    accuracy: Estimate
+    shuffled: Estimate | None
+
+
+@dataclass(frozen=True)
+class VariableScores:
+    """One variable, read at one token in one version of the task.
+
+    Attributes:
+        task: its name.
+        position: the token, a key of ``PromptSet.positions``.
+        variable: its name, as in :mod:`lrqp_torch.study.variables`.
+        classes: names of the classes.
+        train: training prompts that have a class.
+        test: held-out prompts that have one.
+        baseline: share of the most frequent class among these held-out prompts.
+        scores: by site, in order of computation.
+    """
+
+    task: str
+    position: str
+    variable: str
+    classes: list[str]
+    train: int
+    test: int
+    baseline: float
+    scores: list[ProbeScore]
+
+    @property
+    def best(self) -> float:
+        """The highest accuracy."""
+        return max(score.accuracy.known for score in self.scores)
+
+    @property
+    def readable(self) -> bool:
+        """Whether any site's interval lies above the baseline by more than :data:`MARGIN`."""
+        return any((s.accuracy.lower or 0) > self.baseline + MARGIN for s in self.scores)
+
+
+@dataclass(frozen=True)
+class ProbingResult:
+    """All probes.
+
+    Attributes:
+        words: what the things of the task are called.
+        sites: every site of the study; all are probed for the label, some for the rest.
+        names: how many names were told apart at most.
+        bins: into how many ranges positions were cut at most.
+        variables: one entry a task, position and variable.
+    """
+
+    words: Words
+    sites: list[str]
+    names: int
+    bins: int
+    variables: list[VariableScores]
+
+    def find(self, task: str, position: str, variable: str) -> VariableScores | None:
+        """The entry of a task, a position and a variable; None if it was not probed."""
+        wanted = (task, position, variable)
+        found = (v for v in self.variables if (v.task, v.position, v.variable) == wanted)
+        return next(found, None)
+
+
+class Probing(Part[ProbingResult]):
+    """Probes of every variable at two tokens.
+
+    Args:
+        names: how many names are told apart at most, the most frequent in the training prompts;
+            prompts with others are left out of the probes of names.
+        bins: into how many ranges positions are cut at most.
+    """
+
+    name = "probing"
+    title = "What probes can read"
+    question = (
+        "Which facts about a prompt can a linear probe read from the clean activations, and how "
+        "much of that is more than chance, or than what shuffled labels would give?"
+    )
+    result = ProbingResult
+
+    def __init__(self, names: int = 20, bins: int = 8) -> None:
+        self.names, self.bins = names, bins
+
+    def work(self, context: StudyContext, /) -> int:
+        """Prompts to capture, and probes to fit."""
+        units = 0
+        for task in context.tasks:
+            fits = sum(
+                len(_sites(task, variable, context.sites)) + len(_control_sites(context.sites))
+                for variable in self._probed(context, task)[0]
+            )
+            units += len(_positions(task.train, task.test)) * (len(task) + fits)
+        return units
+
+    def compute(self, given: Given, advance: Advance, /) -> ProbingResult:
+        """Probe every variable at both tokens in each version of the task.
+
+        The label is probed at every site, other variables at twelve sites evenly spaced, and
+        shuffled labels at six.
+
+        Raises:
+            ConvergenceError: a probe did not converge.
+        """
+        context, entries = given.context, []
+        generator = context.generator()
+        for task in context.tasks:
+            probed, repeated = self._probed(context, task)
+            for position in _positions(task.train, task.test):
+                train, test = context.clean(task, position, advance)
+                for variable in probed:
+                    order = torch.randperm(len(variable.train_rows), generator=generator)
+                    sites = _sites(task, variable, context.sites)
+                    control = _control_sites(context.sites)
+                    entry = VariableScores(
+                        task=task.name,
+                        position=position,
+                        variable=variable.name,
+                        classes=variable.classes,
+                        train=len(variable.train_rows),
+                        test=len(variable.test_rows),
+                        baseline=variable.baseline,
+                        scores=_scores(variable, train, test, sites, control, order, advance),
+                    )
+                    entries.append(entry)
+                    if variable.name in repeated:
+                        entries.append(replace(entry, variable=repeated[variable.name]))
+        words = context.task.test.words
+        return ProbingResult(words, list(context.sites), self.names, self.bins, entries)
+
+    def _probed(self, context: StudyContext, task: Task) -> tuple[list[Variable], dict[str, str]]:
+        """Variables to probe, and which of them stand for a second one that is the same here."""
+        plain = next((t for t in context.tasks if _without_prefixes(t)), None)
+        made = variables_of(task, plain, names=self.names, bins=self.bins)
+        if task is not plain:
+            return made, {}
+        # Where words differ in length, the position in the clause is that of the template; without
+        # a prefix the true position is the better answer to the same question.
+        probed = [v for v in made if v.name not in _SAME_WITHOUT_PREFIX.values()]
+        return probed, _SAME_WITHOUT_PREFIX
+
+    def says(self, result: ProbingResult, /) -> list[str]:
+        """Which variables can be read where."""
+        sentences = []
+        tasks = sorted({item.task for item in result.variables})
+        for position in dict.fromkeys(item.position for item in result.variables):
+            groups: dict[str, list[str]] = {}
+            for variable in dict.fromkeys(item.variable for item in result.variables):
+                found = [result.find(task, position, variable) for task in tasks]
+                items = [item for item in found if item is not None]
+                if items:
+                    groups.setdefault(_verdict(items), []).append(f"{variable} ({_bests(items)})")
+            sentences += [
+                f"At {_called(result, position)}, {verdict}: {'; '.join(variables)}."
+                for verdict, variables in groups.items()
+            ]
+        return sentences
+
+    def figures(self, result: ProbingResult, /) -> dict[str, Chart]:
+        """The accuracies by site, one figure a token with a pane a variable."""
+        charts = {}
+        for position in dict.fromkeys(item.position for item in result.variables):
+            here = [item for item in result.variables if item.position == position]
+            variables = dict.fromkeys(item.variable for item in here)
+            charts[f"probing_{position}"] = Chart(
+                [
+                    _pane(
+                        result, [item for item in here if item.variable == name], capitalised(name)
+                    )
+                    for name in variables
+                ],
+                title=f"What a linear probe reads at {_called(result, position)}; dotted: most "
+                "frequent class, held out; crosses: shuffled labels",
+                columns=min(2, len(variables)),
+            )
+        return charts
+
+    def panels(self, result: ProbingResult, /) -> list[Panel]:
+        """Charts by token and task, charts by variable, and a table of all probes."""
+        by_token: dict[str, list[VariableScores]] = {}
+        by_variable: dict[str, list[VariableScores]] = {}
+        for item in result.variables:
+            called, task = _called(result, item.position), task_in_words(item.task)
+            by_token.setdefault(", ".join(filter(None, [called, task])), []).append(item)
+            by_variable.setdefault(item.variable, []).append(item)
+        meanings = " ".join(
+            f"{capitalised(name)}: {MEANINGS.get(name, ' or '.join(items[0].classes))}."
+            for name, items in by_variable.items()
+        )
+        if len(by_variable) > 1:
+            meanings += (
+                "\n\nPositions are classes of their own while they take at most "
+                f"{result.bins} values, and are else cut at quantiles into at most {result.bins} "
+                f"ranges; of the names the {result.names} most frequent are told apart."
+            )
+        every = [(item, score) for item in result.variables for score in item.scores]
+        return [
+            Panel(
+                name="probing",
+                title="What can be read from the clean activations",
+                text="\n\n".join(self.says(result))
+                + "\n\nThe shares are those of the best site. A variable counts as readable where "
+                f"the lower end of a Wilson 95 % interval lies more than {MARGIN} above that of "
+                "guessing, which is the share of the most frequent class among the held-out "
+                "prompts; that it can be read does not mean that the model uses it.",
+                charts={key: _token(items) for key, items in by_token.items()},
+                choice="token and task",
+            ),
+            Panel(
+                name="probing-variables",
+                title="Each variable beside its controls",
+                text=f"{meanings}\n\nCrosses are probes fitted to shuffled labels, which should be "
+                "no better than guessing; dotted lines show guessing: the share of the most "
+                "frequent class among the held-out prompts. Bars are Wilson 95 % intervals on "
+                "held-out prompts.",
+                charts={name: _by_token(result, items) for name, items in by_variable.items()},
+                choice="variable",
+                table=table_of(
+                    {
+                        "token": [_called(result, item.position) for item, _ in every],
+                        "task": [task_in_words(item.task) or "–" for item, _ in every],
+                        "variable": [item.variable for item, _ in every],
+                        "site": [score.site for _, score in every],
+                        "accuracy": [score.accuracy for _, score in every],
+                        "most frequent class, held out": [item.baseline for item, _ in every],
+                        "shuffled labels": [s.shuffled and s.shuffled.value for _, s in every],
+                        "classes": [len(item.classes) for item, _ in every],
+                        "training prompts": [item.train for item, _ in every],
+                        "held-out prompts": [item.test for item, _ in every],
+                    }
+                ),
+            ),
+        ]
+
+
+def _without_prefixes(task: Task) -> bool:
+    """Whether these are prompts about two names with nothing before them."""
+    return isinstance(task.train, IOIPrompts) and not any(task.train.data.prefixes)
+
+
+def _positions(train: PromptSet, test: PromptSet) -> list[str]:
+    """Tokens to read at: the marked one and the last, once where they are the same."""
+    if isinstance(train, IOIPrompts):
+        return ["S2", "END"]
+    same = all(torch.equal(half.position, half.end) for half in (train, test))
+    return ["end"] if same else ["mark", "end"]
+
+
+def _sites(task: Task, variable: Variable, sites: Sequence[str]) -> list[str]:
+    label = variable.name == label_name(task.train)
+    return list(sites) if label else evenly(sites, MOST_SITES)
+
+
+def _control_sites(sites: Sequence[str]) -> list[str]:
+    return evenly(evenly(sites, MOST_SITES), CONTROL_SITES)
+
+
+def _scores(
+    variable: Variable,
+    train: dict[str, Tensor],
+    test: dict[str, Tensor],
+    sites: Sequence[str],
+    control: Sequence[str],
+    order: Tensor,
+    advance: Advance,
+) -> list[ProbeScore]:
+    """Fit and score the probes of one variable; ``order`` shuffles the control's labels."""
+    problems = {}
+    for site in sites:
+        x = _rows(train[site], variable.train_rows)
+        problems[site, False] = x, variable.train_labels
+        if site in control:
+            problems[site, True] = x, variable.train_labels[order]
+    probes = LinearProbe.fit_many(problems, tolerance=TOLERANCE, advance=advance)
+    shares = {}
+    for (site, shuffled), probe in probes.items():
+        said = probe(_rows(test[site], variable.test_rows)).argmax(-1).cpu()
+        shares[site, shuffled] = Estimate.share(said == variable.test_labels)
+    return [ProbeScore(site, shares[site, False], shares.get((site, True))) for site in sites]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of the activations, without a copy where that is all of them."""
+    return x if len(rows) == len(x) else x[rows.to(x.device)]
+
+
+def _called(result: ProbingResult, position: str) -> str:
+    """A token in words."""
+    words = result.words
+    return {"mark": words.position, "end": words.end}.get(position, position)
+
+
+def _verdict(items: list[VariableScores]) -> str:
+    """In which versions of the task a variable is readable."""
+    yes, no = (
+        [task_in_words(item.task) for item in items if item.readable is wanted]
+        for wanted in (True, False)
+    )
+    parts = [f"readable {' and '.join(yes)}"] if yes else []
+    parts += [f"not readable {' or '.join(no)}"] if no else []
+    return " but ".join(part.strip() for part in parts)
+
+
+def _bests(items: list[VariableScores]) -> str:
+    best = " and ".join(
+        f"{percent(item.best, 0)} {task_in_words(item.task)}".strip() for item in items
+    )
+    return f"{best}; guessing {' and '.join(percent(item.baseline, 0) for item in items)}"
+
+
+def _token(items: list[VariableScores]) -> Chart:
+    """All variables at one token in one version of the task."""
+    order = list(MEANINGS)
+    marks = [
+        marks_of(
+            item.variable,
+            [score.site for score in item.scores],
+            [score.accuracy for score in item.scores],
+            dash="dash" if item.variable in (CLAUSE_S1, CLAUSE_IO) else "solid",
+            **look(order.index(item.variable) if item.variable in order else 0),
+        )
+        for item in items
+    ]
+    return Chart([Pane(marks, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES)])
+
+
+def _by_token(result: ProbingResult, items: list[VariableScores]) -> Chart:
+    """One variable beside its controls, a pane a token."""
+    positions = dict.fromkeys(item.position for item in items)
+    panes = [
+        _pane(
+            result,
+            [item for item in items if item.position == position],
+            f"at {_called(result, position)}",
+        )
+        for position in positions
+    ]
+    return Chart(panes, columns=len(panes))
+
+
+def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pane:
+    """One variable at one token, a curve a version of the task, with its controls."""
+    tasks = list(dict.fromkeys(item.task for item in result.variables))
+    marks: list[Marks] = []
+    rules = []
+    for item in items:
+        task, colours = task_in_words(item.task), look(tasks.index(item.task))
+        sites = [score.site for score in item.scores]
+        about = (
+            f"{len(item.classes)} classes, guessing {percent(item.baseline)}, {item.test} prompts"
+        )
+        marks.append(
+            marks_of(
+                task or "probe",
+                sites,
+                [score.accuracy for score in item.scores],
+                texts=[f"{s.site}: {percent(s.accuracy.value)}\n{about}" for s in item.scores],
+                **colours,
+            )
+        )
+        shuffled = [(s.site, s.shuffled) for s in item.scores if s.shuffled is not None]
+        marks.append(
+            marks_of(
+                ", ".join(filter(None, ["shuffled labels", task])),
+                [site for site, _ in shuffled],
+                [share.value for _, share in shuffled],
+                kind="points",
+                **colours | {"marker": "cross"},
+            )
+        )
+        rules.append(Rule(item.baseline, colour=colours["colour"]))
+    return Pane(marks, rules=rules, title=title, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES)
+
+
+PART = Probing()
