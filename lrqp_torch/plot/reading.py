@@ -1,0 +1,131 @@
+"""Results of a study as plain keys: of an object, of ``results.json``, or of a run's folder.
+
+Charts need to know no class of the study: what it writes as ``results.json`` has the same names as
+its objects, and a number's interval stands beside it, as ``KEY_interval``, or within it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lrqp_torch.errors import OutputError, SettingError
+
+_FILES = "results.json", "prompts.safetensors"
+
+
+def results_of(values: Any) -> Any:
+    """The results that were given, as an object or a folder; None for plain numbers."""
+    if isinstance(values, str | Path):
+        folder = Path(values)
+        try:
+            raw = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
+            return raw | {"prompts": load_file(folder / _FILES[1])}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise OutputError(
+                f"cannot read the results of a study in {str(folder)!r}: {error}. Give the folder "
+                "that `lrqp reproduce` or `lrqp study` wrote."
+            ) from error
+    known = isinstance(values, Mapping) and {"sites", "settings"} <= values.keys()
+    return values if known or hasattr(values, "used_sites") else None
+
+
+def get(record: Any, key: str, *default: Any) -> Any:
+    """What a record holds under a name, whether it is an object or as it is read from JSON."""
+    if isinstance(record, Mapping):
+        return record.get(key, *default) if default else record[key]
+    return getattr(record, key, *default)
+
+
+def read(record: Any, *keys: str) -> tuple[float | None, float | None, float | None]:
+    """The first number of these names that a record has, with the ends of its interval."""
+    for key in keys:
+        value = get(record, key, None)
+        if value is None:
+            continue
+        if isinstance(value, int | float):
+            lower, upper = get(record, f"{key}_interval", None) or (None, None)
+            return value, lower, upper
+        lower, upper = get(value, "interval", None) or (
+            get(value, "lower", None), get(value, "upper", None)
+        )  # fmt: skip
+        return get(value, "value"), lower, upper
+    return None, None, None
+
+
+def part_of(results: Any, name: str) -> Any:
+    """The result of a part that ran.
+
+    Raises:
+        SettingError: it did not.
+    """
+    parts = get(results, "parts", {})
+    if name not in parts:
+        raise SettingError(f"these results do not hold the part {name}: run it with --parts {name}")
+    return parts[name]
+
+
+def answers_of(results: Any, key: str) -> list[float]:
+    """The answer of every held-out prompt, without an edit (``"clean"``) or under one.
+
+    Raises:
+        SettingError: the results do not hold them.
+    """
+    prompts = get(results, "prompts", {})
+    for name in (f"{key}.logit_difference", f"{key}.preference"):
+        if name in prompts:
+            return listed(prompts[name])
+    raise SettingError(
+        f"these results hold no answers of single prompts for {key!r}; give the folder of a study "
+        "whose prompts have answers"
+    )
+
+
+def best_site(results: Any) -> str:
+    """The site whose edit flips most.
+
+    Raises:
+        SettingError: no site was swept.
+    """
+    site = get(results, "best_site", None)
+    if site is None:
+        raise SettingError("these results hold no sweep over sites; run the part flipping")
+    return str(site)
+
+
+def word(results: Any, key: str) -> str:
+    """What the things of a task are called; results of version 0.2 do not say."""
+    words = get(results, "words", None)
+    if words is not None:
+        return str(get(words, key))
+    names = "io_probability" in str(get(results, "clean", ""))
+    ioi = {"variable": "the order", "position": "S2", "held": "IO", "other": "S",
+           "preference": "logit difference IO − S", "unit": "logits"}  # fmt: skip
+    general = {"variable": "the class", "position": "the marked token", "unit": "nats",
+               "held": "the class that holds", "other": "the other class",
+               "preference": "preference, class that holds − other"}  # fmt: skip
+    return (ioi if names else general)[key]
+
+
+def effect_in_words(results: Any, mean: str = "") -> str:
+    """What the answers are measured by, with its unit."""
+    some = next(iter(get(results, "sites").values()))
+    if read(get(some, "control"), "logit_difference", "preference")[0] is None:
+        return "Change of the next token, KL (nats)"
+    said = f"{mean}{word(results, 'preference')} ({word(results, 'unit')})"
+    return said[0].upper() + said[1:]
+
+
+def model_name(results: Any) -> str:
+    """The model's name."""
+    return str(get(get(results, "model"), "name"))
+
+
+def listed(values: Any) -> list[Any]:
+    """Numbers of a tensor, an array or a sequence, as a list."""
+    if values is None:
+        raise SettingError("numbers are missing: give a tensor or a list")
+    return values.tolist() if hasattr(values, "tolist") else list(values)
