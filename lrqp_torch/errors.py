@@ -287,6 +287,18 @@ def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> Non
     )
 
 
+def row_classes(classes: Any, x: Tensor, n_classes: int, name: str) -> Tensor:
+    """A class within [0, K) for each row of x, (B,) int64 on its device, from one each or for all.
+
+    Raises:
+        TargetError: another shape or dtype, or out of range.
+    """
+    tensor = as_classes(classes, name).to(x.device)
+    tensor = tensor.expand(len(x)) if tensor.ndim == 0 else tensor
+    check_classes(tensor, len(x), n_classes, name)
+    return tensor.long()
+
+
 def place_classes(
     classes: Any, batch: int, n_classes: int, device: torch.device, name: str
 ) -> tuple[Tensor, Tensor | None]:

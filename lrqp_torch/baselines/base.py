@@ -18,17 +18,15 @@ from lrqp_torch.errors import (
     PairError,
     SettingError,
     WidthError,
-    as_classes,
     check_activations,
-    check_classes,
     check_finite,
     quoted,
+    row_classes,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.stream.intervene import EditContext, Intervention
-from lrqp_torch.stream.scopes import Where
+from lrqp_torch.stream.intervene import EditContext
 
 
 class Baseline(Edit[Classes]):
@@ -53,8 +51,6 @@ class Baseline(Edit[Classes]):
     """Under which the registry knows it."""
     title: ClassVar[str]
     """For tables."""
-    needs_pair: ClassVar[bool] = False
-    """Whether :meth:`Paired.paired` must be called before the edit."""
 
     def __init__(self, reference: LRQP, *, strength: float = 1.0) -> None:
         super().__init__(reference.on_infeasible)
@@ -149,8 +145,8 @@ class Baseline(Edit[Classes]):
         rows = torch.arange(len(x), device=x.device)
         names = rows if examples is None else examples
         held = realise or (lambda values: values.to(x.dtype).double())
-        given = self._classes(x, target, "target")
-        own = None if source is None else self._classes(x, source, "source")
+        given = row_classes(target, x, self.n_classes, "target")
+        own = None if source is None else row_classes(source, x, self.n_classes, "source")
         return self.edit_rows(x, given, own, EditContext(rows, names, torch.zeros_like(rows), held))
 
     def edit_rows(
@@ -192,22 +188,6 @@ class Baseline(Edit[Classes]):
         other.strength = _checked(strength)
         return other
 
-    def on(
-        self,
-        site: str,
-        *,
-        positions: Where,
-        target: Classes,
-        source: Classes | None = None,
-        record: bool = True,
-    ) -> Intervention:
-        """The edit as an item for :func:`~lrqp_torch.intervene`. See :meth:`Edit.at`."""
-        if self.needs_pair and not isinstance(positions, Tensor):
-            raise PairError(f"{self.name} needs a pair for each position, known beforehand")
-        run = EditRun(self, positions, target, source, record)
-        self.check_pairs(run.n_positions)
-        return Intervention(site, positions, run)
-
     def _hold(self, name: str, tensor: Tensor, *shape: int) -> None:
         """Keep a tensor of a shape as a buffer in float64.
 
@@ -224,13 +204,6 @@ class Baseline(Edit[Classes]):
     def check_pairs(self, count: int) -> None:
         """Raise unless paired activations, where the method needs them, are as many as rows."""
 
-    def _classes(self, x: Tensor, classes: Tensor | int, name: str) -> Tensor:
-        classes = as_classes(classes, name).to(x.device)
-        if classes.ndim == 0:
-            classes = classes.expand(len(x))
-        check_classes(classes, len(x), self.n_classes, name)
-        return classes.long()
-
 
 class Paired(Baseline):
     """A baseline that reads, for each example, the activation of another prompt.
@@ -238,8 +211,6 @@ class Paired(Baseline):
     The pair says what is written; ``target`` is only what the record's odds refer to. For a control
     edit give the activations of prompts of the same class.
     """
-
-    needs_pair: ClassVar[bool] = True
 
     def __init__(self, reference: LRQP, *, strength: float = 1.0) -> None:
         super().__init__(reference, strength=strength)
@@ -271,6 +242,13 @@ class Paired(Baseline):
         other = copy.copy(self)
         other.partner = flat
         return other
+
+    def bind(self, run: EditRun, **given: Any) -> dict[str, Any]:
+        """See :meth:`Edit.bind`."""
+        if run.in_scope:
+            raise PairError(f"{self.name} needs a pair for each position, known beforehand")
+        self.check_pairs(run.n_positions)
+        return super().bind(run, **given)
 
     def partners(self, x: Tensor, context: EditContext) -> Tensor:
         """The paired activations of some rows, (N, d) float64."""

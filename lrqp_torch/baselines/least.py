@@ -1,6 +1,5 @@
 """Least edits: LRQP itself behind the baselines' call, in other metrics, and of its size."""
 
-import copy
 from typing import ClassVar, Self
 
 import numpy as np
@@ -36,10 +35,7 @@ class LeastEdit(Baseline):
         self, reference: LRQP, metric: Mahalanobis | None = None, *, strength: float = 1.0
     ) -> None:
         super().__init__(reference, strength=strength)
-        # A copy has all of the reference's options, whichever there are.
-        self.program = reference if metric is None else copy.deepcopy(reference)
-        if metric is not None:
-            self.program.metric = metric.to(reference.metric.covariance.device)
+        self.program = reference if metric is None else reference.like(reference.probe, metric)
 
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
         """See :meth:`Baseline.edit`.

@@ -63,14 +63,10 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         realise: Realise | None = None,
         examples: Tensor | None = None,
     ) -> Solution:
-        """Edit activations, and return what was done with them.
+        """Edit activations x, (B, d), and return what was done with them.
 
-        Args:
-            x: activations, (B, d).
-            target: what to write, one for each activation or one for all.
-            source: what holds now; default the probe's own reading.
-            realise: what the model will hold of float64 activations; default: x' in x's dtype.
-            examples: names for the rows in error messages, (B,); default 0, 1, ….
+        ``realise`` says what the model will hold of float64 activations, by default x' in x's
+        dtype, and ``examples`` what the rows are called in messages, (B,).
         """
 
     @property
@@ -102,6 +98,7 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         target: Asked,
         source: Asked | None = None,
         record: bool = True,
+        **given: Any,
     ) -> AbstractContextManager[EditRun]:
         """Edit ``model`` at a site in every forward pass within the context.
 
@@ -118,6 +115,7 @@ class Edit(nn.Module, ABC, Generic[Asked]):
                 variables as a last axis.
             source: class that holds now, in the same shapes; default the probe's own reading.
             record: whether to keep what the edit did to each token, some 100 bytes a token.
+            given: what else this kind of edit is given, such as ``parameters``.
 
         Yields:
             An :class:`~lrqp_torch.EditRun` that records what the edit did.
@@ -125,8 +123,12 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         Raises:
             ProvenanceError: the edit was fitted on a model of another family or size.
         """
-        item = self.on(site, positions=positions, target=target, source=source, record=record)
-        return self._open(model, item)
+        item = self.on(
+            site, positions=positions, target=target, source=source, record=record, **given
+        )
+        if self.provenance is not None:
+            self.provenance.check(model, site)
+        return intervene_once(model, item, EditRun)
 
     def on(
         self,
@@ -136,9 +138,18 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         target: Asked,
         source: Asked | None = None,
         record: bool = True,
+        **given: Any,
     ) -> Intervention:
         """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        return Intervention(site, positions, EditRun(self, positions, target, source, record))
+        run = EditRun(self, positions, target, source, record)
+        run.given = self.bind(run, **given)
+        return Intervention(site, positions, run)
+
+    def bind(self, run: EditRun, **given: Any) -> dict[str, Any]:
+        """What :meth:`solve` is given at every position besides its classes, checked beforehand."""
+        if given:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(given)} in a model")
+        return {}
 
     def edit_rows(
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
@@ -229,11 +240,6 @@ class Edit(nn.Module, ABC, Generic[Asked]):
     @classmethod
     def _read(cls, folder: Path) -> Self:
         raise SavedEditError(f"{cls.__name__} is not an edit that can be saved or loaded")
-
-    def _open(self, model: nn.Module, item: Intervention) -> AbstractContextManager[EditRun]:
-        if self.provenance is not None:
-            self.provenance.check(model, item.site)
-        return intervene_once(model, item, EditRun)
 
     def _skip(self, solution: Found, x: Tensor) -> Found:
         """The solution with what failed left as it was, where that is what ``skip`` asks for."""

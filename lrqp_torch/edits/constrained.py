@@ -1,12 +1,11 @@
 """LRQP with constraints and penalties of one's own, posed in cvxpy and solved as a layer."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrqp_torch.edits.base import Edit, OnInfeasible
 from lrqp_torch.edits.lrqp import LRQP, Classes, Odds, Rule
@@ -18,12 +17,11 @@ from lrqp_torch.errors import (
     SavedEditError,
     SolverError,
     WidthError,
-    as_classes,
     check_activations,
-    check_classes,
     check_finite,
     quoted,
     require_concrete,
+    row_classes,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
@@ -31,9 +29,7 @@ from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
 from lrqp_torch.qp.posed import Point, PosedProblem, Reduction
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
-from lrqp_torch.stream.intervene import EditContext, Intervention
-from lrqp_torch.stream.positions import Positions
-from lrqp_torch.stream.scopes import Where, parse
+from lrqp_torch.stream.intervene import EditContext
 
 Reads = Literal["activation", "length"] | Tensor
 Values = Mapping[str, Tensor | float]
@@ -177,14 +173,8 @@ class ConstrainedLRQP(Edit[Classes]):
         basis = basis.to(x.device)
         check_finite(x)
 
-        def each(classes: Classes, what: str) -> Tensor:
-            tensor = as_classes(classes, what).to(x.device)
-            tensor = tensor.expand(len(x)) if tensor.ndim == 0 else tensor
-            check_classes(tensor, len(x), self.n_classes, what)
-            return tensor.long()
-
-        classes = each(target, "target")
-        held = None if source is None else each(source, "source")
+        classes = row_classes(target, x, self.n_classes, "target")
+        held = None if source is None else row_classes(source, x, self.n_classes, "source")
         margins = geometry.margins(x, classes)
         floor = self.edit.floors(margins, classes, held, sufficient=True)
         values = self._values(problem, basis, geometry, x, classes, given)
@@ -193,56 +183,24 @@ class ConstrainedLRQP(Edit[Classes]):
         )
         return self._judge(self._skip(solution, x), x, classes, examples)
 
-    def at(
-        self,
-        model: nn.Module,
-        site: str,
-        *,
-        positions: Where,
-        target: Classes,
-        source: Classes | None = None,
-        record: bool = True,
-        parameters: Values | None = None,
-    ) -> AbstractContextManager[EditRun]:
-        """Edit ``model`` at a site within the context, as :meth:`LRQP.at`.
+    def bind(
+        self, run: EditRun, *, parameters: Values | None = None, **given: Any
+    ) -> dict[str, Any]:
+        """See :meth:`Edit.bind`: the parameters, one value for all or one an example.
 
-        ``parameters`` are of their declared shape for all, or (B, *shape), one an example; in a
-        scope for all.
+        In a scope, whose batch is not known beforehand, they are the same for all.
         """
-        item = self.on(
-            site,
-            positions=positions,
-            target=target,
-            source=source,
-            record=record,
-            parameters=parameters,
-        )
-        return self._open(model, item)
-
-    def on(
-        self,
-        site: str,
-        *,
-        positions: Where,
-        target: Classes,
-        source: Classes | None = None,
-        record: bool = True,
-        parameters: Values | None = None,
-    ) -> Intervention:
-        """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        run = EditRun(self, positions, target, source, record)
-        parsed, problem = parse(positions), self._pose()[1]
-        batch = parsed.batch if isinstance(parsed, Positions) else 1
-        run.given["parameters"] = {
-            name: _spread(problem, name, value, batch) for name, value in (parameters or {}).items()
+        problem = self._pose()[1]
+        spread = {
+            name: _spread(problem, name, value, run.batch)
+            for name, value in (parameters or {}).items()
         }
-        return Intervention(site, positions, run)
+        return {"parameters": spread, **super().bind(run, **given)}
 
     def edit_rows(
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
         """See :meth:`Edit.edit_rows`: each example with its own parameters."""
-        # In a scope, whose batch is not known beforehand, parameters are the same for all.
         rows = context.example
         rows = rows if context.request is None else torch.zeros_like(rows)
         own = {name: value.to(x.device)[rows] for name, value in given["parameters"].items()}

@@ -22,7 +22,7 @@ from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.qp.solvers import ACTIVE_SET
+from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
 from lrqp_torch.stream.intervene import EditContext
 
 Rule = Literal["mirror", "fixed"]
@@ -96,7 +96,8 @@ class LRQP(Edit[Classes]):
         self.probe, self.metric = probe, metric
         self.register_buffer("log_odds", floor.to(device))
         self.rule, self.odds = rule, odds
-        self.qp = ODDS[odds].program(probe.n_classes, solver=solver, solver_args=solver_args)
+        self.solver = solver_of(solver, solver_args)
+        self.qp = ODDS[odds].program(probe.n_classes, solver=self.solver)
         self._geometry = GeometryCache()
         self.geometry(device)
 
@@ -133,6 +134,22 @@ class LRQP(Edit[Classes]):
             held_out=held_out,
         )
         return cls(probe, Mahalanobis.fit(x, shrinkage), **options)
+
+    def like(
+        self, probe: LinearProbe, metric: Mahalanobis, log_odds: float | None = None
+    ) -> "LRQP":
+        """An edit with other numbers and the same options and notes; of no known provenance."""
+        other = LRQP(
+            probe,
+            metric,
+            log_odds=float(self.log_odds) if log_odds is None else log_odds,
+            rule=self.rule,
+            odds=self.odds,
+            on_infeasible=self.on_infeasible,
+            solver=self.solver,
+        )
+        other.notes = dict(self.notes)
+        return other
 
     @property
     def n_classes(self) -> int:

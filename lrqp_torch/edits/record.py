@@ -118,6 +118,16 @@ class EditRun:
         return len(self._pairs.token)
 
     @property
+    def in_scope(self) -> bool:
+        """Whether its tokens are found while the model runs."""
+        return isinstance(self._pairs, ScopePairs)
+
+    @property
+    def batch(self) -> int:
+        """B, where it is known beforehand; 1 in a scope."""
+        return 1 if isinstance(self._pairs, ScopePairs) else self._pairs.batch
+
+    @property
     def nbytes(self) -> int:
         """How much memory the record takes."""
         pairs = self._pairs.example, self._pairs.token, self.generation

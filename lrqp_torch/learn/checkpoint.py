@@ -1,6 +1,5 @@
 """A learning run on disk, so that one that was stopped goes on as if it had not been."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lrqp_torch.errors import LearningError
-from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.files import digest_model, digest_values, prepare_folder, written_whole
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Epoch
 
 FILE = "learning.safetensors"
-_DIGESTED = 4096
-"""Elements of each tensor that a digest reads."""
 
 
 @dataclass
@@ -96,14 +93,11 @@ class Checkpoint:
                 f"it, or give another folder"
             )
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(f"{prefix}."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{prefix}.")
-            }
-
-        return State(part("now"), part("best"), part("optimiser"), history, best_epoch)
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimiser": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        return State(parts["now"], parts["best"], parts["optimiser"], history, best_epoch)
 
 
 def digest_run(
@@ -112,23 +106,11 @@ def digest_run(
     prompts: Sequence[EditPrompts | None],
     settings: Mapping[str, Any],
 ) -> str:
-    """A digest of what a learning run depends on: beginnings of weights, and all else whole."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-
-    def add(name: str, tensor: Tensor) -> None:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-
-    for name, parameter in model.named_parameters():
-        add(name, parameter.flatten()[:_DIGESTED])
-    for name, tensor in tensors.items():
-        add(name, tensor)
-    for item in prompts:
+    """A digest of what a learning run depends on."""
+    values: dict[str, Any] = {**tensors, "model": digest_model(model)}
+    values["settings"] = json.dumps(settings, sort_keys=True, default=str)
+    for place, item in enumerate(prompts):
         for name, value in vars(item).items() if item is not None else ():
             parts = value.items() if isinstance(value, Mapping) else [("", value)]
-            for key, tensor in parts:
-                if tensor is not None:
-                    add(f"{name}.{key}", tensor)
-    return digest.hexdigest()
+            values |= {f"prompts.{place}.{name}.{key}": part for key, part in parts}
+    return digest_values(values)

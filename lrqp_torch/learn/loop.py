@@ -1,26 +1,78 @@
 """Learning an edit through the quadratic program and the rest of the model."""
 
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from torch import nn
+from rich.progress import Progress, TaskID
+from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LearningError
-from lrqp_torch.learn.checkpoint import Checkpoint, digest_run
-from lrqp_torch.learn.objective import Objective, Workload, counterfactual_wins
-from lrqp_torch.learn.options import LearnOptions
+from lrqp_torch.learn.checkpoint import Checkpoint, State, digest_run
+from lrqp_torch.learn.objective import (
+    Objective,
+    Weights,
+    Workload,
+    counterfactual_wins,
+    loss_runs,
+    total,
+)
 from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
-from lrqp_torch.learn.result import Learned
-from lrqp_torch.learn.trainer import Trainer
+from lrqp_torch.learn.result import Epoch, Learned
 from lrqp_torch.stream.inputs import check_inputs, input_device, vocabulary_of
 from lrqp_torch.stream.replay import frozen
 from lrqp_torch.stream.sites import locate
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """How an edit is learned.
+
+    Attributes:
+        probe: train W and b.
+        log_odds: train log α.
+        metric: train Σ: its shrinkage, and low-rank factors.
+        rank: of the factors; 0 trains the shrinkage alone.
+        weights: of the by-effects in the loss.
+        epochs: passes through the training prompts, at most.
+        batch_size: prompts a step.
+        learning_rate: of Adam; each free parameter is in units of its own size.
+        patience: epochs without a better validation loss after which to stop.
+        seed: of the order of the prompts and the start of the factors.
+
+    Raises:
+        LearningError: an option out of its range.
+    """
+
+    probe: bool = True
+    log_odds: bool = True
+    metric: bool = True
+    rank: int = 2
+    weights: Weights = field(default_factory=Weights)
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 0.02
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 0), ("epochs", 1), ("batch_size", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise LearningError(
+                    f"{name} must be an integer and at least {least}, got {value!r}"
+                )
+        rate: Any = self.learning_rate
+        if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
+            raise LearningError(f"learning_rate must be a number above 0, got {rate!r}")
 
 
 def learn(
@@ -59,7 +111,7 @@ def learn(
             may be among ``train``. Without them the last epoch is taken.
         unrelated: prompts on which the edit should do nothing; a batch of them joins each step.
         objective: on the logits at ``read``, (B, vocabulary), and the batch of prompts.
-        options: see :class:`.options.LearnOptions`; default all of its defaults.
+        options: see :class:`LearnOptions`; default all of its defaults.
         folder: where to keep a checkpoint after each epoch, and to go on from.
         progress: show a progress bar on standard error.
 
@@ -159,3 +211,176 @@ def _check_tokens(name: str, prompts: EditPrompts, vocabulary: int) -> None:
                 f"{token} of {name} holds {int(ids[rows[0]])} in row {rows[0]} (rows {rows}), but "
                 f"the model has tokens 0 to {vocabulary - 1}"
             )
+
+
+class Trainer:
+    """Adam on the free parameters of an edit.
+
+    Args:
+        edit: what is trained.
+        train: the prompts to learn from.
+        validation: those that choose the best epoch, or None.
+        unrelated: those on which the edit should do nothing, or None.
+        objective: see :func:`learn`.
+        options: see :class:`LearnOptions`.
+        bars: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        edit: TrainableEdit,
+        train: Workload,
+        validation: Workload | None,
+        unrelated: Workload | None,
+        objective: Objective,
+        options: LearnOptions,
+        bars: Progress,
+    ) -> None:
+        self.edit, self.objective, self.options, self.bars = edit, objective, options, bars
+        self.train, self.validation, self.unrelated = train, validation, unrelated
+        self.optimiser = torch.optim.Adam(list(edit.free.values()), lr=options.learning_rate)
+        self.has_gradient = False
+
+    def run(self, keeper: Checkpoint | None) -> State:
+        """Train from the start, or from where the checkpoint stopped, and return the last state.
+
+        Raises:
+            LearningError: see :func:`learn`.
+        """
+        state = keeper.load(self.train.prompts.read.device) if keeper is not None else None
+        if state is None:
+            first = Epoch(0, {}, self._validate())
+            state = State(self.edit.snapshot(), self.edit.snapshot(), {}, [first], 0)
+        else:
+            self.edit.settle(state.now)
+            self._restore(state.optimiser)
+        steps = math.ceil(len(self.train) / self.options.batch_size)
+        bar = self.bars.add_task("learning", total=self.options.epochs * steps)
+        self.bars.update(bar, completed=state.history[-1].index * steps)
+        while not self._finished(state):
+            index = state.history[-1].index + 1
+            terms = self._epoch(index, bar)
+            state.history.append(Epoch(index, terms, self._validate()))
+            state.now = self.edit.snapshot()
+            if self._better(state):
+                state.best, state.best_epoch = self.edit.snapshot(), index
+            if keeper is not None:
+                state.optimiser = self._moments()
+                keeper.save(state)
+        return state
+
+    def _finished(self, state: State) -> bool:
+        last = state.history[-1].index
+        waited = self.validation is not None and last - state.best_epoch >= self.options.patience
+        return last >= self.options.epochs or waited
+
+    def _better(self, state: State) -> bool:
+        if self.validation is None:
+            return True
+        best = next(e for e in state.history if e.index == state.best_epoch)
+        return state.history[-1].validation["loss"] < best.validation["loss"]
+
+    def _epoch(self, index: int, bar: TaskID) -> dict[str, float]:
+        # Seeded by the epoch, so that a run which goes on draws what it would have drawn.
+        generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
+        size, seen = self.options.batch_size, []
+        batches = _shuffled(len(self.train), size, generator)
+        others = None if self.unrelated is None else _cycled(len(self.unrelated), size, generator)
+        for step, rows in enumerate(batches):
+            self.optimiser.zero_grad(set_to_none=True)
+            found: dict[str, float] = {}
+            unrelated = None
+            if self.unrelated is not None and others is not None:
+                unrelated = self.unrelated, next(others)
+            for terms in self._runs(self.train, rows, unrelated):
+                loss = total(terms, self.options.weights)
+                found |= {name: float(term.detach()) for name, term in terms.items()}
+                if not math.isfinite(float(loss.detach())):
+                    raise LearningError(
+                        f"the loss is {float(loss.detach())} in epoch {index}, step {step}: "
+                        f"{found}. Lower learning_rate, try the model in float32, or look for a "
+                        f"division by zero in your objective"
+                    )
+                if "objective" in terms and not self.has_gradient:
+                    self.has_gradient = self._reaches(terms["objective"])
+                if loss.requires_grad:
+                    loss.backward()
+            self.optimiser.step()
+            seen.append((found, len(rows)))
+            self.bars.advance(bar)
+        if not self.has_gradient:
+            raise LearningError(
+                f"the gradient of the objective is 0 on all {len(self.train)} prompts, so there "
+                f"is nothing to follow: the probe reads the target with the odds asked for already "
+                f"(no activation was edited), or `read` lies before the edited token"
+            )
+        return _means(seen, self.options.weights)
+
+    def _runs(
+        self, prompts: Workload, rows: Tensor, unrelated: tuple[Workload, Tensor] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        weights = self.options.weights
+        return loss_runs(self.edit, prompts, rows, self.objective, weights, unrelated)
+
+    def _reaches(self, objective: Tensor) -> bool:
+        """Whether the objective's gradient reaches any free parameter."""
+        if not objective.requires_grad:
+            raise LearningError(
+                "the objective does not depend on the edit: it has no gradient. Compute it from "
+                "the logits that it is given, in torch, without detach or item"
+            )
+        free = list(self.edit.free.values())
+        gradients = torch.autograd.grad(objective, free, retain_graph=True, allow_unused=True)
+        return any(g is not None and bool((g != 0).any()) for g in gradients)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        seen = []
+        for rows in torch.arange(len(self.validation)).split(self.options.batch_size):
+            found: dict[str, float] = {}
+            for terms in self._runs(self.validation, rows):
+                found |= {name: float(term) for name, term in terms.items()}
+            seen.append((found, len(rows)))
+        means = _means(seen, self.options.weights)
+        if not math.isfinite(means["loss"]):
+            raise LearningError(f"the loss on the validation prompts is not finite: {means}")
+        return means
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimiser.state
+        return {
+            f"{name}.{key}": value.clone()
+            for name, parameter in self.edit.free.items()
+            for key, value in state[parameter].items()
+        }
+
+    def _restore(self, moments: dict[str, Tensor]) -> None:
+        for name, parameter in self.edit.free.items():
+            self.optimiser.state[parameter] = {
+                key.removeprefix(f"{name}."): value
+                for key, value in moments.items()
+                if key.startswith(f"{name}.")
+            }
+
+
+def _means(seen: list[tuple[dict[str, float], int]], weights: Weights) -> dict[str, float]:
+    """Means of terms over batches of different sizes, and their weighted sum as ``loss``."""
+    sums: dict[str, float] = {}
+    for terms, size in seen:
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + size * value
+    means = {name: value / sum(size for _, size in seen) for name, value in sums.items()}
+    tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in means.items()}
+    return {**means, "loss": float(total(tensors, weights))}
+
+
+def _shuffled(n: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = torch.randperm(n, generator=generator).split(size)
+    return parts
+
+
+def _cycled(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        yield from _shuffled(n, size, generator)

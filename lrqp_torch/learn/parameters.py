@@ -167,7 +167,7 @@ class TrainableEdit:
                 shrinkage=1 - (1 - share) * (1 - metric.shrinkage),
                 n_samples=metric.n_samples,
             )
-        return _like(made, made.probe, metric, float(tensors["log_odds"])).to(device)
+        return made.like(made.probe, metric, float(tensors["log_odds"])).to(device)
 
 
 class _Solve(nn.Module):
@@ -189,26 +189,10 @@ class _Solve(nn.Module):
         return Applied(solution, (moved @ self._whiten).square().sum(-1))
 
 
-def _like(edit: LRQP, probe: LinearProbe, metric: Mahalanobis, log_odds: float) -> LRQP:
-    """Another edit with the same options."""
-    made = LRQP(
-        probe,
-        metric,
-        log_odds=log_odds,
-        rule=edit.rule,
-        odds=edit.odds,
-        on_infeasible=edit.on_infeasible,
-        solver=edit.qp.solver_name,
-        solver_args=edit.qp.solver_args,
-    )
-    made.notes = dict(edit.notes)
-    return made
-
-
 def _copy(edit: LRQP) -> LRQP:
     """A frozen copy, so that nothing reaches the edit that was given."""
     weight = edit.probe.weight
     probe = LinearProbe(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     probe.load_state_dict(edit.probe.state_dict())
     metric = copy.deepcopy(edit.metric).requires_grad_(False)
-    return _like(edit, probe.requires_grad_(False), metric, float(edit.log_odds))
+    return edit.like(probe.requires_grad_(False), metric)

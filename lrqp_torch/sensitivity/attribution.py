@@ -13,13 +13,15 @@ stream's dimensions, and over any orthonormal directions that span it; so is its
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import LRQPError
+from lrqp_torch.errors import LRQPError, row_classes
 from lrqp_torch.qp import Status
-from lrqp_torch.sensitivity.reading import Reading, SiteReading
+from lrqp_torch.qp.geometry import other_classes
+from lrqp_torch.sensitivity.readout import Readout, SiteReadout
 
 NODES = 4
 MOST_HALVINGS = 12
@@ -69,7 +71,7 @@ def attribute(
     positions: Tensor,
     target: Tensor | int,
     read: Tensor,
-    reading: Reading,
+    reading: Readout,
     *,
     source: Tensor | int | None = None,
     tolerance: float = 0.01,
@@ -104,9 +106,9 @@ def attribute(
         raise LRQPError(
             f"batch_size must be at least 1 and tolerance above 0, got {batch_size}, {tolerance}"
         )
-    run = SiteReading(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    target = run.classes(target, edit.probe.n_classes, "target")
-    source = None if source is None else run.classes(source, edit.probe.n_classes, "source")
+    run = SiteReadout(model, site, inputs, positions, read, reading, batch_size=batch_size)
+    target = row_classes(target, run.read, edit.n_classes, "target")
+    source = None if source is None else row_classes(source, run.read, edit.n_classes, "source")
     parts: list[tuple[Tensor, ...]] = []
     for rows in run.batches():
         x = run.activations(rows)
@@ -119,16 +121,8 @@ def attribute(
         by_class = _by_class(multipliers, target[rows])
         moved = (by_class.unsqueeze(-1) * normals).sum(1)
         before, after, gradient = integrate_gradient(run, rows, x.double(), moved, tolerance)
-        parts.append(
-            (
-                before,
-                after,
-                by_class * (normals * gradient.unsqueeze(1)).sum(-1),
-                by_class,
-                moved,
-                gradient,
-            )
-        )
+        through = by_class * (normals * gradient.unsqueeze(1)).sum(-1)
+        parts.append((before, after, through, by_class, moved, gradient))
     before, after, constraints, by_class, moved, gradient = (
         torch.cat(items) for items in zip(*parts, strict=True)
     )
@@ -148,14 +142,15 @@ def attribute(
 
 
 def integrate_gradient(
-    run: SiteReading, rows: Tensor, x: Tensor, moved: Tensor, tolerance: float
+    run: SiteReadout, rows: Tensor, x: Tensor, moved: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f(x), f(x + δ) and ∫₀¹ ∇f(x + sδ) ds of some prompts: (B,), (B,) and (B, d), float64.
 
     A piece from a to b is accepted where its integral agrees with the change of f over it to within
     ``tolerance`` (b − a), so that the errors of all pieces sum to less than ``tolerance``.
     """
-    nodes, weights = gauss_legendre(NODES)
+    # On (0, 1); numpy's are for (−1, 1).
+    nodes, weights = ((np.array([[1], [0]]) + np.polynomial.legendre.leggauss(NODES)) / 2).tolist()
     total = torch.zeros_like(moved)
     item = torch.arange(len(rows), device=rows.device)
     begin = torch.zeros(len(rows), dtype=moved.dtype, device=rows.device)
@@ -184,23 +179,11 @@ def integrate_gradient(
     return before, after, total
 
 
-def gauss_legendre(steps: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights of Gauss and Legendre's rule on (0, 1).
-
-    Eigenvalues and first components of the Jacobi matrix (Golub and Welsch 1969).
-    """
-    k = torch.arange(1, steps, dtype=torch.float64)
-    off = k / (4 * k.square() - 1).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return ((values + 1) / 2).tolist(), vectors[0].square().tolist()
-
-
 def _by_class(multipliers: Tensor, target: Tensor) -> Tensor:
     """λ, (B, K−1) for the other classes ascending, as (B, K) with 0 at the target."""
-    width = multipliers.shape[1] + 1
-    index = torch.arange(width - 1, device=target.device)
-    other = index + (index >= target.unsqueeze(-1)).long()
-    return multipliers.new_zeros(len(target), width).scatter(-1, other, multipliers.detach())
+    n_classes = multipliers.shape[1] + 1
+    other = other_classes(target, n_classes, target.device)
+    return multipliers.new_zeros(len(target), n_classes).scatter(-1, other, multipliers.detach())
 
 
 @torch.no_grad()

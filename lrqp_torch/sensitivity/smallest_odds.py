@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError
+from lrqp_torch.errors import SettingError, quoted, row_classes
 from lrqp_torch.qp import Status
-from lrqp_torch.sensitivity.reading import Reading, SiteReading
+from lrqp_torch.sensitivity.readout import Readout, SiteReadout
 from lrqp_torch.stream.replay import frozen
 
 LEAST_TOLERANCE = 1e-9
@@ -61,7 +61,7 @@ def smallest_odds(
     positions: Tensor,
     target: Tensor | int,
     read: Tensor,
-    reading: Reading,
+    reading: Readout,
     *,
     highest: float = 50.0,
     scan: int = 12,
@@ -110,11 +110,11 @@ def smallest_odds(
     for name, (value, kind, least) in limits.items():
         if not isinstance(value, kind) or not least <= float(value) < math.inf:
             what = "an integer" if kind is Integral else "a finite number"
-            raise SettingError(f"{name} must be {what}, at least {least:g}, got {value!r}")
+            raise SettingError(f"{name} must be {what}, at least {least:g}, got {quoted(value)}")
     if method not in ("newton", "bisection"):
         raise SettingError(f"method must be 'newton' or 'bisection', got {method!r}")
-    run = SiteReading(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    target = run.classes(target, edit.probe.n_classes, "target")
+    run = SiteReadout(model, site, inputs, positions, read, reading, batch_size=batch_size)
+    target = row_classes(target, run.read, edit.n_classes, "target")
     found = [
         _search(_Path(run, edit, rows, target[rows]), highest, scan, tolerance, method == "newton")
         for rows in run.batches()
@@ -130,7 +130,7 @@ def smallest_odds(
 class _Path:
     """f along the edits of a batch, as a function of log α, (B,)."""
 
-    def __init__(self, run: SiteReading, edit: LRQP, rows: Tensor, target: Tensor) -> None:
+    def __init__(self, run: SiteReadout, edit: LRQP, rows: Tensor, target: Tensor) -> None:
         self.run, self.edit, self.rows, self.target = run, edit, rows, target
         self.x = run.activations(rows)
         with torch.no_grad():

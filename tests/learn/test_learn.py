@@ -26,7 +26,6 @@ from lrqp_torch.learn.objective import Workload, loss_runs, total
 from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.models import load
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.learned import counterfactual_prompts, fit_learned
 
 SITE = "L1.mid"
 CPU = torch.device("cpu")
@@ -378,6 +377,20 @@ def test_what_cannot_be_learned_from_is_named() -> None:
         Weights(size=-1.0)
 
 
+def other_order(data: IOIDataset) -> EditPrompts:
+    """Prompts whose edit at S2 writes the other order, so that S wins over IO at END."""
+    order = data.labels["abb"]
+    return EditPrompts(
+        inputs=data.inputs,
+        positions=data.positions["S2"],
+        target=1 - order,
+        source=order,
+        read=data.positions["END"],
+        wins=data.s_tokens,
+        loses=data.io_tokens,
+    )
+
+
 def test_on_the_organism_it_flips_more_held_out_answers() -> None:
     """Fitted LRQP leaves a quarter of the answers at L1.mid; learned from few prompts, it flips
     nearly all of them, without moving the answers under control edits.
@@ -389,8 +402,12 @@ def test_on_the_organism_it_flips_more_held_out_answers() -> None:
     start = lrqp.LRQP.fit(x[:200], train.labels["abb"])
     # The organism says names wherever it is, so its output between S2 and END is the answer too.
     options = LearnOptions(epochs=3, learning_rate=0.03, weights=Weights(elsewhere=0))
-    learned = fit_learned(model, site, start, train, options=options)
-    prompts = counterfactual_prompts(test)
+    prompts = other_order(train)
+    rows = torch.arange(200)
+    learned = learn(
+        model, site, start, prompts[rows[:150]], validation=prompts[rows[150:]], options=options
+    )
+    prompts = other_order(test)
 
     @torch.no_grad()
     def flipped(edit: lrqp.LRQP, target: Tensor) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from models_for_tests import POST_MODELS, Prompts, build, hook_count, in_double, random_edit
@@ -20,8 +19,8 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
-from lrqp_torch.sensitivity.attribution import attribute, gauss_legendre
-from lrqp_torch.sensitivity.reading import SiteReading
+from lrqp_torch.sensitivity.attribution import attribute
+from lrqp_torch.sensitivity.readout import SiteReadout
 from lrqp_torch.sensitivity.smallest_odds import SmallestOdds, smallest_odds
 
 SITE = "L1.mid"
@@ -49,14 +48,6 @@ def full_pass(
     with torch.no_grad(), edit.at(model, SITE, positions=AT, target=target):
         logits = model(**INPUTS).logits
     return reading(logits[torch.arange(6), READ], torch.arange(6)).double()
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 16])
-def test_the_rule_of_gauss_and_legendre(steps: int) -> None:
-    nodes, weights = gauss_legendre(steps)
-    expected_nodes, expected_weights = numpy.polynomial.legendre.leggauss(steps)
-    assert nodes == pytest.approx((expected_nodes + 1) / 2, abs=1e-14)
-    assert weights == pytest.approx(expected_weights / 2, abs=1e-14)
 
 
 @pytest.mark.parametrize("name", POST_MODELS)
@@ -87,7 +78,7 @@ def test_the_parts_are_complete(name: str, n_classes: int, rule: str) -> None:
 
 def test_gradients_at_the_site_are_finite_differences() -> None:
     model = in_double(build("llama")).eval()
-    run = SiteReading(model, SITE, INPUTS, AT, READ, difference, batch_size=8)
+    run = SiteReadout(model, SITE, INPUTS, AT, READ, difference, batch_size=8)
     rows = torch.tensor([5, 0, 2])
     x = run.activations(rows)
     captured = lrqp.capture(model, INPUTS, SITE, AT)[SITE]

@@ -10,19 +10,17 @@ from lrqp_torch.errors import (
     NonFiniteError,
     PositionError,
     WidthError,
-    as_classes,
-    check_classes,
 )
 from lrqp_torch.stream.inputs import check_inputs, input_device
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Tail, frozen
 from lrqp_torch.stream.sites import locate
 
-Reading = Callable[[Tensor, Tensor], Tensor]
+Readout = Callable[[Tensor, Tensor], Tensor]
 """Logits at the column read, (B, vocabulary), and which prompts these are, (B,) → f, (B,)."""
 
 
-class SiteReading:
+class SiteReadout:
     """f as a function of the activations at one token a prompt, everything else as in a clean run.
 
     Args:
@@ -42,7 +40,7 @@ class SiteReading:
         inputs: Mapping[str, Tensor],
         positions: Tensor,
         read: Tensor,
-        reading: Reading,
+        reading: Readout,
         *,
         batch_size: int,
     ) -> None:
@@ -65,17 +63,6 @@ class SiteReading:
 
     def __len__(self) -> int:
         return len(self.read)
-
-    def classes(self, classes: Tensor | int, n_classes: int, name: str) -> Tensor:
-        """Classes of all prompts, (n,) long, of which one may have been given for all.
-
-        Raises:
-            TargetError: another shape or dtype, or out of range.
-        """
-        tensor = as_classes(classes, name).to(self.device)
-        tensor = tensor.expand(len(self)) if tensor.ndim == 0 else tensor
-        check_classes(tensor, len(self), n_classes, name)
-        return tensor.long()
 
     def batches(self) -> list[Tensor]:
         """All rows, a batch at a time."""
