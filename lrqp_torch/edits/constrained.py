@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible
 from lrqp_torch.edits.lrqp import LRQP, Classes, Odds, Rule
