@@ -1,17 +1,27 @@
-"""Files written whole or not at all, and the digests by which models and tensors are told apart."""
+"""Files written whole or not at all, by one writer a folder; strict JSON; digests of models."""
 
 import hashlib
+import json
+import math
 import os
+import platform
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import OutputError
+from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK_FILE = ".lock"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -49,19 +59,180 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-_DIGESTED = 65_536
-"""Elements of each parameter that the digest reads: enough to tell models apart, in no time."""
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder, and let nobody else write to it for the length of a block.
+
+    The lock is held by the system on the file ``.lock`` in it, so it ends with this process however
+    that ends; the file says who has it.
+
+    Raises:
+        OutputError: another process, or another part of this one, writes there; or nobody can.
+    """
+    prepare_folder(folder)
+    path = folder / LOCK_FILE
+    handle = _locked(path)
+    if handle is None:
+        owner = path.read_text(errors="replace")[:200] if path.is_file() else ""
+        raise OutputError(
+            f"{owner or 'another process'} writes to {str(folder)!r}: wait for it to end, or "
+            "choose another folder (on the command line with --out)."
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    """A file opened, locked until it is closed, and signed; None if another has locked it."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock before removes the file; a new one may be another's.
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.truncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            # Some network file systems know no locks; there nothing can be promised.
+            return handle
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write plain values as JSON in UTF-8, whole or not at all.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity, which JSON has not; the message says where.
+        OutputError: what JSON cannot hold, or a file that cannot be written.
+    """
+    text = to_json(value, indent=indent)
+    with written_whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Plain values as JSON text; raises as :func:`write_json` does."""
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:
+        if "Out of range" in str(error):
+            place = _not_finite(value)
+            raise NonFiniteError(f"{place} is NaN or infinite, which JSON cannot hold") from error
+        raise OutputError(f"only plain JSON values can be written: {error}") from error
+
+
+def _not_finite(value: Any, place: str = "the value") -> str | None:
+    """Where the first NaN or infinity is."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return None
+    prefix = "" if place == "the value" else f"{place}."
+    return next(filter(None, (_not_finite(v, f"{prefix}{k}") for k, v in items)), None)
+
+
+def read_json(path: Path, error: type[LRQPError], *, most: int | None = None) -> Any:
+    """The values of a JSON file; finite numbers only.
+
+    Args:
+        path: to read.
+        error: raised, with what is wrong, if it cannot be read as such.
+        most: bytes beyond which it is refused unread.
+    """
+    try:
+        if most is not None and path.stat().st_size > most:
+            raise error(f"{path} has more than {most} bytes; it is damaged or foreign")
+        return from_json(path.read_text(encoding="utf-8-sig"), str(path), error)
+    except (OSError, UnicodeDecodeError) as caught:
+        reason = caught.strerror if isinstance(caught, OSError) else caught
+        raise error(f"cannot read {str(path)!r}: {reason}") from caught
+
+
+def from_json(text: str, what: str, error: type[LRQPError]) -> Any:
+    """The values of a JSON text; raises as :func:`read_json` does."""
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"it holds {number[:200]}, which is no finite number")
+        return value
+
+    try:
+        return json.loads(text, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError) as caught:
+        raise error(f"{what} is not valid JSON ({caught})") from caught
 
 
 def digest_model(model: nn.Module) -> str:
-    """A short digest of the model's weights: the beginning of each parameter."""
+    """A short digest of all that a model computes with: weights, buffers and settings.
+
+    The settings are those of its configuration, and the plain numbers and words that its modules
+    hold; not its name, nor where it was loaded from. All bytes are read, about 1.5 GB a second and
+    thread.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        # A tensor-parallel model holds a part of it on each rank.
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        digest.update(_bytes(whole.detach().flatten()[:_DIGESTED]))
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        digest.update(repr(_settings(config.to_dict())).encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__qualname__} {_settings(vars(module))}".encode())
+    # Tied weights are one; buffers that are not saved are computed with all the same.
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with ThreadPoolExecutor() as pool:
+        for name, tensor in tensors:
+            # A tensor-parallel model holds a part of it on each rank.
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)};".encode())
+            if whole.device.type != "meta":
+                data = _bytes(whole.detach())
+                pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+                several = pool.map if len(pieces) > 1 else map
+                for part in several(lambda piece: hashlib.sha256(piece).digest(), pieces):
+                    digest.update(part)
     return digest.hexdigest()[:16]
+
+
+_PIECE = 2**24
+"""Bytes that are hashed at a time, by as many threads as there are processors."""
+
+_NO_SETTINGS = {"training", "name_or_path", "transformers_version", "warnings_issued"}
+"""What does not change what an evaluated model computes."""
+
+
+def _settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The plain values among some, by name, and those within others; without private ones."""
+    found: list[tuple[str, Any]] = []
+    for name, value in sorted(values.items()):
+        if name in _NO_SETTINGS or (name[0] == "_" and name not in _ADAPTERS):
+            continue
+        if isinstance(value, Mapping) and all(isinstance(key, str) and key for key in value):
+            found.append((name, _settings(value)))
+        elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, list) else [value])):
+            found.append((name, value))
+    return found
+
+
+_PLAIN = (str, int, float, type(None))
+_ADAPTERS = ("_active_adapter", "_disable_adapters")
+"""By which adapters of a model are switched on and off."""
 
 
 def digest_values(values: Mapping[str, Any]) -> str:
