@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from lrqp_torch.study import circuit, dose, mediation
-from lrqp_torch.study.by_site import task_in_words
-from lrqp_torch.study.parts.geometry import PART as GEOMETRY
+from lrqp_torch.study import circuit, mediation
+from lrqp_torch.study.parts import find_part
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.summary import percent
 
@@ -13,8 +12,8 @@ from lrqp_torch.study.summary import percent
 def headlines(results: StudyResults) -> list[str]:
     """What the parts found, for those parts that ran and found something to tell."""
     tellers: dict[str, Callable[[dict[str, Any]], str | None]] = {
-        "geometry": lambda raw: " ".join(GEOMETRY.says(GEOMETRY.read(raw))) or None,
-        "dose": _dose,
+        "geometry": _said("geometry"),
+        "dose": _said("dose"),
         "circuit": _circuit,
         "mediation": _mediation,
     }
@@ -22,17 +21,9 @@ def headlines(results: StudyResults) -> list[str]:
     return [line for line in lines if line is not None]
 
 
-def _dose(raw: dict[str, Any]) -> str | None:
-    result = dose.from_json(raw)
-    halves = {name: task.half_dose() for name, task in result.tasks.items() if task.answered}
-    if not halves:
-        return None
-    words = "; ".join(
-        f"{task_in_words(name)}, "
-        + (f"from log odds {half:g} on" if half is not None else "not at any odds tried")
-        for name, half in halves.items()
-    )
-    return f"Dose: half of the answers flip at {result.site}: {words}."
+def _said(name: str) -> Callable[[dict[str, Any]], str | None]:
+    part = find_part(name)
+    return lambda raw: " ".join(part.says(part.read(raw))) or None
 
 
 def _circuit(raw: dict[str, Any]) -> str | None:

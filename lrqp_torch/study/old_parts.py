@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrqp_torch.study import circuit, compare, controls, dose, heads, mediation, probing
+from lrqp_torch.study import circuit, compare, controls, heads, mediation
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
@@ -63,22 +63,6 @@ class OldPart(Part[Any]):
         return paths
 
 
-def _probing(given: Given, advance: Advance) -> Any:
-    return probing.compute(given.context, advance=advance)
-
-
-def _dose(given: Given, advance: Advance) -> Any:
-    settings = given.settings
-    return dose.compute(
-        given.context,
-        given.site,
-        log_odds=settings.log_odds,
-        l2=settings.l2,
-        shrinkage=settings.shrinkage,
-        advance=advance,
-    )
-
-
 def _heads(given: Given, advance: Advance) -> Any:
     return heads.compute(given.context, advance=advance)
 
@@ -114,23 +98,6 @@ def _controls(given: Given, advance: Advance) -> Any:
 
 
 _PARTS = (
-    OldPart(
-        "probing",
-        "What probes can read",
-        "Which facts about a prompt can a linear probe read from the clean activations, and how "
-        "much of that is more than chance, or than what shuffled labels would give?",
-        probing,
-        _probing,
-    ),
-    OldPart(
-        "dose",
-        "How much belief it takes",
-        "An edit can ask its probe for any odds. From which odds on does the answer turn, and does "
-        "asking for more change more?",
-        dose,
-        _dose,
-        needs=("flipping",),
-    ),
     OldPart(
         "heads",
         "What the attention heads do",

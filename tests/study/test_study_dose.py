@@ -1,24 +1,29 @@
 """The dose sweep, against its closed form and against plain forward passes of the organism."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from contexts_for_tests import TEST, TRAIN, Count, check_part, context
+from contexts_for_tests import TEST, TRAIN, Count, check, computed, context, own_context
 
 from lrqp_torch import LRQP
 from lrqp_torch.errors import SettingError
-from lrqp_torch.study import dose
-from lrqp_torch.study.dose import DoseResult, EditSummary
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.parts.dose import PART, Dose, DoseResult, EditSummary
 
 SITE = "L2.pre"
 ALPHAS = (-10.0, 0.0, 5.0, 12.0, 30.0)
 
 
+def flips(edit: EditSummary) -> float:
+    assert edit.flipped is not None
+    return edit.flipped.known
+
+
 @pytest.fixture(scope="module")
 def result() -> DoseResult:
-    return dose.compute(context(), SITE, log_alphas=ALPHAS)
+    result: DoseResult = computed(Dose(ALPHAS), context(), SITE)
+    return result
 
 
 def test_sizes_follow_the_closed_form_of_two_classes(result: DoseResult) -> None:
@@ -38,35 +43,34 @@ def test_sizes_follow_the_closed_form_of_two_classes(result: DoseResult) -> None
             gap = (alpha - odds).clamp_min(0)
             distance = gap / (slope @ pushed).sqrt()
             euclidean = gap * pushed.norm() / (slope @ pushed)
-            assert found.distance.value == pytest.approx(float(distance.mean()), rel=1e-4)
-            assert found.euclidean.value == pytest.approx(float(euclidean.mean()), rel=1e-4)
+            assert found.distance.known == pytest.approx(float(distance.mean()), rel=1e-4)
+            assert found.euclidean.known == pytest.approx(float(euclidean.mean()), rel=1e-4)
             assert found.edited == float((gap > 0).double().mean())
             assert (found.log_alpha, found.unreached) == (alpha, 0)
 
 
 def test_more_odds_cost_more_and_flip_more_where_the_order_is_used(result: DoseResult) -> None:
     for task in result.tasks.values():
-        distances = [edit.distance.value for edit in task.doses]
-        differences = [edit.logit_difference.value for edit in task.doses]
+        distances = [edit.distance.known for edit in task.doses]
+        differences = [edit.preference.known for edit in task.doses]
         assert distances == sorted(distances)
         assert len(set(distances)) == len(distances)
         assert differences == sorted(differences, reverse=True)
-        assert task.doses[0].flipped is not None and task.doses[0].flipped < 0.2
-        assert task.doses[-1].flipped is not None and task.doses[-1].flipped > 0.9
+        assert flips(task.doses[0]) < 0.2 and flips(task.doses[-1]) > 0.9
         half = task.half_dose()
         assert half is not None and -10 < half <= 12
-        assert task.control.flipped is not None and task.control.flipped < 0.05
-        assert task.counterfactual.flipped is not None and task.counterfactual.flipped > 0.6
+        assert flips(task.control) < 0.05 and flips(task.counterfactual) > 0.6
 
 
 def test_every_number_has_its_interval_around_it(result: DoseResult) -> None:
     for task in result.tasks.values():
         for edit in (*task.doses, task.control, task.counterfactual):
-            assert edit.flipped is not None
-            assert edit.lower <= edit.flipped <= edit.upper
-            for mean in (edit.logit_difference, edit.distance, edit.euclidean):
-                assert mean.lower <= mean.value <= mean.upper
-            assert edit.logit_difference.lower < edit.logit_difference.upper
+            assert edit.flipped is not None and edit.flipped.n == task.answered
+            means = (edit.preference, edit.divergence, edit.distance, edit.euclidean)
+            for found in (edit.flipped, *means):
+                assert found is not None and found.interval is not None
+                assert found.interval[0] <= found.known <= found.interval[1]
+            assert edit.preference is not None and len(set(edit.preference.interval or [])) == 2
 
 
 @pytest.mark.parametrize("alpha", [5.0, 30.0])
@@ -88,20 +92,23 @@ def test_replayed_answers_are_those_of_the_full_forward_pass(
     )
     task = result.tasks["prefixed"]
     found = task.doses[ALPHAS.index(alpha)]
+    assert task.clean is not None and found.preference is not None
     assert task.clean.value == pytest.approx(float(before.mean()), abs=1e-4)
-    assert found.logit_difference.value == pytest.approx(float(after.mean()), abs=1e-4)
+    assert found.preference.value == pytest.approx(float(after.mean()), abs=1e-4)
+    kl = (clean.softmax(-1) * (clean.log_softmax(-1) - edited.log_softmax(-1))).sum(-1)
+    assert found.divergence.value == pytest.approx(float(kl.mean()), rel=1e-3)
     assert task.answered == int((before > 0).sum())
-    assert found.flipped == pytest.approx(float((after[before > 0] < 0).double().mean()))
+    assert flips(found) == pytest.approx(float((after[before > 0] < 0).double().mean()))
 
 
 def test_no_dose_flips_much_where_the_order_is_only_knowable() -> None:
-    found = dose.compute(context("plain", None), "L4.pre", log_alphas=[0.0, 30.0])
+    found = computed(Dose([0.0, 30.0]), context("plain", None), "L4.pre")
     task = found.tasks["plain"]
     assert list(found.tasks) == ["plain"]
     assert task.probe_accuracy > 0.95
-    assert task.doses[-1].flipped is not None and task.doses[-1].flipped < 0.1
+    assert flips(task.doses[-1]) < 0.1
     assert task.half_dose() is None
-    assert "no dose of the sweep" in dose.panels(found)[0].text
+    assert "no dose of the sweep" in PART.panels(found)[0].text
 
 
 def test_mirror_rule_asks_for_at_least_its_floor(result: DoseResult) -> None:
@@ -111,19 +118,20 @@ def test_mirror_rule_asks_for_at_least_its_floor(result: DoseResult) -> None:
         assert task.counterfactual.log_alpha > 10.0
 
 
-def test_part_keeps_its_promises(result: DoseResult, tmp_path: Path) -> None:
-    check_part(dose, result, tmp_path)
-    panel = dose.panels(result)[0]
+def test_part_keeps_its_promises(result: DoseResult) -> None:
+    check(PART, result)
+    (panel,) = PART.panels(result)
     assert panel.table is not None
     assert len(panel.table.rows) == 2 * (len(ALPHAS) + 2)
-    curve = panel.figures["answers flipped"].data[0]
+    curve = panel.charts["answers flipped"].panes[0].marks[0]
     assert list(curve.x) == list(ALPHAS)
-    assert list(curve.y) == [edit.flipped for edit in result.tasks["prefixed"].doses]
+    assert list(curve.y) == [flips(edit) for edit in result.tasks["prefixed"].doses]
+    assert len(PART.figures(result)["dose"].panes) == 4
 
 
-def test_a_model_that_answers_nothing_is_shown_too(result: DoseResult, tmp_path: Path) -> None:
+def test_a_model_that_answers_nothing_is_shown_too(result: DoseResult) -> None:
     def nothing(edit: EditSummary) -> EditSummary:
-        return replace(edit, flipped=None, lower=0.0, upper=1.0)
+        return replace(edit, flipped=Estimate.count(0, 0))
 
     tasks = {
         name: replace(
@@ -137,18 +145,57 @@ def test_a_model_that_answers_nothing_is_shown_too(result: DoseResult, tmp_path:
     }
     empty = replace(result, tasks=tasks)
     assert tasks["plain"].half_dose() is None
-    assert "no held-out prompt with IO" in dose.panels(empty)[0].text
-    check_part(dose, empty, tmp_path)
+    assert "no held-out prompt with IO" in PART.panels(empty)[0].text
+    check(PART, empty)
+
+
+def test_two_classes_of_ones_own_are_dosed_as_the_order_is() -> None:
+    found: DoseResult = computed(Dose([0.0, 30.0]), own_context(), SITE)
+    task = found.tasks["own"]
+    assert flips(task.doses[-1]) > 0.9 > 0.05 > flips(task.control)
+    check(PART, found)
+    (line,) = PART.says(found)
+    assert line.startswith("At L2.pre, half of the answers flip") and "the other class" in line
+
+
+@torch.no_grad()
+def test_of_three_classes_a_flip_is_an_answer_with_the_next() -> None:
+    one, site = own_context(3), "L4.pre"
+    found: DoseResult = computed(Dose([20.0]), one, site)
+    data, model = one.task.test, one.model
+    x = one.activations(one.task, "train", "mark", [site])[site]
+    edit = LRQP.fit(x, one.task.train.labels, rule="fixed", log_odds=20.0)
+    target = (data.labels + 1) % 3
+    clean = data.scores(model(**data.inputs).logits[:, -1])
+    with edit.at(model, site, positions=data.position, target=target):
+        edited = data.scores(model(**data.inputs).logits[:, -1])
+    right = clean.argmax(-1) == data.labels
+    assert found.tasks["own"].answered == int(right.sum()) > 0
+    share = float((edited.argmax(-1) == target)[right].double().mean())
+    assert flips(found.tasks["own"].doses[0]) == pytest.approx(share)
+    assert share > 0.1
+    check(PART, found)
+
+
+def test_without_answers_the_next_token_is_measured() -> None:
+    found: DoseResult = computed(Dose([0.0, 30.0]), own_context(answers=False), SITE)
+    task = found.tasks["own"]
+    assert task.answered is None and task.clean is None
+    assert task.counterfactual.flipped is None and task.counterfactual.preference is None
+    assert task.counterfactual.divergence.known > 1 > 10 * task.control.divergence.known
+    check(PART, found)
+    assert "answers flipped" not in PART.panels(found)[0].charts
+    assert "nats of the next token" in PART.says(found)[0]
 
 
 def test_progress_adds_up_and_the_seed_decides() -> None:
-    one, count = context("plain", None), Count()
-    first = dose.compute(one, SITE, log_alphas=[3.0], advance=count)
-    assert count.total == dose.work(one, log_alphas=[3.0]) == TRAIN + TEST + 3 * TEST
-    assert dose.compute(one, SITE, log_alphas=[3.0]) == first
+    one, count, part = context("plain", None), Count(), Dose([3.0])
+    first = computed(part, one, SITE, count)
+    assert count.total == part.work(one) == TRAIN + TEST + 3 * TEST
+    assert computed(part, one, SITE) == first
 
 
 @pytest.mark.parametrize("alphas", [[], [1.0, 1.0], [2.0, 1.0]])
 def test_doses_must_rise(alphas: list[float]) -> None:
     with pytest.raises(SettingError, match="rising"):
-        dose.compute(context(), SITE, log_alphas=alphas)
+        Dose(alphas)

@@ -2,18 +2,34 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contexts_for_tests import SITES, TEST, TRAIN, Count, check_part, context, task
+from contexts_for_tests import (
+    SITES,
+    TEST,
+    TRAIN,
+    Count,
+    check,
+    computed,
+    context,
+    own_context,
+    task,
+)
 from torch import Tensor
 
 from lrqp_torch import models
-from lrqp_torch.study import probing
-from lrqp_torch.study.estimates import wilson
-from lrqp_torch.study.probing import ProbeScore, ProbingResult, VariableScores, evenly, findings
+from lrqp_torch.study.context import evenly
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.indirect_objects import WORDS
+from lrqp_torch.study.parts.probing import (
+    PART,
+    ProbeScore,
+    Probing,
+    ProbingResult,
+    VariableScores,
+)
 from lrqp_torch.study.variables import (
     CLAUSE_IO,
     CLAUSE_S1,
@@ -32,7 +48,8 @@ FEW = [SITES[0], SITES[2], SITES[4]]
 
 @pytest.fixture(scope="module")
 def result() -> ProbingResult:
-    return probing.compute(replace(context(), sites=FEW), names=6)
+    result: ProbingResult = computed(Probing(names=6), replace(context(), sites=FEW))
+    return result
 
 
 def variables(name: str, **changes: int) -> dict[str, Variable]:
@@ -165,70 +182,95 @@ def test_result_has_an_entry_for_everything(result: ProbingResult) -> None:
     for item in result.variables:
         assert [score.site for score in item.scores] == FEW
         for score in item.scores:
-            right = round(score.accuracy * item.test)
-            assert (score.lower, score.upper) == wilson(right, item.test)
-            assert score.accuracy == pytest.approx(right / item.test)
-            assert score.shuffled is not None
+            right = round(score.accuracy.known * item.test)
+            assert score.accuracy == Estimate.count(right, item.test)
+            assert score.shuffled is not None and score.shuffled.n == item.test
 
 
-def scores(result: ProbingResult, *key: str) -> dict[str, ProbeScore]:
+def scores(result: ProbingResult, *key: str) -> dict[str, Estimate]:
     found = result.find(*key)
     assert found is not None
-    return {score.site: score for score in found.scores}
+    return {score.site: score.accuracy for score in found.scores}
+
+
+def lower(accuracy: Estimate) -> float:
+    return (accuracy.interval or [0.0])[0]
 
 
 @pytest.mark.parametrize("name", ["plain", "prefixed"])
 def test_organism_is_read_as_it_was_made(result: ProbingResult, name: str) -> None:
     order = scores(result, name, "S2", ORDER)
-    assert order["L2.pre"].lower > 0.8
-    assert order["L0.pre"].lower < 0.5
+    assert lower(order["L2.pre"]) > 0.8
+    assert lower(order["L0.pre"]) < 0.5
     # The embedding at S2 is the name S and nothing of IO; at END it is neither.
-    assert scores(result, name, "S2", NAME_S)["L0.pre"].accuracy == 1.0
-    assert scores(result, name, "S2", NAME_IO)["L0.pre"].lower < 0.3
-    assert scores(result, name, "END", NAME_S)["L0.pre"].lower < 0.3
+    assert scores(result, name, "S2", NAME_S)["L0.pre"].value == 1.0
+    assert lower(scores(result, name, "S2", NAME_IO)["L0.pre"]) < 0.3
+    assert lower(scores(result, name, "END", NAME_S)["L0.pre"]) < 0.3
     end = result.find(name, "END", ORDER)
     assert end is not None and end.readable
 
 
 def test_shuffled_labels_teach_nothing(result: ProbingResult) -> None:
-    for item in result.variables:
-        if item.variable == ORDER:
-            for score in item.scores:
-                assert score.shuffled is not None
-                assert abs(score.shuffled - 0.5) < 0.22
     shuffled = [
-        score.shuffled
+        score.shuffled.known
         for item in result.variables
         if item.variable == ORDER
         for score in item.scores
         if score.shuffled is not None
     ]
+    assert len(shuffled) == 4 * len(FEW)
+    assert all(abs(share - 0.5) < 0.22 for share in shuffled)
     assert abs(sum(shuffled) / len(shuffled) - 0.5) < 0.1
 
 
-def test_part_keeps_its_promises(result: ProbingResult, tmp_path: Path) -> None:
-    check_part(probing, result, tmp_path)
-    shown = {panel.name: panel for panel in probing.panels(result)}
-    assert set(shown["probing-variables"].figures) == set(VARIABLES)
-    assert len(shown["probing"].figures) == 4
-    table = shown["probing-variables"].table
-    assert table is not None
-    assert len(table.rows) == 4 * len(VARIABLES) * len(FEW)
-    for sentence in findings(result):
-        assert sentence in shown["probing"].text
+def test_part_keeps_its_promises(result: ProbingResult) -> None:
+    check(PART, result)
+    by_token, by_variable = PART.panels(result)
+    assert set(by_variable.charts) == set(VARIABLES)
+    assert len(by_token.charts) == 4
+    assert by_variable.table is not None
+    assert len(by_variable.table.rows) == 4 * len(VARIABLES) * len(FEW)
+    assert all(sentence in by_token.text for sentence in PART.says(result))
+    assert set(PART.figures(result)) == {"probing_S2", "probing_END"}
 
 
 def test_progress_adds_up_and_the_seed_decides() -> None:
     one, count = replace(context("plain", None), sites=["L0.pre", "L2.pre"]), Count()
-    first = probing.compute(one, names=4, advance=count)
-    assert count.total == probing.work(one, names=4)
-    assert probing.compute(one, names=4) == first
+    part = Probing(names=4)
+    first: ProbingResult = computed(part, one, advance=count)
+    assert count.total == part.work(one)
+    assert computed(part, one) == first
     assert all(item.task == "plain" for item in first.variables)
-    assert findings(first)
+    assert PART.says(first)
+
+
+def test_of_ones_own_prompts_the_label_is_read_at_both_tokens() -> None:
+    one, count = replace(own_context(), sites=["L0.pre", "L2.pre"]), Count()
+    found: ProbingResult = computed(PART, one, advance=count)
+    assert count.total == PART.work(one)
+    assert [(v.position, v.variable) for v in found.variables] == [
+        ("mark", "the class"), ("end", "the class")
+    ]  # fmt: skip
+    assert found.variables[0].classes == ["ABBA", "BABA"]
+    here = scores(found, "own", "mark", "the class")
+    assert lower(here["L2.pre"]) > 0.8 and lower(here["L0.pre"]) < 0.5
+    for item in found.variables:
+        assert all(abs(s.shuffled.known - 0.5) < 0.22 for s in item.scores if s.shuffled)
+    check(PART, found)
+    assert set(PART.figures(found)) == {"probing_mark", "probing_end"}
+    assert PART.says(found)[0].startswith("At the marked token, readable: the class (")
+    assert "ABBA or BABA" in PART.panels(found)[1].text
+
+
+def test_prompts_marked_at_their_end_are_read_once() -> None:
+    found: ProbingResult = computed(PART, replace(own_context(3), sites=["L0.pre", "L4.pre"]))
+    (item,) = found.variables
+    assert (item.position, len(item.classes)) == ("end", 3)
+    check(PART, found)
 
 
 def entry(name: str, variable: str, lower: float, baseline: float) -> VariableScores:
-    score = ProbeScore("L1.pre", lower + 0.05, lower, lower + 0.1, None)
+    score = ProbeScore("L1.pre", Estimate(lower + 0.05, lower, lower + 0.1, 10), None)
     return VariableScores(name, "S2", variable, ["a", "b"], 10, 10, baseline, [score])
 
 
@@ -247,7 +289,8 @@ def test_findings_say_what_is_readable_in_which_task() -> None:
         entry("plain", NAME_IO, 0.1, 0.1),
         entry("prefixed", NAME_IO, 0.1, 0.1),
     ]
-    said = findings(ProbingResult(["L1.pre"], 20, 8, entries))
+    said = PART.says(ProbingResult(WORDS, ["L1.pre"], 20, 8, entries))
+    said = [line.replace("\u00a0", " ") for line in said]
     assert said == [
         "At S2, readable without a prefix and with a prefix: order of the names (95 % without a "
         "prefix and 95 % with a prefix; guessing 50 % and 50 %).",

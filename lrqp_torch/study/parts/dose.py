@@ -21,11 +21,10 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
-from lrqp_torch.probes.covariance import Mahalanobis
-from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Status
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import answers, batches, divergences, put
@@ -160,14 +159,17 @@ class Dose(Part[DoseResult]):
     def _task(self, given: Given, task: Task, advance: Advance) -> TaskDose:
         context, settings, site = given.context, given.settings, given.site
         train, test = context.clean(task, "mark", advance, [site])
-        probe = LinearProbe.fit(
-            train[site], task.train.labels.to(train[site].device), l2=settings.l2
-        )
-        metric = Mahalanobis.fit(train[site], settings.shrinkage)
+        mirror = fit_edits(
+            train,
+            task.train.labels.to(train[site].device),
+            l2=settings.l2,
+            shrinkage=settings.shrinkage,
+            log_odds=settings.log_odds,
+        )[site]
+        probe = mirror.probe
         # Prompts that cannot be edited are counted instead of ending the study.
-        edit = partial(LRQP, probe, metric, on_infeasible="skip")
-        mirror = edit(log_odds=settings.log_odds, rule="mirror")
-        edits = [(edit(log_odds=odds, rule="fixed"), "counterfactual") for odds in self.log_alphas]
+        fixed = partial(LRQP, probe, mirror.metric, rule="fixed", on_infeasible="skip")
+        edits = [(fixed(log_odds=odds), "counterfactual") for odds in self.log_alphas]
         edits += [(mirror, "control"), (mirror, "counterfactual")]
         clean: dict[str, Tensor] = {}
         found: list[dict[str, Tensor]] = [{} for _ in edits]
