@@ -6,6 +6,8 @@ Each message says what is wrong, where, and how to mend it. All derive from
 ``except LRQPError`` and ``except ValueError`` work.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,18 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.detach()
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Within this, what no transform of :mod:`torch.func` may see change is written as it is."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def readable(tensor: Tensor) -> bool:

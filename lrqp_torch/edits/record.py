@@ -14,6 +14,7 @@ from lrqp_torch.errors import (
     TargetError,
     as_classes,
     concrete,
+    outside_transforms,
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status
@@ -368,9 +369,6 @@ class _Rows:
         """Forget all rows."""
         self._count = 0
 
-    # Rows may be added within inference mode and read, or added to, outside of it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def append(self, solution: Solution, index: Tensor) -> None:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
         if not concrete(solution.status):
@@ -378,8 +376,13 @@ class _Rows:
         own = [field.name for field in fields(solution) if field.name not in _OF_SOLUTION]
         names = (*RECORDED, *own, "status")
         values = {name: unwrapped(getattr(solution, name)) for name in names} | {"index": index}
-        values["forward_pass"] = torch.full_like(index, -1)
-        new = torch.cat([v.double().reshape(len(index), -1) for v in values.values()], 1)
+        # Rows may be added within inference mode, and read or added to outside of it.
+        with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            self._append(values | {"forward_pass": torch.full_like(index, -1)})
+
+    def _append(self, values: dict[str, Tensor]) -> None:
+        count = len(values["index"])
+        new = torch.cat([v.double().reshape(count, -1) for v in values.values()], 1)
         if new.shape[1] != self._buffer.shape[1] or new.device != self._buffer.device:
             self._buffer, self._count = new.new_zeros(0, new.shape[1]), 0
             start = 0
@@ -403,7 +406,8 @@ class _Rows:
     def number(self, count: int, forward_pass: int) -> None:
         """Say in which forward pass the last rows were added."""
         if self.kept and self._count >= count:
-            self.column("forward_pass")[-count:] = forward_pass
+            with outside_transforms():
+                self.column("forward_pass")[-count:] = forward_pass
 
     def column(self, name: str) -> Tensor:
         """A quantity of all rows, (N,) or (N, V), float64."""

@@ -14,6 +14,8 @@ from lrqp_torch.errors import (
     PositionError,
     SiteError,
     WidthError,
+    concrete,
+    outside_transforms,
     readable,
 )
 from lrqp_torch.stream.hooks import attach, warn_of_dropout, watch_calls
@@ -214,7 +216,8 @@ class _Applied:
         edited = self.item.edit(x.clone(), context)
         self._check(x, edited, x.dtype)
         changed = (edited != x).any(-1, keepdim=True)
-        self.places.mark(at)
+        with outside_transforms():
+            self.places.mark(at)
         if self.record is not None:
             self.record.end_step(context, self.passes - 1)
         # Under autocast the attention output is narrower than the sum that the stream will hold.
@@ -231,7 +234,7 @@ class _Applied:
         broken = ~torch.isfinite(edited.detach().to(dtype)).all()
         if readable(broken):
             self._raise_if_broken(broken, dtype)
-        else:
+        elif concrete(broken):
             self.broken = broken if self.broken is None else self.broken | broken
             self.dtype = dtype
 

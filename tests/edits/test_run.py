@@ -377,3 +377,35 @@ def test_a_record_begun_in_inference_mode_goes_on_outside_of_it() -> None:
             model(**inputs)
     first, second = run.steps
     assert torch.equal(first.distance, second.distance) and not run.distance.is_inference()
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_transforms_of_torch_func_go_through_an_edited_model(record: bool) -> None:
+    model = build("llama", attention="eager")
+    edit = edit_of(model, "L1.mid")
+    ids = torch.stack([tokens[:4] for tokens in PROMPTS.tokens])
+    embedded = model.get_input_embeddings()(ids).detach()
+
+    def loss(embeddings: Tensor) -> Tensor:
+        return model(inputs_embeds=embeddings).logits[:, -1].square().sum()
+
+    def of_one(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (row[None],)).logits[0, -1].sum()
+
+    where = {"target": 1, "record": record}
+    with edit.at(model, "L1.mid", positions=torch.full((4,), 2), **where) as run:
+        point = embedded.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(loss(point), point)
+        found = torch.func.grad(loss)(embedded)
+        _, slope = torch.func.jvp(loss, (embedded,), (torch.ones_like(embedded),))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope, wanted.sum(), rtol=1e-3, atol=1e-3)
+    if record:
+        assert len(run.steps) == 3 and torch.equal(run.steps[0].distance, run.steps[1].distance)
+    parameters = dict(model.named_parameters())
+    with edit.at(model, "L1.mid", positions=torch.tensor([2]), **where):
+        each = torch.func.vmap(torch.func.grad(of_one), (None, 0))(parameters, ids)
+        for row in range(4):
+            alone = torch.autograd.grad(of_one(parameters, ids[row]), list(parameters.values()))
+            for gradient, expected in zip(each.values(), alone, strict=True):
+                torch.testing.assert_close(gradient[row], expected, rtol=1e-3, atol=1e-3)
