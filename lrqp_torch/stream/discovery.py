@@ -1,0 +1,500 @@
+"""Where a model keeps its residual stream, found by running it, and proven by the cut test.
+
+The place between attention and MLP, ``mid``, is a *cut* of a block: with the stream there forced to
+one value, the block's output at that token is the same whatever the block's input was. That is what
+"both the skip path and the MLP see it" means, and running a block decides it, without knowing the
+model's family. What is found here is proven before it is used, and so is what a table says; where
+nothing is a cut (attention and MLP in parallel, state-space blocks), there is no ``mid``.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.stream.compiled import run_eagerly, unwrapped
+from lrqp_torch.stream.placement import input_device
+
+ROWS, TOKENS, TOKEN = 2, 6, 4
+"""Size of the inputs that blocks are tried on, and the token at which a cut is forced."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between a block's attention and its MLP, through which all goes that follows.
+
+    Attributes:
+        module: path, from the block, of the module whose output is (part of) the stream there.
+        scale: the stream is block input + scale · output, as in most families (where the scale is
+            1); None where the output itself is the stream (blocks that normalise after adding).
+    """
+
+    module: str
+    scale: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """What a block's sites are read and written by; paths from the block.
+
+    Attributes:
+        first_reader: the module that first reads the block's input; empty for the block itself.
+        cut: where ``mid`` is; None where the block has no such place.
+        projection: the module that maps the heads' outputs, side by side, back to the stream (W_O);
+            None where no module does.
+        without_mid: why there is no cut, or None where there is one.
+    """
+
+    first_reader: str
+    cut: Cut | None
+    projection: str | None
+    without_mid: str | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of blocks.
+
+    Attributes:
+        trunk: path, from the model, of the innermost module around the blocks that is given the
+            token ids in every forward pass.
+        blocks: path of the list of blocks, from the trunk.
+        each: the sites of every block.
+        absolute_positions: whether the model adds learned position embeddings to columns of the
+            input, so that a left-padded batch needs ``position_ids``.
+    """
+
+    trunk: str
+    blocks: str
+    each: tuple[BlockSites, ...]
+    absolute_positions: bool = False
+
+
+@dataclass
+class _Call:
+    """How a block was called in the trial run, so that it can be called again."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stream: Tensor
+    output: Tensor | None = None
+
+    def again(self, stream: Tensor) -> Tensor:
+        """The block's output, (B, T, d), for another input."""
+        replaced = [stream if item is self.stream else item for item in self.args]
+        named = {k: stream if item is self.stream else item for k, item in self.kwargs.items()}
+        output = first_tensor(self.block(*replaced, **named))
+        assert output is not None
+        return output
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that a module returned, or the first of several; None where it is none."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()), None)
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def stream_given(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tensor | None:
+    """The first argument that can be a stream of this shape, also with rows and tokens in one."""
+    for item in (kwargs.get("hidden_states"), *args, *kwargs.values()):
+        if isinstance(item, Tensor) and item.is_floating_point():
+            if item.shape == shape:
+                return item
+            if item.shape == (shape[0] * shape[1], shape[2]):
+                return item.view(shape)
+    return None
+
+
+def discover(model: nn.Module) -> list[Stack]:
+    """The stacks of blocks of a model, each with its proven sites.
+
+    The model runs a few times on a few tokens, and each kind of block some times more on made-up
+    inputs; nothing in it is changed.
+
+    Args:
+        model: a transformers model, or one like it: its forward takes ``input_ids``.
+
+    Returns:
+        The stacks in the order in which they run: one of most models, two of encoder–decoders.
+        Empty where no list of blocks carries a stream of shape (rows, tokens, width) on.
+    """
+    inner = unwrapped(model)
+    with quiet(inner):
+        calls, given = trial(inner)
+        absolute = _has_absolute_positions(inner)
+        found = []
+        for name, blocks in _lists_of_blocks(inner, calls):
+            known: dict[object, BlockSites] = {}
+            for block in blocks:
+                kind = _kind(block)
+                if kind not in known:
+                    known[kind] = sites_of(calls[block], inner)
+            each = tuple(known[_kind(block)] for block in blocks)
+            trunk = _trunk(name, given)
+            path = name[len(trunk) + 1 :] if trunk else name
+            found.append(Stack(trunk, path, each, absolute))
+    return found
+
+
+def _kind(block: nn.Module) -> object:
+    """Equal for blocks of the same modules and settings, which then have the same sites."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, bool | float | str) and key != "training"
+            ),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def sites_of(call: _Call, model: nn.Module) -> BlockSites:
+    """The sites of one block, from its behaviour."""
+    h = _input_like(call.stream, seed=0, size=0.25)
+    record = _Record.of(call, h)
+    first_reader = next((n for n, x, _ in record.inputs if torch.equal(x, h)), "")
+    cut, start = None, 0
+    for candidate, index in record.sums(h, list(_constants(call.block, model))):
+        if _mixes_tokens(call, candidate) and is_cut(call, candidate):
+            cut, start = candidate, index
+            break
+    # Blocks that normalise after adding have a later cut, which both the skip path and the MLP
+    # read. The last of all is the one between attention and MLP.
+    for candidate in record.single_outputs(h, start, cut):
+        if _mixes_tokens(call, candidate) and is_cut(call, candidate):
+            cut = candidate
+            break
+    reason = None if cut is not None else "has no place that all of its MLP's input goes through"
+    matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
+    return BlockSites(first_reader, cut, next(matrices, None), reason)
+
+
+def is_cut(call: _Call, cut: Cut) -> bool:
+    """Whether a block's output at a token follows from the stream at the cut alone.
+
+    Inputs and the forced value are small multiples of 1/8, whose differences and sums every dtype
+    holds exactly, so that two runs through a cut with scale 1 agree bit for bit.
+    """
+    value = _input_like(call.stream, seed=3)[:, TOKEN]
+    outputs = []
+    for seed in (1, 2):
+        h = _input_like(call.stream, seed)
+
+        def force(module: nn.Module, args: Any, output: Any, h: Tensor = h) -> Any:
+            tensor = first_tensor(output)
+            assert tensor is not None
+            shaped = tensor.clone().view(h.shape)
+            wanted = value if cut.scale is None else (value - h[:, TOKEN]) / cut.scale
+            shaped[:, TOKEN] = wanted.to(shaped.dtype)
+            return _with_first(output, shaped.view(tensor.shape))
+
+        with _hooked(call.block.get_submodule(cut.module), force):
+            outputs.append(call.again(h)[:, TOKEN].double())
+    size = outputs[0].abs().max()
+    if not bool(torch.isfinite(size)) or float(size) == 0:
+        return False
+    return bool((outputs[0] - outputs[1]).abs().max() <= _tolerance(call.stream.dtype) * size)
+
+
+def _mixes_tokens(call: _Call, cut: Cut) -> bool:
+    """Whether the stream at a candidate tells of earlier tokens: it lies after attention."""
+    seen = []
+    for other in (1, 2):
+        h = _input_like(call.stream, seed=1)
+        h[:, :TOKEN] = _input_like(call.stream, other)[:, :TOKEN]
+
+        def keep(module: nn.Module, args: Any, output: Any, h: Tensor = h) -> None:
+            tensor = first_tensor(output)
+            assert tensor is not None
+            seen.append(tensor.view(h.shape)[:, TOKEN].double())
+
+        with _hooked(call.block.get_submodule(cut.module), keep):
+            call.again(h)
+    return not torch.allclose(seen[0], seen[-1], rtol=1e-6, atol=0)
+
+
+@dataclass
+class _Record:
+    """What the modules of a block read and returned in one run, in the order of the calls.
+
+    Attributes:
+        inputs: name, stream read, and how many outputs were there before.
+        outputs: name and output, reshaped to (B, T, d).
+        weights: names of the modules with a matrix of weights onto the stream's width.
+        result: the block's output.
+    """
+
+    inputs: list[tuple[str, Tensor, int]]
+    outputs: list[tuple[str, Tensor]]
+    weights: list[str]
+    result: Tensor
+
+    @classmethod
+    def of(cls, call: _Call, h: Tensor) -> "_Record":
+        record = cls([], [], [], h)
+        with ExitStack() as stack:
+            for name, module in call.block.named_modules():
+                if not name:
+                    continue
+
+                def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    x = stream_given(args, kwargs, h.shape)
+                    if x is not None:
+                        record.inputs.append((name, x.detach().clone(), len(record.outputs)))
+
+                def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    x = first_tensor(output)
+                    if x is None or not x.is_floating_point() or x.numel() != h.numel():
+                        return
+                    if x.shape[-1] == h.shape[-1]:
+                        weight = getattr(module, "weight", None)
+                        if isinstance(weight, Tensor) and weight.ndim == 2:
+                            record.weights.append(name)
+                        record.outputs.append((name, x.detach().view(h.shape).clone()))
+
+                stack.callback(
+                    module.register_forward_pre_hook(before, with_kwargs=True).remove
+                )
+                stack.callback(module.register_forward_hook(after).remove)
+            record.result = call.again(h).detach()
+        return record
+
+    def sums(self, h: Tensor, constants: Sequence[float]) -> Iterator[tuple[Cut, int]]:
+        """Outputs that, times a number and added to the input h, are what a later module reads.
+
+        Args:
+            h: the block's input.
+            constants: numbers that the model may multiply by, to be exact to the last bit.
+
+        Yields:
+            A candidate, and how many outputs there were when its sum was first read.
+        """
+        seen: set[Cut] = set()
+        precision = torch.finfo(h.dtype).eps
+        for _, x, before in self.inputs:
+            change, noise = (x - h).double(), 4 * precision * float(x.double().norm())
+            size = float(change.norm())
+            if size <= 2 * noise:
+                continue
+            # A small output, of weights that were never trained, tells its factor less exactly.
+            inexact = max(1e-4, 2 * precision) + 2 * noise / size
+            # The outermost of the modules that return the same is the one to name.
+            for name, output in sorted(self.outputs[:before], key=lambda o: o[0].count(".")):
+                wide = output.double()
+                scale = float((change * wide).sum() / (wide * wide).sum().clamp_min(1e-300))
+                near = [c for c in constants if abs(c - scale) <= inexact * abs(scale)]
+                scale = min(near, key=lambda c: abs(c - scale), default=scale)  # noqa: B023
+                rest = float((change - scale * wide).norm())
+                cut = Cut(name, scale)
+                if abs(scale) > 1e-3 and rest <= inexact * size and cut not in seen:
+                    seen.add(cut)
+                    yield cut, before
+
+    def single_outputs(self, h: Tensor, start: int, found: Cut | None) -> Iterator[Cut]:
+        """Modules whose own output may be the stream, the last to run first.
+
+        Args:
+            h: the block's input.
+            start: how many outputs, from the beginning, are not asked about.
+            found: the sum that is a cut; modules that return the same are not asked about.
+        """
+        # The block's own output is `post`, and its input is `pre`.
+        known = [self.result, h]
+        if found is not None and found.scale is not None:
+            known.append(h + found.scale * dict(self.outputs)[found.module])
+        close = 4 * _tolerance(h.dtype)
+        tried: list[tuple[str, Tensor]] = []
+        for name, output in reversed(self.outputs[start:]):
+            if not any(torch.allclose(output, other, rtol=close) for other in known):
+                tried.append((name, output))
+        for name, output in tried:
+            # The outermost of the modules that return the same is the one to name.
+            same = [n for n, other in tried if torch.equal(other, output)]
+            if name == min(same, key=lambda n: n.count(".")):
+                yield Cut(name, None)
+
+
+def _constants(block: nn.Module, model: nn.Module) -> Iterator[float]:
+    """Numbers that a model may multiply what it adds to the stream by: 1, and those it names."""
+    yield 1.0
+    config = getattr(model, "config", None)
+    for holder in (block, *block.children(), config):
+        for value in vars(holder).values() if holder is not None else ():
+            if isinstance(value, float) and value:
+                yield value
+                yield 1 / value
+
+
+def trial(model: nn.Module) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
+    """One run of the model: every module given a stream, and who was given token ids."""
+    calls: dict[nn.Module, _Call] = {}
+    given: dict[str, bool] = {}
+    inputs = trial_inputs(model)
+    ids = inputs["input_ids"]
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+
+            def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                # The ids themselves, or a view of them: embeddings do not count as being given ids.
+                for item in (*args, *kwargs.values()):
+                    if isinstance(item, Tensor) and not item.is_floating_point():
+                        given[name] = given.get(name, False) or item.data_ptr() == ids.data_ptr()
+                streams = [
+                    item
+                    for item in (*args, *kwargs.values())
+                    if isinstance(item, Tensor)
+                    and item.ndim == 3
+                    and item.is_floating_point()
+                    and item.shape[:2] == ids.shape
+                ]
+                if streams and module not in calls:
+                    named = kwargs.get("hidden_states")
+                    stream = named if any(named is item for item in streams) else streams[0]
+                    calls[module] = _Call(module, args, dict(kwargs), stream)
+
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                if module in calls and calls[module].output is None:
+                    calls[module].output = first_tensor(output)
+
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        model(**inputs)
+    return calls, given
+
+
+def trial_inputs(model: nn.Module) -> dict[str, Any]:
+    """A few tokens, as keyword arguments of a model's forward."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, size - 1), size, (ROWS, TOKENS), generator=generator)
+    ids = ids.to(input_device(model))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    taken = inspect.signature(type(model).forward).parameters
+    if "decoder_input_ids" in taken:
+        inputs["decoder_input_ids"] = ids
+    if "use_cache" in taken:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _lists_of_blocks(
+    model: nn.Module, calls: dict[nn.Module, _Call]
+) -> list[tuple[str, Sequence[nn.Module]]]:
+    """The outermost lists whose members each carry a stream of one width on."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    order = {module: number for number, module in enumerate(calls)}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if all(block in calls for block in module) and _carry_on(module, calls):
+            found.append((name, module))
+    most = max((sum(p.numel() for p in m.parameters()) for _, m in found), default=0)
+    # Beside the blocks there may be short lists, such as one of norms.
+    kept = [(n, m) for n, m in found if sum(p.numel() for p in m.parameters()) * 8 >= most]
+    return sorted(kept, key=lambda item: order[item[1][0]])
+
+
+def _carry_on(blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> bool:
+    """Whether each of the blocks reads what the one before has written."""
+    before: Tensor | None = None
+    for block in blocks:
+        call = calls[block]
+        if call.output is None or call.output.shape != call.stream.shape:
+            return False
+        if before is not None and not torch.equal(before, call.stream):
+            return False
+        before = call.output
+    return True
+
+
+def _has_absolute_positions(model: nn.Module) -> bool:
+    """Whether padding on the left changes what the model reads, unless it is told the positions."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if not any("pos" in name or "wpe" in name for name in names):
+        return False
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return False
+    inputs = trial_inputs(model)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    padded = {
+        **inputs,
+        "input_ids": torch.cat([ids[:, :2], ids], 1),
+        "attention_mask": torch.cat([torch.zeros_like(mask[:, :2]), mask], 1),
+    }
+    told = {**padded, "position_ids": (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+    alone, blind, right = (
+        first_tensor(model(**given))[:, -1].double()  # type: ignore[index]
+        for given in (inputs, padded, told)
+    )
+    near = _tolerance(alone.dtype) * float(alone.abs().max()) + 1e-3
+    return bool((blind - alone).abs().max() > near >= (right - alone).abs().max())
+
+
+def _trunk(blocks: str, given: dict[str, bool]) -> str:
+    """The innermost module around the blocks that was given the token ids."""
+    path = blocks
+    while path:
+        path = path.rpartition(".")[0]
+        if given.get(path, False):
+            return path
+    return ""
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients, in eager mode; everything as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), run_eagerly(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _with_first(output: Any, tensor: Tensor) -> Any:
+    """A module's output with its (first) tensor replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        return type(output)({**output, next(iter(output)): tensor})  # type: ignore[call-arg]
+    return type(output)([tensor, *output[1:]])
+
+
+def _input_like(stream: Tensor, seed: int, size: float = 1.0) -> Tensor:
+    """A made-up stream of small multiples of 1/8 (times a power of two), (B, T, d)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-16, 17, stream.shape, generator=generator).double() / 8
+    return (size * values).to(stream.device, stream.dtype)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
