@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.stream.compiled import run_eagerly, unwrapped
 from lrqp_torch.stream.placement import input_device
 
@@ -36,6 +37,12 @@ class Cut:
 
     module: str
     scale: float | None = 1.0
+
+    def __str__(self) -> str:
+        if self.scale is None:
+            return f"the output of {self.module!r} itself"
+        times = "" if self.scale == 1 else f"{self.scale:g} times "
+        return f"the block's input plus {times}the output of {self.module!r}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class _Call:
     kwargs: dict[str, Any]
     stream: Tensor
     output: Tensor | None = None
+    times: int = 1
 
     def again(self, stream: Tensor) -> Tensor:
         """The block's output, (B, T, d), for another input."""
@@ -145,6 +153,53 @@ def discover(model: nn.Module) -> list[Stack]:
     return found
 
 
+def hold_to_proof(model: nn.Module, stack: Stack) -> None:
+    """Hold the sites that a row gives to the cut test, and to what its modules read.
+
+    Raises:
+        UnknownFamilyError: a block's ``mid`` is no cut, or its first reader reads something else;
+            the message says by how much, and what would be right.
+    """
+    with quiet(model):
+        calls, _ = trial(model)
+        blocks: Any = model.get_submodule(stack.trunk).get_submodule(stack.blocks)
+        seen: set[object] = set()
+        for layer, (block, places) in enumerate(zip(blocks, stack.each, strict=True)):
+            if _kind(block) in seen:
+                continue
+            seen.add(_kind(block))
+            _hold_block_to_proof(calls[block], places, f"block {layer} of {type(model).__name__}")
+
+
+def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
+    paths = [places.first_reader, *([] if places.cut is None else [places.cut.module])]
+    missing = [p for p in paths if p not in dict(call.block.named_modules())]
+    if missing:
+        raise UnknownFamilyError(
+            f"{where} has no module {missing[0]!r}, which its row names; the blocks of a model may "
+            f"differ. Leave the row out: the sites of most models are found without one"
+        )
+    h = _input_like(call.stream, seed=0, size=0.25)
+    record = _Record.of(call, h)
+    if places.first_reader and not any(
+        name == places.first_reader and torch.equal(x, h) for name, x, _ in record.inputs
+    ):
+        raise UnknownFamilyError(
+            f"{where}: its row says that {places.first_reader!r} reads the block's input, and it "
+            f"reads something else"
+        )
+    if places.cut is None or is_cut(call, places.cut):
+        return
+    found = sites_of(call, nn.Module()).cut
+    right = "no other place was found" if found is None else f"what passes is {found}"
+    raise UnknownFamilyError(
+        f"{where}: its row says that the stream between attention and MLP is {places.cut}, but it "
+        f"is no cut: forced to one value there, the block's output still changes with its input "
+        f"by {cut_difference(call, places.cut):.0%}. Odds reached there would be nowhere in the "
+        f"model; {right}"
+    )
+
+
 def _kind(block: nn.Module) -> object:
     """Equal for blocks of the same modules and settings, which then have the same sites."""
     return tuple(
@@ -183,7 +238,12 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
 
 
 def is_cut(call: _Call, cut: Cut) -> bool:
-    """Whether a block's output at a token follows from the stream at the cut alone.
+    """Whether a block's output at a token follows from the stream at the cut alone."""
+    return cut_difference(call, cut) <= _tolerance(call.stream.dtype)
+
+
+def cut_difference(call: _Call, cut: Cut) -> float:
+    """How far two runs differ whose stream at the cut is the same, relative to their output.
 
     Inputs and the forced value are small multiples of 1/8, whose differences and sums every dtype
     holds exactly, so that two runs through a cut with scale 1 agree bit for bit.
@@ -203,10 +263,10 @@ def is_cut(call: _Call, cut: Cut) -> bool:
 
         with _hooked(call.block.get_submodule(cut.module), force):
             outputs.append(call.again(h)[:, TOKEN].double())
-    size = outputs[0].abs().max()
-    if not bool(torch.isfinite(size)) or float(size) == 0:
-        return False
-    return bool((outputs[0] - outputs[1]).abs().max() <= _tolerance(call.stream.dtype) * size)
+    size = float(outputs[0].abs().max())
+    if not size or not bool(torch.isfinite(torch.stack(outputs)).all()):
+        return float("inf")
+    return float((outputs[0] - outputs[1]).abs().max()) / size
 
 
 def _mixes_tokens(call: _Call, cut: Cut) -> bool:
@@ -265,9 +325,7 @@ class _Record:
                             record.weights.append(name)
                         record.outputs.append((name, x.detach().view(h.shape).clone()))
 
-                stack.callback(
-                    module.register_forward_pre_hook(before, with_kwargs=True).remove
-                )
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after).remove)
             record.result = call.again(h).detach()
         return record
@@ -296,7 +354,7 @@ class _Record:
                 wide = output.double()
                 scale = float((change * wide).sum() / (wide * wide).sum().clamp_min(1e-300))
                 near = [c for c in constants if abs(c - scale) <= inexact * abs(scale)]
-                scale = min(near, key=lambda c: abs(c - scale), default=scale)  # noqa: B023
+                scale = min(near, key=lambda c: abs(c - scale), default=scale)
                 rest = float((change - scale * wide).norm())
                 cut = Cut(name, scale)
                 if abs(scale) > 1e-3 and rest <= inexact * size and cut not in seen:
@@ -360,7 +418,9 @@ def trial(model: nn.Module) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
                     and item.is_floating_point()
                     and item.shape[:2] == ids.shape
                 ]
-                if streams and module not in calls:
+                if module in calls:
+                    calls[module].times += 1
+                elif streams:
                     named = kwargs.get("hidden_states")
                     stream = named if any(named is item for item in streams) else streams[0]
                     calls[module] = _Call(module, args, dict(kwargs), stream)
@@ -415,7 +475,8 @@ def _carry_on(blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> bool:
     before: Tensor | None = None
     for block in blocks:
         call = calls[block]
-        if call.output is None or call.output.shape != call.stream.shape:
+        # A block that runs more than once, its weights shared by several layers, is no place.
+        if call.times > 1 or call.output is None or call.output.shape != call.stream.shape:
             return False
         if before is not None and not torch.equal(before, call.stream):
             return False

@@ -1,18 +1,24 @@
-"""Site names, and the table that says where each model family keeps its residual stream.
+"""Site names, and where a model keeps its residual stream.
 
 A site is a place in the residual stream, named as in "Intervening in the Residual Stream":
 ``Ln.pre`` is the input of block n, ``Ln.mid`` the stream after its attention and before its MLP,
 ``Ln.post`` its output, which is ``L(n+1).pre`` except after the last block.
+
+Where these places are is found by running the model (:mod:`~.discovery`). A row registered for a
+family stands in for what is found, and is held to the same proof.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import nn
 
 from lrqp_torch.errors import SiteError, UnknownFamilyError
+from lrqp_torch.stream.compiled import unwrapped
+from lrqp_torch.stream.discovery import BlockSites, Cut, Stack, discover, hold_to_proof
 
 Part = Literal["pre", "mid", "post"]
 PARTS: tuple[Part, ...] = ("pre", "mid", "post")
@@ -53,7 +59,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of Hugging Face models keeps its residual stream: one row of the table.
+    """Where a family of models keeps its residual stream, where that cannot be found or is meant
+    otherwise: a row for :func:`register_family`.
 
     Module paths may be dotted.
 
@@ -61,9 +68,9 @@ class Family:
         blocks: the list of blocks, from the trunk.
         first_reader: the module of a block that first reads the stream, from the block: its first
             norm, or its attention where that comes without one.
-        attention_output: the module of a block whose output (or first output) is added to the
-            stream after attention, from the block. In families that normalise before adding, it
-            is that norm.
+        attention_output: the module of a block whose output (or first output), times ``scale``, is
+            added to the stream after attention, from the block. In families that normalise before
+            adding, it is that norm.
         output_projection: the module of a block that maps the heads' outputs, side by side, back to
             the stream (W_O), from the block.
         without_mid: tells from the config why blocks have no stream between attention and MLP, or
@@ -72,6 +79,8 @@ class Family:
             input, so that a left-padded batch needs ``position_ids``.
         trunk: the module that reads the token ids and the attention mask in every forward pass,
             from the base model (``model.base_model``); by default that itself.
+        scale: what the output is multiplied by before it is added; None where the output itself is
+            the stream between attention and MLP.
     """
 
     blocks: str
@@ -81,6 +90,28 @@ class Family:
     without_mid: Callable[[Any], str | None] = lambda config: None
     absolute_positions: bool = False
     trunk: str = ""
+    scale: float | None = 1.0
+
+    def stack(self, model: nn.Module) -> Stack:
+        """The row as the sites of a model's blocks.
+
+        Raises:
+            UnknownFamilyError: the model has no such modules.
+        """
+        base = cast(nn.Module, getattr(model, "base_model", model))
+        names = {id(module): name for name, module in model.named_modules()}
+        try:
+            trunk = base.get_submodule(self.trunk)
+            count = len(cast(nn.ModuleList, trunk.get_submodule(self.blocks)))
+        except (AttributeError, TypeError) as error:
+            raise UnknownFamilyError(
+                f"the row of {type(model).__name__} names blocks that it does not have: {error}"
+            ) from error
+        reason = self.without_mid(getattr(model, "config", None))
+        cut = None if reason is not None else Cut(self.attention_output, self.scale)
+        each = BlockSites(self.first_reader, cut, self.output_projection, reason)
+        path = names[id(trunk)]
+        return Stack(path, self.blocks, (each,) * count, self.absolute_positions)
 
 
 def in_parallel(config: Any) -> str:
@@ -88,79 +119,17 @@ def in_parallel(config: Any) -> str:
     return "runs attention and MLP in parallel"
 
 
-def _in_parallel_if(option: str) -> Callable[[Any], str | None]:
-    return lambda config: in_parallel(config) if getattr(config, option) else None
+FAMILIES: dict[str, Family] = {}
+"""Rows by ``config.model_type`` that stand in for what is found; see :func:`register_family`."""
 
-
-def _opt_without_mid(config: Any) -> str | None:
-    return (
-        None if config.do_layer_norm_before else "normalises the stream itself after adding to it"
-    )
-
-
-def _falcon_without_mid(config: Any) -> str | None:
-    return in_parallel(config) if config.new_decoder_architecture or config.parallel_attn else None
-
-
-_LLAMA = Family("layers", "input_layernorm", "self_attn", "self_attn.o_proj")
-_GEMMA2 = replace(_LLAMA, attention_output="post_attention_layernorm")
-_GPT2 = Family("h", "ln_1", "attn", "attn.c_proj", absolute_positions=True)
-
-FAMILIES: dict[str, Family] = {
-    "cohere": replace(_LLAMA, without_mid=in_parallel),
-    "falcon": Family(
-        "h",
-        "input_layernorm",
-        "self_attention",
-        "self_attention.dense",
-        without_mid=_falcon_without_mid,
-    ),
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),
-    "gemma3_text": _GEMMA2,
-    "glm4": replace(_LLAMA, attention_output="post_self_attn_layernorm"),
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
-    "gpt_neo": replace(_GPT2, output_projection="attn.attention.out_proj"),
-    "gpt_neox": Family(
-        "layers",
-        "input_layernorm",
-        "post_attention_dropout",
-        "attention.dense",
-        without_mid=_in_parallel_if("use_parallel_residual"),
-    ),
-    "gptj": Family("h", "ln_1", "attn", "attn.out_proj", without_mid=in_parallel),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo2": replace(_LLAMA, first_reader="self_attn", attention_output="post_attention_layernorm"),
-    "opt": Family(
-        "layers",
-        "self_attn_layer_norm",
-        "self_attn",
-        "self_attn.out_proj",
-        without_mid=_opt_without_mid,
-        trunk="decoder",
-    ),
-    "phi": Family(
-        "layers", "input_layernorm", "self_attn", "self_attn.dense", without_mid=in_parallel
-    ),
-    "phi3": replace(_LLAMA, attention_output="resid_attn_dropout"),
-    "qwen2": _LLAMA,
-    "qwen2_moe": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
-    "smollm3": _LLAMA,
-    "stablelm": replace(_LLAMA, without_mid=_in_parallel_if("use_parallel_residual")),
-    "starcoder2": _LLAMA,
-}
-"""Rows by ``config.model_type``. Add one with :func:`register_family`."""
+_LAYOUTS: dict[tuple[object, ...], Stack] = {}
+"""What was found and proven in this process."""
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Add a row: models whose ``config.model_type`` is ``model_type`` can then be edited.
+    """Add a row: it then says where models of ``config.model_type`` keep their stream.
+
+    The row is held to the cut test on the first use of each class and configuration.
 
     Raises:
         UnknownFamilyError: the type has another row already.
@@ -172,93 +141,160 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
+def layout_of(model: nn.Module) -> Stack:
+    """Where a model's blocks and their sites are, found and proven on its first use.
+
+    Kept by class and configuration, so that a model runs for it once in a process.
+
+    Raises:
+        UnknownFamilyError: the model is not from transformers, cannot be run on a few tokens, has
+            no run of blocks, or more than one; or its family's row does not pass the cut test.
+    """
+    inner = inner_model(model)
+    config: Any = getattr(inner, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None:
+        raise UnknownFamilyError(
+            f"{type(model).__name__} has no config.model_type; pass a transformers model"
+        )
+    row = FAMILIES.get(model_type)
+    key = (type(inner), json.dumps(config.to_dict(), sort_keys=True, default=str), row)
+    if key not in _LAYOUTS:
+        try:
+            _LAYOUTS[key] = _found(inner) if row is None else _proven(inner, row)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if isinstance(error, UnknownFamilyError):
+                raise
+            raise UnknownFamilyError(
+                f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
+                f"could not be found or proven ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+    return _LAYOUTS[key]
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, without compilation and adapters around it."""
+    inner = unwrapped(model)
+    # A model with adapters of peft names its tuner, and not its trunk, a base model.
+    return (
+        cast(nn.Module, cast(Any, inner).get_base_model())
+        if hasattr(inner, "get_base_model")
+        else inner
+    )
+
+
+def _found(model: nn.Module) -> Stack:
+    stacks = discover(model)
+    if len(stacks) != 1:
+        what = "no list of blocks that carry a stream on from one to the next"
+        if stacks:
+            names = " and ".join(f"{s.trunk}.{s.blocks}".lstrip(".") for s in stacks)
+            what = f"{len(stacks)} stacks of blocks ({names}), and sites name those of one alone"
+        raise UnknownFamilyError(
+            f"{type(model).__name__} has {what}. If its blocks have a stream (rows, tokens, width)"
+            f", name its modules: lrqp_torch.register_family("
+            f"{cast(Any, model).config.model_type!r}, Family(blocks='layers', first_reader="
+            f"'input_layernorm', attention_output='self_attn', output_projection="
+            f"'self_attn.o_proj'))"
+        )
+    return stacks[0]
+
+
+def _proven(model: nn.Module, row: Family) -> Stack:
+    stack = row.stack(model)
+    hold_to_proof(model, stack)
+    return stack
+
+
 @dataclass(frozen=True)
 class Located:
     """A site in a particular model: the modules that a hook needs."""
 
     site: Site
     block: nn.Module
-    family: Family
+    places: BlockSites
 
     @property
     def first_reader(self) -> nn.Module:
         """The module that first reads the block's input."""
-        return self.block.get_submodule(self.family.first_reader)
+        return self.block.get_submodule(self.places.first_reader)
+
+    @property
+    def cut(self) -> Cut:
+        """Where ``mid`` is."""
+        assert self.places.cut is not None
+        return self.places.cut
 
     @property
     def attention_output(self) -> nn.Module:
-        """The module whose output is added to the stream after attention."""
-        return self.block.get_submodule(self.family.attention_output)
-
-
-def family_of(model: nn.Module) -> Family:
-    """The table row of a model.
-
-    Raises:
-        UnknownFamilyError: the model is not from transformers, or its type has no row.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise UnknownFamilyError(
-            f"{type(model).__name__} has no config.model_type; pass a transformers model"
-        )
-    if model_type not in FAMILIES:
-        raise UnknownFamilyError(
-            f"model type {model_type!r} has no row (known: {', '.join(sorted(FAMILIES))}); with "
-            f"the names of its own modules in place of Llama's, add one: "
-            f"lrqp_torch.register_family({model_type!r}, Family(blocks='layers', "
-            f"first_reader='input_layernorm', attention_output='self_attn', "
-            f"output_projection='self_attn.o_proj'))"
-        )
-    return FAMILIES[model_type]
+        """The module whose output is (part of) the stream after attention."""
+        return self.block.get_submodule(self.cut.module)
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """The module that holds the blocks and reads the attention mask."""
-    # A model with adapters of peft names its tuner, and not its trunk, a base model.
-    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    base = cast(nn.Module, getattr(inner, "base_model", inner))
-    return base.get_submodule(family_of(model).trunk)
+    return inner_model(model).get_submodule(layout_of(model).trunk)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model, first to last."""
-    return cast(nn.ModuleList, trunk_of(model).get_submodule(family_of(model).blocks))
+    return cast(nn.ModuleList, trunk_of(model).get_submodule(layout_of(model).blocks))
+
+
+def projection_of(model: nn.Module, layer: int) -> nn.Module:
+    """The module of a block that maps its heads' outputs, side by side, to the stream (W_O).
+
+    Raises:
+        UnknownFamilyError: no module of the block does.
+    """
+    path = layout_of(model).each[layer].projection
+    if path is None:
+        raise UnknownFamilyError(
+            f"block {layer} of {type(inner_model(model)).__name__} has no module that maps heads "
+            f"to the stream, so its heads cannot be told apart"
+        )
+    return blocks_of(model)[layer].get_submodule(path)
 
 
 def head_count(model: nn.Module) -> int:
     """Attention heads of each block; of the text part in models that also see."""
-    return int(cast(Any, model).config.get_text_config().num_attention_heads)
+    return int(cast(Any, inner_model(model)).config.get_text_config().num_attention_heads)
 
 
 def locate(model: nn.Module, name: str | Site) -> Located:
     """Find a site's modules in a model.
 
     Raises:
-        SiteError: bad name, layer out of range, or a ``mid`` that the family does not have.
-        UnknownFamilyError: the family has no row.
+        SiteError: bad name, layer out of range, or a ``mid`` that the block does not have.
+        UnknownFamilyError: see :func:`layout_of`.
     """
-    site, family, blocks = Site.parse(name), family_of(model), blocks_of(model)
-    if site.layer >= len(blocks):
-        raise SiteError(f"{site}: the model has {len(blocks)} blocks, L0 to L{len(blocks) - 1}")
-    reason = family.without_mid(getattr(model, "config", None))
-    if site.part == "mid" and reason is not None:
+    site, layout = Site.parse(name), layout_of(model)
+    if site.layer >= len(layout.each):
+        last = len(layout.each) - 1
+        raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
+    places = layout.each[site.layer]
+    if site.part == "mid" and places.cut is None:
         raise SiteError(
-            f"{site}: {type(model).__name__} {reason}, so there is no stream between attention and "
-            f"MLP; use L{site.layer}.pre or L{site.layer}.post"
+            f"{site}: {type(inner_model(model)).__name__} {places.without_mid} in block "
+            f"{site.layer}, so there is no stream between attention and MLP; use "
+            f"L{site.layer}.pre or L{site.layer}.post"
         )
-    return Located(site, blocks[site.layer], family)
+    return Located(site, blocks_of(model)[site.layer], places)
 
 
 def has_mid(model: nn.Module) -> bool:
-    """Whether the model's blocks have a stream between attention and MLP."""
-    return family_of(model).without_mid(getattr(model, "config", None)) is None
+    """Whether some of the model's blocks have a stream between attention and MLP."""
+    return any(places.cut is not None for places in layout_of(model).each)
 
 
 def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[str]:
     """Names of all sites of the given parts, in the order of a forward pass.
 
-    Parts that the family lacks are left out; ``post`` duplicates the next ``pre``.
+    Parts that a block lacks are left out; ``post`` duplicates the next ``pre``.
     """
-    present = [part for part in PARTS if part in parts and (part != "mid" or has_mid(model))]
-    return [f"L{layer}.{part}" for layer in range(len(blocks_of(model))) for part in present]
+    return [
+        f"L{layer}.{part}"
+        for layer, places in enumerate(layout_of(model).each)
+        for part in PARTS
+        if part in parts and (part != "mid" or places.cut is not None)
+    ]
