@@ -27,7 +27,8 @@ from lrqp_torch.learn.objective import (
 from lrqp_torch.learn.parameters import TrainableEdit
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Epoch, Learned
-from lrqp_torch.stream.inputs import check_inputs, input_device, vocabulary_of
+from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.inputs import check_inputs, vocabulary_of
 from lrqp_torch.stream.replay import frozen
 from lrqp_torch.stream.sites import locate
 

@@ -11,7 +11,8 @@ from lrqp_torch.errors import (
     PositionError,
     WidthError,
 )
-from lrqp_torch.stream.inputs import check_inputs, input_device
+from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.inputs import check_inputs
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Tail, frozen
 from lrqp_torch.stream.sites import locate

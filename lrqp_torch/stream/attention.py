@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask
 
 from lrqp_torch.errors import PositionError, SiteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.compiled import run_eagerly
-from lrqp_torch.stream.sites import blocks_of, family_of
+from lrqp_torch.stream.sites import blocks_of, layout_of
 
 NAME = "lrqp_patterns"
 
@@ -148,7 +148,7 @@ def _attention_module(model: nn.Module, layer: int) -> nn.Module:
     blocks = blocks_of(model)
     if not 0 <= layer < len(blocks):
         raise SiteError(f"layer {layer}: the model has {len(blocks)} blocks")
-    owner, _, _ = family_of(model).output_projection.rpartition(".")
+    owner, _, _ = (layout_of(model).each[layer].projection or "").rpartition(".")
     return blocks[layer].get_submodule(owner)
 
 

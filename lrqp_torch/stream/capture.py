@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import run_eagerly
-from lrqp_torch.stream.hooks import attach, warn_of_dropout
+from lrqp_torch.stream.compiled import input_device, run_eagerly
+from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
     by_length,
@@ -21,12 +21,11 @@ from lrqp_torch.stream.inputs import (
     count_tokens,
     cut,
     in_order,
-    input_device,
     may_trim,
     take,
 )
 from lrqp_torch.stream.positions import ForwardCall, Positions
-from lrqp_torch.stream.sites import Located, Site, family_of, locate, trunk_of
+from lrqp_torch.stream.sites import Located, Site, layout_of, locate, trunk_of
 
 ALONE = Ranks()
 """One process."""
@@ -226,7 +225,7 @@ class Reading:
         self.trims = positions is not None and may_trim(model, inputs)
         self.places = None if positions is None else self._parse(positions)
         given = {name: inputs[name] for name in _READ if inputs.get(name) is not None}
-        call = ForwardCall.read(trunk_of(model), (), given, family_of(model).absolute_positions)
+        call = ForwardCall.read(trunk_of(model), (), given, layout_of(model).absolute_positions)
         if self.places is not None:
             call.check(self.places.positions)
         warn_of_dropout(model)
@@ -363,15 +362,17 @@ def _read(
     captured: dict[str, Tensor] = {}
     last = max(item.site for item in located)
 
-    def keep(item: Located) -> Callable[[Tensor, Tensor | None], Tensor]:
-        def read(stream: Tensor, residual: Tensor | None) -> Tensor:
+    def keep(item: Located) -> Visit:
+        def read(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
             def pick(tensor: Tensor) -> Tensor:
                 if at is None:
                     return tensor
                 here = at.to(tensor.device)
                 return tensor[here.example, here.token].reshape(*at.shape, tensor.shape[-1])
 
-            picked = pick(stream) if residual is None else pick(stream) + pick(residual)
+            picked = pick(stream)
+            if residual is not None:
+                picked = pick(residual) + scaled(picked, scale)
             captured[str(item.site)] = picked.detach()
             if item.site == last:
                 raise _StopForwardError

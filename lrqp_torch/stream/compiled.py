@@ -1,4 +1,4 @@
-"""Compiled models run eagerly while something is hooked into them.
+"""Models that are compiled or offloaded: running them eagerly, and where their inputs go.
 
 ``torch.compile`` does not look for hooks that were registered after it ran: it would go on with the
 graph that it made without them. So compilation is off while a context of this package is open, for
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lrqp_torch.errors import CompiledModelError
+from lrqp_torch.errors import CompiledModelError, ModelError
 
 
 class CompiledModelWarning(UserWarning):
@@ -108,3 +108,27 @@ def _force_eager() -> Any:
             "because a compiled graph ignores hooks; open the context around that function, or "
             "mark it with torch.compiler.disable"
         ) from error
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model's inputs belong on.
+
+    That of its first weights. Where those are offloaded (``cpu_offload``, ``disk_offload`` and
+    ``device_map`` of accelerate), it is the device on which they will be computed with.
+
+    Raises:
+        ModelError: the weights are on the meta device and nothing will fetch them.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            where = getattr(part, "execution_device", None)
+            if where is not None:
+                return torch.device(where)
+    raise ModelError(
+        f"the weights of {type(model).__name__} are on the meta device, where there are no values; "
+        f"load them, or offload them with accelerate"
+    )

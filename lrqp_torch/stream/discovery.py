@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError
-from lrqp_torch.stream.compiled import run_eagerly, unwrapped
-from lrqp_torch.stream.placement import input_device
+from lrqp_torch.stream.compiled import input_device, run_eagerly, unwrapped
 
 ROWS, TOKENS, TOKEN = 2, 6, 4
 """Size of the inputs that blocks are tried on, and the token at which a cut is forced."""
@@ -453,7 +452,7 @@ def trial_inputs(model: nn.Module) -> dict[str, Any]:
 
 def _lists_of_blocks(
     model: nn.Module, calls: dict[nn.Module, _Call]
-) -> list[tuple[str, Sequence[nn.Module]]]:
+) -> list[tuple[str, nn.ModuleList]]:
     """The outermost lists whose members each carry a stream of one width on."""
     found: list[tuple[str, nn.ModuleList]] = []
     order = {module: number for number, module in enumerate(calls)}

@@ -1,7 +1,8 @@
 """Hooks on an untouched model: the only file that registers them.
 
-`Ln.mid` is no module's output. It is read as block input + attention output, and written by
-changing the attention module's output, so that the skip path and the MLP both see the edit.
+`Ln.mid` is no module's output in most models. It is read as block input + scale · attention output,
+and written by changing the attention module's output, so that the skip path and the MLP both see
+the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
 import warnings
@@ -19,25 +20,31 @@ from lrqp_torch.stream.sites import (
     Located,
     Site,
     blocks_of,
-    family_of,
     head_count,
+    layout_of,
     locate,
+    projection_of,
     trunk_of,
 )
 
+Visit = Callable[[Tensor, Tensor | None, float], Tensor]
+"""Called with a module's tensor, what it is added to (None where it is the stream itself), and what
+it is multiplied by before; gives the tensor to go on with."""
 
-def attach(
-    stack: ExitStack, located: Located, visit: Callable[[Tensor, Tensor | None], Tensor]
-) -> None:
-    """Call ``visit(tensor, residual)`` at a site, and go on with the tensor that it returns."""
+
+def attach(stack: ExitStack, located: Located, visit: Visit) -> None:
+    """Call ``visit(tensor, residual, scale)`` at a site, and go on with what it returns.
+
+    The stream there is residual + scale · tensor, and the tensor itself where residual is None.
+    """
     if located.site.part == "pre":
 
         def before_block(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (visit(args[0], None), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": visit(kwargs["hidden_states"], None)}
+                return (visit(args[0], None, 1.0), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": visit(kwargs["hidden_states"], None, 1.0)}
 
         stack.callback(
             located.block.register_forward_pre_hook(before_block, with_kwargs=True).remove
@@ -45,14 +52,19 @@ def attach(
         return
 
     residual: list[Tensor] = []
+    scale = located.cut.scale if located.site.part == "mid" else None
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         tensor = output if isinstance(output, Tensor) else output[0]
-        visited = visit(tensor, residual.pop() if located.site.part == "mid" else None)
+        if scale is None:
+            visited = visit(tensor, None, 1.0)
+        else:
+            visited = visit(tensor, residual.pop(), scale)
         return visited if isinstance(output, Tensor) else (visited, *output[1:])
 
-    if located.site.part == "post":
-        stack.callback(located.block.register_forward_hook(after).remove)
+    written = located.block if located.site.part == "post" else located.attention_output
+    stack.callback(written.register_forward_hook(after).remove)
+    if scale is None:
         return
 
     # The first reader sees the block input as it is after all edits of it, in whatever order
@@ -63,7 +75,11 @@ def attach(
     stack.callback(
         located.first_reader.register_forward_pre_hook(remember, with_kwargs=True).remove
     )
-    stack.callback(located.attention_output.register_forward_hook(after).remove)
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """Scale · tensor, rounded as the model rounds it; the tensor itself for a scale of 1."""
+    return tensor if scale == 1 else tensor * scale
 
 
 def watch_calls(
@@ -73,7 +89,7 @@ def watch_calls(
     stack.enter_context(run_eagerly(model))
     warn_of_checkpointing(model)
     calls: list[ForwardCall] = []
-    absolute = family_of(model).absolute_positions
+    absolute = layout_of(model).absolute_positions
     trunk = trunk_of(model)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,7 +149,7 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor
     """
     recorded: list[Tensor] = []
 
-    def keep(stream: Tensor, residual: Tensor | None) -> Tensor:
+    def keep(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
         recorded.append(stream[:, first_position:].detach().clone())
         return stream
 
@@ -159,7 +175,7 @@ def record_heads(
         Layer to (B, heads, head width), from the last forward pass within the context.
     """
     at = Positions.parse(positions)
-    family, heads = family_of(model), head_count(model)
+    heads = head_count(model)
     recorded: dict[int, Tensor] = {}
     with ExitStack() as stack:
         calls = watch_calls(model, stack, [at])
@@ -173,8 +189,7 @@ def record_heads(
             return keep
 
         for layer in layers:
-            block = locate(model, Site(layer, PARTS.index("pre"))).block
-            projection = block.get_submodule(family.output_projection)
+            projection = projection_of(model, locate(model, f"L{layer}.pre").site.layer)
             stack.callback(projection.register_forward_pre_hook(keeper(layer)).remove)
         yield recorded
 
@@ -191,7 +206,7 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
         layer: the first block to run.
         stream: what that block reads, (B, T, d): the clean ``L{layer}.pre``.
     """
-    path = family_of(model).blocks
+    path = layout_of(model).blocks
     parent, _, name = path.rpartition(".")
     owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import ModelError, PositionError, WidthError
+from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
 from lrqp_torch.stream.compiled import unwrapped
-from lrqp_torch.stream.sites import family_of, trunk_of
+from lrqp_torch.stream.sites import layout_of, trunk_of
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of a model's forward that have one entry a token, (n, T) or (n, T, d)."""
@@ -161,7 +161,7 @@ def cut(model: nn.Module, inputs: Mapping[str, Any], batch: Batch) -> dict[str, 
         name: pick(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
     moved = bool((batch.first > 0).any())
-    if moved and family_of(model).absolute_positions and inputs.get("position_ids") is None:
+    if moved and layout_of(model).absolute_positions and inputs.get("position_ids") is None:
         part["position_ids"] = columns
     return part
 
@@ -332,7 +332,7 @@ def _check_learned_positions(
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(config, "max_position_embeddings", None)
-    by_column = family_of(model).absolute_positions
+    by_column = layout_of(model).absolute_positions
     # OPT has learned positions too, but counts the real tokens itself.
     learned = by_column or any(
         isinstance(module, nn.Embedding) and "position" in name
@@ -354,27 +354,3 @@ def _check_learned_positions(
             f"row {row} needs {int(counts[row])} positions, but the model has learned {most}; "
             f"shorten the text, or cut padding that no example needs"
         )
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """The device that a model's inputs belong on.
-
-    That of its first weights. Where those are offloaded (``cpu_offload``, ``disk_offload`` and
-    ``device_map`` of accelerate), it is the device on which they will be computed with.
-
-    Raises:
-        ModelError: the weights are on the meta device and nothing will fetch them.
-    """
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        return device
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            where = getattr(part, "execution_device", None)
-            if where is not None:
-                return torch.device(where)
-    raise ModelError(
-        f"the weights of {type(model).__name__} are on the meta device, where there are no values; "
-        f"load them, or offload them with accelerate"
-    )

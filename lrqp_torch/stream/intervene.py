@@ -18,7 +18,7 @@ from lrqp_torch.errors import (
     outside_transforms,
     readable,
 )
-from lrqp_torch.stream.hooks import attach, warn_of_dropout, watch_calls
+from lrqp_torch.stream.hooks import attach, scaled, warn_of_dropout, watch_calls
 from lrqp_torch.stream.positions import ForwardCall
 from lrqp_torch.stream.rows import FixedRows
 from lrqp_torch.stream.scopes import Scope, ScopePairs, ScopeRows, Where, parse
@@ -180,16 +180,18 @@ class _Applied:
         self.dtype = torch.float32
 
     def attach(self, stack: ExitStack, calls: list[ForwardCall]) -> None:
-        def edit(stream: Tensor, residual: Tensor | None) -> Tensor:
-            return self.apply(stream, residual, calls[-1])
+        def edit(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
+            return self.apply(stream, residual, scale, calls[-1])
 
         attach(stack, self.located, edit)
 
-    def apply(self, stream: Tensor, residual: Tensor | None, call: ForwardCall) -> Tensor:
+    def apply(
+        self, stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
+    ) -> Tensor:
         """The module's tensor with the edited rows in place.
 
         ``residual`` is the block input at ``mid``, where ``stream`` is the attention output and
-        the activation is their sum; elsewhere None.
+        the activation is block input + scale · attention output; elsewhere None.
         """
         self.passes += 1
         at = self.places.rows(call, stream.device)
@@ -198,16 +200,16 @@ class _Applied:
         rows, columns = at.example, at.column
         written = stream[rows, columns]
         base = None if residual is None else residual[rows, columns]
-        x = written if base is None else written + base
+        x = written if base is None else base + scaled(written, scale)
 
         def place(values: Tensor) -> Tensor:
             """What to write so that the stream holds ``values``, as nearly as its dtype can."""
             wide = values.double()
-            return (wide if base is None else wide - base.double()).to(x.dtype)
+            return (wide if base is None else (wide - base.double()) / scale).to(x.dtype)
 
         def realise(values: Tensor) -> Tensor:
             placed = place(values.to(x.dtype))  # edits return x's dtype
-            return (placed if base is None else placed + base).double()
+            return (placed if base is None else base + scaled(placed, scale)).double()
 
         # A copy, so that an edit which works in place is seen to have changed something.
         context = EditContext(at.index, rows, at.token, realise, at.request)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError, WidthError
-from lrqp_torch.stream.sites import blocks_of, family_of, trunk_of
+from lrqp_torch.stream.sites import blocks_of, layout_of, projection_of, trunk_of
 
 MOST_ERROR = 0.02
 """How far the sum may miss the model's own logits, as a share of the largest of them."""
@@ -151,7 +151,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     Raises:
         UnknownFamilyError: there is none, or more than one.
     """
-    parent, _, _ = family_of(model).blocks.rpartition(".")
+    parent, _, _ = layout_of(model).blocks.rpartition(".")
     owner = trunk_of(model).get_submodule(parent)
     norms = [child for child in owner.children() if type(child).__name__.endswith("Norm")]
     if len(norms) != 1:
@@ -164,7 +164,7 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def output_projection(model: nn.Module, layer: int) -> tuple[Tensor, Tensor]:
     """W_O with shape (heads · head width, d), and its bias, (d,), zeros where there is none."""
-    module = cast(Any, blocks_of(model)[layer].get_submodule(family_of(model).output_projection))
+    module = cast(Any, projection_of(model, layer))
     # transformers' Conv1D keeps its weight as (in, out), nn.Linear as (out, in).
     weight: Tensor = module.weight.T if isinstance(module, nn.Linear) else module.weight
     bias = getattr(module, "bias", None)

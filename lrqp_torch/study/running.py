@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import NonFiniteError, PromptError
-from lrqp_torch.stream.inputs import input_device
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.prompts import PromptSet

@@ -12,7 +12,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import PromptError, SettingError, TargetError
 from lrqp_torch.stream.capture import capture
-from lrqp_torch.stream.inputs import input_device
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, PromptSet

@@ -12,7 +12,7 @@ from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
-from lrqp_torch.stream.inputs import input_device
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.estimates import wilson
 from lrqp_torch.study.flipping import fit_edits

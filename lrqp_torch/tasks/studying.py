@@ -19,7 +19,7 @@ from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.capture import capture
-from lrqp_torch.stream.inputs import input_device
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import Advance, no_progress
 from lrqp_torch.study.flipping import CONDITIONS, fit_edits, sweep_runs

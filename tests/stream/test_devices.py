@@ -17,7 +17,7 @@ import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import ModelError, UnknownFamilyError
 from lrqp_torch.stream.attention import record_patterns
-from lrqp_torch.stream.inputs import input_device
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay, Tail
 
 INPUTS = Prompts.random([9, 6, 12, 7]).padded("right")
