@@ -23,6 +23,14 @@ from lrqp_torch.stream.compiled import input_device, run_eagerly, unwrapped
 ROWS, TOKENS, TOKEN = 2, 6, 4
 """Size of the inputs that blocks are tried on, and the token at which a cut is forced."""
 
+SMALL = 2.0**-6
+"""Size of the input by which sums are found: what a block adds to it must not drown in rounding."""
+
+WITHOUT_MID = (
+    "has no place that skip path and MLP both go through; attention and MLP may run in parallel"
+)
+"""Why a block has no ``mid`` if none was found."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -178,7 +186,7 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
             f"{where} has no module {missing[0]!r}, which its row names; the blocks of a model may "
             f"differ. Leave the row out: the sites of most models are found without one"
         )
-    h = _input_like(call.stream, seed=0, size=0.25)
+    h = _input_like(call.stream, seed=0, size=SMALL)
     record = _Record.of(call, h)
     if places.first_reader and not any(
         name == places.first_reader and torch.equal(x, h) for name, x, _ in record.inputs
@@ -217,7 +225,7 @@ def _kind(block: nn.Module) -> object:
 
 def sites_of(call: _Call, model: nn.Module) -> BlockSites:
     """The sites of one block, from its behaviour."""
-    h = _input_like(call.stream, seed=0, size=0.25)
+    h = _input_like(call.stream, seed=0, size=SMALL)
     record = _Record.of(call, h)
     first_reader = next((n for n, x, _ in record.inputs if torch.equal(x, h)), "")
     cut, start = None, 0
@@ -231,7 +239,7 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
         if _mixes_tokens(call, candidate) and is_cut(call, candidate):
             cut = candidate
             break
-    reason = None if cut is not None else "has no place that all of its MLP's input goes through"
+    reason = None if cut is not None else WITHOUT_MID
     matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
     return BlockSites(first_reader, cut, next(matrices, None), reason)
 
@@ -445,7 +453,7 @@ def trial_inputs(model: nn.Module) -> dict[str, Any]:
     taken = inspect.signature(type(model).forward).parameters
     if "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = ids
-    if "use_cache" in taken:
+    if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         inputs["use_cache"] = False
     return inputs
 

@@ -275,9 +275,8 @@ def locate(model: nn.Module, name: str | Site) -> Located:
     places = layout.each[site.layer]
     if site.part == "mid" and places.cut is None:
         raise SiteError(
-            f"{site}: {type(inner_model(model)).__name__} {places.without_mid} in block "
-            f"{site.layer}, so there is no stream between attention and MLP; use "
-            f"L{site.layer}.pre or L{site.layer}.post"
+            f"{site}: block {site.layer} of {type(inner_model(model)).__name__} "
+            f"{places.without_mid}; use L{site.layer}.pre or L{site.layer}.post"
         )
     return Located(site, blocks_of(model)[site.layer], places)
 

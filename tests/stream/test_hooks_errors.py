@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from models_for_tests import POST_MODELS, SITES, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor
 
@@ -173,9 +174,17 @@ def test_a_bad_site_is_refused_on_entering(
     assert hook_count(model) == 0
 
 
-def test_an_unknown_family_is_refused_on_entering(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("gpt2")
-    monkeypatch.delitem(lrqp.sites.FAMILIES, "gpt2")
+def test_a_model_whose_blocks_are_not_found_is_refused_on_entering() -> None:
+    # One block runs three times, so that no place in it is one place of the model.
+    config = transformers.AlbertConfig(
+        vocab_size=61,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.AlbertForMaskedLM(config).eval()
     with pytest.raises(UnknownFamilyError, match="register_family"), intervene(model, [same]):
         pytest.fail("the body ran")
     assert hook_count(model) == 0

@@ -3,16 +3,25 @@
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from models_for_tests import ALL_MODELS, LAYERS, SITES, WIDTH, Prompts, build, forward_by_hand
+from models_for_tests import (
+    ALL_MODELS,
+    LAYERS,
+    SITES,
+    WIDTH,
+    Prompts,
+    build,
+    forward_by_hand,
+    hook_count,
+)
 from torch import nn
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import SiteError, UnknownFamilyError
 from lrqp_torch.stream.sites import (
-    FAMILIES,
     Family,
     Site,
     all_sites,
@@ -78,33 +87,52 @@ def test_sites_of_the_bare_trunk_are_those_of_the_whole_model(name: str) -> None
         assert torch.equal(lrqp.capture(model.base_model, inputs, [site], at)[site], whole)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_unknown_family_gives_a_registration_that_works(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build(name)
-    kind = model.config.model_type
-    expected = locate(model, "L1.mid")
-    monkeypatch.setattr("lrqp_torch.stream.sites.FAMILIES", FAMILIES | {})
-    row = lrqp.sites.FAMILIES.pop(kind)
-    with pytest.raises(UnknownFamilyError, match=f"'{kind}' has no row.*gpt_neox") as raised:
-        lrqp.capture(model, Prompts.random([3]).padded("left"), ["L1.mid"])
-    if name == "llama":  # the row that the message proposes is that of the most common layout
-        advice = str(raised.value).split("add one: ")[1]
-        exec(advice, {"lrqp_torch": lrqp, "Family": Family})
-    else:
-        register_family(kind, row)
-    assert locate(model, "L1.mid") == expected
-    inputs = Prompts.random([3]).padded("left")
+GPT2_ROW = Family("h", "ln_1", "attn", "attn.c_proj", absolute_positions=True)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a test registers are forgotten after it."""
+    monkeypatch.setattr("lrqp_torch.stream.sites.FAMILIES", {})
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_row_stands_in_for_what_is_found() -> None:
+    model, inputs = build("gpt2"), Prompts.random([3]).padded("left")
+    found = locate(model, "L1.mid")
+    register_family("gpt2", replace(GPT2_ROW, attention_output="attn.c_proj"))
+    located = locate(model, "L1.mid")
+    assert located.attention_output is not found.attention_output
     captured = lrqp.capture(model, inputs, ["L1.mid"])["L1.mid"]
     torch.testing.assert_close(captured, forward_by_hand(model, inputs)[1]["L1.mid"])
 
 
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_output": "mlp"}, "no cut: .* still changes .*'attn'"),
+        ({"scale": 0.5}, r"plus 0\.5 times the output of 'attn', but it is no cut"),
+        ({"scale": None}, "the output of 'attn' itself, but it is no cut"),
+        ({"first_reader": "ln_2"}, "'ln_2' reads the block's input, and it reads something else"),
+        ({"attention_output": "self_attn"}, "block 0 .* has no module 'self_attn'"),
+        ({"blocks": "layers"}, "names blocks that it does not have"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    model = build("gpt2")
+    register_family("gpt2", replace(GPT2_ROW, **change))
+    with pytest.raises(UnknownFamilyError, match=message):
+        lrqp.capture(model, Prompts.random([3]).padded("left"), ["L1.mid"])
+    assert hook_count(model) == 0
+
+
+@pytest.mark.usefixtures("rows")
 def test_registering_twice_is_fine_only_with_the_same_row() -> None:
-    register_family("gpt2", FAMILIES["gpt2"])
+    for _ in range(2):
+        register_family("gpt2", GPT2_ROW)
     with pytest.raises(UnknownFamilyError, match="'gpt2' has a row already"):
-        register_family("gpt2", replace(FAMILIES["gpt2"], blocks="layers"))
-    assert FAMILIES["gpt2"].blocks == "h"
+        register_family("gpt2", replace(GPT2_ROW, blocks="layers"))
 
 
 def test_a_module_that_is_no_transformers_model_is_named() -> None:

@@ -1,0 +1,231 @@
+"""The sites of a model are found by running it: of every class here, by what its blocks do.
+
+Nothing here knows a class's modules. A ``mid`` is right if and only if it is a cut: forced to one
+value at a token, the block's output there tells nothing of the block's input. And it is read
+rightly if what is read under that edit is the value that was forced.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models_for_tests import hook_count
+from torch import Tensor, nn
+from zoo_for_tests import LAYERS, WIDTH, build_tiny
+
+import lrqp_torch as lrqp
+from lrqp_torch import Intervention, intervene
+from lrqp_torch.errors import SiteError, UnknownFamilyError
+from lrqp_torch.stream.sites import layout_of
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+LATENT = {"num_key_value_heads": 4, "head_dim": 4}
+
+DECODERS = [
+    "Apertus",
+    "Arcee",
+    "BioGpt",
+    "BitNet",
+    "Bloom",
+    "Cwm",
+    "DiffLlama",
+    "Doge",
+    "Dots1",
+    "Ernie4_5",
+    "Ernie4_5_Moe",
+    "Exaone4",
+    "FlexOlmo",
+    "GPTNeoXJapanese",
+    "Gemma",
+    "Gemma2",
+    "Glm",
+    "Glm4",
+    "Glm4Moe",
+    "GptOss",
+    "GraniteMoeShared",
+    "Helium",
+    "HunYuanDenseV1",
+    "HunYuanMoEV1",
+    "JetMoe",
+    "Lfm2",
+    "Llama4",
+    "MiniMax",
+    "Ministral3",
+    "Mistral4",
+    "Mllama",
+    "Mpt",
+    "Nemotron",
+    "Olmo3",
+    "Olmoe",
+    "Persimmon",
+    "Phimoe",
+    "Qwen2Moe",
+    "SeedOss",
+    "SmolLM3",
+    "StableLm",
+    "Starcoder2",
+    "VaultGemma",
+    "XGLM",
+]
+TEXT_TOWERS = [
+    "Aria",
+    "Gemma3",
+    "Idefics3",
+    "InternVL",
+    "Llava",
+    "LlavaNext",
+    "LlavaOnevision",
+    "Mistral3",
+    "Mllama",
+    "PaliGemma",
+    "Qwen3VL",
+    "SmolVLM",
+]
+ENCODERS = [
+    "Bert",
+    "Camembert",
+    "ConvBert",
+    "DebertaV2",
+    "DistilBert",
+    "Electra",
+    "Ernie",
+    "EuroBert",
+    "MPNet",
+    "MegatronBert",
+    "ModernBert",
+    "NomicBert",
+    "RoFormer",
+    "Roberta",
+    "XLMRoberta",
+]
+OTHERS = [
+    "CTRLLMHeadModel",
+    "FuyuForCausalLM",
+    "GPT2LMHeadModel",
+    "OpenAIGPTLMHeadModel",
+    "T5EncoderModel",
+]
+WITH_MID: dict[str, dict[str, Any]] = {
+    **{f"{name}ForCausalLM": {} for name in DECODERS},
+    **{f"{name}ForConditionalGeneration": {} for name in TEXT_TOWERS},
+    **{f"{name}ForMaskedLM": {} for name in ENCODERS},
+    **{name: {} for name in OTHERS},
+    "DeepseekV2ForCausalLM": LATENT,
+    "DeepseekV3ForCausalLM": LATENT,
+    "FalconForCausalLM": {"parallel_attn": False, "new_decoder_architecture": False},
+    "GraniteForCausalLM": {"residual_multiplier": 0.22},
+    "GraniteMoeForCausalLM": {"residual_multiplier": 0.3},
+    "Qwen3NextForCausalLM": HYBRID,
+    "Qwen3_5ForCausalLM": HYBRID,
+    "Qwen3_5MoeForCausalLM": HYBRID,
+}
+# Attention and MLP in parallel, or one mixer a block and no MLP.
+WITHOUT_MID = [
+    "AyaVisionForConditionalGeneration",
+    "CodeGenForCausalLM",
+    "Cohere2ForCausalLM",
+    "CohereForCausalLM",
+    "GPTJForCausalLM",
+    "MambaForCausalLM",
+    "PhiForCausalLM",
+    "RwkvForCausalLM",
+]
+TOKEN = 4
+
+
+def inputs_of(seed: int) -> dict[str, Tensor]:
+    ids = torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def written(model: nn.Module, site: str, value: Tensor, read: list[str]) -> list[dict[str, Tensor]]:
+    """What two different texts hold at some sites, with one value put at a site and token."""
+    put = Intervention(site, torch.full((2,), TOKEN), lambda x, context: value.expand_as(x))
+    found = []
+    for seed in (0, 1):
+        with intervene(model, put):
+            found.append(lrqp.capture(model, inputs_of(seed), read, torch.full((2,), TOKEN)))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_MID)
+def test_mid_is_a_cut_of_every_block_and_is_read_as_it_is_written(name: str) -> None:
+    model = build_tiny(name, **WITH_MID[name])
+    assert lrqp.all_sites(model) == [
+        f"L{n}.{part}" for n in range(LAYERS) for part in ("pre", "mid")
+    ]
+    value = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    for layer in range(LAYERS):
+        mid, post = f"L{layer}.mid", f"L{layer}.post"
+        first, second = written(model, mid, value, [mid, post])
+        for found in (first, second):
+            torch.testing.assert_close(found[mid], value.expand(2, -1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(first[post], second[post], rtol=1e-4, atol=1e-4)
+        # The input alone is no cut: attention brings other tokens in.
+        before = written(model, f"L{layer}.pre", value, [post])
+        assert not torch.allclose(before[0][post], before[1][post], rtol=1e-6, atol=1e-7)
+    assert hook_count(model) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITHOUT_MID)
+def test_blocks_without_a_cut_have_pre_and_post_and_say_so(name: str) -> None:
+    model = build_tiny(name)
+    assert lrqp.all_sites(model) == [f"L{n}.pre" for n in range(LAYERS)]
+    with pytest.raises(SiteError, match=r"L1\.mid: block 1 .* may run in parallel; use L1\.pre"):
+        lrqp.capture(model, inputs_of(0), "L1.mid")
+    value = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    (found, _) = written(model, "L1.post", value, ["L1.post", "L2.pre"])
+    assert torch.equal(found["L1.post"], value.expand(2, -1))
+    assert torch.equal(found["L2.pre"], value.expand(2, -1))
+
+
+def test_a_model_without_blocks_of_its_own_is_refused_by_name() -> None:
+    # Its blocks carry four streams, (4, B, T, d).
+    with pytest.raises(UnknownFamilyError, match="Gemma3nForCausalLM has no list of blocks"):
+        lrqp.all_sites(build_tiny("Gemma3nForCausalLM"))
+
+
+def test_the_number_that_a_model_multiplies_by_is_exact() -> None:
+    model = build_tiny("GraniteForCausalLM", residual_multiplier=0.22)
+    assert [places.cut.scale for places in layout_of(model).each] == [0.22] * LAYERS
+    torch.manual_seed(0)
+    x = torch.randn(64, WIDTH)
+    edit = lrqp.LRQP.fit(x, (x[:, 0] > 0).long(), log_odds=5.0)
+    at = torch.tensor([2, 4])
+    with edit.at(model, "L1.mid", positions=at, target=torch.tensor([0, 1])) as run:
+        held = lrqp.capture(model, inputs_of(0), "L1.mid", at)["L1.mid"]
+    logits = edit.probe(held.double())
+    margin = logits.gather(1, torch.tensor([[0], [1]])) - logits.gather(1, torch.tensor([[1], [0]]))
+    assert (run.log_odds_after >= run.floor).all()
+    torch.testing.assert_close(margin[:, 0].double(), run.log_odds_after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "BloomForCausalLM"])
+def test_half_precision_finds_the_same_places(name: str, dtype: torch.dtype) -> None:
+    found = layout_of(build_tiny(name)).each
+    assert layout_of(build_tiny(name, initializer_range=0.03).to(dtype)).each == found
+
+
+def test_finding_changes_nothing_and_happens_once() -> None:
+    model = build_tiny("LlamaForCausalLM", attention_dropout=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, passes = torch.get_rng_state(), []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    layout = layout_of(model)
+    count = len(passes)
+    assert layout_of(build_tiny("LlamaForCausalLM", attention_dropout=0.5)) is layout
+    hook.remove()
+    assert count > 0 and len(passes) == count
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert hook_count(model) == 0
+
+
+def test_every_class_of_the_list_is_one_of_transformers() -> None:
+    missing = [name for name in (*WITH_MID, *WITHOUT_MID) if not hasattr(transformers, name)]
+    assert not missing
