@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lrqp_torch.stream.sites import blocks_of, family_of, trunk_of
+from lrqp_torch.stream.sites import blocks_of, layout_of, trunk_of
 
 
 class BarePasses:
@@ -68,7 +68,7 @@ class BarePasses:
 @contextmanager
 def upper_blocks(model: nn.Module, first_layer: int) -> Iterator[None]:
     """Take the blocks below ``first_layer`` out of the model for as long as the context lasts."""
-    parent, _, name = family_of(model).blocks.rpartition(".")
+    parent, _, name = layout_of(model).blocks.rpartition(".")
     owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
     setattr(owner, name, blocks[first_layer:])
     try:

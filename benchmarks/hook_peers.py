@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrqp_torch.stream.sites import family_of
+from lrqp_torch.stream.sites import layout_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _nnsight(
 
     wrapped = NNsight(model)
     # The library rewrites the body of the context, so its path stands in plain sight there.
-    path = f"{model.base_model_prefix}.{family_of(model).blocks}"
+    path = f"{model.base_model_prefix}.{layout_of(model).blocks}"
     blocks: Any = wrapped
     for name in path.split("."):
         blocks = getattr(blocks, name)
