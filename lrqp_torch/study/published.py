@@ -33,13 +33,21 @@ PUBLISHED: dict[str, PublishedFigure] = {
     "accuracy": PublishedFigure("share of prompts with IO above S", 0.993, WANG),
     "io_probability": PublishedFigure("mean probability of IO", 0.49, WANG),
     "logit_difference_long_prefix": PublishedFigure(
-        "mean logit difference with a long random prefix", 3.57, WANG
+        "mean logit difference, S-inhibition heads patched from sentences with a longer prefix",
+        3.57,
+        WANG,
+    ),
+    "inhibition_patched": PublishedFigure(
+        "mean logit difference, S-inhibition outputs patched, both signals kept", 3.55, WANG
     ),
     "position_inverted": PublishedFigure(
-        "mean logit difference, position signal inverted, token signal kept", -0.99, WANG
+        "mean logit difference, S-inhibition outputs patched, position signal inverted", -0.99, WANG
     ),
     "position_and_token_inverted": PublishedFigure(
-        "mean logit difference, position and token signal inverted", -3.16, WANG
+        "mean logit difference, S-inhibition outputs patched, both signals inverted", -3.16, WANG
+    ),
+    "logit_difference_makelov": PublishedFigure(
+        "mean logit difference on their prompts, no edit", 3.364, MAKELOV
     ),
     "full_patch": PublishedFigure(
         "mean logit difference, full patch at END after layer 8", -0.723, MAKELOV
