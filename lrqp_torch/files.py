@@ -59,6 +59,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_inside(folder: Path, part: Path, error: type[LRQPError]) -> None:
+    """Raise an error if a folder within another, or a file in it, is a link that leads out.
+
+    The Hub's cache, whose snapshots are links to its blobs, leads nowhere else.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in (part, *(part.iterdir() if part.is_dir() else ())):
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise error(f"{path} is a link that leads out of {folder}")
+
+
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Make a folder, and let nobody else write to it for the length of a block.
@@ -73,9 +85,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     handle = _locked(path)
     if handle is None:
-        owner = path.read_text(errors="replace")[:200] if path.is_file() else ""
+        owner = "another process"
+        with suppress(OSError):  # it may just have ended
+            owner = path.read_text(errors="replace")[:200] or owner
         raise OutputError(
-            f"{owner or 'another process'} writes to {str(folder)!r}: wait for it to end, or "
+            f"{owner} writes to {str(folder)!r}: wait for it to end, or "
             "choose another folder (on the command line with --out)."
         )
     try:
@@ -159,14 +173,14 @@ def read_json(path: Path, error: type[LRQPError], *, most: int | None = None) ->
     """
     try:
         if most is not None and path.stat().st_size > most:
-            raise error(f"{path} has more than {most} bytes; it is damaged or foreign")
-        return from_json(path.read_text(encoding="utf-8-sig"), str(path), error)
-    except (OSError, UnicodeDecodeError) as caught:
-        reason = caught.strerror if isinstance(caught, OSError) else caught
-        raise error(f"cannot read {str(path)!r}: {reason}") from caught
+            raise error(f"{path} is larger than any file of its kind; it is damaged or foreign")
+        data = path.read_bytes()
+    except OSError as caught:
+        raise error(f"cannot read {str(path)!r}: {caught.strerror or caught}") from caught
+    return from_json(data, str(path), error)
 
 
-def from_json(text: str, what: str, error: type[LRQPError]) -> Any:
+def from_json(text: str | bytes, what: str, error: type[LRQPError]) -> Any:
     """The values of a JSON text; raises as :func:`read_json` does."""
 
     def finite(number: str) -> float:

@@ -17,7 +17,7 @@ from lrqp_torch.edits.saving import (
     write_content,
 )
 from lrqp_torch.errors import SavedEditError, quoted
-from lrqp_torch.files import prepare_folder
+from lrqp_torch.files import require_inside, sole_writer
 
 FORMAT = "lrqp_torch.library"
 # A name is a folder's name: nothing in it may lead elsewhere.
@@ -64,14 +64,15 @@ class EditLibrary(Mapping[str, LRQP]):
         """Write each edit to a folder of its own within ``path``, and ``library.json`` last.
 
         Raises:
-            OutputError: the folder cannot be written, or holds an edit of its own.
+            OutputError: the folder cannot be written, holds an edit of its own, or another process
+                writes there.
         """
         folder = Path(path)
         require_one_kind(folder, several=True)
-        prepare_folder(folder)
-        for name, edit in self.items():
-            edit.save(folder / name)
-        write_content(folder / INDEX_FILE, FORMAT, {"edits": list(self)})
+        with sole_writer(folder):
+            for name, edit in self.items():
+                edit.save(folder / name)
+            write_content(folder / INDEX_FILE, FORMAT, {"edits": list(self)})
         return folder
 
     @classmethod
@@ -86,8 +87,7 @@ class EditLibrary(Mapping[str, LRQP]):
         names = read_content(file, "library", FORMAT, {"edits": list})["edits"]
         _check_names(names, str(file))
         for name in names:
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise SavedEditError(f"{folder / name} is a link that leads out of the library")
+            require_inside(folder, folder / name, SavedEditError)
         return cls({name: LRQP.load(folder / name, device) for name in names})
 
     @classmethod

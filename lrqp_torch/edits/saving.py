@@ -6,8 +6,6 @@ name and shape by shape, and a checksum ties the two files together. An edit of 
 """
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor
 from lrqp_torch.edits.hub import CARD_FILE, model_card
 from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import LRQPError, OutputError, ProvenanceError, SavedEditError, SolverError
-from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.files import prepare_folder, read_json, require_inside, to_json, written_whole
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp.solvers import SOLVERS
@@ -78,12 +76,7 @@ def read_content(file: Path, what: str, kind: str, keys: Mapping[str, Any]) -> d
         raise SavedEditError(
             f"no {what} in {file.parent}: {file.name} is missing; give the folder that save wrote"
         )
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise SavedEditError(f"{file} is larger than that of any {what}; it is damaged or foreign")
-    try:
-        content = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
-    except (OSError, ValueError, RecursionError) as error:
-        raise SavedEditError(f"{file} is not valid JSON ({error}); save it again") from error
+    content = read_json(file, SavedEditError, most=MAX_JSON_BYTES)
     if not isinstance(content, dict) or content.get("format") != kind:
         raise SavedEditError(f"{file} does not describe an lrqp_torch {what}")
     if content.get("version") != VERSION:
@@ -91,8 +84,19 @@ def read_content(file: Path, what: str, kind: str, keys: Mapping[str, Any]) -> d
             f"{file} has format version {content.get('version')!r}, this program reads {VERSION}; "
             f"update lrqp_torch"
         )
-    require(file, [name for name, of in keys.items() if not isinstance(content.get(name), of)])
+    require(file, wrong_keys(content, keys))
     return content
+
+
+def wrong_keys(content: Mapping[str, Any], keys: Mapping[str, Any]) -> list[str]:
+    """The keys that are missing or of another type than said; True and False are no numbers."""
+    return [
+        name
+        for name, of in keys.items()
+        if name not in content
+        or not isinstance(content[name], of)
+        or isinstance(content[name], bool)
+    ]
 
 
 def write_content(file: Path, kind: str, content: dict[str, Any]) -> None:
@@ -105,26 +109,15 @@ def encode(kind: str, content: dict[str, Any]) -> bytes:
     """A content of a kind as JSON.
 
     Raises:
-        OutputError: it holds what JSON cannot.
+        OutputError, NonFiniteError: its notes or solver_args hold what JSON cannot.
     """
-    try:
-        whole = {"format": kind, "version": VERSION, **content}
-        return json.dumps(whole, indent=2, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise OutputError(f"notes and solver_args must be plain JSON values: {error}") from error
+    return to_json({"format": kind, "version": VERSION, **content}, indent=2).encode()
 
 
 def require(file: Path, wrong: Sequence[str]) -> None:
     """Raise :class:`SavedEditError` if anything in a file is wrong."""
     if wrong:
         raise SavedEditError(f"{file} is damaged: wrong or missing {', '.join(wrong)}")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"it holds {number}")
-    return value
 
 
 def require_one_kind(folder: Path, several: bool) -> None:
@@ -203,8 +196,7 @@ def read_edit(cls: type[Made], folder: Path) -> Made:
     """
     content = read_content(folder / JSON_FILE, "edit", FORMAT, EDIT_KEYS)
     options = content["options"]
-    wrong = [name for name, of in OPTION_KEYS.items() if not isinstance(options.get(name), of)]
-    wrong += [name for name in options if name not in OPTION_KEYS]
+    wrong = wrong_keys(options, OPTION_KEYS) + [name for name in options if name not in OPTION_KEYS]
     require(folder / JSON_FILE, [f"options.{name}" for name in wrong])
     tensors = _read_tensors(folder, content)
     origin = content.get("provenance")
@@ -321,6 +313,8 @@ def read_joint(folder: Path, load: "Callable[[Path], LRQP]") -> "tuple[dict[str,
             f"{folder} holds edits {[item.name for item in beyond]}, but {JOINT_FILE} names "
             f"{len(names)}; it is damaged: save the edit again into an empty folder"
         )
+    for place in range(len(names)):
+        require_inside(folder, folder / str(place), SavedEditError)
     return content, [load(folder / str(place)) for place in range(len(names))]
 
 

@@ -11,8 +11,8 @@ index and the shards' headers; activations are read, memory-mapped, when they ar
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -30,7 +30,14 @@ from lrqp_torch.errors import (
     SelectionError,
     SiteError,
 )
-from lrqp_torch.files import digest_model, digest_values, prepare_folder, written_whole
+from lrqp_torch.files import (
+    digest_model,
+    digest_values,
+    read_json,
+    sole_writer,
+    write_json,
+    written_whole,
+)
 from lrqp_torch.stream.capture import ALONE, Progressed, Reading, progress_shown
 from lrqp_torch.stream.inputs import is_watched
 from lrqp_torch.stream.sites import Site
@@ -84,9 +91,7 @@ class Index:
         Raises:
             OutputError: it cannot be written.
         """
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        with written_whole(folder / INDEX_FILE) as partial:
-            partial.write_text(json.dumps(content, indent=1))
+        write_json(folder / INDEX_FILE, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
@@ -108,12 +113,7 @@ class Index:
                 f"no activations in {str(file.parent)!r}: {INDEX_FILE} is missing; give the folder "
                 f"that capture_to wrote"
             )
-        if file.stat().st_size > MAX_INDEX_BYTES:
-            raise ActivationStoreError(f"{file} is larger than any index; it is damaged or foreign")
-        try:
-            content = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ActivationStoreError(f"{file} is not valid JSON ({error})") from error
+        content = read_json(file, ActivationStoreError, most=MAX_INDEX_BYTES)
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ActivationStoreError(f"{file} is not an index of lrqp_torch activations")
         version = content.pop("version", None)
@@ -136,6 +136,7 @@ class Index:
             and _all_counts([number for shard in shards for number in (shard.rows, shard.size)])
             and all(isinstance(shard.sha256, str) for shard in shards)
             and 0 < len(shards) <= index.n_shards
+            and isinstance(index.dtype, str)
             and index.dtype in DTYPES
             and isinstance(index.request, dict)
         ):
@@ -410,16 +411,20 @@ def capture_to(  # type: ignore[misc]  # options are those named here
         ActivationStoreError: the folder holds the capture of something else, or a damaged one; or
             hooks are open on the model, such as edits, of which a store could not tell later
             whether they were the same.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or another process writes there.
         ToldError, RankError: as there.
     """
     reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
     writing: Writing | None = None
-    with ranks.together():
-        if ranks.is_main:
-            writing = Writing(Path(folder), reading, positions, shard_size)
-    pending = ranks.from_main(None if writing is None else writing.pending)
-    with progress_shown(ranks.is_main and progress, reading.n_examples) as advance:
+    with ExitStack() as open_until_the_end:
+        with ranks.together():
+            if ranks.is_main:
+                open_until_the_end.enter_context(sole_writer(Path(folder)))
+                writing = Writing(Path(folder), reading, positions, shard_size)
+        pending = ranks.from_main(None if writing is None else writing.pending)
+        advance = open_until_the_end.enter_context(
+            progress_shown(ranks.is_main and progress, reading.n_examples)
+        )
         if writing is not None:
             advance(writing.examples_done)
         for examples in pending or ():
@@ -434,7 +439,7 @@ class Writing:
     """A store being written: what is there already, what is still to come, and adding to it.
 
     Args:
-        folder: where to write; created if needed.
+        folder: where to write, which is there.
         reading: what is captured.
         positions: of the reading, as given.
         shard_size: examples a shard.
@@ -465,7 +470,6 @@ class Writing:
             "sites": ", ".join(reading.sites),
             "shard size": str(shard_size),
         }
-        prepare_folder(folder)
         self._done = _resume(folder, self._request)
         n = reading.n_examples
         shards = [range(start, min(start + shard_size, n)) for start in range(0, n, shard_size)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis
-from lrqp_torch.errors import LRQPError, OutputError, SavedEditError
+from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError, SavedEditError
 
 Clusters = tuple[Tensor, Tensor]
 NUMBERS, TEXT = "edit.safetensors", "edit.json"
@@ -195,6 +195,8 @@ DAMAGES = {
     "foreign text": (write(TEXT, b'{"architectures": ["GPT2LMHeadModel"]}'), "does not describe"),
     "foreign numbers": (foreign_safetensors, "safetensors"),
     "other format": (fields(format="lrqp_torch.probe"), "does not describe"),
+    "no number of samples": (fields(n_samples=...), "n_samples"),
+    "a truth for a number": (fields(shrinkage=True), "shrinkage"),
     "newer": (fields(version=2), "version 2.*update"),
     "no version": (fields(version=...), "version None"),
     "no checksum": (fields(sha256=...), "sha256"),
@@ -277,7 +279,7 @@ def test_a_folder_that_cannot_be_written(clusters: Clusters, tmp_path: Path) -> 
 def test_notes_must_be_json(clusters: Clusters, tmp_path: Path) -> None:
     edit = LRQP.fit(*clusters)
     for note in (torch.zeros(1), float("nan"), object()):
-        with pytest.raises(OutputError, match="plain JSON"):
+        with pytest.raises((OutputError, NonFiniteError), match=r"plain JSON|notes\.note is NaN"):
             edit.save(tmp_path / "new", note=note)
     assert not (tmp_path / "new").exists()
 

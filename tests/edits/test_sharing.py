@@ -207,8 +207,26 @@ def test_a_link_out_of_a_library_is_not_followed(library: EditLibrary, tmp_path:
     folder = library.save(tmp_path / "edits")
     (folder / "name.L2.pre").rename(tmp_path / "elsewhere")
     (folder / "name.L2.pre").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SavedEditError, match="leads out of the library"):
+    with pytest.raises(SavedEditError, match="leads out of"):
         EditLibrary.load(folder)
+    (folder / "name.L2.pre").unlink()
+    (folder / "name.L2.pre").mkdir()
+    for file in (tmp_path / "elsewhere").iterdir():
+        (folder / "name.L2.pre" / file.name).symlink_to(file)
+    with pytest.raises(SavedEditError, match="leads out of"):
+        EditLibrary.load(folder)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(library: EditLibrary, tmp_path: Path) -> None:
+    repository = tmp_path / "models--me--edits"
+    saved, snapshot = library.save(tmp_path / "saved"), repository / "snapshots" / "0123abcd"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(path for path in saved.rglob("*") if path.is_file()):
+        blob, link = repository / "blobs" / str(number), snapshot / file.relative_to(saved)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blob)
+        link.symlink_to(blob)
+    assert list(EditLibrary.load(snapshot)) == list(library)
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a site twice": (lambda f: change_index(f, sites=["L0.pre"] * 2), "contradict"),
     "no site": (lambda f: change_index(f, sites=[]), "contradict"),
     "an unknown dtype": (lambda f: change_index(f, dtype="I64"), "contradict"),
+    "a dtype that is no word": (lambda f: change_index(f, dtype=["F32"]), "contradict"),
+    "an infinite size": (
+        lambda f: (f / "index.json").write_text('{"format": 1e999}'),
+        "no finite number",
+    ),
     "a negative size": (lambda f: change_index(f, shape=[-24]), "contradict"),
     "shards too many": (lambda f: change_index(f, n_shards=2), "contradict"),
     "shards that are none": (lambda f: change_index(f, shards=3), "damaged"),
@@ -320,6 +325,16 @@ def test_numbers_that_changed_on_disk_are_found_by_verify(folder: Path) -> None:
     store = ActivationStore(folder)  # sizes and headers are as they were
     with pytest.raises(ActivationStoreError, match=r"00001.*does not match its checksum"):
         store.verify()
+
+
+def test_two_captures_never_write_one_folder(tmp_path: Path) -> None:
+    def capture_again(done: int) -> None:
+        with pytest.raises(OutputError, match="writes to"):
+            store_of(tmp_path / "new")
+
+    store = store_of(tmp_path / "new", progress=capture_again)
+    store.verify()
+    assert {path.suffix for path in store.folder.iterdir()} == {".json", ".safetensors"}
 
 
 def test_a_shard_that_vanishes_later_is_named(folder: Path) -> None:
