@@ -6,6 +6,9 @@ Each message says what is wrong, where, and how to mend it. All derive from
 ``except LRQPError`` and ``except ValueError`` work.
 """
 
+import inspect
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,6 +144,23 @@ class RankError(LRQPError, RuntimeError):
 
 class ToldError(RankError):
     """An error of another process of the same run, which has told it already."""
+
+
+class ProbeWarning(UserWarning):
+    """A probe or metric fitted to data of which it means less than it seems to."""
+
+
+class RevisionWarning(UserWarning):
+    """An edit is used in another revision, name or site of its model than it was fitted on."""
+
+
+def warn(category: type[Warning], message: str) -> None:
+    """Warn of something, at the line outside this package that led to it."""
+    package = os.path.dirname(__file__)
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 class CompiledModelError(LRQPError, RuntimeError):

@@ -5,14 +5,13 @@ without complaint and mean nothing, so a saved edit carries this record, and che
 """
 
 import platform
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self, cast
 
 from torch import nn
 
-from lrqp_torch.errors import ProvenanceError
+from lrqp_torch.errors import ProvenanceError, RevisionWarning, warn
 from lrqp_torch.stream.sites import Site, locate
 
 REQUIRED = {"site": str, "model_type": str, "width": int, "layers": int}
@@ -42,10 +41,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-class RevisionWarning(UserWarning):
-    """An edit is used in another revision, name or site of its model than it was fitted on."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +153,7 @@ class Provenance:
         for name, what in (("model", "model"), ("revision", "revision"), ("site", "site")):
             made, found = getattr(self, name), getattr(here, name)
             if made is not None and found is not None and made != found:
-                warnings.warn(
-                    f"this edit was fitted for {what} {made!r} and is used for {found!r}",
+                warn(
                     RevisionWarning,
-                    stacklevel=5,
+                    f"this edit was fitted for {what} {made!r} and is used for {found!r}",
                 )

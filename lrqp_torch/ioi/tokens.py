@@ -1,11 +1,10 @@
 """From text to tokens: which names are one token, and which token each name became."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lrqp_torch.errors import TokenizerError
+from lrqp_torch.errors import TokenizerError, warn
 from lrqp_torch.ioi.prompts import Prompt
 from lrqp_torch.stream.text import encode, require_fast, token_at
 
@@ -52,11 +51,10 @@ def single_token_names(
             f"these names"
         )
     if left_out:
-        warnings.warn(
+        warn(
+            UserWarning,
             f"{len(left_out)} of {len(names)} names are not one token with a leading space under "
             f"this tokenizer and are left out: {', '.join(left_out)}",
-            UserWarning,
-            stacklevel=3,
         )
     return ids
 

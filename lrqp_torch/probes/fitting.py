@@ -85,13 +85,8 @@ class FitReport:
         return max(self.counts) / sum(self.counts)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Weight (K, d) and bias (K,) in float64, and how they were found."""
-
-    weight: Tensor
-    bias: Tensor
-    report: FitReport
+Fitted = tuple[Tensor, Tensor, FitReport]
+"""Weight (K, d) and bias (K,) in float64, and how they were found."""
 
 
 @dataclass(frozen=True)
@@ -377,14 +372,15 @@ def _unpack(
     loss, size, relative = (float(value[site, label_set]) for value in statistics)
     steps, counts = int(minimum.iterations[site, label_set]), tuple(data.counts.tolist())
     report = FitReport(loss, size, relative, steps, l2, n_samples, counts)
-    return Fitted(weight, bias, report)
+    return weight, bias, report
 
 
 def _check_convergence(found: Mapping[Key, Fitted], tolerance: float) -> None:
-    failed = [k for k, f in found.items() if not f.report.relative_gradient_norm <= tolerance]
+    reports = {name: report for name, (*_, report) in found.items()}
+    failed = [k for k, report in reports.items() if not report.relative_gradient_norm <= tolerance]
     if not failed:
         return
-    report = found[failed[0]].report
+    report = reports[failed[0]]
     others = f" (and of {len(failed) - 1} others)" if len(failed) > 1 else ""
     raise ConvergenceError(
         f"{failed[0]}: the gradient norm{others} is {report.relative_gradient_norm:.1e} of its "

@@ -1,15 +1,11 @@
 """What a fit tells its user unasked: too few samples, chance, unequal classes, and sinks."""
 
-import inspect
 import math
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import lrqp_torch
-from lrqp_torch.errors import LabelError
+from lrqp_torch.errors import LabelError, ProbeWarning, warn
 from lrqp_torch.probes.fitting import FitReport, Problem
 
 UNEQUAL = 5.0
@@ -28,19 +24,6 @@ LOOKED_AT = 4096
 """Rows from which medians are taken."""
 
 
-class ProbeWarning(UserWarning):
-    """A fit that works, on data of which it means less than it seems to."""
-
-
-def warn(message: str) -> None:
-    """Warn of something, at the line outside this package that led to it."""
-    package = str(Path(str(lrqp_torch.__file__)).parent)
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(package):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, ProbeWarning, stacklevel=level)
-
-
 def judge(report: FitReport, width: int, accuracy: float | None) -> None:
     """Warn of a fit whose result says little.
 
@@ -53,16 +36,18 @@ def judge(report: FitReport, width: int, accuracy: float | None) -> None:
     parameters = len(counts) * (width + 1)
     if n < parameters:
         warn(
+            ProbeWarning,
             f"{n} activations of width {width} are fewer than the {parameters} numbers of the "
             f"probe: random labels would mostly be separated too (for two classes Cover 1965); "
-            f"give more prompts, or ask for held_out=0.2"
+            f"give more prompts, or ask for held_out=0.2",
         )
     if max(counts) > UNEQUAL * min(counts):
         small = counts.index(min(counts))
         warn(
+            ProbeWarning,
             f"class {small} has {min(counts):g} of {sum(counts):g} examples, the largest class "
             f"{max(counts):g}: the probe leans to the largest; give more of the others, or "
-            f"class_weight='balanced'"
+            f"class_weight='balanced'",
         )
     if report.held_out is not None:
         found, size, excess, where = report.held_out, report.held_out_samples, 0.0, "held out"
@@ -74,10 +59,11 @@ def judge(report: FitReport, width: int, accuracy: float | None) -> None:
         return
     if found <= chance + excess + 2 * math.sqrt(chance * (1 - chance) / size):
         warn(
+            ProbeWarning,
             f"the probe reads no more than chance: {found:.1%} of {size} activations {where} are "
             f"right, as with random labels; the most frequent class alone gives {chance:.1%}. What "
             f"it asks for may not be there, or l2={report.l2:.1e} be too strong for the "
-            f"activations' size"
+            f"activations' size",
         )
 
 
@@ -120,18 +106,20 @@ def _check_coordinates(squares: Tensor) -> None:
     share = float(squares[wide].sum() / squares.sum())
     if share > 0.5:
         warn(
+            ProbeWarning,
             f"{int(wide.sum())} of {len(squares)} coordinates (the first are "
             f"{wide.nonzero().flatten()[:5].tolist()}) carry {share:.0%} of the variance, so edits "
-            f"would mostly go there; leave them out, or standardise the activations"
+            f"would mostly go there; leave them out, or standardise the activations",
         )
 
 
 def _warn_of_sinks(which: str, share: float | None, coordinate: int) -> None:
     carry = "most" if share is None else f"{share:.0%}"
     warn(
+        ProbeWarning,
         f"{which} dwarf the others and carry {carry} of the variance, most of it in coordinate "
         f"{coordinate}, so edits would mostly go there; were first tokens, which are attention "
-        f"sinks, or padding captured along with the rest? Leave them out"
+        f"sinks, or padding captured along with the rest? Leave them out",
     )
 
 

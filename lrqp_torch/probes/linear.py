@@ -164,7 +164,7 @@ class LinearProbe(nn.Linear):
         if classes is not None and len(classes) != len(weight):
             raise LabelError(f"{len(classes)} names were given for {len(weight)} classes")
         names = None if classes is None else tuple(map(str, classes))
-        return cls._frozen(weight, bias, given.dtype, classes=names)
+        return cls._frozen(weight, bias, like=given.dtype, classes=names)
 
     @classmethod
     def fit(
@@ -361,8 +361,7 @@ class LinearProbe(nn.Linear):
 
     @classmethod
     def _streamed(cls, data: Passes, options: Options) -> Self:
-        found = fit_passes(data, options)
-        return cls._frozen(found.weight, found.bias, data.dtype, found.report, data.classes)
+        return cls._frozen(*fit_passes(data, options), like=data.dtype, classes=data.classes)
 
     @classmethod
     def _in_memory(
@@ -379,9 +378,8 @@ class LinearProbe(nn.Linear):
             if advance is not None:
                 advance(len(fitted))
         return {
-            name: cls._frozen(one.weight, one.bias, problem.x.dtype, one.report, problem.classes)
+            name: cls._frozen(*found[name], like=problem.x.dtype, classes=problem.classes)
             for name, problem in problems.items()
-            for one in (found[name],)
         }
 
     @classmethod
@@ -389,8 +387,9 @@ class LinearProbe(nn.Linear):
         cls,
         weight: Tensor,
         bias: Tensor,
-        like: torch.dtype,
         report: FitReport | None = None,
+        *,
+        like: torch.dtype,
         classes: tuple[str, ...] | None = None,
     ) -> Self:
         """The probe of weights (K, d) and biases (K,), in float64 if ``like`` is, else float32.

@@ -18,7 +18,7 @@ All problems of a stack move together, each with its own step length and its own
 host waits for the device a few times in a Newton step, never once for every conjugate gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
@@ -81,13 +81,16 @@ class Evaluation:
     size: Tensor
     probability: list[Tensor] | None
 
-    def keep(self, sites: Tensor) -> "Evaluation":
-        """The point of some of the sites."""
-        kept = None if self.probability is None else [p[sites] for p in self.probability]
-        rest = {
-            name: getattr(self, name)[sites] for name in ("parameters", "loss", "gradient", "size")
+    def each(self, change: Callable[..., Tensor], *others: "Evaluation") -> "Evaluation":
+        """Every tensor changed, together with those of other points."""
+        points = (self, *others)
+        held = [point.probability for point in points if point.probability is not None]
+        changed = {
+            name: change(*(getattr(point, name) for point in points))
+            for name in ("parameters", "loss", "gradient", "size")
         }
-        return replace(self, probability=kept, **rest)
+        kept = [change(*blocks) for blocks in zip(*held, strict=True)] if held else None
+        return Evaluation(**changed, probability=kept)
 
     def where(self, chosen: Tensor, other: "Evaluation") -> "Evaluation":
         """This point for the chosen problems, (S, L), the other one elsewhere."""
@@ -95,14 +98,7 @@ class Evaluation:
         def mix(own: Tensor, others: Tensor) -> Tensor:
             return torch.where(chosen.view(*chosen.shape, *(1,) * (own.ndim - 2)), own, others)
 
-        kept = None
-        if self.probability is not None and other.probability is not None:
-            kept = [mix(*pair) for pair in zip(self.probability, other.probability, strict=True)]
-        rest = {
-            name: mix(getattr(self, name), getattr(other, name))
-            for name in ("parameters", "loss", "gradient", "size")
-        }
-        return Evaluation(probability=kept, **rest)
+        return self.each(mix, other)
 
 
 def rows_of(n_classes: int) -> int:
@@ -303,7 +299,7 @@ class _State:
 
     def keep(self, sites: Tensor) -> "_State":
         kept = {f.name: getattr(self, f.name)[sites] for f in fields(self) if f.name != "point"}
-        return _State(point=self.point.keep(sites), **kept)
+        return _State(point=self.point.each(lambda values: values[sites]), **kept)
 
     def result(self, sites: Tensor) -> Minimum:
         size = self.point.size

@@ -15,8 +15,14 @@ from models_for_tests import Prompts, build, random_edit
 from torch import Tensor
 
 from lrqp_torch import LRQP, EditLibrary, Provenance
-from lrqp_torch.edits.provenance import RevisionWarning
-from lrqp_torch.errors import HubError, LRQPError, OutputError, ProvenanceError, SavedEditError
+from lrqp_torch.errors import (
+    HubError,
+    LRQPError,
+    OutputError,
+    ProvenanceError,
+    RevisionWarning,
+    SavedEditError,
+)
 
 WIDTH = 24
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contexts_for_tests import task
 
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, TokenizerError
@@ -60,8 +59,8 @@ def test_texts_are_those_of_the_other_template(tokenizer: Any) -> None:
         assert len(text) == len(data.prompts[row])
 
 
-def test_two_swaps_give_the_data_back() -> None:
-    data = task("prefixed").test
+def test_two_swaps_give_the_data_back(tokenizer: Any) -> None:
+    data = IOIDataset.generate(tokenizer, 60, 3, "bundled", padding_side="left")
     again = swap_order(swap_order(data))
     assert again.prompts == data.prompts
     for name, columns in data.positions.items():
@@ -70,15 +69,15 @@ def test_two_swaps_give_the_data_back() -> None:
     assert torch.equal(again.labels["abb"], data.labels["abb"])
 
 
-def test_data_are_left_as_they_were() -> None:
-    data = task("plain").test
+def test_data_are_left_as_they_were(tokenizer: Any) -> None:
+    data = IOIDataset.generate(tokenizer, 60, 3, padding_side="left")
     before = data.inputs["input_ids"].clone()
     swap_order(data)
     assert torch.equal(data.inputs["input_ids"], before)
 
 
 def test_prompts_whose_names_are_not_where_they_should_be_are_refused(tokenizer: Any) -> None:
-    data = task("plain").test
+    data = IOIDataset.generate(tokenizer, 60, 3, padding_side="left")
     positions = data.positions | {"first": data.positions["END"]}
     with pytest.raises(PromptError, match="prompt 0"):
         swap_order(replace(data, positions=positions))

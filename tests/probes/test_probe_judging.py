@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch import LRQP, Covariance, LinearProbe, Mahalanobis
-from lrqp_torch.errors import LabelError
-from lrqp_torch.probes.judging import ProbeWarning
+from lrqp_torch.errors import LabelError, ProbeWarning
 
 
 def samples(
