@@ -4,18 +4,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import lrqp_torch as lrqp
 from lrqp_torch.models import load
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def run_example(index: int, names: dict[str, Any]) -> dict[str, Any]:
-    """Run one of the README's examples, and return the names that it leaves."""
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(examples[index], str(README), "exec"), names)
+def run_example(page: Path, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the first example of a page, and return the names that it leaves."""
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(examples[0], str(page), "exec"), names)
     return names
 
 
@@ -24,13 +27,13 @@ def test_the_example_on_other_texts_runs() -> None:
     texts = ["the dog and the book", "a ring", "the store and the book to", "a dog"]
     given = {"lrqp": lrqp, "model": model, "tokenizer": tokenizer, "texts": texts}
     given |= {"labels": torch.tensor([0, 1, 2, 1]), "direction": torch.ones(128)}
-    names = run_example(1, given)
+    names = run_example(GUIDE, given)
     assert names["edit"].probe.n_classes == 3
     assert names["last"].tolist() == [4, 1, 5, 1]
 
 
 def test_the_example_flips_answers_as_the_readme_says() -> None:
-    names = run_example(0, {})
+    names = run_example(README, {})
     run, test, model = names["run"], names["test"], names["model"]
     assert bool((run.log_odds_after >= 10).all())
     assert bool((run.odds_before < run.odds_after).all())
@@ -45,8 +48,15 @@ def test_the_example_flips_answers_as_the_readme_says() -> None:
     assert float((difference(names["logits"]) < 0).float().mean()) > 0.8
 
 
-def test_every_file_that_the_readme_links_exists() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_shows_its_figure_and_every_room() -> None:
     text = README.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert links, "the README shows at least its figure"
-    assert [link for link in links if not (README.parent / link).exists()] == []
+    assert "](docs/sweep.png)" in text
+    rooms = [path.parent.name for path in (ROOT / "lrqp_torch").glob("*/__init__.py")]
+    assert [room for room in rooms if f"`{room}/`" not in text] == []
