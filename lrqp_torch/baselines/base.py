@@ -121,19 +121,13 @@ class Baseline(Edit[Classes]):
         realise: Realise | None = None,
         examples: Tensor | None = None,
     ) -> Solution:
-        """Edit activations; differentiable where the formula is.
+        """Edit activations x, (B, d); differentiable where the formula is.
 
-        In the :class:`~lrqp_torch.Solution` odds and distance are those of the reference's probe
-        and metric, read from what the stream holds; ``floor`` and ``kkt_residual`` are NaN, since a
-        baseline promises no odds. ``status`` is SATISFIED where the activation was left as it was,
-        and otherwise SOLVED.
-
-        Args:
-            x: activations, (B, d).
-            target: class to write, (B,) or one for all.
-            source: class that holds now; default the reference probe's own reading.
-            realise: what the model will hold of float64 activations; default: x' in x's dtype.
-            examples: names for the rows in error messages, (B,); default 0, 1, ….
+        ``target`` and ``source`` are classes, (B,) or one for all; by default the source is the
+        reference probe's own reading. In the :class:`~lrqp_torch.Solution` odds and distance are
+        those of the reference's probe and metric, read from what the stream holds; ``floor`` and
+        ``kkt_residual`` are NaN, since a baseline promises no odds. ``status`` is SATISFIED where
+        the activation was left as it was, and otherwise SOLVED.
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
@@ -189,11 +183,7 @@ class Baseline(Edit[Classes]):
         return other
 
     def _hold(self, name: str, tensor: Tensor, *shape: int) -> None:
-        """Keep a tensor of a shape as a buffer in float64.
-
-        Raises:
-            WidthError: it has another shape.
-        """
+        """Keep a tensor as a buffer in float64, or raise :class:`WidthError` for its shape."""
         if tuple(tensor.shape) != shape:
             raise WidthError(
                 f"{name} of {self.name} must be {shape}, got {tuple(tensor.shape)}: it has another "

@@ -47,9 +47,7 @@ class DAS(Paired):
     uses the subspace (Makelov, Lange and Nanda 2023, arXiv 2311.17030).
 
     Args:
-        reference: see :class:`Baseline`.
         basis: R, (d, r), orthonormal columns.
-        strength: see :class:`Baseline`.
 
     Attributes:
         report: how it was trained, or None.

@@ -25,7 +25,6 @@ class LeastEdit(Baseline):
     Args:
         reference: gives the probe and the odds rule, and the metric in which the edit is measured.
         metric: M; default the reference's.
-        strength: see :class:`Baseline`.
     """
 
     name: ClassVar[str] = "lrqp"
@@ -60,7 +59,6 @@ class EuclideanLeastEdit(LeastEdit):
 
     Args:
         reference: gives the probe and the odds rule, and the metric in which the edit is measured.
-        strength: see :class:`Baseline`.
     """
 
     name: ClassVar[str] = "euclidean"
@@ -83,7 +81,6 @@ class InverseMetric(LeastEdit):
 
     Args:
         reference: gives the probe and the odds rule, and the metric in which the edit is measured.
-        strength: see :class:`Baseline`.
 
     Raises:
         CovarianceError: Σ has no inverse to working precision.
@@ -121,7 +118,6 @@ class RandomDirection(Baseline):
     Args:
         reference: the LRQP.
         seed: of the directions.
-        strength: see :class:`Baseline`.
     """
 
     name: ClassVar[str] = "random"

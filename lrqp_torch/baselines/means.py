@@ -41,7 +41,6 @@ class MeanDifference(_OfMeans):
     contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
 
     Args:
-        reference: see :class:`Baseline`.
         means: μ, (K, d).
         strength: s.
 
@@ -144,7 +143,6 @@ class ConditionalMean(_OfMeans):
     Args:
         reference: gives U and Σ.
         means: μ, (K, d).
-        strength: see :class:`Baseline`.
 
     Raises:
         WidthError: means that do not fit the reference.

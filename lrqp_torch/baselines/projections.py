@@ -34,11 +34,9 @@ class LEACE(Baseline):
     ``fit`` takes ``shrinkage``, whether the package shrinks its covariance.
 
     Args:
-        reference: see :class:`Baseline`.
         left: L, (d, k).
         right: R, (k, d).
         mean: μ, (d,).
-        strength: see :class:`Baseline`.
 
     Raises:
         WidthError: tensors that do not fit the reference.
@@ -109,12 +107,10 @@ class AlterRep(Baseline):
     False for the authors' form with c = 0.
 
     Args:
-        reference: see :class:`Baseline`.
         rows: r for each target class, (K, m, d), orthonormal within a class; rows of zeros are
             left out.
         centres: c for each target class, (K, d).
         alpha: α, how far to the target's side.
-        strength: see :class:`Baseline`; α is the method's own dose.
 
     Raises:
         WidthError: tensors that do not fit the reference.

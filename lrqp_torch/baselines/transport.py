@@ -28,9 +28,7 @@ class OptimalTransport(Baseline):
     and fewer examples than dimensions, the map acts within the span of the source class only.
 
     Args:
-        reference: see :class:`Baseline`.
         classes: mean and covariance of each class; each must have a mean.
-        strength: see :class:`Baseline`.
 
     Raises:
         WidthError: not one for each class, of another width, or without a mean.
@@ -119,10 +117,8 @@ class NeuronTransport(Baseline):
     sorted samples; the strength is their λ.
 
     Args:
-        reference: see :class:`Baseline`.
         means: μ, (K, d).
         deviations: σ, (K, d), not negative.
-        strength: see :class:`Baseline`.
 
     Raises:
         WidthError: means or deviations that do not fit the reference.

@@ -1,6 +1,6 @@
 """What every edit is: a change of activations, outside a model or inside its forward pass."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,12 +9,12 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.failures import judge, visible
-from lrqp_torch.edits.hub import fetched_folder, pushed
+from lrqp_torch.edits.failures import visible
+from lrqp_torch.edits.hub import Shared
 from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import SavedEditError, check_classes, check_option, ordinary, readable
-from lrqp_torch.qp import Solution, Status
+from lrqp_torch.errors import SavedEditError, check_classes, check_option, ordinary
+from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
 from lrqp_torch.stream.scopes import Where
@@ -22,12 +22,11 @@ from lrqp_torch.stream.scopes import Where
 Asked = TypeVar("Asked")
 """How a kind of edit is told what to write: a class, or a class for each of several variables."""
 OnInfeasible = Literal["raise", "skip"]
-Found = TypeVar("Found", bound=Solution)
 Place = Callable[[Any, str], Tensor]
 """Classes as a user gives them, and their name, to one for each position edited."""
 
 
-class Edit(nn.Module, ABC, Generic[Asked]):
+class Edit(nn.Module, Shared, Generic[Asked]):
     """A change of activations, with a record of what it did to each.
 
     A kind of edit says how it is solved, in :meth:`solve`; how it is put into a model, read back,
@@ -210,27 +209,6 @@ class Edit(nn.Module, ABC, Generic[Asked]):
         edit = cls._read(Path(path))
         return edit.to(device) if device is not None else edit
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Load from a folder, or from the Hugging Face Hub.
-
-        Raises:
-            HubError: no such folder, and the Hub has none or cannot be reached.
-            SavedEditError: as :meth:`load`.
-        """
-        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Send the edit to the Hub; ``options`` are those of :func:`~.hub.pushed`."""
-        return pushed(self.save, repo_id, **options)
-
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         raise SavedEditError(
             f"{type(self).__name__} cannot be saved; LRQP and JointLRQP can, and what else an edit "
@@ -240,21 +218,6 @@ class Edit(nn.Module, ABC, Generic[Asked]):
     @classmethod
     def _read(cls, folder: Path) -> Self:
         raise SavedEditError(f"{cls.__name__} is not an edit that can be saved or loaded")
-
-    def _skip(self, solution: Found, x: Tensor) -> Found:
-        """The solution with what failed left as it was, where that is what ``skip`` asks for."""
-        if self.on_infeasible != "skip":
-            return solution
-        failed = (solution.status == Status.INFEASIBLE) | (solution.status == Status.INACCURATE)
-        # A look costs less than the selection where it costs no waiting.
-        if readable(failed) and not bool(failed.any()):
-            return solution
-        return solution.revert(failed, x)
-
-    def _judge(self, solution: Found, x: Tensor, target: Tensor, examples: Tensor | None) -> Found:
-        """The solution, or the error that names the examples which failed."""
-        judge(self, solution, x, target, examples)
-        return solution
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # .half() of a model that holds an edit must not round the edit's own numbers: a floor in

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.lrqp import LRQP, Classes, Odds, Rule
 from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import (
@@ -181,7 +182,7 @@ class ConstrainedLRQP(Edit[Classes]):
         solution = _solve_posed(
             problem, x, classes, floor, margins, geometry, basis, values, realise
         )
-        return self._judge(self._skip(solution, x), x, classes, examples)
+        return judged(self, skipped(solution, x, self.on_infeasible), x, classes, examples)
 
     def bind(
         self, run: EditRun, *, parameters: Values | None = None, **given: Any

@@ -1,6 +1,6 @@
 """Edits that did not reach their target, said as errors that name the examples."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from lrqp_torch.errors import (
     SolverError,
     check_finite,
     concrete,
+    readable,
 )
 from lrqp_torch.qp import Solution, Status
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.base import Edit
+
+Found = TypeVar("Found", bound=Solution)
 
 
 def worst_allowed(on_infeasible: str) -> Status:
@@ -35,10 +38,21 @@ def visible(solution: Solution, on_infeasible: str) -> Tensor:
     return torch.where(failed.unsqueeze(-1), torch.nan, solution.x_new)
 
 
-def judge(
-    edit: "Edit[Any]", solution: Solution, x: Tensor, target: Tensor, examples: Tensor | None
-) -> None:
-    """Raise for the examples that did not reach their target and are not to be skipped.
+def skipped(solution: Found, x: Tensor, on_infeasible: str) -> Found:
+    """The solution with what failed left as it was in x, where that is what is asked for."""
+    if on_infeasible != "skip":
+        return solution
+    failed = (solution.status == Status.INFEASIBLE) | (solution.status == Status.INACCURATE)
+    # A look costs less than the selection where it costs no waiting.
+    if readable(failed) and not bool(failed.any()):
+        return solution
+    return solution.revert(failed, x)
+
+
+def judged(
+    edit: "Edit[Any]", solution: Found, x: Tensor, target: Tensor, examples: Tensor | None
+) -> Found:
+    """The solution, unless examples did not reach their target and are not to be skipped.
 
     Inside a transform or a compiled graph nothing can be seen, and nothing is raised.
 
@@ -54,7 +68,7 @@ def judge(
     """
     status = solution.status
     if not concrete(status) or bool((status <= worst_allowed(edit.on_infeasible)).all()):
-        return
+        return solution
     check_finite(x)
     raise_failures(
         edit,
@@ -67,6 +81,7 @@ def judge(
         overflow=~torch.isfinite(solution.x_new.detach()).all(-1),
         dtype=x.dtype,
     )
+    return solution
 
 
 def raise_failures(

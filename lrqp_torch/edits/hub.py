@@ -1,9 +1,12 @@
 """Edits on the Hugging Face Hub: their model card, and folders sent and fetched whole."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.errors import HubError
@@ -29,6 +32,40 @@ with edit.at(model, "{site}", positions=positions, target=target) as run:
     logits = model(**inputs).logits
 ```
 """
+
+
+class Shared(ABC):
+    """What can be saved to a folder and loaded from one, and so from the Hugging Face Hub."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> Path:
+        """Write it to a folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> Self:
+        """Read what :meth:`save` wrote. Nothing is executed."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load from a folder, or from the Hugging Face Hub.
+
+        Raises:
+            HubError: no such folder, and the Hub has none or cannot be reached.
+            SavedEditError: as :meth:`load`.
+        """
+        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send it to the Hub; ``options`` are those of :func:`~.hub.pushed`."""
+        return pushed(self.save, repo_id, **options)
 
 
 def model_card(name: str, facts: dict[str, Any], provenance: Provenance | None) -> str:

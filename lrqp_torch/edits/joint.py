@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible, Place
+from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.saving import read_joint, write_joint
 from lrqp_torch.errors import (
@@ -152,9 +153,9 @@ class JointLRQP(Edit[Targets]):
         solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
         if not concrete(choice) or not concrete(held):
             solution = solution.invalidate(~(sound & sound_source), x)
-        solution = self._skip(solution, x)
+        solution = skipped(solution, x, self.on_infeasible)
         joint = self._read_odds(geometry, solution, x, choice, held, realise)
-        return self._judge(joint, x, choice, examples)
+        return judged(self, joint, x, choice, examples)
 
     def slot_floors(
         self, geometry: StackedGeometry, margins: Tensor, choice: Tensor, held: Tensor
@@ -359,11 +360,7 @@ def _margins(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
-    """Edits and probes by name; those of a sequence by their place.
-
-    Raises:
-        LRQPError: neither edit nor probe, a metric that is none, or a name that is no string.
-    """
+    """Edits and probes by name; those of a sequence by their place."""
     if not isinstance(edits, Mapping):
         if not isinstance(edits, Sequence) or isinstance(edits, str):
             raise LRQPError(
@@ -388,11 +385,7 @@ def _name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
 
 
 def _common_metric(edits: Mapping[str, LRQP | LinearProbe]) -> Mahalanobis:
-    """The metric that all edits share.
-
-    Raises:
-        LRQPError: no edit, or different metrics.
-    """
+    """The metric that all edits share."""
     metrics = {name: edit.metric for name, edit in edits.items() if isinstance(edit, LRQP)}
     if not metrics:
         raise LRQPError("give at least one LRQP, or probes and a metric")
@@ -410,18 +403,11 @@ def _with_metric(edit: LRQP | LinearProbe, metric: Mahalanobis) -> LRQP:
     """The edit in another metric; a probe with the defaults of :class:`LRQP`."""
     if not isinstance(edit, LRQP):
         return LRQP(edit, metric)
-    if edit.metric is metric:
-        return edit
-    log_odds = float(edit.log_odds)
-    return LRQP(edit.probe, metric, log_odds=log_odds, rule=edit.rule, odds=edit.odds)
+    return edit if edit.metric is metric else edit.like(edit.probe, metric)
 
 
 def _check_within(within: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """The tolerances as numbers.
-
-    Raises:
-        LRQPError: a name that is no variable, or a tolerance that is not positive.
-    """
+    """The tolerances as numbers."""
     if not isinstance(within, Mapping):
         raise LRQPError(f"within must map names among {list(names)} to nats, got {quoted(within)}")
     checked = {}

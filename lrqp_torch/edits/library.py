@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
-from lrqp_torch.edits.hub import fetched_folder, pushed
+from lrqp_torch.edits.hub import Shared
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.saving import (
     INDEX_FILE,
@@ -24,7 +24,7 @@ FORMAT = "lrqp_torch.library"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class EditLibrary(Mapping[str, LRQP]):
+class EditLibrary(Mapping[str, LRQP], Shared):
     """Edits by name, such as one a site and a variable.
 
         library = EditLibrary({"order.L6.mid": order, "name.L6.mid": name})
@@ -89,27 +89,6 @@ class EditLibrary(Mapping[str, LRQP]):
         for name in names:
             require_inside(folder, folder / name, SavedEditError)
         return cls({name: LRQP.load(folder / name, device) for name in names})
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Load from a folder or from the Hub.
-
-        Raises:
-            HubError: neither a folder nor to be had from the Hub.
-            SavedEditError: it holds no library.
-        """
-        return cls.load(fetched_folder(name_or_path, revision=revision, token=token), device)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Send the library to the Hub; ``options`` are those of :func:`~.hub.pushed`."""
-        return pushed(self.save, repo_id, **options)
 
 
 def _check_names(names: Iterable[object], where: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.saving import read_edit, write_edit
 from lrqp_torch.errors import (
     NonFiniteError,
@@ -182,7 +183,7 @@ class LRQP(Edit[Classes]):
         check_activations(x, self.probe.width)
         solution = self._attempt(x, target, source, realise, self.geometry(x.device))
         asked = torch.as_tensor(target, device=x.device).expand(len(x))
-        return self._judge(solution, x, asked, examples)
+        return judged(self, solution, x, asked, examples)
 
     def propose(
         self,
@@ -303,7 +304,7 @@ class LRQP(Edit[Classes]):
         solution = self.qp.solve(x, classes, floor, geometry, realise=realise)
         for sound in (valid, valid_source, None if stale is None else ~stale.expand(batch)):
             solution = solution if sound is None else solution.invalidate(~sound, x)
-        return self._skip(solution, x)
+        return skipped(solution, x, self.on_infeasible)
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         return write_edit(self, folder, notes)
