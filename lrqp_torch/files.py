@@ -227,8 +227,15 @@ def digest_model(model: nn.Module) -> str:
 _PIECE = 2**24
 """Bytes that are hashed at a time, by as many threads as there are processors."""
 
-_NO_SETTINGS = {"training", "name_or_path", "transformers_version", "warnings_issued"}
-"""What does not change what an evaluated model computes."""
+_NO_SETTINGS = {
+    "architectures",
+    "dtype",
+    "name_or_path",
+    "training",
+    "transformers_version",
+    "warnings_issued",
+}
+"""What does not change what an evaluated model computes, or is told by its tensors."""
 
 
 def _settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
