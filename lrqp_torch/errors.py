@@ -202,10 +202,10 @@ def concrete(tensor: Tensor) -> bool:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """The values of a concrete tensor, detached, out of the transforms that it is wrapped in."""
+    """The values of a concrete tensor, out of the transforms that it is wrapped in."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.detach()
+    return tensor
 
 
 @contextmanager

@@ -27,7 +27,6 @@ class FullPatch(Paired):
 
     Source: interchange interventions (Geiger et al. 2021, arXiv 2106.02997) and activation patching
     (Vig et al. 2020, arXiv 2004.12265).
-
     """
 
     name: ClassVar[str] = "full_patch"

@@ -373,34 +373,36 @@ class _Rows:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
         if not concrete(solution.status):
             return
-        own = [field.name for field in fields(solution) if field.name not in _OF_SOLUTION]
-        names = (*RECORDED, *own, "status")
-        values = {name: unwrapped(getattr(solution, name)) for name in names} | {"index": index}
+        values = {name: unwrapped(getattr(solution, name)) for name in (*RECORDED, "status")}
+        if type(solution) is not Solution:
+            own = [field.name for field in fields(solution)[len(fields(Solution)) :]]
+            values |= {name: unwrapped(getattr(solution, name)) for name in own}
         # Rows may be added within inference mode, and read or added to outside of it.
         with outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            self._append(values | {"forward_pass": torch.full_like(index, -1)})
+            self._append(values | {"index": index})
 
     def _append(self, values: dict[str, Tensor]) -> None:
-        count = len(values["index"])
-        new = torch.cat([v.double().reshape(count, -1) for v in values.values()], 1)
-        if new.shape[1] != self._buffer.shape[1] or new.device != self._buffer.device:
-            self._buffer, self._count = new.new_zeros(0, new.shape[1]), 0
+        new = torch.cat([v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()], 1)
+        if not self._places or new.device != self.device:
+            self._buffer, self._count = new.new_empty(0, new.shape[1] + 1), 0
             start = 0
             for name, value in values.items():
-                width = 1 if value.ndim == 1 else value.shape[1]
-                self._places[name] = start if value.ndim == 1 else slice(start, start + width)
-                start += width
+                self._places[name] = (
+                    start if value.ndim == 1 else slice(start, start + value.shape[1])
+                )
+                start += 1 if value.ndim == 1 else value.shape[1]
+            self._places["forward_pass"] = start
         if not self.kept:
-            status = self._places["status"]
-            rows = torch.cat([self._buffer[: self._count], new])
+            status, held = self._places["status"], self._buffer[: self._count, :-1]
+            rows = torch.cat([held, new])
             new, self._count = rows.index_select(0, rows[:, status].argmax(0, keepdim=True)), 0
         end = self._count + len(new)
         if end > len(self._buffer):
             # By half of what is there, so that a pass costs the same however many came before.
-            room = new.new_empty(end + self._count // 2, new.shape[1])
+            room = new.new_full((end + self._count // 2, self._buffer.shape[1]), -1.0)
             room[: self._count] = self._buffer[: self._count]
             self._buffer = room
-        self._buffer[self._count : end] = new
+        self._buffer[self._count : end, :-1] = new
         self._count = end
 
     def number(self, count: int, forward_pass: int) -> None:
@@ -431,7 +433,6 @@ class _Rows:
         return _Rows(True, self._places, self._buffer[last[last >= 0]])
 
 
-_OF_SOLUTION = {field.name for field in fields(Solution)}
 _COLUMNS = ("pass", "tokens", "columns", "edited", "log odds before", "after", "distance")
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import quadprog
 import torch
+from edits_for_tests import normal
+from edits_for_tests import probe_of as random_probe
 from models_for_tests import VOCABULARY, build, random_edit
 from torch import Tensor
 
@@ -28,11 +30,6 @@ from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
 WIDTH = 16
 
 
-def normal(*shape: int, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def metric_of(width: int = WIDTH, condition: float = 1e3) -> Mahalanobis:
     basis = torch.linalg.qr(normal(width, width, seed=0)).Q
     scales = torch.logspace(0, -math.log10(condition), width, dtype=torch.float64)
@@ -41,10 +38,7 @@ def metric_of(width: int = WIDTH, condition: float = 1e3) -> Mahalanobis:
 
 
 def probe_of(n_classes: int, seed: int, width: int = WIDTH) -> LinearProbe:
-    probe = LinearProbe(width, n_classes, dtype=torch.float64).requires_grad_(False)
-    probe.weight.copy_(normal(n_classes, width, seed=seed))
-    probe.bias.copy_(normal(n_classes, seed=seed + 100))
-    return probe
+    return random_probe(n_classes, seed, width)
 
 
 def joint_of(**options: object) -> JointLRQP:

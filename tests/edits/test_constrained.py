@@ -8,6 +8,8 @@ from typing import Any
 import cvxpy as cp
 import pytest
 import torch
+from edits_for_tests import normal
+from edits_for_tests import probe_of as random_probe
 from models_for_tests import VOCABULARY, build, random_edit
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -29,16 +31,8 @@ from lrqp_torch.qp.posed import Point
 WIDTH = 6
 
 
-def normal(*shape: int, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def probe_of(n_classes: int = 3, seed: int = 1, width: int = WIDTH) -> LinearProbe:
-    probe = LinearProbe(width, n_classes, dtype=torch.float64).requires_grad_(False)
-    probe.weight.copy_(normal(n_classes, width, seed=seed))
-    probe.bias.copy_(normal(n_classes, seed=seed + 100))
-    return probe
+    return random_probe(n_classes, seed, width)
 
 
 def metric_of(width: int = WIDTH) -> Mahalanobis:
