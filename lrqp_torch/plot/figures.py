@@ -171,7 +171,7 @@ def sweep(
     """
     results = results_of(values)
     if results is not None:
-        return Figure(_sweep_of(results))
+        return Figure(sweep_of(results))
     curves = {name: [_ends(value) for value in listed(column)] for name, column in values.items()}
     known = [v for column in curves.values() for v, *_ in column if v is not None]
     shares = not y_title and all(0 <= value <= 1 for value in known)
@@ -215,7 +215,7 @@ def histogram(values: Any, *, bins: int = 48, title: str = "", x_title: str = ""
     """
     results = results_of(values)
     if results is not None:
-        return Figure(_histogram_of(results, bins))
+        return Figure(histogram_of(results, bins))
     columns = values if isinstance(values, Mapping) else {"": values}
     looks = {name: (name, LOOKS[i % len(LOOKS)][0]) for i, name in enumerate(columns)}
     return Figure(Chart(_histograms(columns, looks, bins, x_title), title, share_x=True))
@@ -226,6 +226,7 @@ def scatter(
     after: Any = None,
     *,
     texts: Sequence[str] | None = None,
+    site: str | None = None,
     title: str = "",
     x_title: str = "before",
     y_title: str = "after",
@@ -239,6 +240,7 @@ def scatter(
         before: the folder of a study's results, or (n,) numbers.
         after: (n,) numbers, or name of an edit to (n,) numbers.
         texts: what each point is, shown when one points at it.
+        site: of a study's results; default the one whose edit flips most.
         title: of the figure.
         x_title: of the numbers before.
         y_title: of the numbers after.
@@ -249,10 +251,10 @@ def scatter(
     """
     results = results_of(before)
     if results is not None:
-        return Figure(_scatter_of(results))
-    x = listed(before)
+        return Figure(scatter_of(results, site, texts=texts))
     columns = after if isinstance(after, Mapping) else {"": after}
-    return Figure(Chart([_before_after(x, columns, x_title, y_title, texts=texts)], title))
+    pane = _before_after(listed(before), columns, x_title, y_title, texts=texts)
+    return Figure(Chart([pane], title))
 
 
 def dose(
@@ -332,7 +334,8 @@ def attention(
 # ---- of a study's results ------------------------------------------------------------------------
 
 
-def _sweep_of(results: Any) -> Chart:
+def sweep_of(results: Any) -> Chart:
+    """What :func:`sweep` draws of a study's results."""
     sites = get(results, "sites")
     if not sites:
         raise SettingError("these results hold no sweep over sites; run the part flipping")
@@ -356,7 +359,7 @@ def _sweep_of(results: Any) -> Chart:
         look: dict[str, Any] = {"colour": CONDITION_COLOURS[condition], "marker": marker}
         flips = [read(edit, "flipped") for edit in edits]
         if any(value is not None for value, *_ in flips):
-            upper.append(_curve(f"answers flipped by the {condition} edit", names, flips, 100.0,
+            upper.append(_curve(f"flipped by the {condition} edit", names, flips, 100.0,
                                 **look))  # fmt: skip
         lower.append(_curve(f"{condition} edit", names, [read(edit, *effects) for edit in edits],
                             **look))  # fmt: skip
@@ -379,7 +382,8 @@ def _sweep_of(results: Any) -> Chart:
     )  # fmt: skip
 
 
-def _histogram_of(results: Any, bins: int) -> Chart:
+def histogram_of(results: Any, bins: int = 48) -> Chart:
+    """What :func:`histogram` draws of a study's results."""
     site = best_site(results)
     looks = {"clean": ("no edit", CLEAN), f"{site}.control": ("control edit", CONTROL),
              f"{site}.counterfactual": ("counterfactual edit", COUNTERFACTUAL)}  # fmt: skip
@@ -391,7 +395,7 @@ def _histogram_of(results: Any, bins: int) -> Chart:
         said = f"{name}\nmean {mean:+z.2f}\n{100 * share:.1f} % answer {held}".replace("-", "−")
         looks[key] = (said, colour)
     return Chart(
-        _histograms(columns, looks, bins, f"{effect_in_words(results)}; dashed: mean"),
+        _histograms(columns, looks, bins, f"Answer: {effect_in_words(results)}; dashed: mean"),
         title=f"Answers under edits of the belief at {site}",
         subtitle=f"Model: {model_name(results)}, {len(columns['clean'])} held-out prompts. Left "
         f"of 0 it answers {other}.",
@@ -400,9 +404,17 @@ def _histogram_of(results: Any, bins: int) -> Chart:
     )
 
 
-def _scatter_of(
+def scatter_of(
     results: Any, site: str | None = None, most: int | None = None, **texts: Any
 ) -> Chart:
+    """What :func:`scatter` draws of a study's results.
+
+    Args:
+        results: of the study.
+        site: which; default the best one.
+        most: prompts that are drawn; default all.
+        texts: ``texts`` and ``notes`` of the marks, and limits of the pane.
+    """
     site = site or best_site(results)
     record = get(get(results, "sites"), site)
     columns, names = {}, {}

@@ -7,6 +7,7 @@ HTML; backgrounds are transparent, and a page gives the text its colour.
 import math
 import re
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 from lrqp_torch.plot.chart import BLACK, COUNTERFACTUAL, INK, NOTE, Chart, Heat, Marks, Pane, Rule
@@ -35,36 +36,22 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
             notebook needs; the report's page has both itself.
     """
     placed = cells(chart)
-    data: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
-        "template": "none",
-        "paper_bgcolor": CLEAR,
-        "plot_bgcolor": CLEAR,
-        "hovermode": "closest",
-        "barmode": "overlay",
-        "shapes": [],
-        "annotations": [],
-    }
+        "template": "none", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "hovermode": "closest",
+        "barmode": "overlay", "shapes": [], "annotations": [],
+    }  # fmt: skip
     _place(layout, chart, placed, alone)
-    named: set[str] = set()
-    for number, cell in enumerate(placed, start=1):
-        end = "" if number == 1 else str(number)
-        axes = {"xaxis": f"x{end}", "yaxis": f"y{end}"}
-        pane = cell.pane
+    data: list[dict[str, Any]] = []
+    named = _legend(placed)
+    for cell in placed:
+        pane, bars = cell.pane, cell.bars()
+        traces = [_trace(cell, marks, bars.get(i)) for i, marks in enumerate(pane.marks)]
+        for index, trace in enumerate(traces):
+            trace["showlegend"] = (cell.number, index) in named
         if pane.heat is not None:
-            traces = [_map(pane.heat, layout, end)]
-        else:
-            bars = cell.bars()
-            traces = []
-            for index, marks in enumerate(pane.marks):
-                trace = _trace(cell, marks, bars.get(index))
-                trace["showlegend"] = (
-                    bool(marks.legend and marks.name) and trace["name"] not in named
-                )
-                named |= {trace["name"]} if trace["showlegend"] else set()
-                traces.append(trace)
-        data += [trace | axes for trace in traces]
-        _rules_and_bands(layout, cell, end)
+            traces = [_map(pane.heat, layout, cell)]
+        data += [trace | {"xaxis": f"x{_end(cell)}", "yaxis": f"y{_end(cell)}"} for trace in traces]
+        _rules_and_bands(layout, cell)
     layout["showlegend"] = bool(named)
     figure = {"data": data, "layout": layout}
     return _on_any_page(figure) if alone else figure
@@ -148,9 +135,11 @@ def _hover(cell: Cell, marks: Marks) -> dict[str, Any]:
     notes = list(marks.notes or [""] * len(marks.x))
     if plain:
         # Numbers alone: plotly writes them, so that the file need not.
-        per_cent = {axis: " %" if "(%" in title else "" for axis, title in _axis_titles(pane)}
-        across, up = (f"%{{{axis}:.4~g}}{per_cent[axis]}" for axis in "xy")
-        lines.append(f"{across} {'→' if pane.square else ': '} {up}".replace(" :  ", ": "))
+        across, up = (
+            f"%{{{axis}:.4~g}}{' %' if '(%' in title else ''}"
+            for axis, title in (("x", pane.x_title), ("y", pane.y_title))
+        )
+        lines.append(f"{across} → {up}" if pane.square else f"{across}: {up}")
     else:
         lines.append("%{customdata}")
         notes = [
@@ -199,8 +188,8 @@ def _errors(values: Any, lower: Any, upper: Any, on_bars: bool) -> dict[str, Any
     return bars | ({"color": NOTE} if on_bars else {})
 
 
-def _map(heat: Heat, layout: dict[str, Any], end: str) -> dict[str, Any]:
-    low, high = heat.limits
+def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    (low, high), end = heat.limits, _end(cell)
     for row, column in heat.framed:
         layout["shapes"].append({
             "type": "rect", "xref": f"x{end}", "yref": f"y{end}", "x0": column - 0.46,
@@ -239,8 +228,8 @@ def _map(heat: Heat, layout: dict[str, Any], end: str) -> dict[str, Any]:
     return trace
 
 
-def _rules_and_bands(layout: dict[str, Any], cell: Cell, end: str) -> None:
-    pane = cell.pane
+def _rules_and_bands(layout: dict[str, Any], cell: Cell) -> None:
+    pane, end = cell.pane, _end(cell)
     for band in pane.bands:
         places = [str(band.start), str(band.end)]
         ends = [cell.places.index(p) for p in places] if pane.named else [band.start, band.end]
@@ -299,119 +288,136 @@ def _rule_name(pane: Pane, rule: Rule, end: str) -> dict[str, Any]:
 
 def _place(layout: dict[str, Any], chart: Chart, placed: list[Cell], alone: bool) -> None:
     """Axes of every pane, titles, and the height of the whole."""
-    rows, columns = placed[-1].row + 1, max(cell.column for cell in placed) + 1
-    by_row = [[cell for cell in placed if cell.row == row] for row in range(rows)]
-    tall = [max(_height(cell, rows) for cell in row) for row in by_row]
+    columns = max(cell.column for cell in placed) + 1
+    by_row = [[cell for cell in placed if cell.row == row] for row in range(placed[-1].row + 1)]
+    tall = [max(_height(cell, len(by_row)) for cell in row) for row in by_row]
     if chart.heights is not None:
         tall = [sum(tall) * share / sum(chart.heights) for share in chart.heights]
-    titles = [max(_lines(cell.pane.title) for cell in row) * 19 for row in by_row]
+    titles = [max(_rows_of(_title(cell.pane)) for cell in row) * 19 for row in by_row]
     below = [
-        max(_below(cell, hidden=chart.share_x and not cell.lowest) for cell in row)
+        max(_below(cell.pane, cell, chart.share_x and not cell.lowest) for cell in row)
         for row in by_row
     ]
-    names = {m.name: None for c in placed for m in c.pane.marks if m.name and m.legend}
-    legend = 26 * -(-sum(7 * len(name) + 58 for name in names) // _WIDTH) if names else 0
+    names = sum(7 * len(name) + 58 for name in _legend(placed).values())
+    foot = below[-1] + 26 * -(-names // _WIDTH) + 8
     head = 16 + titles[0]
     if alone and chart.title:
-        head += 30 + 17 * _lines(chart.subtitle)
-        subtitle = {"text": _text(chart.subtitle), "font": {"size": 12}}
+        head += 30 + 17 * len(chart.subtitle.splitlines())
         layout["title"] = {
-            "text": _text(chart.title), "x": 0.01, "xanchor": "left", "subtitle": subtitle,
+            "text": _text(chart.title), "x": 0.01, "xanchor": "left",
+            "subtitle": {"text": _text(chart.subtitle), "font": {"size": 12}},
         }  # fmt: skip
     inner = sum(tall) + sum(below[:-1]) + sum(titles[1:])
-    layout["height"] = round(head + inner + below[-1] + legend + 8)
-    layout["margin"] = {"l": 64, "r": 20, "t": head, "b": round(below[-1] + legend + 8)}
+    layout["height"] = round(head + inner + foot)
+    layout["margin"] = {"l": 64, "r": 20, "t": head, "b": round(foot)}
     # Below, where a legend of several lines covers neither titles nor the tool bar.
     at_foot = {"orientation": "h", "yref": "container", "y": 0.005, "yanchor": "bottom", "x": 0}
     layout["legend"] = at_foot
     widths = chart.widths or [1.0] * columns
     gap = 0.03 if chart.share_y else 0.09 if columns < 4 else 0.06
-    gap = gap + 0.05 if any(cell.pane.heat and cell.pane.heat.bar for cell in placed) else gap
+    gap += 0.05 * any(cell.pane.heat is not None and cell.pane.heat.bar for cell in placed)
     room = (1 - gap * (columns - 1)) / sum(widths)
-    across = common_title([cell.pane.x_title for cell in placed], columns) if columns > 2 else ""
+    across = common_title([cell.pane.x_title for cell in placed], columns if columns > 2 else 0)
     top = 1.0
     for row, row_cells in enumerate(by_row):
-        bottom = top - tall[row] / inner
+        bottom = max(top - tall[row] / inner, 0.0)
         for cell in row_cells:
-            number = placed.index(cell) + 1
-            end = "" if number == 1 else str(number)
-            left = (sum(widths[: cell.column]) * room) + gap * cell.column
-            right = left + widths[cell.column] * room
-            x, y = _axes(cell, chart, placed, end)
-            layout[f"xaxis{end}"] = x | {"domain": [left, right], "anchor": f"y{end}"}
-            layout[f"yaxis{end}"] = y | {
-                "domain": [max(bottom, 0.0), top],
-                "anchor": f"x{end}",
-            }
+            left = sum(widths[: cell.column]) * room + gap * cell.column
+            x, y = _axes(cell, chart, placed, tall[row])
             if across and cell.column != columns // 2:
                 x.pop("title", None)
-                layout[f"xaxis{end}"].pop("title", None)
-            if cell.pane.title:
-                layout["annotations"].append({
-                    "text": f"<b>{_text(cell.pane.title)}</b>", "showarrow": False, "x": left,
-                    "xref": "paper", "xanchor": "left", "y": top, "yref": "paper",
-                    "yanchor": "bottom", "align": "left", "font": {"size": 13},
-                })  # fmt: skip
-            if cell.pane.note:
-                layout["annotations"].append({
-                    "text": _text(cell.pane.note), "showarrow": False, "align": "left",
-                    "xref": f"x{end} domain", "x": 0.01, "xanchor": "left",
-                    "yref": f"y{end} domain", "y": 0.99, "yanchor": "top",
-                    "font": {"color": NOTE, "size": 11},
-                })  # fmt: skip
-        following = titles[row + 1] if row + 1 < rows else 0
+            right, end = left + widths[cell.column] * room, _end(cell)
+            layout[f"xaxis{end}"] = x | {"domain": [left, right], "anchor": f"y{end}"}
+            layout[f"yaxis{end}"] = y | {"domain": [bottom, top], "anchor": f"x{end}"}
+            _write(layout, _title(cell.pane), left, top, "paper", "bottom", 12)
+            _write(layout, _text(cell.pane.note), 0.01, 0.99, f"{end} domain", "top", 11)
+        following = titles[row + 1] if row + 1 < len(by_row) else 0
         top = bottom - (below[row] + following) / inner
 
 
+def _rows_of(text: str) -> int:
+    return text.count("<br>") + 1 if text else 0
+
+
+def _write(
+    layout: dict[str, Any], text: str, x: float, y: float, where: str, anchor: str, size: int
+) -> None:
+    """Text at the left, of the page or of a pane's axes."""
+    if not text:
+        return
+    references = ("paper", "paper") if where == "paper" else (f"x{where}", f"y{where}")
+    layout["annotations"].append({
+        "text": text, "showarrow": False, "align": "left", "x": x, "xref": references[0],
+        "xanchor": "left", "y": y, "yref": references[1], "yanchor": anchor, "font": {"size": size},
+    })  # fmt: skip
+
+
+def _legend(placed: list[Cell]) -> dict[tuple[int, int], str]:
+    """Names in the legend, by pane and marks; what looks the same in a later pane is named once."""
+    found: dict[tuple[int, int], str] = {}
+    looks: set[tuple[Any, ...]] = set()
+    for cell in placed:
+        before = set(looks)
+        for index, marks in enumerate(cell.pane.marks):
+            look = (marks.kind, marks.colour, marks.marker, marks.filled, marks.dash)
+            shown = bool(marks.name) and marks.legend and cell.pane.names != "beside"
+            if shown and look not in before and marks.name not in found.values():
+                found[cell.number, index] = marks.name
+                looks.add(look)
+    return found
+
+
+def _title(pane: Pane) -> str:
+    """The title of a pane; names that stand beside it on paper stand above it here."""
+    named = [m.name for m in pane.marks if m.name and m.legend and pane.names == "beside"]
+    names = [_text(name.replace("\n", " · ")) for name in named]
+    return "<br>".join([*([f"<b>{_text(pane.title)}</b>"] if pane.title else []), *names])
+
+
 def _axes(
-    cell: Cell, chart: Chart, placed: list[Cell], end: str
+    cell: Cell, chart: Chart, placed: list[Cell], height: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Axes across and up the page."""
-    pane, heat = cell.pane, cell.pane.heat
+    pane = cell.pane
     x: dict[str, Any] = {"gridcolor": GRID, "zerolinecolor": ZERO, "automargin": True}
-    y: dict[str, Any] = dict(x)
-    for axis, name in ((x, "x"), (y, "y")):
-        log = pane.x_log if name == "x" else pane.y_log
-        asked = pane.x_range if name == "x" else pane.y_range
-        if log:
-            axis["type"] = "log"
+    y = dict(x)
+    for axis, title, asked, log in (
+        (x, pane.x_title, pane.x_range, pane.x_log),
+        (y, pane.y_title, pane.y_range, pane.y_log),
+    ):
+        upright = (axis is y) != pane.horizontal
+        lines = wrap(title, max(20, int(height / 7.5))) if upright else [title]
+        axis["title"] = {"text": _text("\n".join(lines))}
+        axis |= {"type": "log"} if log else {}
         if asked is not None:
             axis["range"] = [math.log10(value) for value in asked] if log else list(asked)
         if not pane.ticks:
             axis["showticklabels"] = False
     if cell.places:
         chosen = cell.labelled()
-        x |= {
-            "tickvals": chosen,
-            "ticktext": [_text(cell.places[index]) for index in chosen],
-            "range": [-0.6, len(cell.places) - 0.4],
-            "zeroline": False,
-        }
+        x |= {"tickvals": chosen, "ticktext": [_text(cell.places[index]) for index in chosen]}
+        x |= {"range": [-0.6, len(cell.places) - 0.4], "zeroline": False}
         if pane.horizontal:
             x |= {"range": x["range"][::-1], "showgrid": False}
         elif cell.slanted():
             x["tickangle"] = -45
-    if heat is not None:
-        x |= {"type": "category", "showgrid": False, "zeroline": False}
-        y |= {"type": "category", "showgrid": False, "zeroline": False, "autorange": "reversed"}
-    x["title"], y["title"] = ({"text": _text(title)} for _, title in _axis_titles(pane))
+    if pane.heat is not None:
+        for axis in (x, y):
+            axis |= {"type": "category", "showgrid": False, "zeroline": False}
+        y["autorange"] = "reversed"
     if pane.horizontal:
         x, y = y, x
-    first = placed[cell.column] if chart.share_x else placed[cell.row * chart.columns]
-    start = placed.index(first) + 1
-    if chart.share_x and first is not cell:
-        x["matches"] = f"x{'' if start == 1 else start}"
+    if chart.share_x and cell.row:
+        x["matches"] = f"x{_end(placed[cell.column])}"
     if chart.share_x and not cell.lowest:
         x["showticklabels"] = False
         x.pop("title")
-    if chart.share_y:
-        left = placed.index(placed[cell.row * chart.columns]) + 1
-        if cell.column:
-            y |= {"matches": f"y{'' if left == 1 else left}", "showticklabels": False}
-            y.pop("title")
+    if chart.share_y and cell.column:
+        y |= {"matches": f"y{_end(placed[cell.number - cell.column])}", "showticklabels": False}
+        y.pop("title")
     if pane.square:
-        y |= {"scaleanchor": f"x{end}", "constrain": "domain"}
-        x["constrain"] = "domain"
+        x["constrain"] = y["constrain"] = "domain"
+        y["scaleanchor"] = f"x{_end(cell)}"
     return x, y
 
 
@@ -421,7 +427,7 @@ def _height(cell: Cell, rows: int) -> float:
     if pane.heat is not None:
         return min(560.0, max(120.0, 26.0 * len(pane.heat.rows)))
     if pane.horizontal and cell.places:
-        lines = max(_lines(place) for place in cell.places)
+        lines = max(place.count("\n") + 1 for place in cell.places)
         beside = any(shift for shift, _ in cell.bars().values())
         groups = sum(marks.kind == "bars" for marks in pane.marks)
         return 30 + len(cell.places) * max(14.0 + 15 * lines, 26.0 * groups * beside)
@@ -430,21 +436,16 @@ def _height(cell: Cell, rows: int) -> float:
     return {1: 360.0, 2: 250.0}.get(rows, 170.0)
 
 
-def _below(cell: Cell, *, hidden: bool) -> float:
+def _below(pane: Pane, cell: Cell, hidden: bool) -> float:
     """Pixels below a pane for labels and the title of its axis."""
-    if hidden:
-        return 18.0
-    title = cell.pane.y_title if cell.pane.horizontal else cell.pane.x_title
-    slanted = bool(cell.places) and not cell.pane.horizontal and cell.slanted()
-    return 26.0 + (26.0 if title else 0.0) + (34.0 if slanted else 0.0)
+    title = pane.y_title if pane.horizontal else pane.x_title
+    slanted = bool(cell.places) and not pane.horizontal and cell.slanted()
+    return 18.0 if hidden else 26.0 + 26.0 * bool(title) + 34.0 * slanted
 
 
-def _axis_titles(pane: Pane) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("x", pane.x_title), ("y", pane.y_title)
-
-
-def _lines(text: str) -> int:
-    return len(text.splitlines())
+def _end(cell: Cell) -> str:
+    """What plotly puts behind the x and y of a pane's axes."""
+    return "" if cell.number == 0 else str(cell.number + 1)
 
 
 # ---- words and colours ---------------------------------------------------------------------------

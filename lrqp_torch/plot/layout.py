@@ -25,6 +25,7 @@ class Cell:
 
     Attributes:
         pane: what is drawn.
+        number: from 0, in reading order.
         row: from above, from 0.
         column: from the left, from 0.
         places: names of the places of x, in order; empty where x are numbers.
@@ -32,6 +33,7 @@ class Cell:
     """
 
     pane: Pane
+    number: int
     row: int
     column: int
     places: list[str]
@@ -83,6 +85,7 @@ def cells(chart: Chart) -> list[Cell]:
     return [
         Cell(
             pane,
+            number,
             row=number // columns,
             column=number % columns,
             places=[] if not pane.named else common if shared else _places([pane]),

@@ -17,6 +17,13 @@ from lrqp_torch.errors import OutputError, SettingError
 _FILES = "results.json", "prompts.safetensors"
 
 
+_IOI = {"variable": "the order of the names", "value": "order", "position": "S2", "held": "IO",
+        "other": "S", "preference": "IO − S", "unit": "logits"}  # fmt: skip
+_GENERAL = {"variable": "the class", "value": "class", "position": "the marked token",
+            "held": "the class that holds", "other": "the other class",
+            "preference": "class that holds − other", "unit": "nats"}  # fmt: skip
+
+
 def results_of(values: Any) -> Any:
     """The results that were given, as an object or a folder; None for plain numbers."""
     if isinstance(values, str | Path):
@@ -101,22 +108,18 @@ def word(results: Any, key: str) -> str:
     words = get(results, "words", None)
     if words is not None:
         return str(get(words, key))
-    names = "io_probability" in str(get(results, "clean", ""))
-    ioi = {"variable": "the order", "position": "S2", "held": "IO", "other": "S",
-           "preference": "logit difference IO − S", "unit": "logits"}  # fmt: skip
-    general = {"variable": "the class", "position": "the marked token", "unit": "nats",
-               "held": "the class that holds", "other": "the other class",
-               "preference": "preference, class that holds − other"}  # fmt: skip
-    return (ioi if names else general)[key]
+    ioi = "io_probability" in str(get(results, "clean", ""))
+    return (_IOI if ioi else _GENERAL)[key]
 
 
 def effect_in_words(results: Any, mean: str = "") -> str:
     """What the answers are measured by, with its unit."""
     some = next(iter(get(results, "sites").values()))
     if read(get(some, "control"), "logit_difference", "preference")[0] is None:
-        return "Change of the next token, KL (nats)"
-    said = f"{mean}{word(results, 'preference')} ({word(results, 'unit')})"
-    return said[0].upper() + said[1:]
+        return f"{mean}change of the next token, KL (nats)"
+    unit = word(results, "unit")
+    kind = "logit difference" if unit == "logits" else "preference,"
+    return f"{mean}{kind} {word(results, 'preference')} ({unit})"
 
 
 def model_name(results: Any) -> str:
