@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from lrqp_torch.stream import sites
     from lrqp_torch.stream.capture import capture, capture_batches
     from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
-    from lrqp_torch.stream.positions import position_ids
-    from lrqp_torch.stream.scopes import Scope
+    from lrqp_torch.stream.positions import Scope, position_ids
     from lrqp_torch.stream.sites import Family, all_sites, register_family
     from lrqp_torch.stream.store import ActivationStore, capture_to
 
@@ -70,8 +69,7 @@ _MODULES = {
     "qp": ["MahalanobisQP", "Solution", "Status"],
     "stream.capture": ["capture", "capture_batches"],
     "stream.intervene": ["EditContext", "Intervention", "intervene"],
-    "stream.positions": ["position_ids"],
-    "stream.scopes": ["Scope"],
+    "stream.positions": ["Scope", "position_ids"],
     "stream.sites": ["Family", "all_sites", "register_family"],
     "stream.store": ["ActivationStore", "capture_to"],
 }

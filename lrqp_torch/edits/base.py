@@ -17,7 +17,7 @@ from lrqp_torch.errors import SavedEditError, check_classes, check_option, ordin
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
-from lrqp_torch.stream.scopes import Where
+from lrqp_torch.stream.positions import Positions, Where
 
 Asked = TypeVar("Asked")
 """How a kind of edit is told what to write: a class, or a class for each of several variables."""
@@ -140,9 +140,10 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         **given: Any,
     ) -> Intervention:
         """The same edit as an item for :func:`~lrqp_torch.intervene`, to apply several at once."""
-        run = EditRun(self, positions, target, source, record)
+        where = Positions.parse(positions)
+        run = EditRun(self, where, target, source, record)
         run.given = self.bind(run, **given)
-        return Intervention(site, positions, run)
+        return Intervention(site, where, run)
 
     def bind(self, run: EditRun, **given: Any) -> dict[str, Any]:
         """What :meth:`solve` is given at every position besides its classes, checked beforehand."""

@@ -19,8 +19,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.stream.intervene import EditContext
-from lrqp_torch.stream.positions import Positions
-from lrqp_torch.stream.scopes import Scope, ScopePairs, Where, parse
+from lrqp_torch.stream.positions import Positions, Where
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.base import Edit
@@ -102,11 +101,10 @@ class EditRun:
         record: bool = True,
     ) -> None:
         self.edit, self.given = edit, dict[str, Any]()
-        parsed = parse(positions)
-        self._pairs = ScopePairs(parsed) if isinstance(parsed, Scope) else parsed
+        self._pairs = Positions.parse(positions)
 
         def place(classes: Any, what: str) -> Tensor:
-            return _per_position(classes, positions, self._pairs, what)
+            return _per_position(classes, self._pairs, what)
 
         self._target = edit.place(target, "target", place)
         self._source = None if source is None else edit.place(source, "source", place)
@@ -116,17 +114,17 @@ class EditRun:
     @property
     def n_positions(self) -> int:
         """How many activations are edited, in a scope so far."""
-        return len(self._pairs.token)
+        return len(self._pairs)
 
     @property
     def in_scope(self) -> bool:
         """Whether its tokens are found while the model runs."""
-        return isinstance(self._pairs, ScopePairs)
+        return self._pairs.scope is not None
 
     @property
     def batch(self) -> int:
         """B, where it is known beforehand; 1 in a scope."""
-        return 1 if isinstance(self._pairs, ScopePairs) else self._pairs.batch
+        return self._pairs.batch or 1
 
     @property
     def nbytes(self) -> int:
@@ -138,11 +136,6 @@ class EditRun:
     def names(self) -> tuple[str, ...]:
         """The variables of an edit of several."""
         return self.edit.names
-
-    @property
-    def requests(self) -> int | None:
-        """B, if targets in a scope were given one a request; else None."""
-        return self._pairs.requests if isinstance(self._pairs, ScopePairs) else None
 
     def __call__(self, x: Tensor, context: EditContext) -> Tensor:
         """Edit the activations of some positions; called by the hook."""
@@ -158,15 +151,8 @@ class EditRun:
         return solution.x_new
 
     def begin(self) -> None:
-        """Forget what a context before left, of a scope its tokens too; called on entering."""
+        """Forget what a context before left; called on entering."""
         self._rows.clear()
-        if isinstance(self._pairs, ScopePairs):
-            self._pairs.take(ScopePairs(self._pairs.scope))
-
-    def grow(self, pairs: ScopePairs) -> None:
-        """Take notice of the tokens that a scope has reached; called before they are edited."""
-        assert isinstance(self._pairs, ScopePairs)
-        self._pairs.take(pairs)
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
         """Note in which pass the rows just edited were; called after the edit."""
@@ -206,10 +192,10 @@ class EditRun:
         if not bool(failed.any()):
             return
         # What failed stays on record, whatever passes follow; one position is named once.
-        rows = rows.last(len(self._pairs.token), failed)
+        rows = rows.last(len(self._pairs), failed)
         index = rows.column("index").long()
         pairs, reached = self._pairs, rows.column("log_odds_after")
-        which = pairs.request if isinstance(pairs, ScopePairs) else torch.arange(len(pairs.token))
+        which = torch.arange(len(pairs)) if pairs.scope is None else pairs.request
         raise_failures(
             self.edit,
             rows.column("status").long(),
@@ -225,9 +211,9 @@ class EditRun:
     def __repr__(self) -> str:
         if not self._rows.kept:
             return "EditRun(no record)"
-        rows = self._rows.last(len(self._pairs.token))
-        if not len(rows) or len(rows) < len(self._pairs.token):
-            return f"EditRun({len(rows)} of {len(self._pairs.token)} positions have run)"
+        rows = self._rows.last(len(self._pairs))
+        if not len(rows) or len(rows) < len(self._pairs):
+            return f"EditRun({len(rows)} of {len(self._pairs)} positions have run)"
         status = rows.column("status")
         counts = {kind.name.lower(): int((status == kind).sum()) for kind in Status}
         said = [self.edit.label, ", ".join(f"{n} {name}" for name, n in counts.items() if n)]
@@ -249,9 +235,7 @@ class EditRun:
     @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each token is part of, from 0; else zeros."""
-        if isinstance(self._pairs, ScopePairs):
-            return self._pairs.generation
-        return torch.zeros(self._pairs.shape, dtype=torch.long)
+        return self._pairs.generation.reshape(self._pairs.shape)
 
     @property
     def status(self) -> Tensor:
@@ -309,7 +293,7 @@ class EditRun:
         return int((self.status >= Status.INFEASIBLE).sum())
 
     def _read(self, name: str) -> Tensor:
-        rows, count = self._recorded(), len(self._pairs.token)
+        rows, count = self._recorded(), len(self._pairs)
         self.raise_late()
         if not count:
             raise EditNeverFiredError(
@@ -467,24 +451,21 @@ def _chosen(classes: Tensor, which: Tensor) -> Tensor:
     return classes[which] if len(classes) != 1 else classes.expand(len(which), *classes.shape[1:])
 
 
-def _per_position(
-    classes: Tensor | int, positions: Where, parsed: Positions | ScopePairs, name: str
-) -> Tensor:
+def _per_position(classes: Tensor | int, parsed: Positions, name: str) -> Tensor:
     """One class for each (example, token) pair, (N,), in a scope each request; on the CPU."""
     classes = as_classes(classes, name).cpu()
     if classes.dtype.is_floating_point or classes.dtype == torch.bool:
         raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
-    if isinstance(parsed, ScopePairs):
+    if parsed.scope is not None:
         return parsed.per_request(classes, name)
-    assert isinstance(positions, Tensor)
     example, slot = parsed.example.cpu(), parsed.slot.cpu()
     if classes.ndim == 0:
         return classes.expand(len(example)).clone()
     if classes.shape == (parsed.batch,):
         return classes[example]
-    if classes.shape == positions.shape:
+    if classes.shape == parsed.grid:
         return classes[example, slot]
     raise TargetError(
         f"{name} has shape {tuple(classes.shape)}; give one number, ({parsed.batch},) for one "
-        f"class an example, or {tuple(positions.shape)} for one a position"
+        f"class an example, or {parsed.grid} for one a position"
     )

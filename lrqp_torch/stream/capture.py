@@ -1,7 +1,7 @@
 """Reading the residual stream: a checked request, and the forward passes that answer it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import input_device, run_eagerly
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
     by_length,
-    cache_among,
     check_inputs,
     count_tokens,
     cut,
@@ -24,8 +23,9 @@ from lrqp_torch.stream.inputs import (
     may_trim,
     take,
 )
-from lrqp_torch.stream.positions import ForwardCall, Positions
-from lrqp_torch.stream.sites import Located, Site, layout_of, locate, trunk_of
+from lrqp_torch.stream.passes import ForwardCall, Watch, cache_among, opened
+from lrqp_torch.stream.positions import Positions, Where, check_fit
+from lrqp_torch.stream.sites import Located, Site, locate
 
 ALONE = Ranks()
 """One process."""
@@ -38,7 +38,7 @@ def capture(
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: str | Sequence[str | Site],
-    positions: Tensor | None = None,
+    positions: Where | None = None,
     *,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
@@ -58,8 +58,10 @@ def capture(
         inputs: arguments of the model's forward, tensors with one row an example; moved to the
             model's device batch by batch.
         sites: names such as ``["L6.mid", "L7.pre"]``, or one name.
-        positions: LongTensor (n,) or (n, k), or BoolTensor (n, T), on the padded input as given;
-            default all tokens, padding included.
+        positions: LongTensor (n,) or (n, k), or BoolTensor (n, T), on the padded input as given, or
+            lists of these; an int or a slice, for columns of every example; ``"last"``,
+            ``"prompt"`` or ``"all"``, for its last or all of its real tokens; or a function of the
+            inputs that returns such. Default all tokens, padding included.
         batch_size: the most examples a forward pass; default no limit.
         batch_tokens: the most tokens a forward pass, padding included; default no limit. A single
             example may exceed it.
@@ -89,7 +91,7 @@ def capture_batches(
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: str | Sequence[str | Site],
-    positions: Tensor | None = None,
+    positions: Where | None = None,
     *,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
@@ -173,7 +175,7 @@ class Reading:
         model: nn.Module,
         inputs: Mapping[str, Any],
         sites: str | Sequence[str | Site],
-        positions: Tensor | None,
+        positions: Where | None,
         batch_size: int | None,
         batch_tokens: int | None,
         ranks: Ranks = ALONE,
@@ -186,7 +188,7 @@ class Reading:
                 {
                     "the models": digest_model(model),
                     "the inputs": digest_values(inputs),
-                    "the positions": digest_values({"positions": positions}),
+                    "the positions": self.digest_of_positions,
                     "sites and batches": (self.sites, batch_size, batch_tokens),
                 }
             )
@@ -196,7 +198,7 @@ class Reading:
         model: nn.Module,
         inputs: Mapping[str, Any],
         sites: str | Sequence[str | Site],
-        positions: Tensor | None,
+        positions: Where | None,
         batch_size: int | None,
         batch_tokens: int | None,
     ) -> None:
@@ -224,25 +226,26 @@ class Reading:
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.trims = positions is not None and may_trim(model, inputs)
         self.places = None if positions is None else self._parse(positions)
-        given = {name: inputs[name] for name in _READ if inputs.get(name) is not None}
-        call = ForwardCall.read(trunk_of(model), (), given, layout_of(model).absolute_positions)
+        known = positions is None or isinstance(positions, Tensor)
+        said = positions if known or self.places is None else self.places.positions.token
+        self.digest_of_positions = digest_values({"positions": said})
+        call = Watch(model).read({name: inputs[name] for name in _READ if name in inputs})
         if self.places is not None:
-            call.check(self.places.positions)
+            check_fit(self.places.positions, call)
+        self._within = opened()
         warn_of_dropout(model)
 
-    def _parse(self, positions: Tensor) -> "_Places":
-        parsed = Positions.parse(positions).to(torch.device("cpu"))
+    def _parse(self, positions: Where) -> "_Places":
+        parsed = Positions.parse(positions).among(self.n_examples, self.length, self.inputs)
         if parsed.batch != self.n_examples:
             raise PositionError(
                 f"positions are for {parsed.batch} examples, inputs have {self.n_examples}"
             )
-        is_mask = positions.dtype == torch.bool
-        if is_mask and positions.shape[1] != self.length:
+        if parsed.is_mask and parsed.grid[1] != self.length:
             raise PositionError(
-                f"the mask of positions has {positions.shape[1]} columns, the inputs have "
-                f"{self.length}"
+                f"the mask of positions has {parsed.grid[1]} columns, the inputs have {self.length}"
             )
-        return _Places(parsed, is_mask)
+        return _Places(parsed.to("cpu"))
 
     def gather(
         self,
@@ -308,6 +311,8 @@ class Reading:
             else in_order(self.length, *limits)
         )
         home = input_device(self.model)
+        for watch in self._within:
+            watch.check_open()
         for batch in batches[turns]:
             part = cut(self.model, self.inputs, batch) if self.trims else take(self.inputs, batch)
             part = {
@@ -330,9 +335,9 @@ class _Places:
         offsets: number of positions before each example, and in all, LongTensor (n + 1,).
     """
 
-    def __init__(self, positions: Positions, is_mask: bool) -> None:
-        self.positions, self.is_mask = positions, is_mask
-        self.counts = positions.example.bincount(minlength=positions.batch)
+    def __init__(self, positions: Positions) -> None:
+        self.positions, self.is_mask = positions, positions.is_mask
+        self.counts = positions.example.bincount(minlength=positions.batch or 0)
         self.offsets = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
     def of(self, batch: Batch) -> Positions:
@@ -341,8 +346,8 @@ class _Places:
         example = torch.arange(len(batch.examples)).repeat_interleave(counts)
         token = self.positions.token[pairs] - batch.first[example]
         size = len(batch.examples)
-        shape = (len(pairs),) if self.is_mask else (size, *self.positions.shape[1:])
-        return Positions(example, token, self.positions.slot[pairs], shape, size)
+        table = torch.stack([example, token, self.positions.slot[pairs], 0 * token], 1)
+        return Positions(table, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask)
 
     def rows(self, batch: Batch) -> Tensor:
         """Which rows of the whole result a batch yields."""
@@ -363,12 +368,15 @@ def _read(
     last = max(item.site for item in located)
 
     def keep(item: Located) -> Visit:
-        def read(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
+        def read(
+            stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
+        ) -> Tensor:
             def pick(tensor: Tensor) -> Tensor:
                 if at is None:
-                    return tensor
+                    return tensor[:, call.front :]
                 here = at.to(tensor.device)
-                return tensor[here.example, here.token].reshape(*at.shape, tensor.shape[-1])
+                rows = tensor[here.example, here.token + call.front]
+                return rows.reshape(*at.shape, tensor.shape[-1])
 
             picked = pick(stream)
             if residual is not None:
@@ -380,10 +388,10 @@ def _read(
 
         return read
 
-    with ExitStack() as stack:
-        stack.enter_context(run_eagerly(model))
+    watch = Watch(model, warns=False)
+    with watch.open() as stack:
         for item in sorted(located, key=lambda item: item.site):
-            attach(stack, item, keep(item))
+            attach(stack, watch, item, keep(item))
         with suppress(_StopForwardError):
             model(**inputs)
     missing = [str(item.site) for item in located if str(item.site) not in captured]

@@ -266,7 +266,7 @@ def cut_difference(call: _Call, cut: Cut) -> float:
             shaped = tensor.clone().view(h.shape)
             wanted = value if cut.scale is None else (value - h[:, TOKEN]) / cut.scale
             shaped[:, TOKEN] = wanted.to(shaped.dtype)
-            return _with_first(output, shaped.view(tensor.shape))
+            return with_first(output, shaped.view(tensor.shape))
 
         with _hooked(call.block.get_submodule(cut.module), force):
             outputs.append(call.again(h)[:, TOKEN].double())
@@ -548,7 +548,7 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def _with_first(output: Any, tensor: Tensor) -> Any:
+def with_first(output: Any, tensor: Tensor) -> Any:
     """A module's output with its (first) tensor replaced."""
     if isinstance(output, Tensor):
         return tensor

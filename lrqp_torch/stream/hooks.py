@@ -1,20 +1,24 @@
-"""Hooks on an untouched model: the only file that registers them.
+"""Hooks at the sites of an untouched model, each for the passes of its own context.
 
 `Ln.mid` is no module's output in most models. It is read as block input + scale · attention output,
 and written by changing the attention module's output, so that the skip path and the MLP both see
 the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrqp_torch.errors import ModelError, SiteError
 from lrqp_torch.stream.compiled import run_eagerly
-from lrqp_torch.stream.positions import Follows, ForwardCall, Positions
+from lrqp_torch.stream.discovery import first_tensor, with_first
+from lrqp_torch.stream.passes import ForwardCall, Watch, hook
+from lrqp_torch.stream.positions import Follower, Positions
 from lrqp_torch.stream.sites import (
     PARTS,
     Located,
@@ -27,54 +31,51 @@ from lrqp_torch.stream.sites import (
     trunk_of,
 )
 
-Visit = Callable[[Tensor, Tensor | None, float], Tensor]
-"""Called with a module's tensor, what it is added to (None where it is the stream itself), and what
-it is multiplied by before; gives the tensor to go on with."""
+Visit = Callable[[Tensor, Tensor | None, float, ForwardCall], Tensor]
+"""Called with a module's tensor, what it is added to (None where it is the stream itself), what it
+is multiplied by before, and the call that it is part of; gives the tensor to go on with."""
 
 
-def attach(stack: ExitStack, located: Located, visit: Visit) -> None:
-    """Call ``visit(tensor, residual, scale)`` at a site, and go on with what it returns.
+def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> None:
+    """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
     The stream there is residual + scale · tensor, and the tensor itself where residual is None.
     """
     if located.site.part == "pre":
 
-        def before_block(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (visit(args[0], None, 1.0), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": visit(kwargs["hidden_states"], None, 1.0)}
+        def before_block(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            stream = _stream(module, args, kwargs)
+            call = watch.call(stream, stream)
+            return None if call is None else _put(args, kwargs, visit(stream, None, 1.0, call))
 
-        stack.callback(
-            located.block.register_forward_pre_hook(before_block, with_kwargs=True).remove
-        )
+        hook(stack, located.block, before_block, before=True)
         return
 
-    residual: list[Tensor] = []
     scale = located.cut.scale if located.site.part == "mid" else None
+    residuals: dict[int, Tensor] = {}
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        if scale is None:
-            visited = visit(tensor, None, 1.0)
-        else:
-            visited = visit(tensor, residual.pop(), scale)
-        return visited if isinstance(output, Tensor) else (visited, *output[1:])
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        stream = first_tensor(output)
+        if stream is None:
+            raise SiteError(f"{type(module).__name__} returns {type(output).__name__}, no stream")
+        residual = None if scale is None else residuals.pop(threading.get_ident())
+        entered = args[0] if args else kwargs.get("hidden_states")
+        call = watch.call(stream, entered if residual is None else residual)
+        if call is None:
+            return None
+        return with_first(output, visit(stream, residual, scale or 1.0, call))
 
     written = located.block if located.site.part == "post" else located.attention_output
-    stack.callback(written.register_forward_hook(after).remove)
+    hook(stack, written, after, before=False)
     if scale is None:
         return
 
     # The first reader sees the block input as it is after all edits of it, in whatever order
     # contexts were nested; a pre-hook on the block might still see it before.
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual[:] = [args[0] if args else kwargs["hidden_states"]]
+    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+        residuals[threading.get_ident()] = _stream(module, args, kwargs)
 
-    stack.callback(
-        located.first_reader.register_forward_pre_hook(remember, with_kwargs=True).remove
-    )
+    hook(stack, located.first_reader, remember, before=True)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -82,24 +83,17 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def watch_calls(
-    model: nn.Module, stack: ExitStack, positions: Sequence[Positions | Follows]
-) -> list[ForwardCall]:
-    """A list whose last entry describes the forward pass under way; checks positions first."""
-    stack.enter_context(run_eagerly(model))
-    warn_of_checkpointing(model)
-    calls: list[ForwardCall] = []
-    absolute = layout_of(model).absolute_positions
-    trunk = trunk_of(model)
+def _stream(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The stream that a module is given."""
+    stream = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(stream, Tensor):
+        raise SiteError(f"{type(module).__name__} was called without hidden_states")
+    return stream
 
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = ForwardCall.read(module, args, kwargs, absolute)
-        for item in positions:
-            call.check(item)
-        calls[:] = [call]
 
-    stack.callback(trunk.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
-    return calls
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
+    """The arguments of a module with another stream."""
+    return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -119,13 +113,13 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
-def warn_of_checkpointing(model: nn.Module) -> None:
-    """Warn when blocks run once more in the backward pass, and torch would not notice a change.
+def warn_of_checkpointing(model: nn.Module) -> bool:
+    """Whether blocks run once more in the backward pass; warn if torch would not notice a change.
 
     Without ``use_reentrant`` torch itself raises where the second run differs from the first.
     """
     if not torch.is_grad_enabled():
-        return
+        return False
     for module in model.modules():
         if not (module.training and getattr(module, "gradient_checkpointing", False)):
             continue
@@ -137,7 +131,8 @@ def warn_of_checkpointing(model: nn.Module) -> None:
                 "use_reentrant=False torch raises instead",
                 stacklevel=4,
             )
-            return
+        return True
+    return False
 
 
 @contextmanager
@@ -149,14 +144,14 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor
     """
     recorded: list[Tensor] = []
 
-    def keep(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
-        recorded.append(stream[:, first_position:].detach().clone())
+    def keep(stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall) -> Tensor:
+        recorded.append(stream[:, call.front + first_position :].detach().clone())
         return stream
 
-    with ExitStack() as stack:
-        stack.enter_context(run_eagerly(model))
+    watch = Watch(model)
+    with watch.open() as stack:
         for layer in range(len(blocks_of(model))):
-            attach(stack, locate(model, Site(layer, PARTS.index("pre"))), keep)
+            attach(stack, watch, locate(model, Site(layer, PARTS.index("pre"))), keep)
         yield recorded
 
 
@@ -177,20 +172,25 @@ def record_heads(
     at = Positions.parse(positions)
     heads = head_count(model)
     recorded: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        calls = watch_calls(model, stack, [at])
+    follower = Follower(at)
+    watch = Watch(model, [follower])
 
-        def keeper(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-                here = at.to(args[0].device)
-                rows = args[0][here.example, here.token - calls[-1].past]
+    def keeper(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            heads_out = _stream(module, args, kwargs)
+            call = watch.call(heads_out, heads_out)
+            if call is not None:
+                here = at.to(heads_out.device)
+                columns = here.token - call.past + call.front
+                rows = heads_out[here.example, columns]
                 recorded[layer] = rows.detach().unflatten(-1, (heads, -1))
 
-            return keep
+        return keep
 
+    with watch.open() as stack:
         for layer in layers:
             projection = projection_of(model, locate(model, f"L{layer}.pre").site.layer)
-            stack.callback(projection.register_forward_pre_hook(keeper(layer)).remove)
+            hook(stack, projection, keeper(layer), before=True)
         yield recorded
 
 
@@ -210,21 +210,21 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
     parent, _, name = path.rpartition(".")
     owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
 
-    def replace_stream(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (stream, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": stream}
+    thread = threading.get_ident()
 
-    # Prepended: edits of this block's input must find the stream already in place.
-    with run_eagerly(model):
-        hook = blocks[layer].register_forward_pre_hook(
-            replace_stream, prepend=True, with_kwargs=True
-        )
+    def replace_stream(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            raise ModelError(
+                f"another thread is rerunning this model from block {layer} on, so it cannot be "
+                f"run as a whole meanwhile; give each thread a model of its own, or a lock"
+            )
+        return _put(args, kwargs, stream)
+
+    with run_eagerly(model), ExitStack() as stack:
+        # Prepended: edits of this block's input must find the stream already in place.
+        hook(stack, blocks[layer], replace_stream, before=True, prepend=True)
         setattr(owner, name, blocks[layer:])
         try:
             yield
         finally:
             setattr(owner, name, blocks)
-            hook.remove()

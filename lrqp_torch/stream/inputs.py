@@ -4,7 +4,6 @@ Examples of one length make a batch without padding. So a padded set of n exampl
 batches of neighbours in length, and each batch loses the padding that none of its examples needs.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
-from lrqp_torch.stream.compiled import unwrapped
 from lrqp_torch.stream.sites import layout_of, trunk_of
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -199,76 +197,6 @@ def _rotates_by_length(model: nn.Module) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-
-
-CACHES = ("cache", "past_key_values", "cache_params")
-"""Names that transformers has given to a model's KV cache, the newest first."""
-
-
-def forward_of(module: nn.Module) -> inspect.Signature:
-    """What a model's class takes, whatever its ``forward`` was wrapped in or replaced by."""
-    plain = unwrapped(module)
-    if hasattr(plain, "get_base_model"):
-        plain = cast(Any, plain).get_base_model()
-    return inspect.signature(type(plain).forward)
-
-
-def arguments_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call of ``module`` by their names, however they were passed.
-
-    Raises:
-        PositionError: the call does not fit the signature of the class.
-    """
-    signature = forward_of(module)
-    try:
-        given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
-    except TypeError as error:
-        if args:
-            raise PositionError(
-                f"the call of {type(unwrapped(module)).__name__} cannot be understood ({error}); "
-                f"pass its arguments by name"
-            ) from error
-        return dict(kwargs)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    return given
-
-
-def cache_among(given: Mapping[str, Any]) -> Any:
-    """The KV cache among named arguments or results of a model, whatever its name; or None.
-
-    Raises:
-        PositionError: there are several, or one that does not say how many tokens it holds.
-    """
-    found = {id(value): value for value in given.values() if hasattr(value, "get_seq_length")}
-    if len(found) > 1:
-        raise PositionError(
-            f"the model has {len(found)} caches ({', '.join(map(_kind, found.values()))}), of "
-            f"which one cannot say which holds the text"
-        )
-    if found:
-        return next(iter(found.values()))
-    for name, value in given.items():
-        known = name in CACHES and value is not None and not isinstance(value, bool)
-        if known or _kind(value).endswith("Cache"):
-            raise PositionError(
-                f"{name} is a {_kind(value)}, which does not say how many tokens it holds, so "
-                f"positions in the text cannot be told: run the model without it (use_cache=False)"
-            )
-    return None
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def name_of_cache(model: nn.Module) -> str:
-    """The name under which the model takes its KV cache."""
-    known = forward_of(model).parameters
-    return next((name for name in CACHES if name in known), CACHES[0])
 
 
 def vocabulary_of(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -18,10 +18,9 @@ from lrqp_torch.errors import (
     outside_transforms,
     readable,
 )
-from lrqp_torch.stream.hooks import attach, scaled, warn_of_dropout, watch_calls
-from lrqp_torch.stream.positions import ForwardCall
-from lrqp_torch.stream.rows import FixedRows
-from lrqp_torch.stream.scopes import Scope, ScopePairs, ScopeRows, Where, parse
+from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
+from lrqp_torch.stream.passes import ForwardCall, Watch
+from lrqp_torch.stream.positions import Follower, Positions, Where
 from lrqp_torch.stream.sites import Located, locate
 
 Record = TypeVar("Record")
@@ -66,19 +65,10 @@ class RaisesLate(Protocol):
 
 @runtime_checkable
 class KeepsSteps(Protocol):
-    """An edit that keeps a record of every forward pass.
-
-    Attributes:
-        requests: how many requests it has targets for, or None for any number.
-    """
-
-    requests: int | None
+    """An edit that keeps a record of every forward pass."""
 
     def begin(self) -> None:
         """A context opens."""
-
-    def grow(self, pairs: ScopePairs) -> None:
-        """A scope has reached these pairs, the last of them perhaps for the first time."""
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
         """The edit of some rows is done."""
@@ -90,8 +80,9 @@ class Intervention:
 
     Attributes:
         site: such as ``"L6.mid"``.
-        positions: LongTensor (B,), LongTensor (B, n) or BoolTensor (B, T); or a
-            :class:`~lrqp_torch.Scope` of ``model.generate``, such as ``"generated"``.
+        positions: LongTensor (B,), LongTensor (B, n) or BoolTensor (B, T), or lists of these; a
+            column of each text, a slice of them, ``"last"``, or a function of the model's inputs;
+            or a :class:`~lrqp_torch.Scope` of ``model.generate``, such as ``"generated"``.
         edit: for example ``lambda x, context: x + direction``.
     """
 
@@ -144,16 +135,16 @@ def intervene(
     if not applied:
         raise PositionError("no interventions were given: nothing would be edited")
     warn_of_dropout(model)
-    with ExitStack() as stack:
-        calls = watch_calls(model, stack, [item.places.watched for item in applied])
+    watch = Watch(model, [item.places for item in applied], warn_of_checkpointing(model))
+    with watch.open() as stack:
         for item in sorted(applied, key=lambda item: item.located.site):
-            item.attach(stack, calls)
+            attach(stack, watch, item.located, item.apply)
             if item.record is not None:
                 item.record.begin()
         yield [item.edit for item in interventions]
     # Reached only when the body did not raise: its own error says more than this one would.
     for item in applied:
-        item.close()
+        item.close(watch)
 
 
 @contextmanager
@@ -170,20 +161,10 @@ class _Applied:
     def __init__(self, item: Intervention, located: Located) -> None:
         self.item, self.located = item, located
         self.record = item.edit if isinstance(item.edit, KeepsSteps) else None
-        positions = parse(item.positions)
-        requests = None if self.record is None else self.record.requests
-        self.places = (
-            ScopeRows(positions, requests) if isinstance(positions, Scope) else FixedRows(positions)
-        )
+        self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.broken: Tensor | None = None
         self.dtype = torch.float32
-
-    def attach(self, stack: ExitStack, calls: list[ForwardCall]) -> None:
-        def edit(stream: Tensor, residual: Tensor | None, scale: float) -> Tensor:
-            return self.apply(stream, residual, scale, calls[-1])
-
-        attach(stack, self.located, edit)
 
     def apply(
         self, stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
@@ -213,8 +194,6 @@ class _Applied:
 
         # A copy, so that an edit which works in place is seen to have changed something.
         context = EditContext(at.index, rows, at.token, realise, at.request)
-        if self.record is not None and isinstance(self.places, ScopeRows):
-            self.record.grow(self.places.pairs)
         edited = self.item.edit(x.clone(), context)
         self._check(x, edited, x.dtype)
         changed = (edited != x).any(-1, keepdim=True)
@@ -247,7 +226,7 @@ class _Applied:
                 f"can hold"
             )
 
-    def close(self) -> None:
+    def close(self, watch: Watch) -> None:
         """Raise for what went wrong without being seen, and for positions that never ran."""
         if isinstance(self.item.edit, RaisesLate):
             self.item.edit.raise_late()
@@ -255,4 +234,11 @@ class _Applied:
             self._raise_if_broken(self.broken, self.dtype)
         missed = self.places.missed()
         if missed is not None:
-            raise EditNeverFiredError(f"the edit at {self.located.site} {missed}")
+            others = ", ".join(sorted(watch.others))
+            elsewhere = (
+                f". Other threads ran the model ({others}), on which a context of this one does "
+                f"not act: open it in the thread that runs the model"
+                if others
+                else ""
+            )
+            raise EditNeverFiredError(f"the edit at {self.located.site} {missed}{elsewhere}")

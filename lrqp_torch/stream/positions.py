@@ -1,89 +1,154 @@
-"""Token positions of a batch: one rule for all shapes, checked against what the model is given."""
+"""Token positions: every way to say them, parsed once, and which of them a forward pass reaches."""
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias, Union, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrqp_torch.errors import PositionError
-from lrqp_torch.stream.inputs import arguments_of, cache_among
+from lrqp_torch.errors import PositionError, TargetError, concrete
+from lrqp_torch.stream.passes import ForwardCall, Text
 
-_HIDDEN = -1e4
-"""Additive attention masks hide with numbers below this."""
-
-
-class LeftPaddingWarning(UserWarning):
-    """A left-padded batch without ``position_ids`` on a model with learned positions."""
+REGIONS = ("prompt", "generated", "all")
+Region: TypeAlias = str | int | slice | Callable[[dict[str, Tensor]], Any]
 
 
 @dataclass(frozen=True)
-class Positions:
-    """Token positions of a batch as a flat list of (example, token) pairs.
+class Scope:
+    """Tokens of each text that are known by where they come from, also in ``model.generate``.
 
-    Positions count columns of the padded input as given, from 0; with a KV cache they count
-    from the beginning of the cached text.
+        with edit.at(model, "L6.mid", positions=lrqp.Scope("generated", repeats=4), target=1):
+            model.generate(**inputs, num_beams=4)
 
-    Attributes:
-        example: row of the batch of each pair, (N,).
-        token: column of each pair, (N,).
-        slot: which of an example's positions the pair is, (N,); for a mask, the column.
-        shape: shape of results that have one entry a pair: (B,), (B, n), or (N,) for a mask.
-        batch: B.
+    ``"prompt"`` are the real tokens of the prompt, without its padding. ``"generated"`` are the new
+    tokens that the model reads back as input; the last one of a generation is never read.
+    ``"all"`` is both. With a KV cache each token is edited once, in the call that reads it; without
+    one, every call computes it anew from the same values, and edits it anew.
+
+    ``"last"`` is the last real token of the prompt; an integer one of its columns, from its end if
+    negative, and a slice several, none of them on padding; a function is given the prompt
+    (``input_ids`` or ``inputs_embeds``, and ``attention_mask``) and returns its positions.
+
+    A text begins with a call that has no past, and its prompt is as long as that call; a text is
+    known by its cache, so that texts may take turns, as those of guidance do. Without a cache, a
+    call of ``generate`` one token longer that begins with the tokens of the last one continues it.
+    A prompt that is read in several calls (``prefill_chunk_size``, a cache that the caller has
+    filled), assisted decoding, and decoding without a cache in a loop of one's own need
+    ``prompt_length``: calls that cannot be told apart without it are refused. (Not seen to be such:
+    a prompt that ends one token after its first chunk.)
+
+    Tokens that the attention mask hides are left alone. ``generate`` shows the padding that it puts
+    behind a sequence that has ended, so that is edited and recorded like text, without effect on
+    any text. With beam search rows of one example change places, and records name the row of the
+    batch that a token was in when it was edited.
+
+    Args:
+        region: ``"prompt"``, ``"generated"``, ``"all"`` or ``"last"``; an int, a slice or a
+            function.
+        repeats: rows of the batch for each request, as ``num_beams`` and ``num_return_sequences``
+            make them: request i owns rows i·repeats to i·repeats + repeats − 1.
+        prompt_length: columns of the prompt with its padding; default that of each first call.
+
+    Raises:
+        PositionError: another region, or a number below 1.
     """
 
-    example: Tensor
-    token: Tensor
-    slot: Tensor
-    shape: tuple[int, ...]
-    batch: int
+    region: Region
+    repeats: int = 1
+    prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.region, int | slice) or callable(self.region)
+        if isinstance(self.region, bool) or not (known or self.region in (*REGIONS, "last")):
+            raise PositionError(
+                f"scope must be one of {', '.join(map(repr, REGIONS))}, 'last', a number, a slice "
+                f"or a function, got {str(self.region)[:200]!r}; positions of one's own are a "
+                f"tensor"
+            )
+        for name in ("repeats", "prompt_length"):
+            value = getattr(self, name)
+            if name == "prompt_length" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PositionError(f"{name} of a scope must be an integer from 1, got {value!r}")
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has tokens in every call, and not only chosen ones of the prompt."""
+        return self.region in REGIONS
+
+
+Where: TypeAlias = Union[Tensor, Sequence[Any], Scope, Region, "Positions"]
+"""LongTensor (B,) or (B, n), BoolTensor (B, T), or lists of these; a scope, or a scope's region."""
+
+
+class Positions:
+    """Positions as a flat list of (example, token) pairs: those given, or those found so far.
+
+    Positions count columns of the padded input as given, from 0; with a KV cache they count
+    from the beginning of the cached text. They do not count what an adapter puts in front.
+
+    Args:
+        table: example, token, slot and text of each pair, LongTensor (N, 4).
+        batch: B, or None where a scope finds the pairs.
+        scope: what finds them.
+        grid: shape of the positions as they were said: (B,), (B, n), or (B, T) for a mask.
+        is_mask: whether they were said by a mask.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        batch: int | None = None,
+        scope: Scope | None = None,
+        grid: tuple[int, ...] = (),
+        is_mask: bool = False,
+    ) -> None:
+        self._table, self._count = table, len(table)
+        self.batch, self.scope, self.grid, self.is_mask = batch, scope, grid, is_mask
+        self.requests: int | None = None
 
     @classmethod
-    def parse(cls, positions: Tensor) -> "Positions":
-        """Read ``LongTensor (B,)``, ``LongTensor (B, n)`` or ``BoolTensor (B, T)``.
+    def parse(cls, positions: Where) -> "Positions":
+        """Read positions, in whatever way they are said.
 
         Raises:
-            PositionError: another dtype or shape, a negative position, none at all, or one token
-                twice in an example.
+            PositionError: another kind, dtype or shape, a negative position in a tensor, none at
+                all, or one token twice in an example.
         """
+        if isinstance(positions, cls):
+            return positions
+        if isinstance(positions, Scope):
+            return cls(torch.zeros(0, 4, dtype=torch.long), scope=positions)
+        if isinstance(positions, str | int | slice) or callable(positions):
+            return cls.parse(Scope(positions))
         if not isinstance(positions, Tensor):
-            raise PositionError(
-                f"positions must be a tensor, got {type(positions).__name__}; scopes such as "
-                f"'generated' are for edits without anything that is given by position"
-            )
+            try:
+                positions = torch.as_tensor(positions)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise PositionError(
+                    f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
+                    f"scope, got {type(positions).__name__}: {str(positions)[:200]}"
+                ) from error
         if positions.dtype == torch.bool and positions.ndim == 2:
             example, token = positions.nonzero(as_tuple=True)
-            result = cls(example, token, token, (len(example),), len(positions))
+            table = torch.stack([example, token, token, 0 * token], 1)
+            grid = tuple(positions.shape)
+            result = cls(table, len(positions), grid=grid, is_mask=True)
         elif positions.dtype == torch.bool or positions.dtype.is_floating_point:
             raise PositionError(
                 f"positions must be LongTensor (batch,), LongTensor (batch, n) or BoolTensor "
                 f"(batch, seq), got {positions.dtype} {tuple(positions.shape)}"
             )
         elif positions.ndim in (1, 2):
-            table = (positions if positions.ndim == 2 else positions.unsqueeze(-1)).long()
-            rows, slots = torch.meshgrid(
-                torch.arange(table.shape[0], device=table.device),
-                torch.arange(table.shape[1], device=table.device),
-                indexing="ij",
-            )
-            result = cls(
-                rows.flatten(), table.flatten(), slots.flatten(), tuple(positions.shape), len(table)
-            )
-            ordered = table.sort(-1).values
-            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-                row = int((ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero()[0])
-                raise PositionError(
-                    f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of "
-                    f"positions must be boolean (.bool())"
-                )
+            result = cls._numbered(positions.long())
         else:
             raise PositionError(
                 f"positions must have shape (batch,), (batch, n) or (batch, seq), got "
                 f"{tuple(positions.shape)}"
             )
-        if len(result.token) == 0:
+        if not len(result):
             raise PositionError("no positions: nothing would be edited or captured")
         if int(result.token.min()) < 0:
             raise PositionError(
@@ -92,130 +157,416 @@ class Positions:
             )
         return result
 
-    def to(self, device: torch.device) -> "Positions":
+    @classmethod
+    def _numbered(cls, positions: Tensor) -> "Positions":
+        table = positions if positions.ndim == 2 else positions.unsqueeze(-1)
+        ordered = table.sort(-1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            row = int((ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero()[0])
+            raise PositionError(
+                f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of "
+                f"positions must be boolean (.bool())"
+            )
+        example, slot = torch.ones_like(table).nonzero(as_tuple=True)
+        token = table.flatten()
+        pairs = torch.stack([example, token, slot, 0 * token], 1)
+        return cls(pairs, len(table), grid=tuple(positions.shape))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def example(self) -> Tensor:
+        """Row of the batch of each pair, (N,)."""
+        return self._table[: self._count, 0]
+
+    @property
+    def token(self) -> Tensor:
+        """Column of each, (N,)."""
+        return self._table[: self._count, 1]
+
+    @property
+    def slot(self) -> Tensor:
+        """Which of an example's positions each is, (N,); for a mask, the column."""
+        return self._table[: self._count, 2]
+
+    @property
+    def generation(self) -> Tensor:
+        """In a scope, which of the context's texts each is part of, from 0, (N,)."""
+        return self._table[: self._count, 3]
+
+    @property
+    def request(self) -> Tensor:
+        """The request that each belongs to, (N,); without a scope, the example."""
+        return self.example if self.scope is None else self.example // self.scope.repeats
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of results that have one entry a pair: (B,), (B, n), or (N,)."""
+        return self.grid if self.grid and not self.is_mask else (self._count,)
+
+    def to(self, device: torch.device | str) -> "Positions":
         """The same positions on another device."""
-        example, token, slot = (t.to(device) for t in (self.example, self.token, self.slot))
-        return Positions(example, token, slot, self.shape, self.batch)
+        table = self._table[: self._count].to(device)
+        return Positions(table, self.batch, self.scope, self.grid, self.is_mask)
+
+    def clear(self) -> None:
+        """Forget what a scope has found; called when a context opens."""
+        if self.scope is not None:
+            self._count = 0
+
+    def add(self, example: Tensor, token: Tensor, text: int) -> Tensor:
+        """Add pairs that a scope has found; their numbers. Takes constant time a pair."""
+        begin, self._count = self._count, self._count + len(example)
+        if self._count > len(self._table):
+            room = self._table.new_zeros(max(2 * self._count, 64), 4)
+            room[:begin] = self._table[:begin]
+            self._table = room
+        new = self._table[begin : self._count]
+        new[:, 0], new[:, 1], new[:, 3] = example, token, text
+        return torch.arange(begin, self._count)
+
+    def per_request(self, classes: Tensor, name: str) -> Tensor:
+        """In a scope: integer classes one a request, (B,), or (1,) for all.
+
+        Raises:
+            TargetError: another shape, or another number of requests than before.
+        """
+        if classes.ndim == 0:
+            return classes.reshape(1)
+        if classes.ndim != 1 or self.requests not in (None, len(classes)):
+            known = "(B,)" if self.requests is None else f"({self.requests},)"
+            assert self.scope is not None
+            raise TargetError(
+                f"{name} has shape {tuple(classes.shape)}; in the scope {self.scope.region!r} give "
+                f"one number, or {known} for one class a request"
+            )
+        self.requests = len(classes)
+        return classes
+
+    def among(self, batch: int, length: int, given: Mapping[str, Any]) -> "Positions":
+        """These positions in inputs that are there as a whole, (batch, length).
+
+        Raises:
+            PositionError: they do not fit the inputs, or are new tokens.
+        """
+        if self.scope is None:
+            return self
+        if self.scope.region == "generated":
+            raise PositionError("'generated' is for model.generate: here nothing is generated")
+        mask = given.get("attention_mask")
+        real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return chosen(self.scope.region, batch, length, real, given)
 
 
-class Follows(Protocol):
-    """Positions that depend on the calls themselves."""
-
-    def see(self, call: "ForwardCall") -> None:
-        """Take notice of a forward pass that is about to run, or refuse it."""
+def chosen(
+    region: Region, batch: int, length: int, real: Tensor | None, given: Mapping[str, Any]
+) -> Positions:
+    """The positions of a region in prompts of ``length`` columns, of which ``real`` are text."""
+    if isinstance(region, int):
+        column = region + length if region < 0 else region
+        if column < 0:
+            raise PositionError(f"position {region} is out of range: the input has {length} tokens")
+        return Positions.parse(torch.full((batch,), column))
+    if isinstance(region, slice):
+        return Positions.parse(torch.arange(length)[region].expand(batch, -1))
+    shown = torch.ones(batch, length, dtype=torch.bool) if real is None else real.cpu()
+    if region == "last":
+        return Positions.parse(length - 1 - shown.flip(1).byte().argmax(1))
+    if isinstance(region, str):
+        return Positions.parse(shown)
+    found = Positions.parse(region({**given, "attention_mask": shown.long()}))
+    if found.scope is not None:
+        raise PositionError(f"positions must not be a scope within a scope, got {found.scope}")
+    return found
 
 
 @dataclass(frozen=True)
-class ForwardCall:
-    """What a forward pass was given.
+class Rows:
+    """The positions that a forward pass reaches, and where they are in it.
 
     Attributes:
-        batch: B.
-        length: tokens in this call.
-        past: tokens that the KV cache holds already.
-        mask: attention mask over past and present tokens, (B, past + length), or None.
-        continues: whether the call fills a KV cache, so that later calls may bring further tokens.
-        tokens: the tokens, (B, length), or their embeddings.
-        square: a four-dimensional attention mask, as calls with a static cache have it, or None.
+        fired: as ``index``, on the CPU.
+        index: which of all pairs these are, (N,).
+        example: row of the batch of each, (N,).
+        token: column of each, counted from the beginning of the text, (N,).
+        column: column of each in this call, (N,).
+        request: in a scope, the request that each row of the batch belongs to, (N,).
     """
 
-    batch: int
-    length: int
-    past: int
-    mask: Tensor | None
-    continues: bool = False
-    tokens: Tensor | None = None
-    square: Tensor | None = None
+    fired: Tensor
+    index: Tensor
+    example: Tensor
+    token: Tensor
+    column: Tensor
+    request: Tensor | None = None
 
-    @classmethod
-    def read(
-        cls,
-        trunk: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        absolute_positions: bool,
-    ) -> "ForwardCall":
-        """Read the arguments of a base model's forward, however they were passed."""
-        given = arguments_of(trunk, args, kwargs)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
-            raise PositionError("the model was called without input_ids or inputs_embeds")
-        cache, mask = cache_among(given), given.get("attention_mask")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        # Models with several kinds of attention take a mask for each.
-        if isinstance(mask, Mapping):
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
-        square = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
-        # Four-dimensional masks may be the caller's own, and need say nothing of padding.
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        unaware = absolute_positions and given.get("position_ids") is None
-        if mask is not None and unaware and bool((mask[:, 0] == 0).any()):
-            warnings.warn(
-                "left-padded batch without position_ids: this model counts the padding as text. "
-                "Pass position_ids=lrqp_torch.position_ids(attention_mask), or pad on the right",
-                LeftPaddingWarning,
-                stacklevel=2,
-            )
-        continues = cache is not None or given.get("use_cache") is True
-        return cls(tokens.shape[0], tokens.shape[1], past, mask, continues, tokens, square)
 
-    def real(self) -> Tensor | None:
-        """Which tokens of this call are text and not padding, (B, length) bool; None if all are.
+class Follower:
+    """Finds the tokens of some positions in the passes of a context, and what was missed."""
 
-        In a four-dimensional mask, padding is what does not see itself.
+    def __init__(self, positions: Positions) -> None:
+        self.positions, self.fired = positions, torch.zeros(len(positions), dtype=torch.bool)
+        # On the host, so that a forward pass need not ask the device which of them are its own.
+        self._known = positions.to("cpu")
+        self._rows: tuple[tuple[int, int, int, torch.device], Rows | None] | None = None
 
-        Raises:
-            PositionError: a mask that does not reach to the end of this call.
-        """
-        end = self.past + self.length
-        given = self.mask if self.square is None else self.square
-        if given is None:
-            return None
-        if given.shape[-1] < end:
-            raise PositionError(
-                f"the attention mask has {given.shape[-1]} columns, the text {end}, so it does not "
-                f"say what is padding: give the mask of past and present tokens, and do not use a "
-                f"static cache with a sliding window in a scope"
-            )
-        if self.square is None:
-            return given[:, self.past : end].bool()
-        own = given[:, 0, :, self.past : end].diagonal(dim1=-2, dim2=-1)
-        return (own if own.dtype == torch.bool else own > _HIDDEN).expand(self.batch, -1)
+    @staticmethod
+    def of(positions: Positions) -> "Follower":
+        """What follows fixed positions, or a scope."""
+        return Follower(positions) if positions.scope is None else ScopeFollower(positions)
 
-    def check(self, positions: "Positions | Follows") -> None:
-        """Raise unless the positions fit this call.
+    def see(self, call: ForwardCall) -> None:
+        """Raise unless the positions fit a call.
 
         Raises:
             PositionError: another batch size, a position on padding, or one beyond the input. A
                 call that fills a KV cache may be followed by the tokens that are still missing;
                 positions that never come are found when the context closes.
         """
-        if not isinstance(positions, Positions):
-            positions.see(self)
-            return
-        if positions.batch != self.batch:
-            raise PositionError(wrong_batch("positions", positions.batch, 1, self.batch))
-        end = self.past + self.length
-        beyond = positions.token >= end
-        if not self.continues and bool(beyond.any()):
-            worst = int(beyond.nonzero()[0])
+        check_fit(self._known, call)
+
+    def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        """The positions of a call on a device, or None; those of the last call are kept."""
+        key = (call.past, call.length, call.front, device)
+        if self._rows is None or self._rows[0] != key:
+            self._rows = (key, _within(self._known, call, device))
+        return self._rows[1]
+
+    def mark(self, rows: Rows) -> None:
+        """Note that an edit ran."""
+        self.fired[rows.fired] = True
+
+    def missed(self) -> str | None:
+        """What to say of positions that never ran, if any."""
+        if bool(self.fired.all()):
+            return None
+        missed, at = (~self.fired).nonzero().flatten(), self._known
+        pairs = [(int(at.example[i]), int(at.token[i])) for i in missed[:5]]
+        return (
+            f"never ran at {len(missed)} of {len(self.fired)} positions, the first (example, "
+            f"token) are {pairs}. Run the model inside the context; with a KV cache, positions "
+            f"before the cached part have passed already"
+        )
+
+
+class ScopeFollower(Follower):
+    """Finds a scope's tokens in each of the passes of a context."""
+
+    def __init__(self, positions: Positions) -> None:
+        positions.clear()
+        super().__init__(positions)
+        assert positions.scope is not None
+        self.scope, self.any = positions.scope, False
+        self._last: ForwardCall | None = None
+        # Of each text, the numbers of its pairs by row and column, and the chosen ones if known.
+        self._seen: dict[int, Tensor] = {}
+        self._chosen: dict[int, Positions] = {}
+
+    def see(self, call: ForwardCall) -> None:
+        """Take notice of a forward pass that is about to run.
+
+        Raises:
+            PositionError: another batch size, or a call of which one cannot say whether it reads
+                prompt or new tokens.
+        """
+        repeats, requests, self._last = self.scope.repeats, self.positions.requests, call
+        if requests is not None and call.batch != requests * repeats:
+            raise PositionError(wrong_batch("targets", requests, repeats, call.batch))
+        if call.batch % repeats:
             raise PositionError(
-                f"position {int(positions.token[worst])} of example "
-                f"{int(positions.example[worst])} is out of range: the input has {end} tokens"
+                f"a batch of {call.batch} rows is no multiple of the scope's repeats, {repeats}: "
+                f"repeats is the number of rows for each request (num_beams or "
+                f"num_return_sequences of generate)"
             )
-        if self.mask is None:
-            return
-        mask = self.mask.to(positions.token.device)
-        column = positions.token.clamp_max(mask.shape[1] - 1)
-        padded = (mask[positions.example, column] == 0) & (positions.token == column)
-        if bool(padded.any()):
-            where = padded.nonzero().flatten()
-            pairs = [(int(positions.example[i]), int(positions.token[i])) for i in where[:5]]
+        self._check_step(call)
+        number = self._text(call).number
+        if number not in self._seen:
+            for old in [old for old in self._seen if old < number - 8]:
+                del self._seen[old]
+                self._chosen.pop(old, None)
+            self._seen[number] = torch.full((call.batch, 0), -1)
+        if not self.scope.grows and number not in self._chosen:
+            self._choose(call, number)
+
+    def _text(self, call: ForwardCall) -> Text:
+        """The text that a call goes on with, or begins."""
+        text = call.text
+        # Without a cache, a call that adds a token is known to go on where the prompt's end is.
+        while self.scope.prompt_length is not None and text.after is not None:
+            text = text.after
+        return text
+
+    def _prompt_length(self, call: ForwardCall) -> int:
+        return self.scope.prompt_length or self._text(call).prompt
+
+    def _choose(self, call: ForwardCall, number: int) -> None:
+        """Find the chosen tokens of a text, at its first call."""
+        length, region = self._prompt_length(call), self.scope.region
+        if call.end < length and not isinstance(region, int | slice):
             raise PositionError(
-                f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
-                f"count positions on the padded input"
+                f"the prompt of {length} tokens is read in several calls, so {region!r} cannot be "
+                f"found in it: give positions by number, or read it in one call"
             )
+        real = call.real()
+        real = None if real is None else real[:, :length]
+        found = chosen(region, call.batch, length, real, call.given(length)).to("cpu")
+        check_fit(found, call)
+        self._chosen[number] = found
+
+    def _check_step(self, call: ForwardCall) -> None:
+        """Raise unless one can say where the call stands in its text."""
+        text, length, region = call.text, self.scope.prompt_length, self.scope.region
+        if text.last < 0:  # its first call
+            first = length if region == "generated" and length is not None else 0
+            if call.past > first:
+                raise PositionError(
+                    f"the first call in the context goes on from {call.past} tokens in the cache, "
+                    f"which were not edited in the scope {region!r}; open the context before the "
+                    f"prompt is read, or use 'generated' with Scope(prompt_length=...)"
+                )
+            if text.after is not None and length is None and region in ("prompt", "generated"):
+                raise PositionError(
+                    f"a call without a cache reads the last text and one token more: it may go on "
+                    f"with that text, or be a text of its own. Say where the prompt ends: "
+                    f"Scope({region!r}, prompt_length=...), or edit such texts in contexts of "
+                    f"their own"
+                )
+            return
+        if call.batch != text.batch:
+            raise PositionError(
+                f"a call with a cache has {call.batch} rows, the text before it had {text.batch}; "
+                f"edit texts of other batches in a context of their own"
+            )
+        if length is not None and any(other.prompt != length for other in call.meanwhile):
+            raise PositionError(
+                f"another text, with a first call of {call.meanwhile[0].prompt} tokens, takes "
+                f"turns with one whose prompt_length is {length}, as the second prompt of guidance "
+                f"(guidance_scale) does; leave prompt_length out, and each has its own"
+            )
+        absolute = isinstance(region, int) and region >= 0
+        if length is not None or absolute or not call.past:
+            return
+        if call.length > 1 or call.past != text.end:
+            raise PositionError(
+                f"a call reads {call.length} tokens after {call.past} in the cache, where "
+                f"{text.end} had been read: a prompt in chunks, a further turn, or "
+                f"assisted decoding. Say where the prompt ends: "
+                f"Scope({region!r}, prompt_length=inputs['input_ids'].shape[1])"
+            )
+
+    def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        """The scope's tokens in a call, or None."""
+        text = self._text(call)
+        if self.scope.grows:
+            found = self._in_region(call)
+        else:
+            at = self._chosen.get(text.number)
+            inside = None if at is None else _inside(at, call)
+            found = None if at is None or inside is None else (at.example[inside], at.token[inside])
+        if found is None or not len(found[0]):
+            return None
+        example, token = found
+        index = self._number(text.number, call, example, token)
+        request = example // self.scope.repeats
+        column = token - call.past + call.front
+        parts = (part.to(device) for part in (index, example, token, column, request))
+        return Rows(index, *parts)
+
+    def _in_region(self, call: ForwardCall) -> tuple[Tensor, Tensor] | None:
+        """Examples and tokens of the prompt, of what is generated, or of both."""
+        begin, end, border = call.past, call.end, self._prompt_length(call)
+        if self.scope.region == "prompt":
+            end = min(end, border)
+        elif self.scope.region == "generated":
+            begin = max(begin, border)
+        if begin >= end:
+            return None
+        real = call.real()
+        if real is None:
+            real = torch.ones(call.batch, end - begin, dtype=torch.bool)
+        else:
+            real = real[:, begin - call.past : end - call.past].cpu()
+        example, column = real.nonzero(as_tuple=True)
+        return example, column + begin
+
+    def _number(self, text: int, call: ForwardCall, example: Tensor, token: Tensor) -> Tensor:
+        """Numbers of pairs in order of appearance, (n,); a token read again keeps its own."""
+        seen = self._seen[text]
+        if call.end > seen.shape[1]:
+            room = torch.full((len(seen), max(2 * call.end, 32)), -1)
+            room[:, : seen.shape[1]] = seen
+            self._seen[text] = seen = room
+        index = seen[example, token]
+        new = index < 0
+        if bool(new.any()):
+            index[new] = self.positions.add(example[new], token[new], text)
+            seen[example, token] = index
+        return index
+
+    def mark(self, rows: Rows) -> None:
+        """Note that an edit ran."""
+        self.any = True
+
+    def missed(self) -> str | None:
+        """What to say if no token was edited."""
+        if self.any:
+            return None
+        region = self.scope.region
+        if self._last is None:
+            return f"never ran in the scope {region!r}: run the model inside the context"
+        if region == "generated":
+            return (
+                "never ran in the scope 'generated': the model read no new token after its prompt "
+                f"of {self._prompt_length(self._last)} columns. The last new token is never read "
+                "back, so max_new_tokens must be at least 2; and a text given as a whole counts as "
+                "prompt, unless Scope(prompt_length=...) says where it ends"
+            )
+        return (
+            f"never ran in the scope {region!r}: no call reached the site with a token of the "
+            f"scope that the attention mask shows"
+        )
+
+
+def _inside(positions: Positions, call: ForwardCall) -> Tensor | None:
+    """Which pairs a call reads; None for none."""
+    token = positions.token
+    index = ((token >= call.past) & (token < call.end)).nonzero().squeeze(-1)
+    return index if len(index) else None
+
+
+def _within(positions: Positions, call: ForwardCall, device: torch.device) -> Rows | None:
+    index = _inside(positions, call)
+    if index is None:
+        return None
+    example, token = positions.example[index], positions.token[index]
+    parts = index, example, token, token - call.past + call.front
+    return Rows(index, *(part.to(device) for part in parts))
+
+
+def check_fit(positions: Positions, call: ForwardCall) -> None:
+    """Raise :class:`PositionError` unless known positions fit a call; see :meth:`Follower.see`."""
+    if positions.batch != call.batch:
+        raise PositionError(wrong_batch("positions", cast(int, positions.batch), 1, call.batch))
+    beyond = positions.token >= call.end
+    if not call.continues and bool(beyond.any()):
+        worst = int(beyond.nonzero()[0])
+        raise PositionError(
+            f"position {int(positions.token[worst])} of example "
+            f"{int(positions.example[worst])} is out of range: the input has {call.end} tokens"
+        )
+    if call.mask is None or not concrete(call.mask):
+        return
+    mask = call.mask.to(positions.token.device)
+    column = positions.token.clamp_max(mask.shape[1] - 1)
+    padded = (mask[positions.example, column] == 0) & (positions.token == column)
+    if bool(padded.any()):
+        where = padded.nonzero().flatten()
+        pairs = [(int(positions.example[i]), int(positions.token[i])) for i in where[:5]]
+        raise PositionError(
+            f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
+            f"count positions on the padded input"
+        )
 
 
 def wrong_batch(what: str, examples: int, repeats: int, given: int) -> str:
@@ -223,8 +574,9 @@ def wrong_batch(what: str, examples: int, repeats: int, given: int) -> str:
     each = f" with repeats={repeats}" if repeats > 1 else ""
     return (
         f"{what} are for {examples} examples{each}, the model was given {given}; beam search and "
-        f"several returned sequences repeat each example, so repeat positions and targets likewise "
-        f"(repeat_interleave), or give a scope repeats=k for k rows an example"
+        f"several returned sequences repeat each example, and choices of an example are rows of "
+        f"their own, so repeat positions and targets likewise (repeat_interleave), or give a scope "
+        f"repeats=k for k rows an example"
     )
 
 

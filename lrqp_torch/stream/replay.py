@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import record_stream, resume_at
-from lrqp_torch.stream.inputs import cache_among, forward_of, name_of_cache
+from lrqp_torch.stream.passes import cache_among, forward_of, name_of_cache
 from lrqp_torch.stream.sites import blocks_of
 
 TOKEN_INPUTS = ("input_ids", "position_ids")

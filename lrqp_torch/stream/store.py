@@ -40,6 +40,7 @@ from lrqp_torch.files import (
 )
 from lrqp_torch.stream.capture import ALONE, Progressed, Reading, progress_shown
 from lrqp_torch.stream.inputs import is_watched
+from lrqp_torch.stream.positions import Where
 from lrqp_torch.stream.sites import Site
 
 FORMAT = "lrqp_torch.activations"
@@ -352,7 +353,7 @@ def capture_to(
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: str | Sequence[str | Site],
-    positions: Tensor | None = None,
+    positions: Where | None = None,
     *,
     ranks: Ranks,
     **options: Any,
@@ -365,7 +366,7 @@ def capture_to(
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: str | Sequence[str | Site],
-    positions: Tensor | None = None,
+    positions: Where | None = None,
     **options: Any,
 ) -> "ActivationStore": ...
 
@@ -375,7 +376,7 @@ def capture_to(  # type: ignore[misc]  # options are those named here
     model: nn.Module,
     inputs: Mapping[str, Any],
     sites: str | Sequence[str | Site],
-    positions: Tensor | None = None,
+    positions: Where | None = None,
     *,
     shard_size: int = 4096,
     batch_size: int | None = None,
@@ -420,7 +421,7 @@ def capture_to(  # type: ignore[misc]  # options are those named here
         with ranks.together():
             if ranks.is_main:
                 open_until_the_end.enter_context(sole_writer(Path(folder)))
-                writing = Writing(Path(folder), reading, positions, shard_size)
+                writing = Writing(Path(folder), reading, shard_size)
         pending = ranks.from_main(None if writing is None else writing.pending)
         advance = open_until_the_end.enter_context(
             progress_shown(ranks.is_main and progress, reading.n_examples)
@@ -441,7 +442,6 @@ class Writing:
     Args:
         folder: where to write, which is there.
         reading: what is captured.
-        positions: of the reading, as given.
         shard_size: examples a shard.
 
     Attributes:
@@ -452,9 +452,7 @@ class Writing:
         PositionError, ActivationStoreError, OutputError: as of :func:`capture_to`.
     """
 
-    def __init__(
-        self, folder: Path, reading: Reading, positions: Tensor | None, shard_size: int
-    ) -> None:
+    def __init__(self, folder: Path, reading: Reading, shard_size: int) -> None:
         if shard_size < 1:
             raise PositionError(f"shard_size must be at least 1, got {shard_size}")
         if is_watched(reading.model):
@@ -466,7 +464,7 @@ class Writing:
         self._request = {
             "model": f"{type(reading.model).__name__} {digest_model(reading.model)}",
             "inputs": digest_values(reading.inputs),
-            "positions": digest_values({"positions": positions}),
+            "positions": reading.digest_of_positions,
             "sites": ", ".join(reading.sites),
             "shard size": str(shard_size),
         }

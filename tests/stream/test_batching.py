@@ -16,7 +16,7 @@ from lrqp_torch.errors import PositionError
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.capture import capture_batches
 from lrqp_torch.stream.inputs import by_length, in_order, is_watched, real_spans, wasted_share
-from lrqp_torch.stream.positions import LeftPaddingWarning
+from lrqp_torch.stream.passes import LeftPaddingWarning
 
 LENGTHS = [7, 3, 9, 6, 3, 8, 2, 9]
 PROMPTS = Prompts.random(LENGTHS)
@@ -58,7 +58,7 @@ def per_example(model: torch.nn.Module, inputs: dict[str, Tensor], at: Tensor) -
 @pytest.mark.parametrize("name", [*POST_MODELS, "gpt_neox_serial"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("given_ids", [True, False])
-@pytest.mark.filterwarnings("ignore::lrqp_torch.stream.positions.LeftPaddingWarning")
+@pytest.mark.filterwarnings("ignore::lrqp_torch.stream.passes.LeftPaddingWarning")
 def test_the_same_activations_as_without(name: str, side: str, given_ids: bool) -> None:
     """Also without position_ids, where GPT-2 counts the padding: trimming must not mend that."""
     model, inputs = build(name), ragged(side)

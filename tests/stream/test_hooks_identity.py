@@ -48,7 +48,7 @@ def test_an_edit_that_returns_its_input_leaves_every_bit(
 
             with lrqp.intervene(model, [lrqp.Intervention(site, positions, same)]):
                 edited = model(**inputs).logits
-            assert seen == [len(lrqp.stream.hooks.Positions.parse(positions).token)]
+            assert seen == [len(lrqp.stream.positions.Positions.parse(positions).token)]
             assert negative_zero_safe_equal(edited, clean), site
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import EditNeverFiredError, PositionError
-from lrqp_torch.stream.positions import LeftPaddingWarning, Positions
+from lrqp_torch.stream.passes import LeftPaddingWarning
+from lrqp_torch.stream.positions import Positions
 
 PROMPTS = Prompts.random([6, 4, 5])
 
@@ -33,8 +34,8 @@ def test_all_shapes_read_as_pairs() -> None:
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
-        ([1, 2], "list"),
-        (3, "int"),
+        ([[1], [2, 3]], "list"),
+        (1.5, "float"),
         (torch.tensor(3), r"\(batch,\)"),
         (torch.zeros(2, 2, 2, dtype=torch.long), r"\(2, 2, 2\)"),
         (torch.tensor([1.0, 2.0]), "float32"),
