@@ -175,7 +175,8 @@ class _Applied:
         the activation is block input + scale · attention output; elsewhere None.
         """
         self.passes += 1
-        at = self.places.rows(call, stream.device)
+        with outside_transforms():
+            at = self.places.rows(call, stream.device)
         if at is None:
             return stream
         rows, columns = at.example, at.column

@@ -21,8 +21,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import EditNeverFiredError, PositionError, concrete
-from lrqp_torch.stream.compiled import run_eagerly, unwrapped
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    PositionError,
+    concrete,
+    outside_transforms,
+    unwrapped,
+)
+from lrqp_torch.stream.compiled import run_eagerly
+from lrqp_torch.stream.compiled import unwrapped as uncompiled
 from lrqp_torch.stream.sites import layout_of, trunk_of
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -43,7 +50,7 @@ class LeftPaddingWarning(UserWarning):
 
 def forward_of(module: nn.Module) -> inspect.Signature:
     """What a model's class takes, whatever its ``forward`` was wrapped in or replaced by."""
-    plain = unwrapped(module)
+    plain = uncompiled(module)
     if hasattr(plain, "get_base_model"):
         plain = cast(Any, plain).get_base_model()
     return _signature(type(plain).forward)
@@ -69,7 +76,7 @@ def arguments_of(
         given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
     except TypeError as error:
         raise PositionError(
-            f"the call of {type(unwrapped(module)).__name__} cannot be understood ({error}); "
+            f"the call of {type(uncompiled(module)).__name__} cannot be understood ({error}); "
             f"pass its arguments by name"
         ) from error
     for name, parameter in signature.parameters.items():
@@ -415,9 +422,13 @@ class Watch:
             return
         thread = threading.get_ident()
         self._threads.add(thread)
-        call = self.read(arguments_of(module, args, kwargs), self._prompts.pop(thread, None))
-        for item in self.follows:
-            item.see(call)
+        given = arguments_of(module, args, kwargs)
+        # Transforms of torch.func must not see what is noted here.
+        with outside_transforms():
+            given = {name: _plain(value) for name, value in given.items()}
+            call = self.read(given, self._prompts.pop(thread, None))
+            for item in self.follows:
+                item.see(call)
         text = call.text
         text.end, text.last = call.end, self._n_calls
         text.tokens = None if call.continues else call.tokens
@@ -559,6 +570,11 @@ def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[
 def opened() -> tuple[Watch, ...]:
     """What is open here and now."""
     return _open.get()
+
+
+def _plain(value: Any) -> Any:
+    """A value out of the transforms that it is wrapped in, if it has one."""
+    return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
 
 
 def _in_backward() -> bool:

@@ -495,7 +495,7 @@ def test_a_cache_that_does_not_say_what_it_holds_is_refused(name: str) -> None:
     model = build("llama")
     ids = torch.tensor([[5, 6, 7, 8]])
     with (
-        pytest.raises(PositionError, match="given a RecurrentCache, .*use_cache=False"),
+        pytest.raises(PositionError, match=r"given a RecurrentCache, .*use_cache=False"),
         edit_of(model).at(model, SITE, positions="all", target=1),
     ):
         model.model(ids, **{name: RecurrentCache()})
