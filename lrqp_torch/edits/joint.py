@@ -103,6 +103,8 @@ class JointLRQP(Edit[Targets]):
         )
         self.edits = nn.ModuleList(_with_metric(edit, self.metric) for edit in edits.values())
         self.within = _check_within(within or {}, self.names)
+        origins = [edit.provenance for edit in edits.values() if isinstance(edit, LRQP)]
+        self.provenance = next(filter(None, origins), None)
         geometry = self._build(self.metric.covariance.device)
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
         self._kept: tuple[list[Tensor], StackedGeometry] | None = None

@@ -16,6 +16,7 @@ from lrqp_torch.errors import (
     check_activations,
     check_option,
     place_classes,
+    quoted,
     readable,
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
@@ -90,7 +91,7 @@ class LRQP(Edit[Classes]):
         check_option("odds", odds, tuple(ODDS))
         floor = torch.as_tensor(log_odds, dtype=torch.float64)
         if floor.ndim != 0 or not bool(torch.isfinite(floor)):
-            raise NonFiniteError(f"log_odds must be one finite number, got {log_odds}")
+            raise NonFiniteError(f"log_odds must be one finite number, got {quoted(log_odds)}")
         device = probe.weight.device
         if metric.covariance.device != device:
             metric = copy.deepcopy(metric).to(device)

@@ -14,7 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from models_for_tests import Prompts, build, random_edit
 from torch import Tensor
 
-from lrqp_torch import LRQP, EditLibrary, Provenance
+from lrqp_torch import LRQP, EditLibrary, JointLRQP, Provenance
+from lrqp_torch.baselines import EuclideanLeastEdit, NoEdit
 from lrqp_torch.errors import (
     HubError,
     LRQPError,
@@ -306,6 +307,29 @@ def test_what_is_pushed_can_be_fetched(
     assert (tmp_path / "me/edit/README.md").is_file()
     library.push_to_hub("me/edits")
     assert list(EditLibrary.from_pretrained("me/edits")) == list(library)
+
+
+def test_an_edit_of_several_variables_is_shared_and_refuses_other_models_too(
+    edit: LRQP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeHub(tmp_path, monkeypatch)
+    other = random_edit(torch.randn(60, WIDTH), 3, seed=4).probe
+    joint = JointLRQP({"order": edit, "name": other})
+    joint.push_to_hub("me/joint")
+    fetched = JointLRQP.from_pretrained("me/joint")
+    x = torch.randn(5, WIDTH)
+    assert torch.equal(fetched(x, {"order": 1}), joint(x, {"order": 1}))
+    for each in (joint, fetched):
+        with pytest.raises(ProvenanceError, match=r"family gpt2.*family llama"):
+            each.at(build("llama"), "L1.mid", positions=torch.tensor([4, 4]), target={"order": 1})
+
+
+def test_what_cannot_be_saved_says_so(edit: LRQP, tmp_path: Path) -> None:
+    for kind in (NoEdit, EuclideanLeastEdit):
+        with pytest.raises(SavedEditError, match=f"{kind.__name__} cannot be saved"):
+            kind(edit).save(tmp_path / "baseline")
+        with pytest.raises(SavedEditError, match=kind.__name__):
+            kind.load(tmp_path)
 
 
 def test_a_hub_out_of_reach_is_named(
