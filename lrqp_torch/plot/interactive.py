@@ -11,7 +11,17 @@ from textwrap import wrap
 from typing import Any
 
 from lrqp_torch.plot.chart import BLACK, COUNTERFACTUAL, INK, NOTE, Chart, Heat, Marks, Pane, Rule
-from lrqp_torch.plot.layout import DIVERGING, RISING, Cell, cells, common_title, extent, written
+from lrqp_torch.plot.layout import (
+    DIVERGING,
+    RISING,
+    Cell,
+    cells,
+    common_title,
+    distances,
+    extent,
+    legend,
+    written,
+)
 
 CLEAR = "rgba(0,0,0,0)"
 GRID = "rgba(128,128,128,0.25)"
@@ -42,7 +52,7 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
     }  # fmt: skip
     _place(layout, chart, placed, alone)
     data: list[dict[str, Any]] = []
-    named = _legend(placed)
+    named = legend(placed, beside=False)
     for cell in placed:
         pane, bars = cell.pane, cell.bars()
         traces = [_trace(cell, marks, bars.get(i)) for i, marks in enumerate(pane.marks)]
@@ -171,21 +181,11 @@ def _value(pane: Pane, marks: Marks, index: int) -> str:
 
 
 def _errors(values: Any, lower: Any, upper: Any, on_bars: bool) -> dict[str, Any] | None:
-    if lower is None or upper is None:
+    away = distances(values, lower, upper)
+    if away is None:
         return None
-
-    def away(end: float | None, value: float | None, sign: int) -> float | None:
-        return None if end is None or value is None else max(sign * (end - value), 0.0)
-
-    bars = {
-        "type": "data",
-        "symmetric": False,
-        "array": [away(end, value, 1) for end, value in zip(upper, values, strict=True)],
-        "arrayminus": [away(end, value, -1) for end, value in zip(lower, values, strict=True)],
-        "thickness": 1,
-        "width": 3,
-    }
-    return bars | ({"color": NOTE} if on_bars else {})
+    bars = {"type": "data", "symmetric": False, "arrayminus": away[0], "array": away[1]}
+    return bars | {"thickness": 1, "width": 3} | ({"color": NOTE} if on_bars else {})
 
 
 def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -231,11 +231,8 @@ def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
 def _rules_and_bands(layout: dict[str, Any], cell: Cell) -> None:
     pane, end = cell.pane, _end(cell)
     for band in pane.bands:
-        places = [str(band.start), str(band.end)]
-        ends = [cell.places.index(p) for p in places] if pane.named else [band.start, band.end]
-        half = 0.5 if pane.named else 0.0
         layout["shapes"].append(
-            _across(pane, "x", float(ends[0]) - half, float(ends[1]) + half, end)
+            _across(pane, "x", *cell.band(band.start, band.end), end)
             | {"type": "rect", "fillcolor": band.colour, "opacity": 0.11, "line": {"width": 0}}
             | {"layer": "below"}
         )
@@ -298,7 +295,7 @@ def _place(layout: dict[str, Any], chart: Chart, placed: list[Cell], alone: bool
         max(_below(cell.pane, cell, chart.share_x and not cell.lowest) for cell in row)
         for row in by_row
     ]
-    names = sum(7 * len(name) + 58 for name in _legend(placed).values())
+    names = sum(7 * len(name) + 58 for name in legend(placed, beside=False).values())
     foot = below[-1] + 26 * -(-names // _WIDTH) + 8
     head = 16 + titles[0]
     if alone and chart.title:
@@ -350,21 +347,6 @@ def _write(
         "text": text, "showarrow": False, "align": "left", "x": x, "xref": references[0],
         "xanchor": "left", "y": y, "yref": references[1], "yanchor": anchor, "font": {"size": size},
     })  # fmt: skip
-
-
-def _legend(placed: list[Cell]) -> dict[tuple[int, int], str]:
-    """Names in the legend, by pane and marks; what looks the same in a later pane is named once."""
-    found: dict[tuple[int, int], str] = {}
-    looks: set[tuple[Any, ...]] = set()
-    for cell in placed:
-        before = set(looks)
-        for index, marks in enumerate(cell.pane.marks):
-            look = (marks.kind, marks.colour, marks.marker, marks.filled, marks.dash)
-            shown = bool(marks.name) and marks.legend and cell.pane.names != "beside"
-            if shown and look not in before and marks.name not in found.values():
-                found[cell.number, index] = marks.name
-                looks.add(look)
-    return found
 
 
 def _title(pane: Pane) -> str:

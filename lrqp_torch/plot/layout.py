@@ -46,6 +46,18 @@ class Cell:
         index = {name: float(i) for i, name in enumerate(self.places)}
         return [index[str(place)] + marks.shift for place in marks.x]
 
+    @property
+    def titles(self) -> tuple[str, str]:
+        """Of the axes across and up the page."""
+        titles = (self.pane.x_title, self.pane.y_title)
+        return titles[::-1] if self.pane.horizontal else titles
+
+    def band(self, start: str | float, end: str | float) -> tuple[float, float]:
+        """Where a shaded stretch begins and ends along x; of places with their whole width."""
+        if not self.places:
+            return float(start), float(end)
+        return self.places.index(str(start)) - 0.5, self.places.index(str(end)) + 0.5
+
     def labelled(self) -> list[int]:
         """Which places are named on the axis: all while they fit, else some layers' first."""
         if len(self.places) <= MOST_LABELLED or self.pane.horizontal:
@@ -93,6 +105,43 @@ def cells(chart: Chart) -> list[Cell]:
         )
         for number, pane in enumerate(chart.panes)
     ]
+
+
+def legend(placed: Sequence[Cell], *, beside: bool) -> dict[tuple[int, int], str]:
+    """Names in the legend, by number of pane and marks; what looks the same is named once.
+
+    Args:
+        placed: the panes.
+        beside: whether names that are to stand at the ends of curves or in a corner go there.
+    """
+    found: dict[tuple[int, int], str] = {}
+    looks: set[tuple[object, ...]] = set()
+    for cell in placed:
+        apart = cell.pane.names != "legend" if beside else cell.pane.names == "beside"
+        before = set(looks)
+        for index, marks in enumerate(cell.pane.marks):
+            look = (marks.kind, marks.colour, marks.marker, marks.filled, marks.dash)
+            if not marks.name or not marks.legend or apart or look in before:
+                continue
+            if marks.name not in found.values():
+                found[cell.number, index] = marks.name
+                looks.add(look)
+    return found
+
+
+def distances(
+    values: Sequence[float | None],
+    lower: Sequence[float | None] | None,
+    upper: Sequence[float | None] | None,
+) -> tuple[list[float], list[float]] | None:
+    """From each value down to and up to the ends of its interval; 0 where that is not known."""
+    if lower is None or upper is None:
+        return None
+    ends = list(zip(values, lower, upper, strict=True))
+    return (
+        [0.0 if v is None or end is None else max(v - end, 0.0) for v, end, _ in ends],
+        [0.0 if v is None or end is None else max(end - v, 0.0) for v, _, end in ends],
+    )
 
 
 def extent(pane: Pane, axis: str) -> tuple[float, float]:

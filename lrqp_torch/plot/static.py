@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.files import written_whole
 from lrqp_torch.plot.chart import COUNTERFACTUAL, INK, NOTE, Chart, Heat, Marks, Pane, Rule
-from lrqp_torch.plot.layout import DIVERGING, RISING, Cell, cells, common_title, extent
+from lrqp_torch.plot.layout import (
+    DIVERGING,
+    RISING,
+    Cell,
+    cells,
+    common_title,
+    distances,
+    extent,
+    legend,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,108 +122,100 @@ def to_matplotlib(chart: Chart) -> "Figure":
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     with matplotlib.rc_context(_STYLE):
         placed = cells(chart)
         rows, columns = placed[-1].row + 1, max(cell.column for cell in placed) + 1
         width, height = chart.size or _size(chart, placed)
-        title = textwrap.wrap(chart.title, int(width * 9.2))
-        subtitle = [
-            line
-            for part in chart.subtitle.splitlines()
-            for line in textwrap.wrap(part, int(width * 12.5))
-        ]
-        header = 0.24 * len(title) + 0.19 * len(subtitle) + (0.1 if title or subtitle else 0.0)
-        keys = _legend(placed)
-        per_row = _legend_columns(keys, width)
-        footer = 0.19 * -(-len(keys) // per_row) + 0.06 if keys else 0.0
+        heading = [(line, 12, "black") for line in textwrap.wrap(chart.title, int(width * 9.2))]
+        for part in chart.subtitle.splitlines():
+            heading += [(line, 9, NOTE) for line in textwrap.wrap(part, int(width * 12.5))]
+        header = sum(0.02 * size + 0.01 for _, size, _ in heading) + 0.1 * bool(heading)
+        keys = legend(placed, beside=True)
+        per_row = _legend_columns([*keys.values()], width)
+        repeated = (
+            columns if chart.share_x else len(placed), rows if chart.share_y else len(placed)
+        )  # fmt: skip
         across, up = (
-            common_title([_titles(cell.pane)[axis] for cell in placed], repeated)
-            for axis, repeated in (
-                (0, columns if chart.share_x else len(placed)),
-                (1, rows if chart.share_y else len(placed)),
-            )
+            common_title([cell.titles[axis] for cell in placed], times)
+            for axis, times in enumerate(repeated)
         )
-        footer += 0.22 if across else 0.0
+        footer = 0.19 * -(-len(keys) // per_row) + 0.06 * bool(keys) + 0.22 * bool(across)
         height += 0.0 if chart.size else header + footer
         figure = Figure(figsize=(width, height))
         inside = (0, footer / height, 1, 1 - (header + footer) / height)
         figure.set_layout_engine("constrained", rect=inside)
         grid = figure.subplots(
-            rows,
-            columns,
-            squeeze=False,
-            sharex="col" if chart.share_x else False,
-            sharey="row" if chart.share_y else False,
-            height_ratios=chart.heights or _ratios(placed, rows),
-            width_ratios=chart.widths,
-        )
-        room = (height - header - footer) / rows
-        named: dict[str, Any] = {}
+            rows, columns, squeeze=False, width_ratios=chart.widths,
+            sharex="col" if chart.share_x else False, sharey="row" if chart.share_y else False,
+            height_ratios=chart.heights
+            or [max(_room(cell)[1] for cell in placed if cell.row == row) for row in range(rows)],
+        )  # fmt: skip
+        handles: dict[tuple[int, int], Any] = {}
         for cell in placed:
-            axes = grid[cell.row, cell.column]
-            named |= _draw(axes, cell, room)
-            x_title, y_title = _titles(cell.pane)
+            axes, room = grid[cell.row, cell.column], (height - header - footer) / rows
+            handles |= _draw(axes, cell, room)
             if not across and (cell.lowest or not chart.share_x):
-                axes.set_xlabel(x_title)
+                axes.set_xlabel(cell.titles[0])
             if not up and (cell.column == 0 or not chart.share_y):
-                axes.set_ylabel(_wrapped(y_title, room))
+                lines = textwrap.wrap(cell.titles[1], max(16, int(12 * (room - 0.4))))
+                axes.set_ylabel("\n".join(lines))
             if chart.share_x and cell.lowest:
                 axes.tick_params(labelbottom=True)
         for spare in grid.flatten()[len(placed) :]:
             spare.set_axis_off()
+        if up:
+            figure.supylabel(up, fontsize=10, color=INK)
         if across:
             figure.text(
                 0.5, (footer - 0.03) / height, across, ha="center", va="top", color=INK,
                 in_layout=False,
             )  # fmt: skip
-        if up:
-            figure.supylabel(up, fontsize=10, color=INK)
         if keys:
-            legend = figure.legend(
-                [named[key] for key in keys], keys, loc="lower left", ncols=per_row, frameon=False,
-                fontsize=9, bbox_to_anchor=(0, 0), borderaxespad=0.2, columnspacing=1.6,
-            )  # fmt: skip
-            legend.set_in_layout(False)
-            for handle in legend.legend_handles:
-                if isinstance(handle, Line2D):
-                    handle.set(markersize=max(handle.get_markersize(), 5), alpha=1)
+            _add_legend(figure, [handles[key] for key in keys], [*keys.values()], per_row)
         top = height - 0.07
-        for text, size, weight, colour, step in (
-            *((line, 12, "bold", "black", 0.24) for line in title),
-            *((line, 9, "normal", NOTE, 0.19) for line in subtitle),
-        ):
+        for text, size, colour in heading:
             figure.text(
-                0.08 / width, top / height, text, fontsize=size, fontweight=weight, color=colour,
-                va="top", in_layout=False,
+                0.08 / width, top / height, text, fontsize=size, color=colour, va="top",
+                fontweight="bold" if size > 10 else "normal", in_layout=False,
             )  # fmt: skip
-            top -= step
+            top -= 0.02 * size + 0.01
     return figure
+
+
+def _add_legend(figure: "Figure", handles: list[Any], names: list[str], columns: int) -> None:
+    """Below the panes, in room of its own; marks that are small or faint there are not so here."""
+    from matplotlib.lines import Line2D
+
+    legend = figure.legend(
+        handles, names, loc="lower left", ncols=columns, frameon=False, fontsize=9,
+        bbox_to_anchor=(0, 0), borderaxespad=0.2, columnspacing=1.6,
+    )  # fmt: skip
+    legend.set_in_layout(False)
+    for handle in legend.legend_handles:
+        if isinstance(handle, Line2D):
+            handle.set(markersize=max(handle.get_markersize(), 5), alpha=1)
 
 
 # ---- one pane ------------------------------------------------------------------------------------
 
 
-def _draw(axes: "Axes", cell: Cell, height: float) -> dict[str, Any]:
-    """Draw a pane into its axes; returns what the legend shows, by name."""
+def _draw(axes: "Axes", cell: Cell, height: float) -> dict[tuple[int, int], Any]:
+    """Draw a pane into its axes; returns what a legend shows, by number of pane and marks."""
     pane = cell.pane
     if pane.heat is not None:
         _draw_map(axes, pane.heat)
     _scale(axes, cell)
     for band in pane.bands:
-        ends = [cell.places.index(str(end)) for end in (band.start, band.end)] if pane.named else []
-        low, high = (ends[0] - 0.5, ends[1] + 0.5) if ends else (band.start, band.end)
         shade = axes.axhspan if pane.horizontal else axes.axvspan
-        shade(float(low), float(high), color=band.colour, alpha=0.10, lw=0, zorder=0)
+        shade(*cell.band(band.start, band.end), color=band.colour, alpha=0.10, lw=0, zorder=0)
     for rule in pane.rules:
         _draw_rule(axes, rule, pane)
     bars = cell.bars()
-    named = {}
-    for index, marks in enumerate(pane.marks):
-        handle = _draw_marks(axes, cell, marks, bars.get(index))
-        if marks.name and marks.legend:
-            named[marks.name] = handle
+    handles = {
+        (cell.number, index): _draw_marks(axes, cell, marks, bars.get(index))
+        for index, marks in enumerate(pane.marks)
+    }
     # Whatever was drawn, limits are those of the marks, not those of rules that cross the pane.
     _limit(axes, cell)
     if pane.title:
@@ -224,20 +225,18 @@ def _draw(axes: "Axes", cell: Cell, height: float) -> dict[str, Any]:
             0.02, 0.98, pane.note, transform=axes.transAxes, va="top", color=NOTE, fontsize=8.5,
             bbox=_BEHIND,
         )  # fmt: skip
-    if pane.names == "legend":
-        return named
-    texts = {marks.name: marks.colour for marks in pane.marks if marks.name in named}
+    colours = {marks.name: marks.colour for marks in pane.marks if marks.name and marks.legend}
     if pane.names == "ends":
-        _name_ends(axes, pane, texts, height)
-    else:
+        _name_ends(axes, pane, colours, height)
+    elif pane.names != "legend":
         x, top = (0.02, 0.98) if pane.names == "corner" else (1.02, 0.95)
-        for name, colour in texts.items():
+        for name, colour in colours.items():
             axes.text(
                 x, top, name, transform=axes.transAxes, va="top", color=colour, fontsize=9,
                 fontweight="bold", bbox=_BEHIND if pane.names == "corner" else None,
             )  # fmt: skip
             top -= 0.17 * (name.count("\n") + 1.15) / max(height - 0.8, 0.8)
-    return {}
+    return handles
 
 
 def _scale(axes: "Axes", cell: Cell) -> None:
@@ -301,22 +300,11 @@ def _draw_marks(axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float]
     y = [float("nan") if value is None else value for value in marks.y]
     style: dict[str, Any] = {"color": marks.colour, "alpha": marks.opacity}
     if bar is not None:
-        handle = _draw_bars(
-            axes, marks, [place + bar[0] for place in x], y, bar[1], pane.horizontal
-        )
         x = [place + bar[0] for place in x]
+        handle = _draw_bars(axes, marks, x, y, bar[1], pane.horizontal)
     elif marks.kind == "steps":
-        known = sorted(zip(x, y, strict=True))
         floor = min(extent(pane, "y")[0], *y)
-        handle = axes.fill_between(
-            [a for a, _ in known],
-            [b for _, b in known],
-            floor,
-            step="post",
-            lw=0,
-            zorder=0,
-            **style,
-        )
+        handle = axes.fill_between(x, y, floor, step="post", lw=0, zorder=0, **style)
     else:
         marker = _MARKERS[marks.marker]
         if marker == "|" and not pane.horizontal:
@@ -338,17 +326,15 @@ def _draw_marks(axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float]
         if marks.fill:
             axes.fill_between(x, y, 0, color=marks.colour, alpha=0.12 * marks.opacity, lw=0)
     _draw_intervals(axes, marks, x, y, pane.horizontal)
-    for place, value, label in zip(x, y, marks.labels or (), strict=False):
-        end = max(v for v in (value, _end(marks, x.index(place))) if v == v)
+    for place, value, upper, label in zip(
+        x, y, marks.upper or [None] * len(x), marks.labels or (), strict=False
+    ):
+        end = value if upper is None else max(value, upper)
         axes.annotate(
-            label,
-            (end, place) if pane.horizontal else (place, value),
-            xytext=(5, 0) if pane.horizontal else (4, 4),
-            textcoords="offset points",
+            label, (end, place) if pane.horizontal else (place, value), color=NOTE, fontsize=8.5,
+            xytext=(5, 0) if pane.horizontal else (4, 4), textcoords="offset points",
             va="center" if pane.horizontal else "bottom",
-            color=NOTE,
-            fontsize=8.5,
-        )
+        )  # fmt: skip
     return handle
 
 
@@ -366,46 +352,20 @@ def _draw_bars(
     return axes.stairs(y, edges, color=marks.colour, alpha=0.85 * marks.opacity, fill=True)
 
 
-def _end(marks: Marks, index: int) -> float:
-    upper = None if marks.upper is None else marks.upper[index]
-    return float("nan") if upper is None else upper
-
-
 def _draw_intervals(
     axes: "Axes", marks: Marks, x: list[float], y: list[float], horizontal: bool
 ) -> None:
-    up = _spans(y, marks.lower, marks.upper)
-    across = _spans(x, marks.x_lower, marks.x_upper)
+    up = distances(y, marks.lower, marks.upper)
+    across = distances(x, marks.x_lower, marks.x_upper)
     if horizontal:
         x, y, up, across = y, x, across, up
     if up is None and across is None:
         return
     bars = marks.kind == "bars"
     axes.errorbar(
-        x,
-        y,
-        yerr=up,
-        xerr=across,
-        fmt="none",
-        ecolor="#444444" if bars else marks.colour,
-        elinewidth=1 if bars else 0.9,
-        capsize=2,
-        zorder=3 if bars else None,
-    )
-
-
-def _spans(
-    values: Sequence[float],
-    lower: Sequence[float | None] | None,
-    upper: Sequence[float | None] | None,
-) -> list[list[float]] | None:
-    """Distances from each value down to and up to the ends of its interval."""
-    if lower is None or upper is None:
-        return None
-    ends = list(zip(values, lower, upper, strict=True))
-    below = [0.0 if low is None else max(value - low, 0.0) for value, low, _ in ends]
-    above = [0.0 if high is None else max(high - value, 0.0) for value, _, high in ends]
-    return [below, above]
+        x, y, yerr=up, xerr=across, fmt="none", ecolor="#444444" if bars else marks.colour,
+        elinewidth=1 if bars else 0.9, capsize=2, zorder=3 if bars else None,
+    )  # fmt: skip
 
 
 def _draw_rule(axes: "Axes", rule: Rule, pane: Pane) -> None:
@@ -424,17 +384,12 @@ def _draw_rule(axes: "Axes", rule: Rule, pane: Pane) -> None:
     flat = (rule.axis == "y") != pane.horizontal
     (axes.axhline if flat else axes.axvline)(rule.at, **style)
     if rule.name and pane.names != "ends":
-        axes.annotate(
-            rule.name,
-            (1, rule.at) if flat else (rule.at, 1),
-            xycoords=("axes fraction", "data") if flat else ("data", "axes fraction"),
-            xytext=(-3, 3) if flat else (3, -3),
-            textcoords="offset points",
-            ha="right" if flat else "left",
-            va="bottom" if flat else "top",
-            color=rule.colour,
+        transform = axes.get_yaxis_transform() if flat else axes.get_xaxis_transform()
+        axes.text(
+            0.99 if flat else rule.at, rule.at if flat else 0.98, rule.name, transform=transform,
+            ha="right" if flat else "left", va="bottom" if flat else "top", color=rule.colour,
             fontsize=8.5,
-        )
+        )  # fmt: skip
 
 
 def _draw_map(axes: "Axes", heat: Heat) -> None:
@@ -512,30 +467,9 @@ def _name_ends(axes: "Axes", pane: Pane, colours: Mapping[str, str], height: flo
         )  # fmt: skip
 
 
-def _titles(pane: Pane) -> tuple[str, str]:
-    """Titles of the axes across and up the page."""
-    return (pane.y_title, pane.x_title) if pane.horizontal else (pane.x_title, pane.y_title)
-
-
-def _wrapped(title: str, height: float) -> str:
-    """A title of an axis in as many lines as the height asks for."""
-    return "\n".join(textwrap.wrap(title, max(16, int(12 * (height - 0.4)))))
-
-
-def _legend(placed: Sequence[Cell]) -> list[str]:
-    """Names of the legend below the panes, in order."""
-    shown = [cell.pane for cell in placed if cell.pane.names == "legend"]
-    named = [marks for pane in shown for marks in pane.marks if marks.legend and marks.name]
-    return list(dict.fromkeys(marks.name for marks in named))
-
-
 def _legend_columns(names: Sequence[str], width: float) -> int:
     longest = max((len(line) for name in names for line in name.split("\n")), default=1)
     return max(1, min(len(names), int(width / (0.62 + 0.075 * longest))))
-
-
-def _ratios(placed: Sequence[Cell], rows: int) -> list[float]:
-    return [max(_room(cell)[1] for cell in placed if cell.row == row) for row in range(rows)]
 
 
 def _room(cell: Cell) -> tuple[float, float]:
@@ -543,12 +477,8 @@ def _room(cell: Cell) -> tuple[float, float]:
     pane = cell.pane
     if pane.heat is not None:
         titled = max((len(line) for line in pane.title.split("\n")), default=0)
-        width = max(
-            2.6,
-            0.6 + 0.095 * titled,
-            (1.1 if pane.heat.bar else 0.4) + 0.42 * len(pane.heat.columns),
-        )
-        return width, 0.9 + 0.34 * len(pane.heat.rows)
+        width = (1.1 if pane.heat.bar else 0.4) + 0.42 * len(pane.heat.columns)
+        return max(2.6, 0.6 + 0.095 * titled, width), 0.9 + 0.34 * len(pane.heat.rows)
     if pane.horizontal and cell.places:
         lines = max(place.count("\n") + 1 for place in cell.places)
         groups = sum(marks.kind == "bars" for marks in pane.marks)

@@ -97,7 +97,7 @@ def test_places_keep_their_order_and_gaps() -> None:
     assert figure["layout"]["xaxis"]["ticktext"] == SITES
     assert edit["x"] == [1.0, 2.0] and probe["x"] == [0.0, 1.0, 2.0]
     assert probe["y"] == [50.0, None, 99.0]
-    assert probe["error_y"]["arrayminus"] == [10.0, None, 4.0]
+    assert probe["error_y"]["arrayminus"] == [10.0, 0.0, 4.0]
     assert probe["customdata"][0] == "L0.pre: 50.0 % (40.0 % to 60.0 %)"
     assert edit["marker"]["symbol"] == "square" and edit["line"]["dash"] == "dash"
     band = next(shape for shape in figure["layout"]["shapes"] if shape["type"] == "rect")
