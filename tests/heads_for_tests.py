@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.sites import all_sites

@@ -1,11 +1,63 @@
-"""Batches of prompts for training: pairs of twins that differ in the order of the names alone."""
+"""What organisms are trained on: a word-level tokenizer, pairs of twins, and batches of them.
 
+Every name with its leading space is one token; twins differ in the order of the names alone.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from lrqp_torch.ioi import IOIDataset
+from benchmarks.organisms.recipe import Progress, Recipe
+from lrqp_torch.ioi import NAMES, IOIDataset
+from lrqp_torch.ioi.templates import BABA_TEMPLATES, OBJECTS, PLACES
+
+UNKNOWN = "<unk>"
+PADDING = "<pad>"
+# A word with the space before it, a number likewise, or one other sign likewise.
+WORD = r" ?[A-Za-z]+(?:['’][A-Za-z]+)*| ?[0-9]+| ?[^\sA-Za-z0-9]|\s+"
+
+
+def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Build the tokenizer over the task's words and those of some more sentences.
+
+    Every word is entered with and without a leading space, because a sentence behind a prefix
+    starts with one. Words outside the vocabulary become ``<unk>``.
+
+    Args:
+        sentences: Text whose words join the vocabulary, for example the bundled prefixes.
+
+    Returns:
+        The tokenizer; ids follow the sorted order of the words, so the result depends on the set
+        of words alone.
+    """
+    split = Split(Regex(WORD), behavior="isolated")
+    task = chain(BABA_TEMPLATES, NAMES, PLACES, OBJECTS)
+    words = {
+        piece.strip()
+        for text in chain(task, sentences)
+        for piece, _ in split.pre_tokenize_str(text)
+    } - {""}
+    entries = [PADDING, UNKNOWN, *sorted(chain(words, (f" {word}" for word in words)))]
+    tokenizer = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(entries)}, unk_token=UNKNOWN)
+    )
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        pad_token=PADDING,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,3 +193,49 @@ class Prompts:
     def shifted(self, offset: Tensor) -> "Prompts":
         """Add ``offset``, ``(batch, 1)``, to the position ids."""
         return replace(self, position_ids=self.position_ids + offset)
+
+
+class Sampler:
+    """Draws batches from two pools of prompts, without a prefix and with one."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.recipe = recipe
+        self.vocabulary = len(tokenizer)
+        self.unknown = int(str(tokenizer.unk_token_id))
+        names = torch.tensor(tokenizer.convert_tokens_to_ids([f" {name}" for name in NAMES]))
+        self.names = names[torch.randperm(len(names))]
+        self.words = torch.tensor(sorted(set(range(2, self.vocabulary)) - set(names.tolist())))
+        self.plain, self.prefixed = (
+            Prompts.from_dataset(
+                IOIDataset.generate(
+                    tokenizer, recipe.pool, recipe.seed, prefixes, padding_side="left"
+                )
+            )
+            for prefixes in (None, "bundled")
+        )
+        self.by_length = self.prefixed.present.sum(1).argsort(stable=True)
+
+    def draw(self, progress: Progress) -> Prompts:
+        """Draw prompts as hard as the present stage asks for, each with its twin."""
+        n = self.recipe.batch // 2
+        if progress.stage < 2 or torch.rand(()) < 0.5:
+            prompts = self.plain.select(torch.randint(len(self.plain), (n,)))
+        else:
+            prompts = self._with_prefix(n // 2)
+        # Some names often, so that the mechanism forms; all now and then, so that it is general.
+        few, every = prompts.renamed(self.names[: self.recipe.names]), prompts.renamed(self.names)
+        prompts = Prompts.where(torch.rand(len(prompts)) < progress.any_name, every, few)
+        # Without an offset, absolute positions would give the order away in the first block.
+        room = self.recipe.tokens - int(prompts.position_ids.max())
+        offset = torch.randint(room, (len(prompts), 1))
+        prompts = prompts.shifted(torch.where(torch.rand(len(prompts), 1) < 0.3, 0, offset))
+        return prompts.with_twins()
+
+    def _with_prefix(self, n: int) -> Prompts:
+        # Prompts of similar length together, so that little of a batch is padding.
+        band = min(len(self.by_length), 8 * n)
+        start = int(torch.randint(len(self.by_length) - band + 1, ()))
+        prompts = self.prefixed.select(self.by_length[start + torch.randperm(band)[:n]])
+        share = torch.tensor([0.0, 0.0, 0.3, 1.0])[torch.randint(4, (n, 1))]
+        words = self.words[torch.randint(len(self.words), prompts.ids.shape)]
+        return prompts.scrambled(share, torch.where(torch.rand(n, 1) < 0.6, self.unknown, words))

@@ -7,6 +7,7 @@ one does not even know it.
 """
 
 import argparse
+import copy
 import json
 import platform
 import shlex
@@ -22,13 +23,13 @@ from rich.progress import TimeRemainingColumn
 from rich.table import Table
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from benchmarks.organisms.loop import train
+from benchmarks.organisms.prompts import build_tokenizer
 from benchmarks.organisms.recipe import KINDS, RECIPES, Progress, Recipe
+from benchmarks.organisms.training import train
 from benchmarks.organisms.truth import Truth, measure
-from benchmarks.organisms.vocabulary import build_tokenizer
 from lrqp_torch.files import prepare_folder
 from lrqp_torch.ioi.prefixes import bundled
-from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS
+from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS, organism_folder
 
 SIZES = ("steps", "seed", "batch", "pool")
 """The parts of a recipe that the command line can change."""
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     names = {kind: name for name, kind in ORGANISMS.items()}
-    out = options.out or Path(__file__).parent / names[options.kind]
+    out = options.out or Path(str(organism_folder(names[options.kind])))
     prepare_folder(out)
     torch.set_num_threads(options.threads)
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = train(recipe, tokenizer, report)
 
     _save(out, model, tokenizer)
+    # What is recorded holds for the weights as they are stored.
+    model = model.half().float()
     truth = measure(model, tokenizer, recipe.seed + 1, options.measured)
     _write_truth(out, truth, recipe, options)
     _print_truth(truth, console)
@@ -108,7 +111,9 @@ def _batch(text: str) -> int:
 
 
 def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.save_pretrained(folder)
+    # Half precision halves the package, and no verdict on any site depends on the digits lost.
+    copy.deepcopy(model).half().save_pretrained(folder)
+    model.config.save_pretrained(folder)
     # The weights are written readable by their owner alone, but belong to an installed package.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)

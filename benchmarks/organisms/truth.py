@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.organisms.forward import attention_mask, run_blocks, site_names
-from benchmarks.organisms.order import LEAST_LOG_ODDS
 from benchmarks.organisms.prompts import Prompts
+from benchmarks.organisms.training import LEAST_LOG_ODDS
 from lrqp_torch.ioi import IOIDataset
 
 USED_FROM = 0.95

@@ -90,4 +90,4 @@ def test_the_recorded_linear_edits_agree_with_the_truth() -> None:
 
 
 def test_it_is_small() -> None:
-    assert sum(path.stat().st_size for path in folder_of("organism").iterdir()) <= 10_000_000
+    assert sum(path.stat().st_size for path in folder_of("organism").iterdir()) <= 3_000_000

@@ -130,4 +130,4 @@ def test_each_organism_is_of_its_kind_and_recipe(name: str, kind: str) -> None:
 def test_they_share_a_tokenizer_and_are_small(name: str) -> None:
     vocabularies = [organism(each)[1].get_vocab() for each in (name, "organism")]
     assert vocabularies[0] == vocabularies[1]
-    assert sum(path.stat().st_size for path in folder_of(name).iterdir()) <= 4_000_000
+    assert sum(path.stat().st_size for path in folder_of(name).iterdir()) <= 2_200_000

@@ -6,19 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from benchmarks.organisms.forward import attention_mask, run_blocks, site_names
-from benchmarks.organisms.interventions import Kind, draw_plan
-from benchmarks.organisms.loop import _one_of_each_pair, train
-from benchmarks.organisms.order import OrderStatistics
-from benchmarks.organisms.prompts import Prompts
-from benchmarks.organisms.readers import Readers
+from benchmarks.organisms.prompts import Prompts, build_tokenizer
 from benchmarks.organisms.recipe import KINDS, RECIPES, Progress, Recipe, new_model
 from benchmarks.organisms.recipe import Kind as Use
 from benchmarks.organisms.train import main
+from benchmarks.organisms.training import (
+    Kind,
+    OrderStatistics,
+    Readers,
+    _one_of_each_pair,
+    draw_plan,
+    train,
+)
 from benchmarks.organisms.truth import ask, interchange_flip_rates
-from benchmarks.organisms.vocabulary import build_tokenizer
 from lrqp_torch.errors import OutputError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.ioi.prefixes import bundled
@@ -174,6 +178,11 @@ def test_the_script_writes_a_model_that_loads(kind: Use, tmp_path: Path) -> None
     model, tokenizer = load(out)
     assert model.config.n_layer == RECIPES[kind].layers
     assert len(tokenizer) == model.config.vocab_size
+    # Stored in half precision, once each, and computed with in single.
+    stored = safetensors.torch.load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert model.dtype == torch.float32 and len(stored) == len(list(model.parameters()))
+    assert all(torch.equal(model.state_dict()[n], stored[n].float()) for n in stored)
 
 
 def test_one_of_each_pair_is_drawn_and_both_orders_occur() -> None:

@@ -22,7 +22,7 @@ from report_for_tests import (
 )
 from rich.console import Console
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch.errors import MissingExtraError, OutputError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import html, summary

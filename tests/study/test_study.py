@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import capture, models
 from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
 from lrqp_torch.files import prepare_folder, written_whole

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 from lrqp_torch.cli import app
 from lrqp_torch.errors import UnknownFamilyError, WidthError

@@ -13,7 +13,7 @@ from heads_for_tests import EVERY_HEAD, HEADS, LAYERS, WIDTH, random_model, stud
 from torch import Tensor, nn
 from transformers import GPT2Config
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import capture, intervene, models
 from lrqp_torch.errors import SiteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.hooks import record_heads

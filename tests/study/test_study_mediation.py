@@ -20,7 +20,7 @@ from heads_for_tests import (
 )
 from torch import Tensor, nn
 
-from benchmarks.organisms.vocabulary import build_tokenizer
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import LRQP, models
 from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study import heads, mediation, roles
