@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from contexts_for_tests import computed
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -18,10 +19,10 @@ from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.sites import all_sites
-from lrqp_torch.study import heads
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.parts.heads import PART as HEADS_PART
 
 LAYERS, HEADS, WIDTH = 3, 4, 24
 EVERY_HEAD = [f"L{layer}.H{head}" for layer in range(LAYERS) for head in range(HEADS)]
@@ -77,7 +78,7 @@ def edit_at(context: StudyContext, site: str, **options: Any) -> LRQP:
 
 def with_roles(context: StudyContext, **roles: list[str]) -> HeadsResult:
     """A result whose heads have the given roles and no others; underscores stand for spaces."""
-    result = heads.compute(context)
+    result = computed(HEADS_PART, context)
     found: dict[str, list[str]] = {role: [] for role in result.found}
     given = {role.replace("_", " ").replace("S i", "S-i"): names for role, names in roles.items()}
     assert set(given) <= set(found)

@@ -1,20 +1,23 @@
-"""Direct logit attribution: what each part of a model adds to the answer by itself.
+"""What each part of the model adds to the answer by itself, and where every head looks.
 
-The stream at END is a sum of what was written into it: x = e + Σ_n (Σ_h a_nh + c_n + m_n), with e
-the embedding, a_nh = z_nh W_O^nh the result of head h of layer n, c_n the bias of that layer's
-attention output and m_n its MLP. The final norm y = g ⊙ (x − mean x) / s + b (an RMSNorm has
-neither mean nor b) is linear once its scale s is frozen at the clean run's value, so
+Direct logit attribution: the stream at the end is a sum of what was written into it,
+x = e + Σ_n (Σ_h a_nh + c_n + m_n), with e the embedding, a_nh = z_nh W_O^nh the result of head h of
+layer n, c_n the bias of that layer's attention output and m_n its MLP. The final norm
+y = g ⊙ (x − mean x) / s + b (an RMSNorm has neither mean nor b) is linear once its scale s is
+frozen at the clean run's value, so that for answers a with weights w, such as +1 for IO and −1 for
+S,
 
-    logit[IO] − logit[S] = r · x + u · b + (bias[IO] − bias[S]),   u = W_U[IO] − W_U[S]
+    Σ_a w_a logit[a] = r · x + u · b + Σ_a w_a bias[a],   u = Σ_a w_a W_U[a]
     r = (g ⊙ u − mean(g ⊙ u)) / s      (an RMSNorm: r = g ⊙ u / s)
 
-and r · part is the part's share. The shares and the constants add up to the logit difference.
+and r · part is the part's share. The shares and the constants add up to that sum of logits.
 
-Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; for this task,
+Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; for two names,
 Wang et al. 2022 (arXiv 2211.00593).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,15 +25,70 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError, WidthError
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import blocks_of, layout_of, projection_of, trunk_of
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.heads import head_name
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.running import batches, next_class, put
 
 MOST_ERROR = 0.02
 """How far the sum may miss the model's own logits, as a share of the largest of them."""
 
+ATTENTIONS = {
+    "END→IO": ("END", "IO"),
+    "END→S1": ("END", "S1"),
+    "END→S2": ("END", "S2"),
+    "S2→S1": ("S2", "S1"),
+    "S2→S1+1": ("S2", "S1+1"),
+    "S1+1→S1": ("S1+1", "S1"),
+}
+"""Name of an attention to the positions of its query and key, in prompts about two names."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """The logits that count for and against an answer: Σ_a w_a logit[a].
+
+    Attributes:
+        tokens: a, LongTensor (B, m).
+        weights: w, (B, m), float64; 0 for tokens that fill up.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, prompts: PromptSet, logits: Tensor) -> "Pull":
+        """The preference of :meth:`PromptSet.preference` to first order around given logits.
+
+        With one answer a class it is the difference of two logits itself. With more, the answers of
+        a class count by their shares of its probability.
+
+        Args:
+            prompts: with answers.
+            logits: of the token after each prompt, (B, vocabulary).
+        """
+        answers = cast(Tensor, prompts.answers)
+        rows, labels = torch.arange(len(answers), device=answers.device), prompts.labels
+        sides = [answers[rows, kind] for kind in (labels, next_class(labels, answers.shape[1]))]
+        shares = []
+        for side in sides:
+            own = logits.double().gather(-1, side.clamp_min(0))
+            shares.append(own.masked_fill(side < 0, float("-inf")).softmax(-1))
+        weights = torch.cat([shares[0], -shares[1]], dim=-1)
+        return cls(torch.cat(sides, dim=-1).clamp_min(0), weights)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Σ_a w_a values[a], (B,) of logits (B, vocabulary)."""
+        return (self.weights * values.double().gather(-1, self.tokens)).sum(-1)
+
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shares of the logit difference IO − S at one token, in logits, float64.
+    """Shares of a :class:`Pull` at one token, in logits, float64.
 
     Attributes:
         embedding: the stream that enters the first block, (B,).
@@ -38,7 +96,7 @@ class Attribution:
         biases: each layer's attention output bias, (B, layers).
         mlps: whatever else each block adds: its MLP, (B, layers).
         constant: the biases of the final norm and of the unembedding, (B,).
-        logit_difference: the sum of all, (B,).
+        total: the sum of all, (B,).
         direction: r of the module's formula, (B, d).
     """
 
@@ -47,19 +105,15 @@ class Attribution:
     biases: Tensor
     mlps: Tensor
     constant: Tensor
-    logit_difference: Tensor
+    total: Tensor
     direction: Tensor
 
 
 @torch.no_grad()
 def attribute(
-    model: nn.Module,
-    streams: Sequence[Tensor],
-    z: Mapping[int, Tensor],
-    io_tokens: Tensor,
-    s_tokens: Tensor,
+    model: nn.Module, streams: Sequence[Tensor], z: Mapping[int, Tensor], pull: Pull
 ) -> Attribution:
-    """Split the logit difference into shares of embedding, heads and MLPs.
+    """Split what pulls towards an answer into shares of embedding, heads and MLPs.
 
     Args:
         model: a transformers causal language model.
@@ -67,8 +121,7 @@ def attribute(
             ``post`` of the last.
         z: layer to the heads' outputs before W_O at the same token, (B, heads, head width), for
             every layer; see :func:`~lrqp_torch.stream.hooks.record_heads`.
-        io_tokens: answer for which the logit counts, (B,).
-        s_tokens: answer against which it counts, (B,).
+        pull: the logits that count.
 
     Raises:
         WidthError: not one stream more than blocks, or a layer's heads missing.
@@ -80,7 +133,7 @@ def attribute(
             f"the model has {layers} blocks: give {layers + 1} streams and the heads of every "
             f"layer, not {len(streams)} and layers {sorted(z)}"
         )
-    direction, constant = logit_direction(model, streams[-1], io_tokens, s_tokens)
+    direction, constant = _direction(model, streams[-1], pull)
     along = torch.stack([(stream.double() * direction).sum(-1) for stream in streams], dim=1)
     heads, biases = [], []
     for layer in range(layers):
@@ -93,11 +146,109 @@ def attribute(
         biases=torch.stack(biases, dim=1),
         mlps=along.diff(dim=1) - torch.stack(heads, dim=1).sum(-1) - torch.stack(biases, dim=1),
         constant=constant,
-        logit_difference=along[:, -1] + constant,
+        total=along[:, -1] + constant,
         direction=direction,
     )
-    _check_sum(model, streams[-1], io_tokens, s_tokens, result.logit_difference)
+    expected = pull.sum(cast(Any, model).get_output_embeddings()(final_norm(model)(streams[-1])))
+    error = float((result.total - expected).abs().max())
+    if not error <= MOST_ERROR * max(1.0, float(expected.abs().max())):
+        raise UnknownFamilyError(
+            f"the shares of {type(model).__name__}'s parts miss its logit difference by {error:.2g}"
+            ": its final norm or unembedding is not of the form that attribution knows"
+        )
     return result
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What every head does on n clean prompts, on the CPU; H counts the heads of all layers.
+
+    Attributes:
+        names: of the heads, in order of computation.
+        heads: direct effect on the preference, (n, H).
+        attention: attention by name, (n, H) each.
+        parts: shares of the preference by part of the model, (n,) each.
+        total: what they add up to, (n,).
+        z: the heads' outputs before W_O at the end, (n, layers, heads, head width).
+        direction: along which a write at the end raises the preference, (n, d).
+    """
+
+    names: list[str]
+    heads: Tensor
+    attention: dict[str, Tensor]
+    parts: dict[str, Tensor]
+    total: Tensor
+    z: Tensor
+    direction: Tensor
+
+
+@torch.no_grad()
+def score(
+    context: StudyContext,
+    prompts: PromptSet,
+    attentions: Mapping[str, tuple[str, str]],
+    advance: Advance,
+) -> Scores:
+    """Run clean prompts once, and score every head on each.
+
+    Args:
+        context: the model.
+        prompts: padded on the left, with answers.
+        attentions: name to the positions of a query and a key, from which and to which attention
+            is read.
+        advance: called with the number of prompts after each batch.
+
+    Raises:
+        UnknownFamilyError: the model's attention or final norm is of an unknown form.
+    """
+    model, kept = context.model, dict[str, Tensor]()
+    layers = range(len(blocks_of(model)))
+    sites = [f"L{layer}.pre" for layer in layers] + [f"L{layers[-1]}.post"]
+    for batch in batches(model, prompts, context.batch_size, start="end"):
+        at = batch.prompts.positions
+        with ExitStack() as stack:
+            queries = {
+                query: stack.enter_context(record_patterns(model, layers, at[query]))
+                for query in dict.fromkeys(query for query, _ in attentions.values())
+            }
+            z = stack.enter_context(record_heads(model, layers, at["end"]))
+            streams = capture(model, batch.prompts.inputs, sites, positions=at["end"])
+        last = streams[sites[-1]]
+        logits = cast(Any, model).get_output_embeddings()(final_norm(model)(last))
+        share = attribute(
+            model, [streams[site] for site in sites], z, Pull.of(batch.prompts, logits)
+        )
+        here = {
+            "heads": share.heads.flatten(1),
+            "part embedding": share.embedding,
+            "part heads": share.heads.flatten(1).sum(1) + share.biases.sum(1),
+            "part MLPs": share.mlps.sum(1),
+            "part constant": share.constant,
+            "total": share.total,
+            "direction": share.direction,
+            "z": torch.stack([z[layer] for layer in layers], dim=1),
+        }
+        for name, (query, key) in attentions.items():
+            columns = [attention_to(queries[query][layer], at[key]) for layer in layers]
+            here[f"attention {name}"] = torch.cat(columns, dim=1)
+        put(kept, here, batch.rows, len(prompts))
+        advance(len(batch))
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
+
+    n_heads = kept["z"].shape[2]
+    return Scores(
+        names=[head_name(layer, head) for layer in layers for head in range(n_heads)],
+        attention=group("attention "),
+        parts=group("part "),
+        **{name: kept[name] for name in ("heads", "total", "z", "direction")},
+    )
+
+
+def attention_to(rows: Tensor, keys: Tensor) -> Tensor:
+    """Attention of all heads to one key an example: (B, heads) from (B, heads, T)."""
+    return rows[torch.arange(len(rows), device=rows.device), :, keys.to(rows.device)]
 
 
 def head_shares(model: nn.Module, layer: int, z: Tensor, direction: Tensor) -> Tensor:
@@ -115,21 +266,14 @@ def head_shares(model: nn.Module, layer: int, z: Tensor, direction: Tensor) -> T
     return shares
 
 
-@torch.no_grad()
-def logit_direction(
-    model: nn.Module, final: Tensor, io_tokens: Tensor, s_tokens: Tensor
-) -> tuple[Tensor, Tensor]:
+def _direction(model: nn.Module, final: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
     """The direction r and the constant of the module's formula, (B, d) and (B,), in float64.
 
-    Args:
-        model: a transformers causal language model.
-        final: the stream after the last block, (B, d); the norm's scale is frozen there.
-        io_tokens: answer for which the logit counts, (B,).
-        s_tokens: answer against which it counts, (B,).
+    The norm's scale is frozen at ``final``, the stream after the last block, (B, d).
     """
     norm, unembedding = cast(Any, final_norm(model)), cast(Any, model).get_output_embeddings()
     x = final.double()
-    u = (unembedding.weight[io_tokens] - unembedding.weight[s_tokens]).double()
+    u = torch.einsum("bm,bmd->bd", pull.weights, unembedding.weight[pull.tokens].double())
     direction = norm.weight.double() * u
     constant = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if isinstance(norm, nn.LayerNorm):
@@ -141,7 +285,7 @@ def logit_direction(
         epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         scale = (x.square().mean(-1) + epsilon).sqrt()
     if unembedding.bias is not None:
-        constant = constant + (unembedding.bias[io_tokens] - unembedding.bias[s_tokens]).double()
+        constant = constant + (pull.weights * unembedding.bias[pull.tokens].double()).sum(-1)
     return direction / scale[:, None], constant
 
 
@@ -169,17 +313,3 @@ def output_projection(model: nn.Module, layer: int) -> tuple[Tensor, Tensor]:
     weight: Tensor = module.weight.T if isinstance(module, nn.Linear) else module.weight
     bias = getattr(module, "bias", None)
     return weight.detach(), weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
-
-
-def _check_sum(
-    model: nn.Module, final: Tensor, io_tokens: Tensor, s_tokens: Tensor, found: Tensor
-) -> None:
-    logits = cast(Any, model).get_output_embeddings()(final_norm(model)(final)).double()
-    rows = torch.arange(len(logits), device=logits.device)
-    expected = logits[rows, io_tokens] - logits[rows, s_tokens]
-    error = float((found - expected).abs().max())
-    if not error <= MOST_ERROR * max(1.0, float(expected.abs().max())):
-        raise UnknownFamilyError(
-            f"the shares of {type(model).__name__}'s parts miss its logit difference by {error:.2g}"
-            ": its final norm or unembedding is not of the form that attribution knows"
-        )

@@ -49,6 +49,12 @@ class Estimate:
             raise StatisticsError("this number was measured on no prompt, so it has no value")
         return self.value
 
+    @property
+    def certain(self) -> float:
+        """The end of the interval that is nearer to 0; 0 where it includes 0 or is not known."""
+        lower, upper = self.interval or [0.0, 0.0]
+        return 0.0 if lower <= 0 <= upper else min(lower, upper, key=abs)
+
     @classmethod
     def share(cls, true: Tensor) -> Self:
         """The share of a BoolTensor (n,) that is true, with Wilson's interval."""

@@ -1,53 +1,191 @@
-"""Which attention heads do what: scores of all heads on clean held-out prompts, and their roles.
+"""Attention heads: their names, the roles they play, and the rules by which a program finds them.
 
-A head's direct effect on the answer is its direct logit attribution
-(:mod:`lrqp_torch.study.attribution`); where it looks is its mean attention between the tokens of
-the task. The rules that turn scores into roles are in :mod:`lrqp_torch.study.roles`.
-
-S-inhibition heads are told by what the name movers do without them: the head's output at END is set
-to its mean over prompts, and the name movers' attention to IO less that to S1 is measured again.
-No edit of the order takes part in this choice, so that what the edit later does to these heads is
-a finding and not how they were chosen.
+Source of the roles: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593).
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from lrqp_torch.errors import SiteError
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.context import Advance, StudyContext, no_progress
-from lrqp_torch.study.estimates import bootstrap_mean
-from lrqp_torch.study.head_scores import score_clean
-from lrqp_torch.study.heads_figures import draw, panels
-from lrqp_torch.study.inhibition import MoverEffect, effects_on_movers
-from lrqp_torch.study.roles import (
-    EFFECT,
-    MOVER,
-    ROLES,
-    S_INHIBITION,
-    WRITER,
-    WRITING_EFFECT,
-    attend_roles,
-    certain_part,
-    first_reader,
-    mover_roles,
-    parse_head,
-    published_heads,
-)
-from lrqp_torch.study.truth import read_truth
+from lrqp_torch.study.estimates import Estimate
 
-__all__ = [
-    "HeadScore",
-    "HeadsResult",
-    "InhibitionTest",
-    "TruthCheck",
-    "compute",
-    "draw",
-    "from_json",
-    "panels",
-    "work",
-]
+PREVIOUS, DUPLICATE, INDUCTION = "previous token", "duplicate token", "induction"
+S_INHIBITION = "S-inhibition"
+MOVER, NEGATIVE, BACKUP = "name mover", "negative name mover", "backup name mover"
+WRITER = "answer writer"
+ROLES = (PREVIOUS, DUPLICATE, INDUCTION, S_INHIBITION, MOVER, NEGATIVE, BACKUP, WRITER)
+"""The published roles, and answer writers: heads with a large direct effect wherever they look, so
+that a model which carries names to the answer by way of other tokens is not left without any."""
+
+ATTENTION = 0.3
+"""A head has a role only if it puts at least this much attention where the role says, on average
+over prompts; a head that ignores the content puts about one over the number of tokens there."""
+
+BACKUP_ATTENTION = 0.1
+"""The same for backup name movers, which attend to IO less."""
+
+SELECTIVE = 2.0
+"""Name movers of all kinds attend to IO at least this many times as much as to S1."""
+
+STRONG = 0.2
+"""A name mover's direct effect on the answer is at least this share of the strongest one among the
+heads that attend to IO as a name mover does, and half of this share of the strongest of all heads;
+an answer writer's, this share of the strongest of all.
+
+A direct effect counts by the end of its 95 % interval that is nearer to 0, and not at all where the
+interval includes 0: a head that copies either name alike has an effect that differs from prompt to
+prompt, and from 0 by chance."""
+
+WEAK = 0.01
+"""A backup's is at least this share: less is no effect worth a name."""
+
+EFFECT = 0.01
+"""Without an S-inhibition head, the name movers' attention to IO less that to S1 falls by this."""
+
+WRITING_EFFECT = 0.02
+"""In a model without name movers: the answer writers' direct effect falls by this share of it."""
+
+RULES: dict[str, str] = {
+    PREVIOUS: f"attention S1+1 → S1 at least {ATTENTION}",
+    DUPLICATE: f"attention S2 → S1 at least {ATTENTION}",
+    INDUCTION: f"attention S2 → S1+1 at least {ATTENTION}",
+    S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output at "
+    "END set to its mean over prompts) the name movers' attention to IO less that to S1 falls by "
+    f"at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
+    f"answer writers' direct effect falls instead, by at least {100 * WRITING_EFFECT:.0f} % of it",
+    MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and a "
+    f"direct effect for IO of at least {100 * STRONG:.0f} % of the strongest among heads with such "
+    f"attention and {100 * STRONG / 2:.0f} % of the strongest of all (direct effects by the end of "
+    "their 95 % interval nearer to 0)",
+    NEGATIVE: "the same attention, and such a direct effect against IO",
+    BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to S1, a "
+    f"direct effect for IO of at least {100 * WEAK:.0f} % of the strongest head's, in the layers "
+    "from the lowest name mover on, and no name mover itself: candidates only, since a backup "
+    "shows itself when name movers are removed, which is not done here",
+    WRITER: f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest head's, "
+    "whatever the head attends to",
+}
+"""What the program asks of a head before it gives it a role, in words."""
+
+_PUBLISHED: dict[str, str] = {
+    PREVIOUS: "2.2 4.11",
+    DUPLICATE: "0.1 3.0 0.10",
+    INDUCTION: "5.5 5.9 5.8 6.9",
+    S_INHIBITION: "7.3 7.9 8.6 8.10",
+    MOVER: "9.9 9.6 10.0",
+    NEGATIVE: "10.7 11.10",
+    BACKUP: "9.0 9.7 10.1 10.2 10.6 10.10 11.2 11.9",
+}
+_HEAD = re.compile(r"L(\d+)\.H(\d+)")
+
+
+def head_name(layer: int, head: int) -> str:
+    """``"L9.H6"`` for head 6 of layer 9."""
+    return f"L{layer}.H{head}"
+
+
+def parse_head(name: str) -> tuple[int, int]:
+    """Layer and number of a head's name.
+
+    Raises:
+        SiteError: the name does not read ``Ln.Hh``.
+    """
+    match = _HEAD.fullmatch(name)
+    if match is None:
+        raise SiteError(f"{name!r} is no head; write L<layer>.H<head>, as in 'L9.H6'")
+    return int(match[1]), int(match[2])
+
+
+def published_heads(config: Any) -> dict[str, list[str]] | None:
+    """The published heads by role if the model is GPT-2 small, else None.
+
+    It is recognised by its name (or its folder's), ``gpt2``, and its shape.
+    """
+    name = Path(str(getattr(config, "_name_or_path", ""))).name
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.hidden_size)
+    if name != "gpt2" or shape != (12, 12, 768):
+        return None
+    return {
+        role: ["L{}.H{}".format(*head.split(".")) for head in heads.split()]
+        for role, heads in _PUBLISHED.items()
+    }
+
+
+def first_reader(site: str | Site) -> int:
+    """The lowest layer whose attention reads a site: its own for ``pre``, else the next."""
+    parsed = Site.parse(site)
+    return parsed.layer if parsed.part == "pre" else parsed.layer + 1
+
+
+def attend_roles(attention: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """Heads whose role shows in their attention alone.
+
+    Args:
+        attention: head to mean attention by the keys ``"S1+1→S1"``, ``"S2→S1"``, ``"S2→S1+1"``.
+    """
+    keys = {PREVIOUS: "S1+1→S1", DUPLICATE: "S2→S1", INDUCTION: "S2→S1+1"}
+    return {
+        role: [head for head, scores in attention.items() if scores[key] >= ATTENTION]
+        for role, key in keys.items()
+    }
+
+
+def mover_roles(
+    to_io: Mapping[str, float], to_s1: Mapping[str, float], effects: Mapping[str, Estimate]
+) -> dict[str, list[str]]:
+    """Name movers, negative and backup ones, and writers, from the strongest effect down.
+
+    Args:
+        to_io: head to mean attention END → IO.
+        to_s1: head to mean attention END → S1.
+        effects: head to direct effect on the logit difference IO − S.
+    """
+    effect = {head: value.certain for head, value in effects.items()}
+    ranked = sorted(effect, key=lambda head: -abs(effect[head]))
+
+    def attending(least: float) -> list[str]:
+        return [
+            head
+            for head in ranked
+            if to_io[head] >= least and to_io[head] >= SELECTIVE * to_s1[head] and effect[head]
+        ]
+
+    looking = attending(ATTENTION)
+    strongest = max((abs(value) for value in effect.values()), default=0.0)
+    among = max((abs(effect[head]) for head in looking), default=0.0)
+    needed = max(STRONG * among, STRONG * strongest / 2)
+    movers = [head for head in looking if effect[head] >= needed]
+    lowest = min((parse_head(head)[0] for head in movers), default=float("inf"))
+    return {
+        MOVER: movers,
+        NEGATIVE: [head for head in looking if -effect[head] >= needed],
+        BACKUP: [
+            head
+            for head in attending(BACKUP_ATTENTION)
+            if head not in movers
+            and parse_head(head)[0] >= lowest
+            and effect[head] >= WEAK * strongest
+        ],
+        WRITER: writers(effects),
+    }
+
+
+def writers(effects: Mapping[str, Estimate]) -> list[str]:
+    """Heads with a large direct effect for the answer, wherever they look, the strongest first."""
+    effect = {head: value.certain for head, value in effects.items()}
+    strongest = max((abs(value) for value in effect.values()), default=0.0)
+    ranked = sorted(effect, key=lambda head: -effect[head])
+    return [head for head in ranked if effect[head] >= STRONG * strongest and effect[head]]
+
+
+def overlap(found: Sequence[str], published: Sequence[str]) -> str:
+    """How many published heads were found, and how many others: ``"3 of 4, 1 more"``."""
+    both = len(set(found) & set(published))
+    return f"{both} of {len(published)}, {len(set(found) - set(published))} more"
 
 
 @dataclass(frozen=True)
@@ -57,35 +195,30 @@ class InhibitionTest:
     In a model without name movers, the answer writers above it.
 
     Attributes:
-        attention: mean change of their attention END→IO less END→S1.
-        attention_interval: its 95 % bootstrap interval.
-        writing: mean change of their summed direct effect on IO − S, in logits.
-        writing_interval: its 95 % bootstrap interval.
+        attention: mean change of their mean attention END→IO less END→S1.
+        writing: mean change of their summed direct effect on IO − S, in logits, with the final
+            norm's scale and the answer's direction as they were.
     """
 
-    attention: float
-    attention_interval: list[float]
-    writing: float
-    writing_interval: list[float]
+    attention: Estimate
+    writing: Estimate
 
 
 @dataclass(frozen=True)
 class HeadScore:
-    """One head's scores: means over the held-out prompts.
+    """One head's scores over the held-out prompts.
 
     Attributes:
         head: such as ``"L9.H6"``.
         attribution: direct effect on the logit difference IO − S at END, in logits.
-        attribution_interval: its 95 % bootstrap interval.
-        attention: mean attention by the keys of :data:`~.head_scores.ATTENTIONS`.
+        attention: mean attention by the keys of :data:`~.attribution.ATTENTIONS`.
         test: what the name movers do without the head; None for a head not tested: one with
-            END→S2 below :data:`~.roles.ATTENTION`, with no name mover above it, or beyond the
-            first :data:`~.inhibition.MOST_TESTED`.
+            END→S2 below :data:`ATTENTION`, with no name mover above it, or beyond the first
+            :data:`~.parts.heads.MOST_TESTED`.
     """
 
     head: str
-    attribution: float
-    attribution_interval: list[float]
+    attribution: Estimate
     attention: dict[str, float]
     test: InhibitionTest | None
 
@@ -134,103 +267,7 @@ class HeadsResult:
         known = self.published or {}
         return list(known[role] if role in known else self.found[role])
 
-
-def work(context: StudyContext) -> int:
-    """Units that :func:`compute` counts: every held-out prompt twice."""
-    return 2 * len(context.task.test)
-
-
-@torch.no_grad()
-def compute(context: StudyContext, advance: Advance = no_progress) -> HeadsResult:
-    """Score all heads on the clean held-out prompts, and give them their roles.
-
-    Args:
-        context: the model and its prompts.
-        advance: called with the number of units done.
-
-    Raises:
-        UnknownFamilyError: the model's attention or final norm is of an unknown form.
-    """
-    clean = score_clean(context, advance)
-    names = clean.names
-    attention = {
-        name: {key: float(values[:, i].mean()) for key, values in clean.attention.items()}
-        for i, name in enumerate(names)
-    }
-    attribution = {name: float(clean.heads[:, i].mean()) for i, name in enumerate(names)}
-    generator = context.generator()
-    intervals = {n: list(bootstrap_mean(clean.heads[:, i], generator)) for i, n in enumerate(names)}
-    found = attend_roles(attention) | mover_roles(
-        {name: attention[name]["END→IO"] for name in names},
-        {name: attention[name]["END→S1"] for name in names},
-        {name: certain_part(intervals[name]) for name in names},
-    )
-    published = published_heads(context.model.config)
-    movers = (published or found)[MOVER]
-    watched = movers or found[WRITER]
-    effects = effects_on_movers(context, clean, attention, watched, advance)
-    tests = {name: _summarise(effect, generator) for name, effect in effects.items()}
-    whole = sum(attribution[name] for name in watched)
-
-    def inhibits(test: InhibitionTest) -> bool:
-        if movers:
-            return test.attention <= -EFFECT and test.attention_interval[1] < 0
-        return test.writing <= -WRITING_EFFECT * whole and test.writing_interval[1] < 0
-
-    inhibiting = [name for name, test in tests.items() if inhibits(test)]
-    found[S_INHIBITION] = sorted(inhibiting, key=lambda name: tests[name].writing)
-    return HeadsResult(
-        prompts=len(context.task.test),
-        logit_difference=float(clean.logit_difference.mean()),
-        parts={name: float(values.mean()) for name, values in clean.parts.items()},
-        scores=[
-            HeadScore(
-                head=name,
-                attribution=attribution[name],
-                attribution_interval=intervals[name],
-                attention=attention[name],
-                test=tests.get(name),
-            )
-            for name in names
-        ],
-        found={role: found[role] for role in ROLES},
-        published=published,
-        truth=_check_truth(context, found[S_INHIBITION]),
-    )
-
-
-def from_json(raw: dict[str, Any]) -> HeadsResult:
-    """The result that ``dataclasses.asdict`` turned into ``raw``."""
-    truth = raw["truth"]
-    nested = {
-        "scores": [_read_score(score) for score in raw["scores"]],
-        "truth": None if truth is None else TruthCheck(**truth),
-    }
-    return HeadsResult(**(raw | nested))
-
-
-def _read_score(raw: dict[str, Any]) -> HeadScore:
-    test = raw["test"]
-    return HeadScore(**(raw | {"test": None if test is None else InhibitionTest(**test)}))
-
-
-def _summarise(effect: MoverEffect, generator: torch.Generator) -> InhibitionTest:
-    return InhibitionTest(
-        attention=float(effect.attention.mean()),
-        attention_interval=list(bootstrap_mean(effect.attention, generator)),
-        writing=float(effect.writing.mean()),
-        writing_interval=list(bootstrap_mean(effect.writing, generator)),
-    )
-
-
-def _check_truth(context: StudyContext, inhibiting: list[str]) -> TruthCheck | None:
-    known = read_truth(str(getattr(context.model.config, "_name_or_path", "")))
-    if known is None or not known.used_at:
-        return None
-    readers = [first_reader(site) for site in sorted(map(Site.parse, known.used_at))]
-    layers = [parse_head(name)[0] for name in inhibiting]
-    return TruthCheck(
-        first_layer=readers[0],
-        last_layer=readers[-1],
-        agrees=(min(layers) >= readers[0] and max(layers) >= readers[-1]) if layers else None,
-    )
+    def attending(self) -> dict[str, list[str]]:
+        """Name movers of all three kinds; where there are none, answer writers too."""
+        movers = {role: self.members(role) for role in (MOVER, NEGATIVE, BACKUP)}
+        return movers if movers[MOVER] else movers | {WRITER: self.members(WRITER)}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrqp_torch.study import circuit, compare, controls, heads, mediation
+from lrqp_torch.study import compare, controls
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
@@ -63,22 +63,6 @@ class OldPart(Part[Any]):
         return paths
 
 
-def _heads(given: Given, advance: Advance) -> Any:
-    return heads.compute(given.context, advance=advance)
-
-
-def _circuit(given: Given, advance: Advance) -> Any:
-    edit = given.edit_at(given.site)
-    return circuit.compute(given.context, given.site, edit, given.results["heads"], advance=advance)
-
-
-def _mediation(given: Given, advance: Advance) -> Any:
-    edit = given.edit_at(given.site)
-    return mediation.compute(
-        given.context, given.site, edit, given.results["heads"], advance=advance
-    )
-
-
 def _compare(given: Given, advance: Advance) -> Any:
     edits = {given.site: given.edit_at(given.site)}
     return compare.compute(given.context, edits, given.results["heads"], advance=advance)
@@ -98,33 +82,6 @@ def _controls(given: Given, advance: Advance) -> Any:
 
 
 _PARTS = (
-    OldPart(
-        "heads",
-        "What the attention heads do",
-        "Which heads look where, which of them write the answer, and which published role of the "
-        "circuit does each one play?",
-        heads,
-        _heads,
-    ),
-    OldPart(
-        "circuit",
-        "What the edit does to the circuit",
-        "Do the heads between the edit and the answer report the new belief, and do the name "
-        "movers follow it? In a model without name movers, answer writers take their place.",
-        circuit,
-        _circuit,
-        needs=("flipping", "heads"),
-    ),
-    OldPart(
-        "mediation",
-        "Through which attention the edit works",
-        "If the name movers' attention is put back to where it was, does the answer come back too? "
-        "And does their attention under the edit, put into a clean run, suffice to turn it? "
-        "In a model without name movers, answer writers take their place.",
-        mediation,
-        _mediation,
-        needs=("flipping", "heads"),
-    ),
     OldPart(
         "compare",
         "LRQP beside other edits",

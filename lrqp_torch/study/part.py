@@ -78,7 +78,7 @@ class Part(ABC, Generic[R]):
         question: what the chapter asks, in plain words.
         result: the dataclass of its result: plain values, :class:`~.estimates.Estimate` and
             dataclasses of these, which :mod:`~.records` writes and reads.
-        needs: names of the parts that must have run before.
+        needs: names of the parts that run before, those that can run on the prompts.
         by_name_only: whether it runs only when it is named, and not as one of all.
         shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
     """

@@ -225,6 +225,8 @@ def choose(names: str, context: StudyContext) -> list[str]:
         able = {n for n, part in parts.items() if not part.by_name_only}
         asked = (asked - {"all"}) | {n for n in able if parts[n].missing(context) is None}
     needed = {need for name in asked for need in parts[name].needs}
+    # A part that can do without another on these prompts says so by not being missing itself.
+    needed = {need for need in needed if parts[need].missing(context) is None}
     for name in (name for name in PARTS if name in asked | needed):
         reason = parts[name].missing(context)
         if reason is not None:

@@ -9,10 +9,10 @@ from typer.testing import CliRunner, Result
 
 from lrqp_torch.cli import app
 from lrqp_torch.errors import SiteError
-from lrqp_torch.study import heads
 from lrqp_torch.study.folder import FIGURES
 from lrqp_torch.study.html import Section
 from lrqp_torch.study.parts import PARTS, find_part
+from lrqp_torch.study.parts.heads import PART as HEADS
 
 
 def lrqp(*arguments: object) -> Result:
@@ -75,7 +75,7 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
 
     page = (out / "report.html").read_bytes()
     text = page.decode()
-    assert f"Dose: half of the answers flip at {raw['best_site']}: without" in text
+    assert f"at {raw['best_site']}, half of the answers flip from log α" in text
     for part in map(find_part, PARTS):
         if part.by_name_only:
             continue
@@ -145,7 +145,7 @@ def test_an_interrupted_study_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(heads, "compute", interrupt)
+        patch.setattr(HEADS, "compute", interrupt)
         stopped = lrqp(*command)
     assert stopped.exit_code == 130
     assert "Kept: flipping." in stopped.stderr and "--resume" in stopped.stderr

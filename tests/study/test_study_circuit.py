@@ -1,24 +1,29 @@
 """What probes and attention read under edits, against full forward passes without any replay."""
 
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contexts_for_tests import Count, check, computed, given, own_context
 from heads_for_tests import LAYERS, edit_at, study_of, with_roles
 from torch import Tensor
 
 from lrqp_torch import LinearProbe, models
 from lrqp_torch.stream.hooks import record_heads
-from lrqp_torch.study import circuit, heads, roles
-from lrqp_torch.study.circuit import ALL
-from lrqp_torch.study.conditions import CONDITIONS
-from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study import heads as roles
+from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.parts.circuit import ALL, CONDITIONS, PART, CircuitResult
+from lrqp_torch.study.parts.heads import PART as HEADS
 
 SITE = "L1.pre"
 READERS, MOVERS = ["L1.H0", "L1.H3", "L0.H1"], ["L2.H1", "L1.H2", "L0.H2"]
+
+
+def run(
+    context: StudyContext, heads: HeadsResult, site: str = SITE, advance: Advance = no_progress
+) -> CircuitResult:
+    return PART.compute(given(context, site, {"heads": heads}), advance)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +32,11 @@ def context() -> StudyContext:
 
 
 @pytest.fixture(scope="module")
-def result(context: StudyContext) -> circuit.CircuitResult:
-    given = with_roles(
+def result(context: StudyContext) -> CircuitResult:
+    heads = with_roles(
         context, S_inhibition=READERS, name_mover=MOVERS, negative_name_mover=["L2.H3"]
     )
-    return circuit.compute(context, SITE, edit_at(context, SITE), given)
+    return run(context, heads)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def by_hand(context: StudyContext) -> dict[str, tuple[Tensor, tuple[Tensor, ...]
 
 
 def test_attention_and_answers_are_those_of_whole_forward_passes(
-    context: StudyContext, result: circuit.CircuitResult, by_hand: dict[str, Any]
+    context: StudyContext, result: CircuitResult, by_hand: dict[str, Any]
 ) -> None:
     data = context.task.test
     rows, end = torch.arange(len(data)), data.positions["END"]
@@ -80,22 +85,23 @@ def test_attention_and_answers_are_those_of_whole_forward_passes(
         for key, values in expected.items():
             found = getattr(reading, key)
             assert found.values == pytest.approx(values.tolist(), abs=1e-4)
-            assert found.mean == pytest.approx(float(values.mean()), abs=1e-9)
-            assert found.interval[0] <= found.mean <= found.interval[1]
+            assert found.mean.value == pytest.approx(float(values.mean()), abs=1e-6)
+            low, high = found.mean.interval
+            assert low <= found.mean.known <= high
         if layer == 0 or reading.condition == "clean":
-            assert reading.moved.mean == 0
+            assert reading.moved.mean.value == 0
         elif reading.condition == "counterfactual":
-            assert reading.moved.mean > 0.001
+            assert reading.moved.mean.known > 0.001
     for name, (logits, _, _) in by_hand.items():
         difference = logits[rows, data.io_tokens] - logits[rows, data.s_tokens]
-        assert result.logit_difference[name].mean == pytest.approx(float(difference.mean()))
-    means = [result.logit_difference[name].mean for name in CONDITIONS]
+        assert result.logit_difference[name].mean.value == pytest.approx(float(difference.mean()))
+    means = [result.logit_difference[name].mean.value for name in CONDITIONS]
     assert len(set(means)) == 3
 
 
 @torch.no_grad()
 def test_probes_are_fitted_to_clean_training_runs_and_read_the_edited_ones(
-    context: StudyContext, result: circuit.CircuitResult, by_hand: dict[str, Any]
+    context: StudyContext, result: CircuitResult, by_hand: dict[str, Any]
 ) -> None:
     train, true = context.task.train, context.task.test.labels
     with record_heads(context.model, range(LAYERS), train.positions["END"]) as z:
@@ -112,13 +118,12 @@ def test_probes_are_fitted_to_clean_training_runs_and_read_the_edited_ones(
         log_odds = probe.log_odds(x, true)
         assert reading.log_odds.values == pytest.approx(log_odds.tolist(), abs=2e-3)
         sign = -1 if reading.condition == "counterfactual" else 1
-        assert reading.reports == pytest.approx(float((sign * log_odds > 0).double().mean()))
-        low, high = reading.reports_interval
-        assert low <= reading.reports <= high
+        assert reading.reports.value == pytest.approx(float((sign * log_odds > 0).double().mean()))
+        assert reading.reports.n == len(true)
 
 
 def test_heads_below_the_site_read_the_same_in_every_condition(
-    result: circuit.CircuitResult,
+    result: CircuitResult,
 ) -> None:
     readings = [reading for reading in result.probes if reading.head == "L0.H1"]
     assert len({tuple(reading.log_odds.values) for reading in readings}) == 1
@@ -126,61 +131,57 @@ def test_heads_below_the_site_read_the_same_in_every_condition(
     assert len({tuple(reading.log_odds.values) for reading in above}) == 3
 
 
-def test_without_heads_it_says_so(context: StudyContext, tmp_path: Path) -> None:
-    nothing = with_roles(context)
-    empty = circuit.compute(context, SITE, edit_at(context, SITE), nothing)
+def test_without_heads_it_says_so(context: StudyContext) -> None:
+    empty = run(context, with_roles(context))
     assert empty.probes == [] and empty.attention == []
     assert empty.prompts == len(context.task.test)
-    assert circuit.draw(empty, tmp_path) == []
-    for panel in circuit.panels(empty):
-        assert "No head with this role was found" in panel.text and not panel.figures
+    assert PART.figures(empty) == {} and PART.says(empty) == []
+    for panel in PART.panels(empty):
+        assert "No head with this role was found" in panel.text and not panel.charts
 
 
 def test_answer_writers_stand_in_where_there_are_no_name_movers(context: StudyContext) -> None:
-    given = with_roles(context, answer_writer=["L2.H0"], name_mover=[])
-    assert circuit.attention_roles(given)[roles.WRITER] == ["L2.H0"]
-    given = with_roles(context, answer_writer=["L2.H0"], name_mover=["L2.H1"])
-    assert roles.WRITER not in circuit.attention_roles(given)
+    without = with_roles(context, answer_writer=["L2.H0"], name_mover=[])
+    assert without.attending()[roles.WRITER] == ["L2.H0"]
+    with_one = with_roles(context, answer_writer=["L2.H0"], name_mover=["L2.H1"])
+    assert roles.WRITER not in with_one.attending()
 
 
-def test_result_survives_json_is_drawn_and_counts_its_work(
-    context: StudyContext, result: circuit.CircuitResult, tmp_path: Path
-) -> None:
-    raw = json.loads(json.dumps(asdict(result), allow_nan=False))
-    assert circuit.from_json(raw) == result
-    names = {path.name for path in circuit.draw(result, tmp_path)}
-    assert names == {
-        f"circuit_{kind}.{ending}" for kind in ("probes", "attention") for ending in ("png", "svg")
-    }
-    probes, attention = circuit.panels(result)
-    assert list(probes.figures) == [*READERS, ALL]
-    assert len(attention.figures) == 4
+def test_prompts_without_names_are_refused() -> None:
+    assert "two names" in str(PART.missing(own_context()))
+
+
+def test_the_part_keeps_its_promises(context: StudyContext, result: CircuitResult) -> None:
+    check(PART, result)
+    assert set(PART.figures(result)) == {"circuit_probes", "circuit_attention"}
+    probes, attention = PART.panels(result)
+    assert list(probes.charts) == [*READERS, ALL]
+    assert len(attention.charts) == 4
     assert probes.table is not None and len(probes.table.rows) == len(result.probes)
-    shown = next(iter(attention.figures.values())).data
-    points = [trace for trace in shown if trace.mode == "markers"]
-    assert [len(trace.x) for trace in points] == [result.prompts] * 4
-    done: list[int] = []
-    circuit.compute(context, SITE, edit_at(context, SITE), with_roles(context), done.append)
-    assert sum(done) == circuit.work(context)
+    shown = [m for p in next(iter(attention.charts.values())).panes for m in p.marks]
+    assert [len(marks.x) for marks in shown] == [result.prompts] * 4
+    count = Count()
+    run(context, with_roles(context), advance=count)
+    assert count.total == PART.work(context)
 
 
 def test_the_organisms_heads_report_the_injected_belief() -> None:
     model, tokenizer = models.load("organism")
     context = study_of("", n=160, model=model, tokenizer=tokenizer)
     site = "L3.pre"  # the last site at which its order is used
-    found = heads.compute(context)
+    found = computed(HEADS, context)
     assert found.truth is not None and found.truth.last_layer == 3
-    result = circuit.compute(context, site, edit_at(context, site), found)
+    result = run(context, found, site)
     joint = {r.condition: r for r in result.probes if r.head == ALL}
-    assert all(reading.reports > 0.95 for reading in joint.values())
-    assert joint["clean"].log_odds.mean > 0 > joint["counterfactual"].log_odds.mean
-    assert ("No name mover was found" in circuit.panels(result)[1].text) == (
+    assert all(reading.reports.known > 0.95 for reading in joint.values())
+    assert joint["clean"].log_odds.mean.known > 0 > joint["counterfactual"].log_odds.mean.known
+    assert ("No name mover was found" in PART.panels(result)[1].text) == (
         not found.found[roles.MOVER]
     )
     name = "name movers" if found.found[roles.MOVER] else "answer writers"
-    assert circuit.panels(result)[1].title == f"Where {name} look under the edit"
+    assert PART.panels(result)[1].title == f"Where {name} look under the edit"
     moved = {
-        condition: [r.moved.mean for r in result.attention if r.condition == condition]
+        condition: [r.moved.mean.known for r in result.attention if r.condition == condition]
         for condition in CONDITIONS
     }
     assert min(moved["counterfactual"]) > 3 * max(moved["control"])

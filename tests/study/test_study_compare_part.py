@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 from compare_for_tests import FEW, SITE, SMALL, few, reference
-from contexts_for_tests import Count, check_part
+from contexts_for_tests import Count, check_part, computed
 from typer.testing import CliRunner
 
 from lrqp_torch.baselines import BaselineData, build
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, SettingError
-from lrqp_torch.study import compare, heads
+from lrqp_torch.study import compare
 from lrqp_torch.study.compare import CompareOptions, CompareResult, methods
 from lrqp_torch.study.compare.reading import reading
+from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.results import load
 from lrqp_torch.study.run import reproduce
 from lrqp_torch.study.settings import Settings
@@ -27,7 +28,7 @@ from lrqp_torch.study.settings import Settings
 def result() -> CompareResult:
     one, count = few(), Count()
     found = compare.compute(
-        one, {SITE: reference()}, heads.compute(one), options=SMALL, advance=count
+        one, {SITE: reference()}, computed(HEADS, one), options=SMALL, advance=count
     )
     assert count.total == compare.work(one, SMALL)
     return found
@@ -74,7 +75,7 @@ def test_the_part_end_to_end(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_table() -> None:
     one = few()
-    again = compare.compute(one, {SITE: reference()}, heads.compute(one), options=SMALL)
+    again = compare.compute(one, {SITE: reference()}, computed(HEADS, one), options=SMALL)
     assert without_times(again) == without_times(result())
 
 

@@ -1,14 +1,13 @@
 """Direct logit attribution adds up, and heads get their roles by the rules."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from contexts_for_tests import Count, check, computed, own_context, own_task
 from heads_for_tests import EVERY_HEAD, HEADS, LAYERS, WIDTH, random_model, study_of
 from torch import Tensor, nn
 from transformers import GPT2Config
@@ -18,13 +17,23 @@ from lrqp_torch import capture, intervene, models
 from lrqp_torch.errors import SiteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import blocks_of
-from lrqp_torch.study import heads, roles
-from lrqp_torch.study.attribution import attribute, final_norm, output_projection
-from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.inhibition import shift_head
+from lrqp_torch.study import attribution
+from lrqp_torch.study import heads as roles
+from lrqp_torch.study.attribution import Pull, attribute, final_norm, output_projection
+from lrqp_torch.study.context import StudyContext, no_progress
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.parts.heads import PART, shift_head
+from lrqp_torch.study.running import answers
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 PARTS = [f"L{layer}.pre" for layer in range(LAYERS)] + [f"L{LAYERS - 1}.post"]
+
+
+def pull_of(data: Any) -> Pull:
+    """IO − S."""
+    weights = torch.tensor([1.0, -1.0], dtype=torch.float64).expand(len(data), 2)
+    return Pull(torch.stack([data.io_tokens, data.s_tokens], dim=-1), weights)
 
 
 def frozen_logit_difference(model: Any, x: Tensor, scale_of: Tensor, data: Any) -> Tensor:
@@ -64,7 +73,7 @@ def test_shares_of_all_parts_add_up_to_the_models_logit_difference(name: str) ->
     rows = torch.arange(len(data))
     expected = logits[rows, data.io_tokens] - logits[rows, data.s_tokens]
     streams = capture(model, data.inputs, PARTS, positions=end)
-    share = attribute(model, [streams[p] for p in PARTS], z, data.io_tokens, data.s_tokens)
+    share = attribute(model, [streams[p] for p in PARTS], z, pull_of(data))
     written = torch.stack([output[:, -1] for output in mlps], dim=1)
     by_hand = torch.einsum("bnd,bd->bn", written, share.direction)
     assert share.heads.shape == (len(data), LAYERS, HEADS)
@@ -79,7 +88,7 @@ def test_shares_of_all_parts_add_up_to_the_models_logit_difference(name: str) ->
     # Llama's norms compute in float32 whatever they are given.
     exact = {"rtol": 1e-5, "atol": 1e-5} if name == "llama" else {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(total, expected, **exact)
-    torch.testing.assert_close(share.logit_difference, expected, **exact)
+    torch.testing.assert_close(share.total, expected, **exact)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -91,7 +100,7 @@ def test_a_heads_share_is_what_its_result_adds_under_the_frozen_norm(name: str) 
     with record_heads(model, range(LAYERS), end) as z:
         streams = capture(model, data.inputs, PARTS, positions=end)
     final = streams[PARTS[-1]]
-    share = attribute(model, [streams[p] for p in PARTS], z, data.io_tokens, data.s_tokens)
+    share = attribute(model, [streams[p] for p in PARTS], z, pull_of(data))
     for layer, head in ((0, 1), (2, 3)):
         projection = blocks_of(model)[layer].get_submodule(
             "attn.c_proj" if name == "gpt2" else "self_attn.o_proj"
@@ -114,9 +123,9 @@ def test_attribution_refuses_what_it_does_not_understand() -> None:
         streams = capture(model, data.inputs, PARTS, positions=data.positions["END"])
     stack = [streams[part] for part in PARTS]
     with pytest.raises(WidthError, match="4 streams"):
-        attribute(model, stack[1:], z, data.io_tokens, data.s_tokens)
+        attribute(model, stack[1:], z, pull_of(data))
     with pytest.raises(WidthError, match="heads of every"):
-        attribute(model, stack, {0: z[0]}, data.io_tokens, data.s_tokens)
+        attribute(model, stack, {0: z[0]}, pull_of(data))
 
     class ShiftedNorm(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ def test_attribution_refuses_what_it_does_not_understand() -> None:
     strange = ShiftedNorm(WIDTH).double()
     model.transformer.ln_f = strange
     with pytest.raises(UnknownFamilyError, match="miss its logit difference"):
-        attribute(model, stack, z, data.io_tokens, data.s_tokens)
+        attribute(model, stack, z, pull_of(data))
     model.transformer.further_norm = nn.LayerNorm(WIDTH)
     with pytest.raises(UnknownFamilyError, match="2 norms"):
         final_norm(model)
@@ -142,7 +151,7 @@ def test_scores_are_those_of_an_ordinary_forward_pass(name: str) -> None:
     context.model.set_attn_implementation("eager")
     attentions = context.model(**data.inputs, output_attentions=True).attentions
     context.model.set_attn_implementation("sdpa")
-    result = heads.compute(context)
+    result = computed(PART, context)
     assert [score.head for score in result.scores] == EVERY_HEAD
     rows = torch.arange(len(data))
     for score in result.scores:
@@ -151,11 +160,11 @@ def test_scores_are_those_of_an_ordinary_forward_pass(name: str) -> None:
             query, to = key.split("→")
             at = attentions[layer][rows, head, data.positions[query], data.positions[to]]
             assert value == pytest.approx(float(at.mean()), abs=1e-6)
-        low, high = score.attribution_interval
-        assert low < score.attribution < high
+        low, high = score.attribution.interval or (0.0, 0.0)
+        assert low < score.attribution.known < high
     assert sum(result.parts.values()) == pytest.approx(result.logit_difference)
     heads_and_biases = result.parts["heads"]
-    biases = heads_and_biases - sum(score.attribution for score in result.scores)
+    biases = heads_and_biases - sum(score.attribution.known for score in result.scores)
     assert abs(biases) < 1e-9 if name == "llama" else abs(biases) > 1e-4
 
 
@@ -190,12 +199,12 @@ def organism() -> StudyContext:
 
 
 @pytest.fixture(scope="module")
-def found(organism: StudyContext) -> heads.HeadsResult:
-    return heads.compute(organism)
+def found(organism: StudyContext) -> HeadsResult:
+    return computed(PART, organism)
 
 
 def test_the_organisms_order_is_read_where_it_is_known_to_be_used(
-    found: heads.HeadsResult,
+    found: HeadsResult,
 ) -> None:
     assert found.published is None
     assert found.truth is not None and found.truth.agrees is True
@@ -204,14 +213,14 @@ def test_the_organisms_order_is_read_where_it_is_known_to_be_used(
     for score in found.scores:
         if score.head in inhibiting:
             assert score.attention["END→S2"] >= roles.ATTENTION
-            assert score.test is not None and score.test.writing < 0
+            assert score.test is not None and score.test.writing.known < 0
     lowest = min(roles.parse_head(head)[0] for head in inhibiting)
     assert lowest >= found.truth.first_layer
 
 
 @torch.no_grad()
 def test_effect_on_movers_is_that_of_mean_ablation_by_hand(
-    organism: StudyContext, found: heads.HeadsResult
+    organism: StudyContext, found: HeadsResult
 ) -> None:
     """Against full forward passes in which a hook puts the mean in place of the head's output."""
     model: Any = organism.model
@@ -220,7 +229,7 @@ def test_effect_on_movers_is_that_of_mean_ablation_by_hand(
     movers = found.members(roles.MOVER) or found.members(roles.WRITER)
     name = max(
         (score for score in found.scores if score.test is not None),
-        key=lambda score: -score.test.writing if score.test else 0.0,
+        key=lambda score: -score.test.writing.known if score.test else 0.0,
     ).head
     layer, head = roles.parse_head(name)
     above = [roles.parse_head(mover) for mover in movers if roles.parse_head(mover)[0] > layer]
@@ -235,9 +244,7 @@ def test_effect_on_movers_is_that_of_mean_ablation_by_hand(
 
     z, patterns = run()
     streams = capture(model, data.inputs, sites, positions=end)
-    direction = attribute(
-        model, [streams[site] for site in sites], z, data.io_tokens, data.s_tokens
-    ).direction
+    direction = attribute(model, [streams[site] for site in sites], z, pull_of(data)).direction
     mean = z[layer][:, head].mean(0)
 
     def ablate(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -260,54 +267,56 @@ def test_effect_on_movers_is_that_of_mean_ablation_by_hand(
         result = (z_after[n] - z[n])[:, h] @ weight[h * width : (h + 1) * width]
         writes += (result.double() * direction).sum(-1)
     test = next(score.test for score in found.scores if score.head == name)
-    assert test is not None and abs(test.writing) > 0.1
-    assert test.writing == pytest.approx(float(writes.mean()), abs=1e-3)
-    assert test.attention == pytest.approx(float(looks.mean()) / len(above), abs=1e-4)
+    assert test is not None and abs(test.writing.known) > 0.1
+    assert test.writing.value == pytest.approx(float(writes.mean()), abs=1e-3)
+    assert test.attention.value == pytest.approx(float(looks.mean()) / len(above), abs=1e-4)
 
 
-def test_a_random_model_has_no_circuit_and_says_so(tmp_path: Path) -> None:
+def test_a_random_model_has_no_circuit_and_says_so() -> None:
     tokenizer = build_tokenizer([])
     model = random_model("gpt2", len(tokenizer))
     with torch.no_grad():
         for block in model.transformer.h:  # without keys every pattern is uniform
             block.attn.c_attn.weight[:, WIDTH : 2 * WIDTH] = 0
             block.attn.c_attn.bias[WIDTH : 2 * WIDTH] = 0
-    result = heads.compute(study_of("gpt2", model=model, tokenizer=tokenizer))
+    result = computed(PART, study_of("gpt2", model=model, tokenizer=tokenizer))
     for role in (roles.S_INHIBITION, roles.MOVER, roles.NEGATIVE, roles.BACKUP, roles.INDUCTION):
         assert result.found[role] == []
     assert all(score.test is None for score in result.scores)
     assert result.truth is None and result.published is None
-    table = heads.panels(result)[-1].table
+    table = PART.panels(result)[-1].table
     assert table is not None
-    assert ("name mover", "none found") in [row[:2] for row in table.rows]
-    assert {path.name for path in heads.draw(result, tmp_path)} == {"heads.png", "heads.svg"}
+    assert ["name mover", "none found"] in [row[:2] for row in table.rows]
+    check(PART, result)
+
+
+def certain(value: float) -> Estimate:
+    """An effect whose interval ends there, on the side of 0."""
+    return Estimate(2 * value, *sorted((value, 3 * value)), 10)
 
 
 def test_movers_by_rule() -> None:
     to_io = {"L5.H0": 0.6, "L5.H1": 0.5, "L4.H0": 0.2, "L6.H0": 0.2, "L5.H2": 0.9, "L5.H3": 0.05}
     to_s1 = dict.fromkeys(to_io, 0.01) | {"L5.H0": 0.3}
-    effect = {"L5.H0": 2.0, "L5.H1": -1.0, "L4.H0": 0.3, "L6.H0": 0.3, "L5.H2": 0.1, "L5.H3": 1.0}
+    values = {"L5.H0": 2.0, "L5.H1": -1.0, "L4.H0": 0.3, "L6.H0": 0.3, "L5.H2": 0.1, "L5.H3": 1.0}
+    effect = {head: certain(value) for head, value in values.items()}
     found = roles.mover_roles(to_io, to_s1, effect)
     assert found[roles.MOVER] == ["L5.H0"]
     assert found[roles.NEGATIVE] == ["L5.H1"]
     assert found[roles.BACKUP] == ["L6.H0", "L5.H2"]
-    assert found[roles.WRITER] == ["L5.H0", "L5.H3"]
+    assert found[roles.WRITER] == roles.writers(effect) == ["L5.H0", "L5.H3"]
     # A strong head that does not look at IO is a milder measure for those that do.
-    other = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": 15.0})
+    other = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": certain(15.0)})
     assert other[roles.MOVER] == ["L5.H0"] and other[roles.WRITER] == ["L5.H3"]
-    much_stronger = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": 25.0})
+    much_stronger = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": certain(25.0)})
     assert much_stronger[roles.MOVER] == []
     for attention in (dict.fromkeys(to_io, 0.05), to_io):
         both_names = roles.mover_roles(attention, attention, effect)
         assert not any(both_names[role] for role in (roles.MOVER, roles.BACKUP, roles.NEGATIVE))
         assert both_names[roles.WRITER] == ["L5.H0", "L5.H3"]
-    assert not any(roles.mover_roles(to_io, to_s1, dict.fromkeys(to_io, 0.0)).values())
-
-
-def test_an_effect_counts_by_the_end_of_its_interval_nearer_to_zero() -> None:
-    assert roles.certain_part([0.1, 2.0]) == 0.1
-    assert roles.certain_part([-2.0, -0.1]) == -0.1
-    assert roles.certain_part([-0.1, 2.0]) == 0
+    # What differs from 0 by chance alone counts as nothing.
+    unsure = dict.fromkeys(to_io, Estimate(5.0, -0.1, 10.1, 10))
+    assert not any(roles.mover_roles(to_io, to_s1, unsure).values())
 
 
 def test_published_heads_are_those_of_gpt2_small_alone() -> None:
@@ -325,12 +334,12 @@ def test_published_heads_are_those_of_gpt2_small_alone() -> None:
     assert roles.overlap(["L9.H9", "L3.H1"], published["name mover"]) == "1 of 3, 1 more"
 
 
-def test_gpt2_uses_the_published_heads_and_shows_the_overlap(found: heads.HeadsResult) -> None:
+def test_gpt2_uses_the_published_heads_and_shows_the_overlap(found: HeadsResult) -> None:
     known = {role: ["L9.H9"] for role in roles.ROLES if role != roles.WRITER}
     result = replace(found, published=known)
     assert result.members(roles.MOVER) == ["L9.H9"]
     assert result.members(roles.WRITER) == found.found[roles.WRITER]
-    table = heads.panels(result)[-1].table
+    table = PART.panels(result)[-1].table
     assert table is not None and "published ones found" in table.columns
     row = next(row for row in table.rows if row[0] == roles.S_INHIBITION)
     assert row[3] == f"0 of 1, {len(found.found[roles.S_INHIBITION])} more"
@@ -344,22 +353,50 @@ def test_head_names_and_readers() -> None:
     assert [roles.first_reader(f"L3.{part}") for part in ("pre", "mid", "post")] == [3, 4, 4]
 
 
-def test_result_survives_json_and_counts_its_work(
-    organism: StudyContext, found: heads.HeadsResult
-) -> None:
-    raw = json.loads(json.dumps(asdict(found), allow_nan=False))
-    assert heads.from_json(raw) == found
-    done: list[int] = []
-    again = heads.compute(organism, done.append)
-    assert again == found
-    assert sum(done) == heads.work(organism)
+def test_the_part_keeps_its_promises(organism: StudyContext, found: HeadsResult) -> None:
+    check(PART, found)
+    count = Count()
+    assert computed(PART, organism, advance=count) == found
+    assert count.total == PART.work(organism)
+    assert set(PART.figures(found)) == {"heads"}
+    maps, scatter, _ = PART.panels(found)
+    assert maps.choice and len(maps.charts) == 9
+    for chart in maps.charts.values():
+        heat = chart.panes[0].heat
+        assert heat is not None and sum(map(len, heat.values)) == len(found.scores)
+    (chart,) = scatter.charts.values()
+    assert sum(len(marks.x) for marks in chart.panes[0].marks) == len(found.scores)
 
 
-def test_panels_hold_every_head(found: heads.HeadsResult) -> None:
-    maps, scatter, _ = heads.panels(found)
-    assert maps.choice and len(maps.figures) == 9
-    for figure in maps.figures.values():
-        (trace,) = figure.data
-        assert sum(map(len, trace.z)) == len(found.scores)
-    (figure,) = scatter.figures.values()
-    assert sum(len(trace.x) for trace in figure.data) == len(found.scores)
+def test_prompts_without_names_are_refused() -> None:
+    reason = PART.missing(own_context())
+    assert reason is not None and "two names" in reason
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@torch.no_grad()
+def test_of_own_answers_the_preference_is_attributed(n_classes: int) -> None:
+    context = own_context(n_classes)
+    prompts = own_task(n_classes).train
+    found = attribution.score(context, prompts, {}, no_progress)
+    logits = context.model(**prompts.inputs).logits[:, -1]
+    torch.testing.assert_close(
+        found.total, answers(prompts, logits)["preference"], rtol=1e-4, atol=1e-4
+    )
+    total = sum(found.parts.values())
+    torch.testing.assert_close(total, found.total)
+
+
+def test_several_answers_of_a_class_count_by_their_shares() -> None:
+    """The pull is the gradient of the preference with respect to the logits."""
+    tokens = torch.tensor([[[0, 1], [2, -1], [3, 4]]]).repeat(2, 1, 1)
+    prompts = own_task(3).train[:2]
+    prompts = replace(prompts, answers=tokens, labels=torch.tensor([0, 1]))
+    logits = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    scores = prompts.scores(logits)
+    rows = torch.arange(2)
+    preference = scores[rows, prompts.labels] - scores[rows, prompts.labels + 1]
+    (gradient,) = torch.autograd.grad(preference.sum(), logits)
+    pull = Pull.of(prompts, logits.detach())
+    spread = torch.zeros(2, 6, dtype=torch.float64).scatter_add(1, pull.tokens, pull.weights)
+    torch.testing.assert_close(spread, gradient)

@@ -1,13 +1,12 @@
 """What attention patterns carry of an edit's effect, where the answer is known or independent."""
 
-import json
 from contextlib import ExitStack
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from contexts_for_tests import Count, check, computed, given, own_context
 from heads_for_tests import (
     EVERY_HEAD,
     LAYERS,
@@ -23,13 +22,23 @@ from torch import Tensor, nn
 from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import LRQP, models
 from lrqp_torch.stream.sites import blocks_of
-from lrqp_torch.study import heads, mediation, roles
-from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.head_groups import CEILING, RANDOM_SETS, head_groups
-from lrqp_torch.study.mediation import GroupMediation, MediationResult
+from lrqp_torch.study import heads as roles
+from lrqp_torch.study.context import StudyContext, no_progress
+from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.parts.heads import PART as HEADS
+from lrqp_torch.study.parts.mediation import (
+    CEILING,
+    PART,
+    RANDOM_SETS,
+    GroupMediation,
+    Mediation,
+    MediationResult,
+    head_groups,
+)
 
 SITE = "L1.pre"
 ABOVE = [name for name in EVERY_HEAD if not name.startswith("L0")]
+EVERY_HEAD_OF_THE_ORGANISM = [f"L{layer}.H{head}" for layer in range(6) for head in range(4)]
 GROUPS = {"two": ["L1.H2", "L2.H1"], "none": [], "every": ABOVE, "below": ["L0.H1"]}
 
 
@@ -40,8 +49,8 @@ def context() -> StudyContext:
 
 @pytest.fixture(scope="module")
 def result(context: StudyContext) -> MediationResult:
-    given = with_roles(context)
-    return mediation.compute(context, SITE, edit_at(context, SITE), given, groups=GROUPS)
+    found: MediationResult = computed(Mediation(GROUPS), context, SITE)
+    return found
 
 
 def group(result: MediationResult, name: str) -> GroupMediation:
@@ -103,8 +112,8 @@ def test_ratios_are_those_of_whole_forward_passes_with_hooks(
     context.model.set_attn_implementation("eager")
     clean, clean_patterns = independent.run(False, {})
     edited, edited_patterns = independent.run(True, {})
-    assert result.logit_difference_clean == pytest.approx(float(clean.mean()))
-    assert result.logit_difference_edited == pytest.approx(float(edited.mean()))
+    assert result.preference_clean == pytest.approx(float(clean.mean()))
+    assert result.preference_edited == pytest.approx(float(edited.mean()))
     effect = float((clean - edited).mean())
     assert abs(effect) > 0.1
     for name in ("two", "every"):
@@ -114,16 +123,16 @@ def test_ratios_are_those_of_whole_forward_passes_with_hooks(
         restored, _ = independent.run(True, back)
         induced, _ = independent.run(False, forth)
         found = group(result, name)
-        assert found.logit_difference_restored == pytest.approx(float(restored.mean()))
-        assert found.logit_difference_induced == pytest.approx(float(induced.mean()))
+        assert found.preference_restored == pytest.approx(float(restored.mean()))
+        assert found.preference_induced == pytest.approx(float(induced.mean()))
         assert found.restored is not None and found.induced is not None
         assert found.restored.value == pytest.approx(float((restored - edited).mean()) / effect)
         assert found.induced.value == pytest.approx(float((clean - induced).mean()) / effect)
-        assert abs(found.restored.value) > 1e-3
+        assert abs(found.restored.known) > 1e-3
         answered = clean > 0
         flipped = answered & (edited < 0)
         assert found.answers_restored is not None and found.answers_flipped is not None
-        assert found.answers_restored.prompts == int(flipped.sum()) > 0
+        assert found.answers_restored.n == int(flipped.sum()) > 0
         assert found.answers_restored.value == pytest.approx(
             float((restored[flipped] > 0).double().mean())
         )
@@ -139,8 +148,8 @@ def test_no_heads_and_heads_below_the_site_carry_nothing(result: MediationResult
         assert found.heads == []
         assert found.restored is not None and found.restored.value == 0
         assert found.induced is not None and found.induced.value == 0
-        assert found.logit_difference_restored == result.logit_difference_edited
-        assert found.logit_difference_induced == result.logit_difference_clean
+        assert found.preference_restored == result.preference_edited
+        assert found.preference_induced == result.preference_clean
 
 
 def test_patterns_that_cannot_change_carry_nothing_of_a_real_effect() -> None:
@@ -152,44 +161,45 @@ def test_patterns_that_cannot_change_carry_nothing_of_a_real_effect() -> None:
             block.attn.c_attn.weight[:, WIDTH : 2 * WIDTH] = 0
             block.attn.c_attn.bias[WIDTH : 2 * WIDTH] = 0
     context = with_telling_answers(study_of("gpt2", model=model, tokenizer=tokenizer), SITE)
-    given = with_roles(context)
-    result = mediation.compute(
-        context, SITE, edit_at(context, SITE), given, groups={"every": ABOVE}
-    )
+    result: MediationResult = computed(Mediation({"every": ABOVE}), context, SITE)
     (every,) = result.groups
-    assert abs(result.logit_difference_clean - result.logit_difference_edited) > 0.05
-    assert every.restored is not None and abs(every.restored.value) < 1e-12
-    assert every.induced is not None and abs(every.induced.value) < 1e-12
+    assert abs(result.preference_clean - result.preference_edited) > 0.05
+    assert every.restored is not None and abs(every.restored.known) < 1e-12
+    assert every.induced is not None and abs(every.induced.known) < 1e-12
 
 
-def test_an_edit_that_changes_nothing_has_no_effect_to_share(
-    context: StudyContext, tmp_path: Path
-) -> None:
+def test_an_edit_that_changes_nothing_has_no_effect_to_share(context: StudyContext) -> None:
     fitted = edit_at(context, SITE)
     identity = LRQP(fitted.probe, fitted.metric, log_odds=-1e9, rule="fixed")
-    result = mediation.compute(context, SITE, identity, with_roles(context), groups=GROUPS)
-    assert result.effect_interval == [0, 0]
+    built = replace(given(context, SITE), edit_at=lambda site: identity)
+    result = Mediation(GROUPS).compute(built, no_progress)
+    assert result.effect.interval == [0, 0]
     assert result.edit_flips is not None and result.edit_flips.value == 0
     for found in result.groups:
         assert found.restored is None and found.induced is None
         assert found.answers_restored is None
-    (panel,) = mediation.panels(result)
+    (panel,) = PART.panels(result)
     assert "no effect of which a share could be told" in panel.text
     assert panel.table is not None and panel.table.rows[0][1] is None
-    assert mediation.draw(result, tmp_path) == []
+    assert PART.figures(result) == {}
+    check(PART, result)
+
+
+def roles_of(heads: HeadsResult) -> dict[str, list[str]]:
+    return heads.attending() | {roles.S_INHIBITION: heads.members(roles.S_INHIBITION)}
 
 
 def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
     context: StudyContext,
 ) -> None:
-    given = with_roles(
+    heads = with_roles(
         context,
         name_mover=["L2.H1", "L1.H2"],
         backup_name_mover=["L2.H3"],
         S_inhibition=["L1.H0"],
         answer_writer=["L2.H1", "L0.H0"],
     )
-    groups = head_groups(context, SITE, given)
+    groups = head_groups(context, SITE, roles_of(heads))
     assert groups["name movers"] == ["L2.H1", "L1.H2"]
     assert groups["with backups"] == ["L2.H1", "L1.H2", "L2.H3"]
     assert "with negative ones" not in groups and "with both" not in groups
@@ -200,45 +210,67 @@ def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
     for members in others:
         assert len(members) == 2 and set(members) <= set(ABOVE)
         assert not set(members) & {"L2.H1", "L1.H2", "L2.H3", "L1.H0"}
-    assert head_groups(context, SITE, given) == groups
-    few = head_groups(context, "L2.pre", given)
+    assert head_groups(context, SITE, roles_of(heads)) == groups
+    few = head_groups(context, "L2.pre", roles_of(heads))
     assert {name for name in few if "other head" in name} == {
         f"1 other head, draw {number}" for number in range(1, RANDOM_SETS + 1)
     }
     three = with_roles(context, name_mover=["L2.H0", "L2.H1", "L2.H2"])
-    assert head_groups(context, "L2.pre", three)["the other head"] == ["L2.H3"]
+    assert head_groups(context, "L2.pre", roles_of(three))["the other head"] == ["L2.H3"]
     assert few[CEILING] == [name for name in EVERY_HEAD if name.startswith("L2")]
     assert next(m for n, m in few.items() if "other head" in n) in (["L2.H0"], ["L2.H2"])
 
 
-def test_result_survives_json_is_drawn_and_counts_its_work(
-    context: StudyContext, result: MediationResult, tmp_path: Path
-) -> None:
-    raw = json.loads(json.dumps(asdict(result), allow_nan=False))
-    assert mediation.from_json(raw) == result
-    names = {path.name for path in mediation.draw(result, tmp_path)}
-    assert names == {"mediation.png", "mediation.svg"}
-    (panel,) = mediation.panels(result)
-    (figure,) = panel.figures.values()
-    shown = {trace.name.split(":")[0]: list(trace.x) for trace in figure.data}
-    expected = [100 * g.restored.value for g in result.groups[::-1] if g.restored]
+def test_the_part_keeps_its_promises(context: StudyContext, result: MediationResult) -> None:
+    check(PART, result)
+    assert set(PART.figures(result)) == {"mediation"}
+    (panel,) = PART.panels(result)
+    (chart,) = panel.charts.values()
+    shown = {marks.name.split(":")[0]: list(marks.y) for marks in chart.panes[0].marks}
+    expected = [100 * g.restored.known for g in result.groups if g.restored]
     assert shown["restored"] == pytest.approx(expected)
-    done: list[int] = []
-    mediation.compute(
-        context, SITE, edit_at(context, SITE), with_roles(context), done.append, groups={}
-    )
-    assert sum(done) == mediation.work(context)
+    count, part = Count(), Mediation({})
+    computed(part, context, SITE, count)
+    assert count.total == part.work(context)
+
+
+@pytest.mark.parametrize(("n_classes", "site"), [(2, "L2.pre"), (3, "L3.mid")])
+def test_of_own_prompts_the_heads_that_write_the_answer_are_found_in_training_prompts(
+    n_classes: int, site: str
+) -> None:
+    context, count = own_context(n_classes), Count()
+    result: MediationResult = computed(PART, context, site, count)
+    assert count.total == PART.work(context) == len(context.task)
+    check(PART, result)
+    assert result.groups[0].group == "answer writers"
+    assert not any(set(group.heads) - set(EVERY_HEAD_OF_THE_ORGANISM) for group in result.groups)
+    # Held-out prompts have no say in the choice.
+    half = replace(context, task=replace(context.task, test=context.task.test[:30]))
+    again: MediationResult = computed(PART, half, site)
+    assert again.groups[0].heads == result.groups[0].heads
+    if n_classes == 2:
+        ceiling = group(result, CEILING)
+        assert result.edit_flips is not None and result.edit_flips.known > 0.8
+        for kind in ("restored", "induced"):
+            assert getattr(result.groups[0], kind).known > 0.6
+            assert getattr(ceiling, kind).known > 0.6
+    assert "class that holds − other" in PART.panels(result)[0].text
+
+
+def test_prompts_without_answers_are_refused() -> None:
+    assert "no answers" in str(PART.missing(own_context(answers=False)))
+    assert PART.missing(own_context()) is None
 
 
 def test_the_organisms_answer_writers_carry_nearly_all_of_the_effect() -> None:
     model, tokenizer = models.load("organism")
     context = study_of("", n=160, model=model, tokenizer=tokenizer)
     site = "L3.pre"  # the last site at which its order is used
-    found = heads.compute(context)
-    result = mediation.compute(context, site, edit_at(context, site), found)
-    assert result.edit_flips is not None and result.edit_flips.value > 0.9
+    found = computed(HEADS, context)
+    result = PART.compute(given(context, site, {"heads": found}), no_progress)
+    assert result.edit_flips is not None and result.edit_flips.known > 0.9
     name = "name movers" if found.found[roles.MOVER] else "answer writers"
-    assert name in mediation.panels(result)[0].title
+    assert name in PART.panels(result)[0].title
     writers, inhibition = group(result, name), group(result, "S-inhibition heads")
     ceiling = group(result, CEILING)
     for kind in ("restored", "induced"):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lrqp_torch.errors import SettingError, SiteError
-from lrqp_torch.study import circuit, flipping, heads
+from lrqp_torch.study import flipping
+from lrqp_torch.study.parts.circuit import PART as CIRCUIT
 from lrqp_torch.study.parts.geometry import PART as GEOMETRY
+from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.results import StudyResults, load
 from lrqp_torch.study.run import reproduce
 
@@ -80,8 +82,8 @@ class Stopping:
         (flipping, "_sweep_batch", 3),  # within the sweep: 24 prompts are 3 batches a task
         (flipping, "_sweep_batch", 5),  # within the sweep of the other task
         (GEOMETRY, "compute", 1),
-        (heads, "compute", 1),
-        (circuit, "compute", 1),
+        (HEADS, "compute", 1),
+        (CIRCUIT, "compute", 1),
     ],
 )
 def test_a_stop_changes_no_number(
@@ -105,7 +107,7 @@ def test_a_finished_study_is_only_read_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduce(settings(tmp_path))
-    for module, name in ((flipping, "_sweep_batch"), (GEOMETRY, "compute"), (heads, "compute")):
+    for module, name in ((flipping, "_sweep_batch"), (GEOMETRY, "compute"), (HEADS, "compute")):
         monkeypatch.setattr(module, name, Stopping(None, 1))
     results = reproduce(settings(tmp_path, resume=True))
     assert_same(tmp_path, whole)

@@ -7,9 +7,9 @@ from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import NonFiniteError
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Tail
+from lrqp_torch.study.attribution import attention_to
 from lrqp_torch.study.compare.editable import Editable, Run
 from lrqp_torch.study.compare.partners import with_partners
-from lrqp_torch.study.head_scores import attention_to
 
 
 class Batch:

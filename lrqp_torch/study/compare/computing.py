@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
-from lrqp_torch.study.circuit import attention_roles
 from lrqp_torch.study.compare.editable import Effects
 from lrqp_torch.study.compare.measuring import draw_curves, relative_costs, score, summarise
 from lrqp_torch.study.compare.methods import Candidate, build_candidates
@@ -20,8 +19,7 @@ from lrqp_torch.study.compare.running import seconds_per_text
 from lrqp_torch.study.compare.site_runs import POSITION, SiteRuns
 from lrqp_torch.study.compare.texts import unrelated
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
-from lrqp_torch.study.heads import HeadsResult
-from lrqp_torch.study.roles import MOVER, WRITER
+from lrqp_torch.study.heads import MOVER, WRITER, HeadsResult
 
 
 def work(context: StudyContext, /, options: CompareOptions = DEFAULTS, sites: int = 1) -> int:
@@ -153,6 +151,6 @@ def _watched(heads: HeadsResult | None) -> tuple[str, list[str]]:
     """Name movers; answer writers where there are none."""
     if heads is None:
         return "", []
-    roles = attention_roles(heads)
+    roles = heads.attending()
     role = MOVER if roles[MOVER] else WRITER
     return (role, roles[role]) if roles[role] else ("", [])

@@ -14,7 +14,7 @@ from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.compare.batch import Batch
 from lrqp_torch.study.compare.editable import Editable, Effects, Run
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.roles import parse_head
+from lrqp_torch.study.heads import parse_head
 from lrqp_torch.study.running import in_batches
 
 

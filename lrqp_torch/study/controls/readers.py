@@ -26,8 +26,14 @@ from torch import Tensor, nn
 from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import output_projection
-from lrqp_torch.study.heads import HeadsResult
-from lrqp_torch.study.roles import MOVER, S_INHIBITION, WRITER, first_reader, parse_head
+from lrqp_torch.study.heads import (
+    MOVER,
+    S_INHIBITION,
+    WRITER,
+    HeadsResult,
+    first_reader,
+    parse_head,
+)
 
 ENERGY = 0.9
 """Share of the squared Frobenius norm of reading weights that a space must hold."""

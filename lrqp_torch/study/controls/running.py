@@ -9,10 +9,9 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
-from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.conditions import logit_differences, ordered_batches
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.running import answers, batches
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,14 @@ def run_trials(
             )
     clean = torch.zeros(len(data), dtype=torch.float64)
     found = [torch.zeros_like(clean) for _ in trials]
-    for rows in ordered_batches(context):
-        batch = data[rows].to(context.device)
-        at = batch.positions["S2"]
-        replay = Replay(context.model, batch.inputs, int(at.min()))
-        clean[rows] = logit_differences(replay.clean_logits, batch)
+    for batch in batches(context.model, data, context.batch_size):
+        rows, at = batch.rows, batch.prompts.position
+        clean[rows] = answers(batch.prompts, batch.clean)["preference"]
         for trial, values in zip(trials, found, strict=True):
             delta = trial.delta[rows.to(trial.delta.device)].to(context.device)
             with intervene(context.model, Intervention(trial.site, at, _adding(delta))):
-                logits = replay.run(Site.parse(trial.site).layer)
-            values[rows] = logit_differences(logits, batch)
+                logits = batch.run(Site.parse(trial.site).layer, f"a trial at {trial.site}")
+            values[rows] = answers(batch.prompts, logits)["preference"]
         advance(len(batch))
     return clean, found
 

@@ -1,0 +1,471 @@
+"""What the edited belief does to the circuit: S-inhibition heads report it, name movers follow it.
+
+The belief about the order is edited at S2, at one site, towards the true order (control) and
+towards the other one (counterfactual). Downstream, at END:
+
+* Linear probes read the order from the outputs of the S-inhibition heads. They are fitted to clean
+  runs of the training prompts, and asked what they read in each condition.
+* The attention of name movers, negative and backup name movers to IO and to S1 is recorded in each
+  condition, and how much of it moved elsewhere at all.
+
+Source: the post "Intervening in the Residual Stream" (2023).
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.plot.chart import (
+    CONDITION_COLOURS,
+    Chart,
+    Marks,
+    Pane,
+    Panel,
+    Rule,
+    counted,
+    edges,
+)
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.hooks import record_heads
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.study.attribution import attention_to
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import S_INHIBITION, WRITER, parse_head
+from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.running import answers, batches, put
+from lrqp_torch.study.showing import percent, signed, table_of
+
+CONDITIONS = ("clean", "control", "counterfactual")
+EDITED = CONDITIONS[1:]
+KEYS = ("IO", "S1")
+ALL = "all together"
+"""Name of the probe that reads the outputs of all S-inhibition heads side by side."""
+
+MOST_DRAWN = 8
+"""Heads in the static figures; the interactive ones have them all."""
+
+NONE_FOUND = "No head with this role was found, so there is nothing to show."
+NO_MOVERS = (
+    " No name mover was found: no head with a large direct effect looks mainly at IO. These are "
+    "the heads with the largest direct effect, wherever they look. Such a model may read the names "
+    "from tokens to which they were copied, so that attention to IO and S1 themselves can "
+    "move either way; what counts for these heads is how much moved at all."
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over held-out prompts, and the values behind it.
+
+    Attributes:
+        mean: with its bootstrap interval.
+        values: one a prompt, in the order of the prompts, rounded to 4 digits.
+    """
+
+    mean: Estimate
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: Tensor, generator: torch.Generator) -> "Spread":
+        """Of values (n,)."""
+        return cls(Estimate.mean(values, generator), [round(value, 4) for value in values.tolist()])
+
+
+@dataclass(frozen=True)
+class ProbeReading:
+    """What one probe reads at END in one condition.
+
+    The order asked for is the true one in the clean and control conditions, and the other one in
+    the counterfactual condition.
+
+    Attributes:
+        head: the head whose output is read, or :data:`ALL`.
+        condition: one of :data:`CONDITIONS`.
+        reports: share of prompts for which the probe reads the order asked for.
+        log_odds: the probe's log odds of the true order, in nats; below 0 it reads the other one.
+    """
+
+    head: str
+    condition: str
+    reports: Estimate
+    log_odds: Spread
+
+
+@dataclass(frozen=True)
+class AttentionReading:
+    """Where one head looks from END in one condition.
+
+    Attributes:
+        head: such as ``"L9.H9"``.
+        role: the role for which it was chosen.
+        condition: one of :data:`CONDITIONS`.
+        to_io: attention to IO.
+        to_s1: attention to S1.
+        moved: attention that lies elsewhere than in the clean run, ½ Σ |p − p_clean| over tokens.
+    """
+
+    head: str
+    role: str
+    condition: str
+    to_io: Spread
+    to_s1: Spread
+    moved: Spread
+
+
+@dataclass(frozen=True)
+class CircuitResult:
+    """The three conditions at one site.
+
+    Attributes:
+        site: where the belief is edited, at S2.
+        prompts: held-out prompts.
+        logit_difference: condition to IO − S at END, in logits.
+        published: whether the heads are the published ones, or found by the program.
+        roles: role to heads, as read here; a role without heads has an empty list.
+        probes: readings by head and condition; empty if there is no S-inhibition head.
+        attention: readings by head and condition; empty if no head has one of the roles.
+    """
+
+    site: str
+    prompts: int
+    logit_difference: dict[str, Spread]
+    published: bool
+    roles: dict[str, list[str]]
+    probes: list[ProbeReading]
+    attention: list[AttentionReading]
+
+
+Reading = TypeVar("Reading", ProbeReading, AttentionReading)
+
+
+class Circuit(Part[CircuitResult]):
+    """What S-inhibition heads report and where name movers look, under the edit."""
+
+    name = "circuit"
+    title = "What the edit does to the circuit"
+    question = (
+        "Do the heads between the edit and the answer report the new belief, and do the name "
+        "movers follow it? In a model without name movers, answer writers take their place."
+    )
+    result = CircuitResult
+    needs = ("flipping", "heads")
+
+    def missing(self, context: StudyContext, /) -> str | None:
+        """Whether the prompts have names."""
+        return None if isinstance(context.task.test, IOIPrompts) else NAMES_NEEDED
+
+    def work(self, context: StudyContext, /) -> int:
+        """Every prompt once, to fit on or held out."""
+        return len(context.task)
+
+    @torch.no_grad()
+    def compute(self, given: Given, advance: Advance, /) -> CircuitResult:
+        """Edit the belief at one site, and read S-inhibition heads and name movers downstream.
+
+        Raises:
+            NonFiniteError: the model's logits are NaN or infinite.
+        """
+        context, heads = given.context, given.results["heads"]
+        movers, readers = heads.attending(), heads.members(S_INHIBITION)
+        probes = _fit_probes(context, readers, advance)
+        watched = sorted({head for group in movers.values() for head in group}, key=parse_head)
+        found = _run(given, watched, readers, advance)
+        generator, true = context.generator(), context.task.test.labels.cpu()
+
+        def spread(*key: str) -> Spread:
+            return Spread.of(found[key], generator)
+
+        def read(name: str, condition: str) -> ProbeReading:
+            z = found["outputs", condition]
+            x = z.flatten(1) if name == ALL else z[:, readers.index(name)]
+            odds = probes[name].log_odds(x.to(context.device), true.to(context.device)).cpu()
+            asked = odds < 0 if condition == "counterfactual" else odds > 0
+            return ProbeReading(name, condition, Estimate.share(asked), Spread.of(odds, generator))
+
+        return CircuitResult(
+            site=given.site,
+            prompts=len(context.task.test),
+            logit_difference={name: spread("preference", name) for name in CONDITIONS},
+            published=heads.published is not None,
+            roles=movers | {S_INHIBITION: readers},
+            probes=[read(name, condition) for name in probes for condition in CONDITIONS],
+            attention=[
+                AttentionReading(
+                    head, role, condition, *(spread(k, condition, head) for k in (*KEYS, "moved"))
+                )
+                for role, group in movers.items()
+                for head in group
+                for condition in CONDITIONS
+            ],
+        )
+
+    def says(self, result: CircuitResult, /) -> list[str]:
+        """What the S-inhibition heads report of the edit."""
+        return [
+            "Read from the outputs of the S-inhibition heads, the order is the one that the "
+            f"counterfactual edit wrote in {percent(reading.reports.value)} of the prompts."
+            for reading in result.probes
+            if reading.head == ALL and reading.condition == "counterfactual"
+        ]
+
+    def figures(self, result: CircuitResult, /) -> dict[str, Chart]:
+        """What probes read, and attention before and after, where there are heads to show."""
+        charts = {}
+        if result.probes:
+            shown = list(_by_head(result.probes).items())[-MOST_DRAWN:]
+            charts["circuit_probes"] = Chart(
+                [_histogram(readings, head) for head, readings in shown],
+                f"What S-inhibition heads report under edits at {result.site}, and how often as "
+                "asked",
+                columns=min(4, len(shown)),
+            )
+        if result.attention:
+            pairs = list(_by_head(result.attention).items())[:MOST_DRAWN]
+            charts["circuit_attention"] = Chart(
+                [
+                    _paired(readings, key, f"{head}\n{readings['clean'].role}" if first else "")
+                    for key, first in (("to_io", True), ("to_s1", False))
+                    for head, readings in pairs
+                ],
+                f"Attention before and after the edit at {result.site}, a point a prompt",
+                columns=len(pairs),
+                share_x=True,
+                share_y=True,
+            )
+        return charts
+
+    def panels(self, result: CircuitResult, /) -> list[Panel]:
+        """What probes read from S-inhibition heads, and where name movers look."""
+        return [_probe_panel(result), _attention_panel(result)]
+
+
+def _fit_probes(
+    context: StudyContext, readers: list[str], advance: Advance
+) -> dict[str, LinearProbe]:
+    """A probe of the order for each head's output at END, and one for all, from clean runs."""
+    model, data = context.model, context.task.train
+    layers = sorted({parse_head(name)[0] for name in readers})
+    kept: dict[str, Tensor] = {}
+    for batch in batches(model, data, context.batch_size, start="end"):
+        if readers:
+            end = batch.prompts.end
+            with record_heads(model, layers, end) as z:
+                # Nothing after the last of these heads needs to run.
+                capture(model, batch.prompts.inputs, [f"L{layers[-1]}.post"], positions=end)
+            put(kept, {"outputs": _side_by_side(z, readers)}, batch.rows, len(data))
+        advance(len(batch))
+    if not readers:
+        return {}
+    outputs, labels = (t.to(context.device) for t in (kept["outputs"], data.labels))
+    problems = {name: (outputs[:, i], labels) for i, name in enumerate(readers)}
+    return LinearProbe.fit_many(problems | {ALL: (outputs.flatten(1), labels)})
+
+
+def _side_by_side(z: dict[int, Tensor], heads: list[str]) -> Tensor:
+    """Outputs of some heads, (B, heads, head width) in float32."""
+    return torch.stack([z[n][:, h] for n, h in map(parse_head, heads)], dim=1).float()
+
+
+def _run(
+    given: Given, attending: list[str], writing: list[str], advance: Advance
+) -> dict[tuple[str, ...], Tensor]:
+    """Run the held-out prompts in all conditions, and record heads at END.
+
+    Args:
+        given: the model, its prompts, and the edit at the best site.
+        attending: heads whose attention to record.
+        writing: heads whose outputs to record.
+        advance: called with the number of prompts after each batch.
+
+    Returns:
+        By condition, one row a prompt: ``("preference", condition)``; ``("IO", condition, head)``
+        and ``("S1", condition, head)``, the attention that the head pays; ``("moved", condition,
+        head)``; and ``("outputs", condition)`` of all writing heads, (n, heads, head width).
+    """
+    context, site, edit = given.context, given.site, given.edit_at(given.site)
+    model, data = context.model, named(context.task.test)
+    layers = sorted({parse_head(name)[0] for name in (*attending, *writing)})
+    first = Site.parse(site).layer
+    above = [layer for layer in layers if layer >= first]
+    kept: dict[tuple[str, ...], Tensor] = {}
+    for batch in batches(model, data, context.batch_size):
+        prompts, end = batch.prompts, batch.prompts.end
+        with record_patterns(model, layers, end) as clean, record_heads(model, layers, end) as z:
+            _ = batch.replay  # the clean run, for which these wait
+        seen: dict[str, dict[int, Tensor]] = {}
+        for condition in CONDITIONS:
+            with (
+                record_patterns(model, above, end) as patterns,
+                record_heads(model, above, end) as outputs,
+                batch.editing(site, edit, condition),
+            ):
+                logits = batch.run(first, f"the {condition} run")
+            # Below the site nothing changes.
+            seen[condition] = patterns = clean | patterns
+            here: dict[tuple[str, ...], Tensor] = {
+                ("preference", condition): answers(prompts, logits)["preference"]
+            }
+            for name in attending:
+                layer, head = parse_head(name)
+                for key in KEYS:
+                    to_key = attention_to(patterns[layer], prompts.positions[key])[:, head]
+                    here[key, condition, name] = to_key
+                change = (patterns[layer][:, head] - seen["clean"][layer][:, head]).abs()
+                here["moved", condition, name] = change.sum(-1) / 2
+            if writing:
+                here["outputs", condition] = _side_by_side(z | outputs, writing)
+            put(kept, here, batch.rows, len(data))
+        advance(len(batch))
+    return kept
+
+
+def _by_head(readings: list[Reading]) -> dict[str, dict[str, Reading]]:
+    """Head to condition to reading."""
+    heads: dict[str, dict[str, Reading]] = {}
+    for reading in readings:
+        heads.setdefault(reading.head, {})[reading.condition] = reading
+    return heads
+
+
+def _histogram(readings: dict[str, ProbeReading], title: str) -> Pane:
+    """What one probe reads in each condition."""
+    limits = edges([value for reading in readings.values() for value in reading.log_odds.values])
+    return Pane(
+        [
+            counted(
+                f"{condition} {percent(reading.reports.value, 0)}",
+                reading.log_odds.values,
+                limits,
+                colour=CONDITION_COLOURS[condition],
+                opacity=0.5,
+            )
+            for condition, reading in readings.items()
+        ],
+        rules=[Rule(0.0, "x", dash="solid")],
+        title=title,
+        x_title="log odds of the true order, read from the head's output at END (nats)",
+        y_title="held-out prompts",
+        names="corner",
+    )
+
+
+def _paired(readings: dict[str, AttentionReading], key: str, title: str = "") -> Pane:
+    """Clean against edited attention to one token, a mark a prompt."""
+    clean, token = getattr(readings["clean"], key).values, key.removeprefix("to_").upper()
+    return Pane(
+        [
+            Marks(
+                f"{condition} edit",
+                clean,
+                getattr(readings[condition], key).values,
+                kind="points",
+                colour=CONDITION_COLOURS[condition],
+                size=0.6,
+                opacity=0.4,
+            )
+            for condition in EDITED
+        ],
+        rules=[Rule(0.0, "diagonal", dash="dash")],
+        title=title,
+        x_title=f"END → {token}, clean",
+        y_title=f"END → {token}, edited",
+        x_range=(-0.04, 1.04),
+        y_range=(-0.04, 1.04),
+        square=True,
+    )
+
+
+def _origin(result: CircuitResult) -> str:
+    return "the published ones" if result.published else "those that the program found"
+
+
+def _probe_panel(result: CircuitResult) -> Panel:
+    name, title = "circuit-probes", "What S-inhibition heads report under the edit"
+    if not result.probes:
+        return Panel(name=name, title=title, text=f"{S_INHIBITION}: {NONE_FOUND}")
+    summary = "; ".join(
+        f"{r.condition}: {percent(r.reports.value, 0)}" for r in result.probes if r.head == ALL
+    )
+    return Panel(
+        name=name,
+        title=title,
+        text="A probe of the order is fitted to each S-inhibition head's output at END in clean "
+        "runs of the training prompts, and asked what it reads on the held-out ones while the "
+        f"belief at {result.site} is edited at S2. The heads are {_origin(result)}. Shares of "
+        "prompts for which the probe of all heads together reads the order asked for (the true one "
+        f"in the clean and control conditions, the other one in the counterfactual): {summary}. "
+        "One half would be chance.",
+        charts={
+            head: Chart([_histogram(readings, "")])
+            for head, readings in _by_head(result.probes).items()
+        },
+        choice="head",
+        table=table_of(
+            {
+                "head": [r.head for r in result.probes],
+                "condition": [r.condition for r in result.probes],
+                "reads the order asked for": [r.reports for r in result.probes],
+                "mean log odds of the true order (nats)": [r.log_odds.mean for r in result.probes],
+            }
+        ),
+    )
+
+
+def _attention_panel(result: CircuitResult) -> Panel:
+    who = "answer writers" if WRITER in result.roles else "name movers"
+    name, title = "circuit-attention", f"Where {who} look under the edit"
+    if not result.attention:
+        return Panel(name=name, title=title, text=NONE_FOUND)
+    heads = _by_head(result.attention)
+    changes = "; ".join(
+        f"{role}s: {_role_change([r for r in heads.values() if r['clean'].role == role])}"
+        for role in dict.fromkeys(reading.role for reading in result.attention)
+    )
+    return Panel(
+        name=name,
+        title=title,
+        text="Each point is a held-out prompt: attention from END in the clean run against that "
+        f"under the edit at {result.site}. On the dashed line nothing changed. The heads are "
+        f"{_origin(result)}. Mean change under the counterfactual edit: {changes}. “Moved” in the "
+        "table is all attention that lies elsewhere than in the clean run, on whatever token."
+        + (NO_MOVERS if WRITER in result.roles else ""),
+        charts={
+            f"{head} ({readings['clean'].role})": Chart(
+                [_paired(readings, "to_io"), _paired(readings, "to_s1")], columns=2
+            )
+            for head, readings in heads.items()
+        },
+        choice="head",
+        table=table_of(
+            {
+                "head": [r.head for r in result.attention],
+                "role": [r.role for r in result.attention],
+                "condition": [r.condition for r in result.attention],
+                "END → IO": [r.to_io.mean for r in result.attention],
+                "END → S1": [r.to_s1.mean for r in result.attention],
+                "moved": [r.moved.mean for r in result.attention],
+            }
+        ),
+    )
+
+
+def _role_change(heads: list[dict[str, AttentionReading]]) -> str:
+    """Mean over a role's heads of the counterfactual edit's change of attention to IO and S1."""
+
+    def change(key: str) -> str:
+        changes = [
+            getattr(r["counterfactual"], key).mean.known - getattr(r["clean"], key).mean.known
+            for r in heads
+        ]
+        return signed(sum(changes) / len(changes))
+
+    return f"to IO {change('to_io')}, to S1 {change('to_s1')}"
+
+
+PART = Circuit()

@@ -1,0 +1,428 @@
+"""Which attention heads do what: scores of all heads on clean held-out prompts, and their roles.
+
+A head's direct effect on the answer is its direct logit attribution
+(:mod:`lrqp_torch.study.attribution`); where it looks is its mean attention between the tokens of
+the task. The rules that turn scores into roles are in :mod:`lrqp_torch.study.heads`.
+
+S-inhibition heads are told by what the name movers do without them: the head's output at END is set
+to its mean over prompts, and the name movers' attention to IO less that to S1 is measured again.
+No edit of the order takes part in this choice, so that what the edit later does to these heads is
+a finding and not how they were chosen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.plot.chart import (
+    BLACK,
+    BLUE,
+    GREEN,
+    NOTE,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Chart,
+    Heat,
+    Marks,
+    Pane,
+    Panel,
+    Table,
+)
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.hooks import record_heads
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.sites import Site, has_mid
+from lrqp_torch.study.attribution import (
+    ATTENTIONS,
+    Scores,
+    attention_to,
+    head_shares,
+    output_projection,
+    score,
+)
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import (
+    ATTENTION,
+    BACKUP,
+    DUPLICATE,
+    EFFECT,
+    INDUCTION,
+    MOVER,
+    NEGATIVE,
+    PREVIOUS,
+    ROLES,
+    RULES,
+    S_INHIBITION,
+    WRITER,
+    WRITING_EFFECT,
+    HeadScore,
+    HeadsResult,
+    InhibitionTest,
+    TruthCheck,
+    attend_roles,
+    first_reader,
+    mover_roles,
+    overlap,
+    parse_head,
+    published_heads,
+)
+from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.running import batches, put
+from lrqp_torch.study.showing import between, signed
+from lrqp_torch.study.truth import read_truth
+
+MOST_TESTED = 24
+"""At most this many heads are tested for S-inhibition, those that attend most to S2."""
+
+DIRECT = "direct effect on IO − S (logits)"
+LOOKS, WRITES = "name movers' attention without the head", "their direct effect without the head"
+NO_ROLE = "no role"
+ROLE_COLOURS = {
+    MOVER: GREEN,
+    NEGATIVE: VERMILION,
+    BACKUP: ORANGE,
+    S_INHIBITION: BLUE,
+    INDUCTION: PURPLE,
+    DUPLICATE: SKY,
+    PREVIOUS: BLACK,
+    WRITER: GREEN,
+    NO_ROLE: NOTE,
+}
+
+
+class Heads(Part[HeadsResult]):
+    """Scores and roles of all attention heads, in prompts about two names."""
+
+    name = "heads"
+    title = "What the attention heads do"
+    question = (
+        "Which heads look where, which of them write the answer, and which published role of the "
+        "circuit does each one play?"
+    )
+    result = HeadsResult
+
+    def missing(self, context: StudyContext, /) -> str | None:
+        """Whether the prompts have names."""
+        return None if isinstance(context.task.test, IOIPrompts) else NAMES_NEEDED
+
+    def work(self, context: StudyContext, /) -> int:
+        """Every held-out prompt twice."""
+        return 2 * len(context.task.test)
+
+    def compute(self, given: Given, advance: Advance, /) -> HeadsResult:
+        """Score all heads on the clean held-out prompts, and give them their roles.
+
+        Raises:
+            UnknownFamilyError: the model's attention or final norm is of an unknown form.
+        """
+        context = given.context
+        clean = score(context, context.task.test, ATTENTIONS, advance)
+        generator = context.generator()
+        attention = {
+            name: {key: float(values[:, i].mean()) for key, values in clean.attention.items()}
+            for i, name in enumerate(clean.names)
+        }
+        effects = {
+            name: Estimate.mean(clean.heads[:, i], generator) for i, name in enumerate(clean.names)
+        }
+        found = attend_roles(attention) | mover_roles(
+            {name: attention[name]["END→IO"] for name in clean.names},
+            {name: attention[name]["END→S1"] for name in clean.names},
+            effects,
+        )
+        published = published_heads(context.model.config)
+        movers = (published or found)[MOVER]
+        watched = movers or found[WRITER]
+        tests = {
+            name: InhibitionTest(*(Estimate.mean(values, generator) for values in change))
+            for name, change in effects_on_movers(
+                context, clean, attention, watched, advance
+            ).items()
+        }
+        whole = sum(effects[name].known for name in watched)
+
+        def inhibits(test: InhibitionTest) -> bool:
+            effect, least = (
+                (test.attention, EFFECT) if movers else (test.writing, WRITING_EFFECT * whole)
+            )
+            return effect.known <= -least and effect.certain < 0
+
+        inhibiting = [name for name, test in tests.items() if inhibits(test)]
+        found[S_INHIBITION] = sorted(inhibiting, key=lambda name: tests[name].writing.known)
+        return HeadsResult(
+            prompts=len(context.task.test),
+            logit_difference=float(clean.total.mean()),
+            parts={name: float(values.mean()) for name, values in clean.parts.items()},
+            scores=[
+                HeadScore(name, effects[name], attention[name], tests.get(name))
+                for name in clean.names
+            ],
+            found={role: found[role] for role in ROLES},
+            published=published,
+            truth=_check_truth(context, found[S_INHIBITION]),
+        )
+
+    def says(self, result: HeadsResult, /) -> list[str]:
+        """How many heads have the roles on which the rest of the study builds."""
+        counts = {role: len(result.members(role)) for role in (S_INHIBITION, MOVER, WRITER)}
+        said = ", ".join(f"{role}: {count}" for role, count in counts.items())
+        return [f"Heads by role, of {len(result.scores)} in all: {said}."] + (
+            [] if result.truth is None else [_truth_text(result.truth)]
+        )
+
+    def figures(self, result: HeadsResult, /) -> dict[str, Chart]:
+        """Every head's scores as maps of layer by head."""
+        scores = {n: v for n, v in _scores(result).items() if n not in (LOOKS, WRITES)}
+        panes = [_map(result, name, values) for name, values in scores.items()]
+        title = f"What every attention head does, mean over {result.prompts} clean held-out prompts"
+        return {"heads": Chart(panes, title, columns=-(-len(panes) // 2))}
+
+    def panels(self, result: HeadsResult, /) -> list[Panel]:
+        """Maps of all scores, the direct effect against attention, and the roles."""
+        shares = ", ".join(f"{name} {signed(value)}" for name, value in result.parts.items())
+        return [
+            Panel(
+                name="head-scores",
+                title="What every attention head does",
+                text="Each cell is a head, its score a mean over "
+                f"{result.prompts} clean held-out prompts. The direct effect is what the head "
+                "itself adds to the logit difference IO − S at END, through the final norm with "
+                "its scale frozen; the parts of the model add up to the mean difference of "
+                f"{signed(result.logit_difference)} ({shares}). “{LOOKS}” is the change of their "
+                "attention to IO less that to S1 when the head's output at END is set to its mean, "
+                f"and “{WRITES}” that of what they write, in logits (of the answer writers, in a "
+                "model without name movers); heads without a value were not tested.",
+                charts={
+                    name: Chart([_map(result, name, values)])
+                    for name, values in _scores(result).items()
+                },
+                choice="score",
+            ),
+            Panel(
+                name="head-movers",
+                title="Name movers: heads that look at IO and write it",
+                text="Name movers are far right and high, negative name movers far right and low. "
+                "Colours show the roles that the program found; a head with several roles has the "
+                "colour of the one nearest to the answer.",
+                charts={"": Chart([_by_attention(result)])},
+            ),
+            _role_panel(result),
+        ]
+
+
+def effects_on_movers(
+    context: StudyContext,
+    clean: Scores,
+    attention: dict[str, dict[str, float]],
+    movers: list[str],
+    advance: Advance,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the name movers do without each head that attends from END to S2.
+
+    "Without" means that the head's output at END is its mean over the held-out prompts.
+
+    Args:
+        context: the model and its prompts.
+        clean: the heads' scores on the same prompts.
+        attention: head to mean attention by the keys of :data:`~.attribution.ATTENTIONS`.
+        movers: the name movers; a head's effect is measured on those in layers above it.
+        advance: called with the number of prompts after each batch.
+
+    Returns:
+        For heads that attend from END to S2 below the highest name mover, one number a prompt, (n,)
+        each: the change of the movers' mean attention END→IO less END→S1, and of their summed
+        direct effect; see :class:`~.heads.InhibitionTest`.
+    """
+    model, data = context.model, named(context.task.test)
+    top = max((parse_head(name)[0] for name in movers), default=0)
+    tested = [
+        name
+        for name in sorted(attention, key=lambda name: -attention[name]["END→S2"])
+        if attention[name]["END→S2"] >= ATTENTION and parse_head(name)[0] < top
+    ][:MOST_TESTED]
+    kept: dict[tuple[str, int], Tensor] = {}
+    layers = sorted({parse_head(name)[0] for name in movers})
+    mean = clean.z.mean(0)
+    for batch in batches(model, data, context.batch_size, start="end"):
+        end = batch.prompts.end
+        direction = clean.direction[batch.rows].to(context.device)
+        with record_patterns(model, layers, end) as before, record_heads(model, layers, end) as z:
+            _ = batch.replay if tested else None  # the clean run, for which these wait
+        for name in tested:
+            layer, head = parse_head(name)
+            shift = (mean[layer, head] - clean.z[batch.rows, layer, head]).to(context.device)
+            above = [mover for mover in movers if parse_head(mover)[0] > layer]
+            reached = sorted({parse_head(mover)[0] for mover in above})
+            with (
+                record_patterns(model, reached, end) as after,
+                record_heads(model, reached, end) as z_after,
+                intervene(model, [shift_head(model, layer, head, shift, end)]),
+            ):
+                batch.replay.run(layer)
+            looks = [_preference(seen, above, batch.prompts) for seen in (after, before)]
+            writes = [_writing(model, heads, above, direction) for heads in (z_after, z)]
+            changes = [(new - old).double() for new, old in (looks, writes)]
+            put(
+                kept, {(name, i): change for i, change in enumerate(changes)}, batch.rows, len(data)
+            )
+        advance(len(batch))
+    return {name: (kept[name, 0], kept[name, 1]) for name in tested}
+
+
+def shift_head(model: nn.Module, layer: int, head: int, shift: Tensor, end: Tensor) -> Intervention:
+    """An intervention that adds ``shift``, (B, head width), to a head's output before W_O.
+
+    What W_O makes of the shift is added to the stream after attention, which is the same thing.
+    Where attention and MLP run in parallel, that place is the end of the block.
+
+    Args:
+        model: a transformers model.
+        layer: the head's layer.
+        head: its number.
+        shift: what to add, (B, head width).
+        end: the token of each example, (B,).
+    """
+    weight, _ = output_projection(model, layer)
+    width = shift.shape[-1]
+    added = shift.to(weight) @ weight[head * width : (head + 1) * width]
+
+    def add(x: Tensor, context: EditContext) -> Tensor:
+        return x + added[context.example]
+
+    site = f"L{layer}.mid" if has_mid(model) else f"L{layer}.post"
+    return Intervention(site, end, add)
+
+
+def _preference(patterns: dict[int, Tensor], heads: list[str], prompts: IOIPrompts) -> Tensor:
+    """Mean over heads of attention END→IO less END→S1, (B,)."""
+    columns = []
+    for name in heads:
+        layer, head = parse_head(name)
+        to_io, to_s1 = (attention_to(patterns[layer], prompts.positions[k]) for k in ("IO", "S1"))
+        columns.append((to_io - to_s1)[:, head])
+    return torch.stack(columns).mean(0)
+
+
+def _writing(model: nn.Module, z: dict[int, Tensor], heads: list[str], direction: Tensor) -> Tensor:
+    """Summed direct effect of heads, (B,)."""
+    shares = {layer: head_shares(model, layer, values, direction) for layer, values in z.items()}
+    return torch.stack([shares[layer][:, head] for layer, head in map(parse_head, heads)]).sum(0)
+
+
+def _check_truth(context: StudyContext, inhibiting: list[str]) -> TruthCheck | None:
+    known = read_truth(str(getattr(context.model.config, "_name_or_path", "")))
+    if known is None or not known.used_at:
+        return None
+    readers = [first_reader(site) for site in sorted(map(Site.parse, known.used_at))]
+    layers = [parse_head(name)[0] for name in inhibiting]
+    return TruthCheck(
+        first_layer=readers[0],
+        last_layer=readers[-1],
+        agrees=(min(layers) >= readers[0] and max(layers) >= readers[-1]) if layers else None,
+    )
+
+
+def _scores(result: HeadsResult) -> dict[str, list[float | None]]:
+    """Every score by its name, one value a head."""
+    scores: dict[str, list[float | None]] = {DIRECT: [s.attribution.value for s in result.scores]}
+    for key in result.scores[0].attention:
+        scores[f"attention {key}"] = [score.attention[key] for score in result.scores]
+    tests = [score.test for score in result.scores]
+    scores[LOOKS] = [None if test is None else test.attention.value for test in tests]
+    scores[WRITES] = [None if test is None else test.writing.value for test in tests]
+    return scores
+
+
+def _map(result: HeadsResult, name: str, values: Sequence[float | None]) -> Pane:
+    """A score as a map, rows of layers and columns of heads."""
+    n_heads = max(parse_head(score.head)[1] for score in result.scores) + 1
+    around_zero = name in (DIRECT, LOOKS, WRITES)
+    limit = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
+    rows = [values[start : start + n_heads] for start in range(0, len(values), n_heads)]
+    heat = Heat(
+        rows,
+        rows=[str(layer) for layer in range(len(rows))],
+        columns=[str(head) for head in range(n_heads)],
+        name=name,
+        diverging=around_zero,
+        low=-limit if around_zero else 0.0,
+        high=limit if around_zero else 1.0,
+    )
+    title = "direct effect (logits)" if name == DIRECT else name
+    return Pane(heat=heat, title=title, x_title="head", y_title="layer")
+
+
+def _by_attention(result: HeadsResult) -> Pane:
+    """Direct effect against attention to IO, a mark a head."""
+    by_role: dict[str, list[HeadScore]] = {role: [] for role in (*ROLES[::-1], NO_ROLE)}
+    for item in result.scores:
+        by_role[_main_role(result, item.head)].append(item)
+    marks = [
+        Marks(
+            role,
+            [item.attention["END→IO"] for item in items],
+            [item.attribution.value for item in items],
+            kind="points",
+            colour=ROLE_COLOURS[role],
+            size=0.8 if role == NO_ROLE else 1.4,
+            texts=[
+                f"{item.head}: {role}\ndirect effect {signed(item.attribution.known, 3)} "
+                f"({between(item.attribution, 3)})\n"
+                + "\n".join(f"attention {k} {v:.2f}" for k, v in item.attention.items())
+                for item in items
+            ],
+        )
+        for role, items in by_role.items()
+        if items
+    ]
+    return Pane(marks, x_title="mean attention END → IO", y_title=DIRECT)
+
+
+def _main_role(result: HeadsResult, head: str) -> str:
+    """The role of a head that is nearest to the answer."""
+    for role in (MOVER, NEGATIVE, WRITER, *ROLES[::-1]):
+        if head in result.found[role]:
+            return role
+    return NO_ROLE
+
+
+def _role_panel(result: HeadsResult) -> Panel:
+    published = result.published
+    columns = ["role", "heads found", "rule"]
+    rows = []
+    for role in ROLES:
+        found = result.found[role]
+        row = [role, ", ".join(found) or "none found", RULES[role]]
+        if published is not None:
+            known = published.get(role)
+            row[2:2] = ["–", "–"] if known is None else [", ".join(known), overlap(found, known)]
+        rows.append(row)
+    text = "A role is given by the rule beside it, to as many heads as meet it, or to none."
+    if published is not None:
+        columns[2:2] = ["published", "published ones found"]
+        text += (
+            " The published heads (Wang et al. 2022) were found with other prompts and by removing "
+            "heads; the parts that follow use the published ones."
+        )
+    if result.truth is not None:
+        text += " " + _truth_text(result.truth)
+    return Panel("head-roles", "The roles of heads", text, table=Table(columns, rows))
+
+
+def _truth_text(truth: TruthCheck) -> str:
+    known = (
+        "This model was trained so that the order is read from S2 by attention in layer "
+        f"{truth.first_layer} or above, and until layer {truth.last_layer} at the least"
+    )
+    if truth.agrees is None:
+        return f"{known}; no S-inhibition head was found to compare with that."
+    verdict = "agree" if truth.agrees else "DISAGREE"
+    return f"{known}; the S-inhibition heads found {verdict} with that."
+
+
+PART = Heads()

@@ -1,0 +1,459 @@
+"""Is the effect of the edit carried by where heads look? The post's open question.
+
+The counterfactual edit at the marked token lowers the preference for the answer that holds, such as
+IO − S. Two interventions on the attention from the end of a set of heads ask how much of that goes
+by way of their patterns:
+
+* restored: with the edit, the patterns are set back to those of the clean run,
+  (P(edit + clean patterns) − P(edit)) / (P(clean) − P(edit));
+* induced: without the edit, they are set to those under the edit,
+  (P(clean) − P(clean + edited patterns)) / (P(clean) − P(edit)).
+
+Both are ratios of means over prompts: 1 if the patterns carry all of the effect, 0 if none. They
+need not agree, nor add up over sets of heads: heads make up for each other, and what a head moves
+depends on what is there to be moved. All heads above the site are the ceiling for attention from
+the end, random heads of equal number the floor.
+
+In prompts about two names the heads are those with roles in that task. In others they are the
+answer writers: heads whose direct effect on the preference, in the training prompts, is large by
+the rule of :func:`lrqp_torch.study.heads.writers`.
+
+Source: the question is from the post "Intervening in the Residual Stream" (2023); the two ratios
+are the shares of the natural indirect effect from the edited and the clean side, as in Vig et al.
+2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis".
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rule
+from lrqp_torch.stream.attention import record_patterns, set_patterns
+from lrqp_torch.stream.sites import Site, blocks_of, head_count
+from lrqp_torch.study.attribution import score
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import (
+    BACKUP,
+    MOVER,
+    NEGATIVE,
+    S_INHIBITION,
+    WRITER,
+    HeadsResult,
+    first_reader,
+    head_name,
+    parse_head,
+    writers,
+)
+from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.prompts import Words
+from lrqp_torch.study.running import Batch, answers, batches, put
+from lrqp_torch.study.showing import (
+    between,
+    capitalised,
+    marks_of,
+    percent,
+    plural,
+    signed,
+    table_of,
+)
+
+RANDOM_SETS = 3
+"""Sets of random heads, each as large as the first set of heads with a role."""
+
+CEILING = "all heads above the site"
+MOVERS, WRITERS = "name movers", "answer writers"
+KINDS = {
+    "restored": ("restored: edit, patterns set back", PROBE),
+    "induced": ("induced: no edit, patterns of the edit", COUNTERFACTUAL),
+}
+
+
+@dataclass(frozen=True)
+class GroupMediation:
+    """What the attention patterns of one set of heads carry.
+
+    Attributes:
+        group: name of the set.
+        heads: its heads in layers that read the edited site or come later; only these can have
+            changed, and only these are set.
+        preference_restored: mean preference with the edit and clean patterns.
+        preference_induced: mean preference without the edit and with the edited patterns.
+        restored: share of the edit's effect undone; None where the edit has no effect to share,
+            that is, where the interval of its mean effect includes 0 or that of the ratio is not
+            finite.
+        induced: share of the edit's effect brought about; None in the same case.
+        answers_restored: of the prompts that the edit flipped, those answered with the class that
+            holds again; None if it flipped none.
+        answers_flipped: of the prompts answered with the class that holds in the clean run, those
+            that the edited patterns alone flip; None if there are none.
+    """
+
+    group: str
+    heads: list[str]
+    preference_restored: float
+    preference_induced: float
+    restored: Estimate | None
+    induced: Estimate | None
+    answers_restored: Estimate | None
+    answers_flipped: Estimate | None
+
+
+@dataclass(frozen=True)
+class MediationResult:
+    """The counterfactual edit at one site, and what the patterns of sets of heads carry of it.
+
+    Attributes:
+        words: what the things of the task are called.
+        site: where the belief is edited.
+        prompts: held-out prompts.
+        published: whether the heads are the published ones, or found by the program.
+        preference_clean: mean preference without any intervention.
+        preference_edited: the same under the counterfactual edit.
+        effect: mean of their difference.
+        edit_flips: of the prompts answered with the class that holds in the clean run, those that
+            the edit flips; None if there are none.
+        groups: sets of heads.
+    """
+
+    words: Words
+    site: str
+    prompts: int
+    published: bool
+    preference_clean: float
+    preference_edited: float
+    effect: Estimate
+    edit_flips: Estimate | None
+    groups: list[GroupMediation]
+
+    @property
+    def shown(self) -> list[GroupMediation]:
+        """Groups whose shares are known."""
+        return [group for group in self.groups if group.restored and group.induced]
+
+
+class Mediation(Part[MediationResult]):
+    """Through which attention the edit works.
+
+    Args:
+        groups: sets of heads by name; default those with roles, see :func:`head_groups`.
+    """
+
+    name = "mediation"
+    title = "Through which attention the edit works"
+    question = (
+        "If the attention of the heads that write the answer is put back to where it was, does the "
+        "answer come back too? And does their attention under the edit, put into a clean run, "
+        "suffice to turn it? These are the name movers where the prompts are about two names and "
+        "there are any, else the answer writers."
+    )
+    result = MediationResult
+    needs = ("flipping", "heads")
+
+    def __init__(self, groups: Mapping[str, list[str]] | None = None) -> None:
+        self.groups = groups
+
+    def missing(self, context: StudyContext, /) -> str | None:
+        """Whether the prompts have answers."""
+        known = context.task.test.answers is not None
+        return None if known else "these prompts have no answers, so no effect on them can be told"
+
+    def work(self, context: StudyContext, /) -> int:
+        """Held-out prompts, and those in which heads are looked for."""
+        task, named = context.task, isinstance(context.task.test, IOIPrompts)
+        return len(task.test) if named or self.groups is not None else len(task)
+
+    @torch.no_grad()
+    def compute(self, given: Given, advance: Advance, /) -> MediationResult:
+        """Edit the belief, set attention patterns from the end, and measure the answer.
+
+        Raises:
+            UnknownFamilyError: the model's attention or final norm is of an unknown form.
+            NonFiniteError: the model's logits are NaN or infinite.
+        """
+        context, data = given.context, given.context.task.test
+        chosen, lowest = self.groups, first_reader(given.site)
+        if chosen is None:
+            heads: HeadsResult | None = given.results.get("heads")
+            roles = (
+                {WRITER: _find_writers(context, advance)}
+                if heads is None
+                else heads.attending() | {S_INHIBITION: heads.members(S_INHIBITION)}
+            )
+            chosen = head_groups(context, given.site, roles)
+        sets = {
+            name: [head for head in members if parse_head(head)[0] >= lowest]
+            for name, members in chosen.items()
+        }
+        kept: dict[tuple[str, str], Tensor] = {}
+        for batch in batches(context.model, data, context.batch_size):
+            put(kept, _run(given, batch, sets), batch.rows, len(data))
+            advance(len(batch))
+        return _summarise(given, sets, kept)
+
+    def says(self, result: MediationResult, /) -> list[str]:
+        """How much of the effect the first set of heads carries."""
+        if not result.shown:
+            return [
+                f"The counterfactual edit at {result.site} changes {_change(result)}; the 95 % "
+                f"interval of the change ({between(result.effect)}) includes 0, so there is no "
+                "effect of which a share could be told."
+            ]
+        group = result.shown[0]
+        back, forth = (
+            percent(share.value, 0) for share in (group.restored, group.induced) if share
+        )
+        return [
+            f"Putting only the attention from {result.words.end} of "
+            f"{plural(len(group.heads), 'head')} ({group.group}) back to the clean run's undoes "
+            f"{back} of the effect of the edit at {result.site}; putting their attention under the "
+            f"edit into a clean run brings about {forth} of it."
+        ]
+
+    def figures(self, result: MediationResult, /) -> dict[str, Chart]:
+        """Shares of the effect, where the edit has one."""
+        title = f"What attention from {result.words.end} carries of the edit at {result.site}"
+        return {"mediation": Chart([_bars(result)], title)} if result.shown else {}
+
+    def panels(self, result: MediationResult, /) -> list[Panel]:
+        """Shares of the edit's effect that sets of attention patterns carry."""
+        groups, words = result.groups, result.words
+        who = WRITERS if any(group.group == WRITERS for group in groups) else MOVERS
+        flips = result.edit_flips
+        first = next(iter(result.shown), None)
+        text = " ".join(self.says(result))
+        if first is not None and first.restored and first.induced:
+            origin = "published" if result.published else "found by the program"
+            text = (
+                f"The counterfactual edit at {result.site} changes {_change(result)}"
+                + (
+                    "."
+                    if flips is None
+                    else f" and flips {percent(flips.value, 0)} of the answers."
+                )
+                + f" Setting only the attention from {words.end} of a set of heads back to the "
+                "clean run's, with the edit in place, restores part of it; setting it to the "
+                "edited run's, without the edit, brings part of it about. "
+                f"{capitalised(first.group)} ({origin}): {percent(first.restored.value, 0)} "
+                f"restored (95 % interval {between(first.restored, 0, 100)}), "
+                f"{percent(first.induced.value, 0)} induced ({between(first.induced, 0, 100)}). "
+                f"All heads above the site are the most that attention from {words.end} can carry; "
+                "sets of other heads, drawn at random, show what setting as many patterns does by "
+                "itself. The shares of different sets need not add up."
+            )
+        return [
+            Panel(
+                name="mediation",
+                title=f"Is the effect carried by where the {who} look?",
+                text=text,
+                charts={"": Chart([_bars(result)])} if first else {},
+                table=table_of(
+                    {
+                        f"attention from {words.end} of": [_label(group) for group in groups],
+                        "restored": [group.restored for group in groups],
+                        "induced": [group.induced for group in groups],
+                        "answers restored": [
+                            group.answers_restored and group.answers_restored.value
+                            for group in groups
+                        ],
+                        "answers flipped": [
+                            group.answers_flipped and group.answers_flipped.value
+                            for group in groups
+                        ],
+                        f"{words.preference}, restored ({words.unit})": [
+                            group.preference_restored for group in groups
+                        ],
+                        f"{words.preference}, induced ({words.unit})": [
+                            group.preference_induced for group in groups
+                        ],
+                        "heads": [_listed(group) for group in groups],
+                    }
+                ),
+            )
+        ]
+
+
+def head_groups(
+    context: StudyContext, site: str, roles: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The sets of heads that the study compares; sets without heads are left out.
+
+    Name movers alone, with negative, with backup name movers, and with both; answer writers where
+    there are no name movers; S-inhibition heads, which look at S2 whatever it says, so that what
+    they carry should be in what they read there and not in their patterns; all heads above the
+    site; and random ones, drawn from heads above the site that are in none of these roles.
+
+    Args:
+        context: the model, and the seed of the random sets.
+        site: where the edit acts.
+        roles: role to heads.
+    """
+    movers, negative, backup = (roles.get(role, []) for role in (MOVER, NEGATIVE, BACKUP))
+    groups = {MOVERS: movers}
+    if movers:
+        groups |= {
+            "with negative ones": [*movers, *negative] if negative else [],
+            "with backups": [*movers, *backup] if backup else [],
+            "with both": [*movers, *negative, *backup] if negative and backup else [],
+        }
+    groups[WRITERS] = roles.get(WRITER, [])
+    groups["S-inhibition heads"] = roles.get(S_INHIBITION, [])
+    everything = [
+        head_name(layer, head)
+        for layer in range(first_reader(site), len(blocks_of(context.model)))
+        for head in range(head_count(context.model))
+    ]
+    known = {head for group in groups.values() for head in group}
+    others = [head for head in everything if head not in known]
+    size = len([head for head in movers or groups[WRITERS] if head in everything])
+    draws = random.Random(context.seed)
+    groups[CEILING] = everything
+    if len(others) <= size:
+        name = "the other head" if len(others) == 1 else f"all {len(others)} other heads"
+        groups[name] = others
+    else:
+        for number in range(1, RANDOM_SETS + 1):
+            drawn = draws.sample(others, size)
+            groups[f"{plural(size, 'other head')}, draw {number}"] = sorted(drawn, key=parse_head)
+    return {name: members for name, members in groups.items() if members}
+
+
+def _find_writers(context: StudyContext, advance: Advance) -> list[str]:
+    """Answer writers by their direct effects in the training prompts."""
+    found, generator = score(context, context.task.train, {}, advance), context.generator()
+    return writers(
+        {n: Estimate.mean(found.heads[:, i], generator) for i, n in enumerate(found.names)}
+    )
+
+
+def _run(
+    given: Given, batch: Batch[Any], sets: Mapping[str, list[str]]
+) -> dict[tuple[str, str], Tensor]:
+    """What a batch answers, one number a prompt, by ``(run, name)``.
+
+    Runs are ``"clean"``, ``"edited"``, ``"restored GROUP"`` and ``"induced GROUP"``; names are
+    those of :func:`~lrqp_torch.study.running.answers`.
+    """
+    site, edit, prompts = given.site, given.edit_at(given.site), batch.prompts
+    model, end, first = batch.model, prompts.end, Site.parse(site).layer
+    layers = sorted({parse_head(head)[0] for members in sets.values() for head in members})
+    found: dict[tuple[str, str], Tensor] = {}
+
+    def keep(run: str, condition: str, first_layer: int) -> None:
+        with batch.editing(site, edit, condition):
+            logits = batch.run(first_layer, f"the {run} run")
+        found.update({(run, name): value for name, value in answers(prompts, logits).items()})
+
+    # One implementation of attention throughout, so that only the interventions differ.
+    with record_patterns(model, [], end):
+        with record_patterns(model, layers, end) as clean:
+            keep("clean", "clean", first)
+        with record_patterns(model, layers, end) as edited:
+            keep("edited", "counterfactual", first)
+        for name, members in sets.items():
+            heads = [parse_head(head) for head in members]
+            # Without the edit nothing changes below the lowest of the heads.
+            lowest = min((layer for layer, _ in heads), default=first)
+            for run, patterns, condition, first_layer in (
+                (f"restored {name}", clean, "counterfactual", first),
+                (f"induced {name}", edited, "clean", lowest),
+            ):
+                rows = {(layer, head): patterns[layer][:, head] for layer, head in heads}
+                with set_patterns(model, rows, end):
+                    keep(run, condition, first_layer)
+    return found
+
+
+def _summarise(
+    given: Given, sets: Mapping[str, list[str]], kept: Mapping[tuple[str, str], Tensor]
+) -> MediationResult:
+    context, generator = given.context, given.context.generator()
+    clean, edited = (kept[run, "preference"] for run in ("clean", "edited"))
+    effect = Estimate.mean(clean - edited, generator)
+
+    def ratio(change: Tensor) -> Estimate | None:
+        if not effect.certain:
+            return None
+        found = Estimate.ratio(change, clean - edited, generator)
+        return None if found.interval is None else found
+
+    def share(run: str, name: str, among: Tensor) -> Estimate | None:
+        """Of some prompts those with a positive lead in a run."""
+        return Estimate.share((kept[run, name] > 0)[among]) if among.any() else None
+
+    answered = kept["clean", "own_lead"] > 0
+    flipped = answered & (kept["edited", "other_lead"] > 0)
+    groups = []
+    for name, members in sets.items():
+        restored, induced = (kept[f"{kind} {name}", "preference"] for kind in KINDS)
+        groups.append(
+            GroupMediation(
+                group=name,
+                heads=members,
+                preference_restored=float(restored.mean()),
+                preference_induced=float(induced.mean()),
+                restored=ratio(restored - edited),
+                induced=ratio(clean - induced),
+                answers_restored=share(f"restored {name}", "own_lead", flipped),
+                answers_flipped=share(f"induced {name}", "other_lead", answered),
+            )
+        )
+    heads: HeadsResult | None = given.results.get("heads")
+    return MediationResult(
+        words=context.task.test.words,
+        site=given.site,
+        prompts=len(clean),
+        published=heads is not None and heads.published is not None,
+        preference_clean=float(clean.mean()),
+        preference_edited=float(edited.mean()),
+        effect=effect,
+        edit_flips=share("edited", "other_lead", answered),
+        groups=groups,
+    )
+
+
+def _change(result: MediationResult) -> str:
+    return (
+        f"the mean of {result.words.preference} from {signed(result.preference_clean)} to "
+        f"{signed(result.preference_edited)}"
+    )
+
+
+def _label(group: GroupMediation) -> str:
+    known = "other head" in group.group
+    return group.group if known else f"{group.group} ({plural(len(group.heads), 'head')})"
+
+
+def _listed(group: GroupMediation) -> str:
+    return ", ".join(group.heads) if len(group.heads) <= 16 else f"{len(group.heads)} heads"
+
+
+def _bars(result: MediationResult) -> Pane:
+    """Shares of the effect by set of heads."""
+    marks = [
+        marks_of(
+            label,
+            [_label(group) for group in result.shown],
+            [getattr(group, kind) for group in result.shown],
+            scale=100.0,
+            kind="bars",
+            colour=colour,
+            notes=[_listed(group) for group in result.shown],
+        )
+        for kind, (label, colour) in KINDS.items()
+    ]
+    return Pane(
+        marks,
+        rules=[Rule(100.0)],
+        x_title="",
+        y_title=f"Share of the edit's effect on {result.words.preference} (%)",
+        horizontal=True,
+    )
+
+
+PART = Mediation()
