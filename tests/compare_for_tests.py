@@ -8,7 +8,8 @@ from contexts_for_tests import context
 
 from lrqp_torch import LRQP
 from lrqp_torch.baselines import BaselineData, build
-from lrqp_torch.study.compare import CompareOptions, Training
+from lrqp_torch.study.league import CompareOptions
+from lrqp_torch.study.methods import Training
 
 SITE = "L2.pre"
 FEW = 24

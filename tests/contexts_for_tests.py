@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from prompts_for_tests import names_task
@@ -139,32 +137,3 @@ class Count:
         assert done >= 0
         self.total += done
         self.calls += 1
-
-
-def check_part(module: Any, result: Any, folder: Path) -> None:
-    """What every part promises: strict JSON and back, figures that open, and clear panels."""
-    text = json.dumps(asdict(result), allow_nan=False)
-    assert module.from_json(json.loads(text)) == result
-
-    paths = module.draw(result, folder)
-    assert len(set(paths)) == len(paths) > 0
-    assert {path.suffix for path in paths} == {".png", ".svg"}
-    for path in paths:
-        if path.suffix == ".png":
-            assert path.read_bytes().startswith(b"\x89PNG")
-        else:
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
-
-    shown = module.panels(result)
-    assert len({panel.name for panel in shown}) == len(shown) > 0
-    for panel in shown:
-        assert panel.title and panel.text and panel.figures
-        assert bool(panel.choice) == (len(panel.figures) > 1)
-        for figure in panel.figures.values():
-            layout = json.loads(figure.to_json())["layout"]
-            assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
-            assert layout["template"] == {} or "layout" not in layout["template"]
-            assert any(len(trace.x) for trace in figure.data)
-        if panel.table is not None:
-            assert panel.table.rows
-            assert {len(row) for row in panel.table.rows} == {len(panel.table.columns)}

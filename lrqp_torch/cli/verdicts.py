@@ -10,7 +10,8 @@ from rich.table import Table
 from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
 
 if TYPE_CHECKING:
-    from lrqp_torch.study.verdicts_counting import Rate, VerdictsResult
+    from lrqp_torch.study.estimates import Estimate
+    from lrqp_torch.study.verdicts import VerdictsResult
 
 
 @app.command(
@@ -54,9 +55,7 @@ def verdicts(
     with messages(debug):
         from transformers.utils.logging import disable_progress_bar
 
-        from lrqp_torch.study.verdicts import judge
-        from lrqp_torch.study.verdicts_counting import findings
-        from lrqp_torch.study.verdicts_settings import VerdictSettings
+        from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
 
         disable_progress_bar()  # it would run through ours
         settings = VerdictSettings(
@@ -119,8 +118,8 @@ def _tables(result: "VerdictsResult") -> list[Table]:
     return [counts, rates]
 
 
-def _percent(rate: "Rate") -> str:
-    if rate.value is None:
+def _percent(rate: "Estimate") -> str:
+    if rate.value is None or rate.interval is None:
         return "–"
     low, high = rate.interval
     return f"{100 * rate.value:.0f} ({100 * low:.0f}–{100 * high:.0f})"

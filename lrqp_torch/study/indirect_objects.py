@@ -22,6 +22,7 @@ WORDS = Words(
     end="END",
     held="IO",
     other="S",
+    answers="the two names",
     preference="IO − S",
     unit="logits",
 )

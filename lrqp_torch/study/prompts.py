@@ -46,6 +46,7 @@ class Words:
         end: the token after which the answer is read.
         held: the answer in the sense of the class that holds.
         other: the answer in the sense of the counterfactual class.
+        answers: those of all classes together.
         preference: score of the one minus that of the other.
         unit: of the scores.
     """
@@ -56,6 +57,7 @@ class Words:
     end: str = "the last token"
     held: str = "the class that holds"
     other: str = "the other class"
+    answers: str = "the answers"
     preference: str = "class that holds − other"
     unit: str = "nats"
 

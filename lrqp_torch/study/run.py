@@ -24,7 +24,6 @@ from lrqp_torch.study.drawing import require_matplotlib
 from lrqp_torch.study.flipping import TaskFlipping
 from lrqp_torch.study.folder import forget, made_folder
 from lrqp_torch.study.html import Section
-from lrqp_torch.study.old_parts import OldPart
 from lrqp_torch.study.panel import Panel as OldPanel
 from lrqp_torch.study.panel import Table as OldTable
 from lrqp_torch.study.part import Given, Part, keep_nothing
@@ -136,9 +135,7 @@ def _run(ranks: Ranks, settings: Settings, start: Start) -> StudyResults | None:
     if settings.figures:
         advance = start("drawing figures", len(parts))
         for part in parts:
-            if isinstance(part, OldPart):
-                part.draw(given.results[part.name], settings.out)
-            elif part.name == "flipping":
+            if part.name == "flipping":
                 figures.draw(study, prompts, settings.out)
             else:
                 write_charts(part.figures(given.results[part.name]), settings.out)

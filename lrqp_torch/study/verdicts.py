@@ -18,36 +18,255 @@ are narrower than those over new models would be.
 import csv
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from rich.progress import Progress
 
 from lrqp_torch import models
-from lrqp_torch.baselines import BASELINES
+from lrqp_torch.baselines import BASELINES, DAS, BaselineData, build
 from lrqp_torch.edits.provenance import package_versions
-from lrqp_torch.errors import LRQPError, ModelError
+from lrqp_torch.errors import LRQPError, MissingExtraError, ModelError, SettingError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
+from lrqp_torch.plot.chart import Chart, Heat, Pane
+from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.study.clock import Clock
-from lrqp_torch.study.context import StudyContext, Task
-from lrqp_torch.study.drawing import require_matplotlib
+from lrqp_torch.study.context import StudyContext, Task, no_progress
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.flipping import USED_THRESHOLD, fit_edits
+from lrqp_torch.study.methods import behaviour, counterparts, others_alike
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
 from lrqp_torch.study.progress import progress_bars
+from lrqp_torch.study.records import to_json
+from lrqp_torch.study.running import next_class
+from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.showing import between, percent
+from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
 from lrqp_torch.study.truth import KnownSites, read_truth
-from lrqp_torch.study.verdicts_counting import (
-    PROBE,
-    SiteScores,
-    VerdictsResult,
-    count_all,
-)
-from lrqp_torch.study.verdicts_figures import draw
-from lrqp_torch.study.verdicts_scoring import score_sites
-from lrqp_torch.study.verdicts_settings import VerdictSettings
 
-JSON_FILE, TABLE_FILE = "verdicts.json", "verdicts.csv"
+JSON_FILE, TABLE_FILE, FIGURE = "verdicts.json", "verdicts.csv", "verdicts"
+
+ACCURATE = 0.9
+"""Accuracy of a held-out probe from which on accuracy alone would say "used here"."""
+
+PROBE = "probe_accuracy"
+"""The rule that asks for the probe's accuracy and for nothing else."""
+
+ALL = "all models"
+"""Name of the counts over all models together."""
+
+USED, NOT_USED, UNCLEAR = "used", "not used", "unclear"
+
+
+@dataclass(frozen=True)
+class VerdictSettings:
+    """What ``lrqp verdicts`` is asked for.
+
+    Attributes:
+        out: folder for the results; made if needed.
+        models: names of models, or folders, separated by commas; each needs its ground truth.
+        methods: ``all`` (without DAS), or names of baselines separated by commas.
+        das: whether DAS, which is trained through the model at every site, is among all.
+        n: prompts of each draw, half to fit on and half held out.
+        seeds: draws.
+        seed: of the first; the others follow.
+        prefixes: as of the study.
+        sites: as of the study.
+        batch_size: prompts a forward pass.
+        device: ``auto``, or a torch device.
+        figures: whether to draw.
+    """
+
+    out: Path
+    models: str = ",".join(ORGANISMS)
+    methods: str = "all"
+    das: bool = False
+    n: int = 200
+    seeds: int = 3
+    seed: int = 0
+    prefixes: str = "none"
+    sites: str = "all"
+    batch_size: int = 64
+    device: str = "auto"
+    figures: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            SettingError: a number out of its range, a method that does not exist, or no model.
+        """
+        if self.seeds < 1:
+            raise SettingError(f"seeds must be at least 1, not {self.seeds}.")
+        if self.batch_size < 1:
+            raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.n < 8:
+            raise SettingError(f"n must be at least 8, not {self.n}: half of them are held out.")
+        if not self.model_names():
+            raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
+        unknown = [name for name in _listed(self.methods) if name not in {*BASELINES, "all"}]
+        if unknown or not self.method_names():
+            found = f"unknown method {unknown[0]!r}" if unknown else "no method given"
+            raise SettingError(f"{found}; choose from {', '.join(BASELINES)}, or say all.")
+
+    def model_names(self) -> list[str]:
+        """The models asked for."""
+        return _listed(self.models)
+
+    def method_names(self) -> list[str]:
+        """The methods asked for, in the order of the table."""
+        named = _listed(self.methods)
+        if "all" in named:
+            return [name for name in BASELINES if name != DAS.name or self.das]
+        return [name for name in BASELINES if name in named]
+
+    def command(self) -> str:
+        """The command that gives these numbers, without the folder."""
+        left_out = ("out", "das", "device", "figures")
+        words = [
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in asdict(self).items()
+            if name not in left_out
+        ]
+        return f"lrqp verdicts {' '.join(words)}{' --das' if self.das else ''} --out DIR"
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class SiteScores:
+    """What was measured at one site of one model, with one draw of prompts.
+
+    Attributes:
+        model: name of the model.
+        seed: of its prompts and of all else that is drawn.
+        site: where.
+        truth: ``used``, ``not used`` or ``unclear``, from the file beside the model's weights.
+        probe_accuracy: on held-out prompts.
+        control: method to the share of answers that its edit towards the true order flips; None
+            where no prompt is answered IO to begin with.
+        counterfactual: the same towards the other order.
+    """
+
+    model: str
+    seed: int
+    site: str
+    truth: str
+    probe_accuracy: float
+    control: dict[str, float | None]
+    counterfactual: dict[str, float | None]
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules that can be asked here, the probe's accuracy first."""
+        return [PROBE, *self.counterfactual]
+
+    def score(self, rule: str) -> float:
+        """What a rule compares with its threshold: accuracy, or flips beyond the control's."""
+        if rule == PROBE:
+            return self.probe_accuracy
+        return (self.counterfactual[rule] or 0.0) - (self.control[rule] or 0.0)
+
+    def says_used(self, rule: str) -> bool:
+        """The verdict of a rule."""
+        return self.score(rule) >= (ACCURATE if rule == PROBE else USED_THRESHOLD)
+
+    def right(self, rule: str) -> bool | None:
+        """Whether the verdict is right; None where the truth is unclear."""
+        return None if self.truth == UNCLEAR else self.says_used(rule) == (self.truth == USED)
+
+
+@dataclass(frozen=True)
+class Count:
+    """How often one rule is right, over sites and seeds.
+
+    Attributes:
+        rule: name of the rule or of the edit.
+        model: which model, or :data:`ALL`.
+        true_positives: said to be used, and used.
+        false_positives: said to be used, and not used.
+        true_negatives: said not to be used, and not used.
+        false_negatives: said not to be used, and used.
+        unclear: sites left out, of which the truth is unclear.
+        right: share of right verdicts.
+        false_positive_rate: of the sites that are not used, those said to be.
+        false_negative_rate: of the sites that are used, those said not to be.
+    """
+
+    rule: str
+    model: str
+    true_positives: int
+    false_positives: int
+    true_negatives: int
+    false_negatives: int
+    unclear: int
+    right: Estimate
+    false_positive_rate: Estimate
+    false_negative_rate: Estimate
+
+    @classmethod
+    def of(cls, rule: str, model: str, scores: Sequence[SiteScores]) -> Self:
+        """Count the verdicts of a rule."""
+
+        def count(truth: str, said: bool) -> int:
+            return sum(item.truth == truth and item.says_used(rule) == said for item in scores)
+
+        tp, fn = count(USED, True), count(USED, False)
+        fp, tn = count(NOT_USED, True), count(NOT_USED, False)
+        return cls(
+            rule=rule,
+            model=model,
+            true_positives=tp,
+            false_positives=fp,
+            true_negatives=tn,
+            false_negatives=fn,
+            unclear=len(scores) - (tp + fp + tn + fn),
+            right=Estimate.count(tp + tn, tp + fp + tn + fn),
+            false_positive_rate=Estimate.count(fp, fp + tn),
+            false_negative_rate=Estimate.count(fn, fn + tp),
+        )
+
+
+@dataclass(frozen=True)
+class VerdictsResult:
+    """All verdicts.
+
+    Attributes:
+        settings: what was asked for, as plain JSON values.
+        command: the command that gives the same numbers.
+        models: names of the models to what the variable is there, such as ``present``.
+        titles: rule to its name in tables.
+        problems: methods that could not be built, with the reason.
+        scores: by model, seed and site.
+        counts: by rule, for each model and for :data:`ALL`.
+        versions: of the packages that decide the numbers.
+        elapsed: seconds by model, and in all.
+    """
+
+    settings: dict[str, Any]
+    command: str
+    models: dict[str, str]
+    titles: dict[str, str]
+    problems: dict[str, str]
+    scores: list[SiteScores]
+    counts: list[Count] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    elapsed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules that were asked, in their order."""
+        return list(dict.fromkeys(count.rule for count in self.counts))
+
+    def count(self, rule: str, model: str = ALL) -> Count:
+        """The counts of one rule."""
+        return next(c for c in self.counts if (c.rule, c.model) == (rule, model))
 
 
 def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResult:
@@ -66,21 +285,20 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
     if settings.figures:
         require_matplotlib()
     prepare_folder(settings.out)
-    names = settings.model_names()
-    truths = {name: _truth(name) for name in names}
+    truths = {name: _truth(name) for name in settings.model_names()}
     clock = Clock()
     scores: list[SiteScores] = []
     problems: dict[str, str] = {}
     with progress_bars(enabled=progress) as bars:
-        for name in names:
+        for name, truth in truths.items():
             with clock.stage(Path(name).name):
-                found, missing = _scores(settings, name, truths[name], bars)
-            scores += found
-            problems |= missing
+                for found, missing in _scores(settings, name, truth, bars):
+                    scores += found
+                    problems |= missing
     result = VerdictsResult(
         settings={k: v for k, v in asdict(settings).items() if k not in ("out", "figures")},
         command=settings.command(),
-        models={Path(name).name: ORGANISMS.get(name, "") for name in names},
+        models={Path(name).name: ORGANISMS.get(name, "") for name in truths},
         titles={PROBE: "probe accuracy alone"}
         | {method: BASELINES[method].title for method in settings.method_names()},
         problems=problems,
@@ -91,34 +309,8 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
     )
     _write(result, settings.out)
     if settings.figures:
-        draw(result, settings.out)
+        write_charts({FIGURE: chart(result)}, settings.out)
     return result
-
-
-def _scores(
-    settings: VerdictSettings, name: str, truth: KnownSites, bars: Progress
-) -> tuple[list[SiteScores], dict[str, str]]:
-    device = choose_device(settings.device)
-    model, tokenizer = models.load(name, device=device)
-    bar = bars.add_task(f"judging {Path(name).name}", total=settings.seeds)
-    scores: list[SiteScores] = []
-    problems: dict[str, str] = {}
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        study = settings.study(name, seed)
-        context = StudyContext(
-            model=model,
-            task=Task(name_task(study), *make_prompts(tokenizer, study)),
-            other_task=None,
-            sites=choose_sites(model, settings.sites),
-            batch_size=settings.batch_size,
-            seed=seed,
-            device=device,
-        )
-        found, missing = score_sites(context, truth, settings.method_names(), Path(name).name)
-        scores += found
-        problems |= missing
-        bars.advance(bar, 1)
-    return scores, problems
 
 
 def _truth(name: str) -> KnownSites:
@@ -131,9 +323,213 @@ def _truth(name: str) -> KnownSites:
     return truth
 
 
+def _scores(
+    settings: VerdictSettings, name: str, truth: KnownSites, bars: Progress
+) -> Iterator[tuple[list[SiteScores], dict[str, str]]]:
+    device = choose_device(settings.device)
+    model, tokenizer = models.load(name, device=device)
+    bar = bars.add_task(f"judging {Path(name).name}", total=settings.seeds)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        study = Settings(name, settings.out, n=settings.n, prefixes=settings.prefixes, seed=seed)
+        context = StudyContext(
+            model=model,
+            task=Task(name_task(study), *make_prompts(tokenizer, study)),
+            other_task=None,
+            sites=choose_sites(model, settings.sites),
+            batch_size=settings.batch_size,
+            seed=seed,
+            device=device,
+        )
+        yield score_sites(context, truth, settings.method_names(), Path(name).name)
+        bars.advance(bar, 1)
+
+
+def score_sites(
+    context: StudyContext, truth: KnownSites, methods: Sequence[str], name: str
+) -> tuple[list[SiteScores], dict[str, str]]:
+    """Scores of one model on one draw of prompts.
+
+    Args:
+        context: the model, its prompts and sites.
+        truth: where it uses the order.
+        methods: names of baselines.
+        name: of the model, for the scores.
+
+    Returns:
+        A score for each site in order, and the methods that could not be built with the reason.
+    """
+    train, test = context.task.train, context.task.test
+    y, labels = (data.labels.to(context.device).long() for data in (train, test))
+    x_train, x_test = context.clean(context.task, "mark", no_progress)
+    pairs_train, pairs_test = (counterparts(context, data, context.sites) for data in (train, test))
+    alike = others_alike(labels, context.generator()).to(context.device)
+    target = next_class(labels, len(test.classes))
+    edits = fit_edits(x_train, y)
+    trials = Trials(context, test)
+    made: dict[str, dict[str, tuple[Trial, Trial]]] = {site: {} for site in context.sites}
+    problems: dict[str, str] = {}
+    for site in context.sites:
+        data = BaselineData(
+            x=x_train[site],
+            y=y,
+            reference=edits[site],
+            paired=pairs_train[site],
+            behaviour=behaviour(context, site, train, min(32, context.batch_size))
+            if DAS.name in methods
+            else None,
+            seed=context.seed,
+        )
+        x = x_test[site]
+        for method in (method for method in methods if method not in problems):
+            try:
+                edit = build(method, data)
+            except MissingExtraError as error:
+                problems[method] = " ".join(str(error).split())
+                continue
+            with torch.no_grad():
+                back, moved = (
+                    with_partners(edit, partners)(x, wanted, labels).double() - x.double()
+                    for wanted, partners in ((labels, x[alike]), (target, pairs_test[site]))
+                )
+            # Methods that do the same whatever the target need no second run.
+            control = trials.add(site, back)
+            same = torch.equal(back, moved)
+            made[site][method] = control, control if same else trials.add(site, moved)
+    trials.run()
+
+    def flips(trial: Trial) -> float | None:
+        return flipped(trials.clean["own_lead"], trial["other_lead"]).value
+
+    return [
+        SiteScores(
+            model=name,
+            seed=context.seed,
+            site=site,
+            truth=_truth_at(truth, site),
+            probe_accuracy=edits[site].probe.accuracy(x_test[site], labels),
+            control={m: flips(made[site][m][0]) for m in methods if m not in problems},
+            counterfactual={m: flips(made[site][m][1]) for m in methods if m not in problems},
+        )
+        for site in context.sites
+    ], problems
+
+
+def _truth_at(truth: KnownSites, site: str) -> str:
+    if site in truth.unclear_at:
+        return UNCLEAR
+    return USED if site in truth.used_at else NOT_USED
+
+
+def count_all(scores: Sequence[SiteScores]) -> list[Count]:
+    """Counts of every rule, for each model and for all together."""
+    models = list(dict.fromkeys(item.model for item in scores))
+    return [
+        Count.of(rule, model, [item for item in scores if model in (item.model, ALL)])
+        for rule in (scores[0].rules if scores else [])
+        for model in (*models, ALL)
+    ]
+
+
+def findings(result: VerdictsResult) -> list[str]:
+    """What the counts say, in sentences made from the numbers."""
+    if not result.counts:
+        return []
+    totals = {rule: result.count(rule) for rule in result.rules}
+    best = max(count.right.value or 0.0 for count in totals.values())
+    leaders = [result.titles[r] for r, c in totals.items() if (c.right.value or 0.0) == best]
+    lines = [_in_words(result, rule) for rule in ("lrqp", PROBE) if rule in totals]
+    lines.append(f"Most often right, in {percent(best)} of the sites: {', '.join(leaders)}.")
+    silent = [
+        result.titles[rule]
+        for rule, count in totals.items()
+        if count.true_positives + count.false_positives == 0
+    ]
+    if silent:
+        names = ", ".join(silent)
+        lines.append(f"Never say that a site is used, and so are right where none is: {names}.")
+    misled = [
+        f"{result.titles[rule]} ({count.false_positives} of {count.false_positive_rate.n})"
+        for rule, count in totals.items()
+        if count.false_positives
+    ]
+    lines.append(
+        f"Sites said to be used that are not: {', '.join(misled)}."
+        if misled
+        else "No rule says of a site that it is used when it is not."
+    )
+    return lines
+
+
+def _in_words(result: VerdictsResult, rule: str) -> str:
+    count = result.count(rule)
+    right = count.right
+    return (
+        f"{result.titles[rule]}: right in {count.true_positives + count.true_negatives} of "
+        f"{right.n} verdicts ({percent(right.value)}, 95 % interval {between(right, 1, 100)}), "
+        f"false positives: {count.false_positives}, false negatives: {count.false_negatives}."
+    )
+
+
+def chart(result: VerdictsResult) -> Chart:
+    """Maps of sites by rules, one for each model, with the truth on top."""
+    panes = [_pane(result, model, kind) for model, kind in result.models.items()]
+    # In inches: a cell is as wide as its number, and a pane as its title.
+    widths = [max(0.45 * len(pane.heat.columns), 2.2) for pane in panes if pane.heat is not None]
+    seeds = int(result.settings["seeds"])
+    return Chart(
+        panes,
+        "Where is the order used?",
+        "Answers flipped beyond the control edit, or probe accuracy (%)"
+        + (f", mean of {seeds} seeds. " if seeds > 1 else ". ")
+        + "Framed: says “used”. Orange cross: wrong in most seeds.",
+        columns=len(panes),
+        share_y=True,
+        widths=widths,
+        size=(3.2 + sum(widths), 2.6 + 0.34 * len(result.rules)),
+    )
+
+
+def _pane(result: VerdictsResult, model: str, kind: str) -> Pane:
+    scores = [score for score in result.scores if score.model == model]
+    sites = list(dict.fromkeys(score.site for score in scores))
+    here = [[score for score in scores if score.site == site] for site in sites]
+    truths = [own[0].truth for own in here]
+    means = [
+        [sum(score.score(rule) for score in own) / len(own) for own in here]
+        for rule in result.rules
+    ]
+    cells = [(i, j) for i in range(len(result.rules)) for j in range(len(sites))]
+
+    def most(i: int, j: int, says: Callable[[SiteScores, str], bool]) -> bool:
+        return 2 * sum(says(score, result.rules[i]) for score in here[j]) > len(here[j])
+
+    texts = [[f"{100 * mean:z.0f}".replace("-", "−") for mean in row] for row in means]
+    heat = Heat(
+        [
+            [float(truth == USED) for truth in truths],
+            *([max(m, 0.0) for m in row] for row in means),
+        ],
+        ["truth", *(result.titles[rule] for rule in result.rules)],
+        sites,
+        "flipped beyond control, or accuracy",
+        low=0.0,
+        high=1.0,
+        texts=[[{USED: "used", UNCLEAR: "?"}.get(truth, "–") for truth in truths], *texts],
+        framed=[(i + 1, j) for i, j in cells if most(i, j, SiteScores.says_used)],
+        crossed=[
+            (i + 1, j)
+            for i, j in cells
+            if most(i, j, lambda score, rule: score.right(rule) is False)
+        ],
+        gaps=[1, 2],
+        bar=False,
+    )
+    return Pane(heat=heat, title=f"{model}\norder {kind}" if kind else model)
+
+
 def _write(result: VerdictsResult, folder: Path) -> None:
     try:
-        text = json.dumps(asdict(result), allow_nan=False, ensure_ascii=False, indent=1)
+        text = json.dumps(to_json(result), allow_nan=False, ensure_ascii=False, indent=1)
     except ValueError as error:
         raise LRQPError(f"a number of the verdicts is NaN or infinite: {error}") from error
     with written_whole(folder / JSON_FILE) as path:
@@ -152,5 +548,5 @@ def _table(result: VerdictsResult) -> Iterator[list[Any]]:
     yield ["rule", "model", *numbers, *ends]
     for count in result.counts:
         shares = [getattr(count, rate) for rate in rates]
-        values = [v for share in shares for v in (share.value, *share.interval)]
+        values = [end for share in shares for end in (share.value, share.lower, share.upper)]
         yield [count.rule, count.model, *(getattr(count, name) for name in numbers), *values]

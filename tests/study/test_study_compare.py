@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compare_for_tests import FEW, SITE, baseline, few, reference
-from contexts_for_tests import TEST, context
+from contexts_for_tests import TEST, context, own_context
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,25 +18,20 @@ from lrqp_torch.baselines import BASELINES, DAS, Behaviour, answer_loss
 from lrqp_torch.errors import StatisticsError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
-from lrqp_torch.study.compare import Training
-from lrqp_torch.study.compare.editable import Editable, Run
-from lrqp_torch.study.compare.measuring import Swept, relative_costs
-from lrqp_torch.study.compare.oracles import Oracles
-from lrqp_torch.study.compare.pareto import cost_at, front
-from lrqp_torch.study.compare.partners import partners, s2_activations
-from lrqp_torch.study.compare.reliability import (
+from lrqp_torch.study.estimates import bootstrap_mean
+from lrqp_torch.study.league import LEAST_TOKENS, elsewhere, unrelated
+from lrqp_torch.study.methods import Training, counterparts, others_alike, shortest, train_das
+from lrqp_torch.study.oracles import (
+    Oracles,
     completeness,
     nullified,
     reliability,
     selectivity,
+    side_variables,
     total_variation,
 )
-from lrqp_torch.study.compare.resampling import Resampling
-from lrqp_torch.study.compare.running import run_edits
-from lrqp_torch.study.compare.texts import LEAST_TOKENS, held_out, only_first, unrelated
-from lrqp_torch.study.compare.trained import shortest, train_das
-from lrqp_torch.study.context import no_progress
-from lrqp_torch.study.estimates import bootstrap_mean
+from lrqp_torch.study.tradeoffs import Resampling, Swept, cost_at, front, relative_costs
+from lrqp_torch.study.trials import Trial, Trials
 
 # ---- measures ------------------------------------------------------------------------------------
 
@@ -124,10 +119,10 @@ def test_relative_cost_of_a_dearer_copy_of_lrqp_is_its_price() -> None:
     generator = torch.Generator().manual_seed(0)
     fall = torch.tensor([1.0, 2.0]) * (1 + torch.rand(50, 1, generator=generator)).double()
     costs = {"divergence": fall**2}
-    own = Swept("lrqp", "LRQP", "strength", (1.0, 2.0), fall, costs)
+    own = Swept("lrqp", "LRQP", "strength", (1.0, 2.0), (None, None), fall, costs)
     dear = replace(own, name="dear", costs={"divergence": 3 * fall**2})
     weak = replace(own, name="weak", fall=0.1 * fall)
-    found = relative_costs([own, dear, weak], Resampling(50, generator))
+    found = relative_costs([own, dear, weak], "lrqp", Resampling(50, generator))
     for name, price in (("lrqp", 1), ("dear", 3)):
         mean = found[name]["divergence"]
         assert mean is not None
@@ -151,8 +146,8 @@ def test_no_prompt_is_read_by_a_probe_that_was_fitted_to_it() -> None:
         wanted = x[read].double() @ probe.weight.double().T + probe.bias.double()
         assert torch.allclose(found[read], wanted, atol=1e-4)
     right = (found.argmax(-1) == labels).double().mean()
-    assert oracles.scores[0].accuracy == pytest.approx(float(right))
-    assert oracles.scores[0].readable and oracles.scores[0].accuracy > 0.9
+    assert oracles.scores[0].accuracy.value == pytest.approx(float(right))
+    assert oracles.scores[0].readable and oracles.scores[0].accuracy.known > 0.9
     assert "order of the names" not in oracles.others
 
 
@@ -161,11 +156,11 @@ def test_no_prompt_is_read_by_a_probe_that_was_fitted_to_it() -> None:
 
 @cache
 def patches() -> tuple[Tensor, Tensor]:
+    """What a patch writes into each prompt: its minimal pair, and another prompt of its class."""
     one = few()
-    return (
-        partners(one, SITE, control=False),
-        partners(one, SITE, control=True),
-    )
+    x = one.activations(one.task, "test", "mark", [SITE])[SITE]
+    alike = others_alike(one.task.test.labels, one.generator())
+    return counterparts(one, one.task.test, [SITE])[SITE], x[alike]
 
 
 def test_partners_are_minimal_pairs_and_as_a_control_others_of_the_same_order() -> None:
@@ -182,33 +177,49 @@ def test_partners_are_minimal_pairs_and_as_a_control_others_of_the_same_order() 
     assert chosen.unique().numel() == FEW
 
 
-def runs_of(edits: list[Any], *, control: bool = False) -> tuple[Any, list[Any]]:
+def test_prompts_without_minimal_pairs_are_patched_from_training_prompts_of_the_class() -> None:
+    one = own_context(3)
+    train, test = one.task.train, one.task.test
+    x = one.activations(one.task, "train", "mark", [SITE])[SITE]
+    found = counterparts(one, test, [SITE])[SITE]
+    chosen = torch.cdist(found.double(), x.double()).argmin(1)
+    assert torch.equal(x[chosen], found)
+    assert torch.equal(train.labels[chosen], (test.labels + 1) % 3)
+
+
+def runs_of(edits: list[Any], *, control: bool = False) -> tuple[Trial, list[Trial]]:
     one = few()
-    labels = one.task.test.labels
-    target = labels if control else 1 - labels
-    runs = [Run(edit, target, patches()[control]) for edit in edits]
-    return run_edits(one, SITE, held_out(one.task.test), runs, [], no_progress)
+    data = one.task.test
+    target = data.labels if control else 1 - data.labels
+    trials = Trials(one, data, elsewhere=elsewhere(data)[0], activations=True)
+    done = [trials.write(SITE, e, target, data.labels, patches()[control]) for e in edits]
+    trials.run()
+    return trials.clean, done
 
 
 CLOSED = [name for name in BASELINES if name != "das"]
 
 
 def test_strength_0_is_the_clean_run_bit_for_bit() -> None:
-    clean, found = runs_of([baseline(name).at_strength(0) for name in CLOSED])
+    clean, (nothing, *found) = runs_of(
+        [baseline("none"), *(baseline(name).at_strength(0) for name in CLOSED)]
+    )
+    x = nothing["activations"]
     for effects in found:
-        assert torch.equal(effects.columns["logit_difference"], clean.columns["logit_difference"])
-        for name in ("divergence", "rest", "distance", "euclidean"):
-            assert not effects.columns[name].any()
+        assert torch.equal(effects["preference"], clean["preference"])
+        for name in ("divergence", "rest"):
+            assert not effects[name].any()
+        assert torch.equal(effects["activations"], x)
 
 
 def test_no_edit_changes_nothing_and_a_mean_difference_nothing_under_control() -> None:
     clean, (nothing,) = runs_of([baseline("none")])
     undone, (shift,) = runs_of([baseline("mean_difference")], control=True)
     for effects in (nothing, shift):
-        assert not effects.columns["divergence"].any()
-        assert not effects.columns["distance"].any()
-        assert torch.equal(effects.columns["logit_difference"], clean.columns["logit_difference"])
-    assert torch.equal(clean.columns["logit_difference"], undone.columns["logit_difference"])
+        assert not effects["divergence"].any()
+        assert torch.equal(effects["activations"], nothing["activations"])
+        assert torch.equal(effects["preference"], clean["preference"])
+    assert torch.equal(clean["preference"], undone["preference"])
 
 
 def test_effects_are_those_of_whole_forward_passes() -> None:
@@ -217,26 +228,27 @@ def test_effects_are_those_of_whole_forward_passes() -> None:
     labels, rows = data.labels, torch.arange(FEW)
     edit = baseline("lrqp").at_strength(0.75)
     watched = ["L1.H0", "L3.H1", "L5.H0"]
-    run = Run(edit, 1 - labels, patches()[0])
-    clean, (found,) = run_edits(one, SITE, held_out(data), [run], watched, no_progress)
+    keys = torch.stack([data.positions["IO"], data.positions["S1"]], dim=-1)
+    trials = Trials(
+        one, data, elsewhere=elsewhere(data)[0], watched=watched, keys=keys, activations=True
+    )
+    found, clean = trials.write(SITE, edit, 1 - labels, labels), trials.clean
+    trials.run()
     layers = [3, 5]
     with torch.no_grad():
         with record_patterns(model, layers, data.positions["END"]) as before:
             plain = model(**data.inputs).logits.double()
         with (
             record_patterns(model, layers, data.positions["END"]) as after,
-            edit.at(
-                model, SITE, positions=data.positions["S2"], target=1 - labels, source=labels
-            ) as record,
+            edit.at(model, SITE, positions=data.positions["S2"], target=1 - labels, source=labels),
         ):
             logits = model(**data.inputs).logits.double()
             x = capture(model, data.inputs, [SITE], data.positions["S2"])[SITE]
     for effects, whole in ((clean, plain), (found, logits)):
         end = whole[rows, data.positions["END"]]
         difference = end[rows, data.io_tokens] - end[rows, data.s_tokens]
-        assert torch.allclose(effects.columns["logit_difference"], difference, atol=1e-3)
-    assert torch.allclose(found.columns["distance"], record.distance, atol=1e-4)
-    assert torch.allclose(found.activations, x, atol=1e-3)
+        assert torch.allclose(effects["preference"], difference, atol=1e-3)
+    assert torch.allclose(found["activations"], x, atol=1e-3)
 
     columns = torch.arange(plain.shape[1])
     shift = torch.zeros(FEW).double()
@@ -245,7 +257,7 @@ def test_effects_are_those_of_whole_forward_passes() -> None:
         inside = (columns > s2) & (columns < end)
         p, q = plain[row, inside].log_softmax(-1), logits[row, inside].log_softmax(-1)
         divergence = (p.exp() * (p - q)).sum(-1)
-        assert float(found.columns["divergence"][row]) == pytest.approx(
+        assert float(found["divergence"][row]) == pytest.approx(
             float(divergence.mean()), rel=1e-3, abs=1e-5
         )
         # What is left of KL once the two names are struck from the vocabulary.
@@ -254,17 +266,15 @@ def test_effects_are_those_of_whole_forward_passes() -> None:
         neither = p[:, other].exp().sum(-1)
         p, q = (t[:, other].log_softmax(-1) for t in (p, q))
         rest = neither * (p.exp() * (p - q)).sum(-1)
-        assert float(found.columns["rest"][row]) == pytest.approx(
-            float(rest.mean()), rel=1e-2, abs=1e-5
-        )
+        assert float(found["rest"][row]) == pytest.approx(float(rest.mean()), rel=1e-2, abs=1e-5)
         said = 1 - float(neither.mean())
-        assert float(clean.columns["said_elsewhere"][row]) == pytest.approx(said, abs=1e-4)
+        assert float(clean["said_elsewhere"][row]) == pytest.approx(said, abs=1e-4)
         io, s1 = data.positions["IO"][row], data.positions["S1"][row]
         for layer, head in ((3, 1), (5, 0)):  # L1.H0 lies below the edit and cannot change
             a, b = after[layer][row, head], before[layer][row, head]
             shift[row] += float(a[io] - a[s1] - b[io] + b[s1]) / 3
-    assert torch.allclose(found.columns["attention"], shift, atol=1e-4)
-    assert bool((found.columns["rest"] <= found.columns["divergence"] + 1e-6).all())
+    assert torch.allclose(found["attention"], shift, atol=1e-4)
+    assert bool((found["rest"] <= found["divergence"] + 1e-6).all())
 
 
 def test_das_learns_the_same_from_reruns_as_from_whole_forward_passes() -> None:
@@ -280,7 +290,7 @@ def test_das_learns_the_same_from_reruns_as_from_whole_forward_passes() -> None:
         answer_loss(data.positions["END"], data.s_tokens),
         batch_size=training.batch_size,
     )
-    paired = s2_activations(one, data.twins(), SITE)
+    paired = counterparts(one, data, [SITE])[SITE]
     whole = DAS.fit(behaviour, paired, reference=reference(), epochs=2, seed=one.seed)
     assert isinstance(reruns, DAS)
     assert torch.allclose(reruns.basis, whole.basis, atol=1e-5)
@@ -303,7 +313,7 @@ def test_unrelated_text_is_what_stands_before_the_first_name() -> None:
     one = context()
     found = unrelated(one, 30)
     assert found is not None
-    texts, target = found
+    texts, behind, target = found
     data = one.task.test
     prefixes = set()
     for row in range(len(data)):
@@ -314,39 +324,52 @@ def test_unrelated_text_is_what_stands_before_the_first_name() -> None:
         real = texts.inputs["attention_mask"][row].bool()
         tokens = texts.inputs["input_ids"][row][real]
         assert tuple(tokens.tolist()) in prefixes and len(tokens) >= LEAST_TOKENS
-        at, last = int(texts.positions[row]), real.numel() - 1
+        at, last = int(texts.position[row]), real.numel() - 1
         assert real[at - 1] and at < last
-        assert texts.elsewhere[row].nonzero().flatten().tolist() == list(range(at + 1, last + 1))
+        assert behind[row].nonzero().flatten().tolist() == list(range(at + 1, last + 1))
         assert texts.inputs["position_ids"][row][real].tolist() == list(range(len(tokens)))
     assert set(target.tolist()) == {0, 1}
     again = unrelated(one, 30)
-    assert again is not None and torch.equal(again[0].positions, texts.positions)
+    assert again is not None and torch.equal(again[0].position, texts.position)
 
 
 def test_kl_on_unrelated_text_is_that_of_whole_forward_passes() -> None:
     one = context()
     found = unrelated(one, 10)
     assert found is not None
-    texts, target = found
+    texts, behind, target = found
     edit = baseline("mean_difference").at_strength(2)
-    run = Run(edit, target, torch.zeros(len(texts), edit.width))
-    _, (effects,) = run_edits(one, SITE, texts, [run], [], no_progress)
+    trials = Trials(one, texts, elsewhere=behind)
+    done = trials.write(SITE, edit, target)
+    trials.run()
     with torch.no_grad():
         plain = one.model(**texts.inputs).logits.double().log_softmax(-1)
-        with edit.at(one.model, SITE, positions=texts.positions, target=target):
+        with edit.at(one.model, SITE, positions=texts.position, target=target):
             edited = one.model(**texts.inputs).logits.double().log_softmax(-1)
     each = (plain.exp() * (plain - edited)).sum(-1)
-    wanted = torch.stack(
-        [row[keep].mean() for row, keep in zip(each, texts.elsewhere, strict=True)]
-    )
-    assert torch.allclose(effects.columns["divergence"], wanted, rtol=1e-2, atol=1e-6)
+    wanted = torch.stack([row[keep].mean() for row, keep in zip(each, behind, strict=True)])
+    assert torch.allclose(done["divergence"], wanted, rtol=1e-2, atol=1e-6)
     assert float(wanted.max()) > 1e-5
 
 
-def test_the_first_texts_are_the_first_rows() -> None:
-    texts = held_out(few().task.test)
-    part = only_first(texts, 5)
-    assert isinstance(part, Editable) and len(part) == 5
-    assert torch.equal(part.inputs["input_ids"], texts.inputs["input_ids"][:5])
-    assert part.answers is not None and texts.answers is not None
-    assert torch.equal(part.answers, texts.answers[:5])
+def test_where_no_token_lies_between_mark_and_answer_the_last_one_is_read() -> None:
+    data = own_context(3).task.test  # marked at their last tokens
+    beside, where = elsewhere(data)
+    assert where == "at the last token"
+    assert beside.nonzero()[:, 1].tolist() == data.end.tolist()
+    named = context().task.test
+    beside, where = elsewhere(named)
+    assert where == "between S2 and END"
+    gaps = named.positions["END"] - named.positions["S2"] - 1
+    assert torch.equal(beside.sum(1), gaps)
+
+
+def test_side_variables_of_one_s_own_task_do_not_tell_its_class() -> None:
+    data = own_context(2).task.test
+    found = side_variables(data)
+    assert len(found) == 3 and all(len(values) == len(data) for values in found.values())
+    for name, values in found.items():
+        if "token" in name:
+            for value in set(values) - {None}:
+                rows = [row for row, other in enumerate(values) if other == value]
+                assert set(data.labels[rows].tolist()) == {0, 1}

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 from compare_for_tests import FEW, SITE, SMALL, few, reference
-from contexts_for_tests import Count, check_part, computed
+from contexts_for_tests import Count, check, given, own_context
 from typer.testing import CliRunner
 
 from lrqp_torch.baselines import BaselineData, build
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, SettingError
-from lrqp_torch.study import compare
-from lrqp_torch.study.compare import CompareOptions, CompareResult, methods
-from lrqp_torch.study.compare.reading import reading
+from lrqp_torch.study import league, methods
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.league import CompareOptions, CompareResult
+from lrqp_torch.study.parts.compare import PART, reading
 from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.results import load
 from lrqp_torch.study.run import reproduce
@@ -27,11 +28,14 @@ from lrqp_torch.study.settings import Settings
 @cache
 def result() -> CompareResult:
     one, count = few(), Count()
-    found = compare.compute(
-        one, {SITE: reference()}, computed(HEADS, one), options=SMALL, advance=count
-    )
-    assert count.total == compare.work(one, SMALL)
+    found = league.compute(one, {SITE: reference()}, roles(), options=SMALL, advance=count)
+    assert count.total == league.work(one, SMALL)
     return found
+
+
+@cache
+def roles() -> Any:
+    return HEADS.compute(given(few()), Count())
 
 
 def without_times(found: CompareResult) -> dict[str, Any]:
@@ -42,8 +46,13 @@ def without_times(found: CompareResult) -> dict[str, Any]:
     return raw
 
 
-def test_the_part_end_to_end(tmp_path: Path) -> None:
-    check_part(compare, result(), tmp_path)
+def test_the_part_end_to_end() -> None:
+    check(PART, result())
+    assert list(PART.figures(result())) == [
+        "compare_pareto",
+        "compare_table",
+        "compare_equal_effect",
+    ]
     site = result().sites[SITE]
     assert [row.name for row in site.methods] == SMALL.names
     assert {"none", "lrqp"} <= set(SMALL.names)
@@ -52,17 +61,18 @@ def test_the_part_end_to_end(tmp_path: Path) -> None:
     assert nothing.counterfactual.divergence.upper == 0
     assert nothing.counterfactual.logit_difference == site.clean
     assert nothing.scores["selectivity"] is None or nothing.scores["selectivity"].value == 1
-    assert own.counterfactual.flipped is not None and own.counterfactual.flipped.value > 0.5
-    assert own.counterfactual.log_odds.value > 0 > nothing.counterfactual.log_odds.value
+    assert own.counterfactual.flipped.known > 0.5
+    assert own.counterfactual.log_odds.known > 0 > nothing.counterfactual.log_odds.known
     patch = site.method("full_patch")
     assert patch.scores["completeness"] is not None
-    assert patch.scores["completeness"].value > 0.9
+    assert patch.scores["completeness"].known > 0.9
     for row in site.methods:
         assert not row.problem
         for name in ("control", "counterfactual"):
             effect = getattr(row, name)
-            for mean in asdict(effect).values():
-                assert mean is None or mean["lower"] - 1e-9 <= mean["value"] <= mean["upper"] + 1e-9
+            for mean in vars(effect).values():
+                low, high = mean.interval
+                assert low - 1e-9 <= mean.known <= high + 1e-9
     assert "1 epochs" in site.method("das").settings
     assert site.watched and own.counterfactual.attention is not None
     assert own.relative["divergence"] is not None
@@ -75,23 +85,47 @@ def test_the_part_end_to_end(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_table() -> None:
     one = few()
-    again = compare.compute(one, {SITE: reference()}, computed(HEADS, one), options=SMALL)
+    again = league.compute(one, {SITE: reference()}, roles(), options=SMALL)
     assert without_times(again) == without_times(result())
 
 
 def test_strength_1_of_a_curve_is_the_row_of_the_table() -> None:
     one = replace(few(), batch_size=50)
     options = replace(SMALL, methods=("euclidean",), sweep_prompts=FEW)
-    site = compare.compute(one, {SITE: reference()}, options=options).sites[SITE]
+    site = league.compute(one, {SITE: reference()}, options=options).sites[SITE]
     assert site.watched == [] and site.role == ""
     for name in ("lrqp", "euclidean"):
         curve = next(curve for curve in site.curves if curve.name == name)
         point = next(point for point in curve.points if point.dose == 1)
         effect = site.method(name).counterfactual
         assert effect is not None and effect.attention is None
-        fall = site.clean.value - effect.logit_difference.value
+        fall = site.clean.known - effect.logit_difference.known
         assert point.effect.value == pytest.approx(fall)
         assert point.costs["divergence"].value == pytest.approx(effect.divergence.value)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_prompts_of_one_s_own_are_compared_in_their_own_words(n_classes: int) -> None:
+    one, count = own_context(n_classes), Count()
+    assert PART.missing(one) is None
+    small = replace(one, task=replace(one.task, test=one.task.test[:40]))
+    edit = given(one, on_infeasible="skip").edit_at(SITE)
+    found = league.compute(small, {SITE: edit}, options=SMALL, advance=count)
+    assert count.total == league.work(small, SMALL)
+    check(PART, found)
+    site = found.sites[SITE]
+    assert not any(row.problem for row in site.methods) and not site.watched
+    wanted = (
+        "between the marked token and the last token" if n_classes == 2 else "at the last token"
+    )
+    assert found.elsewhere == wanted
+    own = site.method("lrqp").counterfactual
+    assert own is not None and own.log_odds.known > 0
+    shown = " ".join(panel.text for panel in PART.panels(found))
+    for word in ("S2", "END", "order", "names", "IO"):
+        assert word not in shown.split()
+    without = own_context(n_classes, answers=False)
+    assert "no answers" in (PART.missing(without) or "")
 
 
 def test_a_method_that_cannot_be_built_is_a_row_that_says_so(
@@ -105,16 +139,16 @@ def test_a_method_that_cannot_be_built_is_a_row_that_says_so(
     monkeypatch.setattr(methods, "build", missing)
     one, count = few(), Count()
     options = replace(SMALL, methods=("leace", "euclidean"))
-    found = compare.compute(one, {SITE: reference()}, options=options, advance=count)
-    assert count.total == compare.work(one, options)
+    found = league.compute(one, {SITE: reference()}, options=options, advance=count)
+    assert count.total == league.work(one, options)
     row = found.sites[SITE].method("leace")
     assert "install it" in row.problem and row.counterfactual is None
-    (table,) = (p.table for p in compare.panels(found) if p.name == "compare-0")
+    (table,) = (p.table for p in PART.panels(found) if p.name == "compare-0")
     assert table is not None
     assert next(r for r in table.rows if r[0] == row.title)[1:-1] == (None,) * (
         len(table.columns) - 2
     )
-    assert any("LEACE needs a package" in line for line in reading(found.sites[SITE]))
+    assert any("LEACE needs a package" in line for line in reading(found, found.sites[SITE]))
 
 
 def test_words_follow_the_figures() -> None:
@@ -125,10 +159,10 @@ def test_words_follow_the_figures() -> None:
         rows = []
         for row in site.methods:
             if row.name not in ("none", "lrqp", "lrqp_learned"):
-                mean = replace(own.relative["divergence"], value=upper, lower=lower, upper=upper)
+                mean = Estimate(upper, lower, upper, FEW)
                 row = replace(row, relative=dict.fromkeys(own.relative, mean))
             rows.append(row)
-        return " ".join(reading(replace(site, methods=rows)))
+        return " ".join(reading(result(), replace(site, methods=rows)))
 
     assert "not in LRQP's favour (4 clearly better" in with_rivals(0.4, 0.5)
     assert ": in LRQP's favour (0 clearly better, 4 clearly worse" in with_rivals(1.5, 2.0)
@@ -151,7 +185,7 @@ def test_bad_options_are_refused(changes: dict[str, Any]) -> None:
 
 def test_a_table_needs_a_site() -> None:
     with pytest.raises(SettingError, match="no site"):
-        compare.compute(few(), {})
+        league.compute(few(), {})
 
 
 # ---- in the study --------------------------------------------------------------------------------
@@ -161,8 +195,8 @@ TINY = replace(SMALL, methods=("mean_difference", "full_patch"), sweep_prompts=8
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "compute", partial(compare.compute, options=TINY))
-    monkeypatch.setattr(compare, "work", partial(compare.work, options=TINY))
+    monkeypatch.setattr(league, "compute", partial(league.compute, options=TINY))
+    monkeypatch.setattr(league, "work", partial(league.work, options=TINY))
 
 
 def settings(out: Path, **changes: Any) -> Settings:
@@ -182,17 +216,15 @@ def test_a_stopped_study_goes_on_with_the_same_table(
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "compute", stop)
+        patch.setattr(league, "compute", stop)
         with pytest.raises(KeyboardInterrupt):
             reproduce(settings(out))
     assert {path.stem for path in (out / "parts").glob("*.json")} == {"flipping", "heads"}
     resumed = reproduce(settings(out, resume=True))
-    tables = [
-        without_times(compare.from_json(study.parts["compare"])) for study in (whole, resumed)
-    ]
+    tables = [without_times(PART.read(study.parts["compare"])) for study in (whole, resumed)]
     assert tables[0] == tables[1]
     # A finished table is only read again.
-    monkeypatch.setattr(compare, "compute", stop)
+    monkeypatch.setattr(league, "compute", stop)
     assert reproduce(settings(out, resume=True)).parts == load(out)[0].parts
 
 

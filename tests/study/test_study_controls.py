@@ -1,12 +1,14 @@
 """Illusion controls: splits, readers, chance, and planted effects that they must recognise."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contexts_for_tests import check, own_context
+from contexts_for_tests import given as given_to
 from heads_for_tests import random_model, study_of, with_roles, with_telling_answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,24 +20,28 @@ from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 from lrqp_torch.cli import app
 from lrqp_torch.errors import UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import blocks_of
-from lrqp_torch.study import controls, flipping
+from lrqp_torch.study import flipping, illusions
+from lrqp_torch.study.chance import KINDS, RANDOM, Examples, by_chance, half_edits
 from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.controls import ControlsResult
-from lrqp_torch.study.controls.chance import KINDS, RANDOM, Examples, by_chance, half_edits
-from lrqp_torch.study.controls.outcomes import CARRIES, Part, Split
-from lrqp_torch.study.controls.readers import (
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.illusions import CARRIES, ControlsResult, Piece, Split
+from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.parts.controls import PART
+from lrqp_torch.study.readers import (
+    Along,
+    along,
     class_mean_space,
+    direction_of,
     fold_norm,
     head_weights,
     mlp_weights,
     random_space,
     reader_spaces,
     readers_of,
+    split,
     top_space,
 )
-from lrqp_torch.study.controls.running import Trial, run_trials
-from lrqp_torch.study.controls.splitting import Along, along, direction_of, split
-from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.trials import Trials
 
 SITE = "L2.pre"
 HEAD = "L2.H1"
@@ -55,7 +61,7 @@ def context() -> StudyContext:
 def result(context: StudyContext) -> ControlsResult:
     edit = fitted(context, SITE)
     given_heads = with_roles(context, S_inhibition=[HEAD])
-    return controls.compute(context, SITE, edit, given_heads, seeds=2)
+    return illusions.compute(context, SITE, edit, given_heads, seeds=2)
 
 
 def fitted(context: StudyContext, site: str) -> LRQP:
@@ -146,13 +152,14 @@ def test_readers_are_heads_above_the_site_and_others_take_their_place(
     context: StudyContext,
 ) -> None:
     some = with_roles(context, S_inhibition=["L0.H0", HEAD], answer_writer=["L1.H0", "L2.H0"])
-    assert readers_of("L0.mid", some) == ("S-inhibition heads", [HEAD])
-    assert readers_of("L0.pre", some) == ("S-inhibition heads", ["L0.H0", HEAD])
+    assert readers_of(context, "L0.mid", some) == ("S-inhibition heads", [HEAD])
+    assert readers_of(context, "L0.pre", some) == ("S-inhibition heads", ["L0.H0", HEAD])
     none = with_roles(context, S_inhibition=["L0.H0"], answer_writer=["L1.H0", "L2.H0"])
-    assert readers_of("L1.mid", none) == ("answer writers", ["L2.H0"])
-    assert readers_of("L2.post", none) == ("", [])
-    assert reader_spaces(context.model, "L2.post", none) == []
-    names = [space.name for space in reader_spaces(context.model, "L1.mid", none)]
+    assert readers_of(context, "L1.mid", none) == ("answer writers", ["L2.H0"])
+    assert readers_of(context, "L2.post", none) == ("", [])
+    assert reader_spaces(context.model, "L2.post", *readers_of(context, "L2.post", none)) == []
+    role, heads = readers_of(context, "L1.mid", none)
+    names = [space.name for space in reader_spaces(context.model, "L1.mid", role, heads)]
     assert names[-1] == "MLP of layer 1" and names[0] == "answer writers: values"
 
 
@@ -217,7 +224,7 @@ def planted(direction: str) -> tuple[StudyContext, LRQP, ControlsResult]:
     return (
         context,
         edit,
-        controls.compute(context, SITE, edit, with_roles(context, S_inhibition=[HEAD]), seeds=1),
+        illusions.compute(context, SITE, edit, with_roles(context, S_inhibition=[HEAD]), seeds=1),
     )
 
 
@@ -249,10 +256,11 @@ def test_an_effect_planted_in_the_row_space_is_found_there() -> None:
     _, _, result = planted("both")
     found = found_split(result, "keys and values")
     assert found.inside.share < 0.5 < found.outside.share
-    assert found.inside.outcome.effect is not None and found.outside.outcome.effect is not None
-    assert found.inside.outcome.effect > 0.8 and abs(found.outside.outcome.effect) < 0.2
+    inside, outside = found.inside.outcome.effect, found.outside.outcome.effect
+    assert inside is not None and outside is not None
+    assert inside.known > 0.8 and abs(outside.known) < 0.2
     assert found.carrier == "inside"
-    (text,) = [panel.text for panel in controls.panels(result) if "splits" in panel.name]
+    (text,) = [panel.text for panel in PART.panels(result) if "splits" in panel.name]
     assert "so the part inside carries the effect" in text
 
 
@@ -270,9 +278,9 @@ def test_an_effect_planted_in_the_null_space_is_found_there() -> None:
 
 
 def test_the_illusion_is_told_by_all_of_its_marks() -> None:
-    def part(effect: float, separation: float) -> Part:
-        outcome = replace(found.inside.outcome, effect=effect)
-        return Part(0.5, 1.0, Along(separation, 3.0, 3.0, 2.0), outcome)
+    def part(effect: float, separation: float) -> Piece:
+        outcome = replace(found.inside.outcome, effect=Estimate(effect, None, None, 30))
+        return Piece(0.5, 1.0, Along(separation, 3.0, 3.0, 2.0), outcome)
 
     _, _, result = planted("both")
     found = found_split(result, "keys and values")
@@ -295,8 +303,8 @@ def test_the_illusion_is_told_by_all_of_its_marks() -> None:
         (0.9, 0.9): "both",
     }
     ill = replace(result, splits=[sick])
-    assert "signature is there" in controls.panels(ill)[0].text
-    assert "is not there" in controls.panels(replace(ill, splits=[found]))[0].text
+    assert "signature is there" in PART.panels(ill)[0].text
+    assert "is not there" in PART.panels(replace(ill, splits=[found]))[0].text
 
 
 def test_the_study_s_own_edit_does_what_it_does_in_the_sweep(
@@ -305,15 +313,18 @@ def test_the_study_s_own_edit_does_what_it_does_in_the_sweep(
     sites = [SITE, "L1.mid"]
     edits = {site: fitted(context, site) for site in sites}
     swept = flipping.summarise_sites(flipping.sweep(context.model, context.task.test, edits))
+    assert result.counterfactual.effect is not None
     for own, condition in ((result.counterfactual, "counterfactual"), (result.control, "control")):
         there = getattr(swept[SITE], condition)
-        assert own.flipped == there.flipped
-        assert own.logit_difference.value == pytest.approx(there.logit_difference, abs=1e-5)
+        assert own.flipped.value == getattr(there.flipped, "value", there.flipped)
+        assert own.logit_difference.value == pytest.approx(
+            getattr(there.logit_difference, "value", there.logit_difference), abs=1e-5
+        )
     other = next(item for item in result.elsewhere if item.site == "L1.mid")
-    assert other.fitted.flipped == swept["L1.mid"].counterfactual.flipped
+    assert other.fitted.flipped.value == swept["L1.mid"].counterfactual.flipped
     assert other.probe_accuracy == swept["L1.mid"].probe_accuracy
     assert result.probe_accuracy == swept[SITE].probe_accuracy
-    assert result.counterfactual.effect == pytest.approx(1)
+    assert result.counterfactual.effect.value == pytest.approx(1)
     assert SITE not in [item.site for item in result.elsewhere]
 
 
@@ -321,7 +332,7 @@ def test_chance_is_as_long_as_it_says_and_drawn_anew_for_each_seed(context: Stud
     edit = fitted(context, SITE)
     task = context.task
     train, test = (
-        Examples(context.activations(task, half, "S2", [SITE])[SITE], data.labels)
+        Examples(context.activations(task, half, "S2", [SITE])[SITE], data.labels, 2)
         for half, data in (("train", task.train), ("test", task.test))
     )
     delta = edit(test.x.double(), 1 - test.y, test.y) - test.x.double()
@@ -344,23 +355,23 @@ def test_halves_are_disjoint_and_balanced() -> None:
     x, y = normal(41, 5), (torch.arange(41) % 2).long()
     # Each row marks itself in the mean of the half that it is in.
     edit = LRQP.fit(x, y, log_odds=3.0)
-    halves = half_edits(edit, Examples(x, y), seed=0, l2=None)
+    halves = half_edits(edit, Examples(x, y, 2), seed=0, l2=None)
     assert [count for count, _ in halves] == [21, 20]
     means = [half.metric.mean for _, half in halves]
     assert means[0] is not None and means[1] is not None
     torch.testing.assert_close(21 * means[0] + 20 * means[1], x.sum(0))
     assert all(float(half.log_odds) == 3.0 for _, half in halves)
-    few = Examples(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]))
+    few = Examples(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]), 2)
     assert half_edits(edit, few, seed=0, l2=None) == []
 
 
 def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) -> None:
     data, model = context.task.test, context.model
     delta = normal(len(data), 24)
-    clean, (moved, still) = run_trials(
-        context, [Trial("L1.mid", delta), Trial("L1.mid", torch.zeros_like(delta))]
-    )
-    torch.testing.assert_close(still, clean)
+    trials = Trials(context, data)
+    moved, still = trials.add("L1.mid", delta), trials.add("L1.mid", torch.zeros_like(delta))
+    assert still is trials.clean
+    trials.run()
 
     def add(module: Any, args: Any, output: Any) -> Any:
         rows, at = torch.arange(len(data)), data.positions["S2"]
@@ -371,44 +382,51 @@ def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) 
         logits = model(**data.inputs).logits[:, -1]
     handle.remove()
     rows = torch.arange(len(data))
-    torch.testing.assert_close(moved, logits[rows, data.io_tokens] - logits[rows, data.s_tokens])
+    wanted = logits[rows, data.io_tokens] - logits[rows, data.s_tokens]
+    torch.testing.assert_close(moved["preference"], wanted)
     with pytest.raises(WidthError, match=f"each of the {len(data)} held-out prompts"):
-        run_trials(context, [Trial(SITE, delta[:3])])
+        trials.add(SITE, delta[:3])
 
 
 def test_a_model_whose_readers_are_unknown_is_split_by_the_class_alone() -> None:
     context = study_of("gpt_neox", n=32)
-    result = controls.compute(
-        context, "L1.pre", fitted(context, "L1.pre"), with_roles(context), seeds=1
-    )
+    edit = fitted(context, "L1.pre")
+    result = illusions.compute(context, "L1.pre", edit, with_roles(context), seeds=1)
     assert [item.space for item in result.splits] == ["differences of class means"]
     assert "'gpt_neox'" in result.unread
-    assert "not split by what later parts read" in controls.panels(result)[0].text
+    assert "not split by what later parts read" in PART.panels(result)[0].text
 
 
 def test_the_result_survives_json_is_drawn_and_counts_its_work(
-    context: StudyContext, result: ControlsResult, tmp_path: Path
+    context: StudyContext, result: ControlsResult
 ) -> None:
-    raw = json.loads(json.dumps(asdict(result), allow_nan=False))
-    assert controls.from_json(raw) == result
-    assert {path.name for path in controls.draw(result, tmp_path)} == {
-        f"controls_{name}.{suffix}"
-        for name in ("splits", "sites", "chance")
-        for suffix in ("png", "svg")
-    }
-    shown = controls.panels(result)
-    assert [panel.name for panel in shown] == [
-        "controls-splits",
-        "controls-sites",
-        "controls-chance",
-    ]
-    for panel in shown:
-        assert panel.table is not None
-        assert all(len(row) == len(panel.table.columns) for row in panel.table.rows)
+    check(PART, result)
+    assert set(PART.figures(result)) == {"controls_splits", "controls_sites", "controls_chance"}
+    shown = [panel.name for panel in PART.panels(result)]
+    assert shown == ["controls-splits", "controls-sites", "controls-chance"]
     assert len({len(item.flipped) for item in result.chance}) == 1
     done: list[int] = []
-    run_trials(context, [], done.append)
-    assert sum(done) == controls.work(context)
+    Trials(context, context.task.test).run(batch_done=done.append)
+    assert sum(done) == PART.work(context)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_prompts_of_one_s_own_are_split_by_heads_found_by_their_effect(n_classes: int) -> None:
+    context = own_context(n_classes)
+    assert PART.missing(context) is None
+    done: list[int] = []
+    result = PART.compute(given_to(context, "L2.pre", on_infeasible="skip"), done.append)
+    check(PART, result)
+    assert sum(done) == PART.work(context)
+    assert [split.space.split(":")[0] for split in result.splits[:3]] == 3 * ["answer writers"]
+    assert result.halves is not None and result.answered > 0
+    if n_classes == 2:  # the order of the names, which the model uses here
+        assert result.counterfactual.flipped.known > 0.5 > result.control.flipped.known
+    shown = " ".join(panel.text for panel in PART.panels(result))
+    for word in ("S2", "END", "order", "IO"):
+        assert word not in shown.split()
+    without = own_context(n_classes, answers=False)
+    assert "no answers" in (PART.missing(without) or "")
 
 
 def test_the_command_runs_the_part_and_what_it_needs(tmp_path: Path) -> None:
@@ -418,8 +436,8 @@ def test_the_command_runs_the_part_and_what_it_needs(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     raw = json.loads((tmp_path / "results.json").read_text())
     assert list(raw["parts"]) == ["heads", "controls"]
-    result = controls.from_json(raw["parts"]["controls"])
-    assert result.site == "L2.pre" and (result.counterfactual.flipped or 0) > 0.5
+    result = PART.read(raw["parts"]["controls"])
+    assert result.site == "L2.pre" and result.counterfactual.flipped.known > 0.5
     assert [item.site for item in result.elsewhere] == ["L4.pre"]
     refused = CliRunner().invoke(app, ["controls", "--sites", "L99.pre", "--out", str(tmp_path)])
     assert refused.exit_code == 2 and "L99.pre" in refused.stderr

@@ -7,23 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import Result
 from heads_for_tests import study_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from typer.testing import CliRunner
 
 from lrqp_torch import models
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
-from lrqp_torch.study import flipping, verdicts_scoring
+from lrqp_torch.study import flipping, verdicts
 from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.controls.running import Trial, run_trials
-from lrqp_torch.study.estimates import wilson
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.trials import Trials
 from lrqp_torch.study.truth import KnownSites, read_truth
-from lrqp_torch.study.verdicts import judge
-from lrqp_torch.study.verdicts_counting import (
+from lrqp_torch.study.verdicts import (
     ACCURATE,
     ALL,
     NOT_USED,
@@ -31,12 +30,14 @@ from lrqp_torch.study.verdicts_counting import (
     UNCLEAR,
     USED,
     SiteScores,
+    VerdictSettings,
     VerdictsResult,
+    chart,
     count_all,
     findings,
+    judge,
+    score_sites,
 )
-from lrqp_torch.study.verdicts_scoring import CONDITIONS, score_sites
-from lrqp_torch.study.verdicts_settings import VerdictSettings
 
 SITES = ["L1.mid", "L4.pre"]
 
@@ -101,8 +102,7 @@ def test_counts_are_those_of_a_table_made_by_hand(scores: list[SiteScores]) -> N
             (count.false_positive_rate, fp, fp + tn),
             (count.false_negative_rate, fn, fn + tp),
         ):
-            assert rate.value == (part / whole if whole else None)
-            assert rate.interval == list(wilson(part, whole))
+            assert rate == Estimate.count(part, whole)
 
 
 def test_findings_say_what_the_counts_say() -> None:
@@ -110,12 +110,12 @@ def test_findings_say_what_the_counts_say() -> None:
     titles = {PROBE: "probe accuracy alone", "lrqp": "LRQP"}
     result = VerdictsResult({}, "", {}, titles, {}, scores, count_all(scores))
     lines = findings(result)
-    assert lines[0].startswith("LRQP: right in 3 of 3 verdicts (100.0 %")
+    assert lines[0].startswith("LRQP: right in 3 of 3 verdicts (100.0\u00a0%")
     assert (
         lines[1].startswith("probe accuracy alone: right in 1 of 3")
         and "false positives: 2" in lines[1]
     )
-    assert lines[2] == "Most often right, in 100.0 % of the sites: LRQP."
+    assert lines[2] == "Most often right, in 100.0\u00a0% of the sites: LRQP."
     assert lines[-1] == "Sites said to be used that are not: probe accuracy alone (2 of 2)."
     silent = [replace(item, counterfactual={"lrqp": 0.0}) for item in scores]
     lines = findings(replace(result, scores=silent, counts=count_all(silent)))
@@ -160,41 +160,51 @@ def test_scores_are_those_of_the_sweep_and_of_a_patch(context: StudyContext) -> 
     assert [item.truth for item in again] == [UNCLEAR, NOT_USED]
 
 
-def test_the_control_of_a_patch_writes_another_prompt_of_the_same_order(
-    context: StudyContext,
+def test_equal_displacements_run_once_and_give_what_they_would(
+    context: StudyContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = context.task.test
-    other = verdicts_scoring._same_order(data, context.generator())
-    assert torch.equal(other.sort().values, torch.arange(len(data)))
-    assert not bool((other == torch.arange(len(data))).any())
-    assert torch.equal(data.labels[other], data.labels)
+    added: list[str] = []
+    add = Trials.add
+
+    def counted(self: Trials, site: str, delta: Tensor) -> object:
+        trial = add(self, site, delta)
+        added.append("clean" if trial is self.clean else site)
+        return trial
+
+    monkeypatch.setattr(Trials, "add", counted)
+    truth = KnownSites(frozenset(), frozenset())
+    one = replace(context, sites=["L1.mid"])
+    (found,), _ = score_sites(one, truth, ["none", "leace", "full_patch"], "organism")
+    # No edit is the clean run, LEACE does the same whatever the target, a patch does not.
+    assert added == ["clean", "L1.mid", "L1.mid", "L1.mid"]
+    assert found.control["leace"] == found.counterfactual["leace"]
+    assert found.control["full_patch"] != found.counterfactual["full_patch"]
 
 
-def test_equal_displacements_run_once_and_give_what_they_would(context: StudyContext) -> None:
-    n = len(context.task.test)
-    delta = 9 * torch.randn(n, 128, generator=torch.Generator().manual_seed(0))
-    keys = [("L1.mid", name, condition) for name in "ab" for condition in CONDITIONS]
-    added = [delta, delta.clone(), torch.zeros_like(delta), -delta]
-    trials = {key: Trial("L1.mid", own) for key, own in zip(keys, added, strict=True)}
-    clean, found = verdicts_scoring._run(context, trials)
-    _, each = run_trials(context, list(trials.values()))
-    for key, expected in zip(keys, each, strict=True):
-        torch.testing.assert_close(found[key], expected)
-    assert torch.equal(found[keys[2]], clean)
-    assert not torch.allclose(found[keys[0]], clean) and not torch.allclose(*each[2:])
+def test_the_figure_frames_what_is_said_to_be_used_and_crosses_what_is_wrong() -> None:
+    scores = [score(USED), score(NOT_USED, flips=0.1)]
+    scores = [replace(item, site=site) for item, site in zip(scores, "ab", strict=True)]
+    titles = {PROBE: "probe accuracy alone", "lrqp": "LRQP"}
+    counts = count_all(scores)
+    result = VerdictsResult({"seeds": 1}, "", {"m": ""}, titles, {}, scores, counts)
+    heat = chart(result).panes[0].heat
+    assert heat is not None and heat.columns == ["a", "b"]
+    assert heat.rows == ["truth", "probe accuracy alone", "LRQP"]
+    assert heat.texts == [["used", "–"], ["100", "100"], ["100", "10"]]
+    assert set(heat.framed) == {(1, 0), (1, 1), (2, 0)} and list(heat.crossed) == [(1, 1)]
 
 
 def test_a_method_that_cannot_be_built_is_named(
     context: StudyContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = verdicts_scoring.build
+    build = verdicts.build
 
     def missing(name: str, data: object) -> object:
         if name == "leace":
             raise MissingExtraError("leace needs a package")
         return build(name, data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(verdicts_scoring, "build", missing)
+    monkeypatch.setattr(verdicts, "build", missing)
     scores, problems = score_sites(
         context, KnownSites(frozenset(), frozenset()), ["none", "leace"], "organism"
     )

@@ -28,9 +28,5 @@ PARTS = {
 
 def find_part(name: str) -> "Part[Any]":
     """The part of a name in :data:`PARTS`."""
-    from lrqp_torch.study import old_parts
-
-    if name in old_parts.OLD:
-        return old_parts.OLD[name]
     part: Part[Any] = import_module(f"{__name__}.{name}").PART
     return part

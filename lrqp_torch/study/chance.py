@@ -9,8 +9,9 @@ from lrqp_torch.baselines import RandomDirection
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.study.controls.running import displacements
 from lrqp_torch.study.flipping import fit_edits
+from lrqp_torch.study.running import next_class
+from lrqp_torch.study.trials import displacements
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,18 @@ class Examples:
 
     Attributes:
         x: (n, d).
-        y: (n,), 0 or 1.
+        y: (n,), from 0 to K − 1.
+        classes: K.
     """
 
     x: Tensor
     y: Tensor
+    classes: int
+
+    @property
+    def target(self) -> Tensor:
+        """The next class of each, (n,)."""
+        return next_class(self.y, self.classes)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ KINDS = {
     FEATURE: "the same edit with a probe fitted to whether g · Σ^(-1/2) x exceeds its median, g "
     "drawn from a standard normal distribution: true of the activations, and without a meaning",
 }
-"""Kinds of edits that know nothing of the order, with what they are."""
+"""Kinds of edits that know nothing of the class, with what they are."""
 
 
 def by_chance(
@@ -67,7 +75,7 @@ def by_chance(
     Args:
         edit: the study's edit; its metric and odds rule are used for all.
         train: to fit probes to.
-        test: to edit, each towards the other class.
+        test: to edit, each towards the next class.
         delta: the study's own displacements of ``test``, (n, d).
         seeds: of what is drawn.
         l2: penalty of the probes.
@@ -91,12 +99,11 @@ def by_chance(
     found: dict[str, list[Chance]] = {kind: [] for kind in KINDS}
     for seed in seeds:
         random = RandomDirection(edit, seed=seed)
-        found[RANDOM].append(
-            Chance(random(test.x.double(), 1 - test.y, test.y) - test.x.double(), None)
-        )
+        wide_test = test.x.double()
+        found[RANDOM].append(Chance(random(wide_test, test.target, test.y) - wide_test, None))
         probe = probes[SHUFFLED, seed]
         accuracy = probe.accuracy(test.x, held_out[SHUFFLED, seed])
-        moved = displacements(_with_probe(edit, probe), test.x, 1 - test.y, test.y)
+        moved = displacements(_with_probe(edit, probe), test.x, test.target, test.y)
         found[SHUFFLED].append(Chance(moved, accuracy))
         found[SHUFFLED_SCALED].append(Chance(_as_long(edit, moved, length), accuracy))
         probe = probes[FEATURE, seed]
@@ -128,7 +135,7 @@ def half_edits(
     """
     generator = torch.Generator().manual_seed(seed)
     halves: list[list[Tensor]] = [[], []]
-    for label in (0, 1):
+    for label in range(train.classes):
         rows = (train.y.cpu() == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)]
         for half, own in zip(halves, (rows[::2], rows[1::2]), strict=True):

@@ -1,4 +1,4 @@
-"""What later parts of a model read from the stream, as subspaces of it.
+"""What later parts of a model read from the stream, and an edit split by it.
 
 A head reads W_K y and W_V y from a token, an MLP W_in y, where y = g ⊙ (x − mean x) / s + b is the
 norm before it (an RMSNorm has neither mean nor b). With the gain g and the centring C folded in,
@@ -7,16 +7,26 @@ the rows of
     R = W diag(g) C
 
 span all that the head or the MLP can see of x, apart from the scale s, which any change of x moves
-a little: a displacement that R maps to 0 is seen through s alone.
+a little: a displacement that R maps to 0 is seen through s alone. Rows of a few heads or of one MLP
+often span the whole stream. So the space is cut where its leading singular directions hold
+:data:`ENERGY` of ‖R‖²_F; what is left out is read, but faintly.
 
-Rows of a few heads or of one MLP often span the whole stream. So the space is cut where its leading
-singular directions hold :data:`ENERGY` of ‖R‖²_F; what is left out is read, but faintly.
+With B an orthonormal basis of a space, (r, d), P = Bᵀ B projects onto it and splits a displacement:
 
-Source: the split is that of Makelov, Lange and Nanda 2023 (arXiv 2311.17030), who take the null
-space of W_out; heads' reading matrices as in Elhage et al. 2021, "A Mathematical Framework for
-Transformer Circuits".
+    δ = δ_in + δ_out,   δ_in = P δ,   δ_out = (I − P) δ,   ‖δ‖² = ‖δ_in‖² + ‖δ_out‖²
+
+The Mahalanobis lengths of the two do not add up in squares, since P is orthogonal in the Euclidean
+sense and not in that of Σ: a part can be longer than the whole.
+
+Along a part's own direction the natural activations vary by so much, and the classes differ by so
+much. An edit whose effect lies in a part along which the data hardly vary with the class, while the
+part along which they do has no effect, is the illusion of Makelov, Lange and Nanda 2023
+(arXiv 2311.17030), who split by the null space of W_out: the probe reads a direction that nothing
+follows, and the edit works through one that is otherwise asleep. Heads' reading matrices are those
+of Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,7 +35,9 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
-from lrqp_torch.study.attribution import output_projection
+from lrqp_torch.study.attribution import output_projection, score
+from lrqp_torch.study.context import StudyContext, no_progress
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import (
     MOVER,
     S_INHIBITION,
@@ -33,10 +45,14 @@ from lrqp_torch.study.heads import (
     HeadsResult,
     first_reader,
     parse_head,
+    writers,
 )
 
 ENERGY = 0.9
 """Share of the squared Frobenius norm of reading weights that a space must hold."""
+
+NEGLIGIBLE = 1e-6
+"""A part shorter than this share of the whole is rounding, and has no direction."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +142,21 @@ def top_space(name: str, weights: Tensor, *, energy: float = ENERGY) -> Space:
     return Space(name, basis[:count], rank, float(held[count - 1]))
 
 
-def reader_spaces(model: nn.Module, site: str, heads: HeadsResult) -> list[Space]:
-    """What the S-inhibition heads above a site read of it, and what the next MLP reads.
-
-    Without S-inhibition heads above the site, name movers take their place, or answer writers.
+def reader_spaces(model: nn.Module, site: str, role: str, heads: Sequence[str]) -> list[Space]:
+    """What heads read of a site, and what the next MLP reads.
 
     Args:
         model: a transformers model with a row in :data:`READING`.
         site: a site of its stream.
-        heads: the heads and their roles.
+        role: of the heads, for the names of the spaces.
+        heads: above the site; none leaves out their spaces.
 
     Raises:
         UnknownFamilyError: the family has no row, so its reading weights cannot be told.
     """
-    role, chosen = readers_of(site, heads)
     spaces = []
-    if chosen:
-        keys, values = zip(*(head_weights(model, name) for name in chosen), strict=True)
+    if heads:
+        keys, values = zip(*(head_weights(model, name) for name in heads), strict=True)
         spaces = [
             top_space(f"{role}: values", torch.cat(values)),
             top_space(f"{role}: keys", torch.cat(keys)),
@@ -154,18 +168,35 @@ def reader_spaces(model: nn.Module, site: str, heads: HeadsResult) -> list[Space
     return spaces
 
 
-def readers_of(site: str, heads: HeadsResult) -> tuple[str, list[str]]:
-    """The role whose heads are taken for the readers of a site, and those heads above it."""
+def readers_of(
+    context: StudyContext, site: str, heads: HeadsResult | None
+) -> tuple[str, list[str]]:
+    """A role whose heads are taken for the readers of a site, and those of them above it.
+
+    Without S-inhibition heads above the site, name movers take their place, or answer writers.
+
+    Args:
+        context: the model and its prompts, which have answers.
+        site: its name.
+        heads: the heads and their roles; None where the prompts have no names, and then answer
+            writers are found by their direct effect on the preference for the class that holds.
+
+    Raises:
+        UnknownFamilyError: the model's final norm is of an unknown form.
+    """
+    if heads is None:
+        scores, draws = score(context, context.task.test, {}, no_progress), context.generator()
+        effects = {n: Estimate.mean(scores.heads[:, i], draws) for i, n in enumerate(scores.names)}
+        roles = [("answer writers", writers(effects))]
+    else:
+        roles = [
+            ("S-inhibition heads", heads.members(S_INHIBITION)),
+            ("name movers", heads.members(MOVER)),
+            ("answer writers", heads.found[WRITER]),
+        ]
     lowest = first_reader(site)
-    for role, names in (
-        ("S-inhibition heads", heads.members(S_INHIBITION)),
-        ("name movers", heads.members(MOVER)),
-        ("answer writers", heads.found[WRITER]),
-    ):
-        above = [name for name in names if parse_head(name)[0] >= lowest]
-        if above:
-            return role, above
-    return "", []
+    above = [(role, [h for h in names if parse_head(h)[0] >= lowest]) for role, names in roles]
+    return next((pair for pair in above if pair[1]), ("", []))
 
 
 def next_mlp(site: str) -> int:
@@ -247,13 +278,97 @@ def class_mean_space(x: Tensor, labels: Tensor) -> Space:
     return replace(found, reads=False)
 
 
+# ---- an edit split by a space --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Along:
+    """How natural and edited activations lie along one direction p.
+
+    Attributes:
+        separation: |difference of the class means| along p, in standard deviations within a class.
+        shift: mean |δ · p| in standard deviations of the natural activations along p.
+        position: mean |x' · p − mean| in the same unit: how far out the edited activations lie.
+        farthest: the same of the natural activation that lies farthest out.
+    """
+
+    separation: float
+    shift: float
+    position: float
+    farthest: float
+
+
+def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of displacements inside and outside a subspace.
+
+    Args:
+        delta: displacements, (n, d).
+        basis: orthonormal rows, (r, d).
+
+    Returns:
+        ``(inside, outside)``, (n, d) each, in float64; their sum is ``delta``.
+
+    Raises:
+        WidthError: other widths.
+    """
+    if delta.ndim != 2 or basis.ndim != 2 or delta.shape[1] != basis.shape[1]:
+        raise WidthError(
+            f"displacements (n, d) and basis (r, d) must have one width, got "
+            f"{tuple(delta.shape)} and {tuple(basis.shape)}"
+        )
+    wide, rows = delta.double(), basis.double()
+    inside = wide @ rows.T @ rows
+    return inside, wide - inside
+
+
+def direction_of(part: Tensor, whole: Tensor) -> Tensor | None:
+    """The unit vector along which the rows of a part vary most, (d,).
+
+    With two classes all displacements of one edit are multiples of one vector, and so are parts.
+
+    Args:
+        part: (n, d).
+        whole: the displacements that it is a part of, (n, d).
+
+    Returns:
+        None where the part is rounding beside the whole.
+    """
+    if float(part.norm()) <= NEGLIGIBLE * float(whole.norm()):
+        return None
+    first: Tensor = torch.linalg.svd(part.double(), full_matrices=False)[2][0]
+    return first
+
+
+def along(direction: Tensor, x: Tensor, delta: Tensor, labels: Tensor) -> Along:
+    """How activations lie along a direction before and after an edit.
+
+    Args:
+        direction: unit vector, (d,).
+        x: natural activations, (n, d).
+        delta: displacement of each, (n, d).
+        labels: class of each, (n,); two or more classes.
+    """
+    natural, moved = x.double() @ direction, delta.double() @ direction
+    mean, deviation = natural.mean(), natural.std(unbiased=False)
+    classes = [natural[labels == k] for k in labels.unique()]
+    means = torch.stack([values.mean() for values in classes])
+    within = torch.cat([values - values.mean() for values in classes]).square().mean().sqrt()
+    tiny = torch.finfo(natural.dtype).tiny
+    return Along(
+        separation=float((means.max() - means.min()) / within.clamp_min(tiny)),
+        shift=float((moved.abs() / deviation.clamp_min(tiny)).mean()),
+        position=float(((natural + moved - mean).abs() / deviation.clamp_min(tiny)).mean()),
+        farthest=float((natural - mean).abs().max() / deviation.clamp_min(tiny)),
+    )
+
+
 def _modules(model: nn.Module) -> ReadingModules:
     model_type: str = cast(Any, model).config.model_type
     if model_type not in READING:
         raise UnknownFamilyError(
             f"which weights of model type {model_type!r} read the stream is not known (known: "
             f"{', '.join(sorted(READING))}); add a row to READING of "
-            "lrqp_torch.study.controls.readers"
+            "lrqp_torch.study.readers"
         )
     return READING[model_type]
 

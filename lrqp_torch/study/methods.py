@@ -1,0 +1,346 @@
+"""The edits that are compared: every baseline, LRQP as fitted and as learned, on equal terms.
+
+All are fitted to the training prompts and to nothing else. Some write the activation of another
+prompt; where the task knows each prompt's minimal pair it is that one's, else that of a training
+prompt of the class to write.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.baselines import (
+    BASELINES,
+    DAS,
+    LEACE,
+    Baseline,
+    BaselineData,
+    Behaviour,
+    LeastEdit,
+    build,
+)
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import LRQPError, PromptError, SettingError
+from lrqp_torch.learn import EditPrompts, LearnOptions, Weights, learn
+from lrqp_torch.stream.capture import capture
+from lrqp_torch.stream.replay import Tail
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.study.context import StudyContext
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.running import next_class
+
+
+class LearnedLRQP(LeastEdit):
+    """LRQP with its learned probe, odds and metric, measured by the fitted one's.
+
+    Args:
+        reference: the edit as fitted.
+        learned: the edit as learned from it.
+        strength: see :class:`~lrqp_torch.baselines.Baseline`.
+    """
+
+    name: ClassVar[str] = "lrqp_learned"
+    title: ClassVar[str] = "LRQP, learned"
+
+    def __init__(self, reference: LRQP, learned: LRQP, *, strength: float = 1.0) -> None:
+        super().__init__(reference, strength=strength)
+        self.program = learned
+
+
+class DosedLRQP(LeastEdit):
+    """LRQP that asks for the same odds of every prompt: its own dose, instead of a strength.
+
+    Args:
+        reference: the edit as fitted.
+        log_alpha: log odds asked for, in nats.
+    """
+
+    name: ClassVar[str] = "lrqp_dose"
+    title: ClassVar[str] = "LRQP, by its odds"
+
+    def __init__(self, reference: LRQP, log_alpha: float) -> None:
+        super().__init__(reference)
+        self.program = LRQP(
+            reference.probe,
+            reference.metric,
+            log_odds=log_alpha,
+            rule="fixed",
+            on_infeasible="skip",
+        )
+
+
+NOTHING, RANDOM = "none", "random"
+FITTED, LEARNED, DOSED = LeastEdit.name, LearnedLRQP.name, DosedLRQP.name
+OWN = (FITTED, LEARNED, DOSED)
+"""LRQP in all its forms."""
+HELD_BACK = 0.25
+"""Share of the prompts of a learned edit by which its best epoch is chosen."""
+ERASING = (LEACE.name,)
+"""Methods that remove the variable instead of writing a class of it."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How methods that are trained through the model are trained.
+
+    Attributes:
+        prompts: most training prompts that they see; the shortest ones, which cost least.
+        das_epochs: of DAS, at most.
+        learned_epochs: of learned LRQP, at most.
+        elsewhere: what a nat of KL at other tokens costs it, in nats of the answer; see
+            :class:`~lrqp_torch.learn.Weights`.
+        batch_size: prompts a step.
+    """
+
+    prompts: int = 192
+    das_epochs: int = 20
+    learned_epochs: int = 4
+    elsewhere: float = 0.1
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method, ready to run or not.
+
+    Attributes:
+        name: in files.
+        title: in tables and figures.
+        settings: how it was trained, in words; empty for methods in closed form.
+        edit: None where it could not be built.
+        problem: why not; empty otherwise.
+    """
+
+    name: str
+    title: str
+    settings: str = ""
+    edit: Baseline | None = None
+    problem: str = ""
+
+
+def check_names(names: Sequence[str] | None) -> list[str]:
+    """The methods asked for, in the order of tables; all for None. LRQP and none always run.
+
+    Raises:
+        SettingError: a name that is no method.
+    """
+    known = list(BASELINES)
+    known.insert(known.index(FITTED) + 1, LEARNED)
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise SettingError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
+    return [n for n in known if names is None or n in {*names, NOTHING, FITTED}]
+
+
+def build_candidates(
+    context: StudyContext, site: str, reference: LRQP, names: Sequence[str], training: Training
+) -> list[Candidate]:
+    """Fit every method to the training prompts.
+
+    Args:
+        context: the model and its prompts.
+        site: where they edit the marked token.
+        reference: the study's LRQP at that site.
+        names: from :func:`check_names`.
+        training: of methods that are trained through the model.
+    """
+    data = context.task.train
+    x = context.activations(context.task, "train", "mark", [site])[site]
+    labels = data.labels.to(x.device)
+    few = shortest(data, training.prompts)
+    candidates = []
+    for name in names:
+        title = (LearnedLRQP if name == LEARNED else BASELINES[name]).title
+        train = {LEARNED: train_learned, DAS.name: train_das}.get(name)
+        try:
+            if train is None:
+                known = BaselineData(x, labels, reference, seed=context.seed)
+                edit, settings = build(name, known), ""
+            else:
+                edit, settings = train(context, site, reference, few, training)
+        except LRQPError as error:  # a method that cannot be built is a row that says so
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            candidates.append(Candidate(name, title, problem=problem))
+        else:
+            candidates.append(Candidate(name, title, settings, edit))
+    return candidates
+
+
+# ---- what methods that patch are told to write ---------------------------------------------------
+
+
+def counterparts(
+    context: StudyContext, prompts: PromptSet, sites: Sequence[str]
+) -> dict[str, Tensor]:
+    """For each prompt the activation of one of the next class, by site, (n, d) each in float32.
+
+    It is that of the prompt's minimal pair where the task knows it, else that of a training prompt
+    drawn with the study's seed.
+    """
+    twins, target = prompts.twins(), next_class(prompts.labels, len(prompts.classes))
+    if twins is None or not torch.equal(twins.labels, target):
+        return drawn(context, sites, target)
+    found = capture(
+        context.model, twins.inputs, list(sites), twins.position, batch_size=context.batch_size
+    )
+    return {site: values.float() for site, values in found.items()}
+
+
+def drawn(context: StudyContext, sites: Sequence[str], target: Tensor) -> dict[str, Tensor]:
+    """Activations of random training prompts with the classes asked for, by site, (n, d) each.
+
+    Raises:
+        PromptError: no training prompt has a class that is asked for.
+    """
+    x = context.activations(context.task, "train", "mark", sites)
+    labels, target = context.task.train.labels.cpu(), target.cpu()
+    chosen = torch.zeros(len(target), dtype=torch.long)
+    generator = context.generator()
+    for label in range(len(context.task.train.classes)):
+        rows, wanted = (labels == label).nonzero().flatten(), target == label
+        if len(rows):
+            draws = torch.randint(len(rows), (int(wanted.sum()),), generator=generator)
+            chosen[wanted] = rows[draws]
+        elif bool(wanted.any()):
+            name = context.task.train.classes[label]
+            raise PromptError(f"no training prompt has the class {name!r}, so none can be patched")
+    return {site: values[chosen.to(values.device)] for site, values in x.items()}
+
+
+def others_alike(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """For each prompt the row of another one of its class, drawn without replacement, (n,).
+
+    Its activation is what a patch writes as a control: a minimal pair of the same class would be
+    the prompt itself.
+    """
+    labels = labels.cpu()
+    other = torch.arange(len(labels))
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        other[rows] = rows.roll(1)
+    return other
+
+
+# ---- methods that are trained through the model --------------------------------------------------
+
+
+def shortest(data: PromptSet, most: int) -> PromptSet:
+    """The shortest prompts in their own order, without the padding that none of them needs."""
+    mask = data.inputs["attention_mask"]
+    rows = torch.argsort(mask.sum(1), stable=True)[:most].sort().values
+    return data[rows].trimmed()
+
+
+def behaviour(context: StudyContext, site: str, data: PromptSet, batch_size: int) -> Behaviour:
+    """The model that should answer in the sense of the next class once prompts are edited.
+
+    The loss is −log P(an answer of that class) at the last column, in nats.
+
+    Raises:
+        PromptError: the prompts have no answers.
+    """
+    if data.answers is None:
+        raise PromptError("these prompts have no answers, so no edit can be trained to change them")
+    here = data.to(context.device)
+    # Left padding puts the end in the last column, and nothing before the first mark can change.
+    end, first = here.inputs["input_ids"].shape[1] - 1, int(here.position.min())
+    tail = Tail(
+        context.model, here.inputs, Site.parse(site).layer, first, batch_size=context.batch_size
+    )
+    assert here.answers is not None
+    other = next_class(here.labels, len(here.classes))
+    tokens = here.answers[torch.arange(len(here), device=other.device), other]
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        wanted = tokens[rows.to(tokens.device)].to(logits.device)
+        read = logits[:, -1]
+        log_p = read.to(torch.promote_types(read.dtype, torch.float32)).log_softmax(-1)
+        chosen = log_p.gather(-1, wanted.clamp_min(0)).masked_fill(wanted < 0, float("-inf"))
+        return -chosen.logsumexp(-1)
+
+    return Behaviour(
+        model=context.model,
+        inputs=here.inputs,
+        site=site,
+        positions=here.position,
+        loss=loss,
+        batch_size=batch_size,
+        rerun=lambda rows: tail.run(rows, torch.tensor([end])),
+    )
+
+
+def train_das(
+    context: StudyContext, site: str, reference: LRQP, data: PromptSet, training: Training
+) -> tuple[Baseline, str]:
+    """DAS of rank 1 for the next class to be the answer, and how it was trained, in words."""
+    edit = DAS.fit(
+        behaviour(context, site, data, training.batch_size),
+        counterparts(context, data, [site])[site],
+        reference=reference,
+        rank=1,
+        epochs=training.das_epochs,
+        seed=context.seed,
+    )
+    assert edit.report is not None
+    report = edit.report
+    return edit, (
+        f"rank 1, {len(data)} prompts, {len(report.validation_loss)} epochs in batches of "
+        f"{training.batch_size}, best {report.best_epoch}"
+    )
+
+
+def train_learned(
+    context: StudyContext, site: str, reference: LRQP, data: PromptSet, training: Training
+) -> tuple[Baseline, str]:
+    """LRQP learned for the next class to be the answer, and how, in words.
+
+    It is learned from the prompts that are given and no others; the best epoch is chosen by the
+    last quarter of them.
+    """
+    prompts, rows = counterfactual_prompts(data), torch.arange(len(data))
+    back = max(1, round(HELD_BACK * len(data)))
+    learned = learn(
+        context.model,
+        site,
+        reference,
+        prompts[rows[:-back]],
+        validation=prompts[rows[-back:]],
+        options=LearnOptions(
+            weights=Weights(elsewhere=training.elsewhere),
+            epochs=training.learned_epochs,
+            batch_size=training.batch_size,
+            seed=context.seed,
+        ),
+    )
+    return LearnedLRQP(reference, learned.edit), (
+        f"{len(data)} prompts, {len(learned.history) - 1} epochs in batches of "
+        f"{training.batch_size}, best {learned.best_epoch}, weight of KL elsewhere "
+        f"{training.elsewhere:g}"
+    )
+
+
+def counterfactual_prompts(data: PromptSet) -> EditPrompts:
+    """Prompts whose edit writes the next class, so that its answer wins over that which holds.
+
+    The first answer of a class stands for it.
+
+    Raises:
+        PromptError: the prompts have no answers.
+    """
+    if data.answers is None:
+        raise PromptError("these prompts have no answers, so no edit can be learned from them")
+    target = next_class(data.labels, len(data.classes))
+    rows, first = torch.arange(len(data), device=target.device), data.answers[..., 0]
+    return EditPrompts(
+        inputs=data.inputs,
+        positions=data.position,
+        target=target,
+        source=data.labels,
+        read=data.end,
+        wins=first[rows, target],
+        loses=first[rows, data.labels],
+    )

@@ -1,0 +1,614 @@
+"""LRQP beside other edits: the league table of :mod:`~lrqp_torch.study.league` and what it says.
+
+All sentences are made from the numbers alone; "clearly" means beyond a 95 % interval.
+"""
+
+from collections.abc import Callable, Sequence
+from textwrap import fill
+from typing import Any, NamedTuple
+
+from lrqp_torch.plot.chart import (
+    BLACK,
+    BLUE,
+    CONTROL,
+    COUNTERFACTUAL,
+    GREEN,
+    INK,
+    NOTE,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    Band,
+    Cell,
+    Chart,
+    Dash,
+    Marker,
+    Marks,
+    Pane,
+    Panel,
+    Rule,
+    Table,
+)
+from lrqp_torch.study import league
+from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.league import (
+    DIVERGENCE,
+    REST,
+    UNSELECTIVE,
+    CompareResult,
+    Effect,
+    MethodResult,
+    SiteComparison,
+)
+from lrqp_torch.study.methods import DOSED, FITTED, LEARNED, NOTHING, OWN, RANDOM
+from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.showing import (
+    between,
+    capitalised,
+    marks_of,
+    percent,
+    share_in_words,
+    signed,
+    table_of,
+)
+from lrqp_torch.study.tradeoffs import Curve, Point
+
+OFTEN_SAID = 0.2
+"""With more probability than this on the answers elsewhere, KL there is the effect itself."""
+
+LEAST_SHOWN = 1e-5
+"""Side effects below this are drawn at this; the axis is logarithmic."""
+
+
+class Measure(NamedTuple):
+    """One column of the table.
+
+    Attributes:
+        title: with units and the task's words in braces.
+        read: gives it for a method that was built.
+        head: its heading among the dots, if it is drawn there; a control's is its measure's.
+    """
+
+    title: str
+    read: Callable[[MethodResult], Estimate | None]
+    head: str = ""
+
+
+def _of(name: str, condition: str = "counterfactual") -> Callable[[MethodResult], Estimate | None]:
+    return lambda row: getattr(getattr(row, condition), name, None)
+
+
+_AT = "at LRQP's effect, relative to LRQP"
+_KL = "KL {elsewhere} (nats)"
+MEASURES = (
+    Measure("answers flipped", _of("flipped"), "answers flipped"),
+    Measure("answers flipped under control", _of("flipped", "control"), "answers flipped"),
+    Measure("mean {preference} ({unit})", _of("logit_difference")),
+    Measure("mean {preference} under control ({unit})", _of("logit_difference", "control")),
+    Measure("Mahalanobis length", _of("distance"), "Mahalanobis length"),
+    Measure("Euclidean length", _of("euclidean")),
+    Measure(
+        "log odds of the target, independent probe (nats)",
+        _of("log_odds"),
+        "log odds, indep. probe (nats)",
+    ),
+    Measure(_KL, _of("divergence"), _KL),
+    Measure("KL {elsewhere} under control (nats)", _of("divergence", "control"), _KL),
+    Measure("KL {elsewhere} beside {answers} (nats)", _of("rest"), "KL beside {answers} (nats)"),
+    Measure("KL on {texts} (nats)", lambda row: row.text_divergence, "KL on {texts} (nats)"),
+    Measure("change of attention, IO less S1, of the heads watched", _of("attention")),
+    Measure("completeness", lambda row: row.scores.get("completeness"), "completeness"),
+    Measure("selectivity", lambda row: row.scores.get("selectivity"), "selectivity"),
+    Measure("reliability", lambda row: row.scores.get("reliability"), "reliability"),
+    Measure(f"KL {_AT}", lambda row: row.relative.get(DIVERGENCE)),
+    Measure(f"KL beside {{answers}} {_AT}", lambda row: row.relative.get(REST)),
+    Measure(f"1 − selectivity {_AT}", lambda row: row.relative.get(UNSELECTIVE)),
+)
+"""In the order of the table."""
+
+
+def _look(colour: str, marker: Marker = "circle", dash: Dash = "solid") -> dict[str, Any]:
+    return {"colour": colour, "marker": marker, "dash": dash}
+
+
+GREY = "#999999"
+LOOKS = {
+    NOTHING: _look(GREY, "cross"),
+    RANDOM: _look(GREY, "cross", "dot"),
+    FITTED: _look(BLACK, "star"),
+    LEARNED: _look(BLACK, "plus", "dash"),
+    DOSED: _look(BLACK, "circle", "dot"),
+    "euclidean": _look(BLUE),
+    "inverse_metric": _look(BLUE, "down", "dash"),
+    "mean_difference": _look(ORANGE, "square"),
+    "mean_difference_exact": _look(ORANGE, "diamond", "dash"),
+    "conditional_mean": _look(ORANGE, "triangle", "dot"),
+    "optimal_transport": _look(GREEN),
+    "neuron_transport": _look(GREEN, "square", "dash"),
+    "leace": _look(PURPLE),
+    "alterrep": _look(PURPLE, "square", "dash"),
+    "das": _look(VERMILION),
+    "full_patch": _look(VERMILION, "square", "dash"),
+}
+"""How methods look in every chart: related ones share a colour, and differ by marker and dash."""
+
+
+class Compare(Part[CompareResult]):
+    """Every way to make the same edit, on the same flip."""
+
+    name = "compare"
+    title = "LRQP beside other edits"
+    question = (
+        "What do other ways to write the same belief at the same place do to the answer, to all "
+        "else that the model says, and to what independent probes read? Is LRQP the better choice?"
+    )
+    result = CompareResult
+    needs = ("flipping", "heads")
+    by_name_only = True  # it trains edits, which takes as long as all else together
+
+    def missing(self, context: StudyContext, /) -> str | None:
+        """Answers, or held-out prompts of a class."""
+        test = context.task.test
+        if test.answers is None:
+            return "its prompts have no answers, so no edit can be judged by what the model says"
+        few = [k for k in range(len(test.classes)) if int((test.labels == k).sum()) < 4]
+        return f"class {test.classes[few[0]]!r} has fewer than 4 held-out prompts" if few else None
+
+    def work(self, context: StudyContext, /) -> int:
+        """See :func:`~lrqp_torch.study.league.work`."""
+        return league.work(context)
+
+    def compute(self, given: Given, advance: Advance, /) -> CompareResult:
+        """The table at the best site."""
+        edits = {given.site: given.edit_at(given.site)}
+        return league.compute(given.context, edits, given.results.get("heads"), advance=advance)
+
+    def says(self, result: CompareResult, /) -> list[str]:
+        """Effect and sum, a site each."""
+        sites = result.sites.values()
+        return [say(result, site) for site in sites for say in (_effects, _sum)]
+
+    def figures(self, result: CompareResult, /) -> dict[str, Chart]:
+        """Curves of effect against side effect, the table as dots, and costs at equal effect."""
+        drawn = {}
+        for name, site in result.sites.items():
+            suffix = f"_{name}" if len(result.sites) > 1 else ""
+            drawn[f"compare_pareto{suffix}"] = _pareto(result, site)
+            drawn[f"compare_table{suffix}"] = _dots(result, site)
+            drawn[f"compare_equal_effect{suffix}"] = _equal_effect(result, site)
+        return drawn
+
+    def panels(self, result: CompareResult, /) -> list[Panel]:
+        """Two a site: the table with a chart a measure, and the curves with their points."""
+        shown = []
+        for number, site in enumerate(result.sites.values()):
+            measures = [m for m in MEASURES if any(m.read(row) for row in _built(site))]
+            shown += [
+                Panel(
+                    name=f"compare-{number}",
+                    title=f"Every method on the same flip, at {site.site}",
+                    text="\n\n".join([*reading(result, site), _method(result, site)]),
+                    charts={
+                        _titled(result, measure.title): Chart([_measured(result, site, measure)])
+                        for measure in measures
+                    },
+                    choice="measure",
+                    table=_table(result, site),
+                ),
+                Panel(
+                    name=f"compare-pareto-{number}",
+                    title=f"Effect against side effect at equal strength, at {site.site}",
+                    text=(
+                        f"Each curve is one method at rising strength s, x' = x + s (edit(x) − x), "
+                        f"on {site.sweep_prompts} held-out prompts; the larger marker is strength "
+                        "1, the method as it is. The dotted LRQP curve rises with the odds asked "
+                        f"for instead. Up and to the left is better: more fall of "
+                        f"{result.words.preference} for less change of all else. Shaded is what "
+                        "points of the Pareto front beat in both."
+                    ),
+                    charts={
+                        _axis(result, cost): Chart([_plane(result, site, cost, intervals=True)])
+                        for cost in site.costs
+                    },
+                    choice="side effect",
+                    table=_points(result, site),
+                ),
+            ]
+        return shown
+
+
+# ---- in words ------------------------------------------------------------------------------------
+
+
+def reading(result: CompareResult, site: SiteComparison) -> list[str]:
+    """Sentences on one site: effect, belief, cost of the same effect, the front, and the sum."""
+    lines = [_effects(result, site), _reliability(result, site), _learned(result, site)]
+    lines += [_costs(result, site, cost) for cost in site.costs]
+    lines += [_front(result, site), _sum(result, site), *_cautions(result, site)]
+    return [line for line in lines if line]
+
+
+def _titled(result: CompareResult, title: str) -> str:
+    more = {"elsewhere": result.elsewhere, "texts": result.texts}
+    return title.format(**vars(result.words) | more)
+
+
+def _side(result: CompareResult, cost: str) -> str:
+    """A side effect in a sentence."""
+    return {
+        DIVERGENCE: f"KL {result.elsewhere}",
+        REST: f"the part of that KL beside {result.words.answers}",
+        UNSELECTIVE: "lost selectivity under the independent probes",
+    }[cost]
+
+
+def _axis(result: CompareResult, cost: str) -> str:
+    """A side effect at an axis."""
+    return {
+        DIVERGENCE: f"KL {result.elsewhere} (nats)",
+        REST: f"KL {result.elsewhere} beside {result.words.answers} (nats)",
+        UNSELECTIVE: "1 − selectivity",
+    }[cost]
+
+
+def _built(site: SiteComparison) -> list[MethodResult]:
+    return [row for row in site.methods if row.counterfactual is not None]
+
+
+def _rivals(site: SiteComparison) -> list[MethodResult]:
+    """Methods that write or erase the variable, other than LRQP in any form."""
+    return [row for row in _built(site) if row.name not in (*OWN, NOTHING, RANDOM)]
+
+
+def _above(first: Estimate, second: Estimate) -> bool:
+    """Whether one estimate lies clearly above another."""
+    return first.lower is not None and second.upper is not None and first.lower > second.upper
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _effects(result: CompareResult, site: SiteComparison) -> str:
+    def flips(row: MethodResult, effect: Effect | None) -> tuple[str, Estimate]:
+        assert effect is not None
+        return row.title, effect.flipped
+
+    own, rivals = site.method(FITTED), _rivals(site)
+    (_, mine), (_, idle) = flips(own, own.counterfactual), flips(own, own.control)
+    if mine.value is None:
+        return (
+            f"The model answers no held-out prompt with {result.words.held}, so no answer can flip."
+        )
+    found = [flips(row, row.counterfactual) for row in rivals]
+    back = [flips(row, row.control) for row in rivals]
+    more = [title for title, share in found if _above(share, mine)]
+    fewer = [title for title, share in found if _above(mine, share)]
+    accidents = [f"{title} {percent(s.value, 0)}" for title, s in back if _above(s, idle)]
+    return (
+        f"Effect at {site.site}: LRQP flips {share_in_words(mine)} of {site.answered} answers, and "
+        f"{percent(idle.value)} under control. At their own dose these flip clearly more: "
+        f"{_listed(more)}; clearly fewer: {_listed(fewer)}; more by accident under control: "
+        f"{_listed(accidents)}."
+    )
+
+
+def _reliability(result: CompareResult, site: SiteComparison) -> str:
+    scored = [(row, row.scores.get("reliability")) for row in [site.method(FITTED), *_rivals(site)]]
+    known = sorted(
+        ((score, row) for row, score in scored if score is not None),
+        key=lambda pair: -pair[0].known,
+    )
+    if not known:
+        return (
+            f"Reliability: the independent probes read no variable but the {result.words.value}, "
+            "so none is given."
+        )
+    place, own = next((i, s) for i, (s, row) in enumerate(known, 1) if row.name == FITTED)
+    clear = [row.title for score, row in known if _above(score, own)]
+    top, best = known[0]
+    return (
+        f"Reliability under independent probes: LRQP is number {place} of {len(known)} with "
+        f"{own.known:.3f} ({between(own, 3)}); the highest is {best.title} with {top.known:.3f}. "
+        f"Clearly above LRQP: {_listed(clear)}."
+    )
+
+
+def _learned(result: CompareResult, site: SiteComparison) -> str:
+    done = {row.name: row.counterfactual for row in _built(site)}
+    words = [
+        f"{title} flips {percent(effect.flipped.value)} with KL {effect.divergence.known:.3f}"
+        for title, effect in (("Learned LRQP", done.get(LEARNED)), ("DAS", done.get("das")))
+        if effect is not None and effect.flipped.value is not None
+    ]
+    return f"{'; '.join(words)} {result.elsewhere}." if done.get(LEARNED) and words else ""
+
+
+def _compared(site: SiteComparison, cost: str) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Rivals that pay clearly less, clearly more, neither, or do not reach LRQP's effect."""
+    less, more, equal, never = (list[str]() for _ in range(4))
+    for row in _rivals(site):
+        ratio = row.relative.get(cost)
+        if ratio is None or ratio.lower is None or ratio.upper is None:
+            never.append(row.title)
+        elif ratio.lower <= 1 <= ratio.upper:
+            equal.append(row.title)
+        else:
+            (less if ratio.upper < 1 else more).append(f"{row.title} ({ratio.known:.2f} times)")
+    return less, more, equal, never
+
+
+def _costs(result: CompareResult, site: SiteComparison, cost: str) -> str:
+    less, more, equal, never = _compared(site, cost)
+    return (
+        f"At the same effect as LRQP, {_side(result, cost)}: clearly less than LRQP: "
+        f"{_listed(less)}; clearly more: {_listed(more)}; not told apart: {_listed(equal)}"
+        + (f"; never reach its effect: {_listed(never)}." if never else ".")
+    )
+
+
+def _front(result: CompareResult, site: SiteComparison) -> str:
+    words = []
+    own = next(curve for curve in site.curves if curve.name == FITTED)
+    at_one = next(point for point in own.points if point.dose == 1)
+    for cost in site.costs:
+        best = [c for c in site.curves if any(point.optimal[cost] for point in c.points)]
+        held = sum(point.optimal[cost] for point in own.points)
+        beaten = [
+            f"{curve.title} ({curve.dose} {point.dose:g})"
+            for curve in site.curves
+            if curve.name not in OWN
+            for point in curve.points
+            if point.effect.known >= at_one.effect.known
+            and point.costs[cost].known < at_one.costs[cost].known
+        ]
+        words.append(
+            f"by {_side(result, cost)}, {held} of {len(own.points)} strengths of LRQP are on the "
+            f"front, which {len(best)} of {len(site.curves)} curves touch, and LRQP at strength 1 "
+            f"is beaten in both by {_listed(beaten)}"
+        )
+    return f"Pareto front: {'; '.join(words)}."
+
+
+def _sum(result: CompareResult, site: SiteComparison) -> str:
+    parts = []
+    for cost in site.costs:
+        less, more, equal, never = map(len, _compared(site, cost))
+        if less == more == 0:
+            word = "neither for nor against LRQP"
+        elif less == 0 or more == 0:
+            word = f"{'not ' if less else ''}in LRQP's favour"
+        else:
+            word = f"{'' if less < more else 'not '}more for LRQP than against it"
+        parts.append(
+            f"{_side(result, cost)}: {word} ({less} clearly better, {more} clearly worse, {equal} "
+            f"not told apart, {never} without LRQP's effect)"
+        )
+    return (
+        f"In sum, of {len(_rivals(site))} other methods at the same effect as LRQP, by "
+        f"{'; by '.join(parts)}."
+    )
+
+
+def _cautions(result: CompareResult, site: SiteComparison) -> list[str]:
+    lines, words = [], result.words
+    if site.said_elsewhere > OFTEN_SAID:
+        lines.append(
+            f"Caution: {result.elsewhere} the clean model already gives "
+            f"{percent(site.said_elsewhere, 0)} of its probability to {words.answers}, so KL there "
+            "is mostly the effect itself and not a side effect; its part beside them is the fairer "
+            "measure here."
+        )
+    missing = [f"{row.title} ({row.problem})" for row in site.methods if row.problem]
+    if missing:
+        lines.append(f"Not built: {'; '.join(missing)}.")
+    lines.append(
+        f"The independent probe reads the {words.value} from clean activations with accuracy "
+        f"{site.oracles[0].accuracy.known:.3f}; without an edit the mean of {words.preference} is "
+        f"{signed(site.clean.known)} {words.unit}."
+    )
+    return lines
+
+
+def _method(result: CompareResult, site: SiteComparison) -> str:
+    """How the table was made."""
+    value, others = result.words.value, [s.variable for s in site.oracles[1:] if s.readable]
+    lines = [
+        f"All methods are fitted to the training prompts and edit {result.position} of the same "
+        f"{site.prompts} held-out prompts at {site.site}, towards the other {value} "
+        f"(counterfactual) and the true one (control). A patch writes the same prompt with the "
+        f"other {value}, or where no such pairs are known a training prompt of it, and as a "
+        f"control another prompt of the same {value}.",
+        f"{capitalised(result.texts)} is the beginning of {site.texts} prompts, edited at a random "
+        f"token towards a random {value}."
+        if site.texts
+        else "",
+        "Independent probes are fitted to one half of the held-out prompts and read the other; "
+        f"selectivity is over {', '.join(others) or 'nothing, as they read nothing else'}.",
+        f"Attention is that of {len(site.watched)} heads ({site.role}s), END→IO less END→S1."
+        if site.watched
+        else "No heads were watched.",
+        "Shares of answers have Wilson 95 % intervals, all else bootstrap ones "
+        f"({result.resamples} resamples, seed {result.seed}); clearly means beyond such an "
+        f"interval, each taken by itself. LEACE erases the {value}, so its completeness is "
+        "measured against even odds.",
+    ]
+    trained = "; ".join(f"{row.title}: {row.settings}" for row in site.methods if row.settings)
+    return " ".join(filter(None, [*lines, trained and f"Trained through the model: {trained}."]))
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _table(result: CompareResult, site: SiteComparison) -> Table:
+    rows, nothing = site.methods, Estimate(None, None, None, 0)
+    columns: dict[str, list[Estimate | Cell]] = {"method": [row.title for row in rows]}
+    for measure in MEASURES:
+        columns[_titled(result, measure.title)] = [measure.read(row) or nothing for row in rows]
+    columns["time a prompt (µs)"] = [None if r.seconds is None else 1e6 * r.seconds for r in rows]
+    columns["notes"] = [row.problem or row.settings or None for row in rows]
+    return table_of(columns)
+
+
+def _points(result: CompareResult, site: SiteComparison) -> Table:
+    every = [(curve, point) for curve in site.curves for point in curve.points]
+    columns: dict[str, list[Estimate | Cell]] = {
+        "method": [curve.title for curve, _ in every],
+        "dose": [f"{curve.dose} {point.dose:g}" for curve, point in every],
+        _titled(result, "fall of {preference} ({unit})"): [point.effect for _, point in every],
+        "flipped": [point.flipped for _, point in every],
+    }
+    for cost in site.costs:
+        title = _axis(result, cost)
+        columns[title] = [point.costs[cost] for _, point in every]
+        columns[f"on the front of {title.removesuffix(' (nats)')}"] = [
+            "yes" if point.optimal[cost] else "no" for _, point in every
+        ]
+    return table_of(columns)
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+
+def _pareto(result: CompareResult, site: SiteComparison) -> Chart:
+    return Chart(
+        [_plane(result, site, cost) for cost in site.costs],
+        f"Effect against side effect at {site.site}, {result.position}",
+        "Each method at rising strength (large: strength 1); shaded: beaten by the Pareto front",
+        columns=len(site.costs),
+        share_y=True,
+    )
+
+
+def _plane(
+    result: CompareResult, site: SiteComparison, cost: str, *, intervals: bool = False
+) -> Pane:
+    def x(point: Point) -> float:
+        return max(point.costs[cost].known, LEAST_SHOWN)
+
+    def marks(curve: Curve, points: Sequence[Point], **looks: Any) -> Marks:
+        flips = ["" if p.flipped is None else f", {percent(p.flipped, 0)} flipped" for p in points]
+        across = [p.costs[cost] for p in points] if intervals else []
+        return marks_of(
+            curve.title,
+            [x(p) for p in points],
+            [p.effect if intervals else p.effect.value for p in points],
+            x_lower=[max(c.lower or 0.0, LEAST_SHOWN) for c in across] or None,
+            x_upper=[c.upper for c in across] or None,
+            texts=[f"{curve.dose} {p.dose:g}{f}" for p, f in zip(points, flips, strict=True)],
+            **LOOKS.get(curve.name, _look(GREY)),
+            **looks,
+        )
+
+    every = [point for curve in site.curves for point in curve.points]
+    best = sorted((x(p), p.effect.known) for p in every if p.optimal[cost])
+    # A random direction has next to no effect, and would take most of a logarithmic axis.
+    moving = [p for c in site.curves if c.name != RANDOM for p in c.points] or every
+    right, most = 1.3 * max(x(p) for p in every), max(p.effect.known for p in every)
+    steps = [*best, (right, best[-1][1])]
+    looks: dict[str, Any] = {"kind": "steps", "colour": NOTE, "opacity": 0.12, "legend": False}
+    beaten = Marks("beaten", [at for at, _ in steps], [effect for _, effect in steps], **looks)
+    curves = [
+        marks(curve, curve.points, stroke=1.8 if curve.name == FITTED else 1.0)
+        for curve in site.curves
+    ]
+    plain = [
+        marks(
+            curve, [point], kind="points", size=2.4 if curve.name == FITTED else 1.8, legend=False
+        )
+        for curve in site.curves
+        for point in curve.points
+        if point.dose == 1 and curve.dose == "strength"
+    ]
+    return Pane(
+        [beaten, *curves, *plain],
+        x_title=f"side effect: {_axis(result, cost)}",
+        y_title=_titled(result, "effect: mean fall of {preference} ({unit})"),
+        x_range=(0.7 * min(map(x, moving)), right),
+        y_range=(-0.03 * most, 1.05 * most),
+        x_log=True,
+    )
+
+
+def _dots(result: CompareResult, site: SiteComparison) -> Chart:
+    rows = _built(site)
+    conditions = (("counterfactual edit", COUNTERFACTUAL), ("control edit", CONTROL))
+
+    def marks(index: int, measure: Measure) -> Marks:
+        name, colour = conditions[index]
+        looks: dict[str, Any] = {"colour": colour, "filled": not index, "shift": 0.2 * index}
+        values = [measure.read(row) for row in rows]
+        return marks_of(name, [row.title for row in rows], values, kind="points", **looks)
+
+    heads = [m.head for m in MEASURES if m.head and any(m.read(row) for row in rows)]
+    panes = [
+        _by_method(
+            site,
+            [marks(*both) for both in enumerate(m for m in MEASURES if m.head == head)],
+            title=fill(_titled(result, head), 16),
+            rules=[Rule(0.0, colour=INK, dash="solid")],
+        )
+        for head in dict.fromkeys(heads)
+    ]
+    title = f"The same flip by every method, at {site.site}, {result.position}"
+    on = f"on {site.prompts} held-out prompts"
+    return Chart(panes, f"{title}, {on}", columns=len(panes), share_y=True)
+
+
+def _measured(result: CompareResult, site: SiteComparison, measure: Measure) -> Pane:
+    own = measure.read(site.method(FITTED))
+    marks = [
+        marks_of(row.title, [row.title], [value], kind="points", legend=False, **LOOKS[row.name])
+        for row in _built(site)
+        if (value := measure.read(row))
+    ]
+    rules = [Rule(own.known)] if own and own.value is not None else []
+    return _by_method(site, marks, y_title=_titled(result, measure.title), rules=rules)
+
+
+def _equal_effect(result: CompareResult, site: SiteComparison) -> Chart:
+    def marks(row: MethodResult, ratio: Estimate | None) -> Marks:
+        return marks_of(
+            row.title,
+            [row.title],
+            [ratio or 1.0],
+            kind="points",
+            colour=LOOKS[row.name]["colour"],
+            marker="circle" if ratio else "none",
+            labels=["" if ratio else "does not reach it"],
+            legend=False,
+        )
+
+    panes = []
+    for cost in site.costs:
+        found = [(r, r.relative[cost]) for r in site.methods if r.relative and r.name != FITTED]
+        known = [end for _, ratio in found if ratio for end in ratio.interval or ()]
+        panes.append(
+            _by_method(
+                site,
+                [marks(*pair) for pair in found],
+                title=fill(_axis(result, cost).removesuffix(" (nats)"), 30),
+                y_title="times LRQP's",
+                # Differences of a few per cent should look like that.
+                y_range=(
+                    min(0.5, *(0.95 * end for end in known)),
+                    max(2.0, *(1.05 * e for e in known)),
+                ),
+                y_log=True,
+                rules=[Rule(1.0, colour=INK, dash="solid")],
+            )
+        )
+    title = f"Side effect at the same effect as LRQP, at {site.site}, {result.position}"
+    less = "(left of 1: less than LRQP)"
+    return Chart(panes, f"{title} {less}", columns=len(panes), share_y=True)
+
+
+def _by_method(site: SiteComparison, marks: Sequence[Marks], **pane: Any) -> Pane:
+    """Methods down the side, LRQP's row shaded."""
+    own = site.method(FITTED).title
+    here = any(own in mark.x for mark in marks)
+    return Pane(marks, bands=[Band(own, own, NOTE)] if here else (), horizontal=True, **pane)
+
+
+PART = Compare()

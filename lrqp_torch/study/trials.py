@@ -1,0 +1,308 @@
+"""Trials: many edits of the same prompts, each batch of which runs clean only once.
+
+trials = Trials(context, context.task.test)
+moved = trials.add("L6.mid", delta)
+written = trials.write("L7.pre", edit, target)
+trials.run()
+flipped(trials.clean, moved), written["preference"]
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.baselines import Baseline, Paired
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import WidthError
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.study.attribution import attention_to
+from lrqp_torch.study.context import Advance, StudyContext, no_progress
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import parse_head
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.running import Batch, answers, batches, finite, put
+
+
+class Trial:
+    """One edit of every prompt, and what it did once it has run.
+
+    Args:
+        site: where it acts; None for no edit.
+        place: gives the edit of the prompts ``rows``, (B,), at columns ``at``, (B,).
+    """
+
+    def __init__(
+        self, site: str | None, place: Callable[[Tensor, Tensor], Intervention] | None
+    ) -> None:
+        self.site, self.place = site, place
+        self.found: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What was seen of each prompt, (n, ...) on the CPU, by the names in :class:`Trials`."""
+        return self.found[name]
+
+
+class Trials:
+    """Edits of the marked token of n prompts, run batch by batch.
+
+    Every trial has ``preference``, ``own_lead`` and ``other_lead`` of :func:`~.running.answers`
+    where the prompts have answers, and where it is asked for:
+
+    - ``divergence``, KL(clean ‖ edited) of the next token in nats, mean over the columns
+      ``elsewhere``, and ``rest``, the part of it that is not about the answers. By the chain rule
+      KL is that of the events "this answer", for each, and "none of them", and P(none) times the KL
+      of the next token given none; the latter is ``rest``. Without answers it is all. The clean run
+      has ``said_elsewhere``, the mean probability of the answers there;
+    - ``attention``, the change of the watched heads' attention from the last column to the first
+      key less that to the second, mean over heads; missing where all lie below the edits;
+    - ``activations`` that the stream holds at the marked token after the edit, (n, d).
+
+    Args:
+        context: the model, and how many prompts a batch has.
+        prompts: padded on the left.
+        elsewhere: columns at which the next-token distribution should stay, BoolTensor (n, T), at
+            least one a prompt and none before the marked one.
+        watched: heads.
+        keys: the two columns to which their attention is read, (n, 2).
+        activations: whether to keep them.
+
+    Attributes:
+        clean: the trial without an edit.
+    """
+
+    def __init__(
+        self,
+        context: StudyContext,
+        prompts: PromptSet,
+        *,
+        elsewhere: Tensor | None = None,
+        watched: Sequence[str] = (),
+        keys: Tensor | None = None,
+        activations: bool = False,
+    ) -> None:
+        self._context, self._prompts = context, prompts
+        self.elsewhere, self.keys, self.activations = elsewhere, keys, activations
+        self.watched = [] if keys is None else [parse_head(name) for name in watched]
+        self.clean = Trial(None, None)
+        self._trials: list[Trial] = []
+
+    def add(self, site: str, delta: Tensor) -> Trial:
+        """Add a displacement to the stream of each prompt, (n, d); the clean run where all are 0.
+
+        Raises:
+            WidthError: not one displacement for each prompt.
+        """
+        n = len(self._prompts)
+        if delta.ndim != 2 or len(delta) != n:
+            raise WidthError(
+                f"a trial at {site} has displacements {tuple(delta.shape)}; give one for each of "
+                f"the {n} held-out prompts"
+            )
+        if not bool(delta.any()):
+            return self.clean
+
+        def place(rows: Tensor, at: Tensor) -> Intervention:
+            own = _rows(delta, rows, at)
+
+            def add(x: Tensor, context: EditContext) -> Tensor:
+                return (x.double() + own[context.index]).to(x.dtype)
+
+            return Intervention(site, at, add)
+
+        return self._added(Trial(site, place))
+
+    def write(
+        self,
+        site: str,
+        edit: Baseline,
+        target: Tensor,
+        source: Tensor | None = None,
+        partners: Tensor | None = None,
+    ) -> Trial:
+        """Make an edit of each prompt.
+
+        Args:
+            site: where.
+            edit: at the strength wanted.
+            target: class to write, (n,).
+            source: class that holds, (n,); None for the reference probe's own reading.
+            partners: what a method that patches writes, (n, d).
+        """
+
+        def place(rows: Tensor, at: Tensor) -> Intervention:
+            own = edit if partners is None else with_partners(edit, _rows(partners, rows, at))
+            holds = None if source is None else _rows(source, rows, at)
+            wanted = _rows(target, rows, at)
+            return own.on(site, positions=at, target=wanted, source=holds, record=False)
+
+        return self._added(Trial(site, place))
+
+    @torch.no_grad()
+    def run(self, trial_done: Advance = no_progress, batch_done: Advance = no_progress) -> None:
+        """Run every prompt clean and under every edit.
+
+        The clean run goes the way of the edits, from the lowest site's layer on, so that an edit
+        there which changes nothing leaves every bit as it is.
+
+        Args:
+            trial_done: called with the number of prompts after each trial of a batch.
+            batch_done: the same after each batch.
+
+        Raises:
+            NonFiniteError: a displacement or the model's logits hold NaN or infinity.
+        """
+        model, n = self._context.model, len(self._prompts)
+        layers = [Site.parse(trial.site).layer for trial in self._trials if trial.site]
+        lowest = min(layers, default=0)
+        # No edit changes what heads below all of them attend to.
+        read = sorted({layer for layer, _ in self.watched if layer >= lowest})
+        for batch in batches(model, self._prompts, self._context.batch_size):
+            end = batch.prompts.end
+            recording: AbstractContextManager[dict[int, Tensor]] = (
+                record_patterns(model, read, end) if read else nullcontext({})
+            )
+            with recording as patterns:
+                seen = _Seen(self, batch, lowest, patterns)
+                put(self.clean.found, seen.clean, batch.rows, n)
+                for trial in self._trials:
+                    put(trial.found, seen.under(trial), batch.rows, n)
+                    trial_done(len(batch))
+            batch_done(len(batch))
+
+    def _added(self, trial: Trial) -> Trial:
+        self._trials.append(trial)
+        return trial
+
+
+class _Seen:
+    """What is seen of one batch, clean and under each edit.
+
+    Attributes:
+        clean: of the clean run, by the names in :class:`Trials`.
+    """
+
+    def __init__(
+        self, trials: Trials, batch: Batch[PromptSet], lowest: int, patterns: dict[int, Tensor]
+    ) -> None:
+        self._batch, self._keep = batch, trials.activations
+        self._mask = self._columns = None
+        if trials.elsewhere is not None:
+            mask = _rows(trials.elsewhere, batch.rows, batch.prompts.end)
+            # The last column is read for the answers.
+            read = mask.any(0).index_fill(0, batch.prompts.end[:1], True)
+            self._columns = read.nonzero().flatten()
+            self._mask = mask[:, self._columns]
+        self._patterns, self._watched = patterns, trials.watched
+        self._heads = [head for head in trials.watched if head[0] >= lowest]
+        if trials.keys is not None:
+            self._keys = _rows(trials.keys, batch.rows, batch.prompts.end)
+        logits = self._run(lowest, "the clean run")
+        self.clean = self._answers(logits)
+        if self._mask is not None:
+            self._log_p = logits.float().log_softmax(-1)
+            self.clean["said_elsewhere"] = self._mean(self._said(self._log_p))
+        if self._heads:
+            self._attended = self._attention()
+
+    def under(self, trial: Trial) -> dict[str, Tensor]:
+        """What is seen under an edit."""
+        assert trial.site is not None and trial.place is not None
+        item = trial.place(self._batch.rows, self._batch.prompts.position)
+        found: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, context: EditContext) -> Tensor:
+            found["activations"] = x[context.index.argsort()]
+            return x
+
+        # Edits at one site run in their order, so that this one reads what the other wrote.
+        reader = [Intervention(item.site, item.positions, keep)] if self._keep else []
+        with intervene(self._batch.model, [item, *reader]):
+            logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
+        found |= self._answers(logits)
+        if self._mask is not None:
+            found |= self._divergences(logits.float().log_softmax(-1))
+        if self._heads:
+            shift = (self._attention() - self._attended).sum(-1)
+            found["attention"] = (shift / len(self._watched)).double()
+        return found
+
+    def _run(self, layer: int, where: str) -> Tensor:
+        """Logits of the columns that are read, (B, columns, vocabulary)."""
+        logits = self._batch.replay.run(layer, self._columns)
+        return finite(logits if self._columns is not None else logits.unsqueeze(1), where)
+
+    def _answers(self, logits: Tensor) -> dict[str, Tensor]:
+        return answers(self._batch.prompts, logits[:, -1])
+
+    def _divergences(self, log_q: Tensor) -> dict[str, Tensor]:
+        terms = self._log_p.exp() * (self._log_p - log_q)
+        # Rounding may leave a sum of 1e-9 below 0.
+        whole = terms.sum(-1).clamp_min(0)
+        rest = whole
+        if self._batch.prompts.answers is not None:
+            none, still = (
+                torch.log1p(-self._said(log).clamp_max(1 - 1e-7)) for log in (self._log_p, log_q)
+            )
+            about = self._of_answers(terms).sum(-1) + none.exp() * (none - still)
+            rest = (terms.sum(-1) - about).clamp_min(0)
+        return {"divergence": self._mean(whole), "rest": self._mean(rest)}
+
+    def _said(self, log_p: Tensor) -> Tensor:
+        """Probability of any answer at each column, (B, columns); 0 without answers."""
+        if self._batch.prompts.answers is None:
+            return log_p.new_zeros(log_p.shape[:2])
+        return self._of_answers(log_p.exp()).sum(-1)
+
+    def _of_answers(self, values: Tensor) -> Tensor:
+        """The entries of the answers, (B, columns, answers), of values (B, columns, vocabulary)."""
+        answered = self._batch.prompts.answers
+        assert answered is not None
+        tokens = answered.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+        return values.gather(-1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean over the columns elsewhere, (B, columns) → (B,), float64."""
+        assert self._mask is not None
+        return ((values * self._mask).sum(-1) / self._mask.sum(-1)).double()
+
+    def _attention(self) -> Tensor:
+        """Attention to the first key less that to the second, (B, heads)."""
+        first, second = self._keys.unbind(-1)
+        shown = [
+            (
+                attention_to(self._patterns[layer], first)
+                - attention_to(self._patterns[layer], second)
+            )[:, head]
+            for layer, head in self._heads
+        ]
+        return torch.stack(shown, dim=-1)
+
+
+def flipped(own_lead: Tensor, other_lead: Tensor) -> Estimate:
+    """Of the prompts answered by the class that holds, the share then answered by the next one.
+
+    Args:
+        own_lead: of the clean run, (n,).
+        other_lead: under an edit, (n,).
+    """
+    return Estimate.share((other_lead > 0)[own_lead > 0])
+
+
+def displacements(edit: LRQP, x: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """What an edit adds to activations (n, d), in float64; 0 where it cannot reach the target."""
+    wide = x.double()
+    return edit.solve(wide, target, source).x_new.detach() - wide
+
+
+def with_partners(edit: Baseline, activations: Tensor) -> Baseline:
+    """The edit, with what it writes, (n, d), if it is one that needs to be told."""
+    return edit.paired(activations) if isinstance(edit, Paired) else edit
+
+
+def _rows(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Some rows of a tensor, on the device of another one."""
+    return values[rows.to(values.device)].to(like.device)
