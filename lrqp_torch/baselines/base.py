@@ -235,9 +235,9 @@ class Paired(Baseline):
 
     def bind(self, run: EditRun, **given: Any) -> dict[str, Any]:
         """See :meth:`Edit.bind`."""
-        if run.in_scope:
+        if run.positions.scope is not None:
             raise PairError(f"{self.name} needs a pair for each position, known beforehand")
-        self.check_pairs(run.n_positions)
+        self.check_pairs(len(run.positions))
         return super().bind(run, **given)
 
     def partners(self, x: Tensor, context: EditContext) -> Tensor:

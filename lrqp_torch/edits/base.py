@@ -22,8 +22,6 @@ from lrqp_torch.stream.positions import Positions, Where
 Asked = TypeVar("Asked")
 """How a kind of edit is told what to write: a class, or a class for each of several variables."""
 OnInfeasible = Literal["raise", "skip"]
-Place = Callable[[Any, str], Tensor]
-"""Classes as a user gives them, and their name, to one for each position edited."""
 
 
 class Edit(nn.Module, Shared, Generic[Asked]):
@@ -107,8 +105,10 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         Args:
             model: a transformers model; it is not changed.
             site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
-            positions: LongTensor (B,), (B, n) or BoolTensor (B, T); or, around ``model.generate``,
-                ``"prompt"``, ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
+            positions: LongTensor (B,), (B, n) or BoolTensor (B, T), or lists of these; a column of
+                each text, a slice of them, ``"last"``, or a function of the model's inputs; or,
+                around ``model.generate``, ``"prompt"``, ``"generated"``, ``"all"`` or a
+                :class:`~lrqp_torch.Scope`.
             target: class to write: one for all, (B,) one an example, or the shape of positions. Of
                 several variables: name to class, each in one of these shapes, or a tensor with the
                 variables as a last axis.
@@ -158,18 +158,18 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         solve: Callable[..., Solution] = self.solve
         return solve(x, target, source, realise=context.realise, examples=context.example, **given)
 
-    def place(self, classes: Asked, what: str, place: Place) -> Tensor:
+    def place(self, classes: Asked, what: str, positions: Positions) -> Tensor:
         """The classes for each position, (N,), or (N, V) of V variables, checked.
 
         Args:
             classes: as given to :meth:`on`.
             what: ``"target"`` or ``"source"``.
-            place: one class for each position from the classes of one variable.
+            positions: where.
 
         Raises:
             TargetError: another shape or dtype, or out of range.
         """
-        placed = place(classes, what)
+        placed = positions.classes(classes, what)
         check_classes(placed, len(placed), self.n_classes, what)
         return placed
 

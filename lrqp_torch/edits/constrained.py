@@ -193,7 +193,7 @@ class ConstrainedLRQP(Edit[Classes]):
         """
         problem = self._pose()[1]
         spread = {
-            name: _spread(problem, name, value, run.batch)
+            name: _spread(problem, name, value, run.positions.batch or 1)
             for name, value in (parameters or {}).items()
         }
         return {"parameters": spread, **super().bind(run, **given)}

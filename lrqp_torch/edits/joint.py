@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.base import Edit, OnInfeasible, Place
+from lrqp_torch.edits.base import Edit, OnInfeasible
 from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.saving import read_joint, write_joint
@@ -28,6 +28,7 @@ from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import MahalanobisQP, Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+from lrqp_torch.stream.positions import Positions
 
 Targets = Mapping[str, Tensor | int] | Tensor
 """Name to class, ``KEEP`` or ``FREE``; or all of them as a tensor with V as a last axis."""
@@ -176,10 +177,10 @@ class JointLRQP(Edit[Targets]):
             columns.append(floor)
         return torch.cat(columns, -1)
 
-    def place(self, classes: Targets, what: str, place: Place) -> Tensor:
+    def place(self, classes: Targets, what: str, positions: Positions) -> Tensor:
         """See :meth:`Edit.place`; ranges are checked where it is solved."""
         parts = self._parts(classes, what)
-        placed = [place(part, f"{what} of {name!r}") for name, part in parts.items()]
+        placed = [positions.classes(part, f"{what} of {n!r}") for n, part in parts.items()]
         return torch.stack(torch.broadcast_tensors(*placed), -1)
 
     def unreachable(self, target: Tensor, which: str) -> str:

@@ -11,8 +11,6 @@ from lrqp_torch.edits.failures import raise_failures, worst_allowed
 from lrqp_torch.errors import (
     EditNeverFiredError,
     LRQPError,
-    TargetError,
-    as_classes,
     concrete,
     outside_transforms,
     unwrapped,
@@ -89,6 +87,7 @@ class EditRun:
 
     Attributes:
         edit: what is applied.
+        positions: where, parsed.
         given: what else it is given at each application.
     """
 
@@ -101,35 +100,16 @@ class EditRun:
         record: bool = True,
     ) -> None:
         self.edit, self.given = edit, dict[str, Any]()
-        self._pairs = Positions.parse(positions)
-
-        def place(classes: Any, what: str) -> Tensor:
-            return _per_position(classes, self._pairs, what)
-
-        self._target = edit.place(target, "target", place)
-        self._source = None if source is None else edit.place(source, "source", place)
+        self.positions = Positions.parse(positions)
+        self._target = edit.place(target, "target", self.positions)
+        self._source = None if source is None else edit.place(source, "source", self.positions)
         self._rows = _Rows(record)
         self._dtype = torch.float32
 
     @property
-    def n_positions(self) -> int:
-        """How many activations are edited, in a scope so far."""
-        return len(self._pairs)
-
-    @property
-    def in_scope(self) -> bool:
-        """Whether its tokens are found while the model runs."""
-        return self._pairs.scope is not None
-
-    @property
-    def batch(self) -> int:
-        """B, where it is known beforehand; 1 in a scope."""
-        return self._pairs.batch or 1
-
-    @property
     def nbytes(self) -> int:
         """How much memory the record takes."""
-        pairs = self._pairs.example, self._pairs.token, self.generation
+        pairs = self.positions.example, self.positions.token, self.generation
         return self._rows.nbytes + sum(part.nbytes for part in pairs)
 
     @property
@@ -164,16 +144,14 @@ class EditRun:
         rows = self._recorded()
         if not len(rows):
             return []
-        numbers, lengths = rows.column("forward_pass").long().unique_consecutive(return_counts=True)
-        example, token = self._pairs.example.to(rows.device), self._pairs.token.to(rows.device)
-        steps = []
-        for number, part in zip(numbers.tolist(), rows.split(lengths.tolist()), strict=True):
-            index = part.column("index").long()
-            names = "log_odds_before", "log_odds_after", "floor", "distance"
-            values = {name: part.column(name) for name in names}
-            status = part.column("status").long()
-            steps.append(Step(number, example[index], token[index], **values, status=status))
-        return steps
+        numbers = rows.column("forward_pass").long()
+        numbers, lengths = numbers.unique_consecutive(return_counts=True)
+        positions, index = self.positions.to(rows.device), rows.column("index").long()
+        names = "log_odds_before", "log_odds_after", "floor", "distance"
+        columns = [positions.example[index], positions.token[index]]
+        columns += [*map(rows.column, names), rows.column("status").long()]
+        parts = zip(*(column.split(lengths.tolist()) for column in columns), strict=True)
+        return [Step(number, *part) for number, part in zip(numbers.tolist(), parts, strict=True)]
 
     def summary(self) -> str:
         """A table of the steps, a line each, in medians over tokens (log odds in nats)."""
@@ -192,15 +170,15 @@ class EditRun:
         if not bool(failed.any()):
             return
         # What failed stays on record, whatever passes follow; one position is named once.
-        rows = rows.last(len(self._pairs), failed)
+        rows = rows.last(len(self.positions), failed)
         index = rows.column("index").long()
-        pairs, reached = self._pairs, rows.column("log_odds_after")
-        which = torch.arange(len(pairs)) if pairs.scope is None else pairs.request
+        pairs, reached = self.positions.to(index.device), rows.column("log_odds_after")
+        which = index if pairs.scope is None else pairs.request[index]
         raise_failures(
             self.edit,
             rows.column("status").long(),
-            names=pairs.example.to(index.device)[index],
-            target=_chosen(self._target, which.to(index.device)[index]),
+            names=pairs.example[index],
+            target=_chosen(self._target, which),
             floor=rows.column("floor"),
             reached=reached,
             residual=rows.column("kkt_residual"),
@@ -211,9 +189,9 @@ class EditRun:
     def __repr__(self) -> str:
         if not self._rows.kept:
             return "EditRun(no record)"
-        rows = self._rows.last(len(self._pairs))
-        if not len(rows) or len(rows) < len(self._pairs):
-            return f"EditRun({len(rows)} of {len(self._pairs)} positions have run)"
+        rows = self._rows.last(len(self.positions))
+        if not len(rows) or len(rows) < len(self.positions):
+            return f"EditRun({len(rows)} of {len(self.positions)} positions have run)"
         status = rows.column("status")
         counts = {kind.name.lower(): int((status == kind).sum()) for kind in Status}
         said = [self.edit.label, ", ".join(f"{n} {name}" for name, n in counts.items() if n)]
@@ -225,17 +203,17 @@ class EditRun:
     @property
     def example(self) -> Tensor:
         """Row of the batch of each position."""
-        return self._pairs.example.reshape(self._pairs.shape)
+        return self.positions.example.reshape(self.positions.shape)
 
     @property
     def token(self) -> Tensor:
         """Column of each position."""
-        return self._pairs.token.reshape(self._pairs.shape)
+        return self.positions.token.reshape(self.positions.shape)
 
     @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each token is part of, from 0; else zeros."""
-        return self._pairs.generation.reshape(self._pairs.shape)
+        return self.positions.generation.reshape(self.positions.shape)
 
     @property
     def status(self) -> Tensor:
@@ -293,7 +271,7 @@ class EditRun:
         return int((self.status >= Status.INFEASIBLE).sum())
 
     def _read(self, name: str) -> Tensor:
-        rows, count = self._recorded(), len(self._pairs)
+        rows, count = self._recorded(), len(self.positions)
         self.raise_late()
         if not count:
             raise EditNeverFiredError(
@@ -307,7 +285,7 @@ class EditRun:
                 f"the context first"
             )
         values = rows.column(name)
-        return values.reshape(*self._pairs.shape, *values.shape[1:])
+        return values.reshape(*self.positions.shape, *values.shape[1:])
 
     def _recorded(self) -> "_Rows":
         if not self._rows.kept:
@@ -350,8 +328,8 @@ class _Rows:
         return self._buffer.nbytes
 
     def clear(self) -> None:
-        """Forget all rows."""
-        self._count = 0
+        """Forget all rows; those that were given away stay as they are."""
+        self._buffer, self._count = self._buffer[:0], 0
 
     def append(self, solution: Solution, index: Tensor) -> None:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
@@ -401,11 +379,6 @@ class _Rows:
             raise LRQPError(f"this kind of edit records no {name!r}; it has {list(self._places)}")
         return self._buffer[: self._count, self._places[name]]
 
-    def split(self, lengths: list[int]) -> "list[_Rows]":
-        """Parts of the rows one after another."""
-        parts = self._buffer[: self._count].split(lengths)
-        return [_Rows(True, self._places, part) for part in parts]
-
     def last(self, count: int, among: Tensor | None = None) -> "_Rows":
         """The last row of each of ``count`` positions that has one, among some of the rows."""
         if not self._count:
@@ -449,23 +422,3 @@ def summarise(steps: Sequence[Step]) -> str:
 def _chosen(classes: Tensor, which: Tensor) -> Tensor:
     """The classes of some rows; one of a scope may stand for all."""
     return classes[which] if len(classes) != 1 else classes.expand(len(which), *classes.shape[1:])
-
-
-def _per_position(classes: Tensor | int, parsed: Positions, name: str) -> Tensor:
-    """One class for each (example, token) pair, (N,), in a scope each request; on the CPU."""
-    classes = as_classes(classes, name).cpu()
-    if classes.dtype.is_floating_point or classes.dtype == torch.bool:
-        raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
-    if parsed.scope is not None:
-        return parsed.per_request(classes, name)
-    example, slot = parsed.example.cpu(), parsed.slot.cpu()
-    if classes.ndim == 0:
-        return classes.expand(len(example)).clone()
-    if classes.shape == (parsed.batch,):
-        return classes[example]
-    if classes.shape == parsed.grid:
-        return classes[example, slot]
-    raise TargetError(
-        f"{name} has shape {tuple(classes.shape)}; give one number, ({parsed.batch},) for one "
-        f"class an example, or {parsed.grid} for one a position"
-    )

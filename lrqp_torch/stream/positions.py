@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, TargetError, concrete
+from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete
 from lrqp_torch.stream.passes import ForwardCall, Text
 
 REGIONS = ("prompt", "generated", "all")
@@ -226,23 +226,39 @@ class Positions:
         new[:, 0], new[:, 1], new[:, 3] = example, token, text
         return torch.arange(begin, self._count)
 
-    def per_request(self, classes: Tensor, name: str) -> Tensor:
-        """In a scope: integer classes one a request, (B,), or (1,) for all.
+    def classes(self, given: Any, name: str) -> Tensor:
+        """A class for each pair, (N,), on the CPU; in a scope for each request, (B,), or (1,).
+
+        Args:
+            given: integers: one for all, (B,) one an example or request, or one a position.
+            name: what they are, for messages.
 
         Raises:
-            TargetError: another shape, or another number of requests than before.
+            TargetError: another shape or dtype, or another number of requests than before.
         """
+        classes: Tensor = as_classes(given, name).cpu()
+        if classes.dtype.is_floating_point or classes.dtype == torch.bool:
+            raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
+        if self.scope is not None:
+            if classes.ndim > 1 or (classes.ndim and self.requests not in (None, len(classes))):
+                known = "(B,)" if self.requests is None else f"({self.requests},)"
+                raise TargetError(
+                    f"{name} has shape {tuple(classes.shape)}; in the scope {self.scope.region!r} "
+                    f"give one number, or {known} for one class a request"
+                )
+            self.requests = len(classes) if classes.ndim else self.requests
+            return classes.reshape(-1)
+        example, slot = self.example.cpu(), self.slot.cpu()
         if classes.ndim == 0:
-            return classes.reshape(1)
-        if classes.ndim != 1 or self.requests not in (None, len(classes)):
-            known = "(B,)" if self.requests is None else f"({self.requests},)"
-            assert self.scope is not None
-            raise TargetError(
-                f"{name} has shape {tuple(classes.shape)}; in the scope {self.scope.region!r} give "
-                f"one number, or {known} for one class a request"
-            )
-        self.requests = len(classes)
-        return classes
+            return classes.expand(len(example)).clone()
+        if classes.shape == (self.batch,):
+            return classes[example]
+        if classes.shape == self.grid:
+            return classes[example, slot]
+        raise TargetError(
+            f"{name} has shape {tuple(classes.shape)}; give one number, ({self.batch},) for one "
+            f"class an example, or {self.grid} for one a position"
+        )
 
     def among(self, batch: int, length: int, given: Mapping[str, Any]) -> "Positions":
         """These positions in inputs that are there as a whole, (batch, length).

@@ -153,6 +153,19 @@ def test_the_record_is_that_of_the_last_forward_pass() -> None:
     assert torch.equal(run.log_odds_before.flatten(), expected.log_odds_before)
 
 
+@torch.no_grad()
+def test_steps_of_a_context_outlive_the_next() -> None:
+    model, edit = build("gpt2"), edit_of(build("gpt2"), "L1.mid")
+    item, kept = edit.on("L1.mid", positions=AT, target=1), []
+    for seed in (0, 3):
+        with lrqp.intervene(model, item) as (run,):
+            model(**Prompts.random([7, 4, 9, 6], seed=seed).padded("left"))
+        kept.append((run.steps[0].distance, run.distance.flatten()))
+    for step, read in kept:
+        assert torch.equal(step, read)
+    assert not torch.equal(*(step for step, _ in kept))
+
+
 def test_reading_before_running_is_an_error() -> None:
     model = build("gpt2")
     edit = edit_of(model, "L1.mid")
@@ -340,7 +353,7 @@ def test_a_long_generation_costs_constant_time_a_pass_and_little_memory() -> Non
         written.append(mode.numbers)
     assert sorted(written)[passes // 2] == sorted(written[:20])[10]
     assert sum(written) < 5 * passes * sorted(written)[passes // 2]
-    assert run.nbytes <= 200 * run.n_positions
+    assert run.nbytes <= 200 * len(run.positions)
     assert len(run.steps) == passes and run.distance.shape == (2, passes)
 
 
