@@ -34,6 +34,11 @@ def test_the_help_of_the_command_loads_no_library() -> None:
     assert not modules & {"torch", "transformers", "cvxpy", "cvxpylayers", "numpy"}
 
 
+def test_models_are_asked_for_before_what_loads_them_is() -> None:
+    modules = loaded_by("from lrqp_torch.models import load; from lrqp_torch.ioi import IOIDataset")
+    assert not modules & {"transformers.modeling_utils", "cvxpy", "huggingface_hub"}
+
+
 def test_type_checkers_see_the_names_that_are_imported_at_run_time() -> None:
     tree = ast.parse(Path(str(lrqp_torch.__file__)).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))

@@ -187,7 +187,8 @@ def _nullspace_rows(x: Tensor, inside: Tensor, iterations: int, l2: float | None
         left = x - (x @ rows.T) @ rows
         if float(torch.linalg.vector_norm(left, dim=-1).mean()) <= NOTHING_LEFT * scale:
             break
-        weight = LinearProbe.fit(left, inside, l2=l2, n_classes=2).weight
+        (probe,) = LinearProbe.fit_many({i: (left, inside)}, l2=l2).values()
+        weight = probe.weight
         direction = weight[1] - weight[0]
         # In exact arithmetic orthogonal to the rows before already.
         direction = direction - (direction @ rows.T) @ rows

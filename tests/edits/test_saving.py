@@ -276,6 +276,18 @@ def test_a_folder_that_cannot_be_written(clusters: Clusters, tmp_path: Path) -> 
     assert (tmp_path / "file").read_text() == "here already"
 
 
+def test_the_names_of_classes_are_kept(clusters: Clusters, tmp_path: Path) -> None:
+    x, y = clusters
+    edit = LRQP.fit(x, [["red", "green", "blue"][label] for label in y])
+    edit.save(tmp_path)
+    assert LRQP.load(tmp_path).probe.classes == ("blue", "green", "red")
+    content = json.loads((tmp_path / "edit.json").read_text())
+    for classes in ("abc", ["a", "b"], ["a", "b", 3], {"a": 1}):
+        (tmp_path / "edit.json").write_text(json.dumps(content | {"classes": classes}))
+        with pytest.raises(SavedEditError, match="classes"):
+            LRQP.load(tmp_path)
+
+
 def test_notes_must_be_json(clusters: Clusters, tmp_path: Path) -> None:
     edit = LRQP.fit(*clusters)
     for note in (torch.zeros(1), float("nan"), object()):

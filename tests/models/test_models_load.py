@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from lrqp_torch.errors import MissingExtraError, ModelError
 from lrqp_torch.ioi import NAMES
@@ -47,7 +53,7 @@ def test_an_organism_needs_no_network_and_is_in_eval_mode(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(loader, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
     model, tokenizer = load(name)
     assert isinstance(model, GPT2LMHeadModel)
     assert not model.training
@@ -123,10 +129,10 @@ def test_an_unreachable_hub_falls_back_on_the_cache_within_seconds(
         calls.append(options)
         return GPT2LMHeadModel.from_pretrained(folder)
 
-    monkeypatch.setattr(loader, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(loader, "get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", from_cache)
-    monkeypatch.setattr(loader.AutoTokenizer, "from_pretrained", from_cache)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_cache)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_cache)
     model, _ = load("someone/a-model")
     assert model.config.n_embd == 8
     assert [options["local_files_only"] for options in calls] == [True, True]
@@ -141,10 +147,10 @@ def test_a_reachable_hub_is_asked_for_the_files(
         calls.append(options)
         return GPT2LMHeadModel.from_pretrained(folder)
 
-    monkeypatch.setattr(loader, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(loader, "get_hf_file_metadata", lambda *_, **__: None)
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", from_hub)
-    monkeypatch.setattr(loader.AutoTokenizer, "from_pretrained", from_hub)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_hub)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
     load("someone/a-model")
     assert [options["local_files_only"] for options in calls] == [False, False]
 
@@ -155,8 +161,8 @@ def test_a_model_found_nowhere_says_what_was_tried_and_how_to_mend_it(
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(loader, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(loader, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     with pytest.raises(ModelError) as caught:
         load("someone/no-such-model")
     message = str(caught.value)
@@ -169,8 +175,8 @@ def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(loader, "is_offline_mode", lambda: True)
-    monkeypatch.setattr(loader, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         load("someone/no-such-model")
 
