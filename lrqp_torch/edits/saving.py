@@ -214,7 +214,7 @@ def read_edit(cls: type[Made], folder: Path) -> Made:
     names = content.get("classes")
     named = isinstance(names, list) and [type(name) for name in names] == [str] * len(weight)
     require(folder / JSON_FILE, [] if named or names is None else ["classes"])
-    probe.classes = tuple(names) if named else None
+    probe.classes = None if names is None else tuple(names)
     try:
         metric = Mahalanobis(
             tensors["metric.covariance"],
