@@ -1,7 +1,7 @@
 """Estimates, sites and tasks as sentences, charts and tables show them."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from lrqp_torch.plot.chart import (
     BLACK,
@@ -75,19 +75,23 @@ def cells(value: Estimate | float | None) -> tuple[float | None, float | None, f
     return (None, None, None) if value.value is None else (value.value, value.lower, value.upper)
 
 
-def table_of(columns: Mapping[str, Sequence[Estimate | Cell]]) -> Table:
-    """A table by columns; the estimates of a column have their ends in two columns behind it."""
-    shown: list[tuple[str, Sequence[Cell]]] = []
+def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
+    """A table by columns of cells; estimates have their ends in two columns behind theirs."""
+    headings: list[str] = []
+    shown: list[Sequence[Cell]] = []
     for heading, values in columns.items():
-        if not any(isinstance(value, Estimate) for value in values):
-            shown.append((heading, cast(Sequence[Cell], values)))
-            continue
-        ends = zip(
-            *(cells(cast("Estimate | float | None", value)) for value in values), strict=True
-        )
-        shown += zip((heading, "lower 95 %", "upper 95 %"), ends, strict=True)
-    rows = zip(*(values for _, values in shown), strict=True)
-    return Table([heading for heading, _ in shown], list(rows))
+        if any(isinstance(value, Estimate) for value in values):
+            headings += [heading, "lower 95 %", "upper 95 %"]
+            shown += zip(*map(cells, values), strict=True)
+        else:
+            headings.append(heading)
+            shown.append(values)
+    return Table(headings, list(zip(*shown, strict=True)))
+
+
+def joined(*words: str) -> str:
+    """Those that are not empty, with commas between them."""
+    return ", ".join(word for word in words if word)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -373,7 +373,7 @@ def _paired(readings: dict[str, AttentionReading], key: str, title: str = "") ->
         ],
         rules=[Rule(0.0, "diagonal", dash="dash")],
         title=title,
-        x_title=f"END → {token}, clean",
+        x_title="attention in the clean run",
         y_title=f"END → {token}, edited",
         x_range=(-0.04, 1.04),
         y_range=(-0.04, 1.04),

@@ -31,6 +31,7 @@ from lrqp_torch.study.running import answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     capitalised,
     headed,
+    joined,
     look,
     marks_of,
     share_in_words,
@@ -326,19 +327,19 @@ def _finding(result: DoseResult, name: str) -> str:
 def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha") -> Pane:
     """A measure of the edits against their log α or their size, by version of the task."""
     marks: list[Marks] = []
-    rules = [] if field == "flipped" else [Rule(0.0)]
+    rules = [] if field == "flipped" else [Rule(0.0, dash="solid")]
     for index, (name, task) in enumerate(result.tasks.items()):
         words, style = task_in_words(name), look(index)
         star, triangle = style | {"marker": "star"}, style | {"marker": "triangle"}
         for label, edits, looks in (
             (words or "sweep", task.doses, style),
             (
-                ", ".join(filter(None, ["mirror rule", words])),
+                joined("mirror rule", words),
                 [task.counterfactual],
                 star | {"kind": "points", "size": 1.6},
             ),
             (
-                ", ".join(filter(None, ["mirror rule, control", words])),
+                joined("mirror rule, control", words),
                 [task.control],
                 triangle | {"kind": "points", "filled": False, "size": 1.3},
             ),

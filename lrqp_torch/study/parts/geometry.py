@@ -28,6 +28,7 @@ from lrqp_torch.study.showing import (
     SITES,
     headed,
     in_ranges,
+    joined,
     look,
     marks_of,
     percent,
@@ -135,38 +136,35 @@ def site_geometry(
     Raises:
         LabelError: one class only in either split.
     """
-    train, test = train.double(), test.double()
-    y_train, y_test = train_labels.to(train.device), test_labels.to(test.device)
+    y_train, y_test = train_labels.cpu(), test_labels.cpu()
     for labels, split in ((y_train, "training"), (y_test, "held-out")):
         if len(labels.unique()) < 2:
             raise LabelError(f"the {split} prompts are all of one class; give more prompts")
-    mean = train.mean(0)
-    _, singular, directions = torch.linalg.svd(train - mean, full_matrices=False)
+    mean = train.double().mean(0)
+    _, singular, directions = torch.linalg.svd(train.double() - mean, full_matrices=False)
     total = singular.square().sum()
     # Activations that are all the same vary in no direction.
     shares = singular.square() / total if total > 0 else torch.zeros_like(singular)
-    fitted, held_out = ((x - mean) @ directions[:MOST_DIRECTIONS].T for x in (train, test))
+    along = directions[:MOST_DIRECTIONS].T
+    fitted, held_out = (((x.double() - mean) @ along).cpu() for x in (train, test))
     first, last = (fitted[y_train == label].mean(0) for label in (y_train.min(), y_train.max()))
     sign = torch.where(last >= first, 1.0, -1.0)
     fitted, held_out = fitted * sign, held_out * sign
     explained = [eta_squared(column, y_train) for column in fitted.T]
     strongest = max(range(len(explained)), key=explained.__getitem__)
     order, thresholds = neighbours(fitted[:, 0], y_train)
-    cuts = torch.tensor(thresholds, dtype=torch.float64, device=test.device)
-    said = torch.tensor(order, device=test.device)[
-        torch.bucketize(held_out[:, 0].contiguous(), cuts)
-    ]
+    cuts = torch.tensor(thresholds, dtype=torch.float64)
+    said = torch.tensor(order)[torch.bucketize(held_out[:, 0].contiguous(), cuts)]
+    shown = held_out[:MOST_POINTS, :2].tolist()
     return SiteGeometry(
         variance=shares[:2].tolist(),
         eta_squared=[eta_squared(column, y_test) for column in held_out[:, :2].T],
         strongest=strongest + 1,
         strongest_eta_squared=eta_squared(held_out[:, strongest], y_test),
         thresholds=thresholds,
-        accuracy=Estimate.share(said == test_labels.cpu()),
+        accuracy=Estimate.share(said == y_test),
         auc=area_under_curve(held_out[:, 0], y_test, order),
-        points=[
-            [float(f"{value:.4g}") for value in row] for row in held_out[:MOST_POINTS, :2].tolist()
-        ],
+        points=[[float(f"{value:.4g}") for value in row] for row in shown],
     )
 
 
@@ -182,13 +180,9 @@ def eta_squared(values: Tensor, labels: Tensor) -> float:
     """
     centred = values.double() - values.double().mean()
     total = float(centred.square().sum())
-    if total == 0:
-        return 0.0
-    between = 0.0
-    for label in labels.unique():
-        group = centred[labels == label]
-        between += len(group) * float(group.mean()) ** 2
-    return min(between / total, 1.0)
+    groups = [centred[labels == label] for label in labels.unique()]
+    between = sum(len(group) * float(group.mean()) ** 2 for group in groups)
+    return min(between / total, 1.0) if total else 0.0
 
 
 def neighbours(scores: Tensor, labels: Tensor) -> tuple[list[int], list[float]]:
@@ -218,21 +212,16 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
     Returns:
         A midpoint between neighbouring scores, or a number beyond all of them.
     """
-    ordered, index = scores.sort()
-    ones = labels[index].double()
-    # Cut i puts the i lowest scores below the threshold.
-    start = ones.new_zeros(1)
-    zeros_below = torch.cat([start, (1 - ones).cumsum(0)])
-    ones_above = ones.sum() - torch.cat([start, ones.cumsum(0)])
-    right = zeros_below + ones_above
+    ordered, index = scores.double().sort()
+    # Cut i puts the i lowest scores below the threshold: right are the zeros there, and the ones
+    # above it, whose number falls by one with every one below.
+    gains = 1 - 2 * labels[index].double()
+    right = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     tied = torch.zeros_like(right, dtype=torch.bool)
     tied[1:-1] = ordered[1:] == ordered[:-1]
-    cut = int(right.masked_fill(tied, -1).argmax())
-    if cut == 0:
-        return float(ordered[0]) - 1.0
-    if cut == len(ordered):
-        return float(ordered[-1]) + 1.0
-    return float((ordered[cut - 1] + ordered[cut]) / 2)
+    cut = int(right.masked_fill(tied, -torch.inf).argmax())
+    beyond = torch.cat([ordered[:1] - 2, ordered, ordered[-1:] + 2])
+    return float((beyond[cut] + beyond[cut + 1]) / 2)
 
 
 def area_under_curve(scores: Tensor, labels: Tensor, order: list[int]) -> float:
@@ -328,16 +317,16 @@ class Geometry(Part[GeometryResult]):
         grids = {}
         for name, task in result.tasks.items():
             panes = [
-                _plane(result, name, site, f"{site}   η² = {item.eta_squared[0]:.2f}", size=0.5)
+                _plane(result, name, site, f"{site}   η² = {item.eta_squared[0]:.2f}", large=False)
                 for site, item in task.sites.items()
             ]
             title = f"Directions 1 and 2 of the activations at {result.words.position}"
             grids[f"geometry_sites_{name}"] = Chart(
-                panes, ", ".join(filter(None, [title, task_in_words(name)])), columns=6
+                panes, joined(title, task_in_words(name)), columns=6
             )
         curves = [
-            _by_site(result, "eta squared, direction 1", "Share of direction 1's\nvariance (η²)"),
-            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)}\non direction 1"),
+            _by_site(result, "eta squared, direction 1", "Share of direction 1's variance (η²)"),
+            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1"),
         ]
         title = f"How much of the largest direction is {result.words.variable}"
         return {
@@ -446,31 +435,22 @@ def _best(result: GeometryResult, site: str) -> Chart:
     return Chart(panes, title=title, columns=len(panes))
 
 
-def _plane(result: GeometryResult, name: str, site: str, title: str, *, size: float = 1.0) -> Pane:
+def _plane(result: GeometryResult, name: str, site: str, title: str, *, large: bool = True) -> Pane:
     """Held-out prompts on both directions at one site."""
-    task = result.tasks[name]
-    item = task.sites[site]
+    task, item = result.tasks[name], result.tasks[name].sites[site]
     marks = []
     for index, label in reversed(list(enumerate(result.classes))):
         rows = [row for row, value in enumerate(task.labels) if value == index]
-        marks.append(
-            Marks(
-                label,
-                [item.points[row][0] for row in rows],
-                [item.points[row][1] for row in rows],
-                kind="points",
-                size=size,
-                opacity=0.6,
-                texts=[task.prompts[row] for row in rows],
-                **look(index),
-            )
-        )
+        x, y = ([item.points[row][axis] for row in rows] for axis in (0, 1))
+        texts, size = [task.prompts[row] for row in rows], 1.0 if large else 0.5
+        style = look(index) | {"kind": "points", "size": size, "opacity": 0.6}
+        marks.append(Marks(label, x, y, texts=texts, **style))
     x_title, y_title = (
-        f"direction {number} ({percent(share)} of all variance)" if size == 1 else ""
+        f"direction {number} ({percent(share)} of all variance)" if large else ""
         for number, share in enumerate(item.variance, start=1)
     )
     rules = [Rule(cut, axis="x") for cut in item.thresholds]
-    return Pane(marks, rules=rules, title=title, x_title=x_title, y_title=y_title)
+    return Pane(marks, rules=rules, title=title, x_title=x_title, y_title=y_title, ticks=large)
 
 
 def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:

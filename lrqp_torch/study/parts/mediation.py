@@ -24,7 +24,7 @@ are the shares of the natural indirect effect from the edited and the clean side
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,6 @@ from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import Batch, answers, batches, put
 from lrqp_torch.study.showing import (
     between,
-    capitalised,
     marks_of,
     percent,
     plural,
@@ -198,21 +197,31 @@ class Mediation(Part[MediationResult]):
 
     def says(self, result: MediationResult, /) -> list[str]:
         """How much of the effect the first set of heads carries."""
+        words = result.words
+        change = (
+            f"the mean of {words.preference} from {signed(result.preference_clean)} to "
+            f"{signed(result.preference_edited)}"
+        )
         if not result.shown:
             return [
-                f"The counterfactual edit at {result.site} changes {_change(result)}; the 95 % "
-                f"interval of the change ({between(result.effect)}) includes 0, so there is no "
-                "effect of which a share could be told."
+                f"The counterfactual edit at {result.site} changes {change}; the 95 % interval of "
+                f"the change ({between(result.effect)}) includes 0, so there is no effect of which "
+                "a share could be told."
             ]
-        group = result.shown[0]
+        group, flips = result.shown[0], result.edit_flips
         back, forth = (
-            percent(share.value, 0) for share in (group.restored, group.induced) if share
+            f"{percent(share.value, 0)} ({between(share, 0, 100)})"
+            for share in (group.restored, group.induced)
+            if share is not None
         )
+        origin = "published" if result.published else "found by the program"
         return [
-            f"Putting only the attention from {result.words.end} of "
-            f"{plural(len(group.heads), 'head')} ({group.group}) back to the clean run's undoes "
-            f"{back} of the effect of the edit at {result.site}; putting their attention under the "
-            f"edit into a clean run brings about {forth} of it."
+            f"The counterfactual edit at {result.site} changes {change}"
+            + (f" and flips {percent(flips.value, 0)} of the answers" if flips else "")
+            + f". Putting only the attention from {words.end} of "
+            f"{plural(len(group.heads), 'head')} ({group.group}, {origin}) back to the clean run's "
+            f"undoes {back} of its effect; putting their attention under the edit into a clean run "
+            f"brings about {forth} of it."
         ]
 
     def figures(self, result: MediationResult, /) -> dict[str, Chart]:
@@ -224,56 +233,31 @@ class Mediation(Part[MediationResult]):
         """Shares of the edit's effect that sets of attention patterns carry."""
         groups, words = result.groups, result.words
         who = WRITERS if any(group.group == WRITERS for group in groups) else MOVERS
-        flips = result.edit_flips
-        first = next(iter(result.shown), None)
         text = " ".join(self.says(result))
-        if first is not None and first.restored and first.induced:
-            origin = "published" if result.published else "found by the program"
-            text = (
-                f"The counterfactual edit at {result.site} changes {_change(result)}"
-                + (
-                    "."
-                    if flips is None
-                    else f" and flips {percent(flips.value, 0)} of the answers."
-                )
-                + f" Setting only the attention from {words.end} of a set of heads back to the "
-                "clean run's, with the edit in place, restores part of it; setting it to the "
-                "edited run's, without the edit, brings part of it about. "
-                f"{capitalised(first.group)} ({origin}): {percent(first.restored.value, 0)} "
-                f"restored (95 % interval {between(first.restored, 0, 100)}), "
-                f"{percent(first.induced.value, 0)} induced ({between(first.induced, 0, 100)}). "
-                f"All heads above the site are the most that attention from {words.end} can carry; "
-                "sets of other heads, drawn at random, show what setting as many patterns does by "
-                "itself. The shares of different sets need not add up."
+        if result.shown:
+            text += (
+                f" All heads above the site are the most that attention from {words.end} can "
+                "carry; sets of other heads, drawn at random, show what setting as many patterns "
+                "does by itself. The shares of different sets need not add up. Bars are bootstrap "
+                "95 % intervals."
             )
+        columns: dict[str, Sequence[Any]] = {
+            f"attention from {words.end} of": [_label(group) for group in groups],
+            "restored": [group.restored for group in groups],
+            "induced": [group.induced for group in groups],
+            "answers restored": [group.answers_restored for group in groups],
+            "answers flipped": [group.answers_flipped for group in groups],
+            f"{words.preference}, restored": [group.preference_restored for group in groups],
+            f"{words.preference}, induced": [group.preference_induced for group in groups],
+            "heads": [_listed(group) for group in groups],
+        }
         return [
             Panel(
                 name="mediation",
                 title=f"Is the effect carried by where the {who} look?",
                 text=text,
-                charts={"": Chart([_bars(result)])} if first else {},
-                table=table_of(
-                    {
-                        f"attention from {words.end} of": [_label(group) for group in groups],
-                        "restored": [group.restored for group in groups],
-                        "induced": [group.induced for group in groups],
-                        "answers restored": [
-                            group.answers_restored and group.answers_restored.value
-                            for group in groups
-                        ],
-                        "answers flipped": [
-                            group.answers_flipped and group.answers_flipped.value
-                            for group in groups
-                        ],
-                        f"{words.preference}, restored ({words.unit})": [
-                            group.preference_restored for group in groups
-                        ],
-                        f"{words.preference}, induced ({words.unit})": [
-                            group.preference_induced for group in groups
-                        ],
-                        "heads": [_listed(group) for group in groups],
-                    }
-                ),
+                charts={"": Chart([_bars(result)])} if result.shown else {},
+                table=table_of(columns),
             )
         ]
 
@@ -417,13 +401,6 @@ def _summarise(
     )
 
 
-def _change(result: MediationResult) -> str:
-    return (
-        f"the mean of {result.words.preference} from {signed(result.preference_clean)} to "
-        f"{signed(result.preference_edited)}"
-    )
-
-
 def _label(group: GroupMediation) -> str:
     known = "other head" in group.group
     return group.group if known else f"{group.group} ({plural(len(group.heads), 'head')})"
@@ -447,13 +424,8 @@ def _bars(result: MediationResult) -> Pane:
         )
         for kind, (label, colour) in KINDS.items()
     ]
-    return Pane(
-        marks,
-        rules=[Rule(100.0)],
-        x_title="",
-        y_title=f"Share of the edit's effect on {result.words.preference} (%)",
-        horizontal=True,
-    )
+    title = f"Share of the edit's effect on {result.words.preference} (%)"
+    return Pane(marks, rules=[Rule(100.0)], y_title=title, horizontal=True)
 
 
 PART = Mediation()

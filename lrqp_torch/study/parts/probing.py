@@ -26,6 +26,7 @@ from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.showing import (
     SITES,
     capitalised,
+    joined,
     look,
     marks_of,
     percent,
@@ -248,7 +249,7 @@ class Probing(Part[ProbingResult]):
         by_variable: dict[str, list[VariableScores]] = {}
         for item in result.variables:
             called, task = _called(result, item.position), task_in_words(item.task)
-            by_token.setdefault(", ".join(filter(None, [called, task])), []).append(item)
+            by_token.setdefault(joined(called, task), []).append(item)
             by_variable.setdefault(item.variable, []).append(item)
         meanings = " ".join(
             f"{capitalised(name)}: {MEANINGS.get(name, ' or '.join(items[0].classes))}."
@@ -270,7 +271,7 @@ class Probing(Part[ProbingResult]):
                 f"the lower end of a Wilson 95 % interval lies more than {MARGIN} above that of "
                 "guessing, which is the share of the most frequent class among the held-out "
                 "prompts; that it can be read does not mean that the model uses it.",
-                charts={key: _token(items) for key, items in by_token.items()},
+                charts={key: _token(result, items) for key, items in by_token.items()},
                 choice="token and task",
             ),
             Panel(
@@ -375,7 +376,7 @@ def _bests(items: list[VariableScores]) -> str:
     return f"{best}; guessing {' and '.join(percent(item.baseline, 0) for item in items)}"
 
 
-def _token(items: list[VariableScores]) -> Chart:
+def _token(result: ProbingResult, items: list[VariableScores]) -> Chart:
     """All variables at one token in one version of the task."""
     order = list(MEANINGS)
     marks = [
@@ -388,7 +389,8 @@ def _token(items: list[VariableScores]) -> Chart:
         )
         for item in items
     ]
-    return Chart([Pane(marks, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES)])
+    pane = Pane(marks, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES, places=result.sites)
+    return Chart([pane])
 
 
 def _by_token(result: ProbingResult, items: list[VariableScores]) -> Chart:
@@ -413,22 +415,20 @@ def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pan
     for item in items:
         task, colours = task_in_words(item.task), look(tasks.index(item.task))
         sites = [score.site for score in item.scores]
-        about = (
-            f"{len(item.classes)} classes, guessing {percent(item.baseline)}, {item.test} prompts"
-        )
+        about = f"{len(item.classes)} classes, guessing {percent(item.baseline)}"
         marks.append(
             marks_of(
                 task or "probe",
                 sites,
                 [score.accuracy for score in item.scores],
-                texts=[f"{s.site}: {percent(s.accuracy.value)}\n{about}" for s in item.scores],
+                notes=[f"{about}, {item.test} prompts" for _ in sites],
                 **colours,
             )
         )
         shuffled = [(s.site, s.shuffled) for s in item.scores if s.shuffled is not None]
         marks.append(
             marks_of(
-                ", ".join(filter(None, ["shuffled labels", task])),
+                joined("shuffled labels", task),
                 [site for site, _ in shuffled],
                 [share.value for _, share in shuffled],
                 kind="points",
@@ -436,7 +436,15 @@ def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pan
             )
         )
         rules.append(Rule(item.baseline, colour=colours["colour"]))
-    return Pane(marks, rules=rules, title=title, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES)
+    return Pane(
+        marks,
+        rules=rules,
+        title=title,
+        x_title=SITES,
+        y_title=_ACCURACY,
+        y_range=_SHARES,
+        places=result.sites,
+    )
 
 
 PART = Probing()
