@@ -5,8 +5,7 @@ from functools import cache
 
 from lrqp_torch import models
 from lrqp_torch.ioi import NAMES
-from lrqp_torch.ioi.prompts import draw
-from lrqp_torch.ioi.tokens import single_token_names
+from lrqp_torch.ioi.prompts import draw, single_token_names
 from lrqp_torch.tasks import Prompt
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.organisms.recipe import Progress, Recipe
 from lrqp_torch.ioi import NAMES, IOIDataset
-from lrqp_torch.ioi.templates import BABA_TEMPLATES, OBJECTS, PLACES
+from lrqp_torch.ioi.words import BABA_TEMPLATES, OBJECTS, PLACES
 
 UNKNOWN = "<unk>"
 PADDING = "<pad>"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrqp_torch.errors import MissingExtraError, PrefixError
-from lrqp_torch.ioi.names import NAMES
+from lrqp_torch.ioi.words import NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

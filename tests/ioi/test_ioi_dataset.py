@@ -22,7 +22,7 @@ from transformers import (
 from lrqp_torch.errors import LRQPError, PromptError, SelectionError, TokenizerError
 from lrqp_torch.ioi import BABA_TEMPLATES, NAMES, OBJECTS, PLACES, IOIDataset
 from lrqp_torch.ioi.prefixes import bundled
-from lrqp_torch.ioi.tokens import single_token_names
+from lrqp_torch.ioi.prompts import single_token_names
 
 
 def task_text(names: Iterable[str] = NAMES) -> list[str]:

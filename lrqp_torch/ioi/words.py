@@ -1,9 +1,11 @@
-"""Templates of the indirect-object-identification task, and the words that fill them.
+"""The words of the indirect-object-identification task: templates, and what fills them.
 
 ``{S}`` is the subject, the name that the second clause repeats, and ``{IO}`` the indirect object,
 the answer. A BABA template has the subject first; its ABBA twin has the two names of the first
 clause swapped. Each ends just before the answer, and every name is preceded by a space, because
-that is how it is one token.
+that is how it is one token, in GPT-2's and in SmolLM2's vocabulary. Names that are also ordinary
+words or places (Grace, Mark, Virginia) are left out, so that a name's logit is about the person.
+Other vocabularies may split some of them; the data set then leaves those out and says so.
 
 Task: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593); the wording is our own.
 """
@@ -33,28 +35,27 @@ ABBA_TEMPLATES: tuple[str, ...] = tuple(
     template.replace("{S} and {IO}", "{IO} and {S}") for template in BABA_TEMPLATES
 )
 
+# fmt: off
+NAMES: tuple[str, ...] = (
+    "Aaron", "Adam", "Alan", "Albert", "Alex", "Alice", "Amanda", "Amy", "Andrea", "Andrew",
+    "Angela", "Anna", "Anthony", "Arthur", "Barbara", "Benjamin", "Brian", "Bruce", "Carl",
+    "Caroline", "Catherine", "Charles", "Charlotte", "Christina", "Claire", "Craig", "Daniel",
+    "David", "Dennis", "Diana", "Dorothy", "Edward", "Elizabeth", "Emily", "Emma", "Eric",
+    "Frederick", "Gary", "George", "Greg", "Hannah", "Helen", "Henry", "Jacob", "James", "Jane",
+    "Janet", "Jason", "Jeff", "Jennifer", "Jeremy", "Jessica", "John", "Jonathan", "Joseph",
+    "Joshua", "Julia", "Julie", "Justin", "Karen", "Kate", "Keith", "Kenneth", "Kevin", "Larry",
+    "Laura", "Lauren", "Linda", "Lisa", "Lucy", "Luke", "Margaret", "Maria", "Martha", "Martin",
+    "Mary", "Matthew", "Melissa", "Michael", "Michelle", "Monica", "Nancy", "Nathan", "Nicholas",
+    "Nicole", "Oliver", "Olivia", "Patricia", "Patrick", "Paul", "Peter", "Philip", "Rachel",
+    "Rebecca", "Ruth", "Samantha", "Sarah", "Simon", "Sophie", "Susan",
+)
+
 PLACES: tuple[str, ...] = (
-    "market",
-    "library",
-    "beach",
-    "museum",
-    "restaurant",
-    "park",
-    "theater",
-    "school",
-    "station",
+    "market", "library", "beach", "museum", "restaurant", "park", "theater", "school", "station",
     "farm",
 )
 
 OBJECTS: tuple[str, ...] = (
-    "book",
-    "letter",
-    "ticket",
-    "lamp",
-    "basket",
-    "ball",
-    "camera",
-    "hat",
-    "key",
-    "flower",
+    "book", "letter", "ticket", "lamp", "basket", "ball", "camera", "hat", "key", "flower",
 )
+# fmt: on
