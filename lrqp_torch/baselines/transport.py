@@ -90,6 +90,7 @@ class OptimalTransport(Baseline):
         return self._maps[held, wanted]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def monge_map(source: Tensor, target: Tensor) -> Tensor:
     """The symmetric A with A Σ_v A = Σ_t on the range of Σ_v; (d, d) each."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 from lrqp_torch.baselines import (
+    BASELINES,
     LEACE,
     AlterRep,
     BaselineData,
@@ -538,3 +539,15 @@ def test_the_length_is_the_metrics_own() -> None:
     # It follows a metric that is changed in place.
     metric.covariance.copy_(torch.eye(6))
     torch.testing.assert_close(length(delta), delta.norm(dim=-1))
+
+
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"das", "full_patch", "none"}))
+def test_what_is_fitted_in_inference_mode_can_be_differentiated_through(name: str) -> None:
+    with torch.inference_mode():
+        x, y = three_classes()
+        edit = BASELINES[name].fit(x + 0, y)
+        edit(x[:4], 1)
+    assert not any(tensor.is_inference() for tensor in [*edit.parameters(), *edit.buffers()])
+    point = torch.randn(4, x.shape[1], dtype=x.dtype, requires_grad=True)
+    edit(point, 1).square().sum().backward()
+    assert point.grad is not None
