@@ -9,8 +9,7 @@ Each message says what is wrong, where, and how to mend it. All derive from
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -208,16 +207,18 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
+def in_transforms() -> bool:
+    """Whether a transform of :mod:`torch.func` is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_transforms() -> AbstractContextManager[object]:
     """Within this, what no transform of :mod:`torch.func` may see change is written as it is."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        yield
-        return
+    if not in_transforms():
+        return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    with temporarily_clear_interpreter_stack():
-        yield
+    return temporarily_clear_interpreter_stack()
 
 
 def readable(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.compiled import input_device, modules_of
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
@@ -233,7 +233,7 @@ class Reading:
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
-        warn_of_dropout(model)
+        warn_of_dropout(modules_of(model))
 
     def _parse(self, positions: Where) -> "_Places":
         parsed = Positions.parse(positions).among(self.n_examples, self.length, self.inputs)

@@ -7,7 +7,7 @@ every model of the process, and the graphs made before are used again once it ha
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -47,16 +47,20 @@ _EAGER = _Eager()
 
 
 @contextmanager
-def run_eagerly(model: nn.Module) -> Iterator[None]:
+def run_eagerly(model: nn.Module, modules: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Run what is compiled without its graphs, so that every hook on the model fires.
 
     Warns with :class:`CompiledModelWarning` when the model, or a part of it, is compiled. A
     function of the caller's that was compiled around the model runs eagerly too, unseen.
 
+    Args:
+        model: any module.
+        modules: its modules, where they have been listed already.
+
     Raises:
         CompiledModelError: the context is opened inside a function that is being compiled.
     """
-    compiled = is_compiled(model)
+    compiled = is_compiled(model, modules)
     if compiled:
         _warn(model)
     with _EAGER:
@@ -66,16 +70,30 @@ def run_eagerly(model: nn.Module) -> Iterator[None]:
         _warn(model)
 
 
-def is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module, modules: Sequence[nn.Module] = ()) -> bool:
     """Whether a model or a part of it was compiled: by ``torch.compile`` of a module or of its
     ``forward``, by ``module.compile()``, or by transformers for generation.
     """
-    return _generates_compiled(model) or any(
-        unwrapped(module) is not module
-        or module._compiled_call_impl is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
+    if _generates_compiled(model):
+        return True
+    for module in modules or modules_of(model):
+        own = vars(module)
+        if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
+            return True
+        if "forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"):
+            return True
+    return False
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()``, in a fraction of the time; contexts look through them when they open."""
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

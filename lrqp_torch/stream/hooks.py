@@ -6,7 +6,6 @@ the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import ModelError, SiteError
+from lrqp_torch.errors import ModelError, SiteError, warn
 from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.discovery import first_tensor, with_first
 from lrqp_torch.stream.passes import ForwardCall, Watch, hook
@@ -96,8 +95,8 @@ def _put(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
     return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
 
-def warn_of_dropout(model: nn.Module) -> None:
-    """Warn when the model is in training mode and drops out activations."""
+def warn_of_dropout(modules: Sequence[nn.Module]) -> None:
+    """Warn when a model is in training mode and drops out activations."""
 
     def rate(module: nn.Module) -> Any:
         # Attention functions draw their own masks at a rate that the attention module names.
@@ -105,31 +104,31 @@ def warn_of_dropout(model: nn.Module) -> None:
             module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
         )
 
-    rates = [rate(module) for module in model.modules() if module.training]
+    rates = [rate(module) for module in modules if module.training]
     if any(isinstance(value, int | float) and value > 0 for value in rates):
-        warnings.warn(
+        warn(
+            UserWarning,
             "the model is in training mode and drops out activations at random; call model.eval()",
-            stacklevel=4,
         )
 
 
-def warn_of_checkpointing(model: nn.Module) -> bool:
+def warn_of_checkpointing(modules: Sequence[nn.Module]) -> bool:
     """Whether blocks run once more in the backward pass; warn if torch would not notice a change.
 
     Without ``use_reentrant`` torch itself raises where the second run differs from the first.
     """
     if not torch.is_grad_enabled():
         return False
-    for module in model.modules():
+    for module in modules:
         if not (module.training and getattr(module, "gradient_checkpointing", False)):
             continue
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if options.get("use_reentrant") is not False:
-            warnings.warn(
+            warn(
+                UserWarning,
                 "gradient checkpointing runs the blocks again in the backward pass: call backward "
                 "before the context closes, or the gradient is that of the unedited model. With "
                 "use_reentrant=False torch raises instead",
-                stacklevel=4,
             )
         return True
     return False

@@ -1,9 +1,10 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from lrqp_torch.errors import (
     SiteError,
     WidthError,
     concrete,
-    outside_transforms,
     readable,
 )
+from lrqp_torch.stream.compiled import modules_of
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall, Watch
 from lrqp_torch.stream.positions import Follower, Positions, Where
@@ -55,23 +56,19 @@ class Edit(Protocol):
         """Return the edited activations; rows that equal x are left untouched, bit for bit."""
 
 
-@runtime_checkable
-class RaisesLate(Protocol):
-    """An edit that may not have waited to know whether it succeeded."""
-
-    def raise_late(self) -> None:
-        """Raise for what went wrong in forward passes so far; called when the context closes."""
-
-
-@runtime_checkable
-class KeepsSteps(Protocol):
-    """An edit that keeps a record of every forward pass."""
+class Recorded(Edit, Protocol):
+    """An edit that is told of more than activations, as far as it has these methods."""
 
     def begin(self) -> None:
         """A context opens."""
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
         """The edit of some rows is done."""
+
+    def raise_late(self) -> None:
+        """Raise for what went wrong in forward passes so far, where the edit has not waited to
+        know; called when the context closes.
+        """
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,10 @@ def intervene(
     applied = [_Applied(item, locate(model, item.site)) for item in interventions]
     if not applied:
         raise PositionError("no interventions were given: nothing would be edited")
-    warn_of_dropout(model)
-    watch = Watch(model, [item.places for item in applied], warn_of_checkpointing(model))
-    with watch.open() as stack:
+    modules = modules_of(model)
+    warn_of_dropout(modules)
+    watch = Watch(model, [item.places for item in applied], warn_of_checkpointing(modules))
+    with watch.open(modules) as stack:
         for item in sorted(applied, key=lambda item: item.located.site):
             attach(stack, watch, item.located, item.apply)
             if item.record is not None:
@@ -160,7 +158,9 @@ class _Applied:
 
     def __init__(self, item: Intervention, located: Located) -> None:
         self.item, self.located = item, located
-        self.record = item.edit if isinstance(item.edit, KeepsSteps) else None
+        edit = cast(Recorded, item.edit)
+        self.record = edit if hasattr(edit, "end_step") else None
+        self.raises_late = hasattr(edit, "raise_late")
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.broken: Tensor | None = None
@@ -175,8 +175,7 @@ class _Applied:
         the activation is block input + scale · attention output; elsewhere None.
         """
         self.passes += 1
-        with outside_transforms():
-            at = self.places.rows(call, stream.device)
+        at = self.places.rows(call, stream.device)
         if at is None:
             return stream
         rows, columns = at.example, at.column
@@ -187,7 +186,9 @@ class _Applied:
         def place(values: Tensor) -> Tensor:
             """What to write so that the stream holds ``values``, as nearly as its dtype can."""
             wide = values.double()
-            return (wide if base is None else (wide - base.double()) / scale).to(x.dtype)
+            if base is not None:
+                wide = wide - base.double()
+            return (wide if scale == 1 else wide / scale).to(x.dtype)
 
         def realise(values: Tensor) -> Tensor:
             placed = place(values.to(x.dtype))  # edits return x's dtype
@@ -198,8 +199,7 @@ class _Applied:
         edited = self.item.edit(x.clone(), context)
         self._check(x, edited, x.dtype)
         changed = (edited != x).any(-1, keepdim=True)
-        with outside_transforms():
-            self.places.mark(at)
+        self.places.mark(call)
         if self.record is not None:
             self.record.end_step(context, self.passes - 1)
         # Under autocast the attention output is narrower than the sum that the stream will hold.
@@ -213,7 +213,11 @@ class _Applied:
             raise WidthError(
                 f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
             )
-        broken = ~torch.isfinite(edited.detach().to(dtype)).all()
+        values = edited.detach().to(dtype)
+        # A finite sum has finite terms, and is there sooner.
+        if readable(values) and math.isfinite(float(values.sum())):
+            return
+        broken = ~torch.isfinite(values).all()
         if readable(broken):
             self._raise_if_broken(broken, dtype)
         elif concrete(broken):
@@ -229,8 +233,8 @@ class _Applied:
 
     def close(self, watch: Watch) -> None:
         """Raise for what went wrong without being seen, and for positions that never ran."""
-        if isinstance(self.item.edit, RaisesLate):
-            self.item.edit.raise_late()
+        if self.raises_late:
+            cast(Recorded, self.item.edit).raise_late()
         if self.broken is not None:
             self._raise_if_broken(self.broken, self.dtype)
         missed = self.places.missed()

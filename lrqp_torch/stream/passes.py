@@ -25,6 +25,7 @@ from lrqp_torch.errors import (
     EditNeverFiredError,
     PositionError,
     concrete,
+    in_transforms,
     outside_transforms,
     unwrapped,
 )
@@ -163,7 +164,7 @@ class Text:
         return self.cache is not None and self.cache() is cache
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ForwardCall:
     """What a forward pass was given, in columns of the caller's own text.
 
@@ -351,15 +352,18 @@ class Watch:
         self._n_texts = self._n_calls = 0
 
     @contextmanager
-    def open(self) -> Iterator[ExitStack]:
+    def open(self, modules: Sequence[nn.Module] = ()) -> Iterator[ExitStack]:
         """Watch until the block ends; hooks go on the stack that this yields.
+
+        Args:
+            modules: those of the model, where they have been listed already.
 
         Raises:
             EditNeverFiredError: on closing without an error, while another thread of this context
                 is still running the model.
         """
         with ExitStack() as stack:
-            stack.enter_context(run_eagerly(self.model))
+            stack.enter_context(run_eagerly(self.model, modules))
             hook(stack, self.trunk, self._before, before=True)
             hook(stack, self.trunk, self._after, before=False, always=True)
             if hasattr(self.model, "get_prompt"):
@@ -424,22 +428,25 @@ class Watch:
         self._threads.add(thread)
         given = arguments_of(module, args, kwargs)
         # Transforms of torch.func must not see what is noted here.
-        with outside_transforms():
+        if in_transforms():
             given = {name: _plain(value) for name, value in given.items()}
+        with outside_transforms():
             call = self.read(given, self._prompts.pop(thread, None))
             for item in self.follows:
                 item.see(call)
         text = call.text
         text.end, text.last = call.end, self._n_calls
-        text.tokens = None if call.continues else call.tokens
+        text.tokens = None if call.continues else call.tokens.detach()
         self._n_calls += 1
         self._under_way[thread] = call
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._under_way.pop(threading.get_ident(), None)
         # A cache that the model has made itself is seen only in what it returns.
-        if call is not None and call.text.cache is None and isinstance(output, Mapping):
-            cache = cache_among(output)
+        if call is not None and call.text.cache is None and output is not None:
+            parts = output if isinstance(output, Mapping) else {"": output}
+            parts = dict(enumerate(output)) if isinstance(output, tuple) else parts
+            cache = cache_among(parts)
             call.text.cache = None if cache is None else weakref.ref(cache)
 
     def read(self, given: Mapping[str, Any], prompt: Any = None) -> ForwardCall:

@@ -1,5 +1,6 @@
 """Token positions: every way to say them, parsed once, and which of them a forward pass reaches."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union, cast
@@ -7,7 +8,7 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete
+from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete, outside_transforms
 from lrqp_torch.stream.passes import ForwardCall, Text
 
 REGIONS = ("prompt", "generated", "all")
@@ -150,18 +151,18 @@ class Positions:
             )
         if not len(result):
             raise PositionError("no positions: nothing would be edited or captured")
-        if int(result.token.min()) < 0:
+        if result.span[0] < 0:
             raise PositionError(
-                f"position {int(result.token.min())} is negative: count from 0 at the start of the "
-                f"padded input"
+                f"position {result.span[0]} is negative: count from 0 at the start of the padded "
+                f"input"
             )
         return result
 
     @classmethod
     def _numbered(cls, positions: Tensor) -> "Positions":
         table = positions if positions.ndim == 2 else positions.unsqueeze(-1)
-        ordered = table.sort(-1).values
-        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        ordered = table.sort(-1).values if table.shape[1] > 1 else table
+        if table.shape[1] > 1 and bool((ordered[:, 1:] == ordered[:, :-1]).any()):
             row = int((ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero()[0])
             raise PositionError(
                 f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of "
@@ -174,6 +175,11 @@ class Positions:
 
     def __len__(self) -> int:
         return self._count
+
+    @functools.cached_property
+    def span(self) -> tuple[int, int]:
+        """Of known positions, the smallest column and the largest."""
+        return int(self.token.min()), int(self.token.max())
 
     @property
     def example(self) -> Tensor:
@@ -297,12 +303,11 @@ def chosen(
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rows:
     """The positions that a forward pass reaches, and where they are in it.
 
     Attributes:
-        fired: as ``index``, on the CPU.
         index: which of all pairs these are, (N,).
         example: row of the batch of each, (N,).
         token: column of each, counted from the beginning of the text, (N,).
@@ -310,7 +315,6 @@ class Rows:
         request: in a scope, the request that each row of the batch belongs to, (N,).
     """
 
-    fired: Tensor
     index: Tensor
     example: Tensor
     token: Tensor
@@ -322,9 +326,9 @@ class Follower:
     """Finds the tokens of some positions in the passes of a context, and what was missed."""
 
     def __init__(self, positions: Positions) -> None:
-        self.positions, self.fired = positions, torch.zeros(len(positions), dtype=torch.bool)
         # On the host, so that a forward pass need not ask the device which of them are its own.
-        self._known = positions.to("cpu")
+        self.positions, self._known = positions, positions.to("cpu")
+        self._ran: set[tuple[int, int]] = set()
         self._rows: tuple[tuple[int, int, int, torch.device], Rows | None] | None = None
 
     @staticmethod
@@ -346,21 +350,29 @@ class Follower:
         """The positions of a call on a device, or None; those of the last call are kept."""
         key = (call.past, call.length, call.front, device)
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, _within(self._known, call, device))
+            with outside_transforms():
+                index, example, token = _inside(self._known, call)
+                number = torch.arange(len(self._known))[index]
+                parts = number, example, token, token - call.past + call.front
+                rows = Rows(*(part.to(device) for part in parts)) if len(token) else None
+            self._rows = (key, rows)
         return self._rows[1]
 
-    def mark(self, rows: Rows) -> None:
+    def mark(self, call: ForwardCall) -> None:
         """Note that an edit ran."""
-        self.fired[rows.fired] = True
+        self._ran.add((call.past, call.end))
 
     def missed(self) -> str | None:
         """What to say of positions that never ran, if any."""
-        if bool(self.fired.all()):
+        at = self._known
+        missed = torch.ones(len(at), dtype=torch.bool)
+        for past, end in self._ran:
+            missed &= (at.token < past) | (at.token >= end)
+        if not bool(missed.any()):
             return None
-        missed, at = (~self.fired).nonzero().flatten(), self._known
-        pairs = [(int(at.example[i]), int(at.token[i])) for i in missed[:5]]
+        pairs = [(int(at.example[i]), int(at.token[i])) for i in missed.nonzero().flatten()[:5]]
         return (
-            f"never ran at {len(missed)} of {len(self.fired)} positions, the first (example, "
+            f"never ran at {int(missed.sum())} of {len(at)} positions, the first (example, "
             f"token) are {pairs}. Run the model inside the context; with a KV cache, positions "
             f"before the cached part have passed already"
         )
@@ -375,8 +387,9 @@ class ScopeFollower(Follower):
         assert positions.scope is not None
         self.scope, self.any = positions.scope, False
         self._last: ForwardCall | None = None
-        # Of each text, the numbers of its pairs by row and column, and the chosen ones if known.
-        self._seen: dict[int, Tensor] = {}
+        # Of each text, the numbers of its pairs by row and column, and how far they are given; and
+        # the chosen ones.
+        self._seen: dict[int, tuple[Tensor, int]] = {}
         self._chosen: dict[int, Positions] = {}
 
     def see(self, call: ForwardCall) -> None:
@@ -401,7 +414,7 @@ class ScopeFollower(Follower):
             for old in [old for old in self._seen if old < number - 8]:
                 del self._seen[old]
                 self._chosen.pop(old, None)
-            self._seen[number] = torch.full((call.batch, 0), -1)
+            self._seen[number] = torch.full((call.batch, 0), -1), 0
         if not self.scope.grows and number not in self._chosen:
             self._choose(call, number)
 
@@ -473,21 +486,19 @@ class ScopeFollower(Follower):
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The scope's tokens in a call, or None."""
-        text = self._text(call)
-        if self.scope.grows:
-            found = self._in_region(call)
-        else:
-            at = self._chosen.get(text.number)
-            inside = None if at is None else _inside(at, call)
-            found = None if at is None or inside is None else (at.example[inside], at.token[inside])
-        if found is None or not len(found[0]):
-            return None
-        example, token = found
-        index = self._number(text.number, call, example, token)
-        request = example // self.scope.repeats
-        column = token - call.past + call.front
-        parts = (part.to(device) for part in (index, example, token, column, request))
-        return Rows(index, *parts)
+        with outside_transforms():
+            number = self._text(call).number
+            if self.scope.grows:
+                found = self._in_region(call)
+            else:
+                found = _inside(self._chosen[number], call)[1:]
+            if found is None or not len(found[0]):
+                return None
+            example, token = found
+            index = self._number(number, call, example, token)
+            request = example if self.scope.repeats == 1 else example // self.scope.repeats
+            column = token - call.past + call.front
+            return Rows(*(part.to(device) for part in (index, example, token, column, request)))
 
     def _in_region(self, call: ForwardCall) -> tuple[Tensor, Tensor] | None:
         """Examples and tokens of the prompt, of what is generated, or of both."""
@@ -508,19 +519,22 @@ class ScopeFollower(Follower):
 
     def _number(self, text: int, call: ForwardCall, example: Tensor, token: Tensor) -> Tensor:
         """Numbers of pairs in order of appearance, (n,); a token read again keeps its own."""
-        seen = self._seen[text]
+        seen, begun = self._seen[text]
         if call.end > seen.shape[1]:
-            room = torch.full((len(seen), max(2 * call.end, 32)), -1)
+            room = torch.full((call.batch, max(2 * call.end, 32)), -1)
             room[:, : seen.shape[1]] = seen
-            self._seen[text] = seen = room
-        index = seen[example, token]
-        new = index < 0
-        if bool(new.any()):
+            seen = room
+        self._seen[text] = seen, max(begun, call.end)
+        if call.past >= begun:  # all of them are new
+            index = self.positions.add(example, token, text)
+        else:
+            index = seen[example, token]
+            new = index < 0
             index[new] = self.positions.add(example[new], token[new], text)
-            seen[example, token] = index
+        seen[example, token] = index
         return index
 
-    def mark(self, rows: Rows) -> None:
+    def mark(self, call: ForwardCall) -> None:
         """Note that an edit ran."""
         self.any = True
 
@@ -544,41 +558,37 @@ class ScopeFollower(Follower):
         )
 
 
-def _inside(positions: Positions, call: ForwardCall) -> Tensor | None:
-    """Which pairs a call reads; None for none."""
-    token = positions.token
+def _inside(positions: Positions, call: ForwardCall) -> tuple[Tensor | slice, Tensor, Tensor]:
+    """Which of known pairs a call reads, and their examples and tokens."""
+    (first, last), example, token = positions.span, positions.example, positions.token
+    if call.past <= first and last < call.end:
+        return slice(None), example, token
+    if call.past > last or call.end <= first:
+        return slice(0), example[:0], token[:0]
     index = ((token >= call.past) & (token < call.end)).nonzero().squeeze(-1)
-    return index if len(index) else None
-
-
-def _within(positions: Positions, call: ForwardCall, device: torch.device) -> Rows | None:
-    index = _inside(positions, call)
-    if index is None:
-        return None
-    example, token = positions.example[index], positions.token[index]
-    parts = index, example, token, token - call.past + call.front
-    return Rows(index, *(part.to(device) for part in parts))
+    return index, example[index], token[index]
 
 
 def check_fit(positions: Positions, call: ForwardCall) -> None:
     """Raise :class:`PositionError` unless known positions fit a call; see :meth:`Follower.see`."""
     if positions.batch != call.batch:
         raise PositionError(wrong_batch("positions", cast(int, positions.batch), 1, call.batch))
-    beyond = positions.token >= call.end
-    if not call.continues and bool(beyond.any()):
-        worst = int(beyond.nonzero()[0])
+    if not call.continues and positions.span[1] >= call.end:
+        worst = int((positions.token >= call.end).nonzero()[0])
         raise PositionError(
-            f"position {int(positions.token[worst])} of example "
-            f"{int(positions.example[worst])} is out of range: the input has {call.end} tokens"
+            f"position {int(positions.token[worst])} of example {int(positions.example[worst])} is "
+            f"out of range: the input has {call.end} tokens"
         )
-    if call.mask is None or not concrete(call.mask):
+    _, example, token = _inside(positions, call)
+    if call.mask is None or not len(token) or not concrete(call.mask):
         return
-    mask = call.mask.to(positions.token.device)
-    column = positions.token.clamp_max(mask.shape[1] - 1)
-    padded = (mask[positions.example, column] == 0) & (positions.token == column)
-    if bool(padded.any()):
-        where = padded.nonzero().flatten()
-        pairs = [(int(positions.example[i]), int(positions.token[i])) for i in where[:5]]
+    mask = call.mask.to(token.device)
+    if mask.shape[1] < call.end:
+        example, token = (part[token < mask.shape[1]] for part in (example, token))
+    shown = mask[example, token] != 0
+    if not bool(shown.all()):
+        where = (~shown).nonzero().flatten()
+        pairs = [(int(example[i]), int(token[i])) for i in where[:5]]
         raise PositionError(
             f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
             f"count positions on the padded input"

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -125,6 +126,11 @@ FAMILIES: dict[str, Family] = {}
 _LAYOUTS: dict[tuple[object, ...], Stack] = {}
 """What was found and proven in this process."""
 
+_OF_MODELS: WeakKeyDictionary[nn.Module, tuple[Family | None, dict[str, Any], Stack]] = (
+    WeakKeyDictionary()
+)
+_ATTENTION = "_attn_implementation_internal"
+
 
 def register_family(model_type: str, family: Family) -> None:
     """Add a row: it then says where models of ``config.model_type`` keep their stream.
@@ -158,6 +164,13 @@ def layout_of(model: nn.Module) -> Stack:
             f"{type(model).__name__} has no config.model_type; pass a transformers model"
         )
     row = FAMILIES.get(model_type)
+    # What a context asks for over and over is kept by model, for as long as its settings stay.
+    known = _OF_MODELS.get(inner)
+    if known is not None and known[0] is row:
+        # Of the settings, contexts themselves change how attention is computed.
+        settings = vars(config)
+        if settings == known[1] or {**settings, _ATTENTION: known[1].get(_ATTENTION)} == known[1]:
+            return known[2]
     key = (type(inner), json.dumps(config.to_dict(), sort_keys=True, default=str), row)
     if key not in _LAYOUTS:
         try:
@@ -169,6 +182,7 @@ def layout_of(model: nn.Module) -> Stack:
                 f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
                 f"could not be found or proven ({type(error).__name__}: {str(error)[:200]})"
             ) from error
+    _OF_MODELS[inner] = (row, dict(vars(config)), _LAYOUTS[key])
     return _LAYOUTS[key]
 
 
