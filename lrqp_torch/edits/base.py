@@ -180,11 +180,7 @@ class Edit(nn.Module, Shared, Generic[Asked]):
             target: what was asked of the examples, (n,) or (n, V).
             which: how many they are, and the first of them.
         """
-        classes = sorted(set(target.tolist()))
-        return (
-            f"no activation reaches target class {classes} for {which}. Choose another target, or "
-            f"pass on_infeasible='skip' to leave them unchanged"
-        )
+        return f"no activation reaches the target for {which}"
 
     def save(self, path: str | Path, **notes: Any) -> Path:
         """Write the edit to a folder.

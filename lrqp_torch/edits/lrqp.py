@@ -262,8 +262,7 @@ class LRQP(Edit[Classes]):
             self.probe.weight, self.probe.bias, self.metric.covariance, device
         )
 
-    def extra_repr(self) -> str:
-        """The odds rule, and what is known of the fit."""
+    def __repr__(self) -> str:
         facts = {
             "rule": self.rule,
             "odds": self.odds,
@@ -274,10 +273,8 @@ class LRQP(Edit[Classes]):
             "shrinkage": f"{self.metric.shrinkage:.3g}",
             "site": self.notes.get("site") if self.provenance is None else self.provenance.site,
         }
-        return ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+        known = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        return f"{type(self).__name__}({known})"
 
     def _attempt(
         self,

@@ -69,11 +69,11 @@ class LearnOptions:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise LearningError(
-                    f"{name} must be an integer and at least {least}, got {value!r}"
+                    f"{name} must be an integer and at least {least}, got {quoted(value)}"
                 )
         rate: Any = self.learning_rate
         if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
-            raise LearningError(f"learning_rate must be a number above 0, got {rate!r}")
+            raise LearningError(f"learning_rate must be a number above 0, got {quoted(rate)}")
 
 
 def learn(

@@ -51,11 +51,10 @@ class EditPrompts:
             raise PositionError(f"inputs need input_ids (n, T), got {sorted(self.inputs)}")
         if len(ids) == 0:
             raise LearningError("no prompts were given: there is nothing to learn from")
-        shapes = {f"inputs[{name!r}]": (tensor, len(ids)) for name, tensor in self.inputs.items()}
-        shapes |= {"positions": (self.positions, len(ids))}
-        for name, (tensor, n) in shapes.items():
-            if len(tensor) != n:
-                raise WidthError(f"{name} has {len(tensor)} rows, input_ids {n}")
+        rows = {f"inputs[{name!r}]": tensor for name, tensor in self.inputs.items()}
+        for name, tensor in {**rows, "positions": self.positions}.items():
+            if len(tensor) != len(ids):
+                raise WidthError(f"{name} has {len(tensor)} rows, input_ids {len(ids)}")
         for name in ("target", "read", "source", "wins", "loses"):
             if getattr(self, name) is None:
                 continue

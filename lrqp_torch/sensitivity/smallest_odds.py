@@ -112,7 +112,7 @@ def smallest_odds(
             what = "an integer" if kind is Integral else "a finite number"
             raise SettingError(f"{name} must be {what}, at least {least:g}, got {quoted(value)}")
     if method not in ("newton", "bisection"):
-        raise SettingError(f"method must be 'newton' or 'bisection', got {method!r}")
+        raise SettingError(f"method must be 'newton' or 'bisection', got {quoted(method)}")
     run = SiteReadout(model, site, inputs, positions, read, reading, batch_size=batch_size)
     target = row_classes(target, run.read, edit.n_classes, "target")
     found = [
