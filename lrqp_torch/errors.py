@@ -293,7 +293,8 @@ def as_classes(classes: Any, name: str) -> Tensor:
         return torch.as_tensor(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(
-            f"{name} must be class numbers, one for all or one per activation, got {quoted(classes)}"
+            f"{name} must be class numbers, one for all or one per activation, got "
+            f"{quoted(classes)}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import LearningError
+from lrqp_torch.errors import LearningError, quoted
 from lrqp_torch.learn.checkpoint import Checkpoint, State, digest_run
 from lrqp_torch.learn.objective import (
     Objective,
