@@ -25,12 +25,12 @@ from lrqp_torch import models
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Covariance
 from lrqp_torch.stream.sites import Site, blocks_of, trunk_of
-from lrqp_torch.study import figures
+from lrqp_torch.study import html
 from lrqp_torch.study import run as study
-from lrqp_torch.study.flipping import CONDITIONS
 from lrqp_torch.study.preparing import choose_sites, make_prompts
 from lrqp_torch.study.running import in_batches
 from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.sweep import CONDITIONS
 
 ADDED = ("covariance", "figures", "report")
 """Stages that the study does not time itself."""
@@ -91,12 +91,12 @@ def run(settings: Settings, device: str) -> tuple[dict[str, float], float]:
         for name, owner, function in (
             ("covariance", Covariance, "update"),
             ("covariance", Covariance, "finish"),
-            ("figures", figures, "draw"),
-            ("report", study, "rewrite_report"),
+            ("figures", study, "write_charts"),
+            ("report", html, "write_report"),
         ):
             stack.enter_context(_stopwatch(added, name, owner, function, device))
         start = time.perf_counter()
-        results = study.reproduce(settings)
+        results = study.run(settings)
         total = time.perf_counter() - start
     stages = {name: seconds for name, seconds in results.elapsed.items() if name != "total"}
     # Fitted inside the stage that the study calls "fit".

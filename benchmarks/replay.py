@@ -25,7 +25,8 @@ from lrqp_torch import LRQP, all_sites, capture, position_ids
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site, blocks_of
-from lrqp_torch.study.flipping import CONDITIONS, sweep
+from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.sweep import CONDITIONS, sweep
 
 TRAIN = 128
 
@@ -212,7 +213,7 @@ def measure_sweep(
 
     seconds = medians(
         {
-            "sweep": lambda: sweep(model, data, edits, batch_size=len(data)),
+            "sweep": lambda: sweep(model, IOIPrompts.of(data), edits, batch_size=len(data)),
             "floor": floor,
             "full": bare.clean,
         },

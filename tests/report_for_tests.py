@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.study.drawing import NOTE
-from lrqp_torch.study.flipping_view import answers_panel, sweep_panel
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.html import Section, write_report
+from lrqp_torch.study.indirect_objects import WORDS
 from lrqp_torch.study.interactive import add_line, new_figure
 from lrqp_torch.study.panel import Panel, Table
+from lrqp_torch.study.parts.flipping import PART as FLIPPING
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.published import PUBLISHED
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, StudyResults
+from lrqp_torch.study.run import _shown as shown
 
 SITES = ("L0.pre", "L1.mid", "L2.pre")
 HOSTILE = (
@@ -30,8 +33,8 @@ def texts() -> PromptTexts:
         prompts[row] = f"{hostile} {prompts[row]}"
     return PromptTexts(
         prompts=prompts,
-        io_names=["Mary"] * N,
-        s_names=["John"] * N,
+        held=["Mary"] * N,
+        other=["John"] * N,
         positions={"IO": [2] * N, "S1": [4] * N, "S2": [9] * N, "END": [13] * N},
     )
 
@@ -45,12 +48,17 @@ def prompt_tensors() -> dict[str, Tensor]:
     return tensors
 
 
+def number(value: float) -> Estimate:
+    return Estimate(value, value - 0.1, value + 0.1, N)
+
+
 def study_results() -> StudyResults:
     def condition(flipped: float, difference: float) -> ConditionResult:
         return ConditionResult(
-            logit_difference=difference,
-            accuracy=1 - flipped,
-            flipped=flipped,
+            logit_difference=number(difference),
+            accuracy=number(1 - flipped),
+            flipped=number(flipped),
+            divergence=number(0.25),
             distance=2.0,
             euclidean=3.0,
             worst_log_odds_margin=1e-6,
@@ -62,7 +70,8 @@ def study_results() -> StudyResults:
 
     sites = {
         site: SiteResult(
-            probe_accuracy=(0.5, 0.99, 1.0)[index],
+            probe_accuracy=number((0.5, 0.99, 1.0)[index]),
+            shuffled_accuracy=number(0.5),
             control=condition(0.0, 2.5),
             counterfactual=condition((0.0, 0.125, 1.0)[index], 2.5 * (1 - index)),
             worst_log_odds_margin=1e-6,
@@ -73,7 +82,12 @@ def study_results() -> StudyResults:
         settings={"model": "organism", "n": 80, "prefixes": "<i>none</i>", "seed": 7, "l2": None},
         model={"name": "<b>tiny</b>", "class": "GPT2LMHeadModel", "parameters": 1_228_544},
         data={"train": N, "test": N},
-        clean=CleanResult(prompts=N, logit_difference=2.5, accuracy=1.0, io_probability=0.8),
+        task="plain",
+        words=WORDS,
+        classes=["BAB", "ABB"],
+        majority=0.5,
+        answered=Estimate.count(N, N),
+        clean=CleanResult(N, number(2.5), Estimate.count(N, N), number(0.8)),
         sites=sites,
         used_sites=["L2.pre"],
         best_site="L2.pre",
@@ -82,6 +96,8 @@ def study_results() -> StudyResults:
         versions={"python": "3.x", "torch": "2.x"},
         elapsed={"sweep": 1.5, "total": 2.5},
         parts={},
+        prompts=prompt_tensors(),
+        texts=texts(),
     )
 
 
@@ -93,7 +109,6 @@ def two_panes() -> Any:
 
 
 def sections() -> list[Section]:
-    results = study_results()
     table = Table(
         columns=("head <i>", "score", "note"),
         rows=(("L1.H2", 0.5, "b"), ("L10.H1", -3.25, "a"), ("L2.H0", None, "<u>c</u>")),
@@ -102,10 +117,7 @@ def sections() -> list[Section]:
         Section(
             "Flipping the answer",
             "First paragraph.\n\nSecond, with <em>.",
-            [
-                sweep_panel(results.clean, results.sites, results.used_sites),
-                answers_panel(results.sites, "L2.pre", prompt_tensors(), texts()),
-            ],
+            [shown(panel) for panel in FLIPPING.panels(FLIPPING.found(study_results()))],
         ),
         Section(
             "Heads",

@@ -146,7 +146,8 @@ def _own(
     tokenizer: Any, data: str, label: str, positions: str | None
 ) -> "tuple[dict[str, Tensor], Tensor, dict[str, Any]]":
     """The same of the user's own prompts."""
-    from lrqp_torch.tasks import PromptSet, read_prompts
+    from lrqp_torch.study.prompts import PromptSet
+    from lrqp_torch.study.reading import read_prompts
 
     name = "mark" if positions is None else positions
     read = read_prompts(data, label=label, position="last" if name == EVERY_TOKEN else name)

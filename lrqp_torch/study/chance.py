@@ -9,8 +9,8 @@ from lrqp_torch.baselines import RandomDirection
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.running import next_class
+from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import displacements
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed import Ranks, capture
-from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.prompts import PromptSet
 
 Advance = Callable[[int], object]
 """Called with the number of units of work just done, to move a progress bar."""
@@ -33,14 +33,15 @@ class Task:
     """One version of the task: prompts to fit on and prompts held out, padded on the left.
 
     Attributes:
-        name: ``"plain"`` (no prefix) or ``"prefixed"`` (a sentence before each prompt).
+        name: of the version: ``"plain"`` (no prefix) or ``"prefixed"`` (a sentence before each
+            prompt) for prompts about two names, ``"own"`` for others.
         train: prompts to fit on.
         test: prompts held out; none of them is in ``train``.
     """
 
     name: str
-    train: IOIPrompts
-    test: IOIPrompts
+    train: PromptSet
+    test: PromptSet
 
     def __len__(self) -> int:
         """Number of prompts, to fit on and held out together."""
@@ -90,7 +91,7 @@ class StudyContext:
             ranks: the processes among which batches are shared, all of which make this call.
         """
         wanted = list(self.sites if sites is None else sites)
-        data: IOIPrompts = getattr(task, split)
+        data: PromptSet = getattr(task, split)
         at = data.positions[position]
         # One token may have several names, such as mark and S2.
         name = next(name for name, columns in data.positions.items() if torch.equal(columns, at))
@@ -115,7 +116,12 @@ class StudyContext:
         return [self.task] if self.other_task is None else [self.task, self.other_task]
 
     def clean(
-        self, task: Task, position: str, advance: Advance, sites: Sequence[str] | None = None
+        self,
+        task: Task,
+        position: str,
+        advance: Advance,
+        sites: Sequence[str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Clean activations of the training and of the held-out prompts; see :meth:`activations`.
 
@@ -131,7 +137,7 @@ class StudyContext:
                 counted += done
                 advance(done)
 
-            halves.append(self.activations(task, split, position, sites, count))
+            halves.append(self.activations(task, split, position, sites, count, ranks))
             advance(len(getattr(task, split)) - counted)
         return halves[0], halves[1]
 

@@ -21,7 +21,6 @@ from lrqp_torch.files import written_whole
 from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.interactive import to_plotly
 from lrqp_torch.study import summary
-from lrqp_torch.study.headlines import headlines
 from lrqp_torch.study.panel import Panel, Table
 from lrqp_torch.study.results import StudyResults
 
@@ -136,12 +135,8 @@ def write_page(
 
 
 def _summary(results: StudyResults) -> str:
-    tiles = [
-        (figure.own, figure.quantity, f"GPT-2 small, published: {figure.published}")
-        for figure in summary.key_figures(results)
-    ]
-    lines = [*summary.findings(results), *headlines(results)]
-    return summary_section(summary.question(results), tiles, lines)
+    tiles = [(figure.own, figure.quantity, figure.note) for figure in summary.key_figures(results)]
+    return summary_section(summary.question(results), tiles, summary.findings(results))
 
 
 def summary_section(

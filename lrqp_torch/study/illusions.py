@@ -20,7 +20,6 @@ from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.study.chance import Examples, by_chance, cosines, half_edits, whitened
 from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, bootstrap_mean
-from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.readers import (
@@ -34,6 +33,7 @@ from lrqp_torch.study.readers import (
     readers_of,
     split,
 )
+from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import Trial, Trials, displacements, flipped
 
 SEEDS = 5

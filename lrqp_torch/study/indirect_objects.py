@@ -25,6 +25,13 @@ WORDS = Words(
     answers="the two names",
     preference="IO − S",
     unit="logits",
+    question="In “When Mary and John went to the store, John gave a drink to”, the right answer is "
+    "the name that was not repeated: Mary, the indirect object (IO), and not John, the subject "
+    "(S). To tell, a model can keep track of which of the two names came first when it meets "
+    "the second “John” (the token S2). A probe shows where that order can be read. But what "
+    "can be read need not be used. So the activation at S2 is moved to the nearest point, in "
+    "Mahalanobis distance, at which the probe believes the other order, and the model goes on "
+    "from there: where it uses the order, its answer turns from IO to S.",
 )
 
 NAMES_NEEDED = (
@@ -68,6 +75,16 @@ class IOIPrompts(PromptSet):
     def positions(self) -> dict[str, Tensor]:
         """The named tokens: those of every task, and IO, S1, S1+1, S2, END, first and second."""
         return {**super().positions, **self.data.positions}
+
+    @property
+    def called(self) -> tuple[tuple[str, str], ...]:
+        """For each prompt both names: of the indirect object and of the subject."""
+        return tuple(zip(self.data.io_names, self.data.s_names, strict=True))
+
+    @property
+    def pointed_out(self) -> dict[str, Tensor]:
+        """The tokens IO, S1, S2 and END, (n,)."""
+        return {name: self.data.positions[name] for name in ("IO", "S1", "S2", "END")}
 
     @property
     def io_tokens(self) -> Tensor:

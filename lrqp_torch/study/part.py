@@ -8,7 +8,7 @@ besides.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from lrqp_torch.plot.chart import Chart, Panel
 from lrqp_torch.study.context import ALONE, Advance, StudyContext
 from lrqp_torch.study.records import from_json
 from lrqp_torch.study.settings import Settings
+
+if TYPE_CHECKING:
+    from lrqp_torch.study.results import StudyResults
 
 R = TypeVar("R")
 
@@ -106,6 +109,11 @@ class Part(ABC, Generic[R]):
     def read(self, raw: dict[str, Any], /) -> R:
         """A result from the plain JSON values that :func:`~.records.to_json` made of it."""
         return cast(R, from_json(self.result, raw))
+
+    def found(self, study: "StudyResults", /) -> R | None:
+        """Its result in a finished study, to be shown; None if it did not run."""
+        raw = study.parts.get(self.name)
+        return None if raw is None else self.read(raw)
 
     @abstractmethod
     def panels(self, result: R, /) -> list[Panel]:

@@ -1,4 +1,4 @@
-"""What a study runs on: its device, sites and prompts, and what identifies the model."""
+"""What a study runs on: its device, its model with the sites, and its prompts."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,12 +7,59 @@ from typing import Any
 
 import torch
 
+from lrqp_torch import models
 from lrqp_torch.errors import SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.sites import Site, all_sites, locate
-from lrqp_torch.study.context import Task
+from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.progress import Clock, Start, no_stages
+from lrqp_torch.study.prompts import Prompt, PromptSet, split
+from lrqp_torch.study.reading import read_prompts
 from lrqp_torch.study.settings import Settings
+
+
+def prepare(
+    settings: Settings, start: Start = no_stages, clock: Clock | None = None
+) -> StudyContext:
+    """Read or write the prompts of a study, and load its model.
+
+    Args:
+        settings: what the study is asked to do.
+        start: opens progress bars.
+        clock: counts the time of the stages ``model`` and ``prompts``.
+
+    Raises:
+        LRQPError: a model, site, device or file that is not there, or cannot be used.
+    """
+    clock = clock or Clock()
+    halves = None
+    if settings.data is not None:
+        how = (settings.label, settings.position, settings.train_share, settings.seed)
+        halves = read_halves(settings.data, *how)
+    with clock.stage("model"):
+        advance = start("loading the model", 1)
+        device = choose_device(settings.device)
+        model, tokenizer = models.load(settings.model, device=device)
+        advance(1)
+    sites = choose_sites(model, settings.sites)
+    with clock.stage("prompts"):
+        advance = start("writing prompts", 1)
+        if halves is not None:
+            tasks = [Task("own", *encode_halves(tokenizer, halves))]
+        else:
+            versions = [settings, settings.other()] if settings.compares else [settings]
+            tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]
+        advance(1)
+    return StudyContext(
+        model=model,
+        task=tasks[0],
+        other_task=tasks[1] if len(tasks) > 1 else None,
+        sites=sites,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        device=device,
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,8 +100,28 @@ def choose_sites(model: Any, names: str) -> list[str]:
     return [str(site) for site in sorted(chosen)]
 
 
+def read_halves(
+    data: str, label: str, position: str, train_share: float, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of one's own file, to fit on and held out.
+
+    Raises:
+        PromptError: see :func:`~.reading.read_prompts` and :func:`~.prompts.split`.
+    """
+    return split(read_prompts(data, label=label, position=position), train_share, seed)
+
+
+def encode_halves(
+    tokenizer: Any, halves: tuple[list[Prompt], list[Prompt]]
+) -> tuple[PromptSet, PromptSet]:
+    """Both halves as tokens, with the classes of both."""
+    classes = sorted({prompt.label for half in halves for prompt in half})
+    train, test = (PromptSet.encode(tokenizer, half, classes) for half in halves)
+    return train, test
+
+
 def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIPrompts, IOIPrompts]:
-    """Prompts to fit on and prompts held out, without a prompt in common."""
+    """Prompts about two names, to fit on and held out, without a prompt in common."""
     drawn = IOIDataset.generate(
         tokenizer,
         settings.n,
@@ -93,4 +160,5 @@ def digest_prompts(tasks: Sequence[Task]) -> str:
         for data in (task.train, task.test):
             digest.update("\n".join(data.prompts).encode())
             digest.update(data.inputs["input_ids"].cpu().numpy().tobytes())
+            digest.update(data.labels.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,19 +1,18 @@
-"""The held-out prompts as the report shows them: text, names, and where their tokens stand."""
+"""The held-out prompts as the report shows them: text, answers, and where their tokens stand."""
 
-import json
 import re
 import textwrap
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from lrqp_torch.errors import OutputError
-from lrqp_torch.files import written_whole
-from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.files import read_json, write_json
+from lrqp_torch.plot.chart import strong
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.records import from_json, to_json
 
 TEXTS_FILE = "prompts.json"
-SHOWN_POSITIONS = ("IO", "S1", "S2", "END")
 LINE_WIDTH = 46
 
 
@@ -22,30 +21,27 @@ class PromptTexts:
     """The held-out prompts in the order of ``prompts.safetensors``.
 
     Attributes:
-        prompts: the texts, prefix included.
-        io_names: the answers, without the space.
-        s_names: the subjects, without the space.
-        positions: IO, S1, S2 and END, each the number of a token of the prompt, from 1.
+        prompts: the texts, prefix included, without marks.
+        held: what the answer in the sense of the class that holds is called: a name (IO), a class.
+        other: the same of the counterfactual class.
+        positions: what each token that is shown is called to its number in each prompt, from 1.
     """
 
     prompts: list[str]
-    io_names: list[str]
-    s_names: list[str]
+    held: list[str]
+    other: list[str]
     positions: dict[str, list[int]]
 
     @classmethod
-    def of(cls, data: IOIPrompts) -> Self:
-        """Texts and positions of a data set, padding not counted."""
-        padding = (data.inputs["attention_mask"] == 0).sum(1)
-        if not bool((data.inputs["attention_mask"][:, -1] == 1).all()):
-            padding = padding * 0  # padded on the right: columns count from the first token already
+    def of(cls, data: PromptSet) -> Self:
+        """Texts and positions of prompts, padding on the left not counted."""
+        padding = (data.inputs["attention_mask"].cumsum(1) == 0).sum(1)
+        columns = data.pointed_out.items()
         return cls(
             prompts=list(data.prompts),
-            io_names=list(data.data.io_names),
-            s_names=list(data.data.s_names),
-            positions={
-                name: (data.positions[name] - padding + 1).tolist() for name in SHOWN_POSITIONS
-            },
+            held=[own for own, _ in data.called],
+            other=[other for _, other in data.called],
+            positions={name: (column - padding + 1).tolist() for name, column in columns},
         )
 
     def save(self, folder: Path) -> None:
@@ -54,8 +50,7 @@ class PromptTexts:
         Raises:
             OutputError: the file cannot be written.
         """
-        with written_whole(folder / TEXTS_FILE) as path:
-            path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", "utf-8")
+        write_json(folder / TEXTS_FILE, to_json(self))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -66,32 +61,30 @@ class PromptTexts:
         """
         path = folder / TEXTS_FILE
         try:
-            texts = cls(**json.loads(path.read_text(encoding="utf-8")))
+            texts = from_json(cls, read_json(path, OutputError))
             lengths = {len(column) for column in texts.positions.values()}
-            if lengths | {len(texts.io_names), len(texts.s_names)} != {len(texts.prompts)}:
+            if lengths | {len(texts.held), len(texts.other)} != {len(texts.prompts)}:
                 raise ValueError("its lists are of unequal length")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OutputError, ValueError) as error:
             raise OutputError(
                 f"cannot read the prompts in {str(path)!r}: {error}. "
-                "Run `lrqp reproduce` with --out set to this folder to write them anew."
+                "Run the study with --out set to this folder to write them anew."
             ) from error
         return texts
 
-    def hover(self, row: int) -> str:
-        """One prompt for a plotly hover label: in short lines, its names bold, its positions."""
-        at = {name: column[row] for name, column in self.positions.items()}
-        io, s = self.io_names[row], self.s_names[row]
-        names = re.compile(rf"\b({re.escape(escape(io))}|{re.escape(escape(s))})\b")
+    def shown(self, row: int, held: str, other: str) -> str:
+        """One prompt for a reader who points at it: in short lines, its answers standing out.
+
+        Args:
+            row: which prompt.
+            held: what answers in the sense of the class that holds are called, such as IO.
+            other: the same of the counterfactual class, such as S.
+        """
+        own, rival = self.held[row], self.other[row]
+        names = re.compile(rf"\b({re.escape(own)}|{re.escape(rival)})\b")
         lines = [
-            # plotly reads tags such as <b>, and decodes no named quotes.
-            names.sub(r"<b>\1</b>", escape(line, quote=False))
+            names.sub(lambda match: strong(match[1]), line)
             for line in textwrap.wrap(self.prompts[row], LINE_WIDTH)
         ]
-        return "<br>".join(
-            [
-                *lines,
-                f"IO {escape(io, quote=False)}: token {at['IO']}",
-                f"S {escape(s, quote=False)}: tokens {at['S1']} (S1) and {at['S2']} (S2)",
-                f"END: token {at['END']}",
-            ]
-        )
+        tokens = ", ".join(f"{name} {column[row]}" for name, column in self.positions.items())
+        return "\n".join([*lines, f"{held}: {own}", f"{other}: {rival}", f"tokens: {tokens}"])

@@ -1,5 +1,7 @@
 """Prompts of any task as tokens: where to edit, what holds there, and which answers go with it."""
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PromptError, TokenizerError
+from lrqp_torch.errors import PromptError, SettingError, TokenizerError
 from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Words:
         answers: those of all classes together.
         preference: score of the one minus that of the other.
         unit: of the scores.
+        question: what a study of the task asks, for a reader who has not met it; may be empty.
     """
 
     variable: str = "the class"
@@ -60,6 +63,7 @@ class Words:
     answers: str = "the answers"
     preference: str = "class that holds − other"
     unit: str = "nats"
+    question: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,12 +167,7 @@ class PromptSet:
         Raises:
             PromptError: the task has no answers.
         """
-        if self.answers is None:
-            raise PromptError(
-                "these prompts have no answers, so what the model says cannot be scored; give "
-                "each prompt the answers of every class"
-            )
-        answers = self.answers.to(logits.device)
+        answers = self._answered().to(logits.device)
         chosen = logits.double().gather(-1, answers.clamp_min(0).flatten(1)).view(answers.shape)
         return chosen.masked_fill(answers < 0, float("-inf")).logsumexp(-1)
 
@@ -183,6 +182,34 @@ class PromptSet:
         pair = torch.stack([self.labels, against.to(self.labels)], -1).to(scores.device)
         own, other = scores.gather(-1, pair).unbind(-1)
         return own - other
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """Softmax probability of the answers of the class that holds, (n,), float64.
+
+        Args:
+            logits: of the token after each prompt, (n, vocabulary).
+
+        Raises:
+            PromptError: the task has no answers.
+        """
+        rows = torch.arange(len(self), device=self.labels.device)
+        own = self._answered()[rows, self.labels].to(logits.device)
+        chances = logits.double().softmax(-1).gather(-1, own.clamp_min(0))
+        return chances.masked_fill(own < 0, 0.0).sum(-1)
+
+    @property
+    def called(self) -> tuple[tuple[str, str], ...]:
+        """For each prompt what its answers in the sense of both classes are called.
+
+        The class that holds first, then the counterfactual one.
+        """
+        names, count = self.classes, len(self.classes)
+        return tuple((names[k], names[(k + 1) % count]) for k in self.labels.tolist())
+
+    @property
+    def pointed_out(self) -> dict[str, Tensor]:
+        """The tokens that a reader is to be shown, by what they are called, (n,)."""
+        return {self.words.position: self.position, self.words.end: self.end}
 
     def twins(self) -> Self | None:
         """For each prompt one that differs in the class alone; None where the task knows none."""
@@ -229,6 +256,14 @@ class PromptSet:
     def to(self, device: torch.device | str) -> Self:
         """The same prompts with their tensors on ``device``."""
         return self._change_tensors(lambda tensor: tensor.to(device))
+
+    def _answered(self) -> Tensor:
+        if self.answers is None:
+            raise PromptError(
+                "these prompts have no answers, so what the model says cannot be scored; give "
+                "each prompt the answers of every class"
+            )
+        return self.answers
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(
@@ -318,3 +353,138 @@ def _answer_ids(
             )
         ids[row, index, int((ids[row, index] >= 0).sum())] = token
     return ids
+
+
+def split(
+    prompts: Sequence[Prompt], train_share: float = 0.5, seed: int = 0
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Divide prompts so that both sides hold every class in the same shares, but for rounding.
+
+    Prompts with the same words stay on one side, wherever their marks are: a probe must not be
+    tested on what it was fitted to. Where such prompts have several labels, texts with the same
+    labels are divided among themselves; one that is alone with its labels goes to the side that
+    lacks them more.
+
+    Args:
+        prompts: at least two different texts of each class.
+        train_share: of each class, to fit on; strictly between 0 and 1.
+        seed: of the order in which they are drawn.
+
+    Returns:
+        ``(train, test)``, each in random order.
+
+    Raises:
+        SettingError: a share that leaves a side without prompts.
+        PromptError: no prompts, the same prompt under two labels, or a class with too few different
+            texts to be on both sides.
+    """
+    if not 0 < train_share < 1:
+        raise SettingError(
+            f"train_share is {train_share}: it must lie between 0 and 1, without either, so that "
+            f"there are prompts to fit on and prompts held out"
+        )
+    if not prompts:
+        raise PromptError("no prompts were given")
+    _refuse_contradictions(prompts)
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        words = prompt.text.replace(OPENING, "").replace(CLOSING, "")
+        groups.setdefault(words, []).append(prompt)
+    by_labels: dict[tuple[str, ...], list[list[Prompt]]] = {}
+    for group in groups.values():
+        by_labels.setdefault(tuple(sorted(_labels(group))), []).append(group)
+    for label in sorted(_labels(prompts)):
+        texts = sum(len(own) for labels, own in by_labels.items() if label in labels)
+        if texts < 2:
+            raise PromptError(
+                f"class {label!r} has {texts} different texts (marks aside); it needs at least 2, "
+                f"one to fit on and one held out"
+            )
+    draws = random.Random(seed)
+    train: list[Prompt] = []
+    test: list[Prompt] = []
+    alone = []
+    for _, own in sorted(by_labels.items()):
+        if len(own) < 2:
+            alone += own
+            continue
+        draws.shuffle(own)
+        wanted = round(train_share * sum(map(len, own)))
+        cut, drawn = 1, len(own[0])
+        while cut < len(own) - 1 and drawn < wanted:
+            drawn += len(own[cut])
+            cut += 1
+        train += [prompt for group in own[:cut] for prompt in group]
+        test += [prompt for group in own[cut:] for prompt in group]
+    total = _labels(prompts)
+    for group in alone:
+        fitted, held = _labels(train), _labels(test)
+        # What each side has of the labels, in parts of what it is to have.
+        fuller = sum(
+            (fitted[label] / train_share - held[label] / (1 - train_share)) / total[label]
+            for label in _labels(group)
+        )
+        (test if fuller > 0 else train).extend(group)
+    for label in sorted(total):
+        if not (_labels(train)[label] and _labels(test)[label]):
+            raise PromptError(
+                f"class {label!r} is on one side only: it shares its few texts with other classes; "
+                f"give it more texts"
+            )
+    draws.shuffle(train)
+    draws.shuffle(test)
+    return train, test
+
+
+def majority_share(train: Sequence[int], test: Sequence[int]) -> float:
+    """Accuracy on ``test`` of always naming the most frequent class of ``train``."""
+    most = Counter(train).most_common(1)[0][0]
+    return sum(label == most for label in test) / len(test)
+
+
+def require_every_class(prompts: PromptSet) -> None:
+    """Refuse prompts among which a class does not occur.
+
+    Raises:
+        PromptError: one does not.
+    """
+    counts = torch.bincount(prompts.labels.cpu(), minlength=len(prompts.classes)).tolist()
+    missing = [name for name, count in zip(prompts.classes, counts, strict=True) if not count]
+    if missing:
+        raise PromptError(
+            f"no prompt to fit on has the class {missing[0]!r}; the classes are "
+            f"{', '.join(prompts.classes)}"
+        )
+
+
+def require_classes(prompts: PromptSet, classes: Sequence[str], whose: str) -> None:
+    """Refuse prompts whose labels do not count in the order of ``classes``.
+
+    Args:
+        prompts: to be used with them.
+        classes: names in order.
+        whose: begins the message, such as ``"this edit was fitted to"``.
+
+    Raises:
+        PromptError: they have other classes, or the same in another order.
+    """
+    if tuple(prompts.classes) != tuple(classes):
+        raise PromptError(
+            f"{whose} the classes {', '.join(classes)}, in this order, and these prompts have "
+            f"{', '.join(prompts.classes)}; encode both with the same ones: "
+            f"PromptSet.encode(..., classes={tuple(classes)!r})"
+        )
+
+
+def _labels(prompts: Sequence[Prompt]) -> Counter[str]:
+    return Counter(prompt.label for prompt in prompts)
+
+
+def _refuse_contradictions(prompts: Sequence[Prompt]) -> None:
+    labels: dict[str, str] = {}
+    for row, prompt in enumerate(prompts):
+        if labels.setdefault(prompt.text, prompt.label) != prompt.label:
+            raise PromptError(
+                f"prompt {row}, {prompt.text!r}, is {prompt.label!r} here and "
+                f"{labels[prompt.text]!r} elsewhere; one prompt can have one label"
+            )

@@ -3,6 +3,7 @@
 A dataclass becomes an object with its fields as keys. A field that holds an :class:`Estimate`
 becomes three: ``KEY`` is the value, ``KEY_interval`` its ``[lower, upper]`` (null where unknown)
 and ``KEY_n`` the number of prompts. In lists and dictionaries an estimate is an object of its own.
+Fields marked :data:`BESIDE` are kept in files of their own.
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ from lrqp_torch.study.estimates import Estimate
 
 T = TypeVar("T")
 
+BESIDE = {"beside": True}
+"""Metadata of a dataclass's field that JSON leaves out; it must have a default."""
+
 
 def to_json(value: Any) -> Any:
     """Plain JSON values of a dataclass, or of what one may hold."""
@@ -21,7 +25,7 @@ def to_json(value: Any) -> Any:
         return {"value": value.value, "interval": value.interval, "n": value.n}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         raw: dict[str, Any] = {}
-        for field in dataclasses.fields(value):
+        for field in _fields(value):
             item = getattr(value, field.name)
             if isinstance(item, Estimate):  # beside its key, where readers of plain numbers look
                 raw[field.name] = item.value
@@ -100,7 +104,7 @@ def _read_dataclass(kind: Any, raw: Any, where: str) -> Any:
     _require(raw, dict, where)
     hints, left = get_type_hints(kind), dict(raw)
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
+    for field in _fields(kind):
         here = f"{where}.{field.name}" if where else field.name
         if field.name not in left:
             if (
@@ -120,6 +124,10 @@ def _read_dataclass(kind: Any, raw: Any, where: str) -> Any:
     if left:
         raise ValueError(f"{where or kind.__name__} holds the unknown key {next(iter(left))!r}")
     return kind(**values)
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if not field.metadata.get("beside")]
 
 
 def _holds_estimate(hint: Any) -> bool:

@@ -1,26 +1,33 @@
 """The results of a study: what is kept, how it is written to disk, and how it is read back.
 
-A study leaves ``results.json`` (every figure, with the settings, seed and versions behind it) and
-``prompts.safetensors`` (one number per held-out prompt). Both are written whole or not at all.
+A study leaves ``results.json`` (every figure, with the settings, seed and versions behind it),
+``prompts.safetensors`` (one number per held-out prompt) and ``prompts.json`` (their texts). Each is
+written whole or not at all.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
+from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, OutputError
-from lrqp_torch.files import written_whole
+from lrqp_torch.files import prepare_folder, read_json, write_json, written_whole
+from lrqp_torch.qp import Status
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.prompt_texts import PromptTexts
+from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.published import PublishedFigure
+from lrqp_torch.study.records import BESIDE, from_json, to_json
+from lrqp_torch.study.sweep import CONDITIONS, USED_THRESHOLD
 
-FORMAT = 1
-"""Version of the layout of ``results.json``."""
+FORMAT = 2
+"""Version of the layout of ``results.json``; 0.2.0 wrote 1."""
 
 RESULTS_FILE = "results.json"
 PROMPTS_FILE = "prompts.safetensors"
@@ -28,31 +35,45 @@ PROMPTS_FILE = "prompts.safetensors"
 
 @dataclass(frozen=True)
 class CleanResult:
-    """The model without any edit, on the held-out prompts.
+    """The model without any edit, on the held-out prompts; None for a task without answers.
 
     Attributes:
         prompts: number of held-out prompts.
-        logit_difference: mean of the IO logit minus the S logit at END.
-        accuracy: share of prompts whose IO logit is above the S logit.
-        io_probability: mean softmax probability of IO over the whole vocabulary.
+        logit_difference: mean score of the class that holds minus that of the counterfactual one.
+            Where each class has one answer, that is a difference of logits, such as IO − S at END.
+        accuracy: share of prompts that the model answers with the class that holds rather than with
+            any other.
+        io_probability: mean probability of the answers of the class that holds (of IO).
     """
 
     prompts: int
-    logit_difference: float
-    accuracy: float
-    io_probability: float
+    logit_difference: Estimate | None
+    accuracy: Estimate | None
+    io_probability: Estimate | None
+
+    @classmethod
+    def of(cls, flat: Mapping[str, Tensor], seed: int) -> Self:
+        """Summarise the clean run of a sweep.
+
+        Args:
+            flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
+            seed: of the bootstrap.
+        """
+        columns = columns_of(flat, "clean")
+        return cls(len(flat["labels"]), *_answered(columns, seed))
 
 
 @dataclass(frozen=True)
 class ConditionResult:
-    """One edit at one site, over the held-out prompts.
+    """One edit at one site, over the held-out prompts; what is answered is None without answers.
 
     Attributes:
-        logit_difference: mean of the IO logit minus the S logit at END.
-        accuracy: share of prompts whose IO logit is above the S logit.
-        flipped: of the prompts answered IO in the clean run (IO logit above S logit), the share
-            answered S under the edit (S logit above IO logit); ``None`` if none was answered IO.
-            Under the control edit these are accidental flips.
+        logit_difference: as in :class:`CleanResult`, like ``accuracy``.
+        accuracy: see there.
+        flipped: of the prompts that the clean model answers with the class that holds, those that
+            it answers with the counterfactual class under the edit; without a value where there are
+            none of the former. Under the control edit these are accidental flips.
+        divergence: mean KL(clean ‖ edited) of the next token, in nats.
         distance: mean Mahalanobis length of the edit.
         euclidean: mean Euclidean length of the edit.
         worst_log_odds_margin: least value, over prompts, of the log odds that the probe reads
@@ -63,9 +84,10 @@ class ConditionResult:
         inaccurate: prompts whose solution misses the solver's promised accuracy.
     """
 
-    logit_difference: float
-    accuracy: float
-    flipped: float | None
+    logit_difference: Estimate | None
+    accuracy: Estimate | None
+    flipped: Estimate | None
+    divergence: Estimate
     distance: float
     euclidean: float
     worst_log_odds_margin: float
@@ -74,27 +96,124 @@ class ConditionResult:
     infeasible: int
     inaccurate: int
 
+    @classmethod
+    def of(cls, flat: Mapping[str, Tensor], key: str, seed: int) -> Self:
+        """Summarise one edit of a sweep; ``key`` is ``SITE.CONDITION``."""
+        columns = columns_of(flat, key)
+        difference, accuracy, _ = _answered(columns, seed)
+        right = flat["clean.own_lead"] > 0 if difference is not None else None
+        counts = {
+            name: int((columns["status"] == int(status)).sum())
+            for name, status in (
+                ("skipped", Status.SATISFIED),
+                ("solved", Status.SOLVED),
+                ("infeasible", Status.INFEASIBLE),
+                ("inaccurate", Status.INACCURATE),
+            )
+        }
+        return cls(
+            logit_difference=difference,
+            accuracy=accuracy,
+            flipped=None if right is None else Estimate.share(columns["other_lead"][right] > 0),
+            divergence=_mean(columns["divergence"], seed),
+            distance=columns["distance"].mean().item(),
+            euclidean=columns["euclidean"].mean().item(),
+            worst_log_odds_margin=(columns["log_odds_after"] - columns["floor"]).min().item(),
+            **counts,
+        )
+
+    @property
+    def failed(self) -> int:
+        """Prompts that were left as they were, because their target could not be reached."""
+        return self.infeasible + self.inaccurate
+
 
 @dataclass(frozen=True)
 class SiteResult:
     """One site: what its probe knows, and what editing its belief does.
 
     Attributes:
-        probe_accuracy: accuracy of the probe on the held-out prompts.
-        control: edits towards the true label.
-        counterfactual: edits towards the other label.
+        probe_accuracy: of the probe on the held-out prompts.
+        shuffled_accuracy: of a probe fitted to the training labels in random order.
+        control: edits towards the class that holds.
+        counterfactual: edits towards the next class, the other one of two.
         worst_log_odds_margin: the worse of the two conditions' margins.
     """
 
-    probe_accuracy: float
+    probe_accuracy: Estimate
+    shuffled_accuracy: Estimate
     control: ConditionResult
     counterfactual: ConditionResult
     worst_log_odds_margin: float
 
+    @classmethod
+    def of(cls, flat: Mapping[str, Tensor], site: str, shuffled: Estimate, seed: int) -> Self:
+        """Summarise a site of a sweep.
+
+        The probe's accuracy is read from the control edit: the log odds of the class that holds,
+        against its strongest rival, are positive before the edit where the probe is right.
+        """
+        control, counterfactual = (
+            ConditionResult.of(flat, f"{site}.{c}", seed) for c in CONDITIONS
+        )
+        margins = (control.worst_log_odds_margin, counterfactual.worst_log_odds_margin)
+        right = Estimate.share(flat[f"{site}.control.log_odds_before"] > 0)
+        return cls(right, shuffled, control, counterfactual, min(margins))
+
+    @property
+    def net_flips(self) -> float:
+        """Share of answers that flip under the counterfactual edit beyond those of the control."""
+        shares = (self.counterfactual.flipped, self.control.flipped)
+        own, accidental = ((share and share.value) or 0.0 for share in shares)
+        return own - accidental
+
+    @property
+    def used(self) -> bool:
+        """Whether the model uses the class here; see :data:`~.sweep.USED_THRESHOLD`."""
+        return self.net_flips >= USED_THRESHOLD
+
+
+@dataclass(frozen=True)
+class TaskFlipping:
+    """What the sweep says about one version of the task.
+
+    Attributes:
+        task: its name.
+        clean: the model without any edit.
+        sites: the sweep by site, in order of computation.
+        used_sites: see :attr:`SiteResult.used`.
+        best_site: see :func:`best_site`.
+        seconds: time of each stage.
+    """
+
+    task: str
+    clean: CleanResult
+    sites: dict[str, SiteResult]
+    used_sites: list[str]
+    best_site: str
+    seconds: dict[str, float]
+
+
+def best_site(clean: CleanResult, sites: Mapping[str, SiteResult]) -> str:
+    """The site that flips most beyond its control; among equals, the one that changes most.
+
+    What changes is the mean logit difference, or without answers the distribution of the next token
+    beyond what the control edit does to it.
+    """
+
+    def strength(name: str) -> tuple[float, float]:
+        edit, control = sites[name].counterfactual, sites[name].control
+        if edit.logit_difference is None or clean.logit_difference is None:
+            return 0.0, edit.divergence.known - control.divergence.known
+        change = edit.logit_difference.known - clean.logit_difference.known
+        return sites[name].net_flips, abs(change)
+
+    return max(sites, key=strength)
+
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The sites at which a model was trained to use the order, beside those that the study found.
+    """The sites at which a model was trained to use the class, beside those that the study found.
 
     Attributes:
         used_sites: the true ones among the sites swept.
@@ -109,29 +228,43 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Everything that ``results.json`` holds.
+    """Everything that a study finds: what ``results.json`` holds, and the files beside it.
 
     Attributes:
         settings: what the study was asked to do.
         model: name, class, family, size and revision of the model.
-        data: number of prompts to fit on and held out.
+        task: name of the version of the task.
+        words: what the things of the task are called.
+        classes: names of the classes, in order.
+        data: number of prompts to fit on (``train``) and held out (``test``).
+        majority: accuracy of always naming the most frequent class, on the held-out prompts.
+        answered: held-out prompts that the model answers with the class that holds, without an
+            edit: the accuracy of ``clean``. None for a task without answers.
         clean: the model without any edit.
         sites: results keyed by site name, in order of computation.
         used_sites: sites whose counterfactual edit flips at least half of the answers more than
             the control edit does.
-        best_site: site whose counterfactual edit flips most beyond its control; among equals, the
-            one with the largest change of the mean logit difference; None where no site was swept.
+        best_site: the site that flips most beyond its control; see :func:`best_site`. None where
+            no site was swept.
         ground_truth: set only for a model whose true sites are known.
-        published: figures of GPT-2 small from the literature, by key.
+        published: figures of GPT-2 small from the literature, by key; none for other tasks.
         versions: versions of Python and of the packages that computed the results.
         elapsed: seconds spent in each stage, and in total.
-        parts: part of the study to its result, as the part's ``from_json`` reads it.
+        parts: part of the study to its result, as the part reads it.
+        files: names of the figures and pages beside ``results.json``.
         format: version of this layout.
+        prompts: one number per held-out prompt, as :func:`~.sweep.sweep` returns them.
+        texts: the held-out prompts.
     """
 
     settings: dict[str, Any]
     model: dict[str, Any]
+    task: str
+    words: Words
+    classes: list[str]
     data: dict[str, int]
+    majority: float
+    answered: Estimate | None
     clean: CleanResult
     sites: dict[str, SiteResult]
     used_sites: list[str]
@@ -140,35 +273,58 @@ class StudyResults:
     published: dict[str, PublishedFigure]
     versions: dict[str, str]
     elapsed: dict[str, float]
-    parts: dict[str, dict[str, Any]]
+    parts: dict[str, Any]
+    files: list[str] = field(default_factory=list)
     format: int = FORMAT
+    prompts: dict[str, Tensor] = field(
+        default_factory=dict, repr=False, compare=False, metadata=BESIDE
+    )
+    texts: PromptTexts | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
+
+    def save(self, folder: Path) -> None:
+        """Write ``results.json``, ``prompts.safetensors`` and ``prompts.json`` into a folder.
+
+        Raises:
+            NonFiniteError: a figure is NaN or infinite, which strict JSON cannot hold.
+            OutputError: a file cannot be written.
+        """
+        prepare_folder(folder)
+        save_prompts(self.prompts, folder)
+        if self.texts is not None:
+            self.texts.save(folder)
+        try:
+            write_json(folder / RESULTS_FILE, to_json(self), indent=2)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"results.json was not written: {error}. The model's logits or an edited "
+                "activation overflowed; try the model in float32."
+            ) from error
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            OutputError: a file is missing, unreadable or of another format.
+        """
+        prompts = load_prompts(folder)
+        try:
+            raw = read_json(folder / RESULTS_FILE, OutputError)
+            if raw["format"] != FORMAT:
+                raise ValueError(f"format {raw['format']}, but this version reads {FORMAT}")
+            found = from_json(cls, raw)
+        except (OutputError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(folder, error) from error
+        return replace(found, prompts=prompts, texts=PromptTexts.load(folder))
 
 
-def save(results: StudyResults, prompts: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write ``results.json`` and ``prompts.safetensors`` into ``folder``.
-
-    Args:
-        results: the study's figures.
-        prompts: tensors whose first dimension counts the held-out prompts.
-        folder: an existing folder.
-
-    Raises:
-        NonFiniteError: a figure is NaN or infinite, which strict JSON cannot hold.
-        OutputError: a file cannot be written.
-    """
-    try:
-        text = json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False)
-    except ValueError as error:
-        raise NonFiniteError(
-            "a result is NaN or infinite, so results.json was not written. The model's logits or "
-            "an edited activation overflowed; try the model in float32."
-        ) from error
-    save_prompts(prompts, folder)
-    with written_whole(folder / RESULTS_FILE) as path:
-        path.write_text(text + "\n", encoding="utf-8")
+def columns_of(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The per-prompt tensors whose names begin with ``prefix`` and a dot, without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: v for name, v in flat.items() if name.startswith(start)}
 
 
-def save_prompts(prompts: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_prompts(prompts: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``prompts.safetensors`` into ``folder``.
 
     Raises:
@@ -180,7 +336,7 @@ def save_prompts(prompts: Mapping[str, torch.Tensor], folder: Path) -> None:
         path.write_bytes(serialise(tensors))
 
 
-def load_prompts(folder: Path) -> dict[str, torch.Tensor]:
+def load_prompts(folder: Path) -> dict[str, Tensor]:
     """Read back what :func:`save_prompts` wrote.
 
     Raises:
@@ -192,50 +348,26 @@ def load_prompts(folder: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(folder, error) from error
 
 
-def load(folder: Path) -> tuple[StudyResults, dict[str, torch.Tensor]]:
-    """Read back what :func:`save` wrote.
+def _answered(
+    columns: Mapping[str, Tensor], seed: int
+) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+    """Logit difference, accuracy and, of the clean run, probability of the class that holds."""
+    if "logit_difference" not in columns:
+        return None, None, None
+    chance = columns.get("io_probability")
+    return (
+        _mean(columns["logit_difference"], seed),
+        Estimate.share(columns["own_lead"] > 0),
+        None if chance is None else _mean(chance, seed),
+    )
 
-    Raises:
-        OutputError: a file is missing, unreadable or of another format.
-    """
-    prompts = load_prompts(folder)
-    try:
-        raw = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        if raw["format"] != FORMAT:
-            raise ValueError(f"format {raw['format']}, but this version reads {FORMAT}")
-        results = _from_json(raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
-    return results, prompts
+
+def _mean(values: Tensor, seed: int) -> Estimate:
+    return Estimate.mean(values, torch.Generator().manual_seed(seed))
 
 
 def _unreadable(folder: Path, error: Exception) -> OutputError:
     return OutputError(
-        f"cannot read the results in {str(folder)!r}: {error}. "
-        "Run `lrqp reproduce` with --out set to this folder to write them anew, "
-        "or with --resume to finish a run that was stopped."
+        f"cannot read the results in {str(folder)!r}: {error}. Run the study with --out set to "
+        "this folder to write them anew, or with --resume to finish a run that was stopped."
     )
-
-
-def read_sites(raw: Mapping[str, Any]) -> dict[str, SiteResult]:
-    """The sites that ``dataclasses.asdict`` turned into ``raw``."""
-    return {
-        name: SiteResult(
-            probe_accuracy=site["probe_accuracy"],
-            control=ConditionResult(**site["control"]),
-            counterfactual=ConditionResult(**site["counterfactual"]),
-            worst_log_odds_margin=site["worst_log_odds_margin"],
-        )
-        for name, site in raw.items()
-    }
-
-
-def _from_json(raw: dict[str, Any]) -> StudyResults:
-    truth = raw["ground_truth"]
-    nested = {
-        "clean": CleanResult(**raw["clean"]),
-        "sites": read_sites(raw["sites"]),
-        "ground_truth": None if truth is None else GroundTruth(**truth),
-        "published": {key: PublishedFigure(**item) for key, item in raw["published"].items()},
-    }
-    return StudyResults(**(raw | nested))

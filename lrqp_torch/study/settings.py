@@ -16,8 +16,13 @@ class Settings:
     Attributes:
         model: ``organism``, ``smollm2``, ``gpt2``, or a folder or Hub name.
         out: folder for the results; created if needed.
-        n: number of prompts, to fit on and held out together.
-        prefixes: ``none``, ``bundled``, ``openwebtext``, or a text file with a sentence per line.
+        data: a file or data set of prompts of one's own, as :func:`~.reading.read_prompts` takes
+            it, in place of prompts about two names.
+        label: its column of the class.
+        position: where its prompts are read and edited; see there.
+        n: number of prompts about two names, to fit on and held out together.
+        prefixes: a sentence before each of these: ``none``, ``bundled``, ``openwebtext``, or a text
+            file with a sentence per line.
         sites: ``all`` (every pre and mid), or site names separated by commas.
         seed: of everything random: the prompts, and the resampling behind intervals.
         batch_size: prompts per forward pass.
@@ -29,13 +34,16 @@ class Settings:
         figures: whether to draw figures.
         report: whether to write the interactive report.
         parts: ``all``, or parts of the study separated by commas.
-        compare_task: whether to run the other task too, without a prefix or with a bundled one;
-            ``None`` does so where this one has prefixes.
+        compare_task: whether to run prompts about two names both without a prefix and with a
+            bundled one; ``None`` does so where this study has prefixes.
         resume: whether to go on with what an earlier run left in ``out``.
     """
 
     model: str
     out: Path
+    data: str | None = None
+    label: str = "label"
+    position: str = "mark"
     n: int = 1000
     prefixes: str = "none"
     sites: str = "all"
@@ -60,7 +68,7 @@ class Settings:
         """
         if not 0 < self.train_share < 1:
             raise SettingError(f"train_share must lie between 0 and 1, not {self.train_share}.")
-        if min(self.train_size, self.n - self.train_size) < 2:
+        if self.data is None and min(self.train_size, self.n - self.train_size) < 2:
             raise SettingError(
                 f"n = {self.n} with train_share = {self.train_share} leaves fewer than two prompts "
                 "to fit on or to hold out; raise n."
@@ -74,12 +82,14 @@ class Settings:
 
     @property
     def train_size(self) -> int:
-        """Number of prompts to fit on."""
+        """Number of prompts about two names to fit on."""
         return round(self.n * self.train_share)
 
     @property
     def compares(self) -> bool:
         """Whether both tasks run."""
+        if self.data is not None:
+            return False
         return self.prefixes != "none" if self.compare_task is None else self.compare_task
 
     def other(self) -> "Settings":
@@ -88,11 +98,12 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as ``results.json`` keeps them: all that decides what it holds."""
-        left_out = ("out", "resume")
+        names, own = {"n", "prefixes", "compare_task"}, {"data", "label", "position"}
+        left_out = {"out", "resume"} | (own if self.data is None else names)
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the numbers of every part."""
         left_out = ("figures", "report", "parts", "compare_task")
         kept = {name: value for name, value in self.record().items() if name not in left_out}
-        return kept | {"compare_task": self.compares}
+        return kept | ({"compare_task": self.compares} if self.data is None else {})

@@ -1,4 +1,4 @@
-"""The parts of a study: running them, keeping each as soon as it is finished, and resuming.
+"""A study's output folder: one run at a time writes to it, keeps what it finished, and resumes.
 
 ``DIR/parts/NAME.json`` holds a finished part's result with the settings behind it. A part that
 takes long may also keep its batches in ``DIR/parts/NAME.partial/`` until it is finished. Every file
@@ -7,9 +7,10 @@ settings, it gives the numbers that it would have given without the stop.
 """
 
 import json
+import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,11 +19,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
-from lrqp_torch.files import written_whole
-from lrqp_torch.study.records import to_json
+from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError, SettingError
+from lrqp_torch.files import prepare_folder, read_json, write_json, written_whole
+from lrqp_torch.study.prompt_texts import TEXTS_FILE
+from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE
 
 PARTS_FOLDER = "parts"
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` for a run, and remove it again if the run is refused before it writes.
+
+    Folders that were there before, and those that hold anything, are kept.
+
+    Raises:
+        OutputError: it cannot be created, is not a folder, or refuses a file.
+    """
+    # Unlike Path.exists, this is False and no error where nobody may look.
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        prepare_folder(folder)
+        yield
+    except LRQPError:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def forget(folder: Path) -> None:
+    """Remove the files of an earlier run, so that new files never stand beside old ones.
+
+    These are its results, its prompts, and the files that its results name; its parts are in
+    :class:`PartStore`.
+
+    Raises:
+        OutputError: a file cannot be removed.
+    """
+    try:
+        named = read_json(folder / RESULTS_FILE, OutputError)["files"]
+    except (OutputError, KeyError, TypeError):
+        named = []
+    # A name that leads out of the folder is not one that a study has written.
+    names = [name for name in named if isinstance(name, str) and Path(name).name == name != ".."]
+    for name in (*names, RESULTS_FILE, PROMPTS_FILE, TEXTS_FILE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot remove {str(folder / name)!r}: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)
@@ -78,48 +123,30 @@ class PartStore:
         if not path.exists():
             return None
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            finished = Finished(kept["result"], kept["seconds"])
-            fingerprint = kept["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            kept = read_json(path, OutputError)
+            finished, fingerprint = Finished(kept["result"], kept["seconds"]), kept["fingerprint"]
+        except (OutputError, KeyError, TypeError) as error:
             raise _damaged(path, error) from error
         self._check(fingerprint)
         return finished
 
-    def save(self, name: str, result: Any, seconds: float) -> Finished:
+    def save(self, name: str, finished: Finished) -> None:
         """Keep a part's result, and forget its batches.
-
-        Args:
-            name: of the part.
-            result: a dataclass that :func:`~.records.to_json` writes.
-            seconds: how long it took.
-
-        Returns:
-            The result as it will be read back.
 
         Raises:
             NonFiniteError: a number is NaN or infinite, which strict JSON cannot hold.
             OutputError: the file cannot be written.
         """
-        content = {
-            "part": name,
-            "fingerprint": self.fingerprint,
-            "seconds": round(seconds, 3),
-            "result": to_json(result),
-        }
-        try:
-            text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1)
-        except ValueError as error:
-            raise NonFiniteError(
-                f"a number of the part {name!r} is NaN or infinite, so it was not kept. The "
-                "model's logits or an activation overflowed; try the model in float32."
-            ) from error
         self._make_folder(self.folder)
-        with written_whole(self.folder / f"{name}.json") as path:
-            path.write_text(text + "\n", encoding="utf-8")
+        kept = {"part": name, "fingerprint": self.fingerprint, "seconds": finished.seconds}
+        try:
+            write_json(self.folder / f"{name}.json", kept | {"result": finished.raw})
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"the part {name!r} was not kept: {error}. The model's logits or an activation "
+                "overflowed; try the model in float32."
+            ) from error
         self.batches(name).clear()
-        kept = json.loads(text)
-        return Finished(kept["result"], kept["seconds"])
 
     def batches(self, name: str) -> "BatchStore":
         """Where a part keeps its batches until it is finished."""
@@ -224,15 +251,6 @@ class Kept:
         ]
         things = [*self.finished, *batches]
         return f"Kept: {', '.join(things)}." if things else "Nothing was finished yet."
-
-
-def kept_or_computed(store: PartStore, name: str, compute: Callable[[], Any]) -> Finished:
-    """A part from the store; computed, timed and kept where it is not there yet."""
-    finished = store.load(name)
-    if finished is None:
-        began = time.perf_counter()
-        finished = store.save(name, compute(), time.perf_counter() - began)
-    return finished
 
 
 def _damaged(path: Path, error: Exception) -> OutputError:

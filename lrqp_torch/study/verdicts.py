@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.progress import Progress
 
 from lrqp_torch import models
 from lrqp_torch.baselines import BASELINES, DAS, BaselineData, build
@@ -34,17 +33,16 @@ from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
-from lrqp_torch.study.clock import Clock
 from lrqp_torch.study.context import StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.flipping import USED_THRESHOLD, fit_edits
 from lrqp_torch.study.methods import behaviour, counterparts, others_alike
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
-from lrqp_torch.study.progress import progress_bars
+from lrqp_torch.study.progress import Clock, Start, progress_bars
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import next_class
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent
+from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
 from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
 from lrqp_torch.study.truth import KnownSites, read_truth
 
@@ -289,10 +287,10 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
     clock = Clock()
     scores: list[SiteScores] = []
     problems: dict[str, str] = {}
-    with progress_bars(enabled=progress) as bars:
+    with progress_bars(enabled=progress) as start:
         for name, truth in truths.items():
             with clock.stage(Path(name).name):
-                for found, missing in _scores(settings, name, truth, bars):
+                for found, missing in _scores(settings, name, truth, start):
                     scores += found
                     problems |= missing
     result = VerdictsResult(
@@ -324,11 +322,11 @@ def _truth(name: str) -> KnownSites:
 
 
 def _scores(
-    settings: VerdictSettings, name: str, truth: KnownSites, bars: Progress
+    settings: VerdictSettings, name: str, truth: KnownSites, start: Start
 ) -> Iterator[tuple[list[SiteScores], dict[str, str]]]:
     device = choose_device(settings.device)
     model, tokenizer = models.load(name, device=device)
-    bar = bars.add_task(f"judging {Path(name).name}", total=settings.seeds)
+    advance = start(f"judging {Path(name).name}", settings.seeds)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         study = Settings(name, settings.out, n=settings.n, prefixes=settings.prefixes, seed=seed)
         context = StudyContext(
@@ -341,7 +339,7 @@ def _scores(
             device=device,
         )
         yield score_sites(context, truth, settings.method_names(), Path(name).name)
-        bars.advance(bar, 1)
+        advance(1)
 
 
 def score_sites(

@@ -1,15 +1,14 @@
 """The ``lrqp`` command: what it prints, what it leaves, and how it refuses."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from lrqp_torch.cli import app
 from lrqp_torch.errors import SiteError
-from lrqp_torch.study.folder import FIGURES
 from lrqp_torch.study.html import Section
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.heads import PART as HEADS
@@ -71,11 +70,11 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
         assert (out / "parts" / f"{part}.json").is_file()
     figures = {name for name in written if name.endswith((".png", ".svg"))}
     assert len(figures - SWEEP_FIGURES) >= 2 * len(raw["parts"])
-    assert {Path(name).stem for name in figures} <= set(FIGURES)
+    assert figures | {"report.html"} == set(raw["files"])
 
     page = (out / "report.html").read_bytes()
     text = page.decode()
-    assert f"at {raw['best_site']}, half of the answers flip from log α" in text
+    assert "Without an edit, organism answers with IO on" in text
     for part in map(find_part, PARTS):
         if part.by_name_only:
             continue
@@ -112,12 +111,21 @@ def test_parts_bring_the_parts_that_they_need(tmp_path: Path) -> None:
 
 
 def test_every_part_is_a_command_with_the_same_options() -> None:
+    commands = get_command(app).commands
     options = {
-        name: set(re.findall(r"--[a-z][a-z-]+", lrqp(name, "--help").stdout))
-        for name in ("reproduce", *PARTS)
+        name: {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        for name in ("reproduce", "study", *PARTS)
     }
+    own = {"--data", "--label", "--position"}
     for name in PARTS:
-        assert options[name] == options["reproduce"] - {"--parts"}
+        assert options[name] == options["reproduce"] - {"--parts"} | own
+    names = {"--n", "--prefixes", "--compare-task", "--no-compare-task"}
+    assert options["study"] == options["reproduce"] - names | own
+
+
+def test_help_shows_how_words_are_marked() -> None:
+    for command in ("fit", "study", "compare"):
+        assert "[[keys]]" in lrqp(command, "--help").stdout
 
 
 def test_a_part_that_is_unknown(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from lrqp_torch import LRQP, EditLibrary
 from lrqp_torch.cli import app
+from lrqp_torch.study.reading import agreement, write_prompts
 from lrqp_torch.tasks import read_prompts
-from lrqp_torch.tasks.examples import agreement, write_prompts
 
 
 def lrqp(*arguments: object) -> Result:
@@ -117,11 +117,14 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     raw = json.loads((out / "results.json").read_text())
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
-    assert "beyond what the control edit flips, at L2.mid." in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "beyond what the control edit flips, at L2.mid." in said
+    assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {
-        "results.json", "prompts.safetensors", "prompts.json", "report.html", "sites.png",
-        "sites.svg",
+        "results.json", "prompts.safetensors", "prompts.json", "report.html", "parts",
+        *(f"{name}.{end}" for name in ("sweep", "histogram", "scatter") for end in ("png", "svg")),
     }  # fmt: skip
+    assert raw["classes"] == ["ABBA", "BABA"] and 0.9 < raw["answered"] <= 1
     command = f"lrqp study --model organism --data {data}"
     assert command in (out / "report.html").read_text(encoding="utf-8")
 
@@ -185,7 +188,7 @@ def test_a_fit_refuses_its_folder_before_any_work(
     def work(*given: object) -> None:
         pytest.fail("data were read for a folder that cannot be written")
 
-    monkeypatch.setattr("lrqp_torch.cli.tasks.read_halves", work)
+    monkeypatch.setattr("lrqp_torch.study.preparing.read_halves", work)
     file = tmp_path / "file"
     file.write_text("")
     common = ("fit", "--data", data, "--model", "organism", "--site", "L2.mid")

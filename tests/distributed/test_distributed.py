@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +283,12 @@ def settings(out: Path, **changes: Any) -> Any:
 
 
 def _study(wanted: Any) -> dict[str, Any] | None:
+    from lrqp_torch.study.records import to_json
     from lrqp_torch.study.run import run
 
     with joined("cpu") as ranks:
         results = run(wanted, ranks)
-        return None if results is None else asdict(results)
+        return None if results is None else to_json(results)
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -316,8 +317,8 @@ def assert_same_study(folder: Path, other: Path) -> None:
 def test_a_study_is_that_of_one_process_and_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lrqp_torch.study import flipping
-    from lrqp_torch.study.run import reproduce
+    from lrqp_torch.study import sweep
+    from lrqp_torch.study.run import run as reproduce
 
     alone, shared, resumed = (tmp_path / name for name in ("alone", "shared", "resumed"))
     reproduce(settings(alone))
@@ -327,7 +328,7 @@ def test_a_study_is_that_of_one_process_and_can_be_resumed(
     assert {path.name for path in shared.iterdir()} == {path.name for path in alone.iterdir()}
 
     # Stopped in the third batch of four, alone; taken up by two ranks.
-    run, calls = flipping._sweep_batch, []
+    run, calls = sweep._sweep_batch, []
 
     def stopping(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -335,7 +336,7 @@ def test_a_study_is_that_of_one_process_and_can_be_resumed(
             raise KeyboardInterrupt
         return run(*arguments, **options)
 
-    monkeypatch.setattr(flipping, "_sweep_batch", stopping)
+    monkeypatch.setattr(sweep, "_sweep_batch", stopping)
     with pytest.raises(KeyboardInterrupt):
         reproduce(settings(resumed))
     assert len(list((resumed / "parts" / "flipping.partial").iterdir())) == 2
@@ -422,10 +423,10 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
             import os, signal, torch
-            import lrqp_torch.study.flipping as flipping
+            import lrqp_torch.study.sweep as sweep
             from lrqp_torch.cli import main
 
-            run, calls = flipping._sweep_batch, []
+            run, calls = sweep._sweep_batch, []
 
             def dying(*arguments, **options):
                 calls.append(1)
@@ -433,7 +434,7 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return run(*arguments, **options)
 
-            flipping._sweep_batch = dying
+            sweep._sweep_batch = dying
             main()
         """)
     )

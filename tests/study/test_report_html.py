@@ -27,10 +27,11 @@ from lrqp_torch.errors import MissingExtraError, OutputError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import html, summary
 from lrqp_torch.study.drawing import as_interval, signed
-from lrqp_torch.study.flipping_view import answers_panel
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.html import Section, write_report
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.panel import Panel, Table
+from lrqp_torch.study.parts.flipping import PART as FLIPPING
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.report import print_summary
 from lrqp_torch.study.results import GroundTruth
@@ -138,7 +139,7 @@ def test_no_text_becomes_markup(page: Page, data: dict[str, Any]) -> None:
     words = " ".join(page.words)
     for shown in ("<b>tiny</b>", "<i>none</i>", "<u>c</u>", "head <i>", "Second, with <em>."):
         assert shown in words
-    hovers = figure(data, "flipping-answers", 0)["data"][0]["text"]
+    hovers = figure(data, "flipping-answers", 0)["data"][0]["hovertext"]
     for row, hostile in enumerate(HOSTILE):
         tags = set(re.findall(r"<[^>]*>", hovers[row]))
         assert tags <= {"<br>", "<b>", "</b>"}
@@ -151,11 +152,11 @@ def test_a_point_tells_its_prompt_positions_and_answers(data: dict[str, Any]) ->
     best = figure(data, "flipping-answers", 0)
     assert "L2.pre" in best["label"]
     control, counterfactual = best["data"]
-    assert "<b>John</b>" in control["text"][5] and "<b>Mary</b>" in control["text"][5]
-    for words in ("IO Mary: token 2", "tokens 4 (S1) and 9 (S2)", "END: token 13"):
-        assert words in control["text"][5]
-    assert set(control["customdata"]) == {"Mary (IO) → Mary (IO)"}
-    assert set(counterfactual["customdata"]) == {"Mary (IO) → John (S)"}
+    assert "<b>John</b>" in control["hovertext"][5] and "<b>Mary</b>" in control["hovertext"][5]
+    for words in ("IO: Mary", "S: John", "tokens: IO 2, S1 4, S2 9, END 13"):
+        assert words in control["hovertext"][5]
+    assert "answer: Mary (IO) → Mary (IO)" in str(control["customdata"])
+    assert "answer: Mary (IO) → John (S)" in str(counterfactual["customdata"])
     clean = prompt_tensors()["clean.logit_difference"]
     assert control["x"] == pytest.approx(clean.tolist(), rel=1e-5)
     assert counterfactual["y"] == pytest.approx((-clean).tolist(), rel=1e-5)
@@ -168,7 +169,7 @@ def test_axes_are_the_same_at_every_site(data: dict[str, Any]) -> None:
 
 
 def test_prompts_are_stored_once(data: dict[str, Any]) -> None:
-    holding = [array for array in data["shared"] if "END: token" in str(array)]
+    holding = [array for array in data["shared"] if "END 13" in str(array)]
     assert len(holding) == 1 and len(holding[0]) == N
 
 
@@ -177,13 +178,15 @@ def test_many_prompts_are_not_all_drawn() -> None:
     times = 20
     more = PromptTexts(
         many.prompts * times,
-        many.io_names * times,
-        many.s_names * times,
+        many.held * times,
+        many.other * times,
         {name: column * times for name, column in many.positions.items()},
     )
     tensors = {name: column.repeat(times) for name, column in tensors.items()}
-    panel = answers_panel(study_results().sites, "L2.pre", tensors, more)
-    assert {len(trace.x) for trace in panel.figures["L1.mid"].data} == {500}
+    clean = replace(study_results().clean, prompts=20 * N)
+    found = replace(study_results(), clean=clean, prompts=tensors, texts=more)
+    panel = FLIPPING.panels(FLIPPING.found(found))[-1]
+    assert {len(marks.x) for marks in panel.charts["L1.mid"].panes[0].marks} == {500}
     assert "The first 500 prompts are drawn." in panel.text
 
 
@@ -207,9 +210,9 @@ def test_the_command_names_the_folder_as_given(
 
 def test_the_summary_sets_published_figures_beside_the_own(page: Page) -> None:
     words = " ".join(page.words)
-    for shown in ("+2.50", "+3.56", "99.3\u00a0%", "−2.50", "−0.99", "1 of 3 sites: L2.pre"):
+    for shown in ("+2.50", "+3.56", "99.3\u00a0%", "−2.50", "−0.99", "at L2.pre."):
         assert shown in words
-    assert "Readable" in words and "2 of 3 sites: L1.mid, L2.pre" in words
+    assert "Readable" in words and "at L1.mid to L2.pre;" in words
 
 
 def test_the_summary_says_when_the_truth_is_missed() -> None:
@@ -224,7 +227,7 @@ def test_a_study_without_a_sweep_has_a_summary_too(tmp_path: Path) -> None:
     bare = replace(study_results(), sites={}, used_sites=[], best_site=None)
     assert len(summary.key_figures(bare)) == 3
     write_report(tmp_path / "report.html", bare, [])
-    assert "40 of 40" in (tmp_path / "report.html").read_text()
+    assert "prompts answered IO" in (tmp_path / "report.html").read_text()
 
 
 def test_tables_show_numbers_alike_and_sort_by_their_value(page: Page) -> None:
@@ -291,20 +294,22 @@ def test_positions_count_tokens_of_the_prompt(tmp_path: Path, side: Any) -> None
     found.save(tmp_path)
     assert PromptTexts.load(tmp_path) == found
     path = tmp_path / "prompts.json"
-    path.write_text(path.read_text().replace('"io_names"', '"names"'))
+    path.write_text(path.read_text().replace('"held"', '"names"'))
     with pytest.raises(OutputError, match="cannot read the prompts"):
         PromptTexts.load(tmp_path)
 
 
 def test_the_terminal_and_the_report_write_minus_signs() -> None:
     results = study_results()
-    down = replace(results.sites["L2.pre"].counterfactual, logit_difference=-8.1)
-    flat = replace(results.sites["L2.pre"].control, logit_difference=-0.001)
+    down, flat = (
+        replace(results.sites["L2.pre"].control, logit_difference=Estimate(value, value, value, N))
+        for value in (-8.1, -0.001)
+    )
     site = replace(results.sites["L2.pre"], counterfactual=down, control=flat)
     console = Console(width=100, record=True, file=StringIO())
     print_summary(replace(results, sites={"L2.pre": site}), console)
     printed = console.export_text()
-    assert "−8.10" in printed and " 0.00 " in printed and "1e−06" in printed
+    assert "−8.10" in printed and " +0.00 " in printed and "1e−06" in printed
     assert "-8" not in printed and "−0.00" not in printed
     assert summary.signed(-0.001) == "+0.00" == signed(-0.001)
     assert as_interval([-0.001, 0.5]) == "0.00 to 0.50"

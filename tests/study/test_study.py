@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,13 +18,16 @@ from lrqp_torch import capture, models
 from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
 from lrqp_torch.files import prepare_folder, written_whole
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.study import flipping
-from lrqp_torch.study import run as stages
-from lrqp_torch.study.folder import made_folder
+from lrqp_torch.study import preparing as stages
+from lrqp_torch.study import sweep as sweeping
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.results import StudyResults, load, save
-from lrqp_torch.study.run import reproduce
+from lrqp_torch.study.parts import flipping
+from lrqp_torch.study.records import to_json
+from lrqp_torch.study.results import SiteResult, StudyResults, best_site, columns_of
+from lrqp_torch.study.run import run as run_study
 from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.store import made_folder
 from lrqp_torch.study.truth import read_truth
 
 SITES = "L0.mid,L1.pre,L1.mid"
@@ -49,6 +53,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def reproduce(settings: Settings) -> StudyResults:
+    results = run_study(settings)
+    assert results is not None
+    return results
 
 
 def settings(tiny: Path, out: Path, **changes: Any) -> Settings:
@@ -83,7 +93,7 @@ def strict_json(path: Path) -> dict[str, Any]:
 
 
 def comparable(results: StudyResults) -> dict[str, Any]:
-    return {key: value for key, value in asdict(results).items() if key != "elapsed"}
+    return {key: value for key, value in to_json(results).items() if key != "elapsed"}
 
 
 def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None:
@@ -92,7 +102,9 @@ def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None
     assert {"logit_difference", "accuracy", "io_probability"} <= raw["clean"].keys()
     assert list(raw["sites"]) == SITES.split(",")
     for site in raw["sites"].values():
-        assert 0 <= site["probe_accuracy"] <= 1
+        for key in ("probe_accuracy", "shuffled_accuracy"):
+            low, high = site[f"{key}_interval"]
+            assert 0 <= low <= site[key] <= high <= 1 and site[f"{key}_n"] == N // 2
         for condition in ("control", "counterfactual"):
             values = site[condition]
             assert values["skipped"] + values["solved"] == raw["data"]["test"] == N // 2
@@ -108,7 +120,7 @@ def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None
     assert raw["published"]["position_inverted"]["value"] == -0.99
     assert raw["ground_truth"] is None
     assert set(raw["elapsed"]) == {"model", "prompts", "capture", "fit", "sweep", "total"}
-    assert load(out)[0] == results
+    assert StudyResults.load(out) == results
 
 
 def test_figures_agree_with_the_numbers_of_each_prompt(run: tuple[StudyResults, Path]) -> None:
@@ -116,17 +128,21 @@ def test_figures_agree_with_the_numbers_of_each_prompt(run: tuple[StudyResults, 
     prompts = load_file(out / "prompts.safetensors")
     clean = prompts["clean.logit_difference"]
     assert clean.shape == (N // 2,)
-    assert results.clean.logit_difference == pytest.approx(clean.mean().item())
-    assert results.clean.accuracy == pytest.approx((clean > 0).double().mean().item())
+    assert results.clean.logit_difference.value == pytest.approx(clean.mean().item())
+    assert results.clean.accuracy.value == pytest.approx((clean > 0).double().mean().item())
+    assert results.answered == results.clean.accuracy == Estimate.share(clean > 0)
     for name, site in results.sites.items():
         edited = prompts[f"{name}.counterfactual.logit_difference"]
         assert not torch.equal(edited, clean)
-        assert site.counterfactual.logit_difference == pytest.approx(edited.mean().item())
+        assert site.counterfactual.logit_difference.value == pytest.approx(edited.mean().item())
+        low, high = site.counterfactual.logit_difference.interval
+        assert low < site.counterfactual.logit_difference.value < high
         eligible = [
             (before, after) for before, after in zip(clean, edited, strict=True) if before > 0
         ]
-        share = sum(after < 0 for _, after in eligible) / len(eligible)
-        assert site.counterfactual.flipped == pytest.approx(float(share))
+        flips = sum(int(after < 0) for _, after in eligible)
+        assert site.counterfactual.flipped == Estimate.count(flips, len(eligible))
+        assert site.counterfactual.divergence.value > 0 <= site.control.divergence.value
 
 
 def test_every_edit_reaches_the_odds_asked_for(run: tuple[StudyResults, Path]) -> None:
@@ -134,7 +150,7 @@ def test_every_edit_reaches_the_odds_asked_for(run: tuple[StudyResults, Path]) -
     prompts = load_file(out / "prompts.safetensors")
     for name, site in results.sites.items():
         assert site.worst_log_odds_margin >= 0
-        for condition in flipping.CONDITIONS:
+        for condition in sweeping.CONDITIONS:
             margin = (
                 prompts[f"{name}.{condition}.log_odds_after"] - prompts[f"{name}.{condition}.floor"]
             )
@@ -221,8 +237,8 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
     train, test = stages.make_prompts(tokenizer, chosen)
     sites = stages.choose_sites(model, "all,L2.post")
     activations = capture(model, train.inputs, sites, positions=train.positions["S2"])
-    edits = flipping.fit_edits(activations, train.labels)
-    swept = flipping.sweep(model, test, edits, batch_size=11)
+    edits = sweeping.fit_edits(activations, train.labels)
+    swept = sweeping.sweep(model, test, edits, batch_size=11)
     rows = torch.arange(len(test))
 
     def difference(logits: torch.Tensor) -> torch.Tensor:
@@ -231,8 +247,7 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
 
     with torch.no_grad():
         clean = difference(model(**test.inputs).logits)
-        torch.testing.assert_close(swept.clean.logit_difference, clean, atol=2e-4, rtol=1e-4)
-        assert list(swept.effects) == stages.choose_sites(model, "all,L2.post")
+        torch.testing.assert_close(swept["clean.logit_difference"], clean, atol=2e-4, rtol=1e-4)
         for site, edit in edits.items():
             for condition, target in (
                 ("control", test.labels),
@@ -246,15 +261,15 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
                     source=test.labels,
                 ) as run:
                     full = difference(model(**test.inputs).logits)
-                effects = swept.effects[site][condition]
-                torch.testing.assert_close(effects.logit_difference, full, atol=2e-4, rtol=1e-4)
+                effects = columns_of(swept, f"{site}.{condition}")
+                torch.testing.assert_close(effects["logit_difference"], full, atol=2e-4, rtol=1e-4)
                 torch.testing.assert_close(
-                    effects.distance, run.distance.double(), atol=1e-4, rtol=1e-3
+                    effects["distance"], run.distance.double(), atol=1e-4, rtol=1e-3
                 )
     # Nothing reads S2 after the last block, and something does before it.
-    last = swept.effects["L2.post"]["counterfactual"].logit_difference
+    last = swept["L2.post.counterfactual.logit_difference"]
     torch.testing.assert_close(last, clean, atol=2e-4, rtol=1e-4)
-    first = swept.effects["L0.mid"]["counterfactual"].logit_difference
+    first = swept["L0.mid.counterfactual.logit_difference"]
     assert (first - clean).abs().max() > 0.1
 
 
@@ -280,51 +295,54 @@ def test_probe_accuracy_is_that_of_held_out_activations(
         half: capture(model, data.inputs, sites, positions=data.positions["S2"])
         for half, data in (("train", train), ("test", test))
     }
-    edits = flipping.fit_edits(read["train"], train.labels)
+    edits = sweeping.fit_edits(read["train"], train.labels)
     for name, site in results.sites.items():
         expected = edits[name].probe.accuracy(read["test"][name], test.labels)
-        assert site.probe_accuracy == pytest.approx(expected)
+        assert site.probe_accuracy.value == pytest.approx(expected)
 
 
-def test_flipped_counts_only_prompts_that_were_answered_right() -> None:
-    clean = torch.tensor([2.0, 1.0, 3.0, 1.0, -1.0, 0.0])
-    edited = torch.tensor([-1.0, 1.0, 0.0, -0.5, -2.0, -2.0])
-    assert flipping.flipped(clean, edited) == 0.5
-    assert flipping.flipped(-clean.abs(), edited) is None
+def changed(
+    template: SiteResult, counterfactual: float | None, control: float = 0.0, mean: float = 0.0
+) -> SiteResult:
+    """A site with other flips, and another mean logit difference under the edit."""
+
+    def share(value: float | None) -> Estimate:
+        return Estimate(value, 0.0, 1.0, 0 if value is None else 100)
+
+    return replace(
+        template,
+        counterfactual=replace(
+            template.counterfactual,
+            flipped=share(counterfactual),
+            logit_difference=Estimate(mean, mean, mean, 100),
+        ),
+        control=replace(template.control, flipped=share(control)),
+    )
 
 
 def test_the_best_site_flips_most_and_then_moves_most(run: tuple[StudyResults, Path]) -> None:
     results, _ = run
-    template = results.sites["L1.pre"]
-
-    def site(flips: float | None, difference: float) -> Any:
-        effects = replace(template.counterfactual, flipped=flips, logit_difference=difference)
-        control = replace(template.control, flipped=0.0)
-        return replace(template, counterfactual=effects, control=control)
-
-    clean = replace(results.clean, logit_difference=1.0)
-    sites = {"a": site(0.5, 9.0), "b": site(0.9, 0.0), "c": site(0.9, -1.0), "d": site(None, 50.0)}
-    assert flipping.best_site(clean, sites) == "c"
-    assert flipping.used_sites(sites) == ["a", "b", "c"]
-    assert flipping.used_sites({"e": site(0.49, 0.0)}) == []
+    site = partial(changed, results.sites["L1.pre"])
+    clean = replace(results.clean, logit_difference=Estimate(1.0, 1.0, 1.0, 100))
+    sites = {
+        "a": site(0.5, mean=9.0),
+        "b": site(0.9),
+        "c": site(0.9, mean=-1.0),
+        "d": site(None, mean=50.0),
+    }
+    assert best_site(clean, sites) == "c"
+    assert [name for name, found in sites.items() if found.used] == ["a", "b", "c"]
+    assert not site(0.49).used
 
 
 def test_flips_that_the_control_edit_makes_too_do_not_count_as_use(
     run: tuple[StudyResults, Path],
 ) -> None:
     results, _ = run
-    template = results.sites["L1.pre"]
-
-    def site(counterfactual: float, control: float) -> Any:
-        return replace(
-            template,
-            counterfactual=replace(template.counterfactual, flipped=counterfactual),
-            control=replace(template.control, flipped=control),
-        )
-
+    site = partial(changed, results.sites["L1.pre"])
     sites = {"broken": site(0.9, 0.7), "used": site(0.6, 0.01)}
-    assert flipping.used_sites(sites) == ["used"]
-    assert flipping.best_site(results.clean, sites) == "used"
+    assert [name for name, found in sites.items() if found.used] == ["used"]
+    assert best_site(results.clean, sites) == "used"
 
 
 def test_sites_come_in_order_without_repeats(tiny: Path) -> None:
@@ -413,29 +431,46 @@ def test_numbers_that_are_not_finite_are_refused(
     run: tuple[StudyResults, Path], tmp_path: Path
 ) -> None:
     results, _ = run
-    broken = replace(results, clean=replace(results.clean, logit_difference=math.nan))
-    with pytest.raises(NonFiniteError, match="NaN"):
-        save(broken, {"x": torch.zeros(1)}, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    site = results.sites["L1.pre"]
+    broken = replace(site, counterfactual=replace(site.counterfactual, distance=math.nan))
+    with pytest.raises(NonFiniteError, match=r"sites\.L1\.pre\.counterfactual\.distance is NaN"):
+        replace(results, sites={"L1.pre": broken}).save(tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_a_model_that_returns_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = models.load(tiny)
     train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
     activations = capture(model, train.inputs, ["L0.mid"], positions=train.positions["S2"])
-    edits = flipping.fit_edits(activations, train.labels)
+    edits = sweeping.fit_edits(activations, train.labels)
     with torch.no_grad():
         model.get_parameter("transformer.ln_f.weight").fill_(math.nan)
     with pytest.raises(NonFiniteError, match="clean run"):
-        flipping.sweep(model, test, edits)
+        sweeping.sweep(model, test, edits)
 
 
 def test_reading_results_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="lrqp reproduce"):
-        load(tmp_path)
-    (tmp_path / "results.json").write_text('{"format": 999}')
-    with pytest.raises(OutputError):
-        load(tmp_path)
+    with pytest.raises(OutputError, match="--out set to this folder"):
+        StudyResults.load(tmp_path)
+
+
+def test_results_that_this_version_cannot_read_are_named(
+    run: tuple[StudyResults, Path], tmp_path: Path
+) -> None:
+    results, _ = run
+    results.save(tmp_path)
+    path = tmp_path / "results.json"
+    whole = path.read_text()
+    for text, what in (
+        (whole.replace('"format": 2', '"format": 1'), "format 1, but this version reads 2"),
+        (whole.replace('"majority": 0.', '"majority": 1e999, "x": 0.'), "1e999"),
+        (whole.replace('"majority":', '"minority":'), "majority is missing"),
+        (whole[:-40], "not valid JSON"),
+    ):
+        assert text != whole
+        path.write_text(text)
+        with pytest.raises(OutputError, match=what):
+            StudyResults.load(tmp_path)
 
 
 def test_ground_truth_is_compared_on_the_swept_sites(tmp_path: Path) -> None:
@@ -473,7 +508,7 @@ def test_the_study_finds_where_the_organism_uses_the_order(tmp_path: Path) -> No
             report=False,
         )
     )
-    assert results.clean.accuracy > 0.95
+    assert results.clean.accuracy.value > 0.95
     assert results.ground_truth is not None
     assert results.ground_truth.agrees
     assert results.ground_truth.used_sites
@@ -482,10 +517,11 @@ def test_the_study_finds_where_the_organism_uses_the_order(tmp_path: Path) -> No
     for site in results.sites.values():
         assert site.worst_log_odds_margin >= 0
         # Where the probe knows nothing, an edit is long and may break anything.
-        if site.probe_accuracy > 0.95:
-            assert site.control.flipped is not None and site.control.flipped < 0.05
+        if site.probe_accuracy.value > 0.95:
+            assert site.control.flipped.value < 0.05 and site.control.divergence.value < 0.1
+        assert 0.3 < site.shuffled_accuracy.value < 0.7
     # Knowable is not used: some site has a near perfect probe, and its edit flips nothing.
     assert any(
-        site.probe_accuracy > 0.95 and (site.counterfactual.flipped or 0) < 0.1
+        site.probe_accuracy.value > 0.95 and site.counterfactual.flipped.value < 0.1
         for site in results.sites.values()
     )

@@ -18,8 +18,8 @@ from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.league import CompareOptions, CompareResult
 from lrqp_torch.study.parts.compare import PART, reading
 from lrqp_torch.study.parts.heads import PART as HEADS
-from lrqp_torch.study.results import load
-from lrqp_torch.study.run import reproduce
+from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.run import run as reproduce
 from lrqp_torch.study.settings import Settings
 
 # ---- the part ------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_stopped_study_goes_on_with_the_same_table(
     assert tables[0] == tables[1]
     # A finished table is only read again.
     monkeypatch.setattr(league, "compute", stop)
-    assert reproduce(settings(out, resume=True)).parts == load(out)[0].parts
+    assert reproduce(settings(out, resume=True)).parts == StudyResults.load(out).parts
 
 
 def test_the_command_writes_table_figures_and_report(tiny: None, tmp_path: Path) -> None:

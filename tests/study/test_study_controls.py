@@ -20,7 +20,7 @@ from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 from lrqp_torch.cli import app
 from lrqp_torch.errors import UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import blocks_of
-from lrqp_torch.study import flipping, illusions
+from lrqp_torch.study import illusions
 from lrqp_torch.study.chance import KINDS, RANDOM, Examples, by_chance, half_edits
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
@@ -41,6 +41,8 @@ from lrqp_torch.study.readers import (
     split,
     top_space,
 )
+from lrqp_torch.study.results import SiteResult
+from lrqp_torch.study.sweep import fit_edits, sweep
 from lrqp_torch.study.trials import Trials
 
 SITE = "L2.pre"
@@ -66,7 +68,7 @@ def result(context: StudyContext) -> ControlsResult:
 
 def fitted(context: StudyContext, site: str) -> LRQP:
     x = context.activations(context.task, "train", "S2", [site])
-    return flipping.fit_edits(x, context.task.train.labels)[site]
+    return fit_edits(x, context.task.train.labels)[site]
 
 
 @settings(max_examples=40, deadline=None)
@@ -312,18 +314,17 @@ def test_the_study_s_own_edit_does_what_it_does_in_the_sweep(
 ) -> None:
     sites = [SITE, "L1.mid"]
     edits = {site: fitted(context, site) for site in sites}
-    swept = flipping.summarise_sites(flipping.sweep(context.model, context.task.test, edits))
+    flat = sweep(context.model, context.task.test, edits)
+    swept = {site: SiteResult.of(flat, site, Estimate.count(0, 1), 0) for site in edits}
     assert result.counterfactual.effect is not None
     for own, condition in ((result.counterfactual, "counterfactual"), (result.control, "control")):
         there = getattr(swept[SITE], condition)
-        assert own.flipped.value == getattr(there.flipped, "value", there.flipped)
-        assert own.logit_difference.value == pytest.approx(
-            getattr(there.logit_difference, "value", there.logit_difference), abs=1e-5
-        )
+        assert own.flipped == there.flipped
+        assert own.logit_difference.value == pytest.approx(there.logit_difference.value, abs=1e-5)
     other = next(item for item in result.elsewhere if item.site == "L1.mid")
-    assert other.fitted.flipped.value == swept["L1.mid"].counterfactual.flipped
-    assert other.probe_accuracy == swept["L1.mid"].probe_accuracy
-    assert result.probe_accuracy == swept[SITE].probe_accuracy
+    assert other.fitted.flipped == swept["L1.mid"].counterfactual.flipped
+    assert other.probe_accuracy == swept["L1.mid"].probe_accuracy.value
+    assert result.probe_accuracy == swept[SITE].probe_accuracy.value
     assert result.counterfactual.effect.value == pytest.approx(1)
     assert SITE not in [item.site for item in result.elsewhere]
 

@@ -11,9 +11,10 @@ import torch
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.part import Given, Part
+from lrqp_torch.study.records import to_json
 from lrqp_torch.study.run import run_parts
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.store import Kept, PartStore
+from lrqp_torch.study.store import Finished, Kept, PartStore
 
 SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
 
@@ -138,15 +139,20 @@ def test_other_settings_are_named(study: Study) -> None:
 def test_numbers_that_strict_json_cannot_hold_are_refused(tmp_path: Path) -> None:
     store = PartStore(tmp_path, SETTINGS)
     with pytest.raises(NonFiniteError, match="'sums'"):
-        store.save("sums", Count(float("nan"), []), 1.0)
+        store.save("sums", Finished(to_json(Count(float("nan"), [])), 1.0))
     assert store.load("sums") is None and store.finished() == []
 
 
 def test_a_damaged_part_is_reported(study: Study) -> None:
     study.run()
     path = study.folder / "parts" / "two.json"
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(OutputError, match=r"two\.json.*damaged"):
+    whole = path.read_text()
+    for text in (whole[:40], "[]", whole.replace("0.666", "1e999, 0.666")):
+        path.write_text(text)
+        with pytest.raises(OutputError, match=r"two\.json.*damaged"):
+            study.run()
+    path.write_text(whole.replace('"total"', '"sum"'))
+    with pytest.raises(OutputError, match="'two' is not what this version writes"):
         study.run()
 
 
@@ -163,7 +169,7 @@ def test_batches_are_kept_until_the_part_is_finished(tmp_path: Path) -> None:
     assert Kept.of(store).in_words() == "Kept: 2 batches of sweep."
     with pytest.raises(SettingError, match="n was 60 and is now 61"):
         PartStore(tmp_path, SETTINGS | {"n": 61}).batches("sweep").load(0)
-    store.save("sweep", Count(1.0, []), 0.1)
+    store.save("sweep", Finished(to_json(Count(1.0, [])), 0.1))
     assert batches.count() == 0 and not batches.folder.exists()
     assert Kept.of(store) == Kept(["sweep"], {})
     assert Kept.of(store).in_words() == "Kept: sweep."

@@ -1,7 +1,7 @@
 """A study that was stopped and resumed gives the numbers of one that was not."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from lrqp_torch.errors import SettingError, SiteError
-from lrqp_torch.study import flipping
+from lrqp_torch.study import sweep
 from lrqp_torch.study.parts.circuit import PART as CIRCUIT
 from lrqp_torch.study.parts.geometry import PART as GEOMETRY
 from lrqp_torch.study.parts.heads import PART as HEADS
-from lrqp_torch.study.results import StudyResults, load
-from lrqp_torch.study.run import reproduce
+from lrqp_torch.study.records import to_json
+from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.run import run as reproduce
 
 PARTS = "flipping,geometry,heads,circuit"
 
@@ -47,17 +48,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(results: StudyResults) -> dict[str, Any]:
     """All that must not depend on a stop: everything but the times."""
-    raw = asdict(results)
+    raw = to_json(results)
     del raw["elapsed"]
     raw["parts"]["other_task"].pop("seconds")
     return raw
 
 
 def assert_same(resumed: Path, whole: Path) -> None:
-    (a, a_prompts), (b, b_prompts) = load(resumed), load(whole)
+    a, b = StudyResults.load(resumed), StudyResults.load(whole)
     assert numbers(a) == numbers(b)
-    assert a_prompts.keys() == b_prompts.keys()
-    assert all(torch.equal(a_prompts[key], b_prompts[key]) for key in a_prompts)
+    assert a.prompts.keys() == b.prompts.keys()
+    assert all(torch.equal(a.prompts[key], b.prompts[key]) for key in a.prompts)
     assert (resumed / "prompts.json").read_text() == (whole / "prompts.json").read_text()
     names = sorted(path.name for path in (resumed / "parts").iterdir())
     assert names == sorted(path.name for path in (whole / "parts").iterdir())
@@ -79,8 +80,8 @@ class Stopping:
 @pytest.mark.parametrize(
     ("module", "name", "at"),
     [
-        (flipping, "_sweep_batch", 3),  # within the sweep: 24 prompts are 3 batches a task
-        (flipping, "_sweep_batch", 5),  # within the sweep of the other task
+        (sweep, "_sweep_batch", 3),  # within the sweep: 24 prompts are 3 batches a task
+        (sweep, "_sweep_batch", 5),  # within the sweep of the other task
         (GEOMETRY, "compute", 1),
         (HEADS, "compute", 1),
         (CIRCUIT, "compute", 1),
@@ -107,11 +108,11 @@ def test_a_finished_study_is_only_read_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduce(settings(tmp_path))
-    for module, name in ((flipping, "_sweep_batch"), (GEOMETRY, "compute"), (HEADS, "compute")):
+    for module, name in ((sweep, "_sweep_batch"), (GEOMETRY, "compute"), (HEADS, "compute")):
         monkeypatch.setattr(module, name, Stopping(None, 1))
     results = reproduce(settings(tmp_path, resume=True))
     assert_same(tmp_path, whole)
-    assert load(tmp_path)[0] == results
+    assert StudyResults.load(tmp_path) == results
 
 
 def test_without_resume_everything_is_new(whole: Path, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_without_resume_everything_is_new(whole: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["geometry.json"]
     kept = json.loads((tmp_path / "parts" / "geometry.json").read_text())
     assert kept["fingerprint"]["seed"] == 0 and kept["fingerprint"]["n"] == 40
-    assert list(load(tmp_path)[0].parts) == ["geometry"]
+    assert list(StudyResults.load(tmp_path).parts) == ["geometry"]
 
 
 def test_a_new_run_leaves_no_file_of_the_old_one(tmp_path: Path) -> None:

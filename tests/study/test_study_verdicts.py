@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from lrqp_torch import models
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
-from lrqp_torch.study import flipping, verdicts
+from lrqp_torch.study import verdicts
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.results import SiteResult
+from lrqp_torch.study.sweep import fit_edits, sweep
 from lrqp_torch.study.trials import Trials
 from lrqp_torch.study.truth import KnownSites, read_truth
 from lrqp_torch.study.verdicts import (
@@ -138,17 +140,15 @@ def test_scores_are_those_of_the_sweep_and_of_a_patch(context: StudyContext) -> 
     scores, problems = score_sites(context, truth, methods, "organism")
     assert problems == {} and [item.site for item in scores] == SITES
     assert [item.truth for item in scores] == [USED, NOT_USED]
-    edits = flipping.fit_edits(
-        context.activations(context.task, "train", "S2"), context.task.train.labels
-    )
-    swept = flipping.sweep(context.model, context.task.test, edits)
-    summary = flipping.summarise_sites(swept)
+    edits = fit_edits(context.activations(context.task, "train", "S2"), context.task.train.labels)
+    flat = sweep(context.model, context.task.test, edits)
+    summary = {site: SiteResult.of(flat, site, Estimate.count(0, 1), 0) for site in edits}
     for item in scores:
         there = summary[item.site]
-        assert item.counterfactual["lrqp"] == there.counterfactual.flipped
-        assert item.control["lrqp"] == there.control.flipped
-        assert item.probe_accuracy == there.probe_accuracy
-        assert item.says_used("lrqp") == (item.site in flipping.used_sites(summary))
+        assert item.counterfactual["lrqp"] == there.counterfactual.flipped.value
+        assert item.control["lrqp"] == there.control.flipped.value
+        assert item.probe_accuracy == there.probe_accuracy.value
+        assert item.says_used("lrqp") == there.used
         assert item.control["none"] == item.counterfactual["none"] == 0
         assert item.control["mean_difference"] == 0
     used, unused = scores

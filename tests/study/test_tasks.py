@@ -9,8 +9,8 @@ import torch
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, TokenizerError
 from lrqp_torch.study.prompts import Prompt
+from lrqp_torch.study.reading import EXAMPLES, write_prompts
 from lrqp_torch.tasks import PromptSet, read_prompts
-from lrqp_torch.tasks.examples import EXAMPLES, write_prompts
 
 ANSWERS = {"ABBA": (" Mary", " John"), "BABA": (" Tom", " James")}
 PROMPTS = [

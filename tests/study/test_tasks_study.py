@@ -12,16 +12,15 @@ from prompts_for_tests import names_task, organism
 from lrqp_torch import LRQP, capture, tasks
 from lrqp_torch.errors import OutputError, PromptError, ProvenanceError, SettingError, TargetError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.study import flipping
-from lrqp_torch.study.estimates import wilson
+from lrqp_torch.study.applying import apply, origin_of, typed_prompts
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.fitting import HeldOut, fit_sites
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.parts.flipping import PART as FLIPPING
+from lrqp_torch.study.results import ConditionResult, StudyResults, columns_of
 from lrqp_torch.study.running import answers, divergences, next_class
-from lrqp_torch.tasks import Prompt, PromptSet, TaskResults, figures, report, split, words
-from lrqp_torch.tasks.applying import apply, typed_prompts
-from lrqp_torch.tasks.fitting import HeldOut, fit_sites
-from lrqp_torch.tasks.origin import origin_of
-from lrqp_torch.tasks.results import Condition, columns_of
-from lrqp_torch.tasks.sweep import sweep
+from lrqp_torch.study.sweep import fit_edits, sweep
+from lrqp_torch.tasks import Prompt, PromptSet, split
 
 USED = ["L1.mid", "L2.pre", "L2.mid"]
 SITES = ["L0.mid", *USED, "L3.mid"]
@@ -39,7 +38,7 @@ def halves() -> tuple[PromptSet, PromptSet]:
 
 
 @pytest.fixture(scope="module")
-def results(halves: tuple[PromptSet, PromptSet]) -> TaskResults:
+def results(halves: tuple[PromptSet, PromptSet]) -> StudyResults:
     return tasks.study(organism()[0], *halves, SITES, name="organism", data="names.jsonl")
 
 
@@ -53,42 +52,37 @@ def edit(halves: tuple[PromptSet, PromptSet]) -> LRQP:
 # ---- the study -----------------------------------------------------------------------------------
 
 
-def test_the_study_finds_where_the_organism_uses_the_order(results: TaskResults) -> None:
+def test_the_study_finds_where_the_organism_uses_the_order(results: StudyResults) -> None:
     assert results.used_sites == USED
     assert results.best_site in USED
-    assert results.answered.value > 0.95 and results.preference.value > 5
+    assert results.answered.value > 0.95 and results.clean.logit_difference.value > 5
     assert results.data == {"train": 200, "test": 200} and results.majority == 0.5
     for name, site in results.sites.items():
-        assert site.probe.interval == wilson(site.probe.count, 200)
-        assert 0.3 < site.shuffled.value < 0.7 < site.probe.value
+        assert 0.3 < site.shuffled_accuracy.value < 0.7 < site.probe_accuracy.value
         assert site.control.flipped.value < 0.05
         assert site.worst_log_odds_margin >= 0 and site.counterfactual.failed == 0
-        low, high = site.counterfactual.preference.interval
-        assert low <= site.counterfactual.preference.value <= high
+        low, high = site.counterfactual.logit_difference.interval
+        assert low <= site.counterfactual.logit_difference.value <= high
         if name not in USED:
             assert site.counterfactual.flipped.value < 0.05
             assert site.counterfactual.divergence.value < 0.1
     # Read there, and not used.
-    assert results.sites["L3.mid"].probe.value > 0.97
+    assert results.sites["L3.mid"].probe_accuracy.value > 0.97
 
 
-def test_numbers_of_each_prompt_make_the_summary(results: TaskResults) -> None:
+def test_numbers_of_each_prompt_make_the_summary(results: StudyResults) -> None:
     flat = results.prompts
-    right = flat["clean.preference"] > 0
+    right = flat["clean.logit_difference"] > 0
     for name, site in results.sites.items():
-        edited = columns_of(flat, f"{name}.counterfactual")
-        flips = site.counterfactual.flipped
-        assert flips.of == int(right.sum()) and flips.count == int(
-            (edited["preference"][right] < 0).sum()
-        )
-        before = flat[f"{name}.control.log_odds_before"]
-        assert site.probe.count == int((before > 0).sum())
+        edited = columns_of(flat, f"{name}.counterfactual")["logit_difference"]
+        assert site.counterfactual.flipped == Estimate.share(edited[right] < 0)
+        assert site.probe_accuracy == Estimate.share(flat[f"{name}.control.log_odds_before"] > 0)
         assert torch.equal(flat["labels"], 1 - flat["other"])
 
 
-def test_results_survive_a_round_trip(results: TaskResults, tmp_path: Path) -> None:
+def test_results_survive_a_round_trip(results: StudyResults, tmp_path: Path) -> None:
     results.save(tmp_path / "out")
-    loaded = TaskResults.load(tmp_path / "out")
+    loaded = StudyResults.load(tmp_path / "out")
     for name in ("settings", "model", "classes", "sites", "answered", "texts", "used_sites"):
         assert getattr(loaded, name) == getattr(results, name)
     assert all(torch.equal(loaded.prompts[k], v) for k, v in results.prompts.items())
@@ -97,20 +91,19 @@ def test_results_survive_a_round_trip(results: TaskResults, tmp_path: Path) -> N
     assert raw["settings"]["data"] == "names.jsonl" and raw["versions"]["torch"]
     file.write_text(json.dumps(raw | {"format": 99}))
     with pytest.raises(OutputError, match="format 99"):
-        TaskResults.load(tmp_path / "out")
+        StudyResults.load(tmp_path / "out")
 
 
-def test_the_sweep_equals_that_of_the_study_of_names() -> None:
+def test_indirect_objects_are_one_task_of_the_study() -> None:
     model, tokenizer = organism()
     train, test = (
         IOIPrompts.of(IOIDataset.generate(tokenizer, 60, s, padding_side="left")) for s in (0, 1)
     )
     sites = ["L1.mid", "L4.pre"]
     found = capture(model, train.inputs, sites, positions=train.positions["S2"])
-    edits = flipping.fit_edits(found, train.labels)
-    expected = flipping.sweep(model, test, edits, batch_size=16)
-    labels = test.labels
+    edits = fit_edits(found, train.labels)
     said = torch.stack([test.io_tokens, test.s_tokens], 1)
+    labels = test.labels
     prompts = PromptSet(
         inputs=test.inputs,
         position=test.positions["S2"],
@@ -120,21 +113,20 @@ def test_the_sweep_equals_that_of_the_study_of_names() -> None:
         answers=torch.where(labels[:, None] == 0, said, said.flip(1))[:, :, None],
         prompts=test.prompts,
     )
-    flat = sweep(model, prompts, edits, batch_size=25)
-    torch.testing.assert_close(
-        flat["clean.preference"], expected.clean.logit_difference, atol=1e-4, rtol=1e-5
-    )
-    for site, conditions in expected.effects.items():
-        for condition, effects in conditions.items():
-            own = columns_of(flat, f"{site}.{condition}")
-            torch.testing.assert_close(
-                own["preference"], effects.logit_difference, atol=1e-3, rtol=1e-4
-            )
-            torch.testing.assert_close(own["distance"], effects.distance, atol=1e-4, rtol=1e-4)
+    named, plain = (sweep(model, each, edits, batch_size=25) for each in (test, prompts))
+    assert named.keys() == plain.keys()
+    assert all(torch.equal(named[name], plain[name]) for name in named)
+    rows = torch.arange(60)
+    with torch.no_grad():
+        logits = model(**test.inputs).logits[:, -1].double()
+    difference = logits[rows, test.io_tokens] - logits[rows, test.s_tokens]
+    torch.testing.assert_close(named["clean.logit_difference"], difference, atol=1e-4, rtol=1e-5)
+    chances = logits.softmax(-1)[rows, test.io_tokens]
+    torch.testing.assert_close(named["clean.io_probability"], chances, atol=1e-5, rtol=1e-4)
 
 
 def test_the_divergence_is_that_of_the_whole_forward_pass(
-    halves: tuple[PromptSet, PromptSet], edit: LRQP, results: TaskResults
+    halves: tuple[PromptSet, PromptSet], edit: LRQP, results: StudyResults
 ) -> None:
     model, test = organism()[0], halves[1][:20]
     with torch.no_grad():
@@ -167,36 +159,39 @@ def test_with_three_classes_a_flip_is_an_answer_with_the_target() -> None:
     record = {name: torch.zeros(4) for name in (
         "status", "distance", "euclidean", "log_odds_after", "floor", "divergence"
     )}  # fmt: skip
+    flat = {f"x.control.{name}": values for name, values in (record | after).items()}
+    flat |= {f"clean.{name}": values for name, values in before.items()}
+    flat["x.control.logit_difference"] = after["preference"]
     # Prompt 1 was answered otherwise to begin with; prompt 3 is now answered with a third class.
-    share = Condition.of(record | after, before["own_lead"] > 0, 0).flipped
-    assert (share.count, share.of) == (1, 3)
+    assert ConditionResult.of(flat, "x.control", 0).flipped == Estimate.count(1, 3)
 
 
 def test_without_answers_the_next_token_is_measured(tmp_path: Path) -> None:
     found = tasks.study(organism()[0], *encoded(80, answers=False), ["L0.mid", "L2.pre"])
-    assert found.answered is None and found.preference is None and found.used_sites == []
-    assert found.best_site == "L2.pre"
+    assert found.answered is None and found.used_sites == [] and found.best_site == "L2.pre"
+    assert found.clean.logit_difference is found.clean.io_probability is None
     site = found.sites["L2.pre"]
-    assert site.counterfactual.flipped is None and site.net_flips is None
+    assert site.counterfactual.flipped is None and not site.used
     assert site.counterfactual.divergence.value > 1 > 10 * site.control.divergence.value
-    assert any("no flip can be counted" in line for line in words.findings(found))
+    assert any("no flip can be counted" in line for line in said(found))
     found.save(tmp_path)
-    assert TaskResults.load(tmp_path).sites == found.sites
-    assert all(path.stat().st_size for path in figures.draw(found, tmp_path))
-    page = report.write_report(found, tmp_path).read_text(encoding="utf-8")
-    assert "no flip can be counted" in page and "flipped at" not in page
+    assert StudyResults.load(tmp_path).sites == found.sites
+    assert list(FLIPPING.figures(FLIPPING.found(found))) == ["sweep"]
+    (panel,) = FLIPPING.panels(FLIPPING.found(found))
+    assert "no answers" in panel.text and "flipped" not in " ".join(panel.table.columns)
 
 
-def test_the_page_and_the_figure_say_what_was_found(results: TaskResults, tmp_path: Path) -> None:
-    hostile = replace(results, texts=("<script>alert(1)</script>", *results.texts[1:]))
-    page = report.write_report(hostile, tmp_path).read_text(encoding="utf-8")
-    assert "<script>alert" not in page
-    for text in ("L1.mid to L2.mid", "ABBA", "lrqp study --model organism", "results.json"):
-        assert text in page
-    names = {path.name for path in figures.draw(results, tmp_path)}
-    assert names == {"sites.png", "sites.svg"}
-    drawn = (tmp_path / "sites.svg").read_text()
-    assert "answers flipped by the" in drawn and "majority class" in drawn
+def said(found: StudyResults) -> list[str]:
+    return FLIPPING.says(FLIPPING.found(found))
+
+
+def test_parts_that_need_no_names_run_on_own_prompts(halves: tuple[PromptSet, PromptSet]) -> None:
+    train, test = halves
+    found = tasks.study(organism()[0], train[:60], test[:60], ["L2.mid"], parts="geometry,dose")
+    assert list(found.parts) == ["geometry", "dose"] and found.best_site == "L2.mid"
+    assert "labels.abb" not in found.prompts and found.published == {}
+    with pytest.raises(SettingError, match="circuit cannot run on these prompts"):
+        tasks.study(organism()[0], train[:60], test[:60], ["L2.mid"], parts="circuit")
 
 
 def test_a_model_that_never_answers_right_is_said_to_be_unused(
@@ -205,9 +200,10 @@ def test_a_model_that_never_answers_right_is_said_to_be_unused(
     train, test = halves
     turned = replace(test[:20], answers=test[:20].answers.flip(1))
     found = tasks.study(organism()[0], train, turned, ["L2.mid"])
-    assert found.answered.count == 0 and found.sites["L2.mid"].counterfactual.flipped.value is None
+    assert found.answered.value == 0
+    assert found.sites["L2.mid"].counterfactual.flipped == Estimate.count(0, 0)
     assert found.used_sites == []
-    assert any("None is left" in line for line in words.findings(found))
+    assert any("None is left" in line for line in said(found))
 
 
 def test_studies_of_prompts_that_do_not_fit_are_refused(
@@ -324,7 +320,7 @@ def test_odds_that_are_not_reached_are_counted(halves: tuple[PromptSet, PromptSe
     x = capture(model, test.inputs, "L2.mid", test.position)["L2.mid"]
     found = HeldOut.of(edit, x, test.labels)
     assert found.reached == found.prompts == 200 and found.worst_log_odds_margin >= 0
-    assert found.accuracy == pytest.approx(edit.probe.accuracy(x, test.labels))
+    assert found.accuracy.value == pytest.approx(edit.probe.accuracy(x, test.labels))
     turned = edit.solve(x, 1 - test.labels, test.labels)
     assert found.distance == pytest.approx(turned.distance.mean().item())
     with torch.no_grad():

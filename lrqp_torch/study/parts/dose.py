@@ -24,7 +24,6 @@ from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
 from lrqp_torch.qp import Status
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.flipping import fit_edits
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import answers, batches, divergences, put
@@ -39,6 +38,7 @@ from lrqp_torch.study.showing import (
     table_of,
     task_in_words,
 )
+from lrqp_torch.study.sweep import fit_edits
 
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 

@@ -1,123 +1,493 @@
-"""Where the variable can be read, and where editing it flips the answer: the sweep over sites."""
+"""Where the variable can be read, and where editing it flips the answer: the sweep over sites.
 
-from dataclasses import dataclass
+If the counterfactual edit flips the answer, the model *uses* the variable at that site; a probe's
+accuracy tells only that it is *knowable* there. See :mod:`~lrqp_torch.study.sweep` for the edits.
+
+Source: the post "Intervening in the Residual Stream" (2023).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.study import flipping, shared_sweep
-from lrqp_torch.study.clock import Clock
+from lrqp_torch.plot.chart import Chart, Pane, Panel, Table
+from lrqp_torch.plot.figures import histogram_of, scatter_of, sweep_of
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.context import Advance, StudyContext, Task
-from lrqp_torch.study.flipping import TaskFlipping
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Batches, Given, Part
+from lrqp_torch.study.progress import Clock
+from lrqp_torch.study.prompts import Words
+from lrqp_torch.study.records import BESIDE
+from lrqp_torch.study.results import (
+    CleanResult,
+    ConditionResult,
+    SiteResult,
+    StudyResults,
+    TaskFlipping,
+    best_site,
+)
+from lrqp_torch.study.showing import (
+    SITES,
+    between,
+    in_ranges,
+    look,
+    marks_of,
+    percent,
+    share_in_words,
+    signed,
+    table_of,
+    task_in_words,
+)
+from lrqp_torch.study.sweep import CONDITIONS, USED_THRESHOLD, fit_edits, sweep
+
+MOST_POINTS = 500
+"""Held-out prompts drawn at each site; the numbers are of all of them."""
+
+KNOWABLE = 0.95
+"""A probe that is right on this share of the held-out prompts reads the class reliably."""
+
+OTHER_TASK = "other_task"
+"""Under this name ``results.json`` has the sweep of the other version of the task."""
 
 
 @dataclass(frozen=True)
 class FlippingResult:
-    """The sweep of each task.
+    """The sweep of each version of the task.
 
     Attributes:
         tasks: name to sweep, the study's own task first.
+        study: the finished study in which the sweep is shown.
     """
 
     tasks: dict[str, TaskFlipping]
+    study: StudyResults | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
 
     @property
     def own(self) -> TaskFlipping:
         """The sweep of the study's own task."""
         return next(iter(self.tasks.values()))
 
+    @property
+    def other(self) -> TaskFlipping | None:
+        """The sweep of the other one."""
+        return list(self.tasks.values())[1] if len(self.tasks) > 1 else None
+
+    @property
+    def shown_in(self) -> StudyResults:
+        """The finished study."""
+        assert self.study is not None, "a sweep is shown with its study's words and prompts"
+        return self.study
+
 
 class Flipping(Part[FlippingResult]):
-    """Edits at every site, towards the class that holds and the other one."""
+    """Edits at every site, towards the class that holds and the next one."""
 
     name = "flipping"
     title = "Flipping the answer"
     question = (
-        "At each site a probe for the order is fitted to the activations at S2 of the training "
+        "At each site a probe is fitted to the activations at the marked token of the training "
         "prompts. On held-out prompts the activation there is replaced by the nearest one at which "
-        "the probe believes the order that is true (control) or the other one (counterfactual), "
-        "and the model goes on from there. If the counterfactual edit turns the answer, the model "
-        "uses the order at that site; what the probe reads shows only that it could."
+        "the probe believes what is true (control) or another class (counterfactual), and the "
+        "model goes on from there. If the counterfactual edit turns the answer, the model uses at "
+        "that site what the probe reads; the probe alone shows only that it could."
     )
     result = FlippingResult
     shared = True
 
-    def work(self, context: StudyContext) -> int:
-        """Prompts read to fit on, and runs over held-out prompts."""
-        runs = flipping.sweep_runs(len(context.sites))
-        return sum(len(task.train) + runs * len(task.test) for task in context.tasks)
+    def work(self, context: StudyContext, /) -> int:
+        """Prompts to read, probes to fit, and runs of held-out prompts."""
+        sites = len(context.sites)
+        runs = 1 + len(CONDITIONS) * sites
+        return sum(len(task) + 2 * sites + runs * len(task.test) for task in context.tasks)
 
-    def compute(self, given: Given, advance: Advance) -> FlippingResult:
-        """Sweep each task."""
-        context = given.context
-        found, done = {}, 0
-        for task in context.tasks:
-            batches = None if given.batches is None else _From(given.batches, done)
-            swept, seconds = _sweep(given, task, batches, advance)
-            if task is context.task:
-                labels = {"labels.abb": task.test.labels.cpu()}
-                given.keep_prompts(swept.prompts() | labels)
-            found[task.name] = TaskFlipping.of(task.name, swept, seconds)
-            done += -(-len(task.test) // context.batch_size)
+    def compute(self, given: Given, advance: Advance, /) -> FlippingResult:
+        """Sweep each version of the task.
+
+        Raises:
+            NonFiniteError: the model's logits are NaN or infinite.
+        """
+        found, batches = {}, 0
+        for task in given.context.tasks:
+            kept = None if given.batches is None else _Behind(batches, given.batches)
+            found[task.name], flat = _swept(given, task, kept, advance)
+            if task is given.context.task:
+                given.keep_prompts(flat)
+            batches += -(-len(task.test) // given.context.batch_size)
         return FlippingResult(found)
 
-    def panels(self, result: FlippingResult) -> list:  # type: ignore[type-arg]
-        """Made in :mod:`~lrqp_torch.study.run`, of the numbers of each prompt."""
-        return []
+    def found(self, study: StudyResults, /) -> FlippingResult | None:
+        """The sweep as results.json has it: the own task on top, the other among the parts."""
+        if study.best_site is None:
+            return None
+        own = TaskFlipping(
+            study.task, study.clean, study.sites, study.used_sites, study.best_site, {}
+        )
+        tasks, other = {study.task: own}, study.parts.get(OTHER_TASK)
+        if other is not None:
+            read: FlippingResult = self.read({"tasks": {OTHER_TASK: other}})
+            tasks[read.own.task] = read.own
+        return FlippingResult(tasks, study)
 
-    def figures(self, result: FlippingResult) -> dict:  # type: ignore[type-arg]
-        """As the panels."""
-        return {}
+    # ---- words -----------------------------------------------------------------------------------
 
-    def says(self, result: FlippingResult) -> list[str]:
-        """See :mod:`~lrqp_torch.study.summary`."""
-        return []
+    def says(self, result: FlippingResult, /) -> list[str]:
+        """What can be read where, what is used where, and whether the edits kept their promise."""
+        study = result.shown_in
+        words, clean, sites = study.words, study.clean, list(study.sites)
+        readable = [
+            name
+            for name, site in study.sites.items()
+            if (site.probe_accuracy.value or 0) >= KNOWABLE
+        ]
+        lines = [
+            f"Readable: a probe reads the {words.value} right on {percent(KNOWABLE, 0)} of the "
+            f"held-out prompts or more at {in_ranges(readable, sites)}; always naming the most "
+            f"frequent class is right on {percent(study.majority)}."
+        ]
+        best = study.sites[str(study.best_site)]
+        edit, control = best.counterfactual, best.control
+        if study.answered is None or clean.logit_difference is None:
+            lines += [
+                "The prompts have no answers, so no flip can be counted, and no site is said to be "
+                "used. The effect of an edit is how much it changes the next token.",
+                f"The counterfactual edit changes it most at {study.best_site}: by "
+                f"{_mean(edit.divergence)} nats, where the control edit changes it by "
+                f"{_mean(control.divergence)}.",
+            ]
+        else:
+            count = round((study.answered.value or 0) * study.answered.n)
+            lines.insert(
+                0,
+                f"Without an edit, {study.model['name']} answers with {words.held} on {count} of "
+                f"{study.answered.n} held-out prompts "
+                f"({between(study.answered, 1, 100)} % with 95 % confidence).",
+            )
+            if not count:
+                lines.append("None is left whose answer could flip, so no site is said to be used.")
+            else:
+                lines += [
+                    f"Used: the counterfactual edit flips {percent(USED_THRESHOLD, 0)} of the "
+                    f"answers or more, beyond what the control edit flips, at "
+                    f"{in_ranges(study.used_sites, sites)}.",
+                    _strongest(study, edit, control),
+                ]
+        failed = sum(c.failed for s in study.sites.values() for c in (s.control, s.counterfactual))
+        margin = min(site.worst_log_odds_margin for site in study.sites.values())
+        return [*lines, *_truth(study), promise_in_words(failed, margin)]
+
+    # ---- charts ----------------------------------------------------------------------------------
+
+    def figures(self, result: FlippingResult, /) -> dict[str, Chart]:
+        """The sweep by site and, where there are answers, those at the best site."""
+        study = result.shown_in
+        charts = {"sweep": sweep_of(study)}
+        if study.answered is not None:
+            charts |= {"histogram": histogram_of(study), "scatter": scatter_of(study)}
+        return charts
+
+    def panels(self, result: FlippingResult, /) -> list[Panel]:
+        """The sweep, beside that of the other task, and every held-out prompt at each site."""
+        study = result.shown_in
+        panels = [_sweep_panel(study)]
+        if result.other is not None:
+            panels.append(_tasks_panel(result.own, result.other, study.words))
+        if study.answered is not None:
+            panels.append(_answers_panel(study))
+        return panels
 
 
-class _From:
-    """The batches from a number on."""
+def promise_in_words(failed: int, margin: float) -> str:
+    """Whether the edits kept their promise: how many failed, and the worst log odds margin."""
+    if failed:
+        return f"{failed} edits were infeasible or inaccurate; see the table of sites."
+    if margin >= 0:
+        return (
+            "Every edit reached the odds asked of its probe, read back from the very numbers that "
+            "the model received."
+        )
+    return f"The worst edit missed the log odds asked of its probe by {-margin:.1g}."
 
-    def __init__(self, batches: Batches, start: int) -> None:
-        self.batches, self.start = batches, start
 
-    def load(self, index: int) -> dict | None:  # type: ignore[type-arg]
-        return self.batches.load(self.start + index)
-
-    def save(self, index: int, tensors) -> None:  # type: ignore[no-untyped-def]
-        self.batches.save(self.start + index, tensors)
+# ---- computing -----------------------------------------------------------------------------------
 
 
-def _sweep(
-    given: Given, task: Task, batches: Batches | None, advance: Advance
-) -> tuple[flipping.Sweep, dict[str, float]]:
-    clock = Clock()
+@dataclass(frozen=True)
+class _Behind:
+    """The batches behind those of another task."""
+
+    start: int
+    kept: Batches
+
+    def load(self, index: int) -> dict[str, Tensor] | None:
+        return self.kept.load(self.start + index)
+
+    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        self.kept.save(self.start + index, tensors)
+
+
+def _swept(
+    given: Given, task: Task, kept: Batches | None, advance: Advance
+) -> tuple[TaskFlipping, dict[str, Tensor]]:
+    """Fit to one task's training prompts, and run its held-out ones."""
     context, settings, ranks = given.context, given.settings, given.ranks
+    clock = Clock()
     with clock.stage("capture"):
-        activations = context.activations(task, "train", "S2", advance=advance, ranks=ranks)
-    with clock.stage("fit"):
-        labels = task.train.labels.to(context.device)
+        found, held_out = context.clean(task, "mark", advance, ranks=ranks)
+    labels = task.train.labels.to(context.device)
+    with clock.stage("fit"), ranks.counted(advance, 2 * len(context.sites)) as fitted:
 
-        def fit(sites: list[str]) -> dict[str, LRQP]:
-            return flipping.fit_edits(
-                {site: activations[site] for site in sites},
+        def edits_at(sites: list[str]) -> dict[str, LRQP]:
+            return fit_edits(
+                {site: found[site] for site in sites},
                 labels,
                 l2=settings.l2,
                 shrinkage=settings.shrinkage,
                 log_odds=settings.log_odds,
+                advance=fitted,
             )
 
-        fitted = ranks.divide(context.sites, fit, context.device)
-        edits = {site: fitted[site] for site in context.sites}
+        def shuffled_at(sites: list[str]) -> dict[str, LinearProbe]:
+            mixed = labels[torch.randperm(len(labels), generator=context.generator()).to(labels)]
+            problems = {site: (found[site], mixed) for site in sites}
+            return LinearProbe.fit_many(problems, l2=settings.l2, advance=fitted)
+
+        edits = ranks.divide(context.sites, edits_at, context.device)
+        shuffled = ranks.divide(context.sites, shuffled_at, context.device)
     with clock.stage("sweep"):
-        swept = shared_sweep.sweep(
-            ranks,
+        flat = sweep(
             context.model,
             task.test,
-            edits,
+            {site: edits[site] for site in context.sites},
             batch_size=context.batch_size,
-            batches=batches or shared_sweep._Done({}),
-            advance=lambda done: advance(done * context.batch_size),
+            ranks=ranks,
+            kept=kept,
+            advance=advance,
         )
-    return swept, {stage: s for stage, s in clock.seconds().items() if stage != "total"}
+    truth = task.test.labels.to(context.device)
+    sites = {
+        site: SiteResult.of(
+            flat,
+            site,
+            Estimate.share(shuffled[site](held_out[site]).argmax(-1) == truth),
+            context.seed,
+        )
+        for site in context.sites
+    }
+    clean = CleanResult.of(flat, context.seed)
+    seconds = {stage: s for stage, s in clock.seconds().items() if stage != "total"}
+    used = [name for name, site in sites.items() if site.used]
+    return TaskFlipping(task.name, clean, sites, used, best_site(clean, sites), seconds), flat
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _mean(estimate: Estimate) -> str:
+    return f"{signed(estimate.known)} ({between(estimate)})"
+
+
+def _strongest(study: StudyResults, edit: ConditionResult, control: ConditionResult) -> str:
+    clean, words = study.clean.logit_difference, study.words
+    assert edit.logit_difference is not None and clean is not None
+    assert edit.flipped is not None and control.flipped is not None
+    line = (
+        f"The strongest edit, at {study.best_site}, flips {share_in_words(edit.flipped)} of the "
+        f"answers and takes the mean {words.preference} from {signed(clean.known)} to "
+        f"{_mean(edit.logit_difference)}. The control edit there, which writes the {words.value} "
+        f"that is true, flips {share_in_words(control.flipped)}."
+    )
+    published = study.published.get("position_inverted")
+    if published is not None:
+        line += (
+            " In GPT-2 small, inverting the position signal and keeping the names' tokens was "
+            f"published to give {signed(published.value)}."
+        )
+    return line
+
+
+def _truth(study: StudyResults) -> list[str]:
+    truth = study.ground_truth
+    if truth is None:
+        return []
+    verdict = "agrees with that" if truth.agrees else "DISAGREES with that"
+    line = (
+        f"This model was trained so that the truth is known: it uses {study.words.variable} at "
+        f"{in_ranges(truth.used_sites, list(study.sites))}. The study {verdict}."
+    )
+    if truth.unclear_sites:
+        line += f" Used in part, so not compared: {', '.join(truth.unclear_sites)}."
+    return [line]
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+
+def _sweep_panel(study: StudyResults) -> Panel:
+    words = study.words
+    above = (
+        f"and how many answers each edit turns from {words.held} to {words.other}; sites at which "
+        f"the counterfactual edit flips at least {percent(USED_THRESHOLD, 0)} more than the "
+        f"control edit are shaded. Below: the mean {words.preference}; the dashed line is the "
+        "model without an edit."
+        if study.answered is not None
+        else "for the prompts have no answers whose flips could be counted. Below: how much each "
+        "edit changes the distribution of the next token."
+    )
+    return Panel(
+        name="flipping-sweep",
+        title="What can be read, and what is used",
+        text=f"One site is edited at a time, at {words.position}, on prompts that neither the "
+        "probe nor the metric has seen. Above: how often the probe reads the "
+        f"{words.value} right, beside a probe fitted to labels in random order and the most "
+        f"frequent class (dotted), {above} The control edit writes the {words.value} that is "
+        "true, so it should change nothing. Bars are 95 % intervals.",
+        charts={"": sweep_of(study)},
+        table=_table(study),
+    )
+
+
+def _table(study: StudyResults) -> Table:
+    """Every number of the sweep by site."""
+    sites, unit = list(study.sites.values()), study.words.unit
+    columns: dict[str, list[Estimate | str | float | int | None]] = {
+        "site": list(study.sites),
+        "probe accuracy (%)": [_percent(site.probe_accuracy) for site in sites],
+        "shuffled labels (%)": [_percent(site.shuffled_accuracy) for site in sites],
+    }
+    for condition in reversed(CONDITIONS):
+        edits: list[ConditionResult] = [getattr(site, condition) for site in sites]
+        if study.answered is not None:
+            columns[f"flipped, {condition} (%)"] = [_percent(edit.flipped) for edit in edits]
+            name = f"{study.words.preference}, {condition} ({unit})"
+            columns[name] = [edit.logit_difference for edit in edits]
+        columns[f"KL, {condition} (nats)"] = [edit.divergence for edit in edits]
+    columns |= {
+        "edit length, Mahalanobis": [site.counterfactual.distance for site in sites],
+        "edit length, Euclidean": [site.counterfactual.euclidean for site in sites],
+        "worst log-odds margin": [site.worst_log_odds_margin for site in sites],
+        "failed edits": [site.control.failed + site.counterfactual.failed for site in sites],
+    }
+    return table_of(columns)
+
+
+def _percent(share: Estimate | None) -> Estimate | None:
+    if share is None:
+        return None
+    value, lower, upper = (
+        None if end is None else 100 * end for end in (share.value, share.lower, share.upper)
+    )
+    return Estimate(value, lower, upper, share.n)
+
+
+def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
+    """Probe accuracy and answers flipped, with and without a sentence before the prompt."""
+
+    def pane(title: str, numbers: Sequence[Sequence[Estimate | None]]) -> Pane:
+        marks = [
+            marks_of(
+                task_in_words(task.task), list(task.sites), values, scale=100,
+                dash="dash" if index else "solid", **look(index),
+            )
+            for index, (task, values) in enumerate(zip((own, other), numbers, strict=True))
+        ]  # fmt: skip
+        return Pane(
+            marks, title=title, x_title=SITES, y_title="Held-out prompts (%)", y_range=(-4, 104)
+        )
+
+    both = [list(task.sites.values()) for task in (own, other)]
+    panes = [
+        pane("probe accuracy", [[site.probe_accuracy for site in sites] for sites in both]),
+        pane(
+            "answers flipped by the counterfactual edit",
+            [[site.counterfactual.flipped for site in sites] for sites in both],
+        ),
+    ]
+    clean, answered = other.clean.logit_difference, other.clean.accuracy
+    assert clean is not None and answered is not None
+    return Panel(
+        name="flipping-tasks",
+        title="The same with and without a prefix",
+        text="Both tasks on the same axes, each with probes and metrics fitted to its own training "
+        "prompts. A sentence in front moves the names to positions that differ from prompt to "
+        "prompt, so a probe that had read the position instead of the order fails there. The other "
+        f"task ({task_in_words(other.task)}) has a mean {words.preference} of "
+        f"{signed(clean.known)} without an edit, and {percent(answered.value)} of its prompts are "
+        f"answered {words.held}.",
+        charts={"": Chart(panes, share_x=True)},
+    )
+
+
+def _answers(study: StudyResults, site: str) -> Chart:
+    """The preference of each held-out prompt under each edit against its clean one.
+
+    The axes are the same at every site, so that choosing another one shows what changes.
+    """
+    words, texts = study.words, study.texts
+    assert texts is not None
+    keys = ["clean", *(f"{name}.{condition}" for name in study.sites for condition in CONDITIONS)]
+    drawn = torch.stack([study.prompts[f"{key}.logit_difference"][:MOST_POINTS] for key in keys])
+    answers = {
+        key: [_answer(study, row, value) for row, value in enumerate(values.tolist())]
+        for key, values in zip(keys, drawn, strict=True)
+        if key == "clean" or key.startswith(f"{site}.")
+    }
+    return scatter_of(
+        study,
+        site,
+        MOST_POINTS,
+        texts=[texts.shown(row, words.held, words.other) for row in range(drawn.shape[1])],
+        notes={
+            condition: [
+                f"answer: {before} → {after}"
+                for before, after in zip(
+                    answers["clean"], answers[f"{site}.{condition}"], strict=True
+                )
+            ]
+            for condition in CONDITIONS
+        },
+        x_range=_padded(drawn[0]),
+        y_range=_padded(drawn),
+    )
+
+
+def _answer(study: StudyResults, row: int, preference: float) -> str:
+    assert study.texts is not None
+    if preference > 0:
+        return f"{study.texts.held[row]} ({study.words.held})"
+    return f"{study.texts.other[row]} ({study.words.other})" if preference < 0 else "a tie"
+
+
+def _padded(values: Tensor) -> tuple[float, float]:
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    margin = 0.05 * (high - low or 1.0)
+    return low - margin, high + margin
+
+
+def _answers_panel(study: StudyResults) -> Panel:
+    """Every held-out prompt, before and after the edit, at the site that the reader chooses."""
+    words, best = study.words, str(study.best_site)
+    charts = {
+        f"{site} (flips most)" if site == best else site: _answers(study, site)
+        for site in [best, *(name for name in study.sites if name != best)]
+    }
+    fewer = (
+        f" The first {MOST_POINTS} prompts are drawn." if study.clean.prompts > MOST_POINTS else ""
+    )
+    return Panel(
+        name="flipping-answers",
+        title="Every held-out prompt, before and after the edit",
+        text=f"Each point is a prompt: its {words.preference} without an edit (across) and under "
+        f"the edit (up). Above 0 the model prefers {words.held}, below 0 {words.other}. Points on "
+        "the dashed diagonal did not change: the control edit should leave them there, and the "
+        "counterfactual edit should carry them below 0 where the model uses "
+        f"{words.variable}. Point at one to read its prompt.{fewer}",
+        charts=charts,
+        choice="site",
+    )
 
 
 PART = Flipping()

@@ -4,20 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.study.context import Advance, no_progress
-from lrqp_torch.study.estimates import wilson
-from lrqp_torch.study.flipping import fit_edits
-from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.prompts import PromptSet, require_classes, require_every_class
 from lrqp_torch.study.running import next_class
+from lrqp_torch.study.sweep import fit_edits
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class HeldOut:
 
     Attributes:
         prompts: n.
-        correct: prompts whose class the probe reads.
+        accuracy: share of the prompts whose class the probe reads.
         reached: prompts whose edit to the next class was granted the odds that it asks for, read
             back from the edited activation.
         worst_log_odds_margin: least log odds read back minus those asked for.
@@ -34,20 +32,10 @@ class HeldOut:
     """
 
     prompts: int
-    correct: int
+    accuracy: Estimate
     reached: int
     worst_log_odds_margin: float
     distance: float
-
-    @property
-    def accuracy(self) -> float:
-        """Of the probe."""
-        return self.correct / self.prompts
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of the accuracy, 95 %."""
-        return wilson(self.correct, self.prompts)
 
     @classmethod
     def of(cls, edit: LRQP, x: Tensor, labels: Tensor) -> "HeldOut":
@@ -57,7 +45,7 @@ class HeldOut:
         margin = solution.log_odds_after - solution.floor
         return cls(
             prompts=len(labels),
-            correct=int((edit.probe(x).argmax(-1) == labels).sum()),
+            accuracy=Estimate.share(edit.probe(x).argmax(-1) == labels),
             reached=int((margin >= 0).sum()),
             worst_log_odds_margin=float(margin.min()),
             distance=float(solution.distance.mean()),
@@ -170,7 +158,7 @@ def with_origin(
 ) -> dict[str, LRQP]:
     """Finished edits: they know where they come from, and refuse what they cannot reach."""
     for site, edit in edits.items():
-        accuracy = tried[site].accuracy if site in tried else None
+        accuracy = tried[site].accuracy.value if site in tried else None
         edit.on_infeasible = "raise"
         edit.provenance = Provenance.of(
             model,
@@ -181,37 +169,3 @@ def with_origin(
             **known,
         )
     return dict(edits)
-
-
-def require_every_class(prompts: PromptSet) -> None:
-    """Refuse prompts among which a class does not occur.
-
-    Raises:
-        PromptError: one does not.
-    """
-    counts = torch.bincount(prompts.labels.cpu(), minlength=len(prompts.classes)).tolist()
-    missing = [name for name, count in zip(prompts.classes, counts, strict=True) if not count]
-    if missing:
-        raise PromptError(
-            f"no prompt to fit on has the class {missing[0]!r}; the classes are "
-            f"{', '.join(prompts.classes)}"
-        )
-
-
-def require_classes(prompts: PromptSet, classes: Sequence[str], whose: str) -> None:
-    """Refuse prompts whose labels do not count in the order of ``classes``.
-
-    Args:
-        prompts: to be used with them.
-        classes: names in order.
-        whose: begins the message, such as ``"this edit was fitted to"``.
-
-    Raises:
-        PromptError: they have other classes, or the same in another order.
-    """
-    if tuple(prompts.classes) != tuple(classes):
-        raise PromptError(
-            f"{whose} the classes {', '.join(classes)}, in this order, and these prompts have "
-            f"{', '.join(prompts.classes)}; encode both with the same ones: "
-            f"PromptSet.encode(..., classes={tuple(classes)!r})"
-        )

@@ -4,34 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import Debug, app, messages
-from lrqp_torch.cli.tasks_options import (
-    L2,
-    PANEL,
-    BatchSize,
-    Data,
-    Device,
-    LogOdds,
-    Model,
-    Position,
-    Seed,
-    ShrinkageOf,
-    TrainShare,
-    console,
-    encode_halves,
-    load_model,
-    read_halves,
-    split_names,
-)
 
 
-@app.command(name="example-task", rich_help_panel=PANEL)
+@app.command(name="example-task", rich_help_panel=given.OWN)
 def example_task(
     name: Annotated[str, typer.Argument(help="agreement or greater-than.")],
     out: Annotated[Path, typer.Option(help="File to write, ending in .jsonl.")],
     n: Annotated[int, typer.Option("--n", min=2, help="Number of prompts.")] = 600,
-    seed: Seed = 0,
+    seed: given.Seed = 0,
     debug: Debug = False,
 ) -> None:
     """Write prompts of an example task, to see what a file looks like and to try the commands on.
@@ -41,7 +25,7 @@ def example_task(
     """
     with messages(debug):
         from lrqp_torch.errors import PromptError
-        from lrqp_torch.tasks.examples import EXAMPLES, write_prompts
+        from lrqp_torch.study.reading import EXAMPLES, write_prompts
 
         if name not in EXAMPLES:
             raise PromptError(f"no example task {name!r}; there are {', '.join(EXAMPLES)}")
@@ -49,24 +33,24 @@ def example_task(
         if out.suffix != ".jsonl":
             raise PromptError(f"{str(out)!r}: the file is JSONL, so let its name end in .jsonl")
         write_prompts(prompts, out)
-    console().print(f"Wrote {n} prompts to {out}, such as: {prompts[0].text}", markup=False)
+    given.say(f"Wrote {n} prompts to {out}, such as: {prompts[0].text}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=given.OWN)
 def fit(
-    data: Data,
-    model: Model,
+    data: given.RequiredData,
+    model: given.Model,
     site: Annotated[str, typer.Option(help="Such as L6.mid; several with commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the edit; made if needed.")],
     label: Annotated[str, typer.Option(help="Column of the class; several with commas.")] = "label",
-    position: Position = "mark",
-    train_share: TrainShare = 0.5,
-    log_odds: LogOdds = 10.0,
-    l2: L2 = None,
-    shrinkage: ShrinkageOf = "ledoit_wolf",
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    position: given.Position = "mark",
+    train_share: given.TrainShare = 0.5,
+    log_odds: given.LogOdds = 10.0,
+    l2: given.L2 = None,
+    shrinkage: given.ShrinkageOf = "ledoit_wolf",
+    seed: given.Seed = 0,
+    batch_size: given.BatchSize = 64,
+    device: given.Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Fit an edit to prompts of your own, and keep it in a folder.
@@ -76,20 +60,19 @@ def fit(
     library of edits, named SITE or LABEL.SITE.
     """
     with messages(debug):
-        from lrqp_torch.cli.study import parse_shrinkage
         from lrqp_torch.edits.library import EditLibrary
         from lrqp_torch.edits.saving import require_one_kind
-        from lrqp_torch.study.folder import made_folder
-        from lrqp_torch.study.preparing import choose_sites
-        from lrqp_torch.tasks.fitting import fit_sites, try_sites, with_origin
-        from lrqp_torch.tasks.printing import print_fit
-        from lrqp_torch.tasks.splitting import majority_share
+        from lrqp_torch.study.fitting import fit_sites, try_sites, with_origin
+        from lrqp_torch.study.preparing import choose_sites, encode_halves, read_halves
+        from lrqp_torch.study.printing import print_fit
+        from lrqp_torch.study.prompts import majority_share
+        from lrqp_torch.study.store import made_folder
 
-        shrunk = parse_shrinkage(shrinkage)
-        labels = split_names(label)
+        shrunk = given.parse_shrinkage(shrinkage)
+        labels = given.split_names(label, "label")
         with made_folder(out):
             read = {name: read_halves(data, name, position, train_share, seed) for name in labels}
-            loaded, tokenizer = load_model(model, device)
+            loaded, tokenizer = given.load_model(model, device)
             sites = choose_sites(loaded, site)
             several = len(sites) * len(labels) > 1
             require_one_kind(out, several)
@@ -101,23 +84,28 @@ def fit(
                     l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
                 )  # fmt: skip
                 tried = try_sites(loaded, test, fitted, batch_size=batch_size)
-                origin = {"task": data.stem, "variable": name, "position": position, "seed": seed}
+                origin = {
+                    "task": Path(data).stem,
+                    "variable": name,
+                    "position": position,
+                    "seed": seed,
+                }
                 for at, edit in with_origin(loaded, train, fitted, tried, **origin).items():
                     edits[f"{name}.{at}" if len(labels) > 1 else at] = edit
                 majority = majority_share(train.labels.tolist(), test.labels.tolist())
-                print_fit(name, train.classes, len(train), majority, tried, console())
+                print_fit(name, train.classes, len(train), majority, tried, Console())
             if several:
                 EditLibrary(edits).save(out)
             else:
                 next(iter(edits.values())).save(out)
     kept = f"the edits {', '.join(edits)}" if several else "the edit"
-    console().print(f"Kept {kept} in {out}; try: lrqp apply {out} --help", markup=False)
+    given.say(f"Kept {kept} in {out}; try: lrqp apply {out} --help")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=given.OWN)
 def apply(
     folder: Annotated[str, typer.Argument(help="Folder or Hub name of an edit.")],
-    model: Model,
+    model: given.Model,
     target: Annotated[
         str,
         typer.Option(
@@ -140,8 +128,8 @@ def apply(
     ] = 0,
     show: Annotated[int, typer.Option(min=0, help="Prompts to print.")] = 10,
     json: Annotated[Path | None, typer.Option(help="File for the results of all prompts.")] = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    batch_size: given.BatchSize = 64,
+    device: given.Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Apply an edit to prompts, and see what probe and model say without and with it.
@@ -151,33 +139,27 @@ def apply(
     """
     with messages(debug):
         from lrqp_torch.errors import PromptError
+        from lrqp_torch.study import applying
+        from lrqp_torch.study.printing import print_applied
         from lrqp_torch.study.prompts import PromptSet
-        from lrqp_torch.tasks.applying import apply as apply_edit
-        from lrqp_torch.tasks.applying import typed_prompts
-        from lrqp_torch.tasks.origin import origin_of
-        from lrqp_torch.tasks.printing import print_applied, write_applied
-        from lrqp_torch.tasks.reading import read_prompts
-        from lrqp_torch.tasks.saved import load_one
+        from lrqp_torch.study.reading import read_prompts
 
         if (data is None) == (not prompt):
             raise PromptError("give prompts either with --data or with --prompt")
-        chosen = load_one(folder, edit)
-        origin = origin_of(chosen)
-        given = None
-        if data is not None:
-            given = read_prompts(
-                data, label=origin.variable or "label", position=origin.position or "mark"
-            )
-        loaded, tokenizer = load_model(model, device)
+        chosen = applying.load_one(folder, edit)
+        origin = applying.origin_of(chosen)
+        label, position = origin.variable or "label", origin.position or "mark"
+        read = None if data is None else read_prompts(data, label=label, position=position)
+        loaded, tokenizer = given.load_model(model, device)
         prompts = (
-            typed_prompts(tokenizer, prompt or [], chosen)
-            if given is None
-            else PromptSet.encode(tokenizer, given, origin.classes)
+            applying.typed_prompts(tokenizer, prompt or [], chosen)
+            if read is None
+            else PromptSet.encode(tokenizer, read, origin.classes)
         )
-        found = apply_edit(
+        found = applying.apply(
             loaded, tokenizer, chosen, prompts, target,
-            labelled=given is not None, generate=generate, batch_size=batch_size,
+            labelled=read is not None, generate=generate, batch_size=batch_size,
         )  # fmt: skip
         if json is not None:
-            write_applied(found, origin, json)
-    print_applied(found, origin, show, console())
+            applying.write_applied(found, origin, json)
+    print_applied(found, origin, show, Console(highlight=False, soft_wrap=True))

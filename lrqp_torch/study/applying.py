@@ -2,23 +2,33 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lrqp_torch.edits.hub import fetched_folder
+from lrqp_torch.edits.library import EditLibrary
 from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import PromptError, SettingError, TargetError
+from lrqp_torch.edits.saving import INDEX_FILE, JSON_FILE
+from lrqp_torch.errors import (
+    PromptError,
+    ProvenanceError,
+    SavedEditError,
+    SettingError,
+    TargetError,
+)
+from lrqp_torch.files import prepare_folder, write_json
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, PromptSet
+from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, PromptSet, require_classes
 from lrqp_torch.study.running import finite, in_batches, lead, next_class
-from lrqp_torch.tasks.fitting import require_classes
-from lrqp_torch.tasks.origin import origin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +71,58 @@ class Applied:
     next_after: list[tuple[str, float]]
     continued_before: str | None
     continued_after: str | None
+
+
+def load_one(name_or_path: str, name: str | None = None) -> LRQP:
+    """The edit of a folder or a name on the Hub.
+
+    Args:
+        name_or_path: holds one edit, or a library of several.
+        name: which of several.
+
+    Raises:
+        HubError: neither a folder nor to be had from the Hub.
+        SavedEditError: it holds no edit, several and none is named, none of that name, or a library
+            beside an edit of its own.
+    """
+    folder = fetched_folder(name_or_path)
+    if not (folder / INDEX_FILE).is_file():
+        if name is not None:
+            raise SavedEditError(f"{name_or_path!r} holds one edit, and none called {name!r}")
+        return LRQP.load(folder)
+    if (folder / JSON_FILE).exists():
+        raise SavedEditError(
+            f"{name_or_path!r} holds a library ({INDEX_FILE}) beside an edit ({JSON_FILE}), so "
+            f"which one is meant cannot be told; move one of the two to another folder"
+        )
+    library = EditLibrary.load(folder)
+    if name is None or name not in library:
+        asked = "say which one you mean" if name is None else f"it has none called {name!r}"
+        raise SavedEditError(
+            f"{name_or_path!r} holds the edits {', '.join(library)}; {asked} (on the command line "
+            f"with --edit)"
+        )
+    return library[name]
+
+
+def origin_of(edit: LRQP) -> Provenance:
+    """Where an edit comes from.
+
+    Raises:
+        ProvenanceError: it does not say, or not which classes its probe reads.
+    """
+    origin = edit.provenance
+    if origin is None:
+        raise ProvenanceError(
+            "this edit does not say which site and classes it was fitted for; fit it with "
+            "`lrqp fit`, or use edit.at(...) in Python"
+        )
+    if origin.classes is None or len(origin.classes) != edit.probe.n_classes:
+        raise ProvenanceError(
+            f"this edit names the classes {origin.classes}, and its probe reads "
+            f"{edit.probe.n_classes}; fit it with `lrqp fit`, or use edit.at(...) in Python"
+        )
+    return origin
 
 
 def typed_prompts(
@@ -127,7 +189,7 @@ def apply(
     Args:
         model: the model that the edit was fitted on.
         tokenizer: its tokenizer.
-        edit: made by :func:`~lrqp_torch.tasks.fitting.fit`.
+        edit: made by :func:`~.fitting.fit`.
         prompts: with the edit's classes in the edit's order, padded on the left.
         target: see :func:`targets_of`.
         labelled: whether the labels of ``prompts`` are known; else the probe's reading is taken.
@@ -194,6 +256,17 @@ def apply(
         )
         found += [Applied(*row) for row in columns]
     return found
+
+
+def write_applied(found: Sequence[Applied], origin: Provenance, file: Path) -> None:
+    """Write what an edit did to every prompt, with its origin, as JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    prepare_folder(file.parent)
+    content = {"edit": origin.to_json(), "prompts": [asdict(item) for item in found]}
+    write_json(file, content, indent=2)
 
 
 def _leads(prompts: PromptSet, logits: Tensor, classes: Tensor) -> list[float] | list[None]:

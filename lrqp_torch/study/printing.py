@@ -1,24 +1,16 @@
-"""What fits, edits and studies of your own say on the terminal."""
+"""What fits and edits of your own say on the terminal."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.files import prepare_folder, written_whole
-from lrqp_torch.study.summary import percent, signed
-from lrqp_torch.tasks.applying import Applied
-from lrqp_torch.tasks.fitting import HeldOut
-from lrqp_torch.tasks.results import Share, TaskResults
-from lrqp_torch.tasks.words import effect_title, findings, measured
-
-MOST_ROWS = 40
+from lrqp_torch.study.applying import Applied
+from lrqp_torch.study.fitting import HeldOut
+from lrqp_torch.study.showing import between, percent, signed
 
 
 def print_fit(
@@ -39,11 +31,10 @@ def print_fit(
         "minus those asked, worst prompt; length: Mahalanobis",
     )
     for site, found in tried.items():
-        low, high = found.interval
         table.add_row(
             site,
-            percent(found.accuracy),
-            f"{100 * low:.1f} to {100 * high:.1f}",
+            percent(found.accuracy.value),
+            between(found.accuracy, 1, 100),
             f"{found.reached} of {found.prompts}",
             f"{found.worst_log_odds_margin:.0e}",
             f"{found.distance:.2f}",
@@ -77,60 +68,6 @@ def print_applied(
     if left_out:
         console.print(f"\n{left_out} more prompts: see --show and --json.", markup=False)
     console.print(f"\n{_total(found)}", markup=False)
-
-
-def write_applied(found: Sequence[Applied], origin: Provenance, file: Path) -> None:
-    """Write what an edit did to every prompt, with its origin, as JSON.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    prepare_folder(file.parent)
-    content = {"edit": origin.to_json(), "prompts": [asdict(item) for item in found]}
-    with written_whole(file) as partial:
-        partial.write_text(
-            json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-
-
-def print_results(results: TaskResults, console: Console) -> None:
-    """Print a study's table of sites, and what it says."""
-    headings = ["probe\naccuracy", "shuffled\nlabels"]
-    if results.answered is not None:
-        headings += ["flipped,\ncontrol", "flipped,\ncounter-\nfactual"]
-    headings += ["effect,\ncounter-\nfactual", "edit\nlength"]
-    effect = effect_title(results)
-    table = _table(
-        f"On {results.data['test']} held-out prompts; shares in %, with 95 % intervals",
-        headings,
-        f"effect: {effect[0].lower()}{effect[1:]}\nlength: Mahalanobis, counterfactual",
-    )
-    shown = _shown(results)
-    for name in shown:
-        site = results.sites[name]
-        flips = (site.control.flipped, site.counterfactual.flipped)
-        cells = [_with_range(site.probe), _share(site.shuffled)]
-        if flips[0] is not None and flips[1] is not None:
-            cells += [_share(flips[0]), _with_range(flips[1])]
-        cells += [
-            signed(measured(site.counterfactual).value),
-            f"{site.counterfactual.distance:.2f}",
-        ]
-        table.add_row(name, *cells, style="bold" if name in results.used_sites else "")
-    console.print(table)
-    if len(shown) < len(results.sites):
-        left_out = len(results.sites) - len(shown)
-        console.print(f"{left_out} more sites, where less changes, are in results.json.")
-    for line in findings(results):
-        console.print(line, markup=False)
-
-
-def _shown(results: TaskResults) -> list[str]:
-    """Every site if they are few, else those at which most changes, in order of computation."""
-    change = {name: site.counterfactual.divergence.value for name, site in results.sites.items()}
-    most = set(sorted(change, key=lambda name: change[name], reverse=True)[:MOST_ROWS])
-    return [name for name in results.sites if name in most]
 
 
 def _table(title: str, headings: Sequence[str], caption: str) -> Table:
@@ -174,12 +111,3 @@ def _chance(log_odds: float) -> str:
 
 def _tokens(tokens: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{token!r} {100 * chance:.0f} %" for token, chance in tokens)
-
-
-def _share(share: Share) -> str:
-    return "–" if share.value is None else f"{100 * share.value:.1f}"
-
-
-def _with_range(share: Share) -> str:
-    low, high = share.interval
-    return f"{_share(share)} ({100 * low:.0f}–{100 * high:.0f})"

@@ -1,0 +1,139 @@
+"""The options that several commands have, described once, and how they are read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from lrqp_torch.probes.covariance import Shrinkage
+
+OWN = "Edits of your own"
+"""Heading of the commands for prompts of one's own."""
+
+# Brackets are escaped, for rich would take them for markup.
+MARKED = r"'The \[\[keys]] to the cabinet'"
+
+Out = Annotated[Path, typer.Option(help="Folder for results and figures; made if needed.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="organism, organism-present or organism-absent (bundled, ready in seconds), "
+        "smollm2, gpt2, or a folder or Hub name."
+    ),
+]
+_DATA = (
+    "Prompts of your own: a .csv or .jsonl file, or a data set of the Hub as NAME or NAME:SPLIT. "
+    f"Columns: text, with the words to edit marked as in {MARKED}; label; and, if there are any, "
+    "answers for each class."
+)
+Data = Annotated[str | None, typer.Option(help=_DATA, show_default="prompts about two names")]
+RequiredData = Annotated[str, typer.Option(help=_DATA)]
+Label = Annotated[str, typer.Option(help="Column of the class, with --data.")]
+Position = Annotated[
+    str,
+    typer.Option(
+        help="Where to read and edit, with --data: mark (the last token of the marked words), last "
+        "(the last token of the prompt), or a column that holds words of the prompt."
+    ),
+]
+N = Annotated[int, typer.Option("--n", min=4, help="Prompts about two names, fitted and held out.")]
+Prefixes = Annotated[
+    str,
+    typer.Option(
+        help="Sentence before each prompt about two names: none, bundled, openwebtext, or a text "
+        "file with a sentence per line."
+    ),
+]
+Sites = Annotated[
+    str,
+    typer.Option(
+        help="all (the stream before and within every block), or names such as L6.mid,L7.pre."
+    ),
+]
+CompareTask = Annotated[
+    bool | None,
+    typer.Option(
+        "--compare-task/--no-compare-task",
+        help="Run the prompts about two names with and without prefixes, side by side.",
+        show_default="where there are prefixes",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what a stopped run left in the folder.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+TrainShare = Annotated[
+    float, typer.Option(help="Share of the prompts to fit on; the others are held out.")
+]
+LogOdds = Annotated[float, typer.Option(help="Least log odds that an edit asks of the probe.")]
+L2 = Annotated[
+    float | None, typer.Option(help="Penalty of the probe.", show_default="the probe's own")
+]
+ShrinkageOf = Annotated[
+    str, typer.Option(help="Of the covariance: ledoit_wolf, oas, or a number from 0 to 1.")
+]
+Figures = Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG figures.")]
+Report = Annotated[
+    bool, typer.Option("--report/--no-report", help="Write the interactive report.html.")
+]
+
+
+def parse_shrinkage(text: str) -> "Shrinkage":
+    """The shrinkage that an option names."""
+    from lrqp_torch.errors import SettingError
+
+    named: dict[str, Shrinkage] = {"ledoit_wolf": "ledoit_wolf", "oas": "oas"}
+    if text in named:
+        return named[text]
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise SettingError(
+            f"shrinkage is {text!r}: it must be ledoit_wolf, oas, or a number from 0 to 1."
+        )
+    return share
+
+
+def load_model(model: str, device: str) -> tuple[Any, Any]:
+    """A model and its tokenizer, without bars that would run through ours."""
+    from lrqp_torch.models import load
+    from lrqp_torch.study.preparing import choose_device
+
+    silence()
+    return load(model, device=choose_device(device))
+
+
+def silence() -> None:
+    """Keep transformers from showing progress bars, which would run through ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines as they are, however long."""
+    console = Console(highlight=False, soft_wrap=True, stderr=error)
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def split_names(text: str, what: str) -> Sequence[str]:
+    """Names separated by commas.
+
+    Raises:
+        PromptError: there is none.
+    """
+    from lrqp_torch.errors import PromptError
+
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise PromptError(f"no {what} given; name the column of the class")
+    return names

@@ -1,0 +1,182 @@
+"""The edits of a study: fitted to training prompts at every site, and run on held-out ones.
+
+At each site a probe and a covariance are fitted to the activations at the marked token. On held-out
+prompts the activation there is then replaced by the nearest one at which the probe believes the
+class that holds (control) or the next one (counterfactual), and the model goes on from there.
+
+Source: the post "Intervening in the Residual Stream" (2023).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.distributed import Ranks
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import LRQPError, RankError
+from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study.context import ALONE, Advance, no_progress
+from lrqp_torch.study.part import Batches
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.running import Batch, answers, batches, divergences, next_class, put
+
+CONDITIONS = ("control", "counterfactual")
+USED_THRESHOLD = 0.5
+"""A site counts as used if its counterfactual edit flips this share more than its control edit.
+
+An edit may break an answer without changing the class: where a probe reads nothing, the odds asked
+for take a long arbitrary step, and the control edit then flips about as many answers.
+"""
+
+
+def fit_edits(
+    activations: Mapping[str, Tensor],
+    labels: Tensor,
+    *,
+    l2: float | None = None,
+    shrinkage: Shrinkage = "ledoit_wolf",
+    log_odds: float = 10.0,
+    advance: Advance = no_progress,
+) -> dict[str, LRQP]:
+    """Fit one edit per site to the training prompts alone.
+
+    Args:
+        activations: site name to activations (n, d) at the marked token.
+        labels: class of each prompt, (n,).
+        l2: penalty of the probe; ``None`` for its own default.
+        shrinkage: of the covariance.
+        log_odds: least log odds of the ``mirror`` rule, log α = max(z_v − z_k, ``log_odds``), with
+            v the true class and k the target, as in the post.
+        advance: called with the number of probes fitted, one a site in all.
+
+    Returns:
+        Site name to edit, in the order given.
+    """
+    problems = {site: (x, labels) for site, x in activations.items()}
+    probes = LinearProbe.fit_many(problems, l2=l2, advance=advance)
+    # Prompts that cannot be edited are counted in the results instead of ending the study.
+    return {
+        site: LRQP(
+            probes[site],
+            Mahalanobis.fit(x, shrinkage),
+            log_odds=log_odds,
+            on_infeasible="skip",
+        )
+        for site, x in activations.items()
+    }
+
+
+def sweep(
+    model: Any,
+    prompts: PromptSet,
+    edits: Mapping[str, LRQP],
+    *,
+    batch_size: int = 64,
+    ranks: Ranks = ALONE,
+    kept: Batches | None = None,
+    advance: Advance = no_progress,
+) -> dict[str, Tensor]:
+    """Run every edit, towards both targets, on held-out prompts.
+
+    Each batch runs clean once; each edit then reruns only what it can change. Prompts with like
+    suffixes behind the marked token share a batch. The batches that are not done yet are run in
+    rounds, one a rank, and kept as soon as a round ends, so a stopped sweep goes on with any number
+    of ranks. The numbers are those of one process.
+
+    Args:
+        model: a transformers causal language model in evaluation mode; on every rank the same, like
+            the prompts and the edits.
+        prompts: held-out prompts, padded on the left.
+        edits: site name to edit.
+        batch_size: prompts a batch.
+        ranks: this process among the others, all of which make this call.
+        kept: keeps batches; read and written by rank 0 alone.
+        advance: called with the number of prompts run, ``(1 + 2 · len(edits)) · len(prompts)`` in
+            all, on every rank.
+
+    Returns:
+        One number a prompt, (n,), on the CPU, in the order of ``prompts``:
+
+        - ``labels`` and ``other``: the class that holds and the counterfactual one;
+        - ``clean.NAME``, with the names of :func:`read_answers` and ``io_probability``, the
+          probability of the answers of the class that holds;
+        - ``SITE.CONDITION.NAME``, with the names of :func:`read_answers`, those of
+          :data:`~.running.RECORD`, and ``divergence``, KL(clean ‖ edited) of the next token in
+          nats.
+
+        Tasks without answers have neither the names of :func:`read_answers` nor ``io_probability``.
+
+    Raises:
+        PromptError: prompts that do not end in the last column.
+        NonFiniteError: the model's logits are NaN or infinite, on the first rank where it happens.
+        ToldError: on the others.
+        RankError: another rank has ended.
+    """
+    work = dict(enumerate(batches(model, prompts, batch_size, copies=len(CONDITIONS))))
+    rows = {number: batch.rows for number, batch in work.items()}
+    store = kept if ranks.is_main else None
+    with ranks.together():
+        found = {} if store is None else {number: store.load(number) for number in work}
+    done = ranks.from_main({n: tensors for n, tensors in found.items() if tensors is not None})
+    pending = [number for number in work if number not in done]
+    runs = 1 + len(CONDITIONS) * len(edits)
+    advance(runs * sum(len(rows[number]) for number in done))
+    with ranks.counted(advance, runs * sum(len(rows[n]) for n in pending)) as ran:
+        for start in range(0, len(pending), ranks.size):
+            own: dict[int, dict[str, Tensor]] = {}
+            error = None
+            for number in pending[start : start + ranks.size][ranks.turns]:
+                try:
+                    # What a batch has run is let go with it.
+                    own[number] = _sweep_batch(work.pop(number), edits, ran)
+                except RankError:
+                    raise
+                except LRQPError as caught:
+                    error = caught
+            finished = ranks.exchange(own, error)
+            done |= finished
+            if store is not None:
+                for number, tensors in finished.items():
+                    store.save(number, tensors)
+    labels = prompts.labels.cpu()
+    flat = {"labels": labels, "other": next_class(labels, len(prompts.classes))}
+    for number in sorted(done):
+        put(flat, done[number], rows[number], len(prompts))
+    return flat
+
+
+def read_answers(prompts: PromptSet, logits: Tensor) -> dict[str, Tensor]:
+    """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
+
+    Args:
+        prompts: with their classes' answers.
+        logits: of the next token, (n, vocabulary).
+
+    Returns:
+        ``logit_difference``, ``own_lead`` and ``other_lead``: what :func:`~.running.answers` gives,
+        the preference under the name that it has where each class has one answer.
+    """
+    found = answers(prompts, logits)
+    return {{"preference": "logit_difference"}.get(name, name): v for name, v in found.items()}
+
+
+@torch.no_grad()
+def _sweep_batch(
+    batch: Batch[PromptSet], edits: Mapping[str, LRQP], advance: Advance
+) -> dict[str, Tensor]:
+    prompts, targets, count = batch.prompts, batch.targets(), len(batch)
+    clean = read_answers(prompts, batch.clean)
+    if clean:
+        clean["io_probability"] = prompts.probability(batch.clean).cpu()
+    found = {f"clean.{name}": values for name, values in clean.items()}
+    advance(count)
+    for site, edit in edits.items():
+        for condition, edited in batch.edited(site, edit, targets).items():
+            columns = read_answers(prompts, edited.logits) | edited.record
+            columns["divergence"] = divergences(batch.clean, edited.logits)
+            found |= {f"{site}.{condition}.{name}": values for name, values in columns.items()}
+        advance(count * len(targets))
+    return found
