@@ -434,33 +434,32 @@ def scatter_of(
 
 
 def _dose_of(result: Any, x_title: str) -> Chart:
-    measures = {
-        "flipped": "Answers flipped (%)",
-        "logit_difference": "Mean difference of answers",
-        "distance": "Mean Mahalanobis length",
-        "euclidean": "Mean Euclidean length",
-    }
     panes = []
-    for key, y_title in measures.items():
-        marks, rules = [], [] if key == "flipped" else [Rule(0, dash="solid")]
-        scale = 100.0 if key == "flipped" else 1.0
+    for keys, y_title, scale in (
+        (("flipped",), "Answers flipped (%)", 100.0),
+        (("logit_difference", "preference"), "Mean difference of answers", 1.0),
+        (("distance",), "Mean Mahalanobis length", 1.0),
+        (("euclidean",), "Mean Euclidean length", 1.0),
+    ):
+        marks, rules = [], [] if scale == 100 else [Rule(0, dash="solid")]
         tasks = get(result, "tasks").items()
         for (name, task), (colour, marker) in zip(tasks, LOOKS, strict=False):
-            edits = get(task, "doses")
-            x = [get(edit, "log_alpha") for edit in edits]
-            marks.append(_curve(name, x, [read(edit, key) for edit in edits], scale,
-                                colour=colour, marker=marker))  # fmt: skip
-            for kind, shape in (("counterfactual", "star"), ("control", "triangle")):
-                edit = get(task, kind)
-                label = f"mirror rule, {name}" + (", control" if kind == "control" else "")
-                marks.append(_curve(label, [get(edit, "log_alpha")], [read(edit, key)], scale,
-                                    colour=colour, marker=shape, size=1.5,
-                                    filled=kind != "control"))  # fmt: skip
-            clean, *_ = read(task, "clean")
-            if key == "logit_difference" and clean is not None:
+            kinds: list[tuple[str, Any, Marker]] = [
+                (name, get(task, "doses"), marker),
+                (f"mirror rule, {name}", [get(task, "counterfactual")], "star"),
+                (f"mirror rule, {name}, control", [get(task, "control")], "triangle"),
+            ]
+            for label, edits, shape in kinds:
+                x = [get(edit, "log_alpha") for edit in edits]
+                marks.append(_curve(label, x, [read(edit, *keys) for edit in edits], scale,
+                                    colour=colour, marker=shape, filled=shape != "triangle",
+                                    size=1.0 if len(x) > 1 else 1.5))  # fmt: skip
+            clean = read(task, "clean")[0]
+            if "preference" in keys and clean is not None:
                 rules.append(Rule(clean, colour=colour))
-        limits = (-4.0, 104.0) if key == "flipped" else None
-        panes.append(Pane(marks, rules=rules, x_title=x_title, y_title=y_title, y_range=limits))
+        limits = (-4.0, 104.0) if scale == 100 else None
+        if any(value is not None for kind in marks for value in kind.y):
+            panes.append(Pane(marks, rules=rules, x_title=x_title, y_title=y_title, y_range=limits))
     title = f"How much belief it takes to flip an answer: edits at {get(result, 'site')}"
     return Chart(panes, title, columns=2, share_x=True)
 

@@ -27,7 +27,7 @@ def raw() -> dict[str, Any]:
 
     def dose(log_alpha: float) -> dict[str, Any]:
         number = {"value": log_alpha, "lower": 0.0, "upper": 9.0}
-        return {"log_alpha": log_alpha, "flipped": 0.5, "logit_difference": number,
+        return {"log_alpha": log_alpha, "flipped": 0.5, "preference": number,
                 "distance": number, "euclidean": number}  # fmt: skip
 
     task = {"doses": [dose(1.0), dose(2.0)], "control": dose(1.0), "counterfactual": dose(2.0)}
@@ -89,6 +89,12 @@ def test_the_answers_of_a_study(folder: Path) -> None:
     points = plot.scatter(folder).chart.panes[0]
     assert points.square and [marks.y[0] for marks in points.marks] == [-1.0, 1.0]
     assert points.marks[1].name == "counterfactual edit: 50.0 % flipped"
+
+
+def test_the_doses_of_a_study(folder: Path) -> None:
+    flips, answers, *_ = plot.dose(folder).chart.panes
+    assert [marks.y for marks in flips.marks] == [[50.0, 50.0], [50.0], [50.0]]
+    assert answers.marks[0].y == [1.0, 2.0] and answers.marks[0].upper == [9.0, 9.0]
 
 
 def test_own_numbers(tmp_path: Path) -> None:
