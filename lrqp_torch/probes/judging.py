@@ -72,17 +72,19 @@ def check_sinks(x: Tensor) -> None:
     if len(x) == 0:
         return
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    squares = (x - x[:: max(1, len(x) // LOOKED_AT)].median(0).values).square()
-    rows = squares.sum(1)
+    sample = x[:: max(1, len(x) // LOOKED_AT)]
+    centre = sample.median(0).values
+    rows = torch.linalg.vector_norm(x - centre, dim=1).square()
     far = rows > FAR**2 * rows.median()
     share = float(rows[far].sum() / rows.sum())
     if share > 0.5:
-        which, most = far.nonzero().flatten().tolist(), int(squares[far].sum(0).argmax())
+        which = far.nonzero().flatten().tolist()
+        most = int((x[far] - centre).square().sum(0).argmax())
         _warn_of_sinks(
             f"{len(which)} of {len(x)} activations (the first are {which[:5]})", share, most
         )
     else:
-        _check_coordinates(squares.sum(0))
+        _check_coordinates((sample - centre).square().sum(0))
 
 
 def check_moments(squares: Tensor, fourth: Tensor, n_samples: int) -> None:

@@ -269,14 +269,12 @@ class LinearProbe(nn.Linear):
         Args:
             problems: name of a probe to its activations (n, d), classes (n,) and, if wanted,
                 weights (n,); the same on all ranks.
-            l2: penalty on W; default 1/n, each with its own n.
-            class_weight: as of :meth:`fit`.
-            tolerance: bound on each gradient norm, relative to the one at zero.
-            max_iterations: Newton steps before giving up.
             memory: bytes of float64 working copies to hold at once, never less than one tensor's.
                 On a CPU one tensor is worked on at a time, whatever this says.
             advance: called with the number of probes fitted here, after each stack.
             ranks: this process among the others.
+
+        The other arguments are those of :meth:`fit`, with 1/n by each probe's own n.
 
         Returns:
             Name to probe, in the order given.
@@ -334,14 +332,11 @@ class LinearProbe(nn.Linear):
                 anew, or a function that returns a new iterator. Every pass must give the same
                 examples; their order and their division into batches may change. Of many ranks,
                 this one's batches, which may be none.
-            l2: penalty on W; default 1/n, n the examples of all ranks.
-            n_classes: K; default the largest label on any rank + 1. Not every class need occur on
-                each rank.
-            class_weight: as of :meth:`fit`, by number.
-            tolerance: bound on the gradient norm, relative to the one at zero.
-            max_iterations: Newton steps before giving up.
             device: where to compute; default the device of the first batch.
             ranks: this process among the others.
+
+        The other arguments are those of :meth:`fit`, over the examples of all ranks; not every
+        class need occur on each.
 
         Warns:
             ProbeWarning: as :meth:`fit` for stored activations, on rank 0 only.
