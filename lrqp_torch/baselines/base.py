@@ -23,7 +23,6 @@ from lrqp_torch.errors import (
     quoted,
     row_classes,
 )
-from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext
@@ -56,7 +55,6 @@ class Baseline(Edit[Classes]):
         super().__init__(reference.on_infeasible)
         self.reference = reference
         self.strength = _checked(strength)
-        self.length = MahalanobisLength(reference.metric)
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor, *, reference: LRQP | None = None, **options: Any) -> Self:
@@ -167,7 +165,7 @@ class Baseline(Edit[Classes]):
                 x_new=result,
                 multipliers=none,
                 active=none > 0,
-                distance=self.length(delta),
+                distance=self.reference.metric.distance(delta),
                 euclidean=torch.linalg.vector_norm(delta, dim=-1),
                 floor=unknown,
                 log_odds_before=geometry.margins(x, target).amin(-1),
@@ -276,42 +274,3 @@ def _checked(strength: Any) -> float:
     if not isinstance(strength, Real | Tensor) or not math.isfinite(strength):
         raise SettingError(f"strength must be a finite number, got {quoted(strength)}")
     return float(strength)
-
-
-class MahalanobisLength:
-    """√(δᵀ Σ⁻¹ δ), as :meth:`Mahalanobis.distance`, for use in every forward pass of a model.
-
-    Σ = L Lᵀ is kept for as long as the metric stays what it is, and the length is ‖L⁻¹δ‖. Where Σ
-    is singular to rounding, ``distance`` itself is called, which knows of displacements that leave
-    Σ's range.
-
-    Args:
-        metric: Σ.
-    """
-
-    def __init__(self, metric: Mahalanobis) -> None:
-        self.metric = metric
-        self._mark: tuple[object, ...] | None = None
-        self._factor: Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self, delta: Tensor) -> Tensor:
-        """Lengths of displacements, (N, d) → (N,), float64."""
-        covariance = self.metric.covariance
-        version = None if covariance.is_inference() else covariance._version
-        mark = (covariance.data_ptr(), version, covariance.device)
-        if mark != self._mark:
-            self._mark, self._factor = mark, _factor(covariance)
-        if self._factor is None:
-            return self.metric.distance(delta)
-        solved = torch.linalg.solve_triangular(self._factor, delta.to(covariance).T, upper=False)
-        length: Tensor = torch.linalg.vector_norm(solved, dim=0)
-        return length
-
-
-def _factor(covariance: Tensor) -> Tensor | None:
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    pivots = factor.diagonal().square()
-    precision = 1e3 * len(covariance) * torch.finfo(covariance.dtype).eps
-    singular = bool(failed) or bool(pivots.min() <= precision * covariance.diagonal().max())
-    return None if singular else factor

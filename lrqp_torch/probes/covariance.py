@@ -67,6 +67,7 @@ class Mahalanobis(nn.Module):
             self.register_buffer(name, None if tensor is None else ordinary(tensor.double()))
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
+        self._eigenbasis: tuple[object, Tensor, Tensor] | None = None
 
     @classmethod
     def fit(cls, x: Any, shrinkage: Shrinkage = "ledoit_wolf") -> "Mahalanobis":
@@ -153,14 +154,20 @@ class Mahalanobis(nn.Module):
     def distance(self, delta: Tensor) -> Tensor:
         """√(δᵀ Σ⁻¹ δ) for displacements δ, (..., d) → (...), float64.
 
-        Computed in Σ's eigenbasis; infinite where δ leaves the range of a singular Σ.
+        Computed in Σ's eigenbasis, which is kept for as long as Σ stays what it is; infinite where
+        δ leaves the range of a singular Σ.
         """
         if delta.shape[-1] != self.width:
             raise WidthError(
                 f"the metric has width {self.width}, the displacement {delta.shape[-1]}"
             )
         delta = delta.to(self.covariance)
-        values, vectors = torch.linalg.eigh(self.covariance)
+        # A tensor made in inference mode counts no versions, and cannot be changed in place.
+        version = None if self.covariance.is_inference() else self.covariance._version
+        mark = (self.covariance.data_ptr(), version, self.covariance.device)
+        if self._eigenbasis is None or self._eigenbasis[0] != mark:
+            self._eigenbasis = (mark, *torch.linalg.eigh(self.covariance))
+        _, values, vectors = self._eigenbasis
         present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
         coordinates = delta @ vectors
         inside = torch.where(present, coordinates.square() / values.clamp_min(1e-300), 0.0).sum(-1)

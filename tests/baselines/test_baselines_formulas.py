@@ -31,7 +31,6 @@ from lrqp_torch.baselines import (
     OptimalTransport,
     RandomDirection,
 )
-from lrqp_torch.baselines.base import MahalanobisLength
 from lrqp_torch.errors import (
     CovarianceError,
     InfeasibleError,
@@ -521,24 +520,6 @@ def test_what_a_dtype_cannot_hold_is_named() -> None:
             baseline.at_strength(strength)
     with pytest.raises(PairError, match="must be a tensor, got list"):
         FullPatch(reference).paired([1])
-
-
-# The length on record
-
-
-def test_the_length_is_the_metrics_own() -> None:
-    delta = torch.randn(5, 6, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    for values in ([1.0, 2, 3, 4, 5, 6], [1e-7, 2, 3, 4, 5, 6], [0.0, 0, 3, 4, 5, 6]):
-        metric = Mahalanobis((basis * torch.tensor(values, dtype=torch.float64)) @ basis.T)
-        length = MahalanobisLength(metric)
-        inside = delta @ basis[:, 2:] @ basis[:, 2:].T
-        for moved in (delta, inside, 0 * delta):
-            torch.testing.assert_close(length(moved), metric.distance(moved), rtol=1e-6, atol=0)
-    assert bool(length(delta).isinf().all()) and not bool(length(inside).isinf().any())
-    # It follows a metric that is changed in place.
-    metric.covariance.copy_(torch.eye(6))
-    torch.testing.assert_close(length(delta), delta.norm(dim=-1))
 
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"das", "full_patch", "none"}))

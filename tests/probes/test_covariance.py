@@ -1,5 +1,7 @@
 """Covariance and Mahalanobis: streaming, shrinkage and the metric, against textbook formulas."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,21 @@ def test_euclidean_is_the_identity() -> None:
     delta = torch.randn(10, 5, dtype=torch.float64)
     assert torch.allclose(metric.distance(delta), delta.norm(dim=-1))
     assert metric.mean is None
+
+
+def test_the_distance_follows_a_metric_that_changes() -> None:
+    """Its eigenbasis is kept, and made anew where Σ is written over, replaced or copied."""
+    delta = torch.randn(5, 6, dtype=torch.float64)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    metric = Mahalanobis(root @ root.T + torch.eye(6))
+    twin, first = copy.deepcopy(metric), metric.distance(delta)
+    assert torch.equal(metric.distance(delta), first)
+    metric.covariance.copy_(torch.eye(6))
+    assert torch.allclose(metric.distance(delta), delta.norm(dim=-1))
+    metric.covariance = 4 * torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(metric.distance(delta), delta.norm(dim=-1) / 2)
+    assert torch.equal(twin.distance(delta), first)
+    assert torch.equal(copy.deepcopy(twin).distance(delta), first)
 
 
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "float", "to_half", "to_bfloat16"])
