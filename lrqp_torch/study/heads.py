@@ -6,6 +6,7 @@ Source of the roles: Wang et al. 2022, "Interpretability in the Wild" (arXiv 221
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ from lrqp_torch.errors import SiteError
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.estimates import Estimate
 
-PREVIOUS, DUPLICATE, INDUCTION = "previous token", "duplicate token", "induction"
-S_INHIBITION = "S-inhibition"
-MOVER, NEGATIVE, BACKUP = "name mover", "negative name mover", "backup name mover"
-WRITER = "answer writer"
-ROLES = (PREVIOUS, DUPLICATE, INDUCTION, S_INHIBITION, MOVER, NEGATIVE, BACKUP, WRITER)
-"""The published roles, and answer writers: heads with a large direct effect wherever they look, so
-that a model which carries names to the answer by way of other tokens is not left without any."""
+
+class Role(StrEnum):
+    """The published roles, and answer writers: heads with a large direct effect wherever they look.
+
+    So a model that carries names to the answer by way of other tokens is not left without any.
+    """
+
+    PREVIOUS = "previous token"
+    DUPLICATE = "duplicate token"
+    INDUCTION = "induction"
+    S_INHIBITION = "S-inhibition"
+    MOVER = "name mover"
+    NEGATIVE = "negative name mover"
+    BACKUP = "backup name mover"
+    WRITER = "answer writer"
+
 
 ATTENTION = 0.3
 """A head has a role only if it puts at least this much attention where the role says, on average
@@ -50,35 +60,35 @@ WRITING_EFFECT = 0.02
 """In a model without name movers: the answer writers' direct effect falls by this share of it."""
 
 RULES: dict[str, str] = {
-    PREVIOUS: f"attention S1+1 → S1 at least {ATTENTION}",
-    DUPLICATE: f"attention S2 → S1 at least {ATTENTION}",
-    INDUCTION: f"attention S2 → S1+1 at least {ATTENTION}",
-    S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output at "
-    "END set to its mean over prompts) the name movers' attention to IO less that to S1 falls by "
-    f"at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
+    Role.PREVIOUS: f"attention S1+1 → S1 at least {ATTENTION}",
+    Role.DUPLICATE: f"attention S2 → S1 at least {ATTENTION}",
+    Role.INDUCTION: f"attention S2 → S1+1 at least {ATTENTION}",
+    Role.S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output "
+    "at END set to its mean over prompts) the name movers' attention to IO less that to S1 falls "
+    f"by at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
     f"answer writers' direct effect falls instead, by at least {100 * WRITING_EFFECT:.0f} % of it",
-    MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and a "
-    f"direct effect for IO of at least {100 * STRONG:.0f} % of the strongest among heads with such "
-    f"attention and {100 * STRONG / 2:.0f} % of the strongest of all (direct effects by the end of "
-    "their 95 % interval nearer to 0)",
-    NEGATIVE: "the same attention, and such a direct effect against IO",
-    BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to S1, a "
-    f"direct effect for IO of at least {100 * WEAK:.0f} % of the strongest head's, in the layers "
-    "from the lowest name mover on, and no name mover itself: candidates only, since a backup "
-    "shows itself when name movers are removed, which is not done here",
-    WRITER: f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest head's, "
-    "whatever the head attends to",
+    Role.MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and "
+    f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest among heads with "
+    f"such attention and {100 * STRONG / 2:.0f} % of the strongest of all (direct effects by the "
+    "end of their 95 % interval nearer to 0)",
+    Role.NEGATIVE: "the same attention, and such a direct effect against IO",
+    Role.BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to "
+    f"S1, a direct effect for IO of at least {100 * WEAK:.0f} % of the strongest head's, in the "
+    "layers from the lowest name mover on, and no name mover itself: candidates only, since a "
+    "backup shows itself when name movers are removed, which is not done here",
+    Role.WRITER: f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest "
+    "head's, whatever the head attends to",
 }
 """What the program asks of a head before it gives it a role, in words."""
 
 _PUBLISHED: dict[str, str] = {
-    PREVIOUS: "2.2 4.11",
-    DUPLICATE: "0.1 3.0 0.10",
-    INDUCTION: "5.5 5.9 5.8 6.9",
-    S_INHIBITION: "7.3 7.9 8.6 8.10",
-    MOVER: "9.9 9.6 10.0",
-    NEGATIVE: "10.7 11.10",
-    BACKUP: "9.0 9.7 10.1 10.2 10.6 10.10 11.2 11.9",
+    Role.PREVIOUS: "2.2 4.11",
+    Role.DUPLICATE: "0.1 3.0 0.10",
+    Role.INDUCTION: "5.5 5.9 5.8 6.9",
+    Role.S_INHIBITION: "7.3 7.9 8.6 8.10",
+    Role.MOVER: "9.9 9.6 10.0",
+    Role.NEGATIVE: "10.7 11.10",
+    Role.BACKUP: "9.0 9.7 10.1 10.2 10.6 10.10 11.2 11.9",
 }
 _HEAD = re.compile(r"L(\d+)\.H(\d+)")
 
@@ -127,7 +137,7 @@ def attend_roles(attention: Mapping[str, Mapping[str, float]]) -> dict[str, list
     Args:
         attention: head to mean attention by the keys ``"S1+1→S1"``, ``"S2→S1"``, ``"S2→S1+1"``.
     """
-    keys = {PREVIOUS: "S1+1→S1", DUPLICATE: "S2→S1", INDUCTION: "S2→S1+1"}
+    keys = {Role.PREVIOUS: "S1+1→S1", Role.DUPLICATE: "S2→S1", Role.INDUCTION: "S2→S1+1"}
     return {
         role: [head for head, scores in attention.items() if scores[key] >= ATTENTION]
         for role, key in keys.items()
@@ -161,16 +171,16 @@ def mover_roles(
     movers = [head for head in looking if effect[head] >= needed]
     lowest = min((parse_head(head)[0] for head in movers), default=float("inf"))
     return {
-        MOVER: movers,
-        NEGATIVE: [head for head in looking if -effect[head] >= needed],
-        BACKUP: [
+        Role.MOVER: movers,
+        Role.NEGATIVE: [head for head in looking if -effect[head] >= needed],
+        Role.BACKUP: [
             head
             for head in attending(BACKUP_ATTENTION)
             if head not in movers
             and parse_head(head)[0] >= lowest
             and effect[head] >= WEAK * strongest
         ],
-        WRITER: writers(effects),
+        Role.WRITER: writers(effects),
     }
 
 
@@ -269,5 +279,7 @@ class HeadsResult:
 
     def attending(self) -> dict[str, list[str]]:
         """Name movers of all three kinds; where there are none, answer writers too."""
-        movers = {role: self.members(role) for role in (MOVER, NEGATIVE, BACKUP)}
-        return movers if movers[MOVER] else movers | {WRITER: self.members(WRITER)}
+        movers: dict[str, list[str]] = {
+            role: self.members(role) for role in (Role.MOVER, Role.NEGATIVE, Role.BACKUP)
+        }
+        return movers if movers[Role.MOVER] else movers | {Role.WRITER: self.members(Role.WRITER)}

@@ -20,7 +20,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import MOVER, WRITER, HeadsResult
+from lrqp_torch.study.heads import HeadsResult, Role
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.methods import (
     DOSED,
@@ -587,5 +587,5 @@ def _watched(heads: HeadsResult | None) -> tuple[str, list[str]]:
     if heads is None:
         return "", []
     roles = heads.attending()
-    role = MOVER if roles[MOVER] else WRITER
+    role = Role.MOVER if roles[Role.MOVER] else Role.WRITER
     return (role, roles[role]) if roles[role] else ("", [])

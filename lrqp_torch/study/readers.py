@@ -38,15 +38,7 @@ from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import output_projection, score
 from lrqp_torch.study.context import StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import (
-    MOVER,
-    S_INHIBITION,
-    WRITER,
-    HeadsResult,
-    first_reader,
-    parse_head,
-    writers,
-)
+from lrqp_torch.study.heads import HeadsResult, Role, first_reader, parse_head, writers
 
 ENERGY = 0.9
 """Share of the squared Frobenius norm of reading weights that a space must hold."""
@@ -190,9 +182,9 @@ def readers_of(
         roles = [("answer writers", writers(effects))]
     else:
         roles = [
-            ("S-inhibition heads", heads.members(S_INHIBITION)),
-            ("name movers", heads.members(MOVER)),
-            ("answer writers", heads.found[WRITER]),
+            ("S-inhibition heads", heads.members(Role.S_INHIBITION)),
+            ("name movers", heads.members(Role.MOVER)),
+            ("answer writers", heads.found[Role.WRITER]),
         ]
     lowest = first_reader(site)
     above = [(role, [h for h in names if parse_head(h)[0] >= lowest]) for role, names in roles]

@@ -1,7 +1,7 @@
 """Estimates, sites and tasks as sentences, charts and tables show them."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from lrqp_torch.plot.chart import (
     BLACK,
@@ -17,6 +17,9 @@ from lrqp_torch.plot.chart import (
     Table,
 )
 from lrqp_torch.study.estimates import Estimate
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 NO_BREAK = "\u00a0"
 SITES = "site, in order of computation"
@@ -87,6 +90,14 @@ def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
             headings.append(heading)
             shown.append(values)
     return Table(headings, list(zip(*shown, strict=True)))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by a key of each, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def joined(*words: str) -> str:

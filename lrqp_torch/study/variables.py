@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.study.context import Task
-from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.prompts import PromptSet
 
 ORDER = "order of the names"
@@ -84,7 +84,7 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
             made.append(_of_values(name, _positions(train, token), _positions(test, token), bins))
         if plain is not None:
             for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
-                known = _clause_positions([plain.train, plain.test], token)
+                known = _clause_positions([named(plain.train), named(plain.test)], token)
                 halves = _looked_up(train, known), _looked_up(test, known)
                 made.append(_of_values(name, *halves, bins))
         made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))

@@ -142,9 +142,9 @@ def test_without_heads_it_says_so(context: StudyContext) -> None:
 
 def test_answer_writers_stand_in_where_there_are_no_name_movers(context: StudyContext) -> None:
     without = with_roles(context, answer_writer=["L2.H0"], name_mover=[])
-    assert without.attending()[roles.WRITER] == ["L2.H0"]
+    assert without.attending()[roles.Role.WRITER] == ["L2.H0"]
     with_one = with_roles(context, answer_writer=["L2.H0"], name_mover=["L2.H1"])
-    assert roles.WRITER not in with_one.attending()
+    assert roles.Role.WRITER not in with_one.attending()
 
 
 def test_prompts_without_names_are_refused() -> None:
@@ -176,9 +176,9 @@ def test_the_organisms_heads_report_the_injected_belief() -> None:
     assert all(reading.reports.known > 0.95 for reading in joint.values())
     assert joint["clean"].log_odds.mean.known > 0 > joint["counterfactual"].log_odds.mean.known
     assert ("No name mover was found" in PART.panels(result)[1].text) == (
-        not found.found[roles.MOVER]
+        not found.found[roles.Role.MOVER]
     )
-    name = "name movers" if found.found[roles.MOVER] else "answer writers"
+    name = "name movers" if found.found[roles.Role.MOVER] else "answer writers"
     assert PART.panels(result)[1].title == f"Where {name} look under the edit"
     moved = {
         condition: [r.moved.mean.known for r in result.attention if r.condition == condition]

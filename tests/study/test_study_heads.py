@@ -22,7 +22,7 @@ from lrqp_torch.study import heads as roles
 from lrqp_torch.study.attribution import Pull, attribute, final_norm, output_projection
 from lrqp_torch.study.context import StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.heads import HeadsResult, Role
 from lrqp_torch.study.parts.heads import PART, shift_head
 from lrqp_torch.study.running import answers
 
@@ -208,7 +208,7 @@ def test_the_organisms_order_is_read_where_it_is_known_to_be_used(
 ) -> None:
     assert found.published is None
     assert found.truth is not None and found.truth.agrees is True
-    inhibiting = found.found[roles.S_INHIBITION]
+    inhibiting = found.found[Role.S_INHIBITION]
     assert inhibiting
     for score in found.scores:
         if score.head in inhibiting:
@@ -226,7 +226,7 @@ def test_effect_on_movers_is_that_of_mean_ablation_by_hand(
     model: Any = organism.model
     data = organism.task.test
     end, rows = data.positions["END"], torch.arange(len(data))
-    movers = found.members(roles.MOVER) or found.members(roles.WRITER)
+    movers = found.members(Role.MOVER) or found.members(Role.WRITER)
     name = max(
         (score for score in found.scores if score.test is not None),
         key=lambda score: -score.test.writing.known if score.test else 0.0,
@@ -280,7 +280,13 @@ def test_a_random_model_has_no_circuit_and_says_so() -> None:
             block.attn.c_attn.weight[:, WIDTH : 2 * WIDTH] = 0
             block.attn.c_attn.bias[WIDTH : 2 * WIDTH] = 0
     result = computed(PART, study_of("gpt2", model=model, tokenizer=tokenizer))
-    for role in (roles.S_INHIBITION, roles.MOVER, roles.NEGATIVE, roles.BACKUP, roles.INDUCTION):
+    for role in (
+        Role.S_INHIBITION,
+        Role.MOVER,
+        Role.NEGATIVE,
+        Role.BACKUP,
+        Role.INDUCTION,
+    ):
         assert result.found[role] == []
     assert all(score.test is None for score in result.scores)
     assert result.truth is None and result.published is None
@@ -301,19 +307,19 @@ def test_movers_by_rule() -> None:
     values = {"L5.H0": 2.0, "L5.H1": -1.0, "L4.H0": 0.3, "L6.H0": 0.3, "L5.H2": 0.1, "L5.H3": 1.0}
     effect = {head: certain(value) for head, value in values.items()}
     found = roles.mover_roles(to_io, to_s1, effect)
-    assert found[roles.MOVER] == ["L5.H0"]
-    assert found[roles.NEGATIVE] == ["L5.H1"]
-    assert found[roles.BACKUP] == ["L6.H0", "L5.H2"]
-    assert found[roles.WRITER] == roles.writers(effect) == ["L5.H0", "L5.H3"]
+    assert found[Role.MOVER] == ["L5.H0"]
+    assert found[Role.NEGATIVE] == ["L5.H1"]
+    assert found[Role.BACKUP] == ["L6.H0", "L5.H2"]
+    assert found[Role.WRITER] == roles.writers(effect) == ["L5.H0", "L5.H3"]
     # A strong head that does not look at IO is a milder measure for those that do.
     other = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": certain(15.0)})
-    assert other[roles.MOVER] == ["L5.H0"] and other[roles.WRITER] == ["L5.H3"]
+    assert other[Role.MOVER] == ["L5.H0"] and other[Role.WRITER] == ["L5.H3"]
     much_stronger = roles.mover_roles(to_io, to_s1, effect | {"L5.H3": certain(25.0)})
-    assert much_stronger[roles.MOVER] == []
+    assert much_stronger[Role.MOVER] == []
     for attention in (dict.fromkeys(to_io, 0.05), to_io):
         both_names = roles.mover_roles(attention, attention, effect)
-        assert not any(both_names[role] for role in (roles.MOVER, roles.BACKUP, roles.NEGATIVE))
-        assert both_names[roles.WRITER] == ["L5.H0", "L5.H3"]
+        assert not any(both_names[role] for role in (Role.MOVER, Role.BACKUP, Role.NEGATIVE))
+        assert both_names[Role.WRITER] == ["L5.H0", "L5.H3"]
     # What differs from 0 by chance alone counts as nothing.
     unsure = dict.fromkeys(to_io, Estimate(5.0, -0.1, 10.1, 10))
     assert not any(roles.mover_roles(to_io, to_s1, unsure).values())
@@ -335,14 +341,14 @@ def test_published_heads_are_those_of_gpt2_small_alone() -> None:
 
 
 def test_gpt2_uses_the_published_heads_and_shows_the_overlap(found: HeadsResult) -> None:
-    known = {role: ["L9.H9"] for role in roles.ROLES if role != roles.WRITER}
+    known = {role: ["L9.H9"] for role in Role if role != Role.WRITER}
     result = replace(found, published=known)
-    assert result.members(roles.MOVER) == ["L9.H9"]
-    assert result.members(roles.WRITER) == found.found[roles.WRITER]
+    assert result.members(Role.MOVER) == ["L9.H9"]
+    assert result.members(Role.WRITER) == found.found[Role.WRITER]
     table = PART.panels(result)[-1].table
     assert table is not None and "published ones found" in table.columns
-    row = next(row for row in table.rows if row[0] == roles.S_INHIBITION)
-    assert row[3] == f"0 of 1, {len(found.found[roles.S_INHIBITION])} more"
+    row = next(row for row in table.rows if row[0] == Role.S_INHIBITION)
+    assert row[3] == f"0 of 1, {len(found.found[Role.S_INHIBITION])} more"
 
 
 def test_head_names_and_readers() -> None:

@@ -186,7 +186,7 @@ def test_an_edit_that_changes_nothing_has_no_effect_to_share(context: StudyConte
 
 
 def roles_of(heads: HeadsResult) -> dict[str, list[str]]:
-    return heads.attending() | {roles.S_INHIBITION: heads.members(roles.S_INHIBITION)}
+    return heads.attending() | {roles.Role.S_INHIBITION: heads.members(roles.Role.S_INHIBITION)}
 
 
 def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
@@ -269,7 +269,7 @@ def test_the_organisms_answer_writers_carry_nearly_all_of_the_effect() -> None:
     found = computed(HEADS, context)
     result = PART.compute(given(context, site, {"heads": found}), no_progress)
     assert result.edit_flips is not None and result.edit_flips.known > 0.9
-    name = "name movers" if found.found[roles.MOVER] else "answer writers"
+    name = "name movers" if found.found[roles.Role.MOVER] else "answer writers"
     assert name in PART.panels(result)[0].title
     writers, inhibition = group(result, name), group(result, "S-inhibition heads")
     ceiling = group(result, CEILING)

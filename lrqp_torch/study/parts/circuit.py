@@ -35,11 +35,11 @@ from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.attribution import attention_to
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import S_INHIBITION, WRITER, parse_head
+from lrqp_torch.study.heads import Role, parse_head
 from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import answers, batches, put
-from lrqp_torch.study.showing import percent, signed, table_of
+from lrqp_torch.study.showing import grouped, percent, signed, table_of
 
 CONDITIONS = ("clean", "control", "counterfactual")
 EDITED = CONDITIONS[1:]
@@ -172,7 +172,7 @@ class Circuit(Part[CircuitResult]):
             NonFiniteError: the model's logits are NaN or infinite.
         """
         context, heads = given.context, given.results["heads"]
-        movers, readers = heads.attending(), heads.members(S_INHIBITION)
+        movers, readers = heads.attending(), heads.members(Role.S_INHIBITION)
         probes = _fit_probes(context, readers, advance)
         watched = sorted({head for group in movers.values() for head in group}, key=parse_head)
         found = _run(given, watched, readers, advance)
@@ -193,7 +193,7 @@ class Circuit(Part[CircuitResult]):
             prompts=len(context.task.test),
             logit_difference={name: spread("preference", name) for name in CONDITIONS},
             published=heads.published is not None,
-            roles=movers | {S_INHIBITION: readers},
+            roles=movers | {Role.S_INHIBITION: readers},
             probes=[read(name, condition) for name in probes for condition in CONDITIONS],
             attention=[
                 AttentionReading(
@@ -327,10 +327,8 @@ def _run(
 
 def _by_head(readings: list[Reading]) -> dict[str, dict[str, Reading]]:
     """Head to condition to reading."""
-    heads: dict[str, dict[str, Reading]] = {}
-    for reading in readings:
-        heads.setdefault(reading.head, {})[reading.condition] = reading
-    return heads
+    heads = grouped(readings, lambda reading: reading.head)
+    return {head: {reading.condition: reading for reading in own} for head, own in heads.items()}
 
 
 def _histogram(readings: dict[str, ProbeReading], title: str) -> Pane:
@@ -388,7 +386,7 @@ def _origin(result: CircuitResult) -> str:
 def _probe_panel(result: CircuitResult) -> Panel:
     name, title = "circuit-probes", "What S-inhibition heads report under the edit"
     if not result.probes:
-        return Panel(name=name, title=title, text=f"{S_INHIBITION}: {NONE_FOUND}")
+        return Panel(name=name, title=title, text=f"{Role.S_INHIBITION}: {NONE_FOUND}")
     summary = "; ".join(
         f"{r.condition}: {percent(r.reports.value, 0)}" for r in result.probes if r.head == ALL
     )
@@ -418,7 +416,7 @@ def _probe_panel(result: CircuitResult) -> Panel:
 
 
 def _attention_panel(result: CircuitResult) -> Panel:
-    who = "answer writers" if WRITER in result.roles else "name movers"
+    who = "answer writers" if Role.WRITER in result.roles else "name movers"
     name, title = "circuit-attention", f"Where {who} look under the edit"
     if not result.attention:
         return Panel(name=name, title=title, text=NONE_FOUND)
@@ -434,7 +432,7 @@ def _attention_panel(result: CircuitResult) -> Panel:
         f"under the edit at {result.site}. On the dashed line nothing changed. The heads are "
         f"{_origin(result)}. Mean change under the counterfactual edit: {changes}. “Moved” in the "
         "table is all attention that lies elsewhere than in the clean run, on whatever token."
-        + (NO_MOVERS if WRITER in result.roles else ""),
+        + (NO_MOVERS if Role.WRITER in result.roles else ""),
         charts={
             f"{head} ({readings['clean'].role})": Chart(
                 [_paired(readings, "to_io"), _paired(readings, "to_s1")], columns=2

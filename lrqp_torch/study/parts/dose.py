@@ -236,7 +236,7 @@ class Dose(Part[DoseResult]):
             )
         shares = (
             f" Shares are of the prompts answered {words.held} without an edit, with Wilson 95 % "
-            "intervals;"
+            "intervals."
             if "answers flipped" in measures
             else ""
         )

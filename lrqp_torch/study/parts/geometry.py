@@ -427,7 +427,7 @@ def _best(result: GeometryResult, site: str) -> Chart:
     for name, task in result.tasks.items():
         item = task.sites[site]
         about = (
-            f"{result.words.value} explains {percent(item.eta_squared[0])} of direction 1; "
+            f"{result.words.value} explains {percent(item.eta_squared[0])} of direction 1\n"
             f"accuracy {percent(item.accuracy.value)}"
         )
         panes.append(_plane(result, name, site, headed(name, about, "\n")))

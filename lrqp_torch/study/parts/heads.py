@@ -47,21 +47,13 @@ from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import (
     ATTENTION,
-    BACKUP,
-    DUPLICATE,
     EFFECT,
-    INDUCTION,
-    MOVER,
-    NEGATIVE,
-    PREVIOUS,
-    ROLES,
     RULES,
-    S_INHIBITION,
-    WRITER,
     WRITING_EFFECT,
     HeadScore,
     HeadsResult,
     InhibitionTest,
+    Role,
     TruthCheck,
     attend_roles,
     first_reader,
@@ -73,7 +65,7 @@ from lrqp_torch.study.heads import (
 from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import batches, put
-from lrqp_torch.study.showing import between, signed
+from lrqp_torch.study.showing import between, grouped, signed
 from lrqp_torch.study.truth import read_truth
 
 MOST_TESTED = 24
@@ -83,14 +75,14 @@ DIRECT = "direct effect on IO − S (logits)"
 LOOKS, WRITES = "name movers' attention without the head", "their direct effect without the head"
 NO_ROLE = "no role"
 ROLE_COLOURS = {
-    MOVER: GREEN,
-    NEGATIVE: VERMILION,
-    BACKUP: ORANGE,
-    S_INHIBITION: BLUE,
-    INDUCTION: PURPLE,
-    DUPLICATE: SKY,
-    PREVIOUS: BLACK,
-    WRITER: GREEN,
+    Role.MOVER: GREEN,
+    Role.NEGATIVE: VERMILION,
+    Role.BACKUP: ORANGE,
+    Role.S_INHIBITION: BLUE,
+    Role.INDUCTION: PURPLE,
+    Role.DUPLICATE: SKY,
+    Role.PREVIOUS: BLACK,
+    Role.WRITER: GREEN,
     NO_ROLE: NOTE,
 }
 
@@ -136,8 +128,8 @@ class Heads(Part[HeadsResult]):
             effects,
         )
         published = published_heads(context.model.config)
-        movers = (published or found)[MOVER]
-        watched = movers or found[WRITER]
+        movers = (published or found)[Role.MOVER]
+        watched = movers or found[Role.WRITER]
         tests = {
             name: InhibitionTest(*(Estimate.mean(values, generator) for values in change))
             for name, change in effects_on_movers(
@@ -153,7 +145,7 @@ class Heads(Part[HeadsResult]):
             return effect.known <= -least and effect.certain < 0
 
         inhibiting = [name for name, test in tests.items() if inhibits(test)]
-        found[S_INHIBITION] = sorted(inhibiting, key=lambda name: tests[name].writing.known)
+        found[Role.S_INHIBITION] = sorted(inhibiting, key=lambda name: tests[name].writing.known)
         return HeadsResult(
             prompts=len(context.task.test),
             logit_difference=float(clean.total.mean()),
@@ -162,14 +154,16 @@ class Heads(Part[HeadsResult]):
                 HeadScore(name, effects[name], attention[name], tests.get(name))
                 for name in clean.names
             ],
-            found={role: found[role] for role in ROLES},
+            found={role: found[role] for role in Role},
             published=published,
-            truth=_check_truth(context, found[S_INHIBITION]),
+            truth=_check_truth(context, found[Role.S_INHIBITION]),
         )
 
     def says(self, result: HeadsResult, /) -> list[str]:
         """How many heads have the roles on which the rest of the study builds."""
-        counts = {role: len(result.members(role)) for role in (S_INHIBITION, MOVER, WRITER)}
+        counts = {
+            role: len(result.members(role)) for role in (Role.S_INHIBITION, Role.MOVER, Role.WRITER)
+        }
         said = ", ".join(f"{role}: {count}" for role, count in counts.items())
         return [f"Heads by role, of {len(result.scores)} in all: {said}."] + (
             [] if result.truth is None else [_truth_text(result.truth)]
@@ -359,9 +353,7 @@ def _map(result: HeadsResult, name: str, values: Sequence[float | None]) -> Pane
 
 def _by_attention(result: HeadsResult) -> Pane:
     """Direct effect against attention to IO, a mark a head."""
-    by_role: dict[str, list[HeadScore]] = {role: [] for role in (*ROLES[::-1], NO_ROLE)}
-    for item in result.scores:
-        by_role[_main_role(result, item.head)].append(item)
+    by_role = grouped(result.scores, lambda item: _main_role(result, item.head))
     marks = [
         Marks(
             role,
@@ -377,7 +369,7 @@ def _by_attention(result: HeadsResult) -> Pane:
                 for item in items
             ],
         )
-        for role, items in by_role.items()
+        for role, items in ((role, by_role.get(role, [])) for role in (*list(Role)[::-1], NO_ROLE))
         if items
     ]
     return Pane(marks, x_title="mean attention END → IO", y_title=DIRECT)
@@ -385,7 +377,7 @@ def _by_attention(result: HeadsResult) -> Pane:
 
 def _main_role(result: HeadsResult, head: str) -> str:
     """The role of a head that is nearest to the answer."""
-    for role in (MOVER, NEGATIVE, WRITER, *ROLES[::-1]):
+    for role in (Role.MOVER, Role.NEGATIVE, Role.WRITER, *list(Role)[::-1]):
         if head in result.found[role]:
             return role
     return NO_ROLE
@@ -395,7 +387,7 @@ def _role_panel(result: HeadsResult) -> Panel:
     published = result.published
     columns = ["role", "heads found", "rule"]
     rows = []
-    for role in ROLES:
+    for role in Role:
         found = result.found[role]
         row = [role, ", ".join(found) or "none found", RULES[role]]
         if published is not None:

@@ -37,18 +37,7 @@ from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import score
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import (
-    BACKUP,
-    MOVER,
-    NEGATIVE,
-    S_INHIBITION,
-    WRITER,
-    HeadsResult,
-    first_reader,
-    head_name,
-    parse_head,
-    writers,
-)
+from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head, writers
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
@@ -179,10 +168,10 @@ class Mediation(Part[MediationResult]):
         chosen, lowest = self.groups, first_reader(given.site)
         if chosen is None:
             heads: HeadsResult | None = given.results.get("heads")
-            roles = (
-                {WRITER: _find_writers(context, advance)}
+            roles: Mapping[str, list[str]] = (
+                {Role.WRITER: _find_writers(context, advance)}
                 if heads is None
-                else heads.attending() | {S_INHIBITION: heads.members(S_INHIBITION)}
+                else heads.attending() | {Role.S_INHIBITION: heads.members(Role.S_INHIBITION)}
             )
             chosen = head_groups(context, given.site, roles)
         sets = {
@@ -277,7 +266,9 @@ def head_groups(
         site: where the edit acts.
         roles: role to heads.
     """
-    movers, negative, backup = (roles.get(role, []) for role in (MOVER, NEGATIVE, BACKUP))
+    movers, negative, backup = (
+        roles.get(role, []) for role in (Role.MOVER, Role.NEGATIVE, Role.BACKUP)
+    )
     groups = {MOVERS: movers}
     if movers:
         groups |= {
@@ -285,8 +276,8 @@ def head_groups(
             "with backups": [*movers, *backup] if backup else [],
             "with both": [*movers, *negative, *backup] if negative and backup else [],
         }
-    groups[WRITERS] = roles.get(WRITER, [])
-    groups["S-inhibition heads"] = roles.get(S_INHIBITION, [])
+    groups[WRITERS] = roles.get(Role.WRITER, [])
+    groups["S-inhibition heads"] = roles.get(Role.S_INHIBITION, [])
     everything = [
         head_name(layer, head)
         for layer in range(first_reader(site), len(blocks_of(context.model)))

@@ -26,6 +26,7 @@ from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.showing import (
     SITES,
     capitalised,
+    grouped,
     joined,
     look,
     marks_of,
@@ -123,12 +124,6 @@ class ProbingResult:
     bins: int
     variables: list[VariableScores]
 
-    def find(self, task: str, position: str, variable: str) -> VariableScores | None:
-        """The entry of a task, a position and a variable; None if it was not probed."""
-        wanted = (task, position, variable)
-        found = (v for v in self.variables if (v.task, v.position, v.variable) == wanted)
-        return next(found, None)
-
 
 class Probing(Part[ProbingResult]):
     """Probes of every variable at two tokens.
@@ -154,10 +149,8 @@ class Probing(Part[ProbingResult]):
         """Prompts to capture, and probes to fit."""
         units = 0
         for task in context.tasks:
-            fits = sum(
-                len(_sites(task, variable, context.sites)) + len(_control_sites(context.sites))
-                for variable in self._probed(context, task)[0]
-            )
+            probed, _ = self._probed(context, task)
+            fits = sum(len(sites) for v in probed for sites in _sites(task, v, context.sites))
             units += len(_positions(task.train, task.test)) * (len(task) + fits)
         return units
 
@@ -179,7 +172,6 @@ class Probing(Part[ProbingResult]):
                 for variable in probed:
                     order = torch.randperm(len(variable.train_rows), generator=generator)
                     sites = _sites(task, variable, context.sites)
-                    control = _control_sites(context.sites)
                     entry = VariableScores(
                         task=task.name,
                         position=position,
@@ -188,7 +180,7 @@ class Probing(Part[ProbingResult]):
                         train=len(variable.train_rows),
                         test=len(variable.test_rows),
                         baseline=variable.baseline,
-                        scores=_scores(variable, train, test, sites, control, order, advance),
+                        scores=_scores(variable, train, test, *sites, order, advance),
                     )
                     entries.append(entry)
                     if variable.name in repeated:
@@ -198,7 +190,7 @@ class Probing(Part[ProbingResult]):
 
     def _probed(self, context: StudyContext, task: Task) -> tuple[list[Variable], dict[str, str]]:
         """Variables to probe, and which of them stand for a second one that is the same here."""
-        plain = next((t for t in context.tasks if _without_prefixes(t)), None)
+        plain = next((task for task in context.tasks if _plain(task.train)), None)
         made = variables_of(task, plain, names=self.names, bins=self.bins)
         if task is not plain:
             return made, {}
@@ -210,47 +202,40 @@ class Probing(Part[ProbingResult]):
     def says(self, result: ProbingResult, /) -> list[str]:
         """Which variables can be read where."""
         sentences = []
-        tasks = sorted({item.task for item in result.variables})
-        for position in dict.fromkeys(item.position for item in result.variables):
-            groups: dict[str, list[str]] = {}
-            for variable in dict.fromkeys(item.variable for item in result.variables):
-                found = [result.find(task, position, variable) for task in tasks]
-                items = [item for item in found if item is not None]
-                if items:
-                    groups.setdefault(_verdict(items), []).append(f"{variable} ({_bests(items)})")
+        for position, here in grouped(result.variables, lambda item: item.position).items():
+            verdicts: dict[str, list[str]] = {}
+            for variable, items in grouped(here, lambda item: item.variable).items():
+                items.sort(key=lambda item: item.task)
+                verdicts.setdefault(_verdict(items), []).append(f"{variable} ({_bests(items)})")
             sentences += [
                 f"At {_called(result, position)}, {verdict}: {'; '.join(variables)}."
-                for verdict, variables in groups.items()
+                for verdict, variables in verdicts.items()
             ]
         return sentences
 
     def figures(self, result: ProbingResult, /) -> dict[str, Chart]:
         """The accuracies by site, one figure a token with a pane a variable."""
         charts = {}
-        for position in dict.fromkeys(item.position for item in result.variables):
-            here = [item for item in result.variables if item.position == position]
-            variables = dict.fromkeys(item.variable for item in here)
+        for position, here in grouped(result.variables, lambda item: item.position).items():
+            panes = [
+                _pane(result, items, capitalised(variable))
+                for variable, items in grouped(here, lambda item: item.variable).items()
+            ]
             charts[f"probing_{position}"] = Chart(
-                [
-                    _pane(
-                        result, [item for item in here if item.variable == name], capitalised(name)
-                    )
-                    for name in variables
-                ],
+                panes,
                 title=f"What a linear probe reads at {_called(result, position)}; dotted: most "
                 "frequent class, held out; crosses: shuffled labels",
-                columns=min(2, len(variables)),
+                columns=min(2, len(panes)),
             )
         return charts
 
     def panels(self, result: ProbingResult, /) -> list[Panel]:
         """Charts by token and task, charts by variable, and a table of all probes."""
-        by_token: dict[str, list[VariableScores]] = {}
-        by_variable: dict[str, list[VariableScores]] = {}
-        for item in result.variables:
-            called, task = _called(result, item.position), task_in_words(item.task)
-            by_token.setdefault(joined(called, task), []).append(item)
-            by_variable.setdefault(item.variable, []).append(item)
+        by_variable = grouped(result.variables, lambda item: item.variable)
+        by_token = grouped(
+            result.variables,
+            lambda item: joined(_called(result, item.position), task_in_words(item.task)),
+        )
         meanings = " ".join(
             f"{capitalised(name)}: {MEANINGS.get(name, ' or '.join(items[0].classes))}."
             for name, items in by_variable.items()
@@ -301,9 +286,9 @@ class Probing(Part[ProbingResult]):
         ]
 
 
-def _without_prefixes(task: Task) -> bool:
+def _plain(prompts: PromptSet) -> bool:
     """Whether these are prompts about two names with nothing before them."""
-    return isinstance(task.train, IOIPrompts) and not any(task.train.data.prefixes)
+    return isinstance(prompts, IOIPrompts) and not any(prompts.data.prefixes)
 
 
 def _positions(train: PromptSet, test: PromptSet) -> list[str]:
@@ -314,13 +299,10 @@ def _positions(train: PromptSet, test: PromptSet) -> list[str]:
     return ["end"] if same else ["mark", "end"]
 
 
-def _sites(task: Task, variable: Variable, sites: Sequence[str]) -> list[str]:
-    label = variable.name == label_name(task.train)
-    return list(sites) if label else evenly(sites, MOST_SITES)
-
-
-def _control_sites(sites: Sequence[str]) -> list[str]:
-    return evenly(evenly(sites, MOST_SITES), CONTROL_SITES)
+def _sites(task: Task, variable: Variable, sites: list[str]) -> tuple[list[str], list[str]]:
+    """Where a variable is probed, and where its shuffled labels are too."""
+    few = evenly(sites, MOST_SITES)
+    return sites if variable.name == label_name(task.train) else few, evenly(few, CONTROL_SITES)
 
 
 def _scores(
@@ -395,14 +377,9 @@ def _token(result: ProbingResult, items: list[VariableScores]) -> Chart:
 
 def _by_token(result: ProbingResult, items: list[VariableScores]) -> Chart:
     """One variable beside its controls, a pane a token."""
-    positions = dict.fromkeys(item.position for item in items)
     panes = [
-        _pane(
-            result,
-            [item for item in items if item.position == position],
-            f"at {_called(result, position)}",
-        )
-        for position in positions
+        _pane(result, here, f"at {_called(result, position)}")
+        for position, here in grouped(items, lambda item: item.position).items()
     ]
     return Chart(panes, columns=len(panes))
 
