@@ -1,6 +1,5 @@
 """``lrqp capture``: the activations of a model at some sites, kept in a folder."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +83,7 @@ def capture(
         from transformers.utils.logging import disable_progress_bar
 
         from lrqp_torch.distributed import capture_to, joined
-        from lrqp_torch.files import prepare_folder
+        from lrqp_torch.files import prepare_folder, write_json
         from lrqp_torch.models import load
         from lrqp_torch.study.preparing import choose_device, choose_sites
 
@@ -114,7 +113,7 @@ def capture(
             )
         if store is None:  # rank 0 tells
             return
-        _write(out / LABELS_FILE, labels)
+        write_json(out / LABELS_FILE, labels, indent=None)
         if verify:
             store.verify()
         _describe(store, _padding(inputs, shard_size, batch_size, batch_tokens))
@@ -165,13 +164,6 @@ def _rows(
     every = inputs["attention_mask"].sum(1)
     rows = every if position == EVERY_TOKEN else classes.new_ones(len(classes))
     return labels | {"position": position, "labels": classes.tolist(), "rows": rows.tolist()}
-
-
-def _write(path: Path, labels: dict[str, Any]) -> None:
-    from lrqp_torch.files import written_whole
-
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(labels), encoding="utf-8")
 
 
 def _padding(

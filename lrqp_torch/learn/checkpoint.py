@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lrqp_torch.errors import LearningError
-from lrqp_torch.files import digest_model, digest_values, prepare_folder, written_whole
+from lrqp_torch.files import (
+    digest_model,
+    digest_values,
+    from_json,
+    prepare_folder,
+    to_json,
+    written_whole,
+)
 from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Epoch
 
@@ -63,13 +70,16 @@ class Checkpoint:
         facts = {
             "digest": self.digest,
             "best_epoch": str(state.best_epoch),
-            "history": json.dumps([asdict(epoch) for epoch in state.history]),
+            "history": to_json([asdict(epoch) for epoch in state.history]),
         }
         with written_whole(self.path) as partial:
             partial.write_bytes(safetensors.torch.save(tensors, facts))
 
-    def load(self, device: torch.device) -> State | None:
+    def load(self, like: Mapping[str, Tensor]) -> State | None:
         """The state that was saved, or None if there is none.
+
+        Args:
+            like: the free parameters, whose shapes, dtype and device it must have.
 
         Raises:
             LearningError: the file is damaged, or of another run.
@@ -77,13 +87,18 @@ class Checkpoint:
         if not self.path.is_file():
             return None
         try:
-            with safetensors.safe_open(self.path, "pt", device=str(device)) as file:
+            with safetensors.safe_open(self.path, "pt") as file:
                 facts = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            history = [Epoch(**epoch) for epoch in json.loads(facts["history"])]
-            best_epoch = int(facts["best_epoch"])
-            found = facts["digest"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            found, best_epoch = facts["digest"], int(facts["best_epoch"])
+            epochs = from_json(facts["history"], "its history", LearningError)
+            history = [Epoch(**epoch) for epoch in epochs]
+            if [epoch.index for epoch in history] != list(range(len(history))):
+                raise ValueError("its epochs are not in order")
+            if best_epoch not in range(len(history)):
+                raise ValueError(f"it has no epoch {best_epoch}")
+            parts = _by_part(tensors, like)
+        except (SafetensorError, LearningError, KeyError, TypeError, ValueError) as error:
             raise LearningError(
                 f"{self.path} cannot be read ({error}); delete it, or give another folder"
             ) from error
@@ -92,12 +107,29 @@ class Checkpoint:
                 f"{self.path} is of another run: model, edit, prompts or options differ. Delete "
                 f"it, or give another folder"
             )
-
-        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimiser": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = tensor
         return State(parts["now"], parts["best"], parts["optimiser"], history, best_epoch)
+
+
+def _by_part(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Parameters now and at best, and the optimiser's moments of them, each by name.
+
+    Raises:
+        KeyError: a parameter that is missing.
+        ValueError: another shape or dtype, or numbers that are not finite.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimiser": {}}
+    for key, tensor in tensors.items():
+        part, name = key.split(".", 1)
+        owner = like[name.rpartition(".")[0] if part == "optimiser" else name]
+        right = name.endswith(".step") or (tensor.shape, tensor.dtype) == (owner.shape, owner.dtype)
+        if not right or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, or not finite")
+        parts[part][name] = tensor if name.endswith(".step") else tensor.to(owner)
+    if not parts["now"].keys() == parts["best"].keys() == like.keys():
+        raise KeyError(f"parameters {sorted(like)}")
+    return parts
 
 
 def digest_run(

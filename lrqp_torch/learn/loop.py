@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LearningError, quoted
+from lrqp_torch.files import sole_writer
 from lrqp_torch.learn.checkpoint import Checkpoint, State, digest_run
 from lrqp_torch.learn.objective import (
     Objective,
@@ -146,6 +147,8 @@ def learn(
         sets = (train, validation, unrelated)
         keeper = Checkpoint(folder, digest_run(model, start.state_dict(), sets, settings))
     with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(sole_writer(Path(folder)))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
         bars = stack.enter_context(
@@ -248,7 +251,7 @@ class Trainer:
         Raises:
             LearningError: see :func:`learn`.
         """
-        state = keeper.load(self.train.prompts.read.device) if keeper is not None else None
+        state = keeper.load(self.edit.snapshot()) if keeper is not None else None
         if state is None:
             first = Epoch(0, {}, self._validate())
             state = State(self.edit.snapshot(), self.edit.snapshot(), {}, [first], 0)

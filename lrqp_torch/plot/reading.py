@@ -4,7 +4,6 @@ Charts need to know no class of the study: what it writes as ``results.json`` ha
 its objects, and a number's interval stands beside it, as ``KEY_interval``, or within it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lrqp_torch.errors import OutputError, SettingError
+from lrqp_torch.files import read_json
 
 _FILES = "results.json", "prompts.safetensors"
 
@@ -29,9 +29,9 @@ def results_of(values: Any) -> Any:
     if isinstance(values, str | Path):
         folder = Path(values)
         try:
-            raw = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
+            raw = read_json(folder / _FILES[0], OutputError)
             return raw | {"prompts": load_file(folder / _FILES[1])}
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, TypeError, SafetensorError) as error:
             raise OutputError(
                 f"cannot read the results of a study in {str(folder)!r}: {error}. Give the folder "
                 "that `lrqp reproduce` or `lrqp study` wrote."

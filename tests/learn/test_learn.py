@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from models_for_tests import POST_MODELS, Prompts, build, hook_count, in_double, random_edit
 from torch import Tensor, nn
@@ -232,9 +233,31 @@ def test_seeds_stopping_and_going_on(tmp_path: Path) -> None:
         model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1
     with pytest.raises(LearningError, match="of another run"):
         run(4, folder=folder)
-    (folder / "learning.safetensors").write_bytes(b"nonsense")
+
+
+@pytest.mark.parametrize(
+    "damage", ["nonsense", "lost", "shape", "float8", "NaN", "history", "best"]
+)
+def test_a_damaged_run_is_named(tmp_path: Path, damage: str) -> None:
+    model, prompts = build("gpt2"), prompts_for(6, 0)
+    start, options = start_for(model, prompts), LearnOptions(epochs=1)
+    learn(model, SITE, start, prompts, options=options, folder=tmp_path)
+    file = tmp_path / "learning.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        facts = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("now."))
+    changed = {
+        "lost": {n: t for n, t in tensors.items() if n != name},
+        "shape": tensors | {name: tensors[name][None].contiguous()},
+        "float8": tensors | {name: tensors[name].to(torch.float8_e4m3fn)},
+        "NaN": tensors | {name: tensors[name] * float("nan")},
+    }.get(damage, tensors)
+    facts |= {"history": {"history": "[1e999]"}, "best": {"best_epoch": "7"}}.get(damage, {})
+    blob = b"nonsense" if damage == "nonsense" else safetensors.torch.save(changed, facts)
+    file.write_bytes(blob)
     with pytest.raises(LearningError, match="cannot be read"):
-        run(4, folder=folder)
+        learn(model, SITE, start, prompts, options=options, folder=tmp_path)
 
 
 def test_early_stopping_keeps_the_best_epoch() -> None:
