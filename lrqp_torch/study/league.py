@@ -36,13 +36,7 @@ from lrqp_torch.study.methods import (
     drawn,
     others_alike,
 )
-from lrqp_torch.study.oracles import (
-    Oracles,
-    OracleScore,
-    completeness,
-    nullified,
-    reliability,
-)
+from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.running import next_class
 from lrqp_torch.study.tradeoffs import (

@@ -154,9 +154,7 @@ def side_variables(data: PromptSet) -> dict[str, Sequence[Hashable]]:
     """
     at, word = data.position.unsqueeze(1), data.words.position
     real = data.inputs["position_ids"].gather(1, at).squeeze(1).cpu()
-    position: dict[str, Sequence[Hashable]] = {
-        f"position of {word}": _ranges(real).tolist(),
-    }
+    position: dict[str, Sequence[Hashable]] = {f"position of {word}": _ranges(real).tolist()}
     if isinstance(data, IOIPrompts):
         names = {"name of S": data.data.s_names, "name of IO": data.data.io_names}
         return names | {"template": data.data.templates.tolist()} | position

@@ -20,13 +20,7 @@ from lrqp_torch.study import illusions
 from lrqp_torch.study.chance import KINDS
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.illusions import (
-    CARRIES,
-    SEPARATED,
-    ControlsResult,
-    Outcome,
-    Split,
-)
+from lrqp_torch.study.illusions import CARRIES, SEPARATED, ControlsResult, Outcome, Split
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.readers import ENERGY
 from lrqp_torch.study.showing import SITES, capitalised, marks_of, percent, signed, table_of
@@ -441,10 +435,7 @@ def _chance_chart(result: ControlsResult) -> Chart:
                 Marks("seeds", at, ticks, kind="points", marker="tick", colour=CLEAN, legend=False)
             )
     pane = Pane(
-        marks,
-        y_title="answers flipped (%); ticks: seeds",
-        y_range=(0.0, 110.0),
-        horizontal=True,
+        marks, y_title="answers flipped (%); ticks: seeds", y_range=(0.0, 110.0), horizontal=True
     )
     value = result.words.value
     return Chart([pane], f"Edits at {result.site} that know the {value}, and edits that do not")
