@@ -127,12 +127,9 @@ class Split:
     @property
     def carrier(self) -> str:
         """``inside``, ``outside``, ``both`` (each would do) or ``neither``."""
-        return {
-            (True, True): "both",
-            (True, False): "inside",
-            (False, True): "outside",
-            (False, False): "neither",
-        }[self.inside.carries, self.outside.carries]
+        if self.inside.carries:
+            return "both" if self.outside.carries else "inside"
+        return "outside" if self.outside.carries else "neither"
 
     @property
     def illusory(self) -> bool:
@@ -141,14 +138,8 @@ class Split:
         The classes differ in the part that nothing reads, and that part does nothing, while the
         part that is read carries the effect and is asleep in the data.
         """
-        outside = self.outside.along
-        return (
-            self.reads
-            and self.carrier == "inside"
-            and self.inside.asleep
-            and outside is not None
-            and not self.outside.asleep
-        )
+        awake = self.outside.along is not None and not self.outside.asleep
+        return self.reads and self.carrier == "inside" and self.inside.asleep and awake
 
 
 @dataclass(frozen=True)
@@ -290,14 +281,11 @@ class Measuring:
 
     def outcome(self, trial: Trial) -> Outcome:
         """What a trial says."""
-        change = self.clean["preference"] - trial["preference"]
-        return Outcome(
-            flipped=flipped(self.clean["own_lead"], trial["other_lead"]),
-            logit_difference=self.mean(trial["preference"]),
-            effect=Estimate.ratio(change, self._effect, self.generator())
-            if self._has_effect
-            else None,
-        )
+        change, effect = self.clean["preference"] - trial["preference"], None
+        if self._has_effect:
+            effect = Estimate.ratio(change, self._effect, self.generator())
+        flips = flipped(self.clean["own_lead"], trial["other_lead"])
+        return Outcome(flips, self.mean(trial["preference"]), effect)
 
     def by_chance(
         self, kind: str, trials: Sequence[Trial], *, length: float, accuracy: float | None
@@ -334,6 +322,11 @@ class _Site(NamedTuple):
         """Mean Mahalanobis length as a share of the edit's own."""
         metric, own = self.edit.metric, self.edit.metric.distance(self.delta).mean()
         return float(metric.distance(delta).mean() / own) if own > 0 else 0.0
+
+    def along(self, delta: Tensor) -> Along | None:
+        """Natural and edited activations along the direction of a part of the edit."""
+        direction = direction_of(delta, self.delta)
+        return None if direction is None else along(direction, self.test.x, delta, self.test.y)
 
 
 @torch.no_grad()
@@ -376,7 +369,6 @@ def compute(
     trials.run(batch_done=advance)
 
     measuring = Measuring(trials.clean, own, context.seed)
-    direction = direction_of(here.delta, here.delta)
     return ControlsResult(
         site=site,
         prompts=len(test),
@@ -388,7 +380,7 @@ def compute(
         euclidean=float(here.delta.norm(dim=-1).mean()),
         counterfactual=measuring.outcome(own),
         control=measuring.outcome(back),
-        whole=None if direction is None else _along(direction, here, here.delta),
+        whole=here.along(here.delta),
         splits=splits(measuring),
         unread=unread,
         elsewhere=elsewhere(measuring),
@@ -450,13 +442,12 @@ def _splits(trials: Trials, here: _Site, spaces: list[Space]) -> Callable[[Measu
     ]
 
     def piece(measuring: Measuring, delta: Tensor, trial: Trial) -> Piece:
-        direction = direction_of(delta, here.delta)
         whole = here.delta.square().sum(-1)
         some = whole > 0
         return Piece(
             share=float((delta.square().sum(-1)[some] / whole[some]).mean()) if some.any() else 0.0,
             mahalanobis=here.length(delta),
-            along=None if direction is None else _along(direction, here, delta),
+            along=here.along(delta),
             outcome=measuring.outcome(trial),
         )
 
@@ -478,10 +469,7 @@ def _splits(trials: Trials, here: _Site, spaces: list[Space]) -> Callable[[Measu
 def _elsewhere(
     trials: Trials, here: _Site, there: list[_Site]
 ) -> Callable[[Measuring], list[Elsewhere]]:
-    added = [
-        (site, trials.add(site.name, here.delta), trials.add(site.name, site.delta))
-        for site in there
-    ]
+    added = [(s, trials.add(s.name, here.delta), trials.add(s.name, s.delta)) for s in there]
     return lambda measuring: [
         Elsewhere(
             site=site.name,
@@ -504,19 +492,17 @@ def _chance(
         for kind, draws in drawn.items()
     }
 
-    def accuracy(kind: str) -> float | None:
-        known = [item.accuracy for item in drawn[kind] if item.accuracy is not None]
-        return sum(known) / len(known) if known else None
-
-    return lambda measuring: [
-        measuring.by_chance(
+    def found(measuring: Measuring, kind: str) -> ByChance:
+        draws, trials_of = zip(*added[kind], strict=True)
+        known = [item.accuracy for item in draws if item.accuracy is not None]
+        return measuring.by_chance(
             kind,
-            [trial for _, trial in draws],
-            length=here.length(torch.cat([item.delta for item, _ in draws])),
-            accuracy=accuracy(kind),
+            trials_of,
+            length=here.length(torch.cat([item.delta for item in draws])),
+            accuracy=sum(known) / len(known) if known else None,
         )
-        for kind, draws in added.items()
-    ]
+
+    return lambda measuring: [found(measuring, kind) for kind in added]
 
 
 def _halves(
@@ -544,7 +530,3 @@ def _halves(
         believed=[float((odds > 0).double().mean()) for odds in crossed],
         log_odds=[float(odds.double().mean()) for odds in crossed],
     )
-
-
-def _along(direction: Tensor, here: _Site, delta: Tensor) -> Along:
-    return along(direction, here.test.x, delta, here.test.y)

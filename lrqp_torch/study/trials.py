@@ -8,7 +8,7 @@ flipped(trials.clean, moved), written["preference"]
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -156,16 +156,16 @@ class Trials:
             NonFiniteError: a displacement or the model's logits hold NaN or infinity.
         """
         model, n = self._context.model, len(self._prompts)
-        layers = [Site.parse(trial.site).layer for trial in self._trials if trial.site]
-        lowest = min(layers, default=0)
+        sites = [trial.site for trial in self._trials if trial.site]
+        lowest = min((Site.parse(site).layer for site in sites), default=0)
         # No edit changes what heads below all of them attend to.
-        read = sorted({layer for layer, _ in self.watched if layer >= lowest})
+        layers = sorted({layer for layer, _ in self.watched if layer >= lowest})
         for batch in batches(model, self._prompts, self._context.batch_size):
-            end = batch.prompts.end
-            recording: AbstractContextManager[dict[int, Tensor]] = (
-                record_patterns(model, read, end) if read else nullcontext({})
-            )
-            with recording as patterns:
+            with ExitStack() as stack:
+                patterns: dict[int, Tensor] = {}
+                if layers:  # recording them makes attention slower
+                    end = batch.prompts.end
+                    patterns = stack.enter_context(record_patterns(model, layers, end))
                 seen = _Seen(self, batch, lowest, patterns)
                 put(self.clean.found, seen.clean, batch.rows, n)
                 for trial in self._trials:
@@ -188,21 +188,17 @@ class _Seen:
     def __init__(
         self, trials: Trials, batch: Batch[PromptSet], lowest: int, patterns: dict[int, Tensor]
     ) -> None:
-        self._batch, self._keep = batch, trials.activations
-        self._mask = self._columns = None
-        if trials.elsewhere is not None:
-            mask = _rows(trials.elsewhere, batch.rows, batch.prompts.end)
-            # The last column is read for the answers.
-            read = mask.any(0).index_fill(0, batch.prompts.end[:1], True)
-            self._columns = read.nonzero().flatten()
-            self._mask = mask[:, self._columns]
-        self._patterns, self._watched = patterns, trials.watched
+        self._trials, self._batch, self._patterns = trials, batch, patterns
         self._heads = [head for head in trials.watched if head[0] >= lowest]
-        if trials.keys is not None:
-            self._keys = _rows(trials.keys, batch.rows, batch.prompts.end)
+        end, self._mask, self._columns = batch.prompts.end, torch.ones(0), None
+        if trials.elsewhere is not None:
+            mask = _rows(trials.elsewhere, batch.rows, end)
+            # The last column is read for the answers.
+            self._columns = mask.any(0).index_fill(0, end[:1], True).nonzero().flatten()
+            self._mask = mask[:, self._columns]
         logits = self._run(lowest, "the clean run")
-        self.clean = self._answers(logits)
-        if self._mask is not None:
+        self.clean = answers(batch.prompts, logits[:, -1])
+        if trials.elsewhere is not None:
             self._log_p = logits.float().log_softmax(-1)
             self.clean["said_elsewhere"] = self._mean(self._said(self._log_p))
         if self._heads:
@@ -219,67 +215,54 @@ class _Seen:
             return x
 
         # Edits at one site run in their order, so that this one reads what the other wrote.
-        reader = [Intervention(item.site, item.positions, keep)] if self._keep else []
-        with intervene(self._batch.model, [item, *reader]):
+        reader = Intervention(item.site, item.positions, keep)
+        with intervene(self._batch.model, [item, reader] if self._trials.activations else [item]):
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
-        found |= self._answers(logits)
-        if self._mask is not None:
+        found |= answers(self._batch.prompts, logits[:, -1])
+        if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:
             shift = (self._attention() - self._attended).sum(-1)
-            found["attention"] = (shift / len(self._watched)).double()
+            found["attention"] = (shift / len(self._trials.watched)).double()
         return found
 
     def _run(self, layer: int, where: str) -> Tensor:
         """Logits of the columns that are read, (B, columns, vocabulary)."""
         logits = self._batch.replay.run(layer, self._columns)
-        return finite(logits if self._columns is not None else logits.unsqueeze(1), where)
-
-    def _answers(self, logits: Tensor) -> dict[str, Tensor]:
-        return answers(self._batch.prompts, logits[:, -1])
+        return finite(logits if logits.ndim == 3 else logits.unsqueeze(1), where)
 
     def _divergences(self, log_q: Tensor) -> dict[str, Tensor]:
         terms = self._log_p.exp() * (self._log_p - log_q)
+        none, still = (
+            torch.log1p(-self._said(log).clamp_max(1 - 1e-7)) for log in (self._log_p, log_q)
+        )
+        about = self._of_answers(terms).sum(-1) + none.exp() * (none - still)
         # Rounding may leave a sum of 1e-9 below 0.
-        whole = terms.sum(-1).clamp_min(0)
-        rest = whole
-        if self._batch.prompts.answers is not None:
-            none, still = (
-                torch.log1p(-self._said(log).clamp_max(1 - 1e-7)) for log in (self._log_p, log_q)
-            )
-            about = self._of_answers(terms).sum(-1) + none.exp() * (none - still)
-            rest = (terms.sum(-1) - about).clamp_min(0)
+        whole, rest = terms.sum(-1).clamp_min(0), (terms.sum(-1) - about).clamp_min(0)
         return {"divergence": self._mean(whole), "rest": self._mean(rest)}
 
     def _said(self, log_p: Tensor) -> Tensor:
-        """Probability of any answer at each column, (B, columns); 0 without answers."""
-        if self._batch.prompts.answers is None:
-            return log_p.new_zeros(log_p.shape[:2])
+        """Probability of any answer at each column, (B, columns)."""
         return self._of_answers(log_p.exp()).sum(-1)
 
     def _of_answers(self, values: Tensor) -> Tensor:
         """The entries of the answers, (B, columns, answers), of values (B, columns, vocabulary)."""
-        answered = self._batch.prompts.answers
-        assert answered is not None
-        tokens = answered.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+        said = self._batch.prompts.answers
+        if said is None:
+            return values[..., :0]
+        tokens = said.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
         return values.gather(-1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0)
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean over the columns elsewhere, (B, columns) → (B,), float64."""
-        assert self._mask is not None
         return ((values * self._mask).sum(-1) / self._mask.sum(-1)).double()
 
     def _attention(self) -> Tensor:
         """Attention to the first key less that to the second, (B, heads)."""
-        first, second = self._keys.unbind(-1)
-        shown = [
-            (
-                attention_to(self._patterns[layer], first)
-                - attention_to(self._patterns[layer], second)
-            )[:, head]
-            for layer, head in self._heads
-        ]
-        return torch.stack(shown, dim=-1)
+        assert self._trials.keys is not None
+        first, second = _rows(self._trials.keys, self._batch.rows, self._batch.prompts.end).T
+        rows = [(self._patterns[layer][:, [head]]) for layer, head in self._heads]
+        return torch.cat([attention_to(p, first) - attention_to(p, second) for p in rows], dim=-1)
 
 
 def flipped(own_lead: Tensor, other_lead: Tensor) -> Estimate:

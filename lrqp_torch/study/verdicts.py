@@ -98,12 +98,9 @@ class VerdictSettings:
         Raises:
             SettingError: a number out of its range, a method that does not exist, or no model.
         """
-        if self.seeds < 1:
-            raise SettingError(f"seeds must be at least 1, not {self.seeds}.")
-        if self.batch_size < 1:
-            raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
-        if self.n < 8:
-            raise SettingError(f"n must be at least 8, not {self.n}: half of them are held out.")
+        for name, least in (("seeds", 1), ("batch_size", 1), ("n", 8)):
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if not self.model_names():
             raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
         unknown = [name for name in _listed(self.methods) if name not in {*BASELINES, "all"}]
@@ -367,17 +364,10 @@ def score_sites(
     made: dict[str, dict[str, tuple[Trial, Trial]]] = {site: {} for site in context.sites}
     problems: dict[str, str] = {}
     for site in context.sites:
-        data = BaselineData(
-            x=x_train[site],
-            y=y,
-            reference=edits[site],
-            paired=pairs_train[site],
-            behaviour=behaviour(context, site, train, min(32, context.batch_size))
-            if DAS.name in methods
-            else None,
-            seed=context.seed,
-        )
-        x = x_test[site]
+        x, trained = x_test[site], None
+        if DAS.name in methods:
+            trained = behaviour(context, site, train, min(32, context.batch_size))
+        data = BaselineData(x_train[site], y, edits[site], pairs_train[site], trained, context.seed)
         for method in (method for method in methods if method not in problems):
             try:
                 edit = build(method, data)
@@ -395,8 +385,9 @@ def score_sites(
             made[site][method] = control, control if same else trials.add(site, moved)
     trials.run()
 
-    def flips(trial: Trial) -> float | None:
-        return flipped(trials.clean["own_lead"], trial["other_lead"]).value
+    def flips(site: str, which: int) -> dict[str, float | None]:
+        before, built = trials.clean["own_lead"], [m for m in methods if m not in problems]
+        return {m: flipped(before, made[site][m][which]["other_lead"]).value for m in built}
 
     return [
         SiteScores(
@@ -405,8 +396,8 @@ def score_sites(
             site=site,
             truth=_truth_at(truth, site),
             probe_accuracy=edits[site].probe.accuracy(x_test[site], labels),
-            control={m: flips(made[site][m][0]) for m in methods if m not in problems},
-            counterfactual={m: flips(made[site][m][1]) for m in methods if m not in problems},
+            control=flips(site, 0),
+            counterfactual=flips(site, 1),
         )
         for site in context.sites
     ], problems
@@ -437,25 +428,18 @@ def findings(result: VerdictsResult) -> list[str]:
     leaders = [result.titles[r] for r, c in totals.items() if (c.right.value or 0.0) == best]
     lines = [_in_words(result, rule) for rule in ("lrqp", PROBE) if rule in totals]
     lines.append(f"Most often right, in {percent(best)} of the sites: {', '.join(leaders)}.")
-    silent = [
-        result.titles[rule]
-        for rule, count in totals.items()
-        if count.true_positives + count.false_positives == 0
-    ]
+    silent = [r for r, c in totals.items() if c.true_positives + c.false_positives == 0]
     if silent:
-        names = ", ".join(silent)
+        names = ", ".join(result.titles[rule] for rule in silent)
         lines.append(f"Never say that a site is used, and so are right where none is: {names}.")
     misled = [
         f"{result.titles[rule]} ({count.false_positives} of {count.false_positive_rate.n})"
         for rule, count in totals.items()
         if count.false_positives
     ]
-    lines.append(
-        f"Sites said to be used that are not: {', '.join(misled)}."
-        if misled
-        else "No rule says of a site that it is used when it is not."
-    )
-    return lines
+    if misled:
+        return [*lines, f"Sites said to be used that are not: {', '.join(misled)}."]
+    return [*lines, "No rule says of a site that it is used when it is not."]
 
 
 def _in_words(result: VerdictsResult, rule: str) -> str:
