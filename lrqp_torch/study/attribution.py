@@ -30,7 +30,8 @@ from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import blocks_of, layout_of, projection_of, trunk_of
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.heads import head_name
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.heads import head_name, writers
 from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.study.running import batches, next_class, put
 
@@ -244,6 +245,18 @@ def score(
         parts=group("part "),
         **{name: kept[name] for name in ("heads", "total", "z", "direction")},
     )
+
+
+def find_writers(context: StudyContext, advance: Advance) -> list[str]:
+    """Answer writers by their direct effects in the training prompts, the strongest first.
+
+    Args:
+        context: the model and its prompts, which have answers.
+        advance: called with the number of training prompts after each batch.
+    """
+    found, draws = score(context, context.task.train, {}, advance), context.generator()
+    effects = {n: Estimate.mean(found.heads[:, i], draws) for i, n in enumerate(found.names)}
+    return writers(effects)
 
 
 def attention_to(rows: Tensor, keys: Tensor) -> Tensor:

@@ -35,10 +35,9 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
-from lrqp_torch.study.attribution import output_projection, score
+from lrqp_torch.study.attribution import find_writers, output_projection
 from lrqp_torch.study.context import StudyContext, no_progress
-from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import HeadsResult, Role, first_reader, parse_head, writers
+from lrqp_torch.study.heads import HeadsResult, Role, first_reader, parse_head
 
 ENERGY = 0.9
 """Share of the squared Frobenius norm of reading weights that a space must hold."""
@@ -177,9 +176,7 @@ def readers_of(
         UnknownFamilyError: the model's final norm is of an unknown form.
     """
     if heads is None:
-        scores, draws = score(context, context.task.test, {}, no_progress), context.generator()
-        effects = {n: Estimate.mean(scores.heads[:, i], draws) for i, n in enumerate(scores.names)}
-        roles = [("answer writers", writers(effects))]
+        roles = [("answer writers", find_writers(context, no_progress))]
     else:
         roles = [
             ("S-inhibition heads", heads.members(Role.S_INHIBITION)),

@@ -34,10 +34,10 @@ from torch import Tensor
 from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rule
 from lrqp_torch.stream.attention import record_patterns, set_patterns
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
-from lrqp_torch.study.attribution import score
+from lrqp_torch.study.attribution import find_writers
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head, writers
+from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
@@ -169,7 +169,7 @@ class Mediation(Part[MediationResult]):
         if chosen is None:
             heads: HeadsResult | None = given.results.get("heads")
             roles: Mapping[str, list[str]] = (
-                {Role.WRITER: _find_writers(context, advance)}
+                {Role.WRITER: find_writers(context, advance)}
                 if heads is None
                 else heads.attending() | {Role.S_INHIBITION: heads.members(Role.S_INHIBITION)}
             )
@@ -296,14 +296,6 @@ def head_groups(
             drawn = draws.sample(others, size)
             groups[f"{plural(size, 'other head')}, draw {number}"] = sorted(drawn, key=parse_head)
     return {name: members for name, members in groups.items() if members}
-
-
-def _find_writers(context: StudyContext, advance: Advance) -> list[str]:
-    """Answer writers by their direct effects in the training prompts."""
-    found, generator = score(context, context.task.train, {}, advance), context.generator()
-    return writers(
-        {n: Estimate.mean(found.heads[:, i], generator) for i, n in enumerate(found.names)}
-    )
 
 
 def _run(
