@@ -1,5 +1,6 @@
 """The league table end to end on the organism: computed, drawn, put into words, resumed."""
 
+import json
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from compare_for_tests import FEW, SITE, SMALL, few, reference
 from contexts_for_tests import Count, check, given, own_context
+from prompts_for_tests import names_task
 from typer.testing import CliRunner
 
 from lrqp_torch.baselines import BaselineData, build
@@ -240,3 +242,21 @@ def test_the_command_writes_table_figures_and_report(tiny: None, tmp_path: Path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "LRQP beside other edits" in page and "At the same effect as LRQP" in page
     assert (tmp_path / "parts" / "compare.json").exists()
+
+
+def test_the_command_compares_on_prompts_of_one_s_own(tiny: None, tmp_path: Path) -> None:
+    lines = [
+        {"text": prompt.text, "label": prompt.label, "answers": prompt.answers}
+        for prompt in names_task(48)
+    ]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "results"
+    arguments = ["compare", "--data", str(data), "--sites", "L2.pre", "--batch-size", "16"]
+    answer = CliRunner().invoke(app, [*arguments, "--no-figures", "--out", str(out)])
+    assert answer.exit_code == 0, answer.output
+    study = StudyResults.load(out)
+    assert list(study.parts) == ["compare"]  # the heads' roles need names
+    found = PART.read(study.parts["compare"])
+    assert found.words.value == "class" and found.sites["L2.pre"].method("lrqp").counterfactual
+    assert "LRQP beside other edits" in (out / "report.html").read_text(encoding="utf-8")
