@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
-from lrqp_torch.stream.sites import layout_of, trunk_of
+from lrqp_torch.stream.passes import puts_tokens_in_front
+from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of a model's forward that have one entry a token, (n, T) or (n, T, d)."""
@@ -62,8 +63,9 @@ def may_trim(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
     Not so without an attention mask (n, T) that says what padding is; when another tensor among the
     inputs has a shape of its own; when hooks on the model, such as open edits, or attention
-    patterns that are shown to someone, count on rows and columns as they are; or when the rotary
-    frequencies depend on how long the longest input is (``dynamic`` and ``longrope``).
+    patterns that are shown to someone, count on rows and columns as they are; when an adapter puts
+    tokens in front, from which padding keeps the text apart; or when the rotary frequencies depend
+    on how long the longest input is (``dynamic`` and ``longrope``).
     """
     n_examples, length = count_tokens(inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -74,7 +76,7 @@ def may_trim(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         rows = (1, n_examples) if name == "position_ids" else (n_examples,)
         if name not in BY_TOKEN or value.shape[0] not in rows or value.shape[1] != length:
             return False
-    return not (is_watched(model) or _rotates_by_length(model))
+    return not (is_watched(model) or puts_tokens_in_front(model) or _rotates_by_length(model))
 
 
 def real_spans(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,7 @@ def _rotates_by_length(model: nn.Module) -> bool:
 
 def vocabulary_of(model: nn.Module) -> int:
     """How many tokens the model has an embedding for."""
-    return int(cast(Any, model).get_input_embeddings().num_embeddings)
+    return int(cast(Any, inner_model(model)).get_input_embeddings().num_embeddings)
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

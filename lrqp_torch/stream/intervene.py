@@ -242,7 +242,8 @@ class _Applied:
             others = ", ".join(sorted(watch.others))
             elsewhere = (
                 f". Other threads ran the model ({others}), on which a context of this one does "
-                f"not act: open it in the thread that runs the model"
+                f"not act: open it in the thread that runs the model (not in that of continuous "
+                f"batching, generate_batch, which cannot be edited; use generate)"
                 if others
                 else ""
             )

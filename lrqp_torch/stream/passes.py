@@ -31,7 +31,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.compiled import unwrapped as uncompiled
-from lrqp_torch.stream.sites import layout_of, trunk_of
+from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names that transformers has given to a model's KV cache, the newest first."""
@@ -208,6 +208,11 @@ class ForwardCall:
         given = self.mask if self.square is None else self.square
         if given is None:
             return None
+        if not concrete(given):
+            raise PositionError(
+                "vmap hides the attention mask, so what is padding is not known: give positions by "
+                "number, or run the texts without a mask"
+            )
         if given.shape[-1] < self.end:
             raise PositionError(
                 f"the attention mask has {given.shape[-1]} columns, the text {self.end}, so it "
@@ -220,7 +225,13 @@ class ForwardCall:
         return (own if own.dtype == torch.bool else own > _HIDDEN).expand(self.batch, -1)
 
     def given(self, length: int) -> dict[str, Tensor]:
-        """The first ``length`` tokens or embeddings of this call, as a model takes them."""
+        """The first ``length`` tokens or embeddings of this call, as a model takes them.
+
+        Raises:
+            PositionError: under ``vmap``, which hides them.
+        """
+        if not concrete(self.tokens):
+            raise PositionError("vmap hides the tokens: give positions by number, not by function")
         name = "input_ids" if self.tokens.ndim == 2 else "inputs_embeds"
         return {name: self.tokens[:, self.front : self.front + length]}
 
@@ -345,7 +356,9 @@ class Watch:
         self.trunk = trunk_of(self.model)
         self._absolute = layout_of(self.model).absolute_positions
         self._under_way: dict[int, ForwardCall] = {}
+        self._latest: ForwardCall | None = None
         self._prompts: dict[int, Any] = {}
+        self._outer: dict[int, dict[str, Any]] = {}
         self._entered: dict[int, ForwardCall] = {}
         self._threads: set[int] = set()
         self._texts: list[Text] = []
@@ -368,6 +381,8 @@ class Watch:
             hook(stack, self.trunk, self._after, before=False, always=True)
             if hasattr(self.model, "get_prompt"):
                 replace_method(stack, self.model, "get_prompt", _note_prompts)
+            if self.model is not self.trunk and hasattr(self.model, "get_base_model"):
+                hook(stack, self.model, self._before_adapter, before=True)
             _open.set((*_open.get(), self))
             try:
                 yield stack
@@ -397,11 +412,7 @@ class Watch:
             if not self.acts():
                 return None
             call = self._entered.get(entered.data_ptr()) if self.reruns else None
-            if call is None:
-                raise PositionError(
-                    f"a block ran outside of a forward pass of {_kind(self.trunk)}, so one cannot "
-                    f"say which tokens it was given: run the model itself"
-                )
+            call = call or self.current()
         elif self.reruns and concrete(entered):
             self._entered[entered.data_ptr()] = call
         if stream.ndim != 3 or stream.shape[:2] != (call.batch, call.front + call.length):
@@ -409,6 +420,23 @@ class Watch:
                 f"the stream is {tuple(stream.shape)}, but the model was given {call.batch} rows "
                 f"of {call.front + call.length} tokens: it rearranges its inputs, so positions "
                 f"cannot be told"
+            )
+        return call
+
+    def current(self) -> ForwardCall:
+        """The call under way.
+
+        Raises:
+            PositionError: there is none.
+        """
+        call = self._under_way.get(threading.get_ident())
+        # What runs once more in a backward pass is known where there is only one.
+        if call is None and self._latest is not None and self._n_calls == 1 and _in_backward():
+            call = self._latest
+        if call is None:
+            raise PositionError(
+                f"a block ran outside of a forward pass of {_kind(self.trunk)}, so one cannot say "
+                f"which tokens it was given: run the model itself"
             )
         return call
 
@@ -427,18 +455,44 @@ class Watch:
         thread = threading.get_ident()
         self._threads.add(thread)
         given = arguments_of(module, args, kwargs)
+        prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         # Transforms of torch.func must not see what is noted here.
         if in_transforms():
             given = {name: _plain(value) for name, value in given.items()}
         with outside_transforms():
-            call = self.read(given, self._prompts.pop(thread, None))
+            call = self.read(given, self._in_front(given, outer) if prompt is None else prompt)
             for item in self.follows:
                 item.see(call)
-        text = call.text
-        text.end, text.last = call.end, self._n_calls
-        text.tokens = None if call.continues else call.tokens.detach()
+            text, known = call.text, not call.continues and concrete(call.tokens)
+            text.end, text.last = call.end, self._n_calls
+            text.tokens = call.tokens.detach() if known else None
         self._n_calls += 1
-        self._under_way[thread] = call
+        self._under_way[thread] = self._latest = call
+
+    def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.acts():
+            self._outer[threading.get_ident()] = arguments_of(module, args, kwargs)
+
+    def _in_front(self, given: Mapping[str, Any], outer: Mapping[str, Any] | None) -> Any:
+        """What an adapter of another kind has put in front of the text that it was given itself."""
+        if outer is None:
+            return None
+        cache, embeddings = cache_among(given), given.get("inputs_embeds")
+        if cache is not None and cache_among(outer) is None:
+            return cache if _held(cache, given) else None
+        ids = outer.get("input_ids")
+        if given.get("input_ids") is not None or not isinstance(embeddings, Tensor):
+            return None
+        if not isinstance(ids, Tensor) or ids.shape[:2] == embeddings.shape[:2]:
+            return None
+        columns = embeddings.shape[1] - ids.shape[-1]
+        embed = cast(Any, inner_model(self.model)).get_input_embeddings()
+        if columns < 1 or not torch.equal(embed(ids), embeddings[:, columns:]):
+            raise PositionError(
+                f"{_kind(self.model)} was given {ids.shape[-1]} tokens and gave its model "
+                f"{embeddings.shape[1]}, not only in front of them, so positions cannot be told"
+            )
+        return embeddings[:, :columns]
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._under_way.pop(threading.get_ident(), None)
@@ -506,13 +560,11 @@ class Watch:
                     f"holds, so positions in the text cannot be told: open the context before the "
                     f"text is begun, or run the model without it (use_cache=False)"
                 )
-            if held and getattr(self.model, "active_peft_config", None) is not None:
-                adapter = cast(Any, self.model).active_peft_config
-                if getattr(adapter, "is_prompt_learning", False):
-                    raise PositionError(
-                        "the cache was begun before the context, so one cannot say whether it "
-                        "holds the adapter's virtual tokens: open the context before the text"
-                    )
+            if held and puts_tokens_in_front(self.model):
+                raise PositionError(
+                    "the cache was begun before the context, so one cannot say whether it holds "
+                    "the adapter's virtual tokens: open the context before the text"
+                )
             start = held
         if not continues and self.follows:
             after = self._extended(tokens)
@@ -572,6 +624,12 @@ def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[
         return prompt
 
     return noted
+
+
+def puts_tokens_in_front(model: nn.Module) -> bool:
+    """Whether a model has an adapter that does so: prompt, prefix or p-tuning of peft."""
+    adapter = getattr(model, "active_peft_config", None)
+    return bool(getattr(adapter, "is_prompt_learning", False))
 
 
 def opened() -> tuple[Watch, ...]:

@@ -274,15 +274,17 @@ class Positions:
         """
         if self.scope is None:
             return self
-        if self.scope.region == "generated":
-            raise PositionError("'generated' is for model.generate: here nothing is generated")
         mask = given.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        return chosen(self.scope.region, batch, length, real, given)
+        return chosen(self.scope.region, batch, length, real, lambda: given)
 
 
 def chosen(
-    region: Region, batch: int, length: int, real: Tensor | None, given: Mapping[str, Any]
+    region: Region,
+    batch: int,
+    length: int,
+    real: Tensor | None,
+    given: Callable[[], Mapping[str, Any]],
 ) -> Positions:
     """The positions of a region in prompts of ``length`` columns, of which ``real`` are text."""
     if isinstance(region, int):
@@ -295,12 +297,12 @@ def chosen(
     shown = torch.ones(batch, length, dtype=torch.bool) if real is None else real.cpu()
     if region == "last":
         return Positions.parse(length - 1 - shown.flip(1).byte().argmax(1))
+    if region == "generated":
+        raise PositionError("'generated' is for model.generate: here nothing is generated")
     if isinstance(region, str):
         return Positions.parse(shown)
-    found = Positions.parse(region({**given, "attention_mask": shown.long()}))
-    if found.scope is not None:
-        raise PositionError(f"positions must not be a scope within a scope, got {found.scope}")
-    return found
+    found = Positions.parse(region({**given(), "attention_mask": shown.long()}))
+    return found if found.scope is None else chosen(found.scope.region, batch, length, real, given)
 
 
 @dataclass(eq=False)
@@ -439,7 +441,8 @@ class ScopeFollower(Follower):
             )
         real = call.real()
         real = None if real is None else real[:, :length]
-        found = chosen(region, call.batch, length, real, call.given(length)).to("cpu")
+        given = functools.partial(call.given, length)
+        found = chosen(region, call.batch, length, real, given).to("cpu")
         check_fit(found, call)
         self._chosen[number] = found
 

@@ -157,3 +157,68 @@ def test_left_padding_without_position_ids_warns_where_it_is_wrong() -> None:
     assert not _warnings("gpt2", "left", with_position_ids=True)
     assert not _warnings("gpt2", "right", with_position_ids=False)
     assert not _warnings("llama", "left", with_position_ids=False)
+
+
+def found(positions: object, side: str = "right") -> list[tuple[int, int]]:
+    """The pairs that are edited, which must be those that are captured."""
+    model, inputs = build("llama"), PROMPTS.padded(side)
+    clean = lrqp.capture(model, inputs, "L1.mid")["L1.mid"]
+    read = lrqp.capture(model, inputs, "L1.mid", positions)["L1.mid"]
+    item = lrqp.Intervention("L1.mid", positions, lambda x, context: 2 * x)
+    with lrqp.intervene(model, item):
+        edited = lrqp.capture(model, inputs, "L1.mid")["L1.mid"]
+        model(**inputs)
+    changed = (edited != clean).any(-1)
+    torch.testing.assert_close(read.reshape(-1, clean.shape[-1]), clean[changed])
+    return [(int(row), int(column)) for row, column in changed.nonzero()]
+
+
+REAL = [(0, c) for c in range(6)] + [(1, c) for c in range(4)] + [(2, c) for c in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ([5, 3, 0], [(0, 5), (1, 3), (2, 0)]),
+        ([[0, 2], [1, 3], [2, 4]], [(0, 0), (0, 2), (1, 1), (1, 3), (2, 2), (2, 4)]),
+        (torch.tensor([5, 3, 0]).numpy(), [(0, 5), (1, 3), (2, 0)]),
+        ([[c < 2 for c in range(6)]] * 3, [(row, c) for row in range(3) for c in range(2)]),
+        (2, [(0, 2), (1, 2), (2, 2)]),
+        (-4, [(0, 2), (1, 2), (2, 2)]),
+        (slice(1, 3), [(row, c) for row in range(3) for c in (1, 2)]),
+        (slice(None, -3, 2), [(row, c) for row in range(3) for c in (0, 2)]),
+        ("last", [(0, 5), (1, 3), (2, 4)]),
+        ("prompt", REAL),
+        ("all", REAL),
+        (lambda given: given["attention_mask"].sum(1) - 1, [(0, 5), (1, 3), (2, 4)]),
+        (lambda given: given["attention_mask"].bool(), REAL),
+        (lambda given: [0] * len(given["input_ids"]), [(0, 0), (1, 0), (2, 0)]),
+    ],
+)
+def test_every_way_to_say_positions(positions: object, expected: list[tuple[int, int]]) -> None:
+    assert found(positions) == expected
+
+
+def test_columns_are_those_of_the_padded_input() -> None:
+    assert found(-1, "left") == found("last", "left") == [(0, 5), (1, 5), (2, 5)]
+    for positions in (-1, slice(3, None), 5, lambda given: slice(3, None)):
+        with pytest.raises(PositionError, match="lie on padding"):
+            found(positions, "right")
+    for positions in (6, -7):
+        with pytest.raises(PositionError, match=f"position {positions} .*is out of range"):
+            found(positions)
+    with pytest.raises(PositionError, match="no positions"):
+        found(slice(4, 4))
+
+
+def test_records_have_the_shape_in_which_positions_were_said() -> None:
+    model, inputs = build("llama"), PROMPTS.padded("left")
+    x = lrqp.capture(model, inputs, "L1.mid", "all")["L1.mid"]
+    edit = lrqp.LRQP.fit(x, torch.arange(len(x)) % 2)
+    shapes = {(3,): 5, (3, 2): torch.tensor([[4, 5]] * 3), (6,): slice(4, 6), (15,): "all"}
+    for shape, positions in shapes.items():
+        with edit.at(model, "L1.mid", positions=positions, target=torch.tensor([0, 1, 0])) as run:
+            model(**inputs)
+        assert run.distance.shape == shape
+        assert bool((run.log_odds_after >= run.floor).all())
+    assert lrqp.capture(model, inputs, "L1.mid", slice(4, 6))["L1.mid"].shape[:2] == (3, 2)
