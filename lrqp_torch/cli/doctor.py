@@ -1,5 +1,7 @@
 """``lrqp doctor``: what works in this installation."""
 
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +11,14 @@ from lrqp_torch.cli.app import app
 
 
 @app.command(rich_help_panel="This installation")
-def doctor() -> None:
-    """Print versions, devices, usable solvers and extras, and check an edit of a real model.
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model, folder or Hub name, whose sites are to be shown too."),
+    ] = None,
+) -> None:
+    """Print versions, devices, usable solvers and extras, and try capture, an edit, its replay and
+    an edit in generation on a real model.
 
     Ends with exit code 1 if something that the package needs does not work.
     """
@@ -21,7 +29,7 @@ def doctor() -> None:
     disable_progress_bar()
     console = Console(highlight=False)
     broken = []
-    for heading, findings in examine().items():
+    for heading, findings in examine(model).items():
         table = Table(title=heading, title_justify="left", show_header=False, box=None)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)

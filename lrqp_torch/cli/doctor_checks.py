@@ -6,22 +6,29 @@ bundled model.
 """
 
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, version
+from itertools import groupby
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from lrqp_torch import models
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.provenance import package_versions
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.qp import MahalanobisQP
 from lrqp_torch.qp.solvers import ACTIVE_SET, SOLVERS
+from lrqp_torch.stream import TESTED_TRANSFORMERS
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.intervene import Intervention, intervene
+from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.sites import layout_of
 
 SITE = "L2.mid"
 """A site at which the bundled model uses the order of the names."""
@@ -44,8 +51,11 @@ class Finding:
     required: bool = False
 
 
-def examine() -> dict[str, list[Finding]]:
+def examine(model: str | None = None) -> dict[str, list[Finding]]:
     """Look at everything; takes some ten seconds.
+
+    Args:
+        model: name or folder of a model whose sites are to be shown too.
 
     Returns:
         Heading to findings, in the order in which to read them.
@@ -56,14 +66,23 @@ def examine() -> dict[str, list[Finding]]:
         "Solvers": _solvers(),
         "Extras": _extras(),
         "Self-check": _self_check(),
+        **({} if model is None else {f"Sites of {model}": _sites(model)}),
     }
 
 
 def _versions() -> list[Finding]:
-    return [
+    found = [
         Finding(name, text != "not installed", text, required=True)
         for name, text in package_versions().items()
     ]
+    oldest, newest = TESTED_TRANSFORMERS[0], TESTED_TRANSFORMERS[-1]
+    tested = f"tested from {oldest} to {newest}"
+    for place, finding in enumerate(found):
+        if finding.name == "transformers" and finding.usable:
+            beyond = Version(finding.detail) > Version(newest)
+            note = f"newer than what was {tested}; what follows was tried" if beyond else tested
+            found[place] = replace(finding, detail=f"{finding.detail} ({note})")
+    return found
 
 
 def _devices() -> list[Finding]:
@@ -143,43 +162,113 @@ def _installed(requirement: Requirement) -> tuple[str, str | None]:
 
 
 def _self_check() -> list[Finding]:
-    checks: dict[str, Callable[[], Finding]] = {"an edit of the bundled model": _edit_a_model}
+    """Capture, an edit, its replay and an edit in generation, of the bundled model."""
+    trial = None
     found = []
-    for name, check in checks.items():
+    for name, check in (
+        ("capture", Trial.capture),
+        ("an edit of the bundled model", Trial.edit),
+        ("replay", Trial.replay),
+        ("generation", Trial.generation),
+    ):
         try:
-            found.append(check())
+            trial = trial or Trial()
+            right, detail = check(trial)
         except Exception as error:
             # Whatever is broken here is what the reader wants to know.
-            text = f"{type(error).__name__}: {error}"
-            found.append(Finding(name, False, text, required=True))
+            right, detail = False, f"{type(error).__name__}: {error}"
+        found.append(Finding(name, right, detail, required=True))
     return found
 
 
-@torch.no_grad()
-def _edit_a_model() -> Finding:
-    name = "an edit of the bundled model"
-    model, tokenizer = models.load("organism")
-    train = IOIDataset.generate(tokenizer, n=400, seed=0)
-    test = IOIDataset.generate(tokenizer, n=64, seed=1)
-    labels, positions = test.labels["abb"], test.positions["S2"]
-    rows = torch.arange(len(test))
+class Trial:
+    """The bundled model with prompts and an edit, on which everything is tried."""
 
-    def answers() -> torch.Tensor:
-        logits = model(**test.inputs).logits[rows, test.positions["END"]]
-        difference: torch.Tensor = logits[rows, test.io_tokens] - logits[rows, test.s_tokens]
-        return difference
+    @torch.no_grad()
+    def __init__(self) -> None:
+        loaded, tokenizer = models.load("organism")
+        self.model: Any = loaded
+        train = IOIDataset.generate(tokenizer, n=400, seed=0)
+        self.test = IOIDataset.generate(tokenizer, n=64, seed=1, padding_side="left")
+        self.rows, self.at = torch.arange(64), self.test.positions["S2"]
+        x = capture(self.model, train.inputs, [SITE], train.positions["S2"])[SITE]
+        self.fitted = LRQP.fit(x, train.labels["abb"])
+        self.clean = self.answers()
 
-    x = capture(model, train.inputs, [SITE], train.positions["S2"])[SITE]
-    edit = LRQP.fit(x, train.labels["abb"])
-    clean = answers()
-    with intervene(model, Intervention(SITE, positions, lambda x, context: x)):
-        unchanged = torch.equal(answers(), clean)
-    with edit.at(model, SITE, positions=positions, target=1 - labels, source=labels) as run:
-        edited = answers()
-    reached = bool((run.log_odds_after >= run.floor).all())
-    flipped = float(((clean > 0) & (edited < 0)).sum() / (clean > 0).sum())
-    detail = (
-        f"{flipped:.0%} of the answers turned, odds {'reached' if reached else 'MISSED'}, identity "
-        f"{'exact' if unchanged else 'NOT EXACT'}"
-    )
-    return Finding(name, reached and unchanged and flipped > 0.5, detail, required=True)
+    def answers(self) -> torch.Tensor:
+        """The logits of the last token, (64, vocabulary)."""
+        logits: torch.Tensor = self.model(**self.test.inputs).logits[:, -1]
+        return logits
+
+    def opened(self, positions: Any = None) -> AbstractContextManager[EditRun]:
+        """The edit of the other order, at S2 or elsewhere."""
+        labels = self.test.labels["abb"]
+        where = self.at if positions is None else positions
+        return self.fitted.at(self.model, SITE, positions=where, target=1 - labels)
+
+    @torch.no_grad()
+    def capture(self) -> tuple[bool, str]:
+        """Whether the stream after a block is what transformers itself gives."""
+        found = capture(self.model, self.test.inputs, ["L2.post"], self.at)["L2.post"]
+        given = self.model(**self.test.inputs, output_hidden_states=True).hidden_states[3]
+        wrong = float((found - given[self.rows, self.at]).abs().max())
+        return wrong < 1e-4, f"the stream is transformers' to {wrong:.0e}"
+
+    @torch.no_grad()
+    def edit(self) -> tuple[bool, str]:
+        """Whether an edit turns answers and keeps its promise, and none changes nothing."""
+        with intervene(self.model, Intervention(SITE, self.at, lambda x, context: x)):
+            unchanged = torch.equal(self.answers(), self.clean)
+        with self.opened() as run:
+            edited = self.answers()
+        test, rows = self.test, self.rows
+        before, after = (
+            logits[rows, test.io_tokens] - logits[rows, test.s_tokens]
+            for logits in (self.clean, edited)
+        )
+        reached = bool((run.log_odds_after >= run.floor).all())
+        flipped = float(((before > 0) & (after < 0)).sum() / (before > 0).sum())
+        return reached and unchanged and flipped > 0.5, (
+            f"{flipped:.0%} of the answers turned, odds {'reached' if reached else 'MISSED'}, "
+            f"identity {'exact' if unchanged else 'NOT EXACT'}"
+        )
+
+    @torch.no_grad()
+    def replay(self) -> tuple[bool, str]:
+        """Whether rerunning what an edit can change gives what the whole pass gives."""
+        with self.opened():
+            whole = self.answers()
+        again = Replay(self.model, self.test.inputs, int(self.at.min()))
+        with self.opened():
+            wrong = float((again.run(first_layer=2) - whole).abs().max())
+        return wrong < 1e-3, f"equals the full pass to {wrong:.0e}"
+
+    @torch.no_grad()
+    def generation(self) -> tuple[bool, str]:
+        """Whether an edit of all tokens that are generated fires at each of them."""
+        inputs = {name: self.test.inputs[name] for name in ("input_ids", "attention_mask")}
+        new = 4
+        with self.opened("generated") as run:
+            self.model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        edited = len(run.log_odds_after)
+        reached = bool((run.log_odds_after >= run.floor).all())
+        right = reached and edited == len(self.rows) * (new - 1)
+        return right, f"{edited} tokens edited, odds {'reached' if reached else 'MISSED'}"
+
+
+def _sites(name: str) -> list[Finding]:
+    """Where each block of a model keeps its stream, as found and proven by the cut test."""
+    try:
+        model, _ = models.load(name)
+        layout = layout_of(model)
+    except Exception as error:
+        return [Finding("sites", False, f"{type(error).__name__}: {error}", required=True)]
+    found = []
+    for cut, layers in groupby(enumerate(layout.each), key=lambda item: item[1].cut):
+        blocks = list(layers)
+        first, last = blocks[0][0], blocks[-1][0]
+        which = f"L{first}.mid" if first == last else f"L{first}.mid to L{last}.mid"
+        why = blocks[0][1].without_mid
+        detail = f"a block {why}" if cut is None else f"{cut}; proven by the cut test"
+        found.append(Finding(which, cut is not None, detail))
+    return found
