@@ -1,22 +1,19 @@
 """A small study, made up, and its report; some of its prompts try to break out of the page."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.study.drawing import NOTE
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Table
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.html import Section, write_report
 from lrqp_torch.study.indirect_objects import WORDS
-from lrqp_torch.study.interactive import add_line, new_figure
-from lrqp_torch.study.panel import Panel, Table
-from lrqp_torch.study.parts.flipping import PART as FLIPPING
+from lrqp_torch.study.parts import find_part
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.published import PUBLISHED
+from lrqp_torch.study.report import made, opening
+from lrqp_torch.study.report.page import Chapter, write_page
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, StudyResults
-from lrqp_torch.study.run import _shown as shown
 
 SITES = ("L0.pre", "L1.mid", "L2.pre")
 HOSTILE = (
@@ -49,7 +46,7 @@ def prompt_tensors() -> dict[str, Tensor]:
 
 
 def number(value: float) -> Estimate:
-    return Estimate(value, value - 0.1, value + 0.1, N)
+    return Estimate(value, value - 0.125, value + 0.125, N)
 
 
 def study_results() -> StudyResults:
@@ -58,7 +55,7 @@ def study_results() -> StudyResults:
             logit_difference=number(difference),
             accuracy=number(1 - flipped),
             flipped=number(flipped),
-            divergence=number(0.25),
+            divergence=number(0.5),
             distance=2.0,
             euclidean=3.0,
             worst_log_odds_margin=1e-6,
@@ -81,10 +78,10 @@ def study_results() -> StudyResults:
     return StudyResults(
         settings={"model": "organism", "n": 80, "prefixes": "<i>none</i>", "seed": 7, "l2": None},
         model={"name": "<b>tiny</b>", "class": "GPT2LMHeadModel", "parameters": 1_228_544},
-        data={"train": N, "test": N},
         task="plain",
         words=WORDS,
         classes=["BAB", "ABB"],
+        data={"train": N, "test": N},
         majority=0.5,
         answered=Estimate.count(N, N),
         clean=CleanResult(N, number(2.5), Estimate.count(N, N), number(0.8)),
@@ -101,36 +98,47 @@ def study_results() -> StudyResults:
     )
 
 
-def two_panes() -> Any:
-    figure = new_figure(x_title="across", y_title="up", panes=("one", "two"))
-    for column, name in ((1, "first"), (2, "second")):
-        add_line(figure, name, [0, 1, 2], [0.0, 1.0, 4.0], colour=NOTE, pane=(1, column))
-    return figure
+def two_panes() -> Chart:
+    panes = [
+        Pane([Marks(name, [0.0, 1.0, 2.0], [0.0, 1.0, 4.0])], title=title, x_title="across")
+        for name, title in (("first", "one"), ("second", "two"))
+    ]
+    return Chart(panes, columns=2)
 
 
-def sections() -> list[Section]:
+def sweep_panels(results: StudyResults) -> list[Panel]:
+    """What the sweep shows below the first screen."""
+    flipping = find_part("flipping")
+    return flipping.panels(flipping.found(results))
+
+
+def chapters() -> list[Chapter]:
+    many = ", ".join(f"L{layer}.H{head}" for layer in range(9) for head in range(4))
     table = Table(
         columns=("head <i>", "score", "note"),
-        rows=(("L1.H2", 0.5, "b"), ("L10.H1", -3.25, "a"), ("L2.H0", None, "<u>c</u>")),
+        rows=(("L1.H2", 0.5, "b"), ("L10.H1", -3.25, many), ("L2.H0", None, "<u>c</u>")),
     )
     return [
-        Section(
+        Chapter(
             "Flipping the answer",
             "First paragraph.\n\nSecond, with <em>.",
-            [shown(panel) for panel in FLIPPING.panels(FLIPPING.found(study_results()))],
+            ["It flips <q>.", "And more."],
+            sweep_panels(study_results()),
         ),
-        Section(
+        Chapter(
             "Heads",
             "",
+            [],
             [
                 Panel("heads-table", "Scores of heads", "A table.", table=table),
-                Panel("heads-panes", "Two panes", "Side by side.", figures={"": two_panes()}),
+                Panel("heads-panes", "Two panes", "Side by side.", charts={"": two_panes()}),
             ],
         ),
     ]
 
 
-def write(folder: Path) -> Path:
-    path = folder / "report.html"
-    write_report(path, study_results(), sections())
+def write(folder: Path, *others: Chapter, results: StudyResults | None = None) -> Path:
+    """The report of the study, with the chapters above or others."""
+    path, shown = folder / "report.html", results or study_results()
+    write_page(path, opening(shown), list(others) or chapters(), made(shown, folder))
     return path

@@ -115,6 +115,10 @@ class Part(ABC, Generic[R]):
         raw = study.parts.get(self.name)
         return None if raw is None else self.read(raw)
 
+    def overview(self, result: R, /) -> list[Panel]:
+        """What the report's first screen shows of it; most parts have nothing there."""
+        return []
+
     @abstractmethod
     def panels(self, result: R, /) -> list[Panel]:
         """Its charts and tables in the report."""

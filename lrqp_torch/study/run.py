@@ -20,11 +20,9 @@ from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.static import FORMATS, require_matplotlib, write_charts
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.compiled import input_device
-from lrqp_torch.study import html
+from lrqp_torch.study import report
 from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.panel import Panel as OldPanel
-from lrqp_torch.study.panel import Table as OldTable
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
@@ -90,7 +88,7 @@ def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> 
             if settings.figures:
                 require_matplotlib()
             if settings.report:
-                html.require_plotly()
+                report.require_plotly()
             context = prepare(settings, start, clock)
             names = choose(settings.parts, context)
             store = PartStore(settings.out, _fingerprint(settings, context))
@@ -119,10 +117,10 @@ def rewrite_report(folder: Path) -> Path:
         MissingExtraError: plotly is not installed.
     """
     found = StudyResults.load(folder)
-    if html.REPORT_FILE not in found.files:
-        replace(found, files=[*found.files, html.REPORT_FILE]).save(folder)
-    path = folder / html.REPORT_FILE
-    html.write_report(path, found, _chapters(found))
+    if report.REPORT_FILE not in found.files:
+        replace(found, files=[*found.files, report.REPORT_FILE]).save(folder)
+    path = folder / report.REPORT_FILE
+    report.write_report(path, found)
     return path
 
 
@@ -366,7 +364,7 @@ def _written(found: StudyResults, settings: Settings, start: Start) -> StudyResu
         result = part.found(found)
         charts |= {} if result is None else part.figures(result)
     files = [f"{name}.{suffix}" for name in charts for suffix in FORMATS]
-    files += [html.REPORT_FILE] if settings.report else []
+    files += [report.REPORT_FILE] if settings.report else []
     # Files are named before they are there, so that a stop leaves none that the next run keeps.
     found = replace(found, files=files)
     found.save(settings.out)
@@ -377,31 +375,9 @@ def _written(found: StudyResults, settings: Settings, start: Start) -> StudyResu
             advance(1)
     if settings.report:
         advance = start("writing the report", 1)
-        html.write_report(settings.out / html.REPORT_FILE, found, _chapters(found))
+        report.write_report(settings.out / report.REPORT_FILE, found)
         advance(1)
     return found
-
-
-def _chapters(found: StudyResults) -> list[html.Section]:
-    """The report's chapters: one a part that the results hold."""
-    chapters = []
-    for part in map(find_part, PARTS):
-        result = part.found(found)
-        if result is not None:
-            panels = [_shown(panel) for panel in part.panels(result)]
-            chapters.append(html.Section(part.title, part.question, panels))
-    return chapters
-
-
-def _shown(panel: Any) -> OldPanel:
-    """A panel of charts in the form of one with figures."""
-    if isinstance(panel, OldPanel):
-        return panel
-    table = None
-    if panel.table is not None:
-        rows = tuple(tuple(row) for row in panel.table.rows)
-        table = OldTable(tuple(panel.table.columns), rows)
-    return OldPanel(panel.name, panel.title, panel.text, panel.charts, panel.choice, table)
 
 
 def _edits(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]:

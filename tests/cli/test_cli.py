@@ -9,9 +9,9 @@ from typer.testing import CliRunner, Result
 
 from lrqp_torch.cli import app
 from lrqp_torch.errors import SiteError
-from lrqp_torch.study.html import Section
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.heads import PART as HEADS
+from lrqp_torch.study.report.page import Chapter
 
 
 def lrqp(*arguments: object) -> Result:
@@ -78,7 +78,7 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
     for part in map(find_part, PARTS):
         if part.by_name_only:
             continue
-        assert f'<a href="#{Section(part.title, "", []).name}">' in text
+        assert f'<a href="#{Chapter(part.title, "", [], []).name}">' in text
     (out / "report.html").unlink()
     again = lrqp("report", out)
     assert again.exit_code == 0 and str(out / "report.html") in again.stdout

@@ -35,7 +35,8 @@ class Reader:
     requests: list[str] = field(default_factory=list)
 
     def plot(self, panel: str) -> Any:
-        """A figure, scrolled to and drawn."""
+        """A figure, unfolded, scrolled to and drawn."""
+        self.page.evaluate("name => (document.getElementById(name).open = true)", f"panel-{panel}")
         plot = self.page.locator(f'.plot[data-panel="{panel}"]')
         plot.scroll_into_view_if_needed()
         self.page.wait_for_selector(f'.plot[data-panel="{panel}"][data-state="ready"]')
@@ -117,9 +118,14 @@ def read(browser: Any, report: Path) -> Iterator[Any]:
 def test_a_point_tells_its_prompt(read: Any) -> None:
     reader = read()
     text = reader.point_at("flipping-answers", trace=1, point=20)
-    for words in ("John went out 20", "IO Mary: token 2", "END: token 13", "Mary (IO) → John (S)"):
+    for words in (
+        "John went out 20",
+        "IO: Mary",
+        "IO 2, S1 4, S2 9, END 13",
+        "Mary (IO) → John (S)",
+    ):
         assert words in text
-    assert "counterfactual edit at L2.pre" in text
+    assert "counterfactual edit: 100.0 % flipped" in text
 
 
 def test_a_hostile_prompt_is_shown_as_it_is(read: Any) -> None:
@@ -141,14 +147,14 @@ def test_choosing_a_site_changes_the_figure_by_mouse_or_keyboard(read: Any) -> N
     first = plot.evaluate(heights)
     select = reader.page.get_by_label("Site", exact=True)
     select.select_option(label="L0.pre")
-    reader.page.wait_for_function("document.querySelectorAll('.plot')[1].dataset.state === 'ready'")
+    reader.page.wait_for_selector('.plot[data-panel="flipping-answers"][data-state="ready"]')
     second = plot.evaluate(heights)
     assert second == [-y for y in first] != first
     assert "L0.pre" in plot.get_attribute("aria-label")
     select.focus()
     reader.page.keyboard.press("ArrowDown")
     reader.page.wait_for_function(
-        "document.querySelectorAll('.plot')[1].data[1].y.slice(0, 3).every(y => y === 0)"
+        "document.querySelectorAll('.plot')[2].data[1].y.slice(0, 3).every(y => y === 0)"
     )
     assert "L1.mid" in plot.get_attribute("aria-label")
 
@@ -172,6 +178,59 @@ def test_tables_sort_both_ways_with_missing_values_last(read: Any) -> None:
     panel.get_by_role("button", name="head").click()
     assert panel.locator("tbody td:first-child").all_inner_texts() == ["L1.H2", "L2.H0", "L10.H1"]
     assert panel.locator("th[aria-sort]").count() == 1
+
+
+def test_the_numbers_of_a_plot_are_those_chosen(read: Any) -> None:
+    reader = read()
+    reader.plot("flipping-answers")
+    numbers = reader.page.locator('details.numbers[data-panel="flipping-answers"]')
+    assert numbers.locator("table").count() == 0
+    numbers.locator("summary").click()
+    numbers.locator("table").wait_for()
+    heads = numbers.locator("th").all_inner_texts()
+    assert heads[0] == "curve" and "logit difference" in heads[1]
+    rows = numbers.locator("tbody tr")
+    assert rows.count() == 80
+    best = numbers.locator("tbody tr").last.inner_text()
+    reader.page.get_by_label("Site", exact=True).select_option(label="L1.mid")
+    reader.page.wait_for_function(
+        """last => {
+            const rows = document.querySelectorAll('[data-panel="flipping-answers"] tbody tr');
+            return rows[rows.length - 1]?.innerText !== last;
+        }""",
+        arg=best,
+    )
+    assert rows.count() == 80
+
+
+def test_a_link_unfolds_its_panel(read: Any) -> None:
+    reader = read()
+    panel = reader.page.locator("#panel-heads-panes")
+    assert panel.get_attribute("open") is None
+    reader.page.get_by_role("link", name="Two panes").click()
+    reader.page.wait_for_selector('.plot[data-panel="heads-panes"][data-state="ready"]')
+    assert panel.get_attribute("open") is not None
+
+
+def test_paper_has_every_plot_and_the_headings_of_tables(read: Any) -> None:
+    reader = read(color_scheme="dark")
+    reader.plot("flipping-sweep")
+    reader.page.emulate_media(media="print")
+    reader.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    reader.page.wait_for_function(
+        "[...document.querySelectorAll('.plot')].every(plot => plot.dataset.state === 'ready')"
+    )
+    for panel in ("flipping-sweep", "flipping-answers", "heads-panes"):
+        plot = reader.page.locator(f'.plot[data-panel="{panel}"]')
+        assert plot.is_visible() and plot.evaluate("plot => plot._fullLayout.width") == 660
+    assert not reader.page.locator("select").first.is_visible()
+    assert reader.page.get_by_role("button", name="score").is_visible()
+    head = reader.page.locator("#panel-heads-table thead")
+    assert head.evaluate("e => getComputedStyle(e).display") == "table-header-group"
+    assert luminance(reader.page.evaluate("getComputedStyle(document.body).color")) < 0.2
+    reader.page.emulate_media(media="screen")
+    reader.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert reader.page.locator("#panel-heads-panes").get_attribute("open") is None
 
 
 def test_a_phone_needs_no_sideways_scrolling(read: Any) -> None:
@@ -212,11 +271,11 @@ def test_legends_lie_within_their_figure(read: Any, width: int, panel: str) -> N
 
 def test_a_narrower_window_is_followed(read: Any) -> None:
     reader = read()
-    plot = reader.plot("flipping-sweep")
+    plot = reader.plot("flipping-answers")
     assert plot.get_attribute("data-narrow") == "false"
     reader.page.set_viewport_size({"width": 390, "height": 844})
-    reader.page.wait_for_selector('.plot[data-panel="flipping-sweep"][data-narrow="true"]')
-    reader.page.wait_for_selector('.plot[data-panel="flipping-sweep"][data-state="ready"]')
+    reader.page.wait_for_selector('.plot[data-panel="flipping-answers"][data-narrow="true"]')
+    reader.page.wait_for_selector('.plot[data-panel="flipping-answers"][data-state="ready"]')
     assert reader.width() == 390
 
 
@@ -237,7 +296,7 @@ def contrast(reader: Reader) -> dict[str, float]:
     for selector, css in (
         (".panel p", "color"),
         (".panel th", "color"),
-        (".plot .xtick text", "fill"),
+        (".plot .ytick text", "fill"),
         (".plot .legendtext", "fill"),
     ):
         colour = reader.page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{css}")

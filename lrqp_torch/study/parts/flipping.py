@@ -189,14 +189,18 @@ class Flipping(Part[FlippingResult]):
             charts |= {"histogram": histogram_of(study), "scatter": scatter_of(study)}
         return charts
 
-    def panels(self, result: FlippingResult, /) -> list[Panel]:
-        """The sweep, beside that of the other task, and every held-out prompt at each site."""
+    def overview(self, result: FlippingResult, /) -> list[Panel]:
+        """The sweep, and the answers at the site that flips most."""
         study = result.shown_in
-        panels = [_sweep_panel(study)]
+        answers = [] if study.answered is None else [_histogram_panel(study)]
+        return [_sweep_panel(study), *answers]
+
+    def panels(self, result: FlippingResult, /) -> list[Panel]:
+        """Every held-out prompt at each site, and the sweep beside that of the other task."""
+        study = result.shown_in
+        panels = [] if study.answered is None else [_answers_panel(study)]
         if result.other is not None:
             panels.append(_tasks_panel(result.own, result.other, study.words))
-        if study.answered is not None:
-            panels.append(_answers_panel(study))
         return panels
 
 
@@ -346,11 +350,21 @@ def _sweep_panel(study: StudyResults) -> Panel:
         f"frequent class (dotted), {above} The control edit writes the {words.value} that is "
         "true, so it should change nothing. Bars are 95 % intervals.",
         charts={"": sweep_of(study)},
-        table=_table(study),
+        table=sites_table(study),
     )
 
 
-def _table(study: StudyResults) -> Table:
+def _histogram_panel(study: StudyResults) -> Panel:
+    words = study.words
+    return Panel(
+        name="flipping-histogram",
+        title=f"The answers under the edit at {study.best_site}",
+        text=f"Right of 0 the model answers {words.held}, left of it {words.other}.",
+        charts={"": histogram_of(study)},
+    )
+
+
+def sites_table(study: StudyResults) -> Table:
     """Every number of the sweep by site."""
     sites, unit = list(study.sites.values()), study.words.unit
     columns: dict[str, list[Estimate | str | float | int | None]] = {
@@ -362,9 +376,9 @@ def _table(study: StudyResults) -> Table:
         edits: list[ConditionResult] = [getattr(site, condition) for site in sites]
         if study.answered is not None:
             columns[f"flipped, {condition} (%)"] = [_percent(edit.flipped) for edit in edits]
-            name = f"{study.words.preference}, {condition} ({unit})"
+            name = f"{condition}: {study.words.preference} ({unit})"
             columns[name] = [edit.logit_difference for edit in edits]
-        columns[f"KL, {condition} (nats)"] = [edit.divergence for edit in edits]
+        columns[f"{condition}: KL (nats)"] = [edit.divergence for edit in edits]
     columns |= {
         "edit length, Mahalanobis": [site.counterfactual.distance for site in sites],
         "edit length, Euclidean": [site.counterfactual.euclidean for site in sites],

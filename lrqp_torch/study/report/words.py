@@ -1,31 +1,19 @@
-"""The head of the report in words: what was asked, the key numbers, and what they say."""
+"""What is said of a whole study: its title, its question, its key numbers, and its command."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
-from lrqp_torch.study.parts import PARTS, find_part
-from lrqp_torch.study.parts.flipping import promise_in_words
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent, signed
-
-__all__ = ["percent", "promise_in_words", "signed"]
-
-
-@dataclass(frozen=True)
-class KeyFigure:
-    """One number of this run, and a note on it, as they are shown."""
-
-    quantity: str
-    own: str
-    note: str
 
 
 def title(results: StudyResults) -> str:
     """The report's title."""
     what = results.words.variable if results.published else " / ".join(results.classes)
-    return f"Where {results.model['name']} uses {what}"
+    name = str(results.model["name"])
+    return f"Where {'the ' if name.startswith('organism') else ''}{name} uses {what}"
 
 
 def subtitle(results: StudyResults) -> str:
@@ -52,8 +40,11 @@ def question(results: StudyResults) -> str:
     )
 
 
-def key_figures(results: StudyResults) -> list[KeyFigure]:
-    """The numbers of the clean run and of the strongest edit, beside the published ones."""
+def key_figures(results: StudyResults) -> list[tuple[str, str, str]]:
+    """The numbers of the clean run and of the strongest edit, as they are shown.
+
+    Each is the number, what it is, and a note on it: the published one, or its interval.
+    """
     clean, words = results.clean, results.words
     edited = None if results.best_site is None else results.sites[results.best_site].counterfactual
     rows = [
@@ -78,17 +69,8 @@ def key_figures(results: StudyResults) -> list[KeyFigure]:
             number = percent(published.value) if share else signed(published.value)
             note = f"GPT-2 small, published: {number}"
         shown = percent(value.value) if share else signed(value.known)
-        found.append(KeyFigure(quantity, shown, note))
+        found.append((shown, quantity, note))
     return found
-
-
-def findings(results: StudyResults) -> list[str]:
-    """What the numbers say, a sentence or two each."""
-    lines: list[str] = []
-    for part in map(find_part, PARTS):
-        result = part.found(results)
-        lines += [] if result is None else part.says(result)
-    return lines
 
 
 def command(results: StudyResults, folder: Path) -> str:

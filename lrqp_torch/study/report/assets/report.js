@@ -1,8 +1,21 @@
 "use strict";
-(() => {
-  const { figures, shared } = JSON.parse(document.getElementById("report-data").textContent);
+(async () => {
+  // ---- what is packed ------------------------------------------------------------------------
+  const unpacked = (name) => {
+    const bytes = Uint8Array.from(atob(document.getElementById(name).textContent), (letter) =>
+      letter.charCodeAt(0),
+    );
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  };
+  const [data, code] = await Promise.all(["report-data", "report-plotly"].map(unpacked));
+  const { figures, shared } = JSON.parse(data);
+  const library = document.createElement("script");
+  library.textContent = code;
+  document.head.append(library);
+
   const root = document.documentElement;
-  const narrowBelow = 560;
+  const narrowBelow = 560, printed = 660;
   const byTouch = matchMedia("(pointer: coarse)").matches;
 
   // ---- theme ---------------------------------------------------------------------------------
@@ -14,7 +27,7 @@
     "#444444": "#c3c7cb", "#555555": "#b4b9be", "#666666": "#a9aeb4", "#767676": "#9aa1a8",
     "#888888": "#969da4", "#999999": "#8f969d", "#0072b2": "#4fa8e0", "#d55e00": "#f0813a",
     "#009e73": "#2fc196", "#cc79a7": "#dd95bd", "#e69f00": "#f0b340", "white": "#1b1f23",
-    "#ffffff": "#1b1f23", "#f2f2f2": "#2a3036",
+    "#ffffff": "#1b1f23", "#f2f2f2": "#2a3036", "#808080": "#9aa1a8",
   };
 
   const isDark = () =>
@@ -67,23 +80,26 @@
   const isPaneTitle = ({ xref, yref, showarrow }) =>
     xref === "paper" && yref === "paper" && showarrow === false;
 
-  /** Put two panes that stand side by side one above the other. */
+  /** Put panes that stand side by side in one row one above the other. */
   const stack = (layout) => {
-    const { xaxis, xaxis2, yaxis, yaxis2 } = layout;
-    const left = xaxis?.domain, right = xaxis2?.domain;
-    if (!left || !right || layout.xaxis3 || left[1] > right[0]) return;
-    const upper = [0.6, 1], lower = [0, 0.4];
+    const ends = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key)).map((key) => key.slice(5));
+    const tops = new Set(ends.map((end) => layout[`yaxis${end}`].domain[1]));
+    if (ends.length < 2 || tops.size > 1) return;
+    const gap = 0.36 / ends.length, height = (1 - gap * (ends.length - 1)) / ends.length;
+    const lefts = ends.map((end) => layout[`xaxis${end}`].domain[0]);
     for (const title of (layout.annotations ?? []).filter(isPaneTitle)) {
-      title.y = title.x < right[0] ? upper[1] : lower[1];
-      title.x = 0.5;
+      title.y = 1 - lefts.indexOf(title.x) * (height + gap);
+      title.x = 0;
     }
-    xaxis.domain = xaxis2.domain = [0, 1];
-    yaxis.domain = upper;
-    yaxis2.domain = lower;
-    yaxis2.showticklabels = true;
-    xaxis2.anchor ??= "y2";
-    yaxis2.anchor ??= "x2";
-    layout.height *= 1.6;
+    ends.forEach((end, index) => {
+      const top = 1 - index * (height + gap);
+      Object.assign(layout[`xaxis${end}`], { domain: [0, 1] });
+      Object.assign(layout[`yaxis${end}`], { domain: [top - height, top], showticklabels: true });
+      layout[`yaxis${end}`].title ??= layout.yaxis.title;
+      layout[`xaxis${end}`].title ??= layout.xaxis.title;
+    });
+    const { t, b } = layout.margin;
+    layout.height = t + b + (layout.height - t - b) * ends.length * 0.9;
   };
 
   const adapt = (layout, width) => {
@@ -91,6 +107,7 @@
     layout.template = template();
     layout.autosize = true;
     delete layout.width;
+    if ("print" in root.dataset) Object.assign(layout, { autosize: false, width: printed });
     layout.height ??= 440;
     if (byTouch) layout.dragmode = false; // else it eats scrolling
     for (const title of (layout.annotations ?? []).filter(isPaneTitle)) {
@@ -117,7 +134,9 @@
     const figure = figures[plot.dataset.panel][choiceOf(plot)];
     plot.dataset.state = "drawing";
     plot.setAttribute("aria-label", figure.label);
-    const layout = adapt(expand(figure.layout), plot.clientWidth);
+    const numbers = document.querySelector(`details.numbers[data-panel="${plot.dataset.panel}"]`);
+    if (numbers.open) tabulate(numbers);
+    const layout = adapt(expand(figure.layout), "print" in root.dataset ? printed : plot.clientWidth);
     // Room is kept before the figure is there, so that the page does not jump.
     plot.style.minHeight = `${layout.height}px`;
     await Plotly.react(plot, expand(figure.data), layout, {
@@ -148,7 +167,62 @@
       draw(document.querySelector(`.plot[data-panel="${select.dataset.panel}"]`)),
     );
   }
-  addEventListener("beforeprint", () => plots.filter((plot) => !plot.dataset.state).forEach(draw));
+
+  // ---- folded parts --------------------------------------------------------------------------
+  /** A table of the numbers that a plot shows, for those who cannot see it. */
+  const tabulate = (box) => {
+    const plot = document.querySelector(`.plot[data-panel="${box.dataset.panel}"]`);
+    const { head, columns } = expand(figures[plot.dataset.panel][choiceOf(plot)].table, "text");
+    const table = document.createElement("table");
+    const cell = (row, kind, text) => {
+      const made = document.createElement(kind);
+      made.textContent = text ?? "–";
+      if (kind === "th") made.scope = "col";
+      else if (typeof text === "string") made.className = "words";
+      row.append(made);
+    };
+    const top = table.createTHead().insertRow();
+    for (const heading of head) cell(top, "th", heading);
+    const body = table.createTBody();
+    for (let index = 0; index < (columns[0]?.length ?? 0); index += 1) {
+      const row = body.insertRow();
+      for (const column of columns) cell(row, "td", column[index]);
+    }
+    const scroll = document.createElement("div");
+    Object.assign(scroll, { className: "scroll tall", tabIndex: 0 });
+    scroll.setAttribute("role", "region");
+    scroll.setAttribute("aria-label", `${plot.getAttribute("aria-label")}: numbers`);
+    scroll.append(table);
+    box.querySelector(".scroll")?.remove();
+    box.append(scroll);
+  };
+  for (const box of document.querySelectorAll("details.numbers")) {
+    box.addEventListener("toggle", () => box.open && tabulate(box));
+  }
+  const unfold = (name) => {
+    const target = document.getElementById(name ?? "");
+    if (target?.matches("details")) target.open = true;
+  };
+  addEventListener("hashchange", () => unfold(location.hash.slice(1)));
+  document.querySelector(".contents").addEventListener("click", ({ target }) => unfold(target.hash?.slice(1)));
+  unfold(location.hash.slice(1));
+
+  // On paper every panel is open, and every plot as wide as the page.
+  let folded = [], theme;
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details.panel:not([open])")];
+    for (const panel of folded) panel.open = true;
+    theme = root.dataset.theme;
+    Object.assign(root.dataset, { theme: "light", print: "" });
+    plots.forEach(draw);
+  });
+  addEventListener("afterprint", () => {
+    for (const panel of folded) panel.open = false;
+    delete root.dataset.print;
+    delete root.dataset.theme;
+    if (theme) root.dataset.theme = theme;
+    drawn().forEach(draw);
+  });
 
   let resizing;
   addEventListener("resize", () => {

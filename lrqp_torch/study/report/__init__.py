@@ -1,0 +1,99 @@
+"""The report of a study: one page of its parts, and the short summary on the terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lrqp_torch.study.part import Part
+from lrqp_torch.study.parts import PARTS, find_part
+from lrqp_torch.study.report import words
+from lrqp_torch.study.report.page import (
+    REPORT_FILE,
+    Chapter,
+    Made,
+    Opening,
+    require_plotly,
+    write_page,
+)
+from lrqp_torch.study.report.terminal import print_study
+from lrqp_torch.study.results import StudyResults
+
+__all__ = ["REPORT_FILE", "print_summary", "require_plotly", "write_report"]
+
+
+def write_report(path: Path, results: StudyResults) -> None:
+    """Write the report of a study as one self-contained HTML file.
+
+    Args:
+        path: the file, such as ``DIR/report.html``; written whole or not at all. The folder is
+            named as given here in the command that the report shows.
+        results: of the study, with what is beside ``results.json``.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+        OutputError: the file cannot be written.
+    """
+    # What the first screen says is not said again.
+    chapters = [
+        Chapter(
+            part.title,
+            part.question,
+            [] if part.overview(result) else part.says(result),
+            part.panels(result),
+        )
+        for part, result in _found(results)
+    ]
+    write_page(path, opening(results), chapters, made(results, path.parent))
+
+
+def opening(results: StudyResults) -> Opening:
+    """The first screen of a study's report."""
+    return Opening(
+        title=words.title(results),
+        subtitle=words.subtitle(results),
+        panels=[panel for part, result in _found(results) for panel in part.overview(result)],
+        tiles=words.key_figures(results),
+        says=_says(results),
+        question=words.question(results),
+    )
+
+
+def made(results: StudyResults, folder: Path) -> Made:
+    """The end of a study's report, which lies in a folder."""
+    return Made(
+        command=words.command(results, folder),
+        files="results.json, parts/ and prompts.safetensors",
+        tables={
+            "Settings": results.settings,
+            "Model": results.model,
+            "Versions": results.versions,
+            "Seconds": {stage: f"{time:.1f}" for stage, time in results.elapsed.items()},
+        },
+    )
+
+
+def print_summary(results: StudyResults, console: Console) -> None:
+    """Print the key figures, the sweep, and what each part found."""
+    print_study(results, _says(results), console)
+
+
+def _found(results: StudyResults) -> Iterator[tuple[Part[Any], Any]]:
+    """Every part that ran, with its result."""
+    for part in map(find_part, PARTS):
+        result = part.found(results)
+        if result is not None:
+            yield part, result
+
+
+def _says(results: StudyResults) -> list[str]:
+    """All that the sweep says, and the first that every other part does."""
+    lines: list[str] = []
+    for part, result in _found(results):
+        says = list(part.says(result))
+        if part.overview(result):
+            lines += says
+        elif says:
+            lines.append(f"{part.title}: {says[0]}")
+    return lines
