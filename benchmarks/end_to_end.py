@@ -25,7 +25,7 @@ from lrqp_torch import models
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Covariance
 from lrqp_torch.stream.sites import Site, blocks_of, trunk_of
-from lrqp_torch.study import html
+from lrqp_torch.study import report as study_report
 from lrqp_torch.study import run as study
 from lrqp_torch.study.preparing import choose_sites, make_prompts
 from lrqp_torch.study.running import in_batches
@@ -92,7 +92,7 @@ def run(settings: Settings, device: str) -> tuple[dict[str, float], float]:
             ("covariance", Covariance, "update"),
             ("covariance", Covariance, "finish"),
             ("figures", study, "write_charts"),
-            ("report", html, "write_report"),
+            ("report", study_report, "write_report"),
         ):
             stack.enter_context(_stopwatch(added, name, owner, function, device))
         start = time.perf_counter()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.organisms.vocabulary import build_tokenizer
 from report_for_tests import (
     HOSTILE,
     SITES,
@@ -26,6 +25,7 @@ from report_for_tests import (
 )
 from rich.console import Console
 
+from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch.errors import MissingExtraError, OutputError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.plot.chart import Chart, Heat, Marks, Pane, Panel, Table
