@@ -1,13 +1,16 @@
 """Prompts of your own: ``lrqp fit``, ``apply`` and ``example-task``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import Debug, app, messages
+
+if TYPE_CHECKING:
+    from lrqp_torch.edits.lrqp import LRQP
 
 
 @app.command(name="example-task", rich_help_panel=given.OWN)
@@ -62,7 +65,7 @@ def fit(
     with messages(debug):
         from lrqp_torch.edits.library import EditLibrary
         from lrqp_torch.edits.saving import require_one_kind
-        from lrqp_torch.study.fitting import fit_sites, try_sites, with_origin
+        from lrqp_torch.study.editing import fit_sites
         from lrqp_torch.study.preparing import choose_sites, encode_halves, read_halves
         from lrqp_torch.study.printing import print_fit
         from lrqp_torch.study.prompts import majority_share
@@ -76,22 +79,15 @@ def fit(
             sites = choose_sites(loaded, site)
             several = len(sites) * len(labels) > 1
             require_one_kind(out, several)
-            edits = {}
+            edits: dict[str, LRQP] = {}
             for name, halves in read.items():
                 train, test = encode_halves(tokenizer, halves)
-                fitted = fit_sites(
-                    loaded, train, sites,
+                fitted, tried = fit_sites(
+                    loaded, train, sites, test,
                     l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
+                    task=Path(data).stem, variable=name, position=position, seed=seed,
                 )  # fmt: skip
-                tried = try_sites(loaded, test, fitted, batch_size=batch_size)
-                origin = {
-                    "task": Path(data).stem,
-                    "variable": name,
-                    "position": position,
-                    "seed": seed,
-                }
-                for at, edit in with_origin(loaded, train, fitted, tried, **origin).items():
-                    edits[f"{name}.{at}" if len(labels) > 1 else at] = edit
+                edits |= {f"{name}.{at}" if len(labels) > 1 else at: e for at, e in fitted.items()}
                 majority = majority_share(train.labels.tolist(), test.labels.tolist())
                 print_fit(name, train.classes, len(train), majority, tried, Console())
             if several:
@@ -139,27 +135,27 @@ def apply(
     """
     with messages(debug):
         from lrqp_torch.errors import PromptError
-        from lrqp_torch.study import applying
+        from lrqp_torch.study import editing
         from lrqp_torch.study.printing import print_applied
         from lrqp_torch.study.prompts import PromptSet
         from lrqp_torch.study.reading import read_prompts
 
         if (data is None) == (not prompt):
             raise PromptError("give prompts either with --data or with --prompt")
-        chosen = applying.load_one(folder, edit)
-        origin = applying.origin_of(chosen)
+        chosen = editing.load_one(folder, edit)
+        origin = editing.origin_of(chosen)
         label, position = origin.variable or "label", origin.position or "mark"
         read = None if data is None else read_prompts(data, label=label, position=position)
         loaded, tokenizer = given.load_model(model, device)
         prompts = (
-            applying.typed_prompts(tokenizer, prompt or [], chosen)
+            editing.typed_prompts(tokenizer, prompt or [], chosen)
             if read is None
             else PromptSet.encode(tokenizer, read, origin.classes)
         )
-        found = applying.apply(
+        found = editing.apply(
             loaded, tokenizer, chosen, prompts, target,
             labelled=read is not None, generate=generate, batch_size=batch_size,
         )  # fmt: skip
         if json is not None:
-            applying.write_applied(found, origin, json)
+            editing.write_applied(found, origin, json)
     print_applied(found, origin, show, Console(highlight=False, soft_wrap=True))

@@ -111,10 +111,10 @@ def _run(*, debug: bool, **chosen: Any) -> None:
 
 
 def _say_what_is_kept(out: Path) -> None:
-    from lrqp_torch.study.store import Kept, PartStore
+    from lrqp_torch.study.store import PartStore
 
-    kept = Kept.of(PartStore(out, {}))
-    given.say(f"Stopped. {kept.in_words()} Go on with the same command and --resume.", error=True)
+    kept = PartStore(out, {}).in_words()
+    given.say(f"Stopped. {kept} Go on with the same command and --resume.", error=True)
 
 
 _command(

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.study.applying import Applied
-from lrqp_torch.study.fitting import HeldOut
+from lrqp_torch.study.editing import Applied, HeldOut
 from lrqp_torch.study.showing import between, percent, signed
 
 

@@ -1,15 +1,16 @@
 """Prompts of any task as tokens: where to edit, what holds there, and which answers go with it."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PromptError, SettingError, TokenizerError
+from lrqp_torch.errors import PromptError, SettingError, TokenizerError, quoted
 from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 OPENING, CLOSING = "[[", "]]"
 """The marks around the words at whose last token a prompt is read and edited."""
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_MARKED = re.compile(r"(.*?)\[\[(.+?)\]\](.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,20 @@ class PromptSet:
     answers: Tensor | None
     prompts: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        """Check what says where, and what holds there.
+
+        Raises:
+            PromptError: positions, ends or labels that are no integers, or not one a prompt.
+        """
+        for name in ("position", "end", "labels"):
+            given = getattr(self, name)
+            if given.shape != (len(self.prompts),) or given.dtype not in _INTEGERS:
+                raise PromptError(
+                    f"{name} must be ({len(self.prompts)},) integers, one a prompt, got "
+                    f"{tuple(given.shape)} {given.dtype}"
+                )
+
     @classmethod
     def encode(
         cls,
@@ -117,7 +135,7 @@ class PromptSet:
         """
         require_fast(tokenizer)
         names = _classes(prompts, classes)
-        split = [_unmark(row, prompt.text) for row, prompt in enumerate(prompts)]
+        split = [unmark(row, prompt.text) for row, prompt in enumerate(prompts)]
         encoding = encode(tokenizer, [text for text, _ in split])
         positions, ends = [], []
         for row, (text, character) in enumerate(split):
@@ -246,8 +264,8 @@ class PromptSet:
         """
         rows = row_numbers(index, len(self))
         here = rows.to(self.labels.device)
-        chosen = self._change_tensors(lambda tensor: tensor[here])
-        return replace(chosen, prompts=tuple(self.prompts[row] for row in rows.tolist()))
+        texts = tuple(self.prompts[row] for row in rows.tolist())
+        return self._change_tensors(lambda tensor: tensor[here], prompts=texts)
 
     def __iter__(self) -> Iterator[Self]:
         """The prompts one by one, each a set of length 1."""
@@ -265,9 +283,10 @@ class PromptSet:
             )
         return self.answers
 
-    def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
         return replace(
             self,
+            **others,
             inputs={name: change(value) for name, value in self.inputs.items()},
             position=change(self.position),
             end=change(self.end),
@@ -297,22 +316,28 @@ def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[
         empty = [] if answers is None else [name for name in names if not answers.get(name)]
         if empty:
             raise PromptError(f"prompt {row} has no answer for the class {empty[0]!r}")
+        said = [] if answers is None else [text for name in names for text in answers[name]]
+        if any("\0" in text for text in (prompt.label, *said)):
+            raise PromptError(f"prompt {row} holds a NUL character in its label or an answer")
     return names
 
 
-def _unmark(row: int, marked: str) -> tuple[str, int]:
-    """The text without its marks, and the character at whose token to edit."""
-    before, opening, rest = marked.partition(OPENING)
-    span, closing, after = rest.partition(CLOSING)
+def unmark(row: int, marked: str) -> tuple[str, int]:
+    """The text without its marks, and the character at whose token to edit.
+
+    Raises:
+        PromptError: marks that do not pair, several of them, or no text that can be one.
+    """
+    found = _MARKED.fullmatch(marked)
+    before, span, after = found.groups() if found else ("", marked, "")
     text = before + span + after
-    if not opening:
-        span, before, after = marked, "", ""
-    paired = bool(opening) == bool(closing) and CLOSING not in before + after
-    if not paired or OPENING in text or CLOSING in text or not span:
+    if not span or OPENING in text or CLOSING in text:
         raise PromptError(
-            f"prompt {row}: {marked!r} needs one marked span, as in "
+            f"prompt {row}: {quoted(marked)} needs one marked span, as in "
             f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token"
         )
+    if "\0" in text:
+        raise PromptError(f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it")
     return text, len(before) + len(span) - 1
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from lrqp_torch.errors import MissingExtraError, PromptError
 from lrqp_torch.files import prepare_folder, written_whole
-from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt
+from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, unmark
 
 ANSWERS = "answers"
 SEPARATOR = "|"
@@ -157,7 +157,7 @@ def _prompt(number: int, row: Mapping[str, Any], label: str, text: str, position
             f"or choose another position: 'last', or a column that holds the words"
         )
     if position == "last":
-        words = words.replace(OPENING, "").replace(CLOSING, "")
+        words, _ = unmark(number, words)
     elif position != "mark":
         words = _mark(number, words, _name(number, position, row[position]))
     return Prompt(words, _name(number, label, row[label]), _answers(number, row.get(ANSWERS)))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
@@ -137,7 +137,7 @@ class PartStore:
             NonFiniteError: a number is NaN or infinite, which strict JSON cannot hold.
             OutputError: the file cannot be written.
         """
-        self._make_folder(self.folder)
+        prepare_folder(self.folder)
         kept = {"part": name, "fingerprint": self.fingerprint, "seconds": finished.seconds}
         try:
             write_json(self.folder / f"{name}.json", kept | {"result": finished.raw})
@@ -147,6 +147,16 @@ class PartStore:
                 "overflowed; try the model in float32."
             ) from error
         self.batches(name).clear()
+
+    def in_words(self) -> str:
+        """What a stopped run leaves behind, as a sentence for the terminal."""
+        things = self.finished()
+        for path in sorted(self.folder.glob("*.partial")):
+            count = self.batches(path.stem).count()
+            things += [f"{count} {'batch' if count == 1 else 'batches'} of {path.stem}"] * (
+                count > 0
+            )
+        return f"Kept: {', '.join(things)}." if things else "Nothing was finished yet."
 
     def batches(self, name: str) -> "BatchStore":
         """Where a part keeps its batches until it is finished."""
@@ -165,13 +175,6 @@ class PartStore:
                 f"cannot resume in {str(self.folder.parent)!r}: {'; '.join(changed)}. Give the "
                 "settings that the run was started with, or leave out --resume to start anew."
             )
-
-    @staticmethod
-    def _make_folder(folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot create {str(folder)!r}: {error.strerror}.") from error
 
 
 class BatchStore:
@@ -206,7 +209,7 @@ class BatchStore:
         Raises:
             OutputError: the file cannot be written.
         """
-        self._parts._make_folder(self.folder)
+        prepare_folder(self.folder)
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"fingerprint": json.dumps(self._parts.fingerprint)}
         with written_whole(self._path(index)) as path:
@@ -222,35 +225,6 @@ class BatchStore:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a stopped run leaves behind.
-
-    Attributes:
-        finished: names of the finished parts.
-        batches: part to number of batches, for parts that were under way.
-    """
-
-    finished: list[str]
-    batches: dict[str, int]
-
-    @classmethod
-    def of(cls, store: PartStore) -> Self:
-        """Look into a store."""
-        partial = sorted(store.folder.glob("*.partial"))
-        counts = {path.stem: store.batches(path.stem).count() for path in partial}
-        return cls(store.finished(), {name: count for name, count in counts.items() if count})
-
-    def in_words(self) -> str:
-        """One sentence for the terminal."""
-        batches = [
-            f"{count} {'batch' if count == 1 else 'batches'} of {name}"
-            for name, count in self.batches.items()
-        ]
-        things = [*self.finished, *batches]
-        return f"Kept: {', '.join(things)}." if things else "Nothing was finished yet."
 
 
 def _damaged(path: Path, error: Exception) -> OutputError:

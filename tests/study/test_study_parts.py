@@ -14,7 +14,7 @@ from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.run import run_parts
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.store import Finished, Kept, PartStore
+from lrqp_torch.study.store import Finished, PartStore
 
 SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
 
@@ -166,13 +166,12 @@ def test_batches_are_kept_until_the_part_is_finished(tmp_path: Path) -> None:
     kept = store.batches("sweep").load(0)
     assert kept is not None and kept.keys() == tensors.keys()
     assert all(torch.equal(kept[name], tensors[name]) for name in tensors)
-    assert Kept.of(store).in_words() == "Kept: 2 batches of sweep."
+    assert store.in_words() == "Kept: 2 batches of sweep."
     with pytest.raises(SettingError, match="n was 60 and is now 61"):
         PartStore(tmp_path, SETTINGS | {"n": 61}).batches("sweep").load(0)
     store.save("sweep", Finished(to_json(Count(1.0, [])), 0.1))
     assert batches.count() == 0 and not batches.folder.exists()
-    assert Kept.of(store) == Kept(["sweep"], {})
-    assert Kept.of(store).in_words() == "Kept: sweep."
+    assert store.in_words() == "Kept: sweep."
 
 
 def test_a_damaged_batch_is_reported(tmp_path: Path) -> None:
@@ -187,5 +186,5 @@ def test_a_damaged_batch_is_reported(tmp_path: Path) -> None:
 def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:
     store = PartStore(tmp_path / "new", SETTINGS)
     assert store.load("one") is None
-    assert Kept.of(store).in_words() == "Nothing was finished yet."
+    assert store.in_words() == "Nothing was finished yet."
     store.clear()

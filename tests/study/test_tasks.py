@@ -1,6 +1,7 @@
 """Prompts of your own: marks, labels and answers become the right tokens, and errors name rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_selection_keeps_rows_together(tokenizer) -> None:
         ("The [[keys]] to the [[cabinet]]", "prompt 1.*one marked span"),
         ("The [[]] keys", "prompt 1.*one marked span"),
         ("", "prompt 1.*one marked span"),
+        ("The [[keys]] to the ]]", "prompt 1.*one marked span"),
+        ("The [[k\0ys]]", "prompt 1.*NUL"),
     ],
 )
 def test_marks_that_do_not_pair_are_named(tokenizer, text: str, what: str) -> None:
@@ -119,6 +122,12 @@ def test_marks_that_do_not_pair_are_named(tokenizer, text: str, what: str) -> No
             [Prompt("Mary", name, {"a": (" Tom",), "b": (" Tom",)}) for name in ("a", "b")],
             None,
             "given twice",
+        ),
+        ([Prompt("Mary", "a\0"), Prompt("Tom", "b")], None, "prompt 0 holds a NUL"),
+        (
+            [Prompt("Mary", name, {"a": (" \0",), "b": (" Tom",)}) for name in ("a", "b")],
+            None,
+            "prompt 0 holds a NUL",
         ),
     ],
 )
@@ -231,6 +240,7 @@ def test_files_that_are_not_utf_8_are_named(tmp_path: Path, name: str, encoding:
         ("a.jsonl", '{"text": "[[a]]", "label": ["b"]}', "prompt 0: 'label'.*got .'b'"),
         ("a.jsonl", '{"text": {"a": "[[a]]"}, "label": "b"}', "prompt 0: 'text' must be text"),
         ("a.jsonl", '{"text": NaN, "label": "b"}', "prompt 0: 'text' must be text, got nan"),
+        ("a.jsonl", '{"text": "[[a]]", "label": 1e999}', "prompt 0: 'label'.*got inf"),
         (
             "a.jsonl",
             '{"text": "[[a]]", "label": "b", "answers": {"b": " x", "b ": " y"}}',
@@ -275,6 +285,22 @@ def test_a_position_is_whole_words_once(
     else:
         with pytest.raises(PromptError, match=f"prompt 0: '{wanted}' occurs {marked} times"):
             read_prompts(file, position="who")
+
+
+@pytest.mark.parametrize("text", ["The [[keys", "keys]]", "[[a]] [[b]]", "a\0b"])
+def test_marks_count_also_where_the_last_token_is_meant(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps({"text": text, "label": "a"}))
+    with pytest.raises(PromptError, match=r"prompt 0.*(one marked span|NUL)"):
+        read_prompts(file, position="last")
+
+
+def test_positions_and_labels_are_integers_one_a_prompt(tokenizer) -> None:
+    prompts = PromptSet.encode(tokenizer, PROMPTS)
+    for name in ("position", "end", "labels"):
+        whole = getattr(prompts, name)
+        for wrong in (whole.to(torch.complex64), whole.double(), whole[:2], whole > 0):
+            with pytest.raises(PromptError, match=f"{name} must be"):
+                replace(prompts, **{name: wrong})
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

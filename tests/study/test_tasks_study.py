@@ -12,9 +12,8 @@ from prompts_for_tests import names_task, organism
 from lrqp_torch import LRQP, capture, tasks
 from lrqp_torch.errors import OutputError, PromptError, ProvenanceError, SettingError, TargetError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.study.applying import apply, origin_of, typed_prompts
+from lrqp_torch.study.editing import HeldOut, apply, fit_sites, origin_of, typed_prompts
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.fitting import HeldOut, fit_sites
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.flipping import PART as FLIPPING
 from lrqp_torch.study.results import ConditionResult, StudyResults, columns_of
@@ -316,7 +315,7 @@ def test_a_fit_is_that_of_the_activations_and_knows_its_origin(
 
 def test_odds_that_are_not_reached_are_counted(halves: tuple[PromptSet, PromptSet]) -> None:
     model, (train, test) = organism()[0], halves
-    edit = fit_sites(model, train, ["L2.mid"])["L2.mid"]
+    edit = fit_sites(model, train, ["L2.mid"])[0]["L2.mid"]
     x = capture(model, test.inputs, "L2.mid", test.position)["L2.mid"]
     found = HeldOut.of(edit, x, test.labels)
     assert found.reached == found.prompts == 200 and found.worst_log_odds_margin >= 0

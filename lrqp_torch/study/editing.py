@@ -1,4 +1,4 @@
-"""Applying a fitted edit to prompts of your own, and reading what it changes."""
+"""Edits of prompts of one's own: fitted to them, found in a folder, and applied to others."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,14 +21,26 @@ from lrqp_torch.errors import (
     SavedEditError,
     SettingError,
     TargetError,
+    quoted,
 )
 from lrqp_torch.files import prepare_folder, write_json
+from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, PromptSet, require_classes
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.prompts import (
+    CLOSING,
+    OPENING,
+    Prompt,
+    PromptSet,
+    require_classes,
+    require_every_class,
+    unmark,
+)
 from lrqp_torch.study.running import finite, in_batches, lead, next_class
+from lrqp_torch.study.sweep import fit_edits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,39 +50,132 @@ Editing = AbstractContextManager[EditRun]
 OWN, OTHER = "own", "other"
 """Targets besides the classes' names: the class that holds, and the one after it."""
 
+# ---- fitting -------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Applied:
-    """One prompt without and with an edit. "Before" is without.
+class HeldOut:
+    """An edit at one site, on the activations of n prompts that it was not fitted to.
 
     Attributes:
-        prompt: its text.
-        source: class that holds, by the data or, for prompts without a label, by the probe.
-        target: class that was written.
-        belief_before: the probe's log odds of the target against its strongest rival, in nats.
-        belief_after: the same, read back from the activation that the model received.
-        distance: Mahalanobis length of the edit.
-        lead_before: score of the target's answers minus the highest of the other classes', in
-            nats; None for prompts without answers.
-        lead_after: the same under the edit.
-        next_before: the likeliest next tokens with their probabilities.
-        next_after: the same under the edit.
-        continued_before: what the model writes behind the prompt; None if nothing was asked for.
-        continued_after: the same under the edit.
+        prompts: n.
+        accuracy: share of the prompts whose class the probe reads.
+        reached: prompts whose edit to the next class was granted the odds that it asks for, read
+            back from the edited activation.
+        worst_log_odds_margin: least log odds read back minus those asked for.
+        distance: mean Mahalanobis length of these edits.
     """
 
-    prompt: str
-    source: str
-    target: str
-    belief_before: float
-    belief_after: float
+    prompts: int
+    accuracy: Estimate
+    reached: int
+    worst_log_odds_margin: float
     distance: float
-    lead_before: float | None
-    lead_after: float | None
-    next_before: list[tuple[str, float]]
-    next_after: list[tuple[str, float]]
-    continued_before: str | None
-    continued_after: str | None
+
+    @classmethod
+    def of(cls, edit: LRQP, x: Tensor, labels: Tensor) -> "HeldOut":
+        """Try an edit on activations x, (n, d), of classes ``labels``, (n,)."""
+        labels = labels.to(x.device)
+        solution = edit.propose(x, next_class(labels, edit.probe.n_classes), labels)
+        margin = solution.log_odds_after - solution.floor
+        return cls(
+            prompts=len(labels),
+            accuracy=Estimate.share(edit.probe(x).argmax(-1) == labels),
+            reached=int((margin >= 0).sum()),
+            worst_log_odds_margin=float(margin.min()),
+            distance=float(solution.distance.mean()),
+        )
+
+
+def fit(
+    model: Any,
+    prompts: PromptSet,
+    site: str,
+    *,
+    held_out: PromptSet | None = None,
+    l2: float | None = None,
+    shrinkage: Shrinkage = "ledoit_wolf",
+    log_odds: float = 10.0,
+    batch_size: int = 64,
+    **known: Any,
+) -> LRQP:
+    """Fit probe, metric and edit to prompts of your own.
+
+        edit = tasks.fit(model, train, "L6.mid", held_out=test)
+        edit.save("number")
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        prompts: to fit on; every class must occur.
+        site: where, such as ``"L6.mid"``.
+        held_out: other prompts with the same classes in the same order, for the probe accuracy
+            that the edit keeps.
+        l2: penalty of the probe; default its own.
+        shrinkage: of the covariance.
+        log_odds: least log odds that an edit asks for, in nats.
+        batch_size: prompts a forward pass.
+        known: further fields of the edit's :class:`~lrqp_torch.edits.provenance.Provenance`,
+            such as ``task``, ``variable``, ``position`` and ``seed``.
+
+    Returns:
+        The edit; its ``provenance`` names site, model, classes, accuracy and versions.
+
+    Raises:
+        SiteError, UnknownFamilyError: no such site in this model.
+        PromptError: a class without prompts, or held-out prompts with other classes.
+    """
+    how: dict[str, Any] = {"l2": l2, "shrinkage": shrinkage, "log_odds": log_odds}
+    edits, _ = fit_sites(model, prompts, [site], held_out, batch_size=batch_size, **how, **known)
+    return edits[site]
+
+
+def fit_sites(
+    model: Any,
+    prompts: PromptSet,
+    sites: Sequence[str],
+    held_out: PromptSet | None = None,
+    *,
+    l2: float | None = None,
+    shrinkage: Shrinkage = "ledoit_wolf",
+    log_odds: float = 10.0,
+    batch_size: int = 64,
+    **known: Any,
+) -> tuple[dict[str, LRQP], dict[str, HeldOut]]:
+    """Fit an edit at each of several sites, as :func:`fit` does with these arguments.
+
+    Returns:
+        The edits by site, and what each does to the held-out prompts, if there are any.
+
+    Raises:
+        SiteError, UnknownFamilyError, PromptError: as :func:`fit`.
+    """
+    require_every_class(prompts)
+    if held_out is not None:
+        require_classes(held_out, prompts.classes, "the prompts to fit on have")
+
+    def read(of: PromptSet) -> dict[str, Tensor]:
+        return capture(model, of.inputs, list(sites), positions=of.position, batch_size=batch_size)
+
+    labels = prompts.labels.to(input_device(model))
+    edits = fit_edits(read(prompts), labels, l2=l2, shrinkage=shrinkage, log_odds=log_odds)
+    tried = {}
+    if held_out is not None:
+        found = read(held_out)
+        tried = {site: HeldOut.of(edits[site], x, held_out.labels) for site, x in found.items()}
+    for site, edit in edits.items():
+        edit.on_infeasible = "raise"
+        edit.provenance = Provenance.of(
+            model,
+            site,
+            classes=prompts.classes,
+            probe_accuracy=tried[site].accuracy.value if site in tried else None,
+            probe_samples=len(prompts),
+            **known,
+        )
+    return edits, tried
+
+
+# ---- finding -------------------------------------------------------------------------------------
 
 
 def load_one(name_or_path: str, name: str | None = None) -> LRQP:
@@ -125,6 +230,43 @@ def origin_of(edit: LRQP) -> Provenance:
     return origin
 
 
+# ---- applying ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One prompt without and with an edit. "Before" is without.
+
+    Attributes:
+        prompt: its text.
+        source: class that holds, by the data or, for prompts without a label, by the probe.
+        target: class that was written.
+        belief_before: the probe's log odds of the target against its strongest rival, in nats.
+        belief_after: the same, read back from the activation that the model received.
+        distance: Mahalanobis length of the edit.
+        lead_before: score of the target's answers minus the highest of the other classes', in
+            nats; None for prompts without answers.
+        lead_after: the same under the edit.
+        next_before: the likeliest next tokens with their probabilities.
+        next_after: the same under the edit.
+        continued_before: what the model writes behind the prompt; None if nothing was asked for.
+        continued_after: the same under the edit.
+    """
+
+    prompt: str
+    source: str
+    target: str
+    belief_before: float
+    belief_after: float
+    distance: float
+    lead_before: float | None
+    lead_after: float | None
+    next_before: list[tuple[str, float]]
+    next_after: list[tuple[str, float]]
+    continued_before: str | None
+    continued_after: str | None
+
+
 def typed_prompts(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], edit: LRQP
 ) -> PromptSet:
@@ -139,10 +281,10 @@ def typed_prompts(
     for text in texts:
         if not last and OPENING not in text:
             raise PromptError(
-                f"{text!r} marks no words, and this edit was fitted at marked ones: write the "
-                f"words that it is for as {OPENING}words{CLOSING}"
+                f"{quoted(text)} marks no words, and this edit was fitted at marked ones: write "
+                f"the words that it is for as {OPENING}words{CLOSING}"
             )
-    plain = [text.replace(OPENING, "").replace(CLOSING, "") if last else text for text in texts]
+    plain = [unmark(row, text)[0] if last else text for row, text in enumerate(texts)]
     classes = origin.classes or ()
     return PromptSet.encode(tokenizer, [Prompt(text, classes[0]) for text in plain], classes)
 
@@ -220,7 +362,9 @@ def apply(
             batch = replace(batch, labels=edit.probe(x).argmax(-1))
         written = targets_of(target, batch.labels, batch.classes)
 
-        def editing(at: PromptSet = batch, classes: Tensor = written) -> Editing:
+        def editing(
+            at: PromptSet = batch, classes: Tensor = written
+        ) -> AbstractContextManager[EditRun]:
             return edit.at(
                 model, origin.site, positions=at.position, target=classes, source=at.labels
             )
