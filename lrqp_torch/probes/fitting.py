@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
     WidthError,
     as_numbers,
     check_finite,
+    quoted,
 )
 from lrqp_torch.probes.multinomial import (
     ALONE,
@@ -136,19 +137,15 @@ class Problem:
     ) -> "Problem":
         """Check and convert what a user gives; raises the errors of :meth:`LinearProbe.fit`."""
         x = as_numbers(x, "activations")
-        numbers, classes = read_labels(y)
-        labels, weights = _check_examples(x, numbers, weights)
+        y, classes = read_labels(y)
+        labels, weights = _check_examples(x, y, weights)
         if len(x) == 0:
             raise LabelError("no examples to fit a probe on")
         check_finite(x)
-        counts = _check_counts(torch.bincount(labels), n_classes)
-        if class_weight is not None:
-            weighed = torch.bincount(labels, weights)
-            share = class_weights(class_weight, weighed.double(), classes)[labels]
-            weights = share if weights is None else share * weights
-        if weights is not None:
-            counts = torch.bincount(labels, weights)
-            _check_weighed(counts)
+        numbers, weighed = torch.bincount(labels), torch.bincount(labels, weights).double()
+        counts, share = weigh_classes(numbers, weighed, n_classes, class_weight, classes)
+        if share is not None:
+            weights = share[labels] if weights is None else share[labels] * weights
         return cls(x.detach(), labels, weights, counts, classes)
 
     def take(self, rows: Tensor) -> "Problem":
@@ -179,33 +176,65 @@ def read_labels(y: Any) -> tuple[Tensor, tuple[str, ...] | None]:
     return torch.from_numpy(places.reshape(array.shape)), tuple(names.tolist())
 
 
-def class_weights(given: Any, counts: Tensor, classes: Sequence[Any] | None) -> Tensor:
-    """What an example of each class counts, (K,), float64.
+def weigh_classes(
+    numbers: Tensor,
+    weighed: Tensor,
+    n_classes: int | None,
+    given: Any,
+    classes: Sequence[Any] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The examples of each class, by weight, and what each counts by its class, (K,), float64.
 
     Args:
-        given: see :data:`ClassWeight`.
-        counts: examples of each class, by weight, (K,).
-        classes: their names, if they have some.
+        numbers: of examples in each class, up to the largest label.
+        weighed: the same by weight.
+        n_classes: K, if it is said.
+        given: see :data:`ClassWeight`; None gives None.
+        classes: names of the classes, if they have some.
 
     Raises:
-        LabelError: another number of weights, classes that do not exist, or no weights.
+        LabelError: a label beyond ``n_classes``, one class only, a class without examples or whose
+            examples weigh nothing, fewer examples than classes; another number of class weights,
+            or one of a class that does not exist.
     """
-    if isinstance(given, str) and given == "balanced":
-        return counts.sum() / (len(counts) * counts)
-    if isinstance(given, Mapping):
-        names = list(range(len(counts))) if classes is None else list(classes)
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise LabelError(f"class_weight names {unknown[0]!r}; the classes are {names[:10]}")
-        given = [given.get(name, 1.0) for name in names]
-    elif isinstance(given, str):
-        raise LabelError(f"class_weight must be 'balanced' or numbers, got {given[:200]!r}")
-    weights = as_numbers(given, "class_weight").to(counts)
-    if weights.shape != counts.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+    found, total = len(numbers), int(numbers.sum())
+    n_classes = found if n_classes is None else n_classes
+    if found > n_classes:
+        raise LabelError(f"label {found - 1} is outside the {n_classes} classes given")
+    if int(numbers[-1]) == total:
+        raise LabelError(f"all {total} labels are class {found - 1}; a probe needs two classes")
+    if total < n_classes:
+        raise LabelError(f"{total} examples cannot fit {n_classes} classes; give at least one each")
+    missing = [*(numbers == 0).nonzero().flatten().tolist(), *range(found, n_classes)]
+    if missing:
         raise LabelError(
-            f"class_weight must be {len(counts)} finite numbers of 0 or more, got {given}"
+            f"classes {missing[:10]} have no examples; renumber the labels or give more prompts"
         )
-    return weights
+    share = None
+    if isinstance(given, str) and given == "balanced":
+        share = weighed.sum() / (len(weighed) * weighed)
+    elif given is not None:
+        if isinstance(given, Mapping):
+            names = list(range(found)) if classes is None else list(classes)
+            unknown = [name for name in given if name not in names]
+            if unknown:
+                raise LabelError(f"class_weight names {unknown[0]!r}; there are {names[:10]}")
+            given = [given.get(name, 1.0) for name in names]
+        share = _weights(given, "class_weight", weighed)
+    weighed = weighed if share is None else weighed * share
+    if not bool((weighed > 0).all()):
+        raise LabelError(f"all examples of class {int(weighed.argmin())} have weight 0")
+    return weighed, share
+
+
+def _weights(given: Any, what: str, like: Tensor) -> Tensor:
+    """Finite weights of 0 or more, float64, as many and where ``like`` is."""
+    weights = as_numbers(given, what, LabelError).to(like.device)
+    if weights.shape != like.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise LabelError(
+            f"{what} must be {len(like)} finite numbers of 0 or more, got {quoted(given)}"
+        )
+    return weights.double()
 
 
 def _check_examples(x: Tensor, y: Any, weights: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -227,43 +256,7 @@ def _check_examples(x: Tensor, y: Any, weights: Any = None) -> tuple[Tensor, Ten
     labels: Tensor = y.to(x.device).long()
     if len(labels) and int(labels.min()) < 0:
         raise LabelError(f"labels must be 0 or more, got {int(labels.min())}")
-    if weights is None:
-        return labels, None
-    weights = as_numbers(weights, "sample_weight").to(x.device).double()
-    if weights.shape != labels.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
-        raise LabelError(
-            f"sample_weight must be ({len(x)},), finite and 0 or more, got {tuple(weights.shape)}"
-        )
-    return labels, weights
-
-
-def _check_counts(counts: Tensor, n_classes: int | None) -> Tensor:
-    """The number of examples in each of K classes, from that in each up to the largest label.
-
-    Raises:
-        LabelError: a label beyond ``n_classes``, one class only, a class without examples, or
-            fewer examples than classes.
-    """
-    found, total = len(counts), int(counts.sum())
-    n_classes = found if n_classes is None else n_classes
-    if found > n_classes:
-        raise LabelError(f"label {found - 1} is outside the {n_classes} classes given")
-    if int(counts[-1]) == total:
-        raise LabelError(f"all {total} labels are class {found - 1}; a probe needs two classes")
-    if total < n_classes:
-        raise LabelError(f"{total} examples cannot fit {n_classes} classes; give at least one each")
-    missing = [*(counts == 0).nonzero().flatten().tolist(), *range(found, n_classes)]
-    if missing:
-        raise LabelError(
-            f"classes {missing[:10]} have no examples; renumber the labels or give more prompts"
-        )
-    return counts
-
-
-def _check_weighed(counts: Tensor) -> None:
-    if not bool((counts > 0).all()):
-        empty = (counts <= 0).nonzero().flatten().tolist()
-        raise LabelError(f"all examples of classes {empty[:10]} have weight 0")
+    return labels, None if weights is None else _weights(weights, "sample_weight", labels)
 
 
 def named(error: LRQPError, name: Hashable) -> LRQPError:
@@ -437,7 +430,7 @@ class Passes:
             )
         self._batches, self.ranks, self.classes = batches, ranks, classes
         self.width, self.device, self.dtype = 0, device, torch.float32
-        self._weighed, self._own_samples = False, 0
+        self._own_samples = 0
         self._sums: Tensor | None = None
         with ranks.together():
             total, counts = self._first_pass()
@@ -446,13 +439,9 @@ class Passes:
         if self.n_samples == 0:
             raise LabelError("no examples to fit a probe on")
         self.mean = total / self.n_samples
-        _check_counts(counts[0], n_classes)
-        self.counts = counts[int(self._weighed)]
-        self._share: Tensor | None = None
-        if class_weight is not None:
-            self._share = class_weights(class_weight, self.counts, classes)
-            self.counts = self.counts * self._share
-        _check_weighed(self.counts)
+        self.counts, self._share = weigh_classes(
+            counts[0], counts[1], n_classes, class_weight, classes
+        )
         self.total = float(self.counts.sum())
 
     def _first_pass(self) -> tuple[Tensor, Tensor]:
@@ -468,7 +457,6 @@ class Passes:
             except LRQPError as error:
                 raise named(error, f"batch {number}") from error
             self._own_samples += len(x)
-            self._weighed |= weights is not None
             total += x.to(total).sum(0)
             most = max(counts.shape[1], int(labels.max()) + 1 if len(labels) else 0)
             rows = [torch.bincount(labels, given, most).double() for given in (None, weights)]
@@ -481,15 +469,14 @@ class Passes:
         """The same for the examples of all ranks; width and dtype are then the same on each."""
         if self.ranks.size == 1:
             return total, counts
-        found = self.ranks.gather((self.width, self.dtype, self._weighed, counts.tolist()))
-        present = [(width, dtype) for width, dtype, *_ in found if width]
+        found = self.ranks.gather((self.width, self.dtype, counts.tolist()))
+        present = [(width, dtype) for width, dtype, _ in found if width]
         if len(set(present)) > 1:
             raise WidthError(f"the ranks hold activations of different width or dtype: {present}")
         if not present:
             return total, counts
         (self.width, self.dtype) = present[0]
         self.device = self.device or "cpu"
-        self._weighed = any(weighed for *_, weighed, _ in found)
         if not self._own_samples:
             total = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         whole = torch.zeros(2, max(len(part[0]) for *_, part in found), dtype=torch.float64)
