@@ -59,3 +59,12 @@ def test_rooms_are_attributes_and_other_names_are_not() -> None:
     code = "import lrqp_torch; print(lrqp_torch.baselines.build, lrqp_torch.errors.LRQPError)"
     assert "lrqp_torch.baselines" in loaded_by(code)
     assert not hasattr(lrqp_torch, "no_such_name")
+
+
+def test_the_stream_loads_what_a_model_needs_only_with_a_model() -> None:
+    modules = loaded_by(
+        "import lrqp_torch as lrqp; lrqp.LRQP, lrqp.capture, lrqp.intervene, lrqp.capture_to\n"
+        "import lrqp_torch.stream.replay, lrqp_torch.stream.attention"
+    )
+    assert "torch" in modules
+    assert not modules & {"transformers", "cvxpy", "rich", "torch._dynamo"}

@@ -5,7 +5,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from lrqp_torch.distributed.ranks import Ranks
@@ -139,6 +138,8 @@ def progress_shown(progress: Progressed, n_examples: int) -> Iterator[Callable[[
     if callable(progress):
         yield progress
     elif progress:
+        from rich.progress import Progress
+
         with Progress() as bar:
             task = bar.add_task("capturing activations", total=n_examples)
             yield lambda done: bar.advance(task, done)

@@ -5,6 +5,7 @@ graph that it made without them. So compilation is off while a context of this p
 every model of the process, and the graphs made before are used again once it has closed.
 """
 
+import functools
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ class _Eager:
     def __enter__(self) -> None:
         with self._lock:
             if self._open == 0:
-                self._stance = _force_eager()
+                self._stance = _stance()()
             self._open += 1
 
     def __exit__(self, *raised: object) -> None:
@@ -115,8 +116,12 @@ def _warn(model: nn.Module) -> None:
     )
 
 
-# Not traced, so that torch itself says whether it is compiling just now.
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+@functools.cache
+def _stance() -> Any:
+    """What sets the stance; not traced, so that torch itself says whether it is compiling now."""
+    return torch.compiler.disable(_force_eager, recursive=False)
+
+
 def _force_eager() -> Any:
     try:
         return torch.compiler.set_stance("force_eager")

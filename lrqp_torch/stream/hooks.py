@@ -135,11 +135,12 @@ def warn_of_checkpointing(modules: Sequence[nn.Module]) -> bool:
 
 
 @contextmanager
-def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor]]:
+def record_stream(model: nn.Module, first_position: int) -> Iterator[tuple[list[Tensor], Watch]]:
     """Keep the input of every block from a column on, (B, T − first_position, d) each.
 
     Yields:
-        A list that holds one tensor a block, in order, once a forward pass has run.
+        A list that holds one tensor a block, in order, once a forward pass has run; and what
+        watches that.
     """
     recorded: list[Tensor] = []
 
@@ -151,7 +152,7 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[list[Tensor
     with watch.open() as stack:
         for layer in range(len(blocks_of(model))):
             attach(stack, watch, locate(model, Site(layer, PARTS.index("pre"))), keep)
-        yield recorded
+        yield recorded, watch
 
 
 @contextmanager

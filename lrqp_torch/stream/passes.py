@@ -391,6 +391,11 @@ class Watch:
                 _open.set(tuple(watch for watch in _open.get() if watch is not self))
         self._check_ended()
 
+    @property
+    def front(self) -> int:
+        """How many tokens an adapter has put in front of any text."""
+        return max((text.front for text in self._texts), default=0)
+
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
         # A backward pass that runs blocks again does so in threads of its own.

@@ -16,12 +16,11 @@ layers above the site.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
 from lrqp_torch.stream.compiled import input_device
@@ -33,7 +32,85 @@ TOKEN_INPUTS = ("input_ids", "position_ids")
 """Inputs with one entry a token that runs; the attention mask also covers the prefix."""
 
 
-class Replay:
+class _Rerun:
+    """A clean run of a model that is kept, and passes that go on from it.
+
+    Attributes:
+        model: the model.
+        first_position: the first column that runs again; 0, so that all run, where the cache cannot
+            be cropped exactly (sliding windows, recurrent states) or an adapter puts tokens in
+            front.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], layer: int, first_position: int
+    ) -> None:
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or len(ids) == 0:
+            raise PositionError(
+                f"reruns need at least one prompt in input_ids, got {sorted(inputs)}"
+            )
+        if not 0 <= first_position < ids.shape[1]:
+            raise PositionError(
+                f"first_position {first_position} is outside the {ids.shape[1]} tokens"
+            )
+        self.model, self.first_position = model, first_position
+        self._selects = "logits_to_keep" in forward_of(model).parameters
+        self._cache_name = name_of_cache(model)
+        self._check_layer(layer, "layer")
+
+    def _check_layer(self, layer: int, name: str) -> None:
+        if not 0 <= layer < len(blocks_of(self.model)):
+            raise SiteError(f"{name} {layer}: the model has {len(blocks_of(self.model))} blocks")
+
+    def _clean(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Any]]:
+        """Logits of the last column, every block's input, and the cache of every layer."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        options = {"logits_to_keep": 1} if self._selects else {}
+        with record_stream(self.model, self.first_position) as (streams, watch):
+            output = self.model(**inputs, **options, use_cache=True)
+        found = cache_among(output)
+        plain = isinstance(found, DynamicCache) and all(
+            type(layer) is DynamicLayer for layer in found.layers
+        )
+        if watch.front or not plain:
+            self.first_position = 0
+        return output.logits[:, -1], streams, found.layers if self.first_position else []
+
+    def _columns(self, columns: Tensor) -> Tensor:
+        """Columns of the input as columns of what runs again."""
+        if len(columns) == 0 or int(columns.min()) < self.first_position:
+            raise PositionError(f"columns must be {self.first_position} or more, got {columns}")
+        return columns - self.first_position
+
+    def _go_on(
+        self,
+        inputs: Mapping[str, Tensor],
+        layers: list[Any],
+        layer: int,
+        stream: Tensor | None,
+        columns: Tensor | None,
+    ) -> Tensor:
+        """Logits, at the last column or at chosen ones of those that run."""
+        from transformers import DynamicCache
+
+        arguments: dict[str, Any] = dict(inputs)
+        if self._selects:
+            arguments["logits_to_keep"] = 1 if columns is None else columns
+        with ExitStack() as stack:
+            if layers:
+                arguments[self._cache_name] = past = DynamicCache()
+                past.layers.extend(layers)
+            if stream is not None:
+                stack.enter_context(resume_at(self.model, layer, stream))
+            logits: Tensor = self.model(**arguments, use_cache=bool(layers)).logits
+        if columns is None:
+            return logits[:, -1]
+        return logits if self._selects else logits[:, columns]
+
+
+class Replay(_Rerun):
     """A clean run of one batch, kept so that edits of its suffix can be tried cheaply.
 
     Args:
@@ -48,7 +125,8 @@ class Replay:
     Attributes:
         clean_logits: logits of the last column in the clean run, (B, vocabulary).
         first_position: as given, or 0 where the model's cache cannot be cropped exactly (sliding
-            windows), so that :meth:`run` is then the full forward pass.
+            windows, recurrent states) or an adapter puts tokens in front, so that :meth:`run` is
+            then the full forward pass.
         copies: as given.
 
     Raises:
@@ -67,26 +145,11 @@ class Replay:
         *,
         copies: int = 1,
     ) -> None:
-        if not isinstance(inputs.get("input_ids"), Tensor):
-            raise PositionError(f"replay needs input_ids, got {sorted(inputs)}")
-        length = inputs["input_ids"].shape[1]
-        if not 0 <= first_position < length:
-            raise PositionError(f"first_position {first_position} is outside the {length} tokens")
         if copies < 1:
             raise PositionError(f"copies must be at least 1, got {copies}")
-        self.model, self.copies = model, copies
-        self._cache_name = name_of_cache(model)
-        self._options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in forward_of(model).parameters:
-            self._options["logits_to_keep"] = 1
-        with record_stream(model, first_position) as self._stream:
-            output = model(**inputs, **self._options)
-        self.clean_logits: Tensor = output.logits[:, -1]
-        cache = cache_among(output)
-        plain = isinstance(cache, DynamicCache) and all(
-            type(layer) is DynamicLayer for layer in cache.layers
-        )
-        self.first_position = first_position if plain else 0
+        super().__init__(model, inputs, 0, first_position)
+        self.copies = copies
+        self.clean_logits, self._stream, layers = self._clean(inputs)
         self._inputs = {
             name: self._side_by_side(
                 tensor[:, self.first_position :] if name in TOKEN_INPUTS else tensor
@@ -94,12 +157,12 @@ class Replay:
             for name, tensor in inputs.items()
         }
         self._past = [
-            _Prefix(
+            _prefix_layer()(
                 self._side_by_side(layer.keys),
                 self._side_by_side(layer.values),
                 self.first_position,
             )
-            for layer in (cache.layers if self.first_position else [])
+            for layer in layers
         ]
 
     @torch.no_grad()
@@ -121,66 +184,54 @@ class Replay:
             SiteError: the model has no such layer.
             PositionError: a column that does not run again.
         """
-        if not 0 <= first_layer < len(blocks_of(self.model)):
-            raise SiteError(
-                f"first_layer {first_layer}: the model has {len(blocks_of(self.model))} blocks"
-            )
-        arguments: dict[str, Any] = dict(self._inputs)
-        options = dict(self._options)
-        if columns is not None:
-            if len(columns) == 0 or int(columns.min()) < self.first_position:
-                raise PositionError(f"columns must be {self.first_position} or more, got {columns}")
-            columns = columns - self.first_position
-            if "logits_to_keep" in options:
-                options["logits_to_keep"] = columns
-        with ExitStack() as stack:
-            if self.first_position:
-                cache = DynamicCache()
-                cache.layers.extend(self._past)
-                arguments[self._cache_name] = cache
-                if first_layer:
-                    stream = self._side_by_side(self._stream[first_layer])
-                    stack.enter_context(resume_at(self.model, first_layer, stream))
-            logits: Tensor = self.model(**arguments, **options).logits
-        if columns is None:
-            return logits[:, -1]
-        return logits if "logits_to_keep" in options else logits[:, columns]
+        self._check_layer(first_layer, "first_layer")
+        at = None if columns is None else self._columns(columns)
+        resumes = self.first_position and first_layer
+        stream = self._side_by_side(self._stream[first_layer]) if resumes else None
+        return self._go_on(self._inputs, self._past, first_layer, stream, at)
 
     def _side_by_side(self, tensor: Tensor) -> Tensor:
         """The copies of a batch, (B, ...) → (copies · B, ...)."""
         return tensor if self.copies == 1 else torch.cat([tensor] * self.copies)
 
 
-class _Prefix(DynamicLayer):
-    """A block's keys and values in one buffer: those of a prefix, then those of any suffix.
+@cache
+def _prefix_layer() -> type[Any]:
+    """The class of a block's cache in a replay; made when a model is there, as its base is."""
+    from transformers.cache_utils import DynamicLayer
 
-    The model's own cache would copy the prefix at every run, to put the suffix behind it. Here the
-    suffix is written into its place, and the next run writes over it.
+    class Prefix(DynamicLayer):
+        """A block's keys and values in one buffer: those of a prefix, then those of any suffix.
 
-    Args:
-        keys: (B, heads, T, head width).
-        values: the same.
-        length: columns that are kept.
-    """
+        The model's own cache would copy the prefix at every run, to put the suffix behind it. Here
+        the suffix is written into its place, and the next run writes over it.
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._whole, self._length = (keys, values), length
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
+        Args:
+            keys: (B, heads, T, head width).
+            values: the same.
+            length: columns that are kept.
+        """
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Put the suffix behind the prefix, and return both together."""
-        keys, values = self._whole
-        keys[:, :, self._length :] = key_states
-        values[:, :, self._length :] = value_states
-        return keys, values
+        def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._whole, self._length = (keys, values), length
+            self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Put the suffix behind the prefix, and return both together."""
+            keys, values = self._whole
+            keys[:, :, self._length :] = key_states
+            values[:, :, self._length :] = value_states
+            return keys, values
+
+    return Prefix
 
 
-class Tail:
+class Tail(_Rerun):
     """The clean run of n prompts, as far as reruns from a layer and a column on need it.
 
     Kept are the input of the block in the columns that run again, and keys and values of the
@@ -196,7 +247,8 @@ class Tail:
 
     Attributes:
         first_position: as given, or 0 where the model's cache cannot be cropped exactly (sliding
-            windows); :meth:`run` is then the full forward pass.
+            windows, recurrent states) or an adapter puts tokens in front; :meth:`run` is then the
+            full forward pass.
 
     Raises:
         PositionError: first_position is not a column of the inputs, or there are no input_ids.
@@ -214,27 +266,23 @@ class Tail:
         *,
         batch_size: int = 64,
     ) -> None:
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or len(ids) == 0:
-            raise PositionError(f"reruns need input_ids of at least one prompt, got {list(inputs)}")
-        if not 0 <= first_position < ids.shape[1]:
-            raise PositionError(
-                f"first_position {first_position} is outside the {ids.shape[1]} tokens"
-            )
-        if not 0 <= layer < len(blocks_of(model)):
-            raise SiteError(f"layer {layer}: the model has {len(blocks_of(model))} blocks")
-        self.model, self.layer = model, layer
-        self._device = input_device(model)
+        super().__init__(model, inputs, layer, first_position)
+        self.layer, self._device = layer, input_device(model)
         self._inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        self._selects = "logits_to_keep" in forward_of(model).parameters
-        self._cache_name = name_of_cache(model)
-        self.first_position = first_position
         streams: list[Tensor] = []
         pasts: list[list[tuple[Tensor, Tensor]]] = []
-        for rows in torch.arange(len(ids), device=self._device).split(batch_size):
-            stream, past = self._clean(rows)
-            streams.append(stream)
-            pasts.append(past)
+        for rows in torch.arange(len(inputs["input_ids"]), device=self._device).split(batch_size):
+            _, before, layers = self._clean({name: t[rows] for name, t in self._inputs.items()})
+            if not bool(torch.isfinite(before[layer]).all()):
+                raise NonFiniteError(
+                    f"the clean stream before block {layer} holds NaN or infinity; try the model "
+                    f"in float32"
+                )
+            streams.append(before[layer])
+            kept = slice(self.first_position)
+            pasts.append(
+                [(p.keys[:, :, kept].clone(), p.values[:, :, kept].clone()) for p in layers[layer:]]
+            )
         self._stream = torch.cat(streams) if self.first_position else None
         self._past = [
             (torch.cat([keys for keys, _ in parts]), torch.cat([values for _, values in parts]))
@@ -251,53 +299,21 @@ class Tail:
             rows: LongTensor (m,), which of the n prompts.
             columns: LongTensor (k,), rising, none below ``first_position``.
         """
-        rows, columns = rows.to(self._device), columns.to(self._device)
-        if len(columns) == 0 or int(columns.min()) < self.first_position:
-            raise PositionError(f"columns must be {self.first_position} or more, got {columns}")
-        arguments: dict[str, Any] = {name: tensor[rows] for name, tensor in self._inputs.items()}
-        options: dict[str, Any] = {"use_cache": bool(self.first_position)}
-        at = columns - self.first_position
-        if self._selects:
-            options["logits_to_keep"] = at
-        with ExitStack() as stack:
-            if self._stream is not None:
-                for name in ("input_ids", "position_ids"):
-                    if name in arguments:
-                        arguments[name] = arguments[name][:, self.first_position :]
-                # Layers below never read their part of the cache: only its length is asked for.
-                below = self._stream.new_zeros(1, 1, 1, 1).expand(
-                    len(rows), 1, self.first_position, 1
-                )
-                past = [(below, below)] * self.layer
-                past += [(keys[rows], values[rows]) for keys, values in self._past]
-                arguments[self._cache_name] = DynamicCache(past)
-                stack.enter_context(resume_at(self.model, self.layer, self._stream[rows]))
-            logits: Tensor = self.model(**arguments, **options).logits
-        return logits if self._selects else logits[:, at]
+        rows, at = rows.to(self._device), self._columns(columns.to(self._device))
+        inputs = {name: tensor[rows] for name, tensor in self._inputs.items()}
+        if self._stream is None:
+            return self._go_on(inputs, [], 0, None, at)
+        from transformers import DynamicCache
 
-    def _clean(self, rows: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The block's input and the cache of the layers above, for one batch."""
-        arguments: dict[str, Any] = {name: tensor[rows] for name, tensor in self._inputs.items()}
-        if self._selects:
-            arguments["logits_to_keep"] = 1
-        with record_stream(self.model, self.first_position) as streams:
-            cache = cache_among(self.model(**arguments, use_cache=True))
-        stream = streams[self.layer]
-        if not bool(torch.isfinite(stream).all()):
-            raise NonFiniteError(
-                f"the clean stream before block {self.layer} holds NaN or infinity; try the model "
-                f"in float32"
-            )
-        if not isinstance(cache, DynamicCache) or any(
-            type(layer) is not DynamicLayer for layer in cache.layers
-        ):
-            self.first_position = 0
-        column = self.first_position
-        past = [
-            (layer.keys[:, :, :column].clone(), layer.values[:, :, :column].clone())
-            for layer in (cache.layers[self.layer :] if column else [])
-        ]
-        return stream, past
+        for name in TOKEN_INPUTS:
+            if name in inputs:
+                inputs[name] = inputs[name][:, self.first_position :]
+        # Layers below never read their part of the cache: only its length is asked for.
+        below = self._stream.new_zeros(1, 1, 1, 1).expand(len(rows), 1, self.first_position, 1)
+        past = [(below, below)] * self.layer
+        past += [(keys[rows], values[rows]) for keys, values in self._past]
+        layers = DynamicCache(past).layers
+        return self._go_on(inputs, layers, self.layer, self._stream[rows], at)
 
 
 @contextmanager
