@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lrqp_torch
 
 
@@ -23,9 +25,11 @@ def test_importing_the_package_loads_no_library() -> None:
     assert {name for name in modules if name.startswith("lrqp_torch")} == {"lrqp_torch"}
 
 
-def test_the_help_of_the_command_loads_no_library() -> None:
+@pytest.mark.parametrize("command", ["", "reproduce", "compare", "fit", "study", "doctor"])
+def test_the_help_of_a_command_loads_no_library(command: str) -> None:
     modules = loaded_by(
-        "import sys; sys.argv = ['lrqp', '--help']\n"
+        f"import sys; sys.argv = ['lrqp', {command!r}, '--help']\n"
+        "sys.argv = [word for word in sys.argv if word]\n"
         "from lrqp_torch.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass"
