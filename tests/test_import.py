@@ -43,6 +43,14 @@ def test_models_are_asked_for_before_what_loads_them_is() -> None:
     assert not modules & {"transformers.modeling_utils", "cvxpy", "huggingface_hub"}
 
 
+def test_what_is_not_asked_for_is_not_loaded() -> None:
+    """cvxpy belongs to constraints of one's own and to its layers, transformers to models."""
+    names = ", ".join(name for name in lrqp_torch.__all__ if name != "ConstrainedLRQP")
+    modules = loaded_by(f"from lrqp_torch import {names}")
+    assert "torch" in modules
+    assert not modules & {"cvxpy", "cvxpylayers", "transformers", "matplotlib", "plotly"}
+
+
 def test_type_checkers_see_the_names_that_are_imported_at_run_time() -> None:
     tree = ast.parse(Path(str(lrqp_torch.__file__)).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
