@@ -79,16 +79,24 @@ def cells(value: Estimate | float | None) -> tuple[float | None, float | None, f
 
 
 def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
-    """A table by columns of cells; estimates have their ends in two columns behind theirs."""
+    """A table by columns of cells; estimates have their ends in two columns behind theirs.
+
+    Columns with ``(%)`` in their heading are given as shares and shown in per cent.
+    """
     headings: list[str] = []
     shown: list[Sequence[Cell]] = []
     for heading, values in columns.items():
+        scale = 100 if "(%)" in heading else 1
         if any(isinstance(value, Estimate) for value in values):
-            headings += [heading, "lower 95 %", "upper 95 %"]
-            shown += zip(*map(cells, values), strict=True)
+            names = (
+                ("lower 95 %", "upper 95 %") if scale == 1 else ("lower end (%)", "upper end (%)")
+            )
+            headings += [heading, *names]
+            ends = list(zip(*map(cells, values), strict=True))
         else:
             headings.append(heading)
-            shown.append(values)
+            ends = [tuple(values)]
+        shown += [_times(scale, column) for column in ends]
     return Table(headings, list(zip(*shown, strict=True)))
 
 
@@ -98,6 +106,10 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def _times(scale: int, column: Sequence[Any]) -> Sequence[Any]:
+    return column if scale == 1 else [v if v is None else scale * v for v in column]
 
 
 def joined(*words: str) -> str:

@@ -108,7 +108,7 @@ def test_no_dose_flips_much_where_the_order_is_only_knowable() -> None:
     assert task.probe_accuracy > 0.95
     assert flips(task.doses[-1]) < 0.1
     assert task.half_dose() is None
-    assert "no dose of the sweep" in PART.panels(found)[0].text
+    assert "no dose of the sweep" in " ".join(PART.says(found))
 
 
 def test_mirror_rule_asks_for_at_least_its_floor(result: DoseResult) -> None:
@@ -123,9 +123,9 @@ def test_part_keeps_its_promises(result: DoseResult) -> None:
     (panel,) = PART.panels(result)
     assert panel.table is not None
     assert len(panel.table.rows) == 2 * (len(ALPHAS) + 2)
-    curve = panel.charts["answers flipped"].panes[0].marks[0]
+    curve = panel.charts["answers flipped (%)"].panes[0].marks[0]
     assert list(curve.x) == list(ALPHAS)
-    assert list(curve.y) == [flips(edit) for edit in result.tasks["prefixed"].doses]
+    assert list(curve.y) == [100 * flips(edit) for edit in result.tasks["prefixed"].doses]
     assert len(PART.figures(result)["dose"].panes) == 4
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_answers_nothing_is_shown_too(result: DoseResult) -> None:
     }
     empty = replace(result, tasks=tasks)
     assert tasks["plain"].half_dose() is None
-    assert "no held-out prompt with IO" in PART.panels(empty)[0].text
+    assert "no held-out prompt with IO" in " ".join(PART.says(empty))
     check(PART, empty)
 
 
@@ -184,7 +184,7 @@ def test_without_answers_the_next_token_is_measured() -> None:
     assert task.counterfactual.flipped is None and task.counterfactual.preference is None
     assert task.counterfactual.divergence.known > 1 > 10 * task.control.divergence.known
     check(PART, found)
-    assert "answers flipped" not in PART.panels(found)[0].charts
+    assert "answers flipped (%)" not in PART.panels(found)[0].charts
     assert "nats of the next token" in PART.says(found)[0]
 
 

@@ -179,7 +179,7 @@ def test_an_edit_that_changes_nothing_has_no_effect_to_share(context: StudyConte
         assert found.restored is None and found.induced is None
         assert found.answers_restored is None
     (panel,) = PART.panels(result)
-    assert "no effect of which a share could be told" in panel.text
+    assert "no effect of which a share could be told" in " ".join(PART.says(result))
     assert panel.table is not None and panel.table.rows[0][1] is None
     assert PART.figures(result) == {}
     check(PART, result)
@@ -254,7 +254,7 @@ def test_of_own_prompts_the_heads_that_write_the_answer_are_found_in_training_pr
         for kind in ("restored", "induced"):
             assert getattr(result.groups[0], kind).known > 0.6
             assert getattr(ceiling, kind).known > 0.6
-    assert "class that holds − other" in PART.panels(result)[0].text
+    assert "class that holds − other" in " ".join(PART.says(result))
 
 
 def test_prompts_without_answers_are_refused() -> None:

@@ -408,7 +408,7 @@ def _probe_panel(result: CircuitResult) -> Panel:
             {
                 "head": [r.head for r in result.probes],
                 "condition": [r.condition for r in result.probes],
-                "reads the order asked for": [r.reports for r in result.probes],
+                "reads the order asked for (%)": [r.reports for r in result.probes],
                 "mean log odds of the true order (nats)": [r.log_odds.mean for r in result.probes],
             }
         ),

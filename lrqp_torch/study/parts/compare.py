@@ -82,8 +82,8 @@ def _of(name: str, condition: str = "counterfactual") -> Callable[[MethodResult]
 _AT = "at LRQP's effect, relative to LRQP"
 _KL = "KL {elsewhere} (nats)"
 MEASURES = (
-    Measure("answers flipped", _of("flipped"), "answers flipped"),
-    Measure("answers flipped under control", _of("flipped", "control"), "answers flipped"),
+    Measure("answers flipped (%)", _of("flipped"), "answers flipped (%)"),
+    Measure("answers flipped under control (%)", _of("flipped", "control"), "answers flipped (%)"),
     Measure("mean {preference} ({unit})", _of("logit_difference")),
     Measure("mean {preference} under control ({unit})", _of("logit_difference", "control")),
     Measure("Mahalanobis length", _of("distance"), "Mahalanobis length"),
@@ -457,7 +457,7 @@ def _points(result: CompareResult, site: SiteComparison) -> Table:
         "method": [curve.title for curve, _ in every],
         "dose": [f"{curve.dose} {point.dose:g}" for curve, point in every],
         _titled(result, "fall of {preference} ({unit})"): [point.effect for _, point in every],
-        "flipped": [point.flipped for _, point in every],
+        "flipped (%)": [point.flipped for _, point in every],
     }
     for cost in site.costs:
         title = _axis(result, cost)
@@ -539,7 +539,8 @@ def _dots(result: CompareResult, site: SiteComparison) -> Chart:
         name, colour = conditions[index]
         looks: dict[str, Any] = {"colour": colour, "filled": not index, "shift": 0.2 * index}
         values = [measure.read(row) for row in rows]
-        return marks_of(name, [row.title for row in rows], values, kind="points", **looks)
+        names, scale = [row.title for row in rows], 100 if "(%)" in measure.title else 1
+        return marks_of(name, names, values, scale=scale, kind="points", **looks)
 
     heads = [m.head for m in MEASURES if m.head and any(m.read(row) for row in rows)]
     panes = [
@@ -557,13 +558,14 @@ def _dots(result: CompareResult, site: SiteComparison) -> Chart:
 
 
 def _measured(result: CompareResult, site: SiteComparison, measure: Measure) -> Pane:
-    own = measure.read(site.method(FITTED))
+    own, scale = measure.read(site.method(FITTED)), 100 if "(%)" in measure.title else 1
+    looks: dict[str, Any] = {"kind": "points", "legend": False, "scale": scale}
     marks = [
-        marks_of(row.title, [row.title], [value], kind="points", legend=False, **LOOKS[row.name])
+        marks_of(row.title, [row.title], [value], **looks, **LOOKS[row.name])
         for row in _built(site)
         if (value := measure.read(row))
     ]
-    rules = [Rule(own.known)] if own and own.value is not None else []
+    rules = [Rule(scale * own.known)] if own and own.value is not None else []
     return _by_method(site, marks, y_title=_titled(result, measure.title), rules=rules)
 
 

@@ -260,7 +260,7 @@ def _outcomes(
 ) -> dict[str, list[Estimate | Cell]]:
     words = result.words
     return {
-        f"{what}answers flipped": [item.flipped for item in outcomes],
+        f"{what}answers flipped (%)": [item.flipped for item in outcomes],
         f"{what}{words.preference} ({words.unit})": [item.logit_difference for item in outcomes],
     }
 
@@ -278,8 +278,8 @@ def _split_table(result: ControlsResult) -> Table:
             "space": [split.space for split in splits],
             "part": [place for _, place, _ in every],
             **_outcomes(result, [piece.outcome for piece in pieces]),
-            "share of effect": [piece.outcome.effect or NOTHING for piece in pieces],
-            "share of ‖δ‖²": [piece.share for piece in pieces],
+            "share of effect (%)": [piece.outcome.effect or NOTHING for piece in pieces],
+            "share of ‖δ‖² (%)": [piece.share for piece in pieces],
             "Mahalanobis length / edit's": [piece.mahalanobis for piece in pieces],
             "class means apart (SD within class)": lies("separation"),
             "edit moves (SD)": lies("shift"),
@@ -287,7 +287,7 @@ def _split_table(result: ControlsResult) -> Table:
             "farthest natural (SD)": lies("farthest"),
             "dimensions": [split.dimensions for split in splits],
             "rank of the weights": [split.rank for split in splits],
-            "share of the weights' norm held": [split.energy for split in splits],
+            "share of the weights' norm held (%)": [split.energy for split in splits],
         }
     )
 
@@ -297,7 +297,7 @@ def _site_table(result: ControlsResult) -> Table:
     return table_of(
         {
             "site": [item.site for item in items],
-            "probe accuracy": [item.probe_accuracy for item in items],
+            "probe accuracy (%)": [item.probe_accuracy for item in items],
             f"as accurate as at {result.site}": [
                 "yes" if item.as_accurate else "no" for item in items
             ],
@@ -323,7 +323,7 @@ def _chance_table(result: ControlsResult) -> Table:
             **columns,
             "flipped by seed": [*none, *seeds],
             "Mahalanobis length / edit's": [*none, *(item.length for item in chance)],
-            "accuracy of its probe on its own labels": [
+            "accuracy of its probe on its own labels (%)": [
                 *(accuracy for _, _, accuracy, _ in own),
                 *(item.accuracy for item in chance),
             ],

@@ -230,14 +230,13 @@ class Dose(Part[DoseResult]):
         """The dose curves, with a table."""
         words, measures = result.words, _measures(result)
         charts = {key: Chart([_pane(result, *measure)]) for key, measure in measures.items()}
-        if "answers flipped" in measures:
-            charts["flips by size"] = Chart(
-                [_pane(result, *measures["answers flipped"], against="distance")]
-            )
+        flips = measures.get("answers flipped (%)")
+        if flips is not None:
+            charts["flips by size"] = Chart([_pane(result, *flips, against="distance")])
         shares = (
             f" Shares are of the prompts answered {words.held} without an edit, with Wilson 95 % "
             "intervals."
-            if "answers flipped" in measures
+            if flips is not None
             else ""
         )
         every = [
@@ -253,8 +252,7 @@ class Dose(Part[DoseResult]):
             Panel(
                 name="dose",
                 title=f"How much belief it takes: odds against answers at {result.site}",
-                text="\n\n".join(self.says(result))
-                + f"\n\nEach point of a curve is a counterfactual edit at {words.position} after "
+                text=f"Each point of a curve is a counterfactual edit at {words.position} after "
                 f"which the probe's odds for the other {words.value} are at least α on every "
                 "held-out prompt; prompts whose odds suffice already stay as they are. Stars are "
                 f"the mirror rule towards the other {words.value}, at its mean log α, and open "
@@ -271,7 +269,7 @@ class Dose(Part[DoseResult]):
                             key: [getattr(edit, field) for *_, edit in every]
                             for key, (field, _) in measures.items()
                         },
-                        "prompts changed": [edit.edited for *_, edit in every],
+                        "prompts changed (%)": [edit.edited for *_, edit in every],
                     }
                 ),
             )
@@ -282,7 +280,7 @@ def _measures(result: DoseResult) -> dict[str, tuple[str, str]]:
     """What is drawn, by its name: the field of :class:`EditSummary`, and the title of the axis."""
     words = result.words
     measures = {
-        "answers flipped": ("flipped", "share of answers flipped"),
+        "answers flipped (%)": ("flipped", "answers flipped (%)"),
         words.preference: ("preference", f"mean {words.preference} at {words.end} ({words.unit})"),
         "change of the next token": ("divergence", "mean KL from the clean run (nats)"),
         "Mahalanobis size": ("distance", "mean Mahalanobis length of the edit"),
@@ -346,7 +344,9 @@ def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha"
         ):
             x = [getattr(edit, against) for edit in edits]
             places = [item.known if isinstance(item, Estimate) else item for item in x]
-            marks.append(marks_of(label, places, [getattr(e, field) for e in edits], **looks))
+            values = [getattr(edit, field) for edit in edits]
+            scale = 100 if field == "flipped" else 1
+            marks.append(marks_of(label, places, values, scale=scale, **looks))
         if field == "preference" and task.clean is not None:
             rules.append(Rule(task.clean.known, colour=style["colour"]))
     return Pane(
@@ -356,7 +356,7 @@ def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha"
         if against == "log_alpha"
         else "mean Mahalanobis length of the edit",
         y_title=title,
-        y_range=(-0.03, 1.03) if field == "flipped" else None,
+        y_range=(-4.0, 104.0) if field == "flipped" else None,
     )
 
 

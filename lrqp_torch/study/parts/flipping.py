@@ -369,13 +369,13 @@ def sites_table(study: StudyResults) -> Table:
     sites, unit = list(study.sites.values()), study.words.unit
     columns: dict[str, list[Estimate | str | float | int | None]] = {
         "site": list(study.sites),
-        "probe accuracy (%)": [_percent(site.probe_accuracy) for site in sites],
-        "shuffled labels (%)": [_percent(site.shuffled_accuracy) for site in sites],
+        "probe accuracy (%)": [site.probe_accuracy for site in sites],
+        "shuffled labels (%)": [site.shuffled_accuracy for site in sites],
     }
     for condition in reversed(CONDITIONS):
         edits: list[ConditionResult] = [getattr(site, condition) for site in sites]
         if study.answered is not None:
-            columns[f"flipped, {condition} (%)"] = [_percent(edit.flipped) for edit in edits]
+            columns[f"flipped, {condition} (%)"] = [edit.flipped for edit in edits]
             name = f"{condition}: {study.words.preference} ({unit})"
             columns[name] = [edit.logit_difference for edit in edits]
         columns[f"{condition}: KL (nats)"] = [edit.divergence for edit in edits]
@@ -386,15 +386,6 @@ def sites_table(study: StudyResults) -> Table:
         "failed edits": [site.control.failed + site.counterfactual.failed for site in sites],
     }
     return table_of(columns)
-
-
-def _percent(share: Estimate | None) -> Estimate | None:
-    if share is None:
-        return None
-    value, lower, upper = (
-        None if end is None else 100 * end for end in (share.value, share.lower, share.upper)
-    )
-    return Estimate(value, lower, upper, share.n)
 
 
 def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:

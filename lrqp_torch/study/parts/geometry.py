@@ -46,7 +46,7 @@ MOST_DIRECTIONS = 10
 APART = 0.9
 """Held-out accuracy of thresholds on direction 1 from which the classes count as apart."""
 
-ACCURACY = "accuracy on direction 1"
+ACCURACY = "accuracy on direction 1 (%)"
 
 _LONGEST_TEXT = 90
 
@@ -259,8 +259,8 @@ MEASURES: dict[str, Callable[[SiteGeometry], Estimate | float]] = {
     "eta squared, direction 2": lambda site: site.eta_squared[1],
     ACCURACY: lambda site: site.accuracy,
     "area under the curve": lambda site: site.auc,
-    "share of all variance, direction 1": lambda site: site.variance[0],
-    "share of all variance, direction 2": lambda site: site.variance[1],
+    "share of all variance, direction 1 (%)": lambda site: site.variance[0],
+    "share of all variance, direction 2 (%)": lambda site: site.variance[1],
 }
 
 
@@ -326,7 +326,7 @@ class Geometry(Part[GeometryResult]):
             )
         curves = [
             _by_site(result, "eta squared, direction 1", "Share of direction 1's variance (η²)"),
-            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1"),
+            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1 (%)"),
         ]
         title = f"How much of the largest direction is {result.words.variable}"
         return {
@@ -367,8 +367,7 @@ class Geometry(Part[GeometryResult]):
             Panel(
                 name="geometry-by-site",
                 title=f"How much of the largest direction is {words.variable}",
-                text="\n\n".join(self.says(result))
-                + "\n\nEta squared is the variance between classes over the total variance along a "
+                text="Eta squared is the variance between classes over the total variance along a "
                 f"direction, on held-out prompts; a direction unrelated to the {words.value} stays "
                 f"below {first.eta_chance:.3f} in 95 % of cases. Bars on the accuracy are Wilson "
                 "95 % intervals.",
@@ -455,21 +454,23 @@ def _plane(result: GeometryResult, name: str, site: str, title: str, *, large: b
 
 def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
     """One measure by site, a curve a task."""
+    scale = 100 if "(%)" in measure else 1
     marks = [
         marks_of(
             task_in_words(name) or result.words.variable,
             list(task.sites),
             [MEASURES[measure](item) for item in task.sites.values()],
+            scale=scale,
             **look(index),
         )
         for index, (name, task) in enumerate(result.tasks.items())
     ]
     return Pane(
         marks,
-        rules=[Rule(1 / len(result.classes))] if measure == ACCURACY else [],
+        rules=[Rule(scale / len(result.classes))] if measure == ACCURACY else [],
         x_title=SITES,
         y_title=title,
-        y_range=(-0.03, 1.03),
+        y_range=(-0.04 * scale, 1.04 * scale),
     )
 
 

@@ -222,20 +222,18 @@ class Mediation(Part[MediationResult]):
         """Shares of the edit's effect that sets of attention patterns carry."""
         groups, words = result.groups, result.words
         who = WRITERS if any(group.group == WRITERS for group in groups) else MOVERS
-        text = " ".join(self.says(result))
-        if result.shown:
-            text += (
-                f" All heads above the site are the most that attention from {words.end} can "
-                "carry; sets of other heads, drawn at random, show what setting as many patterns "
-                "does by itself. The shares of different sets need not add up. Bars are bootstrap "
-                "95 % intervals."
-            )
+        text = (
+            f"All heads above the site are the most that attention from {words.end} can carry; "
+            "sets of other heads, drawn at random, show what setting as many patterns does by "
+            "itself. The shares of different sets need not add up. Bars are bootstrap 95 % "
+            "intervals."
+        )
         columns: dict[str, Sequence[Any]] = {
             f"attention from {words.end} of": [_label(group) for group in groups],
-            "restored": [group.restored for group in groups],
-            "induced": [group.induced for group in groups],
-            "answers restored": [group.answers_restored for group in groups],
-            "answers flipped": [group.answers_flipped for group in groups],
+            "restored (%)": [group.restored for group in groups],
+            "induced (%)": [group.induced for group in groups],
+            "answers restored (%)": [group.answers_restored for group in groups],
+            "answers flipped (%)": [group.answers_flipped for group in groups],
             f"{words.preference}, restored": [group.preference_restored for group in groups],
             f"{words.preference}, induced": [group.preference_induced for group in groups],
             "heads": [_listed(group) for group in groups],
@@ -244,7 +242,7 @@ class Mediation(Part[MediationResult]):
             Panel(
                 name="mediation",
                 title=f"Is the effect carried by where the {who} look?",
-                text=text,
+                text=text if result.shown else "The edit has no effect to share.",
                 charts={"": Chart([_bars(result)])} if result.shown else {},
                 table=table_of(columns),
             )

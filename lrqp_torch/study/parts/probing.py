@@ -52,7 +52,7 @@ MOST_SITES, CONTROL_SITES = 12, 6
 TOLERANCE = 1e-4
 """Relative gradient norm of the probes: accuracies do not move below it, and it halves the time."""
 
-_ACCURACY, _SHARES = "held-out accuracy", (-0.03, 1.03)
+_ACCURACY, _SHARES = "held-out accuracy (%)", (-4.0, 104.0)
 _SAME_WITHOUT_PREFIX = {POSITION_S1: CLAUSE_S1, POSITION_IO: CLAUSE_IO}
 
 
@@ -251,8 +251,7 @@ class Probing(Part[ProbingResult]):
             Panel(
                 name="probing",
                 title="What can be read from the clean activations",
-                text="\n\n".join(self.says(result))
-                + "\n\nThe shares are those of the best site. A variable counts as readable where "
+                text="The shares are those of the best site. A variable counts as readable where "
                 f"the lower end of a Wilson 95 % interval lies more than {MARGIN} above that of "
                 "guessing, which is the share of the most frequent class among the held-out "
                 "prompts; that it can be read does not mean that the model uses it.",
@@ -274,9 +273,9 @@ class Probing(Part[ProbingResult]):
                         "task": [task_in_words(item.task) or "–" for item, _ in every],
                         "variable": [item.variable for item, _ in every],
                         "site": [score.site for _, score in every],
-                        "accuracy": [score.accuracy for _, score in every],
-                        "most frequent class, held out": [item.baseline for item, _ in every],
-                        "shuffled labels": [s.shuffled and s.shuffled.value for _, s in every],
+                        "accuracy (%)": [score.accuracy for _, score in every],
+                        "most frequent class, held out (%)": [item.baseline for item, _ in every],
+                        "shuffled labels (%)": [s.shuffled and s.shuffled.value for _, s in every],
                         "classes": [len(item.classes) for item, _ in every],
                         "training prompts": [item.train for item, _ in every],
                         "held-out prompts": [item.test for item, _ in every],
@@ -366,6 +365,7 @@ def _token(result: ProbingResult, items: list[VariableScores]) -> Chart:
             item.variable,
             [score.site for score in item.scores],
             [score.accuracy for score in item.scores],
+            scale=100,
             dash="dash" if item.variable in (CLAUSE_S1, CLAUSE_IO) else "solid",
             **look(order.index(item.variable) if item.variable in order else 0),
         )
@@ -398,6 +398,7 @@ def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pan
                 task or "probe",
                 sites,
                 [score.accuracy for score in item.scores],
+                scale=100,
                 notes=[f"{about}, {item.test} prompts" for _ in sites],
                 **colours,
             )
@@ -408,11 +409,12 @@ def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pan
                 joined("shuffled labels", task),
                 [site for site, _ in shuffled],
                 [share.value for _, share in shuffled],
+                scale=100,
                 kind="points",
                 **colours | {"marker": "cross"},
             )
         )
-        rules.append(Rule(item.baseline, colour=colours["colour"]))
+        rules.append(Rule(100 * item.baseline, colour=colours["colour"]))
     return Pane(
         marks,
         rules=rules,
