@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, SiteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.compiled import modules_of
-from lrqp_torch.stream.passes import ForwardCall, Watch
+from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.sites import blocks_of, projection_of
+from lrqp_torch.stream.watch import Watch
 
 NAME = "lrqp_patterns"
 
@@ -57,7 +58,7 @@ def visit_patterns(
         SiteError: a layer out of range.
         UnknownFamilyError: the model's attention cannot be dispatched.
     """
-    watch = watch or Watch(model, warns=False)
+    watch = watch or Watch(model)
     modules = {layer: _attention_module(model, layer) for layer in visits}
     config = getattr(model, "config", None)
     previous = getattr(config, "_attn_implementation", None)
@@ -92,7 +93,7 @@ def record_patterns(
         Layer to probabilities over all keys, (B, heads, T), from the last forward pass.
     """
     recorded: dict[int, Tensor] = {}
-    watch = Watch(model, warns=False)
+    watch = Watch(model)
 
     def keeper(layer: int) -> Visit:
         def keep(pattern: Tensor) -> None:
@@ -122,7 +123,7 @@ def set_patterns(
     by_layer: dict[int, dict[int, Tensor]] = {}
     for (layer, head), pattern in patterns.items():
         by_layer.setdefault(layer, {})[head] = pattern
-    watch = Watch(model, warns=False)
+    watch = Watch(model)
 
     def setter(layer: int, heads: dict[int, Tensor]) -> Visit:
         def replace(pattern: Tensor) -> Tensor:

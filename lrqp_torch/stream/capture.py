@@ -22,9 +22,10 @@ from lrqp_torch.stream.inputs import (
     may_trim,
     take,
 )
-from lrqp_torch.stream.passes import ForwardCall, Watch, cache_among, opened
+from lrqp_torch.stream.passes import ForwardCall, cache_among
 from lrqp_torch.stream.positions import Positions, Where, check_fit
 from lrqp_torch.stream.sites import Located, Site, locate
+from lrqp_torch.stream.watch import Watch, opened
 
 ALONE = Ranks()
 """One process."""
@@ -230,7 +231,8 @@ class Reading:
         known = positions is None or isinstance(positions, Tensor)
         said = positions if known or self.places is None else self.places.positions.token
         self.digest_of_positions = digest_values({"positions": said})
-        call = Watch(model).read({name: inputs[name] for name in _READ if name in inputs})
+        given = {name: inputs[name] for name in _READ if name in inputs}
+        call = Watch(model, warns=True).texts.read(given)
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
@@ -347,7 +349,7 @@ class _Places:
         example = torch.arange(len(batch.examples)).repeat_interleave(counts)
         token = self.positions.token[pairs] - batch.first[example]
         size = len(batch.examples)
-        table = torch.stack([example, token, self.positions.slot[pairs], 0 * token], 1)
+        table = torch.stack([example, token, 0 * token], 1)
         return Positions(table, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask)
 
     def rows(self, batch: Batch) -> Tensor:
@@ -389,7 +391,7 @@ def _read(
 
         return read
 
-    watch = Watch(model, warns=False)
+    watch = Watch(model)
     with watch.open() as stack:
         for item in sorted(located, key=lambda item: item.site):
             attach(stack, watch, item, keep(item))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lrqp_torch.errors import ModelError, SiteError, warn
 from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.discovery import first_tensor, with_first
-from lrqp_torch.stream.passes import ForwardCall, Watch, hook
-from lrqp_torch.stream.positions import Follower, Positions
+from lrqp_torch.stream.following import Follower
+from lrqp_torch.stream.passes import ForwardCall
+from lrqp_torch.stream.positions import Positions
 from lrqp_torch.stream.sites import (
     PARTS,
     Located,
@@ -29,6 +30,7 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
+from lrqp_torch.stream.watch import Watch, hook, hook_after
 
 Visit = Callable[[Tensor, Tensor | None, float, ForwardCall], Tensor]
 """Called with a module's tensor, what it is added to (None where it is the stream itself), what it
@@ -47,7 +49,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
             call = watch.call(stream, stream)
             return None if call is None else _put(args, kwargs, visit(stream, None, 1.0, call))
 
-        hook(stack, located.block, before_block, before=True)
+        hook(stack, located.block, before_block)
         return
 
     scale = located.cut.scale if located.site.part == "mid" else None
@@ -65,7 +67,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         return with_first(output, visit(stream, residual, scale or 1.0, call))
 
     written = located.block if located.site.part == "post" else located.attention_output
-    hook(stack, written, after, before=False)
+    hook_after(stack, written, after)
     if scale is None:
         return
 
@@ -74,7 +76,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
         residuals[threading.get_ident()] = _stream(module, args, kwargs)
 
-    hook(stack, located.first_reader, remember, before=True)
+    hook(stack, located.first_reader, remember)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -190,7 +192,7 @@ def record_heads(
     with watch.open() as stack:
         for layer in layers:
             projection = projection_of(model, locate(model, f"L{layer}.pre").site.layer)
-            hook(stack, projection, keeper(layer), before=True)
+            hook(stack, projection, keeper(layer))
         yield recorded
 
 
@@ -222,7 +224,7 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
 
     with run_eagerly(model), ExitStack() as stack:
         # Prepended: edits of this block's input must find the stream already in place.
-        hook(stack, blocks[layer], replace_stream, before=True, prepend=True)
+        hook(stack, blocks[layer], replace_stream, first=True)
         setattr(owner, name, blocks[layer:])
         try:
             yield

@@ -19,10 +19,12 @@ from lrqp_torch.errors import (
     readable,
 )
 from lrqp_torch.stream.compiled import modules_of
+from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
-from lrqp_torch.stream.passes import ForwardCall, Watch
-from lrqp_torch.stream.positions import Follower, Positions, Where
+from lrqp_torch.stream.passes import ForwardCall
+from lrqp_torch.stream.positions import Positions, Where
 from lrqp_torch.stream.sites import Located, locate
+from lrqp_torch.stream.watch import Watch
 
 Record = TypeVar("Record")
 
@@ -133,7 +135,8 @@ def intervene(
         raise PositionError("no interventions were given: nothing would be edited")
     modules = modules_of(model)
     warn_of_dropout(modules)
-    watch = Watch(model, [item.places for item in applied], warn_of_checkpointing(modules))
+    reruns = warn_of_checkpointing(modules)
+    watch = Watch(model, [item.places for item in applied], reruns=reruns)
     with watch.open(modules) as stack:
         for item in sorted(applied, key=lambda item: item.located.site):
             attach(stack, watch, item.located, item.apply)

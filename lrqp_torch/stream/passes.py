@@ -1,37 +1,19 @@
-"""Whose forward pass it is: what a model was given, in which context, and in which text.
+"""What a forward pass was given, and which text it goes on with, however it was called."""
 
-A context acts on passes of the thread that opened it (more exactly, of its :mod:`contextvars`
-context, which ``asyncio.to_thread`` takes along), on the model itself and not on copies of it, and
-until it closes. Passes of other threads stay untouched, and are named where an edit was missed.
-"""
-
-import contextvars
 import functools
 import inspect
 import sys
-import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import (
-    EditNeverFiredError,
-    PositionError,
-    concrete,
-    in_transforms,
-    outside_transforms,
-    unwrapped,
-)
-from lrqp_torch.stream.compiled import run_eagerly
-from lrqp_torch.stream.compiled import unwrapped as uncompiled
-from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
+from lrqp_torch.errors import PositionError, concrete, warn
+from lrqp_torch.stream.compiled import unwrapped
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names that transformers has given to a model's KV cache, the newest first."""
@@ -42,8 +24,6 @@ _HIDDEN = -1e4
 _UNCACHED = 4
 """So many texts without a cache are remembered: guidance has two that take turns."""
 
-_open: contextvars.ContextVar[tuple["Watch", ...]] = contextvars.ContextVar("open", default=())
-
 
 class LeftPaddingWarning(UserWarning):
     """A left-padded batch without ``position_ids`` on a model with learned positions."""
@@ -51,7 +31,7 @@ class LeftPaddingWarning(UserWarning):
 
 def forward_of(module: nn.Module) -> inspect.Signature:
     """What a model's class takes, whatever its ``forward`` was wrapped in or replaced by."""
-    plain = uncompiled(module)
+    plain = unwrapped(module)
     if hasattr(plain, "get_base_model"):
         plain = cast(Any, plain).get_base_model()
     return _signature(type(plain).forward)
@@ -77,7 +57,7 @@ def arguments_of(
         given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
     except TypeError as error:
         raise PositionError(
-            f"the call of {type(uncompiled(module)).__name__} cannot be understood ({error}); "
+            f"the call of {type(unwrapped(module)).__name__} cannot be understood ({error}); "
             f"pass its arguments by name"
         ) from error
     for name, parameter in signature.parameters.items():
@@ -112,6 +92,12 @@ def name_of_cache(model: nn.Module) -> str:
     return next((name for name in CACHES if name in known), CACHES[0])
 
 
+def puts_tokens_in_front(model: nn.Module) -> bool:
+    """Whether a model has an adapter that does so: prompt, prefix or p-tuning of peft."""
+    adapter = getattr(model, "active_peft_config", None)
+    return bool(getattr(adapter, "is_prompt_learning", False))
+
+
 def _kind(value: object) -> str:
     return type(value).__name__
 
@@ -136,32 +122,26 @@ class Text:
     Attributes:
         number: of the context's texts, from 0.
         batch: rows.
-        start: tokens that its cache held when it was first seen.
         prompt: tokens of the first call.
         front: columns that an adapter put in front of it (prompt and prefix tuning).
-        cache: a weak reference to its cache, if it has one.
-        end: how far it has been read.
         began: number of the first call, among those of the context.
-        last: number of the latest.
-        tokens: of the latest call, where there is no cache.
+        cache: a weak reference to its cache, if it has one.
         after: without a cache, the text that has one token less, if it is a text of its own.
+        end: how far it has been read.
+        last: number of the latest call; -1 before the first.
+        tokens: of the latest call, where there is no cache.
     """
 
     number: int
     batch: int
-    start: int
     prompt: int
     front: int
-    cache: Any
+    began: int
+    cache: Any = None
+    after: "Text | None" = None
     end: int = 0
-    began: int = -1
     last: int = -1
     tokens: Tensor | None = None
-    after: "Text | None" = None
-
-    def holds(self, cache: Any) -> bool:
-        """Whether the text is in this cache."""
-        return self.cache is not None and self.cache() is cache
 
 
 @dataclass(eq=False)
@@ -173,9 +153,9 @@ class ForwardCall:
         length: tokens in this call.
         past: tokens before, which are in the KV cache.
         mask: attention mask over past and present tokens, (B, past + length), or None.
-        square: a four-dimensional attention mask, as calls with a static cache have it, or None.
+        square: a mask of queries and keys, as calls with a static cache have it, or None.
         continues: whether the call fills a KV cache, so that later calls may bring further tokens.
-        tokens: the tokens, (B, length), or their embeddings.
+        tokens: the tokens, (B, front + length), or their embeddings.
         front: columns of this call that an adapter put in front of the text.
         text: which text it reads.
         meanwhile: texts that began since the text's call before.
@@ -190,7 +170,7 @@ class ForwardCall:
     tokens: Tensor
     front: int
     text: Text
-    meanwhile: tuple[Text, ...] = ()
+    meanwhile: list[Text]
 
     @property
     def end(self) -> int:
@@ -236,280 +216,37 @@ class ForwardCall:
         return {name: self.tokens[:, self.front : self.front + length]}
 
 
-class Follows(Protocol):
-    """What is to see every call of a context, before it runs."""
-
-    def see(self, call: ForwardCall) -> None:
-        """Take notice of a call, or refuse it."""
-
-
-class Hook:
-    """A function that a module calls while a context is open, and that no copy of it takes along.
+class Texts:
+    """The texts that the passes of one context read, told apart by their caches or their tokens.
 
     Args:
-        function: what to call.
+        absolute_positions: whether the model counts columns where it is given no ``position_ids``,
+            and to warn of padding that it would count.
+        has_adapter: whether an adapter puts tokens in front of every text.
+        compares: whether texts without a cache must be told apart.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
-        return self.function(*args, **kwargs)
-
-
-class _Instead:
-    """A method of one object that is replaced for as long as any context needs it."""
-
-    def __init__(self, before: Any, function: Callable[..., Any]) -> None:
-        self.before, self.function, self.users = before, function, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def replace_method(
-    stack: ExitStack, owner: nn.Module, name: str, change: Callable[..., Callable[..., Any]]
-) -> None:
-    """Let ``change(owner, method)`` stand for a method of one object until the stack closes."""
-    own = vars(owner)
-    held = own.get(name)
-    if not isinstance(held, _Instead):
-        held = own[name] = _Instead(held, change(owner, getattr(owner, name)))
-    held.users += 1
-
-    def restore(instead: _Instead = held) -> None:
-        instead.users -= 1
-        if not instead.users:
-            del own[name]
-            if instead.before is not None:
-                own[name] = instead.before
-
-    stack.callback(restore)
-
-
-def hook(
-    stack: ExitStack,
-    module: nn.Module,
-    function: Callable[..., Any],
-    *,
-    before: bool,
-    prepend: bool = False,
-    always: bool = False,
-) -> None:
-    """Call a function before or after a module's forward until the stack closes.
-
-    Copies of the module that are made meanwhile, by ``deepcopy`` or ``pickle``, have no hook.
-    """
-    replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
-    if before:
-        handle = module.register_forward_pre_hook(Hook(function), prepend=prepend, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(
-            Hook(function), prepend=prepend, with_kwargs=True, always_call=always
-        )
-    stack.callback(handle.remove)
-
-
-def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable[[int], Any]:
-    """What copies a module, without what contexts have put in."""
-
-    def plain(protocol: int) -> Any:
-        made = reduce(protocol)
-        if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
-            return made
-        state = {name: value for name, value in made[2].items() if not isinstance(value, _Instead)}
-        ours = set()
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            ours |= {key for key, value in state[name].items() if isinstance(value, Hook)}
-        for name, value in state.items():
-            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-                state[name] = type(value)((k, v) for k, v in value.items() if k not in ours)
-        return (*made[:2], state, *made[3:])
-
-    return plain
-
-
-@dataclass(eq=False)
-class Watch:
-    """The forward passes of a model that belong to one context.
-
-    Args:
-        model: a transformers model.
-        follows: what is to see, and may refuse, every call.
-        reruns: whether blocks run again in the backward pass (gradient checkpointing).
-        warns: whether to warn of padding that the model takes for text.
-
-    Attributes:
-        others: names of other threads that ran the model meanwhile.
-        closed: whether the context has closed.
-    """
-
-    model: nn.Module
-    follows: Sequence[Follows] = ()
-    reruns: bool = False
-    warns: bool = True
-    others: set[str] = field(default_factory=set, init=False)
-    closed: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.trunk = trunk_of(self.model)
-        self._absolute = layout_of(self.model).absolute_positions
-        self._under_way: dict[int, ForwardCall] = {}
-        self._latest: ForwardCall | None = None
-        self._prompts: dict[int, Any] = {}
-        self._outer: dict[int, dict[str, Any]] = {}
-        self._entered: dict[int, ForwardCall] = {}
-        self._threads: set[int] = set()
-        self._texts: list[Text] = []
-        self._n_texts = self._n_calls = 0
-
-    @contextmanager
-    def open(self, modules: Sequence[nn.Module] = ()) -> Iterator[ExitStack]:
-        """Watch until the block ends; hooks go on the stack that this yields.
-
-        Args:
-            modules: those of the model, where they have been listed already.
-
-        Raises:
-            EditNeverFiredError: on closing without an error, while another thread of this context
-                is still running the model.
-        """
-        with ExitStack() as stack:
-            stack.enter_context(run_eagerly(self.model, modules))
-            hook(stack, self.trunk, self._before, before=True)
-            hook(stack, self.trunk, self._after, before=False, always=True)
-            if hasattr(self.model, "get_prompt"):
-                replace_method(stack, self.model, "get_prompt", _note_prompts)
-            if self.model is not self.trunk and hasattr(self.model, "get_base_model"):
-                hook(stack, self.model, self._before_adapter, before=True)
-            _open.set((*_open.get(), self))
-            try:
-                yield stack
-            finally:
-                self.closed = True
-                _open.set(tuple(watch for watch in _open.get() if watch is not self))
-        self._check_ended()
+    def __init__(self, absolute_positions: bool, has_adapter: bool, compares: bool) -> None:
+        self._absolute, self._has_adapter = absolute_positions, has_adapter
+        self._compares = compares
+        self._known: list[Text] = []
+        self.n_calls = self._n_texts = 0
 
     @property
     def front(self) -> int:
         """How many tokens an adapter has put in front of any text."""
-        return max((text.front for text in self._texts), default=0)
-
-    def acts(self) -> bool:
-        """Whether what runs here and now belongs to this context."""
-        # A backward pass that runs blocks again does so in threads of its own.
-        return self in _open.get() or _in_backward()
-
-    def call(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
-        """The call in which a block has this stream, (B, T, d); None for passes of others.
-
-        Args:
-            stream: what is about to be edited or read.
-            entered: what the block was given, by which it is known when it runs once more.
-
-        Raises:
-            PositionError: a stream that does not have the rows and columns of the call, or a block
-                that runs outside of any call.
-        """
-        call = self._under_way.get(threading.get_ident())
-        if call is None:
-            if not self.acts():
-                return None
-            call = self._entered.get(entered.data_ptr()) if self.reruns else None
-            call = call or self.current()
-        elif self.reruns and concrete(entered):
-            self._entered[entered.data_ptr()] = call
-        if stream.ndim != 3 or stream.shape[:2] != (call.batch, call.front + call.length):
-            raise PositionError(
-                f"the stream is {tuple(stream.shape)}, but the model was given {call.batch} rows "
-                f"of {call.front + call.length} tokens: it rearranges its inputs, so positions "
-                f"cannot be told"
-            )
-        return call
-
-    def current(self) -> ForwardCall:
-        """The call under way.
-
-        Raises:
-            PositionError: there is none.
-        """
-        call = self._under_way.get(threading.get_ident())
-        # What runs once more in a backward pass is known where there is only one.
-        if call is None and self._latest is not None and self._n_calls == 1 and _in_backward():
-            call = self._latest
-        if call is None:
-            raise PositionError(
-                f"a block ran outside of a forward pass of {_kind(self.trunk)}, so one cannot say "
-                f"which tokens it was given: run the model itself"
-            )
-        return call
-
-    def check_open(self) -> None:
-        """Raise if the context has closed, as at work that was put off until after it."""
-        if self.closed:
-            raise EditNeverFiredError(
-                "the context in which this was begun has closed, so its edits would be missing; "
-                "finish within it"
-            )
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.acts():
-            self.others.add(threading.current_thread().name)
-            return
-        thread = threading.get_ident()
-        self._threads.add(thread)
-        given = arguments_of(module, args, kwargs)
-        prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
-        # Transforms of torch.func must not see what is noted here.
-        if in_transforms():
-            given = {name: _plain(value) for name, value in given.items()}
-        with outside_transforms():
-            call = self.read(given, self._in_front(given, outer) if prompt is None else prompt)
-            for item in self.follows:
-                item.see(call)
-            text, known = call.text, not call.continues and concrete(call.tokens)
-            text.end, text.last = call.end, self._n_calls
-            text.tokens = call.tokens.detach() if known else None
-        self._n_calls += 1
-        self._under_way[thread] = self._latest = call
-
-    def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.acts():
-            self._outer[threading.get_ident()] = arguments_of(module, args, kwargs)
-
-    def _in_front(self, given: Mapping[str, Any], outer: Mapping[str, Any] | None) -> Any:
-        """What an adapter of another kind has put in front of the text that it was given itself."""
-        if outer is None:
-            return None
-        cache, embeddings = cache_among(given), given.get("inputs_embeds")
-        if cache is not None and cache_among(outer) is None:
-            return cache if _held(cache, given) else None
-        ids = outer.get("input_ids")
-        if given.get("input_ids") is not None or not isinstance(embeddings, Tensor):
-            return None
-        if not isinstance(ids, Tensor) or ids.shape[:2] == embeddings.shape[:2]:
-            return None
-        columns = embeddings.shape[1] - ids.shape[-1]
-        embed = cast(Any, inner_model(self.model)).get_input_embeddings()
-        if columns < 1 or not torch.equal(embed(ids), embeddings[:, columns:]):
-            raise PositionError(
-                f"{_kind(self.model)} was given {ids.shape[-1]} tokens and gave its model "
-                f"{embeddings.shape[1]}, not only in front of them, so positions cannot be told"
-            )
-        return embeddings[:, :columns]
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._under_way.pop(threading.get_ident(), None)
-        # A cache that the model has made itself is seen only in what it returns.
-        if call is not None and call.text.cache is None and output is not None:
-            parts = output if isinstance(output, Mapping) else {"": output}
-            parts = dict(enumerate(output)) if isinstance(output, tuple) else parts
-            cache = cache_among(parts)
-            call.text.cache = None if cache is None else weakref.ref(cache)
+        return max((text.front for text in self._known), default=0)
 
     def read(self, given: Mapping[str, Any], prompt: Any = None) -> ForwardCall:
-        """A call from its arguments, and what an adapter has just put in front of the text."""
+        """A call from its arguments by name.
+
+        Args:
+            given: the arguments of the trunk.
+            prompt: what an adapter has just put in front: embeddings (B, front, d), or a cache.
+
+        Raises:
+            PositionError: one cannot say what the call reads.
+        """
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         found = embeddings if ids is None else ids
         if not isinstance(found, Tensor):
@@ -518,137 +255,107 @@ class Watch:
         lead = found.ndim - (3 if ids is None else 2)
         tokens = found.flatten(0, lead) if lead > 0 else found
         front = prompt.shape[1] if isinstance(prompt, Tensor) and ids is None else 0
-        text, past, continues = self._text(tokens, front, prompt, given)
-        mask = given.get("attention_mask")
+        cache = cache_among(given)
+        own = None if cache is prompt else cache
+        continues = given.get("use_cache") is True or own is not None
+        text, past = self._text(tokens, front, cache, own, continues, given)
+        mask, square = given.get("attention_mask"), None
         # Models with several kinds of attention take a mask for each.
         if isinstance(mask, Mapping):
             mask = mask.get("full_attention", next(iter(mask.values()), None))
-        square = None
         if isinstance(mask, Tensor):
             mask = mask.flatten(0, lead) if lead > 0 and mask.ndim == 2 + lead else mask
             # Masks of queries and keys may be the caller's own, and need say nothing of padding.
             square = mask if mask.ndim == 4 else mask[:, None] if mask.ndim == 3 else None
             square = None if square is None else square[:, :, front:, text.front :]
             mask = mask[:, text.front :] if mask.ndim == 2 else None
-        unaware = self.warns and self._absolute and given.get("position_ids") is None
+        unaware = self._absolute and given.get("position_ids") is None
         if mask is not None and unaware and concrete(mask) and bool((mask[:, 0] == 0).any()):
-            warnings.warn(
+            warn(
+                LeftPaddingWarning,
                 "left-padded batch without position_ids: this model counts the padding as text. "
                 "Pass position_ids=lrqp_torch.position_ids(attention_mask), or pad on the right",
-                LeftPaddingWarning,
-                stacklevel=2,
             )
-        meanwhile = tuple(other for other in self._texts if 0 <= text.last < other.began)
+        meanwhile = [other for other in self._known if 0 <= text.last < other.began]
         rows, columns = tokens.shape[0], tokens.shape[1] - front
         return ForwardCall(
             rows, columns, past, mask, square, continues, tokens, front, text, meanwhile
         )
 
     def _text(
-        self, tokens: Tensor, front: int, prompt: Any, given: Mapping[str, Any]
-    ) -> tuple[Text, int, bool]:
-        """Which text a call reads, how much of it has been read, and whether it may go on."""
-        cache = cache_among(given)
-        injected = cache is not None and cache is prompt
-        continues = given.get("use_cache") is True or (cache is not None and not injected)
-        after, start, hidden = None, 0, front
-        if injected:
-            hidden = _held(cache, given) or 0
-        elif cache is not None:
-            known = next((text for text in self._texts if text.holds(cache)), None)
-            held = _held(cache, given)
+        self,
+        tokens: Tensor,
+        front: int,
+        cache: Any,
+        own: Any,
+        continues: bool,
+        given: Mapping[str, Any],
+    ) -> tuple[Text, int]:
+        """Which text a call reads, and how much of it has been read before."""
+        past, after = 0, None
+        if own is not None:
+            held, known = _held(own, given), self._in(own)
             if known is not None and held != 0:
-                return known, known.end if held is None else held - known.front, continues
+                return known, known.end if held is None else held - known.front
             if held is None:
                 raise PositionError(
-                    f"the model was given a {_kind(cache)}, which does not say how many tokens it "
+                    f"the model was given a {_kind(own)}, which does not say how many tokens it "
                     f"holds, so positions in the text cannot be told: open the context before the "
                     f"text is begun, or run the model without it (use_cache=False)"
                 )
-            if held and puts_tokens_in_front(self.model):
+            if held and self._has_adapter:
                 raise PositionError(
                     "the cache was begun before the context, so one cannot say whether it holds "
                     "the adapter's virtual tokens: open the context before the text"
                 )
-            start = held
-        if not continues and self.follows:
-            after = self._extended(tokens)
+            past = held
+        elif cache is not None:  # a prefix that an adapter has put into it
+            front = _held(cache, given) or 0
+        elif not continues and self._compares:
+            after = next(self._extended_by(tokens), None)
             if after is not None and _generating():
-                return after, 0, continues
-        self._texts = [text for text in self._texts if text.cache is None or text.cache()]
-        for text in [text for text in self._texts if text.cache is None][:-_UNCACHED]:
-            self._texts.remove(text)
-        columns = tokens.shape[1] - front
-        text = Text(self._n_texts, tokens.shape[0], start, columns, hidden, None)
-        text.after, text.began = after, self._n_calls
+                return after, 0
+        columns = tokens.shape[1] - (0 if cache is not None and own is None else front)
+        text = Text(self._n_texts, len(tokens), columns, front, self.n_calls, after=after)
         text.cache = weakref.ref(cache) if cache is not None and continues else None
+        # Of texts without a cache two take turns in guidance; those whose cache is gone have ended.
+        alive = [text for text in self._known if text.cache is not None and text.cache()]
+        self._known = alive + [text for text in self._known if text.cache is None][-3:] + [text]
         self._n_texts += 1
-        self._texts.append(text)
-        return text, start, continues
+        return text, past
 
-    def _extended(self, tokens: Tensor) -> Text | None:
-        """The text without cache that has one token less than these, if there is one."""
-        if not concrete(tokens):
-            return None
-        for text in reversed(self._texts):
+    def _in(self, cache: Any) -> Text | None:
+        """The text whose cache this is."""
+        texts = (text for text in self._known if text.cache is not None)
+        return next((text for text in texts if text.cache() is cache), None)
+
+    def note(self, call: ForwardCall) -> None:
+        """Take notice that a call is about to run."""
+        text, known = call.text, not call.continues and concrete(call.tokens)
+        text.end, text.last = call.end, self.n_calls
+        text.tokens = call.tokens.detach() if known else None
+        self.n_calls += 1
+
+    def note_result(self, call: ForwardCall, output: Any) -> None:
+        """Take notice of what a call returns: it may be a cache that the model has made itself."""
+        if call.text.cache is None and isinstance(output, Mapping | tuple):
+            parts = output.items() if isinstance(output, Mapping) else enumerate(output)
+            cache = cache_among({str(name): value for name, value in parts})
+            call.text.cache = None if cache is None else weakref.ref(cache)
+
+    def _extended_by(self, tokens: Tensor) -> Iterator[Text]:
+        """Texts without a cache that have one token less than these."""
+        for text in reversed(self._known if concrete(tokens) else []):
             before = text.tokens
             if before is None or before.ndim != tokens.ndim or before.dtype != tokens.dtype:
                 continue
             if (len(before), before.shape[1] + 1) != tokens.shape[:2]:
                 continue
-            if torch.equal(tokens[:, :-1], before):
-                return text
             # Beams change places, so each row must go on with some row, not with its own.
-            same = (tokens[:, None, :-1] == before[None]).flatten(2).all(-1)
-            if bool(same.any(1).all()):
-                return text
-        return None
-
-    def _check_ended(self) -> None:
-        """Raise if another thread of this context goes on with what it has begun."""
-        here, frames = threading.get_ident(), sys._current_frames()
-        for thread in self._threads - {here}:
-            frame = frames.get(thread)
-            while frame is not None:
-                if any(frame.f_locals.get("self") is part for part in (self.model, self.trunk)):
-                    raise EditNeverFiredError(
-                        "the context has closed while another thread was running the model: what "
-                        "it does from now on is not edited. Wait for it within the context"
-                    )
-                frame = frame.f_back
-
-
-def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[..., Any]:
-    """The method of an adapter that makes virtual tokens, seen by all contexts on its model."""
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        prompt = get_prompt(*args, **kwargs)
-        for watch in _open.get():
-            if watch.model is owner:
-                watch._prompts[threading.get_ident()] = prompt
-        return prompt
-
-    return noted
-
-
-def puts_tokens_in_front(model: nn.Module) -> bool:
-    """Whether a model has an adapter that does so: prompt, prefix or p-tuning of peft."""
-    adapter = getattr(model, "active_peft_config", None)
-    return bool(getattr(adapter, "is_prompt_learning", False))
-
-
-def opened() -> tuple[Watch, ...]:
-    """What is open here and now."""
-    return _open.get()
-
-
-def _plain(value: Any) -> Any:
-    """A value out of the transforms that it is wrapped in, if it has one."""
-    return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+            if torch.equal(tokens[:, :-1], before) or bool(
+                (tokens[:, None, :-1] == before[None]).flatten(2).all(-1).any(1).all()
+            ):
+                yield text
 
 
 def _generating() -> bool:

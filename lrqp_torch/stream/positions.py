@@ -8,8 +8,8 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete, outside_transforms
-from lrqp_torch.stream.passes import ForwardCall, Text
+from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete
+from lrqp_torch.stream.passes import ForwardCall
 
 REGIONS = ("prompt", "generated", "all")
 Region: TypeAlias = str | int | slice | Callable[[dict[str, Tensor]], Any]
@@ -91,7 +91,7 @@ class Positions:
     from the beginning of the cached text. They do not count what an adapter puts in front.
 
     Args:
-        table: example, token, slot and text of each pair, LongTensor (N, 4).
+        table: example, token and text of each pair, LongTensor (N, 3).
         batch: B, or None where a scope finds the pairs.
         scope: what finds them.
         grid: shape of the positions as they were said: (B,), (B, n), or (B, T) for a mask.
@@ -121,7 +121,7 @@ class Positions:
         if isinstance(positions, cls):
             return positions
         if isinstance(positions, Scope):
-            return cls(torch.zeros(0, 4, dtype=torch.long), scope=positions)
+            return cls(torch.zeros(0, 3, dtype=torch.long), scope=positions)
         if isinstance(positions, str | int | slice) or callable(positions):
             return cls.parse(Scope(positions))
         if not isinstance(positions, Tensor):
@@ -132,23 +132,20 @@ class Positions:
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
                     f"scope, got {type(positions).__name__}: {str(positions)[:200]}"
                 ) from error
-        if positions.dtype == torch.bool and positions.ndim == 2:
-            example, token = positions.nonzero(as_tuple=True)
-            table = torch.stack([example, token, token, 0 * token], 1)
-            grid = tuple(positions.shape)
-            result = cls(table, len(positions), grid=grid, is_mask=True)
-        elif positions.dtype == torch.bool or positions.dtype.is_floating_point:
+        is_mask, grid = positions.dtype == torch.bool, tuple(positions.shape)
+        if positions.dtype.is_floating_point or len(grid) not in ((2,) if is_mask else (1, 2)):
             raise PositionError(
                 f"positions must be LongTensor (batch,), LongTensor (batch, n) or BoolTensor "
-                f"(batch, seq), got {positions.dtype} {tuple(positions.shape)}"
+                f"(batch, seq), got {positions.dtype} {grid}"
             )
-        elif positions.ndim in (1, 2):
-            result = cls._numbered(positions.long())
+        if is_mask:
+            example, token = positions.nonzero(as_tuple=True)
         else:
-            raise PositionError(
-                f"positions must have shape (batch,), (batch, n) or (batch, seq), got "
-                f"{tuple(positions.shape)}"
-            )
+            table = positions.long().reshape(*grid, *[1] * (2 - len(grid)))
+            _check_distinct(table)
+            example, token = torch.ones_like(table).nonzero(as_tuple=True)[0], table.flatten()
+        pairs = torch.stack([example, token, 0 * token], 1)
+        result = cls(pairs, len(positions), grid=grid, is_mask=is_mask)
         if not len(result):
             raise PositionError("no positions: nothing would be edited or captured")
         if result.span[0] < 0:
@@ -157,21 +154,6 @@ class Positions:
                 f"input"
             )
         return result
-
-    @classmethod
-    def _numbered(cls, positions: Tensor) -> "Positions":
-        table = positions if positions.ndim == 2 else positions.unsqueeze(-1)
-        ordered = table.sort(-1).values if table.shape[1] > 1 else table
-        if table.shape[1] > 1 and bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-            row = int((ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero()[0])
-            raise PositionError(
-                f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of "
-                f"positions must be boolean (.bool())"
-            )
-        example, slot = torch.ones_like(table).nonzero(as_tuple=True)
-        token = table.flatten()
-        pairs = torch.stack([example, token, slot, 0 * token], 1)
-        return cls(pairs, len(table), grid=tuple(positions.shape))
 
     def __len__(self) -> int:
         return self._count
@@ -192,14 +174,9 @@ class Positions:
         return self._table[: self._count, 1]
 
     @property
-    def slot(self) -> Tensor:
-        """Which of an example's positions each is, (N,); for a mask, the column."""
-        return self._table[: self._count, 2]
-
-    @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each is part of, from 0, (N,)."""
-        return self._table[: self._count, 3]
+        return self._table[: self._count, 2]
 
     @property
     def request(self) -> Tensor:
@@ -225,11 +202,11 @@ class Positions:
         """Add pairs that a scope has found; their numbers. Takes constant time a pair."""
         begin, self._count = self._count, self._count + len(example)
         if self._count > len(self._table):
-            room = self._table.new_zeros(max(2 * self._count, 64), 4)
+            room = self._table.new_zeros(max(2 * self._count, 64), 3)
             room[:begin] = self._table[:begin]
             self._table = room
         new = self._table[begin : self._count]
-        new[:, 0], new[:, 1], new[:, 3] = example, token, text
+        new[:, 0], new[:, 1], new[:, 2] = example, token, text
         return torch.arange(begin, self._count)
 
     def classes(self, given: Any, name: str) -> Tensor:
@@ -254,13 +231,13 @@ class Positions:
                 )
             self.requests = len(classes) if classes.ndim else self.requests
             return classes.reshape(-1)
-        example, slot = self.example.cpu(), self.slot.cpu()
+        example, token = self.example.cpu(), self.token.cpu()
         if classes.ndim == 0:
             return classes.expand(len(example)).clone()
         if classes.shape == (self.batch,):
             return classes[example]
         if classes.shape == self.grid:
-            return classes[example, slot]
+            return classes[example, token] if self.is_mask else classes.flatten()
         raise TargetError(
             f"{name} has shape {tuple(classes.shape)}; give one number, ({self.batch},) for one "
             f"class an example, or {self.grid} for one a position"
@@ -277,6 +254,20 @@ class Positions:
         mask = given.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
         return chosen(self.scope.region, batch, length, real, lambda: given)
+
+
+def _check_distinct(table: Tensor) -> None:
+    """Raise :class:`PositionError` if a row of tokens, (B, n), names one twice."""
+    if table.shape[1] < 2:
+        return
+    ordered = table.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    if bool(twice.any()):
+        row = int(twice.nonzero()[0])
+        raise PositionError(
+            f"example {row} names one token twice: {table[row].tolist()[:8]}; a mask of positions "
+            f"must be boolean (.bool())"
+        )
 
 
 def chosen(
@@ -305,263 +296,7 @@ def chosen(
     return found if found.scope is None else chosen(found.scope.region, batch, length, real, given)
 
 
-@dataclass(eq=False)
-class Rows:
-    """The positions that a forward pass reaches, and where they are in it.
-
-    Attributes:
-        index: which of all pairs these are, (N,).
-        example: row of the batch of each, (N,).
-        token: column of each, counted from the beginning of the text, (N,).
-        column: column of each in this call, (N,).
-        request: in a scope, the request that each row of the batch belongs to, (N,).
-    """
-
-    index: Tensor
-    example: Tensor
-    token: Tensor
-    column: Tensor
-    request: Tensor | None = None
-
-
-class Follower:
-    """Finds the tokens of some positions in the passes of a context, and what was missed."""
-
-    def __init__(self, positions: Positions) -> None:
-        # On the host, so that a forward pass need not ask the device which of them are its own.
-        self.positions, self._known = positions, positions.to("cpu")
-        self._ran: set[tuple[int, int]] = set()
-        self._rows: tuple[tuple[int, int, int, torch.device], Rows | None] | None = None
-
-    @staticmethod
-    def of(positions: Positions) -> "Follower":
-        """What follows fixed positions, or a scope."""
-        return Follower(positions) if positions.scope is None else ScopeFollower(positions)
-
-    def see(self, call: ForwardCall) -> None:
-        """Raise unless the positions fit a call.
-
-        Raises:
-            PositionError: another batch size, a position on padding, or one beyond the input. A
-                call that fills a KV cache may be followed by the tokens that are still missing;
-                positions that never come are found when the context closes.
-        """
-        check_fit(self._known, call)
-
-    def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
-        """The positions of a call on a device, or None; those of the last call are kept."""
-        key = (call.past, call.length, call.front, device)
-        if self._rows is None or self._rows[0] != key:
-            with outside_transforms():
-                index, example, token = _inside(self._known, call)
-                number = torch.arange(len(self._known))[index]
-                parts = number, example, token, token - call.past + call.front
-                rows = Rows(*(part.to(device) for part in parts)) if len(token) else None
-            self._rows = (key, rows)
-        return self._rows[1]
-
-    def mark(self, call: ForwardCall) -> None:
-        """Note that an edit ran."""
-        self._ran.add((call.past, call.end))
-
-    def missed(self) -> str | None:
-        """What to say of positions that never ran, if any."""
-        at = self._known
-        missed = torch.ones(len(at), dtype=torch.bool)
-        for past, end in self._ran:
-            missed &= (at.token < past) | (at.token >= end)
-        if not bool(missed.any()):
-            return None
-        pairs = [(int(at.example[i]), int(at.token[i])) for i in missed.nonzero().flatten()[:5]]
-        return (
-            f"never ran at {int(missed.sum())} of {len(at)} positions, the first (example, "
-            f"token) are {pairs}. Run the model inside the context; with a KV cache, positions "
-            f"before the cached part have passed already"
-        )
-
-
-class ScopeFollower(Follower):
-    """Finds a scope's tokens in each of the passes of a context."""
-
-    def __init__(self, positions: Positions) -> None:
-        positions.clear()
-        super().__init__(positions)
-        assert positions.scope is not None
-        self.scope, self.any = positions.scope, False
-        self._last: ForwardCall | None = None
-        # Of each text, the numbers of its pairs by row and column, and how far they are given; and
-        # the chosen ones.
-        self._seen: dict[int, tuple[Tensor, int]] = {}
-        self._chosen: dict[int, Positions] = {}
-
-    def see(self, call: ForwardCall) -> None:
-        """Take notice of a forward pass that is about to run.
-
-        Raises:
-            PositionError: another batch size, or a call of which one cannot say whether it reads
-                prompt or new tokens.
-        """
-        repeats, requests, self._last = self.scope.repeats, self.positions.requests, call
-        if requests is not None and call.batch != requests * repeats:
-            raise PositionError(wrong_batch("targets", requests, repeats, call.batch))
-        if call.batch % repeats:
-            raise PositionError(
-                f"a batch of {call.batch} rows is no multiple of the scope's repeats, {repeats}: "
-                f"repeats is the number of rows for each request (num_beams or "
-                f"num_return_sequences of generate)"
-            )
-        self._check_step(call)
-        number = self._text(call).number
-        if number not in self._seen:
-            for old in [old for old in self._seen if old < number - 8]:
-                del self._seen[old]
-                self._chosen.pop(old, None)
-            self._seen[number] = torch.full((call.batch, 0), -1), 0
-        if not self.scope.grows and number not in self._chosen:
-            self._choose(call, number)
-
-    def _text(self, call: ForwardCall) -> Text:
-        """The text that a call goes on with, or begins."""
-        text = call.text
-        # Without a cache, a call that adds a token is known to go on where the prompt's end is.
-        while self.scope.prompt_length is not None and text.after is not None:
-            text = text.after
-        return text
-
-    def _prompt_length(self, call: ForwardCall) -> int:
-        return self.scope.prompt_length or self._text(call).prompt
-
-    def _choose(self, call: ForwardCall, number: int) -> None:
-        """Find the chosen tokens of a text, at its first call."""
-        length, region = self._prompt_length(call), self.scope.region
-        if call.end < length and not isinstance(region, int | slice):
-            raise PositionError(
-                f"the prompt of {length} tokens is read in several calls, so {region!r} cannot be "
-                f"found in it: give positions by number, or read it in one call"
-            )
-        real = call.real()
-        real = None if real is None else real[:, :length]
-        given = functools.partial(call.given, length)
-        found = chosen(region, call.batch, length, real, given).to("cpu")
-        check_fit(found, call)
-        self._chosen[number] = found
-
-    def _check_step(self, call: ForwardCall) -> None:
-        """Raise unless one can say where the call stands in its text."""
-        text, length, region = call.text, self.scope.prompt_length, self.scope.region
-        if text.last < 0:  # its first call
-            first = length if region == "generated" and length is not None else 0
-            if call.past > first:
-                raise PositionError(
-                    f"the first call in the context goes on from {call.past} tokens in the cache, "
-                    f"which were not edited in the scope {region!r}; open the context before the "
-                    f"prompt is read, or use 'generated' with Scope(prompt_length=...)"
-                )
-            if text.after is not None and length is None and region in ("prompt", "generated"):
-                raise PositionError(
-                    f"a call without a cache reads the last text and one token more: it may go on "
-                    f"with that text, or be a text of its own. Say where the prompt ends: "
-                    f"Scope({region!r}, prompt_length=...), or edit such texts in contexts of "
-                    f"their own"
-                )
-            return
-        if call.batch != text.batch:
-            raise PositionError(
-                f"a call with a cache has {call.batch} rows, the text before it had {text.batch}; "
-                f"edit texts of other batches in a context of their own"
-            )
-        if length is not None and any(other.prompt != length for other in call.meanwhile):
-            raise PositionError(
-                f"another text, with a first call of {call.meanwhile[0].prompt} tokens, takes "
-                f"turns with one whose prompt_length is {length}, as the second prompt of guidance "
-                f"(guidance_scale) does; leave prompt_length out, and each has its own"
-            )
-        absolute = isinstance(region, int) and region >= 0
-        if length is not None or absolute or not call.past:
-            return
-        if call.length > 1 or call.past != text.end:
-            raise PositionError(
-                f"a call reads {call.length} tokens after {call.past} in the cache, where "
-                f"{text.end} had been read: a prompt in chunks, a further turn, or "
-                f"assisted decoding. Say where the prompt ends: "
-                f"Scope({region!r}, prompt_length=inputs['input_ids'].shape[1])"
-            )
-
-    def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
-        """The scope's tokens in a call, or None."""
-        with outside_transforms():
-            number = self._text(call).number
-            if self.scope.grows:
-                found = self._in_region(call)
-            else:
-                found = _inside(self._chosen[number], call)[1:]
-            if found is None or not len(found[0]):
-                return None
-            example, token = found
-            index = self._number(number, call, example, token)
-            request = example if self.scope.repeats == 1 else example // self.scope.repeats
-            column = token - call.past + call.front
-            return Rows(*(part.to(device) for part in (index, example, token, column, request)))
-
-    def _in_region(self, call: ForwardCall) -> tuple[Tensor, Tensor] | None:
-        """Examples and tokens of the prompt, of what is generated, or of both."""
-        begin, end, border = call.past, call.end, self._prompt_length(call)
-        if self.scope.region == "prompt":
-            end = min(end, border)
-        elif self.scope.region == "generated":
-            begin = max(begin, border)
-        if begin >= end:
-            return None
-        real = call.real()
-        if real is None:
-            real = torch.ones(call.batch, end - begin, dtype=torch.bool)
-        else:
-            real = real[:, begin - call.past : end - call.past].cpu()
-        example, column = real.nonzero(as_tuple=True)
-        return example, column + begin
-
-    def _number(self, text: int, call: ForwardCall, example: Tensor, token: Tensor) -> Tensor:
-        """Numbers of pairs in order of appearance, (n,); a token read again keeps its own."""
-        seen, begun = self._seen[text]
-        if call.end > seen.shape[1]:
-            room = torch.full((call.batch, max(2 * call.end, 32)), -1)
-            room[:, : seen.shape[1]] = seen
-            seen = room
-        self._seen[text] = seen, max(begun, call.end)
-        if call.past >= begun:  # all of them are new
-            index = self.positions.add(example, token, text)
-        else:
-            index = seen[example, token]
-            new = index < 0
-            index[new] = self.positions.add(example[new], token[new], text)
-        seen[example, token] = index
-        return index
-
-    def mark(self, call: ForwardCall) -> None:
-        """Note that an edit ran."""
-        self.any = True
-
-    def missed(self) -> str | None:
-        """What to say if no token was edited."""
-        if self.any:
-            return None
-        region = self.scope.region
-        if self._last is None:
-            return f"never ran in the scope {region!r}: run the model inside the context"
-        if region == "generated":
-            return (
-                "never ran in the scope 'generated': the model read no new token after its prompt "
-                f"of {self._prompt_length(self._last)} columns. The last new token is never read "
-                "back, so max_new_tokens must be at least 2; and a text given as a whole counts as "
-                "prompt, unless Scope(prompt_length=...) says where it ends"
-            )
-        return (
-            f"never ran in the scope {region!r}: no call reached the site with a token of the "
-            f"scope that the attention mask shows"
-        )
-
-
-def _inside(positions: Positions, call: ForwardCall) -> tuple[Tensor | slice, Tensor, Tensor]:
+def reached(positions: Positions, call: ForwardCall) -> tuple[Tensor | slice, Tensor, Tensor]:
     """Which of known pairs a call reads, and their examples and tokens."""
     (first, last), example, token = positions.span, positions.example, positions.token
     if call.past <= first and last < call.end:
@@ -582,7 +317,7 @@ def check_fit(positions: Positions, call: ForwardCall) -> None:
             f"position {int(positions.token[worst])} of example {int(positions.example[worst])} is "
             f"out of range: the input has {call.end} tokens"
         )
-    _, example, token = _inside(positions, call)
+    _, example, token = reached(positions, call)
     if call.mask is None or not len(token) or not concrete(call.mask):
         return
     mask = call.mask.to(token.device)

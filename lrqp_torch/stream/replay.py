@@ -74,7 +74,7 @@ class _Rerun:
         plain = isinstance(found, DynamicCache) and all(
             type(layer) is DynamicLayer for layer in found.layers
         )
-        if watch.front or not plain:
+        if watch.texts.front or not plain:
             self.first_position = 0
         return output.logits[:, -1], streams, found.layers if self.first_position else []
 

@@ -1,0 +1,327 @@
+"""Contexts on a model: whose forward passes they act on, and hooks that no copy takes along.
+
+A context acts on passes of the thread that opened it (more exactly, of its :mod:`contextvars`
+context, which ``asyncio.to_thread`` takes along), on the model itself and not on copies of it, and
+until it closes. Passes of other threads stay untouched, and are named where an edit was missed.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    PositionError,
+    concrete,
+    in_transforms,
+    outside_transforms,
+    unwrapped,
+)
+from lrqp_torch.stream.compiled import run_eagerly
+from lrqp_torch.stream.passes import (
+    ForwardCall,
+    Texts,
+    arguments_of,
+    cache_among,
+    puts_tokens_in_front,
+)
+from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
+
+_open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
+
+
+class Follows(Protocol):
+    """What is to see every call of a context, before it runs."""
+
+    def see(self, call: ForwardCall) -> None:
+        """Take notice of a call, or refuse it."""
+
+
+class _Added:
+    """A function that contexts have added to a module, as a hook or in place of a method.
+
+    Copies of the module, made by ``deepcopy`` or ``pickle``, are without it.
+    """
+
+    def __init__(self, function: Callable[..., Any], before: Any = None) -> None:
+        self.function, self.before, self.users = function, before, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def replace_method(
+    stack: ExitStack, owner: nn.Module, name: str, change: Callable[..., Callable[..., Any]]
+) -> None:
+    """Let ``change(owner, method)`` stand for a method of one object until the stack closes."""
+    own = vars(owner)
+    held = own.get(name)
+    if not isinstance(held, _Added):
+        held = own[name] = _Added(change(owner, getattr(owner, name)), held)
+    held.users += 1
+
+    def restore(added: _Added = held) -> None:
+        added.users -= 1
+        if not added.users:
+            del own[name]
+            if added.before is not None:
+                own[name] = added.before
+
+    stack.callback(restore)
+
+
+def hook(
+    stack: ExitStack, module: nn.Module, function: Callable[..., Any], *, first: bool = False
+) -> None:
+    """Call ``function(module, args, kwargs)`` before a module runs, until the stack closes."""
+    replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
+    added = _Added(function)
+    handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
+    stack.callback(handle.remove)
+
+
+def hook_after(
+    stack: ExitStack, module: nn.Module, function: Callable[..., Any], *, always: bool = False
+) -> None:
+    """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
+    replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
+    added = _Added(function)
+    handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
+    stack.callback(handle.remove)
+
+
+def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable[[int], Any]:
+    """What copies a module, without what contexts have added."""
+
+    def plain(protocol: int) -> Any:
+        made = reduce(protocol)
+        if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
+            return made
+        state = {name: value for name, value in made[2].items() if not isinstance(value, _Added)}
+        kept = {
+            key
+            for name in ("_forward_hooks", "_forward_pre_hooks")
+            for key, value in state[name].items()
+            if not isinstance(value, _Added)
+        }
+        for name, value in state.items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                state[name] = type(value)((k, v) for k, v in value.items() if k in kept)
+        return (*made[:2], state, *made[3:])
+
+    return plain
+
+
+class Watch:
+    """The forward passes of a model that belong to one context.
+
+    Args:
+        model: a transformers model.
+        follows: what is to see, and may refuse, every call.
+        reruns: whether blocks run again in the backward pass (gradient checkpointing).
+        warns: whether to warn of padding that the model takes for text also without them.
+
+    Attributes:
+        texts: what is read in it.
+        others: names of other threads that ran the model meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        follows: Sequence[Follows] = (),
+        *,
+        reruns: bool = False,
+        warns: bool = False,
+    ) -> None:
+        self.model, self.trunk = model, trunk_of(model)
+        absolute = (warns or bool(follows)) and layout_of(model).absolute_positions
+        self.texts = Texts(absolute, puts_tokens_in_front(model), compares=bool(follows))
+        self.others: set[str] = set()
+        self._follows, self._reruns, self._closed = follows, reruns, False
+        self._threads: set[int] = set()
+        # By thread: the calls under way, one within another, and what an adapter is about to do.
+        self._under_way: dict[int, list[ForwardCall]] = {}
+        self._prompts: dict[int, Any] = {}
+        self._outer: dict[int, dict[str, Any]] = {}
+        self._latest: ForwardCall | None = None
+        self._entered: dict[int, ForwardCall] = {}
+
+    @contextmanager
+    def open(self, modules: Sequence[nn.Module] = ()) -> Iterator[ExitStack]:
+        """Watch until the block ends; hooks go on the stack that this yields.
+
+        Args:
+            modules: those of the model, where they have been listed already.
+
+        Raises:
+            EditNeverFiredError: on closing without an error, while another thread of this context
+                is still running the model.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(run_eagerly(self.model, modules))
+            hook(stack, self.trunk, self._before)
+            hook_after(stack, self.trunk, self._after, always=True)
+            if hasattr(self.model, "get_prompt"):
+                replace_method(stack, self.model, "get_prompt", _note_prompts)
+            if self.model is not self.trunk and hasattr(self.model, "get_base_model"):
+                hook(stack, self.model, self._before_adapter)
+            _open.set((*_open.get(), self))
+            try:
+                yield stack
+            finally:
+                self._closed = True
+                _open.set(tuple(watch for watch in _open.get() if watch is not self))
+        self._check_ended()
+
+    def acts(self) -> bool:
+        """Whether what runs here and now belongs to this context."""
+        # A backward pass that runs blocks again does so in threads of its own.
+        return self in _open.get() or _in_backward()
+
+    def call(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
+        """The call in which a block has this stream, (B, T, d); None for passes of others.
+
+        Args:
+            stream: what is about to be edited or read.
+            entered: what the block was given, by which it is known when it runs once more.
+
+        Raises:
+            PositionError: a stream that does not have the rows and columns of the call, or a block
+                that runs outside of any call.
+        """
+        calls = self._under_way.get(threading.get_ident())
+        if calls:
+            call = calls[-1]
+        elif not self.acts():
+            return None
+        else:
+            again = self._entered.get(entered.data_ptr()) if self._reruns else None
+            call = again or self.current()
+        if calls and self._reruns and concrete(entered):
+            self._entered[entered.data_ptr()] = call
+        if stream.ndim != 3 or stream.shape[:2] != (call.batch, call.front + call.length):
+            raise PositionError(
+                f"the stream is {tuple(stream.shape)}, but the model was given {call.batch} rows "
+                f"of {call.front + call.length} tokens: it rearranges its inputs, so positions "
+                f"cannot be told"
+            )
+        return call
+
+    def current(self) -> ForwardCall:
+        """The call under way.
+
+        Raises:
+            PositionError: there is none.
+        """
+        calls = self._under_way.get(threading.get_ident())
+        if calls:
+            return calls[-1]
+        # What runs once more in a backward pass is known where there was only one.
+        if self.texts.n_calls != 1 or self._latest is None or not _in_backward():
+            raise PositionError(
+                f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
+                f"cannot say which tokens it was given: run the model itself"
+            )
+        return self._latest
+
+    def check_open(self) -> None:
+        """Raise if the context has closed, as at work that was put off until after it."""
+        if self._closed:
+            raise EditNeverFiredError(
+                "the context in which this was begun has closed, so its edits would be missing; "
+                "finish within it"
+            )
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        thread = threading.get_ident()
+        if not self.acts():
+            self.others.add(threading.current_thread().name)
+            return
+        self._threads.add(thread)
+        given = arguments_of(module, args, kwargs)
+        prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
+        # Transforms of torch.func must not see what is noted here.
+        if in_transforms():
+            given = {name: _plain(value) for name, value in given.items()}
+        with outside_transforms():
+            if prompt is None and outer is not None:
+                prompt = self._in_front(given, outer)
+            call = self.texts.read(given, prompt)
+            for item in self._follows:
+                item.see(call)
+            self.texts.note(call)
+        self._under_way.setdefault(thread, []).append(call)
+        self._latest = call
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls = self._under_way.get(threading.get_ident())
+        if calls:
+            self.texts.note_result(calls.pop(), output)
+
+    def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.acts():
+            self._outer[threading.get_ident()] = arguments_of(module, args, kwargs)
+
+    def _in_front(self, given: Mapping[str, Any], outer: Mapping[str, Any]) -> Any:
+        """What a wrapper has put in front of the text that it was given itself."""
+        cache, embeddings = cache_among(given), given.get("inputs_embeds")
+        if cache is not None and cache_among(outer) is None:
+            return cache
+        ids = outer.get("input_ids")
+        if not isinstance(embeddings, Tensor) or not isinstance(ids, Tensor):
+            return None
+        columns = embeddings.shape[1] - ids.shape[-1]
+        embed = cast(Any, inner_model(self.model)).get_input_embeddings()
+        if columns and not torch.equal(embed(ids), embeddings[:, columns:]):
+            raise PositionError(
+                f"{type(self.model).__name__} was given {ids.shape[-1]} tokens and gave its model "
+                f"{embeddings.shape[1]}, not only in front of them, so positions cannot be told"
+            )
+        return embeddings[:, :columns]
+
+    def _check_ended(self) -> None:
+        """Raise if another thread of this context goes on with what it has begun."""
+        frames = sys._current_frames()
+        for thread in self._threads - {threading.get_ident()}:
+            frame = frames.get(thread)
+            while frame is not None:
+                if any(frame.f_locals.get("self") is part for part in (self.model, self.trunk)):
+                    raise EditNeverFiredError(
+                        "the context has closed while another thread was running the model: what "
+                        "it does from now on is not edited. Wait for it within the context"
+                    )
+                frame = frame.f_back
+
+
+def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of peft that makes virtual tokens, seen by all contexts on its model."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        prompt = get_prompt(*args, **kwargs)
+        for watch in _open.get():
+            if watch.model is owner:
+                watch._prompts[threading.get_ident()] = prompt
+        return prompt
+
+    return noted
+
+
+def opened() -> tuple[Watch, ...]:
+    """What is open here and now."""
+    return _open.get()
+
+
+def _plain(value: Any) -> Any:
+    """A value out of the transforms that it is wrapped in, if it has one."""
+    return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
