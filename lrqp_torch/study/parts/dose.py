@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     capitalised,
+    grouped,
     headed,
     joined,
     look,
@@ -39,6 +41,14 @@ from lrqp_torch.study.showing import (
     task_in_words,
 )
 from lrqp_torch.study.sweep import fit_edits
+
+SWEEP, FLIPPED = "sweep", "answers flipped (%)"
+LOOKS: dict[str, dict[str, Any]] = {
+    SWEEP: {},
+    "mirror rule": {"kind": "points", "marker": "star", "size": 1.6},
+    "mirror rule, control": {"kind": "points", "marker": "triangle", "filled": False, "size": 1.3},
+}
+"""How the edits of each rule are drawn."""
 
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
@@ -91,6 +101,13 @@ class TaskDose:
     doses: list[EditSummary]
     control: EditSummary
     counterfactual: EditSummary
+
+    @property
+    def edits(self) -> list[tuple[str, EditSummary]]:
+        """Every edit with the name of its rule, one of :data:`LOOKS`."""
+        mirror, control = list(LOOKS)[1:]
+        sweep = [(SWEEP, dose) for dose in self.doses]
+        return [*sweep, (mirror, self.counterfactual), (control, self.control)]
 
     def half_dose(self) -> float | None:
         """The least log α of the sweep at which half of the answers flip; None if none does."""
@@ -218,35 +235,28 @@ class Dose(Part[DoseResult]):
 
     def figures(self, result: DoseResult, /) -> dict[str, Chart]:
         """The dose curves: answers flipped, preference, and size of the edit."""
-        panes = [_pane(result, *_measures(result)[key]) for key in _measures(result)]
+        panes = [_pane(result, *measure) for measure in _measures(result).values()]
         shown = panes[:2] + panes[-2:] if len(panes) > 3 else panes
-        title = (
-            "How much belief it takes to flip an answer: edits at "
-            f"{result.site}, {result.words.position}"
-        )
+        where = f"edits at {result.site}, {result.words.position}"
+        title = f"How much belief it takes to flip an answer: {where}"
         return {"dose": Chart(shown, title, columns=2, share_x=True)}
 
     def panels(self, result: DoseResult, /) -> list[Panel]:
         """The dose curves, with a table."""
         words, measures = result.words, _measures(result)
         charts = {key: Chart([_pane(result, *measure)]) for key, measure in measures.items()}
-        flips = measures.get("answers flipped (%)")
-        if flips is not None:
-            charts["flips by size"] = Chart([_pane(result, *flips, against="distance")])
-        shares = (
-            f" Shares are of the prompts answered {words.held} without an edit, with Wilson 95 % "
-            "intervals."
-            if flips is not None
-            else ""
-        )
+        shares = ""
+        if FLIPPED in measures:
+            pane = _pane(result, *measures[FLIPPED], against="distance")
+            charts["flips by size"] = Chart([pane])
+            shares = (
+                f" Shares are of the prompts answered {words.held} without an edit, with Wilson "
+                "95 % intervals."
+            )
         every = [
             (task_in_words(name) or "–", rule, edit)
             for name, task in result.tasks.items()
-            for rule, edit in [
-                *(("sweep", dose) for dose in task.doses),
-                ("mirror, control", task.control),
-                ("mirror", task.counterfactual),
-            ]
+            for rule, edit in task.edits
         ]
         return [
             Panel(
@@ -280,14 +290,15 @@ def _measures(result: DoseResult) -> dict[str, tuple[str, str]]:
     """What is drawn, by its name: the field of :class:`EditSummary`, and the title of the axis."""
     words = result.words
     measures = {
-        "answers flipped (%)": ("flipped", "answers flipped (%)"),
+        FLIPPED: ("flipped", FLIPPED),
         words.preference: ("preference", f"mean {words.preference} at {words.end} ({words.unit})"),
         "change of the next token": ("divergence", "mean KL from the clean run (nats)"),
         "Mahalanobis size": ("distance", "mean Mahalanobis length of the edit"),
         "Euclidean size": ("euclidean", "mean Euclidean length (units of the stream)"),
     }
-    answered = any(task.answered is not None for task in result.tasks.values())
-    return measures if answered else dict(list(measures.items())[2:])
+    if any(task.answered is not None for task in result.tasks.values()):
+        return measures
+    return dict(list(measures.items())[2:])
 
 
 def _finding(result: DoseResult, name: str) -> str:
@@ -311,7 +322,7 @@ def _finding(result: DoseResult, name: str) -> str:
         else f"half of the answers flip from log α = {half:g} on"
     )
     flips = [share_in_words(edit.flipped) for edit in (last, mirror, control) if edit.flipped]
-    unreached = sum(edit.unreached for edit in (*task.doses, control, mirror))
+    unreached = sum(edit.unreached for _, edit in task.edits)
     return headed(
         name,
         f"{start}{reached}; at log α = {last.log_alpha:g}, {flips[0]} of {task.answered} do. "
@@ -328,25 +339,13 @@ def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha"
     rules = [] if field == "flipped" else [Rule(0.0, dash="solid")]
     for index, (name, task) in enumerate(result.tasks.items()):
         words, style = task_in_words(name), look(index)
-        star, triangle = style | {"marker": "star"}, style | {"marker": "triangle"}
-        for label, edits, looks in (
-            (words or "sweep", task.doses, style),
-            (
-                joined("mirror rule", words),
-                [task.counterfactual],
-                star | {"kind": "points", "size": 1.6},
-            ),
-            (
-                joined("mirror rule, control", words),
-                [task.control],
-                triangle | {"kind": "points", "filled": False, "size": 1.3},
-            ),
-        ):
-            x = [getattr(edit, against) for edit in edits]
+        for rule, edits in grouped(task.edits, lambda item: item[0]).items():
+            x = [getattr(edit, against) for _, edit in edits]
             places = [item.known if isinstance(item, Estimate) else item for item in x]
-            values = [getattr(edit, field) for edit in edits]
+            values = [getattr(edit, field) for _, edit in edits]
+            label = joined("" if rule == SWEEP and words else rule, words)
             scale = 100 if field == "flipped" else 1
-            marks.append(marks_of(label, places, values, scale=scale, **looks))
+            marks.append(marks_of(label, places, values, scale=scale, **style | LOOKS[rule]))
         if field == "preference" and task.clean is not None:
             rules.append(Rule(task.clean.known, colour=style["colour"]))
     return Pane(
