@@ -414,8 +414,8 @@ def _height(cell: Cell, rows: int) -> float:
         groups = sum(marks.kind == "bars" for marks in pane.marks)
         return 30 + len(cell.places) * max(14.0 + 15 * lines, 26.0 * groups * beside)
     if pane.square and rows == 1:
-        return 470.0
-    return {1: 360.0, 2: 250.0}.get(rows, 170.0)
+        return 420.0
+    return {1: 310.0, 2: 235.0}.get(rows, 165.0)
 
 
 def _below(pane: Pane, cell: Cell, hidden: bool) -> float:

@@ -14,6 +14,7 @@ from lrqp_torch.study.report.page import (
     Chapter,
     Made,
     Opening,
+    lead,
     require_plotly,
     write_page,
 )
@@ -88,12 +89,13 @@ def _found(results: StudyResults) -> Iterator[tuple[Part[Any], Any]]:
 
 
 def _says(results: StudyResults) -> list[str]:
-    """All that the sweep says, and the first that every other part does."""
+    """All that the sweep says, and the beginning of what every other part does."""
     lines: list[str] = []
     for part, result in _found(results):
         says = list(part.says(result))
         if part.overview(result):
             lines += says
         elif says:
-            lines.append(f"{part.title}: {says[0]}")
+            mark = "" if part.title.endswith("?") else ":"
+            lines.append(f"{part.title}{mark} {lead(says[0], most=320)[0]}")
     return lines

@@ -145,14 +145,16 @@ def write_page(path: Path, opening: Opening, chapters: Sequence[Chapter], made: 
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def lead(text: str) -> tuple[str, str]:
+def lead(text: str, most: int = LEAD) -> tuple[str, str]:
     """The first sentences of a long text, and the rest of it, which the page folds away."""
     first, *others = text.strip().split("\n\n")
-    if len(text) <= LEAD:
+    if len(text) <= most:
         return text, ""
-    sentences, shown = re.split(r"(?<=[.?!]) (?=[A-Z“])", first), ""
-    while sentences and (not shown or len(shown) + len(sentences[0]) < LEAD):
+    sentences, shown = re.split(r"(?<=[.?!]) (?=[A-Z“])|(?<=;) ", first), ""
+    while sentences and (not shown or len(shown) + len(sentences[0]) < most):
         shown = f"{shown} {sentences.pop(0)}".strip()
+    if shown.endswith(";"):
+        shown = f"{shown[:-1]} …"
     return shown, "\n\n".join(filter(None, [" ".join(sentences), *others]))
 
 
