@@ -166,13 +166,13 @@ def _self_check() -> list[Finding]:
     trial = None
     found = []
     for name, check in (
-        ("capture", Trial.capture),
-        ("an edit of the bundled model", Trial.edit),
-        ("replay", Trial.replay),
-        ("generation", Trial.generation),
+        ("capture", SelfCheck.capture),
+        ("an edit of the bundled model", SelfCheck.edit),
+        ("replay", SelfCheck.replay),
+        ("generation", SelfCheck.generation),
     ):
         try:
-            trial = trial or Trial()
+            trial = trial or SelfCheck()
             right, detail = check(trial)
         except Exception as error:
             # Whatever is broken here is what the reader wants to know.
@@ -181,7 +181,7 @@ def _self_check() -> list[Finding]:
     return found
 
 
-class Trial:
+class SelfCheck:
     """The bundled model with prompts and an edit, on which everything is tried."""
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ NAME_FIELDS = ("S", "IO")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class DrawnPrompt:
     """One prompt, with the character at which each name begins.
 
     ``starts`` holds three numbers: the first and the second name of the first clause, and the
@@ -55,7 +55,9 @@ def render(
     return text, (first, second, repeated)
 
 
-def draw(n: int, names: Sequence[str], prefixes: Sequence[str], rng: random.Random) -> list[Prompt]:
+def draw(
+    n: int, names: Sequence[str], prefixes: Sequence[str], rng: random.Random
+) -> list[DrawnPrompt]:
     """Draw ``n`` distinct prompts, half of them ABBA within one, in random order.
 
     Every combination of prefix, template, names, place and object has a number, and numbers are
@@ -98,7 +100,7 @@ def draw(n: int, names: Sequence[str], prefixes: Sequence[str], rng: random.Rand
             }
             text, starts = render(parsed[abb][template], values, prefixes[prefix])
             prompts.append(
-                Prompt(text, prefixes[prefix], template, abb, names[io], names[s], starts)
+                DrawnPrompt(text, prefixes[prefix], template, abb, names[io], names[s], starts)
             )
     rng.shuffle(prompts)
     return prompts
@@ -153,7 +155,7 @@ def single_token_names(
 
 
 def locate(
-    encoding: "BatchEncoding", row: int, prompt: Prompt, ids: dict[str, int]
+    encoding: "BatchEncoding", row: int, prompt: DrawnPrompt, ids: dict[str, int]
 ) -> tuple[int, int, int, int]:
     """Tokens of a prompt's three names and of its last character, counted without padding.
 

@@ -41,7 +41,7 @@ def as_probe(layer: nn.Linear) -> "LinearProbe":
     return layer if isinstance(layer, LinearProbe) else LinearProbe.from_linear(layer)
 
 
-class StoredActivations(Protocol):
+class ReadInBatches(Protocol):
     """Activations (n, d) that are read a batch at a time, such as those of an activation store."""
 
     def batches(self, rows: int, /) -> Iterator[Tensor]:
@@ -488,7 +488,7 @@ class LinearProbe(nn.Linear):
         return result
 
 
-def _in_order(x: StoredActivations, labels: Tensor, weights: Any) -> Batches:
+def _in_order(x: ReadInBatches, labels: Tensor, weights: Any) -> Batches:
     """Stored activations with their labels and weights, batch by batch."""
     columns = [labels] if weights is None else [labels, as_numbers(weights, "sample_weight")]
 
