@@ -108,17 +108,9 @@ def capture_batches(
 
     Batches come in order of length, not of the inputs.
 
-    Args:
-        model: as for :func:`capture`, like all other arguments.
-        inputs: as there.
-        sites: as there.
-        positions: as there.
-        batch_size: as there.
-        batch_tokens: as there.
-        device: as there.
-        ranks: as there, but each batch comes on one rank only, and nothing is exchanged:
-            ``ranks.merge`` makes one covariance of those of all ranks,
-            :func:`lrqp_torch.distributed.fit_batches` one probe.
+    All arguments are as there. Of ``ranks`` each batch comes on one only, and nothing is exchanged:
+    ``ranks.merge`` makes one covariance of those of all ranks, and
+    :func:`lrqp_torch.distributed.fit_batches` one probe.
 
     Yields:
         ``(rows, found)`` with ``capture(...)[site][rows]`` equal to ``found[site]``; rows is a

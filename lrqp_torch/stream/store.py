@@ -348,27 +348,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @overload
-def capture_to(
-    folder: str | Path,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    sites: str | Sequence[str | Site],
-    positions: Where | None = None,
-    *,
-    ranks: Ranks,
-    **options: Any,
-) -> "ActivationStore | None": ...
+def capture_to(*given: Any, ranks: Ranks, **options: Any) -> "ActivationStore | None": ...
 
 
 @overload
-def capture_to(
-    folder: str | Path,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    sites: str | Sequence[str | Site],
-    positions: Where | None = None,
-    **options: Any,
-) -> "ActivationStore": ...
+def capture_to(*given: Any, **options: Any) -> "ActivationStore": ...
 
 
 def capture_to(  # type: ignore[misc]  # options are those named here
