@@ -9,7 +9,7 @@ DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits b
 TRANSFORMERS := $(shell sed -n 's/^TESTED_TRANSFORMERS = //p' lrqp_torch/stream/__init__.py | tr -d '(),"')
 NEWEST := $(lastword $(TRANSFORMERS))
 MATRIX := .venv-matrix
-SHORT := $(addprefix tests/stream/test_,generation.py replay.py tail.py hooks_cache.py attention.py)
+SHORT := $(addprefix tests/stream/test_,generation.py passes.py replay.py tail.py hooks_cache.py attention.py)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
