@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lrqp_torch.edits.provenance import Provenance
+from lrqp_torch.plot.chart import Table
 from lrqp_torch.study.editing import Applied, HeldOut
+from lrqp_torch.study.report.terminal import as_rich
 from lrqp_torch.study.showing import between, percent, signed
 
 
@@ -21,16 +21,10 @@ def print_fit(
     console: Console,
 ) -> None:
     """Say how well the probes of one label read prompts held out, and what edits of these reach."""
-    held_out = next(iter(tried.values())).prompts
-    table = _table(
-        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always\n"
-        f"naming the most frequent class is right on {percent(majority)}",
-        ("probe\naccuracy", "95 %\ninterval", "odds\nreached", "worst\nmargin", "edit\nlength"),
-        "on prompts held out; edits are to the next class; margin: log odds read after the edit\n"
-        "minus those asked, worst prompt; length: Mahalanobis",
-    )
-    for site, found in tried.items():
-        table.add_row(
+    columns = ("site", "probe\naccuracy", "95 %\ninterval", "odds\nreached", "worst\nmargin",
+               "edit\nlength")  # fmt: skip
+    rows = [
+        (
             site,
             percent(found.accuracy.value),
             between(found.accuracy, 1, 100),
@@ -38,7 +32,18 @@ def print_fit(
             f"{found.worst_log_odds_margin:.0e}",
             f"{found.distance:.2f}",
         )
-    console.print(table)
+        for site, found in tried.items()
+    ]
+    held_out = next(iter(tried.values())).prompts
+    title = (
+        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always\n"
+        f"naming the most frequent class is right on {percent(majority)}"
+    )
+    caption = (
+        "on prompts held out; edits are to the next class; margin: log odds read after the edit\n"
+        "minus those asked, worst prompt; length: Mahalanobis"
+    )
+    console.print(as_rich(Table(columns, rows), title, caption))
 
 
 def print_applied(
@@ -67,22 +72,6 @@ def print_applied(
     if left_out:
         console.print(f"\n{left_out} more prompts: see --show and --json.", markup=False)
     console.print(f"\n{_total(found)}", markup=False)
-
-
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=caption,
-        caption_justify="left",
-    )
-    table.add_column("site", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-    return table
 
 
 def _total(found: Sequence[Applied]) -> str:

@@ -60,7 +60,7 @@ def as_rich(
     for index, heading in enumerate(table.columns):
         justify: Any = "right" if index else "left"
         name = Text((headings or {}).get(heading, heading))
-        shown.add_column(name, justify=justify, vertical="bottom", no_wrap=True)
+        shown.add_column(name, justify=justify, vertical="bottom", no_wrap=bool(index))
     for cells in zip(*columns, strict=True):
         shown.add_row(*map(Text, cells), style="bold" if cells[0] in bold else "")
     return shown
