@@ -8,9 +8,9 @@ from torch import Tensor
 from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Table
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import WORDS
+from lrqp_torch.study.known import PUBLISHED
 from lrqp_torch.study.parts import find_part
 from lrqp_torch.study.prompt_texts import PromptTexts
-from lrqp_torch.study.published import PUBLISHED
 from lrqp_torch.study.report import made, opening
 from lrqp_torch.study.report.page import Chapter, write_page
 from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, StudyResults

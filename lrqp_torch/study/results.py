@@ -20,9 +20,9 @@ from lrqp_torch.errors import NonFiniteError, OutputError
 from lrqp_torch.files import prepare_folder, read_json, write_json, written_whole
 from lrqp_torch.qp import Status
 from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.known import GroundTruth, PublishedFigure
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.published import PublishedFigure
 from lrqp_torch.study.records import BESIDE, from_json, to_json
 from lrqp_torch.study.sweep import CONDITIONS, USED_THRESHOLD
 
@@ -209,21 +209,6 @@ def best_site(clean: CleanResult, sites: Mapping[str, SiteResult]) -> str:
         return sites[name].net_flips, abs(change)
 
     return max(sites, key=strength)
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """The sites at which a model was trained to use the class, beside those that the study found.
-
-    Attributes:
-        used_sites: the true ones among the sites swept.
-        unclear_sites: sites swept at which the truth is neither; they are not compared.
-        agrees: whether the study's ``used_sites``, but for the unclear ones, are exactly these.
-    """
-
-    used_sites: list[str]
-    unclear_sites: list[str]
-    agrees: bool
 
 
 @dataclass(frozen=True)

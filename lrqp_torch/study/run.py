@@ -23,6 +23,7 @@ from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.study import report
 from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.known import PUBLISHED, read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
@@ -35,7 +36,6 @@ from lrqp_torch.study.prompts import (
     require_classes,
     require_every_class,
 )
-from lrqp_torch.study.published import PUBLISHED
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import (
     FORMAT,
@@ -47,7 +47,6 @@ from lrqp_torch.study.results import (
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.store import Finished, PartStore, forget, made_folder
 from lrqp_torch.study.sweep import fit_edits, sweep
-from lrqp_torch.study.truth import read_truth
 
 
 def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> StudyResults | None:

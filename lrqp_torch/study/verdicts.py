@@ -35,6 +35,7 @@ from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.study.context import StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.known import KnownSites, read_truth
 from lrqp_torch.study.methods import behaviour, counterparts, others_alike
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
 from lrqp_torch.study.progress import Clock, Start, progress_bars
@@ -44,7 +45,6 @@ from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
 from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
-from lrqp_torch.study.truth import KnownSites, read_truth
 
 JSON_FILE, TABLE_FILE, FIGURE = "verdicts.json", "verdicts.csv", "verdicts"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.organisms.recipe import RECIPES
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.organisms import ORGANISMS
-from lrqp_torch.study.truth import read_truth
+from lrqp_torch.study.known import read_truth
 
 UNUSED = ("organism-present", "organism-absent")
 SITES = all_sites(4)

@@ -16,19 +16,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import capture, models
 from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
-from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.files import prepare_folder, sole_writer, written_whole
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import preparing as stages
 from lrqp_torch.study import sweep as sweeping
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.parts import flipping
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import SiteResult, StudyResults, best_site, columns_of
 from lrqp_torch.study.run import run as run_study
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.store import made_folder
-from lrqp_torch.study.truth import read_truth
 
 SITES = "L0.mid,L1.pre,L1.mid"
 N = 60
@@ -410,6 +410,15 @@ def test_a_refused_run_leaves_no_folder_of_its_own(tiny: Path, tmp_path: Path) -
         (tmp_path / "new" / "kept").write_text("something")
         raise SiteError("too late")
     assert (tmp_path / "new" / "kept").exists()
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with sole_writer(out), pytest.raises(OutputError, match=r"process .* writes to .*out"):
+        reproduce(settings(tiny, out))
+    assert not list(out.iterdir())
+    reproduce(settings(tiny, out))
+    assert not (out / ".lock").exists()
 
 
 def test_preparing_a_folder_leaves_nothing_in_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.run import run as reproduce
+from lrqp_torch.study.store import forget
 
 PARTS = "flipping,geometry,heads,circuit"
 
@@ -143,6 +144,20 @@ def test_a_new_run_leaves_no_file_of_the_old_one(tmp_path: Path) -> None:
         "parts",
         *(f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")),
     }
+
+
+def test_only_names_of_the_folder_itself_are_forgotten(tmp_path: Path) -> None:
+    out, beside = tmp_path / "out", tmp_path / "beside.png"
+    out.mkdir()
+    for path in (beside, out / "mine.png", out / "sweep.png"):
+        path.write_text("kept?")
+    named = ["../beside.png", str(beside), "..", "sweep.png", 3, "not there.svg"]
+    (out / "results.json").write_text(json.dumps({"files": named}))
+    forget(out)
+    assert [path.name for path in out.iterdir()] == ["mine.png"] and beside.exists()
+    (out / "results.json").write_text("[]")
+    forget(out)
+    assert [path.name for path in out.iterdir()] == ["mine.png"]
 
 
 @pytest.mark.parametrize(

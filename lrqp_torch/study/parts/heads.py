@@ -63,10 +63,10 @@ from lrqp_torch.study.heads import (
     published_heads,
 )
 from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
+from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import batches, put
 from lrqp_torch.study.showing import between, grouped, signed
-from lrqp_torch.study.truth import read_truth
 
 MOST_TESTED = 24
 """At most this many heads are tested for S-inhibition, those that attend most to S2."""
