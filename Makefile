@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
-DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits baselines learn sensitivity distributed tasks ioi models)
+DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits baselines learn sensitivity distributed study tasks plot ioi models)
 # The versions of transformers that `make test-matrix` runs the tests of the stream against.
 TRANSFORMERS := $(shell sed -n 's/^TESTED_TRANSFORMERS = //p' lrqp_torch/stream/__init__.py | tr -d '(),"')
 NEWEST := $(lastword $(TRANSFORMERS))
