@@ -9,7 +9,7 @@ edits from disjoint halves of the prompts are compared.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.probes.covariance import Shrinkage
-from lrqp_torch.study.chance import Examples, by_chance, cosines, half_edits, whitened
+from lrqp_torch.study.chance import Fit, Place, by_chance, cosines, half_edits, whitened
 from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, bootstrap_mean
 from lrqp_torch.study.heads import HeadsResult
@@ -25,9 +25,7 @@ from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.readers import (
     Along,
     Space,
-    along,
     class_mean_space,
-    direction_of,
     random_space,
     reader_spaces,
     readers_of,
@@ -304,31 +302,6 @@ class Measuring:
         )
 
 
-class _Site(NamedTuple):
-    """Edit, examples and counterfactual displacements at one site."""
-
-    name: str
-    edit: LRQP
-    train: Examples
-    test: Examples
-    delta: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Of the probe, on held-out prompts."""
-        return self.edit.probe.accuracy(self.test.x, self.test.y)
-
-    def length(self, delta: Tensor) -> float:
-        """Mean Mahalanobis length as a share of the edit's own."""
-        metric, own = self.edit.metric, self.edit.metric.distance(self.delta).mean()
-        return float(metric.distance(delta).mean() / own) if own > 0 else 0.0
-
-    def along(self, delta: Tensor) -> Along | None:
-        """Natural and edited activations along the direction of a part of the edit."""
-        direction = direction_of(delta, self.delta)
-        return None if direction is None else along(direction, self.test.x, delta, self.test.y)
-
-
 @torch.no_grad()
 def compute(
     context: StudyContext,
@@ -346,7 +319,7 @@ def compute(
     Args:
         context: the model and its prompts, which have answers.
         site: where the edit acts, at the marked token.
-        edit: fitted to the training prompts at that site, as by :func:`~.flipping.fit_edits`.
+        edit: fitted to the training prompts at that site, as by :func:`~.sweep.fit_edits`.
         heads: the heads and their roles; None where the prompts have none, see
             :func:`~.readers.readers_of`.
         l2: penalty of the probes that are fitted here.
@@ -356,16 +329,17 @@ def compute(
     """
     test = context.task.test
     others = [name for name in evenly(context.sites, MOST_SITES) if name != site]
-    here, *there = _sites(context, site, edit, others, l2, shrinkage)
-    spaces, unread = _spaces(context, site, heads, here.train)
+    fit = partial(fit_edits, l2=l2, shrinkage=shrinkage, log_odds=float(edit.log_odds))
+    here, *there = _places(context, site, edit, others, fit)
+    spaces, unread = _spaces(context, here, heads)
     trials = Trials(context, test)
     own = trials.add(site, here.delta)
-    back = trials.add(site, displacements(edit, here.test.x, here.test.y, here.test.y))
+    back = trials.add(site, displacements(edit, here.x, here.y, here.y))
     # Each reads its trials once they have run.
     splits = _splits(trials, here, spaces)
     elsewhere = _elsewhere(trials, here, there)
     chance = _chance(trials, here, [context.seed + index for index in range(seeds)], l2)
-    halves = _halves(trials, here, context.seed, l2, shrinkage)
+    halves = _halves(trials, here, fit, context.seed)
     trials.run(batch_done=advance)
 
     measuring = Measuring(trials.clean, own, context.seed)
@@ -390,54 +364,36 @@ def compute(
     )
 
 
-def _sites(
-    context: StudyContext,
-    site: str,
-    edit: LRQP,
-    others: list[str],
-    l2: float | None,
-    shrinkage: Shrinkage,
-) -> list[_Site]:
+def _places(
+    context: StudyContext, site: str, edit: LRQP, others: list[str], fit: Fit
+) -> list[Place]:
     """The edit's own site, then the others with edits of their own."""
-    task, wanted, classes = context.task, [site, *others], len(context.task.test.classes)
+    task, wanted = context.task, [site, *others]
     train, test = (context.activations(task, half, "mark", wanted) for half in ("train", "test"))
-    y_train, y_test = (data.labels.to(context.device).long() for data in (task.train, task.test))
-    edits = {site: edit}
-    if others:
-        edits |= fit_edits(
-            {name: train[name] for name in others},
-            y_train,
-            l2=l2,
-            shrinkage=shrinkage,
-            log_odds=float(edit.log_odds),
-        )
-    found = []
-    for name in wanted:
-        held_out = Examples(test[name], y_test, classes)
-        delta = displacements(edits[name], held_out.x, held_out.target, y_test)
-        fitted = Examples(train[name], y_train, classes)
-        found.append(_Site(name, edits[name], fitted, held_out, delta))
-    return found
+    y_train, y = (data.labels.to(context.device).long() for data in (task.train, task.test))
+    edits = dict(fit({name: train[name] for name in others}, y_train)) if others else {}
+    edits[site] = edit
+    return [Place(name, edits[name], train[name], y_train, test[name], y) for name in wanted]
 
 
 def _spaces(
-    context: StudyContext, site: str, heads: HeadsResult | None, train: Examples
+    context: StudyContext, here: Place, heads: HeadsResult | None
 ) -> tuple[list[Space], str]:
     """Subspaces to split by, and why those of readers are missing."""
     unread = ""
     try:
-        role, names = readers_of(context, site, heads)
-        spaces = reader_spaces(context.model, site, role, names)
+        role, names = readers_of(context, here.site, heads)
+        spaces = reader_spaces(context.model, here.site, role, names)
     except UnknownFamilyError as error:
         spaces, unread = [], str(error)
     if spaces:
         spaces.append(random_space(spaces[0], context.generator()))
-    return [*spaces, class_mean_space(train.x, train.y)], unread
+    return [*spaces, class_mean_space(here.x_train, here.y_train)], unread
 
 
-def _splits(trials: Trials, here: _Site, spaces: list[Space]) -> Callable[[Measuring], list[Split]]:
+def _splits(trials: Trials, here: Place, spaces: list[Space]) -> Callable[[Measuring], list[Split]]:
     pieces = [
-        (space, [(delta, trials.add(here.name, delta)) for delta in split(here.delta, space.rows)])
+        (space, [(delta, trials.add(here.site, delta)) for delta in split(here.delta, space.rows)])
         for space in spaces
     ]
 
@@ -467,12 +423,12 @@ def _splits(trials: Trials, here: _Site, spaces: list[Space]) -> Callable[[Measu
 
 
 def _elsewhere(
-    trials: Trials, here: _Site, there: list[_Site]
+    trials: Trials, here: Place, there: list[Place]
 ) -> Callable[[Measuring], list[Elsewhere]]:
-    added = [(s, trials.add(s.name, here.delta), trials.add(s.name, s.delta)) for s in there]
+    added = [(s, trials.add(s.site, here.delta), trials.add(s.site, s.delta)) for s in there]
     return lambda measuring: [
         Elsewhere(
-            site=site.name,
+            site=site.site,
             probe_accuracy=site.accuracy,
             as_accurate=site.accuracy >= here.accuracy - AS_ACCURATE,
             cosine=float(cosines(here.delta, site.delta).mean()),
@@ -484,11 +440,11 @@ def _elsewhere(
 
 
 def _chance(
-    trials: Trials, here: _Site, seeds: list[int], l2: float | None
+    trials: Trials, here: Place, seeds: list[int], l2: float | None
 ) -> Callable[[Measuring], list[ByChance]]:
-    drawn = by_chance(here.edit, here.train, here.test, here.delta, seeds=seeds, l2=l2)
+    drawn = by_chance(here, seeds, l2)
     added = {
-        kind: [(item, trials.add(here.name, item.delta)) for item in draws]
+        kind: [(item, trials.add(here.site, item.delta)) for item in draws]
         for kind, draws in drawn.items()
     }
 
@@ -506,14 +462,14 @@ def _chance(
 
 
 def _halves(
-    trials: Trials, here: _Site, seed: int, l2: float | None, shrinkage: Shrinkage
+    trials: Trials, here: Place, fit: Fit, seed: int
 ) -> Callable[[Measuring], Halves | None]:
-    halves = half_edits(here.edit, here.train, seed=seed, l2=l2, shrinkage=shrinkage)
+    halves = half_edits(here.x_train, here.y_train, fit, seed)
     if not halves:
         return lambda measuring: None
-    x, y, target = here.test.x, here.test.y, here.test.target
-    deltas = [displacements(half, x, target, y) for _, half in halves]
-    first, second = (trials.add(here.name, delta) for delta in deltas)
+    x, y, target = here.x, here.y, here.target
+    deltas = [here.displaced(half) for _, half in halves]
+    first, second = (trials.add(here.site, delta) for delta in deltas)
     crossed = [
         other.probe.log_odds(x.double() + delta, target)
         for (_, other), delta in zip(halves[::-1], deltas, strict=True)

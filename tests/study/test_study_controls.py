@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lrqp_torch.cli import app
 from lrqp_torch.errors import UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study import illusions
-from lrqp_torch.study.chance import KINDS, RANDOM, Examples, by_chance, half_edits
+from lrqp_torch.study.chance import KINDS, RANDOM, Place, by_chance, half_edits
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.illusions import CARRIES, ControlsResult, Piece, Split
@@ -330,16 +331,15 @@ def test_the_study_s_own_edit_does_what_it_does_in_the_sweep(
 
 
 def test_chance_is_as_long_as_it_says_and_drawn_anew_for_each_seed(context: StudyContext) -> None:
-    edit = fitted(context, SITE)
-    task = context.task
-    train, test = (
-        Examples(context.activations(task, half, "S2", [SITE])[SITE], data.labels, 2)
-        for half, data in (("train", task.train), ("test", task.test))
+    edit, task = fitted(context, SITE), context.task
+    x_train, x = (
+        context.activations(task, half, "mark", [SITE])[SITE] for half in ("train", "test")
     )
-    delta = edit(test.x.double(), 1 - test.y, test.y) - test.x.double()
-    drawn = by_chance(edit, train, test, delta, seeds=[3, 4], l2=None)
+    here = Place(SITE, edit, x_train, task.train.labels, x, task.test.labels)
+    torch.testing.assert_close(here.delta, edit(x.double(), 1 - here.y, here.y) - x.double())
+    drawn = by_chance(here, [3, 4], None)
     assert drawn.keys() == KINDS.keys()
-    length = edit.metric.distance(delta)
+    length = edit.metric.distance(here.delta)
     for kind, draws in drawn.items():
         assert len(draws) == 2 and not torch.equal(draws[0].delta, draws[1].delta)
         own = edit.metric.distance(draws[0].delta)
@@ -347,23 +347,22 @@ def test_chance_is_as_long_as_it_says_and_drawn_anew_for_each_seed(context: Stud
             moved = own > 0
             torch.testing.assert_close(own[moved], length[moved])
         assert (draws[0].accuracy is None) == (kind == RANDOM)
-    again = by_chance(edit, train, test, delta, seeds=[3], l2=None)
+    again = by_chance(here, [3], None)
     for kind in KINDS:
         assert torch.equal(again[kind][0].delta, drawn[kind][0].delta)
 
 
 def test_halves_are_disjoint_and_balanced() -> None:
     x, y = normal(41, 5), (torch.arange(41) % 2).long()
-    # Each row marks itself in the mean of the half that it is in.
-    edit = LRQP.fit(x, y, log_odds=3.0)
-    halves = half_edits(edit, Examples(x, y, 2), seed=0, l2=None)
+    fit = partial(fit_edits, log_odds=3.0)
+    halves = half_edits(x, y, fit, seed=0)
     assert [count for count, _ in halves] == [21, 20]
+    # Each row marks itself in the mean of the half that it is in.
     means = [half.metric.mean for _, half in halves]
     assert means[0] is not None and means[1] is not None
     torch.testing.assert_close(21 * means[0] + 20 * means[1], x.sum(0))
     assert all(float(half.log_odds) == 3.0 for _, half in halves)
-    few = Examples(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]), 2)
-    assert half_edits(edit, few, seed=0, l2=None) == []
+    assert half_edits(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]), fit, seed=0) == []
 
 
 def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) -> None:
