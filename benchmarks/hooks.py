@@ -31,7 +31,7 @@ from lrqp_torch import LRQP, Intervention, capture, intervene
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.models import load
 from lrqp_torch.stream import intervene as intervention
-from lrqp_torch.stream.positions import ForwardCall
+from lrqp_torch.stream.passes import Texts
 from lrqp_torch.stream.sites import blocks_of
 
 BARE = "bare forward pass"
@@ -187,7 +187,7 @@ def _inside(run: Callable[[], Tensor]) -> float:
 
     with (
         patch.object(intervention._Applied, "apply", timed(intervention._Applied.apply)),
-        patch.object(ForwardCall, "read", timed(ForwardCall.read)),
+        patch.object(Texts, "read", timed(Texts.read)),
     ):
         run()
     return sum(spent)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lrqp_torch.stream.sites import Family, all_sites, register_family
     from lrqp_torch.stream.store import ActivationStore, capture_to
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "LRQP",

@@ -176,8 +176,9 @@ def test_without_answers_the_next_token_is_measured(tmp_path: Path) -> None:
     found.save(tmp_path)
     assert StudyResults.load(tmp_path).sites == found.sites
     assert list(FLIPPING.figures(FLIPPING.found(found))) == ["sweep"]
-    (panel,) = FLIPPING.panels(FLIPPING.found(found))
-    assert "no answers" in panel.text and "flipped" not in " ".join(panel.table.columns)
+    assert FLIPPING.panels(FLIPPING.found(found)) == []
+    (panel,) = FLIPPING.overview(FLIPPING.found(found))
+    assert panel.table is not None and "flipped" not in " ".join(panel.table.columns)
 
 
 def said(found: StudyResults) -> list[str]:
