@@ -64,7 +64,7 @@ def _reduced(solve: Callable[[Tensor, Tensor], Tensor]) -> Callable[[QPProblem],
     def prepare(problem: QPProblem) -> Solve:
         def run(x: Tensor) -> Tensor:
             first = problem.first(len(x))
-            multipliers = solve(problem.geometry.gram[first.target], first.gap(x))
+            multipliers = solve(problem.geometry.constraints(first.target).gram, first.gap(x))
             return problem.geometry.displace(x, first.target, multipliers)
 
         return run

@@ -9,7 +9,7 @@ from lrqp_torch.baselines.base import Baseline
 from lrqp_torch.baselines.data import check_examples, class_means
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import InfeasibleError
-from lrqp_torch.qp.geometry import other_classes
+from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.reach import Attempt, Headroom, Rows, reach
 from lrqp_torch.stream.intervene import EditContext
 

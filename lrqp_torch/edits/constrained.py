@@ -27,7 +27,8 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp import Solution, Status
-from lrqp_torch.qp.geometry import ProbeGeometry, other_classes
+from lrqp_torch.qp.constraints import other_classes
+from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.posed import Point, PosedProblem, Reduction
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
 from lrqp_torch.stream.intervene import EditContext

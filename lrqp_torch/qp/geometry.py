@@ -1,62 +1,30 @@
 """What the edit needs to know of a probe and a metric, computed once for all activations."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, WidthError, check_classes, concrete, readable
-from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.constraints import (
+    ClassConstraints,
+    Constraints,
+    DenseConstraints,
+    other_classes,
+)
 from lrqp_torch.qp.projection import project
 from lrqp_torch.qp.table import ActiveSets
 
-if TYPE_CHECKING:
-    from lrqp_torch.qp.single import SinglePulls
-
-# Up to how many constraints all 2^m active sets are tabled: on the CPU as long as that is faster
-# than pivoting, elsewhere as long as the table is small, because pivots wait for the device.
-TABLE_CONSTRAINTS = {"cpu": 5}
-TABLE_CONSTRAINTS_BLIND = 7
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """The dual problem's constants for each example of a batch, float64.
-
-    Attributes:
-        gram: M = A Σ Aᵀ, (B, m, m), symmetric positive semidefinite.
-        noise: rounding error of M's diagonal, (B, m): at or below it a constraint has no length.
-        length: ‖a_i‖, the Euclidean norm of each row of A, (B, m).
-        steering: A Σ² Aᵀ, (B, m, m), so that ‖ΣAᵀλ‖² = λᵀ(AΣ²Aᵀ)λ; or None.
-        table: the active sets of all problems that occur, and which of them each example is, (B,);
-            or None, and pivots find them.
-    """
-
-    gram: Tensor
-    noise: Tensor
-    length: Tensor
-    steering: Tensor | None = None
-    table: tuple[ActiveSets, Tensor] | None = None
-
-    def rows(self, rows: Tensor | None) -> "Constraints":
-        """Those of some of the examples, (n,) integer; None: all."""
-        if rows is None:
-            return self
-        return Constraints(
-            self.gram[rows],
-            self.noise[rows],
-            self.length[rows],
-            None if self.steering is None else self.steering[rows],
-            None if self.table is None else (self.table[0], self.table[1][rows]),
-        )
-
-    def moved(self, multipliers: Tensor) -> Tensor:
-        """‖ΣAᵀλ‖, how far λ moves each activation in the units of the stream, (B,)."""
-        assert self.steering is not None
-        squared = (multipliers * matvec(self.steering, multipliers)).sum(-1)
-        return squared.clamp_min(0.0).sqrt()
+# Up to so many constraints M of every target is formed, and all 2^m active sets of each are tabled:
+# then no step of a solve waits for the device, and it takes fewer steps.
+TABLED = 7
+# Distances of classes come from their differences, all at once where there are few classes; else
+# from a Gram matrix, but for pairs of which it loses this share of the digits' size.
+DIRECT, NEAR = 64, 1e-2
+CHUNK_NUMBERS = 2_000_000
+# Terms of an edit that are so many times longer than their sum leave float32 too few digits.
+CANCELLED = 16.0
 
 
 class Geometry(Protocol):
@@ -86,8 +54,14 @@ class Geometry(Protocol):
     def constraints(self, choice: Tensor) -> Constraints:
         """The dual's constants for each example; M is differentiable, the rest is not."""
 
-    def displace(self, x: Tensor, choice: Tensor, multipliers: Tensor) -> Tensor:
-        """The point x + Σ Aᵀ λ, (B, d), for λ (B, m), in float64; differentiable."""
+    def displace(
+        self, x: Tensor, choice: Tensor, multipliers: Tensor, moved: Tensor | None = None
+    ) -> Tensor:
+        """The point x + Σ Aᵀ λ, (B, d), for λ (B, m), in float64; differentiable.
+
+        Where its length ``moved``, (B,), is given and x is of a lower precision, it may be in
+        float32, if that is as good.
+        """
 
 
 @dataclass(frozen=True)
@@ -95,36 +69,47 @@ class ProbeGeometry:
     """Class constraints of a linear probe in a metric; all tensors float64.
 
     For target t, the other classes ℓ in ascending order give the constraint normals
-    a_ℓ = w_t − w_ℓ, and M_t[ℓ, j] = a_ℓᵀ Σ a_j. Differences are taken before products, so that
-    nearly equal classes keep their digits. Σ⁻¹ is never formed, and Σ may be singular.
+    a_ℓ = w_t − w_ℓ. What a solve needs of them are distances of classes, K × K, whatever K is: see
+    :mod:`~.constraints`. Σ⁻¹ is never formed, and Σ may be singular.
 
     Attributes:
         weight: W, (K, d).
         bias: b, (K,).
-        steering: W Σ, (K, d): the directions that edits move along.
-        gram: M_t for every target t, (K, K−1, K−1).
-        noise: rounding error of the diagonal of M_t, (K, K−1). At or below it two classes are
-            equal as far as the metric can tell.
-        length: ‖a_ℓ‖ for every target, (K, K−1).
-        steering_gram: a_ℓᵀ Σ² a_j for every target, (K, K−1, K−1), which measures edits in the
-            units of the stream.
+        steering: W̄ Σ with W̄ the weights less their mean, (K, d): edits move along differences of
+            its rows, which are those of W Σ.
+        squared: (w_k − w_l)ᵀ Σ (w_k − w_l), (K, K), from differences: nearly equal classes keep
+            their digits.
+        noise: rounding error of it, (K, K). At or below it two classes are equal as far as the
+            metric can tell.
+        length: ‖w_k − w_l‖, (K, K).
+        stretch: (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s, the largest entry of Σ: they
+            measure edits in the units of the stream.
+        rows: what logits are read by and edits move along: W, b and W̄Σ; for two classes their
+            one difference, (1, d), (1,) and (1, d).
+        narrow: length and float32 direction of each of these W̄Σ: no scale of Σ is too large or
+            small for them.
+        gram: M_t[ℓ, j] = a_ℓᵀ Σ a_j for every target t, (K, K−1, K−1), and the same with Σ² / s²,
+            where K is small, else None.
         sets: the active sets for every target where K is small, else None.
     """
 
     weight: Tensor
     bias: Tensor
     steering: Tensor
-    gram: Tensor
+    squared: Tensor
     noise: Tensor
     length: Tensor
-    steering_gram: Tensor
+    stretch: tuple[Tensor, Tensor]
+    rows: tuple[Tensor, Tensor, Tensor]
+    narrow: tuple[Tensor, Tensor]
+    gram: tuple[Tensor, Tensor] | None
     sets: ActiveSets | None
 
     @classmethod
     def build(cls, weight: Tensor, bias: Tensor, covariance: Tensor) -> "ProbeGeometry":
         """Compute the geometry; differentiable in all three arguments.
 
-        Cost: K d² for WΣ and K³ d for the Gram matrices, once.
+        Cost: K d² for WΣ and K² d for the distances, once.
 
         Args:
             weight: probe weights, (K, d), K ≥ 2.
@@ -152,49 +137,46 @@ class ProbeGeometry:
                 raise NonFiniteError(f"the {owner}'s {name} holds NaN or infinity; refit it")
 
         weight, bias, covariance = weight.double(), bias.double(), covariance.double()
-        steering = weight @ covariance
-        steering_size = torch.linalg.vector_norm(steering.detach(), dim=-1)
-        # A singular Σ has rounding errors of its own norm's size in its null space, and W Σ there
-        # is nothing but rounding.
-        spread = torch.linalg.matrix_norm(covariance.detach())
-        precision = 16 * torch.finfo(torch.float64).eps
-        gram, noise, length, moved = [], [], [], []
-        for target in range(n_classes):
-            other = other_classes(target, n_classes, weight.device)
-            normals = weight[target] - weight[other]
-            along = steering[target] - steering[other]
-            products = normals @ along.T
-            gram.append((products + products.T) / 2)
-            moved.append(along.detach() @ along.detach().T)
-            length.append(torch.linalg.vector_norm(normals.detach(), dim=-1))
-            size = steering_size[target] + steering_size[other]
-            noise.append(precision * length[-1] * torch.maximum(size, length[-1] * spread))
-        grams, noises = torch.stack(gram), torch.stack(noise)
-        sets = None
-        if 1 < n_classes - 1 <= TABLE_CONSTRAINTS.get(weight.device.type, TABLE_CONSTRAINTS_BLIND):
-            sets = ActiveSets.build(grams, noises)
+        centred = weight - weight.mean(0)
+        steering = centred @ covariance
+        squared = _pairwise(centred, steering)
+        with torch.no_grad():
+            length = _pairwise(centred, centred).clamp_min(0.0).sqrt()
+            # A singular Σ has rounding errors of its own norm's size in its null space, and W Σ
+            # there is nothing but rounding.
+            # Norms are taken in units of Σ, of which no square overflows.
+            scale = covariance.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
+            unit = steering / scale
+            size = scale * torch.linalg.vector_norm(unit, dim=-1)
+            stretch = _pairwise(unit, unit), scale
+            spread = scale * torch.linalg.matrix_norm(covariance / scale)
+            noise = torch.maximum(size.unsqueeze(-1) + size, length * spread)
+            noise = 16 * torch.finfo(torch.float64).eps * length * noise
+        rows = weight, bias, steering
+        if n_classes == 2:
+            rows = weight[:1] - weight[1:], bias[:1] - bias[1:], steering[:1] - steering[1:]
+        with torch.no_grad():
+            size = scale * torch.linalg.vector_norm(rows[2] / scale, dim=-1)
+            narrow = size, (rows[2] / torch.where(size > 0, size, 1.0).unsqueeze(-1)).float()
+        gram = sets = None
+        if 1 < n_classes - 1 <= TABLED:
+            every = torch.arange(n_classes, device=weight.device)
+            other = other_classes(every, n_classes, weight.device)
+            normals = centred.unsqueeze(1) - centred[other]
+            along = steering.unsqueeze(1) - steering[other]
+            grams = normals @ along.mT
+            grams = (grams + grams.mT) / 2
+            along = (along / scale).detach()
+            gram = grams, along @ along.mT
+            sets = ActiveSets.build(grams, noise.gather(-1, other))
         return cls(
-            weight=weight,
-            bias=bias,
-            steering=steering,
-            gram=grams,
-            noise=noises,
-            length=torch.stack(length),
-            steering_gram=torch.stack(moved),
-            sets=sets,
+            weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets
         )
 
     @property
     def n_classes(self) -> int:
         """K."""
         return self.weight.shape[0]
-
-    @cached_property
-    def single(self) -> "SinglePulls":
-        """Directions of edits in float32, for large batches on the CPU."""
-        from lrqp_torch.qp.single import SinglePulls
-
-        return SinglePulls.of(self)
 
     @property
     def n_constraints(self) -> int:
@@ -212,19 +194,23 @@ class ProbeGeometry:
 
     def constraints(self, target: Tensor) -> Constraints:
         """The dual's constants for targets (B,)."""
+        batch = len(target)
         if self.n_classes == 2:
             # The two targets have the same problem, up to a sign that M does not see.
-            return Constraints(
-                gram=self.gram[:1].expand(len(target), 1, 1),
-                noise=self.noise[:1].expand(len(target), 1).detach(),
-                length=self.length[:1].expand(len(target), 1).detach(),
-                steering=self.steering_gram[:1].expand(len(target), 1, 1),
-            )
-        return Constraints(
-            gram=self.gram.index_select(0, target),
-            noise=self.noise.index_select(0, target).detach(),
-            length=self.length.index_select(0, target).detach(),
-            steering=self.steering_gram.index_select(0, target),
+            both = (self.squared, self.noise, self.length, self.stretch[0])
+            gram, noise, length, stretch = (part[:1, 1:].expand(batch, 1) for part in both)
+            moved = stretch.unsqueeze(-1), self.stretch[1]
+            return DenseConstraints(gram.unsqueeze(-1), noise, length, moved)
+        other = other_classes(target, self.n_classes, target.device)
+        noise = self.noise.index_select(0, target).gather(-1, other)
+        length = self.length.index_select(0, target).gather(-1, other)
+        if self.gram is None:
+            return ClassConstraints(self.squared, self.stretch, target, other, noise, length)
+        return DenseConstraints(
+            gram=self.gram[0].index_select(0, target),
+            noise=noise,
+            length=length,
+            steering=(self.gram[1].index_select(0, target), self.stretch[1]),
             table=None if self.sets is None else (self.sets, target),
         )
 
@@ -235,32 +221,82 @@ class ProbeGeometry:
     def margins(self, x: Tensor, target: Tensor) -> Tensor:
         """z_t − z_ℓ for the other classes ℓ in ascending order, (B, K−1), float64."""
         if self.n_classes == 2:
-            between = project(x, self.weight[:1] - self.weight[1:], self.bias[:1] - self.bias[1:])
-            return between * (1 - 2 * target).unsqueeze(-1)
+            return project(x, *self.rows[:2]) * (1 - 2 * target).unsqueeze(-1)
         logits = self.logits(x)
         other = other_classes(target, self.n_classes, x.device)
         return logits.gather(-1, target.unsqueeze(-1)) - logits.gather(-1, other)
 
-    def displace(self, x: Tensor, target: Tensor, multipliers: Tensor) -> Tensor:
-        """X + Σ Aᵀ λ, as x + c (WΣ) with c_t = Σλ and c_ℓ = −λ_ℓ; float64, (B, d)."""
+    def displace(
+        self, x: Tensor, target: Tensor, multipliers: Tensor, moved: Tensor | None = None
+    ) -> Tensor:
+        """X + Σ Aᵀ λ, as x + c (WΣ) with c_t = Σλ and c_ℓ = −λ_ℓ; (B, d).
+
+        In float64; or, where ``moved`` is given and x is of a lower precision, in float32 as far as
+        that rounds no more than by a few ulps of the edit.
+        """
         if self.n_classes == 2:
-            along = self.steering[:1] - self.steering[1:]
-            return torch.addcmul(x.double(), multipliers * (1 - 2 * target).unsqueeze(-1), along)
-        coefficients = multipliers.new_zeros(x.shape[0], self.n_classes)
-        other = other_classes(target, self.n_classes, x.device)
-        coefficients = coefficients.scatter(-1, other, -multipliers)
-        coefficients = coefficients.scatter(
-            -1, target.unsqueeze(-1), multipliers.sum(-1, keepdim=True)
+            coefficients = multipliers * (1 - 2 * target).unsqueeze(-1)
+        else:
+            other = other_classes(target, self.n_classes, x.device)
+            coefficients = multipliers.new_zeros(len(x), self.n_classes).scatter(
+                -1, other, -multipliers
+            )
+            total = multipliers.sum(-1, keepdim=True)
+            coefficients = coefficients.scatter(-1, target.unsqueeze(-1), total)
+        if moved is None or x.dtype == torch.float64 or not self._narrows(x):
+            return _added(x.double(), coefficients, self.rows[2])
+        length, unit = self.narrow
+        scaled = coefficients * length
+        edited = _added(x.float(), scaled.float(), unit)
+        if self.n_classes > 2:
+            # Where terms cancel, as between nearly equal classes, float32 would lose what is left.
+            lost = scaled.detach().abs().sum(-1) > CANCELLED * moved
+            rows = lost.nonzero().squeeze(-1)
+            if len(rows):
+                wide = _added(x[rows].double(), coefficients[rows], self.rows[2])
+                edited = edited.index_copy(0, rows, wide.float())
+        return edited
+
+    def _narrows(self, x: Tensor) -> bool:
+        return (
+            readable(x)
+            and not (torch.is_grad_enabled() and self.steering.requires_grad)
+            # "high" and "medium" let products be rounded to bfloat16.
+            and torch.get_float32_matmul_precision() == "highest"
         )
-        return torch.addmm(x.double(), coefficients, self.steering)
 
 
-def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:
-    """The classes other than ``target``, ascending: (K−1,) for an int, (B, K−1) for (B,)."""
-    index = torch.arange(n_classes - 1, device=device)
-    if isinstance(target, Tensor):
-        target = target.unsqueeze(-1)
-    return index + (index >= target).long()
+def _added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
+    """The sum x + c P, (B, d)."""
+    if len(rows) == 1:
+        return torch.addcmul(x, coefficients, rows)
+    return torch.addmm(x, coefficients, rows)
+
+
+def _pairwise(left: Tensor, right: Tensor) -> Tensor:
+    """The products (u_k − u_l)·(v_k − v_l) of rows u of ``left`` and v of ``right``, (K, K)."""
+    n_classes, width = left.shape
+    rows = max(1, CHUNK_NUMBERS // width)
+    if n_classes <= DIRECT or not readable(left):
+        rows = max(1, rows // n_classes)
+        parts = [
+            ((mine.unsqueeze(1) - left) * (yours.unsqueeze(1) - right)).sum(-1)
+            for mine, yours in zip(left.split(rows), right.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+    products = left @ right.T
+    own = products.diagonal()
+    squared = own.unsqueeze(-1) + own - products - products.T
+    with torch.no_grad():
+        near = squared <= NEAR * (own.unsqueeze(-1) + own)
+        one, two = near.triu(1).nonzero(as_tuple=True)
+    parts = [
+        ((left[a] - left[b]) * (right[a] - right[b])).sum(-1)
+        for a, b in zip(one.split(rows), two.split(rows), strict=True)
+    ]
+    exact = torch.cat(parts)
+    squared = squared - squared.diagonal().diag()
+    return squared.index_put((one, two), exact).index_put((two, one), exact)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,10 @@ from lrqp_torch.errors import (
     readable,
     require_concrete,
 )
-from lrqp_torch.qp.geometry import Constraints, Geometry, ProbeGeometry
-from lrqp_torch.qp.implicit import matvec
-from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
-from lrqp_torch.qp.single import solve_single, suits
+from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
+from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
-from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
+from lrqp_torch.qp.solvers import ACTIVE_SET, Solver, solver_of
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -168,50 +166,60 @@ class MahalanobisQP(nn.Module):
             require_concrete(self.solver.looks, x, choice, floor)
         if readable(margins):
             check_values(x, margins, floor)
-        if realise is None and isinstance(self.solver, ActiveSet) and suits(x, geometry):
-            assert isinstance(geometry, ProbeGeometry)
-            solution = solve_single(x, choice, margins, floor, geometry, self.solver.tolerance)
-            if solution is not None:
-                return solution
         # One floor for all constraints of an example, or one each.
         bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
-        reading, wide = self.solver.read(margins), x.double()
-        valid = torch.isfinite(reading.detach() - bound.detach()).all(-1)
-        needed = (reading < bound).any(-1) & valid
+        reading = self.solver.read(margins)
+        # Sums and minima over numbers take a tenth of the time of those over truth values; a finite
+        # sum has finite terms.
+        missing = (bound - reading).detach()
+        valid = torch.isfinite(missing.sum(-1))
+        needed = (missing.amax(-1) > 0) & valid
         constraints = geometry.constraints(choice)
 
         def step(aim: Tensor, rows: Rows) -> Attempt:
-            some = slice(None) if rows is None else rows
-            here = constraints.rows(rows)
-            found = self.solver.solve(here, margins[some], aim, needed[some])
-            edited = geometry.displace(wide[some], choice[some], found.multipliers)
-            others = (found.multipliers, found.active, found.residual)
-            return Attempt(edited, found.feasible, others)
+            here = constraints if rows is None else constraints.rows(rows)
+            found = self.solver.solve(here, at(margins, rows), aim, at(needed, rows))
+            moved = here.moved(found.multipliers.detach())
+            own = at(x, rows)
+            edited = geometry.displace(own, at(choice, rows), found.multipliers, moved)
+            if moved is None:
+                moved = torch.linalg.vector_norm((edited - own).detach(), dim=-1)
+            again = found.feasible if found.again is None else found.feasible & found.again
+            parts = (found.multipliers, found.active, found.residual, found.squared)
+            return Attempt(edited, again, (*parts, moved, found.feasible))
 
         def read(held: Tensor, rows: Rows) -> Tensor:
-            here = choice if rows is None else choice[rows]
-            return self.solver.read(geometry.margins(held, here))
+            return self.solver.read(geometry.margins(held, at(choice, rows)))
 
         headroom = Headroom.of(x, self.solver.lengths(constraints))
-        attempt, after = reach(bound, needed, headroom, step, read, dtype=x.dtype, realise=realise)
-        multipliers, active, residual = attempt.found
-        edit = needed & attempt.reachable
-        reached = ((after >= bound) & torch.isfinite(after)).all(-1)
+        attempt, after = reach(
+            bound,
+            needed,
+            headroom,
+            step,
+            read,
+            dtype=x.dtype,
+            realise=realise,
+            raised=headroom.in_advance(missing.clamp_min(0.0)),
+        )
+        multipliers, active, residual, squared, moved, feasible = attempt.found
+        edit = needed & feasible
+        least = (after - bound.detach()).amin(-1)
+        reached = (least >= 0) & torch.isfinite(after.sum(-1))
         accurate = reached & (residual <= self.solver.tolerance)
         # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
-        squared = (multipliers * matvec(constraints.gram, multipliers)).sum(-1)
         before = reading.amin(-1)
         return Solution(
             x_new=_keep(x, attempt.edited.to(x.dtype), edit),
             multipliers=multipliers,
             active=active,
             distance=torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit,
-            euclidean=_euclidean(constraints, multipliers, attempt.edited, wide),
+            euclidean=moved,
             floor=floor,
             log_odds_before=before,
             log_odds_after=torch.where(edit, after.amin(-1), before.detach()),
             kkt_residual=residual,
-            status=statuses(attempt.reachable, edit, accurate, valid),
+            status=statuses(feasible, edit, accurate, valid),
         )
 
     def _check(
@@ -252,11 +260,3 @@ def _keep(x: Tensor, edited: Tensor, edit: Tensor) -> Tensor:
     # Selecting rows takes several times as long as copying the few that stay as they are.
     rows = (~edit).nonzero().squeeze(-1)
     return edited.index_copy(0, rows, x[rows]) if len(rows) else edited
-
-
-def _euclidean(constraints: Constraints, multipliers: Tensor, edited: Tensor, x: Tensor) -> Tensor:
-    """‖x' − x‖, (B,); not differentiated."""
-    if constraints.steering is None:
-        length: Tensor = torch.linalg.vector_norm((edited - x).detach(), dim=-1)
-        return length
-    return constraints.moved(multipliers.detach())

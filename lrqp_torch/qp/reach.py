@@ -49,7 +49,11 @@ class Headroom:
     @classmethod
     def of(cls, x: Tensor, length: Tensor) -> "Headroom":
         """That of activations x, (B, d), in their own dtype."""
-        size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=torch.float64)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=dtype).double()
+        if readable(x) and not bool(torch.isfinite(size.sum())):
+            # The squares overflowed.
+            size = torch.linalg.vector_norm(x.detach().double(), dim=-1, keepdim=True)
         return cls(torch.finfo(x.dtype).eps, length.detach(), size, x.shape[-1])
 
     def rows(self, rows: Rows) -> "Headroom":
@@ -63,14 +67,18 @@ class Headroom:
         """Whether the dtype is float32 or finer."""
         return self.precision < FINE
 
-    def in_advance(self, floor: Tensor) -> Tensor:
-        """How much to aim above the floors, (B, 1) or (B, m), in the first round, (B, m).
+    def in_advance(self, rise: Tensor) -> Tensor:
+        """How much to aim above the floors in the first round, (B, m).
 
-        Half an ulp in each coordinate moves a reading by at most ½ ε ‖a‖ ‖x‖.
+        Half an ulp in each coordinate moves a reading by at most ½ ε ‖a‖ ‖x'‖.
+
+        Args:
+            rise: by how much the readings must rise, or a bound on it such as the floor, (B, m)
+                or (B, 1).
         """
         if not self.fine:
             return torch.zeros_like(self.length)
-        return 2 * self.precision * (self.length * self.size + floor.detach().abs())
+        return 2 * self.precision * (self.length * self.size + rise.detach().abs())
 
     def after_missing(self, raised: Tensor, short: Tensor, attempt: int) -> Tensor:
         """How much to aim above them after a round that left readings ``short``, (B, m)."""
@@ -98,20 +106,21 @@ class Attempt:
     """What one round found for some examples.
 
     Attributes:
-        edited: x' as it was solved for, (n, d), float64.
-        reachable: False where no activation reaches the floor, (n,) bool.
+        edited: x' as it was solved for, (n, d), float64 or as precise as the stream.
+        open: False where it is of no use to ask again: no activation reaches the floor, or the
+            solver found no way, (n,) bool.
         found: whatever else belongs to the solution; the first dimension of each is n.
     """
 
     edited: Tensor
-    reachable: Tensor
+    open: Tensor
     found: tuple[Tensor, ...] = ()
 
     def replaced(self, rows: Tensor, other: "Attempt") -> "Attempt":
         """The same with some examples from another attempt, at those alone."""
         return Attempt(
-            self.edited.index_copy(0, rows, other.edited),
-            self.reachable.index_copy(0, rows, other.reachable),
+            self.edited.index_copy(0, rows, other.edited.to(self.edited.dtype)),
+            self.open.index_copy(0, rows, other.open),
             tuple(
                 old.index_copy(0, rows, new)
                 for old, new in zip(self.found, other.found, strict=True)
@@ -141,7 +150,7 @@ def reach(
     """Solve until what is read from the realised activations is at its floor.
 
     Where values can be looked at, only the examples that fell short are solved again. Where they
-    cannot, all are, in a fixed number of rounds. An example that is not ``needed`` or not reachable
+    cannot, all are, in a fixed number of rounds. An example that is not ``needed`` or not open
     is never short.
 
     Args:
@@ -167,30 +176,37 @@ def reach(
     for number in range(rounds):
         with torch.no_grad():
             edited = attempt.edited.detach()
-            held = edited.to(dtype) if realise is None else _at(realise(total.edited), rows)
+            held = edited.to(dtype) if realise is None else at(realise(total.edited), rows)
             seen = read(held, rows).detach()
             after = seen if rows is None else after.index_copy(0, rows, seen)
+            if looking and rows is None and bool((seen >= floor).all()):
+                break
             # An edit that exceeds what the stream's dtype can hold reads infinity or NaN.
-            wanted = (_at(needed, rows) & attempt.reachable).unsqueeze(-1) & torch.isfinite(seen)
-            short = torch.where(wanted, (_at(floor, rows).detach() - seen).clamp_min(0.0), 0.0)
+            wanted = (at(needed, rows) & attempt.open).unsqueeze(-1) & torch.isfinite(seen)
+            short = torch.where(wanted, (at(floor, rows).detach() - seen).clamp_min(0.0), 0.0)
             if number + 1 == rounds:
                 break
             if looking:
-                behind = (short > 0).any(-1).nonzero().squeeze(-1)
+                behind = short.amax(-1).nonzero().squeeze(-1)
+                if not len(behind) and rows is not None:
+                    # All together once more, since a product rounds by what it is computed with.
+                    rows, attempt = None, total
+                    continue
                 if not len(behind):
                     break
                 rows = behind if rows is None else rows[behind]
                 short, edited, held = short[behind], edited[behind], held[behind]
-            room, aim = headroom.rows(rows), _at(raised, rows)
+            room, aim = headroom.rows(rows), at(raised, rows)
             if number + 2 == rounds:
                 aim = room.proven(aim, short, edited, held)
             else:
                 aim = room.after_missing(aim, short, number)
             raised = aim if rows is None else raised.index_copy(0, rows, aim)
-        attempt = step(_at(floor, rows) + aim, rows)
+        attempt = step(at(floor, rows) + aim, rows)
         total = attempt if rows is None else total.replaced(rows, attempt)
     return total, after
 
 
-def _at(values: Tensor, rows: Rows) -> Tensor:
+def at(values: Tensor, rows: Rows) -> Tensor:
+    """The values of some examples."""
     return values if rows is None else values[rows]

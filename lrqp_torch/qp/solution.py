@@ -8,8 +8,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.implicit import matvec
-
 
 class Status(IntEnum):
     """Outcome of one example's quadratic program."""
@@ -99,28 +97,36 @@ def statuses(
 
 
 def kkt_residual(
-    gram: Tensor, gap: Tensor, multipliers: Tensor, noise: Tensor | None = None
+    diagonal: Tensor, grown: Tensor, gap: Tensor, multipliers: Tensor, noise: Tensor
 ) -> Tensor:
     """Largest violation of the KKT conditions of min ½ λᵀMλ − gᵀλ over λ ≥ 0, per example.
 
-    The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λ s = 0. Constraints are measured in units of
-    their length √M_ii; violations are relative to 1 + max |g|, and λ s to its square. Constraints
-    without length do not depend on the activation and are left out.
+    The conditions are λ ≥ 0, s = Mλ − g ≥ 0 and λᵀs = 0. Constraints are measured in units of their
+    length √M_ii, and those without length, which do not depend on the activation, left out. s is
+    relative to the largest gap and its own, λ to the largest multiplier, and λᵀs to λᵀMλ, the
+    square of the distance: by duality that is the share of it that an edit could at most be
+    shorter. So no scale of M or g, nor a constraint that holds by far, hides a violation.
 
     Args:
-        gram: M, (B, m, m).
+        diagonal: of M, (B, m).
+        grown: M λ, (B, m).
         gap: g, (B, m).
         multipliers: λ, (B, m).
         noise: rounding error of M's diagonal, (B, m): a length at or below it is none.
-            Default: zero.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    present = diagonal > (0.0 if noise is None else noise)
-    length = torch.where(present, diagonal, 1.0).sqrt()
-    slack = matvec(gram, multipliers) - gap
-    slack = torch.where(present, slack / length, 0.0)
-    scaled = multipliers * length
-    gap_size = 1 + torch.where(present, gap / length, 0.0).abs().amax(-1)
-    infeasibility = torch.maximum(-slack, -scaled).amax(-1) / gap_size
-    complementarity = (scaled * slack).abs().amax(-1) / gap_size**2
-    return torch.maximum(infeasibility, complementarity)
+    scale = unit_scale(diagonal, noise)
+    unit, slack = gap * scale, grown - gap
+    tiny = torch.finfo(gap.dtype).tiny
+    largest = unit.amax(-1, keepdim=True).clamp_min(tiny)
+    short = (-slack * scale / (largest + unit.abs())).amax(-1)
+    scaled = multipliers * diagonal * scale
+    negative = -scaled.amin(-1) / scaled.amax(-1).clamp_min(tiny)
+    unbalanced = (multipliers * slack).sum(-1).abs()
+    unbalanced = unbalanced / (multipliers * grown).sum(-1).abs().clamp_min(tiny)
+    return torch.maximum(torch.maximum(short, negative), unbalanced).clamp_min(0.0)
+
+
+def unit_scale(diagonal: Tensor, noise: Tensor) -> Tensor:
+    """1/√M_ii, which gives a constraint unit length, and 0 for one without length, (..., m)."""
+    root = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt()
+    return torch.where(diagonal <= noise, 0.0, root)

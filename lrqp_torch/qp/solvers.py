@@ -8,17 +8,15 @@ A solver is passed to :class:`~lrqp_torch.qp.MahalanobisQP`; another one is a su
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import SolverError
-from lrqp_torch.qp.active_set import DualSolution, solve_dual, unit_gap, unit_scale
-from lrqp_torch.qp.geometry import Constraints
-from lrqp_torch.qp.implicit import active_multipliers
-from lrqp_torch.qp.solution import kkt_residual
-from lrqp_torch.qp.table import ActiveSets
+from lrqp_torch.qp.active_set import solve_dual
+from lrqp_torch.qp.constraints import Constraints
+from lrqp_torch.qp.solution import kkt_residual, unit_scale
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -37,12 +35,34 @@ class Found:
         active: constraints that bind, (B, m) bool.
         feasible: False where no activation meets the floors, (B,) bool.
         residual: largest scaled violation of the optimality conditions, (B,).
+        squared: λᵀMλ, the square of the edit's length in the metric, (B,); differentiable.
+        again: False where it is of no use to ask again for more, (B,) bool; default: everywhere of
+            use that is feasible.
     """
 
     multipliers: Tensor
     active: Tensor
     feasible: Tensor
     residual: Tensor
+    squared: Tensor
+    again: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        constraints: Constraints,
+        gap: Tensor,
+        multipliers: Tensor,
+        feasible: Tensor,
+        active: Tensor | None = None,
+    ) -> Self:
+        """What some multipliers come to; active by default where they are positive."""
+        grown, found = constraints.apply(multipliers), multipliers.detach()
+        residual = kkt_residual(
+            constraints.diagonal, grown.detach(), gap.detach(), found, constraints.noise
+        )
+        active = found > 0 if active is None else active
+        return cls(multipliers, active, feasible, residual, (multipliers * grown).sum(-1))
 
 
 class Solver(ABC):
@@ -108,11 +128,10 @@ class ActiveSet(Solver):
     ) -> Found:
         """See :meth:`Solver.solve`."""
         gap = torch.where(asked.unsqueeze(-1), floor - margins, -1.0)
-        gram, noise = constraints.gram, constraints.noise
-        multipliers, own = solve_gram(gram, gap, noise, table=constraints.table)
-        found = multipliers.detach()
-        residual = kkt_residual(gram.detach(), gap.detach(), found, noise)
-        return Found(multipliers, found > 0, own.feasible, residual)
+        if gap.shape[-1] == 1:
+            return _closed_form(constraints, gap)
+        found = solve_dual(constraints, gap)
+        return Found.of(constraints, gap, found.multipliers(constraints, gap), found.feasible)
 
     def layer(self, n_constraints: int) -> "CvxpyLayer":
         """See :meth:`Solver.layer`."""
@@ -175,18 +194,18 @@ class CvxpySolver(Solver):
         gram, noise = constraints.gram, constraints.noise
         # Other solvers return garbage without a status where a problem is infeasible, so which ones
         # are is ours to say, and they never see those.
-        _, own = solve_gram(gram.detach(), gap.detach(), noise, table=constraints.table)
-        ask = own.feasible & (gap > 0).any(-1)
+        feasible = solve_dual(constraints, gap).feasible
+        ask = feasible & (gap > 0).any(-1)
         multipliers = torch.zeros_like(gap)
         if bool(ask.any()):
             found = self._multipliers(gram[ask], gap[ask], noise[ask])
             multipliers = multipliers.index_put((ask.nonzero().squeeze(-1),), found)
-        gram, gap, fixed = gram.detach(), gap.detach(), multipliers.detach()
         # It leaves small multipliers on constraints that do not bind; the larger of the two
         # complementary numbers, in the same units, tells which of them should be zero.
-        slack = (gram @ fixed.unsqueeze(-1)).squeeze(-1) - gap
-        active = fixed * gram.diagonal(dim1=-2, dim2=-1) > slack.abs()
-        return Found(multipliers, active, own.feasible, kkt_residual(gram, gap, fixed, noise))
+        fixed = multipliers.detach()
+        slack = constraints.apply(fixed).detach() - gap.detach()
+        active = fixed * constraints.diagonal > slack.abs()
+        return Found.of(constraints, gap, multipliers, feasible, active)
 
     def _multipliers(self, gram: Tensor, gap: Tensor, noise: Tensor) -> Tensor:
         """λ of feasible problems, (B, m), by the layer; differentiable."""
@@ -194,21 +213,39 @@ class CvxpySolver(Solver):
             raise SolverError(
                 f"{self.name} runs on the CPU only; move the data there or use {ACTIVE_SET}"
             )
-        # Constraints of unit length make one tolerance of the solver fit all of them. Those without
-        # length hold already, or the example would not be asked.
-        scale = unit_scale(gram.detach(), noise)
-        unit, _ = unit_gap(gap, scale)
+        # Constraints of unit length, and a largest gap of 1, make one tolerance of the solver fit
+        # all of them. Those without length hold already, or the example would not be asked.
+        scale = unit_scale(gram.detach().diagonal(dim1=-2, dim2=-1), noise)
+        largest = (gap.detach() * scale).amax(-1, keepdim=True)
+        unit = torch.where(scale > 0, gap * scale / largest, -1.0)
         matrix = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
         try:
             layer = self.layer(gap.shape[-1]).to(gap.device)
             (multipliers,) = layer(_square_root(matrix) if self.on_cpu else matrix, unit)
         except Exception as error:
             raise SolverError(f"{self.name} failed on a batch of {len(gap)}: {error}") from error
-        result: Tensor = multipliers.to(gap).clamp_min(0.0) * scale
+        result: Tensor = multipliers.to(gap).clamp_min(0.0) * scale * largest
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": {}}
+
+
+def _closed_form(constraints: Constraints, gap: Tensor) -> Found:
+    """One constraint (K = 2): λ = max(g, 0) / M; infeasible where g > 0 and M = 0."""
+    length, violated = constraints.gram.flatten(1), gap > 0
+    solvable = length.detach() > constraints.noise
+    held = violated & solvable
+    multipliers = torch.where(held, gap / torch.where(held, length, 1.0), 0.0)
+    grown = multipliers * length
+    residual = torch.where(held, (grown - gap).detach().abs() / gap.detach(), 0.0)
+    return Found(
+        multipliers,
+        held,
+        (solvable | ~violated).squeeze(-1),
+        residual.squeeze(-1),
+        (multipliers * grown).squeeze(-1),
+    )
 
 
 def solver_of(solver: str | Solver, args: Mapping[str, Any] | None = None) -> Solver:
@@ -240,56 +277,3 @@ def _square_root(gram: Tensor) -> Tensor:
     jitter = torch.where(singular, 1e-12 * diagonal, 0.0)
     factor: Tensor = torch.linalg.cholesky(gram + jitter[:, None, None] * identity)
     return factor
-
-
-def solve_gram(
-    gram: Tensor,
-    gap: Tensor,
-    noise: Tensor | None = None,
-    *,
-    table: tuple[ActiveSets, Tensor] | None = None,
-) -> tuple[Tensor, DualSolution]:
-    """Multipliers λ, (B, m), differentiable in M and g; and how the solve went.
-
-    For one constraint (K = 2) this is the closed form λ = max(g, 0) / M.
-
-    Args:
-        gram: M, (B, m, m).
-        gap: g, (B, m).
-        noise: rounding error of M's diagonal, (B, m); default zero.
-        table: active sets worked out beforehand, and which of their problems each example is,
-            (B,). Default: find the active set by pivots.
-    """
-    if gap.shape[-1] == 1:
-        return _closed_form(gram, gap, noise)
-    if table is not None:
-        sets, case = table
-        solution = sets.solve(case, gap.detach())
-    else:
-        solution = solve_dual(gram.detach(), gap.detach(), noise=noise)
-    return active_multipliers(gram, gap, solution.inverse, solution.active), solution
-
-
-def _closed_form(
-    gram: Tensor, gap: Tensor, noise: Tensor | None = None
-) -> tuple[Tensor, DualSolution]:
-    """The closed form for one constraint: active when g > 0, infeasible when also M = 0.
-
-    Args:
-        gram: M, (B, 1, 1).
-        gap: g, (B, 1).
-        noise: rounding error of M, (B, 1); default zero.
-    """
-    length = gram.flatten(1)
-    solvable = length.detach() > (0.0 if noise is None else noise)
-    violated = gap.detach() > 0
-    active = violated & solvable
-    inverse = torch.where(active, torch.where(solvable, length, 1.0).reciprocal(), 0.0)
-    multipliers = inverse * gap
-    return multipliers, DualSolution(
-        multipliers=multipliers.detach(),
-        active=active,
-        inverse=inverse.detach().unsqueeze(-1),
-        feasible=(solvable | ~violated).squeeze(-1),
-        converged=torch.ones_like(solvable).squeeze(-1),
-    )

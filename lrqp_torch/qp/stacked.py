@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import TargetError, WidthError, readable
-from lrqp_torch.qp.geometry import Constraints, other_classes
+from lrqp_torch.qp.constraints import Constraints, DenseConstraints, other_classes
 from lrqp_torch.qp.implicit import matvec
 
 FREE = -1
@@ -189,13 +189,15 @@ class StackedGeometry:
         """The dual's constants of what each example is to write and keep."""
         gram, noise, _ = self._eliminated(choice)
         pair, wanted, _ = self._slots(choice)
-        return Constraints(
+        return DenseConstraints(
             gram=gram,
             noise=torch.where(wanted, noise, 1.0),
             length=torch.where(wanted, self.length[pair], 0.0),
         )
 
-    def displace(self, x: Tensor, choice: Tensor, multipliers: Tensor) -> Tensor:
+    def displace(
+        self, x: Tensor, choice: Tensor, multipliers: Tensor, moved: Tensor | None = None
+    ) -> Tensor:
         """X + Σ A'ᵀ λ, (B, d), in float64."""
         pair, _, _ = self._slots(choice)
         _, _, combination = self._eliminated(choice)

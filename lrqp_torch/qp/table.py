@@ -11,15 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.active_set import (
-    DEPENDENT,
-    SATISFIED,
-    DualSolution,
-    principal_pivot,
-    unit_gap,
-    unit_scale,
-)
-from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.active_set import DualSolution, unit_gap
+from lrqp_torch.qp.pivots import DEPENDENT, SATISFIED
+from lrqp_torch.qp.solution import unit_scale
 
 # The least violation over all sets is of the order of the gaps where a problem is infeasible, and
 # rounding where it is not.
@@ -58,21 +52,19 @@ class ActiveSets:
         """
         n_problems, m = noise.shape
         gram = gram.detach()
-        scale = unit_scale(gram, noise.detach())
-        index = torch.arange(m, device=gram.device).unsqueeze(-1)
-        # As the pivots want it, problems last: (m, m, sets, C).
+        scale = unit_scale(gram.diagonal(dim1=-2, dim2=-1), noise.detach())
+        # Problems last: (m, m, sets, C).
         tableau = (gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)).permute(1, 2, 0).unsqueeze(2)
         dependent = torch.zeros(1, n_problems, dtype=torch.bool, device=gram.device)
         members = torch.zeros(1, m, dtype=torch.bool, device=gram.device)
         for q in range(m):
-            flat = tableau.reshape(m, m, -1)
-            is_pivot = (index == q).expand(m, flat.shape[-1])
-            joined = principal_pivot(flat, index[q : q + 1].expand_as(is_pivot[:1]), is_pivot)
-            joins = dependent | (tableau[q, q] <= DEPENDENT)
-            joined = torch.where(joins, 0.0, joined.reshape(tableau.shape))
+            joined = torch.where(
+                dependent | (tableau[q, q] <= DEPENDENT), 0.0, _principal_pivot(tableau, q)
+            )
+            dependent = torch.cat([dependent, dependent | (tableau[q, q] <= DEPENDENT)])
             tableau = torch.cat([tableau, joined], 2)
-            dependent = torch.cat([dependent, joins])
-            members = torch.cat([members, members | (index == q).T])
+            alone = torch.arange(m, device=gram.device) == q
+            members = torch.cat([members, members | alone])
         order = members.sum(-1).argsort(stable=True)
         members, dependent = members[order], dependent[order].T
         tableau = tableau[:, :, order].permute(3, 2, 0, 1)
@@ -99,33 +91,40 @@ class ActiveSets:
         """
         scale = self.scale[case]
         unit, impossible = unit_gap(gap, scale)
+        unit = torch.where(torch.isinf(unit), -1.0, unit)
         _, m, n_sets, _ = self.transforms.shape
         chunk = max(1, CHUNK_NUMBERS // (n_sets * m))
-        size = 1 + unit.abs().amax(-1)
         parts = [
             self._try(case[start : start + chunk], unit[start : start + chunk])
             for start in range(0, max(1, len(gap)), chunk)
         ]
         violation = parts[0] if len(parts) == 1 else torch.cat(parts)
-        violation = violation.clamp_min(SATISFIED * size.unsqueeze(-1))
+        violation = violation.clamp_min(SATISFIED)
         least, chosen = torch.where(self.dependent[case], torch.inf, violation).min(-1)
-        feasible = (least <= FITS * size) & ~impossible
-        active = self.members[chosen] & feasible.unsqueeze(-1)
+        feasible = (least <= FITS) & ~impossible
+        held = self.members[chosen] & feasible.unsqueeze(-1)
         inverse = torch.where(feasible[:, None, None], self.inverses[case, chosen], 0.0)
-        return DualSolution(
-            multipliers=matvec(inverse, gap).clamp_min(0.0),
-            active=active,
-            inverse=inverse,
-            feasible=feasible,
-            converged=torch.ones_like(feasible),
-        )
+        return DualSolution(None, held, inverse, feasible, torch.ones_like(feasible))
 
     def _try(self, case: Tensor, unit: Tensor) -> Tensor:
-        """How much each set violates the KKT conditions, (B, 2^m)."""
+        """How much each set violates the KKT conditions, (B, 2^m), relative to 1 + its own gap."""
         n_problems, m, n_sets, _ = self.transforms.shape
         # Gaps in the columns of their own problem, zero in others': one product for all problems.
         own = case.unsqueeze(-1) == torch.arange(n_problems, device=case.device)
         spread = torch.where(own.unsqueeze(-1), unit.unsqueeze(1), 0.0).flatten(1)
         values = spread @ self.transforms.reshape(n_problems * m, n_sets * m)
-        least: Tensor = values.unflatten(-1, (n_sets, m)).amin(-1)
+        least: Tensor = (values.unflatten(-1, (n_sets, m)) / (1 + unit.abs()).unsqueeze(1)).amin(-1)
         return -least
+
+
+def _principal_pivot(tableau: Tensor, q: int) -> Tensor:
+    """Let constraint q join the active set in every tableau, (m, m, …).
+
+    With d = T_qq: T_ij ← T_ij − T_iq T_qj / d, T_iq ← T_iq / d, T_qq ← −1 / d.
+    """
+    diagonal = tableau[q, q]
+    scaled = tableau[:, q] / diagonal
+    updated = tableau - tableau[:, q].unsqueeze(1) * scaled.unsqueeze(0)
+    updated[q], updated[:, q] = scaled, scaled
+    updated[q, q] = -1 / diagonal
+    return updated

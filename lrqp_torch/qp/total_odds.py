@@ -21,7 +21,8 @@ convex function
 
 minimised by Newton steps with a line search. There f increases with μ, so that f = log α is a
 bracketed Newton iteration in one number; both are taken together once λ has settled. Any p gives by
-duality the lower bound
+duality
+the lower bound
 
     distance ≥ (log α − pᵀs⁰ + H(p)) / √(pᵀMp),   H the entropy,
 
@@ -34,9 +35,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.geometry import Constraints
+from lrqp_torch.qp.active_set import solve_dual
+from lrqp_torch.qp.constraints import Constraints, DenseConstraints
 from lrqp_torch.qp.implicit import matvec
-from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver, solve_gram
+from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver
 
 # A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
 GROWTH = 30.0
@@ -50,8 +52,8 @@ BALANCED = 1e-5
 # 1 + the squared length of the edit.
 SETTLED = 1e-6
 # p ᵀ M p at or below this share of (Σ p √M_ll)² is a combination of normals that cancels.
-CANCELLED = 1e-13
-MAX_STEPS = 400
+CANCELLED = 1e-12
+MAX_STEPS = 150
 MAX_HALVINGS = 40
 
 
@@ -96,12 +98,33 @@ class TotalOdds(Solver):
         found = solve_total(fixed, start.detach(), question, noise)
         feasible = (room | ~asked) & found.feasible
         edited = asked & feasible
-        multipliers = total_multipliers(
-            gram, start, wanted, found.multipliers, found.weight, edited
+        multipliers = total_multipliers(gram, start, wanted, found, edited)
+        residual = total_residual(fixed, start, wanted, multipliers.detach())
+        return Found(
+            multipliers,
+            multipliers.detach() > 0,
+            feasible,
+            torch.where(edited, residual, 0.0),
+            (multipliers * matvec(gram, multipliers)).sum(-1),
+            again=found.converged,
         )
-        residual = total_residual(fixed, start, wanted, multipliers).detach()
-        residual = torch.where(edited, residual, 0.0)
-        return Found(multipliers, multipliers.detach() > 0, feasible, residual)
+
+
+@dataclass(frozen=True)
+class TotalSolution:
+    """Result of :func:`solve_total`.
+
+    Attributes:
+        multipliers: λ, (B, m), non-negative.
+        weight: μ = Σ λ, the multiplier of the one constraint, (B,).
+        feasible: False where no activation reaches the odds, (B,).
+        converged: False where the steps ran out, (B,).
+    """
+
+    multipliers: Tensor
+    weight: Tensor
+    feasible: Tensor
+    converged: Tensor
 
 
 def total_log_odds(margins: Tensor) -> Tensor:
@@ -159,46 +182,60 @@ def newton_step(
 
 
 def total_multipliers(
-    gram: Tensor,
-    start: Tensor,
-    floor: Tensor,
-    multipliers: Tensor,
-    weight: Tensor,
-    edited: Tensor,
+    gram: Tensor, start: Tensor, floor: Tensor, found: TotalSolution, edited: Tensor
 ) -> Tensor:
-    """λ, (B, m), differentiable in M, s⁰ and log α to third order; zero where not ``edited``.
+    """λ, (B, m), polished, and differentiable in M, s⁰ and log α to third order.
 
     Newton's method doubles the number of correct terms of a power series as it doubles digits: from
     a solution held constant, one differentiable step has the exact first derivative (the implicit
-    function theorem), two have the first three.
+    function theorem), two have the first three. λ is zero where not ``edited``, and constant where
+    the system of the steps is singular in floating point.
     """
-    one, other = edited.unsqueeze(-1), edited[:, None, None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram = torch.where(other, gram, identity)
-    start = torch.where(one, start, 0.0)
-    floor = torch.where(edited, floor, total_log_odds(torch.zeros_like(start)))
-    multipliers = torch.where(one, multipliers, 0.0)
-    weight = torch.where(edited, weight, 0.0)
+    regular = edited
     for _ in range(2):
-        multipliers, weight = newton_step(gram, start, floor, multipliers, weight)
-    return torch.where(one, multipliers, 0.0)
+        one, other = regular.unsqueeze(-1), regular[:, None, None]
+        own = torch.where(one, start, 0.0)
+        asked = torch.where(regular, floor, total_log_odds(torch.zeros_like(own)))
+        multipliers = torch.where(one, found.multipliers, 0.0)
+        weight = torch.where(regular, found.weight, 0.0)
+        for _ in range(2):
+            multipliers, weight = newton_step(
+                torch.where(other, gram, identity), own, asked, multipliers, weight
+            )
+        finite = torch.isfinite(multipliers.detach().sum(-1))
+        if bool(finite.all()):
+            break
+        regular = edited & finite
+    # The steps polish what was found, unless rounding spoils them.
+    fixed = gram.detach(), start.detach(), floor.detach()
+    before, after = (
+        total_residual(*fixed, part) for part in (found.multipliers, multipliers.detach())
+    )
+    spoilt = ((before < after) | ~regular).unsqueeze(-1)
+    multipliers = torch.where(one, multipliers, 0.0)
+    change = torch.where(spoilt, found.multipliers - multipliers.detach(), 0.0)
+    return torch.where(edited.unsqueeze(-1), multipliers + change, 0.0)
 
 
 def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tensor) -> Tensor:
     """Largest violation of the KKT conditions λ = μ p and f = log α (μ > 0), per example.
 
-    The first is measured in the metric and relative to 1 + the length of the edit, the second to
-    1 + the distance of f from log α before the edit. Where λ = 0 only f ≥ log α is asked.
+    The first is measured in the metric and relative to the length of the edit and of one nat, the
+    second to 1 + the distance of f from log α before the edit. Where λ = 0 only f ≥ log α is asked.
     """
+    tiny = torch.finfo(gram.dtype).tiny
     moved = matvec(gram, multipliers)
     margins = start + moved
-    weight = multipliers.sum(-1)
-    residual = multipliers - weight.unsqueeze(-1) * (-margins).softmax(-1)
+    weight, share = multipliers.sum(-1), (-margins).softmax(-1)
+    residual = multipliers - weight.unsqueeze(-1) * share
     length = (multipliers * moved).sum(-1).clamp_min(0.0).sqrt()
-    unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0).sqrt() / (1 + length)
+    nat = (share * matvec(gram, share)).sum(-1).clamp_min(tiny).rsqrt()
+    unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0).sqrt()
     missing = floor - total_log_odds(margins)
     missing = torch.where(weight > 0, missing.abs(), missing.clamp_min(0.0))
-    return torch.maximum(unbalanced, missing / (1 + (floor - total_log_odds(start)).abs()))
+    missing = missing / (1 + (floor - total_log_odds(start)).abs())
+    return torch.maximum(unbalanced / (length + nat), missing)
 
 
 def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
@@ -206,24 +243,26 @@ def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> 
     curvature = share.unsqueeze(-1) * (gram - matvec(gram, share).unsqueeze(-2))
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     system = identity + weight[:, None, None] * curvature
-    return tuple(torch.linalg.solve(system, torch.stack(right, -1)).unbind(-1))
+    # Where rounding makes it singular all the same, the result is not finite.
+    solved, _ = torch.linalg.solve_ex(system, torch.stack(right, -1))
+    return tuple(solved.unbind(-1))
 
 
-@dataclass(frozen=True)
-class TotalSolution:
-    """Result of :func:`solve_total`.
+def _solve_symmetric(
+    gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor
+) -> tuple[Tensor, ...]:
+    """The same by a Cholesky factor, which is never singular; not differentiable at p = 0.
 
-    Attributes:
-        multipliers: λ, (B, m), non-negative.
-        weight: μ = Σ λ, the multiplier of the one constraint, (B,).
-        feasible: False where no activation reaches the odds, (B,).
-        converged: False where the steps ran out, (B,).
+    With H = S Sᵀ, S = diag √p (I − √p √pᵀ), it is r − μ S (I + μ SᵀMS)⁻¹ SᵀM r.
     """
-
-    multipliers: Tensor
-    weight: Tensor
-    feasible: Tensor
-    converged: Tensor
+    root = share.sqrt()
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = root.unsqueeze(-1) * (identity - root.unsqueeze(-1) * root.unsqueeze(-2))
+    pulled = factor.mT @ gram
+    factored, _ = torch.linalg.cholesky_ex(identity + weight[:, None, None] * (pulled @ factor))
+    stacked = torch.stack(right, -1)
+    inner = torch.cholesky_solve(pulled @ stacked, factored)
+    return tuple((stacked - weight[:, None, None] * (factor @ inner)).unbind(-1))
 
 
 @torch.no_grad()
@@ -236,17 +275,33 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
         floor: log α, (B,).
         noise: rounding error of M's diagonal, (B, m).
     """
-    problem = _Batch.begin(gram, start, floor, noise)
+    # In units in which the longest normal has length 1.
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    unit = gram / scale[:, None, None]
+    search = _Search.begin(unit, start, floor, noise / scale.unsqueeze(-1))
     for _ in range(MAX_STEPS):
-        problem = problem.step()
-        if len(problem.index) == 0:
+        if not len(search.index):
             break
-    return problem.result
+        search = search.step()
+    result = search.result
+    result.multipliers[search.index] = search.multipliers.clamp_min(0.0)
+    result.weight[search.index] = search.weight
+    result.multipliers.div_(scale.unsqueeze(-1))
+    result.weight.div_(scale)
+    return result
 
 
 @dataclass
-class _Batch:
-    """The problems still being solved, and the results of all."""
+class _Search:
+    """The problems still being solved, and the results of all.
+
+    Attributes:
+        result: where finished problems are put.
+        index: which they are, (n,).
+        gram, start, floor, noise: of each.
+        multipliers, weight: λ and μ so far.
+        low, high: the bracket of μ.
+    """
 
     result: TotalSolution
     index: Tensor
@@ -260,13 +315,14 @@ class _Batch:
     high: Tensor
 
     @classmethod
-    def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Batch":
+    def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Search":
         """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
         needed = total_log_odds(start) < floor
         enough = floor.unsqueeze(-1) + math.log(start.shape[-1])
         gap = torch.where(needed.unsqueeze(-1) & torch.isfinite(start), enough - start, -1.0)
-        multipliers, pairwise = solve_gram(gram, gap, noise)
-        multipliers = torch.where(pairwise.feasible.unsqueeze(-1), multipliers, 0.0)
+        constraints = DenseConstraints(gram, noise, noise)
+        pairwise = solve_dual(constraints, gap)
+        multipliers = pairwise.multipliers(constraints, gap)
         # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
         share = (-start).softmax(-1)
         slope = (share * matvec(gram, share)).sum(-1)
@@ -284,16 +340,14 @@ class _Batch:
         parts = (gram, start, floor, noise, multipliers, weight, low, high)
         return cls(result, index, *(part[index] for part in parts))
 
-    def step(self) -> "_Batch":
+    def step(self) -> "_Search":
         """One Newton step of each problem: for λ while it is off, else for μ."""
-        if len(self.index) == 0:
-            return self
         gram, weight = self.gram, self.weight
         moved = matvec(gram, self.multipliers)
         margins = self.start + moved
         share = (-margins).softmax(-1)
         residual = self.multipliers - weight.unsqueeze(-1) * share
-        back, along = solve_inner(gram, share, weight, residual, share)
+        back, along = _solve_symmetric(gram, share, weight, residual, share)
         pulled, slope = matvec(gram, back), matvec(gram, share)
         decrement = (residual * pulled).sum(-1).clamp_min(0.0)
         distance = (self.multipliers * moved).sum(-1).clamp_min(0.0)
@@ -309,7 +363,8 @@ class _Batch:
         unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0)
         done = settled & (missing.abs() <= MET * size)
         done &= unbalanced <= BALANCED**2 * (1 + distance)
-        lost = settled & (missing > 0) & self._beyond_reach(share, slope)
+        # Any p is a proof, settled or not.
+        lost = ~done & self._beyond_reach(share, slope)
         low = torch.where(settled & (missing > 0), weight, self.low)
         high = torch.where(settled & (missing <= 0), weight, self.high)
         rate = (slope * along).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -338,24 +393,10 @@ class _Batch:
             self.result.weight[at] = torch.where(lost, 0.0, weight)[finished]
             self.result.feasible[at] = ~lost[finished]
             self.result.converged[at] = True
-        keep = ~finished
-        return _Batch(
-            self.result,
-            *(
-                part[keep]
-                for part in (
-                    self.index,
-                    gram,
-                    self.start,
-                    self.floor,
-                    self.noise,
-                    next_multipliers,
-                    weight + change,
-                    low,
-                    high,
-                )
-            ),
-        )
+        keep = (~finished).nonzero().squeeze(-1)
+        constant = (self.index, gram, self.start, self.floor, self.noise)
+        moving = (next_multipliers, weight + change, low, high)
+        return _Search(self.result, *(part[keep] for part in (*constant, *moving)))
 
     def _beyond_reach(self, share: Tensor, slope: Tensor) -> Tensor:
         """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""

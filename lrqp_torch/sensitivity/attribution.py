@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import LRQPError, row_classes
 from lrqp_torch.qp import Status
-from lrqp_torch.qp.geometry import other_classes
+from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.sensitivity.readout import Readout, SiteReadout
 
 NODES = 4

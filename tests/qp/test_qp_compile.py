@@ -34,7 +34,6 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
     for module in (errors, problem, reach, geometry):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
-    monkeypatch.setattr(geometry, "TABLE_CONSTRAINTS", {})
 
 
 def geometry_of(problem: Problem) -> ProbeGeometry:

@@ -5,16 +5,22 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import cvxpy as cp
+import numpy as np
 import pytest
 import torch
+from cvxpylayers.torch import CvxpyLayer
 from qp_reference import Problem, random_problem
 from torch import Tensor
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
 from lrqp_torch.errors import InfeasibleError, NonFiniteError, SolverError, TargetError, WidthError
 from lrqp_torch.qp import ODDS, ActiveSet, DualActiveSet, ProbeGeometry, TotalOdds
-from lrqp_torch.qp.geometry import Constraints
+from lrqp_torch.qp.constraints import Constraints
+from lrqp_torch.qp.layer import pose
 from lrqp_torch.qp.solvers import Found
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -29,7 +35,7 @@ def dual_data(n_classes: int, batch: int = 40) -> tuple[Tensor, Tensor]:
     problem = random_problem(n_classes, 16, batch, condition=10)
     geometry = ProbeGeometry.build(problem.weight, problem.bias, problem.covariance)
     gap = problem.floor[:, None] - geometry.margins(problem.x, problem.target)
-    return geometry.gram[problem.target].clone(), gap
+    return geometry.constraints(problem.target).gram.clone(), gap
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5, 10])
@@ -67,6 +73,134 @@ def test_the_plugged_in_solver_raises_where_there_is_no_solution() -> None:
     gram, gap = (rows @ rows.T).repeat(3, 1, 1), torch.tensor([[1.0, -2], [1, 1], [0, 0]]).double()
     with pytest.raises(InfeasibleError, match=r"\[1\]"):
         MahalanobisQP(3).layer(gram, gap)
+
+
+def posed_with(
+    rows: Callable[[cp.Variable, list[cp.Parameter]], list[cp.Constraint]],
+    more: Callable[[cp.Variable], cp.Expression] = lambda multipliers: cp.Constant(0),
+    duals: bool = False,
+    **attributes: Any,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """min ½ λᵀMλ − gᵀλ + more under bounds, as a layer with our solver: (M, g, …) → (λ, duals)."""
+    multipliers = cp.Variable(3, **attributes)
+    gram, gap = cp.Parameter((3, 3), PSD=True), cp.Parameter(3)
+    others: list[cp.Parameter] = []
+    constraints = rows(multipliers, others)
+    objective = 0.5 * cp.quad_form(multipliers, gram) - gap @ multipliers + more(multipliers)
+    variables = [multipliers, *(c.dual_variables[0] for c in constraints if duals)]
+    return CvxpyLayer(
+        cp.Problem(cp.Minimize(objective), constraints),
+        parameters=[gram, gap, *others],
+        variables=variables,
+        solver=DualActiveSet(),
+    )
+
+
+def scaled_by_parameter(x: cp.Variable, others: list[cp.Parameter]) -> list[cp.Constraint]:
+    others.append(cp.Parameter(3, nonneg=True))
+    return [cp.multiply(others[0], x) >= 0]
+
+
+def bounded_by_parameter(x: cp.Variable, others: list[cp.Parameter]) -> list[cp.Constraint]:
+    others.append(cp.Parameter(3))
+    return [x >= others[0]]
+
+
+WAYS: dict[str, tuple[Any, Tensor]] = {
+    "λ ≥ 0": (lambda x, _: [x >= 0], torch.ones(3)),
+    "0 ≤ λ": (lambda x, _: [x >= 0], torch.ones(3)),
+    "−λ ≤ 0": (lambda x, _: [-x <= 0], torch.ones(3)),
+    "2λ ≥ 0": (lambda x, _: [2 * x >= 0], torch.full((3,), 2.0)),
+    "each its own": (lambda x, _: [np.diag([1, 4, 0.5]) @ x >= 0], torch.tensor([1, 4, 0.5])),
+    "backwards": (lambda x, _: [x[::-1] >= 0], torch.ones(3)),
+    "one by one": (lambda x, _: [x[2] >= 0, 3 * x[0] >= 0, x[1] >= 0], torch.tensor([3.0, 1, 1])),
+    "twice": (lambda x, _: [x >= 0, 5 * x >= 0], torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_the_bounds_has_its_own_dual(way: str) -> None:
+    bounds, scale = WAYS[way]
+    gram, gap = dual_data(4, batch=30)
+    multipliers, *duals = posed_with(bounds, duals=True)(gram, gap)
+    expected, _ = DualActiveSet().solve(gram, gap)
+    torch.testing.assert_close(multipliers, expected)
+    slack = (gram @ expected.unsqueeze(-1)).squeeze(-1) - gap
+    # Lagrange: Mλ − g = Σ a y over the rows that bound a variable, y ≥ 0 and y λ = 0.
+    if way == "one by one":
+        order = [duals[1], duals[2], duals[0]]
+        found = torch.stack(order, -1)
+    elif way == "backwards":
+        found = duals[0].flip(-1)
+    elif way == "twice":
+        found = duals[0] + 5 * duals[1]
+    else:
+        found = duals[0]
+    assert (found >= 0).all()
+    torch.testing.assert_close(found * scale.double(), slack, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("attributes", [{"nonneg": True}, {"bounds": [0, None]}])
+def test_bounds_may_be_attributes_and_the_objective_any_quadratic(attributes: Any) -> None:
+    gram, gap = dual_data(4, batch=30)
+    layer = posed_with(lambda x, _: [], lambda x: cp.sum_squares(x) + cp.sum(x) + 7, **attributes)
+    inputs = gram.clone().requires_grad_(), gap.clone().requires_grad_()
+    (multipliers,) = layer(*inputs)
+    again = gram.clone().requires_grad_(), gap.clone().requires_grad_()
+    twice = 2 * torch.eye(3, dtype=torch.float64)
+    expected, _ = DualActiveSet().solve(again[0] + twice, again[1] - 1)
+    torch.testing.assert_close(multipliers, expected)
+    outgoing = torch.randn_like(gap)
+    found = torch.autograd.grad(multipliers, inputs, outgoing)
+    wanted = torch.autograd.grad(expected, again, outgoing)
+    torch.testing.assert_close((found[0] + found[0].mT) / 2, (wanted[0] + wanted[0].mT) / 2)
+    torch.testing.assert_close(found[1], wanted[1])
+
+
+def test_bounds_may_be_scaled_by_a_positive_parameter_alone() -> None:
+    gram, gap = dual_data(4, batch=10)
+    layer = posed_with(scaled_by_parameter)
+    (multipliers,) = layer(gram, gap, torch.rand(10, 3).double() + 0.1)
+    torch.testing.assert_close(multipliers, DualActiveSet().solve(gram, gap)[0])
+    with pytest.raises(SolverError, match="not at all"):
+        layer(gram, gap, torch.zeros(10, 3, dtype=torch.float64))
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "from above": (lambda x, _: [x >= 0, x <= 0.1], "bounds other than 0"),
+    "below one": (lambda x, _: [x >= 1], "bounds other than 0"),
+    "below a parameter": (bounded_by_parameter, "bounds other than 0"),
+    "one of three": (lambda x, _: [x[0] >= 0], "without a bound"),
+    "none": (lambda x, _: [], "no constraints"),
+    "their sum": (lambda x, _: [x >= 0, cp.sum(x) >= 0], "several variables"),
+    "an equation": (lambda x, _: [x >= 0, x[0] == 0], "kinds"),
+    "a norm": (lambda x, _: [x >= 0, cp.norm(x) <= 1], "kinds"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_problems_are_refused_when_the_layer_is_made(other: str) -> None:
+    bounds, said = OTHERS[other]
+    with pytest.raises(SolverError, match=rf"and nothing else.*{said}"):
+        posed_with(bounds)
+    with pytest.raises(SolverError, match="and nothing else"):
+        posed_with(lambda x, _: [x >= 0], cp.norm1)
+
+
+def test_upper_bounds_are_refused_however_they_are_written() -> None:
+    with pytest.raises(SolverError, match="and nothing else"):
+        posed_with(lambda x, _: [], bounds=[0, 0.1])
+    negative = posed_with(lambda x, _: [-2 * x >= 0])
+    with pytest.raises(SolverError, match="bounded from above"):
+        negative(*dual_data(4, batch=2))
+
+
+def test_one_solver_serves_layers_of_one_form() -> None:
+    solver = DualActiveSet()
+    for n_constraints in (3, 3):
+        pose(n_constraints, solver, {}, factored=False)
+    with pytest.raises(SolverError, match="make another"):
+        pose(4, solver, {}, factored=False)
 
 
 def solved_with_gradients(problem: Problem, solver: str) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -151,7 +285,7 @@ import sys, torch, lrqp_torch as lrqp
 x = torch.randn(60, 4)
 edit = lrqp.LRQP.fit(x, torch.arange(60) % 3, log_odds=1.0, odds="total")
 edit(x, 1)
-assert not {"cvxpy", "cvxpylayers", "scipy"} & set(sys.modules)
+assert not {"cvxpy", "cvxpylayers"} & set(sys.modules)
 from lrqp_torch.qp import DualActiveSet
 assert {"cvxpy", "cvxpylayers"} <= set(sys.modules) and DualActiveSet.canon_solver
 """

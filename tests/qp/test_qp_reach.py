@@ -88,7 +88,7 @@ def test_nothing_is_read_of_what_cannot_be_reached() -> None:
         first_coordinate,
         dtype=torch.float64,
     )
-    assert not attempt.reachable.any()
+    assert not attempt.open.any()
 
 
 @pytest.mark.parametrize("odds", ["pairwise", "total"])

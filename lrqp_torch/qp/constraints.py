@@ -1,0 +1,193 @@
+"""The constraints of each example in the dual: M = A Σ Aᵀ, stored no bigger than needed.
+
+The constraints of a probe all come from K classes: with D_kl = (w_k − w_l)ᵀ Σ (w_k − w_l), the
+squared distances between them, and target t,
+
+    M_lm = (w_t − w_l)ᵀ Σ (w_t − w_m) = ½ (D_tl + D_tm − D_lm),
+
+so that one K × K matrix serves every target and M itself is formed only where it is small. D keeps
+the digits of classes that nearly coincide, which a Gram matrix of the weights loses.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.qp.implicit import matvec
+
+if TYPE_CHECKING:
+    from lrqp_torch.qp.table import ActiveSets
+
+
+class Constraints(Protocol):
+    """The dual problem's constants for each example of a batch, float64."""
+
+    @property
+    def gram(self) -> Tensor:
+        """M, (B, m, m), symmetric positive semidefinite; differentiable."""
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of M, (B, m); not differentiated."""
+
+    @property
+    def noise(self) -> Tensor:
+        """Rounding error of M's diagonal, (B, m): at or below it a constraint has no length."""
+
+    @property
+    def length(self) -> Tensor:
+        """‖a_i‖, the Euclidean norm of each row of A, (B, m)."""
+
+    @property
+    def table(self) -> "tuple[ActiveSets, Tensor] | None":
+        """The active sets of all problems that occur, and which of them each example is, (B,).
+
+        None: pivots find them.
+        """
+
+    def apply(self, multipliers: Tensor) -> Tensor:
+        """M λ, (B, m): how much each margin grows; differentiable."""
+
+    def block(self, index: Tensor) -> Tensor:
+        """M between some constraints of each example, (B, n) → (B, n, n); differentiable.
+
+        An index of m stands for none, and gives any numbers.
+        """
+
+    def moved(self, multipliers: Tensor) -> Tensor | None:
+        """‖ΣAᵀλ‖, how far λ moves each activation in the units of the stream, (B,), if known."""
+
+    def rows(self, rows: Tensor) -> Self:
+        """Those of some of the examples, (n,) integer."""
+
+
+@dataclass(frozen=True)
+class DenseConstraints:
+    """M of each example as it is; for few constraints, or where each example has its own.
+
+    Attributes:
+        gram: M, (B, m, m).
+        noise: see :class:`Constraints`.
+        length: see :class:`Constraints`.
+        steering: A Σ² Aᵀ / s², (B, m, m), and s, so that ‖ΣAᵀλ‖² = sλᵀ(AΣ²Aᵀ/s²)sλ; or None.
+        table: see :class:`Constraints`.
+    """
+
+    gram: Tensor
+    noise: Tensor
+    length: Tensor
+    steering: tuple[Tensor, Tensor] | None = None
+    table: "tuple[ActiveSets, Tensor] | None" = None
+
+    @property
+    def diagonal(self) -> Tensor:
+        """See :class:`Constraints`."""
+        return self.gram.detach().diagonal(dim1=-2, dim2=-1)
+
+    def apply(self, multipliers: Tensor) -> Tensor:
+        """See :class:`Constraints`."""
+        return matvec(self.gram, multipliers)
+
+    def block(self, index: Tensor) -> Tensor:
+        """See :class:`Constraints`."""
+        m = self.gram.shape[-1]
+        index = index.clamp_max(m - 1)
+        rows = self.gram.gather(1, index.unsqueeze(-1).expand(*index.shape, m))
+        return rows.gather(2, index.unsqueeze(1).expand(*index.shape, index.shape[-1]))
+
+    def moved(self, multipliers: Tensor) -> Tensor | None:
+        """See :class:`Constraints`."""
+        if self.steering is None:
+            return None
+        multipliers = multipliers * self.steering[1]
+        squared = (multipliers * matvec(self.steering[0], multipliers)).sum(-1)
+        return squared.clamp_min(0.0).sqrt()
+
+    def rows(self, rows: Tensor) -> "DenseConstraints":
+        """See :class:`Constraints`."""
+        return DenseConstraints(
+            self.gram[rows],
+            self.noise[rows],
+            self.length[rows],
+            None if self.steering is None else (self.steering[0][rows], self.steering[1]),
+            None if self.table is None else (self.table[0], self.table[1][rows]),
+        )
+
+
+@dataclass(frozen=True)
+class ClassConstraints:
+    """Those of a probe with many classes: D for all, and each example's target.
+
+    Attributes:
+        squared: D, (K, K).
+        steering: the same in Σ², (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s.
+        target: t, (B,).
+        other: the classes other than the target, ascending, (B, m).
+        noise: see :class:`Constraints`.
+        length: see :class:`Constraints`.
+    """
+
+    squared: Tensor
+    steering: tuple[Tensor, Tensor]
+    target: Tensor
+    other: Tensor
+    noise: Tensor
+    length: Tensor
+    table: None = None
+
+    @property
+    def gram(self) -> Tensor:
+        """See :class:`Constraints`."""
+        every = torch.arange(self.other.shape[-1], device=self.other.device)
+        return self.block(every.expand_as(self.other))
+
+    @property
+    def diagonal(self) -> Tensor:
+        """See :class:`Constraints`."""
+        return self.squared.detach()[self.target].gather(-1, self.other)
+
+    def apply(self, multipliers: Tensor) -> Tensor:
+        """See :class:`Constraints`."""
+        return self._apply(self.squared, multipliers)
+
+    def block(self, index: Tensor) -> Tensor:
+        """See :class:`Constraints`."""
+        chosen = self.other.gather(-1, index.clamp_max(self.other.shape[-1] - 1))
+        target, rows, columns = self.target[:, None, None], chosen[:, :, None], chosen[:, None]
+        squared = self.squared
+        return (squared[target, rows] + squared[target, columns] - squared[rows, columns]) / 2
+
+    def moved(self, multipliers: Tensor) -> Tensor:
+        """See :class:`Constraints`."""
+        multipliers = multipliers * self.steering[1]
+        squared = (multipliers * self._apply(self.steering[0], multipliers)).sum(-1)
+        return squared.clamp_min(0.0).sqrt()
+
+    def rows(self, rows: Tensor) -> "ClassConstraints":
+        """See :class:`Constraints`."""
+        return ClassConstraints(
+            self.squared,
+            self.steering,
+            self.target[rows],
+            self.other[rows],
+            self.noise[rows],
+            self.length[rows],
+        )
+
+    def _apply(self, squared: Tensor, multipliers: Tensor) -> Tensor:
+        every = multipliers.new_zeros(len(multipliers), len(squared))
+        towards = every.scatter(-1, self.other, multipliers) @ squared
+        total = multipliers.sum(-1, keepdim=True)
+        grown = squared[self.target] * total - towards
+        grown = grown + towards.gather(-1, self.target.unsqueeze(-1))
+        return grown.gather(-1, self.other) / 2
+
+
+def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:
+    """The classes other than ``target``, ascending: (K−1,) for an int, (B, K−1) for (B,)."""
+    index = torch.arange(n_classes - 1, device=device)
+    if isinstance(target, Tensor):
+        target = target.unsqueeze(-1)
+    return index + (index >= target).long()
