@@ -38,8 +38,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/lrqp reproduce --model organism --n 1000 --prefixes bundled --sites all --out results/organism
 
+# A process a core, each with one thread.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Each version is installed, with what it alone needs otherwise, in front of the other packages.
 $(MATRIX)/%/.installed: $(STAMP)

@@ -1,6 +1,7 @@
 """The LRQP quadratic program: the nearest activation at which a probe reads the target."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,14 +143,17 @@ class MahalanobisQP(nn.Module):
         floor = self._check(x, target, log_odds, geometry)
         target = target.long()
         chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
-        if realise is not None or len(x) <= max(1, chunk):
-            return self._solve(x, target, floor, geometry, realise, slice(0, len(x)))
-        return join(
-            [
-                self._solve(x[rows], target[rows], floor, geometry, None, rows)
-                for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk))
-            ]
-        )
+        # Autocast would take float32 products of edits in half precision.
+        kind = x.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+            if realise is not None or len(x) <= max(1, chunk):
+                return self._solve(x, target, floor, geometry, realise, slice(0, len(x)))
+            return join(
+                [
+                    self._solve(x[rows], target[rows], floor, geometry, None, rows)
+                    for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk))
+                ]
+            )
 
     def _solve(
         self,
