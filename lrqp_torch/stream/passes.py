@@ -21,9 +21,6 @@ CACHES = ("cache", "past_key_values", "cache_params")
 _HIDDEN = -1e4
 """Additive attention masks hide with numbers below this."""
 
-_UNCACHED = 4
-"""So many texts without a cache are remembered: guidance has two that take turns."""
-
 
 class LeftPaddingWarning(UserWarning):
     """A left-padded batch without ``position_ids`` on a model with learned positions."""
