@@ -1,6 +1,6 @@
 """The indirect-object-identification task: names, templates, prefixes and the data set."""
 
-from lrqp_torch.ioi.dataset import IOIDataset, swap_order
+from lrqp_torch.ioi.dataset import IOIDataset, swap_identity, swap_order
 from lrqp_torch.ioi.words import ABBA_TEMPLATES, BABA_TEMPLATES, NAMES, OBJECTS, PLACES
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "OBJECTS",
     "PLACES",
     "IOIDataset",
+    "swap_identity",
     "swap_order",
 ]

@@ -232,6 +232,38 @@ def swap_order(data: IOIDataset, tokenizer: "PreTrainedTokenizerBase | None" = N
     return swapped
 
 
+def swap_identity(data: IOIDataset) -> IOIDataset:
+    """Exchange the people: "Mary and John …, John …" becomes "John and Mary …, Mary …".
+
+    Each of the three names becomes the other one, so the subject is another person and everything
+    else stays: the order of IO and S, template, prefix, length, padding and all positions. With
+    :func:`swap_order` after it the names of the first clause stand where they did, and S2 alone is
+    another token.
+
+    Raises:
+        PromptError: as :func:`swap_order`.
+    """
+    swapped = swap_order(data)
+    rows = torch.arange(len(data), device=data.io_tokens.device)
+    ids = swapped.inputs["input_ids"].clone()
+    ids[rows, data.positions["S2"]] = data.io_tokens
+    texts = []
+    for text, other, s, io in zip(
+        data.prompts, swapped.prompts, data.s_names, data.io_names, strict=True
+    ):
+        at = text.rindex(s)  # both texts are of one length, and differ in the first clause alone
+        texts.append(other[:at] + io + other[at + len(s) :])
+    return replace(
+        data,
+        inputs=data.inputs | {"input_ids": ids},
+        io_tokens=data.s_tokens,
+        s_tokens=data.io_tokens,
+        prompts=tuple(texts),
+        io_names=data.s_names,
+        s_names=data.io_names,
+    )
+
+
 def _swapped_texts(data: IOIDataset) -> tuple[str, ...]:
     texts = []
     for row, (text, prefix) in enumerate(zip(data.prompts, data.prefixes, strict=True)):

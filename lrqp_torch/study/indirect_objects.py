@@ -11,9 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PromptError
-from lrqp_torch.ioi import IOIDataset, swap_order
-from lrqp_torch.study.prompts import PromptSet, Words
+from lrqp_torch.errors import PromptError, SettingError, quoted
+from lrqp_torch.ioi import IOIDataset, swap_identity, swap_order
+from lrqp_torch.study.prompts import PromptSet, Twins, Words
 
 WORDS = Words(
     variable="the order of the names",
@@ -40,6 +40,10 @@ NAMES_NEEDED = (
 """Why a part of the study cannot run on prompts of another task."""
 
 
+ORDER, IDENTITY, ALL = "order", "identity", "all"
+"""What S2 tells: which name came first, whose name it is, and both."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class IOIPrompts(PromptSet):
     """IOI prompts with the order of the names as their class, ABB (1) or BAB (0).
@@ -53,6 +57,7 @@ class IOIPrompts(PromptSet):
 
     data: IOIDataset
     words = WORDS
+    variables = (ORDER, IDENTITY, ALL)
 
     @classmethod
     def of(cls, data: IOIDataset) -> Self:
@@ -68,6 +73,7 @@ class IOIPrompts(PromptSet):
             classes=("BAB", "ABB"),
             answers=answers.unsqueeze(-1),
             prompts=data.prompts,
+            groups=data.templates,
             data=data,
         )
 
@@ -96,9 +102,30 @@ class IOIPrompts(PromptSet):
         """Token id of the subject, (n,)."""
         return self.data.s_tokens
 
-    def twins(self) -> Self:
-        """Each prompt's minimal pair: the names of the first clause in the other order."""
-        return self.of(swap_order(self.data))
+    def twins(
+        self, variable: str | None = None, target: Tensor | None = None
+    ) -> Twins[Self] | None:
+        """Each prompt's minimal pair, which differs in what S2 tells of one variable alone.
+
+        Args:
+            variable: ``"order"`` (default): the names of the first clause change places;
+                ``"identity"``: the two people change roles; ``"all"``: both, so that S2 is the
+                other name and nothing else differs.
+            target: order of each twin, (n,); default the other one.
+
+        Raises:
+            SettingError: another variable.
+        """
+        if variable not in (None, *self.variables):
+            raise SettingError(
+                f"prompts about two names have twins in {', '.join(self.variables)}, not in "
+                f"{quoted(variable or '')}"
+            )
+        data = swap_identity(self.data) if variable in (IDENTITY, ALL) else self.data
+        twins = self.of(data if variable == IDENTITY else swap_order(data))
+        wanted = twins.labels if target is None else target.to(twins.labels)
+        known = wanted == twins.labels
+        return Twins(twins, known) if bool(known.any()) else None
 
     def trimmed(self) -> Self:
         """See :meth:`PromptSet.trimmed`."""

@@ -177,16 +177,27 @@ def counterparts(
 ) -> dict[str, Tensor]:
     """For each prompt the activation of one of the next class, by site, (n, d) each in float32.
 
-    It is that of the prompt's minimal pair where the task knows it, else that of a training prompt
-    drawn with the study's seed.
+    It is that of the prompt's twin where it has one, else that of a training prompt drawn with the
+    study's seed.
     """
     twins, target = prompts.twins(), next_class(prompts.labels, len(prompts.classes))
-    if twins is None or not torch.equal(twins.labels, target):
+    if twins is None:
         return drawn(context, sites, target)
-    found = capture(
-        context.model, twins.inputs, list(sites), twins.position, batch_size=context.batch_size
-    )
-    return {site: values.float() for site, values in found.items()}
+    found = {
+        site: values.float()
+        for site, values in capture(
+            context.model,
+            twins.prompts.inputs,
+            list(sites),
+            twins.prompts.position,
+            batch_size=context.batch_size,
+        ).items()
+    }
+    known = twins.known.to(context.device).unsqueeze(-1)
+    if bool(known.all()):
+        return found
+    others = drawn(context, sites, target)
+    return {site: torch.where(known, values, others[site]) for site, values in found.items()}
 
 
 def drawn(context: StudyContext, sites: Sequence[str], target: Tensor) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import random
 import re
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 OPENING, CLOSING = "[[", "]]"
 """The marks around the words at whose last token a prompt is read and edited."""
+
+PAIRING = ("pairs", "groups")
+"""Attributes of prompts that say which of them go together."""
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _MARKED = re.compile(r"(.*?)\[\[(.+?)\]\](.*)", re.DOTALL)
@@ -34,11 +38,17 @@ class Prompt:
         answers: for each class the continuations that go with it, each of one token, such as
             ``{"plural": (" are", " were"), "singular": (" is", " was")}``; None where the task has
             none, and then edits can be made but not judged by what the model says.
+        pair: prompts of one pair say the same but for the class; None to match prompts whose
+            texts are the same but for the marked words.
+        group: what it has in common with others, such as an entity or a template: prompts of one
+            group are not independent, and are not matched with those of another.
     """
 
     text: str
     label: str
     answers: Mapping[str, tuple[str, ...]] | None = None
+    pair: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,25 @@ class Words:
     question: str = ""
 
 
+P = TypeVar("P", bound="PromptSet")
+
+
+@dataclass(frozen=True)
+class Twins(Generic[P]):
+    """For each of n prompts one that differs from it in one variable alone.
+
+    Attributes:
+        prompts: n prompts, the twin of each; the prompt itself where none is known.
+        known: which have one, BoolTensor (n,).
+        rows: where the twins stand among the prompts that they are of, LongTensor (n,); None where
+            they are not among them.
+    """
+
+    prompts: P
+    known: Tensor
+    rows: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PromptSet:
     """Prompts of a task, n of them, padded to T tokens.
@@ -84,10 +113,16 @@ class PromptSet:
         answers: token ids that go with each class, LongTensor (n, K, A), −1 where there are fewer
             than A; None where the task has none.
         prompts: the texts, without marks.
+        pairs: number of the pair, or of the texts that are the same but for the marked words, to
+            which each prompt belongs, LongTensor (n,), −1 for none; None where the task has none.
+        groups: number of the group of each, LongTensor (n,); None for prompts without groups, which
+            are then taken to be independent.
         words: what the things of the task are called.
     """
 
     words: ClassVar[Words] = Words()
+    variables: ClassVar[tuple[str, ...]] = ()
+    """Names of the variables that :meth:`twins` can be asked for, the class first."""
 
     inputs: dict[str, Tensor]
     position: Tensor
@@ -96,15 +131,20 @@ class PromptSet:
     classes: tuple[str, ...]
     answers: Tensor | None
     prompts: tuple[str, ...]
+    pairs: Tensor | None = field(default=None, kw_only=True)
+    groups: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check what says where, and what holds there.
 
         Raises:
-            PromptError: positions, ends or labels that are no integers, or not one a prompt.
+            PromptError: positions, ends, labels, pairs or groups that are no integers, or not one
+                a prompt.
         """
-        for name in ("position", "end", "labels"):
+        for name in ("position", "end", "labels", *PAIRING):
             given = getattr(self, name)
+            if given is None and name in PAIRING:
+                continue
             if given.shape != (len(self.prompts),) or given.dtype not in _INTEGERS:
                 raise PromptError(
                     f"{name} must be ({len(self.prompts)},) integers, one a prompt, got "
@@ -165,6 +205,8 @@ class PromptSet:
             classes=names,
             answers=_answer_ids(tokenizer, prompts, [text for text, _ in split], rows, names),
             prompts=tuple(text for text, _ in split),
+            pairs=_numbered([_frame(prompt) for prompt in prompts]),
+            groups=_numbered([prompt.group for prompt in prompts]),
         )
 
     @property
@@ -229,9 +271,46 @@ class PromptSet:
         """The tokens that a reader is to be shown, by what they are called, (n,)."""
         return {self.words.position: self.position, self.words.end: self.end}
 
-    def twins(self) -> Self | None:
-        """For each prompt one that differs in the class alone; None where the task knows none."""
-        return None
+    def twins(
+        self, variable: str | None = None, target: Tensor | None = None
+    ) -> Twins[Self] | None:
+        """For each prompt one of these that is of the same pair and of another class.
+
+        Where several are, it is that which follows it, so that all of them are somebody's twin.
+
+        Args:
+            variable: in which twins differ; None for the class.
+            target: class of each twin, (n,); default the next class.
+
+        Returns:
+            None where no prompt has one.
+
+        Raises:
+            SettingError: the task does not know the variable.
+        """
+        if variable not in (None, *self.variables):
+            raise SettingError(
+                f"these prompts have no twins that differ in {quoted(variable or '')}; they know "
+                f"{', '.join(self.variables) or 'their class alone'}"
+            )
+        if self.pairs is None:
+            return None
+        labels, pairs = self.labels.tolist(), self.pairs.tolist()
+        wanted = (
+            [(k + 1) % len(self.classes) for k in labels] if target is None else target.tolist()
+        )
+        rows: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(pairs, labels, strict=True)):
+            rows.setdefault(key, []).append(row)
+        own = list(range(len(self)))
+        for row, key in enumerate(zip(pairs, wanted, strict=True)):
+            found = rows.get(key) if key[0] >= 0 and key[1] != labels[row] else None
+            if found:
+                # The first behind it, or else the first of all.
+                own[row] = found[bisect(found, row) % len(found)]
+        at = torch.tensor(own, device=self.labels.device)
+        known = at != torch.arange(len(self), device=at.device)
+        return Twins(self[at], known, at) if bool(known.any()) else None
 
     def trimmed(self) -> Self:
         """The same prompts without the padding on the left that none of them needs."""
@@ -284,14 +363,18 @@ class PromptSet:
         return self.answers
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
+        perhaps: dict[str, Any] = {
+            name: None if (given := getattr(self, name)) is None else change(given)
+            for name in ("answers", *PAIRING)
+        }
         return replace(
             self,
             **others,
+            **perhaps,
             inputs={name: change(value) for name, value in self.inputs.items()},
             position=change(self.position),
             end=change(self.end),
             labels=change(self.labels),
-            answers=None if self.answers is None else change(self.answers),
         )
 
 
@@ -320,6 +403,21 @@ def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[
         if any("\0" in text for text in (prompt.label, *said)):
             raise PromptError(f"prompt {row} holds a NUL character in its label or an answer")
     return names
+
+
+def _frame(prompt: Prompt) -> tuple[str | None, ...] | None:
+    """What prompts of one pair have in common; None where nothing says so."""
+    if prompt.pair is not None:
+        return prompt.group, prompt.pair
+    found = _MARKED.fullmatch(prompt.text)
+    return None if found is None else (prompt.group, found[1], found[3])
+
+
+def _numbered(names: Sequence[Hashable]) -> Tensor | None:
+    """Names as numbers from 0, (n,), −1 for None; None where all are."""
+    number: dict[Hashable, int] = {}
+    found = [-1 if name is None else number.setdefault(name, len(number)) for name in names]
+    return torch.tensor(found) if number else None
 
 
 def unmark(row: int, marked: str) -> tuple[str, int]:

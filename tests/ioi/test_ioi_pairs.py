@@ -8,7 +8,13 @@ import torch
 
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, TokenizerError
-from lrqp_torch.ioi import ABBA_TEMPLATES, BABA_TEMPLATES, IOIDataset, swap_order
+from lrqp_torch.ioi import (
+    ABBA_TEMPLATES,
+    BABA_TEMPLATES,
+    IOIDataset,
+    swap_identity,
+    swap_order,
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,23 @@ def test_prompts_whose_names_are_not_where_they_should_be_are_refused(tokenizer:
     other = replace(data, io_tokens=shifted, inputs=data.inputs | {"input_ids": ids})
     with pytest.raises(TokenizerError, match="no minimal pair"):
         swap_order(other, tokenizer)
+
+
+def test_exchanged_people_keep_order_and_positions_and_both_swaps_change_s2_alone(
+    tokenizer: Any,
+) -> None:
+    data = IOIDataset.generate(tokenizer, 60, 5, "bundled", padding_side="left")
+    people = swap_identity(data)
+    assert (people.s_names, people.io_names) == (data.io_names, data.s_names)
+    assert torch.equal(people.labels["abb"], data.labels["abb"])
+    assert all(torch.equal(people.positions[k], data.positions[k]) for k in data.positions)
+    rows, ids = torch.arange(len(data)), people.inputs["input_ids"]
+    for name, tokens in (("IO", people.io_tokens), ("S1", people.s_tokens)):
+        assert torch.equal(ids[rows, people.positions[name]], tokens)
+    both = swap_order(people, tokenizer)  # checks the texts, too
+    changed = both.inputs["input_ids"] != data.inputs["input_ids"]
+    assert torch.equal(changed.int().argmax(1), data.positions["S2"])
+    assert changed.sum(1).tolist() == [1] * len(data)
+    again = swap_identity(people)
+    assert torch.equal(again.inputs["input_ids"], data.inputs["input_ids"])
+    assert again.prompts == data.prompts

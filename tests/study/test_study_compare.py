@@ -167,7 +167,7 @@ def test_partners_are_minimal_pairs_and_as_a_control_others_of_the_same_order() 
     one = few()
     data = one.task.test
     pairs, others = patches()
-    wanted = capture(one.model, data.twins().inputs, [SITE], data.positions["S2"])[SITE]
+    wanted = capture(one.model, data.twins().prompts.inputs, [SITE], data.positions["S2"])[SITE]
     assert torch.allclose(pairs, wanted, atol=1e-4)
     x = one.activations(one.task, "test", "S2", [SITE])[SITE]
     chosen = torch.cdist(others.double(), x.double()).argmin(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lrqp_torch import models
-from lrqp_torch.errors import PromptError, TokenizerError
+from lrqp_torch.errors import PromptError, SettingError, TokenizerError
 from lrqp_torch.study.prompts import Prompt
 from lrqp_torch.study.reading import EXAMPLES, write_prompts
 from lrqp_torch.tasks import PromptSet, read_prompts
@@ -82,6 +82,41 @@ def test_selection_keeps_rows_together(tokenizer) -> None:
     for name in ("position", "end", "labels", "answers"):
         assert torch.equal(getattr(two, name), getattr(prompts, name)[[2, 1]])
     assert [len(one) for one in prompts] == [1, 1, 1]
+
+
+def test_twins_are_of_one_pair_and_of_the_class_asked_for(tokenizer) -> None:
+    def made(text: str, label: str, pair: str | None = None, group: str | None = None) -> Prompt:
+        return Prompt(text, label, None, pair, group)
+
+    matched = PromptSet.encode(
+        tokenizer,
+        [
+            made("Then, [[Mary]] went to the park", "a"),
+            made("Then, [[John]] went to the school", "b"),
+            made("Then, [[John]] went to the park", "b"),
+            made("Then, [[Tom]] went to the park", "a"),
+            made("Then, [[James]] went to the park", "b", group="other"),
+        ],
+    )
+    twins = matched.twins()
+    assert twins is not None and twins.rows is not None
+    assert twins.known.tolist() == [True, False, True, True, False]
+    assert twins.rows.tolist() == [2, 1, 3, 2, 4]
+    assert twins.prompts.prompts[0] == matched.prompts[2]
+    assert matched[[0, 1]].twins() is None
+    told = [
+        made("Mary went", "a", "1"),
+        made("John", "b", "1"),
+        made("Tom", "c", "1"),
+        made("Tom went", "c"),
+    ]
+    three = PromptSet.encode(tokenizer, told)
+    twins = three.twins(target=torch.tensor([2, 0, 2, 0]))
+    assert twins is not None and twins.rows is not None
+    assert twins.rows.tolist() == [2, 0, 2, 3]
+    assert PromptSet.encode(tokenizer, [Prompt("Mary", "a"), Prompt("Tom", "b")]).twins() is None
+    with pytest.raises(SettingError, match="differ in 'name'"):
+        three.twins("name")
 
 
 @pytest.mark.parametrize(
