@@ -29,6 +29,37 @@ from lrqp_torch.stream.watch import Watch
 Record = TypeVar("Record")
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """How edited activations are put in place, and what the stream holds of them then.
+
+    At ``mid`` the stream is block input + scale · attention output, of which the latter is written;
+    elsewhere it is what is written.
+
+    Attributes:
+        base: the block input at ``mid``, (N, d); else None.
+        scale: what the written tensor is multiplied by.
+        dtype: of the stream.
+    """
+
+    base: Tensor | None
+    scale: float
+    dtype: torch.dtype
+
+    def place(self, values: Tensor) -> Tensor:
+        """What to write so that the stream holds ``values``, as nearly as its dtype can."""
+        wide = values.double()
+        if self.base is not None:
+            wide = wide - self.base.double()
+        return (wide if self.scale == 1 else wide / self.scale).to(self.dtype)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """What the stream holds, in float64, when float64 activations are put in place."""
+        placed = self.place(values.to(self.dtype))  # edits return the stream's dtype
+        held = placed if self.base is None else self.base + scaled(placed, self.scale)
+        return held.double()
+
+
 @dataclass(frozen=True)
 class EditContext:
     """Where the activations that an edit receives come from.
@@ -39,8 +70,7 @@ class EditContext:
         example: row of the batch of each, (N,).
         token: column of each, (N,).
         realise: maps float64 activations (N, d) to the values that the stream will really hold
-            when they are put in place, in float64. At ``mid`` that is attention output + block
-            input, rounded as the model rounds it.
+            when they are put in place, in float64: a :class:`Placement`, in a model.
         request: in a scope, the request that each row belongs to, (N,); else None.
     """
 
@@ -186,17 +216,7 @@ class _Applied:
         base = None if residual is None else residual[rows, columns]
         x = written if base is None else base + scaled(written, scale)
 
-        def place(values: Tensor) -> Tensor:
-            """What to write so that the stream holds ``values``, as nearly as its dtype can."""
-            wide = values.double()
-            if base is not None:
-                wide = wide - base.double()
-            return (wide if scale == 1 else wide / scale).to(x.dtype)
-
-        def realise(values: Tensor) -> Tensor:
-            placed = place(values.to(x.dtype))  # edits return x's dtype
-            return (placed if base is None else base + scaled(placed, scale)).double()
-
+        realise = Placement(base, scale, x.dtype)
         # A copy, so that an edit which works in place is seen to have changed something.
         context = EditContext(at.index, rows, at.token, realise, at.request)
         edited = self.item.edit(x.clone(), context)
@@ -206,7 +226,7 @@ class _Applied:
         if self.record is not None:
             self.record.end_step(context, self.passes - 1)
         # Under autocast the attention output is narrower than the sum that the stream will hold.
-        kept = torch.where(changed, place(edited), written.to(x.dtype))
+        kept = torch.where(changed, realise.place(edited), written.to(x.dtype))
         return stream.to(x.dtype).index_put((rows, columns), kept)
 
     def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype) -> None:
