@@ -391,14 +391,12 @@ def _solve_posed(
         status = torch.where(still, int(Status.SATISFIED), status)
         edit = (status == Status.SOLVED) | (status == Status.INACCURATE)
         before = margins.amin(-1)
-    # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
-    squared = torch.where(edit, moved.square().sum(-1), 1.0)
     return Solution(
         x_new=torch.where(edit.unsqueeze(-1), edited.to(x.dtype), x),
         multipliers=torch.zeros_like(after),
         active=edit.unsqueeze(-1) & (after <= bound + MET * (1 + bound.abs())),
-        distance=squared.sqrt() * edit,
-        euclidean=torch.linalg.vector_norm((edited - wide).detach(), dim=-1) * edit,
+        squared_distance=moved.square().sum(-1) * edit,
+        squared_euclidean=(edited - wide).detach().square().sum(-1) * edit,
         floor=floor,
         log_odds_before=before,
         log_odds_after=torch.where(edit, after.amin(-1), before),

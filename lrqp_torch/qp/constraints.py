@@ -57,7 +57,7 @@ class Constraints(Protocol):
         """
 
     def moved(self, multipliers: Tensor) -> Tensor | None:
-        """‖ΣAᵀλ‖, how far λ moves each activation in the units of the stream, (B,), if known."""
+        """‖ΣAᵀλ‖², by how much λ moves each activation, in squared units of the stream, (B,)."""
 
     def rows(self, rows: Tensor) -> Self:
         """Those of some of the examples, (n,) integer."""
@@ -102,8 +102,7 @@ class DenseConstraints:
         if self.steering is None:
             return None
         multipliers = multipliers * self.steering[1]
-        squared = (multipliers * matvec(self.steering[0], multipliers)).sum(-1)
-        return squared.clamp_min(0.0).sqrt()
+        return (multipliers * matvec(self.steering[0], multipliers)).sum(-1)
 
     def rows(self, rows: Tensor) -> "DenseConstraints":
         """See :class:`Constraints`."""
@@ -162,8 +161,7 @@ class ClassConstraints:
     def moved(self, multipliers: Tensor) -> Tensor:
         """See :class:`Constraints`."""
         multipliers = multipliers * self.steering[1]
-        squared = (multipliers * self._apply(self.steering[0], multipliers)).sum(-1)
-        return squared.clamp_min(0.0).sqrt()
+        return (multipliers * self._apply(self.steering[0], multipliers)).sum(-1)
 
     def rows(self, rows: Tensor) -> "ClassConstraints":
         """See :class:`Constraints`."""

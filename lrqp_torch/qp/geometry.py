@@ -59,8 +59,8 @@ class Geometry(Protocol):
     ) -> Tensor:
         """The point x + Σ Aᵀ λ, (B, d), for λ (B, m), in float64; differentiable.
 
-        Where its length ``moved``, (B,), is given and x is of a lower precision, it may be in
-        float32, if that is as good.
+        Where its squared length ``moved``, (B,), is given and x is of a lower precision, it may be
+        in float32, if that is as good.
         """
 
 
@@ -250,7 +250,7 @@ class ProbeGeometry:
         edited = _added(x.float(), scaled.float(), unit)
         if self.n_classes > 2:
             # Where terms cancel, as between nearly equal classes, float32 would lose what is left.
-            lost = scaled.detach().abs().sum(-1) > CANCELLED * moved
+            lost = scaled.detach().abs().sum(-1).square() > CANCELLED**2 * moved
             rows = lost.nonzero().squeeze(-1)
             if len(rows):
                 wide = _added(x[rows].double(), coefficients[rows], self.rows[2])

@@ -187,7 +187,7 @@ class MahalanobisQP(nn.Module):
             own = at(x, rows)
             edited = geometry.displace(own, at(choice, rows), found.multipliers, moved)
             if moved is None:
-                moved = torch.linalg.vector_norm((edited - own).detach(), dim=-1)
+                moved = (edited - own).detach().square().sum(-1)
             again = found.feasible if found.again is None else found.feasible & found.again
             parts = (found.multipliers, found.active, found.residual, found.squared)
             return Attempt(edited, again, (*parts, moved, found.feasible))
@@ -211,14 +211,13 @@ class MahalanobisQP(nn.Module):
         least = (after - bound.detach()).amin(-1)
         reached = (least >= 0) & torch.isfinite(after.sum(-1))
         accurate = reached & (residual <= self.solver.tolerance)
-        # The gradient of √0 is infinite; an unedited example has distance 0 and gradient 0.
         before = reading.amin(-1)
         return Solution(
             x_new=_keep(x, attempt.edited.to(x.dtype), edit),
             multipliers=multipliers,
             active=active,
-            distance=torch.where(edit, squared, 1.0).clamp_min(0.0).sqrt() * edit,
-            euclidean=moved,
+            squared_distance=torch.where(edit, squared, 0.0),
+            squared_euclidean=moved,
             floor=floor,
             log_odds_before=before,
             log_odds_after=torch.where(edit, after.amin(-1), before.detach()),

@@ -28,12 +28,15 @@ class Status(IntEnum):
 class Solution:
     """Edited activations of a batch, and what the edit did to each.
 
+    What is stored are plain tensors, taken when it was solved; the lengths follow from them, so
+    that nothing changes when x or ``x_new`` is written over.
+
     Attributes:
         x_new: edited activations in the dtype of the input, (B, d).
         multipliers: λ of the constraints z_t − z_ℓ ≥ log α, other classes ℓ ascending, (B, K−1).
         active: constraints that bind, (B, K−1) bool.
-        distance: √((x'−x)ᵀ Σ⁻¹ (x'−x)), (B,).
-        euclidean: ‖x' − x‖₂ in the units of the stream, (B,).
+        squared_distance: λᵀMλ = (x'−x)ᵀ Σ⁻¹ (x'−x), 0 where nothing is edited, (B,).
+        squared_euclidean: ‖ΣAᵀλ‖² = ‖x' − x‖² before x' is rounded, (B,).
         floor: log α that was asked for, (B,), or (B, m) where each constraint has its own.
         log_odds_before: min over ℓ of z_t − z_ℓ at x, (B,): the log odds of the target against
             its strongest rival.
@@ -45,13 +48,23 @@ class Solution:
     x_new: Tensor
     multipliers: Tensor
     active: Tensor
-    distance: Tensor
-    euclidean: Tensor
+    squared_distance: Tensor
+    squared_euclidean: Tensor
     floor: Tensor
     log_odds_before: Tensor
     log_odds_after: Tensor
     kkt_residual: Tensor
     status: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """√((x'−x)ᵀ Σ⁻¹ (x'−x)), (B,); where nothing is edited it is 0 with gradient 0."""
+        return _root(self.squared_distance)
+
+    @property
+    def euclidean(self) -> Tensor:
+        """‖x' − x‖₂ in the units of the stream, (B,)."""
+        return _root(self.squared_euclidean)
 
     def __repr__(self) -> str:
         counts = {kind.name.lower(): int((self.status == kind).sum()) for kind in Status}
@@ -74,10 +87,16 @@ class Solution:
             x_new=torch.where(failed.unsqueeze(-1), x, self.x_new),
             multipliers=zero(self.multipliers),
             active=self.active & ~failed.unsqueeze(-1),
-            distance=zero(self.distance),
-            euclidean=zero(self.euclidean),
+            squared_distance=zero(self.squared_distance),
+            squared_euclidean=zero(self.squared_euclidean),
             log_odds_after=torch.where(failed, self.log_odds_before, self.log_odds_after),
         )
+
+
+def _root(squared: Tensor) -> Tensor:
+    """The square root, with gradient 0 at 0 and below, where rounding may leave a square."""
+    some = squared > 0
+    return torch.where(some, torch.where(some, squared, 1.0).sqrt(), 0.0 * squared.detach())
 
 
 def join(parts: Sequence[Solution]) -> Solution:
