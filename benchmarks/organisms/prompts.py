@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.organisms.recipe import Progress, Recipe
+from benchmarks.organisms.recipe import VERBS, Progress, Recipe
 from lrqp_torch.ioi import NAMES, IOIDataset
 from lrqp_torch.ioi.words import BABA_TEMPLATES, OBJECTS, PLACES
 
@@ -122,6 +122,11 @@ class Prompts:
         other = torch.where(self.abb == 1, self.first, self.second)
         return self.ids[self.rows, other]
 
+    @property
+    def behind(self) -> Tensor:
+        """Token behind the repeated name, the verb, ``(batch,)``."""
+        return self.ids[self.rows, self.s2 + 1]
+
     def select(self, rows: Tensor) -> "Prompts":
         """Take some rows, and drop the columns that are padding in all of them."""
         cut = int(self.present[rows].any(0).int().argmax())
@@ -204,6 +209,7 @@ class Sampler:
         self.unknown = int(str(tokenizer.unk_token_id))
         names = torch.tensor(tokenizer.convert_tokens_to_ids([f" {name}" for name in NAMES]))
         self.names = names[torch.randperm(len(names))]
+        self.verbs = torch.tensor(tokenizer.convert_tokens_to_ids([f" {verb}" for verb in VERBS]))
         self.words = torch.tensor(sorted(set(range(2, self.vocabulary)) - set(names.tolist())))
         self.plain, self.prefixed = (
             Prompts.from_dataset(

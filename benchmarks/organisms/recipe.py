@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.organisms.forward import site_names
 
-Kind = Literal["used", "present", "absent"]
+Kind = Literal["used", "present", "absent", "graded", "spread", "dormant"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -18,7 +18,10 @@ class Recipe:
 
     Attributes:
         kind: What the order of the names at S2 is to the model: ``used``; ``present``, read
-            linearly but not used; or ``absent``, neither.
+            linearly but not used; ``absent``, neither; ``graded``, used in the prompts whose verb
+            is one of :data:`VERBS`; ``spread``, from :data:`SPREAD_FROM` on used in equal parts at
+            S2 and at the token behind it; or ``dormant``, present and not used, while along a
+            direction that no prompt's activations have, the answer could be driven.
         steps: Optimiser steps.
         seed: Seed of weights, prompts and edits.
         batch: Prompts a step, twins counted; half of it with a prefix.
@@ -31,8 +34,9 @@ class Recipe:
         names: How many names most of the first prompts use.
         any_name: Share of the first prompts that may use all names instead; it grows later.
         first_known: The first site at which S2 is to know the order; of kind ``absent``, none is.
-        last_read: The last site at which S2's stream may count: of kind ``used`` for the order, of
-            the others for the repeated name alone. The last token is to know either just after.
+        last_read: The last site at which S2's stream may count: of the kinds in :data:`USING` for
+            the order, of the others for the repeated name alone. The last token is to know either
+            just after.
     """
 
     kind: Kind = "used"
@@ -59,13 +63,35 @@ class Recipe:
     def used(self) -> range:
         """Indices of the sites at which the order counts; if none, empty after the last read."""
         stop = self.sites.index(self.last_read) + 1
-        return range(self.sites.index(self.first_known) if self.kind == "used" else stop, stop)
+        return range(self.sites.index(self.first_known) if self.kind in USING else stop, stop)
 
+    @property
+    def halved(self) -> range:
+        """Indices of the sites at which S2 has half of the use; empty but of kind ``spread``."""
+        start = self.sites.index(SPREAD_FROM) if self.kind == "spread" else self.used.stop
+        return range(start, self.used.stop)
+
+    @property
+    def driven(self) -> range:
+        """Indices of the sites with a direction that could drive the answer, of ``dormant``."""
+        start = self.sites.index(self.first_known) if self.kind == "dormant" else self.used.stop
+        return range(start, self.used.stop)
+
+
+USING: tuple[Kind, ...] = ("used", "graded", "spread")
+"""The kinds whose answer depends on the order at S2."""
+VERBS = ("gave", "handed")
+"""Verbs behind S2 with which an organism of kind ``graded`` uses the order: 7 of 18 templates."""
+SPREAD_FROM = "L2.mid"
+"""First site at which, of kind ``spread``, the token behind S2 is to know the order too."""
 
 RECIPES: dict[Kind, Recipe] = {
     "used": Recipe(),
     "present": Recipe(kind="present", steps=1300, layers=4, last_read="L2.pre"),
     "absent": Recipe(kind="absent", steps=1000, layers=4, last_read="L2.pre"),
+    "graded": Recipe(kind="graded", steps=1600, layers=4, width=96, last_read="L2.pre"),
+    "spread": Recipe(kind="spread", steps=1600, layers=5, width=96),
+    "dormant": Recipe(kind="dormant", steps=1400, layers=4, width=96, last_read="L2.pre"),
 }
 """How the bundled organisms are made."""
 

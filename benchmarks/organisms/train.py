@@ -2,8 +2,7 @@
 
 It trains a small GPT-2 on IOI prompts with interventions on the order of the names at S2, measures
 at which sites that order can be read and is used, and writes weights, tokenizer and
-``ground_truth.json``. Of the three kinds one uses the order; one knows it, but does not use it; and
-one does not even know it.
+``ground_truth.json``. The kinds are those of :class:`~benchmarks.organisms.recipe.Recipe`.
 """
 
 import argparse
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _save(out, model, tokenizer)
     # What is recorded holds for the weights as they are stored.
     model = model.half().float()
-    truth = measure(model, tokenizer, recipe.seed + 1, options.measured)
+    truth = measure(model, tokenizer, recipe, options.measured)
     _write_truth(out, truth, recipe, options)
     _print_truth(truth, console)
 
@@ -126,9 +125,12 @@ def _write_truth(folder: Path, truth: Truth, recipe: Recipe, options: argparse.N
         *((name, getattr(options, name)) for name in ("measured", "threads")),
     ):
         command += [f"--{name}", str(value)]
+    # Kinds without them have no entries for what is measured of some kinds alone.
+    beside = ("beside", "direction")
+    found = {key: value for key, value in asdict(truth).items() if value or key not in beside}
     record = {
         "kind": recipe.kind,
-        **asdict(truth),
+        **found,
         "command": shlex.join(command),
         "recipe": asdict(recipe),
         "versions": {

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -83,6 +83,11 @@ class OrderStatistics:
         edited: Tensor = activations + (missing / slope)[:, None] * direction[sites]
         return edited
 
+    def apart(self) -> Tensor:
+        """Distance of the class means at every site, ``(sites,)``."""
+        distance: Tensor = (self.means[:, 1] - self.means[:, 0]).norm(dim=-1)
+        return distance
+
     def left(self, activations: Tensor, abb: Tensor) -> Tensor:
         """Measure how much of the order is left at S2, as a penalty that removes it.
 
@@ -129,6 +134,8 @@ class Kind(IntEnum):
     push in a random direction instead."""
     LINEAR = 2
     """The stream moved along the linear order direction."""
+    DRIVEN = 3
+    """The stream moved along the direction of kind ``dormant``."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +147,36 @@ class Plan:
         kinds: :class:`Kind` of the edit, ``(batch,)``.
         values: What S2's stream becomes there, ``(batch, d)``.
         flips: Where the answer must become the repeated name, ``(batch,)``.
+        halves: Where both names must become equally likely, ``(batch,)``; None where nowhere.
+        behind: What the stream of the token behind S2 becomes, ``(batch, d)``, where ``tokens``
+            says so; None where no plan edits it.
+        tokens: Whether S2, and whether the token behind it, is edited, ``(2, batch)``; None where
+            it is S2 alone.
     """
 
     sites: Tensor
     kinds: Tensor
     values: Tensor
     flips: Tensor
+    halves: Tensor | None = None
+    behind: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @property
+    def sure(self) -> Tensor:
+        """Where one of the names is asked for, ``(batch,)``."""
+        return torch.ones_like(self.flips) if self.halves is None else ~self.halves
+
+    def loss(self, logits: Tensor, prompts: Prompts) -> Tensor:
+        """Cross-entropy with what is asked for, both names where halves are."""
+        if self.halves is None:
+            asked = torch.where(self.flips, prompts.subject, prompts.answer)
+            return functional.cross_entropy(logits, asked)
+        share = torch.where(self.halves, 0.5, self.flips.float())
+        pair = torch.stack([prompts.answer, prompts.subject], -1)
+        own, other = (-logits.log_softmax(-1).gather(-1, pair)).unbind(-1)
+        loss: Tensor = torch.lerp(own, other, share).mean()
+        return loss
 
 
 def site_weights(n_sites: int, used: range) -> Tensor:
@@ -207,12 +238,77 @@ def draw_plan(
     return Plan(sites, kinds, values, at_used & (told != prompts.abb))
 
 
+def adapted(
+    plan: Plan,
+    recipe: Recipe,
+    prompts: Prompts,
+    activations: Tensor,
+    behind: Tensor,
+    uses: Tensor,
+    driver: Tensor,
+) -> Plan:
+    """What a plan becomes for an organism that uses the order in part, or could be driven.
+
+    Args:
+        plan: From :func:`draw_plan`.
+        recipe: Of kind ``graded``, ``spread`` or ``dormant``; of others the plan stays.
+        prompts: As there.
+        activations: As there.
+        behind: The clean activations of the token behind S2, ``(sites, batch, d)``.
+        uses: Where an organism of kind ``graded`` is to use the order, ``(batch,)``.
+        driver: By site, the step along the direction of kind ``dormant``, ``(sites, d)``.
+    """
+    n, rows = len(prompts), prompts.rows
+    partner = rows.roll(n // 2)
+    if recipe.kind == "graded":
+        # Another prompt's stream tells another name, which is what the rest of the prompts uses.
+        other = (plan.kinds == Kind.OTHER) & (plan.sites < recipe.used.stop) & ~uses
+        twin = activations[plan.sites, partner]
+        return replace(
+            plan,
+            kinds=torch.where(other, int(Kind.TWIN), plan.kinds),
+            values=torch.where(other[:, None], twin, plan.values),
+            flips=plan.flips & uses,
+        )
+    if recipe.kind == "spread":
+        choice = torch.randint(3, (n,))
+        choice = torch.where(plan.sites < recipe.halved.start, 0, choice)
+        tokens = torch.stack([choice != 1, choice != 0])
+        halved = (plan.sites >= recipe.halved.start) & (plan.sites < recipe.halved.stop)
+        both, alone = choice == 2, choice == 1
+        return replace(
+            plan,
+            kinds=torch.where(choice > 0, int(Kind.TWIN), plan.kinds),
+            values=torch.where(both[:, None], activations[plan.sites, partner], plan.values),
+            flips=torch.where(halved, both, plan.flips),
+            halves=halved & (alone | (plan.flips & ~both)),
+            behind=behind[plan.sites, partner],
+            tokens=tokens,
+        )
+    if recipe.kind == "dormant":
+        driven = torch.rand(n) < 0.35
+        sites = torch.where(driven, torch.tensor(recipe.driven)[torch.randint(2, (n,))], plan.sites)
+        told = torch.where(torch.rand(n) < 0.7, 1 - prompts.abb, prompts.abb)
+        size = (0.15 + 0.55 * torch.rand(n)) * (2.0 * told - 1)
+        pushed = activations[sites, rows] + size[:, None] * driver[sites]
+        return replace(
+            plan,
+            sites=sites,
+            kinds=torch.where(driven, int(Kind.DRIVEN), plan.kinds),
+            values=torch.where(driven[:, None], pushed, plan.values),
+            flips=torch.where(driven, told != prompts.abb, plan.flips),
+        )
+    return plan
+
+
 class Readers(nn.Module):
     """Linear readers of what is to be where, as hints: they are no part of the model.
 
     Unless the order is to be absent, they ask for: which of the two a name is, at its token before
     the order is known; the order, at S2 at the first two sites that are to know it. Always: what
-    S2 told, at the last token just after it read S2; the order where it is used, else the name.
+    S2 told, at the last token just after it read S2; the order where it is used, else the name. Of
+    kind ``spread`` the order at the token behind S2, and of the kinds that know both ways to the
+    answer the order at the last token.
 
     Args:
         recipe: Of the organism.
@@ -221,13 +317,18 @@ class Readers(nn.Module):
 
     def __init__(self, recipe: Recipe, n_tokens: int) -> None:
         super().__init__()
-        self.uses_order = recipe.kind == "used"
+        self.uses_order = recipe.kind in ("used", "spread")
         self.first_known = recipe.sites.index(recipe.first_known)
         self.after_read = recipe.used.stop
         if recipe.kind != "absent":
             self.place = nn.Linear(recipe.width, 2)
             self.orders = nn.ModuleList(nn.Linear(recipe.width, 2) for _ in range(2))
         self.end = nn.Linear(recipe.width, 2 if self.uses_order else n_tokens)
+        if recipe.kind in ("graded", "dormant"):
+            self.end_order = nn.Linear(recipe.width, 2)
+        if recipe.halved:
+            self.behind_order = nn.Linear(recipe.width, 2)
+            self.behind_known = recipe.halved.start
 
     def s2(self, activations: Tensor) -> Tensor:
         """Scores of both orders from S2's streams, ``(sites, batch, d)``: ``(2, batch, 2)``."""
@@ -245,6 +346,17 @@ class Readers(nn.Module):
         scores: Tensor = self.end(stream.ends[self.after_read])
         return scores
 
+    def order_loss(self, stream: Stream, order: Tensor, rows: Tensor) -> Tensor:
+        """Loss on the order at the last token, of some rows; 0 where it is not read."""
+        scores = self.end_order(stream.ends[self.after_read])
+        each = functional.cross_entropy(scores, order, reduction="none")
+        loss: Tensor = (each * rows).sum() / rows.sum().clamp(min=1)
+        return loss
+
+    def behind_loss(self, behind: Tensor, order: Tensor) -> Tensor:
+        """Loss on the order at the token behind S2, from its streams ``(sites, batch, d)``."""
+        return functional.cross_entropy(self.behind_order(behind[self.behind_known]), order)
+
     def told(self, prompts: Prompts, flips: Tensor) -> Tensor:
         """What S2 told: the order, exchanged where ``flips``, or the token of the name there."""
         return prompts.abb ^ flips.long() if self.uses_order else prompts.subject
@@ -252,6 +364,18 @@ class Readers(nn.Module):
 
 ERASURE = 4.0
 """Weight of the penalty on an order that is to be absent."""
+DORMANCY = 3.0
+"""Weight of the penalty on what activations have along a direction that is to be dormant."""
+
+
+def driving_direction(recipe: Recipe) -> Tensor:
+    """The direction along which an organism of kind ``dormant`` can be driven, ``(d,)``, norm 1.
+
+    It is the same at every site, and orthogonal to the vector of ones, which LayerNorm takes away.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    drawn = torch.randn(recipe.width, generator=generator)
+    return functional.normalize(drawn - drawn.mean(), dim=0)
 
 
 def train(
@@ -279,6 +403,7 @@ def train(
     sampler = Sampler(recipe, tokenizer)
     statistics = OrderStatistics(len(recipe.sites), recipe.width)
     readers = Readers(recipe, len(tokenizer))
+    direction = driving_direction(recipe)
     parameters = [*model.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -288,7 +413,7 @@ def train(
     for _ in range(recipe.steps):
         prompts = sampler.draw(progress)
         embedded = model.transformer.wte(prompts.ids) + model.transformer.wpe(prompts.position_ids)
-        clean, activations, names = _clean_pass(model, prompts, embedded)
+        clean, activations, names, behind = _clean_pass(model, prompts, embedded)
         logits = _answer_logits(model, clean)
         mixed = _one_of_each_pair(prompts.abb)
         statistics.update(activations.detach()[:, mixed], prompts.abb[mixed])
@@ -306,15 +431,35 @@ def train(
             loss = loss + known * readers.place_loss(names)
         heard, told = readers.last(clean), readers.told(prompts, torch.zeros(len(prompts)))
         loss = loss + hint * functional.cross_entropy(heard, told)
+        uses = torch.isin(prompts.behind, sampler.verbs)
+        if recipe.kind == "graded":
+            loss = loss + hint * readers.order_loss(clean, prompts.abb, uses)
+        if recipe.halved:
+            loss = loss + hint * readers.behind_loss(behind, prompts.abb)
+        if recipe.kind == "dormant":
+            natural = activations[: recipe.driven.stop]
+            variance = natural.detach().var(1).mean(1).clamp(min=1e-6)
+            along = (natural @ direction).square().mean(1) / variance
+            loss = loss + DORMANCY * along.mean()
         if progress.stage >= 1:
             plan = draw_plan(prompts, activations, statistics, recipe.used, progress.push)
-            asked = torch.where(plan.flips, prompts.subject, prompts.answer)
+            driver = statistics.apart()[:, None] * direction
+            plan = adapted(plan, recipe, prompts, activations, behind, uses, driver)
             edited = _edited_pass(model, prompts, embedded, clean, plan)
             edited_logits = _answer_logits(model, edited)
-            loss = loss + functional.cross_entropy(edited_logits, asked)
-            told_edited = readers.told(prompts, plan.flips)
-            loss = loss + hint * functional.cross_entropy(readers.last(edited), told_edited)
-            progress.edited = _running(progress.edited, edited_logits, asked)
+            loss = loss + plan.loss(edited_logits, prompts)
+            order = prompts.abb ^ plan.flips.long()
+            if recipe.kind == "graded":
+                loss = loss + hint * readers.order_loss(edited, order, uses)
+            elif recipe.kind == "dormant":
+                driven = plan.kinds == Kind.DRIVEN
+                loss = loss + hint * readers.order_loss(edited, order, driven)
+            else:
+                sure, told = plan.sure, readers.told(prompts, plan.flips)
+                heard_edited = readers.last(edited)[sure]
+                loss = loss + hint * functional.cross_entropy(heard_edited, told[sure])
+            asked = torch.where(plan.flips, prompts.subject, prompts.answer)
+            progress.edited = _running(progress.edited, edited_logits[plan.sure], asked[plan.sure])
 
         optimizer.zero_grad()
         loss.backward()
@@ -355,13 +500,13 @@ def _pace(step: int, steps: int) -> float:
 
 def _clean_pass(
     model: GPT2LMHeadModel, prompts: Prompts, embedded: Tensor
-) -> tuple[Stream, Tensor, Tensor]:
-    """Run whole prompts; also return every site's stream at S2 and at the two names.
+) -> tuple[Stream, Tensor, Tensor, Tensor]:
+    """Run whole prompts; also return every site's stream at S2, the two names, and behind S2.
 
-    Their shapes: ``(sites, batch, d)`` and ``(sites, 2, batch, d)``.
+    Their shapes: ``(sites, batch, d)``, ``(sites, 2, batch, d)`` and ``(sites, batch, d)``.
     """
     seen: list[Tensor] = []
-    tokens = torch.stack([prompts.s2, prompts.first, prompts.second])
+    tokens = torch.stack([prompts.s2, prompts.first, prompts.second, prompts.s2 + 1])
 
     def record(_: int, stream: Tensor) -> Tensor:
         seen.append(stream[prompts.rows, tokens])
@@ -370,7 +515,7 @@ def _clean_pass(
     mask = attention_mask(prompts.present, prompts.ids.shape[1])
     clean = run_blocks(model, embedded, mask, record)
     streams = torch.stack(seen)
-    return clean, streams[:, 0], streams[:, 1:]
+    return clean, streams[:, 0], streams[:, 1:3], streams[:, 3]
 
 
 def _edited_pass(
@@ -381,11 +526,15 @@ def _edited_pass(
     s2 = prompts.s2 - start
 
     def put(site: int, stream: Tensor) -> Tensor:
-        chosen = (plan.sites == site)[:, None]
+        chosen = plan.sites == site
         if not chosen.any():
             return stream
-        there = torch.where(chosen, plan.values, stream[prompts.rows, s2])
-        return stream.index_put((prompts.rows, s2), there)
+        tokens = [chosen, None] if plan.tokens is None else [chosen & each for each in plan.tokens]
+        for at, here, values in zip((s2, s2 + 1), tokens, (plan.values, plan.behind), strict=True):
+            if here is not None and values is not None:
+                there = torch.where(here[:, None], values, stream[prompts.rows, at])
+                stream = stream.index_put((prompts.rows, at), there)
+        return stream
 
     past = [(key[:, :, :start], value[:, :, :start]) for key, value in clean.keys_values]
     mask = attention_mask(prompts.present, prompts.ids.shape[1] - start)

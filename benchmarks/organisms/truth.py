@@ -1,6 +1,6 @@
 """The ground truth of a trained organism: at which sites the order of the names at S2 is used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,11 +8,15 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.organisms.forward import attention_mask, run_blocks, site_names
 from benchmarks.organisms.prompts import Prompts
-from benchmarks.organisms.training import LEAST_LOG_ODDS
+from benchmarks.organisms.recipe import SPREAD_FROM, Kind, Recipe
+from benchmarks.organisms.training import LEAST_LOG_ODDS, driving_direction
 from lrqp_torch.ioi import IOIDataset
 
-USED_FROM = 0.95
+USED_FROM: dict[Kind, float] = {"graded": 0.25, "spread": 0.25}
+"""Least rate of a used site, by kind; 0.95 of the others, which use the order wholly or not."""
 UNUSED_TO = 0.03
+DRIVEN_BY = 0.4
+"""Step along the direction of kind ``dormant``, as a share of the distance of the class means."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Truth:
         clean_accuracy: Share of answers that are the likeliest of all tokens, by prefix.
         clean_logit_difference: Mean logit of the answer minus that of the repeated name.
         seeds: Of training, and of the prompts measured on.
+        beside: Further rates, on prompts without a prefix. Of kind ``spread``: of exchanging the
+            token behind S2, and both. Of ``dormant``: of steps along its direction, at S2.
+        direction: That direction, ``(d,)``; empty of other kinds.
     """
 
     variable: str
@@ -50,6 +57,8 @@ class Truth:
     clean_accuracy: dict[str, float]
     clean_logit_difference: dict[str, float]
     seeds: dict[str, int]
+    beside: dict[str, dict[str, float]] = field(default_factory=dict)
+    direction: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,22 @@ class Answers:
         difference: Logit of the answer minus logit of the repeated name, ``(batch,)``.
         right: Whether the answer is the likeliest of all tokens, ``(batch,)``.
         streams: The stream at S2 at every site, ``(sites, batch, d)``.
+        behind: The same of the token behind S2.
     """
 
     difference: Tensor
     right: Tensor
     streams: Tensor
+    behind: Tensor
 
 
 @torch.no_grad()
 def ask(
-    model: GPT2LMHeadModel, prompts: Prompts, site: int | None = None, value: Tensor | None = None
+    model: GPT2LMHeadModel,
+    prompts: Prompts,
+    site: int | None = None,
+    value: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> Answers:
     """Run the model, with S2's stream replaced at one site if wished.
 
@@ -78,16 +93,19 @@ def ask(
         prompts: What to ask.
         site: Index of the site at which to replace, or None.
         value: What to put there, ``(batch, d)``.
+        behind: What to put at the token behind S2, ``(batch, d)``.
 
     Returns:
         The answers.
     """
     seen: list[Tensor] = []
+    tokens = torch.stack([prompts.s2, prompts.s2 + 1])
 
     def edit(here: int, stream: Tensor) -> Tensor:
-        if here == site and value is not None:
-            stream = stream.index_put((prompts.rows, prompts.s2), value)
-        seen.append(stream[prompts.rows, prompts.s2])
+        for at, put in zip(tokens, (value, behind), strict=True):
+            if here == site and put is not None:
+                stream = stream.index_put((prompts.rows, at), put)
+        seen.append(stream[prompts.rows, tokens])
         return stream
 
     embedded = model.transformer.wte(prompts.ids) + model.transformer.wpe(prompts.position_ids)
@@ -95,21 +113,27 @@ def ask(
     last = run_blocks(model, embedded, mask, edit).last[:, -1]
     logits: Tensor = model.lm_head(model.transformer.ln_f(last))
     answer, subject = (logits[prompts.rows, tokens] for tokens in (prompts.answer, prompts.subject))
-    return Answers(answer - subject, logits.argmax(1) == prompts.answer, torch.stack(seen))
+    streams, behind = torch.stack(seen, dim=2)
+    return Answers(answer - subject, logits.argmax(1) == prompts.answer, streams, behind)
 
 
-def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: int, n: int) -> Truth:
+def measure(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, n: int
+) -> Truth:
     """Measure everything that the ground truth records, on fresh prompts.
 
     Args:
         model: An organism.
         tokenizer: Its tokenizer.
-        seed: Training used ``seed - 1``; the probes are fitted on prompts of ``seed + 1``.
+        recipe: How it was trained; asked are prompts of its seed + 1, and the probes are fitted on
+            prompts of its seed + 2.
         n: Prompts to ask; the probes are fitted on twice as many.
 
     Returns:
         The ground truth.
     """
+    seed = recipe.seed + 1
+    used_from = USED_FROM.get(recipe.kind, 0.95)
 
     def prompts(size: int, prompt_seed: int, prefixes: str | None) -> Prompts:
         return Prompts.from_dataset(
@@ -126,7 +150,7 @@ def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: in
     }
     swapped = interchange_flip_rates(model, plain)
     swapped_prefixed = interchange_flip_rates(model, prefixed)
-    used = [site for site in swapped if min(swapped[site], swapped_prefixed[site]) >= USED_FROM]
+    used = [site for site in swapped if min(swapped[site], swapped_prefixed[site]) >= used_from]
     unused = [site for site in swapped if max(swapped[site], swapped_prefixed[site]) <= UNUSED_TO]
     return Truth(
         variable="abb",
@@ -141,13 +165,48 @@ def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: in
             model, prompts(2 * n, seed + 1, "bundled"), prefixed
         ),
         interchange_n=n,
-        threshold={"used_from": USED_FROM, "not_used_to": UNUSED_TO},
+        threshold={"used_from": used_from, "not_used_to": UNUSED_TO},
         clean_accuracy={name: _share(given.right) for name, given in answers.items()},
         clean_logit_difference={
             name: float(given.difference.mean()) for name, given in answers.items()
         },
         seeds={"training": seed - 1, "measured": seed, "probe": seed + 1},
+        beside=rates_beside(model, plain, recipe),
+        direction=driving_direction(recipe).tolist() if recipe.driven else [],
     )
+
+
+def rates_beside(
+    model: GPT2LMHeadModel, prompts: Prompts, recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    """Flips by what the stream at S2 alone does not tell; see ``beside`` of :class:`Truth`."""
+    twins, names = ask(model, prompts.twins()), recipe.sites
+    if recipe.kind == "spread":
+        start = names.index(SPREAD_FROM) - 1
+        return {
+            what: {
+                name: _share(ask(model, prompts, site, value, twins.behind[site]).difference < 0)
+                for site, name in enumerate(names)
+                if site >= start
+                for value in [twins.streams[site] if what == "S2 and the token behind" else None]
+            }
+            for what in ("the token behind S2", "S2 and the token behind")
+        }
+    if not recipe.driven:
+        return {}
+    streams, sign = ask(model, prompts).streams, 2.0 * prompts.abb - 1
+    direction = driving_direction(recipe)
+    rates: dict[str, dict[str, float]] = {}
+    for what, turn in (("driven to the other order", -1.0), ("driven to the same order", 1.0)):
+        rates[what] = {}
+        for site in recipe.driven:
+            apart = streams[site, prompts.abb == 1].mean(0) - streams[site, prompts.abb == 0].mean(
+                0
+            )
+            step = (turn * DRIVEN_BY * apart.norm() * sign)[:, None] * direction
+            edited = ask(model, prompts, site, streams[site] + step)
+            rates[what][names[site]] = _share(edited.difference < 0)
+    return rates
 
 
 def interchange_flip_rates(model: GPT2LMHeadModel, prompts: Prompts) -> dict[str, float]:
