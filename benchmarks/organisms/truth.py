@@ -113,7 +113,7 @@ def ask(
     last = run_blocks(model, embedded, mask, edit).last[:, -1]
     logits: Tensor = model.lm_head(model.transformer.ln_f(last))
     answer, subject = (logits[prompts.rows, tokens] for tokens in (prompts.answer, prompts.subject))
-    streams, behind = torch.stack(seen, dim=2)
+    streams, behind = torch.stack(seen).unbind(1)
     return Answers(answer - subject, logits.argmax(1) == prompts.answer, streams, behind)
 
 

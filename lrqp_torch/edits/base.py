@@ -13,7 +13,13 @@ from lrqp_torch.edits.failures import visible
 from lrqp_torch.edits.hub import Shared
 from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.errors import SavedEditError, check_classes, check_option, ordinary
+from lrqp_torch.errors import (
+    SavedEditError,
+    WidthError,
+    check_classes,
+    check_option,
+    ordinary,
+)
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
@@ -226,3 +232,25 @@ class Edit(nn.Module, Shared, Generic[Asked]):
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+
+def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Log α as given: one number, or one for each activation (and variable), of this shape.
+
+    Raises:
+        WidthError: another shape.
+    """
+    floors = torch.as_tensor(asked, device=device).double()
+    if floors.ndim and floors.shape != shape:
+        raise WidthError(
+            f"asked must be one number or {shape}, one for each activation, got "
+            f"{tuple(floors.shape)}"
+        )
+    return floors.expand(shape)
+
+
+def floors_of(asked: Any, context: EditContext) -> Tensor:
+    """The log α of the rows that an edit is given in a model, of one for all or one an example."""
+    floors = torch.as_tensor(asked, device=context.example.device).double()
+    which = context.example if context.request is None else context.request
+    return floors[which] if floors.ndim else floors

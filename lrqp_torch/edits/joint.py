@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors, floors_of
 from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.edits.saving import read_joint, write_joint
 from lrqp_torch.errors import (
     LRQPError,
@@ -23,11 +24,12 @@ from lrqp_torch.errors import (
     concrete,
     quoted,
 )
-from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import MahalanobisQP, Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 
 Targets = Mapping[str, Tensor | int] | Tensor
@@ -110,6 +112,57 @@ class JointLRQP(Edit[Targets]):
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
         self._kept: tuple[list[Tensor], StackedGeometry] | None = None
 
+    @classmethod
+    def fit(
+        cls,
+        x: Any,
+        y: Mapping[str, Any],
+        *,
+        keep: Sequence[str] = (),
+        l2: float | None = None,
+        shrinkage: Shrinkage = "ledoit_wolf",
+        within: Mapping[str, float] | None = None,
+        on_infeasible: OnInfeasible = "raise",
+        **options: Any,
+    ) -> Self:
+        """Fit a probe for each variable, and one metric, to activations x, (n, d).
+
+            joint = JointLRQP.fit(x, {"order": order, "name": name})
+            x_new = joint(x, {"order": 1, "name": joint.KEEP})
+
+        Args:
+            x: activations, (n, d).
+            y: name of a variable to its classes, (n,) each, as :meth:`LinearProbe.fit` takes them.
+            keep: variables that are kept unless a target is given for them.
+            l2: penalty of every probe; see :meth:`LinearProbe.fit`.
+            shrinkage: of the covariance, that of all activations together.
+            within: see :class:`JointLRQP`, as ``on_infeasible``.
+            options: of the :class:`LRQP` of every variable, such as ``log_odds``.
+
+        Raises:
+            LRQPError: no variable, or one to keep that is none.
+            WidthError, NonFiniteError, LabelError, ConvergenceError: as :meth:`LinearProbe.fit`,
+                beginning with the name of the variable.
+
+        Warns:
+            ProbeWarning: as :meth:`Mahalanobis.fit`.
+        """
+        if not isinstance(y, Mapping) or not y:
+            raise LRQPError(
+                f"give classes by the name of their variable, such as {{'order': y1, 'name': y2}}, "
+                f"got {type(y).__name__}"
+            )
+        unknown = sorted(set(keep) - set(y), key=repr)
+        if unknown:
+            raise LRQPError(f"keep names {unknown}, the variables are {list(y)}")
+        probes = LinearProbe.fit_many({name: (x, labels) for name, labels in y.items()}, l2=l2)
+        metric = Mahalanobis.fit(x, shrinkage)
+        edits = {
+            name: probe if name in keep else LRQP(probe, metric, **options)
+            for name, probe in probes.items()
+        }
+        return cls(edits, metric, within=within, on_infeasible=on_infeasible)
+
     @property
     def n_classes(self) -> int:
         """The most classes that any variable has."""
@@ -121,6 +174,7 @@ class JointLRQP(Edit[Targets]):
         target: Targets,
         source: Targets | None = None,
         *,
+        asked: Mapping[str, Tensor | float] | None = None,
         realise: Realise | None = None,
         examples: Tensor | None = None,
     ) -> JointSolution:
@@ -132,6 +186,8 @@ class JointLRQP(Edit[Targets]):
                 as a tensor (B, V) in the order of ``names``.
             source: classes that hold now, for the ``mirror`` rule, in the same forms; a name that
                 is left out, or a negative number, means the probe's own reading.
+            asked: name to log α of each activation in nats, (B,) or one for all, in place of the
+                variable's own rule; those that are left out, and NaN, keep it.
             realise: see :meth:`MahalanobisQP.solve`.
             examples: names for the rows in error messages, (B,); default 0, 1, ….
 
@@ -149,25 +205,47 @@ class JointLRQP(Edit[Targets]):
         held, sound_source = self._choice(
             {} if source is None else source, len(x), geometry, "source"
         )
+        wanted = self._wanted(asked or {}, len(x), x.device)
 
         def floor(margins: Tensor, rows: slice) -> Tensor:
-            return self.slot_floors(geometry, margins, choice[rows], held[rows])
+            return self.slot_floors(geometry, margins, choice[rows], held[rows], wanted[rows])
 
         solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
         if not concrete(choice) or not concrete(held):
             solution = solution.invalidate(~(sound & sound_source), x)
         solution = skipped(solution, x, self.on_infeasible)
-        joint = self._read_odds(geometry, solution, x, choice, held, realise)
+        joint = self._read_odds(geometry, solution, x, choice, held, wanted, realise)
         return judged(self, joint, x, choice, examples)
 
+    def bind(
+        self, run: EditRun, *, asked: Mapping[str, Any] | None = None, **given: Any
+    ) -> dict[str, Any]:
+        """See :meth:`Edit.bind`: log α of variables, one for all or one an example."""
+        return ({} if asked is None else {"asked": asked}) | super().bind(run, **given)
+
+    def edit_rows(
+        self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
+    ) -> Solution:
+        """See :meth:`Edit.edit_rows`."""
+        if "asked" in given:
+            own = {name: floors_of(value, context) for name, value in given["asked"].items()}
+            given["asked"] = own
+        return super().edit_rows(x, target, source, context, **given)
+
     def slot_floors(
-        self, geometry: StackedGeometry, margins: Tensor, choice: Tensor, held: Tensor
+        self,
+        geometry: StackedGeometry,
+        margins: Tensor,
+        choice: Tensor,
+        held: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """The floor of every slot: log α, the margin at x less τ, or what always holds; (b, m)."""
         columns = []
         for place, (name, edit) in enumerate(self._edits().items()):
             own = margins[:, geometry.variable == place]
-            log_odds = _asked(edit, own, choice[:, place], held[:, place])
+            given = None if wanted is None else wanted[:, place]
+            log_odds = _asked(edit, own, choice[:, place], held[:, place], given)
             written, kept = choice[:, place] >= 0, choice[:, place] == KEEP
             slot = torch.arange(own.shape[-1], device=own.device)
             inside = written.unsqueeze(-1) & (slot < edit.n_classes - 1)
@@ -284,6 +362,16 @@ class JointLRQP(Edit[Targets]):
             parts.setdefault(name, KEEP if what == "target" else FREE)
         return {name: parts[name] for name in self.names}
 
+    def _wanted(
+        self, asked: Mapping[str, Tensor | float], batch: int, device: torch.device
+    ) -> Tensor:
+        """The log α that are given, (B, V), NaN where they are not."""
+        unknown = sorted(set(asked) - set(self.names), key=repr)
+        if unknown:
+            raise TargetError(f"asked names {unknown}, the variables are {list(self.names)}")
+        floors = [as_floors(asked.get(name, math.nan), (batch,), device) for name in self.names]
+        return torch.stack(floors, -1)
+
     def _choice(
         self, targets: Targets, batch: int, geometry: StackedGeometry, what: str
     ) -> tuple[Tensor, Tensor]:
@@ -312,6 +400,7 @@ class JointLRQP(Edit[Targets]):
         x: Tensor,
         choice: Tensor,
         held: Tensor,
+        wanted: Tensor,
         realise: Realise | None,
     ) -> JointSolution:
         """The solution with the odds of each variable, read back from what the stream holds."""
@@ -335,7 +424,7 @@ class JointLRQP(Edit[Targets]):
             values = {
                 "log_odds_before": margins.amin(-1),
                 "log_odds_after": _margins(after, target).amin(-1),
-                "floor": _asked(edit, margins, target, held[:, place]),
+                "floor": _asked(edit, margins, target, held[:, place], wanted[:, place]),
             }
             for name, column in values.items():
                 columns[name].append(torch.where(written, column, torch.nan))
@@ -345,13 +434,17 @@ class JointLRQP(Edit[Targets]):
         return JointSolution(**parts | {n: torch.stack(c, -1) for n, c in columns.items()})
 
 
-def _asked(edit: LRQP, margins: Tensor, target: Tensor, held: Tensor) -> Tensor:
-    """Log α of a variable by its own rule, (b,); any number where it is not written.
+def _asked(
+    edit: LRQP, margins: Tensor, target: Tensor, held: Tensor, wanted: Tensor | None
+) -> Tensor:
+    """Log α of a variable, as wanted or, where that is NaN, by its own rule, (b,).
 
-    For total odds a sufficient one: their exact form is not linear.
+    Any number where the variable is not written. For total odds a sufficient one: their exact form
+    is not linear.
     """
     margins = margins[:, : edit.n_classes - 1]
-    return edit.floors(margins, target.clamp_min(0), held, sufficient=True)
+    own = edit.floors(margins, target.clamp_min(0), held, sufficient=True)
+    return own if wanted is None else torch.where(wanted.isnan(), own, wanted)
 
 
 def _margins(logits: Tensor, target: Tensor) -> Tensor:

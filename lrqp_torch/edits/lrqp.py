@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.base import Edit, OnInfeasible
+from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors, floors_of
 from lrqp_torch.edits.failures import judged, skipped
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.edits.saving import read_edit, write_edit
 from lrqp_torch.errors import (
     NonFiniteError,
@@ -164,6 +165,7 @@ class LRQP(Edit[Classes]):
         target: Classes,
         source: Classes | None = None,
         *,
+        asked: Tensor | float | None = None,
         realise: Realise | None = None,
         examples: Tensor | None = None,
     ) -> Solution:
@@ -173,6 +175,8 @@ class LRQP(Edit[Classes]):
             x: activations, (B, d).
             target: class to write, (B,) or one for all.
             source: class that holds now, for the ``mirror`` rule; default the probe's own reading.
+            asked: log α of each activation in nats, (B,) or one for all, in place of the rule's:
+                what the probe reads elsewhere, say, ``probe.log_odds(other, target)``.
             realise: see :meth:`MahalanobisQP.solve`.
             examples: names for the rows in error messages, (B,); default 0, 1, ….
 
@@ -182,9 +186,10 @@ class LRQP(Edit[Classes]):
             SolverError: the odds read back fall short of α, unless on_infeasible is "skip".
         """
         check_activations(x, self.probe.width)
-        solution = self._attempt(x, target, source, realise, self.geometry(x.device))
-        asked = torch.as_tensor(target, device=x.device).expand(len(x))
-        return judged(self, solution, x, asked, examples)
+        geometry = self.geometry(x.device)
+        solution = self._attempt(x, target, source, realise, geometry, asked=asked)
+        classes = torch.as_tensor(target, device=x.device).expand(len(x))
+        return judged(self, solution, x, classes, examples)
 
     def propose(
         self,
@@ -192,6 +197,7 @@ class LRQP(Edit[Classes]):
         target: Classes,
         source: Classes | None = None,
         *,
+        asked: Tensor | float | None = None,
         realise: Realise | None = None,
     ) -> Solution:
         """:meth:`solve` without a look at the outcome, which is left in the status.
@@ -201,18 +207,25 @@ class LRQP(Edit[Classes]):
         """
         check_activations(x, self.probe.width)
         if x.device.type == "cpu":
-            return self._attempt(x, target, source, realise, self.geometry(x.device))
+            geometry = self.geometry(x.device)
+            return self._attempt(x, target, source, realise, geometry, asked=asked)
         tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         geometry, stale = self._geometry.peek(*tensors, x.device)
-        return self._attempt(x, target, source, realise, geometry, stale)
+        return self._attempt(x, target, source, realise, geometry, stale, asked)
+
+    def bind(self, run: EditRun, *, asked: Any = None, **given: Any) -> dict[str, Any]:
+        """See :meth:`Edit.bind`: log α, in place of the rule's, one for all or one an example."""
+        return ({} if asked is None else {"asked": asked}) | super().bind(run, **given)
 
     def edit_rows(
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
         """See :meth:`Edit.edit_rows`; where a look would wait for the device, it comes later."""
+        if "asked" in given:
+            given["asked"] = floors_of(given["asked"], context)
         if readable(x):
             return super().edit_rows(x, target, source, context, **given)
-        return self.propose(x, target, source, realise=context.realise)
+        return self.propose(x, target, source, realise=context.realise, **given)
 
     def floors(
         self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool
@@ -284,6 +297,7 @@ class LRQP(Edit[Classes]):
         realise: Realise | None,
         geometry: ProbeGeometry,
         stale: Tensor | None = None,
+        asked: Tensor | float | None = None,
     ) -> Solution:
         """Solve by the odds rule; what failed is in the status, and skipped where asked for.
 
@@ -295,7 +309,11 @@ class LRQP(Edit[Classes]):
         if source is not None:
             held, valid_source = place_classes(source, batch, self.n_classes, device, "source")
 
+        wanted = None if asked is None else as_floors(asked, (batch,), device)
+
         def floor(margins: Tensor, rows: slice) -> Tensor:
+            if wanted is not None:
+                return wanted[rows]
             own = None if held is None else held[rows]
             return self.floors(margins, classes[rows], own, sufficient=False)
 

@@ -441,3 +441,62 @@ def test_misuse_of_the_constructor_is_named() -> None:
     for within in ({"a": "x"}, {"a": 10**400}, ["a"]):
         with pytest.raises(LRQPError, match="within must map"):
             JointLRQP({"a": edit}, within=within)
+
+
+def test_fitting_all_variables_at_once_is_fitting_each_and_one_metric() -> None:
+    x = normal(120, WIDTH, seed=11).float()
+    y = {"order": torch.arange(120) % 2, "name": torch.arange(120) % 5}
+    joint = JointLRQP.fit(x, y, keep=["name"], l2=1e-2, log_odds=4.0)
+    assert joint.names == ("order", "name") and joint.kept_by_default == ("name",)
+    metric = Mahalanobis.fit(x)
+    probes = {name: LinearProbe.fit(x, labels, l2=1e-2) for name, labels in y.items()}
+    own = JointLRQP({"order": LRQP(probes["order"], metric, log_odds=4.0), "name": probes["name"]})
+    asked = {"order": 1 - y["order"]}
+    assert torch.allclose(joint(x, asked), own(x, asked), atol=1e-4)
+    every = {"order": 1 - y["order"], "name": (y["name"] + 3) % 5}
+    both = joint.solve(x.double(), every)
+    assert bool((both.log_odds_after[:, 0] >= 4.0).all())
+    assert bool((both.log_odds_after >= both.floor).all())
+    with pytest.raises(LRQPError, match="'tense'"):
+        JointLRQP.fit(x, y, keep=["tense"])
+    with pytest.raises(LRQPError, match="by the name"):
+        JointLRQP.fit(x, [0, 1])  # type: ignore[arg-type]
+
+
+def test_what_a_probe_reads_elsewhere_can_be_asked_for() -> None:
+    joint, x = joint_of(), normal(12, WIDTH, seed=5)
+    other, wanted = normal(12, WIDTH, seed=6), targets(12)
+    edit = joint.edits[0]
+    assert isinstance(edit, LRQP)
+    reads = edit.probe.log_odds(other, wanted["a"])
+    alone = edit.solve(x, wanted["a"], asked=reads)
+    assert torch.equal(alone.floor, reads.double())
+    assert bool((alone.log_odds_after >= reads).all())
+    least = edit.probe.log_odds(x, wanted["a"]) >= reads
+    assert torch.equal(alone.status == Status.SATISFIED, least)
+    together = joint.solve(x, wanted, asked={"a": reads})
+    assert torch.equal(together.floor[:, 0], reads.double())
+    assert bool((together.floor[:, 1] == 3.0).all())  # by its own rule
+    assert bool((together.log_odds_after[:, :2] >= together.floor[:, :2]).all())
+    with pytest.raises(WidthError, match="one for each activation"):
+        edit.solve(x, 1, asked=reads[:3])
+    with pytest.raises(TargetError, match="'tense'"):
+        joint.solve(x, wanted, asked={"tense": 1.0})
+
+
+def test_a_model_is_given_the_odds_of_each_example() -> None:
+    model = build("gpt2")
+    ids = torch.randint(VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0))
+    width = model.config.n_embd
+    metric = Mahalanobis(torch.eye(width, dtype=torch.float64))
+    edit = LRQP(probe_of(2, 1, width), metric)
+    asked = torch.tensor([1.0, 30.0, -1e6])
+    with edit.at(model, "L0.post", positions=[1, 2, 3], target=1, asked=asked) as run:
+        model(ids)
+    assert torch.equal(run.floor, asked.double())
+    assert run.status.tolist()[2] == Status.SATISFIED
+    joint = JointLRQP({"a": edit, "b": probe_of(3, 2, width)}, metric)
+    given = {"a": asked}
+    with joint.at(model, "L0.post", positions=[1, 2, 3], target={"a": 1}, asked=given) as run:
+        model(ids)
+    assert torch.equal(run.floor[:, 0], asked.double())

@@ -302,9 +302,10 @@ def test_the_last_token_is_told_the_order_or_the_name(prompts: Prompts) -> None:
     for kind in KINDS:
         readers = Readers(replace(TINY, kind=kind, last_read="L2.pre"), 50)
         told = readers.told(prompts, flips)
-        if kind == "used":
+        by_order = kind in ("used", "spread")
+        if by_order:
             assert torch.equal(told == prompts.abb, ~flips)
         else:
             assert torch.equal(told, prompts.subject)
-        assert readers.end.out_features == (2 if kind == "used" else 50)
+        assert readers.end.out_features == (2 if by_order else 50)
         assert hasattr(readers, "orders") == (kind != "absent")
