@@ -105,6 +105,19 @@ class PromptError(LRQPError, ValueError):
     """A request for task prompts that cannot be met, for example more than there are."""
 
 
+class RowError(PromptError, TokenizerError):
+    """A row of data of which no prompt can be made.
+
+    Args:
+        message: what is wrong, and in which row.
+        reason: what is wrong, in words that fit all rows like it, under which they are counted.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class SelectionError(LRQPError, IndexError):
     """An index into a data set that is out of range, or of a wrong shape or dtype."""
 

@@ -14,6 +14,7 @@ change never runs again and is never part of the graph, so a backward pass needs
 layers above the site.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -30,6 +31,9 @@ from lrqp_torch.stream.sites import blocks_of
 
 TOKEN_INPUTS = ("input_ids", "position_ids")
 """Inputs with one entry a token that runs; the attention mask also covers the prefix."""
+
+_MOST_BRANCHES = 256
+"""Rows that follow a run in one forward pass; keeps their copies of its cache within bounds."""
 
 
 class _Rerun:
@@ -57,6 +61,7 @@ class _Rerun:
         self.model, self.first_position = model, first_position
         self._selects = "logits_to_keep" in forward_of(model).parameters
         self._cache_name = name_of_cache(model)
+        self._goes_on = False
         self._check_layer(layer, "layer")
 
     def _check_layer(self, layer: int, name: str) -> None:
@@ -74,6 +79,7 @@ class _Rerun:
         plain = isinstance(found, DynamicCache) and all(
             type(layer) is DynamicLayer for layer in found.layers
         )
+        self._cache, self._fronted = found, bool(watch.texts.front)
         if watch.texts.front or not plain:
             self.first_position = 0
         return output.logits[:, -1], streams, found.layers if self.first_position else []
@@ -104,7 +110,10 @@ class _Rerun:
                 past.layers.extend(layers)
             if stream is not None:
                 stack.enter_context(resume_at(self.model, layer, stream))
-            logits: Tensor = self.model(**arguments, use_cache=bool(layers)).logits
+            output = self.model(**arguments, use_cache=bool(layers) or self._goes_on)
+        logits: Tensor = output.logits
+        if self._goes_on:
+            self._cache = cache_among(output)
         if columns is None:
             return logits[:, -1]
         return logits if self._selects else logits[:, columns]
@@ -121,6 +130,7 @@ class Replay(_Rerun):
             run again.
         copies: how many edits of each example :meth:`run` takes side by side: its batch has
             copies · B rows, and row c · B + i is copy c of example i.
+        goes_on: whether :meth:`follow` will be asked what comes behind a run.
 
     Attributes:
         clean_logits: logits of the last column in the clean run, (B, vocabulary).
@@ -144,12 +154,15 @@ class Replay(_Rerun):
         first_position: int,
         *,
         copies: int = 1,
+        goes_on: bool = False,
     ) -> None:
         if copies < 1:
             raise PositionError(f"copies must be at least 1, got {copies}")
         super().__init__(model, inputs, 0, first_position)
         self.copies = copies
         self.clean_logits, self._stream, layers = self._clean(inputs)
+        self._goes_on, self._ran = goes_on, len(blocks_of(model))
+        self._whole = self._clean_whole = self._cache if goes_on else None
         self._inputs = {
             name: self._side_by_side(
                 tensor[:, self.first_position :] if name in TOKEN_INPUTS else tensor
@@ -163,6 +176,11 @@ class Replay(_Rerun):
                 self.first_position,
             )
             for layer in layers
+        ]
+        first = self.first_position
+        self._clean_ends = [
+            tuple(self._side_by_side(each[:, :, first:].clone()) for each in (p.keys, p.values))
+            for p in (layers if goes_on else [])
         ]
 
     @torch.no_grad()
@@ -188,7 +206,74 @@ class Replay(_Rerun):
         at = None if columns is None else self._columns(columns)
         resumes = self.first_position and first_layer
         stream = self._side_by_side(self._stream[first_layer]) if resumes else None
-        return self._go_on(self._inputs, self._past, first_layer, stream, at)
+        logits = self._go_on(self._inputs, self._past, first_layer, stream, at)
+        self._ran, self._whole = first_layer, self._cache if self._goes_on else None
+        return logits
+
+    @torch.no_grad()
+    def follow(self, tokens: Tensor, rows: Tensor, *, clean: bool = False) -> Tensor:
+        """Log probability of tokens behind the first ones, after a run, (m,) float64.
+
+            Σ_{j ≥ 2} log P(token j | prompt as it ran, tokens 1 … j − 1)
+
+        The keys and values of the run, edits included, are the prefix of all of them; so close the
+        edits' contexts before.
+
+        Args:
+            tokens: that come behind some examples, (m, k), −1 where there are fewer than k.
+            rows: behind which of the copies · B rows of the last run, (m,).
+            clean: behind the clean run instead, whose B rows these then are.
+
+        Raises:
+            PositionError: the replay was not made with ``goes_on``, or an adapter puts tokens in
+                front of every text.
+        """
+        if self._whole is None or self._fronted:
+            raise PositionError(
+                "no tokens can follow this run: make Replay(..., goes_on=True), for a model "
+                "without an adapter that puts tokens in front"
+            )
+        past = self._ended(clean)
+        found = []
+        for few in torch.arange(len(rows), device=rows.device).split(_MOST_BRANCHES):
+            behind, at = tokens[few], rows[few]
+            cache = copy.copy(past)
+            cache.layers = [copy.deepcopy(layer) for layer in past.layers]
+            cache.reorder_cache(at)
+            fed, real = behind[:, :-1].clamp_min(0), behind[:, :-1] >= 0
+            arguments: dict[str, Any] = {"input_ids": fed, self._cache_name: cache}
+            mask = self._inputs.get("attention_mask")
+            if mask is not None:
+                arguments["attention_mask"] = torch.cat([mask[at], real.to(mask)], dim=1)
+            places = self._inputs.get("position_ids")
+            if places is not None:
+                arguments["position_ids"] = places[at, -1:] + real.cumsum(1)
+            logits: Tensor = self.model(**arguments, use_cache=True).logits
+            log_p = logits.double().log_softmax(-1)
+            wanted = behind[:, 1:]
+            said = log_p.gather(-1, wanted.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+            found.append(said.masked_fill(wanted < 0, 0.0).sum(-1))
+        return torch.cat(found)
+
+    def _ended(self, clean: bool) -> Any:
+        """The cache of all columns after the last run, or after the clean one."""
+        if not self._past:
+            return self._clean_whole if clean else self._whole
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache, start = DynamicCache(), self.first_position
+        for number, (layer, ends) in enumerate(zip(self._past, self._clean_ends, strict=True)):
+            kept = DynamicLayer()  # type: ignore[no-untyped-call]
+            whole = layer.whole
+            if clean or number < self._ran:  # a run from a higher layer leaves what ran before it
+                whole = tuple(
+                    torch.cat([each[:, :, :start], end], dim=2)
+                    for each, end in zip(whole, ends, strict=True)
+                )
+            kept.keys, kept.values = whole
+            kept.dtype, kept.device, kept.is_initialized = kept.keys.dtype, kept.keys.device, True
+            cache.layers.append(kept)
+        return cache
 
     def _side_by_side(self, tensor: Tensor) -> Tensor:
         """The copies of a batch, (B, ...) → (copies · B, ...)."""
@@ -214,7 +299,7 @@ def _prefix_layer() -> type[Any]:
 
         def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self._whole, self._length = (keys, values), length
+            self.whole, self._length = (keys, values), length
             self.keys, self.values = keys[:, :, :length], values[:, :, :length]
             self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
@@ -223,7 +308,7 @@ def _prefix_layer() -> type[Any]:
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             """Put the suffix behind the prefix, and return both together."""
-            keys, values = self._whole
+            keys, values = self.whole
             keys[:, :, self._length :] = key_states
             values[:, :, self._length :] = value_states
             return keys, values

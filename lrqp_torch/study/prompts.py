@@ -1,21 +1,22 @@
 """Prompts of any task as tokens: where to edit, what holds there, and which answers go with it."""
 
+import itertools
 import random
 import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PromptError, SettingError, TokenizerError, quoted
+from lrqp_torch.errors import PromptError, RowError, SettingError, quoted
 from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 OPENING, CLOSING = "[[", "]]"
 """The marks around the words at whose last token a prompt is read and edited."""
@@ -24,7 +25,8 @@ PAIRING = ("pairs", "groups")
 """Attributes of prompts that say which of them go together."""
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-_MARKED = re.compile(r"(.*?)\[\[(.+?)\]\](.*)", re.DOTALL)
+_MARKS = re.compile(r"\[\[|\]\]")
+_SPAN = re.compile(r"\[\[.*?\]\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,19 @@ class Prompt:
     """One prompt before it is tokens.
 
     Attributes:
-        text: with at most one marked span, as in ``"The [[keys]] to the cabinet"``; the last token
-            of the span is the position. Without a mark it is the prompt's last token.
+        text: with marked spans, as in ``"The [[keys]] to the cabinet"``; the last token of the
+            last one is the position. An empty span, ``"that[[]] he"``, means the token before it.
+            Without a mark it is the prompt's last token.
         label: name of the class that holds.
-        answers: for each class the continuations that go with it, each of one token, such as
-            ``{"plural": (" are", " were"), "singular": (" is", " was")}``; None where the task has
-            none, and then edits can be made but not judged by what the model says.
+        answers: for each class the continuations that go with it, of one token or more, such as
+            ``{"plural": (" are", " were"), "singular": (" is", " was")}``: those of the class that
+            holds and of at least one other. None where the task has none, and then edits can be
+            made but not judged by what the model says.
         pair: prompts of one pair say the same but for the class; None to match prompts whose
             texts are the same but for the marked words.
         group: what it has in common with others, such as an entity or a template: prompts of one
-            group are not independent, and are not matched with those of another.
+            group are not independent, are not matched with those of another, and are fitted on
+            together or held out together.
     """
 
     text: str
@@ -110,13 +115,17 @@ class PromptSet:
         end: the last token of each, after which the answer is read, LongTensor (n,).
         labels: class of each, LongTensor (n,).
         classes: names of the K classes; ``labels`` counts in their order.
-        answers: token ids that go with each class, LongTensor (n, K, A), −1 where there are fewer
-            than A; None where the task has none.
+        answers: first tokens of the answers that go with each class, LongTensor (n, K, A), −1
+            where there are fewer than A; None where the task has none.
         prompts: the texts, without marks.
         pairs: number of the pair, or of the texts that are the same but for the marked words, to
             which each prompt belongs, LongTensor (n,), −1 for none; None where the task has none.
         groups: number of the group of each, LongTensor (n,); None for prompts without groups, which
             are then taken to be independent.
+        other: the counterfactual class of each, LongTensor (n,): the next one after the class that
+            holds (the other one of two) for which the prompt has answers.
+        continued: the tokens of each answer behind its first, LongTensor (n, K, A, M), −1 where
+            there are fewer than M; None where all answers are of one token.
         words: what the things of the task are called.
     """
 
@@ -133,6 +142,8 @@ class PromptSet:
     prompts: tuple[str, ...]
     pairs: Tensor | None = field(default=None, kw_only=True)
     groups: Tensor | None = field(default=None, kw_only=True)
+    other: Tensor = field(default=cast(Tensor, None), kw_only=True)
+    continued: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check what says where, and what holds there.
@@ -141,7 +152,9 @@ class PromptSet:
             PromptError: positions, ends, labels, pairs or groups that are no integers, or not one
                 a prompt.
         """
-        for name in ("position", "end", "labels", *PAIRING):
+        if self.other is None:
+            object.__setattr__(self, "other", self._next_answered())
+        for name in ("position", "end", "labels", "other", *PAIRING):
             given = getattr(self, name)
             if given is None and name in PAIRING:
                 continue
@@ -170,41 +183,29 @@ class PromptSet:
 
         Raises:
             PromptError: no prompts, marks that do not pair, a label or an answer of no class, a
-                class without an answer.
-            TokenizerError: no offsets, or an answer that is not one token behind its prompt.
+                prompt without an answer for its own class or for any other.
+            RowError: no offsets, or an answer that is not tokens of its own behind its prompt.
         """
-        require_fast(tokenizer)
         names = _classes(prompts, classes)
-        split = [unmark(row, prompt.text) for row, prompt in enumerate(prompts)]
-        encoding = encode(tokenizer, [text for text, _ in split])
-        positions, ends = [], []
-        for row, (text, character) in enumerate(split):
-            at, last = token_at(encoding, row, character), token_at(encoding, row, len(text) - 1)
-            if at < 0 or last < 0:
-                raise TokenizerError(
-                    f"prompt {row}: no token of {text!r} holds character "
-                    f"{character if at < 0 else len(text) - 1}; end prompts and marked spans with "
-                    f"a letter, not with a space"
-                )
-            positions.append(at)
-            ends.append(last)
-        # What a tokenizer adds behind a text would stand between the prompt and its answer.
-        rows = [
-            torch.tensor(ids[: last + 1])
-            for ids, last in zip(encoding["input_ids"], ends, strict=True)
-        ]
-        inputs = pad(rows, tokenizer, padding_side)
-        position, end = torch.tensor(positions), torch.tensor(ends)
+        rows = []
+        for row in _tokens(tokenizer, prompts, names):
+            if isinstance(row, RowError):
+                raise row
+            rows.append(row)
+        inputs = pad([torch.tensor(row.ids) for row in rows], tokenizer, padding_side)
+        end = torch.tensor([len(row.ids) - 1 for row in rows])
         left = padding_side == "left"
         shift = inputs["input_ids"].shape[1] - 1 - end if left else torch.zeros_like(end)
+        answers, continued = _padded([row.answers for row in rows], prompts[0].answers is None)
         return cls(
             inputs=inputs,
-            position=position + shift,
+            position=torch.tensor([row.position for row in rows]) + shift,
             end=end + shift,
             labels=torch.tensor([names.index(prompt.label) for prompt in prompts]),
             classes=names,
-            answers=_answer_ids(tokenizer, prompts, [text for text, _ in split], rows, names),
-            prompts=tuple(text for text, _ in split),
+            answers=answers,
+            prompts=tuple(row.text for row in rows),
+            continued=continued,
             pairs=_numbered([_frame(prompt) for prompt in prompts]),
             groups=_numbered([prompt.group for prompt in prompts]),
         )
@@ -214,48 +215,71 @@ class PromptSet:
         """The named tokens of each prompt, (n,): ``"mark"`` and ``"end"``."""
         return {"mark": self.position, "end": self.end}
 
-    def scores(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
         """How strongly the model answers in the sense of each class, (n, K), float64.
 
-            s_c = log Σ_{a ∈ answers of c} exp(logit_a)
+            s_c = log Σ_{a ∈ answers of c} exp(logit of a's first token + log P(rest of a | …))
 
-        so that s_c − s_ℓ is the log odds of answering with c rather than with ℓ.
+        so that s_c − s_ℓ is the log odds of answering with c rather than with ℓ; −∞ for a class
+        for which the prompt has no answer.
 
         Args:
             logits: of the token after each prompt, (n, vocabulary).
+            rest: log probability of what goes on behind each answer's first token, (n, K, A), as
+                :meth:`~.running.Batch.rest` gives it; needed where answers have several tokens.
 
         Raises:
-            PromptError: the task has no answers.
+            PromptError: the task has no answers, or ``rest`` is missing.
         """
-        answers = self._answered().to(logits.device)
-        chosen = logits.double().gather(-1, answers.clamp_min(0).flatten(1)).view(answers.shape)
-        return chosen.masked_fill(answers < 0, float("-inf")).logsumexp(-1)
+        chosen = logits.double().gather(-1, self._first(logits).clamp_min(0).flatten(1))
+        return self._each(chosen, rest, float("-inf")).logsumexp(-1)
 
-    def preference(self, logits: Tensor, against: Tensor) -> Tensor:
+    def preference(self, logits: Tensor, against: Tensor, rest: Tensor | None = None) -> Tensor:
         """Score of the class that holds minus that of another, (n,): positive where answered so.
 
         Args:
             logits: of the token after each prompt, (n, vocabulary).
             against: the other class, LongTensor (n,).
+            rest: see :meth:`scores`.
         """
-        scores = self.scores(logits)
+        scores = self.scores(logits, rest)
         pair = torch.stack([self.labels, against.to(self.labels)], -1).to(scores.device)
         own, other = scores.gather(-1, pair).unbind(-1)
         return own - other
 
-    def probability(self, logits: Tensor) -> Tensor:
-        """Softmax probability of the answers of the class that holds, (n,), float64.
+    def probability(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Probability of the answers of the class that holds, (n,), float64.
 
         Args:
             logits: of the token after each prompt, (n, vocabulary).
+            rest: see :meth:`scores`.
 
         Raises:
-            PromptError: the task has no answers.
+            PromptError: the task has no answers, or ``rest`` is missing.
         """
-        rows = torch.arange(len(self), device=self.labels.device)
-        own = self._answered()[rows, self.labels].to(logits.device)
-        chances = logits.double().softmax(-1).gather(-1, own.clamp_min(0))
-        return chances.masked_fill(own < 0, 0.0).sum(-1)
+        first = logits.double().log_softmax(-1)
+        chosen = first.gather(-1, self._first(logits).clamp_min(0).flatten(1))
+        rows = torch.arange(len(self), device=logits.device)
+        said = self._each(chosen, rest, float("-inf"))[rows, self.labels.to(logits.device)]
+        return said.exp().sum(-1)
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """The tokens with which any answer begins, each once, (n, M), −1 where there are fewer."""
+        if self.answers is None:
+            return self.labels.new_full((len(self), 0), -1)
+        tokens = self.answers.flatten(1).sort(-1).values
+        again = (tokens[:, 1:] == tokens[:, :-1]).nonzero(as_tuple=True)
+        tokens[again[0], again[1] + 1] = -1
+        return tokens
+
+    @property
+    def named(self) -> Tensor:
+        """Classes for which each prompt has answers, BoolTensor (n, K); all without answers."""
+        if self.answers is None:
+            shape = (len(self), len(self.classes))
+            return torch.ones(shape, dtype=torch.bool, device=self.labels.device)
+        return (self.answers >= 0).any(-1)
 
     @property
     def called(self) -> tuple[tuple[str, str], ...]:
@@ -263,8 +287,8 @@ class PromptSet:
 
         The class that holds first, then the counterfactual one.
         """
-        names, count = self.classes, len(self.classes)
-        return tuple((names[k], names[(k + 1) % count]) for k in self.labels.tolist())
+        pairs = zip(self.labels.tolist(), self.other.tolist(), strict=True)
+        return tuple((self.classes[own], self.classes[other]) for own, other in pairs)
 
     @property
     def pointed_out(self) -> dict[str, Tensor]:
@@ -280,7 +304,7 @@ class PromptSet:
 
         Args:
             variable: in which twins differ; None for the class.
-            target: class of each twin, (n,); default the next class.
+            target: class of each twin, (n,); default the counterfactual one.
 
         Returns:
             None where no prompt has one.
@@ -296,9 +320,7 @@ class PromptSet:
         if self.pairs is None:
             return None
         labels, pairs = self.labels.tolist(), self.pairs.tolist()
-        wanted = (
-            [(k + 1) % len(self.classes) for k in labels] if target is None else target.tolist()
-        )
+        wanted = (self.other if target is None else target).tolist()
         rows: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(pairs, labels, strict=True)):
             rows.setdefault(key, []).append(row)
@@ -354,28 +376,38 @@ class PromptSet:
         """The same prompts with their tensors on ``device``."""
         return self._change_tensors(lambda tensor: tensor.to(device))
 
-    def _answered(self) -> Tensor:
+    def _first(self, like: Tensor) -> Tensor:
         if self.answers is None:
             raise PromptError(
                 "these prompts have no answers, so what the model says cannot be scored; give "
                 "each prompt the answers of every class"
             )
-        return self.answers
+        return self.answers.to(like.device)
+
+    def _each(self, first: Tensor, rest: Tensor | None, missing: float) -> Tensor:
+        """Log scores of all answers, (n, K, A), from those of their first tokens, (n, K · A)."""
+        tokens = self._first(first)
+        scores = first.view(tokens.shape)
+        if self.continued is not None:
+            if rest is None:
+                raise PromptError(
+                    "some answers of these prompts have several tokens, so logits of the next one "
+                    "do not score them; give `rest`, as Batch.rest() computes it"
+                )
+            scores = scores + rest.to(scores)
+        return scores.masked_fill(tokens < 0, missing)
+
+    def _next_answered(self) -> Tensor:
+        count = len(self.classes)
+        after = (self.labels[:, None] + torch.arange(1, count, device=self.labels.device)) % count
+        found = self.named.gather(1, after.long()).long().argmax(1, keepdim=True)
+        return after.gather(1, found).squeeze(1)
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
-        perhaps: dict[str, Any] = {
-            name: None if (given := getattr(self, name)) is None else change(given)
-            for name in ("answers", *PAIRING)
-        }
-        return replace(
-            self,
-            **others,
-            **perhaps,
-            inputs={name: change(value) for name, value in self.inputs.items()},
-            position=change(self.position),
-            end=change(self.end),
-            labels=change(self.labels),
-        )
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed = {name: change(value) for name, value in own.items() if isinstance(value, Tensor)}
+        inputs = {name: change(value) for name, value in self.inputs.items()}
+        return replace(self, **others, inputs=inputs, **changed)
 
 
 def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -396,10 +428,7 @@ def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[
             )
         if (answers is None) != (prompts[0].answers is None):
             raise PromptError(f"prompts 0 and {row}: give answers to all prompts or to none")
-        empty = [] if answers is None else [name for name in names if not answers.get(name)]
-        if empty:
-            raise PromptError(f"prompt {row} has no answer for the class {empty[0]!r}")
-        said = [] if answers is None else [text for name in names for text in answers[name]]
+        said = [] if answers is None else [text for texts in answers.values() for text in texts]
         if any("\0" in text for text in (prompt.label, *said)):
             raise PromptError(f"prompt {row} holds a NUL character in its label or an answer")
     return names
@@ -409,8 +438,8 @@ def _frame(prompt: Prompt) -> tuple[str | None, ...] | None:
     """What prompts of one pair have in common; None where nothing says so."""
     if prompt.pair is not None:
         return prompt.group, prompt.pair
-    found = _MARKED.fullmatch(prompt.text)
-    return None if found is None else (prompt.group, found[1], found[3])
+    beside = _SPAN.split(prompt.text)
+    return None if len(beside) == 1 else (prompt.group, *beside)
 
 
 def _numbered(names: Sequence[Hashable]) -> Tensor | None:
@@ -420,62 +449,165 @@ def _numbered(names: Sequence[Hashable]) -> Tensor | None:
     return torch.tensor(found) if number else None
 
 
-def unmark(row: int, marked: str) -> tuple[str, int]:
-    """The text without its marks, and the character at whose token to edit.
+@dataclass(frozen=True)
+class _Tokens:
+    """One prompt as tokens: the text without marks, where it is edited, and its answers."""
+
+    text: str
+    ids: list[int]
+    position: int
+    answers: list[list[list[int]]]
+
+
+def _tokens(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], classes: Sequence[str]
+) -> Iterator[_Tokens | RowError]:
+    """Each prompt as tokens, or why it cannot be.
 
     Raises:
-        PromptError: marks that do not pair, several of them, or no text that can be one.
+        TokenizerError: a tokenizer without offsets.
     """
-    found = _MARKED.fullmatch(marked)
-    before, span, after = found.groups() if found else ("", marked, "")
-    text = before + span + after
-    if not span or OPENING in text or CLOSING in text:
-        raise PromptError(
-            f"prompt {row}: {quoted(marked)} needs one marked span, as in "
-            f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token"
-        )
-    if "\0" in text:
-        raise PromptError(f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it")
-    return text, len(before) + len(span) - 1
-
-
-def _answer_ids(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Prompt],
-    texts: Sequence[str],
-    rows: Sequence[Tensor],
-    classes: tuple[str, ...],
-) -> Tensor | None:
-    """Token ids (n, K, A) of the answers, found behind each prompt, where they will be read."""
-    given = [prompt.answers for prompt in prompts if prompt.answers is not None]
-    if not given:
-        return None
-    asked = [
-        (row, index, answer)
-        for row, answers in enumerate(given)
-        for index, name in enumerate(classes)
-        for answer in answers[name]
+    require_fast(tokenizer)
+    split: list[tuple[str, list[tuple[int, int]]] | RowError] = []
+    for row, prompt in enumerate(prompts):
+        try:
+            split.append(unmark(row, prompt.text))
+        except RowError as error:
+            split.append(error)
+    texts = ["a" if isinstance(item, RowError) else item[0] for item in split]
+    encoding = encode(tokenizer, texts)
+    said = [
+        [(name, text) for name in classes for text in (prompt.answers or {}).get(name, ())]
+        for prompt in prompts
     ]
-    encoding = encode(tokenizer, [texts[row] + answer for row, _, answer in asked])
-    most = max(len(texts_of_class) for answers in given for texts_of_class in answers.values())
-    ids = torch.full((len(prompts), len(classes), most), -1)
-    for number, (row, index, answer) in enumerate(asked):
-        whole = torch.tensor(encoding["input_ids"][number])
-        last = token_at(encoding, number, len(texts[row]) + len(answer) - 1)
-        length = len(rows[row])
-        if last != length or not torch.equal(whole[:length], rows[row]):
-            raise TokenizerError(
-                f"prompt {row}: the answer {answer!r} is not one token of its own behind "
-                f"{texts[row]!r}; begin it with a space where a word follows, or choose another"
-            )
-        token = int(whole[length])
-        if bool((ids[row] == token).any()):
-            raise PromptError(
-                f"prompt {row}: the answer {answer!r} is given twice, so it would speak for no "
-                f"class; give each class answers of its own"
-            )
-        ids[row, index, int((ids[row, index] >= 0).sum())] = token
-    return ids
+    behind = [text + answer for text, own in zip(texts, said, strict=True) for _, answer in own]
+    answered, number = encode(tokenizer, behind) if behind else None, 0
+    for row, (prompt, item) in enumerate(zip(prompts, split, strict=True)):
+        first, number = number, number + len(said[row])
+        if isinstance(item, RowError):
+            yield item
+            continue
+        text, spans = item
+        try:
+            ends = [_token(encoding, row, text, max(end - 1, 0)) for _, end in spans]
+            last = _token(encoding, row, text, len(text) - 1)
+            # What a tokenizer adds behind a text would stand between the prompt and its answer.
+            ids = encoding["input_ids"][row][: last + 1]
+            found: list[list[list[int]]] = [[] for _ in classes]
+            for place, (name, answer) in enumerate(said[row], start=first):
+                assert answered is not None
+                if not answer:
+                    raise RowError(
+                        f"prompt {row}: an answer of class {name!r} is empty; leave it out, or "
+                        f"write what the model would say",
+                        "an empty answer",
+                    )
+                whole = answered["input_ids"][place]
+                until = token_at(answered, place, len(text) + len(answer) - 1)
+                if until <= last or whole[: last + 1] != ids:
+                    raise RowError(
+                        f"prompt {row}: the answer {answer!r} is not tokens of its own behind "
+                        f"{text!r}; begin it with a space where a word follows, or choose another",
+                        "an answer that is not tokens of its own behind the text",
+                    )
+                own, tokens = found[classes.index(name)], whole[last + 1 : until + 1]
+                if tokens not in own:
+                    own.append(tokens)
+            if prompt.answers is not None:
+                _check_answers(row, prompt.label, classes, found)
+        except RowError as error:
+            yield error
+        else:
+            yield _Tokens(text, ids, ends[-1], found)
+
+
+def _token(encoding: "BatchEncoding", row: int, text: str, character: int) -> int:
+    found = token_at(encoding, row, character)
+    if found < 0:
+        raise RowError(
+            f"prompt {row}: no token of {text!r} holds character {character}; end prompts and "
+            f"marked spans with a letter, not with a space",
+            "words that end in a space",
+        )
+    return found
+
+
+def _check_answers(
+    row: int, label: str, classes: Sequence[str], answers: Sequence[list[list[int]]]
+) -> None:
+    """Refuse a row whose answers do not tell its class from another."""
+    given = [name for name, own in zip(classes, answers, strict=True) if own]
+    if label not in given or len(given) < 2:
+        lacks = label if label not in given else next(n for n in classes if n != label)
+        raise RowError(
+            f"prompt {row} has no answer for the class {lacks!r}; give answers for the class that "
+            f"holds and for another",
+            "no answer for its class, or for no other",
+        )
+    for index, own in enumerate(answers):
+        others = [tokens for rest in answers[index + 1 :] for tokens in rest]
+        for one, two in itertools.product(own, others):
+            short = min(len(one), len(two))
+            if one[:short] == two[:short]:
+                raise RowError(
+                    f"prompt {row}: an answer of class {classes[index]!r} is given twice, or begins "
+                    f"one of another class, so it would speak for no class; give each class "
+                    f"answers of its own",
+                    "an answer that two classes share",
+                )
+
+
+def _padded(
+    answers: Sequence[list[list[list[int]]]], none: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """First tokens of all answers, (n, K, A), and the tokens behind them, (n, K, A, M)."""
+    if none:
+        return None, None
+    every = [tokens for row in answers for own in row for tokens in own]
+    most = max(len(own) for row in answers for own in row)
+    longest = max(map(len, every)) - 1
+    first = torch.full((len(answers), len(answers[0]), most), -1)
+    behind = torch.full((*first.shape, longest), -1)
+    for row, own in enumerate(answers):
+        for index, texts in enumerate(own):
+            for place, tokens in enumerate(texts):
+                first[row, index, place] = tokens[0]
+                behind[row, index, place, : len(tokens) - 1] = torch.tensor(tokens[1:])
+    return first, behind if longest else None
+
+
+def unmark(row: int, marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and the spans [start, end) of its characters to edit.
+
+    Raises:
+        RowError: marks that do not pair, or no text that can be a prompt.
+    """
+    text, spans, start, after = "", [], None, 0
+    for mark in _MARKS.finditer(marked):
+        text += marked[after : mark.start()]
+        after = mark.end()
+        if (mark[0] == OPENING) != (start is None):
+            break
+        if start is None:
+            start = len(text)
+        else:
+            spans.append((start, len(text)))
+            start = None
+    else:
+        text += marked[after:]
+        # An empty span at the very start has no token before it.
+        if start is None and text and all(end for _, end in spans):
+            if "\0" in text:
+                raise RowError(
+                    f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it",
+                    "a NUL character",
+                )
+            return text, spans or [(0, len(text))]
+    raise RowError(
+        f"prompt {row}: {quoted(marked)} needs one marked span or more, as in "
+        f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token",
+        "marks that do not pair",
+    )
 
 
 def split(

@@ -29,10 +29,12 @@ class Edited:
 
     Attributes:
         logits: of the last column, (B, vocabulary), on the model's device.
+        rest: what :meth:`Batch.rest` says of it, (B, K, A).
         record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64.
     """
 
     logits: Tensor
+    rest: Tensor | None
     record: dict[str, Tensor]
 
 
@@ -61,7 +63,9 @@ class Batch(Generic[P]):
     @cached_property
     def replay(self) -> Replay:
         """The clean run, made when first asked for and kept."""
-        return Replay(self.model, self.prompts.inputs, self.first, copies=self.copies)
+        goes_on = self.prompts.continued is not None
+        inputs = self.prompts.inputs
+        return Replay(self.model, inputs, self.first, copies=self.copies, goes_on=goes_on)
 
     @cached_property
     def clean(self) -> Tensor:
@@ -72,13 +76,35 @@ class Batch(Generic[P]):
         """
         return finite(self.replay.clean_logits, "the clean run")
 
+    @cached_property
+    def clean_rest(self) -> Tensor | None:
+        """What :meth:`rest` says of the clean run, (B, K, A)."""
+        return self._rest(1, clean=True)
+
+    def rest(self) -> Tensor | None:
+        """Log probability of what goes on behind each answer's first token, after the last run.
+
+        Returns:
+            (copies · B, K, A) float64, 0 for answers of one token; None where all are.
+        """
+        return self._rest(self.copies, clean=False)
+
+    def _rest(self, copies: int, *, clean: bool) -> Tensor | None:
+        first, behind = self.prompts.answers, self.prompts.continued
+        if first is None or behind is None:
+            return None
+        every = torch.cat([first.unsqueeze(-1), behind], -1)
+        rest = torch.zeros(copies, *first.shape, dtype=torch.float64, device=first.device)
+        for number, own in enumerate(rest):
+            at = (behind[..., 0] >= 0).nonzero(as_tuple=True)
+            if len(at[0]):
+                rows = at[0] + number * len(self)
+                own[at] = self.replay.follow(every[at], rows, clean=clean)
+        return finite(rest.flatten(0, 1), "the answers behind a run")
+
     def targets(self) -> dict[str, Tensor]:
-        """The class to write by condition: the one that holds (control) or the next one."""
-        labels = self.prompts.labels
-        return {
-            "control": labels,
-            "counterfactual": next_class(labels, len(self.prompts.classes)),
-        }
+        """The class to write by condition: the one that holds (control) or the other one."""
+        return {"control": self.prompts.labels, "counterfactual": self.prompts.other}
 
     def editing(self, site: str, edit: LRQP, condition: str) -> AbstractContextManager[object]:
         """The context of an edit under ``"control"`` or ``"counterfactual"``; none for others."""
@@ -118,13 +144,14 @@ class Batch(Generic[P]):
         target = torch.cat(list(targets.values()))
         with edit.at(self.model, site, positions=at, target=target, source=source) as run:
             logits = self.run(Site.parse(site).layer, f"the edits at {site}")
+        rest = self.rest()
         record = {name: getattr(run, name).to("cpu", torch.float64) for name in RECORD}
         record["status"] = record["status"].to(torch.int64)
         found = {}
         for index, name in enumerate(targets):
             rows = slice(index * count, (index + 1) * count)
             own = {key: values[rows].clone() for key, values in record.items()}
-            found[name] = Edited(logits[rows], own)
+            found[name] = Edited(logits[rows], None if rest is None else rest[rows], own)
         return found
 
 
@@ -179,24 +206,24 @@ def put(kept: dict[K, Tensor], found: Mapping[K, Tensor], rows: Tensor, n: int) 
         kept[name][rows] = here
 
 
-def answers(prompts: PromptSet, logits: Tensor) -> dict[str, Tensor]:
+def answers(prompts: PromptSet, logits: Tensor, rest: Tensor | None = None) -> dict[str, Tensor]:
     """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
 
     Args:
         prompts: with their classes' answers.
         logits: of the next token, (n, vocabulary).
+        rest: of what goes on behind it; see :meth:`PromptSet.scores`.
 
     Returns:
-        ``preference``, the score of the class that holds minus that of the counterfactual class,
-        which is the next one; ``own_lead`` and ``other_lead``, the score of each minus the highest
+        ``preference``, the score of the class that holds minus that of the counterfactual class;
+        ``own_lead`` and ``other_lead``, the score of each minus the highest
         of all other classes, positive where it is what the model answers. With two classes these
         are the preference and its negative.
     """
     if prompts.answers is None:
         return {}
-    scores = prompts.scores(logits).cpu()
-    labels = prompts.labels.cpu()
-    own, other = labels[:, None], next_class(labels, len(prompts.classes))[:, None]
+    scores = prompts.scores(logits, rest).cpu()
+    own, other = prompts.labels.cpu()[:, None], prompts.other.cpu()[:, None]
     preference = scores.gather(-1, own) - scores.gather(-1, other)
     leads = {"own_lead": lead(scores, own), "other_lead": lead(scores, other)}
     return {"preference": preference.squeeze(-1)} | leads

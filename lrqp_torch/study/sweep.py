@@ -21,7 +21,7 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.context import ALONE, Advance, no_progress
 from lrqp_torch.study.part import Batches
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import Batch, answers, batches, divergences, next_class, put
+from lrqp_torch.study.running import Batch, answers, batches, divergences, put
 
 CONDITIONS = ("control", "counterfactual")
 USED_THRESHOLD = 0.5
@@ -141,25 +141,27 @@ def sweep(
             if store is not None:
                 for number, tensors in finished.items():
                     store.save(number, tensors)
-    labels = prompts.labels.cpu()
-    flat = {"labels": labels, "other": next_class(labels, len(prompts.classes))}
+    flat = {"labels": prompts.labels.cpu(), "other": prompts.other.cpu()}
     for number in sorted(done):
         put(flat, done[number], rows[number], len(prompts))
     return flat
 
 
-def read_answers(prompts: PromptSet, logits: Tensor) -> dict[str, Tensor]:
+def read_answers(
+    prompts: PromptSet, logits: Tensor, rest: Tensor | None = None
+) -> dict[str, Tensor]:
     """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
 
     Args:
         prompts: with their classes' answers.
         logits: of the next token, (n, vocabulary).
+        rest: of what goes on behind it; see :meth:`PromptSet.scores`.
 
     Returns:
         ``logit_difference``, ``own_lead`` and ``other_lead``: what :func:`~.running.answers` gives,
         the preference under the name that it has where each class has one answer.
     """
-    found = answers(prompts, logits)
+    found = answers(prompts, logits, rest)
     return {{"preference": "logit_difference"}.get(name, name): v for name, v in found.items()}
 
 
@@ -168,14 +170,14 @@ def _sweep_batch(
     batch: Batch[PromptSet], edits: Mapping[str, LRQP], advance: Advance
 ) -> dict[str, Tensor]:
     prompts, targets, count = batch.prompts, batch.targets(), len(batch)
-    clean = read_answers(prompts, batch.clean)
+    clean = read_answers(prompts, batch.clean, batch.clean_rest)
     if clean:
-        clean["io_probability"] = prompts.probability(batch.clean).cpu()
+        clean["io_probability"] = prompts.probability(batch.clean, batch.clean_rest).cpu()
     found = {f"clean.{name}": values for name, values in clean.items()}
     advance(count)
     for site, edit in edits.items():
         for condition, edited in batch.edited(site, edit, targets).items():
-            columns = read_answers(prompts, edited.logits) | edited.record
+            columns = read_answers(prompts, edited.logits, edited.rest) | edited.record
             columns["divergence"] = divergences(batch.clean, edited.logits)
             found |= {f"{site}.{condition}.{name}": values for name, values in columns.items()}
         advance(count * len(targets))

@@ -197,7 +197,7 @@ class _Seen:
             self._columns = mask.any(0).index_fill(0, end[:1], True).nonzero().flatten()
             self._mask = mask[:, self._columns]
         logits = self._run(lowest, "the clean run")
-        self.clean = answers(batch.prompts, logits[:, -1])
+        self.clean = answers(batch.prompts, logits[:, -1], batch.rest())
         if trials.elsewhere is not None:
             self._log_p = logits.float().log_softmax(-1)
             self.clean["said_elsewhere"] = self._mean(self._said(self._log_p))
@@ -218,7 +218,7 @@ class _Seen:
         reader = Intervention(item.site, item.positions, keep)
         with intervene(self._batch.model, [item, reader] if self._trials.activations else [item]):
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
-        found |= answers(self._batch.prompts, logits[:, -1])
+        found |= answers(self._batch.prompts, logits[:, -1], self._batch.rest())
         if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:
@@ -247,10 +247,8 @@ class _Seen:
 
     def _of_answers(self, values: Tensor) -> Tensor:
         """The entries of the answers, (B, columns, answers), of values (B, columns, vocabulary)."""
-        said = self._batch.prompts.answers
-        if said is None:
-            return values[..., :0]
-        tokens = said.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+        said = self._batch.prompts.first_tokens
+        tokens = said.unsqueeze(1).expand(-1, values.shape[1], -1)
         return values.gather(-1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0)
 
     def _mean(self, values: Tensor) -> Tensor:

@@ -193,11 +193,11 @@ class Dose(Part[DoseResult]):
         found: list[dict[str, Tensor]] = [{} for _ in edits]
         n = len(task.test)
         for batch in batches(context.model, task.test, context.batch_size):
-            put(clean, answers(batch.prompts, batch.clean), batch.rows, n)
+            put(clean, answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
             for (one, condition), columns in zip(edits, found, strict=True):
                 target = {condition: batch.targets()[condition]}
                 edited = batch.edited(site, one, target)[condition]
-                here = edited.record | answers(batch.prompts, edited.logits)
+                here = edited.record | answers(batch.prompts, edited.logits, edited.rest)
                 here["divergence"] = divergences(batch.clean, edited.logits)
                 put(columns, here, batch.rows, n)
                 advance(len(batch))
