@@ -263,7 +263,7 @@ class Replay(_Rerun):
 
         cache, start = DynamicCache(), self.first_position
         for number, (layer, ends) in enumerate(zip(self._past, self._clean_ends, strict=True)):
-            kept = DynamicLayer()  # type: ignore[no-untyped-call]
+            kept = DynamicLayer()
             whole = layer.whole
             if clean or number < self._ran:  # a run from a higher layer leaves what ran before it
                 whole = tuple(

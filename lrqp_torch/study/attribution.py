@@ -33,7 +33,7 @@ from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import head_name, writers
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import batches, next_class, put
+from lrqp_torch.study.running import batches, put
 
 MOST_ERROR = 0.02
 """How far the sum may miss the model's own logits, as a share of the largest of them."""
@@ -74,7 +74,7 @@ class Pull:
         """
         answers = cast(Tensor, prompts.answers)
         rows, labels = torch.arange(len(answers), device=answers.device), prompts.labels
-        sides = [answers[rows, kind] for kind in (labels, next_class(labels, answers.shape[1]))]
+        sides = [answers[rows, kind] for kind in (labels, prompts.other)]
         shares = []
         for side in sides:
             own = logits.double().gather(-1, side.clamp_min(0))

@@ -69,7 +69,10 @@ class StudyContext:
     batch_size: int
     seed: int
     device: torch.device
-    _activations: dict[tuple[str, str, str], dict[str, Tensor]] = field(default_factory=dict)
+    # By the prompts themselves, which are kept with them: names may be the same for others.
+    _activations: dict[tuple[int, str], tuple[PromptSet, dict[str, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def activations(
         self,
@@ -95,7 +98,7 @@ class StudyContext:
         at = data.positions[position]
         # One token may have several names, such as mark and S2.
         name = next(name for name, columns in data.positions.items() if torch.equal(columns, at))
-        kept = self._activations.setdefault((task.name, split, name), {})
+        _, kept = self._activations.setdefault((id(data), name), (data, {}))
         missing = [site for site in wanted if site not in kept]
         if missing:
             found = capture(

@@ -1,5 +1,6 @@
 """Edits of prompts of one's own: fitted to them, found in a folder, and applied to others."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,6 @@ from lrqp_torch.files import prepare_folder, write_json
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
-from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.prompts import (
@@ -39,7 +39,7 @@ from lrqp_torch.study.prompts import (
     require_every_class,
     unmark,
 )
-from lrqp_torch.study.running import finite, in_batches, lead, next_class
+from lrqp_torch.study.running import Batch, in_batches, lead, next_class
 from lrqp_torch.study.sweep import fit_edits
 
 if TYPE_CHECKING:
@@ -73,10 +73,15 @@ class HeldOut:
     distance: float
 
     @classmethod
-    def of(cls, edit: LRQP, x: Tensor, labels: Tensor) -> "HeldOut":
-        """Try an edit on activations x, (n, d), of classes ``labels``, (n,)."""
+    def of(cls, edit: LRQP, x: Tensor, labels: Tensor, other: Tensor | None = None) -> "HeldOut":
+        """Try an edit on activations x, (n, d), of classes ``labels``, (n,), to ``other``, (n,).
+
+        The latter are by default the next classes.
+        """
         labels = labels.to(x.device)
-        solution = edit.propose(x, next_class(labels, edit.probe.n_classes), labels)
+        if other is None:
+            other = next_class(labels, edit.probe.n_classes)
+        solution = edit.propose(x, other.to(x.device), labels)
         margin = solution.log_odds_after - solution.floor
         return cls(
             prompts=len(labels),
@@ -161,7 +166,8 @@ def fit_sites(
     tried = {}
     if held_out is not None:
         found = read(held_out)
-        tried = {site: HeldOut.of(edits[site], x, held_out.labels) for site, x in found.items()}
+        both = held_out.labels, held_out.other
+        tried = {site: HeldOut.of(edits[site], x, *both) for site, x in found.items()}
     for site, edit in edits.items():
         edit.on_infeasible = "raise"
         edit.provenance = Provenance.of(
@@ -289,24 +295,24 @@ def typed_prompts(
     return PromptSet.encode(tokenizer, [Prompt(text, classes[0]) for text in plain], classes)
 
 
-def targets_of(name: str, labels: Tensor, classes: Sequence[str]) -> Tensor:
+def targets_of(name: str, prompts: PromptSet) -> Tensor:
     """The class to write into each prompt, (n,).
 
     Args:
-        name: of a class; or ``"own"`` for the class that holds, or ``"other"`` for the one after
-            it, where no class has that name.
-        labels: class that holds, (n,).
-        classes: names.
+        name: of a class; or ``"own"`` for the class that holds, or ``"other"`` for the
+            counterfactual one, where no class has that name.
+        prompts: with their classes.
 
     Raises:
         TargetError: no such class.
     """
+    labels, classes = prompts.labels, prompts.classes
     if name in classes:
-        return torch.full_like(labels, list(classes).index(name))
+        return torch.full_like(labels, classes.index(name))
     if name == OWN:
         return labels
     if name == OTHER:
-        return next_class(labels, len(classes))
+        return prompts.other
     raise TargetError(
         f"no class {name!r}: the classes of this edit are {', '.join(classes)}; or write "
         f"{OTHER!r}, or {OWN!r} for a control edit"
@@ -351,7 +357,7 @@ def apply(
     require_classes(prompts, origin.classes or (), "this edit was fitted to")
     if generate < 0:
         raise SettingError(f"generate is {generate}: give 0 or more tokens to continue by")
-    targets_of(target, prompts.labels, prompts.classes)
+    targets_of(target, prompts)
     device = input_device(model)
     edit = edit.to(device)
     found = []
@@ -359,8 +365,9 @@ def apply(
         batch = prompts[rows].to(device)
         if not labelled:
             x = capture(model, batch.inputs, origin.site, batch.position)[origin.site]
-            batch = replace(batch, labels=edit.probe(x).argmax(-1))
-        written = targets_of(target, batch.labels, batch.classes)
+            read = edit.probe(x).argmax(-1)
+            batch = replace(batch, labels=read, other=next_class(read, len(batch.classes)))
+        written = targets_of(target, batch)
 
         def editing(
             at: PromptSet = batch, classes: Tensor = written
@@ -369,15 +376,16 @@ def apply(
                 model, origin.site, positions=at.position, target=classes, source=at.labels
             )
 
-        replay = Replay(model, batch.inputs, int(batch.position.min()))
-        clean = finite(replay.clean_logits, "the clean run")
+        here = Batch(model, rows, batch, int(batch.position.min()))
+        clean, clean_rest = here.clean, here.clean_rest
         if not 1 <= likeliest <= clean.shape[-1]:
             raise SettingError(
                 f"likeliest is {likeliest}: list 1 to {clean.shape[-1]} next tokens, of which the "
                 f"vocabulary has no more"
             )
         with editing() as run:
-            edited = finite(replay.run(Site.parse(origin.site).layer), f"the edit at {origin.site}")
+            edited = here.run(Site.parse(origin.site).layer, f"the edit at {origin.site}")
+        rest = here.rest()
         before = after = [None] * len(batch)
         if generate:
             before = _continued(model, tokenizer, batch, generate)
@@ -390,8 +398,8 @@ def apply(
             run.log_odds_before.tolist(),
             run.log_odds_after.tolist(),
             run.distance.tolist(),
-            _leads(batch, clean, written),
-            _leads(batch, edited, written),
+            _leads(batch, clean, clean_rest, written),
+            _leads(batch, edited, rest, written),
             _likeliest(tokenizer, clean, likeliest),
             _likeliest(tokenizer, edited, likeliest),
             before,
@@ -413,11 +421,14 @@ def write_applied(found: Sequence[Applied], origin: Provenance, file: Path) -> N
     write_json(file, content, indent=2)
 
 
-def _leads(prompts: PromptSet, logits: Tensor, classes: Tensor) -> list[float] | list[None]:
+def _leads(
+    prompts: PromptSet, logits: Tensor, rest: Tensor | None, classes: Tensor
+) -> list[float | None] | list[None]:
     if prompts.answers is None:
         return [None] * len(prompts)
-    values: list[float] = lead(prompts.scores(logits), classes[:, None]).tolist()
-    return values
+    values: list[float] = lead(prompts.scores(logits, rest), classes[:, None]).tolist()
+    # A prompt need not have answers for the class that was written.
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _likeliest(

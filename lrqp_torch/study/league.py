@@ -38,7 +38,6 @@ from lrqp_torch.study.methods import (
 )
 from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
-from lrqp_torch.study.running import next_class
 from lrqp_torch.study.tradeoffs import (
     RESAMPLES,
     Curve,
@@ -300,7 +299,7 @@ class _Site:
         self.options, self.advance = options, advance
         self.data = context.task.test
         self.labels = self.data.labels.cpu()
-        self.target = next_class(self.labels, len(self.data.classes))
+        self.target = self.data.other.cpu()
         self.beside, _ = elsewhere(self.data)
         self.role, self.watched = _watched(heads)
         self.candidates = build_candidates(

@@ -7,7 +7,7 @@ prompt of the class to write.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from lrqp_torch.stream.replay import Tail
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import next_class
 
 
 class LearnedLRQP(LeastEdit):
@@ -180,7 +179,7 @@ def counterparts(
     It is that of the prompt's twin where it has one, else that of a training prompt drawn with the
     study's seed.
     """
-    twins, target = prompts.twins(), next_class(prompts.labels, len(prompts.classes))
+    twins, target = prompts.twins(), prompts.other
     if twins is None:
         return drawn(context, sites, target)
     found = {
@@ -256,15 +255,14 @@ def behaviour(context: StudyContext, site: str, data: PromptSet, batch_size: int
     """
     if data.answers is None:
         raise PromptError("these prompts have no answers, so no edit can be trained to change them")
-    here = data.to(context.device)
+    here = data.deciding().to(context.device)
     # Left padding puts the end in the last column, and nothing before the first mark can change.
     end, first = here.inputs["input_ids"].shape[1] - 1, int(here.position.min())
     tail = Tail(
         context.model, here.inputs, Site.parse(site).layer, first, batch_size=context.batch_size
     )
     assert here.answers is not None
-    other = next_class(here.labels, len(here.classes))
-    tokens = here.answers[torch.arange(len(here), device=other.device), other]
+    tokens = here.answers[torch.arange(len(here), device=here.other.device), here.other]
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
         wanted = tokens[rows.to(tokens.device)].to(logits.device)
@@ -344,8 +342,9 @@ def counterfactual_prompts(data: PromptSet) -> EditPrompts:
     """
     if data.answers is None:
         raise PromptError("these prompts have no answers, so no edit can be learned from them")
-    target = next_class(data.labels, len(data.classes))
-    rows, first = torch.arange(len(data), device=target.device), data.answers[..., 0]
+    data = data.deciding()
+    target, answers = data.other, cast(Tensor, data.answers)
+    rows, first = torch.arange(len(data), device=target.device), answers[..., 0]
     return EditPrompts(
         inputs=data.inputs,
         positions=data.position,

@@ -7,10 +7,11 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lrqp_torch.errors import PromptError, RowError, SettingError, quoted
 from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
@@ -142,7 +143,7 @@ class PromptSet:
     prompts: tuple[str, ...]
     pairs: Tensor | None = field(default=None, kw_only=True)
     groups: Tensor | None = field(default=None, kw_only=True)
-    other: Tensor = field(default=cast(Tensor, None), kw_only=True)
+    other: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), kw_only=True)
     continued: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -152,7 +153,7 @@ class PromptSet:
             PromptError: positions, ends, labels, pairs or groups that are no integers, or not one
                 a prompt.
         """
-        if self.other is None:
+        if len(self.other) == 0:
             object.__setattr__(self, "other", self._next_answered())
         for name in ("position", "end", "labels", "other", *PAIRING):
             given = getattr(self, name)
@@ -334,6 +335,51 @@ class PromptSet:
         known = at != torch.arange(len(self), device=at.device)
         return Twins(self[at], known, at) if bool(known.any()) else None
 
+    def deciding(self) -> "PromptSet":
+        """The same prompts up to where the answers of both classes part, for what trains on logits.
+
+        Where answers have several tokens, the first one of a class stands for it: each prompt goes
+        on with the tokens that both classes' answers begin with, and the answers are then the one
+        token of each that is different. Prompts whose answers are of one token stay as they are.
+        """
+        if self.continued is None or self.answers is None:
+            return self
+        rows, mask = torch.arange(len(self)), self.inputs["attention_mask"].bool()
+        both = torch.cat([self.answers.unsqueeze(-1), self.continued], -1)[:, :, 0]
+        own, other = both[rows, self.labels], both[rows, self.other]
+        same = ((own == other) & (own >= 0)).long().cumprod(-1).sum(-1)
+        ids = [
+            torch.cat([whole[real], said[:count]])
+            for whole, real, said, count in zip(
+                self.inputs["input_ids"], mask, own, same.tolist(), strict=True
+            )
+        ]
+        fill = int(self.inputs["input_ids"].min())
+        padded, real = (
+            pad_sequence(each, batch_first=True, padding_value=value, padding_side="left")
+            for each, value in ((ids, fill), ([torch.ones_like(row) for row in ids], 0))
+        )
+        answers = torch.full((*self.answers.shape[:2], 1), -1)
+        answers[rows, self.labels, 0] = own[rows, same]
+        answers[rows, self.other, 0] = other[rows, same]
+        shift = padded.shape[1] - 1 - same - self.end
+        return PromptSet(
+            inputs={
+                "input_ids": padded,
+                "attention_mask": real,
+                "position_ids": (real.cumsum(1) - 1).clamp(min=0),
+            },
+            position=self.position + shift,
+            end=self.end + shift + same,
+            labels=self.labels,
+            classes=self.classes,
+            answers=answers,
+            prompts=self.prompts,
+            pairs=self.pairs,
+            groups=self.groups,
+            other=self.other,
+        )
+
     def trimmed(self) -> Self:
         """The same prompts without the padding on the left that none of them needs."""
         spare = self.spare_columns()
@@ -405,7 +451,9 @@ class PromptSet:
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
         own = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed = {name: change(value) for name, value in own.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in own.items() if isinstance(value, Tensor)
+        }
         inputs = {name: change(value) for name, value in self.inputs.items()}
         return replace(self, **others, inputs=inputs, **changed)
 
@@ -468,6 +516,7 @@ def _tokens(
         TokenizerError: a tokenizer without offsets.
     """
     require_fast(tokenizer)
+    unknown = tokenizer.unk_token_id
     split: list[tuple[str, list[tuple[int, int]]] | RowError] = []
     for row, prompt in enumerate(prompts):
         try:
@@ -511,6 +560,12 @@ def _tokens(
                         "an answer that is not tokens of its own behind the text",
                     )
                 own, tokens = found[classes.index(name)], whole[last + 1 : until + 1]
+                if unknown is not None and unknown in tokens:
+                    raise RowError(
+                        f"prompt {row}: the tokenizer does not know the answer {answer!r}; choose "
+                        f"another",
+                        "an answer that the tokenizer does not know",
+                    )
                 if tokens not in own:
                     own.append(tokens)
             if prompt.answers is not None:
@@ -550,8 +605,8 @@ def _check_answers(
             short = min(len(one), len(two))
             if one[:short] == two[:short]:
                 raise RowError(
-                    f"prompt {row}: an answer of class {classes[index]!r} is given twice, or begins "
-                    f"one of another class, so it would speak for no class; give each class "
+                    f"prompt {row}: an answer of class {classes[index]!r} is given twice, or "
+                    f"begins one of another class, so it would speak for no class; give each class "
                     f"answers of its own",
                     "an answer that two classes share",
                 )
@@ -582,21 +637,22 @@ def unmark(row: int, marked: str) -> tuple[str, list[tuple[int, int]]]:
     Raises:
         RowError: marks that do not pair, or no text that can be a prompt.
     """
-    text, spans, start, after = "", [], None, 0
+    text, after, start = "", 0, -1
+    spans: list[tuple[int, int]] = []
     for mark in _MARKS.finditer(marked):
         text += marked[after : mark.start()]
         after = mark.end()
-        if (mark[0] == OPENING) != (start is None):
+        if (mark[0] == OPENING) != (start < 0):
             break
-        if start is None:
+        if start < 0:
             start = len(text)
         else:
             spans.append((start, len(text)))
-            start = None
+            start = -1
     else:
         text += marked[after:]
         # An empty span at the very start has no token before it.
-        if start is None and text and all(end for _, end in spans):
+        if start < 0 and text and all(end for _, end in spans):
             if "\0" in text:
                 raise RowError(
                     f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it",

@@ -11,13 +11,14 @@ from lrqp_torch import models
 from lrqp_torch.errors import PromptError, SettingError, TokenizerError
 from lrqp_torch.study.prompts import Prompt
 from lrqp_torch.study.reading import EXAMPLES, write_prompts
+from lrqp_torch.study.running import batches
 from lrqp_torch.tasks import PromptSet, read_prompts
 
-ANSWERS = {"ABBA": (" Mary", " John"), "BABA": (" Tom", " James")}
+ANSWERS = {"ABBA": (" Mary", " John"), "BABA": (" Paul", " James")}
 PROMPTS = [
     Prompt("When Mary and John went to the [[park]], John gave a drink to", "ABBA", ANSWERS),
-    Prompt("When Tom and James went to the park, [[James]] gave a ring to", "BABA", ANSWERS),
-    Prompt("Then, Mary and [[Tom went]] to the school", "ABBA", ANSWERS),
+    Prompt("When Paul and James went to the park, [[James]] gave a book to", "BABA", ANSWERS),
+    Prompt("Then, Mary and [[Paul went]] to the school", "ABBA", ANSWERS),
 ]
 MARKED = ("park", "James", "went")
 
@@ -45,7 +46,7 @@ def test_the_position_is_the_last_token_of_the_marked_words(tokenizer, side: str
 
 
 def test_without_a_mark_it_is_the_last_token(tokenizer) -> None:
-    prompts = PromptSet.encode(tokenizer, [Prompt("Mary and John", "a"), Prompt("Tom", "b")])
+    prompts = PromptSet.encode(tokenizer, [Prompt("Mary and John", "a"), Prompt("Paul", "b")])
     assert torch.equal(prompts.position, prompts.end)
     assert prompts.answers is None
     with pytest.raises(PromptError, match="no answers"):
@@ -94,7 +95,7 @@ def test_twins_are_of_one_pair_and_of_the_class_asked_for(tokenizer) -> None:
             made("Then, [[Mary]] went to the park", "a"),
             made("Then, [[John]] went to the school", "b"),
             made("Then, [[John]] went to the park", "b"),
-            made("Then, [[Tom]] went to the park", "a"),
+            made("Then, [[Paul]] went to the park", "a"),
             made("Then, [[James]] went to the park", "b", group="other"),
         ],
     )
@@ -107,14 +108,14 @@ def test_twins_are_of_one_pair_and_of_the_class_asked_for(tokenizer) -> None:
     told = [
         made("Mary went", "a", "1"),
         made("John", "b", "1"),
-        made("Tom", "c", "1"),
-        made("Tom went", "c"),
+        made("Paul", "c", "1"),
+        made("Paul went", "c"),
     ]
     three = PromptSet.encode(tokenizer, told)
     twins = three.twins(target=torch.tensor([2, 0, 2, 0]))
     assert twins is not None and twins.rows is not None
     assert twins.rows.tolist() == [2, 0, 2, 3]
-    assert PromptSet.encode(tokenizer, [Prompt("Mary", "a"), Prompt("Tom", "b")]).twins() is None
+    assert PromptSet.encode(tokenizer, [Prompt("Mary", "a"), Prompt("Paul", "b")]).twins() is None
     with pytest.raises(SettingError, match="differ in 'name'"):
         three.twins("name")
 
@@ -124,8 +125,8 @@ def test_twins_are_of_one_pair_and_of_the_class_asked_for(tokenizer) -> None:
     [
         ("The [[keys to the cabinet", "prompt 1.*one marked span"),
         ("The keys]] to the cabinet", "prompt 1.*one marked span"),
-        ("The [[keys]] to the [[cabinet]]", "prompt 1.*one marked span"),
-        ("The [[]] keys", "prompt 1.*one marked span"),
+        ("The [[keys [[to]] the]] cabinet", "prompt 1.*one marked span"),
+        ("[[]]The keys", "prompt 1.*one marked span"),
         ("", "prompt 1.*one marked span"),
         ("The [[keys]] to the ]]", "prompt 1.*one marked span"),
         ("The [[k\0ys]]", "prompt 1.*NUL"),
@@ -144,23 +145,23 @@ def test_marks_that_do_not_pair_are_named(tokenizer, text: str, what: str) -> No
         ([Prompt("Mary", "a"), Prompt("John", "c")], ("a", "b"), "prompt 1 names the class 'c'"),
         ([Prompt("Mary", "a"), Prompt("John", "b", ANSWERS)], None, "prompt 1 names the class"),
         (
-            [Prompt("Mary", "a"), Prompt("John", "b", {"a": (" Tom",), "b": (" Tom",)})],
+            [Prompt("Mary", "a"), Prompt("John", "b", {"a": (" Paul",), "b": (" Paul",)})],
             None,
             "prompts 0 and 1",
         ),
         (
-            [Prompt(name, name, {"a": (" Tom",)}) for name in ("a", "b")],
+            [Prompt(name, name, {"a": (" Paul",)}) for name in ("a", "b")],
             None,
             "prompt 0 has no answer for the class 'b'",
         ),
         (
-            [Prompt("Mary", name, {"a": (" Tom",), "b": (" Tom",)}) for name in ("a", "b")],
+            [Prompt("Mary", name, {"a": (" Paul",), "b": (" Paul",)}) for name in ("a", "b")],
             None,
             "given twice",
         ),
-        ([Prompt("Mary", "a\0"), Prompt("Tom", "b")], None, "prompt 0 holds a NUL"),
+        ([Prompt("Mary", "a\0"), Prompt("Paul", "b")], None, "prompt 0 holds a NUL"),
         (
-            [Prompt("Mary", name, {"a": (" \0",), "b": (" Tom",)}) for name in ("a", "b")],
+            [Prompt("Mary", name, {"a": (" \0",), "b": (" Paul",)}) for name in ("a", "b")],
             None,
             "prompt 0 holds a NUL",
         ),
@@ -171,10 +172,78 @@ def test_labels_and_answers_that_do_not_fit_are_named(tokenizer, prompts, classe
         PromptSet.encode(tokenizer, prompts, classes)
 
 
-def test_answers_of_several_tokens_are_refused(tokenizer) -> None:
-    answers = {"a": (" Mary and",), "b": (" Tom",)}
-    with pytest.raises(TokenizerError, match=r"prompt 0: the answer ' Mary and' is not one token"):
+def test_answers_that_are_not_tokens_of_their_own_are_refused(tokenizer) -> None:
+    answers = {"a": ("ville and",), "b": (" Paul",)}
+    with pytest.raises(TokenizerError, match=r"prompt 0: the answer 'ville and' is not tokens of"):
         PromptSet.encode(tokenizer, [Prompt("John", name, answers) for name in ("a", "b")])
+
+
+def test_answers_of_several_tokens_are_scored_as_continuations(tokenizer) -> None:
+    model = models.load("organism")[0]
+    answers = {"a": (" Mary and Paul", " John"), "b": (" Paul and James",), "c": (" Paul and Anna",)}
+    texts = ("Then, Mary and Paul gave a book to", "John [[gave]] a drink to")
+    prompts = PromptSet.encode(
+        tokenizer,
+        [Prompt(text, label, answers) for text in texts for label in answers],
+    )
+    log_p = {}
+    for row, text in enumerate(prompts.prompts):
+        for name, said in answers.items():
+            for answer in said:
+                ids = torch.tensor([tokenizer(text + answer)["input_ids"]])
+                start = len(tokenizer(text)["input_ids"])
+                with torch.no_grad():
+                    each = model(input_ids=ids).logits.double().log_softmax(-1)[0, start - 1 : -1]
+                found = each.gather(-1, ids[0, start:, None]).sum()
+                log_p.setdefault((row, name), []).append(found)
+    expected = torch.tensor(
+        [[torch.stack(log_p[row, name]).logsumexp(0) for name in answers] for row in range(6)]
+    ).double()
+    for start in ("mark", "end"):  # with a prefix that is kept, of one length or another
+        (batch,) = batches(model, prompts, 8, start=start)
+        batch = replace(batch, first=batch.first if start == "end" else 0)
+        scores = batch.prompts.scores(batch.clean, batch.clean_rest)
+        differences = scores - scores[:, :1]
+        wanted = expected[batch.rows]
+        torch.testing.assert_close(differences, wanted - wanted[:, :1], atol=2e-4, rtol=1e-4)
+        chance = batch.prompts.probability(batch.clean, batch.clean_rest).log()
+        rows = torch.arange(6)
+        torch.testing.assert_close(chance, wanted[rows, batch.prompts.labels], atol=2e-4, rtol=1e-4)
+    with pytest.raises(PromptError, match="several tokens.*rest"):
+        batch.prompts.scores(batch.clean)
+    # What trains on logits reads the one token by which two answers differ.
+    short = prompts.deciding()
+    assert short.continued is None and short.answers.shape == (6, 3, 1)
+    row = prompts.labels.tolist().index(1)
+    real = short.inputs["attention_mask"][row].bool()
+    assert tokenizer.decode(short.inputs["input_ids"][row][real]).endswith("to Paul and")
+    assert tokenizer.decode(short.answers[row, 1]).strip() == "James"
+    assert tokenizer.decode(short.answers[row, 2]).strip() == "Anna"
+    at = [prompts.inputs["input_ids"][row, prompts.position[row]] for row in range(6)]
+    assert at == [short.inputs["input_ids"][row, short.position[row]] for row in range(6)]
+
+
+def test_answers_may_name_two_classes_that_differ_from_row_to_row(tokenizer) -> None:
+    said = {"a": (" Mary",), "b": (" Paul",), "c": (" John",)}
+    rows = [("a", "c"), ("b", "a"), ("c", "b"), ("a", "b")]
+    prompts = PromptSet.encode(
+        tokenizer,
+        [Prompt("James", own, {name: said[name] for name in (own, other)}) for own, other in rows],
+    )
+    assert [prompts.classes[k] for k in prompts.other] == [other for _, other in rows]
+    assert prompts.called == tuple(rows)
+    scores = prompts.scores(torch.zeros(4, len(tokenizer)))
+    assert torch.equal(scores.isfinite(), prompts.named)
+    assert prompts.named.sum(1).tolist() == [2, 2, 2, 2]
+    assert prompts[[2, 1]].other.tolist() == prompts.other[[2, 1]].tolist()
+
+
+def test_an_empty_span_is_the_token_before_it(tokenizer) -> None:
+    prompts = PromptSet.encode(
+        tokenizer, [Prompt("Mary[[]] and John", "a"), Prompt("Mary [[and]] John", "b")]
+    )
+    ids = prompts.inputs["input_ids"][torch.arange(2), prompts.position]
+    assert [tokenizer.decode(i).strip() for i in ids] == ["Mary", "and"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -216,21 +285,21 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 
 def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
     file = write(
-        tmp_path / "a.csv", "text,label,who\nMary met [[John]] here,a,Mary\nTom met Ann,b,Ann\n"
+        tmp_path / "a.csv", "text,label,who\nMary met [[John]] here,a,Mary\nPaul met Ann,b,Ann\n"
     )
-    with pytest.raises(PromptError, match="prompt 1, 'Tom met Ann', marks no words"):
+    with pytest.raises(PromptError, match="prompt 1, 'Paul met Ann', marks no words"):
         read_prompts(file)
     assert [p.text for p in read_prompts(file, position="last")] == [
         "Mary met John here",
-        "Tom met Ann",
+        "Paul met Ann",
     ]
-    file = write(tmp_path / "b.csv", "text,label,who\nMary met John,a,Mary\nTom met Tom,b,Tom\n")
-    with pytest.raises(PromptError, match="prompt 1: 'Tom' occurs 2 times"):
+    file = write(tmp_path / "b.csv", "text,label,who\nMary met John,a,Mary\nPaul met Paul,b,Paul\n")
+    with pytest.raises(PromptError, match="prompt 1: 'Paul' occurs 2 times"):
         read_prompts(file, position="who")
-    file = write(tmp_path / "c.csv", "text,label,who\nMary met John,a,Mary\nTom met Ann,b,Ann\n")
+    file = write(tmp_path / "c.csv", "text,label,who\nMary met John,a,Mary\nPaul met Ann,b,Ann\n")
     assert [p.text for p in read_prompts(file, position="who")] == [
         "[[Mary]] met John",
-        "Tom met [[Ann]]",
+        "Paul met [[Ann]]",
     ]
 
 
@@ -322,7 +391,7 @@ def test_a_position_is_whole_words_once(
             read_prompts(file, position="who")
 
 
-@pytest.mark.parametrize("text", ["The [[keys", "keys]]", "[[a]] [[b]]", "a\0b"])
+@pytest.mark.parametrize("text", ["The [[keys", "keys]]", "[[a [[b]]", "a\0b"])
 def test_marks_count_also_where_the_last_token_is_meant(tmp_path: Path, text: str) -> None:
     file = write(tmp_path / "a.jsonl", json.dumps({"text": text, "label": "a"}))
     with pytest.raises(PromptError, match=r"prompt 0.*(one marked span|NUL)"):
