@@ -33,11 +33,44 @@ _DATA = (
 Data = Annotated[str | None, typer.Option(help=_DATA, show_default="prompts about two names")]
 RequiredData = Annotated[str, typer.Option(help=_DATA)]
 Label = Annotated[str, typer.Option(help="Column of the class, with --data.")]
+Text = Annotated[str, typer.Option(help="Column of the prompt, with --data.")]
 Position = Annotated[
     str,
     typer.Option(
-        help="Where to read and edit, with --data: mark (the last token of the marked words), last "
-        "(the last token of the prompt), or a column that holds words of the prompt."
+        help="Where to read and edit, with --data: mark (the last token of the marked words, of "
+        "each where there are several), span (all of their tokens), last (the last token of the "
+        "prompt), a column that holds words of the prompt, or auto (mark where there are marks, "
+        "else last)."
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of what prompts have in common, such as an entity or a template: those of a "
+        "group are fitted on together or held out together.",
+        show_default="none",
+    ),
+]
+Pair = Annotated[
+    str,
+    typer.Option(
+        help="Column of pairs, if there is one: prompts of a pair are the same but for the class."
+    ),
+]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Whether the token that begins a text stands in front of each prompt, with --data: "
+        "always, never, or auto (where prompts are edited at their first token, at which models "
+        "keep an attention sink)."
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at the first row of --data that cannot be used, and take answers as they stand; "
+        "else such rows are left out and counted, and answers get the space that a word needs.",
     ),
 ]
 N = Annotated[int, typer.Option("--n", min=4, help="Prompts about two names, fitted and held out.")]

@@ -46,7 +46,12 @@ def fit(
     site: Annotated[str, typer.Option(help="Such as L6.mid; several with commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the edit; made if needed.")],
     label: Annotated[str, typer.Option(help="Column of the class; several with commas.")] = "label",
-    position: given.Position = "mark",
+    position: given.Position = "auto",
+    text: given.Text = "text",
+    group: given.Group = None,
+    pair: given.Pair = "pair",
+    bos: given.Bos = "auto",
+    strict: given.Strict = False,
     train_share: given.TrainShare = 0.5,
     log_odds: given.LogOdds = 10.0,
     l2: given.L2 = None,
@@ -66,26 +71,33 @@ def fit(
         from lrqp_torch.edits.library import EditLibrary
         from lrqp_torch.edits.saving import require_one_kind
         from lrqp_torch.study.editing import fit_sites
-        from lrqp_torch.study.preparing import choose_sites, encode_halves, read_halves
+        from lrqp_torch.study.preparing import choose_sites, encode_own, read_own
         from lrqp_torch.study.printing import print_fit
-        from lrqp_torch.study.prompts import majority_share
+        from lrqp_torch.study.prompts import OPENING, majority_share
+        from lrqp_torch.study.reading import Columns, RowLog
         from lrqp_torch.study.store import made_folder
 
         shrunk = given.parse_shrinkage(shrinkage)
         labels = given.split_names(label, "label")
         with made_folder(out):
-            read = {name: read_halves(data, name, position, train_share, seed) for name in labels}
+            how, log = (train_share, seed), RowLog(strict)
+            read = {
+                name: read_own(data, Columns(name, text, position, group, pair), *how, log)
+                for name in labels
+            }
             loaded, tokenizer = given.load_model(model, device)
             sites = choose_sites(loaded, site)
             several = len(sites) * len(labels) > 1
             require_one_kind(out, several)
             edits: dict[str, LRQP] = {}
-            for name, halves in read.items():
-                train, test = encode_halves(tokenizer, halves)
+            for name, prompts in read.items():
+                train, test, fronted = encode_own(tokenizer, prompts, *how, bos, log)
+                marked = "mark" if OPENING in prompts[0].text else "last"
                 fitted, tried = fit_sites(
                     loaded, train, sites, test,
                     l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
-                    task=Path(data).stem, variable=name, position=position, seed=seed,
+                    task=Path(data).stem, variable=name, bos=fronted, seed=seed,
+                    position=marked if position == "auto" else position,
                 )  # fmt: skip
                 edits |= {f"{name}.{at}" if len(labels) > 1 else at: e for at, e in fitted.items()}
                 majority = majority_share(train.labels.tolist(), test.labels.tolist())
@@ -94,6 +106,7 @@ def fit(
                 EditLibrary(edits).save(out)
             else:
                 next(iter(edits.values())).save(out)
+    given.say(*(f"Note: {line}" for line in log.says()), error=True)
     kept = f"the edits {', '.join(edits)}" if several else "the edit"
     given.say(f"Kept {kept} in {out}; try: lrqp apply {out} --help")
 
@@ -150,7 +163,7 @@ def apply(
         prompts = (
             editing.typed_prompts(tokenizer, prompt or [], chosen)
             if read is None
-            else PromptSet.encode(tokenizer, read, origin.classes)
+            else PromptSet.encode(tokenizer, read, origin.classes, bos=origin.bos)
         )
         found = editing.apply(
             loaded, tokenizer, chosen, prompts, target,

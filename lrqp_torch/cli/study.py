@@ -16,7 +16,7 @@ WRITES = (
     "Writes report.html, results.json, prompts.safetensors, prompts.json and the figures as PNG "
     "and SVG, and prints a summary."
 )
-OWN = ("data", "label", "position")
+OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
 NAMES = ("n", "prefixes", "compare_task")
 
 
@@ -26,7 +26,12 @@ def options(
     model: given.Model = "organism",
     data: given.Data = None,
     label: given.Label = "label",
-    position: given.Position = "mark",
+    position: given.Position = "auto",
+    text: given.Text = "text",
+    group: given.Group = None,
+    pair: given.Pair = "pair",
+    bos: given.Bos = "auto",
+    strict: given.Strict = False,
     n: given.N = 1000,
     prefixes: given.Prefixes = "none",
     sites: given.Sites = "all",

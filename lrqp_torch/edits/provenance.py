@@ -25,6 +25,7 @@ OPTIONAL = {
     "probe_accuracy": int | float,
     "probe_samples": int,
     "seed": int,
+    "bos": bool,
     "versions": dict,
 }
 VERSIONED_PACKAGES = ("torch", "transformers", "cvxpy", "cvxpylayers", "numpy", "safetensors")
@@ -61,6 +62,8 @@ class Provenance:
         probe_accuracy: on prompts that the probe was not fitted on.
         probe_samples: how many prompts the probe was fitted on.
         seed: of the prompts and everything random.
+        bos: whether the token that begins a text stood in front of the prompts; None for what the
+            tokenizer does by itself.
         versions: of the packages that made it.
     """
 
@@ -77,6 +80,7 @@ class Provenance:
     probe_accuracy: float | None = None
     probe_samples: int | None = None
     seed: int | None = None
+    bos: bool | None = None
     versions: dict[str, str] | None = None
 
     @classmethod

@@ -39,6 +39,17 @@ def token_at(encoding: "BatchEncoding", row: int, character: int) -> int:
     return -1 if token is None else token
 
 
+def last_token_at(encoding: "BatchEncoding", row: int, character: int) -> int:
+    """Index of the last token that holds a character, of which several may hold bytes; or -1."""
+    token = token_at(encoding, row, character)
+    while 0 <= token < len(encoding["input_ids"][row]) - 1:
+        span = encoding.token_to_chars(row, token + 1)
+        if span is None or not span.start <= character < span.end:
+            break
+        token += 1
+    return token
+
+
 def pad(
     rows: Sequence[Tensor], tokenizer: "PreTrainedTokenizerBase", side: Literal["right", "left"]
 ) -> dict[str, Tensor]:

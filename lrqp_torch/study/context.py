@@ -60,6 +60,8 @@ class StudyContext:
         batch_size: prompts a forward pass.
         seed: of everything random in the analysis, such as bootstrap and shuffled labels.
         device: where the model is.
+        left_out: rows of one's own data that could not be used, by reason.
+        notes: what a reader of the results should know of the prompts, a sentence each.
     """
 
     model: nn.Module
@@ -69,6 +71,8 @@ class StudyContext:
     batch_size: int
     seed: int
     device: torch.device
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     # By the prompts themselves, which are kept with them: names may be the same for others.
     _activations: dict[tuple[int, str], tuple[PromptSet, dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False

@@ -292,7 +292,8 @@ def typed_prompts(
             )
     plain = [unmark(row, text)[0] if last else text for row, text in enumerate(texts)]
     classes = origin.classes or ()
-    return PromptSet.encode(tokenizer, [Prompt(text, classes[0]) for text in plain], classes)
+    prompts = [Prompt(text, classes[0]) for text in plain]
+    return PromptSet.encode(tokenizer, prompts, classes, bos=origin.bos)
 
 
 def targets_of(name: str, prompts: PromptSet) -> Tensor:
@@ -366,7 +367,7 @@ def apply(
         if not labelled:
             x = capture(model, batch.inputs, origin.site, batch.position)[origin.site]
             read = edit.probe(x).argmax(-1)
-            batch = replace(batch, labels=read, other=next_class(read, len(batch.classes)))
+            batch = replace(batch, labels=read, targets=None)
         written = targets_of(target, batch)
 
         def editing(

@@ -2,21 +2,23 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lrqp_torch import models
-from lrqp_torch.errors import SettingError, SiteError
+from lrqp_torch.errors import PromptError, SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.progress import Clock, Start, no_stages
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
-from lrqp_torch.study.reading import read_prompts
+from lrqp_torch.study.reading import Columns, RowLog, front, read_columns, screen
 from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.sinks import find_sink
 
 
 def prepare(
@@ -33,10 +35,9 @@ def prepare(
         LRQPError: a model, site, device or file that is not there, or cannot be used.
     """
     clock = clock or Clock()
-    halves = None
+    log, read, how = RowLog(settings.strict), None, (settings.train_share, settings.seed)
     if settings.data is not None:
-        how = (settings.label, settings.position, settings.train_share, settings.seed)
-        halves = read_halves(settings.data, *how)
+        read = read_own(settings.data, settings.columns, *how, log)
     with clock.stage("model"):
         advance = start("loading the model", 1)
         device = choose_device(settings.device)
@@ -45,13 +46,14 @@ def prepare(
     sites = choose_sites(model, settings.sites)
     with clock.stage("prompts"):
         advance = start("writing prompts", 1)
-        if halves is not None:
-            tasks = [Task("own", *encode_halves(tokenizer, halves))]
+        if read is not None:
+            train, test, _ = encode_own(tokenizer, read, *how, settings.bos, log)
+            tasks = [Task("own", train, test)]
         else:
             versions = [settings, settings.other()] if settings.compares else [settings]
             tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]
         advance(1)
-    return StudyContext(
+    context = StudyContext(
         model=model,
         task=tasks[0],
         other_task=tasks[1] if len(tasks) > 1 else None,
@@ -59,7 +61,11 @@ def prepare(
         batch_size=settings.batch_size,
         seed=settings.seed,
         device=device,
+        left_out=dict(log.left_out),
+        notes=log.says(),
     )
+    sink = None if read is None else find_sink(context)
+    return context if sink is None else replace(context, notes=[*context.notes, sink])
 
 
 def choose_device(name: str) -> torch.device:
@@ -100,24 +106,37 @@ def choose_sites(model: Any, names: str) -> list[str]:
     return [str(site) for site in sorted(chosen)]
 
 
-def read_halves(
-    data: str, label: str, position: str, train_share: float, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts of one's own file, to fit on and held out.
+def read_own(
+    data: str, columns: Columns, train_share: float, seed: int, log: RowLog
+) -> list[Prompt]:
+    """The prompts of one's own file, which can be divided into some to fit on and some held out.
 
     Raises:
         PromptError: see :func:`~.reading.read_prompts` and :func:`~.prompts.split`.
     """
-    return split(read_prompts(data, label=label, position=position), train_share, seed)
+    prompts = read_columns(data, columns, log)
+    try:
+        split(prompts, train_share, seed)
+    except PromptError as error:
+        raise PromptError(" ".join([f"{error}.", *log.says()])) from error
+    return prompts
 
 
-def encode_halves(
-    tokenizer: Any, halves: tuple[list[Prompt], list[Prompt]]
-) -> tuple[PromptSet, PromptSet]:
-    """Both halves as tokens, with the classes of both."""
-    classes = sorted({prompt.label for half in halves for prompt in half})
-    train, test = (PromptSet.encode(tokenizer, half, classes) for half in halves)
-    return train, test
+def encode_own(
+    tokenizer: Any, prompts: list[Prompt], train_share: float, seed: int, bos: str, log: RowLog
+) -> tuple[PromptSet, PromptSet, bool | None]:
+    """Those of them that this tokenizer knows, to fit on and held out, with the classes of both.
+
+    The third value is what :meth:`PromptSet.encode` was told of ``bos``.
+
+    Raises:
+        PromptError: see :func:`~.reading.screen` and :func:`~.prompts.split`.
+    """
+    kept = screen(tokenizer, prompts, log)
+    halves, first = split(kept, train_share, seed), front(tokenizer, kept, bos, log)
+    classes = sorted({prompt.label for prompt in kept})
+    train, test = (PromptSet.encode(tokenizer, half, classes, bos=first) for half in halves)
+    return train, test, first
 
 
 def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIPrompts, IOIPrompts]:

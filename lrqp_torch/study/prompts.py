@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lrqp_torch.errors import PromptError, RowError, SettingError, quoted
-from lrqp_torch.stream.text import encode, pad, require_fast, row_numbers, token_at
+from lrqp_torch.stream.text import encode, last_token_at, pad, require_fast, row_numbers
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -48,6 +48,9 @@ class Prompt:
         group: what it has in common with others, such as an entity or a template: prompts of one
             group are not independent, are not matched with those of another, and are fitted on
             together or held out together.
+        target: the class that a counterfactual edit writes; None for the next one after ``label``
+            for which the prompt has answers.
+        span: whether it is edited at all tokens of its marked spans, and not at the last of each.
     """
 
     text: str
@@ -55,6 +58,8 @@ class Prompt:
     answers: Mapping[str, tuple[str, ...]] | None = None
     pair: str | None = None
     group: str | None = None
+    target: str | None = None
+    span: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class PromptSet:
             which each prompt belongs, LongTensor (n,), −1 for none; None where the task has none.
         groups: number of the group of each, LongTensor (n,); None for prompts without groups, which
             are then taken to be independent.
-        other: the counterfactual class of each, LongTensor (n,): the next one after the class that
-            holds (the other one of two) for which the prompt has answers.
+        targets: the class that a counterfactual edit writes into each, LongTensor (n,); None for
+            the next one, see :attr:`other`.
         continued: the tokens of each answer behind its first, LongTensor (n, K, A, M), −1 where
             there are fewer than M; None where all answers are of one token.
         words: what the things of the task are called.
@@ -143,7 +148,7 @@ class PromptSet:
     prompts: tuple[str, ...]
     pairs: Tensor | None = field(default=None, kw_only=True)
     groups: Tensor | None = field(default=None, kw_only=True)
-    other: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), kw_only=True)
+    targets: Tensor | None = field(default=None, kw_only=True)
     continued: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -153,11 +158,9 @@ class PromptSet:
             PromptError: positions, ends, labels, pairs or groups that are no integers, or not one
                 a prompt.
         """
-        if len(self.other) == 0:
-            object.__setattr__(self, "other", self._next_answered())
-        for name in ("position", "end", "labels", "other", *PAIRING):
+        for name in ("position", "end", "labels", "targets", *PAIRING):
             given = getattr(self, name)
-            if given is None and name in PAIRING:
+            if given is None and name in ("targets", *PAIRING):
                 continue
             if given.shape != (len(self.prompts),) or given.dtype not in _INTEGERS:
                 raise PromptError(
@@ -173,6 +176,7 @@ class PromptSet:
         classes: Sequence[str] | None = None,
         *,
         padding_side: Literal["right", "left"] = "left",
+        bos: bool | None = None,
     ) -> Self:
         """Tokenise prompts.
 
@@ -181,24 +185,28 @@ class PromptSet:
             prompts: at least one.
             classes: names of the classes in order; default those that occur, sorted.
             padding_side: where shorter prompts are padded.
+            bos: whether the tokenizer's first token of a text stands in front of each prompt; None
+                for what the tokenizer does by itself.
 
         Raises:
-            PromptError: no prompts, marks that do not pair, a label or an answer of no class, a
-                prompt without an answer for its own class or for any other.
-            RowError: no offsets, or an answer that is not tokens of its own behind its prompt.
+            PromptError: no prompts, a label or an answer of no class, or a tokenizer without a
+                token to put in front.
+            RowError: marks that do not pair, a prompt without an answer for its own class or for
+                any other, or an answer that is not tokens of its own behind its prompt.
+            TokenizerError: a tokenizer without offsets.
         """
         names = _classes(prompts, classes)
         rows = []
         for row in _tokens(tokenizer, prompts, names):
             if isinstance(row, RowError):
                 raise row
-            rows.append(row)
+            rows.append(row if bos is None else row.fronted(front_token(tokenizer), bos))
         inputs = pad([torch.tensor(row.ids) for row in rows], tokenizer, padding_side)
         end = torch.tensor([len(row.ids) - 1 for row in rows])
         left = padding_side == "left"
         shift = inputs["input_ids"].shape[1] - 1 - end if left else torch.zeros_like(end)
         answers, continued = _padded([row.answers for row in rows], prompts[0].answers is None)
-        return cls(
+        made = cls(
             inputs=inputs,
             position=torch.tensor([row.position for row in rows]) + shift,
             end=end + shift,
@@ -210,6 +218,12 @@ class PromptSet:
             pairs=_numbered([_frame(prompt) for prompt in prompts]),
             groups=_numbered([prompt.group for prompt in prompts]),
         )
+        asked = [prompt.target for prompt in prompts]
+        if not any(asked):
+            return made
+        pairs = zip(made.other.tolist(), asked, strict=True)
+        own = [other if name is None else names.index(name) for other, name in pairs]
+        return replace(made, targets=torch.tensor(own))
 
     @property
     def positions(self) -> dict[str, Tensor]:
@@ -265,6 +279,12 @@ class PromptSet:
         return said.exp().sum(-1)
 
     @property
+    def edited(self) -> Tensor:
+        """The tokens that are edited, BoolTensor (n, T)."""
+        columns = torch.arange(self.inputs["input_ids"].shape[1], device=self.position.device)
+        return columns == self.position.unsqueeze(1)
+
+    @property
     def first_tokens(self) -> Tensor:
         """The tokens with which any answer begins, each once, (n, M), −1 where there are fewer."""
         if self.answers is None:
@@ -281,6 +301,20 @@ class PromptSet:
             shape = (len(self), len(self.classes))
             return torch.ones(shape, dtype=torch.bool, device=self.labels.device)
         return (self.answers >= 0).any(-1)
+
+    @property
+    def other(self) -> Tensor:
+        """The counterfactual class of each, LongTensor (n,).
+
+        Where no other is asked for it is the next one after the class that holds (the other one of
+        two) for which the prompt has answers.
+        """
+        if self.targets is not None:
+            return self.targets
+        count = len(self.classes)
+        after = (self.labels[:, None] + torch.arange(1, count, device=self.labels.device)) % count
+        found = self.named.gather(1, after.long()).long().argmax(1, keepdim=True)
+        return after.gather(1, found).squeeze(1)
 
     @property
     def called(self) -> tuple[tuple[str, str], ...]:
@@ -377,7 +411,7 @@ class PromptSet:
             prompts=self.prompts,
             pairs=self.pairs,
             groups=self.groups,
-            other=self.other,
+            targets=self.other,
         )
 
     def trimmed(self) -> Self:
@@ -443,12 +477,6 @@ class PromptSet:
             scores = scores + rest.to(scores)
         return scores.masked_fill(tokens < 0, missing)
 
-    def _next_answered(self) -> Tensor:
-        count = len(self.classes)
-        after = (self.labels[:, None] + torch.arange(1, count, device=self.labels.device)) % count
-        found = self.named.gather(1, after.long()).long().argmax(1, keepdim=True)
-        return after.gather(1, found).squeeze(1)
-
     def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
         own = {item.name: getattr(self, item.name) for item in fields(self)}
         changed: dict[str, Any] = {
@@ -476,9 +504,6 @@ def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[
             )
         if (answers is None) != (prompts[0].answers is None):
             raise PromptError(f"prompts 0 and {row}: give answers to all prompts or to none")
-        said = [] if answers is None else [text for texts in answers.values() for text in texts]
-        if any("\0" in text for text in (prompt.label, *said)):
-            raise PromptError(f"prompt {row} holds a NUL character in its label or an answer")
     return names
 
 
@@ -505,6 +530,15 @@ class _Tokens:
     ids: list[int]
     position: int
     answers: list[list[list[int]]]
+
+    def fronted(self, token: int, wanted: bool) -> "_Tokens":
+        """The same with a token in front, or without it."""
+        there = self.ids[0] == token
+        if there == wanted:
+            return self
+        if wanted:
+            return replace(self, ids=[token, *self.ids], position=self.position + 1)
+        return replace(self, ids=self.ids[1:], position=self.position - 1)
 
 
 def _tokens(
@@ -538,6 +572,11 @@ def _tokens(
             continue
         text, spans = item
         try:
+            if any("\0" in each for each in (prompt.label, *(answer for _, answer in said[row]))):
+                raise RowError(
+                    f"prompt {row} holds a NUL character in its label or an answer",
+                    "a NUL character",
+                )
             ends = [_token(encoding, row, text, max(end - 1, 0)) for _, end in spans]
             last = _token(encoding, row, text, len(text) - 1)
             # What a tokenizer adds behind a text would stand between the prompt and its answer.
@@ -552,7 +591,7 @@ def _tokens(
                         "an empty answer",
                     )
                 whole = answered["input_ids"][place]
-                until = token_at(answered, place, len(text) + len(answer) - 1)
+                until = last_token_at(answered, place, len(text) + len(answer) - 1)
                 if until <= last or whole[: last + 1] != ids:
                     raise RowError(
                         f"prompt {row}: the answer {answer!r} is not tokens of its own behind "
@@ -570,14 +609,59 @@ def _tokens(
                     own.append(tokens)
             if prompt.answers is not None:
                 _check_answers(row, prompt.label, classes, found)
+            target = prompt.target
+            if target is not None and (
+                target not in classes
+                or target == prompt.label
+                or (prompt.answers is not None and not found[classes.index(target)])
+            ):
+                raise RowError(
+                    f"prompt {row} is to become {target!r}, which is no other class for which it "
+                    f"has answers",
+                    "a class to write that is no other class with answers",
+                )
         except RowError as error:
             yield error
         else:
             yield _Tokens(text, ids, ends[-1], found)
 
 
+def screened(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], classes: Sequence[str]
+) -> Iterator[RowError | None]:
+    """For each prompt why it cannot be encoded with these classes, or None where it can.
+
+    Raises:
+        TokenizerError: a tokenizer without offsets.
+    """
+    for row in _tokens(tokenizer, prompts, classes):
+        yield row if isinstance(row, RowError) else None
+
+
+def front_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that begins a text: the tokenizer's own, or the one that ends a text before.
+
+    Raises:
+        PromptError: it has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise PromptError(
+        "this tokenizer has no token that begins a text, so none can be put in front; use "
+        "--bos auto or --bos never"
+    )
+
+
+def first_marked(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> int:
+    """How many prompts are edited at their first token, where a model may keep its sink."""
+    names = {prompt.label: None for prompt in prompts}
+    rows = _tokens(tokenizer, [replace(prompt, answers=None) for prompt in prompts], [*names])
+    return sum(isinstance(row, _Tokens) and row.position == 0 for row in rows)
+
+
 def _token(encoding: "BatchEncoding", row: int, text: str, character: int) -> int:
-    found = token_at(encoding, row, character)
+    found = last_token_at(encoding, row, character)
     if found < 0:
         raise RowError(
             f"prompt {row}: no token of {text!r} holds character {character}; end prompts and "
@@ -647,7 +731,7 @@ def unmark(row: int, marked: str) -> tuple[str, list[tuple[int, int]]]:
         if start < 0:
             start = len(text)
         else:
-            spans.append((start, len(text)))
+            spans.append((start, start + len(text[start:].rstrip())))
             start = -1
     else:
         text += marked[after:]
@@ -672,9 +756,10 @@ def split(
     """Divide prompts so that both sides hold every class in the same shares, but for rounding.
 
     Prompts with the same words stay on one side, wherever their marks are: a probe must not be
-    tested on what it was fitted to. Where such prompts have several labels, texts with the same
-    labels are divided among themselves; one that is alone with its labels goes to the side that
-    lacks them more.
+    tested on what it was fitted to. So do those of a group, and those of a pair, which is what they
+    are twins by. Where prompts that stay together have several labels, those with the same labels
+    are divided among themselves; what is alone with its labels goes to the side that lacks them
+    more.
 
     Args:
         prompts: at least two different texts of each class.
@@ -697,19 +782,15 @@ def split(
     if not prompts:
         raise PromptError("no prompts were given")
     _refuse_contradictions(prompts)
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        words = prompt.text.replace(OPENING, "").replace(CLOSING, "")
-        groups.setdefault(words, []).append(prompt)
     by_labels: dict[tuple[str, ...], list[list[Prompt]]] = {}
-    for group in groups.values():
+    for group in _together(prompts):
         by_labels.setdefault(tuple(sorted(_labels(group))), []).append(group)
     for label in sorted(_labels(prompts)):
         texts = sum(len(own) for labels, own in by_labels.items() if label in labels)
         if texts < 2:
             raise PromptError(
-                f"class {label!r} has {texts} different texts (marks aside); it needs at least 2, "
-                f"one to fit on and one held out"
+                f"class {label!r} has {texts} different texts (marks aside), or groups of them; it "
+                f"needs at least 2, one to fit on and one held out"
             )
     draws = random.Random(seed)
     train: list[Prompt] = []
@@ -745,6 +826,25 @@ def split(
     draws.shuffle(train)
     draws.shuffle(test)
     return train, test
+
+
+def _together(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Prompts that share their words, a group or a pair, directly or through others."""
+    home: dict[Hashable, int] = {}
+    found: dict[int, list[Prompt]] = {}
+    for row, prompt in enumerate(prompts):
+        words = prompt.text.replace(OPENING, "").replace(CLOSING, "")
+        keys: list[Hashable] = [words]
+        keys += [] if prompt.group is None else [("group", prompt.group)]
+        keys += [] if prompt.pair is None else [("pair", prompt.group, prompt.pair)]
+        homes = {home[key] for key in keys if key in home} or {row}
+        own = min(homes)
+        for other in homes - {own}:
+            found[own] += found.pop(other)
+            home |= {key: own for key, at in home.items() if at == other}
+        found.setdefault(own, []).append(prompt)
+        home |= dict.fromkeys(keys, own)
+    return list(found.values())
 
 
 def majority_share(train: Sequence[int], test: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""Prompts of your own from a file: CSV, JSONL, or a data set of the Hugging Face Hub.
+"""Prompts of your own from a file: CSV, JSON, JSONL, or a data set of the Hugging Face Hub.
 
 One prompt a row, with the columns
 
@@ -6,13 +6,20 @@ One prompt a row, with the columns
     label     the class that holds, such as ``plural``
     answers   optional; what the model may say if a class holds
 
+and, where they are named, a column of the group (an entity, a template), of the pair (twins), and
+of the class to write (by default the next one for which the row has answers).
+
 Labels are names: spaces around them are dropped, and of numbers only whole ones are taken, so that
 1 and 1.0, which a table with empty cells makes of it, are the one class ``1``. (CSV holds text
 only; there ``1`` and ``1.0`` are two names.)
 
-In JSONL ``answers`` is an object, ``{"plural": " are", "singular": [" is", " was"]}``; in CSV it is
+In JSON ``answers`` is an object, ``{"plural": " are", "singular": [" is", " was"]}``; in CSV it is
 a column for each class, ``answers.plural`` and ``answers.singular``, several answers separated by
-``|``.
+``|``. A row needs answers for its own class and one other, and they may differ from row to row.
+
+Rows of published pairs are understood as they are: those of CausalGym (``base``, ``src``,
+``base_type``, ``src_type``, ``base_label``, ``src_label``) and of BLiMP (``sentence_good``,
+``sentence_bad``).
 """
 
 import csv
@@ -21,57 +28,351 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrqp_torch.errors import MissingExtraError, PromptError
+from lrqp_torch.errors import MissingExtraError, PromptError, RowError, quoted
 from lrqp_torch.files import prepare_folder, written_whole
-from lrqp_torch.study.prompts import CLOSING, OPENING, Prompt, unmark
+from lrqp_torch.study.prompts import (
+    CLOSING,
+    OPENING,
+    Prompt,
+    first_marked,
+    front_token,
+    screened,
+    unmark,
+)
+from lrqp_torch.study.published import is_published, unfolded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANSWERS = "answers"
 SEPARATOR = "|"
+AUTO, MARK, SPAN, LAST = "auto", "mark", "span", "last"
+"""Positions that are no column; see :class:`Columns`."""
+
+FRONTS = ("auto", "always", "never")
+"""Whether the token that begins a text is put in front of each prompt; see :func:`front`."""
+
+LEAST_OF_CLASS = 8
+"""Prompts of a class, so that four are held out; classes with fewer are left out where two or more
+have as many."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file say what.
+
+    Attributes:
+        label: of the class.
+        text: of the prompt.
+        position: ``"mark"`` for the last token of the words between [[ and ]], which every prompt
+            must then have, of each where there are several; ``"span"`` for all of their tokens;
+            ``"last"`` for the last token of each prompt; ``"auto"`` for ``"mark"`` where any row
+            has marks and ``"last"`` where none has; or the name of a column that holds words of the
+            prompt, found once in it as whole words.
+        group: of the group, such as an entity or a template; None for none.
+        pair: of the pair: rows of one pair are each other's twins; a column of this name is
+            optional.
+        target: of the class to write; a column of this name is optional.
+    """
+
+    label: str = "label"
+    text: str = "text"
+    position: str = AUTO
+    group: str | None = None
+    pair: str = "pair"
+    target: str = "target"
+
+
+@dataclass
+class RowLog:
+    """What became of the rows of a file.
+
+    Attributes:
+        strict: whether a row that cannot be used is an error.
+        left_out: how many rows were left out, by reason.
+        first: message about the first of them, by reason.
+        notes: what else a reader of the results should know, a sentence each.
+    """
+
+    strict: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, error: RowError) -> None:
+        """Count a row that cannot be used.
+
+        Raises:
+            RowError: the same, where the log is strict.
+        """
+        if self.strict:
+            raise error
+        self.left_out[error.reason] += 1
+        self.first.setdefault(error.reason, str(error))
+
+    def note(self, sentence: str) -> None:
+        """Add a note, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def says(self) -> list[str]:
+        """A line for each reason, then the notes."""
+        return [
+            f"{count} {'row was' if count == 1 else 'rows were'} left out: {reason} "
+            f"({self.first[reason]})."
+            for reason, count in self.left_out.most_common()
+        ] + self.notes
+
+    def why_nothing(self, source: str) -> PromptError:
+        """The error where no row is left."""
+        lines = [f"{self.first[reason]} ({n} rows like it)" for reason, n in self.left_out.items()]
+        return PromptError(f"{quoted(source)} holds no prompts" + "".join(f"; {x}" for x in lines))
 
 
 def read_prompts(
-    source: str | Path, *, label: str = "label", text: str = "text", position: str = "mark"
+    source: str | Path,
+    *,
+    label: str = "label",
+    text: str = "text",
+    position: str = AUTO,
+    group: str | None = None,
+    pair: str = "pair",
+    log: RowLog | None = None,
 ) -> list[Prompt]:
     """Read prompts.
 
     Args:
-        source: a file ending in ``.csv``, ``.jsonl`` or ``.json`` (one object a line), or a data
-            set of the Hub as ``name`` or ``name:split`` (extra ``datasets``).
-        label: column of the class.
-        text: column of the prompt.
-        position: ``"mark"`` for the words between [[ and ]], which every prompt must then have;
-            ``"last"`` for the last token of each prompt; or the name of a column that holds words
-            of the prompt, found once in it as whole words.
+        source: a file ending in ``.csv``, ``.jsonl`` or ``.json`` (a list, or one object a line),
+            or a data set of the Hub as ``name`` or ``name:split`` (extra ``datasets``).
+        label: see :class:`Columns`, as for the others.
+        text: likewise.
+        position: likewise.
+        group: likewise.
+        pair: likewise.
+        log: what rows that cannot be used are counted in. By default the first one is an error, and
+            answers are taken as they stand. With a log that is not strict, a text that ends in a
+            space hands it to its answers, an answer that begins with a letter behind a text that
+            ends in one gets the space that a word needs, and classes with fewer than
+            :data:`LEAST_OF_CLASS` prompts are left out where at least two have as many.
 
     Raises:
-        PromptError: nothing there, a file that is not UTF-8, a column named twice, a row that lacks
-            a column or holds no text or no label in it, or a position that is not found once.
+        PromptError: nothing there, a file that is not UTF-8, a column named twice or that no row
+            has, or no row that can be used.
+        RowError: a row that lacks a column or holds no text or no label in it, or a position that
+            is not found once; see ``log``.
         MissingExtraError: a data set without the package ``datasets``.
     """
-    rows = list(_rows(str(source)))
+    return read_columns(source, Columns(label, text, position, group, pair), log)
+
+
+def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None) -> list[Prompt]:
+    """:func:`read_prompts` with its columns as one argument."""
+    log = RowLog(strict=True) if log is None else log
+    rows: dict[int, Mapping[str, Any]] = {}
+    for row in _rows(str(source)):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            several = unfolded(len(rows), row) if is_published(row) else (row,)
+            for own in several:
+                rows[len(rows) + sum(log.left_out.values())] = own
+        except RowError as error:
+            log.refuse(error)
     if not rows:
-        raise PromptError(f"{str(source)!r} holds no prompts")
-    return [_prompt(number, row, label, text, position) for number, row in enumerate(rows)]
+        raise log.why_nothing(str(source))
+    found = _columns_of(rows.values(), columns)
+    if (columns.position, found.position) == (AUTO, LAST):
+        log.note(
+            f"The file marks no words with {OPENING} and {CLOSING}, so each prompt is edited at "
+            f"its last token."
+        )
+    prompts = []
+    for number, row in rows.items():
+        try:
+            prompts.append(_prompt(number, row, found))
+        except RowError as error:
+            log.refuse(error)
+    if not log.strict:
+        prompts = _spaced(prompts, log)
+        prompts = _usable(prompts, log)
+    if not prompts:
+        raise log.why_nothing(str(source))
+    return prompts
 
 
-def _rows(source: str) -> Iterator[Mapping[str, Any]]:
+def screen(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], log: RowLog
+) -> list[Prompt]:
+    """The prompts that are tokens of the model as a study needs them, and enough of a class.
+
+    Raises:
+        RowError: one that is not, where the log is strict.
+        PromptError: none is left.
+    """
+    kept = list(prompts)
+    while True:
+        before = len(kept)
+        names = sorted({prompt.label for prompt in kept})
+        known = {name: () for name in names}
+        if not log.strict:
+            # Answers for a class that no row has say nothing about any of them.
+            kept = [
+                replace(p, answers={n: a for n, a in p.answers.items() if n in known})
+                if p.answers is not None
+                else p
+                for p in kept
+            ]
+        checked = list(kept)
+        kept = []
+        for prompt, error in zip(checked, screened(tokenizer, checked, names), strict=True):
+            if error is None:
+                kept.append(prompt)
+            else:
+                log.refuse(error)
+        if not log.strict:
+            kept = _usable(kept, log)
+        if not kept:
+            raise log.why_nothing("the data")
+        if len(kept) == before:
+            return kept
+
+
+def front(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], bos: str, log: RowLog
+) -> bool | None:
+    """Whether the token that begins a text goes in front of all prompts; None leaves it as it is.
+
+    ``auto`` puts it there where prompts are edited at their first token: models keep an attention
+    sink there, of a norm a hundred times that of other tokens, which no edit of a belief moves.
+    """
+    if bos != "auto":
+        return bos == "always"
+    first = first_marked(tokenizer, prompts)
+    if not first or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
+        return None
+    token = tokenizer.convert_ids_to_tokens(front_token(tokenizer))
+    log.note(
+        f"{first} of {len(prompts)} prompts are edited at their first token, where models keep an "
+        f"attention sink, so {token} was put in front of all of them; --bos never leaves it out."
+    )
+    return True
+
+
+def _usable(prompts: Sequence[Prompt], log: RowLog) -> list[Prompt]:
+    """Prompts that do not contradict others, of classes that have enough of them."""
+    counts = Counter(prompt.label for prompt in prompts)
+    enough = [name for name, count in counts.items() if count >= LEAST_OF_CLASS]
+    few = {name for name in counts if name not in enough} if len(enough) > 1 else set()
+    answered = sum(prompt.answers is not None for prompt in prompts)
+    labels: dict[str, str] = {}
+    kept = []
+    for row, prompt in enumerate(prompts):
+        try:
+            if prompt.label in few:
+                raise RowError(
+                    f"class {prompt.label!r} has {counts[prompt.label]} prompts",
+                    f"a class with fewer than {LEAST_OF_CLASS} prompts",
+                )
+            if prompt.answers is None and answered > len(prompts) / 2:
+                raise RowError(
+                    f"prompt {row} has no answers, and others have",
+                    "no answers, where most rows have them",
+                )
+            if labels.setdefault(prompt.text, prompt.label) != prompt.label:
+                raise RowError(
+                    f"prompt {row}, {prompt.text!r}, is {prompt.label!r} here and "
+                    f"{labels[prompt.text]!r} elsewhere",
+                    "a text under two labels",
+                )
+        except RowError as error:
+            log.refuse(error)
+        else:
+            kept.append(prompt)
+    if 0 < answered <= len(prompts) / 2:
+        log.note(
+            f"{answered} of {len(prompts)} rows have answers; without them in most rows, none are "
+            f"used."
+        )
+        kept = [replace(prompt, answers=None) for prompt in kept]
+    return kept
+
+
+def _spaced(prompts: Sequence[Prompt], log: RowLog) -> list[Prompt]:
+    """Prompts whose texts do not end in a space, with answers that begin as words do."""
+    found, moved, added = [], 0, 0
+    for prompt in prompts:
+        bare = prompt.text.rstrip(" ")
+        ended = bare != prompt.text
+        said: dict[str, tuple[str, ...]] | None = None
+        if prompt.answers is not None:
+            spoken = bare.replace(OPENING, "").replace(CLOSING, "")
+            said = {
+                name: tuple(
+                    f" {text}" if _needs_space(spoken, text, ended) else text for text in texts
+                )
+                for name, texts in prompt.answers.items()
+            }
+            added += not ended and said != prompt.answers
+        moved += ended
+        found.append(replace(prompt, text=bare, answers=said))
+    if moved:
+        log.note(f"{moved} texts end in a space, which was left to their answers.")
+    if added:
+        log.note(
+            f"The answers of {added} prompts got the space that a word needs behind another; "
+            f"--strict takes them as they stand."
+        )
+    return found
+
+
+def _needs_space(text: str, answer: str, ended: bool) -> bool:
+    if not answer or not text or answer[0].isspace():
+        return False
+    # Scripts that set no spaces between words lie above these.
+    letters = text[-1].isalpha() and answer[0].isalpha() and ord(answer[0]) < 0x0E00
+    return ended or letters
+
+
+def _columns_of(rows: Collection[Mapping[str, Any]], asked: Columns) -> Columns:
+    """The same columns, with the position that the file's marks mean.
+
+    Raises:
+        PromptError: a column that no row has.
+    """
+    names = dict.fromkeys(str(name) for row in rows for name in row)
+    for what in ("text", "label", "group", "position"):
+        wanted = getattr(asked, what)
+        kind = what == "position" and wanted in (AUTO, MARK, SPAN, LAST)
+        if wanted is not None and not kind and wanted not in names:
+            raise PromptError(
+                f"prompt 0 has no {wanted!r}; its columns are {', '.join(names)}. No other row has "
+                f"it either: name the column of the {what} with --{what}"
+            )
+    marked = any(OPENING in str(row.get(asked.text)) for row in rows)
+    if asked.position == AUTO:
+        return replace(asked, position=MARK if marked else LAST)
+    return asked
+
+
+def _rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:
     path = Path(source)
     if path.suffix.lower() == ".csv":
         yield from _csv_rows(path)
     elif path.suffix.lower() in (".jsonl", ".json"):
         yield from _json_rows(path)
     elif path.exists():
-        raise PromptError(f"{source!r}: the file must end in .csv or .jsonl")
+        raise PromptError(f"{source!r}: the file must end in .csv or .jsonl, or be a .json list")
     else:
         yield from _dataset_rows(source)
 
 
-def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
     with _opened(path) as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
@@ -88,16 +389,23 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     if name is not None and name.startswith(f"{ANSWERS}.") and value
                 }
                 if None in row or None in row.values():
-                    raise PromptError(
+                    yield RowError(
                         f"line {reader.line_num} of {str(path)!r} does not have the "
-                        f"{len(reader.fieldnames or ())} columns of the first"
+                        f"{len(reader.fieldnames or ())} columns of the first",
+                        "a line with other columns than the first",
                     )
+                    continue
                 yield dict(row) | ({ANSWERS: answers} if answers else {})
         except csv.Error as error:
             raise PromptError(f"line {reader.line_num} of {str(path)!r}: {error}") from error
 
 
-def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
+    listed = _listed(path) if path.suffix.lower() == ".json" else None
+    if listed is not None:
+        for number, row in enumerate(listed):
+            yield row if isinstance(row, dict) else _no_object(f"entry {number}", path)
+        return
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -105,16 +413,31 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise PromptError(
+                yield RowError(
                     f"line {number} of {str(path)!r} is not valid JSON ({error}); write one object "
-                    f"a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise PromptError(f"line {number} of {str(path)!r} is no JSON object")
-            yield row
+                    f"a line",
+                    "a line that is not valid JSON",
+                )
+            else:
+                yield row if isinstance(row, dict) else _no_object(f"line {number}", path)
 
 
-def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
+def _listed(path: Path) -> list[Any] | None:
+    """The entries of a file that is one JSON list; None where it is not."""
+    with _opened(path) as lines:
+        text = "".join(lines)
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _no_object(place: str, path: Path) -> RowError:
+    return RowError(f"{place} of {str(path)!r} is no JSON object", "a line that is no JSON object")
+
+
+def _dataset_rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -143,24 +466,39 @@ def _opened(path: Path) -> Iterator[Iterable[str]]:
         raise PromptError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
-def _prompt(number: int, row: Mapping[str, Any], label: str, text: str, position: str) -> Prompt:
-    columns = [text, label] + ([position] if position not in ("mark", "last") else [])
-    missing = [name for name in columns if row.get(name) is None or row[name] == ""]
-    if missing:
-        raise PromptError(
-            f"prompt {number} has no {missing[0]!r}; its columns are {', '.join(map(str, row))}"
-        )
-    words = _words(number, text, row[text])
-    if position == "mark" and OPENING not in words:
-        raise PromptError(
+def _prompt(number: int, row: Mapping[str, Any], columns: Columns) -> Prompt:
+    position = columns.position
+    named = [] if position in (MARK, SPAN, LAST) else [position]
+    for name in (columns.text, columns.label, columns.group, *named):
+        if name is not None and (row.get(name) is None or row[name] == ""):
+            raise RowError(
+                f"prompt {number} has no {name!r}; its columns are {', '.join(map(str, row))}",
+                f"no {name}",
+            )
+    words = _words(number, columns.text, row[columns.text])
+    if position in (MARK, SPAN) and OPENING not in words:
+        raise RowError(
             f"prompt {number}, {words!r}, marks no words with {OPENING} and {CLOSING}; mark them, "
-            f"or choose another position: 'last', or a column that holds the words"
+            f"or choose another position: 'last', or a column that holds the words",
+            "no marked words",
         )
-    if position == "last":
+    if position == LAST:
         words, _ = unmark(number, words)
-    elif position != "mark":
+    elif named:
         words = _mark(number, words, _name(number, position, row[position]))
-    return Prompt(words, _name(number, label, row[label]), _answers(number, row.get(ANSWERS)))
+    group, pair, target = (
+        None if name is None or row.get(name) in (None, "") else _name(number, name, row[name])
+        for name in (columns.group, columns.pair, columns.target)
+    )
+    return Prompt(
+        words,
+        _name(number, columns.label, row[columns.label]),
+        _answers(number, row.get(ANSWERS)),
+        pair,
+        group,
+        target,
+        position == SPAN,
+    )
 
 
 def _mark(number: int, words: str, wanted: str) -> str:
@@ -170,9 +508,10 @@ def _mark(number: int, words: str, wanted: str) -> str:
         match.start() for match in re.finditer(f"{before}(?={re.escape(wanted)}{after})", words)
     ]
     if len(found) != 1:
-        raise PromptError(
+        raise RowError(
             f"prompt {number}: {wanted!r} occurs {len(found)} times in {words!r} as whole words, "
-            f"not once; mark the words with {OPENING} and {CLOSING} instead"
+            f"not once; mark the words with {OPENING} and {CLOSING} instead",
+            "words that are not found once in the text",
         )
     start, end = found[0], found[0] + len(wanted)
     return f"{words[:start]}{OPENING}{wanted}{CLOSING}{words[end:]}"
@@ -180,7 +519,10 @@ def _mark(number: int, words: str, wanted: str) -> str:
 
 def _words(number: int, column: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise PromptError(f"prompt {number}: {column!r} must be text, got {value!r}")
+        raise RowError(
+            f"prompt {number}: {column!r} must be text, got {value!r}",
+            f"a {column} that is no text",
+        )
     return value
 
 
@@ -189,8 +531,9 @@ def _name(number: int, column: str, value: Any) -> str:
         value = int(value)
     name = str(value).strip() if isinstance(value, str | int) else ""
     if not name:
-        raise PromptError(
-            f"prompt {number}: {column!r} must be text or a whole number, got {value!r}"
+        raise RowError(
+            f"prompt {number}: {column!r} must be text or a whole number, got {value!r}",
+            f"a {column} that is neither text nor a whole number",
         )
     return name
 
@@ -199,22 +542,27 @@ def _answers(number: int, raw: Any) -> dict[str, tuple[str, ...]] | None:
     if raw is None:
         return None
     if not isinstance(raw, Mapping):
-        raise PromptError(
-            f"prompt {number}: answers must be an object from class to text, got {raw!r}"
+        raise RowError(
+            f"prompt {number}: answers must be an object from class to text, got {raw!r}",
+            "answers that are no object from class to text",
         )
-    names = Counter(str(name).strip() for name, value in raw.items() if value is not None)
+    given = {name: value for name, value in raw.items() if value is not None and value != []}
+    names = Counter(str(name).strip() for name in given)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise PromptError(f"prompt {number} has answers for {twice[0]!r} twice; give them once")
-    return {
-        str(name).strip(): _texts(number, value) for name, value in raw.items() if value is not None
-    }
+        raise RowError(
+            f"prompt {number} has answers for {twice[0]!r} twice; give them once",
+            "answers for a class twice",
+        )
+    return {str(name).strip(): _texts(number, value) for name, value in given.items()}
 
 
 def _texts(number: int, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Iterable) or not all(isinstance(item, str) for item in texts):
-        raise PromptError(f"prompt {number}: an answer must be text, got {value!r}")
+        raise RowError(
+            f"prompt {number}: an answer must be text, got {value!r}", "an answer that is no text"
+        )
     return tuple(texts)
 
 

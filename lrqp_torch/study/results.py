@@ -235,6 +235,8 @@ class StudyResults:
         published: figures of GPT-2 small from the literature, by key; none for other tasks.
         versions: versions of Python and of the packages that computed the results.
         elapsed: seconds spent in each stage, and in total.
+        left_out: rows of one's own data that could not be used, by reason.
+        notes: what a reader should know of the prompts, a sentence each.
         parts: part of the study to its result, as the part reads it.
         files: names of the figures and pages beside ``results.json``.
         format: version of this layout.
@@ -259,6 +261,8 @@ class StudyResults:
     versions: dict[str, str]
     elapsed: dict[str, float]
     parts: dict[str, Any]
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     format: int = FORMAT
     prompts: dict[str, Tensor] = field(

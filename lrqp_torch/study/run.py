@@ -351,6 +351,8 @@ def _compute(
         elapsed=stages | {"total": total},
         parts=({} if other is None else {OTHER_TASK: to_json(other)})
         | {name: part.raw for name, part in finished.items() if name != "flipping"},
+        left_out=context.left_out,
+        notes=context.notes,
         prompts=flat,
         texts=PromptTexts.of(test),
     )

@@ -7,6 +7,10 @@ from typing import Any
 
 from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.study.reading import FRONTS, Columns
+
+OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
+"""The settings that say which prompts of one's own are studied."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,14 @@ class Settings:
             it, in place of prompts about two names.
         label: its column of the class.
         position: where its prompts are read and edited; see there.
+        text: its column of the prompt.
+        group: its column of what prompts have in common, such as an entity or a template; those of
+            a group are fitted on together or held out together. None for none.
+        pair: its column of pairs, whose prompts are each other's twins.
+        bos: whether the token that begins a text stands in front of each of its prompts: ``auto``
+            puts it there where prompts are edited at their first token, which is where models keep
+            an attention sink; ``always``, ``never``.
+        strict: whether a row of it that cannot be used is an error, and not left out and counted.
         n: number of prompts about two names, to fit on and held out together.
         prefixes: a sentence before each of these: ``none``, ``bundled``, ``openwebtext``, or a text
             file with a sentence per line.
@@ -43,7 +55,12 @@ class Settings:
     out: Path
     data: str | None = None
     label: str = "label"
-    position: str = "mark"
+    position: str = "auto"
+    text: str = "text"
+    group: str | None = None
+    pair: str = "pair"
+    bos: str = "auto"
+    strict: bool = False
     n: int = 1000
     prefixes: str = "none"
     sites: str = "all"
@@ -73,12 +90,19 @@ class Settings:
                 f"n = {self.n} with train_share = {self.train_share} leaves fewer than two prompts "
                 "to fit on or to hold out; raise n."
             )
+        if self.bos not in FRONTS:
+            raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
         if self.l2 is not None and not 0 < self.l2 < math.inf:
             raise SettingError(
                 f"l2 must be above 0 and finite, not {self.l2}; leave it out for the default."
             )
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns of one's own prompts say what."""
+        return Columns(self.label, self.text, self.position, self.group, self.pair)
 
     @property
     def train_size(self) -> int:
@@ -98,7 +122,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as ``results.json`` keeps them: all that decides what it holds."""
-        names, own = {"n", "prefixes", "compare_task"}, {"data", "label", "position"}
+        names, own = {"n", "prefixes", "compare_task"}, set(OWN)
         left_out = {"out", "resume"} | (own if self.data is None else names)
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 

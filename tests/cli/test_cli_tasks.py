@@ -188,7 +188,7 @@ def test_a_fit_refuses_its_folder_before_any_work(
     def work(*given: object) -> None:
         pytest.fail("data were read for a folder that cannot be written")
 
-    monkeypatch.setattr("lrqp_torch.study.preparing.read_halves", work)
+    monkeypatch.setattr("lrqp_torch.study.preparing.read_own", work)
     file = tmp_path / "file"
     file.write_text("")
     common = ("fit", "--data", data, "--model", "organism", "--site", "L2.mid")

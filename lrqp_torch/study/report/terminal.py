@@ -34,6 +34,8 @@ def print_study(results: StudyResults, says: Sequence[str], console: Console) ->
     for line in says:
         wrong = "DISAGREES" in line or "infeasible or inaccurate" in line
         console.print(Text(line, style="bold red" if wrong else ""))
+    for line in results.notes:
+        console.print(Text(f"Note: {line}", style="yellow"))
 
 
 def as_rich(
