@@ -180,7 +180,11 @@ def test_answers_that_are_not_tokens_of_their_own_are_refused(tokenizer) -> None
 
 def test_answers_of_several_tokens_are_scored_as_continuations(tokenizer) -> None:
     model = models.load("organism")[0]
-    answers = {"a": (" Mary and Paul", " John"), "b": (" Paul and James",), "c": (" Paul and Anna",)}
+    answers = {
+        "a": (" Mary and Paul", " John"),
+        "b": (" Paul and James",),
+        "c": (" Paul and Anna",),
+    }
     texts = ("Then, Mary and Paul gave a book to", "John [[gave]] a drink to")
     prompts = PromptSet.encode(
         tokenizer,
@@ -209,7 +213,7 @@ def test_answers_of_several_tokens_are_scored_as_continuations(tokenizer) -> Non
         chance = batch.prompts.probability(batch.clean, batch.clean_rest).log()
         rows = torch.arange(6)
         torch.testing.assert_close(chance, wanted[rows, batch.prompts.labels], atol=2e-4, rtol=1e-4)
-    with pytest.raises(PromptError, match="several tokens.*rest"):
+    with pytest.raises(PromptError, match=r"several tokens.*rest"):
         batch.prompts.scores(batch.clean)
     # What trains on logits reads the one token by which two answers differ.
     short = prompts.deciding()
