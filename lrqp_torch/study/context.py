@@ -1,23 +1,18 @@
 """What all parts of a study share: the model, the prompts of both tasks, and clean activations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed import Ranks, capture
+from lrqp_torch.stream.progress import Advance as Advance
+from lrqp_torch.stream.progress import no_progress as no_progress
 from lrqp_torch.study.prompts import PromptSet
-
-Advance = Callable[[int], object]
-"""Called with the number of units of work just done, to move a progress bar."""
 
 ALONE = Ranks()
 """One process, without others to share work with."""
-
-
-def no_progress(done: int) -> None:
-    """The default of every ``advance`` argument."""
 
 
 def evenly(sites: Sequence[str], most: int) -> list[str]:

@@ -91,7 +91,7 @@ def test_apply_shows_before_and_after(
 ) -> None:
     use = ("apply", fitted[0], "--model", "organism")
     kept = tmp_path / "found.json"
-    result = lrqp(*use, "--data", data, "--target", "other", "--show", 3, "--json", kept)
+    result = lrqp(*use, "--data", data, "--target", "other", "--show", 3, "--out", kept)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("belief in") == 3 and "157 more prompts" in result.stdout
     raw = json.loads(kept.read_text())

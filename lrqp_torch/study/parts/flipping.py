@@ -16,10 +16,10 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.plot.chart import Chart, Pane, Panel, Table
 from lrqp_torch.plot.figures import histogram_of, scatter_of, sweep_of
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.progress import Clock
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Batches, Given, Part
-from lrqp_torch.study.progress import Clock
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.records import BESIDE
 from lrqp_torch.study.results import (
