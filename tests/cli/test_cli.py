@@ -13,6 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from lrqp_torch.cli import app
+from lrqp_torch.cli.study import OWN
 from lrqp_torch.errors import SiteError
 from lrqp_torch.stream.progress import progress_bars
 from lrqp_torch.study.parts import PARTS, find_part
@@ -123,7 +124,7 @@ def test_every_part_is_a_command_with_the_same_options() -> None:
         name: {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
         for name in ("reproduce", "study", *PARTS)
     }
-    own = {"--data", "--label", "--position"}
+    own = {f"--{name}" for name in OWN}
     for name in PARTS:
         assert options[name] == options["reproduce"] - {"--parts"} | own
     names = {"--n", "--prefixes", "--compare-task", "--no-compare-task"}
