@@ -55,10 +55,12 @@ class Mahalanobis(nn.Module):
         shrinkage: float = 0.0,
         n_samples: int | None = None,
         kept: Any = None,
+        _known: bool = False,
     ) -> None:
         super().__init__()
         covariance = as_numbers(covariance, "a covariance")
-        _check_covariance(covariance)
+        # What is computed here is symmetric and positive semidefinite by its formula.
+        _check_covariance(covariance, known=_known)
         width = covariance.shape[0]
         self.register_buffer("covariance", ordinary(covariance.double()))
         for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
@@ -151,6 +153,7 @@ class Mahalanobis(nn.Module):
             shrinkage=self.shrinkage,
             n_samples=self.n_samples,
             kept=basis,
+            _known=True,
         )
 
     @torch.no_grad()
@@ -358,25 +361,27 @@ class Covariance:
                 f"shrinkage must be 'ledoit_wolf', 'oas' or a number in [0, 1], got {shrinkage!r}"
             )
         sample.mul_(1 - weight).diagonal().add_(weight * scale)
-        return Mahalanobis(sample, self.mean.clone(), shrinkage=weight, n_samples=n)
+        return Mahalanobis(sample, self.mean.clone(), shrinkage=weight, n_samples=n, _known=True)
 
 
-def _check_covariance(covariance: Tensor) -> None:
+def _check_covariance(covariance: Tensor, known: bool) -> None:
     square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
     if not square or covariance.numel() == 0:
         raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")
     if not bool(torch.isfinite(covariance).all()):
         raise NonFiniteError("the covariance holds NaN or infinity")
     matrix = covariance.detach().double()
-    size = float(matrix.abs().max())
+    size = max(float(matrix.amax()), -float(matrix.amin()))
+    if size == 0:
+        raise CovarianceError("the covariance is zero: all activations are the same")
+    if known:
+        return
     rows = max(1, CHUNK_NUMBERS // len(matrix))
     uneven = [
         (a - b).abs().max() for a, b in zip(matrix.split(rows), matrix.T.split(rows), strict=True)
     ]
     if float(torch.stack(uneven).max()) > 1e-6 * size:
         raise CovarianceError("the covariance is not symmetric; use (Σ + Σᵀ) / 2")
-    if size == 0:
-        raise CovarianceError("the covariance is zero: all activations are the same")
     # Cholesky of Σ plus a rounding-sized ridge exists exactly when Σ is positive semidefinite to
     # rounding, and costs a tenth of the eigenvalues.
     ridged = matrix.clone()
