@@ -355,6 +355,7 @@ def _compute(
         notes=context.notes,
         prompts=flat,
         texts=PromptTexts.of(test),
+        best=None if own is None else own.best,
     )
 
 
