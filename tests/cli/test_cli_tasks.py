@@ -118,7 +118,7 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     raw = json.loads((out / "results.json").read_text())
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
     said = " ".join(result.stdout.split())
-    assert "beyond what the control edit flips, at L2.mid." in said
+    assert "correction for 3 sites) at L2.mid." in said
     assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {
         "results.json", "prompts.safetensors", "prompts.json", "report.html", "parts",
