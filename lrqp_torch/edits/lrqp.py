@@ -68,6 +68,7 @@ class LRQP(Edit[Classes]):
     """
 
     log_odds: Tensor
+    certified = True
 
     def __init__(
         self,

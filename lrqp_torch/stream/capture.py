@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import input_device, modules_of
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
@@ -226,7 +226,7 @@ class Reading:
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
-        warn_of_dropout(modules_of(model))
+        warn_of_dropout(model)
 
     def _parse(self, positions: Where) -> "_Places":
         parsed = Positions.parse(positions).among(self.n_examples, self.length, self.inputs)
@@ -339,8 +339,9 @@ class _Places:
         example = torch.arange(len(batch.examples)).repeat_interleave(counts)
         token = self.positions.token[pairs] - batch.first[example]
         size = len(batch.examples)
-        table = torch.stack([example, token, 0 * token], 1)
-        return Positions(table, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask)
+        return Positions(
+            example, token, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask
+        )
 
     def rows(self, batch: Batch) -> Tensor:
         """Which rows of the whole result a batch yields."""
