@@ -200,16 +200,13 @@ def quoted(given: object) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
 def concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values of its own: not in a graph that is being compiled, and not
     inside a transform of :mod:`torch.func`, where it stands for many.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    while _is_wrapped(tensor):
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -218,7 +215,7 @@ def concrete(tensor: Tensor) -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The values of a concrete tensor, out of the transforms that it is wrapped in."""
-    while _is_wrapped(tensor):
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
@@ -239,7 +236,7 @@ def outside_transforms() -> AbstractContextManager[object]:
 
 def readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting: concrete, and on the CPU."""
-    return tensor.is_cpu and concrete(tensor)
+    return concrete(tensor) and tensor.device.type == "cpu"
 
 
 def ordinary(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lrqp_torch.errors import (
     NonFiniteError,
     WidthError,
     check_activations,
+    check_class_shape,
     check_option,
     place_classes,
     quoted,
@@ -23,7 +24,8 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver
+from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused
+from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
 from lrqp_torch.stream.intervene import EditContext
@@ -68,7 +70,6 @@ class LRQP(Edit[Classes]):
     """
 
     log_odds: Tensor
-    certified = True
 
     def __init__(
         self,
@@ -211,6 +212,9 @@ class LRQP(Edit[Classes]):
             geometry = self.geometry(x.device)
             return self._attempt(x, target, source, realise, geometry, asked=asked)
         tensors = self.probe.weight, self.probe.bias, self.metric.covariance
+        known = self._geometry.known(*tensors, x.device)
+        if known is not None and self.qp.fuses(x, known, realise):
+            return self._launch(x, target, source, realise, known, asked)
         geometry, stale = self._geometry.peek(*tensors, x.device)
         return self._attempt(x, target, source, realise, geometry, stale, asked)
 
@@ -243,17 +247,8 @@ class LRQP(Edit[Classes]):
             sufficient: whether these are pairwise odds that suffice for the total odds, where those
                 are asked for: α (K − 1).
         """
-        n_rivals = margins.shape[-1]
-        floor = self.log_odds.to(margins.device).expand(len(margins))
-        if self.rule == "mirror":
-            belief = -margins.amin(-1).clamp_max(0.0)
-            if source is not None:
-                rival = (source - (source > target).long()).clamp(0, n_rivals - 1)
-                given = -margins.gather(-1, rival.unsqueeze(-1)).squeeze(-1)
-                given = torch.where(source == target, 0.0, given)
-                belief = torch.where(source >= 0, given, belief)
-            floor = torch.maximum(belief, floor)
-        return floor + ODDS[self.odds].surplus(n_rivals) if sufficient else floor
+        floor = self._odds_rule(target, source)(margins)
+        return floor + ODDS[self.odds].surplus(margins.shape[-1]) if sufficient else floor
 
     def unreachable(self, target: Tensor, which: str) -> str:
         """See :meth:`Edit.unreachable`."""
@@ -310,18 +305,49 @@ class LRQP(Edit[Classes]):
         if source is not None:
             held, valid_source = place_classes(source, batch, self.n_classes, device, "source")
 
-        wanted = None if asked is None else as_floors(asked, (batch,), device)
-
-        def floor(margins: Tensor, rows: slice) -> Tensor:
-            if wanted is not None:
-                return wanted[rows]
-            own = None if held is None else held[rows]
-            return self.floors(margins, classes[rows], own, sufficient=False)
-
+        floor = (
+            self._odds_rule(classes, held) if asked is None else as_floors(asked, (batch,), device)
+        )
         solution = self.qp.solve(x, classes, floor, geometry, realise=realise)
         for sound in (valid, valid_source, None if stale is None else ~stale.expand(batch)):
             solution = solution if sound is None else solution.invalidate(~sound, x)
         return skipped(solution, x, self.on_infeasible)
+
+    def _launch(
+        self,
+        x: Tensor,
+        target: Classes,
+        source: Classes | None,
+        realise: Realise | None,
+        geometry: ProbeGeometry,
+        asked: Tensor | float | None,
+    ) -> Solution:
+        """The same in one launch, which also sees classes out of range and a probe that changed."""
+        classes = self._beside(target, x, "target")
+        held = None if source is None else self._beside(source, x, "source")
+        floors: OddsRule | Tensor = self._odds_rule(classes, held)
+        if asked is not None:
+            floors = as_floors(asked, (len(x),), x.device)
+        return fused.solve(
+            x,
+            classes,
+            floors,
+            geometry,
+            realise,
+            skip=self.on_infeasible == "skip",
+            live=(self.probe.weight, self.probe.bias),
+        )
+
+    def _beside(self, classes: Classes, x: Tensor, name: str) -> Tensor:
+        """Classes as int64 where x is, (B,) or one for all, (1,), looked at if that is no wait."""
+        if isinstance(classes, Tensor) and classes.device == x.device and x.is_cuda:
+            classes = classes.reshape(1) if classes.ndim == 0 else classes
+            check_class_shape(classes, len(classes) if len(classes) == 1 else len(x), name)
+            return classes.long()
+        return place_classes(classes, len(x), self.n_classes, x.device, name)[0]
+
+    def _odds_rule(self, target: Tensor, source: Tensor | None) -> OddsRule:
+        return OddsRule(self.rule == "mirror", self.log_odds, target, source)
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         return write_edit(self, folder, notes)

@@ -343,6 +343,17 @@ class GeometryCache:
         Changes that leave a trace are seen; others (``.data``) only by value, on the device.
         """
         kept = self._kept
+        if kept is None or self.known(weight, bias, covariance, device) is None:
+            return self.get(weight, bias, covariance, device), torch.zeros(
+                (), dtype=torch.bool, device=device
+            )
+        return kept.geometry, (kept.weight != weight).any() | (kept.bias != bias).any()
+
+    def known(
+        self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
+    ) -> ProbeGeometry | None:
+        """The geometry, unless there is none or a change of what it is of has left a trace."""
+        kept = self._kept
         if (
             kept is None
             or _needs_graph(weight, bias, covariance)
@@ -351,10 +362,8 @@ class GeometryCache:
             or kept.weight.dtype != weight.dtype
             or weight.device != device
         ):
-            return self.get(weight, bias, covariance, device), torch.zeros(
-                (), dtype=torch.bool, device=device
-            )
-        return kept.geometry, (kept.weight != weight).any() | (kept.bias != bias).any()
+            return None
+        return kept.geometry
 
     # What is kept may be differentiated through later, whatever the mode in which it was computed.
     @torch.inference_mode(False)

@@ -14,10 +14,12 @@ from lrqp_torch.errors import (
     readable,
     require_concrete,
 )
+from lrqp_torch.qp import fused
+from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
-from lrqp_torch.qp.solvers import ACTIVE_SET, Solver, solver_of
+from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -142,6 +144,9 @@ class MahalanobisQP(nn.Module):
         """
         floor = self._check(x, target, log_odds, geometry)
         target = target.long()
+        if isinstance(floor, Tensor | OddsRule) and self.fuses(x, geometry, realise):
+            assert isinstance(geometry, ProbeGeometry)
+            return fused.solve(x, target, floor, geometry, realise)
         chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type
@@ -154,6 +159,16 @@ class MahalanobisQP(nn.Module):
                     for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk))
                 ]
             )
+
+    def fuses(self, x: Tensor, geometry: Geometry, realise: Realise | None = None) -> bool:
+        """Whether the whole solve is one launch of a kernel; see :mod:`~.fused`."""
+        return (
+            type(self.solver) is ActiveSet
+            and isinstance(geometry, ProbeGeometry)
+            and fused.serves(x, geometry.n_classes)
+            and geometry.squared.device == x.device
+            and (realise is None or fused.places(realise))
+        )
 
     def _solve(
         self,

@@ -1,0 +1,711 @@
+"""What an edit costs on the GPU at hand, and whether it is right there: checks, then figures.
+
+    python -m benchmarks.device --json results/device.json
+
+The whole takes some five minutes on an H100. ``--sections`` chooses among the parts, ``--small``
+runs them at sizes for a first look, also on a CPU. Models have random weights of known shapes, so
+nothing is downloaded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import Row, parse_arguments, synchronise
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
+from lrqp_torch.qp import ProbeGeometry, fused
+from lrqp_torch.qp.fused import Launcher, Shape
+from lrqp_torch.stream.sites import blocks_of
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+CLASSES = (2, 3, 5, 8, 10, 16, 32, 50, 64)
+WIDTH = 768
+LAYOUTS = {
+    2: ((128, 1), (256, 1), (512, 1), (256, 2), (512, 4), (1024, 4)),
+    10: ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4)),
+    50: ((32, 2), (32, 4), (64, 4), (32, 8), (64, 8), (128, 8)),
+}
+"""Columns at a time and warps of a program that are tried, by K."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(__doc__ or "", argv, _options)
+    if arguments.compile:
+        compile_one(json.loads(arguments.compile))
+        return
+    if torch.cuda.is_available() and not arguments.small:
+        arguments.device = "cuda"
+    found: dict[str, Any] = {}
+    names = arguments.sections.split(",") if arguments.sections else list(SECTIONS)
+    for name in names:
+        start = time.perf_counter()
+        try:
+            rows = SECTIONS[name](arguments)
+        except Exception:
+            rows = [{"what": "failed", "error": traceback.format_exc()[-1500:]}]
+        found[name] = rows
+        print(f"\n== {name} ({time.perf_counter() - start:.0f} s)", flush=True)
+        for row in rows:
+            print("  ", ", ".join(f"{key} {_text(value)}" for key, value in row.items()))
+        sys.stdout.flush()
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("--sections", help=f"of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--compile", help="used by the script itself")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- problems ------------------------------------------------------------------------------------
+
+
+def problem(
+    n_classes: int, batch: int, width: int, kind: str = "random", seed: int = 0
+) -> tuple[Tensor, ...]:
+    """x, target, floor, weight, bias, Σ on the CPU, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factor = normal(width, width) * torch.logspace(0, -2, width, dtype=torch.float64)
+    covariance = factor @ factor.T / width + 1e-3 * torch.eye(width, dtype=torch.float64)
+    weight, bias = normal(n_classes, width) * 2 / width**0.5, normal(n_classes)
+    x, target = normal(batch, width), torch.randint(n_classes, (batch,), generator=generator)
+    floor = 12 * torch.rand(batch, generator=generator, dtype=torch.float64) - 2
+    if kind == "near":
+        weight[1:] = weight[0] + 1e-5 * normal(n_classes - 1, width)
+        floor = floor / 1e4
+    elif kind == "twins":
+        weight[1], bias[1] = weight[0], bias[0] - 1
+    elif kind == "rank":
+        factor = normal(width, 3)
+        covariance = factor @ factor.T
+    elif kind == "line":
+        weight = torch.arange(n_classes, dtype=torch.float64).unsqueeze(1) * weight[:1]
+    elif kind == "large":
+        covariance, weight = covariance * 1e12, weight * 1e-3
+    elif kind == "small":
+        covariance, weight = covariance * 1e-14, weight * 1e2
+    return x, target, floor, weight, bias, covariance
+
+
+def edit_of(n_classes: int, width: int, device: str, **options: Any) -> LRQP:
+    _, _, _, weight, bias, covariance = problem(n_classes, 1, width)
+    probe = LinearProbe(width, n_classes)
+    with torch.no_grad():
+        probe.weight.copy_(weight)
+        probe.bias.copy_(bias)
+    probe = probe.requires_grad_(False).to(device)
+    return LRQP(probe, Mahalanobis(covariance.to(device)), **options)
+
+
+@contextmanager
+def operations_only() -> Iterator[None]:
+    """Without the kernel."""
+    with mock.patch.object(fused, "serves", lambda *_: False):
+        yield
+
+
+# --- compiling beforehand, a process each --------------------------------------------------------
+
+
+def compile_one(jobs: list[dict[str, Any]]) -> None:
+    for job in jobs:
+        if job["layout"]:
+            fused.SHAPES[job["K"]] = Shape(*job["layout"])
+        run_once(job)
+        fused.SHAPES.clear()
+
+
+def run_once(job: dict[str, Any]) -> None:
+    """One tiny launch of each flavour that the sections use."""
+    width = job.get("width", WIDTH)
+    edit, dtype = edit_of(job["K"], width, "cuda"), DTYPES[job["dtype"]]
+    x, target, floor, *_ = (part.cuda() for part in problem(job["K"], 2, width))
+    if job["flavour"] == "given":
+        MahalanobisQP(job["K"]).solve(x.to(dtype), target, floor, edit.geometry(x.device))
+    elif job["flavour"] == "propose":
+        edit.propose(x.to(dtype), target)
+    torch.cuda.synchronize()
+
+
+def compiling(arguments: Namespace) -> list[Row]:
+    """Fill Triton's cache with what the other sections run, on all cores."""
+    if arguments.device != "cuda":
+        return []
+    jobs = [
+        {"K": k, "dtype": name, "layout": None, "flavour": "given"}
+        for k in CLASSES
+        for name in DTYPES
+        if name in ("float64", "bfloat16") or k in (2, 10, 50)
+    ]
+    jobs += [
+        {"K": k, "dtype": name, "layout": None, "flavour": "propose"}
+        for k in (2, 10, 50)
+        for name in ("float32", "bfloat16")
+    ]
+    jobs += [
+        {"K": k, "dtype": "float32", "layout": layout, "flavour": "propose"}
+        for k, layouts in LAYOUTS.items()
+        for layout in layouts
+    ]
+    jobs.sort(key=lambda job: -job["K"])
+    workers = max(1, min(14, (os.cpu_count() or 2) - 1))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.device", "--compile", json.dumps(jobs[i::workers])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(workers)
+    ]
+    rows: list[Row] = []
+    for number, process in enumerate(processes):
+        try:
+            said, _ = process.communicate(timeout=170)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = "took too long"
+        if process.returncode:
+            rows.append({"worker": number, "jobs": jobs[number::workers], "said": said[-1500:]})
+    return [{"jobs": len(jobs), "workers": workers}, *rows]
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def checks(arguments: Namespace) -> list[Row]:
+    """The kernel against operations of torch in float64, and the promise in what it writes."""
+    rows: list[Row] = []
+    small = arguments.device != "cuda"
+    for n_classes in (2, 3) if small else CLASSES:
+        for name, dtype in DTYPES.items():
+            if not small and name not in ("float64", "bfloat16") and n_classes not in (2, 10, 50):
+                continue
+            rows.append(
+                compared(n_classes, dtype, "random", 8 if small else 1024, arguments.device)
+            )
+        if n_classes in (2, 3, 10, 64):
+            for kind in ("near", "twins", "rank", "line", "large", "small"):
+                rows.append(
+                    compared(n_classes, torch.float64, kind, 8 if small else 256, arguments.device)
+                )
+    return rows
+
+
+def compared(n_classes: int, dtype: torch.dtype, kind: str, batch: int, device: str) -> Row:
+    width = WIDTH if device == "cuda" else 24
+    x, target, floor, weight, bias, covariance = (
+        part.to(device) for part in problem(n_classes, batch, width, kind)
+    )
+    geometry, qp, x = (
+        ProbeGeometry.build(weight, bias, covariance),
+        MahalanobisQP(n_classes),
+        x.to(dtype),
+    )
+    start = time.perf_counter()
+    ours = qp.solve(x, target, floor, geometry)
+    synchronise(device)
+    took = time.perf_counter() - start
+    cpu = [part.cpu() for part in (x, target, floor, weight, bias, covariance)]
+    with operations_only():
+        other = qp.solve(*cpu[:3], ProbeGeometry.build(*cpu[3:]))
+    both = (ours.status.cpu() == Status.SOLVED) & (other.status == Status.SOLVED)
+    distance = (ours.distance.cpu() / other.distance - 1).abs()[both]
+    done = ours.status == Status.SOLVED
+    read = geometry.margins(ours.x_new, target).amin(-1)
+    other_status = (ours.status.cpu() != other.status).sum()
+    return {
+        "K": n_classes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kind": kind,
+        "solved": int(done.sum()),
+        "other status": int(other_status),
+        "pairs": str(
+            sorted(
+                {
+                    (int(a), int(b))
+                    for a, b in zip(ours.status.tolist(), other.status.tolist(), strict=True)
+                    if a != b
+                }
+            )
+        ),
+        "broken": int((ours.log_odds_after < ours.floor)[done].sum()),
+        "read back less": float((floor - read)[done].clamp_min(0).max())
+        if int(done.sum())
+        else 0.0,
+        "distance off": float(distance.max()) if len(distance) else 0.0,
+        "residual": float(ours.kkt_residual[done].max()) if int(done.sum()) else 0.0,
+        "s": took,
+    }
+
+
+def promises(arguments: Namespace) -> list[Row]:
+    """Many rows: no certificate below its floor."""
+    rows: list[Row] = []
+    for n_classes, name in ((2, "bfloat16"), (10, "bfloat16"), (10, "float32"), (50, "bfloat16")):
+        batch, width = (100_000, WIDTH) if arguments.device == "cuda" else (16, 24)
+        x, target, floor, weight, bias, covariance = (
+            part.to(arguments.device) for part in problem(n_classes, batch, width, seed=1)
+        )
+        geometry = ProbeGeometry.build(weight, bias, covariance)
+        solution = MahalanobisQP(n_classes).solve(x.to(DTYPES[name]), target, floor, geometry)
+        done = solution.status == Status.SOLVED
+        read = geometry.margins(solution.x_new, target).amin(-1)
+        counts = solution.status.bincount(minlength=5).tolist()
+        rows.append(
+            {
+                "K": n_classes,
+                "dtype": name,
+                "rows": batch,
+                "statuses": counts,
+                "broken": int((solution.log_odds_after < solution.floor)[done].sum()),
+                "read back less": float((floor - read)[done].max()),
+            }
+        )
+    return rows
+
+
+def no_waiting(arguments: Namespace) -> list[Row]:
+    """Nothing in an edit waits for the device, and it can be captured in a CUDA graph."""
+    if arguments.device != "cuda":
+        return []
+    rows: list[Row] = []
+    for n_classes in (2, 10, 50):
+        edit = edit_of(n_classes, WIDTH, "cuda")
+        x, target, *_ = (part.cuda() for part in problem(n_classes, 64, WIDTH))
+        x = x.float()
+        model, ids = gpt2("cuda"), torch.randint(1000, (8, 16), device="cuda")
+        row: Row = {"K": n_classes}
+        edit.propose(x, target)
+        row["propose"] = tried(lambda: edit.propose(x, target))  # noqa: B023
+        positions = torch.full((8,), 3)
+
+        def passed() -> None:
+            with edit.at(model, "L6.mid", positions=positions, target=1), torch.no_grad():  # noqa: B023
+                model(ids)  # noqa: B023
+                synced(lambda: model(ids))  # noqa: B023
+
+        row["pass in an open context"] = tried(passed, quiet=False)
+        row["captured"] = tried(lambda: captured(lambda: edit.propose(x, target))(), quiet=False)  # noqa: B023
+        rows.append(row)
+    return rows
+
+
+def synced(run: Callable[[], Any]) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def tried(run: Callable[[], Any], quiet: bool = True) -> str:
+    try:
+        synced(run) if quiet else run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return "yes"
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """The same as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# --- times ---------------------------------------------------------------------------------------
+
+
+def microseconds(run: Callable[[], Any], repeats: int = 20, inner: int = 5) -> float:
+    """Median time of a call on the GPU by events, or on the host's clock on a CPU."""
+    run()
+    if not torch.cuda.is_available():
+        return 1e6 * median(seconds(run, 1) for _ in range(3))
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / inner)
+    return median(times)
+
+
+def seconds(run: Callable[[], Any], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) / times
+
+
+def hosted(run: Callable[[], Any], times: int = 200) -> float:
+    """Microseconds of the host for a call that is not waited for."""
+    run()
+    values = []
+    for _ in range(5):
+        synchronise("cuda" if torch.cuda.is_available() else "cpu")
+        values.append(seconds(run, times))
+    return 1e6 * median(values)
+
+
+def proposing(arguments: Namespace) -> list[Row]:
+    """``propose`` in a CUDA graph, eagerly, and its bare products."""
+    rows: list[Row] = []
+    gpu = arguments.device == "cuda"
+    for n_classes in (2, 10, 50) if gpu else (2, 3):
+        for batch in (16, 1024, 16384) if gpu else (4,):
+            for name in ("float32", "bfloat16"):
+                width = WIDTH if gpu else 24
+                edit = edit_of(n_classes, width, arguments.device)
+                x, target, *_ = (
+                    part.to(arguments.device) for part in problem(n_classes, batch, width)
+                )
+                x = x.to(DTYPES[name])
+                products = bare_products(x, edit.geometry(x.device))
+                row = {"K": n_classes, "B": batch, "dtype": name}
+                row["eager µs"] = microseconds(lambda: edit.propose(x, target))  # noqa: B023
+                if gpu:
+                    row["graph µs"] = microseconds(
+                        captured(lambda: edit.propose(x, target))  # noqa: B023
+                    )
+                    row["products in a graph µs"] = microseconds(captured(products))
+                    row["host µs"] = hosted(lambda: edit.propose(x, target), 50)  # noqa: B023
+                rows.append(row)
+    return rows
+
+
+def bare_products(x: Tensor, geometry: ProbeGeometry) -> Callable[[], Tensor]:
+    """(B, d)(d, K) and back, in the dtype of x."""
+    weight, steering = geometry.weight.to(x.dtype), geometry.steering.to(x.dtype)
+    return lambda: x + (x @ weight.T) @ steering
+
+
+def layouts(arguments: Namespace) -> list[Row]:
+    """The kernel in several layouts, in a CUDA graph, float32."""
+    if arguments.device != "cuda":
+        return []
+    rows: list[Row] = []
+    for n_classes, tried_ones in LAYOUTS.items():
+        x, target, *_ = (part.cuda() for part in problem(n_classes, 16384, WIDTH))
+        x = x.float()
+        for layout in tried_ones:
+            fused.SHAPES[n_classes] = Shape(*layout)
+            edit = edit_of(n_classes, WIDTH, "cuda")
+            row = {"K": n_classes, "columns": layout[0], "warps": layout[1]}
+            try:
+                for batch in (16, 1024, 16384):
+                    some, classes = x[:batch], target[:batch]
+                    row[f"B={batch} µs"] = microseconds(
+                        captured(lambda: edit.propose(some, classes)),  # noqa: B023
+                        repeats=10,
+                        inner=3,
+                    )
+                kernel, _ = next(iter(only_launcher(edit).compiled.values()))
+                row["registers"], row["spills"] = kernel.n_regs, kernel.n_spills
+                row["shared"] = kernel.metadata.shared
+            except Exception as error:
+                row["error"] = str(error)[:200]
+            rows.append(row)
+            fused.SHAPES.clear()
+    return rows
+
+
+def only_launcher(edit: LRQP) -> Launcher:
+    geometry = edit.geometry(edit.probe.weight.device)
+    (found,) = fused._LAUNCHERS[geometry.squared].values()
+    return found
+
+
+def launching(arguments: Namespace) -> list[Row]:
+    """What a launch costs the host: prepared, by Triton, as an operator; and its surroundings."""
+    if arguments.device != "cuda":
+        return []
+    edit = edit_of(2, WIDTH, "cuda")
+    x, target, *_ = (part.cuda() for part in problem(2, 1, WIDTH))
+    x = x.float()
+    out, geometry = torch.empty_like(x), edit.geometry(x.device)
+    live = edit.probe.weight, edit.probe.bias
+    launch = fused.launcher(geometry, "mirror", False, live)
+
+    def direct() -> None:
+        launch(x, out, target, count=1, floors=edit.log_odds, copy=True)
+
+    direct()
+    compiled, constants = next(iter(launch.compiled.values()))
+    options = {"num_warps": 1, "num_stages": 1}
+    held: list[Any] = []
+    with (
+        mock.patch.object(
+            launch, "_first", lambda tensors, numbers, *_: held.append((tensors, numbers))
+        ),
+        mock.patch.object(launch, "compiled", {}),
+    ):
+        direct()
+    tensors, numbers = held[0]
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def bare() -> None:
+        compiled.run(
+            1, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *tensors, *numbers, *constants,
+        )  # fmt: skip
+
+    @torch.library.custom_op("lrqp_bench::direct", mutates_args=("out",))
+    def custom(x: Tensor, out: Tensor) -> None:
+        direct()
+
+    scratch = torch.empty(8, device="cuda")
+    return [
+        {"what": name, "host µs": hosted(run)}
+        for name, run in {
+            "the compiled kernel itself": bare,
+            "prepared launcher, with certificate": direct,
+            "Triton's own launch": lambda: launch.kernel[(1,)](
+                *tensors, *numbers, *constants, **options
+            ),
+            "as a custom operator": lambda: custom(x, out),
+            "propose": lambda: edit.propose(x, target),
+            "an operation of torch": lambda: scratch.add_(1),
+            "an empty tensor": lambda: torch.empty_like(x),
+        }.items()
+    ]
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def gpt2(device: str, layers: int = 12, width: int = WIDTH) -> GPT2LMHeadModel:
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64 or 1)
+    with torch.device(device):
+        return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+def llama(device: str) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def in_turns(
+    alternatives: dict[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, float]:
+    """Median milliseconds of each, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(rounds + 3):
+        for name, run in alternatives.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if number >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+@contextmanager
+def vector_hook(model: Any, layer: int, width: int, positions: Tensor) -> Iterator[None]:
+    """A plain hook that adds a vector at one token of each example."""
+    parameter = next(model.parameters())
+    vector = torch.randn(width, device=parameter.device, dtype=parameter.dtype)
+    rows, columns = (
+        torch.arange(len(positions)).to(parameter.device),
+        positions.to(parameter.device),
+    )
+
+    def add(module: Any, given: Any, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        changed = stream.clone()
+        changed[rows, columns] += vector
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = blocks_of(model)[layer].register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def model_passes(arguments: Namespace) -> list[Row]:
+    gpu = arguments.device == "cuda"
+    rows = passes_of(
+        "GPT-2 small" if gpu else "GPT-2 tiny",
+        gpt2(arguments.device) if gpu else gpt2("cpu", 2, 64),
+        (16, 64) if gpu else (2, 8),
+        arguments,
+        40 if gpu else 3,
+    )
+    if gpu:
+        rows += passes_of("Llama-8B's shape, bf16", llama("cuda"), (16, 64), arguments, 12)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def passes_of(
+    name: str, model: Any, shape: tuple[int, int], arguments: Namespace, rounds: int
+) -> list[Row]:
+    """A pass with one edit after the middle block and at mid, against the bare pass."""
+    device = arguments.device
+    width, layer = model.config.hidden_size, model.config.num_hidden_layers // 2
+    batch, length = shape
+    ids = torch.randint(1000, (batch, length), device=device)
+    positions = torch.full((batch,), length // 2)
+    bare: Callable[[], Any] = torch.no_grad()(lambda: model(ids, use_cache=False))
+    rows: list[Row] = []
+    for n_classes in (2, 10):
+        edit = edit_of(n_classes, width, device)
+        where = {"positions": positions, "target": torch.zeros(batch, dtype=torch.long).to(device)}
+        alternatives: dict[str, Callable[[], Any]] = {"bare": bare}
+
+        def with_hook() -> None:
+            with vector_hook(model, layer, width, positions):
+                bare()
+
+        def opened(site: str, n: int) -> Callable[[], None]:
+            def run() -> None:
+                with edit.at(model, site, **where):  # noqa: B023
+                    for _ in range(n):
+                        bare()
+
+            return run
+
+        alternatives["vector"] = with_hook
+        alternatives["context and pass, post"] = opened(f"L{layer}.post", 1)
+        alternatives["context and pass, mid"] = opened(f"L{layer}.mid", 1)
+        times = in_turns(alternatives, rounds, device)
+        inside = {}
+        for site in ("post", "mid"):
+            with edit.at(model, f"L{layer}.{site}", **where):
+                inside[site] = in_turns({"a": bare}, rounds, device)["a"]
+        after = in_turns({"bare": bare}, rounds, device)["bare"]
+        base = (times["bare"] + after) / 2
+        rows.append(
+            {
+                "model": name,
+                "K": n_classes,
+                "bare ms": times["bare"],
+                "bare again ms": after,
+                "vector added µs": 1e3 * (times["vector"] - times["bare"]),
+                "open context post added µs": 1e3 * (inside["post"] - base),
+                "open context mid added µs": 1e3 * (inside["mid"] - base),
+                "context and pass post added µs": 1e3
+                * (times["context and pass, post"] - times["bare"]),
+                "context and pass mid added µs": 1e3
+                * (times["context and pass, mid"] - times["bare"]),
+            }
+        )
+    return rows
+
+
+def generating(arguments: Namespace) -> list[Row]:
+    """What an edit of every generated token adds to a token, 8 requests."""
+    gpu = arguments.device == "cuda"
+    model = gpt2(arguments.device) if gpu else gpt2("cpu", 2, 64)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(1000, (8, 16), device=arguments.device)
+    new = 32 if gpu else 4
+    edit = edit_of(2, model.config.hidden_size, arguments.device)
+
+    def run() -> None:
+        model.generate(
+            ids, max_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
+
+    def edited() -> None:
+        with edit.at(model, f"L{model.config.n_layer // 2}.post", positions="generated", target=1):
+            run()
+
+    times = in_turns({"bare": run, "edited": edited}, 6 if gpu else 1, arguments.device)
+    return [
+        {
+            "bare ms a token": times["bare"] / new,
+            "added µs a token": 1e3 * (times["edited"] - times["bare"]) / new,
+        }
+    ]
+
+
+def probe_fits(arguments: Namespace) -> list[Row]:
+    """24 probes together and one by one."""
+    gpu = arguments.device == "cuda"
+    n, d = (1000, WIDTH) if gpu else (60, 8)
+    xs = torch.randn(24 if gpu else 3, n, d, device=arguments.device)
+    noise = torch.randn(xs.shape[:2], device=arguments.device)
+    problems = {i: (x, (x[:, 0] + noise[i] > 0).long()) for i, x in enumerate(xs)}
+    times = in_turns(
+        {
+            "together": lambda: LinearProbe.fit_many(problems, l2=1.0),
+            "one by one": lambda: [LinearProbe.fit(*one, l2=1.0) for one in problems.values()],
+        },
+        2,
+        arguments.device,
+    )
+    return [{**times, "ratio": times["one by one"] / times["together"]}]
+
+
+Section = Callable[[Namespace], list[Row]]
+SECTIONS: dict[str, Section] = {
+    "compiling": compiling,
+    "checks": checks,
+    "promises": promises,
+    "no waiting": no_waiting,
+    "launching": launching,
+    "proposing": proposing,
+    "layouts": layouts,
+    "models": model_passes,
+    "generating": generating,
+    "probe fits": probe_fits,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""The whole edit in one launch on a GPU: who may use it, and how :mod:`~.kernel` is called.
+
+The kernel reads an activation where it lies, solves for it, rounds as the stream rounds, reads
+back, raises floors that rounding missed, and writes activation and certificate, without a look at
+any value by the host. It serves probes of up to :data:`MOST_CLASSES` classes with pairwise odds.
+Elsewhere the same is done by the operations of :meth:`~.problem.MahalanobisQP.solve`.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lrqp_torch.errors import in_transforms
+from lrqp_torch.qp.implicit import active_multipliers, matvec
+from lrqp_torch.qp.reach import FINE, Realise
+from lrqp_torch.qp.solution import Solution
+
+if TYPE_CHECKING:
+    from lrqp_torch.qp.geometry import ProbeGeometry
+
+MOST_CLASSES = 64
+"""A tableau of so many classes fits the registers of a program."""
+
+
+class Placed(Protocol):
+    """How edited activations are put in place: block input + scale · what is written, or that.
+
+    See :class:`~lrqp_torch.stream.intervene.Placement`.
+    """
+
+    base: Tensor | None
+    scale: float
+    dtype: torch.dtype
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """What the stream holds, in float64, when float64 activations are put in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class OddsRule:
+    """Log α of each activation by an odds rule; a floor for :meth:`~.MahalanobisQP.solve`.
+
+    Attributes:
+        mirror: whether it is max(z_v − z_t, log_odds), v the source; else it is log_odds.
+        log_odds: the least log α, () float64.
+        target: t, (B,).
+        source: v, (B,), negative where it is the probe's own reading; None: everywhere.
+    """
+
+    mirror: bool
+    log_odds: Tensor
+    target: Tensor
+    source: Tensor | None = None
+
+    def __call__(self, margins: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Log α, (b,), from the margins z_t − z_ℓ of a slice of the batch, (b, K−1)."""
+        floor = self.log_odds.to(margins.device).expand(len(margins))
+        if not self.mirror:
+            return floor
+        belief = -margins.amin(-1).clamp_max(0.0)
+        if self.source is not None:
+            source, target = self.source[rows], self.target[rows]
+            rival = (source - (source > target).long()).clamp(0, margins.shape[-1] - 1)
+            given = -margins.gather(-1, rival.unsqueeze(-1)).squeeze(-1)
+            given = torch.where(source == target, 0.0, given)
+            belief = torch.where(source >= 0, given, belief)
+        return torch.maximum(belief, floor)
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The module with the kernels, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lrqp_torch.qp import kernel
+
+    return kernel
+
+
+def serves(x: Tensor, n_classes: int) -> bool:
+    """Whether the kernels take such activations: on a GPU or interpreted, K ≤ 64, as they are."""
+    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or n_classes > MOST_CLASSES:
+        return False
+    if torch.compiler.is_compiling() or in_transforms() or forward_ad._current_level >= 0:
+        return False
+    return x.is_floating_point() and x.stride(-1) == 1 and kernels() is not None
+
+
+def places(realise: Realise) -> TypeGuard[Placed]:
+    """Whether it says how it puts activations in place, as the kernels can."""
+    if not all(hasattr(realise, name) for name in ("base", "scale", "dtype")):
+        return False
+    base = realise.base  # type: ignore[attr-defined]
+    return base is None or base.stride(-1) == 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a program is laid out.
+
+    Attributes:
+        columns: of the activation, at a time; a power of 2.
+        warps: of a program.
+    """
+
+    columns: int
+    warps: int
+
+
+def shape_of(n_classes: int, width: int) -> Shape:
+    """The layout for K classes and width d."""
+    chosen = SHAPES.get(n_classes)
+    if chosen is not None:
+        return chosen
+    if n_classes == 2:
+        return Shape(min(256, power_of_2(width)), 1)
+    if n_classes <= 16:
+        return Shape(32, 1)
+    return Shape(64, 4 if n_classes <= 32 else 8)
+
+
+SHAPES: dict[int, Shape] = {}
+"""Layouts that are tried instead, by K."""
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 that is no less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+class Launcher:
+    """The kernel for one geometry: what does not change from call to call is prepared once.
+
+    Args:
+        geometry: of the probe.
+        rule: where floors come from: "mirror" or "fixed", of ``log_odds``; "given", one an example,
+            or "each", one a constraint.
+        log_odds: the least log α, () float64.
+        skip: whether what fails is left as it was.
+        live: weight and bias of the probe as they are now, which are held against the geometry's.
+    """
+
+    def __init__(
+        self,
+        geometry: "ProbeGeometry",
+        rule: str,
+        *,
+        log_odds: Tensor | None = None,
+        skip: bool = False,
+        live: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        module = kernels()
+        assert module is not None
+        self.kernel, self.language = module.edit_kernel, module.tl
+        self.geometry, self.rule, self.skip = geometry, rule, skip
+        self.log_odds, self.live = log_odds, live is not None
+        self.n_classes, self.width = geometry.n_classes, geometry.width
+        tables = geometry.squared, geometry.noise, geometry.length, *geometry.stretch
+        parts = *geometry.rows[:2], *(live or geometry.rows[:2]), geometry.rows[2], *tables
+        self.constants = tuple(part.detach().contiguous() for part in parts)
+        self.compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        stream: Tensor,
+        out: Tensor,
+        target: Tensor,
+        *,
+        count: int,
+        source: Tensor | None = None,
+        floors: Tensor | None = None,
+        base: Tensor | None = None,
+        scale: float = 1.0,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        which: Tensor | None = None,
+        shown: Tensor | None = None,
+        copy: bool = False,
+        solution: tuple[Tensor, ...] | None = None,
+        inverts: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Edit ``count`` rows of ``stream`` into ``out``.
+
+        Args:
+            stream: activations, (B, d); or, with ``rows`` and ``columns``, what is written of a
+                stream (B, T, d), which is base + scale · that.
+            out: where edited ones, or what is written of them, are put; in the stream's dtype.
+            target: classes, int64: one for all, (1,), or one of each number that ``which`` has.
+            count: N.
+            source: likewise, or None.
+            floors: log α, (N,) or (N, m), where the rule is "given" or "each".
+            base: block input at ``mid``, as ``stream``.
+            scale: see ``stream``.
+            rows, columns: where in a (B, T, d) stream, (N,).
+            which: which of the classes is each one's, (N,); default its own number.
+            shown: which are to be edited, (N,) bool; default all.
+            copy: whether rows that stay as they are have to be put into ``out``.
+            solution: to be filled: λ (N, m), active (N, m) int8, floors that were aimed at (N, m),
+                inverse of the active block (N, m, m).
+            inverts: whether the inverse is wanted.
+
+        Returns:
+            The certificate: log odds before and after, floor, squared distance, squared Euclidean
+            length and KKT residual, (6, N); and the status, (N,) int64.
+        """
+        certificate = self.geometry.squared.new_empty(6, count)
+        statuses = target.new_empty(count)
+        if not count:
+            return certificate, statuses
+        mine = stream if base is None else base
+        floors = self.log_odds if floors is None else floors
+        assert floors is not None
+        at = rows is not None
+        tensors = (
+            stream,
+            mine,
+            out,
+            target if rows is None else rows,
+            target if columns is None else columns,
+            target if which is None else which,
+            target if shown is None else shown.view(torch.int8),
+            target,
+            target if source is None else source,
+            floors,
+            *self.constants,
+            *((certificate,) * 4 if solution is None else solution),
+            certificate,
+            statuses,
+        )
+        numbers = (
+            stream.stride(0),
+            stream.stride(1) if at else 0,
+            mine.stride(0),
+            mine.stride(1) if at else 0,
+            out.stride(0),
+            out.stride(1) if at else 0,
+            1 if target.shape[0] > 1 else 0,
+            1 if source is not None and source.shape[0] > 1 else 0,
+            count,
+        )
+        flags = (
+            stream.dtype, mine.dtype, out.dtype, base is not None, scale, at, which is not None,
+            source is not None, copy, shown is not None, solution is not None, inverts,
+        )  # fmt: skip
+        wide = not (stream.data_ptr() | mine.data_ptr() | out.data_ptr()) % 16
+        wide = wide and not any(number % 16 for number in numbers[:6])
+        # What was compiled relies on such addresses and strides, and runs on the current device.
+        index = stream.get_device()
+        held = self.compiled.get(flags) if wide else None
+        if held is None or torch._C._cuda_getDevice() != index:
+            self._first(tensors, numbers, flags, wide, count)
+        else:
+            compiled, constants = held
+            compiled.run(
+                count, 1, 1, torch._C._cuda_getCurrentRawStream(index),
+                compiled.function, compiled.packed_metadata, None, None, None,
+                *tensors, *numbers, *constants,
+            )  # fmt: skip
+        return certificate, statuses
+
+    def _first(
+        self, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], flags: Any, wide: bool, n: int
+    ) -> None:
+        """Compile for such arguments, and launch."""
+        out, base, scale, at, which, source, copy, shown, solution, inverts = flags[2:]
+        n_classes, width = self.n_classes, self.width
+        precision, shape = torch.finfo(out).eps, shape_of(self.n_classes, self.width)
+        constants = {
+            "K": n_classes,
+            "KP": 1 if n_classes == 2 else power_of_2(n_classes),
+            "D": width,
+            "BD": shape.columns,
+            "DTYPE": getattr(self.language, str(out).removeprefix("torch.")),
+            "EPS": precision,
+            "NUDGE": precision / math.sqrt(width),
+            "FINE": precision < FINE,
+            "BASE": base,
+            "SCALE": float(scale),
+            "NARROW_SCALE": float(torch.tensor(scale, dtype=torch.float32)),
+            "AT": at,
+            "WHICH": which,
+            "RULE": self.rule,
+            "SOURCE": source,
+            "LIVE": self.live,
+            "SKIP": self.skip,
+            "COPY": copy,
+            "SHOWN": shown,
+            "SOLUTION": solution,
+            "INVERSE": inverts and n_classes > 2,
+        }
+        options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
+        if out == torch.float64 and scale != 1:
+            # What the model rounds twice must not be fused into one operation.
+            options["enable_fp_fusion"] = False
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            compiled = self.kernel[(n,)](*tensors, *numbers, *constants.values(), **options)
+        if compiled is not None and wide:
+            self.compiled[flags] = compiled, tuple(constants.values())
+
+
+_LAUNCHERS = WeakIdKeyDictionary()
+
+
+def launcher(
+    geometry: "ProbeGeometry", rule: str, skip: bool, live: tuple[Tensor, Tensor] | None
+) -> Launcher:
+    """That of a geometry, as long as the geometry lives."""
+    kept = _LAUNCHERS.setdefault(geometry.squared, {})
+    places = None if live is None else tuple((part.data_ptr(), part.dtype) for part in live)
+    key = rule, skip, places
+    if key not in kept:
+        kept[key] = Launcher(geometry, rule, skip=skip, live=live)
+    found: Launcher = kept[key]
+    return found
+
+
+def solve(
+    x: Tensor,
+    target: Tensor,
+    floors: OddsRule | Tensor,
+    geometry: "ProbeGeometry",
+    realise: Realise | None = None,
+    *,
+    skip: bool = False,
+    live: tuple[Tensor, Tensor] | None = None,
+) -> Solution:
+    """What :meth:`~.MahalanobisQP.solve` returns, in one launch.
+
+    Where gradients are asked for, a few operations repeat the last solve from the active set and
+    the floors that the kernel ended with, so that they are as exact as there, to every order.
+
+    Args:
+        x: activations, (B, d).
+        target: classes, (B,) int64; one out of range makes its example INVALID.
+        floors: log α by a rule, (B,) or (B, m).
+        geometry: of the probe.
+        realise: how edited activations are put in place; see :func:`places`.
+        skip: whether what fails is left as it was.
+        live: weight and bias of the probe as they are now; where they are not the geometry's, all
+            is INVALID.
+    """
+    batch, m = len(x), geometry.n_constraints
+    asked: Tensor | None = None
+    if isinstance(floors, OddsRule):
+        rule, given, source = "mirror" if floors.mirror else "fixed", floors.log_odds, floors.source
+    else:
+        rule, given, source = "each" if floors.ndim == 2 else "given", floors.contiguous(), None
+        asked = floors
+    wide = geometry.squared
+    multipliers, aims = wide.new_empty(2, batch, m)
+    active = torch.empty(batch, m, dtype=torch.int8, device=x.device)
+    differentiable = torch.is_grad_enabled() and any(
+        part.requires_grad for part in (x, geometry.weight, geometry.bias, wide, given)
+    )
+    inverse = wide.new_empty(batch, m, m) if differentiable and m > 1 else aims
+    x_new = torch.empty_like(x)
+    base, scale = None, 1.0
+    if realise is not None and places(realise):
+        base, scale = realise.base, realise.scale
+    with torch.no_grad():
+        certificate, status = launcher(geometry, rule, skip, live)(
+            x.detach(),
+            x_new,
+            target,
+            count=batch,
+            source=source,
+            floors=given.detach(),
+            base=None if base is None else base.detach(),
+            scale=scale,
+            copy=True,
+            solution=(multipliers, active, aims, inverse),
+            inverts=inverse is not aims,
+        )
+    before, after, floor, distance, moved, residual = certificate.unbind()
+    solution = Solution(
+        x_new=x_new,
+        multipliers=multipliers,
+        active=active.view(torch.bool),
+        squared_distance=distance,
+        squared_euclidean=moved,
+        floor=floor if asked is None or asked.ndim == 1 else asked,
+        log_odds_before=before,
+        log_odds_after=after,
+        kkt_residual=residual,
+        status=status,
+    )
+    if not differentiable:
+        return solution
+    return _repeated(solution, x, target, floors, geometry, aims, inverse)
+
+
+def _repeated(
+    solution: Solution,
+    x: Tensor,
+    target: Tensor,
+    floors: OddsRule | Tensor,
+    geometry: "ProbeGeometry",
+    aims: Tensor,
+    inverse: Tensor,
+) -> Solution:
+    """The same numbers with gradients, from the active sets and floors of the last solves."""
+    target = target.clamp(0, geometry.n_classes - 1)
+    if target.shape[0] != len(x):
+        target = target.expand(len(x))
+    active = solution.active
+    edit = active.any(-1)
+    margins = geometry.margins(x, target)
+    if isinstance(floors, OddsRule):
+        floors = replace(floors, target=target)(margins)
+    bound = floors if floors.ndim == 2 else floors.unsqueeze(-1)
+    # How much rounding had the floors raised is no function of anything.
+    gap = bound + (aims - bound.detach()) - margins
+    gap = torch.where(edit.unsqueeze(-1), gap, -1.0)
+    gram = geometry.constraints(target).gram
+    if gram.shape[-1] == 1:
+        found = torch.where(active, gap / torch.where(active, gram.squeeze(-1), 1.0), 0.0)
+    else:
+        found = active_multipliers(gram, gap, inverse, active).clamp_min(0.0)
+    squared = (found * matvec(gram, found)).sum(-1)
+    edited = geometry.displace(x, target, found).to(x.dtype)
+    return replace(
+        solution,
+        x_new=_valued(torch.where(edit.unsqueeze(-1), edited, x), solution.x_new),
+        multipliers=_valued(found, solution.multipliers),
+        squared_distance=_valued(squared, solution.squared_distance),
+        floor=_valued(floors, solution.floor),
+        log_odds_before=_valued(margins.amin(-1), solution.log_odds_before),
+    )
+
+
+class _Valued(torch.autograd.Function):
+    """Numbers that are known, with the derivatives of what computes them."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: Tensor, known: Tensor) -> Tensor:
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _valued(computed: Tensor, known: Tensor) -> Tensor:
+    result: Tensor = _Valued.apply(computed, known)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,687 @@
+"""The whole edit as one program an example, in Triton: read, solve, round, read back, write.
+
+Imported by :mod:`~.fused` alone, and only where Triton is. Nothing here looks at a value on the
+host, so that an edit can be captured in a CUDA graph.
+
+The dual is solved by the steps of :mod:`~.pivots` on a dense tableau T in registers, which holds
+−M_AA⁻¹ in the active block A, M_NA M_AA⁻¹ beside it and the Schur complement elsewhere,
+M_NN − M_NA M_AA⁻¹ M_AN: the column of an entering constraint holds the rates at which active
+multipliers fall, its curvature, and those at which slacks rise. A constraint that joins or leaves
+is a principal pivot. Classes other than the target are the constraints, numbered as classes;
+problems are in units, as there.
+"""
+
+import triton
+import triton.language as tl
+
+from lrqp_torch.qp import pivots, reach
+from lrqp_torch.qp.solution import Status
+from lrqp_torch.qp.solvers import ActiveSet
+
+DEPENDENT = tl.constexpr(pivots.DEPENDENT)
+SUSPECT = tl.constexpr(pivots.SUSPECT)
+SATISFIED = tl.constexpr(pivots.SATISFIED)
+NO_DIRECTION = tl.constexpr(pivots.NO_DIRECTION)
+PROVEN = tl.constexpr(pivots.PROVEN / pivots.SATISFIED)
+EPSILON = tl.constexpr(pivots.EPSILON)
+NOISE = tl.constexpr(pivots.NOISE)
+MAX_ROUNDS = tl.constexpr(reach.MAX_ROUNDS)
+TOLERANCE = tl.constexpr(ActiveSet.tolerance)
+SOLVED = tl.constexpr(int(Status.SOLVED))
+SATISFIED_STATUS = tl.constexpr(int(Status.SATISFIED))
+INFEASIBLE = tl.constexpr(int(Status.INFEASIBLE))
+INACCURATE = tl.constexpr(int(Status.INACCURATE))
+INVALID = tl.constexpr(int(Status.INVALID))
+TINY = tl.constexpr(2.2250738585072014e-308)
+INFINITY = tl.constexpr(float("inf"))
+# How often what was solved is held against M itself, and gone on with.
+POLISHES = tl.constexpr(3)
+
+
+@triton.jit
+def wide(values):
+    """Numbers of any dtype in float64; bfloat16 by way of float32, which is exact."""
+    if values.dtype != tl.float64:
+        values = values.to(tl.float32).to(tl.float64)
+    return values
+
+
+@triton.jit
+def narrowed(values, dtype: tl.constexpr):
+    """Float64 numbers in a dtype, rounded as torch rounds them: to half precision by float32."""
+    if dtype != tl.float64:
+        values = values.to(tl.float32)
+    if dtype == tl.bfloat16:
+        # To the nearest, ties to even, which Triton's interpreter would not do by itself.
+        bits = values.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        values = tl.where(values == values, near.to(tl.float32, bitcast=True), values)
+    return values.to(dtype)
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """What a dtype holds of float64 numbers, in float64."""
+    return wide(narrowed(values, dtype))
+
+
+@triton.jit
+def scaled(values, scale: tl.constexpr, narrow_scale: tl.constexpr, dtype: tl.constexpr):
+    """Numbers of a dtype times a scale, rounded to it; products are exact in float64 before."""
+    if scale != 1:
+        if dtype != tl.float64:
+            scale = narrow_scale
+        values = rounded(values * scale, dtype)
+    return values
+
+
+@triton.jit
+def unit_gram(matrix, target, scale, N: tl.constexpr, NP: tl.constexpr, CLASSES: tl.constexpr):
+    """M of constraints of unit length, (NP, NP); from distances of classes or M itself, (N, N)."""
+    k = tl.arange(0, NP)
+    inside = k < N
+    both = inside[:, None] & inside[None, :]
+    gram = tl.load(matrix + k[:, None] * N + k[None, :], mask=both, other=0.0)
+    if CLASSES:
+        own = tl.load(matrix + target * N + k, mask=inside, other=0.0)
+        gram = (own[:, None] + own[None, :] - gram) * 0.5
+    gram = gram * (scale[:, None] * scale[None, :])
+    one = tl.where(scale > 0.0, 1.0, 0.0).to(tl.float64)
+    return tl.where(k[:, None] == k[None, :], one[:, None], gram)
+
+
+@triton.jit
+def times(matrix, vector):
+    """The product of a matrix (NP, NP) with a vector."""
+    return tl.sum(matrix * vector[None, :], 1)
+
+
+@triton.jit
+def pivoted(
+    tableau,
+    values,
+    active,
+    gap,
+    scale,
+    error,
+    matrix,
+    target,
+    fresh,
+    steps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MAX_STEPS: tl.constexpr,
+):
+    """The steps of :mod:`~.pivots` until nothing is violated.
+
+    Args:
+        tableau: T, (NP, NP), symmetric.
+        values: multipliers of the active constraints, slacks of the others, (NP,).
+        active: 1 or 0.
+        gap: in units, −∞ for a constraint that holds whatever is done.
+        scale: 1/√M_ii or 0.
+        error: scale times the rounding error of M_ii.
+        matrix: pointer to M or distances.
+        target: its row in the distances.
+        fresh: 1 to begin at λ = 0 whatever the other arguments are.
+        steps: taken so far.
+
+    Returns:
+        tableau, values, active, gap, steps; whether there is a solution, 0 or 1.
+    """
+    k = tl.arange(0, NP)
+    feasible = tl.full([], 1, tl.int32)
+    running = tl.full([], 1, tl.int32)
+    blocked = tl.full([], 0, tl.int32)
+    entering = tl.full([], 0, tl.int32)
+    share = tl.full([], 0.0, tl.float64)
+    while running == 1:
+        if fresh == 1:
+            tableau = unit_gram(matrix, target, scale, N, NP, CLASSES)
+            values = -gap
+            active = tl.zeros([NP], dtype=tl.int32)
+            blocked = blocked * 0
+            share = share * 0.0
+        fresh = fresh * 0
+        tolerance = SATISFIED * (1.0 + tl.abs(gap))
+        over = tl.where(active == 1, INFINITY, values + tolerance)
+        worst = tl.min(over, 0)
+        entering = tl.where(blocked == 1, entering, tl.argmin(over, 0))
+        steps += 1
+        if ((blocked == 0) & (worst >= 0.0)) | (steps > MAX_STEPS):
+            running = running * 0
+        else:
+            here = k == entering
+            column = tl.sum(tl.where(here[None, :], tableau, 0.0), 1)
+            curvature = tl.sum(tl.where(here, column, 0.0), 0)
+            if curvature < SUSPECT:
+                # Rates without the tableau's rounding, and ‖a_q − Σ r_i a_i‖² from M itself, which
+                # is exact to the second order in what is still wrong with them.
+                gram = unit_gram(matrix, target, scale, N, NP, CLASSES)
+                ray = tl.where(here, 1.0, tl.where(active == 1, -column, 0.0))
+                wrong = tl.where(active == 1, times(gram, ray), 0.0)
+                ray = tl.where(active == 1, ray + times(tableau, wrong), ray)
+                along = times(gram, ray)
+                exact = tl.sum(ray * along, 0)
+                size = tl.abs(ray)
+                total = tl.sum(size, 0)
+                rounding = EPSILON * total * total
+                rounding += NOISE * tl.sum(size * scale, 0) * tl.sum(size * error, 0)
+                curvature = tl.where(exact > rounding, exact, 0.0)
+                column = tl.where(here, curvature, tl.where(active == 1, -ray, along))
+            rates = tl.where(active == 1, column, 0.0)
+            behind = tl.sum(tl.where(here, values, 0.0), 0)
+            solvable = curvature > DEPENDENT
+            t_full = tl.where(solvable, -behind / tl.where(solvable, curvature, 1.0), INFINITY)
+            least = NO_DIRECTION * (1.0 + tl.max(tl.abs(rates), 0))
+            blocking = rates > least
+            ends = tl.where(blocking, values / tl.where(blocking, rates, 1.0), INFINITY)
+            t_block = tl.min(ends, 0)
+            step = tl.maximum(tl.minimum(t_full, t_block), 0.0)
+            if step == INFINITY:
+                # No end to the step: a ray of the dual, unless what it gains is rounding. Then the
+                # constraint is left to whoever reads back, and the problem begins anew.
+                sizes = tl.sum(tl.where(active == 1, tl.abs(rates) * tolerance, 0.0), 0)
+                sizes += tl.sum(tl.where(here, tolerance, 0.0), 0)
+                proven = -behind > PROVEN * sizes
+                feasible = tl.where(proven, 0, feasible)
+                running = tl.where(proven, 0, running)
+                gap = tl.where(here, -INFINITY, gap)
+                fresh = fresh + 1
+            else:
+                values = tl.where(
+                    active == 1, tl.maximum(values - step * column, 0.0), values + step * column
+                )
+                share += step
+                joins = t_full <= t_block
+                gone = tl.where(joins, entering, tl.argmin(ends, 0))
+                pivot = k == gone
+                sign = tl.where(joins, 1.0, -1.0).to(tl.float64)
+                if t_full > t_block:
+                    column = tl.sum(tl.where(pivot[None, :], tableau, 0.0), 1)
+                inverse = 1.0 / tl.sum(tl.where(pivot, column, 0.0), 0)
+                beside = column * (inverse * sign)
+                tableau = tableau - (column[:, None] * column[None, :]) * inverse
+                tableau = tl.where(pivot[None, :], beside[:, None], tableau)
+                tableau = tl.where(pivot[:, None], beside[None, :], tableau)
+                tableau = tl.where(pivot[:, None] & pivot[None, :], -inverse, tableau)
+                active = tl.where(pivot, 1 - active, active)
+                values = tl.where(pivot, tl.where(joins, share, 0.0), values)
+                blocked = tl.where(joins, 0, 1)
+                share = tl.where(joins, 0.0, share)
+    # Triton 3.6 cannot compile a loop of which a result is not used: so all are, also where it is
+    # known what they say.
+    sound = (running == 0) & (blocked == 0) & (share == 0.0) & (entering >= 0) & (fresh >= 0)
+    steps = tl.where(sound | (feasible == 0), steps, MAX_STEPS + 1)
+    return tableau, values, active, gap, steps, feasible
+
+
+@triton.jit
+def solved(
+    tableau,
+    active,
+    gap,
+    scale,
+    error,
+    matrix,
+    target,
+    fresh,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MAX_STEPS: tl.constexpr,
+):
+    """λ of one problem, from the active set that the tableau stands at unless that is in vain.
+
+    Returns:
+        tableau, active; λ and Mλ in units; whether there is a solution, and whether it was found.
+    """
+    steps = tl.full([], 0, tl.int32)
+    again = tl.full([], 0, tl.int32)
+    more = tl.full([], 1, tl.int32)
+    feasible = tl.full([], 1, tl.int32)
+    found = tl.zeros([NP], dtype=tl.float64)
+    grown = tl.zeros([NP], dtype=tl.float64)
+    aim = gap
+    right = tl.where(active == 1, gap, 0.0)
+    towards = times(tableau, right)
+    values = tl.where(active == 1, -towards, towards - gap)
+    fresh = tl.where(tl.min(tl.where(active == 1, values, 0.0), 0) < 0.0, 1, fresh)
+    while more == 1:
+        tableau, values, active, aim, steps, feasible = pivoted(
+            tableau, values, active, aim, scale, error, matrix, target, fresh, steps,
+            N, NP, CLASSES, MAX_STEPS,
+        )  # fmt: skip
+        fresh = fresh * 0
+        # One step of refinement by M itself, against which slacks are held once more.
+        gram = unit_gram(matrix, target, scale, N, NP, CLASSES)
+        found = tl.where(active == 1, values, 0.0)
+        wrong = tl.where(active == 1, aim - times(gram, found), 0.0)
+        found = tl.where(active == 1, tl.maximum(found - times(tableau, wrong), 0.0), 0.0)
+        grown = times(gram, found)
+        values = tl.where(active == 1, found, grown - aim)
+        tolerance = SATISFIED * (1.0 + tl.abs(aim))
+        worst = tl.min(tl.where(active == 1, INFINITY, values + tolerance), 0)
+        again += 1
+        more = tl.where((worst < 0.0) & (again < POLISHES) & (feasible == 1), 1, 0)
+    sound = (more <= 0) & (again > 0) & (fresh == 0) & (tl.min(aim, 0) <= tl.max(aim, 0))
+    sound = sound & (tl.min(values, 0) <= tl.max(values, 0))
+    converged = tl.where(sound & (steps <= MAX_STEPS), 1, 0)
+    return tableau, active, found, grown, feasible, converged
+
+
+@triton.jit
+def dual_kernel(
+    matrix,
+    target,
+    scale,
+    error,
+    gap,
+    held,
+    inverse,
+    verdict,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MAX_STEPS: tl.constexpr,
+):
+    """Active sets of problems in units; see :func:`~.fused.active_sets`."""
+    i = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, NP)
+    inside = k < N
+    at = i * N + k
+    scales = tl.load(scale + at, mask=inside, other=0.0)
+    errors = tl.load(error + at, mask=inside, other=0.0)
+    gaps = tl.load(gap + at, mask=inside, other=float("-inf"))
+    own = tl.load(target + i) if CLASSES else tl.full([], 0, tl.int64)
+    mine = matrix if CLASSES else matrix + i * (N * N)
+    tableau = tl.zeros([NP, NP], dtype=tl.float64)
+    active = tl.zeros([NP], dtype=tl.int32)
+    fresh = tl.full([], 1, tl.int32)
+    tableau, active, _, _, feasible, converged = solved(
+        tableau, active, gaps, scales, errors, mine, own, fresh, N, NP, CLASSES, MAX_STEPS
+    )
+    active = tl.where(feasible == 1, active, 0)
+    tl.store(held + at, (active == 1).to(tl.int8), mask=inside)
+    both = (active == 1)[:, None] & (active == 1)[None, :]
+    block = tl.where(both, -tableau, 0.0)
+    places = i * (N * N) + k[:, None] * N + k[None, :]
+    tl.store(inverse + places, block, mask=inside[:, None] & inside[None, :])
+    tl.store(verdict + 2 * i, feasible.to(tl.int8))
+    tl.store(verdict + 2 * i + 1, converged.to(tl.int8))
+
+
+@triton.jit(
+    do_not_specialize=["class_step", "source_step", "certificate_step"],
+    do_not_specialize_on_alignment=[
+        "certificate",
+        "rows",
+        "columns",
+        "which",
+        "shown",
+        "target",
+        "source",
+        "floors",
+        "statuses",
+        "multipliers",
+        "active_out",
+        "aims",
+        "inverse_out",
+    ],
+)
+def edit_kernel(
+    stream,
+    base,
+    out,
+    rows,
+    columns,
+    which,
+    shown,
+    target,
+    source,
+    floors,
+    weight,
+    bias,
+    live,
+    live_bias,
+    steering,
+    distances,
+    noise,
+    length,
+    stretch,
+    spread,
+    multipliers,
+    active_out,
+    aims,
+    inverse_out,
+    certificate,
+    statuses,
+    stream_row,
+    stream_column,
+    base_row,
+    base_column,
+    out_row,
+    out_column,
+    class_step,
+    source_step,
+    certificate_step,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EPS: tl.constexpr,
+    NUDGE: tl.constexpr,
+    FINE: tl.constexpr,
+    BASE: tl.constexpr,
+    SCALE: tl.constexpr,
+    NARROW_SCALE: tl.constexpr,
+    AT: tl.constexpr,
+    WHICH: tl.constexpr,
+    RULE: tl.constexpr,
+    SOURCE: tl.constexpr,
+    LIVE: tl.constexpr,
+    SKIP: tl.constexpr,
+    COPY: tl.constexpr,
+    SHOWN: tl.constexpr,
+    SOLUTION: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """One example of the fused edit; see :func:`~.fused.edit` for what the arguments are.
+
+    K = 2 has one row to read by and one to move along, w_0 − w_1, and a dual in closed form.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    own, mine, put = stream + i * stream_row, base, out + i * out_row
+    if BASE:
+        mine = base + i * base_row
+    if AT:
+        row, column = tl.load(rows + i), tl.load(columns + i)
+        own = stream + row * stream_row + column * stream_column
+        put = out + row * out_row + column * out_column
+        if BASE:
+            mine = base + row * base_row + column * base_column
+    chosen = i
+    if WHICH:
+        chosen = tl.load(which + i)
+    t = tl.load(target + chosen * class_step)
+    invalid = (t < 0) | (t >= K)
+    t = tl.minimum(tl.maximum(t, 0), K - 1)
+    v = t
+    if SOURCE:
+        v = tl.load(source + chosen * source_step)
+        invalid = invalid | (v < 0) | (v >= K)
+        v = tl.minimum(tl.maximum(v, 0), K - 1)
+
+    R: tl.constexpr = 1 if K == 2 else K
+    k = tl.arange(0, KP)
+    inside = k < R
+    d = tl.arange(0, BD)
+    # 1. Read the activation.
+    read = tl.zeros([KP, BD], dtype=tl.float64)
+    square = tl.zeros([BD], dtype=tl.float64)
+    other = tl.zeros([BD], dtype=tl.float64)
+    for start in range(0, D, BD):
+        at = start + d
+        here = at < D
+        x = wide(tl.load(own + at, mask=here, other=0.0))
+        if AT & BASE:
+            x = scaled(x, SCALE, NARROW_SCALE, stream.dtype.element_ty)
+            x = rounded(wide(tl.load(mine + at, mask=here, other=0.0)) + x, DTYPE)
+        both = inside[:, None] & here[None, :]
+        w = tl.load(weight + k[:, None] * D + at[None, :], mask=both, other=0.0)
+        if LIVE:
+            now = wide(tl.load(live + k[:, None] * D + at[None, :], mask=both, other=0.0))
+            if K == 2:
+                now -= wide(tl.load(live + D + at[None, :] + k[:, None], mask=both, other=0.0))
+            other += tl.sum(tl.where(now == w, 0.0, 1.0), 0)
+        read = tl.fma(w, tl.broadcast_to(x[None, :], (KP, BD)), read)
+        square = tl.fma(x, x, square)
+    offset = tl.load(bias + k, mask=inside, other=0.0)
+    z = tl.sum(read, 1) + offset
+    size = tl.sqrt(tl.sum(square, 0))
+    if LIVE:
+        now = wide(tl.load(live_bias + k, mask=inside, other=0.0))
+        if K == 2:
+            now -= wide(tl.load(live_bias + 1 + k, mask=inside, other=0.0))
+        stale = tl.sum(other, 0) + tl.sum(tl.where(now == offset, 0.0, 1.0), 0)
+        invalid = invalid | (stale > 0.0)
+
+    # 2. Margins and the floor by the odds rule.
+    if K == 2:
+        rival = inside
+        sign = tl.where(t == 0, 1.0, -1.0).to(tl.float64)
+        margin = z * sign
+        diagonal = tl.load(distances + 1 + k, mask=rival, other=0.0)
+        rounding = tl.load(noise + 1 + k, mask=rival, other=0.0)
+        reach_of = tl.load(length + 1 + k, mask=rival, other=0.0)
+        slot = k
+    else:
+        rival = inside & (k != t)
+        sign = tl.full([], 1.0, tl.float64)
+        margin = tl.where(rival, tl.sum(tl.where(k == t, z, 0.0), 0) - z, 0.0)
+        diagonal = tl.load(distances + t * K + k, mask=rival, other=0.0)
+        rounding = tl.load(noise + t * K + k, mask=rival, other=0.0)
+        reach_of = tl.load(length + t * K + k, mask=rival, other=0.0)
+        slot = k - (k > t).to(tl.int32)
+    before = tl.min(tl.where(rival, margin, INFINITY), 0)
+    bound = tl.zeros([KP], dtype=tl.float64)
+    if RULE == "each":
+        bound = tl.load(floors + i * (K - 1) + slot, mask=rival, other=0.0)
+    elif RULE == "given":
+        bound += tl.load(floors + i)
+    else:
+        floor = tl.load(floors)
+        if RULE == "mirror":
+            if SOURCE:
+                if K == 2:
+                    belief = tl.where(v == t, 0.0, -tl.sum(margin, 0))
+                else:
+                    belief = -tl.sum(tl.where(k == v, margin, 0.0), 0)
+            else:
+                belief = tl.maximum(-before, 0.0)
+            floor = tl.maximum(belief, floor)
+        bound += floor
+    missing = tl.where(rival, bound - margin, 0.0)
+    total = tl.sum(missing, 0)
+    finite = (total - total) == 0.0
+    total = tl.sum(margin, 0)
+    before = tl.where((total - total) == 0.0, before, total)
+    needed = finite & (tl.max(tl.where(rival, missing, -INFINITY), 0) > 0.0)
+    invalid = invalid | (finite == 0)
+    if SHOWN:
+        hidden = tl.load(shown + i) == 0
+        needed = needed & (hidden == 0)
+        invalid = invalid & (hidden == 0)
+
+    # 3. Solve, round, read back; raise floors that rounding missed; again.
+    room = reach_of * size
+    raised = tl.zeros([KP], dtype=tl.float64)
+    if FINE:
+        raised = 2.0 * EPS * (room + tl.maximum(missing, 0.0))
+    long = rival & (diagonal > rounding)
+    scale = tl.where(long, 1.0 / tl.sqrt(tl.maximum(diagonal, TINY)), 0.0)
+    error = scale * rounding
+    tableau = tl.zeros([KP, KP], dtype=tl.float64)
+    active = tl.zeros([KP], dtype=tl.int32)
+    lam = tl.zeros([KP], dtype=tl.float64)
+    after = before
+    feasible = tl.full([], 1, tl.int32)
+    residual = tl.full([], 0.0, tl.float64)
+    distance = tl.full([], 0.0, tl.float64)
+    reached = tl.full([], 0, tl.int32)
+    changed = tl.full([], 0, tl.int32)
+    written = tl.full([], 0, tl.int32)
+    number = tl.full([], 0, tl.int32)
+    go = tl.where(needed & (invalid == 0), 1, 0)
+    fresh = tl.full([], 1, tl.int32)
+    while go == 1:
+        gap = bound + raised - margin
+        if K == 2:
+            feasible = tl.where(tl.sum(tl.where(long, 1, 0), 0) > 0, 1, 0)
+            length_of = tl.where(long, diagonal, 1.0)
+            lam = tl.where(long, gap / length_of, 0.0)
+            active = tl.where(long, 1, 0)
+            grown = lam * diagonal
+            residual = tl.sum(tl.where(long, tl.abs(grown - gap) / gap, 0.0), 0)
+            distance = tl.sum(lam * grown, 0)
+            share = lam * sign
+        else:
+            impossible = tl.max(tl.where(rival & (scale == 0.0) & (gap > 0.0), 1, 0), 0)
+            unit = tl.where(long, gap * scale, -INFINITY)
+            largest = tl.max(unit, 0)
+            largest = tl.where(largest > 0.0, largest, 1.0)
+            unit = unit / largest
+            if impossible == 1:
+                unit = tl.where(k >= 0, -INFINITY, unit)
+                fresh = fresh * 0 + 1
+            tableau, active, found, grown, feasible, converged = solved(
+                tableau, active, unit, scale, error, distances, t, fresh,
+                K, KP, True, 20 * (K - 1) + 50,
+            )  # fmt: skip
+            feasible = tl.where(impossible == 1, 0, feasible)
+            found = tl.where(feasible == 1, found, 0.0)
+            grown = tl.where(feasible == 1, grown, 0.0)
+            # As kkt_residual, in units.
+            slack = tl.where(long, grown - gap * scale / largest, 0.0)
+            short = tl.where(long, -slack / (1.0 + tl.abs(gap * scale / largest)), 0.0)
+            longest = tl.abs(tl.sum(found * grown, 0))
+            unbalanced = tl.abs(tl.sum(found * slack, 0))
+            unbalanced = unbalanced / tl.where(longest > 0.0, longest, 1.0)
+            residual = tl.maximum(tl.maximum(tl.max(short, 0), unbalanced), 0.0)
+            sum_of = tl.sum(found, 0) + unbalanced
+            whole = ((sum_of - sum_of) == 0.0) & (converged == 1)
+            residual = tl.where(whole, residual, INFINITY)
+            distance = longest * largest * largest
+            lam = found * scale * largest
+            share = tl.where(k == t, tl.sum(lam, 0), -lam)
+        fresh = fresh * 0
+        go = go * 0
+        if feasible == 1:
+            reread = tl.zeros([KP, BD], dtype=tl.float64)
+            edited_square = tl.zeros([BD], dtype=tl.float64)
+            apart = tl.zeros([BD], dtype=tl.float64)
+            moved_by = tl.zeros([BD], dtype=tl.float64)
+            for start in range(0, D, BD):
+                at = start + d
+                here = at < D
+                x = wide(tl.load(own + at, mask=here, other=0.0))
+                if BASE:
+                    beside = wide(tl.load(mine + at, mask=here, other=0.0))
+                if AT & BASE:
+                    x = scaled(x, SCALE, NARROW_SCALE, stream.dtype.element_ty)
+                    x = rounded(beside + x, DTYPE)
+                both = inside[:, None] & here[None, :]
+                places = k[:, None] * D + at[None, :]
+                p = tl.load(steering + places, mask=both, other=0.0)
+                edited = x + tl.sum(p * share[:, None], 0)
+                kept = rounded(edited, DTYPE)
+                place = kept
+                if BASE:
+                    place = kept - beside
+                    if SCALE != 1:
+                        place = place / SCALE
+                    place = rounded(place, DTYPE)
+                held = place
+                if BASE:
+                    held = scaled(place, SCALE, NARROW_SCALE, DTYPE)
+                    held = rounded(beside + held, DTYPE)
+                if AT:
+                    tl.store(put + at, narrowed(place, DTYPE), mask=here)
+                else:
+                    tl.store(put + at, narrowed(kept, DTYPE), mask=here)
+                w = tl.load(weight + places, mask=both, other=0.0)
+                reread = tl.fma(w, tl.broadcast_to(held[None, :], (KP, BD)), reread)
+                edited_square = tl.fma(edited, edited, edited_square)
+                apart = tl.fma(held - edited, held - edited, apart)
+                moved_by += tl.where(here & (kept != x), 1.0, 0.0)
+            logits = tl.sum(reread, 1) + offset
+            if K == 2:
+                seen = logits * sign
+            else:
+                seen = tl.where(rival, tl.sum(tl.where(k == t, logits, 0.0), 0) - logits, 0.0)
+            after = tl.min(tl.where(rival, seen, INFINITY), 0)
+            sum_of = tl.sum(seen, 0)
+            whole = (sum_of - sum_of) == 0.0
+            after = tl.where(whole, after, sum_of)
+            behind = tl.max(tl.where(rival, bound - seen, -INFINITY), 0)
+            reached = tl.where(whole & (behind <= 0.0), 1, 0)
+            changed = tl.where(tl.sum(moved_by, 0) > 0.0, 1, 0)
+            written = written * 0 + 1
+            short = tl.where(rival & ((seen - seen) == 0.0), tl.maximum(bound - seen, 0.0), 0.0)
+            worst = tl.max(short, 0)
+            number += 1
+            if (reached == 0) & (worst > 0.0) & (number < MAX_ROUNDS):
+                # As Headroom: what is missing twice over, at last a bound that cannot be missed.
+                if number + 1 < MAX_ROUNDS:
+                    more = 2.0 * short + number.to(tl.float64) * NUDGE * room
+                    raised += tl.where(short > 0.0, more, 0.0)
+                else:
+                    beyond = 4.0 * tl.sqrt(tl.sum(apart, 0))
+                    beyond = tl.maximum(EPS * tl.sqrt(tl.sum(edited_square, 0)), beyond)
+                    raised = tl.maximum(raised + 4.0 * worst, reach_of * beyond)
+                go = go + 1
+
+    sound = (go == 0) & (fresh >= 0) & (number <= MAX_ROUNDS)
+    if K > 2:
+        total = tl.sum(tl.sum(tableau, 1), 0)
+        sound = sound & ((total - total) == 0.0)
+
+    # 4. The verdict; put the activation back where there is no edit.
+    edited = needed & (feasible == 1) & (invalid == 0)
+    accurate = sound & (reached == 1) & (residual <= TOLERANCE)
+    status = tl.where(accurate, SOLVED, INACCURATE)
+    status = tl.where(needed, status, SATISFIED_STATUS)
+    status = tl.where(feasible == 1, status, INFEASIBLE)
+    status = tl.where(invalid, INVALID, status)
+    if SKIP:
+        edited = edited & (status != INACCURATE)
+    restored = (edited == 0) | (changed == 0)
+    if not COPY:
+        restored = restored & (written == 1)
+    if restored:
+        for start in range(0, D, BD):
+            at = start + d
+            here = at < D
+            x = tl.load(own + at, mask=here, other=0.0)
+            tl.store(put + at, narrowed(wide(x), DTYPE), mask=here)
+    # Whatever the edit is, ‖ΣAᵀλ‖² by the squares of Σ.
+    lam = tl.where(edited, lam, 0.0)
+    units = tl.load(spread)
+    weights = lam * units
+    if K == 2:
+        moved = tl.sum(weights * weights, 0) * tl.load(stretch + 1)
+    else:
+        moved = tl.full([], 0.0, tl.float64)
+        if edited:
+            own_stretch = tl.load(stretch + t * K + k, mask=inside, other=0.0)
+            both = inside[:, None] & inside[None, :]
+            all_stretch = tl.load(stretch + k[:, None] * K + k[None, :], mask=both, other=0.0)
+            all_stretch = own_stretch[:, None] + own_stretch[None, :] - all_stretch
+            moved = tl.sum(weights * times(all_stretch, weights), 0) * 0.5
+    moved = tl.maximum(moved, 0.0)
+    distance = tl.where(edited, distance, 0.0)
+    after = tl.where(edited, after, before)
+    top = tl.max(tl.where(rival, bound, -INFINITY), 0)
+    if SOLUTION:
+        places = i * (K - 1) + slot
+        tl.store(multipliers + places, lam, mask=rival)
+        tl.store(active_out + places, ((lam > 0.0) & (active == 1)).to(tl.int8), mask=rival)
+        tl.store(aims + places, bound + raised, mask=rival)
+        if INVERSE:
+            # In the numbering of constraints, where a gradient will use it.
+            units_of = tl.where(active == 1, scale, 0.0)
+            units_of = tl.where(edited, units_of, 0.0)
+            both = rival[:, None] & rival[None, :]
+            block = -tableau * (units_of[:, None] * units_of[None, :])
+            places = i * (K - 1) * (K - 1) + slot[:, None] * (K - 1) + slot[None, :]
+            tl.store(inverse_out + places, block, mask=both)
+    into = certificate + i
+    tl.store(into, before)
+    tl.store(into + certificate_step, after)
+    tl.store(into + 2 * certificate_step, top)
+    tl.store(into + 3 * certificate_step, distance)
+    tl.store(into + 4 * certificate_step, moved)
+    tl.store(into + 5 * certificate_step, residual)
+    tl.store(statuses + i, status.to(tl.int64))

@@ -1,0 +1,206 @@
+"""The edit in one launch against the same edit in operations of torch.
+
+On a GPU where there is one; else through Triton's interpreter (``make test-kernel``), on few and
+small problems.
+"""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import lrqp_torch as lrqp
+from lrqp_torch import MahalanobisQP, Solution, Status
+from lrqp_torch.qp import ProbeGeometry, fused
+from lrqp_torch.stream.intervene import Placement
+from tests.qp.qp_reference import Problem, random_problem
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+BATCH = 4 if DEVICE == "cpu" else 256
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CLASSES = [2, 3, 5, 8, 10, 16] + ([] if DEVICE == "cpu" else [32, 33, 50, 64])
+
+
+def problem_of(kind: str, n_classes: int, seed: int = 0) -> Problem:
+    """A random problem, and what may be wrong with one."""
+    p = random_problem(n_classes, 24 if DEVICE == "cpu" else 96, BATCH, seed)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "near":
+        noise = torch.randn(p.weight.shape, generator=generator, dtype=torch.float64)
+        p.weight[1:] = p.weight[0] + 1e-5 * noise[1:]
+        p.floor /= 1e4
+    elif kind == "twins":
+        p.weight[1], p.bias[1] = p.weight[0], p.bias[0] - 1
+    elif kind == "rank":
+        factor = torch.randn(len(p.covariance), 3, generator=generator, dtype=torch.float64)
+        p.covariance = factor @ factor.T
+    elif kind == "line":
+        # All classes along one direction: those between others can never be the largest.
+        steps = torch.arange(n_classes, dtype=torch.float64)
+        p.weight = steps.unsqueeze(1) * p.weight[:1]
+    elif kind == "large":
+        p.covariance *= 1e12
+        p.weight *= 1e-3
+    elif kind == "small":
+        p.covariance *= 1e-14
+        p.weight *= 1e2
+    return p
+
+
+KINDS = ["random", "near", "twins", "rank", "line", "large", "small"]
+
+
+def solved(
+    p: Problem, dtype: torch.dtype, *, by_kernel: bool, realise: Placement | None = None
+) -> Solution:
+    geometry = ProbeGeometry.build(*(t.to(DEVICE) for t in (p.weight, p.bias, p.covariance)))
+    x, target, floor = p.x.to(DEVICE, dtype), p.target.to(DEVICE), p.floor.to(DEVICE)
+    qp = MahalanobisQP(len(p.bias))
+    assert qp.fuses(x, geometry, realise)
+    if by_kernel:
+        return qp.solve(x, target, floor, geometry, realise=realise)
+    with mock.patch.object(fused, "serves", lambda *_: False):
+        return qp.solve(x, target, floor, geometry, realise=realise)
+
+
+def agree(ours: Solution, other: Solution, atol: float, rtol: float = 1e-7) -> None:
+    assert ours.status.tolist() == other.status.tolist()
+    for name in ("log_odds_before", "floor"):
+        assert torch.allclose(getattr(ours, name), getattr(other, name), rtol=1e-9, atol=1e-9)
+    for name in ("distance", "euclidean"):
+        assert torch.allclose(getattr(ours, name), getattr(other, name), rtol=rtol, atol=atol), name
+    edited = ours.x_new.double(), other.x_new.double()
+    scale = 1 + edited[1].abs().amax()
+    assert float((edited[0] - edited[1]).abs().amax()) <= atol * scale
+
+
+def kept(solution: Solution) -> None:
+    """What is promised of what is certified."""
+    done = solution.status == Status.SOLVED
+    assert bool((solution.log_odds_after[done] >= solution.floor[done]).all())
+    assert bool((solution.kkt_residual[done] <= 1e-8).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", CLASSES)
+def test_equals_the_operations_of_torch(n_classes: int, dtype: torch.dtype) -> None:
+    p = random_problem(n_classes, 24 if DEVICE == "cpu" else 768, BATCH, n_classes)
+    ours, other = (solved(p, dtype, by_kernel=by_kernel) for by_kernel in (True, False))
+    # A first round that falls short by a hair in the one sum and not in the other is another edit.
+    coarse = 1e-7 if torch.finfo(dtype).eps < 1e-5 else 32 * torch.finfo(dtype).eps
+    agree(ours, other, coarse, coarse)
+    kept(ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_classes", [2, 3, 6] + ([] if DEVICE == "cpu" else [10, 33, 64]))
+def test_hard_problems_come_out_the_same(n_classes: int, kind: str) -> None:
+    for seed in range(2 if DEVICE == "cpu" else 8):
+        p = problem_of(kind, n_classes, seed)
+        ours, other = (solved(p, torch.float64, by_kernel=by_kernel) for by_kernel in (True, False))
+        agree(ours, other, 1e-6, 1e-6)
+        kept(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.22])
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_promises_hold_for_sums_that_the_stream_rounds(
+    n_classes: int, scale: float, dtype: torch.dtype
+) -> None:
+    p = random_problem(n_classes, 24, BATCH, 3)
+    x = p.x.to(DEVICE, dtype)
+    place = Placement((3 * x).roll(1, 0), scale, dtype)
+    ours, other = (
+        solved(p, dtype, by_kernel=by_kernel, realise=place) for by_kernel in (True, False)
+    )
+    coarse = 1e-7 if torch.finfo(dtype).eps < 1e-5 else 32 * torch.finfo(dtype).eps
+    agree(ours, other, coarse, coarse)
+    geometry = ProbeGeometry.build(*(t.to(DEVICE) for t in (p.weight, p.bias, p.covariance)))
+    read = geometry.margins(place(ours.x_new.double()), p.target.to(DEVICE)).amin(-1)
+    done = ours.status == Status.SOLVED
+    assert torch.allclose(read[done], ours.log_odds_after[done], rtol=1e-12, atol=1e-12)
+    kept(ours)
+
+
+def edit_of(p: Problem, **options: object) -> lrqp.LRQP:
+    probe = lrqp.LinearProbe(p.weight.shape[1], len(p.bias), dtype=torch.float64)
+    with torch.no_grad():
+        probe.weight.copy_(p.weight)
+        probe.bias.copy_(p.bias)
+    probe = probe.requires_grad_(False).to(DEVICE)
+    return lrqp.LRQP(probe, lrqp.Mahalanobis(p.covariance.to(DEVICE)), **options)  # type: ignore[arg-type]
+
+
+def proposed(edit: lrqp.LRQP, x: Tensor, *classes: Tensor, by_kernel: bool = True) -> Solution:
+    with mock.patch.object(fused, "serves", fused.serves if by_kernel else lambda *_: False):
+        if DEVICE == "cpu" and by_kernel:
+            return edit._launch(x, *classes[:1], classes[1] if len(classes) > 1 else None, None,
+                                edit.geometry(x.device), None)  # fmt: skip
+        return edit.propose(x, *classes)
+
+
+@pytest.mark.parametrize("rule", ["mirror", "fixed"])
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_odds_rules(n_classes: int, rule: str) -> None:
+    p = random_problem(n_classes, 24, BATCH, 5)
+    edit = edit_of(p, rule=rule, log_odds=3.0)
+    x, target = p.x.to(DEVICE), p.target.to(DEVICE)
+    for source in ((), (target.roll(1),), (target,)):
+        ours, other = (proposed(edit, x, target, *source, by_kernel=by) for by in (True, False))
+        agree(ours, other, 1e-9)
+
+
+def test_what_is_not_edited_stays_bit_for_bit() -> None:
+    p = random_problem(3, 24, BATCH, 7)
+    p.weight[1], p.bias[1] = p.weight[0], p.bias[0]
+    edit = edit_of(p, log_odds=0.0, rule="fixed", on_infeasible="skip")
+    x = p.x.to(DEVICE, torch.bfloat16)
+    own = edit.probe(x.double()).argmax(-1)
+    x[0, 0] = torch.nan
+    for target in (own, torch.zeros_like(own)):
+        solution = proposed(edit, x, target)
+        still = solution.status != Status.SOLVED
+        assert bool(still.any())
+        assert torch.equal(solution.x_new[still].view(torch.int16), x[still].view(torch.int16))
+        assert solution.status[0] == Status.INVALID
+
+
+def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> None:
+    p = random_problem(4, 24, BATCH, 9)
+    edit = edit_of(p)
+    x, target = p.x.to(DEVICE), p.target.to(DEVICE)
+    outside = target.clone()
+    outside[1] = 4
+    geometry = edit.geometry(x.device)
+    status = edit._launch(x, outside, None, None, geometry, None).status if DEVICE == "cuda" else (
+        fused.solve(x, outside, edit._odds_rule(outside, None), geometry).status
+    )  # fmt: skip
+    assert status[1] == Status.INVALID and status[0] != Status.INVALID
+    edit.probe.weight.data[2, 3] += 1e-3
+    assert bool((edit._launch(x, target, None, None, geometry, None).status == 4).all())
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_derivatives_of_every_order(n_classes: int) -> None:
+    p = random_problem(n_classes, 6, 2, 11)
+    qp = MahalanobisQP(n_classes)
+    target, floor = p.target.to(DEVICE), (p.floor + 4).to(DEVICE)
+
+    def edited(x: Tensor, w: Tensor, b: Tensor, root: Tensor, floor: Tensor) -> tuple[Tensor, ...]:
+        solution = qp(x, target, floor, w, b, root @ root.mT)
+        return solution.x_new, solution.squared_distance
+
+    root = torch.linalg.cholesky(p.covariance)
+    inputs = [t.to(DEVICE).requires_grad_() for t in (p.x, p.weight, p.bias, root, floor)]
+    solution = qp(inputs[0], target, floor, *inputs[1:3], p.covariance.to(DEVICE))
+    assert bool((solution.status == Status.SOLVED).all())
+    assert gradcheck(edited, inputs, fast_mode=True)
+    assert gradgradcheck(edited, inputs, fast_mode=True)
