@@ -200,13 +200,16 @@ def quoted(given: object) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values of its own: not in a graph that is being compiled, and not
     inside a transform of :mod:`torch.func`, where it stands for many.
     """
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or tensor.is_meta:
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while _is_wrapped(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -215,7 +218,7 @@ def concrete(tensor: Tensor) -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The values of a concrete tensor, out of the transforms that it is wrapped in."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while _is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
@@ -236,7 +239,7 @@ def outside_transforms() -> AbstractContextManager[object]:
 
 def readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting: concrete, and on the CPU."""
-    return concrete(tensor) and tensor.device.type == "cpu"
+    return tensor.is_cpu and concrete(tensor)
 
 
 def ordinary(tensor: Tensor) -> Tensor:

@@ -1,8 +1,13 @@
 """The command-line program itself, and what all of its commands share."""
 
-from collections.abc import Iterator
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,7 +49,109 @@ def common(
     """Options of every command."""
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+_TELLING = "How much it tells"
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_TELLING),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Print all rows and sentences, and what libraries say.",
+        rich_help_panel=_TELLING,
+    ),
+]  # fmt: skip
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the results as JSON on standard output, and nothing else there.",
+        rich_help_panel=_TELLING,
+    ),
+]  # fmt: skip
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the whole traceback of an error.", rich_help_panel=_TELLING),
+]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What a command says, and where.
+
+    Results go to standard output; progress, advice and errors to standard error.
+
+    Attributes:
+        quiet: only errors are said.
+        verbose: nothing is left out.
+        json: standard output is for the results as JSON alone.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+
+    @property
+    def console(self) -> Console:
+        """Where summaries are printed, which is nowhere if they are not wanted."""
+        return Console(highlight=False, quiet=self.quiet or self.json)
+
+    def say(self, *lines: str, aside: bool = False) -> None:
+        """Print lines as they are, however long.
+
+        Args:
+            lines: each a sentence or two.
+            aside: whether they are advice, for standard error.
+        """
+        console = Console(stderr=True, highlight=False, quiet=self.quiet) if aside else self.console
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
+
+    def give(self, results: Callable[[], Any]) -> None:
+        """With ``--json``, print the results, which are plain JSON values."""
+        if self.json:
+            from lrqp_torch.files import to_json
+
+            sys.stdout.write(f"{to_json(results(), indent=2)}\n")
+
+
+def command(
+    name: str | None = None, *, panel: str | None = None, text: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command to the program, with the options that all commands have.
+
+    What is decorated gets its :class:`Voice` as first argument; of its errors, those of the package
+    become one message and exit code 2.
+
+    Args:
+        name: default that of the function.
+        panel: heading under which it is listed.
+        text: its help; default the docstring.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*, quiet: bool, verbose: bool, as_json: bool, debug: bool, **given: Any) -> None:
+            if quiet and verbose:
+                raise typer.BadParameter("choose one of --quiet and --verbose")
+            if not verbose:  # bars of libraries would run through ours
+                os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            with messages(debug):
+                function(Voice(quiet, verbose, as_json), **given)
+
+        _, *own = inspect.signature(function).parameters.values()
+        common = {"quiet": Quiet, "verbose": Verbose, "as_json": Json, "debug": Debug}
+        every = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+            for n, a in common.items()
+        ]
+        run.__annotations__ = {p.name: p.annotation for p in every}
+        # Typer reads a command's options from here.
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        add_command: Callable[..., Any] = app.command(name, help=text, rich_help_panel=panel)
+        add_command(run)
+        return run
+
+    return add
 
 
 @contextmanager

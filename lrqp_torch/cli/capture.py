@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from lrqp_torch.cli.app import Debug, app, messages
+from lrqp_torch.cli.app import Voice, command
+from lrqp_torch.cli.options import OWN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,9 @@ LABELS_FILE = "labels.json"
 EVERY_TOKEN = "all"
 
 
-@app.command(rich_help_panel="Edits of your own")
+@command(panel=OWN)
 def capture(
+    voice: Voice,
     out: Annotated[Path, typer.Option(help="Folder for the activations; made if needed.")],
     sites: Annotated[
         str,
@@ -68,7 +69,6 @@ def capture(
         bool, typer.Option("--verify", help="Read the files back and compare their checksums.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    debug: Debug = False,
 ) -> None:
     """Write the activations of a model at some sites to a folder, to fit probes on later.
 
@@ -79,44 +79,42 @@ def capture(
 
     Many processes share the work: torchrun --nproc-per-node 4 -m -- lrqp_torch capture ...
     """
-    with messages(debug):
-        from transformers.utils.logging import disable_progress_bar
+    from lrqp_torch.distributed import capture_to, joined
+    from lrqp_torch.files import prepare_folder, write_json
+    from lrqp_torch.models import load
+    from lrqp_torch.study.preparing import choose_device, choose_sites
 
-        from lrqp_torch.distributed import capture_to, joined
-        from lrqp_torch.files import prepare_folder, write_json
-        from lrqp_torch.models import load
-        from lrqp_torch.study.preparing import choose_device, choose_sites
-
-        disable_progress_bar()  # it would run through ours
-        with joined(device) as ranks:
-            with ranks.together():
-                if ranks.is_main:
-                    prepare_folder(out)
-                loaded, tokenizer = load(model, device=choose_device(device))
-                chosen = choose_sites(loaded, sites)
-                inputs, at, labels = (
-                    _names(tokenizer, n, seed, prefixes, positions)
-                    if data is None
-                    else _own(tokenizer, data, label, positions)
-                )
-            store = capture_to(
-                out,
-                loaded,
-                inputs,
-                chosen,
-                at,
-                ranks=ranks,
-                shard_size=shard_size,
-                batch_size=batch_size,
-                batch_tokens=batch_tokens,
-                progress=True,
+    with joined(device) as ranks:
+        with ranks.together():
+            if ranks.is_main:
+                prepare_folder(out)
+            loaded, tokenizer = load(model, device=choose_device(device))
+            chosen = choose_sites(loaded, sites)
+            inputs, at, labels = (
+                _names(tokenizer, n, seed, prefixes, positions)
+                if data is None
+                else _own(tokenizer, data, label, positions)
             )
-        if store is None:  # rank 0 tells
-            return
-        write_json(out / LABELS_FILE, labels, indent=None)
-        if verify:
-            store.verify()
-        _describe(store, _padding(inputs, shard_size, batch_size, batch_tokens))
+        store = capture_to(
+            out,
+            loaded,
+            inputs,
+            chosen,
+            at,
+            ranks=ranks,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            progress=not voice.quiet,
+        )
+    if store is None:  # rank 0 tells
+        return
+    write_json(out / LABELS_FILE, labels, indent=None)
+    if verify:
+        store.verify()
+    padding = _padding(inputs, shard_size, batch_size, batch_tokens)
+    _describe(store, padding, voice)
+    voice.give(lambda: _summary(store, padding))
 
 
 def _names(
@@ -179,15 +177,24 @@ def _padding(
     return wasted_share(mask, batches)
 
 
-def _describe(store: "ActivationStore", padding: float) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    size = sum(shard.size for shard in store.index.shards)
+def _summary(store: "ActivationStore", padding: float) -> dict[str, Any]:
     first = store[store.sites[0]]
-    shape = " × ".join(map(str, first.shape))
-    console.print(
-        f"{len(store)} {'site' if len(store) == 1 else 'sites'} of {shape} in "
-        f"{str(first.dtype).removeprefix('torch.')}, {len(store.index.shards)} files, "
-        f"{size:,} bytes; {padding:.1%} of the tokens that ran were padding.",
-        markup=False,
+    return {
+        "out": str(store.folder),
+        "sites": list(map(str, store.sites)),
+        "shape": list(first.shape),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "files": len(store.index.shards),
+        "bytes": sum(shard.size for shard in store.index.shards),
+        "padding": padding,
+    }
+
+
+def _describe(store: "ActivationStore", padding: float, voice: Voice) -> None:
+    found = _summary(store, padding)
+    voice.say(
+        f"{len(store)} {'site' if len(store) == 1 else 'sites'} of "
+        f"{' × '.join(map(str, found['shape']))} in {found['dtype']}, {found['files']} files, "
+        f"{found['bytes']:,} bytes; {padding:.1%} of the tokens that ran were padding.",
+        f"Activations are in {store.folder}.",
     )
-    console.print(f"Activations are in {store.folder}.", markup=False)

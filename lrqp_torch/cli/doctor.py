@@ -1,17 +1,18 @@
 """``lrqp doctor``: what works in this installation."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lrqp_torch.cli.app import app
+from lrqp_torch.cli.app import Voice, command
 
 
-@app.command(rich_help_panel="This installation")
+@command(panel="This installation")
 def doctor(
+    voice: Voice,
     model: Annotated[
         str | None,
         typer.Argument(help="A model, folder or Hub name, whose sites are to be shown too."),
@@ -22,25 +23,22 @@ def doctor(
 
     Ends with exit code 1 if something that the package needs does not work.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from lrqp_torch.cli.doctor_checks import examine
 
-    disable_progress_bar()
-    console = Console(highlight=False)
-    broken = []
-    for heading, findings in examine(model).items():
+    examined, broken = examine(model), []
+    for heading, findings in examined.items():
         table = Table(title=heading, title_justify="left", show_header=False, box=None)
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
         table.add_column()
+        table.add_column(ratio=1)
         for finding in findings:
             mark = "yes" if finding.usable else "NO" if finding.required else "no"
-            table.add_row(f"  {mark}", finding.name, Text(finding.detail))
+            table.add_row(f"  {mark}", Text(finding.name), Text(finding.detail))
             if finding.required and not finding.usable:
                 broken.append(finding.name)
-        console.print(table)
+        voice.console.print(table)
+    voice.give(lambda: {name: [asdict(each) for each in found] for name, found in examined.items()})
     if broken:
-        console.print(f"Broken: {', '.join(broken)}.", style="bold red")
+        voice.say(f"Broken: {', '.join(broken)}.", aside=voice.json)
         raise typer.Exit(1)
-    console.print("Everything that lrqp needs works.")
+    voice.say("Everything that lrqp needs works.")

@@ -1,12 +1,15 @@
 """The options that several commands have, described once, and how they are read."""
 
 import math
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from lrqp_torch.cli.app import Voice
 
 if TYPE_CHECKING:
     from lrqp_torch.probes.covariance import Shrinkage
@@ -111,9 +114,27 @@ L2 = Annotated[
 ShrinkageOf = Annotated[
     str, typer.Option(help="Of the covariance: ledoit_wolf, oas, or a number from 0 to 1.")
 ]
-Figures = Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG figures.")]
+Figures = Annotated[
+    bool | None,
+    typer.Option(
+        "--figures/--no-figures",
+        help="Draw PNG and SVG figures.",
+        show_default="where matplotlib is installed",
+    ),
+]
 Report = Annotated[
-    bool, typer.Option("--report/--no-report", help="Write the interactive report.html.")
+    bool | None,
+    typer.Option(
+        "--report/--no-report",
+        help="Write the interactive report.html.",
+        show_default="where plotly is installed",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would run, and about how long it would take; write nothing."
+    ),
 ]
 
 
@@ -136,26 +157,32 @@ def parse_shrinkage(text: str) -> "Shrinkage":
 
 
 def load_model(model: str, device: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, without bars that would run through ours."""
+    """A model and its tokenizer."""
     from lrqp_torch.models import load
     from lrqp_torch.study.preparing import choose_device
 
-    silence()
     return load(model, device=choose_device(device))
 
 
-def silence() -> None:
-    """Keep transformers from showing progress bars, which would run through ours."""
-    from transformers.utils.logging import disable_progress_bar
+def able(wanted: bool | None, what: str, package: str, extra: str, voice: Voice) -> bool:
+    """Whether to make figures or report; where their library is missing, says how to get it.
 
-    disable_progress_bar()
-
-
-def say(*lines: str, error: bool = False) -> None:
-    """Print lines as they are, however long."""
-    console = Console(highlight=False, soft_wrap=True, stderr=error)
-    for line in lines:
-        console.print(line, markup=False)
+    Args:
+        wanted: what the user asked for; None for nothing, which is wherever it is possible.
+        what: is left out, in words.
+        package: that makes it.
+        extra: of this package, which brings it.
+        voice: says so.
+    """
+    if wanted is not None or find_spec(package) is not None:
+        return wanted is not False
+    if os.environ.get("RANK", "0") == "0":
+        voice.say(
+            f"{what} left out: {package} is not installed. Get it with pip install "
+            f"'lrqp_torch[{extra}]', then run the same command with --resume.",
+            aside=True,
+        )
+    return False
 
 
 def split_names(text: str, what: str) -> Sequence[str]:

@@ -4,43 +4,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from lrqp_torch.cli import options as given
-from lrqp_torch.cli.app import Debug, app, messages
+from lrqp_torch.cli.app import Voice, command
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.lrqp import LRQP
+    from lrqp_torch.study.editing import HeldOut
 
 
-@app.command(name="example-task", rich_help_panel=given.OWN)
+@command("example-task", panel=given.OWN)
 def example_task(
+    voice: Voice,
     name: Annotated[str, typer.Argument(help="agreement or greater-than.")],
     out: Annotated[Path, typer.Option(help="File to write, ending in .jsonl.")],
     n: Annotated[int, typer.Option("--n", min=2, help="Number of prompts.")] = 600,
     seed: given.Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Write prompts of an example task, to see what a file looks like and to try the commands on.
 
     agreement: whether the subject of a sentence is singular or plural, at the word before the verb.
     greater-than: whether the first of two years is early or late in its century, at the second.
     """
-    with messages(debug):
-        from lrqp_torch.errors import PromptError
-        from lrqp_torch.study.reading import EXAMPLES, write_prompts
+    from lrqp_torch.errors import PromptError
+    from lrqp_torch.study.reading import EXAMPLES, write_prompts
 
-        if name not in EXAMPLES:
-            raise PromptError(f"no example task {name!r}; there are {', '.join(EXAMPLES)}")
-        prompts = EXAMPLES[name](n, seed)
-        if out.suffix != ".jsonl":
-            raise PromptError(f"{str(out)!r}: the file is JSONL, so let its name end in .jsonl")
-        write_prompts(prompts, out)
-    given.say(f"Wrote {n} prompts to {out}, such as: {prompts[0].text}")
+    if name not in EXAMPLES:
+        raise PromptError(f"no example task {name!r}; there are {', '.join(EXAMPLES)}")
+    prompts = EXAMPLES[name](n, seed)
+    if out.suffix != ".jsonl":
+        raise PromptError(f"{str(out)!r}: the file is JSONL, so let its name end in .jsonl")
+    write_prompts(prompts, out)
+    voice.say(f"Wrote {n} prompts to {out}, such as: {prompts[0].text}")
+    voice.give(lambda: {"out": str(out), "prompts": n})
 
 
-@app.command(rich_help_panel=given.OWN)
+@command(panel=given.OWN)
 def fit(
+    voice: Voice,
     data: given.RequiredData,
     model: given.Model,
     site: Annotated[str, typer.Option(help="Such as L6.mid; several with commas.")],
@@ -59,7 +60,6 @@ def fit(
     seed: given.Seed = 0,
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
-    debug: Debug = False,
 ) -> None:
     """Fit an edit to prompts of your own, and keep it in a folder.
 
@@ -67,52 +67,57 @@ def fit(
     whether edits of these reach the odds asked for. With several sites or labels, the folder is a
     library of edits, named SITE or LABEL.SITE.
     """
-    with messages(debug):
-        from lrqp_torch.edits.library import EditLibrary
-        from lrqp_torch.edits.saving import require_one_kind
-        from lrqp_torch.study.editing import fit_sites
-        from lrqp_torch.study.preparing import choose_sites, encode_own, read_own
-        from lrqp_torch.study.printing import print_fit
-        from lrqp_torch.study.prompts import OPENING, majority_share
-        from lrqp_torch.study.reading import Columns, RowLog
-        from lrqp_torch.study.store import made_folder
+    from lrqp_torch.edits.library import EditLibrary
+    from lrqp_torch.edits.saving import require_one_kind
+    from lrqp_torch.study.editing import fit_sites
+    from lrqp_torch.study.preparing import choose_sites, encode_own, read_own
+    from lrqp_torch.study.prompts import OPENING, majority_share
+    from lrqp_torch.study.reading import Columns, RowLog
+    from lrqp_torch.study.records import to_json
+    from lrqp_torch.study.report.terminal import print_fit
+    from lrqp_torch.study.store import made_folder
 
-        shrunk = given.parse_shrinkage(shrinkage)
-        labels = given.split_names(label, "label")
-        with made_folder(out):
-            how, log = (train_share, seed), RowLog(strict)
-            read = {
-                name: read_own(data, Columns(name, text, position, group, pair), *how, log)
-                for name in labels
-            }
-            loaded, tokenizer = given.load_model(model, device)
-            sites = choose_sites(loaded, site)
-            several = len(sites) * len(labels) > 1
-            require_one_kind(out, several)
-            edits: dict[str, LRQP] = {}
-            for name, prompts in read.items():
-                train, test, fronted = encode_own(tokenizer, prompts, *how, bos, log)
-                marked = "mark" if OPENING in prompts[0].text else "last"
-                fitted, tried = fit_sites(
-                    loaded, train, sites, test,
-                    l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
-                    task=Path(data).stem, variable=name, bos=fronted, seed=seed,
-                    position=marked if position == "auto" else position,
-                )  # fmt: skip
-                edits |= {f"{name}.{at}" if len(labels) > 1 else at: e for at, e in fitted.items()}
-                majority = majority_share(train.labels.tolist(), test.labels.tolist())
-                print_fit(name, train.classes, len(train), majority, tried, Console())
-            if several:
-                EditLibrary(edits).save(out)
-            else:
-                next(iter(edits.values())).save(out)
-    given.say(*(f"Note: {line}" for line in log.says()), error=True)
+    shrunk = given.parse_shrinkage(shrinkage)
+    labels = given.split_names(label, "label")
+    with made_folder(out):
+        how, log = (train_share, seed), RowLog(strict)
+        read = {
+            name: read_own(data, Columns(name, text, position, group, pair), *how, log)
+            for name in labels
+        }
+        loaded, tokenizer = given.load_model(model, device)
+        sites = choose_sites(loaded, site)
+        several = len(sites) * len(labels) > 1
+        require_one_kind(out, several)
+        edits: dict[str, LRQP] = {}
+        found: dict[str, HeldOut] = {}
+        for name, prompts in read.items():
+            train, test, fronted = encode_own(tokenizer, prompts, *how, bos, log)
+            marked = "mark" if OPENING in prompts[0].text else "last"
+            fitted, tried = fit_sites(
+                loaded, train, sites, test,
+                l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
+                task=Path(data).stem, variable=name, bos=fronted, seed=seed,
+                position=marked if position == "auto" else position,
+            )  # fmt: skip
+            named = {at: f"{name}.{at}" if len(labels) > 1 else at for at in fitted}
+            edits |= {named[at]: edit for at, edit in fitted.items()}
+            found |= {named[at]: held_out for at, held_out in tried.items()}
+            majority = majority_share(train.labels.tolist(), test.labels.tolist())
+            print_fit(name, train.classes, len(train), majority, tried, voice.console)
+        if several:
+            EditLibrary(edits).save(out)
+        else:
+            next(iter(edits.values())).save(out)
+    voice.say(*(f"Note: {line}" for line in log.says()), aside=True)
     kept = f"the edits {', '.join(edits)}" if several else "the edit"
-    given.say(f"Kept {kept} in {out}; try: lrqp apply {out} --help")
+    voice.say(f"Kept {kept} in {out}; try: lrqp apply {out} --help")
+    voice.give(lambda: {"out": str(out), "edits": to_json(found)})
 
 
-@app.command(rich_help_panel=given.OWN)
+@command(panel=given.OWN)
 def apply(
+    voice: Voice,
     folder: Annotated[str, typer.Argument(help="Folder or Hub name of an edit.")],
     model: given.Model,
     target: Annotated[
@@ -136,39 +141,43 @@ def apply(
         int, typer.Option(min=0, help="Tokens by which to continue each prompt, greedily.")
     ] = 0,
     show: Annotated[int, typer.Option(min=0, help="Prompts to print.")] = 10,
-    json: Annotated[Path | None, typer.Option(help="File for the results of all prompts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the results of all prompts, as JSON.")
+    ] = None,
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
-    debug: Debug = False,
 ) -> None:
     """Apply an edit to prompts, and see what probe and model say without and with it.
 
     The edit knows its site, its position and its classes. Prompts given with --prompt have no
     label; the class that holds is then what the probe reads.
     """
-    with messages(debug):
-        from lrqp_torch.errors import PromptError
-        from lrqp_torch.study import editing
-        from lrqp_torch.study.printing import print_applied
-        from lrqp_torch.study.prompts import PromptSet
-        from lrqp_torch.study.reading import read_prompts
+    from lrqp_torch.errors import PromptError
+    from lrqp_torch.files import prepare_folder, write_json
+    from lrqp_torch.study import editing
+    from lrqp_torch.study.prompts import PromptSet
+    from lrqp_torch.study.reading import read_prompts
+    from lrqp_torch.study.report.terminal import print_applied
 
-        if (data is None) == (not prompt):
-            raise PromptError("give prompts either with --data or with --prompt")
-        chosen = editing.load_one(folder, edit)
-        origin = editing.origin_of(chosen)
-        label, position = origin.variable or "label", origin.position or "mark"
-        read = None if data is None else read_prompts(data, label=label, position=position)
-        loaded, tokenizer = given.load_model(model, device)
-        prompts = (
-            editing.typed_prompts(tokenizer, prompt or [], chosen)
-            if read is None
-            else PromptSet.encode(tokenizer, read, origin.classes, bos=origin.bos)
-        )
-        found = editing.apply(
-            loaded, tokenizer, chosen, prompts, target,
-            labelled=read is not None, generate=generate, batch_size=batch_size,
-        )  # fmt: skip
-        if json is not None:
-            editing.write_applied(found, origin, json)
-    print_applied(found, origin, show, Console(highlight=False, soft_wrap=True))
+    if (data is None) == (not prompt):
+        raise PromptError("give prompts either with --data or with --prompt")
+    if out is not None:
+        prepare_folder(out.parent)
+    chosen = editing.load_one(folder, edit)
+    origin = editing.origin_of(chosen)
+    label, position = origin.variable or "label", origin.position or "mark"
+    read = None if data is None else read_prompts(data, label=label, position=position)
+    loaded, tokenizer = given.load_model(model, device)
+    prompts = (
+        editing.typed_prompts(tokenizer, prompt or [], chosen)
+        if read is None
+        else PromptSet.encode(tokenizer, read, origin.classes, bos=origin.bos)
+    )
+    found = editing.apply(
+        loaded, tokenizer, chosen, prompts, target,
+        labelled=read is not None, generate=generate, batch_size=batch_size,
+    )  # fmt: skip
+    if out is not None:
+        write_json(out, editing.applied_json(found, origin), indent=2)
+    print_applied(found, origin, len(found) if voice.verbose else show, voice.console)
+    voice.give(lambda: editing.applied_json(found, origin))

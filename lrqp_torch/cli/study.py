@@ -1,15 +1,14 @@
 """The study: ``lrqp reproduce``, ``study`` and a command for each part; and ``lrqp report``."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lrqp_torch.cli import options as given
-from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
+from lrqp_torch.cli.app import INTERRUPTED, Voice, command
 from lrqp_torch.study.parts import PARTS
 
 WRITES = (
@@ -21,6 +20,7 @@ NAMES = ("n", "prefixes", "compare_task")
 
 
 def options(
+    voice: Voice,
     *,
     out: given.Out,
     model: given.Model = "organism",
@@ -51,9 +51,9 @@ def options(
     log_odds: given.LogOdds = 10.0,
     l2: given.L2 = None,
     shrinkage: given.ShrinkageOf = "ledoit_wolf",
-    figures: given.Figures = True,
-    report: given.Report = True,
-    debug: Debug = False,
+    figures: given.Figures = None,
+    report: given.Report = None,
+    dry_run: given.DryRun = False,
 ) -> None:
     """The options of a study, of which each command has some."""
 
@@ -71,8 +71,8 @@ def _command(
         changed: defaults that differ, also of options that it has not.
     """
 
-    def command(**chosen: Any) -> None:
-        _run(**{key: value for key, value in changed.items() if key in without}, **chosen)
+    def study(voice: Voice, **chosen: Any) -> None:
+        _run(voice, **{k: value for k, value in changed.items() if k in without}, **chosen)
 
     signature = inspect.signature(options)
     shown = [
@@ -82,44 +82,53 @@ def _command(
     ]
     if changed.get("data") is inspect.Parameter.empty:
         shown = [p.replace(annotation=given.RequiredData) if p.name == "data" else p for p in shown]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    # Typer reads a command's options from here.
-    command.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    add: Callable[..., Any] = app.command(name=name, help=text, rich_help_panel=panel)
-    add(command)
+    study.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    command(name, panel=panel, text=text)(study)
 
 
-def _run(*, debug: bool, **chosen: Any) -> None:
-    """Run a study and report on it; bad input is one message and exit code 2."""
-    with messages(debug):
-        from lrqp_torch.distributed import joined
-        from lrqp_torch.study.report import print_summary
-        from lrqp_torch.study.run import run
-        from lrqp_torch.study.settings import Settings
+def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
+    """Run a study and report on it, or say what would run."""
+    from lrqp_torch.distributed import joined
+    from lrqp_torch.study.planning import plan
+    from lrqp_torch.study.records import to_json
+    from lrqp_torch.study.report import print_summary
+    from lrqp_torch.study.run import run
+    from lrqp_torch.study.settings import Settings
 
-        given.silence()
-        with joined(chosen["device"]) as ranks:
-            with ranks.together():
-                shrinkage = given.parse_shrinkage(chosen["shrinkage"])
-                settings = Settings(**chosen | {"shrinkage": shrinkage})
-            try:
-                results = run(settings, ranks, progress=True)
-            except KeyboardInterrupt:
-                if ranks.is_main:
-                    _say_what_is_kept(settings.out)
-                raise typer.Exit(INTERRUPTED) from None
+    figures = given.able(chosen["figures"], "Figures are", "matplotlib", "plots", voice)
+    report = given.able(chosen["report"], "The report is", "plotly", "report", voice)
+    chosen |= {"figures": figures, "report": report}
+
+    def settled() -> Settings:
+        return Settings(**chosen | {"shrinkage": given.parse_shrinkage(chosen["shrinkage"])})
+
+    if dry_run:
+        planned = plan(settled(), progress=not voice.quiet)
+        voice.say(*planned.in_words())
+        voice.give(lambda: to_json(planned))
+        return
+    with joined(chosen["device"]) as ranks:
+        with ranks.together():
+            settings = settled()
+        try:
+            results = run(settings, ranks, progress=not voice.quiet)
+        except KeyboardInterrupt:
+            if ranks.is_main:
+                _say_what_is_kept(settings.out, voice)
+            raise typer.Exit(INTERRUPTED) from None
     if results is None:  # rank 0 tells
         return
-    print_summary(results, Console())
+    print_summary(results, voice.console, whole=voice.verbose)
     page = f"; open {settings.out / 'report.html'}" if settings.report else ""
-    given.say(f"Results are in {settings.out}{page}.")
+    voice.say(f"Results are in {settings.out}{page}.")
+    voice.give(lambda: to_json(results))
 
 
-def _say_what_is_kept(out: Path) -> None:
+def _say_what_is_kept(out: Path, voice: Voice) -> None:
     from lrqp_torch.study.store import PartStore
 
     kept = PartStore(out, {}).in_words()
-    given.say(f"Stopped. {kept} Go on with the same command and --resume.", error=True)
+    voice.say(f"Stopped. {kept} Go on with the same command and --resume.", aside=True)
 
 
 _command(
@@ -135,17 +144,26 @@ _command(
 )
 
 
-@app.command(name="report", help="Write report.html anew from the results in a folder.")
+@command("report", text="Write report.html anew from the results in a folder.")
 def report_again(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a finished study.")],
-    debug: Debug = False,
+    voice: Voice,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a finished study.", show_default="--out")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The same, as the study was given it.", show_default=False)
+    ] = None,
 ) -> None:
-    """Rewrite the report; bad input is one message and exit code 2."""
-    with messages(debug):
-        from lrqp_torch.study.run import rewrite_report
+    """Rewrite the report."""
+    from lrqp_torch.errors import SettingError
+    from lrqp_torch.study.run import rewrite_report
 
-        path = rewrite_report(folder)
-    typer.echo(f"Wrote {path}.")
+    named = [each for each in (folder, out) if each is not None]
+    if len(named) != 1:
+        raise SettingError("give the folder of the study once: lrqp report --out FOLDER")
+    path = rewrite_report(named[0])
+    voice.say(f"Wrote {path}.")
+    voice.give(lambda: {"report": str(path)})
 
 
 for _part, _help in PARTS.items():

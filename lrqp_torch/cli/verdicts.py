@@ -1,28 +1,28 @@
 """``lrqp verdicts``: how often "used here" is right, on models of which the truth is known."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from lrqp_torch.cli.app import INTERRUPTED, Debug, app, messages
+from lrqp_torch.cli import options as given
+from lrqp_torch.cli.app import INTERRUPTED, Voice, command
 
 if TYPE_CHECKING:
     from lrqp_torch.study.estimates import Estimate
     from lrqp_torch.study.verdicts import VerdictsResult
 
 
-@app.command(
-    help="Check the verdict 'used here' on models of which the truth is known.\n\n"
+@command(
+    text="Check the verdict 'used here' on models of which the truth is known.\n\n"
     "Three bundled models use the order of the names, hold it without using it, or do not hold "
     "it. At every site, count how often LRQP and every other edit, the probe's accuracy alone and "
     "a patch from a paired prompt tell rightly whether the order is used.\n\n"
     "Writes verdicts.json, verdicts.csv and the figure as PNG and SVG."
 )
 def verdicts(
-    out: Annotated[Path, typer.Option(help="Folder for results and figure; made if needed.")],
+    voice: Voice,
+    out: given.Out,
     models: Annotated[
         str,
         typer.Option(help="Names or folders of models with a ground_truth.json, with commas."),
@@ -44,47 +44,41 @@ def verdicts(
     sites: Annotated[
         str, typer.Option(help="all, or names that every model has, such as L1.mid,L2.pre.")
     ] = "all",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    figures: Annotated[
-        bool, typer.Option("--figures/--no-figures", help="Draw the figure as PNG and SVG.")
-    ] = True,
-    debug: Debug = False,
+    batch_size: given.BatchSize = 64,
+    device: given.Device = "auto",
+    figures: given.Figures = None,
 ) -> None:
     """Judge and report; bad input is one message and exit code 2."""
-    with messages(debug):
-        from transformers.utils.logging import disable_progress_bar
+    from lrqp_torch.study.records import to_json
+    from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
 
-        from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
-
-        disable_progress_bar()  # it would run through ours
-        settings = VerdictSettings(
-            out=out,
-            models=models,
-            methods=methods,
-            das=das,
-            n=n,
-            seeds=seeds,
-            seed=seed,
-            prefixes=prefixes,
-            sites=sites,
-            batch_size=batch_size,
-            device=device,
-            figures=figures,
-        )
-        try:
-            result = judge(settings, progress=True)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-    console = Console(highlight=False)
+    settings = VerdictSettings(
+        out=out,
+        models=models,
+        methods=methods,
+        das=das,
+        n=n,
+        seeds=seeds,
+        seed=seed,
+        prefixes=prefixes,
+        sites=sites,
+        batch_size=batch_size,
+        device=device,
+        figures=given.able(figures, "The figure is", "matplotlib", "plots", voice),
+    )
+    try:
+        result = judge(settings, progress=not voice.quiet)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
     for table in _tables(result):
-        console.print(table)
-    for line in findings(result):
-        console.print(line, markup=False)
-    for method, reason in result.problems.items():
-        console.print(f"{method} did not run: {reason}", markup=False)
-    console.print(f"Seeds {seed} to {seed + seeds - 1}. {result.command}", soft_wrap=True)
-    console.print(f"Results are in {out}.", soft_wrap=True, markup=False)
+        voice.console.print(table)
+    voice.say(
+        *findings(result),
+        *(f"{method} did not run: {reason}" for method, reason in result.problems.items()),
+        f"Seeds {seed} to {seed + seeds - 1}. {result.command}",
+        f"Results are in {out}.",
+    )
+    voice.give(lambda: to_json(result))
 
 
 def _tables(result: "VerdictsResult") -> list[Table]:

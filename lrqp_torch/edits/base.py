@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         notes: what was given to :meth:`save`.
         names: the variables that it writes, where they are several.
     """
+
+    certified: ClassVar[bool] = False
+    """Whether what :meth:`solve` returns is finite where its status is no failure, and x bit for
+    bit where nothing was edited; then the hook in a model does not look again."""
 
     def __init__(self, on_infeasible: OnInfeasible = "raise") -> None:
         super().__init__()

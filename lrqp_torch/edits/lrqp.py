@@ -70,6 +70,7 @@ class LRQP(Edit[Classes]):
     """
 
     log_odds: Tensor
+    certified = True
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from lrqp_torch.errors import (
     EditNeverFiredError,
     LRQPError,
     concrete,
+    in_transforms,
     outside_transforms,
     unwrapped,
 )
@@ -89,6 +90,7 @@ class EditRun:
         edit: what is applied.
         positions: where, parsed.
         given: what else it is given at each application.
+        certified: whether what it returns need not be looked at again; see :class:`Edit`.
     """
 
     def __init__(
@@ -105,6 +107,13 @@ class EditRun:
         self._source = None if source is None else edit.place(source, "source", self.positions)
         self._rows = _Rows(record)
         self._dtype = torch.float32
+        self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
+        # A kind of edit answers for its own solve, not for what replaces it.
+        owners = [
+            next(kind for kind in type(edit).__mro__ if name in vars(kind))
+            for name in ("solve", "edit_rows")
+        ]
+        self.certified = all(edit.certified and "certified" in vars(kind) for kind in owners)
 
     @property
     def nbytes(self) -> int:
@@ -120,13 +129,16 @@ class EditRun:
     def __call__(self, x: Tensor, context: EditContext) -> Tensor:
         """Edit the activations of some positions; called by the hook."""
         which = context.index if context.request is None else context.request
-        self._target = self._target.to(x.device)
-        target = _chosen(self._target, which)
-        if self._source is not None:
-            self._source = self._source.to(x.device)
-        source = None if self._source is None else _chosen(self._source, which)
+        # The hook gives the same rows again as long as the positions are the same.
+        if self._classes[0] is not which or self._classes[1].device != x.device:
+            self._target = self._target.to(x.device, non_blocking=True)
+            if self._source is not None:
+                self._source = self._source.to(x.device, non_blocking=True)
+            source = None if self._source is None else _chosen(self._source, which)
+            self._classes = which, _chosen(self._target, which), source
+        _, target, source = self._classes
         solution = self.edit.edit_rows(x, target, source, context, **self.given)
-        self._rows.append(solution, context.index)
+        self._rows.append(solution, context.index, context.shown)
         self._dtype = x.dtype
         return solution.x_new
 
@@ -136,12 +148,12 @@ class EditRun:
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
         """Note in which pass the rows just edited were; called after the edit."""
-        self._rows.number(len(context.index), forward_pass)
+        self._rows.number(forward_pass)
 
     @property
     def steps(self) -> list[Step]:
         """A :class:`Step` for every forward pass with a token to edit since the context opened."""
-        rows = self._recorded()
+        rows = self._recorded().read(self.positions)
         if not len(rows):
             return []
         numbers = rows.column("forward_pass").long()
@@ -163,7 +175,7 @@ class EditRun:
         Raises:
             InfeasibleError, SolverError, NonFiniteError: as the edit's ``solve``.
         """
-        rows = self._rows
+        rows = self._rows.read(self.positions)
         if not len(rows):
             return
         failed = rows.column("status") > worst_allowed(self.edit.on_infeasible)
@@ -189,7 +201,7 @@ class EditRun:
     def __repr__(self) -> str:
         if not self._rows.kept:
             return "EditRun(no record)"
-        rows = self._rows.last(len(self.positions))
+        rows = self._rows.read(self.positions).last(len(self.positions))
         if not len(rows) or len(rows) < len(self.positions):
             return f"EditRun({len(rows)} of {len(self.positions)} positions have run)"
         status = rows.column("status")
@@ -278,7 +290,7 @@ class EditRun:
                 "no token of the scope has been edited yet; call model.generate inside the context "
                 "first"
             )
-        rows = rows.last(count)
+        rows = rows.read(self.positions).last(count)
         if len(rows) < count:
             raise EditNeverFiredError(
                 f"{count - len(rows)} of {count} positions have not run yet; call the model inside "
@@ -298,6 +310,9 @@ class EditRun:
 class _Rows:
     """A row of numbers for each application of an edit to a token, in the order of application.
 
+    A pass only keeps what its solution stores; rows are made of many passes at once, or when they
+    are read.
+
     Args:
         kept: whether to keep them; of rows that are not kept only the worst is, for its error.
         places: the columns of each quantity, one column or V.
@@ -313,6 +328,8 @@ class _Rows:
         self.kept, self._places = kept, places or {}
         self._buffer = torch.zeros(0, 0, dtype=torch.float64) if held is None else held
         self._count = len(self._buffer)
+        self._passes: list[_Pass] = []
+        self._waiting = 0
 
     def __len__(self) -> int:
         return self._count
@@ -325,53 +342,95 @@ class _Rows:
     @property
     def nbytes(self) -> int:
         """What they take, with the room for more."""
+        self._settle()
         return self._buffer.nbytes
 
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
         self._buffer, self._count = self._buffer[:0], 0
+        self._passes, self._waiting = [], 0
 
-    def append(self, solution: Solution, index: Tensor) -> None:
+    def append(self, solution: Solution, index: Tensor, shown: Tensor | None = None) -> None:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
         if not concrete(solution.status):
             return
-        values = {name: unwrapped(getattr(solution, name)) for name in (*RECORDED, "status")}
-        if type(solution) is not Solution:
-            own = [field.name for field in fields(solution)[len(fields(Solution)) :]]
-            values |= {name: unwrapped(getattr(solution, name)) for name in own}
+        # The same solution without the activations, which would be the most of it.
+        bare = object.__new__(type(solution))
+        stored = vars(bare)
+        stored.update(vars(solution), x_new=solution.status)
+        if torch.is_grad_enabled() or in_transforms():
+            for name, value in stored.items():
+                if isinstance(value, Tensor):
+                    stored[name] = unwrapped(value).detach()
+        self._passes.append(_Pass(bare, index, shown))
+        self._waiting += len(index)
+        if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
+        stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
+        passes, self._passes = self._passes[:stays], self._passes[stays:]
+        self._waiting = 0
+        if passes:
+            self._append(self._made(passes))
+
+    def _made(self, passes: "Sequence[_Pass]") -> Tensor:
+        """The rows of some passes, (n, columns)."""
         # Rows may be added within inference mode, and read or added to outside of it.
         with outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            self._append(values | {"index": index})
+            made = [one.values() for one in passes]
+            if not self._places:
+                start = 0
+                for name, value in made[0].items():
+                    width = 1 if value.ndim == 1 else value.shape[1]
+                    self._places[name] = start if value.ndim == 1 else slice(start, start + width)
+                    start += width
+            columns = [
+                torch.cat([v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()], 1)
+                for values in made
+            ]
+            device = columns[-1].device
+            return torch.cat([part.to(device) for part in columns])
 
-    def _append(self, values: dict[str, Tensor]) -> None:
-        new = torch.cat([v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()], 1)
-        if not self._places or new.device != self.device:
-            self._buffer, self._count = new.new_empty(0, new.shape[1] + 1), 0
-            start = 0
-            for name, value in values.items():
-                self._places[name] = (
-                    start if value.ndim == 1 else slice(start, start + value.shape[1])
-                )
-                start += 1 if value.ndim == 1 else value.shape[1]
-            self._places["forward_pass"] = start
-        if not self.kept:
-            status, held = self._places["status"], self._buffer[: self._count, :-1]
-            rows = torch.cat([held, new])
-            new, self._count = rows.index_select(0, rows[:, status].argmax(0, keepdim=True)), 0
-        end = self._count + len(new)
-        if end > len(self._buffer):
-            # By half of what is there, so that a pass costs the same however many came before.
-            room = new.new_full((end + self._count // 2, self._buffer.shape[1]), -1.0)
-            room[: self._count] = self._buffer[: self._count]
-            self._buffer = room
-        self._buffer[self._count : end, :-1] = new
-        self._count = end
+    def _append(self, new: Tensor) -> None:
+        with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            if new.device != self.device or new.shape[1] != self._buffer.shape[1]:
+                self._buffer, self._count = new.new_empty(0, new.shape[1]), 0
+            if not self.kept:
+                rows = torch.cat([self._buffer[: self._count], new])
+                worst = rows[:, self._places["status"]].argmax(0, keepdim=True)
+                new, self._count = rows.index_select(0, worst), 0
+            end = self._count + len(new)
+            if end > len(self._buffer):
+                # By half of what is there, so that a pass costs the same however many came before.
+                room = new.new_full((end + self._count // 2, new.shape[1]), -1.0)
+                room[: self._count] = self._buffer[: self._count]
+                self._buffer = room
+            self._buffer[self._count : end] = new
+            self._count = end
 
-    def number(self, count: int, forward_pass: int) -> None:
+    def read(self, positions: Positions) -> "_Rows":
+        """The rows of pairs that count, numbered as the positions are."""
+        self._settle()
+        held = self._buffer[: self._count]
+        if self._passes:
+            new = self._made(self._passes)
+            held = torch.cat([held.reshape(-1, new.shape[1]).to(new.device), new])
+        rows = _Rows(self.kept, self._places, held)
+        if len(rows):
+            index = rows.column("index").long()
+            number = torch.where(index < 0, -1, positions.numbered(index.clamp_min(0)))
+            if bool((number != index).any()):
+                held = held.clone()
+                held[:, self._places["index"]] = number.to(held.dtype)
+                rows = _Rows(self.kept, self._places, held[number >= 0])
+        return rows
+
+    def number(self, forward_pass: int) -> None:
         """Say in which forward pass the last rows were added."""
-        if self.kept and self._count >= count:
-            with outside_transforms():
-                self.column("forward_pass")[-count:] = forward_pass
+        if self._passes:
+            self._passes[-1].number = forward_pass
 
     def column(self, name: str) -> Tensor:
         """A quantity of all rows, (N,) or (N, V), float64."""
@@ -389,6 +448,43 @@ class _Rows:
         last = last.scatter_reduce(0, self.column("index").long(), number, "amax")
         return _Rows(True, self._places, self._buffer[last[last >= 0]])
 
+
+@dataclass
+class _Pass:
+    """What an edit stored in one pass, which no row has been made of yet.
+
+    Attributes:
+        solution: as it was returned, without the activations.
+        index: which pairs its rows are, (n,).
+        shown: which of them count, (n,) bool, or None.
+        number: of the pass.
+        captured: whether it is part of a CUDA graph, each replay of which writes it anew.
+    """
+
+    solution: Solution
+    index: Tensor
+    shown: Tensor | None
+    number: int = -1
+    captured: bool = False
+
+    def __post_init__(self) -> None:
+        on_gpu = self.index.device.type == "cuda"
+        self.captured = on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def values(self) -> dict[str, Tensor]:
+        """The columns of its rows."""
+        own = [field.name for field in fields(self.solution)[len(fields(Solution)) :]]
+        named = {name: getattr(self.solution, name) for name in (*RECORDED, *own)}
+        status, index = self.solution.status, self.index
+        if self.shown is not None:
+            status = torch.where(self.shown, status, int(Status.SATISFIED))
+            index = torch.where(self.shown, index, -1)
+        number = torch.full_like(index, self.number)
+        return {**named, "status": status, "index": index, "forward_pass": number}
+
+
+WAITING, WAITING_ROWS = 64, 4096
+"""So many passes, or rows, wait at most until rows are made of them together."""
 
 _COLUMNS = ("pass", "tokens", "columns", "edited", "log odds before", "after", "distance")
 

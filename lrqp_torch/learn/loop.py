@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
@@ -30,6 +28,7 @@ from lrqp_torch.learn.prompts import EditPrompts
 from lrqp_torch.learn.result import Epoch, Learned
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.inputs import check_inputs, vocabulary_of
+from lrqp_torch.stream.progress import Advance, Start, progress_bars
 from lrqp_torch.stream.replay import frozen
 from lrqp_torch.stream.sites import locate
 
@@ -151,9 +150,7 @@ def learn(
             stack.enter_context(sole_writer(Path(folder)))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
-        bars = stack.enter_context(
-            Progress(console=Console(stderr=True), transient=True, disable=not progress)
-        )
+        stage = stack.enter_context(progress_bars(enabled=progress))
 
         def load(prompts: EditPrompts) -> Workload:
             return Workload(model, where, prompts.to(device), options.batch_size)
@@ -165,7 +162,7 @@ def learn(
             load(unrelated) if unrelated is not None else None,
             objective,
             options,
-            bars,
+            stage,
         ).run(keeper)
     edit.settle(state.best)
     learned = edit.finish(start.probe.weight.device)
@@ -227,7 +224,7 @@ class Trainer:
         unrelated: those on which the edit should do nothing, or None.
         objective: see :func:`learn`.
         options: see :class:`LearnOptions`.
-        bars: where progress is shown.
+        stage: opens a progress bar.
     """
 
     def __init__(
@@ -238,9 +235,9 @@ class Trainer:
         unrelated: Workload | None,
         objective: Objective,
         options: LearnOptions,
-        bars: Progress,
+        stage: Start,
     ) -> None:
-        self.edit, self.objective, self.options, self.bars = edit, objective, options, bars
+        self.edit, self.objective, self.options, self.stage = edit, objective, options, stage
         self.train, self.validation, self.unrelated = train, validation, unrelated
         self.optimiser = torch.optim.Adam(list(edit.free.values()), lr=options.learning_rate)
         self.has_gradient = False
@@ -259,11 +256,11 @@ class Trainer:
             self.edit.settle(state.now)
             self._restore(state.optimiser)
         steps = math.ceil(len(self.train) / self.options.batch_size)
-        bar = self.bars.add_task("learning", total=self.options.epochs * steps)
-        self.bars.update(bar, completed=state.history[-1].index * steps)
+        advance = self.stage("learning", self.options.epochs * steps)
+        advance(state.history[-1].index * steps)
         while not self._finished(state):
             index = state.history[-1].index + 1
-            terms = self._epoch(index, bar)
+            terms = self._epoch(index, advance)
             state.history.append(Epoch(index, terms, self._validate()))
             state.now = self.edit.snapshot()
             if self._better(state):
@@ -284,7 +281,7 @@ class Trainer:
         best = next(e for e in state.history if e.index == state.best_epoch)
         return state.history[-1].validation["loss"] < best.validation["loss"]
 
-    def _epoch(self, index: int, bar: TaskID) -> dict[str, float]:
+    def _epoch(self, index: int, advance: Advance) -> dict[str, float]:
         # Seeded by the epoch, so that a run which goes on draws what it would have drawn.
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + index)
         size, seen = self.options.batch_size, []
@@ -311,7 +308,7 @@ class Trainer:
                     loss.backward()
             self.optimiser.step()
             seen.append((found, len(rows)))
-            self.bars.advance(bar)
+            advance(1)
         if not self.has_gradient:
             raise LearningError(
                 f"the gradient of the objective is 0 on all {len(self.train)} prompts, so there "

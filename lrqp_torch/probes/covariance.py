@@ -21,6 +21,9 @@ from lrqp_torch.probes.keeping import class_differences, conditional_covariance,
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
 
+# Temporary matrices of so many numbers at most.
+CHUNK_NUMBERS = 2_000_000
+
 
 class Mahalanobis(nn.Module):
     """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
@@ -52,10 +55,12 @@ class Mahalanobis(nn.Module):
         shrinkage: float = 0.0,
         n_samples: int | None = None,
         kept: Any = None,
+        _known: bool = False,
     ) -> None:
         super().__init__()
         covariance = as_numbers(covariance, "a covariance")
-        _check_covariance(covariance)
+        # What is computed here is symmetric and positive semidefinite by its formula.
+        _check_covariance(covariance, known=_known)
         width = covariance.shape[0]
         self.register_buffer("covariance", ordinary(covariance.double()))
         for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
@@ -148,6 +153,7 @@ class Mahalanobis(nn.Module):
             shrinkage=self.shrinkage,
             n_samples=self.n_samples,
             kept=basis,
+            _known=True,
         )
 
     @torch.no_grad()
@@ -230,35 +236,65 @@ class Covariance:
         x = as_numbers(x, "activations")
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
-        check_finite(x)
         if len(x) == 0:
             return self
-        x = x.to(self.mean)
-        batch = Covariance(self.width, device=self.mean.device)
-        batch.n_samples = len(x)
-        batch.mean = x.mean(0)
-        centred = x - batch.mean
-        squares = centred.square().sum(-1)
-        batch.second = centred.T @ centred
-        batch.third = squares @ centred
-        batch.fourth = squares.square().sum()
-        return self.merge(batch)
+        given, x = x, x.to(self.mean)
+        apart = x.mean(0) - self.mean
+        # A finite sum has finite terms; one that is not may have overflowed.
+        if not bool(torch.isfinite(apart.sum())):
+            check_finite(given)
+        moved = self._move(apart, len(x))
+        # About the new mean; what the old one is off by is one row more, so that one product in
+        # place does it all.
+        rows = torch.cat([x - self.mean, moved.unsqueeze(0)])
+        y = rows[:-1]
+        squares = torch.linalg.vecdot(y, y)
+        self.second.addmm_(rows.T, rows)
+        self.third += squares @ y
+        self.fourth += squares.square().sum()
+        return self
 
     @torch.no_grad()
     def merge(self, other: "Covariance") -> Self:
         """Add everything that another accumulator has seen. Returns self."""
         if other.width != self.width:
             raise WidthError(f"cannot merge widths {self.width} and {other.width}")
-        total = self.n_samples + other.n_samples
         if other.n_samples == 0:
             return self
-        mean = self.mean + (other.mean.to(self.mean) - self.mean) * (other.n_samples / total)
-        own, others = self._about(mean), other._about(mean)
-        self.second, self.third, self.fourth = (
-            a + b.to(a) for a, b in zip(own, others, strict=True)
-        )
-        self.mean, self.n_samples = mean, total
+        moved = Covariance(0, device=self.mean.device)
+        moved.n_samples = other.n_samples
+        for name in ("mean", "second", "third", "fourth"):
+            setattr(moved, name, getattr(other, name).to(self.mean, copy=True))
+        apart = moved.mean - self.mean
+        for part, shift, count in ((self, apart, other.n_samples), (moved, -apart, self.n_samples)):
+            row = part._move(shift, count)
+            part.second.addr_(row, row)
+        self.second += moved.second
+        self.third, self.fourth = self.third + moved.third, self.fourth + moved.fourth
         return self
+
+    def _move(self, apart: Tensor, count: int) -> Tensor:
+        """Take up the mean of these and ``count`` more activations, whose mean is ``apart`` away.
+
+        All moments but the second are then about that mean, by shifting y to y − δ.
+
+        Returns:
+            √n δ, (d,), whose square is to be added to the second moment.
+        """
+        n, total = self.n_samples, self.n_samples + count
+        delta = apart * (count / total)
+        length, pulled = delta.square().sum(), self.second @ delta
+        trace = self.second.diagonal().sum()
+        self.fourth = (
+            self.fourth
+            - 4 * self.third @ delta
+            + 4 * delta @ pulled
+            + 2 * trace * length
+            + n * length.square()
+        )
+        self.third = self.third - trace * delta - 2 * pulled - n * length * delta
+        self.mean, self.n_samples = self.mean + delta, total
+        return delta * n**0.5
 
     def over(self, ranks: Ranks) -> "Covariance":
         """The accumulators of all ranks, merged in rank order, with the same bits on every rank.
@@ -279,22 +315,6 @@ class Covariance:
                 setattr(received, name, ranks.send(getattr(part, name), rank))
             merged.merge(received)
         return merged
-
-    def _about(self, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Second, third and fourth moments about another centre, by shifting y to y − δ."""
-        delta = centre.to(self.mean) - self.mean
-        length = delta.square().sum()
-        trace, pulled = self.second.diagonal().sum(), self.second @ delta
-        second = self.second + self.n_samples * torch.outer(delta, delta)
-        third = self.third - trace * delta - 2 * pulled - self.n_samples * length * delta
-        fourth = (
-            self.fourth
-            - 4 * self.third @ delta
-            + 4 * delta @ pulled
-            + 2 * trace * length
-            + self.n_samples * length.square()
-        )
-        return second, third, fourth
 
     def finish(self, shrinkage: Shrinkage = "ledoit_wolf") -> Mahalanobis:
         """The metric with covariance (1 − ρ) S + ρ (tr S / d) I, S with denominator n.
@@ -321,9 +341,10 @@ class Covariance:
                 f"a covariance needs at least 2 activations, got {self.n_samples}; capture more"
             )
         n, d = self.n_samples, self.width
-        sample = (self.second + self.second.T) / (2 * n)
+        # No more than this one matrix is made: at large widths it is what memory goes to.
+        sample = torch.add(self.second, self.second.T).div_(2 * n)
         scale = sample.diagonal().mean()
-        squared = sample.square().sum()
+        squared = torch.linalg.vector_norm(sample).square()
         spread = squared - d * scale.square()
         if shrinkage == "ledoit_wolf":
             error = (self.fourth / n - squared) / n
@@ -339,28 +360,33 @@ class Covariance:
             raise CovarianceError(
                 f"shrinkage must be 'ledoit_wolf', 'oas' or a number in [0, 1], got {shrinkage!r}"
             )
-        shrunk = (1 - weight) * sample
-        shrunk.diagonal().add_(weight * scale)
-        return Mahalanobis(shrunk, self.mean.clone(), shrinkage=weight, n_samples=n)
+        sample.mul_(1 - weight).diagonal().add_(weight * scale)
+        return Mahalanobis(sample, self.mean.clone(), shrinkage=weight, n_samples=n, _known=True)
 
 
-def _check_covariance(covariance: Tensor) -> None:
+def _check_covariance(covariance: Tensor, known: bool) -> None:
     square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
     if not square or covariance.numel() == 0:
         raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")
     if not bool(torch.isfinite(covariance).all()):
         raise NonFiniteError("the covariance holds NaN or infinity")
     matrix = covariance.detach().double()
-    size = float(matrix.abs().max())
-    if float((matrix - matrix.T).abs().max()) > 1e-6 * size:
-        raise CovarianceError("the covariance is not symmetric; use (Σ + Σᵀ) / 2")
+    size = max(float(matrix.amax()), -float(matrix.amin()))
     if size == 0:
         raise CovarianceError("the covariance is zero: all activations are the same")
+    if known:
+        return
+    rows = max(1, CHUNK_NUMBERS // len(matrix))
+    uneven = [
+        (a - b).abs().max() for a, b in zip(matrix.split(rows), matrix.T.split(rows), strict=True)
+    ]
+    if float(torch.stack(uneven).max()) > 1e-6 * size:
+        raise CovarianceError("the covariance is not symmetric; use (Σ + Σᵀ) / 2")
     # Cholesky of Σ plus a rounding-sized ridge exists exactly when Σ is positive semidefinite to
     # rounding, and costs a tenth of the eigenvalues.
-    ridge = 1e-6 * size if covariance.dtype != torch.float64 else 1e-9 * size
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    if int(torch.linalg.cholesky_ex(matrix + ridge * identity).info) > 0:
+    ridged = matrix.clone()
+    ridged.diagonal().add_((1e-6 if covariance.dtype != torch.float64 else 1e-9) * size)
+    if int(torch.linalg.cholesky_ex(ridged).info) > 0:
         raise CovarianceError(
             "the covariance has a negative eigenvalue; estimate it from data or shrink it"
         )

@@ -56,7 +56,8 @@ def conditional_covariance(covariance: Tensor, basis: Tensor) -> Tensor:
 
     Computed as Q (P Σ Pᵀ) Q with P = I − Σ Cᵀ (C Σ Cᵀ)⁺ C and Q = I − Cᵀ C, which in exact
     arithmetic is the same, and in floating point is positive semidefinite and zero along C to the
-    rounding error of the *result*, however long the directions were in Σ.
+    rounding error of the *result*, however long the directions were in Σ. Each factor changes r
+    directions only, so all of it costs r d².
 
     Args:
         covariance: Σ, (d, d), float64.
@@ -70,14 +71,17 @@ def conditional_covariance(covariance: Tensor, basis: Tensor) -> Tensor:
     gram = pulled @ basis.T
     tolerance = width * torch.finfo(covariance.dtype).eps
     inverse = torch.linalg.pinv((gram + gram.T) / 2, hermitian=True, rtol=tolerance)
-    identity = torch.eye(width, dtype=covariance.dtype, device=covariance.device)
-    oblique = identity - pulled.T @ inverse @ basis
-    flat = identity - basis.T @ basis
-    factor = flat @ oblique
-    result: Tensor = factor @ covariance @ factor.T
-    # The second time takes away what rounding of the first product put back.
-    result = flat @ ((result + result.T) / 2) @ flat
-    result = (result + result.T) / 2
+
+    def taken(matrix: Tensor, along: Tensor) -> Tensor:
+        """(I − along C) S (I − along C)ᵀ of a symmetric S, with ``along`` (d, r)."""
+        half = torch.addmm(matrix, along, basis @ matrix, alpha=-1)
+        return torch.addmm(half, half @ basis.T, along.T, alpha=-1)
+
+    result = taken(covariance, pulled.T @ inverse)
+    # Each time takes away what rounding of the product before put back.
+    for _ in range(2):
+        result = taken(result, basis.T)
+    result = torch.add(result, result.T).mul_(0.5)
     largest = float(result.detach().abs().max())
     if not largest > tolerance * float(covariance.detach().abs().max()):
         raise CovarianceError(

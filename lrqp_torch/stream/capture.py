@@ -1,6 +1,6 @@
 """Reading the residual stream: a checked request, and the forward passes that answer it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import input_device, modules_of
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
@@ -24,13 +24,14 @@ from lrqp_torch.stream.inputs import (
 )
 from lrqp_torch.stream.passes import ForwardCall, cache_among
 from lrqp_torch.stream.positions import Positions, Where, check_fit
+from lrqp_torch.stream.progress import Advance, no_progress, progress_bars
 from lrqp_torch.stream.sites import Located, Site, locate
 from lrqp_torch.stream.watch import Watch, opened
 
 ALONE = Ranks()
 """One process."""
 
-Progressed = bool | Callable[[int], object]
+Progressed = bool | Advance
 """Whether to show a progress bar, or what to call with the number of examples just run."""
 
 
@@ -126,18 +127,15 @@ def capture_batches(
 
 
 @contextmanager
-def progress_shown(progress: Progressed, n_examples: int) -> Iterator[Callable[[int], object]]:
+def progress_shown(progress: Progressed, n_examples: int) -> Iterator[Advance]:
     """What to call after each batch."""
     if callable(progress):
         yield progress
     elif progress:
-        from rich.progress import Progress
-
-        with Progress() as bar:
-            task = bar.add_task("capturing activations", total=n_examples)
-            yield lambda done: bar.advance(task, done)
+        with progress_bars() as start:
+            yield start("capturing activations", n_examples)
     else:
-        yield lambda done: None
+        yield no_progress
 
 
 # What says where the text is, and where each token of it stands.
@@ -228,7 +226,7 @@ class Reading:
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
-        warn_of_dropout(modules_of(model))
+        warn_of_dropout(model)
 
     def _parse(self, positions: Where) -> "_Places":
         parsed = Positions.parse(positions).among(self.n_examples, self.length, self.inputs)
@@ -246,7 +244,7 @@ class Reading:
         self,
         examples: range,
         device: torch.device | str | None,
-        advance: Callable[[int], object],
+        advance: Advance,
     ) -> dict[str, Tensor]:
         """The activations of consecutive examples, in their order, on every rank."""
         begin, end = self.span(examples)
@@ -270,7 +268,7 @@ class Reading:
         self,
         examples: range,
         device: torch.device | str | None,
-        advance: Callable[[int], object],
+        advance: Advance,
     ) -> dict[str, Tensor]:
         if self.batch_size is None and self.batch_tokens is None:
             self.batch_size = -(-len(examples) // self.ranks.size)
@@ -341,8 +339,9 @@ class _Places:
         example = torch.arange(len(batch.examples)).repeat_interleave(counts)
         token = self.positions.token[pairs] - batch.first[example]
         size = len(batch.examples)
-        table = torch.stack([example, token, 0 * token], 1)
-        return Positions(table, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask)
+        return Positions(
+            example, token, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask
+        )
 
     def rows(self, batch: Batch) -> Tensor:
         """Which rows of the whole result a batch yields."""

@@ -8,9 +8,12 @@ every model of the process, and the graphs made before are used again once it ha
 import functools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import compress, repeat
+from operator import contains, itemgetter
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -48,20 +51,16 @@ _EAGER = _Eager()
 
 
 @contextmanager
-def run_eagerly(model: nn.Module, modules: Sequence[nn.Module] = ()) -> Iterator[None]:
+def run_eagerly(model: nn.Module) -> Iterator[None]:
     """Run what is compiled without its graphs, so that every hook on the model fires.
 
     Warns with :class:`CompiledModelWarning` when the model, or a part of it, is compiled. A
     function of the caller's that was compiled around the model runs eagerly too, unseen.
 
-    Args:
-        model: any module.
-        modules: its modules, where they have been listed already.
-
     Raises:
         CompiledModelError: the context is opened inside a function that is being compiled.
     """
-    compiled = is_compiled(model, modules)
+    compiled = is_compiled(model)
     if compiled:
         _warn(model)
     with _EAGER:
@@ -71,30 +70,77 @@ def run_eagerly(model: nn.Module, modules: Sequence[nn.Module] = ()) -> Iterator
         _warn(model)
 
 
-def is_compiled(model: nn.Module, modules: Sequence[nn.Module] = ()) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether a model or a part of it was compiled: by ``torch.compile`` of a module or of its
     ``forward``, by ``module.compile()``, or by transformers for generation.
     """
     if _generates_compiled(model):
         return True
-    for module in modules or modules_of(model):
-        own = vars(module)
-        if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
-            return True
-        if "forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"):
-            return True
-    return False
+    census = _Census.of(model)
+    if census.wraps_compiled:
+        return True
+    every = [vars(model), *census.attributes]
+    return (
+        any(map(contains, every, repeat("forward"))) and any(map(_forwards_compiled, every))
+    ) or (
+        any(map(contains, every, repeat("_compiled_call_impl")))
+        and any(own.get("_compiled_call_impl") is not None for own in every)
+    )
+
+
+def _forwards_compiled(own: dict[str, Any]) -> bool:
+    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """``model.modules()``, in a fraction of the time; contexts look through them when they open."""
-    found, seen = [model], {model}
-    for module in found:
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
+    return [model, *_Census.of(model).below]
+
+
+def modules_in_training(model: nn.Module) -> list[nn.Module]:
+    """Those of ``model.modules()`` that are in training mode."""
+    census = _Census.of(model)
+    own, modules = census.attributes, census.below
+    if census.wraps_compiled:  # what torch.compile returned asks the module that it was given
+        modules = [module for module in modules if "training" in vars(module)]
+        own = [vars(module) for module in modules]
+    trained = list(compress(modules, map(itemgetter("training"), own)))
+    return [model, *trained] if model.training else trained
+
+
+class _Census:
+    """What is below a model, listed once and looked through anew only when modules have changed.
+
+    Attributes:
+        below: all its modules but itself.
+        attributes: of each, those that it has itself.
+        wraps_compiled: whether the model or one of them is what ``torch.compile`` returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found, seen = [model], {model}
+        for module in found:
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
+        self.below = found[1:]
+        self.attributes = [vars(module) for module in self.below]
+        self._children = [module._modules for module in found]
+        self._held = [dict(children) for children in self._children]
+        self.wraps_compiled = any("_orig_mod" in children for children in self._held)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Census":
+        """That of a model as it is now."""
+        known = _CENSUSES.get(model)
+        # Modules are compared as objects, so this takes microseconds.
+        if known is None or known._children != known._held:
+            known = _CENSUSES[model] = cls(model)
+        return known
+
+
+_CENSUSES: WeakKeyDictionary[nn.Module, _Census] = WeakKeyDictionary()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -102,8 +148,29 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return cast(nn.Module, vars(module).get("_modules", {}).get("_orig_mod", module))
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, without compilation and adapters around it."""
+    inner = unwrapped(model)
+    # A model with adapters of peft names its tuner, and not its trunk, a base model.
+    return (
+        cast(nn.Module, cast(Any, inner).get_base_model())
+        if hasattr(type(inner), "get_base_model")
+        else inner
+    )
+
+
+def descend(module: nn.Module, path: str) -> nn.Module:
+    """``module.get_submodule(path)``, in a fraction of the time."""
+    if not path:
+        return module
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return module.get_submodule(path) if found is None else found
+
+
 def _generates_compiled(model: nn.Module) -> bool:
-    return getattr(model, "_compiled_call", None) is not None
+    return vars(inner_model(model)).get("_compiled_call") is not None
 
 
 def _warn(model: nn.Module) -> None:

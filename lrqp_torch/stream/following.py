@@ -1,14 +1,25 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
 import functools
+import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, outside_transforms
+from lrqp_torch.errors import PositionError, outside_transforms, readable
 from lrqp_torch.stream.passes import ForwardCall, Text
-from lrqp_torch.stream.positions import Positions, check_fit, chosen, reached, wrong_batch
+from lrqp_torch.stream.positions import (
+    Positions,
+    check_fit,
+    chosen,
+    raise_on_padding,
+    reached,
+    wrong_batch,
+)
 
 
 @dataclass(eq=False)
@@ -21,6 +32,9 @@ class Rows:
         token: column of each, counted from the beginning of the text, (N,).
         column: column of each in this call, (N,).
         request: in a scope, the request that each row of the batch belongs to, (N,).
+        shown: which of them count, (N,) bool, where the attention mask is on a device that is not
+            waited for; else all do.
+        whole: whether they are all tokens of the call, row by row.
     """
 
     index: Tensor
@@ -28,16 +42,33 @@ class Rows:
     token: Tensor
     column: Tensor
     request: Tensor | None = None
+    shown: Tensor | None = None
+    whole: bool = False
+
+    def gather(self, stream: Tensor) -> Tensor:
+        """Their activations, (N, d), in a stream (B, T, d); of all tokens a view."""
+        return stream.flatten(0, 1) if self.whole else stream[self.example, self.column]
+
+    def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
+        """The stream in the dtype of the values, with these, (N, d), in their places."""
+        if self.whole:
+            return values.reshape(stream.shape)
+        return stream.to(values.dtype).index_put((self.example, self.column), values)
 
 
 class Follower:
     """Finds the tokens of some positions in the passes of a context, and what was missed."""
 
     def __init__(self, positions: Positions) -> None:
-        # On the host, so that a forward pass need not ask the device which of them are its own.
-        self.positions, self._known = positions, positions.to("cpu")
+        self.positions = positions
         self._ran: set[tuple[int, int]] = set()
         self._rows: tuple[tuple[int, int, int, torch.device], Rows | None] | None = None
+        # What a pass needs of them, by device: on a GPU they are moved but once.
+        self._there: dict[torch.device, list[Tensor]] = {}
+        # The last call that they were held against: what it was, its mask, and whether that is as
+        # it was then; and what masks on a GPU show, which is looked at when the context closes.
+        self._fits: tuple[tuple[int, int, int, bool], Callable[[], Any], float] | None = None
+        self._hidden: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
     def of(positions: Positions) -> "Follower":
@@ -52,27 +83,62 @@ class Follower:
                 call that fills a KV cache may be followed by the tokens that are still missing;
                 positions that never come are found when the context closes.
         """
-        check_fit(self._known, call)
+        mask = call.mask
+        key = call.batch, call.past, call.end, call.continues
+        # Inputs that are run again and again are held against the positions once.
+        known, version = self._fits, _version(mask)
+        if known is not None and known[1]() is mask and (known[0], known[2]) == (key, version):
+            return
+        hidden = check_fit(self.positions, call)
+        if hidden is not None:
+            example, token, shown = hidden
+            before = self._hidden.get(key[1:3])
+            self._hidden[key[1:3]] = (
+                hidden if before is None else (example, token, before[2] & shown)
+            )
+        self._fits = key, _nothing if mask is None else weakref.ref(mask), version
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The positions of a call on a device, or None; those of the last call are kept."""
         key = (call.past, call.length, call.front, device)
         if self._rows is None or self._rows[0] != key:
-            with outside_transforms():
-                index, example, token = reached(self._known, call)
-                number = torch.arange(len(self._known))[index]
-                parts = number, example, token, token - call.past + call.front
-                rows = Rows(*(part.to(device) for part in parts)) if len(token) else None
-            self._rows = (key, rows)
+            with outside_transforms(), torch.inference_mode(False):
+                self._rows = (key, self._find(call, device))
         return self._rows[1]
+
+    def _find(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        known = self.positions
+        which, example, token = reached(known, call)
+        if not len(token):
+            return None
+        whole = bool(
+            len(token) == call.batch * (call.front + call.length)
+            and torch.equal(example * call.length + token, torch.arange(len(token)))
+        )
+        shift = call.front - call.past
+        if not isinstance(which, slice):
+            found = [part.to(device, non_blocking=True) for part in (which, example, token)]
+        else:
+            if device not in self._there:
+                everything = torch.arange(len(known)), known.example, known.token
+                self._there[device] = [part.to(device, non_blocking=True) for part in everything]
+            found = self._there[device]
+        index, example, token = found
+        return Rows(index, example, token, token + shift if shift else token, whole=whole)
 
     def mark(self, call: ForwardCall) -> None:
         """Note that an edit ran."""
         self._ran.add((call.past, call.end))
 
     def missed(self) -> str | None:
-        """What to say of positions that never ran, if any."""
-        at = self._known
+        """What to say of positions that never ran, if any.
+
+        Raises:
+            PositionError: some lie on padding, which was not known before.
+        """
+        at = self.positions
+        for example, token, shown in self._hidden.values():
+            raise_on_padding(example, token, shown.cpu())
         missed = torch.ones(len(at), dtype=torch.bool)
         for past, end in self._ran:
             missed &= (at.token < past) | (at.token >= end)
@@ -86,6 +152,15 @@ class Follower:
         )
 
 
+def _nothing() -> None:
+    """In place of a reference to no mask."""
+
+
+def _version(mask: Tensor | None) -> float:
+    """How often a mask has been written to; NaN, which equals nothing, where that is not known."""
+    return 0 if mask is None else math.nan if mask.is_inference() else mask._version
+
+
 class ScopeFollower(Follower):
     """Finds a scope's tokens in each of the passes of a context."""
 
@@ -95,9 +170,9 @@ class ScopeFollower(Follower):
         assert positions.scope is not None
         self.scope, self.any = positions.scope, False
         self._last: ForwardCall | None = None
-        # Of each text, the numbers of its pairs by row and column, and how far they are given; and
-        # the chosen ones.
-        self._seen: dict[int, tuple[Tensor, int]] = {}
+        # Of each text, what it has been numbered as; and the chosen pairs.
+        self._seen: dict[int, _Numbers] = {}
+        self._grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._chosen: dict[int, Positions] = {}
 
     def see(self, call: ForwardCall) -> None:
@@ -122,7 +197,7 @@ class ScopeFollower(Follower):
             for old in [old for old in self._seen if old < number - 8]:
                 del self._seen[old]
                 self._chosen.pop(old, None)
-            self._seen[number] = torch.full((call.batch, 0), -1), 0
+            self._seen[number] = _Numbers(call.batch)
         if not self.scope.grows and number not in self._chosen:
             self._choose(call, number)
 
@@ -195,52 +270,100 @@ class ScopeFollower(Follower):
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The scope's tokens in a call, or None."""
-        with outside_transforms():
+        with outside_transforms(), torch.inference_mode(False):
             number = self._text(call).number
-            if self.scope.grows:
-                found = self._in_region(call)
-            else:
+            cpu, repeats = torch.device("cpu"), self.scope.repeats
+            if not self.scope.grows:
                 found = reached(self._chosen[number], call)[1:]
-            if found is None or not len(found[0]):
+                return self._rows_of(call, device, number, *found) if len(found[0]) else None
+            begin, end = self._region(call)
+            if begin >= end:
                 return None
-            example, token = found
-            index = self._number(number, call, example, token)
-            request = example if self.scope.repeats == 1 else example // self.scope.repeats
-            column = token - call.past + call.front
-            return Rows(*(part.to(device) for part in (index, example, token, column, request)))
+            real = call.real()
+            shown = None if real is None else real[:, begin - call.past : end - call.past]
+            if shown is not None and readable(shown):
+                if not bool(shown.all()):
+                    example, column = shown.nonzero(as_tuple=True)
+                    if not len(example):
+                        return None
+                    return self._rows_of(call, device, number, example, column + begin)
+                shown = None
+            # All tokens of all rows: what there is of them is known without a look.
+            whole = call.front == 0 and (begin, end) == (call.past, call.end)
+            example, offset = self._grid(call.batch, end - begin, cpu)
+            if not whole or shown is not None or call.past < self._seen[number].end:
+                shown = None if shown is None else shown.flatten()
+                return self._rows_of(call, device, number, example, offset + begin, shown, whole)
+            numbers = self.positions.add(example, offset + begin, number)
+            self._seen[number].note(example, offset + begin, numbers, call.end)
+            example, column = self._grid(call.batch, end - begin, device)
+            index = torch.arange(numbers.start, numbers.stop, device=device)
+            token = column + begin if begin else column
+            request = example if repeats == 1 else example // repeats
+            return Rows(index, example, token, column, request, whole=True)
 
-    def _in_region(self, call: ForwardCall) -> tuple[Tensor, Tensor] | None:
-        """Examples and tokens of the prompt, of what is generated, or of both."""
+    def _rows_of(
+        self,
+        call: ForwardCall,
+        device: torch.device,
+        text: int,
+        example: Tensor,
+        token: Tensor,
+        shown: Tensor | None = None,
+        whole: bool = False,
+    ) -> Rows:
+        """Pairs of a call, on the CPU, as rows on a device; with ``shown``, (n,), on its own."""
+        index = self._number(text, call, example, token, shown)
+        column = token - call.past + call.front
+        index, example, token, column = (
+            part.to(device, non_blocking=True) for part in (index, example, token, column)
+        )
+        request = example if self.scope.repeats == 1 else example // self.scope.repeats
+        shown = None if shown is None else shown.to(device, non_blocking=True)
+        return Rows(index, example, token, column, request, shown, whole)
+
+    def _grid(self, batch: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and column of all tokens of a batch, (batch · count,) each."""
+        if (batch, count, device) not in self._grids:
+            if len(self._grids) > 8:
+                self._grids.clear()
+            rows, columns = torch.arange(batch, device=device), torch.arange(count, device=device)
+            self._grids[batch, count, device] = (
+                rows.repeat_interleave(count) if count > 1 else rows,
+                columns.repeat(batch) if batch > 1 else columns,
+            )
+        return self._grids[batch, count, device]
+
+    def _region(self, call: ForwardCall) -> tuple[int, int]:
+        """First token of a call that is in a growing scope, and the one after the last."""
         begin, end, border = call.past, call.end, self._prompt_length(call)
         if self.scope.region == "prompt":
             end = min(end, border)
         elif self.scope.region == "generated":
             begin = max(begin, border)
-        if begin >= end:
-            return None
-        real = call.real()
-        if real is None:
-            real = torch.ones(call.batch, end - begin, dtype=torch.bool)
-        else:
-            real = real[:, begin - call.past : end - call.past].cpu()
-        example, column = real.nonzero(as_tuple=True)
-        return example, column + begin
+        return begin, end
 
-    def _number(self, text: int, call: ForwardCall, example: Tensor, token: Tensor) -> Tensor:
+    def _number(
+        self, text: int, call: ForwardCall, example: Tensor, token: Tensor, shown: Tensor | None
+    ) -> Tensor:
         """Numbers of pairs in order of appearance, (n,); a token read again keeps its own."""
-        seen, begun = self._seen[text]
-        if call.end > seen.shape[1]:
-            room = torch.full((call.batch, max(2 * call.end, 32)), -1)
-            room[:, : seen.shape[1]] = seen
-            seen = room
-        self._seen[text] = seen, max(begun, call.end)
-        if call.past >= begun:  # all of them are new
-            index = self.positions.add(example, token, text)
+        seen = self._seen[text]
+        if call.past >= seen.end:  # all of them are new
+            numbers = self.positions.add(example, token, text, shown)
+            index = torch.arange(numbers.start, numbers.stop)
         else:
-            index = seen[example, token]
-            new = index < 0
-            index[new] = self.positions.add(example[new], token[new], text)
-        seen[example, token] = index
+            index = seen.find(example, token)
+            new, known = (which.nonzero().squeeze(-1) for which in (index < 0, index >= 0))
+            if shown is not None and len(known):
+                there = known.to(shown.device, non_blocking=True)
+                self.positions.show(index[known], shown[there])
+            if len(new):
+                some = None
+                if shown is not None:
+                    some = shown[new.to(shown.device, non_blocking=True)]
+                numbers = self.positions.add(example[new], token[new], text, some)
+                index[new] = torch.arange(numbers.start, numbers.stop)
+        seen.note(example, token, index, call.end)
         return index
 
     def mark(self, call: ForwardCall) -> None:
@@ -265,3 +388,33 @@ class ScopeFollower(Follower):
             f"never ran in the scope {region!r}: no call reached the site with a token of the "
             f"scope that the attention mask shows"
         )
+
+
+class _Numbers:
+    """What the pairs of one text have been numbered as.
+
+    Attributes:
+        end: how far the text has been numbered.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.end = 0
+        self._table = torch.full((batch, 0), -1)
+        self._noted: list[tuple[Tensor, Tensor, Tensor | range]] = []
+
+    def note(self, example: Tensor, token: Tensor, index: Tensor | range, end: int) -> None:
+        """Keep the numbers of some pairs, of a call that ends at a column."""
+        self.end = max(self.end, end)
+        self._noted.append((example, token, index))
+
+    def find(self, example: Tensor, token: Tensor) -> Tensor:
+        """The numbers of pairs; −1 of those that have none."""
+        room = int(token.max()) + 1
+        if max(room, self.end) > self._table.shape[1]:
+            wider = torch.full((len(self._table), 2 * max(room, self.end)), -1)
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+        for rows, columns, numbers in self._noted:
+            self._table[rows, columns] = torch.as_tensor(numbers)
+        self._noted.clear()
+        return self._table[example, token]

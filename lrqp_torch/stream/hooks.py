@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import ModelError, SiteError, warn
-from lrqp_torch.stream.compiled import run_eagerly
+from lrqp_torch.stream.compiled import modules_in_training, run_eagerly
 from lrqp_torch.stream.discovery import first_tensor, with_first
 from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.passes import ForwardCall
@@ -97,7 +97,7 @@ def _put(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
     return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
 
-def warn_of_dropout(modules: Sequence[nn.Module]) -> None:
+def warn_of_dropout(model: nn.Module) -> None:
     """Warn when a model is in training mode and drops out activations."""
 
     def rate(module: nn.Module) -> Any:
@@ -106,7 +106,7 @@ def warn_of_dropout(modules: Sequence[nn.Module]) -> None:
             module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
         )
 
-    rates = [rate(module) for module in modules if module.training]
+    rates = map(rate, modules_in_training(model))
     if any(isinstance(value, int | float) and value > 0 for value in rates):
         warn(
             UserWarning,
@@ -114,15 +114,15 @@ def warn_of_dropout(modules: Sequence[nn.Module]) -> None:
         )
 
 
-def warn_of_checkpointing(modules: Sequence[nn.Module]) -> bool:
+def warn_of_checkpointing(model: nn.Module) -> bool:
     """Whether blocks run once more in the backward pass; warn if torch would not notice a change.
 
     Without ``use_reentrant`` torch itself raises where the second run differs from the first.
     """
     if not torch.is_grad_enabled():
         return False
-    for module in modules:
-        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+    for module in modules_in_training(model):
+        if not getattr(module, "gradient_checkpointing", False):
             continue
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if options.get("use_reentrant") is not False:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
+from lrqp_torch.stream.compiled import inner_model
 from lrqp_torch.stream.passes import puts_tokens_in_front
-from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
+from lrqp_torch.stream.sites import layout_of, trunk_of
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of a model's forward that have one entry a token, (n, T) or (n, T, d)."""

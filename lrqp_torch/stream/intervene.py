@@ -16,9 +16,9 @@ from lrqp_torch.errors import (
     SiteError,
     WidthError,
     concrete,
+    in_transforms,
     readable,
 )
-from lrqp_torch.stream.compiled import modules_of
 from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall
@@ -48,6 +48,8 @@ class Placement:
 
     def place(self, values: Tensor) -> Tensor:
         """What to write so that the stream holds ``values``, as nearly as its dtype can."""
+        if self.base is None and self.scale == 1:
+            return values.to(self.dtype)
         wide = values.double()
         if self.base is not None:
             wide = wide - self.base.double()
@@ -72,6 +74,8 @@ class EditContext:
         realise: maps float64 activations (N, d) to the values that the stream will really hold
             when they are put in place, in float64: a :class:`Placement`, in a model.
         request: in a scope, the request that each row belongs to, (N,); else None.
+        shown: which rows count, (N,) bool, where the attention mask is on a GPU, which is not
+            waited for; what an edit does to the others is neither kept nor recorded. None: all.
     """
 
     index: Tensor
@@ -79,6 +83,7 @@ class EditContext:
     token: Tensor
     realise: Callable[[Tensor], Tensor]
     request: Tensor | None = None
+    shown: Tensor | None = None
 
 
 class Edit(Protocol):
@@ -89,7 +94,13 @@ class Edit(Protocol):
 
 
 class Recorded(Edit, Protocol):
-    """An edit that is told of more than activations, as far as it has these methods."""
+    """An edit that is told of more than activations, as far as it has these methods.
+
+    One that is ``certified`` gives finite activations of the right shape, or raises; leaves what it
+    is given alone, and what it does not edit bit for bit.
+    """
+
+    certified: bool
 
     def begin(self) -> None:
         """A context opens."""
@@ -163,11 +174,10 @@ def intervene(
     applied = [_Applied(item, locate(model, item.site)) for item in interventions]
     if not applied:
         raise PositionError("no interventions were given: nothing would be edited")
-    modules = modules_of(model)
-    warn_of_dropout(modules)
-    reruns = warn_of_checkpointing(modules)
+    warn_of_dropout(model)
+    reruns = warn_of_checkpointing(model)
     watch = Watch(model, [item.places for item in applied], reruns=reruns)
-    with watch.open(modules) as stack:
+    with watch.open() as stack:
         for item in sorted(applied, key=lambda item: item.located.site):
             attach(stack, watch, item.located, item.apply)
             if item.record is not None:
@@ -194,6 +204,7 @@ class _Applied:
         edit = cast(Recorded, item.edit)
         self.record = edit if hasattr(edit, "end_step") else None
         self.raises_late = hasattr(edit, "raise_late")
+        self.certified = bool(getattr(edit, "certified", False))
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.broken: Tensor | None = None
@@ -211,23 +222,38 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
-        rows, columns = at.example, at.column
-        written = stream[rows, columns]
-        base = None if residual is None else residual[rows, columns]
+        written = at.gather(stream)
+        base = None if residual is None else at.gather(residual)
         x = written if base is None else base + scaled(written, scale)
-
-        realise = Placement(base, scale, x.dtype)
-        # A copy, so that an edit which works in place is seen to have changed something.
-        context = EditContext(at.index, rows, at.token, realise, at.request)
-        edited = self.item.edit(x.clone(), context)
-        self._check(x, edited, x.dtype)
-        changed = (edited != x).any(-1, keepdim=True)
+        placement = Placement(base, scale, x.dtype)
+        context = EditContext(at.index, at.example, at.token, placement, at.request, at.shown)
+        if self.certified:
+            edited = self.item.edit(x, context)
+        else:
+            # A copy, so that an edit which works in place is seen to have changed something.
+            edited = self.item.edit(x.clone(), context)
+            self._check(x, edited, x.dtype)
         self.places.mark(call)
         if self.record is not None:
             self.record.end_step(context, self.passes - 1)
-        # Under autocast the attention output is narrower than the sum that the stream will hold.
-        kept = torch.where(changed, realise.place(edited), written.to(x.dtype))
-        return stream.to(x.dtype).index_put((rows, columns), kept)
+        changed = at.shown
+        if base is not None or not self.certified:
+            if readable(x) and not in_transforms():
+                if torch.equal(edited, x):
+                    return stream.to(x.dtype)
+                if len(x) > 1:
+                    changed = (edited != x).any(-1)
+            else:
+                differs = (edited != x).any(-1)
+                changed = differs if changed is None else changed & differs
+        kept = placement.place(edited)
+        if changed is not None:
+            # Under autocast the attention output is narrower than the sum that the stream will
+            # hold.
+            kept = torch.where(changed.unsqueeze(-1), kept, written.to(x.dtype))
+        elif at.whole and not self.certified:
+            kept = kept.clone()  # a tensor of the user's must not become the stream itself
+        return at.scatter(stream, kept)
 
     def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype) -> None:
         site = self.located.site

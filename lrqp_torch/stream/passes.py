@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, concrete, warn
-from lrqp_torch.stream.compiled import unwrapped
+from lrqp_torch.stream.compiled import inner_model, unwrapped
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names that transformers has given to a model's KV cache, the newest first."""
@@ -22,21 +22,32 @@ _HIDDEN = -1e4
 """Additive attention masks hide with numbers below this."""
 
 
+LEFT_PADDED = (
+    "left-padded batch without position_ids: this model counts the padding as text. "
+    "Pass position_ids=lrqp_torch.position_ids(attention_mask), or pad on the right"
+)
+
+
 class LeftPaddingWarning(UserWarning):
     """A left-padded batch without ``position_ids`` on a model with learned positions."""
 
 
 def forward_of(module: nn.Module) -> inspect.Signature:
     """What a model's class takes, whatever its ``forward`` was wrapped in or replaced by."""
-    plain = unwrapped(module)
-    if hasattr(plain, "get_base_model"):
-        plain = cast(Any, plain).get_base_model()
-    return _signature(type(plain).forward)
+    return _signature(type(inner_model(module)).forward)
 
 
 @functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
+
+
+@functools.cache
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a method takes by position, without ``self``."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    known = [p.name for p in _signature(forward).parameters.values() if p.kind in kinds]
+    return tuple(known[1:])
 
 
 def arguments_of(
@@ -49,6 +60,9 @@ def arguments_of(
     """
     if not args:
         return dict(kwargs)
+    names = _positional(type(inner_model(module)).forward)
+    if len(args) <= len(names) and kwargs.keys().isdisjoint(names[: len(args)]):
+        return dict(zip(names, args, strict=False)) | dict(kwargs)
     signature = forward_of(module)
     try:
         given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
@@ -91,20 +105,29 @@ def name_of_cache(model: nn.Module) -> str:
 
 def puts_tokens_in_front(model: nn.Module) -> bool:
     """Whether a model has an adapter that does so: prompt, prefix or p-tuning of peft."""
-    adapter = getattr(model, "active_peft_config", None)
-    return bool(getattr(adapter, "is_prompt_learning", False))
+    plain = unwrapped(model)
+    if not hasattr(type(plain), "active_peft_config"):
+        return False
+    return bool(getattr(cast(Any, plain).active_peft_config, "is_prompt_learning", False))
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
 
 
+def _length_of(cache: Any) -> Any:
+    """How many tokens a cache says that it holds, a number or a tensor; None if it does not."""
+    try:
+        return cache.get_seq_length()
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+
+
 def _held(cache: Any, given: Mapping[str, Any]) -> int | None:
     """How many tokens a cache holds; None where it does not say, and is not empty."""
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, NotImplementedError, ValueError):
-        pass
+    length = _length_of(cache)
+    if length is not None:
+        return int(length)
     try:
         return None if cache.has_previous_state() else 0
     except (AttributeError, NotImplementedError, ValueError):
@@ -228,6 +251,9 @@ class Texts:
         self._compares = compares
         self._known: list[Text] = []
         self.n_calls = self._n_texts = 0
+        # What would have been said, had the device been waited for.
+        self._padded_left: Tensor | None = None
+        self._elsewhere: Tensor | None = None
 
     @property
     def front(self) -> int:
@@ -265,19 +291,37 @@ class Texts:
             # Masks of queries and keys may be the caller's own, and need say nothing of padding.
             square = mask if mask.ndim == 4 else mask[:, None] if mask.ndim == 3 else None
             square = None if square is None else square[:, :, front:, text.front :]
-            mask = mask[:, text.front :] if mask.ndim == 2 else None
+            mask = None if mask.ndim != 2 else mask[:, text.front :] if text.front else mask
         unaware = self._absolute and given.get("position_ids") is None
-        if mask is not None and unaware and concrete(mask) and bool((mask[:, 0] == 0).any()):
-            warn(
-                LeftPaddingWarning,
-                "left-padded batch without position_ids: this model counts the padding as text. "
-                "Pass position_ids=lrqp_torch.position_ids(attention_mask), or pad on the right",
-            )
+        if mask is not None and unaware and text.last < 0 and concrete(mask):
+            self._look_for_left_padding(mask)
         meanwhile = [other for other in self._known if 0 <= text.last < other.began]
         rows, columns = tokens.shape[0], tokens.shape[1] - front
         return ForwardCall(
             rows, columns, past, mask, square, continues, tokens, front, text, meanwhile
         )
+
+    def _look_for_left_padding(self, mask: Tensor) -> None:
+        shown = mask[:, 0].all()
+        if not shown.is_cpu:
+            self._padded_left = ~shown if self._padded_left is None else self._padded_left | ~shown
+        elif not bool(shown):
+            warn(LeftPaddingWarning, LEFT_PADDED)
+
+    def finish(self) -> None:
+        """Say what was not waited for; called when a context has closed.
+
+        Raises:
+            PositionError: a cache on a GPU held other tokens than those read into it.
+        """
+        if self._padded_left is not None and bool(self._padded_left):
+            warn(LeftPaddingWarning, LEFT_PADDED)
+        if self._elsewhere is not None and bool(self._elsewhere):
+            raise PositionError(
+                "a static cache was emptied or cut between two calls of one token, which is not "
+                "seen on a GPU while they run, so positions after it were wrong: begin a text with "
+                "a call of more tokens, or in a context of its own"
+            )
 
     def _text(
         self,
@@ -291,7 +335,17 @@ class Texts:
         """Which text a call reads, and how much of it has been read before."""
         past, after = 0, None
         if own is not None:
-            held, known = _held(own, given), self._in(own)
+            known = self._in(own)
+            if known is not None and known.end and tokens.shape[1] == 1:
+                # What a static cache holds is on the device; where one token more is read, the text
+                # goes on, and that is checked when the context closes.
+                there = _length_of(own)
+                if isinstance(there, Tensor) and not there.is_cpu and concrete(there):
+                    wrong = there != known.end + known.front
+                    before = self._elsewhere
+                    self._elsewhere = wrong if before is None else before | wrong
+                    return known, known.end
+            held = _held(own, given)
             if known is not None and held != 0:
                 return known, known.end if held is None else held - known.front
             if held is None:
@@ -316,8 +370,11 @@ class Texts:
         text = Text(self._n_texts, len(tokens), columns, front, self.n_calls, after=after)
         text.cache = weakref.ref(cache) if cache is not None and continues else None
         # Of texts without a cache two take turns in guidance; those whose cache is gone have ended.
-        alive = [text for text in self._known if text.cache is not None and text.cache()]
-        self._known = alive + [text for text in self._known if text.cache is None][-3:] + [text]
+        if self._known:
+            alive = [text for text in self._known if text.cache is not None and text.cache()]
+            alive += [text for text in self._known if text.cache is None][-3:]
+            self._known = alive
+        self._known.append(text)
         self._n_texts += 1
         return text, past
 
@@ -335,18 +392,23 @@ class Texts:
 
     def note_result(self, call: ForwardCall, output: Any) -> None:
         """Take notice of what a call returns: it may be a cache that the model has made itself."""
-        if call.text.cache is None and isinstance(output, Mapping | tuple):
-            parts = output.items() if isinstance(output, Mapping) else enumerate(output)
-            cache = cache_among({str(name): value for name, value in parts})
-            call.text.cache = None if cache is None else weakref.ref(cache)
+        if call.text.cache is not None or not isinstance(output, Mapping | tuple):
+            return
+        values = output.values() if isinstance(output, Mapping) else output
+        if all(value is None or isinstance(value, Tensor) for value in values):
+            return
+        parts = output.items() if isinstance(output, Mapping) else enumerate(output)
+        cache = cache_among({str(name): value for name, value in parts})
+        call.text.cache = None if cache is None else weakref.ref(cache)
 
     def _extended_by(self, tokens: Tensor) -> Iterator[Text]:
         """Texts without a cache that have one token less than these."""
-        for text in reversed(self._known if concrete(tokens) else []):
+        rows, columns = tokens.shape[:2]
+        for text in reversed(self._known):
             before = text.tokens
-            if before is None or before.ndim != tokens.ndim or before.dtype != tokens.dtype:
+            if before is None or before.shape[:2] != (rows, columns - 1):
                 continue
-            if (len(before), before.shape[1] + 1) != tokens.shape[:2]:
+            if before.ndim != tokens.ndim or before.dtype != tokens.dtype or not concrete(tokens):
                 continue
             # Beams change places, so each row must go on with some row, not with its own.
             if torch.equal(tokens[:, :-1], before) or bool(

@@ -91,7 +91,8 @@ class Positions:
     from the beginning of the cached text. They do not count what an adapter puts in front.
 
     Args:
-        table: example, token and text of each pair, LongTensor (N, 3).
+        example: row of the batch of each pair, (N,).
+        token: column of each, (N,).
         batch: B, or None where a scope finds the pairs.
         scope: what finds them.
         grid: shape of the positions as they were said: (B,), (B, n), or (B, T) for a mask.
@@ -100,15 +101,22 @@ class Positions:
 
     def __init__(
         self,
-        table: Tensor,
+        example: Tensor,
+        token: Tensor,
         batch: int | None = None,
         scope: Scope | None = None,
         grid: tuple[int, ...] = (),
         is_mask: bool = False,
     ) -> None:
-        self._table, self._count = table, len(table)
+        self._example, self._token, self._text = example, token, torch.zeros_like(example)
         self.batch, self.scope, self.grid, self.is_mask = batch, scope, grid, is_mask
         self.requests: int | None = None
+        # What a scope has found: how many pairs, those that are not in the columns yet, and which
+        # of all the attention mask shows, where that is not known before it is read.
+        self._count = len(example)
+        self._found: list[tuple[Tensor, Tensor, int, Tensor | None]] = []
+        self._shown: Tensor | None = None
+        self._shown_again: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def parse(cls, positions: Where) -> "Positions":
@@ -121,7 +129,7 @@ class Positions:
         if isinstance(positions, cls):
             return positions
         if isinstance(positions, Scope):
-            return cls(torch.zeros(0, 3, dtype=torch.long), scope=positions)
+            return cls(_NONE, _NONE, scope=positions)
         if isinstance(positions, str | int | slice) or callable(positions):
             return cls.parse(Scope(positions))
         if not isinstance(positions, Tensor):
@@ -132,6 +140,8 @@ class Positions:
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
                     f"scope, got {type(positions).__name__}: {str(positions)[:200]}"
                 ) from error
+        # Positions are looked at on the host; of a GPU that is the one wait for them.
+        positions = positions.cpu()
         is_mask, grid = positions.dtype == torch.bool, tuple(positions.shape)
         if positions.dtype.is_floating_point or len(grid) not in ((2,) if is_mask else (1, 2)):
             raise PositionError(
@@ -140,12 +150,15 @@ class Positions:
             )
         if is_mask:
             example, token = positions.nonzero(as_tuple=True)
+        elif len(grid) == 1:
+            example, token = torch.arange(len(positions)), positions
         else:
-            table = positions.long().reshape(*grid, *[1] * (2 - len(grid)))
-            _check_distinct(table)
-            example, token = torch.ones_like(table).nonzero(as_tuple=True)[0], table.flatten()
-        pairs = torch.stack([example, token, 0 * token], 1)
-        result = cls(pairs, len(positions), grid=grid, is_mask=is_mask)
+            _check_distinct(positions)
+            example = torch.arange(len(positions))
+            example, token = example.repeat_interleave(grid[1]), positions.flatten()
+        # A copy, which does not change with the tensor that was given.
+        token = token.clone() if token.dtype == torch.long else token.long()
+        result = cls(example, token, len(positions), grid=grid, is_mask=is_mask)
         if not len(result):
             raise PositionError("no positions: nothing would be edited or captured")
         if result.span[0] < 0:
@@ -156,27 +169,28 @@ class Positions:
         return result
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.example)
 
     @functools.cached_property
     def span(self) -> tuple[int, int]:
         """Of known positions, the smallest column and the largest."""
-        return int(self.token.min()), int(self.token.max())
+        least, most = self.token.aminmax()
+        return int(least), int(most)
 
     @property
     def example(self) -> Tensor:
         """Row of the batch of each pair, (N,)."""
-        return self._table[: self._count, 0]
+        return self._pairs("_example")
 
     @property
     def token(self) -> Tensor:
         """Column of each, (N,)."""
-        return self._table[: self._count, 1]
+        return self._pairs("_token")
 
     @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each is part of, from 0, (N,)."""
-        return self._table[: self._count, 2]
+        return self._pairs("_text")
 
     @property
     def request(self) -> Tensor:
@@ -190,24 +204,67 @@ class Positions:
 
     def to(self, device: torch.device | str) -> "Positions":
         """The same positions on another device."""
-        table = self._table[: self._count].to(device)
-        return Positions(table, self.batch, self.scope, self.grid, self.is_mask)
+        example, token = self.example.to(device), self.token.to(device)
+        return Positions(example, token, self.batch, self.scope, self.grid, self.is_mask)
 
     def clear(self) -> None:
         """Forget what a scope has found; called when a context opens."""
         if self.scope is not None:
-            self._count = 0
+            self._example, self._token, self._text = _NONE, _NONE, _NONE
+            self._count, self._found, self._shown, self._shown_again = 0, [], None, []
 
-    def add(self, example: Tensor, token: Tensor, text: int) -> Tensor:
-        """Add pairs that a scope has found; their numbers. Takes constant time a pair."""
+    def add(self, example: Tensor, token: Tensor, text: int, shown: Tensor | None = None) -> range:
+        """Add pairs that a scope has found, on the CPU; their numbers. Constant time a pair.
+
+        Args:
+            example: row of each, (n,).
+            token: column of each, (n,).
+            text: which of the context's texts they are part of.
+            shown: which of them count, (n,) bool, where that is on a device that is not waited
+                for; the others keep their numbers, and are no positions.
+        """
         begin, self._count = self._count, self._count + len(example)
-        if self._count > len(self._table):
-            room = self._table.new_zeros(max(2 * self._count, 64), 3)
-            room[:begin] = self._table[:begin]
-            self._table = room
-        new = self._table[begin : self._count]
-        new[:, 0], new[:, 1], new[:, 2] = example, token, text
-        return torch.arange(begin, self._count)
+        self._found.append((example, token, text, shown))
+        return range(begin, self._count)
+
+    def show(self, index: Tensor, shown: Tensor) -> None:
+        """Let pairs that were added before count too where they are shown now."""
+        self._shown_again.append((index, shown))
+
+    def numbered(self, index: Tensor) -> Tensor:
+        """What pairs are numbered as, once those that do not count are left out: −1 for these."""
+        self._settle()
+        if self._shown is None:
+            return index
+        numbers = torch.where(self._shown, self._shown.cumsum(0) - 1, -1)
+        return numbers.to(index.device)[index]
+
+    def _pairs(self, name: str) -> Tensor:
+        """A column of the pairs that count."""
+        self._settle()
+        column: Tensor = getattr(self, name)
+        return column if self._shown is None else column[self._shown]
+
+    def _settle(self) -> None:
+        """Put what was found into the columns."""
+        if not self._found and not self._shown_again:
+            return
+        found, self._found = self._found, []
+        texts = [torch.full_like(example, text) for example, _, text, _ in found]
+        if self._shown is not None or any(shown is not None for *_, shown in found):
+            parts = [
+                torch.ones_like(example, dtype=torch.bool) if shown is None else shown.cpu()
+                for example, _, _, shown in found
+            ]
+            known = torch.ones_like(self._example, dtype=torch.bool)
+            self._shown = torch.cat([known if self._shown is None else self._shown, *parts])
+        self._example = torch.cat([self._example, *(part[0] for part in found)])
+        self._token = torch.cat([self._token, *(part[1] for part in found)])
+        self._text = torch.cat([self._text, *texts])
+        for index, shown in self._shown_again:
+            if self._shown is not None:
+                self._shown[index] |= shown.cpu()
+        self._shown_again.clear()
 
     def classes(self, given: Any, name: str) -> Tensor:
         """A class for each pair, (N,), on the CPU; in a scope for each request, (B,), or (1,).
@@ -254,6 +311,9 @@ class Positions:
         mask = given.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
         return chosen(self.scope.region, batch, length, real, lambda: given)
+
+
+_NONE = torch.zeros(0, dtype=torch.long)
 
 
 def _check_distinct(table: Tensor) -> None:
@@ -307,8 +367,13 @@ def reached(positions: Positions, call: ForwardCall) -> tuple[Tensor | slice, Te
     return index, example[index], token[index]
 
 
-def check_fit(positions: Positions, call: ForwardCall) -> None:
-    """Raise :class:`PositionError` unless known positions fit a call; see :meth:`Follower.see`."""
+def check_fit(positions: Positions, call: ForwardCall) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Raise :class:`PositionError` unless known positions fit a call; see :meth:`Follower.see`.
+
+    Returns:
+        Where the mask is on a device that is not waited for: examples and tokens that the call
+        reads, and which of them it shows, for :func:`raise_on_padding`.
+    """
     if positions.batch != call.batch:
         raise PositionError(wrong_batch("positions", cast(int, positions.batch), 1, call.batch))
     if not call.continues and positions.span[1] >= call.end:
@@ -319,18 +384,27 @@ def check_fit(positions: Positions, call: ForwardCall) -> None:
         )
     _, example, token = reached(positions, call)
     if call.mask is None or not len(token) or not concrete(call.mask):
+        return None
+    if call.mask.shape[1] < call.end:
+        example, token = (part[token < call.mask.shape[1]] for part in (example, token))
+    device = call.mask.device
+    if device.type != "cpu":
+        places = (part.to(device, non_blocking=True) for part in (example, token))
+        return example, token, call.mask[tuple(places)] != 0
+    raise_on_padding(example, token, call.mask[example, token])
+    return None
+
+
+def raise_on_padding(example: Tensor, token: Tensor, shown: Tensor) -> None:
+    """Raise :class:`PositionError` where the attention mask does not show all positions."""
+    if bool(shown.all()):
         return
-    mask = call.mask.to(token.device)
-    if mask.shape[1] < call.end:
-        example, token = (part[token < mask.shape[1]] for part in (example, token))
-    shown = mask[example, token] != 0
-    if not bool(shown.all()):
-        where = (~shown).nonzero().flatten()
-        pairs = [(int(example[i]), int(token[i])) for i in where[:5]]
-        raise PositionError(
-            f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
-            f"count positions on the padded input"
-        )
+    where = (shown == 0).nonzero().flatten()
+    pairs = [(int(example[i]), int(token[i])) for i in where[:5]]
+    raise PositionError(
+        f"{len(where)} positions lie on padding, the first (example, token) are {pairs}; "
+        f"count positions on the padded input"
+    )
 
 
 def wrong_batch(what: str, examples: int, repeats: int, given: int) -> str:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lrqp_torch.errors import SiteError, UnknownFamilyError
-from lrqp_torch.stream.compiled import unwrapped
+from lrqp_torch.stream.compiled import descend, inner_model
 from lrqp_torch.stream.discovery import BlockSites, Cut, Stack, discover, hold_to_proof
 
 Part = Literal["pre", "mid", "post"]
@@ -186,17 +186,6 @@ def layout_of(model: nn.Module) -> Stack:
     return _LAYOUTS[key]
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, without compilation and adapters around it."""
-    inner = unwrapped(model)
-    # A model with adapters of peft names its tuner, and not its trunk, a base model.
-    return (
-        cast(nn.Module, cast(Any, inner).get_base_model())
-        if hasattr(inner, "get_base_model")
-        else inner
-    )
-
-
 def _found(model: nn.Module) -> Stack:
     stacks = discover(model)
     if len(stacks) != 1:
@@ -231,7 +220,7 @@ class Located:
     @property
     def first_reader(self) -> nn.Module:
         """The module that first reads the block's input."""
-        return self.block.get_submodule(self.places.first_reader)
+        return descend(self.block, self.places.first_reader)
 
     @property
     def cut(self) -> Cut:
@@ -242,17 +231,17 @@ class Located:
     @property
     def attention_output(self) -> nn.Module:
         """The module whose output is (part of) the stream after attention."""
-        return self.block.get_submodule(self.cut.module)
+        return descend(self.block, self.cut.module)
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """The module that holds the blocks and reads the attention mask."""
-    return inner_model(model).get_submodule(layout_of(model).trunk)
+    return descend(inner_model(model), layout_of(model).trunk)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model, first to last."""
-    return cast(nn.ModuleList, trunk_of(model).get_submodule(layout_of(model).blocks))
+    return cast(nn.ModuleList, descend(trunk_of(model), layout_of(model).blocks))
 
 
 def projection_of(model: nn.Module, layer: int) -> nn.Module:
@@ -292,7 +281,8 @@ def locate(model: nn.Module, name: str | Site) -> Located:
             f"{site}: block {site.layer} of {type(inner_model(model)).__name__} "
             f"{places.without_mid}; use L{site.layer}.pre or L{site.layer}.post"
         )
-    return Located(site, blocks_of(model)[site.layer], places)
+    blocks = descend(descend(inner_model(model), layout.trunk), layout.blocks)
+    return Located(site, cast(nn.ModuleList, blocks)[site.layer], places)
 
 
 def has_mid(model: nn.Module) -> bool:

@@ -23,7 +23,8 @@ from lrqp_torch.errors import (
     outside_transforms,
     unwrapped,
 )
-from lrqp_torch.stream.compiled import run_eagerly
+from lrqp_torch.stream.compiled import descend, inner_model, run_eagerly
+from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
     ForwardCall,
     Texts,
@@ -31,7 +32,7 @@ from lrqp_torch.stream.passes import (
     cache_among,
     puts_tokens_in_front,
 )
-from lrqp_torch.stream.sites import inner_model, layout_of, trunk_of
+from lrqp_torch.stream.sites import layout_of
 
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
@@ -140,8 +141,9 @@ class Watch:
         reruns: bool = False,
         warns: bool = False,
     ) -> None:
-        self.model, self.trunk = model, trunk_of(model)
-        absolute = (warns or bool(follows)) and layout_of(model).absolute_positions
+        layout = layout_of(model)
+        self.model, self.trunk = model, descend(inner_model(model), layout.trunk)
+        absolute = (warns or bool(follows)) and layout.absolute_positions
         self.texts = Texts(absolute, puts_tokens_in_front(model), compares=bool(follows))
         self.others: set[str] = set()
         self._follows, self._reruns, self._closed = follows, reruns, False
@@ -154,23 +156,21 @@ class Watch:
         self._entered: dict[int, ForwardCall] = {}
 
     @contextmanager
-    def open(self, modules: Sequence[nn.Module] = ()) -> Iterator[ExitStack]:
+    def open(self) -> Iterator[ExitStack]:
         """Watch until the block ends; hooks go on the stack that this yields.
-
-        Args:
-            modules: those of the model, where they have been listed already.
 
         Raises:
             EditNeverFiredError: on closing without an error, while another thread of this context
                 is still running the model.
         """
         with ExitStack() as stack:
-            stack.enter_context(run_eagerly(self.model, modules))
+            stack.enter_context(run_eagerly(self.model))
             hook(stack, self.trunk, self._before)
             hook_after(stack, self.trunk, self._after, always=True)
-            if hasattr(self.model, "get_prompt"):
+            kind = type(unwrapped_module(self.model))
+            if hasattr(kind, "get_prompt"):
                 replace_method(stack, self.model, "get_prompt", _note_prompts)
-            if self.model is not self.trunk and hasattr(self.model, "get_base_model"):
+            if self.model is not self.trunk and hasattr(kind, "get_base_model"):
                 hook(stack, self.model, self._before_adapter)
             _open.set((*_open.get(), self))
             try:
@@ -179,6 +179,7 @@ class Watch:
                 self._closed = True
                 _open.set(tuple(watch for watch in _open.get() if watch is not self))
         self._check_ended()
+        self.texts.finish()
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""

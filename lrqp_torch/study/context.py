@@ -1,23 +1,18 @@
 """What all parts of a study share: the model, the prompts of both tasks, and clean activations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed import Ranks, capture
+from lrqp_torch.stream.progress import Advance as Advance
+from lrqp_torch.stream.progress import no_progress as no_progress
 from lrqp_torch.study.prompts import PromptSet
-
-Advance = Callable[[int], object]
-"""Called with the number of units of work just done, to move a progress bar."""
 
 ALONE = Ranks()
 """One process, without others to share work with."""
-
-
-def no_progress(done: int) -> None:
-    """The default of every ``advance`` argument."""
 
 
 def evenly(sites: Sequence[str], most: int) -> list[str]:
@@ -116,6 +111,45 @@ class StudyContext:
             )
             kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}
+
+    def twins(
+        self,
+        task: Task,
+        sites: Sequence[str] | None = None,
+        split: str = "test",
+        variable: str | None = None,
+        ranks: Ranks = ALONE,
+    ) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Clean activations of the prompts' twins at the marked token, by site, and who has one.
+
+        Args:
+            task: one of the two tasks.
+            sites: which; default all of the study's.
+            split: ``"train"`` or ``"test"``.
+            variable: in which twins differ, as :meth:`.PromptSet.twins` takes it.
+            ranks: the processes among which batches are shared, all of which make this call.
+
+        Returns:
+            (n, d) each in float32 on the model's device, a prompt's own where it has no twin, and
+            which have one, BoolTensor (n,) on the CPU; None where no prompt has one.
+        """
+        data: PromptSet = getattr(task, split)
+        found = data.twins(variable)
+        if found is None:
+            return None
+        wanted = list(self.sites if sites is None else sites)
+        if found.rows is not None:
+            own = self.activations(task, split, "mark", wanted, ranks=ranks)
+            rows = found.rows.to(self.device)
+            return {site: x[rows] for site, x in own.items()}, found.known.cpu()
+        _, kept = self._activations.setdefault((id(data), f"twins {variable}"), (data, {}))
+        missing = [site for site in wanted if site not in kept]
+        if missing:
+            size, at = self.batch_size, found.prompts.position
+            inputs = found.prompts.inputs
+            new = capture(self.model, inputs, missing, at, ranks=ranks, batch_size=size)
+            kept.update({site: new.pop(site).float() for site in missing})
+        return {site: kept[site] for site in wanted}, found.known.cpu()
 
     @property
     def tasks(self) -> list[Task]:

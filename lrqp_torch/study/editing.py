@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from lrqp_torch.errors import (
     TargetError,
     quoted,
 )
-from lrqp_torch.files import prepare_folder, write_json
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
@@ -411,15 +409,9 @@ def apply(
     return found
 
 
-def write_applied(found: Sequence[Applied], origin: Provenance, file: Path) -> None:
-    """Write what an edit did to every prompt, with its origin, as JSON.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    prepare_folder(file.parent)
-    content = {"edit": origin.to_json(), "prompts": [asdict(item) for item in found]}
-    write_json(file, content, indent=2)
+def applied_json(found: Sequence[Applied], origin: Provenance) -> dict[str, Any]:
+    """What an edit did to every prompt, with its origin, as plain JSON values."""
+    return {"edit": origin.to_json(), "prompts": [asdict(item) for item in found]}
 
 
 def _leads(

@@ -1,17 +1,33 @@
-"""Numbers with their 95 % intervals: Wilson's for shares, the bootstrap's for means and ratios."""
+"""Numbers with their 95 % intervals, and exact tests of paired answers.
+
+Shares have Wilson's interval, means and ratios of means the bias-corrected and accelerated
+bootstrap's (BCa). Where prompts come in groups, such as templates, groups are what is resampled:
+prompts of one group are alike, and an interval that forgets it is too narrow for new groups.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
+from scipy.special import ndtr, ndtri
+from scipy.stats import binom
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, StatisticsError, WidthError
 
+K = TypeVar("K")
+
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054
 """Two-sided 95 % point of the standard normal distribution."""
+POWER_QUANTILE = 0.8416212335729143
+"""80 % point of the standard normal distribution."""
+
+FEWEST_GROUPS = 8
+"""With fewer groups than this prompts are taken to be independent: so few say too little of how
+groups differ."""
 
 _MOST_DRAWS = 4_000_000
 """Indices drawn at once; keeps a bootstrap of many prompts within some tens of megabytes."""
@@ -56,9 +72,27 @@ class Estimate:
         return 0.0 if lower <= 0 <= upper else min(lower, upper, key=abs)
 
     @classmethod
-    def share(cls, true: Tensor) -> Self:
-        """The share of a BoolTensor (n,) that is true, with Wilson's interval."""
-        return cls.count(int(true.sum()), len(true))
+    def share(cls, true: Tensor, groups: Tensor | None = None) -> Self:
+        """The share of a BoolTensor (n,) that is true, with Wilson's interval.
+
+        Args:
+            true: of each prompt.
+            groups: the group of each, (n,). The interval is then that of n / D prompts, D the
+                design effect: the variance of the share over groups by that of as many
+                independent prompts, 1 at least.
+
+        Source: J. N. K. Rao and A. J. Scott, 1981, Journal of the American Statistical Association
+        76, for the effective number.
+        """
+        n, counted = len(true), int(true.sum())
+        units = _groups(groups, n)
+        share = counted / n if n else 0.0
+        if units is None or not 0 < share < 1:
+            return cls.count(counted, n)
+        hits, sizes = _sums(true.double().cpu(), units), _sums(torch.ones(n).double(), units)
+        spread = float((hits - share * sizes).square().sum()) * len(sizes) / (len(sizes) - 1) / n
+        effect = max(1.0, spread / (share * (1 - share)))
+        return cls(share, *wilson(counted / effect, n / effect), n)
 
     @classmethod
     def count(cls, successes: int, n: int) -> Self:
@@ -66,24 +100,31 @@ class Estimate:
         return cls(successes / n if n else None, *wilson(successes, n), n)
 
     @classmethod
-    def mean(cls, values: Tensor, generator: torch.Generator) -> Self:
-        """The mean of (n,) values, with its bootstrap interval."""
-        return cls(values.double().mean().item(), *bootstrap_mean(values, generator), len(values))
+    def mean(cls, values: Tensor, generator: torch.Generator, groups: Tensor | None = None) -> Self:
+        """The mean of (n,) values, with its bootstrap interval; groups are (n,)."""
+        ends = bootstrap_mean(values, generator, groups=groups)
+        return cls(values.double().mean().item(), *ends, len(values))
 
     @classmethod
-    def ratio(cls, numerator: Tensor, denominator: Tensor, generator: torch.Generator) -> Self:
+    def ratio(
+        cls,
+        numerator: Tensor,
+        denominator: Tensor,
+        generator: torch.Generator,
+        groups: Tensor | None = None,
+    ) -> Self:
         """mean(numerator) / mean(denominator) over the same n prompts, with its bootstrap interval.
 
         There is no value where the denominator's mean is 0, and no end that is infinite.
         """
         below = denominator.double().mean().item()
         value = numerator.double().mean().item() / below if below else None
-        ends = bootstrap_ratio(numerator, denominator, generator)
+        ends = bootstrap_ratio(numerator, denominator, generator, groups=groups)
         lower, upper = (end if math.isfinite(end) else None for end in ends)
         return cls(value, lower, upper, len(numerator))
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """Wilson's score interval for a share.
 
     With p = successes / n and z the normal quantile, the interval is
@@ -119,44 +160,53 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(
-    values: Tensor, generator: torch.Generator, resamples: int = 1000
+    values: Tensor,
+    generator: torch.Generator,
+    resamples: int = 1000,
+    groups: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+    """BCa bootstrap interval of a mean.
 
     Args:
         values: (n,), one a prompt.
         generator: of the resampling; the same seed gives the same interval.
         resamples: how many times n prompts are drawn with replacement.
+        groups: the group of each prompt, (n,); groups are then drawn, each with all its prompts.
 
     Returns:
-        The 2.5 % and 97.5 % quantiles of the resampled means.
+        Both ends of the 95 % interval, see :func:`bca`.
 
     Raises:
         WidthError: not one dimension.
         StatisticsError: no values.
         NonFiniteError: NaN or infinity.
 
-    Source: B. Efron, 1979, Annals of Statistics 7.
+    Source: B. Efron, 1987, Journal of the American Statistical Association 82.
     """
-    means = _resampled_means(_checked(values, "values")[:, None], generator, resamples)
-    return _percentiles(means[:, 0])
+    wide = _checked(values, "values")
+    return _ratio_ends(wide, torch.ones_like(wide), generator, resamples, groups)
 
 
 def bootstrap_ratio(
-    numerator: Tensor, denominator: Tensor, generator: torch.Generator, resamples: int = 1000
+    numerator: Tensor,
+    denominator: Tensor,
+    generator: torch.Generator,
+    resamples: int = 1000,
+    groups: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a ratio of means, over the same resampled prompts.
+    """BCa bootstrap interval of a ratio of means, over the same resampled prompts.
 
     Args:
         numerator: (n,), one a prompt.
         denominator: (n,), of the same prompts.
         generator: of the resampling; the same seed gives the same interval.
         resamples: how many times n prompts are drawn with replacement.
+        groups: as of :func:`bootstrap_mean`.
 
     Returns:
-        The 2.5 % and 97.5 % quantiles of mean(numerator) / mean(denominator). Where the
-        denominator's mean changes sign between resamples the ends are wide or infinite: the ratio
-        is then not determined by the data.
+        Both ends of the interval of mean(numerator) / mean(denominator). Where the denominator's
+        mean changes sign between resamples they are wide or infinite: the ratio is then not
+        determined by the data.
 
     Raises:
         WidthError: not one dimension, or of different lengths.
@@ -169,11 +219,139 @@ def bootstrap_ratio(
             f"numerator has {len(above)} prompts and denominator {len(below)}; give one value of "
             "each for the same prompts"
         )
-    means = _resampled_means(torch.stack([above, below], dim=1), generator, resamples)
+    return _ratio_ends(above, below, generator, resamples, groups)
+
+
+def bca(value: float, resampled: Tensor, left_out: Tensor) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % interval of an estimate.
+
+    The ends are the quantiles Φ(z₀ + (z₀ ± z) / (1 − a (z₀ ± z))) of the resamples, z₀ = Φ⁻¹ of
+    the share of them below the value, and a = Σ u³ / 6 (Σ u²)^1.5, u the jackknife's deviations
+    from their mean.
+
+    Args:
+        value: the estimate.
+        resampled: of the resamples, (R,), finite or infinite.
+        left_out: of all units but one each, (n,).
+
+    Returns:
+        Order statistics, without interpolation, so that infinite samples do not turn into NaN.
+
+    Source: B. Efron, 1987, Journal of the American Statistical Association 82.
+    """
+    ordered = resampled.sort().values
+    # Resamples that equal the value count half on either side.
+    below = float((ordered < value).double().mean() + (ordered <= value).double().mean()) / 2
+    bias = float(ndtri(below))
+    deviations = left_out.mean() - left_out
+    norm = float(deviations.square().sum()) ** 1.5
+    skew = float(deviations.pow(3).sum()) / (6 * norm) if norm and math.isfinite(norm) else 0.0
+    shares = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    if math.isfinite(bias):
+        moved = [bias + float(ndtri(share)) for share in shares]
+        # Past its pole the formula has no meaning; a sample so skewed has no upper end to speak of.
+        shares = [
+            float(ndtr(bias + z / (1 - skew * z))) if skew * z < 1 else float(z > 0) for z in moved
+        ]
+    last = len(ordered) - 1
+    return ordered[math.floor(shares[0] * last)].item(), ordered[math.ceil(shares[1] * last)].item()
+
+
+# ---- exact tests ---------------------------------------------------------------------------------
+
+
+def sign_test(first: Tensor, second: Tensor) -> float:
+    """P of so many more of ``first`` than of ``second``, if either were as likely: one-sided.
+
+    Of the pairs that differ, the number in which ``first`` is true follows Binomial(m, ½): the
+    exact form of McNemar's test.
+
+    Args:
+        first: of each prompt, BoolTensor (n,).
+        second: of the same prompts, (n,).
+
+    Source: Q. McNemar, 1947, Psychometrika 12.
+    """
+    more, less = int((first & ~second).sum()), int((~first & second).sum())
+    return float(binom.sf(more - 1, more + less, 0.5)) if more + less else 1.0
+
+
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
+    """P values adjusted for their number: those below α may all be believed at once at level α.
+
+    The i-th smallest of m becomes the largest of (m − j + 1) p_(j), j ≤ i, and 1 at most.
+
+    Source: S. Holm, 1979, Scandinavian Journal of Statistics 6.
+    """
+    found, reached = dict(p_values), 0.0
+    ordered = sorted(found, key=lambda key: p_values[key])
+    for tested, key in enumerate(ordered):
+        reached = max(reached, min(1.0, (len(ordered) - tested) * p_values[key]))
+        found[key] = reached
+    return found
+
+
+def prompts_to_tell(numerator: Tensor, denominator: Tensor, apart: float = 0.5) -> int | None:
+    """How many prompts it takes to tell a ratio of means from one that far ``apart``.
+
+    n = (z₀.₉₇₅ + z₀.₈)² Var(u − r v) / (mean(v) · apart)²: a two-sided test at 5 % then finds the
+    difference in 80 % of samples.
+
+    Args:
+        numerator: u of each prompt, (n,).
+        denominator: v of each, (n,).
+        apart: the difference.
+
+    Returns:
+        None where the mean of the denominator is 0, or there are fewer than two prompts.
+    """
+    u, v = numerator.double(), denominator.double()
+    if len(u) < 2 or not float(v.mean()):
+        return None
+    left = u - u.mean() / v.mean() * v
+    needed = (NORMAL_QUANTILE + POWER_QUANTILE) ** 2 * left.var() / (v.mean() * apart).square()
+    return max(2, math.ceil(float(needed))) if math.isfinite(float(needed)) else None
+
+
+# ---- resampling ----------------------------------------------------------------------------------
+
+
+def _ratio_ends(
+    above: Tensor,
+    below: Tensor,
+    generator: torch.Generator,
+    resamples: int,
+    groups: Tensor | None,
+) -> tuple[float, float]:
+    """The interval of sum(above) / sum(below), units drawn whole; a mean is one over counts."""
+    units = _groups(groups, len(above))
+    if units is not None:
+        above, below = _sums(above, units), _sums(below, units)
+    sums = resampled_sums(torch.stack([above, below], dim=1), generator, resamples)
     # 0 / 0 says nothing about the ratio; such resamples are left out.
-    ratios = means[:, 0] / means[:, 1]
+    ratios = sums[:, 0] / sums[:, 1]
     known = ratios[~ratios.isnan()]
-    return _percentiles(known) if len(known) else (-math.inf, math.inf)
+    if not len(known):
+        return -math.inf, math.inf
+    if len(above) == 1:
+        return known[0].item(), known[0].item()
+    left_out = (above.sum() - above) / (below.sum() - below)
+    return bca(float(above.sum() / below.sum()), known, left_out)
+
+
+def _groups(groups: Tensor | None, n: int) -> Tensor | None:
+    """Groups numbered from 0, (n,); None where they are none, too few, or a prompt each."""
+    if groups is None or len(groups) != n:
+        if groups is not None:
+            raise WidthError(f"{len(groups)} groups were given for {n} prompts; give one for each")
+        return None
+    found, units = groups.cpu().unique(return_inverse=True)
+    return units if FEWEST_GROUPS <= len(found) < n else None
+
+
+def _sums(values: Tensor, units: Tensor) -> Tensor:
+    """Sums by group, (groups,)."""
+    return torch.zeros(int(units.max()) + 1, dtype=values.dtype).index_add_(0, units, values)
 
 
 def _checked(values: Tensor, name: str) -> Tensor:
@@ -188,25 +366,14 @@ def _checked(values: Tensor, name: str) -> Tensor:
     return wide
 
 
-def _resampled_means(columns: Tensor, generator: torch.Generator, resamples: int) -> Tensor:
-    """Means of each column over resampled rows, (resamples, columns)."""
+def resampled_sums(columns: Tensor, generator: torch.Generator, resamples: int) -> Tensor:
+    """Sums of each column over resampled rows, (resamples, columns)."""
     if resamples < 1:
         raise StatisticsError(f"the bootstrap needs at least 1 resample, got {resamples}")
     n = len(columns)
     chunk = max(1, _MOST_DRAWS // n)
-    means = []
+    sums = []
     for start in range(0, resamples, chunk):
         draws = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
-        means.append(torch.stack([column[draws].mean(1) for column in columns.T], dim=1))
-    return torch.cat(means)
-
-
-def _percentiles(samples: Tensor) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    ordered = samples.sort().values
-    # Order statistics, without interpolation, so that infinite samples do not turn into NaN.
-    last = len(ordered) - 1
-    return (
-        ordered[math.floor(tail * last)].item(),
-        ordered[math.ceil((1 - tail) * last)].item(),
-    )
+        sums.append(torch.stack([column[draws].sum(1) for column in columns.T], dim=1))
+    return torch.cat(sums)

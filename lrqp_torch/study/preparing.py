@@ -11,10 +11,10 @@ import torch
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.stream.progress import Clock, Start, no_stages
 from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.progress import Clock, Start, no_stages
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
 from lrqp_torch.study.reading import Columns, RowLog, front, read_columns, screen
 from lrqp_torch.study.settings import Settings

@@ -847,6 +847,29 @@ def _together(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     return list(found.values())
 
 
+def halves(prompts: PromptSet) -> tuple[Tensor, Tensor]:
+    """Rows of two halves: one by which to choose, another on which to report what was chosen.
+
+    Prompts of a pair stay together, and both halves hold as many of a class, within one. Where a
+    half would be without prompts of a class that the other has, both are all prompts.
+    """
+    labels = prompts.labels.tolist()
+    pairs = [-1] * len(labels) if prompts.pairs is None else prompts.pairs.tolist()
+    units: dict[tuple[int, int], list[int]] = {}
+    for row, pair in enumerate(pairs):
+        units.setdefault((pair, -1) if pair >= 0 else (-1, row), []).append(row)
+    found: tuple[list[int], list[int]] = ([], [])
+    counts = [Counter[int](), Counter[int]()]
+    for rows in units.values():
+        first = labels[rows[0]]
+        half = int(counts[1][first] < counts[0][first])
+        found[half].extend(rows)
+        counts[half].update(labels[row] for row in rows)
+    if set(counts[0]) != set(counts[1]):
+        return torch.arange(len(labels)), torch.arange(len(labels))
+    return torch.tensor(sorted(found[0])), torch.tensor(sorted(found[1]))
+
+
 def majority_share(train: Sequence[int], test: Sequence[int]) -> float:
     """Accuracy on ``test`` of always naming the most frequent class of ``train``."""
     most = Counter(train).most_common(1)[0][0]

@@ -5,7 +5,7 @@ A study leaves ``results.json`` (every figure, with the settings, seed and versi
 written whole or not at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +19,14 @@ from torch import Tensor
 from lrqp_torch.errors import NonFiniteError, OutputError
 from lrqp_torch.files import prepare_folder, read_json, write_json, written_whole
 from lrqp_torch.qp import Status
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study import ceiling
+from lrqp_torch.study.ceiling import Interchange, Likeness, Null, Verdict
+from lrqp_torch.study.estimates import Estimate, holm
 from lrqp_torch.study.known import GroundTruth, PublishedFigure
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.records import BESIDE, from_json, to_json
-from lrqp_torch.study.sweep import CONDITIONS, USED_THRESHOLD
+from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, USED_THRESHOLD
 
 FORMAT = 2
 """Version of the layout of ``results.json``; 0.2.0 wrote 1."""
@@ -60,7 +62,7 @@ class CleanResult:
             seed: of the bootstrap.
         """
         columns = columns_of(flat, "clean")
-        return cls(len(flat["labels"]), *_answered(columns, seed))
+        return cls(len(flat["labels"]), *_answered(columns, seed, flat.get("groups")))
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class ConditionResult:
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], key: str, seed: int) -> Self:
         """Summarise one edit of a sweep; ``key`` is ``SITE.CONDITION``."""
-        columns = columns_of(flat, key)
-        difference, accuracy, _ = _answered(columns, seed)
+        columns, groups = columns_of(flat, key), flat.get("groups")
+        difference, accuracy, _ = _answered(columns, seed, groups)
         right = flat["clean.own_lead"] > 0 if difference is not None else None
+        among = None if right is None or groups is None else groups[right]
         counts = {
             name: int((columns["status"] == int(status)).sum())
             for name, status in (
@@ -114,8 +117,10 @@ class ConditionResult:
         return cls(
             logit_difference=difference,
             accuracy=accuracy,
-            flipped=None if right is None else Estimate.share(columns["other_lead"][right] > 0),
-            divergence=_mean(columns["divergence"], seed),
+            flipped=None
+            if right is None
+            else Estimate.share(columns["other_lead"][right] > 0, among),
+            divergence=_mean(columns["divergence"], seed, groups),
             distance=columns["distance"].mean().item(),
             euclidean=columns["euclidean"].mean().item(),
             worst_log_odds_margin=(columns["log_odds_after"] - columns["floor"]).min().item(),
@@ -129,15 +134,19 @@ class ConditionResult:
 
 
 @dataclass(frozen=True)
-class SiteResult:
-    """One site: what its probe knows, and what editing its belief does.
+class SiteResult(Likeness):
+    """One site: what its probe knows, what editing its belief does, and what that is held against.
 
     Attributes:
         probe_accuracy: of the probe on the held-out prompts.
         shuffled_accuracy: of a probe fitted to the training labels in random order.
         control: edits towards the class that holds.
-        counterfactual: edits towards the next class, the other one of two.
+        counterfactual: edits towards the next class, the other one of two; ``recovered``,
+            ``agreement``, ``kl_to_interchange`` and ``beyond`` are of these.
         worst_log_odds_margin: the worse of the two conditions' margins.
+        interchange: the ceiling; None where no prompt has a twin.
+        null: edits of shuffled probes, as long; None for a task without answers.
+        verdict: whether the model uses the class here; None likewise.
     """
 
     probe_accuracy: Estimate
@@ -145,10 +154,13 @@ class SiteResult:
     control: ConditionResult
     counterfactual: ConditionResult
     worst_log_odds_margin: float
+    interchange: Interchange | None = None
+    null: Null | None = None
+    verdict: Verdict | None = None
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], site: str, shuffled: Estimate, seed: int) -> Self:
-        """Summarise a site of a sweep.
+        """Summarise a site of a sweep, without a verdict: that takes all sites.
 
         The probe's accuracy is read from the control edit: the log odds of the class that holds,
         against its strongest rival, are positive before the edit where the probe is right.
@@ -157,8 +169,17 @@ class SiteResult:
             ConditionResult.of(flat, f"{site}.{c}", seed) for c in CONDITIONS
         )
         margins = (control.worst_log_odds_margin, counterfactual.worst_log_odds_margin)
-        right = Estimate.share(flat[f"{site}.control.log_odds_before"] > 0)
-        return cls(right, shuffled, control, counterfactual, min(margins))
+        groups = flat.get("groups")
+        right = Estimate.share(flat[f"{site}.control.log_odds_before"] > 0, groups)
+        patched, likeness, null = _patched(flat, site), dict[str, Any](), None
+        if patched is not None:
+            clean, edit, patch, known = patched
+            likeness = ceiling.likeness(clean, edit, patch, known, seed, groups)
+            likeness["interchange"] = ceiling.interchange_of(clean, patch, known, seed, groups)
+        if runs := null_runs(flat, site):
+            clean, edit = columns_of(flat, "clean"), columns_of(flat, f"{site}.counterfactual")
+            null = ceiling.null_of(clean, edit, runs, seed, groups)
+        return cls(right, shuffled, control, counterfactual, min(margins), null=null, **likeness)
 
     @property
     def net_flips(self) -> float:
@@ -169,8 +190,55 @@ class SiteResult:
 
     @property
     def used(self) -> bool:
-        """Whether the model uses the class here; see :data:`~.sweep.USED_THRESHOLD`."""
-        return self.net_flips >= USED_THRESHOLD
+        """Whether the model uses the class here; results before 0.4 say so by another rule."""
+        return self.net_flips >= USED_THRESHOLD if self.verdict is None else self.verdict.used
+
+
+def judged(sites: Mapping[str, SiteResult], flat: Mapping[str, Tensor]) -> dict[str, SiteResult]:
+    """The sites with their verdicts, and those that go beyond their own patch with the reason.
+
+    Args:
+        sites: all that were swept.
+        flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
+    """
+    clean = columns_of(flat, "clean")
+    nulls = {name: site.null for name, site in sites.items() if site.null is not None}
+    p_values, needed = {}, {}
+    patches = {name: found for name in sites if (found := _patched(flat, name)) is not None}
+    for name in nulls:
+        edit = columns_of(flat, f"{name}.counterfactual")
+        p_values[name] = ceiling.against_null(clean, edit, null_runs(flat, name)[0])
+        known = patches.get(name) if sites[name].recovered is not None else None
+        needed[name] = None if known is None else ceiling.needed_for_half(*known)
+    said = ceiling.verdicts(p_values, nulls, needed)
+    excess = holm({name: ceiling.excess(*each) for name, each in patches.items() if each[0]})
+
+    def finished(name: str, site: SiteResult) -> SiteResult:
+        patch, edit = site.interchange, site.counterfactual
+        why = None
+        if patch is not None:
+            _, moved, _, known = patches[name]
+            lengths = (float(moved["distance"][known].mean()), patch.distance)
+            why = ceiling.beyond(excess.get(name), (edit.flipped, patch.flipped), lengths)
+        return replace(site, verdict=said.get(name), beyond=why)
+
+    return {name: finished(name, site) for name, site in sites.items()}
+
+
+def null_runs(flat: Mapping[str, Tensor], site: str) -> list[dict[str, Tensor]]:
+    """Columns of each run of the null at a site, with the probe that each prompt met."""
+    names = [name for name in flat if name.startswith(NULL) and name.endswith(".probe")]
+    runs = [(flat[name], columns_of(flat, f"{site}.{name[: -len('.probe')]}")) for name in names]
+    return [columns | {"probe": probe} for probe, columns in runs if "own_lead" in columns]
+
+
+def _patched(flat: Mapping[str, Tensor], site: str) -> tuple[Any, ...] | None:
+    """Columns of the clean run, of the counterfactual edit and of the interchange; who has one."""
+    if f"{site}.{INTERCHANGE}.divergence" not in flat:
+        return None
+    clean = columns_of(flat, "clean")
+    edit, patch = (columns_of(flat, f"{site}.{name}") for name in ("counterfactual", INTERCHANGE))
+    return clean, edit, patch, flat["twins"].bool()
 
 
 @dataclass(frozen=True)
@@ -184,6 +252,7 @@ class TaskFlipping:
         used_sites: see :attr:`SiteResult.used`.
         best_site: see :func:`best_site`.
         seconds: time of each stage.
+        best: the best site on the prompts that it was not chosen by; None in results before 0.4.
     """
 
     task: str
@@ -192,21 +261,29 @@ class TaskFlipping:
     used_sites: list[str]
     best_site: str
     seconds: dict[str, float]
+    best: SiteResult | None = None
 
 
-def best_site(clean: CleanResult, sites: Mapping[str, SiteResult]) -> str:
-    """The site that flips most beyond its control; among equals, the one that changes most.
+def best_site(flat: Mapping[str, Tensor], sites: Sequence[str]) -> str:
+    """The site that flips most beyond its null; among equals, the one that changes most.
 
     What changes is the mean logit difference, or without answers the distribution of the next token
     beyond what the control edit does to it.
+
+    Args:
+        flat: numbers of the prompts by which it is chosen, as :func:`~.sweep.sweep` returns them.
+        sites: names.
     """
+    answered = flat["clean.own_lead"] > 0 if "clean.own_lead" in flat else None
 
     def strength(name: str) -> tuple[float, float]:
-        edit, control = sites[name].counterfactual, sites[name].control
-        if edit.logit_difference is None or clean.logit_difference is None:
-            return 0.0, edit.divergence.known - control.divergence.known
-        change = edit.logit_difference.known - clean.logit_difference.known
-        return sites[name].net_flips, abs(change)
+        edit, control = (columns_of(flat, f"{name}.{c}") for c in reversed(CONDITIONS))
+        if answered is None:
+            return 0.0, float((edit["divergence"] - control["divergence"]).mean())
+        null = (null_runs(flat, name) or [control])[0]
+        flips = [(one["other_lead"] > 0)[answered].double().sum() for one in (edit, null)]
+        change = edit["logit_difference"] - flat["clean.logit_difference"]
+        return float(flips[0] - flips[1]), abs(float(change.mean()))
 
     return max(sites, key=strength)
 
@@ -227,10 +304,9 @@ class StudyResults:
             edit: the accuracy of ``clean``. None for a task without answers.
         clean: the model without any edit.
         sites: results keyed by site name, in order of computation.
-        used_sites: sites whose counterfactual edit flips at least half of the answers more than
-            the control edit does.
-        best_site: the site that flips most beyond its control; see :func:`best_site`. None where
-            no site was swept.
+        used_sites: sites that the model uses, by the verdict of :mod:`~.ceiling`.
+        best_site: the site that flips most beyond its null, on the first half of the held-out
+            prompts; see :func:`best_site`. None where no site was swept.
         ground_truth: set only for a model whose true sites are known.
         published: figures of GPT-2 small from the literature, by key; none for other tasks.
         versions: versions of Python and of the packages that computed the results.
@@ -239,6 +315,8 @@ class StudyResults:
         notes: what a reader should know of the prompts, a sentence each.
         parts: part of the study to its result, as the part reads it.
         files: names of the figures and pages beside ``results.json``.
+        best: the best site on the other half, by which it was not chosen; None where no site was
+            swept, and in results before 0.4.
         format: version of this layout.
         prompts: one number per held-out prompt, as :func:`~.sweep.sweep` returns them.
         texts: the held-out prompts.
@@ -264,11 +342,17 @@ class StudyResults:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    best: SiteResult | None = None
     format: int = FORMAT
     prompts: dict[str, Tensor] = field(
         default_factory=dict, repr=False, compare=False, metadata=BESIDE
     )
     texts: PromptTexts | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
+
+    @property
+    def strongest(self) -> SiteResult | None:
+        """The best site, on prompts that it was not chosen by where there are such."""
+        return self.best or self.sites.get(str(self.best_site))
 
     def save(self, folder: Path) -> None:
         """Write ``results.json``, ``prompts.safetensors`` and ``prompts.json`` into a folder.
@@ -338,21 +422,21 @@ def load_prompts(folder: Path) -> dict[str, Tensor]:
 
 
 def _answered(
-    columns: Mapping[str, Tensor], seed: int
+    columns: Mapping[str, Tensor], seed: int, groups: Tensor | None
 ) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
     """Logit difference, accuracy and, of the clean run, probability of the class that holds."""
     if "logit_difference" not in columns:
         return None, None, None
     chance = columns.get("io_probability")
     return (
-        _mean(columns["logit_difference"], seed),
-        Estimate.share(columns["own_lead"] > 0),
-        None if chance is None else _mean(chance, seed),
+        _mean(columns["logit_difference"], seed, groups),
+        Estimate.share(columns["own_lead"] > 0, groups),
+        None if chance is None else _mean(chance, seed, groups),
     )
 
 
-def _mean(values: Tensor, seed: int) -> Estimate:
-    return Estimate.mean(values, torch.Generator().manual_seed(seed))
+def _mean(values: Tensor, seed: int, groups: Tensor | None) -> Estimate:
+    return Estimate.mean(values, torch.Generator().manual_seed(seed), groups)
 
 
 def _unreadable(folder: Path, error: Exception) -> OutputError:

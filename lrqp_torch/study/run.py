@@ -20,6 +20,7 @@ from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.static import FORMATS, require_matplotlib, write_charts
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.progress import Clock, Start, no_stages, progress_bars
 from lrqp_torch.study import report
 from lrqp_torch.study.context import ALONE, StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
@@ -28,7 +29,6 @@ from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
 from lrqp_torch.study.preparing import choose_sites, describe_model, digest_prompts, prepare
-from lrqp_torch.study.progress import Clock, Start, no_stages, progress_bars
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import (
     PromptSet,
@@ -308,7 +308,7 @@ def _compute(
             save_prompts(flat, settings.out)
 
     given = Given(
-        context, settings, None, _edits(context, settings), ranks=ranks, keep_prompts=keep
+        context, settings, None, edits_of(context, settings), ranks=ranks, keep_prompts=keep
     )
     finished = run_parts(given, [find_part(name) for name in names], store, start)
     if finished is None:
@@ -355,6 +355,7 @@ def _compute(
         notes=context.notes,
         prompts=flat,
         texts=PromptTexts.of(test),
+        best=None if own is None else own.best,
     )
 
 
@@ -381,7 +382,7 @@ def _written(found: StudyResults, settings: Settings, start: Start) -> StudyResu
     return found
 
 
-def _edits(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]:
+def edits_of(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]:
     """The study's edit at a site, fitted when it is first asked for."""
 
     @cache

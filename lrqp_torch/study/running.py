@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import NonFiniteError, PromptError
 from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.prompts import PromptSet
@@ -30,7 +32,8 @@ class Edited:
     Attributes:
         logits: of the last column, (B, vocabulary), on the model's device.
         rest: what :meth:`Batch.rest` says of it, (B, K, A).
-        record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64.
+        record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64. Empty where
+            nothing was solved.
     """
 
     logits: Tensor
@@ -126,32 +129,50 @@ class Batch(Generic[P]):
         """
         return finite(self.replay.run(first_layer), where)
 
-    def edited(self, site: str, edit: LRQP, targets: Mapping[str, Tensor]) -> dict[str, Edited]:
-        """What an edit at one site does, towards each of ``copies`` targets at once.
+    def edited(
+        self,
+        site: str,
+        edit: LRQP,
+        targets: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Edited]:
+        """What an edit at one site does, and what other activations there do, in one pass.
 
         Args:
             site: its name.
             edit: acts at the marked token.
-            targets: name to the class to write, (B,), as many as there are copies.
+            targets: name to the class to write, (B,).
+            beside: name to what is put at the marked token instead, (B, d); with the targets as
+                many as there are copies.
 
         Raises:
             NonFiniteError: the model's logits under an edit are NaN or infinite.
         """
-        count = len(self)
-        at, source = (
-            each.repeat(len(targets)) for each in (self.prompts.position, self.prompts.labels)
-        )
-        target = torch.cat(list(targets.values()))
-        with edit.at(self.model, site, positions=at, target=target, source=source) as run:
+        count, others = len(self), beside or {}
+        copies = len(targets) + len(others)
+        at, source = (each.repeat(copies) for each in (self.prompts.position, self.prompts.labels))
+        target = torch.cat([*targets.values(), *[self.prompts.labels] * len(others)])
+        # A mask, so that the copies beside the edit are none of its business.
+        solved = torch.arange(len(at), device=at.device) < count * len(targets)
+        columns = torch.arange(self.prompts.inputs["input_ids"].shape[1], device=at.device)
+        here = columns == at.unsqueeze(1)
+        mask = here & solved.unsqueeze(1)
+        items = [edit.on(site, positions=mask, target=target, source=source)]
+        if others:
+            values = torch.cat(list(others.values()))
+            items.append(Intervention(site, here & ~mask, placed(values)))
+        with intervene(self.model, items) as (run, *_):
             logits = self.run(Site.parse(site).layer, f"the edits at {site}")
         rest = self.rest()
+        assert isinstance(run, EditRun)
         record = {name: getattr(run, name).to("cpu", torch.float64) for name in RECORD}
         record["status"] = record["status"].to(torch.int64)
         found = {}
-        for index, name in enumerate(targets):
+        for index, name in enumerate([*targets, *others]):
             rows = slice(index * count, (index + 1) * count)
             own = {key: values[rows].clone() for key, values in record.items()}
-            found[name] = Edited(logits[rows], None if rest is None else rest[rows], own)
+            ended = None if rest is None else rest[rows]
+            found[name] = Edited(logits[rows], ended, own if name in targets else {})
         return found
 
 
@@ -182,6 +203,15 @@ def batches(
     columns = prompts.positions[start].cpu()
     for rows in in_batches(torch.argsort(columns, stable=True), size):
         yield Batch(model, rows, prompts[rows].to(device), int(columns[rows].min()), copies)
+
+
+def placed(values: Tensor) -> Edit:
+    """An edit that puts values, (N, d), in the place of the activations there."""
+
+    def place(x: Tensor, context: EditContext) -> Tensor:
+        return values[context.index.to(values.device)].to(x)
+
+    return place
 
 
 def in_batches(rows: Tensor, size: int) -> Iterator[Tensor]:

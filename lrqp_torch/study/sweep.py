@@ -24,12 +24,11 @@ from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.study.running import Batch, answers, batches, divergences, put
 
 CONDITIONS = ("control", "counterfactual")
+INTERCHANGE, NULL = "interchange", "null"
+"""Names of what runs beside the edits; further runs of the null are NULL1, NULL2, ..."""
 USED_THRESHOLD = 0.5
-"""A site counts as used if its counterfactual edit flips this share more than its control edit.
-
-An edit may break an answer without changing the class: where a probe reads nothing, the odds asked
-for take a long arbitrary step, and the control edit then flips about as many answers.
-"""
+"""Up to version 0.3 a site counted as used if its counterfactual edit flipped this share more than
+its control edit; results of that time are still read so. See :mod:`~.ceiling` for the verdict."""
 
 
 def fit_edits(
@@ -77,6 +76,7 @@ def sweep(
     batch_size: int = 64,
     ranks: Ranks = ALONE,
     kept: Batches | None = None,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
     advance: Advance = no_progress,
 ) -> dict[str, Tensor]:
     """Run every edit, towards both targets, on held-out prompts.
@@ -94,8 +94,10 @@ def sweep(
         batch_size: prompts a batch.
         ranks: this process among the others, all of which make this call.
         kept: keeps batches; read and written by rank 0 alone.
+        beside: site to what is put at the marked token in further runs, (n, d) by name: the same
+            names at every site, such as :data:`INTERCHANGE` and :data:`NULL`.
         advance: called with the number of prompts run, ``(1 + 2 · len(edits)) · len(prompts)`` in
-            all, on every rank.
+            all, on every rank, and those beside.
 
     Returns:
         One number a prompt, (n,), on the CPU, in the order of ``prompts``:
@@ -105,7 +107,9 @@ def sweep(
           probability of the answers of the class that holds;
         - ``SITE.CONDITION.NAME``, with the names of :func:`read_answers`, those of
           :data:`~.running.RECORD`, and ``divergence``, KL(clean ‖ edited) of the next token in
-          nats.
+          nats;
+        - ``SITE.NAME_BESIDE.NAME``, the same without a record; and where there is an interchange,
+          ``SITE.CONDITION.kl_to_interchange``, KL(interchange ‖ edited).
 
         Tasks without answers have neither the names of :func:`read_answers` nor ``io_probability``.
 
@@ -115,14 +119,16 @@ def sweep(
         ToldError: on the others.
         RankError: another rank has ended.
     """
-    work = dict(enumerate(batches(model, prompts, batch_size, copies=len(CONDITIONS))))
+    others = beside or {}
+    copies = len(CONDITIONS) + len(next(iter(others.values()), {}))
+    work = dict(enumerate(batches(model, prompts, batch_size, copies=copies)))
     rows = {number: batch.rows for number, batch in work.items()}
     store = kept if ranks.is_main else None
     with ranks.together():
         found = {} if store is None else {number: store.load(number) for number in work}
     done = ranks.from_main({n: tensors for n, tensors in found.items() if tensors is not None})
     pending = [number for number in work if number not in done]
-    runs = 1 + len(CONDITIONS) * len(edits)
+    runs = 1 + copies * len(edits)
     advance(runs * sum(len(rows[number]) for number in done))
     with ranks.counted(advance, runs * sum(len(rows[n]) for n in pending)) as ran:
         for start in range(0, len(pending), ranks.size):
@@ -131,7 +137,7 @@ def sweep(
             for number in pending[start : start + ranks.size][ranks.turns]:
                 try:
                     # What a batch has run is let go with it.
-                    own[number] = _sweep_batch(work.pop(number), edits, ran)
+                    own[number] = _sweep_batch(work.pop(number), edits, others, ran)
                 except RankError:
                     raise
                 except LRQPError as caught:
@@ -167,7 +173,10 @@ def read_answers(
 
 @torch.no_grad()
 def _sweep_batch(
-    batch: Batch[PromptSet], edits: Mapping[str, LRQP], advance: Advance
+    batch: Batch[PromptSet],
+    edits: Mapping[str, LRQP],
+    beside: Mapping[str, Mapping[str, Tensor]],
+    advance: Advance,
 ) -> dict[str, Tensor]:
     prompts, targets, count = batch.prompts, batch.targets(), len(batch)
     clean = read_answers(prompts, batch.clean, batch.clean_rest)
@@ -176,9 +185,14 @@ def _sweep_batch(
     found = {f"clean.{name}": values for name, values in clean.items()}
     advance(count)
     for site, edit in edits.items():
-        for condition, edited in batch.edited(site, edit, targets).items():
+        here = {name: x[batch.rows.to(x.device)] for name, x in beside.get(site, {}).items()}
+        ran = batch.edited(site, edit, targets, here)
+        for condition, edited in ran.items():
             columns = read_answers(prompts, edited.logits, edited.rest) | edited.record
             columns["divergence"] = divergences(batch.clean, edited.logits)
+            if INTERCHANGE in ran and condition in targets:
+                away = divergences(ran[INTERCHANGE].logits, edited.logits)
+                columns["kl_to_interchange"] = away
             found |= {f"{site}.{condition}.{name}": values for name, values in columns.items()}
-        advance(count * len(targets))
+        advance(count * len(ran))
     return found

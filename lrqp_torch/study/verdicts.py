@@ -17,7 +17,6 @@ are narrower than those over new models would be.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,17 +27,17 @@ import torch
 from lrqp_torch import models
 from lrqp_torch.baselines import BASELINES, DAS, BaselineData, build
 from lrqp_torch.edits.provenance import package_versions
-from lrqp_torch.errors import LRQPError, MissingExtraError, ModelError, SettingError
-from lrqp_torch.files import prepare_folder, written_whole
+from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
+from lrqp_torch.files import prepare_folder, write_json, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
+from lrqp_torch.stream.progress import Clock, Start, progress_bars
 from lrqp_torch.study.context import StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.known import KnownSites, read_truth
 from lrqp_torch.study.methods import behaviour, counterparts, others_alike
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
-from lrqp_torch.study.progress import Clock, Start, progress_bars
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import next_class
 from lrqp_torch.study.settings import Settings
@@ -510,12 +509,7 @@ def _pane(result: VerdictsResult, model: str, kind: str) -> Pane:
 
 
 def _write(result: VerdictsResult, folder: Path) -> None:
-    try:
-        text = json.dumps(to_json(result), allow_nan=False, ensure_ascii=False, indent=1)
-    except ValueError as error:
-        raise LRQPError(f"a number of the verdicts is NaN or infinite: {error}") from error
-    with written_whole(folder / JSON_FILE) as path:
-        path.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / JSON_FILE, to_json(result))
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(_table(result))
     with written_whole(folder / TABLE_FILE) as path:

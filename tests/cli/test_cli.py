@@ -1,16 +1,24 @@
 """The ``lrqp`` command: what it prints, what it leaves, and how it refuses."""
 
 import json
+import re
+import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from report_for_tests import study_results
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from lrqp_torch.cli import app
+from lrqp_torch.cli.study import OWN
 from lrqp_torch.errors import SiteError
+from lrqp_torch.stream.progress import progress_bars
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.heads import PART as HEADS
+from lrqp_torch.study.report import print_summary
 from lrqp_torch.study.report.page import Chapter
 
 
@@ -116,7 +124,7 @@ def test_every_part_is_a_command_with_the_same_options() -> None:
         name: {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
         for name in ("reproduce", "study", *PARTS)
     }
-    own = {"--data", "--label", "--position"}
+    own = {f"--{name}" for name in OWN}
     for name in PARTS:
         assert options[name] == options["reproduce"] - {"--parts"} | own
     names = {"--n", "--prefixes", "--compare-task", "--no-compare-task"}
@@ -213,3 +221,109 @@ def test_values_out_of_range(tmp_path: Path, option: str, value: str, expected: 
 
 def test_the_folder_must_be_given() -> None:
     assert "--out" in refused(lrqp("reproduce"))
+
+
+# ---- what is said, and where ---------------------------------------------------------------------
+
+TINY = ("flipping", "--n", 20, "--sites", "L2.pre", "--no-figures", "--no-report", "--out")
+
+
+def test_json_is_all_that_stands_on_standard_output(tmp_path: Path) -> None:
+    result = lrqp(*TINY, tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((tmp_path / "results.json").read_text())
+    assert "Flipping the answer: " in result.stderr
+    refused(lrqp(*TINY, tmp_path, "--json", "--device", "abacus"))
+
+
+def test_quiet_says_nothing_and_verbose_all(tmp_path: Path) -> None:
+    assert lrqp(*TINY, tmp_path, "--quiet").output == ""
+    assert "--verbose" in lrqp(*TINY, tmp_path, "--quiet", "--verbose").stderr
+    loud = lrqp(*TINY, tmp_path, "--verbose").stdout
+    assert len(loud) >= len(lrqp(*TINY, tmp_path).stdout) > 0
+
+
+def test_progress_is_plain_lines_where_nobody_looks(tmp_path: Path) -> None:
+    result = lrqp(*TINY, tmp_path)
+    assert "\x1b" not in result.output and "\r" not in result.output
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["loading the model", "writing prompts"]
+    assert all(re.search(r"\d (s|min)$", line) for line in lines)
+
+
+def test_a_bar_stays_in_its_line(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress_bars() as start:
+        for title in ("first", "second"):
+            advance = start(title, 3)
+            advance(3)
+    shown = capsys.readouterr().err
+    assert "first" in shown and "second" in shown and "0/3" in shown
+    assert "\x1b" not in shown and "\n" not in shown
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_40_columns_are_enough_and_colour_can_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colour: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("lrqp_torch.study.report._says", lambda *_, **__: ["It DISAGREES."])
+    print_summary(study_results(), Console(file=(said := StringIO()), force_terminal=True))
+    lines = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "more columns on a wider terminal" in " ".join(" ".join(lines).split())
+    rows = [line.split() for line in lines if line.split()[:1] == ["L2.pre"]]
+    assert rows[-1][1:3] == ["100.0", "100.0"]
+    assert bool(re.search(r"\x1b\[[\d;]*3\dm", said.getvalue())) is colour
+
+
+def test_a_dry_run_writes_nothing_and_says_how_long(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--parts", "flipping,heads", "--n", 40, "--sites", "L1.mid,L2.pre", "--out", out)
+    result = lrqp("reproduce", *options, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not out.exists()
+    assert "flipping: about" in result.stdout and "heads: about" in result.stdout
+    assert "20 held out, at 2 sites from L1.mid to L2.pre" in result.stdout
+    planned = json.loads(lrqp("reproduce", *options, "--dry-run", "--json").stdout)
+    assert list(planned["parts"]) == ["flipping", "heads"] and planned["parts"]["flipping"] > 0
+    assert "L99.mid" in refused(lrqp(*TINY, out, "--dry-run", "--sites", "L99.mid"))
+
+
+def test_without_the_libraries_of_pictures_the_numbers_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "plotly", "jinja2"):
+        for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setitem(sys.modules, name, None)
+    command = ("flipping", "--n", 20, "--sites", "L2.pre", "--out", tmp_path)
+    result = lrqp(*command)
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    advice = [line for line in result.stderr.splitlines() if "pip install" in line]
+    assert len(advice) == 2 and "[plots]" in advice[0] and "[report]" in advice[1]
+    assert "Results are in" in result.stdout
+    assert "plotly" in refused(lrqp(*command, "--report"))
+    verdict = lrqp("verdicts", "--models", "organism", "--methods", "lrqp", "--sites", "L2.pre",
+                   "--n", 16, "--seeds", 1, "--out", tmp_path / "verdicts")  # fmt: skip
+    assert verdict.exit_code == 0, verdict.output
+    assert "[plots]" in verdict.stderr
+
+
+def test_every_command_that_writes_names_its_place_the_same_way() -> None:
+    commands = get_command(app).commands
+    options = {name: {o for p in each.params for o in p.opts} for name, each in commands.items()}
+    assert {name for name in options if "--out" not in options[name]} == {"doctor"}
+    for name in commands:
+        assert options[name] >= {"--quiet", "--verbose", "--json", "--debug"}
+
+
+def test_a_report_is_asked_for_by_folder_or_option(tmp_path: Path) -> None:
+    assert lrqp(*TINY, tmp_path, "--quiet").exit_code == 0
+    told = json.loads(lrqp("report", "--out", tmp_path, "--json").stdout)
+    assert told == {"report": str(tmp_path / "report.html")}
+    assert "--out" in refused(lrqp("report"))

@@ -91,7 +91,7 @@ def test_apply_shows_before_and_after(
 ) -> None:
     use = ("apply", fitted[0], "--model", "organism")
     kept = tmp_path / "found.json"
-    result = lrqp(*use, "--data", data, "--target", "other", "--show", 3, "--json", kept)
+    result = lrqp(*use, "--data", data, "--target", "other", "--show", 3, "--out", kept)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("belief in") == 3 and "157 more prompts" in result.stdout
     raw = json.loads(kept.read_text())
@@ -118,7 +118,7 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     raw = json.loads((out / "results.json").read_text())
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
     said = " ".join(result.stdout.split())
-    assert "beyond what the control edit flips, at L2.mid." in said
+    assert "correction for 3 sites) at L2.mid." in said
     assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {
         "results.json", "prompts.safetensors", "prompts.json", "report.html", "parts",

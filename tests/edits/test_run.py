@@ -351,8 +351,9 @@ def test_a_long_generation_costs_constant_time_a_pass_and_little_memory() -> Non
             run(x, context)
             run.end_step(context, number)
         written.append(mode.numbers)
+    # Most passes only keep what was stored; rows are made of many at once.
     assert sorted(written)[passes // 2] == sorted(written[:20])[10]
-    assert sum(written) < 5 * passes * sorted(written)[passes // 2]
+    assert sum(written[passes // 2 :]) < 2 * sum(written[: passes // 2]) < 200 * passes
     assert run.nbytes <= 200 * len(run.positions)
     assert len(run.steps) == passes and run.distance.shape == (2, passes)
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lrqp_torch.errors import MissingExtraError, ModelError
+from lrqp_torch.files import digest_model
 from lrqp_torch.ioi import NAMES
 from lrqp_torch.models import load
 from lrqp_torch.models.organisms import ORGANISMS
@@ -217,3 +218,31 @@ def test_smollm2_continues_a_prompt_of_the_task() -> None:
         logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
     mary, john = (tokenizer(f" {name}")["input_ids"][-1] for name in ("Mary", "John"))
     assert logits[mary] > logits[john]
+
+
+@needs_smollm2
+def test_a_gguf_file_is_parsed_once_and_its_copy_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parsed = []
+    read = loader._pretrained
+
+    def spy(*given: object, **options: object) -> object:
+        parsed.append("gguf_file" in options)
+        return read(*given, **options)
+
+    monkeypatch.setattr(loader, "_pretrained", spy)
+    first, tokenizer = load("smollm2")
+    again, same_tokenizer = load("smollm2", dtype=torch.bfloat16)
+    assert parsed == [True, False]
+    wide, _ = load("smollm2")
+    assert digest_model(first) == digest_model(wide)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.bfloat16(), other)
+    text = "When John and Mary went to the café,\n  John gave 3 drinks to<|im_end|>"
+    assert tokenizer(text).input_ids == same_tokenizer(text).input_ids
+    first.save_pretrained(tmp_path / "saved")
+    for copy in tmp_path.glob("lrqp_torch/gguf/*/model.safetensors"):
+        copy.write_bytes(b"damaged")
+    assert digest_model(load("smollm2")[0]) == digest_model(first)

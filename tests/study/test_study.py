@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -111,6 +110,14 @@ def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None
             assert values["infeasible"] == values["inaccurate"] == 0
             assert values["distance"] > 0 and values["euclidean"] > 0
             assert math.isfinite(values["logit_difference"])
+        patch = site["interchange"]
+        assert patch["prompts"] == N // 2 and patch["distance"] > 0
+        assert {"flipped", "flipped_interval", "logit_difference"} <= patch.keys()
+        assert {"recovered", "agreement_interval", "beyond"} <= site.keys()
+        assert 0 <= site["agreement"] <= 1 and site["kl_to_interchange"] >= 0
+        assert site["null"]["probes"] == 20 and isinstance(site["verdict"]["used"], bool)
+        assert site["verdict"]["p_value"] <= site["verdict"]["p_adjusted"] <= 1
+    assert raw["best"]["probe_accuracy_n"] == N // 4
     assert raw["settings"]["seed"] == 0 and raw["settings"]["log_odds"] == 10
     assert raw["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "cvxpy", "cvxpylayers", "lrqp_torch"} <= raw[
@@ -119,7 +126,8 @@ def test_results_file_holds_every_figure(run: tuple[StudyResults, Path]) -> None
     assert raw["model"]["class"] == "GPT2LMHeadModel"
     assert raw["published"]["position_inverted"]["value"] == -0.99
     assert raw["ground_truth"] is None
-    assert set(raw["elapsed"]) == {"model", "prompts", "capture", "fit", "sweep", "total"}
+    stages = {"model", "prompts", "capture", "fit", "interchange", "sweep", "total"}
+    assert set(raw["elapsed"]) == stages
     assert StudyResults.load(out) == results
 
 
@@ -130,7 +138,8 @@ def test_figures_agree_with_the_numbers_of_each_prompt(run: tuple[StudyResults, 
     assert clean.shape == (N // 2,)
     assert results.clean.logit_difference.value == pytest.approx(clean.mean().item())
     assert results.clean.accuracy.value == pytest.approx((clean > 0).double().mean().item())
-    assert results.answered == results.clean.accuracy == Estimate.share(clean > 0)
+    assert results.answered == results.clean.accuracy
+    assert results.answered == Estimate.share(clean > 0, prompts["groups"])
     for name, site in results.sites.items():
         edited = prompts[f"{name}.counterfactual.logit_difference"]
         assert not torch.equal(edited, clean)
@@ -141,7 +150,8 @@ def test_figures_agree_with_the_numbers_of_each_prompt(run: tuple[StudyResults, 
             (before, after) for before, after in zip(clean, edited, strict=True) if before > 0
         ]
         flips = sum(int(after < 0) for _, after in eligible)
-        assert site.counterfactual.flipped == Estimate.count(flips, len(eligible))
+        share = site.counterfactual.flipped
+        assert (share.value, share.n) == (flips / len(eligible), len(eligible))
         assert site.counterfactual.divergence.value > 0 <= site.control.divergence.value
 
 
@@ -301,48 +311,37 @@ def test_probe_accuracy_is_that_of_held_out_activations(
         assert site.probe_accuracy.value == pytest.approx(expected)
 
 
-def changed(
-    template: SiteResult, counterfactual: float | None, control: float = 0.0, mean: float = 0.0
-) -> SiteResult:
-    """A site with other flips, and another mean logit difference under the edit."""
+def test_the_best_site_flips_most_beyond_its_null_and_then_moves_most() -> None:
+    clean = {"clean.logit_difference": torch.ones(8), "clean.own_lead": torch.ones(8)}
 
-    def share(value: float | None) -> Estimate:
-        return Estimate(value, 0.0, 1.0, 0 if value is None else 100)
+    def site(name: str, flips: int, null: int, change: float) -> dict[str, torch.Tensor]:
+        columns = {}
+        for run, count in (("counterfactual", flips), ("control", 0), ("null", null)):
+            other = torch.where(torch.arange(8) < count, 1.0, -1.0)
+            columns |= {f"{name}.{run}.other_lead": other, f"{name}.{run}.own_lead": -other}
+            columns[f"{name}.{run}.logit_difference"] = torch.full((8,), 1.0 + change)
+        return columns
 
-    return replace(
-        template,
-        counterfactual=replace(
-            template.counterfactual,
-            flipped=share(counterfactual),
-            logit_difference=Estimate(mean, mean, mean, 100),
-        ),
-        control=replace(template.control, flipped=share(control)),
-    )
+    flat = clean | site("a", 7, 5, 9.0) | site("b", 5, 0, 1.0) | site("c", 5, 0, -3.0)
+    assert best_site(flat | {"null.probe": torch.zeros(8)}, ["a", "b", "c"]) == "c"
+    assert best_site(flat, ["a", "b", "c"]) == "a"  # without a null, beyond the control
 
 
-def test_the_best_site_flips_most_and_then_moves_most(run: tuple[StudyResults, Path]) -> None:
-    results, _ = run
-    site = partial(changed, results.sites["L1.pre"])
-    clean = replace(results.clean, logit_difference=Estimate(1.0, 1.0, 1.0, 100))
-    sites = {
-        "a": site(0.5, mean=9.0),
-        "b": site(0.9),
-        "c": site(0.9, mean=-1.0),
-        "d": site(None, mean=50.0),
-    }
-    assert best_site(clean, sites) == "c"
-    assert [name for name, found in sites.items() if found.used] == ["a", "b", "c"]
-    assert not site(0.49).used
-
-
-def test_flips_that_the_control_edit_makes_too_do_not_count_as_use(
+def test_results_before_the_test_say_used_by_their_own_rule(
     run: tuple[StudyResults, Path],
 ) -> None:
     results, _ = run
-    site = partial(changed, results.sites["L1.pre"])
-    sites = {"broken": site(0.9, 0.7), "used": site(0.6, 0.01)}
-    assert [name for name, found in sites.items() if found.used] == ["used"]
-    assert best_site(results.clean, sites) == "used"
+    template = replace(results.sites["L1.pre"], verdict=None)
+
+    def site(own: float, control: float) -> SiteResult:
+        edits = {
+            name: replace(getattr(template, name), flipped=Estimate(share, 0.0, 1.0, 100))
+            for name, share in (("counterfactual", own), ("control", control))
+        }
+        return replace(template, **edits)
+
+    assert site(0.5, 0.0).used and site(0.6, 0.01).used
+    assert not site(0.49, 0.0).used and not site(0.9, 0.7).used
 
 
 def test_sites_come_in_order_without_repeats(tiny: Path) -> None:

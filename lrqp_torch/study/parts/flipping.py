@@ -7,20 +7,21 @@ Source: the post "Intervening in the Residual Stream" (2023).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.plot.chart import Chart, Pane, Panel, Table
 from lrqp_torch.plot.figures import histogram_of, scatter_of, sweep_of
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.stream.progress import Clock
+from lrqp_torch.study.ceiling import LEVEL, PROBES, null_edits, shuffled, turns
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Batches, Given, Part
-from lrqp_torch.study.progress import Clock
-from lrqp_torch.study.prompts import Words
+from lrqp_torch.study.prompts import Words, halves
 from lrqp_torch.study.records import BESIDE
 from lrqp_torch.study.results import (
     CleanResult,
@@ -29,6 +30,7 @@ from lrqp_torch.study.results import (
     StudyResults,
     TaskFlipping,
     best_site,
+    judged,
 )
 from lrqp_torch.study.showing import (
     SITES,
@@ -42,7 +44,8 @@ from lrqp_torch.study.showing import (
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.sweep import CONDITIONS, USED_THRESHOLD, fit_edits, sweep
+from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, fit_edits, sweep
+from lrqp_torch.study.trials import displacements
 
 MOST_POINTS = 500
 """Held-out prompts drawn at each site; the numbers are of all of them."""
@@ -100,9 +103,13 @@ class Flipping(Part[FlippingResult]):
 
     def work(self, context: StudyContext, /) -> int:
         """Prompts to read, probes to fit, and runs of held-out prompts."""
-        sites = len(context.sites)
-        runs = 1 + len(CONDITIONS) * sites
-        return sum(len(task) + 2 * sites + runs * len(task.test) for task in context.tasks)
+        return sum(
+            len(task)
+            + (1 + PROBES) * len(context.sites)
+            + (1 + len([*CONDITIONS, *_beside(context, task)]) * len(context.sites))
+            * len(task.test)
+            for task in context.tasks
+        )
 
     def compute(self, given: Given, advance: Advance, /) -> FlippingResult:
         """Sweep each version of the task.
@@ -124,7 +131,7 @@ class Flipping(Part[FlippingResult]):
         if study.best_site is None:
             return None
         own = TaskFlipping(
-            study.task, study.clean, study.sites, study.used_sites, study.best_site, {}
+            study.task, study.clean, study.sites, study.used_sites, study.best_site, {}, study.best
         )
         tasks, other = {study.task: own}, study.parts.get(OTHER_TASK)
         if other is not None:
@@ -148,7 +155,8 @@ class Flipping(Part[FlippingResult]):
             f"held-out prompts or more at {in_ranges(readable, sites)}; always naming the most "
             f"frequent class is right on {percent(study.majority)}."
         ]
-        best = study.sites[str(study.best_site)]
+        best = study.strongest
+        assert best is not None
         edit, control = best.counterfactual, best.control
         if study.answered is None or clean.logit_difference is None:
             lines += [
@@ -169,12 +177,7 @@ class Flipping(Part[FlippingResult]):
             if not count:
                 lines.append("None is left whose answer could flip, so no site is said to be used.")
             else:
-                lines += [
-                    f"Used: the counterfactual edit flips {percent(USED_THRESHOLD, 0)} of the "
-                    f"answers or more, beyond what the control edit flips, at "
-                    f"{in_ranges(study.used_sites, sites)}.",
-                    _strongest(study, edit, control),
-                ]
+                lines += [_used(study), _strongest(study, best), *_beyond(study)]
         failed = sum(c.failed for s in study.sites.values() for c in (s.control, s.counterfactual))
         margin = min(site.worst_log_odds_margin for site in study.sites.values())
         return [*lines, *_truth(study), promise_in_words(failed, margin)]
@@ -242,7 +245,8 @@ def _swept(
     with clock.stage("capture"):
         found, held_out = context.clean(task, "mark", advance, ranks=ranks)
     labels = task.train.labels.to(context.device)
-    with clock.stage("fit"), ranks.counted(advance, 2 * len(context.sites)) as fitted:
+    mixed = shuffled(labels, context.generator())
+    with clock.stage("fit"), ranks.counted(advance, (1 + PROBES) * len(context.sites)) as fitted:
 
         def edits_at(sites: list[str]) -> dict[str, LRQP]:
             return fit_edits(
@@ -254,13 +258,16 @@ def _swept(
                 advance=fitted,
             )
 
-        def shuffled_at(sites: list[str]) -> dict[str, LinearProbe]:
-            mixed = labels[torch.randperm(len(labels), generator=context.generator()).to(labels)]
-            problems = {site: (found[site], mixed) for site in sites}
-            return LinearProbe.fit_many(problems, l2=settings.l2, advance=fitted)
+        def chance_at(sites: list[str]) -> dict[str, nn.ModuleList]:
+            each = list(enumerate(mixed))
+            problems = {(site, i): (found[site], y) for site in sites for i, y in each}
+            probes = LinearProbe.fit_many(problems, l2=settings.l2, advance=fitted)
+            return {site: nn.ModuleList(probes[site, i] for i, _ in each) for site in sites}
 
         edits = ranks.divide(context.sites, edits_at, context.device)
-        shuffled = ranks.divide(context.sites, shuffled_at, context.device)
+        chance = ranks.divide(context.sites, chance_at, context.device)
+    with clock.stage("interchange"):
+        beside, known = _put_beside(given, task, edits, chance, held_out)
     with clock.stage("sweep"):
         flat = sweep(
             context.model,
@@ -269,22 +276,79 @@ def _swept(
             batch_size=context.batch_size,
             ranks=ranks,
             kept=kept,
+            beside=beside,
             advance=advance,
         )
+    flat |= known
     truth = task.test.labels.to(context.device)
-    sites = {
-        site: SiteResult.of(
-            flat,
-            site,
-            Estimate.share(shuffled[site](held_out[site]).argmax(-1) == truth),
-            context.seed,
-        )
-        for site in context.sites
-    }
+    groups, rows = task.test.groups, halves(task.test)
+
+    def result(site: str, of: dict[str, Tensor], among: Tensor | None = None) -> SiteResult:
+        right = (chance[site][0](held_out[site]).argmax(-1) == truth).cpu()
+        every = torch.arange(len(right)) if among is None else among
+        own = None if groups is None else groups.cpu()[every]
+        return SiteResult.of(of, site, Estimate.share(right[every], own), context.seed)
+
+    sites = judged({site: result(site, flat) for site in context.sites}, flat)
     clean = CleanResult.of(flat, context.seed)
+    first, second = ({name: values[half] for name, values in flat.items()} for half in rows)
+    site = best_site(first, context.sites)
+    best = judged({site: result(site, second, rows[1])}, second)[site]
+    best = replace(best, verdict=sites[site].verdict)
     seconds = {stage: s for stage, s in clock.seconds().items() if stage != "total"}
-    used = [name for name, site in sites.items() if site.used]
-    return TaskFlipping(task.name, clean, sites, used, best_site(clean, sites), seconds), flat
+    used = [name for name, found_there in sites.items() if found_there.used]
+    return TaskFlipping(task.name, clean, sites, used, site, seconds, best), flat
+
+
+def _beside(context: StudyContext, task: Task) -> list[str]:
+    """What runs beside the edits: the interchange, and the null where there are answers."""
+    names = [] if task.test.twins() is None else [INTERCHANGE]
+    if task.test.answers is None:
+        return names
+    runs = len(turns(len(task.test), context.generator()))
+    return [*names, *(f"{NULL}{run or ''}" for run in range(runs))]
+
+
+@torch.no_grad()
+def _put_beside(
+    given: Given,
+    task: Task,
+    edits: Mapping[str, LRQP],
+    chance: Mapping[str, nn.ModuleList],
+    held_out: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What runs beside the edits by site and name, (n, d), and what is known of each prompt."""
+    context, names = given.context, _beside(given.context, task)
+    labels = task.test.labels.to(context.device)
+    target = task.test.other.to(context.device)
+    twins = context.twins(task, ranks=given.ranks) if INTERCHANGE in names else None
+    known: dict[str, Tensor] = {}
+    if task.test.groups is not None:
+        known["groups"] = task.test.groups.cpu()
+    if twins is not None:
+        known["twins"] = twins[1].long()
+    nulls = dict(
+        zip(
+            [name for name in names if name.startswith(NULL)],
+            turns(len(labels), context.generator()),
+            strict=False,
+        )
+    )
+    known |= {f"{name}.probe": turn for name, turn in nulls.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for site in context.sites:
+        edit, x, here = edits[site], held_out[site], dict[str, Tensor]()
+        if twins is not None:
+            here[INTERCHANGE] = twins[0][site]
+            moved = here[INTERCHANGE].double() - x.double()
+            known[f"{site}.{INTERCHANGE}.distance"] = edit.metric.distance(moved).cpu()
+        if nulls:
+            length = edit.metric.distance(displacements(edit, x, target, labels))
+        for name, turn in nulls.items():
+            delta = null_edits(chance[site], edit.metric, target, labels, length, turn)
+            here[name] = (x.double() + delta).to(x.dtype)
+        found[site] = here
+    return found, known
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -294,8 +358,34 @@ def _mean(estimate: Estimate) -> str:
     return f"{signed(estimate.known)} ({between(estimate)})"
 
 
-def _strongest(study: StudyResults, edit: ConditionResult, control: ConditionResult) -> str:
-    clean, words = study.clean.logit_difference, study.words
+def _used(study: StudyResults) -> str:
+    """At which sites the class is used, by which test, and how much of the ceiling is recovered."""
+    where = in_ranges(study.used_sites, list(study.sites))
+    known = [site for site in study.sites.values() if site.null is not None]
+    if not known:
+        return f"Used, by the rule of version 0.3: {where}."
+    line = (
+        f"Used: the counterfactual edit flips more answers than edits as long of {PROBES} probes "
+        f"of shuffled labels (exact paired test, P below {LEVEL:g} after Holm's correction for "
+        f"{len(known)} sites) at {where}."
+    )
+    return line
+
+
+def _beyond(study: StudyResults) -> list[str]:
+    found = [f"{name} {site.beyond}" for name, site in study.sites.items() if site.beyond]
+    return (
+        [f"Beyond its own patch, so not by the natural way: {'; '.join(found)}."] if found else []
+    )
+
+
+def _strongest(study: StudyResults, best: SiteResult) -> str:
+    clean, words, edit, control = (
+        study.clean.logit_difference,
+        study.words,
+        best.counterfactual,
+        best.control,
+    )
     assert edit.logit_difference is not None and clean is not None
     assert edit.flipped is not None and control.flipped is not None
     line = (
@@ -304,6 +394,25 @@ def _strongest(study: StudyResults, edit: ConditionResult, control: ConditionRes
         f"{_mean(edit.logit_difference)}. The control edit there, which writes the {words.value} "
         f"that is true, flips {share_in_words(control.flipped)}."
     )
+    patch = best.interchange
+    if patch is not None and patch.flipped is not None and best.agreement is not None:
+        line += (
+            f" Its ceiling, the activation of a twin that differs in {words.variable} alone, flips "
+            f"{share_in_words(patch.flipped)}"
+        )
+        line += (
+            "."
+            if best.recovered is None
+            else (
+                f"; the edit recovers {share_in_words(best.recovered, 0)} of that effect, with the "
+                f"same answer on {share_in_words(best.agreement, 0)} of the prompts."
+            )
+        )
+    if study.best is not None:
+        line += (
+            f" The site was chosen by one half of the held-out prompts, and these numbers are of "
+            f"the other {study.best.probe_accuracy.n}."
+        )
     published = study.published.get("position_inverted")
     if published is not None:
         line += (
@@ -333,10 +442,9 @@ def _truth(study: StudyResults) -> list[str]:
 def _sweep_panel(study: StudyResults) -> Panel:
     words = study.words
     above = (
-        f"and how many answers each edit turns from {words.held} to {words.other}; sites at which "
-        f"the counterfactual edit flips at least {percent(USED_THRESHOLD, 0)} more than the "
-        f"control edit are shaded. Below: the mean {words.preference}; the dashed line is the "
-        "model without an edit."
+        f"and how many answers each edit turns from {words.held} to {words.other}; the ceiling is "
+        "the activation of a twin; sites that are used are shaded. Below: the mean "
+        f"{words.preference}; the dashed line is the model without an edit."
         if study.answered is not None
         else "for the prompts have no answers whose flips could be counted. Below: how much each "
         "edit changes the distribution of the next token."

@@ -75,9 +75,9 @@ def made(results: StudyResults, folder: Path) -> Made:
     )
 
 
-def print_summary(results: StudyResults, console: Console) -> None:
-    """Print the key figures, the sweep, and what each part found."""
-    print_study(results, _says(results), console)
+def print_summary(results: StudyResults, console: Console, *, whole: bool = False) -> None:
+    """Print the key figures, the sweep, and what each part found; ``whole`` leaves nothing out."""
+    print_study(results, _says(results, whole=whole), console, whole=whole)
 
 
 def _found(results: StudyResults) -> Iterator[tuple[Part[Any], Any]]:
@@ -88,8 +88,8 @@ def _found(results: StudyResults) -> Iterator[tuple[Part[Any], Any]]:
             yield part, result
 
 
-def _says(results: StudyResults) -> list[str]:
-    """All that the sweep says, and the beginning of what every other part does."""
+def _says(results: StudyResults, *, whole: bool = False) -> list[str]:
+    """All that the sweep says, and the beginning of what every other part does, or all of it."""
     lines: list[str] = []
     for part, result in _found(results):
         says = list(part.says(result))
@@ -97,5 +97,6 @@ def _says(results: StudyResults) -> list[str]:
             lines += says
         elif says:
             mark = "" if part.title.endswith("?") else ":"
-            lines.append(f"{part.title}{mark} {lead(says[0], most=320)[0]}")
+            lines.append(f"{part.title}{mark} {says[0] if whole else lead(says[0], most=320)[0]}")
+            lines += says[1:] if whole else []
     return lines

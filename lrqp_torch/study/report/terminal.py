@@ -1,5 +1,6 @@
-"""The short summary of a study on the terminal, from the report's tables and sentences."""
+"""What studies, fits and edits of your own say on the terminal, however narrow it is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,29 +9,35 @@ from rich.console import Console
 from rich.table import Table as Shown
 from rich.text import Text
 
+from lrqp_torch.edits.provenance import Provenance
 from lrqp_torch.plot.chart import Table
+from lrqp_torch.study.editing import Applied, HeldOut
 from lrqp_torch.study.parts.flipping import sites_table
 from lrqp_torch.study.report.page import as_text
 from lrqp_torch.study.report.words import key_figures
 from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.showing import between, percent, signed
 
 MOST_ROWS = 30
 
 
-def print_study(results: StudyResults, says: Sequence[str], console: Console) -> None:
+def print_study(
+    results: StudyResults, says: Sequence[str], console: Console, *, whole: bool = False
+) -> None:
     """Print the key figures and the sweep as two tables, then what was found.
 
     Args:
         results: of a study.
         says: a sentence or two each.
         console: where to print.
+        whole: whether to show all sites, however many.
     """
     rows = [[what, own, note] for own, what, note in key_figures(results)]
     head = ["quantity", str(results.model["name"]), ""]
-    console.print(as_rich(Table(head, rows), "On held-out prompts"))
+    console.print(as_rich(Table(head, rows), "On held-out prompts", wrapped=True))
     if results.sites:
         console.print()
-        console.print(_sweep(results))
+        console.print(_sweep(results, console, len(results.sites) if whole else MOST_ROWS))
     for line in says:
         wrong = "DISAGREES" in line or "infeasible or inaccurate" in line
         console.print(Text(line, style="bold red" if wrong else ""))
@@ -44,6 +51,7 @@ def as_rich(
     caption: str = "",
     bold: Sequence[str] = (),
     headings: Mapping[str, str] | None = None,
+    wrapped: bool = False,
 ) -> Shown:
     """A table for the terminal: its first column to the left, the others to the right.
 
@@ -53,6 +61,7 @@ def as_rich(
         caption: below it.
         bold: rows that stand out, by their first cell.
         headings: shorter ones, which may have several lines.
+        wrapped: whether cells may have several lines too.
     """
     shown = Shown(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0),
@@ -62,13 +71,32 @@ def as_rich(
     for index, heading in enumerate(table.columns):
         justify: Any = "right" if index else "left"
         name = Text((headings or {}).get(heading, heading))
-        shown.add_column(name, justify=justify, vertical="bottom", no_wrap=bool(index))
+        shown.add_column(
+            name, justify=justify, vertical="bottom", no_wrap=bool(index) and not wrapped
+        )
     for cells in zip(*columns, strict=True):
         shown.add_row(*map(Text, cells), style="bold" if cells[0] in bold else "")
     return shown
 
 
-def _sweep(results: StudyResults) -> Shown:
+def fitting(console: Console, table: Table, title: str, caption: str = "", **looks: Any) -> Shown:
+    """The table, or as many of its first columns as are as wide as the console.
+
+    ``looks`` are those of :func:`as_rich`.
+    """
+    for count in range(len(table.columns), 0, -1):
+        left_out = len(table.columns) - count
+        note = f"\n{left_out} more columns on a wider terminal" if left_out else ""
+        kept = Table(table.columns[:count], [row[:count] for row in table.rows])
+        shown = as_rich(kept, title, caption + note, **looks)
+        # Measured in any width, or it would be what there is room for.
+        wide = console.options.update(width=10_000)
+        if console.measure(shown, options=wide).minimum <= console.width:
+            break
+    return shown
+
+
+def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
     """The main columns of the table of sites; of many sites those that flip or change most."""
     whole, words = sites_table(results), results.words
     preference, answered = f"{words.preference} ({words.unit})", results.answered is not None
@@ -76,9 +104,9 @@ def _sweep(results: StudyResults) -> Shown:
     chosen = {
         "site": "site",
         "probe accuracy (%)": "probe\naccuracy",
-        "shuffled labels (%)": "shuffled\nlabels",
-        "flipped, control (%)": "flipped,\ncontrol",
         "flipped, counterfactual (%)": "flipped,\ncounter-\nfactual",
+        "flipped, control (%)": "flipped,\ncontrol",
+        "shuffled labels (%)": "shuffled\nlabels",
         f"control: {effect}": "effect,\ncontrol",
         f"counterfactual: {effect}": "effect,\ncounter-\nfactual",
         "edit length, Mahalanobis": "edit\nlength",
@@ -90,14 +118,104 @@ def _sweep(results: StudyResults) -> Shown:
         f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual;\n"
         "margin: log odds read after the edit minus those asked, worst prompt"
     )
-    if len(rows) > MOST_ROWS:
+    if len(rows) > most_rows:
 
         def change(name: str) -> float:
             edit = results.sites[name].counterfactual
             return (edit.flipped and edit.flipped.value) or edit.divergence.known / 1e3
 
-        most = set(sorted(results.sites, key=change)[-MOST_ROWS:])
-        caption += f"\n{len(rows) - MOST_ROWS} more sites, where less changes: results.json"
+        most = set(sorted(results.sites, key=change)[-most_rows:])
+        caption += f"\n{len(rows) - most_rows} more sites, where less changes: --verbose shows them"
         rows = [row for row in rows if row[0] in most]
     title = f"Edits of the belief about {words.variable}, at {words.position}"
-    return as_rich(Table(list(kept), rows), title, caption, results.used_sites, chosen)
+    bold = results.used_sites
+    return fitting(console, Table(list(kept), rows), title, caption, bold=bold, headings=chosen)
+
+
+def print_fit(
+    label: str,
+    classes: Sequence[str],
+    fitted: int,
+    majority: float,
+    tried: Mapping[str, HeldOut],
+    console: Console,
+) -> None:
+    """Say how well the probes of one label read prompts held out, and what edits of these reach."""
+    columns = ("site", "probe\naccuracy", "95 %\ninterval", "odds\nreached", "worst\nmargin",
+               "edit\nlength")  # fmt: skip
+    rows = [
+        (
+            site,
+            percent(found.accuracy.value),
+            between(found.accuracy, 1, 100),
+            f"{found.reached} of {found.prompts}",
+            f"{found.worst_log_odds_margin:.0e}",
+            f"{found.distance:.2f}",
+        )
+        for site, found in tried.items()
+    ]
+    held_out = next(iter(tried.values())).prompts
+    title = (
+        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always\n"
+        f"naming the most frequent class is right on {percent(majority)}"
+    )
+    caption = (
+        "on prompts held out; edits are to the next class; margin: log odds read after the edit\n"
+        "minus those asked, worst prompt; length: Mahalanobis"
+    )
+    console.print(fitting(console, Table(columns, rows), title, caption))
+
+
+def print_applied(
+    found: Sequence[Applied], origin: Provenance, show: int, console: Console
+) -> None:
+    """Print what an edit did to the first prompts, and what it did to all."""
+    for item in found[:show]:
+        lines = [
+            f"\n{item.prompt}",
+            f"  belief in {item.target}: {_chance(item.belief_before)} → "
+            f"{_chance(item.belief_after)} (log odds {signed(item.belief_before)} → "
+            f"{signed(item.belief_after)}; edit of length {item.distance:.2f} at {origin.site})",
+        ]
+        if item.lead_before is not None and item.lead_after is not None:
+            lines.append(
+                f"  answers with {item.target} rather than another: "
+                f"{signed(item.lead_before)} → {signed(item.lead_after)} nats"
+            )
+        lines.append(f"  next: {_tokens(item.next_before)}")
+        lines.append(f"     →  {_tokens(item.next_after)}")
+        if item.continued_before is not None:
+            lines.append(f"  goes on: {item.continued_before!r}")
+            lines.append(f"        →  {item.continued_after!r}")
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
+    left_out = len(found) - min(show, len(found))
+    if left_out:
+        console.print(f"\n{left_out} more prompts: see --show and --out.", markup=False)
+    console.print(f"\n{_total(found)}", markup=False, soft_wrap=True)
+
+
+def _total(found: Sequence[Applied]) -> str:
+    count = len(found)
+    believed = sum(item.belief_after > 0 for item in found)
+    text = f"Of {count} prompts, the probe reads the target on {believed} after the edit"
+    leads = [
+        (item.lead_before, item.lead_after)
+        for item in found
+        if item.lead_before is not None and item.lead_after is not None
+    ]
+    if leads:
+        before, after = (sum(value > 0 for value in column) for column in zip(*leads, strict=True))
+        return (
+            f"{text}; the model answers with the target on {after}, without the edit on {before}."
+        )
+    changed = sum(item.next_before[0][0] != item.next_after[0][0] for item in found)
+    return f"{text}; the likeliest next token changes on {changed}."
+
+
+def _chance(log_odds: float) -> str:
+    """The probability of a class against its strongest rival."""
+    return f"{100 / (1 + math.exp(-max(-700.0, log_odds))):.2f} %"
+
+
+def _tokens(tokens: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{token!r} {100 * chance:.0f} %" for token, chance in tokens)

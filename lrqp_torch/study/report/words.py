@@ -46,7 +46,8 @@ def key_figures(results: StudyResults) -> list[tuple[str, str, str]]:
     Each is the number, what it is, and a note on it: the published one, or its interval.
     """
     clean, words = results.clean, results.words
-    edited = None if results.best_site is None else results.sites[results.best_site].counterfactual
+    best = results.strongest
+    edited = None if best is None else best.counterfactual
     rows = [
         ("logit_difference", f"mean {words.preference}", clean.logit_difference, False),
         ("accuracy", f"prompts answered {words.held}", clean.accuracy, True),

@@ -1,0 +1,343 @@
+"""What the effect of an edit is held against: its ceiling, its null, and the verdict of both.
+
+The *ceiling* is the interchange: the activation of a prompt's twin, which differs in the variable
+alone, put in the place of the prompt's own. It carries all that the place knows of the variable, so
+the share of its effect that an edit recovers says how much of that the edit writes,
+
+    recovered = mean(clean − edit) / mean(clean − interchange)
+
+of the preference for the answer that holds. By the natural way no edit does more; one that does is
+*beyond its own patch* (Makelov et al. 2023, arXiv 2311.17030).
+
+The *null* is an edit of the same length, prompt by prompt, by a probe of shuffled labels. A site is
+*used* where the counterfactual edit flips more answers than the null does, by an exact paired test
+(Holm-corrected over the sites), and lowers the preference more than any one of the shuffled probes
+does on the prompts that met it. The second condition is for sites at which the probe reads nothing:
+its own direction is then one more by chance, and may be a strong one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.study.estimates import Estimate, holm, prompts_to_tell, sign_test
+
+K = TypeVar("K")
+Columns = Mapping[str, Tensor]
+"""What is known of each prompt, (n,) by name: the preference, leads, distance, ..."""
+
+LEVEL = 0.05
+"""P values below this count."""
+PROBES = 20
+"""Probes of shuffled labels behind the null: the least number of which none doing as much as the
+edit has a chance below :data:`LEVEL`, 1 / 21."""
+FEWEST_PROMPTS = 20
+"""Held-out prompts that each of them meets, if they are so many in all."""
+
+
+# ---- the ceiling ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interchange:
+    """The activation of each prompt's twin, put in the place of its own.
+
+    Attributes:
+        prompts: held-out prompts that have a twin; all numbers are of these.
+        flipped: of those answered with the class that holds, the share then answered with the
+            twin's; None for a task without answers.
+        logit_difference: mean preference for the class that holds; None likewise.
+        divergence: mean KL(clean ‖ interchange) of the next token, in nats.
+        distance: mean Mahalanobis distance of the twin's activation.
+    """
+
+    prompts: int
+    flipped: Estimate | None
+    logit_difference: Estimate | None
+    divergence: Estimate
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How an edit compares with the interchange of the same prompts, of those that have a twin.
+
+    Attributes:
+        recovered: share of the interchange's effect; None where the 95 % interval of that effect
+            includes 0, or there are no answers.
+        agreement: share of prompts to which both give the same answer: that of the class that
+            holds, of the other one, or of a third.
+        kl_to_interchange: mean KL(interchange ‖ edit) of the next token at the end, in nats.
+        beyond: why the edit is beyond its own patch; None where it is not.
+    """
+
+    recovered: Estimate | None = None
+    agreement: Estimate | None = None
+    kl_to_interchange: Estimate | None = None
+    beyond: str | None = None
+
+
+def interchange_of(
+    clean: Columns, patch: Columns, known: Tensor, seed: int, groups: Tensor | None = None
+) -> Interchange:
+    """Summarise an interchange.
+
+    Args:
+        clean: preference (or logit_difference) and own_lead of the clean run; empty without
+            answers.
+        patch: the same under the interchange, other_lead, divergence, and distance.
+        known: which prompts have a twin, BoolTensor (n,).
+        seed: of the bootstrap.
+        groups: of the prompts.
+    """
+    own = _Of(known, seed, groups)
+    answered = bool(clean)
+    return Interchange(
+        prompts=int(known.sum()),
+        flipped=own.flipped(clean, patch) if answered else None,
+        logit_difference=own.mean(_preference(patch)) if answered else None,
+        divergence=own.mean(patch["divergence"]),
+        distance=float(patch["distance"][known].mean()),
+    )
+
+
+def likeness(
+    clean: Columns,
+    edit: Columns,
+    patch: Columns,
+    known: Tensor,
+    seed: int,
+    groups: Tensor | None = None,
+) -> dict[str, Any]:
+    """The fields of :class:`Likeness` but ``beyond``; arguments as of :func:`interchange_of`.
+
+    Args:
+        edit: as ``patch``, with kl_to_interchange.
+    """
+    own = _Of(known, seed, groups)
+    found: dict[str, Any] = {}
+    if "kl_to_interchange" in edit:
+        found["kl_to_interchange"] = own.mean(edit["kl_to_interchange"])
+    if not clean:
+        return found
+    most = _preference(clean) - _preference(patch)
+    if own.mean(most).certain:
+        found["recovered"] = own.ratio(_preference(clean) - _preference(edit), most)
+    same = torch.stack(
+        [(edit[lead] > 0) == (patch[lead] > 0) for lead in ("own_lead", "other_lead")]
+    )
+    return found | {"agreement": own.share(same.all(0))}
+
+
+def excess(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> float:
+    """P of so many more flips by the edit than by its interchange, if either were as likely."""
+    answered = known & (clean["own_lead"] > 0)
+    return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, patch)))
+
+
+def beyond(
+    p_value: float | None, flipped: Sequence[Estimate | None], lengths: Sequence[float]
+) -> str | None:
+    """Why an edit is beyond its own patch, in words; None where it is not.
+
+    Args:
+        p_value: of :func:`excess`, adjusted for what is compared; None without answers.
+        flipped: shares flipped by the edit and by its interchange.
+        lengths: mean Mahalanobis lengths of both.
+    """
+    reasons = []
+    if p_value is not None and p_value < LEVEL:
+        own, patch = (
+            share.value if share and share.value is not None else 0.0 for share in flipped
+        )
+        reasons.append(f"flips {100 * own:.0f} %, its own patch {100 * patch:.0f} %")
+    if lengths[0] > lengths[1]:
+        reasons.append(f"is {lengths[0]:.1f} sd long, its own patch {lengths[1]:.1f}")
+    return " and ".join(reasons) or None
+
+
+class _Of:
+    """Estimates over the prompts that have a twin."""
+
+    def __init__(self, known: Tensor, seed: int, groups: Tensor | None) -> None:
+        self.known, self.seed, self.groups = known, seed, groups
+
+    def _chosen(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        rows = self.known if rows is None else self.known & rows
+        return rows, None if self.groups is None else self.groups[rows]
+
+    def mean(self, values: Tensor) -> Estimate:
+        rows, groups = self._chosen()
+        return Estimate.mean(values[rows], torch.Generator().manual_seed(self.seed), groups)
+
+    def ratio(self, above: Tensor, below: Tensor) -> Estimate:
+        rows, groups = self._chosen()
+        generator = torch.Generator().manual_seed(self.seed)
+        return Estimate.ratio(above[rows], below[rows], generator, groups)
+
+    def share(self, true: Tensor, among: Tensor | None = None) -> Estimate:
+        rows, groups = self._chosen(among)
+        return Estimate.share(true[rows], groups)
+
+    def flipped(self, clean: Columns, edit: Columns) -> Estimate:
+        return self.share(edit["other_lead"] > 0, clean["own_lead"] > 0)
+
+
+def _preference(columns: Columns) -> Tensor:
+    return columns["logit_difference" if "logit_difference" in columns else "preference"]
+
+
+# ---- the null ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Null:
+    """Edits of probes of shuffled labels, each as long as the study's own of the same prompt.
+
+    Attributes:
+        probes: how many of them.
+        flipped: share of the answers that they flip, over all prompts that each met.
+        logit_difference: mean preference for the class that holds, over the same.
+        as_strong: of the probes, how many lower the preference at least as much as the study's
+            edit does on the same prompts.
+    """
+
+    probes: int
+    flipped: Estimate
+    logit_difference: Estimate
+    as_strong: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the model uses the variable at a site.
+
+    Attributes:
+        used: the adjusted P value is below :data:`LEVEL`, and no shuffled probe is as strong.
+        p_value: of the counterfactual edit flipping no more answers than the null: exact, paired,
+            one-sided.
+        p_adjusted: for the number of sites, by Holm's method.
+        prompts_needed: to tell half of the ceiling from the ceiling, see
+            :func:`~.estimates.prompts_to_tell`; None where the interchange does nothing.
+    """
+
+    used: bool
+    p_value: float
+    p_adjusted: float
+    prompts_needed: int | None
+
+
+def turns(n: int, generator: torch.Generator) -> list[Tensor]:
+    """Which shuffled probe each of n prompts meets, (n,), in each of the null's runs.
+
+    Each probe meets as many prompts as any other, within one, in each run; there are as many runs
+    as it takes for :data:`FEWEST_PROMPTS` prompts a probe, four at most.
+    """
+    runs = min(max(1, -(-PROBES * FEWEST_PROMPTS // max(n, 1))), 4)
+    first = torch.randperm(n, generator=generator) % PROBES
+    return [(first + run * PROBES // runs) % PROBES for run in range(runs)]
+
+
+def shuffled(labels: Tensor, generator: torch.Generator, probes: int = PROBES) -> list[Tensor]:
+    """Labels in random order, (n,) each."""
+    return [
+        labels[torch.randperm(len(labels), generator=generator).to(labels.device)]
+        for _ in range(probes)
+    ]
+
+
+def null_edits(
+    probes: Iterable[nn.Module],
+    metric: Mahalanobis,
+    target: Tensor,
+    source: Tensor,
+    length: Tensor,
+    turn: Tensor,
+) -> Tensor:
+    """Displacements Σ (w_t − w_v) of shuffled probes, as long as asked for, (n, d) in float64.
+
+    For two classes that is the direction of the probe's own least edit.
+
+    Args:
+        probes: linear ones, of shuffled labels.
+        metric: Σ, which also measures the length.
+        target: class t of each prompt, (n,).
+        source: class v that holds, (n,).
+        length: of each displacement, (n,).
+        turn: which probe each prompt meets, (n,).
+    """
+    weights = torch.stack([cast(nn.Linear, probe).weight.double() for probe in probes])
+    turn = turn.to(weights.device)
+    rows = weights[turn, target.to(turn)] - weights[turn, source.to(turn)]
+    return scaled(metric, rows @ metric.covariance.to(rows), length)
+
+
+def scaled(metric: Mahalanobis, delta: Tensor, length: Tensor) -> Tensor:
+    """Displacements with the Mahalanobis length asked for, (n, d); 0 where they have none."""
+    own = metric.distance(delta)
+    scale = torch.where(own > 0, length.to(own) / own.clamp_min(torch.finfo(own.dtype).tiny), 0.0)
+    return delta * scale.unsqueeze(-1)
+
+
+def null_of(
+    clean: Columns,
+    edit: Columns,
+    runs: Sequence[Columns],
+    seed: int,
+    groups: Tensor | None = None,
+) -> Null:
+    """Summarise the null.
+
+    Args:
+        clean: of the clean run.
+        edit: of the counterfactual edit.
+        runs: of the null, each with ``probe``, what each prompt met.
+        seed: of the bootstrap.
+        groups: of the prompts.
+    """
+    everything = torch.ones(len(clean["own_lead"]), dtype=torch.bool).repeat(len(runs))
+    own = _Of(everything, seed, None if groups is None else groups.repeat(len(runs)))
+    whole = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
+    before = {name: values.repeat(len(runs)) for name, values in clean.items()}
+    met = whole["probe"].long()
+    # Positive where the edit lowers the preference more than the null does.
+    lead = _preference(whole) - _preference(edit).repeat(len(runs))
+    sums = torch.zeros(int(met.max()) + 1, dtype=lead.dtype).index_add_(0, met, lead)
+    return Null(
+        probes=len(met.unique()),
+        flipped=own.flipped(before, whole),
+        logit_difference=own.mean(_preference(whole)),
+        as_strong=int((sums[met.unique()] <= 0).sum()),
+    )
+
+
+def against_null(clean: Columns, edit: Columns, null: Columns) -> float:
+    """P of so many more flips by the edit than by the null, if either were as likely."""
+    answered = clean["own_lead"] > 0
+    return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, null)))
+
+
+def verdicts(
+    p_values: Mapping[K, float], nulls: Mapping[K, Null], needed: Mapping[K, int | None]
+) -> dict[K, Verdict]:
+    """The verdict at each of several sites, corrected for their number."""
+    adjusted = holm(p_values)
+    return {
+        key: Verdict(
+            used=adjusted[key] < LEVEL and nulls[key].as_strong == 0,
+            p_value=p_values[key],
+            p_adjusted=adjusted[key],
+            prompts_needed=needed[key],
+        )
+        for key in p_values
+    }
+
+
+def needed_for_half(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> int | None:
+    """Prompts that it takes to tell half of the ceiling from the ceiling."""
+    fall, most = ((_preference(clean) - _preference(one))[known] for one in (edit, patch))
+    return prompts_to_tell(fall, most)
