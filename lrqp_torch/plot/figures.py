@@ -344,13 +344,13 @@ def sweep_of(results: Any) -> Chart:
     classes = get(results, "classes", ())
     guess = get(results, "majority", 1 / len(classes) if classes else 0.5)
     upper = [
-        _curve("probe accuracy, held-out prompts", names, [read(s, "probe_accuracy", "probe")
+        _curve("probe accuracy", names, [read(s, "probe_accuracy", "probe")
                for s in found], 100.0, colour=PROBE)
     ]  # fmt: skip
     rules = [Rule(100 * guess, name="chance" if guess == 0.5 else "most frequent class")]
     shuffled = [read(site, "shuffled_accuracy", "shuffled") for site in found]
     if any(value is not None for value, *_ in shuffled):
-        upper.append(_curve("probe of shuffled labels", names, shuffled, 100.0, colour=NOTE,
+        upper.append(_curve("shuffled labels", names, shuffled, 100.0, colour=NOTE,
                             marker="cross", stroke=0.5))  # fmt: skip
     lower = []
     effects = ("logit_difference", "preference", "divergence")
@@ -359,7 +359,7 @@ def sweep_of(results: Any) -> Chart:
         look: dict[str, Any] = {"colour": CONDITION_COLOURS[condition], "marker": marker}
         flips = [read(edit, "flipped") for edit in edits]
         if any(value is not None for value, *_ in flips):
-            upper.append(_curve(f"flipped by the {condition} edit", names, flips, 100.0,
+            upper.append(_curve(f"flipped, {condition}", names, flips, 100.0,
                                 **look))  # fmt: skip
         lower.append(_curve(f"{condition} edit", names, [read(edit, *effects) for edit in edits],
                             **look))  # fmt: skip

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_for_tests import HOSTILE, write
+from report_for_tests import HOSTILE, chapters, two_panes, write
+
+from lrqp_torch.plot.chart import Panel
+from lrqp_torch.study.report.page import Chapter
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -162,6 +165,7 @@ def test_choosing_a_site_changes_the_figure_by_mouse_or_keyboard(read: Any) -> N
 def test_tables_sort_both_ways_with_missing_values_last(read: Any) -> None:
     reader = read()
     panel = reader.page.locator("#panel-heads-table")
+    panel.locator("summary").first.click()
     button = panel.get_by_role("button", name="score")
 
     def column() -> list[str]:
@@ -203,6 +207,37 @@ def test_the_numbers_of_a_plot_are_those_chosen(read: Any) -> None:
     assert rows.count() == 80
 
 
+def test_the_first_screen_answers_and_the_rest_is_folded(browser: Any, tmp_path: Path) -> None:
+    """Sweep, histogram and the first answers on one screen, and ten screens with nine chapters."""
+    says = ["It was found so, at these sites and at no other one, as the control edits show."] * 3
+    more = [
+        Chapter(f"Part {index}", "What is asked here? " * 8, says, [
+            Panel(f"p{index}-{n}", f"Plot {n}", "Seen. " * 60, {"": two_panes()}) for n in range(3)
+        ])
+        for index in range(9)
+    ]  # fmt: skip
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(write(tmp_path, chapters()[0], *more).as_uri())
+    for panel in ("flipping-sweep", "flipping-histogram"):
+        page.wait_for_selector(f'.plot[data-panel="{panel}"][data-state="ready"]')
+        box = page.locator(f'.plot[data-panel="{panel}"]').bounding_box()
+        assert box["y"] + box["height"] < 800
+    assert page.locator("#summary .findings li").first.bounding_box()["y"] < 800
+    assert page.evaluate("document.querySelectorAll('details.panel[open]').length") == 1
+    assert page.evaluate("document.documentElement.scrollHeight") <= 10 * 800
+    page.close()
+
+
+def test_every_plot_has_a_caption_and_its_numbers_in_words(read: Any) -> None:
+    page = read().page
+    captions = page.locator("figcaption .number").all_text_contents()
+    plots = page.locator(".plot")
+    assert captions == [f"Figure {n}." for n in range(1, plots.count() + 1)] != []
+    for plot in plots.all():
+        numbers = page.locator(f"#{plot.get_attribute('aria-details')}")
+        assert numbers.count() == 1 and plot.get_attribute("aria-label")
+
+
 def test_a_link_unfolds_its_panel(read: Any) -> None:
     reader = read()
     panel = reader.page.locator("#panel-heads-panes")
@@ -222,10 +257,14 @@ def test_paper_has_every_plot_and_the_headings_of_tables(read: Any) -> None:
     )
     for panel in ("flipping-sweep", "flipping-answers", "heads-panes"):
         plot = reader.page.locator(f'.plot[data-panel="{panel}"]')
-        assert plot.is_visible() and plot.evaluate("plot => plot._fullLayout.width") == 660
+        assert plot.is_visible() and plot.evaluate("plot => plot._fullLayout.width") == 680
     assert not reader.page.locator("select").first.is_visible()
-    assert reader.page.get_by_role("button", name="score").is_visible()
     head = reader.page.locator("#panel-heads-table thead")
+    # A button would not be painted where the heading is repeated on the next page.
+    assert head.locator("button:visible").count() == 0
+    assert head.locator(".paper:visible").all_inner_texts() == ["head <i>", "score", "note"]
+    chosen = reader.page.locator("#panel-flipping-answers .chosen")
+    assert chosen.inner_text().startswith("Site: L2.pre (flips most); on a screen there are 2")
     assert head.evaluate("e => getComputedStyle(e).display") == "table-header-group"
     assert luminance(reader.page.evaluate("getComputedStyle(document.body).color")) < 0.2
     reader.page.emulate_media(media="screen")

@@ -254,9 +254,10 @@ def _texts(prompts: PromptSet) -> list[str]:
     return texts
 
 
+ETA = "eta squared, direction 1 (%)"
 MEASURES: dict[str, Callable[[SiteGeometry], Estimate | float]] = {
-    "eta squared, direction 1": lambda site: site.eta_squared[0],
-    "eta squared, direction 2": lambda site: site.eta_squared[1],
+    ETA: lambda site: site.eta_squared[0],
+    "eta squared, direction 2 (%)": lambda site: site.eta_squared[1],
     ACCURACY: lambda site: site.accuracy,
     "area under the curve": lambda site: site.auc,
     "share of all variance, direction 1 (%)": lambda site: site.variance[0],
@@ -317,15 +318,15 @@ class Geometry(Part[GeometryResult]):
         grids = {}
         for name, task in result.tasks.items():
             panes = [
-                _plane(result, name, site, f"{site}   η² = {item.eta_squared[0]:.2f}", large=False)
-                for site, item in task.sites.items()
+                _plane(result, name, site, f"{site}   η² {percent(eta, 0)}", large=False)
+                for site, eta in ((s, item.eta_squared[0]) for s, item in task.sites.items())
             ]
             title = f"Directions 1 and 2 of the activations at {result.words.position}"
             grids[f"geometry_sites_{name}"] = Chart(
                 panes, joined(title, task_in_words(name)), columns=6
             )
         curves = [
-            _by_site(result, "eta squared, direction 1", "Share of direction 1's variance (η²)"),
+            _by_site(result, ETA, "η²: share of direction 1's variance (%)"),
             _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1 (%)"),
         ]
         title = f"How much of the largest direction is {result.words.variable}"
@@ -379,7 +380,7 @@ class Geometry(Part[GeometryResult]):
                         "site": [site for _, site, _ in every],
                         **{key: list(map(read, items)) for key, read in MEASURES.items()},
                         "strongest of the first ten": [item.strongest for item in items],
-                        "its eta squared": [item.strongest_eta_squared for item in items],
+                        "its eta squared (%)": [item.strongest_eta_squared for item in items],
                     }
                 ),
             ),

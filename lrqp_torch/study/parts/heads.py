@@ -26,6 +26,7 @@ from lrqp_torch.plot.chart import (
     VERMILION,
     Chart,
     Heat,
+    Marker,
     Marks,
     Pane,
     Panel,
@@ -74,17 +75,18 @@ MOST_TESTED = 24
 DIRECT = "direct effect on IO − S (logits)"
 LOOKS, WRITES = "name movers' attention without the head", "their direct effect without the head"
 NO_ROLE = "no role"
-ROLE_COLOURS = {
-    Role.MOVER: GREEN,
-    Role.NEGATIVE: VERMILION,
-    Role.BACKUP: ORANGE,
-    Role.S_INHIBITION: BLUE,
-    Role.INDUCTION: PURPLE,
-    Role.DUPLICATE: SKY,
-    Role.PREVIOUS: BLACK,
-    Role.WRITER: GREEN,
-    NO_ROLE: NOTE,
+ROLE_LOOKS: dict[str, tuple[str, Marker]] = {
+    Role.MOVER: (GREEN, "square"),
+    Role.NEGATIVE: (VERMILION, "down"),
+    Role.BACKUP: (ORANGE, "pentagon"),
+    Role.S_INHIBITION: (BLUE, "triangle"),
+    Role.INDUCTION: (PURPLE, "diamond"),
+    Role.DUPLICATE: (SKY, "cross"),
+    Role.PREVIOUS: (BLACK, "plus"),
+    Role.WRITER: (GREEN, "star"),
+    NO_ROLE: (NOTE, "circle"),
 }
+"""Colour and shape of heads, by role."""
 
 
 class Heads(Part[HeadsResult]):
@@ -360,8 +362,10 @@ def _by_attention(result: HeadsResult) -> Pane:
             [item.attention["END→IO"] for item in items],
             [item.attribution.value for item in items],
             kind="points",
-            colour=ROLE_COLOURS[role],
+            colour=ROLE_LOOKS[role][0],
+            marker=ROLE_LOOKS[role][1],
             size=0.8 if role == NO_ROLE else 1.4,
+            labels=None if role == NO_ROLE else [item.head for item in items],
             texts=[
                 f"{item.head}: {role}\ndirect effect {signed(item.attribution.known, 3)} "
                 f"({between(item.attribution, 3)})\n"

@@ -97,6 +97,6 @@ def _says(results: StudyResults, *, whole: bool = False) -> list[str]:
             lines += says
         elif says:
             mark = "" if part.title.endswith("?") else ":"
-            lines.append(f"{part.title}{mark} {says[0] if whole else lead(says[0], most=320)[0]}")
+            lines.append(f"{part.title}{mark} {says[0] if whole else lead(says[0], most=1)[0]}")
             lines += says[1:] if whole else []
     return lines

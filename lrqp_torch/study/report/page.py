@@ -150,7 +150,7 @@ def lead(text: str, most: int = LEAD) -> tuple[str, str]:
     first, *others = text.strip().split("\n\n")
     if len(text) <= most:
         return text, ""
-    sentences, shown = re.split(r"(?<=[.?!]) (?=[A-Z“])|(?<=;) ", first), ""
+    sentences, shown = re.split(r"(?<=[.?!]) (?=[A-Z“])|(?<=;) (?![^()]*\))", first), ""
     while sentences and (not shown or len(shown) + len(sentences[0]) < most):
         shown = f"{shown} {sentences.pop(0)}".strip()
     if shown.endswith(";"):

@@ -15,7 +15,7 @@
   document.head.append(library);
 
   const root = document.documentElement;
-  const narrowBelow = 560, printed = 660;
+  const narrowBelow = 560, printed = 680;
   const byTouch = matchMedia("(pointer: coarse)").matches;
 
   // ---- theme ---------------------------------------------------------------------------------
@@ -102,7 +102,9 @@
     layout.height = t + b + (layout.height - t - b) * ends.length * 0.9;
   };
 
-  const adapt = (layout, width) => {
+  // The height of plots that stand side by side on the first screen, so that answers are on it too.
+  const opened = 430, beside = matchMedia("(min-width: 76.01rem)");
+  const adapt = (layout, width, first) => {
     const narrow = width < narrowBelow;
     layout.template = template();
     layout.autosize = true;
@@ -114,8 +116,12 @@
       title.font = { size: narrow ? 12 : 14, ...title.font };
       if (narrow) title.font.size = Math.min(title.font.size, 12);
     }
+    if (first && beside.matches && !("print" in root.dataset)) {
+      layout.height = opened;
+      layout.template.layout.xaxis.title.font.size = 11; // of the other axis too
+    }
     if (!narrow) return layout;
-    stack(layout);
+    if (!first) stack(layout);
     layout.margin = { ...layout.margin, l: 44, r: 10 };
     layout.font = { ...layout.font, size: 11 };
     if (layout.showlegend !== false) {
@@ -134,9 +140,11 @@
     const figure = figures[plot.dataset.panel][choiceOf(plot)];
     plot.dataset.state = "drawing";
     plot.setAttribute("aria-label", figure.label);
+    const chosen = plot.closest("figure").querySelector(".chosen span");
+    if (chosen) chosen.textContent = plot.closest("figure").querySelector("select").selectedOptions[0].text;
     const numbers = document.querySelector(`details.numbers[data-panel="${plot.dataset.panel}"]`);
     if (numbers.open) tabulate(numbers);
-    const layout = adapt(expand(figure.layout), "print" in root.dataset ? printed : plot.clientWidth);
+    const layout = adapt(expand(figure.layout), "print" in root.dataset ? printed : plot.clientWidth, plot.closest(".overview"));
     // Room is kept before the figure is there, so that the page does not jump.
     plot.style.minHeight = `${layout.height}px`;
     await Plotly.react(plot, expand(figure.data), layout, {
@@ -159,7 +167,8 @@
     { rootMargin: "800px 0px" },
   );
   for (const plot of plots) {
-    plot.style.minHeight = `${figures[plot.dataset.panel][0].layout.height ?? 440}px`;
+    const own = figures[plot.dataset.panel][0].layout.height ?? 440;
+    plot.style.minHeight = `${beside.matches && plot.closest(".overview") ? opened : own}px`;
     near.observe(plot);
   }
   for (const select of document.querySelectorAll("select[data-panel]")) {
@@ -207,10 +216,10 @@
   document.querySelector(".contents").addEventListener("click", ({ target }) => unfold(target.hash?.slice(1)));
   unfold(location.hash.slice(1));
 
-  // On paper every panel is open, and every plot as wide as the page.
+  // On paper every panel is open, every sentence is whole, and every plot as wide as the page.
   let folded = [], theme;
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details.panel:not([open])")];
+    folded = [...document.querySelectorAll("details.panel:not([open]), .findings details:not([open])")];
     for (const panel of folded) panel.open = true;
     theme = root.dataset.theme;
     Object.assign(root.dataset, { theme: "light", print: "" });
