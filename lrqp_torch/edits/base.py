@@ -22,6 +22,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
 from lrqp_torch.stream.positions import Positions, Where
 
@@ -168,6 +169,35 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         solve: Callable[..., Solution] = self.solve
         return solve(x, target, source, realise=context.realise, examples=context.example, **given)
 
+    def edit_stream(
+        self,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        at: Rows,
+        target: Tensor,
+        source: Tensor | None,
+        which: Tensor,
+        **given: Any,
+    ) -> tuple[Tensor, Solution] | None:
+        """:meth:`edit_rows` and what surrounds it in one launch; None where there is no such thing.
+
+        Args:
+            stream: what is written of the stream, (B, T, d), which is residual + scale · that.
+            residual: the block input at ``mid``, else None.
+            scale: see ``stream``.
+            at: the rows to edit.
+            target: classes of all positions, of one request each, or one for all.
+            source: likewise, or None.
+            which: of these, those of the rows, (N,).
+            given: see :meth:`bind`.
+
+        Returns:
+            The stream with edited rows in place, and their certificate, without what is not
+            recorded.
+        """
+        return None
+
     def place(self, classes: Asked, what: str, positions: Positions) -> Tensor:
         """The classes for each position, (N,), or (N, V) of V variables, checked.
 
@@ -253,7 +283,7 @@ def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     return floors.expand(shape)
 
 
-def floors_of(asked: Any, context: EditContext) -> Tensor:
+def floors_of(asked: Any, context: EditContext | Rows) -> Tensor:
     """The log α of the rows that an edit is given in a model, of one for all or one an example."""
     floors = torch.as_tensor(asked, device=context.example.device).double()
     which = context.example if context.request is None else context.request

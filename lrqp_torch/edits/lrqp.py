@@ -28,6 +28,7 @@ from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, 
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 
 Rule = Literal["mirror", "fixed"]
@@ -232,6 +233,42 @@ class LRQP(Edit[Classes]):
         if readable(x):
             return super().edit_rows(x, target, source, context, **given)
         return self.propose(x, target, source, realise=context.realise, **given)
+
+    def edit_stream(
+        self,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        at: Rows,
+        target: Tensor,
+        source: Tensor | None,
+        which: Tensor,
+        *,
+        asked: Tensor | float | None = None,
+        **given: Any,
+    ) -> tuple[Tensor, Solution] | None:
+        """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
+        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
+        geometry = self._geometry.known(*tensors, stream.device)
+        if geometry is None or given or not self.qp.fuses(stream, geometry):
+            return None
+        inputs = stream, residual, self.log_odds
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            return None
+        floors: OddsRule | Tensor = self._odds_rule(target, source)
+        if asked is not None:
+            floors = floors_of(asked, at).expand(len(which))
+        return fused.edit_stream(
+            stream,
+            residual,
+            scale,
+            (at.example, at.column, which, at.shown),
+            target,
+            floors,
+            geometry,
+            skip=self.on_infeasible == "skip",
+            live=tensors[:2],
+        )
 
     def floors(
         self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool

@@ -17,6 +17,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions, Where
 
@@ -111,7 +112,7 @@ class EditRun:
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
             next(kind for kind in type(edit).__mro__ if name in vars(kind))
-            for name in ("solve", "edit_rows")
+            for name in ("solve", "edit_rows", "edit_stream")
         ]
         self.certified = all(edit.certified and "certified" in vars(kind) for kind in owners)
 
@@ -131,9 +132,7 @@ class EditRun:
         which = context.index if context.request is None else context.request
         # The hook gives the same rows again as long as the positions are the same.
         if self._classes[0] is not which or self._classes[1].device != x.device:
-            self._target = self._target.to(x.device, non_blocking=True)
-            if self._source is not None:
-                self._source = self._source.to(x.device, non_blocking=True)
+            self._place(x.device)
             source = None if self._source is None else _chosen(self._source, which)
             self._classes = which, _chosen(self._target, which), source
         _, target, source = self._classes
@@ -141,6 +140,30 @@ class EditRun:
         self._rows.append(solution, context.index, context.shown)
         self._dtype = x.dtype
         return solution.x_new
+
+    def edit_stream(
+        self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
+    ) -> Tensor | None:
+        """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
+        if not self.certified:
+            return None
+        self._place(stream.device)
+        classes = self._target, self._source, at.index if at.request is None else at.request
+        made = self.edit.edit_stream(stream, residual, scale, at, *classes, **self.given)
+        if made is None:
+            return None
+        whole, solution = made
+        self._rows.append(solution, at.index, at.shown)
+        self._rows.number(forward_pass)
+        self._dtype = whole.dtype
+        return whole
+
+    def _place(self, device: torch.device) -> None:
+        """Keep the classes where they are wanted."""
+        if self._target.device != device:
+            self._target = self._target.to(device, non_blocking=True)
+        if self._source is not None and self._source.device != device:
+            self._source = self._source.to(device, non_blocking=True)
 
     def begin(self) -> None:
         """Forget what a context before left; called on entering."""

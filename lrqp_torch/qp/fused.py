@@ -351,12 +351,7 @@ def solve(
             is INVALID.
     """
     batch, m = len(x), geometry.n_constraints
-    asked: Tensor | None = None
-    if isinstance(floors, OddsRule):
-        rule, given, source = "mirror" if floors.mirror else "fixed", floors.log_odds, floors.source
-    else:
-        rule, given, source = "each" if floors.ndim == 2 else "given", floors.contiguous(), None
-        asked = floors
+    rule, given, source = _told(floors)
     wide = geometry.squared
     multipliers, aims = wide.new_empty(2, batch, m)
     active = torch.empty(batch, m, dtype=torch.int8, device=x.device)
@@ -389,7 +384,7 @@ def solve(
         active=active.view(torch.bool),
         squared_distance=distance,
         squared_euclidean=moved,
-        floor=floor if asked is None or asked.ndim == 1 else asked,
+        floor=given if rule == "each" else floor,
         log_odds_before=before,
         log_odds_after=after,
         kkt_residual=residual,
@@ -398,6 +393,67 @@ def solve(
     if not differentiable:
         return solution
     return _repeated(solution, x, target, floors, geometry, aims, inverse)
+
+
+def _told(floors: OddsRule | Tensor) -> tuple[str, Tensor, Tensor | None]:
+    """How the kernel is told of floors: the kind, the numbers, and the source classes."""
+    if isinstance(floors, OddsRule):
+        return "mirror" if floors.mirror else "fixed", floors.log_odds, floors.source
+    return "each" if floors.ndim == 2 else "given", floors.contiguous(), None
+
+
+@torch.no_grad()
+def edit_stream(
+    stream: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    at: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    floors: OddsRule | Tensor,
+    geometry: "ProbeGeometry",
+    *,
+    skip: bool,
+    live: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Solution]:
+    """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
+
+    Args:
+        stream: what is written of the stream, (B, T, d), which is residual + scale · that.
+        residual: (B, T, d), or None.
+        scale: see ``stream``.
+        at: example and column of each row, which of the classes is its own, and which rows count.
+        target: classes, int64: (1,) for all, or (n,).
+        floors: log α by a rule, or (N,).
+        geometry: of the probe.
+        skip, live: see :func:`solve`.
+
+    Returns:
+        A copy of the stream with edited rows in place, and the certificate of these. The latter
+        has neither activations nor multipliers.
+    """
+    rows, columns, which, shown = at
+    rule, given, source = _told(floors)
+    # Under autocast the attention output is narrower than the sum that the stream will hold.
+    dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
+    whole = stream.to(dtype, copy=True)
+    certificate, status = launcher(geometry, rule, skip, live)(
+        stream,
+        whole,
+        target,
+        count=rows.shape[0],
+        source=source,
+        floors=given,
+        base=residual,
+        scale=scale,
+        rows=rows,
+        columns=columns,
+        which=which,
+        shown=shown,
+    )
+    before, after, floor, distance, moved, residual_of = certificate.unbind()
+    return whole, Solution(
+        status, status, status, distance, moved, floor, before, after, residual_of, status
+    )
 
 
 def _repeated(

@@ -19,7 +19,7 @@ from lrqp_torch.errors import (
     in_transforms,
     readable,
 )
-from lrqp_torch.stream.following import Follower
+from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.positions import Positions, Where
@@ -101,6 +101,14 @@ class Recorded(Edit, Protocol):
     """
 
     certified: bool
+
+    def edit_stream(
+        self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
+    ) -> Tensor | None:
+        """The stream with rows edited, or what is written of it, as one operation on a device.
+
+        None: the edit is to be called with the rows' activations instead.
+        """
 
     def begin(self) -> None:
         """A context opens."""
@@ -205,6 +213,7 @@ class _Applied:
         self.record = edit if hasattr(edit, "end_step") else None
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
+        self.streams = getattr(edit, "edit_stream", None)
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.broken: Tensor | None = None
@@ -222,6 +231,11 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
+        if self.streams is not None:
+            whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
+            if whole is not None:
+                self.places.mark(call)
+                return whole
         written = at.gather(stream)
         base = None if residual is None else at.gather(residual)
         x = written if base is None else base + scaled(written, scale)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lrqp_torch as lrqp
 from lrqp_torch import MahalanobisQP, Solution, Status
@@ -186,6 +187,66 @@ def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> N
     assert status[1] == Status.INVALID and status[0] != Status.INVALID
     edit.probe.weight.data[2, 3] += 1e-3
     assert bool((edit._launch(x, target, None, None, geometry, None).status == 4).all())
+
+
+def tiny_model(dtype: torch.dtype) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50,
+        n_positions=16,
+        n_embd=24,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config).eval().requires_grad_(False).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("site", ["L1.pre", "L0.mid", "L1.post"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_in_a_model_is_one_launch_and_the_same(site: str, dtype: torch.dtype) -> None:
+    p = random_problem(3, 24, 4, 13)
+    edit, model = edit_of(p, on_infeasible="skip"), tiny_model(dtype)
+    ids = torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    positions, source = torch.tensor([1, 4, 2]), torch.tensor([2, 1, 0])
+    runs = []
+    for by_kernel in (True, False):
+        serves = fused.serves if by_kernel else lambda *_: False
+        seen = mock.Mock(side_effect=fused.edit_stream)
+        with (
+            mock.patch.object(fused, "serves", serves),
+            mock.patch.object(fused, "edit_stream", seen),
+            edit.at(model, site, positions=positions, target=1, source=source) as run,
+        ):
+            captured = lrqp.capture(model, {"input_ids": ids}, site)
+            logits = model(ids).logits
+        assert bool(seen.called) == by_kernel
+        runs.append((run, logits, captured[site]))
+    (ours, logits, stream), (other, other_logits, other_stream) = runs
+    coarse = 1e-5 if dtype == torch.float32 else 0.1
+    assert torch.allclose(logits, other_logits, rtol=coarse, atol=coarse)
+    assert torch.allclose(stream, other_stream, rtol=coarse, atol=coarse)
+    assert ours.status.tolist() == other.status.tolist()
+    assert torch.allclose(ours.distance, other.distance, rtol=coarse)
+    assert bool((ours.log_odds_after >= ours.floor).all())
+    # What is certified is what the model holds.
+    rows = stream[torch.arange(3), positions.to(stream.device)]
+    held = edit.geometry(rows.device).margins(rows, torch.ones_like(rows[:, 0]).long()).amin(-1)
+    assert torch.allclose(held.cpu(), ours.log_odds_after.cpu(), rtol=1e-12, atol=1e-12)
+
+
+def test_generated_tokens_are_edited_by_the_kernel() -> None:
+    edit, model = edit_of(random_problem(2, 24, 4, 13)), tiny_model(torch.float32)
+    ids = torch.randint(50, (2, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    tokens = []
+    for by_kernel in (True, False):
+        with mock.patch.object(fused, "serves", fused.serves if by_kernel else lambda *_: False):
+            with edit.at(model, "L0.post", positions="generated", target=[1, 0]) as run:
+                tokens.append(model.generate(ids, max_new_tokens=4, do_sample=False))
+            assert bool((run.log_odds_after >= run.floor).all())
+            assert len(run.status) == 6
+    assert tokens[0].tolist() == tokens[1].tolist()
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
