@@ -212,9 +212,10 @@ class Replay(_Rerun):
 
     @torch.no_grad()
     def follow(self, tokens: Tensor, rows: Tensor, *, clean: bool = False) -> Tensor:
-        """Log probability of tokens behind the first ones, after a run, (m,) float64.
+        """Log probability of tokens behind the first ones, after a run, and how far they lie back.
 
             Σ_{j ≥ 2} log P(token j | prompt as it ran, tokens 1 … j − 1)
+            min_{j ≥ 2} log P(token j | …) − max log P(any token | …)
 
         The keys and values of the run, edits included, are the prefix of all of them; so close the
         edits' contexts before.
@@ -223,6 +224,9 @@ class Replay(_Rerun):
             tokens: that come behind some examples, (m, k), −1 where there are fewer than k.
             rows: behind which of the copies · B rows of the last run, (m,).
             clean: behind the clean run instead, whose B rows these then are.
+
+        Returns:
+            Both, (m, 2) float64; the second is 0 where a greedy model would write these tokens.
 
         Raises:
             PositionError: the replay was not made with ``goes_on``, or an adapter puts tokens in
@@ -249,10 +253,11 @@ class Replay(_Rerun):
             if places is not None:
                 arguments["position_ids"] = places[at, -1:] + real.cumsum(1)
             logits: Tensor = self.model(**arguments, use_cache=True).logits
-            log_p = logits.double().log_softmax(-1)
             wanted = behind[:, 1:]
-            said = log_p.gather(-1, wanted.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-            found.append(said.masked_fill(wanted < 0, 0.0).sum(-1))
+            said = logits.gather(-1, wanted.clamp_min(0).unsqueeze(-1)).squeeze(-1).double()
+            log_p, back = said - logits.logsumexp(-1).double(), said - logits.amax(-1).double()
+            each = torch.stack([log_p, back], -1).masked_fill((wanted < 0).unsqueeze(-1), 0.0)
+            found.append(torch.stack([each[..., 0].sum(-1), each[..., 1].amin(-1)], -1))
         return torch.cat(found)
 
     def _ended(self, clean: bool) -> Any:

@@ -64,8 +64,24 @@ def prepare(
         left_out=dict(log.left_out),
         notes=log.says(),
     )
-    sink = None if read is None else find_sink(context)
+    if read is None:
+        return context
+    context = _without_constant(context)
+    sink = find_sink(context)
     return context if sink is None else replace(context, notes=[*context.notes, sink])
+
+
+def _without_constant(context: StudyContext) -> StudyContext:
+    """The context without the stream before the first block, where all prompts have one token."""
+    first = "L0.pre"
+    if first not in context.sites or len(context.sites) == 1:
+        return context
+    x = context.activations(context.task, "train", "mark", [first])[first]
+    if bool((x != x[0]).any()):
+        return context
+    note = f"All prompts have the same token where they are edited, so {first} was left out."
+    rest = [site for site in context.sites if site != first]
+    return replace(context, sites=rest, notes=[*context.notes, note])
 
 
 def choose_device(name: str) -> torch.device:

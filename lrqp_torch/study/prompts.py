@@ -240,14 +240,23 @@ class PromptSet:
 
         Args:
             logits: of the token after each prompt, (n, vocabulary).
-            rest: log probability of what goes on behind each answer's first token, (n, K, A), as
+            rest: of what goes on behind each answer's first token, (n, K, A, 2), as
                 :meth:`~.running.Batch.rest` gives it; needed where answers have several tokens.
 
         Raises:
             PromptError: the task has no answers, or ``rest`` is missing.
         """
         chosen = logits.double().gather(-1, self._first(logits).clamp_min(0).flatten(1))
-        return self._each(chosen, rest, float("-inf")).logsumexp(-1)
+        return self._each(chosen, rest)[..., 0].logsumexp(-1)
+
+    def said(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Whether a greedy model would write one of the answers of each class, BoolTensor (n, K).
+
+        Arguments as of :meth:`scores`.
+        """
+        back = logits.double() - logits.double().amax(-1, keepdim=True)
+        chosen = back.gather(-1, self._first(logits).clamp_min(0).flatten(1))
+        return (self._each(chosen, rest).amin(-1) >= 0).any(-1)
 
     def preference(self, logits: Tensor, against: Tensor, rest: Tensor | None = None) -> Tensor:
         """Score of the class that holds minus that of another, (n,): positive where answered so.
@@ -275,8 +284,8 @@ class PromptSet:
         first = logits.double().log_softmax(-1)
         chosen = first.gather(-1, self._first(logits).clamp_min(0).flatten(1))
         rows = torch.arange(len(self), device=logits.device)
-        said = self._each(chosen, rest, float("-inf"))[rows, self.labels.to(logits.device)]
-        return said.exp().sum(-1)
+        said = self._each(chosen, rest)[rows, self.labels.to(logits.device)]
+        return said[..., 0].exp().sum(-1)
 
     @property
     def edited(self) -> Tensor:
@@ -464,18 +473,24 @@ class PromptSet:
             )
         return self.answers.to(like.device)
 
-    def _each(self, first: Tensor, rest: Tensor | None, missing: float) -> Tensor:
-        """Log scores of all answers, (n, K, A), from those of their first tokens, (n, K · A)."""
+    def _each(self, first: Tensor, rest: Tensor | None) -> Tensor:
+        """Of all answers, (n, K, A, 2), from what holds of their first tokens, (n, K · A).
+
+        The first of both is ``first`` plus the log probability of the rest, the second the least of
+        ``first`` and of what the rest lies back; −∞ where there is no answer.
+        """
         tokens = self._first(first)
-        scores = first.view(tokens.shape)
+        start = first.view(tokens.shape)
+        scores = torch.stack([start, start], -1)
         if self.continued is not None:
             if rest is None:
                 raise PromptError(
                     "some answers of these prompts have several tokens, so logits of the next one "
                     "do not score them; give `rest`, as Batch.rest() computes it"
                 )
-            scores = scores + rest.to(scores)
-        return scores.masked_fill(tokens < 0, missing)
+            log_p, back = rest.to(scores).unbind(-1)
+            scores = torch.stack([start + log_p, torch.minimum(start, back)], -1)
+        return scores.masked_fill((tokens < 0).unsqueeze(-1), float("-inf"))
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
         own = {item.name: getattr(self, item.name) for item in fields(self)}

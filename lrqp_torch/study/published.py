@@ -1,13 +1,18 @@
 """Rows of published data sets of pairs, as the rows of one's own file that they stand for.
 
 Sources of the forms: CausalGym (Arora, Jurafsky and Potts 2024, arXiv 2402.12560; data set
-``aryaman/causalgym``), BLiMP (Warstadt et al. 2020, arXiv 1912.00582).
+``aryaman/causalgym``), BLiMP (Warstadt et al. 2020, arXiv 1912.00582), RAVEL (Huang et al. 2024,
+arXiv 2402.17700; the files of ``explanare/ravel``), MIB (Mueller et al. 2025, arXiv 2504.13151;
+data sets of ``mib-bench``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lrqp_torch.errors import RowError
+from lrqp_torch.errors import PromptError, RowError
+from lrqp_torch.files import read_json
 
 CAUSALGYM = ("base", "src", "base_type", "src_type", "base_label", "src_label")
 BLIMP = ("sentence_good", "sentence_bad")
@@ -125,3 +130,131 @@ def _alike(one: Sequence[str], other: Sequence[str]) -> int:
     """How many words both begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+# ---- folders of published files ------------------------------------------------------------------
+
+
+def mib_rows(number: int, row: Mapping[str, Any], column: str) -> Iterator[Mapping[str, Any]]:
+    """A prompt of MIB and its counterfactual, as two rows of a pair.
+
+    The class is the answer; each row has the answers of both, and the other one to become.
+
+    Args:
+        number: of the row.
+        row: ``prompt``, its answer, and ``column``, an object of the same form.
+        column: name of the counterfactual.
+
+    Raises:
+        RowError: no such counterfactual, or one with the same answer.
+    """
+    other = row.get(column)
+    if not isinstance(other, Mapping):
+        raise RowError(f"prompt {number} has no {column!r}", f"no {column}")
+    asked = row.get("attribute")
+    sides = [_mib_side(number, side, asked) for side in (row, other)]
+    answers = {said: said for _, said in sides}
+    if len(answers) < 2:
+        raise RowError(
+            f"prompt {number} and its {column} have the same answer",
+            "a counterfactual with the same answer",
+        )
+    for (text, own), (_, becomes) in zip(sides, sides[::-1], strict=True):
+        yield {
+            "text": text,
+            "label": own.strip(),
+            "answers": {name.strip(): text for name, text in answers.items()},
+            "pair": str(number),
+            "target": becomes.strip(),
+        }
+
+
+def _mib_side(number: int, row: Mapping[str, Any], attribute: Any) -> tuple[str, str]:
+    """Text and answer of one side; the text with its entity marked, where it has one."""
+    text, said = row.get("prompt"), row.get("answer")
+    choices, key = row.get("choices"), row.get("answerKey")
+    if said is None and choices is not None and key is not None:
+        names = choices["label"] if isinstance(choices, Mapping) else choices
+        said = names[int(key)] if isinstance(key, int) or str(key).isdigit() else key
+    if said is None:
+        said = row.get("label", row.get(attribute) if isinstance(attribute, str) else None)
+    if not isinstance(text, str) or said is None or not str(said).strip():
+        looked = "prompt, and an answer as answer, choices and answerKey, label, or by attribute"
+        raise RowError(
+            f"prompt {number} lacks a field of MIB's form: looked for {looked}; it has "
+            f"{', '.join(map(str, row))}",
+            "no prompt or no answer",
+        )
+    entity = row.get("entity")
+    if isinstance(entity, str) and entity and entity in text:
+        before, _, after = text.rpartition(entity)
+        text = f"{before}[[{entity}]]{after}"
+    return text, spoken(text, str(said))
+
+
+def spoken(text: str, answer: str) -> str:
+    """An answer with the space that a word needs behind a text, none behind a quote or bracket."""
+    bare = answer.strip()
+    return bare if not text or text[-1] in "\"'([{\n\t " else f" {bare}"
+
+
+@dataclass(frozen=True)
+class Ravel:
+    """Entities and prompt templates of RAVEL.
+
+    Attributes:
+        values: entity to attribute to value.
+        templates: attribute to templates, with ``%s`` where the entity goes.
+        entity_split: entity to ``"train"``, ``"val"`` or ``"test"``.
+        template_split: template to the same.
+    """
+
+    values: dict[str, dict[str, str]]
+    templates: dict[str, list[str]]
+    entity_split: dict[str, str]
+    template_split: dict[str, str]
+
+
+RAVEL_FILES = (
+    "entity_attributes.json",
+    "attribute_to_prompts.json",
+    "entity_to_split.json",
+    "prompt_to_split.json",
+)
+
+
+def read_ravel(folder: Path, kind: str | None = None) -> Ravel:
+    """RAVEL's tables, from the files of its repository (``ravel_city_entity_attributes.json`` …).
+
+    Args:
+        folder: of the files, or one above it.
+        kind: of entity, such as ``"city"``; None for the only one, or the first by name.
+
+    Raises:
+        PromptError: files that are not there, or of another form; the message names those that
+            were looked for.
+    """
+    found = sorted(folder.rglob(f"*{RAVEL_FILES[0]}"))
+    if kind is not None:
+        found = [path for path in found if kind in path.name]
+    if not found:
+        looked = ", ".join(f"ravel_{kind or '*'}_{name}" for name in RAVEL_FILES)
+        raise PromptError(f"{str(folder)!r} holds no files of RAVEL; looked for {looked}")
+    start = found[0].name.removesuffix(RAVEL_FILES[0])
+    tables: list[Any] = []
+    for name in RAVEL_FILES:
+        path = found[0].with_name(start + name)
+        table = read_json(path, PromptError)
+        if not isinstance(table, dict):
+            raise PromptError(f"{str(path)!r} is no JSON object, as RAVEL's is")
+        tables.append(table)
+    values, templates, entities, prompts = tables
+    if not all(isinstance(own, dict) for own in values.values()):
+        raise PromptError(f"{str(found[0])!r} does not map entities to attributes to values")
+    return Ravel(
+        {entity: {k: str(v) for k, v in own.items() if v} for entity, own in values.items()},
+        {name: [str(each) for each in own] for name, own in templates.items()},
+        entities,
+        {name: split["split"] if isinstance(split, dict) else split
+         for name, split in prompts.items()},
+    )  # fmt: skip

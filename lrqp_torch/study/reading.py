@@ -173,9 +173,24 @@ def read_prompts(
 
 def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None) -> list[Prompt]:
     """:func:`read_prompts` with its columns as one argument."""
-    log = RowLog(strict=True) if log is None else log
+    return prompts_of(
+        rows_of(str(source)), columns, RowLog(strict=True) if log is None else log, str(source)
+    )
+
+
+def prompts_of(
+    given: Iterable[Mapping[str, Any] | RowError], columns: Columns, log: RowLog, source: str
+) -> list[Prompt]:
+    """The prompts of rows; see :func:`read_prompts`.
+
+    Args:
+        given: rows, or why there is none.
+        columns: which of their columns say what.
+        log: what rows that cannot be used are counted in.
+        source: where the rows are from, for messages.
+    """
     rows: dict[int, Mapping[str, Any]] = {}
-    for row in _rows(str(source)):
+    for row in given:
         try:
             if isinstance(row, RowError):
                 raise row
@@ -185,7 +200,7 @@ def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None
         except RowError as error:
             log.refuse(error)
     if not rows:
-        raise log.why_nothing(str(source))
+        raise log.why_nothing(source)
     found = _columns_of(rows.values(), columns)
     if (columns.position, found.position) == (AUTO, LAST):
         log.note(
@@ -202,7 +217,7 @@ def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None
         prompts = _spaced(prompts, log)
         prompts = _usable(prompts, log)
     if not prompts:
-        raise log.why_nothing(str(source))
+        raise log.why_nothing(source)
     return prompts
 
 
@@ -360,7 +375,13 @@ def _columns_of(rows: Collection[Mapping[str, Any]], asked: Columns) -> Columns:
     return asked
 
 
-def _rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:
+def rows_of(source: str) -> Iterator[Mapping[str, Any] | RowError]:
+    """The rows of a file or data set, and errors in place of those that cannot be read.
+
+    Raises:
+        PromptError: nothing there, or a file that is not UTF-8.
+        MissingExtraError: a data set without the package ``datasets``.
+    """
     path = Path(source)
     if path.suffix.lower() == ".csv":
         yield from _csv_rows(path)

@@ -31,7 +31,7 @@ class Edited:
 
     Attributes:
         logits: of the last column, (B, vocabulary), on the model's device.
-        rest: what :meth:`Batch.rest` says of it, (B, K, A).
+        rest: what :meth:`Batch.rest` says of it, (B, K, A, 2).
         record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64. Empty where
             nothing was solved.
     """
@@ -81,14 +81,14 @@ class Batch(Generic[P]):
 
     @cached_property
     def clean_rest(self) -> Tensor | None:
-        """What :meth:`rest` says of the clean run, (B, K, A)."""
+        """What :meth:`rest` says of the clean run, (B, K, A, 2)."""
         return self._rest(1, clean=True)
 
     def rest(self) -> Tensor | None:
-        """Log probability of what goes on behind each answer's first token, after the last run.
+        """What :meth:`Replay.follow` says of each answer behind its first token, after a run.
 
         Returns:
-            (copies · B, K, A) float64, 0 for answers of one token; None where all are.
+            (copies · B, K, A, 2) float64, 0 for answers of one token; None where all are.
         """
         return self._rest(self.copies, clean=False)
 
@@ -97,7 +97,7 @@ class Batch(Generic[P]):
         if first is None or behind is None:
             return None
         every = torch.cat([first.unsqueeze(-1), behind], -1)
-        rest = torch.zeros(copies, *first.shape, dtype=torch.float64, device=first.device)
+        rest = torch.zeros(copies, *first.shape, 2, dtype=torch.float64, device=first.device)
         for number, own in enumerate(rest):
             at = (behind[..., 0] >= 0).nonzero(as_tuple=True)
             if len(at[0]):

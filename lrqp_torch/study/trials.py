@@ -50,7 +50,8 @@ class Trials:
     """Edits of the marked token of n prompts, run batch by batch.
 
     Every trial has ``preference``, ``own_lead`` and ``other_lead`` of :func:`~.running.answers`
-    where the prompts have answers, and where it is asked for:
+    where the prompts have answers, and ``said`` of :meth:`PromptSet.said`, (n, K); and where it is
+    asked for:
 
     - ``divergence``, KL(clean ‖ edited) of the next token in nats, mean over the columns
       ``elsewhere``, and ``rest``, the part of it that is not about the answers. By the chain rule
@@ -197,7 +198,7 @@ class _Seen:
             self._columns = mask.any(0).index_fill(0, end[:1], True).nonzero().flatten()
             self._mask = mask[:, self._columns]
         logits = self._run(lowest, "the clean run")
-        self.clean = answers(batch.prompts, logits[:, -1], batch.rest())
+        self.clean = self._answers(logits)
         if trials.elsewhere is not None:
             self._log_p = logits.float().log_softmax(-1)
             self.clean["said_elsewhere"] = self._mean(self._said(self._log_p))
@@ -218,7 +219,7 @@ class _Seen:
         reader = Intervention(item.site, item.positions, keep)
         with intervene(self._batch.model, [item, reader] if self._trials.activations else [item]):
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
-        found |= answers(self._batch.prompts, logits[:, -1], self._batch.rest())
+        found |= self._answers(logits)
         if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:
@@ -230,6 +231,13 @@ class _Seen:
         """Logits of the columns that are read, (B, columns, vocabulary)."""
         logits = self._batch.replay.run(layer, self._columns)
         return finite(logits if logits.ndim == 3 else logits.unsqueeze(1), where)
+
+    def _answers(self, logits: Tensor) -> dict[str, Tensor]:
+        prompts, rest = self._batch.prompts, self._batch.rest()
+        if prompts.answers is None:
+            return {}
+        said = prompts.said(logits[:, -1], rest)
+        return answers(prompts, logits[:, -1], rest) | {"said": said}
 
     def _divergences(self, log_q: Tensor) -> dict[str, Tensor]:
         terms = self._log_p.exp() * (self._log_p - log_q)

@@ -1,0 +1,68 @@
+"""Other people's benchmarks: ``lrqp benchmark``."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lrqp_torch.cli import options as given
+from lrqp_torch.cli.app import Debug, app, messages
+
+
+@app.command(rich_help_panel=given.OWN)
+def benchmark(
+    name: Annotated[str, typer.Argument(help="causalgym, ravel or mib.")],
+    out: given.Out,
+    model: given.Model,
+    sites: Annotated[str, typer.Option(help="Such as L10.pre,L17.pre; or all.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or file with the benchmark's published files, or a data set of the Hub. "
+            "For causalgym also files of prompts in this project's form, each of which is a task.",
+            show_default="the benchmark's data set on the Hub",
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=8, help="Prompts of a task, half held out.")] = 400,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks (causalgym), attributes (ravel) or kinds of counterfactual (mib), with "
+            "commas.",
+            show_default="all",
+        ),
+    ] = None,
+    position: given.Position = "auto",
+    bos: given.Bos = "auto",
+    epochs: Annotated[int, typer.Option(min=1, help="Of training DAS, at most.")] = 20,
+    seed: given.Seed = 0,
+    batch_size: given.BatchSize = 64,
+    device: given.Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Score LRQP and other edits on a published benchmark, by the benchmark's own measures.
+
+    causalgym: the log odds-ratio, its selectivity by a control task, and interchange accuracy.
+    ravel: cause, isolate, and the disentangle score, their mean. mib: interchange accuracy. The
+    files are read as they are published. Writes benchmark.json and prints a table.
+    """
+    with messages(debug):
+        from lrqp_torch.study.benchmarks import run_benchmark
+        from lrqp_torch.study.methods import Training
+        from lrqp_torch.study.progress import progress_bars
+        from lrqp_torch.study.report.terminal import as_rich
+        from lrqp_torch.study.store import made_folder
+
+        with made_folder(out):
+            loaded, tokenizer = given.load_model(model, device)
+            with progress_bars(enabled=True) as start:
+                found = run_benchmark(
+                    name, data, loaded, tokenizer, sites, n=n, position=position, bos=bos,
+                    tasks=() if task is None else given.split_names(task, "task"),
+                    batch_size=batch_size, seed=seed, training=Training(das_epochs=epochs),
+                    start=start,
+                )  # fmt: skip
+            path = found.save(out)
+    Console(soft_wrap=True).print(as_rich(found.table(), f"{name}, on prompts held out"))
+    given.say(*found.says())
+    given.say(f"Results are in {path}.")

@@ -1,0 +1,827 @@
+"""Other people's benchmarks of interventions, by their own measures: CausalGym, RAVEL, MIB.
+
+Each is a list of tasks: prompts to fit on and prompts held out, as any prompts of one's own. At
+each site that is asked for, the same methods are fitted to the former and edit the latter:
+
+    LRQP                the study's edit
+    JointLRQP           the same with every other attribute kept, where the task has others
+    class means         x + μ_t − μ_v
+    DAS                 rank 1, trained through the model
+    full patch          the activation of a prompt of the class to write
+
+**CausalGym** (Arora, Jurafsky and Potts 2024, arXiv 2402.12560): the log odds-ratio
+
+    log p(y_b | b) / p(y_s | b)  +  log p*(y_s | b) / p*(y_b | b)
+
+of base b with answer y_b, source answer y_s, and p* the edited model; its selectivity, that less
+the log odds-ratio of a control task in which the classes go with " dog" and " give"; and the share
+of prompts at which p*(y_s) > p*(y_b).
+
+**RAVEL** (Huang et al. 2024, arXiv 2402.17700): of the prompts that the model completes rightly,
+*cause*, the share that an edit of the attribute asked for turns to the value that was written, and
+*isolate*, the share of those that ask for another attribute of the entity which stay as they were,
+mean over the other attributes; *disentangle* is the mean of both.
+
+**MIB** (Mueller et al. 2025, arXiv 2504.13151): interchange intervention accuracy, the share of
+prompts, of those that the model answers rightly, which it answers as their counterfactual.
+
+A model says an answer if it would write it greedily, token by token.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.baselines import Baseline
+from lrqp_torch.edits.joint import JointLRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import HubError, LRQPError, PromptError, RowError, SettingError, quoted
+from lrqp_torch.files import prepare_folder, write_json
+from lrqp_torch.plot.chart import Table
+from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.methods import (
+    Candidate,
+    LearnedLRQP,
+    Training,
+    build_candidates,
+    counterparts,
+    drawn,
+)
+from lrqp_torch.study.preparing import choose_sites, describe_model
+from lrqp_torch.study.progress import Clock, Start, no_stages
+from lrqp_torch.study.prompts import Prompt, PromptSet, screened, split
+from lrqp_torch.study.published import CAUSALGYM, Ravel, mib_rows, read_ravel, spoken
+from lrqp_torch.study.reading import (
+    LEAST_OF_CLASS,
+    Columns,
+    RowLog,
+    front,
+    prompts_of,
+    rows_of,
+    screen,
+)
+from lrqp_torch.study.records import to_json
+from lrqp_torch.study.showing import table_of
+from lrqp_torch.study.sinks import find_sink
+from lrqp_torch.study.sweep import fit_edits
+from lrqp_torch.study.trials import Trial, Trials
+
+FITTING, HOLDING = ("train", "dev", "val", "validation"), ("test",)
+"""Words in the names of files whose rows are fitted on, and held out."""
+
+HELD_OUT = ("val", "validation", "test")
+"""Splits of RAVEL that are not fitted on."""
+
+CONTROL = (" dog", " give")
+"""The answers of CausalGym's control task, which no class has to do with."""
+
+HUB = {"causalgym": "aryaman/causalgym", "ravel": "hij/ravel", "mib": "mib-bench/copycolors_mcqa"}
+"""Data sets of the Hub, from which the files are fetched where it is reachable."""
+
+CLOSED = ("lrqp", "mean_difference", "full_patch")
+"""Methods that are not trained through the model."""
+
+
+class KeptLRQP(LearnedLRQP):
+    """LRQP of one variable that keeps the readings of all others: C δ = 0 for their probes.
+
+    Args:
+        reference: LRQP of the variable.
+        joint: the same with the other variables, each of which is kept unless it is told to change.
+        name_of: the variable.
+    """
+
+    name: ClassVar[str] = "joint"
+    title: ClassVar[str] = "JointLRQP, others kept"
+
+    def __init__(self, reference: LRQP, joint: JointLRQP, name_of: str) -> None:
+        super().__init__(reference, reference)
+        self.joint, self.name_of = joint, name_of
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        kept = {name: self.joint.KEEP for name in self.joint.names}
+        solution = self.joint.solve(
+            x,
+            kept | {self.name_of: target},
+            {self.name_of: source},
+            realise=context.realise,
+            examples=context.example,
+        )
+        return solution.x_new
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Prompts that ask for another attribute, and what an edit writes into them.
+
+    Attributes:
+        prompts: held out, with the answers of the attribute that they ask for.
+        source: the class that holds of the attribute that is edited, (n,).
+        target: the one to write, (n,).
+    """
+
+    prompts: PromptSet
+    source: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """One task of a benchmark.
+
+    Attributes:
+        name: of the task.
+        train: prompts to fit on.
+        test: prompts held out.
+        log: what became of the rows.
+        fitted: prompts to which probes and means are fitted, those of ``train`` and others that ask
+            for other attributes; ``train`` where None.
+        attributes: class of each other attribute of the prompts that are fitted to, (n,) each.
+        others: by the name of each other attribute, prompts that ask for it.
+        control: answers of CausalGym's control task, a token each; None where the tokenizer has
+            none.
+    """
+
+    name: str
+    train: PromptSet
+    test: PromptSet
+    log: RowLog
+    control: tuple[int, int] | None = None
+    fitted: PromptSet | None = None
+    attributes: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Beside] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodScore:
+    """What one method scores.
+
+    Attributes:
+        name: of the method in files.
+        title: in tables.
+        measures: the benchmark's own, by name; empty where it could not be built.
+        settings: how it was trained.
+        problem: why it could not be built.
+    """
+
+    name: str
+    title: str
+    measures: dict[str, Estimate]
+    settings: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """All methods on one task at one site.
+
+    Attributes:
+        task: its name.
+        site: where they edit.
+        train: number of prompts to fit on.
+        test: number of prompts held out.
+        classes: their names.
+        probe_accuracy: of LRQP's probe on the prompts held out.
+        answered: prompts that the model answers rightly, by the answers it is asked to choose from.
+        methods: in order.
+        left_out: rows that could not be used, by reason.
+        notes: what a reader should know.
+    """
+
+    task: str
+    site: str
+    train: int
+    test: int
+    classes: list[str]
+    probe_accuracy: Estimate
+    answered: Estimate
+    methods: list[MethodScore]
+    left_out: dict[str, int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """A benchmark's scores.
+
+    Attributes:
+        benchmark: its name.
+        settings: what was asked for.
+        model: what identifies the model.
+        tasks: by task, then site.
+        skipped: tasks that could not run, with the reason.
+        seconds: in all.
+    """
+
+    benchmark: str
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    tasks: list[TaskScore]
+    skipped: dict[str, str]
+    seconds: float
+
+    def save(self, folder: Path) -> Path:
+        """Write ``benchmark.json`` into a folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        prepare_folder(folder)
+        write_json(folder / "benchmark.json", to_json(self), indent=2)
+        return folder / "benchmark.json"
+
+    def table(self) -> Table:
+        """A row for each task, site and method, with the measures and their intervals."""
+        rows = [(score, row) for score in self.tasks for row in score.methods]
+        measures = dict.fromkeys(name for _, row in rows for name in row.measures)
+        columns: dict[str, list[Any]] = {
+            "task": [score.task for score, _ in rows],
+            "site": [score.site for score, _ in rows],
+            "n": [score.test for score, _ in rows],
+            "method": [row.title for _, row in rows],
+        }
+        return table_of(columns | {m: [r.measures.get(m) for _, r in rows] for m in measures})
+
+    def says(self) -> list[str]:
+        """What a reader should know of the tasks, a sentence each."""
+        notes = [f"{score.task}: {note}" for score in self.tasks for note in score.notes]
+        problems = [
+            f"{score.task}, {score.site}: {row.title} could not be built: {row.problem}"
+            for score in self.tasks for row in score.methods if row.problem
+        ]  # fmt: skip
+        skipped = [f"{name} was left out: {reason}" for name, reason in self.skipped.items()]
+        return list(dict.fromkeys([*notes, *problems, *skipped]))
+
+
+def run_benchmark(
+    name: str,
+    data: str | None,
+    model: Any,
+    tokenizer: Any,
+    sites: str,
+    *,
+    n: int = 400,
+    tasks: Sequence[str] = (),
+    position: str = "auto",
+    bos: str = "auto",
+    batch_size: int = 64,
+    seed: int = 0,
+    training: Training | None = None,
+    start: Start = no_stages,
+) -> BenchmarkResult:
+    """Score all methods on a benchmark's published files.
+
+    Args:
+        name: ``"causalgym"``, ``"ravel"`` or ``"mib"``.
+        data: folder or file with the published files, or a data set of the Hub; None for the
+            benchmark's own. For CausalGym also files of prompts in this project's form, each of
+            which is a task.
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        sites: names separated by commas.
+        n: prompts of a task at most, half of them held out.
+        tasks: names of tasks, attributes or counterfactuals; all if empty.
+        position: where prompts are edited; see :class:`~.reading.Columns`.
+        bos: see :func:`~.reading.front`.
+        batch_size: prompts a forward pass.
+        seed: of what is drawn at random.
+        training: of DAS.
+        start: shows progress.
+
+    Raises:
+        SettingError: no such benchmark.
+        PromptError: files that are not there or of another form; the message says what was looked
+            for. No task that can run.
+        HubError: neither a file nor to be had from the Hub.
+        SiteError, UnknownFamilyError: no such site in this model.
+    """
+    readers: dict[str, Callable[..., Iterator[BenchTask | tuple[str, str]]]] = {
+        "causalgym": _causalgym, "ravel": _ravel, "mib": _mib,
+    }  # fmt: skip
+    if name not in readers:
+        raise SettingError(f"no benchmark {quoted(name)}; there are {', '.join(readers)}")
+    if n < 8:
+        raise SettingError(f"n = {n} is too few prompts of a task; give 8 or more")
+    clock, training = Clock(), training or Training()
+    chosen, folder = choose_sites(model, sites), _fetched(data or HUB[name])
+    how = _How(tokenizer, n, tuple(tasks), position, bos, seed)
+    found: list[TaskScore] = []
+    skipped: dict[str, str] = {}
+    for task in readers[name](folder, how):
+        if isinstance(task, tuple):
+            skipped[task[0]] = task[1]
+            continue
+        advance = start(f"{name}: {task.name}", len(chosen))
+        context = _context(model, task, chosen, batch_size, seed)
+        sink = find_sink(context)
+        notes = task.log.says() + ([] if sink is None else [sink])
+        for site in chosen:
+            try:
+                found.append(_scored(name, context, task, site, training, notes))
+            except LRQPError as error:  # such as a site at which all activations are the same
+                skipped[f"{task.name} at {site}"] = str(error)
+            advance(1)
+    if not found:
+        reasons = "".join(f"; {task}: {reason}" for task, reason in skipped.items())
+        raise PromptError(f"no task of {name} can run on {quoted(str(data))}{reasons}")
+    settings = {"data": str(data or HUB[name]), "sites": ",".join(chosen), "n": n, "seed": seed,
+                "tasks": list(tasks), "position": position, "bos": bos}  # fmt: skip
+    about = describe_model(model, str(getattr(model.config, "_name_or_path", "model")))
+    return BenchmarkResult(name, settings, about, found, skipped, clock.seconds()["total"])
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _How:
+    """How tasks are made of files; see :func:`run_benchmark`."""
+
+    tokenizer: Any
+    n: int
+    tasks: tuple[str, ...]
+    position: str
+    bos: str
+    seed: int
+
+    def wants(self, name: str) -> bool:
+        """Whether a task is asked for."""
+        return not self.tasks or name in self.tasks
+
+    def halves(
+        self, train: Sequence[Prompt], test: Sequence[Prompt], log: RowLog
+    ) -> tuple[list[Prompt], list[Prompt], list[str], bool | None]:
+        """Prompts to fit on and held out, at most n in all, their classes, and ``bos``.
+
+        Those of ``train`` are divided where none is held out.
+
+        Raises:
+            PromptError: too few that this tokenizer knows.
+        """
+        kept = screen(self.tokenizer, train, log)
+        held = list(test)
+        if not held:
+            kept, held = split(kept, 0.5, self.seed)
+        kept, held = (_limited(half, self.n // 2, self.seed) for half in (kept, held))
+        names = sorted({p.label for p in kept})
+        held = self.known(held, names, log)
+        if len(names) < 2 or len({p.label for p in held}) < 2:
+            raise PromptError("fewer than two classes are both fitted on and held out")
+        return kept, held, names, front(self.tokenizer, kept, self.bos, log)
+
+    def known(self, prompts: Sequence[Prompt], names: list[str], log: RowLog) -> list[Prompt]:
+        """Those that have one of these classes, and tokens of their own for two."""
+        own = [
+            p if p.answers is None
+            else replace(p, answers={k: v for k, v in p.answers.items() if k in names})
+            for p in prompts if p.label in names
+        ]  # fmt: skip
+        found = []
+        for prompt, error in zip(own, screened(self.tokenizer, own, names), strict=True):
+            if error is None:
+                found.append(prompt)
+            else:
+                log.refuse(error)
+        return found
+
+    def encode(self, prompts: list[Prompt], names: list[str], bos: bool | None) -> PromptSet:
+        """Prompts as tokens.
+
+        Raises:
+            PromptError: there are none.
+        """
+        return PromptSet.encode(self.tokenizer, prompts, names, bos=bos)
+
+    def task(
+        self, name: str, train: Sequence[Prompt], test: Sequence[Prompt], log: RowLog
+    ) -> BenchTask | tuple[str, str]:
+        """A task, or its name and why it cannot be one."""
+        try:
+            kept, held, names, bos = self.halves(train, test, log)
+            train_set, test_set = (self.encode(half, names, bos) for half in (kept, held))
+        except PromptError as error:
+            return name, str(error)
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in CONTROL]
+        known = all(len(own) == 1 and own[0] != self.tokenizer.unk_token_id for own in ids)
+        control = (ids[0][0], ids[1][0]) if known else None
+        return BenchTask(name, train_set, test_set, log, control)
+
+
+def _limited(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
+    """At most so many prompts, drawn with their pairs whole, in random order."""
+    pairs: dict[Any, list[Prompt]] = {}
+    for row, prompt in enumerate(prompts):
+        pairs.setdefault(row if prompt.pair is None else prompt.pair, []).append(prompt)
+    kept: list[Prompt] = []
+    for key in random.Random(seed).sample(list(pairs), len(pairs)):
+        if len(kept) + len(pairs[key]) <= most:
+            kept += pairs[key]
+    return kept
+
+
+def _fetched(data: str) -> Path:
+    """A folder or file as it is, or the folder of a data set of the Hub."""
+    path = Path(data)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                data, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.csv"]
+            )
+        )
+    except Exception as error:
+        # Of many libraries, for a name or a network that is not.
+        raise HubError(
+            f"{quoted(data)} is neither a file or folder nor a data set that the Hub can be asked "
+            f"for: {error}"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of rows in a folder, in order.
+
+    Raises:
+        PromptError: there are none.
+    """
+    kinds = (".json", ".jsonl", ".csv")
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    found = [path for path in found if path.suffix in kinds]
+    if not found:
+        raise PromptError(f"{str(folder)!r} holds no files ending in {', '.join(kinds)}")
+    return found
+
+
+def _side(path: Path) -> str:
+    """Whether a file's rows are held out (``"test"``), fitted on (``"train"``), or either."""
+    stem = path.stem.lower()
+    words = {w for w in stem.replace("-", "_").replace(".", "_").split("_") if w}
+    if words & set(HOLDING):
+        return "test"
+    return "train" if words & set(FITTING) else ""
+
+
+def _causalgym(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+    """Pairs by task, or files of prompts in this project's form, each a task."""
+    rows: dict[str, dict[str, list[Any]]] = {}
+    columns = Columns(position=how.position)
+    for path in _files(folder):
+        every = list(rows_of(str(path)))
+        paired = [isinstance(row, Mapping) and all(k in row for k in CAUSALGYM) for row in every]
+        if not any(paired):
+            if how.wants(path.stem):
+                log = RowLog()
+                try:
+                    prompts = prompts_of(every, columns, log, str(path))
+                except PromptError as error:
+                    yield path.stem, str(error)
+                else:
+                    yield how.task(path.stem, prompts, [], log)
+            continue
+        for row in every:
+            name = str(row.get("task", path.stem)) if isinstance(row, Mapping) else path.stem
+            rows.setdefault(name, {}).setdefault(_side(path), []).append(row)
+    for name, sides in rows.items():
+        if how.wants(name):
+            log, train = RowLog(), [*sides.get("train", []), *sides.get("", [])]
+            yield _task_of(how, name, train, sides.get("test", []), log)
+
+
+def _task_of(
+    how: _How, name: str, train: list[Any], test: list[Any], log: RowLog
+) -> BenchTask | tuple[str, str]:
+    """A task of rows; those held out are divided where there are none to fit on."""
+    train, test = (train, test) if train else (test, [])
+    columns = Columns(position=how.position)
+    try:
+        halves = [prompts_of(own, columns, log, name) if own else [] for own in (train, test)]
+    except PromptError as error:
+        return name, str(error)
+    return how.task(name, halves[0], halves[1], log)
+
+
+def _mib(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+    """Prompts with counterfactuals, a task for each kind of counterfactual."""
+    rows: dict[str, list[Any]] = {"train": [], "test": []}
+    for path in _files(folder):
+        rows[_side(path) or "train"] += list(rows_of(str(path)))
+    names = dict.fromkeys(
+        name
+        for row in chain.from_iterable(rows.values())
+        if isinstance(row, Mapping)
+        for name, value in row.items()
+        if name.endswith("counterfactual") and isinstance(value, Mapping)
+    )
+    if not names:
+        seen = dict.fromkeys(
+            str(k) for r in chain.from_iterable(rows.values()) if isinstance(r, Mapping) for k in r
+        )
+        raise PromptError(
+            f"{str(folder)!r} holds no rows of MIB; looked for fields whose names end in "
+            f"counterfactual, and found {', '.join(seen) or 'none'}"
+        )
+    for name in names:
+        if how.wants(name):
+            log = RowLog()
+            train, test = (_mib_pairs(own, name) for own in rows.values())
+            yield _task_of(how, name, train, test, log)
+
+
+def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
+    """The rows of one kind of counterfactual, and why there are none."""
+    found: list[Any] = []
+    for number, row in enumerate(rows):
+        try:
+            found += [row] if isinstance(row, RowError) else mib_rows(number, row, name)
+        except RowError as error:
+            found.append(error)
+    return found
+
+
+def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+    """Entities by attribute: prompts that ask for it, and those that ask for the others."""
+    tables = read_ravel(folder if folder.is_dir() else folder.parent)
+    asked = [name for name in tables.templates if how.wants(name)]
+    if not asked:
+        raise PromptError(
+            f"no attribute of RAVEL is asked for: looked for {', '.join(how.tasks)}; there are "
+            f"{', '.join(tables.templates)}"
+        )
+    made: dict[str, tuple[list[Prompt], list[Prompt], list[str], bool | None]] = {}
+    logs: dict[str, RowLog] = {}
+    for name in asked:
+        logs[name] = RowLog()
+        try:
+            train, test = (_ravel_prompts(tables, name, how, held) for held in (False, True))
+            made[name] = how.halves(train, test, logs[name])
+        except PromptError as error:
+            yield name, str(error)
+    draws = random.Random(how.seed)
+    for name, (train, test, names, bos) in made.items():
+        every = [p for other in made.values() for p in other[0]]
+        value = {e: own.get(name, "") for e, own in tables.values.items()}
+        fitted = [
+            Prompt(p.text, value[p.group or ""], group=p.group)
+            for p in every if value[p.group or ""] in names
+        ]  # fmt: skip
+        attributes, others = {}, {}
+        for other, (_, asking, theirs, _) in made.items():
+            if other == name:
+                continue
+            own = [tables.values[p.group or ""].get(other, "") for p in fitted]
+            attributes[other] = torch.tensor(
+                [theirs.index(k) if k in theirs else len(theirs) for k in own]
+            )
+            kept = [p for p in asking if value[p.group or ""] in names]
+            if len({p.label for p in kept}) > 1:
+                source = torch.tensor([names.index(value[p.group or ""]) for p in kept])
+                step = torch.tensor([draws.randrange(1, len(names)) for _ in kept])
+                others[other] = Beside(
+                    how.encode(kept, theirs, bos), source, (source + step) % len(names)
+                )
+        sets = [how.encode(half, names, bos) for half in (train, test, fitted)]
+        yield BenchTask(
+            name, sets[0], sets[1], logs[name],
+            fitted=sets[2], attributes=attributes, others=others,
+        )  # fmt: skip
+
+
+def _ravel_prompts(tables: Ravel, name: str, how: _How, held: bool) -> list[Prompt]:
+    """Prompts that ask for an attribute of entities, each with another value to write."""
+    draws = random.Random(how.seed + held)
+
+    def side(split_of: Mapping[str, str], items: Sequence[str]) -> list[str]:
+        own = [item for item in items if (split_of.get(item, "train") in HELD_OUT) == held]
+        return own or list(items)
+
+    entities = side(tables.entity_split, [e for e, own in tables.values.items() if own.get(name)])
+    counts = Counter(tables.values[e][name] for e in entities)
+    often = [v for v, count in counts.most_common() if held or count >= LEAST_OF_CLASS]
+    often = often if len(often) > 1 else list(counts)
+    templates = side(tables.template_split, tables.templates[name])
+    kept = [e for e in entities if tables.values[e][name] in often]
+    if len(often) < 2 or not kept:
+        raise PromptError(
+            f"RAVEL's files give {len(entities)} entities with {len(counts)} values of {name!r}; "
+            f"two values are needed"
+        )
+    found = []
+    for number in range(max(how.n, len(kept))):
+        entity = kept[number % len(kept)] if number < len(kept) else draws.choice(kept)
+        template, own = draws.choice(templates), tables.values[entity][name]
+        target = draws.choice([v for v in often if v != own])
+        text = template.replace("%s", entity)
+        answers = {v: (spoken(text, v),) for v in (own, target)}
+        before, _, after = template.rpartition("%s")
+        marked = f"{before.replace('%s', entity)}[[{entity}]]{after}"
+        found.append(Prompt(marked, own, answers, group=entity, target=target))
+    return found
+
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+
+def _context(
+    model: Any, task: BenchTask, sites: list[str], batch_size: int, seed: int
+) -> StudyContext:
+    device = next(model.parameters()).device
+    return StudyContext(
+        model, Task(task.name, task.train, task.test), None, sites, batch_size, seed, device
+    )
+
+
+def _scored(
+    name: str,
+    context: StudyContext,
+    task: BenchTask,
+    site: str,
+    training: Training,
+    notes: list[str],
+) -> TaskScore:
+    """All methods on one task at one site."""
+    wide = context
+    if task.fitted is not None:
+        wide = replace(context, task=Task(task.name, task.fitted, task.test))
+    x = wide.activations(wide.task, "train", "mark", [site])[site]
+    labels = wide.task.train.labels.to(x.device)
+    reference = fit_edits({site: x}, labels)[site]
+    candidates = _methods(context, wide, task, site, reference, x, training)
+    edits = {item.name: item.edit for item in candidates if item.edit is not None}
+    trials, done = _run(context, wide, site, edits, task.test, task.test.labels, task.test.other)
+    held = context.activations(context.task, "test", "mark", [site])[site]
+    measured: dict[str, dict[str, Estimate]] = {}
+    if name == "causalgym":
+        clean, other = trials, dict[str, Trial]()
+        if task.control is not None:
+            train, test = (_controlled(half, task.control) for half in (task.train, task.test))
+            own = {key: edit for key, edit in edits.items() if key != "das"}
+            # DAS alone is trained on answers, so it is trained on those of the control task too.
+            steered = replace(context, task=Task(task.name, train, test))
+            again = build_candidates(steered, site, reference, ["das"], training)[0].edit
+            own |= {} if again is None else {"das": again}
+            clean, other = _run(context, wide, site, own, test, test.labels, test.other)
+        for key, trial in done.items():
+            odds = trials.clean["preference"] - trial["preference"]
+            measured[key] = {"log odds-ratio": Estimate.mean(odds, context.generator())}
+            if key in other:
+                less = clean.clean["preference"] - other[key]["preference"]
+                measured[key]["selectivity"] = Estimate.mean(odds - less, context.generator())
+            measured[key]["interchange accuracy"] = Estimate.share(trial["preference"] < 0)
+    else:
+        right = _says(trials.clean, task.test.labels)
+        turned = {key: _says(trial, task.test.other)[right] for key, trial in done.items()}
+        if name == "mib":
+            measured = {
+                key: {
+                    "interchange accuracy": Estimate.share(hit),
+                    "of the two answers": Estimate.share(done[key]["preference"] < 0),
+                }
+                for key, hit in turned.items()
+            }
+        else:
+            stays = [_stays(context, wide, site, edits, beside) for beside in task.others.values()]
+            measured = {
+                key: _disentangled(hit, [kept[key] for kept in stays], context.generator())
+                for key, hit in turned.items()
+            }
+    return TaskScore(
+        task=task.name,
+        site=site,
+        train=len(task.train),
+        test=len(task.test),
+        classes=list(task.test.classes),
+        probe_accuracy=Estimate.share(
+            reference.probe(held).argmax(-1).cpu() == task.test.labels.cpu()
+        ),
+        answered=Estimate.share(trials.clean["own_lead"] > 0),
+        methods=[
+            MethodScore(c.name, c.title, measured.get(c.name, {}), c.settings, c.problem)
+            for c in candidates
+        ],
+        left_out=dict(task.log.left_out),
+        notes=notes,
+    )
+
+
+def _methods(
+    context: StudyContext,
+    wide: StudyContext,
+    task: BenchTask,
+    site: str,
+    reference: LRQP,
+    x: Tensor,
+    training: Training,
+) -> list[Candidate]:
+    """The methods: those of closed form fitted to all prompts, DAS to those that ask."""
+    found = {
+        item.name: item
+        for chosen, names in ((wide, CLOSED), (context, ("das",)))
+        for item in build_candidates(chosen, site, reference, names, training)
+    }
+    if task.attributes:
+        try:
+            variables = {task.name: wide.task.train.labels} | task.attributes
+            joint = JointLRQP.fit(
+                x,
+                {k: v.to(x.device) for k, v in variables.items()},
+                keep=list(task.attributes),
+                on_infeasible="skip",
+            )
+        except LRQPError as error:
+            found["joint"] = Candidate("joint", KeptLRQP.title, problem=str(error))
+        else:
+            edit = KeptLRQP(reference, joint, task.name)
+            found["joint"] = Candidate("joint", KeptLRQP.title, edit=edit)
+    return [
+        found[key]
+        for key in ("lrqp", "joint", "mean_difference", "das", "full_patch")
+        if key in found
+    ]
+
+
+def _run(
+    context: StudyContext,
+    wide: StudyContext,
+    site: str,
+    edits: Mapping[str, Baseline],
+    prompts: PromptSet,
+    source: Tensor,
+    target: Tensor,
+) -> tuple[Trials, dict[str, Trial]]:
+    """Every edit of prompts to a target, and the clean run."""
+    asks = torch.equal(target.cpu(), prompts.other.cpu()) and len(prompts.classes) == len(
+        wide.task.train.classes
+    )
+    partners = (
+        counterparts(wide, prompts, [site])[site] if asks else drawn(wide, [site], target)[site]
+    )
+    trials = Trials(context, prompts)
+    done = {key: trials.write(site, edit, target, source, partners) for key, edit in edits.items()}
+    trials.run()
+    return trials, done
+
+
+def _controlled(prompts: PromptSet, tokens: tuple[int, int]) -> PromptSet:
+    """The prompts with the answers of CausalGym's control task: of two classes, each has one."""
+    rows, own, other = torch.arange(len(prompts)), prompts.labels, prompts.other
+    said = torch.full((len(prompts), len(prompts.classes), 1), -1)
+    first = own < other
+    said[rows, own, 0] = torch.where(first, *tokens)
+    said[rows, other, 0] = torch.where(first, *tokens[::-1])
+    return replace(prompts, answers=said, continued=None)
+
+
+def _says(trial: Trial, classes: Tensor) -> Tensor:
+    """Whether the model says an answer of a class, BoolTensor (n,)."""
+    return trial["said"].gather(-1, classes.cpu().unsqueeze(-1)).squeeze(-1)
+
+
+def _stays(
+    context: StudyContext,
+    wide: StudyContext,
+    site: str,
+    edits: Mapping[str, Baseline],
+    beside: Beside,
+) -> dict[str, Tensor]:
+    """By method, whether the prompts that were answered rightly still are, BoolTensor (m,)."""
+    trials, done = _run(context, wide, site, edits, beside.prompts, beside.source, beside.target)
+    right = _says(trials.clean, beside.prompts.labels)
+    return {key: _says(trial, beside.prompts.labels)[right] for key, trial in done.items()}
+
+
+def _disentangled(
+    hit: Tensor, kept: Sequence[Tensor], generator: torch.Generator
+) -> dict[str, Estimate]:
+    """RAVEL's cause, isolate (mean over attributes) and the mean of both."""
+    kept = [each for each in kept if len(each)]
+
+    def mean(*parts: Sequence[Tensor]) -> Estimate:
+        known = [part for part in parts if part and all(len(each) for each in part)]
+        count = sum(len(each) for part in known for each in part)
+        if not count or len(known) < len(parts):
+            return Estimate(None, None, None, 0)
+        # Each prompt weighs so that the mean of all is the mean of the parts' means.
+        scaled = [
+            each.double() * (count / (len(known) * len(part) * len(each)))
+            for part in known
+            for each in part
+        ]
+        return Estimate.mean(torch.cat(scaled), generator)
+
+    return {
+        "cause": Estimate.share(hit),
+        "isolate": mean(kept),
+        "disentangle": mean([hit], kept),
+    }
