@@ -3,14 +3,14 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lrqp_torch.cli import options as given
-from lrqp_torch.cli.app import Debug, app, messages
+from lrqp_torch.cli.app import Voice, command
 
 
-@app.command(rich_help_panel=given.OWN)
+@command(panel=given.OWN)
 def benchmark(
+    voice: Voice,
     name: Annotated[str, typer.Argument(help="causalgym, ravel or mib.")],
     out: given.Out,
     model: given.Model,
@@ -38,7 +38,6 @@ def benchmark(
     seed: given.Seed = 0,
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
-    debug: Debug = False,
 ) -> None:
     """Score LRQP and other edits on a published benchmark, by the benchmark's own measures.
 
@@ -46,23 +45,22 @@ def benchmark(
     ravel: cause, isolate, and the disentangle score, their mean. mib: interchange accuracy. The
     files are read as they are published. Writes benchmark.json and prints a table.
     """
-    with messages(debug):
-        from lrqp_torch.study.benchmarks import run_benchmark
-        from lrqp_torch.study.methods import Training
-        from lrqp_torch.study.progress import progress_bars
-        from lrqp_torch.study.report.terminal import as_rich
-        from lrqp_torch.study.store import made_folder
+    from lrqp_torch.stream.progress import progress_bars
+    from lrqp_torch.study.benchmarks import run_benchmark
+    from lrqp_torch.study.methods import Training
+    from lrqp_torch.study.records import to_json
+    from lrqp_torch.study.report.terminal import as_rich
+    from lrqp_torch.study.store import made_folder
 
-        with made_folder(out):
-            loaded, tokenizer = given.load_model(model, device)
-            with progress_bars(enabled=True) as start:
-                found = run_benchmark(
-                    name, data, loaded, tokenizer, sites, n=n, position=position, bos=bos,
-                    tasks=() if task is None else given.split_names(task, "task"),
-                    batch_size=batch_size, seed=seed, training=Training(das_epochs=epochs),
-                    start=start,
-                )  # fmt: skip
-            path = found.save(out)
-    Console(soft_wrap=True).print(as_rich(found.table(), f"{name}, on prompts held out"))
-    given.say(*found.says())
-    given.say(f"Results are in {path}.")
+    with made_folder(out):
+        loaded, tokenizer = given.load_model(model, device)
+        with progress_bars(enabled=not voice.quiet) as start:
+            found = run_benchmark(
+                name, data, loaded, tokenizer, sites, n=n, position=position, bos=bos,
+                tasks=() if task is None else given.split_names(task, "task"),
+                batch_size=batch_size, seed=seed, training=Training(das_epochs=epochs), start=start,
+            )  # fmt: skip
+        path = found.save(out)
+    voice.console.print(as_rich(found.table(), f"{name}, on prompts held out"), soft_wrap=True)
+    voice.say(*found.says(), f"Results are in {path}.")
+    voice.give(lambda: to_json(found))

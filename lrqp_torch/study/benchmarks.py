@@ -46,6 +46,7 @@ from lrqp_torch.errors import HubError, LRQPError, PromptError, RowError, Settin
 from lrqp_torch.files import prepare_folder, write_json
 from lrqp_torch.plot.chart import Table
 from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.stream.progress import Clock, Start, no_stages
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.methods import (
@@ -57,7 +58,6 @@ from lrqp_torch.study.methods import (
     drawn,
 )
 from lrqp_torch.study.preparing import choose_sites, describe_model
-from lrqp_torch.study.progress import Clock, Start, no_stages
 from lrqp_torch.study.prompts import Prompt, PromptSet, screened, split
 from lrqp_torch.study.published import CAUSALGYM, Ravel, mib_rows, read_ravel, spoken
 from lrqp_torch.study.reading import (
