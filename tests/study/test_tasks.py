@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
 
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, SettingError, TokenizerError
 from lrqp_torch.study.prompts import Prompt
-from lrqp_torch.study.reading import EXAMPLES, write_prompts
+from lrqp_torch.study.reading import EXAMPLES, RowLog, front, screen, write_prompts
 from lrqp_torch.study.running import batches
-from lrqp_torch.tasks import PromptSet, read_prompts
+from lrqp_torch.tasks import PromptSet, read_prompts, split
 
 ANSWERS = {"ABBA": (" Mary", " John"), "BABA": (" Paul", " James")}
 PROMPTS = [
@@ -20,6 +23,8 @@ PROMPTS = [
     Prompt("When Paul and James went to the park, [[James]] gave a book to", "BABA", ANSWERS),
     Prompt("Then, Mary and [[Paul went]] to the school", "ABBA", ANSWERS),
 ]
+NAMED = ("Mary", "John", "Paul", "James", "Anna", "Simon", "Lisa", "Mark", "Peter", "Sarah", "Adam",
+         "Laura", "Kevin", "Emma", "Alice", "Brian", "Frank", "Grace")  # fmt: skip
 MARKED = ("park", "James", "went")
 
 
@@ -414,3 +419,175 @@ def test_positions_and_labels_are_integers_one_a_prompt(tokenizer) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"cannot read .*nothing\.csv"):
         read_prompts(tmp_path / "nothing.csv")
+
+
+# ---- rows that cannot be used --------------------------------------------------------------------
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    return write(path, "\n".join(map(json.dumps, rows)))
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(tokenizer, tmp_path: Path) -> None:
+    said = {"a": " Mary", "b": " John"}
+    good = [
+        {"text": f"[[{name}]] gave a book to", "label": "ab"[row % 2], "answers": said}
+        for row, name in enumerate(NAMED)
+    ]
+    bad = {
+        "no label": {"text": "[[Mary]] went to", "answers": said},
+        "no marked words": {"text": "Mary went to", "label": "a", "answers": said},
+        "marks that do not pair": {"text": "[[Mary went to", "label": "a", "answers": said},
+        "an answer that is no text": {"text": "[[Mary]]", "label": "a", "answers": {"a": 3}},
+        "no answers, where most rows have them": {"text": "[[Mary]] gave to", "label": "a"},
+        "a text under two labels": good[0] | {"label": "b"},
+        "an answer that the tokenizer does not know": {
+            "text": "[[Mary]] in", "label": "a", "answers": {"a": " zzz", "b": " John"},
+        },
+        "no answer for its class, or for no other": {
+            "text": "[[John]] in", "label": "a", "answers": {"a": " Mary"},
+        },
+        "an answer that two classes share": {
+            "text": "[[Paul]] in", "label": "a", "answers": {"a": " Mary", "b": " Mary and"},
+        },
+        "an empty answer": {
+            "text": "[[Anna]] in", "label": "a", "answers": {"a": "", "b": " Mary"},
+        },
+    }  # fmt: skip
+    file = jsonl(tmp_path / "a.jsonl", [*good, *bad.values()])
+    with file.open("a") as lines:
+        lines.write("\n{not json\n")
+    bad["a line that is not valid JSON"] = {}
+    log = RowLog()
+    kept = screen(tokenizer, read_prompts(file, log=log), log)
+    assert [prompt.text for prompt in kept] == [row["text"] for row in good]
+    assert dict(log.left_out) == dict.fromkeys(bad, 1)
+    assert any("1 row was left out: no label (prompt" in line for line in log.says())
+    assert PromptSet.encode(tokenizer, kept).answers.shape == (len(good), 2, 1)
+    with pytest.raises(PromptError, match=r"not valid JSON|no 'label'"):
+        read_prompts(file)
+    with pytest.raises(PromptError, match=r"holds no prompts; prompt 0 has no.*1 rows like it"):
+        read_prompts(jsonl(tmp_path / "b.jsonl", [{"text": "", "label": "a"}]), log=RowLog())
+
+
+def test_classes_with_few_prompts_are_left_out_and_so_are_their_answers(
+    tokenizer, tmp_path: Path
+) -> None:
+    said = {"a": " Mary", "b": " John", "c": " Paul"}
+    rows = [
+        {"text": f"[[{name}]] gave a book to", "label": "abc"[row % 2], "answers": said}
+        for row, name in enumerate(NAMED)
+    ]
+    rows += [{"text": f"[[{n}]] went", "label": "c", "answers": said} for n in NAMED[:3]]
+    log = RowLog()
+    kept = screen(tokenizer, read_prompts(jsonl(tmp_path / "a.jsonl", rows), log=log), log)
+    assert log.left_out == {"a class with fewer than 8 prompts": 3}
+    assert PromptSet.encode(tokenizer, kept).classes == ("a", "b")
+    # Rows whose only other answer was of that class have none to be told from.
+    for row in rows[:4]:
+        row["answers"] = {row["label"]: " Mary", "c": " Paul"}
+    log = RowLog()
+    kept = screen(tokenizer, read_prompts(jsonl(tmp_path / "b.jsonl", rows), log=log), log)
+    assert len(kept) == len(NAMED) - 4
+    assert log.left_out["no answer for its class, or for no other"] == 4
+
+
+def test_answers_get_the_space_that_a_word_needs(tmp_path: Path) -> None:
+    rows = [
+        {"text": "[[Mary]] gave to", "label": "a", "answers": {"a": "John", "b": " Paul"}},
+        {"text": "[[Mary]] gave to ", "label": "a", "answers": {"a": "Anna", "b": "."}},
+        {"text": "the year [[17]]", "label": "b", "answers": {"a": "32", "b": "s"}},
+        {"text": "她[[去]]", "label": "b", "answers": {"a": "了", "b": "。"}},
+    ]
+    file, log = jsonl(tmp_path / "a.jsonl", rows), RowLog()
+    found = read_prompts(file, log=log)
+    assert [p.text for p in found] == [row["text"].rstrip() for row in rows]
+    assert [p.answers for p in found] == [
+        {"a": (" John",), "b": (" Paul",)},
+        {"a": (" Anna",), "b": (" .",)},
+        {"a": ("32",), "b": ("s",)},
+        {"a": ("了",), "b": ("。",)},
+    ]
+    assert len(log.notes) == 2 and not log.left_out
+    assert [p.answers["a"] for p in read_prompts(file)] == [("John",), ("Anna",), ("32",), ("了",)]
+
+
+def test_without_marks_the_last_token_is_meant(tmp_path: Path) -> None:
+    file, log = jsonl(tmp_path / "a.jsonl", [{"text": "Mary went", "label": "a"}] * 2), RowLog()
+    assert [p.text for p in read_prompts(file, log=log)] == ["Mary went"] * 2
+    assert "marks no words" in log.notes[0]
+    with pytest.raises(PromptError, match="marks no words"):
+        read_prompts(file, position="mark")
+
+
+def test_columns_have_other_names_and_one_that_is_missing_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"[[{name}]] went", "kind": "ab"[row % 2], "who": name, "twin": row // 2,
+         "target": "ba"[row % 2]}
+        for row, name in enumerate(NAMED)
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    columns = {"text": "prompt", "label": "kind", "group": "who", "pair": "twin"}
+    found = read_prompts(tmp_path / "a.json", **columns)
+    assert (found[3].group, found[3].pair, found[3].target) == (NAMED[3], "1", "a")
+    for name in ("text", "label", "group"):
+        given = columns | {name: "nothing"}
+        with pytest.raises(PromptError, match=f"no 'nothing'; its columns are prompt.*--{name}"):
+            read_prompts(tmp_path / "a.json", **given, log=RowLog())
+
+
+def test_groups_and_pairs_stay_on_one_side() -> None:
+    prompts = [
+        Prompt(f"text {row}", "ab"[row % 2], pair=str(row // 2), group=str(row // 10))
+        for row in range(100)
+    ]
+    for given in (prompts, [replace(p, group=None) for p in prompts]):
+        train, test = split(given, 0.5, 0)
+        assert len(train) + len(test) == 100 and 40 <= len(train) <= 60
+        for name in ("group", "pair"):
+            both = {getattr(p, name) for p in train} & {getattr(p, name) for p in test}
+            assert both <= {None}
+    # The same words under two groups bind them together.
+    bound = [*prompts, Prompt("text 0", "a", group="9", pair="x")]
+    train, test = split(bound, 0.5, 0)
+    sides = {g: s for s, half in enumerate((train, test)) for p in half for g in [p.group]}
+    assert sides["0"] == sides["9"]
+
+
+# ---- the front token, and sinks ------------------------------------------------------------------
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, with one that begins a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: row for row, token in enumerate([*alphabet, "<s>"])}
+    whole = Tokenizer(token_models.BPE(vocabulary, []))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>")
+
+
+def test_a_character_of_several_tokens_ends_at_its_last() -> None:
+    prompts = PromptSet.encode(byte_tokenizer(), [Prompt("[[é]] x", "a"), Prompt("x 😀", "b")])
+    assert (prompts.position - prompts.spare_columns()).tolist()[0] >= 0
+    lengths = prompts.inputs["attention_mask"].sum(1)
+    assert lengths.tolist() == [4, 6]
+    first = prompts.inputs["input_ids"].shape[1] - lengths
+    assert (prompts.position - first).tolist() == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("bos", "marked_first", "in_front"),
+    [("auto", True, True), ("auto", False, False), ("always", False, True), ("never", True, False)],
+)
+def test_a_token_is_put_in_front_where_words_stand_first(
+    bos: str, marked_first: bool, in_front: bool
+) -> None:
+    tokenizer, log = byte_tokenizer(), RowLog()
+    texts = ("[[a]]b", "[[c]]d") if marked_first else ("a[[b]]", "c[[d]]")
+    prompts = [Prompt(text, label) for text, label in zip(texts, "xy", strict=True)]
+    found = PromptSet.encode(tokenizer, prompts, bos=front(tokenizer, prompts, bos, log))
+    assert found.inputs["input_ids"].shape == (2, 2 + in_front)
+    assert bool((found.inputs["input_ids"][:, 0] == tokenizer.bos_token_id).all()) == in_front
+    assert found.position.tolist() == [in_front + (not marked_first)] * 2
+    assert len(log.notes) == (bos == "auto" and marked_first)
+    assert all("attention sink" in note for note in log.notes)
