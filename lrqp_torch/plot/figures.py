@@ -63,6 +63,8 @@ LOOKS: tuple[tuple[str, Marker], ...] = (
 """Colour and marker of the first, second, ... of several curves."""
 
 _BY_SITE = "Site edited, in order of computation"
+_NOT_KNOWN = (None, None, None)
+"""Value and ends of what was not measured."""
 
 
 class Figure:
@@ -363,6 +365,23 @@ def sweep_of(results: Any) -> Chart:
                                 **look))  # fmt: skip
         lower.append(_curve(f"{condition} edit", names, [read(edit, *effects) for edit in edits],
                             **look))  # fmt: skip
+    ceilings = [get(site, "interchange", None) for site in found]
+    if any(ceiling is not None for ceiling in ceilings):
+        look = {"colour": ORANGE, "marker": "diamond", "dash": "dash"}
+        # A series is left out where there is nothing of it, as without answers.
+        series = (
+            (upper, "flipped by the interchange (ceiling)", ceilings, ("flipped",), 100.0, look),
+            (upper, "recovered share of the ceiling", found, ("recovered",), 100.0,
+             {"colour": PURPLE, "marker": "star", "kind": "points"}),
+            (lower, "interchange (ceiling)", ceilings, effects, 1.0, look),
+        )  # fmt: skip
+        for curves, label, records, keys, scale, own in series:
+            ends = [_NOT_KNOWN if one is None else read(one, *keys) for one in records]
+            if keys == ("recovered",):
+                # A share of next to no effect is known too badly to be drawn.
+                ends = [end if _narrow(end) else _NOT_KNOWN for end in ends]
+            if any(value is not None for value, *_ in ends):
+                curves.append(_curve(label, names, ends, scale, **own))
     below = [Rule(0, dash="solid")]
     clean, *_ = read(get(results, "clean", results), "logit_difference", "preference")
     if clean is not None:
@@ -376,7 +395,12 @@ def sweep_of(results: Any) -> Chart:
         ],
         title=f"Where {word(results, 'variable')} is knowable, and where it is used",
         subtitle=f"Model: {model_name(results)}. One site edited at a time, at "
-        f"{word(results, 'position')}. Shaded: half of the answers flip, beyond the control.",
+        f"{word(results, 'position')}. Shaded: used, "
+        + (
+            "by a paired test against edits as long of shuffled probes."
+            if any(get(site, "verdict", None) is not None for site in found)
+            else "half of the answers flip, beyond the control."
+        ),
         share_x=True,
         heights=(3, 2),
     )  # fmt: skip
@@ -540,6 +564,12 @@ def _map(
     heat = Heat(rows, down, right, name, diverging=signed, low=None if signed else low,
                 high=None if signed else high)  # fmt: skip
     return Pane(heat=heat, title=title)
+
+
+def _narrow(ends: tuple[float | None, float | None, float | None]) -> bool:
+    """Whether a share lies with its interval between −1 and 2."""
+    _, lower, upper = ends
+    return lower is not None and upper is not None and lower > -1 and upper < 2
 
 
 def _ends(value: Any) -> tuple[float | None, float | None, float | None]:

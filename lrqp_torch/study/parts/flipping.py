@@ -8,6 +8,7 @@ Source: the post "Intervening in the Residual Stream" (2023).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -487,6 +488,7 @@ def sites_table(study: StudyResults) -> Table:
             name = f"{condition}: {study.words.preference} ({unit})"
             columns[name] = [edit.logit_difference for edit in edits]
         columns[f"{condition}: KL (nats)"] = [edit.divergence for edit in edits]
+    columns |= _held_against(study, sites)
     columns |= {
         "edit length, Mahalanobis": [site.counterfactual.distance for site in sites],
         "edit length, Euclidean": [site.counterfactual.euclidean for site in sites],
@@ -494,6 +496,33 @@ def sites_table(study: StudyResults) -> Table:
         "failed edits": [site.control.failed + site.counterfactual.failed for site in sites],
     }
     return table_of(columns)
+
+
+def _held_against(study: StudyResults, sites: Sequence[SiteResult]) -> dict[str, Any]:
+    """Columns of ceiling, null and verdict, as far as there are such."""
+    columns: dict[str, Any] = {}
+    if any(site.interchange is not None for site in sites):
+        patches = [site.interchange for site in sites]
+        if study.answered is not None:
+            columns["flipped, interchange (%)"] = [p and p.flipped for p in patches]
+            name = f"interchange: {study.words.preference} ({study.words.unit})"
+            columns[name] = [p and p.logit_difference for p in patches]
+            columns["recovered (%)"] = [site.recovered for site in sites]
+            columns["same answer as the interchange (%)"] = [site.agreement for site in sites]
+        columns["KL from the interchange (nats)"] = [site.kl_to_interchange for site in sites]
+        columns["interchange length, Mahalanobis"] = [p and p.distance for p in patches]
+    if any(site.verdict is not None for site in sites):
+        verdicts = [site.verdict for site in sites]
+        columns |= {
+            "flipped, null (%)": [site.null and site.null.flipped for site in sites],
+            "shuffled probes as strong": [site.null and site.null.as_strong for site in sites],
+            "P, used": [verdict and verdict.p_adjusted for verdict in verdicts],
+            "used": ["yes" if site.used else "no" for site in sites],
+            "prompts to tell half": [verdict and verdict.prompts_needed for verdict in verdicts],
+        }
+    if any(site.beyond for site in sites):
+        columns["beyond its own patch"] = [site.beyond for site in sites]
+    return columns
 
 
 def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:

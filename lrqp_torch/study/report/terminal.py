@@ -105,10 +105,12 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
         "site": "site",
         "probe accuracy (%)": "probe\naccuracy",
         "flipped, counterfactual (%)": "flipped,\ncounter-\nfactual",
+        "flipped, interchange (%)": "flipped,\nceiling",
+        "recovered (%)": "reco-\nvered",
         "flipped, control (%)": "flipped,\ncontrol",
-        "shuffled labels (%)": "shuffled\nlabels",
-        f"control: {effect}": "effect,\ncontrol",
+        "P, used": "P,\nused",
         f"counterfactual: {effect}": "effect,\ncounter-\nfactual",
+        "shuffled labels (%)": "shuffled\nlabels",
         "edit length, Mahalanobis": "edit\nlength",
         "worst log-odds margin": "worst\nmargin",
     }
@@ -116,7 +118,8 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
     rows = [[row[index] for index in kept.values()] for row in whole.rows]
     caption = (
         f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual;\n"
-        "margin: log odds read after the edit minus those asked, worst prompt"
+        "ceiling: the activation of a twin; recovered: share of its effect on the answer;\n"
+        "P: of no more flips than edits as long of shuffled probes, Holm-corrected"
     )
     if len(rows) > most_rows:
 
