@@ -378,8 +378,10 @@ def sweep_of(results: Any) -> Chart:
         for curves, label, records, keys, scale, own in series:
             ends = [_NOT_KNOWN if one is None else read(one, *keys) for one in records]
             if keys == ("recovered",):
-                # A share of next to no effect is known too badly to be drawn.
-                ends = [end if _narrow(end) else _NOT_KNOWN for end in ends]
+                # Elsewhere it is a share of next to no effect.
+                used = get(results, "used_sites", ())
+                pairs = zip(names, ends, strict=True)
+                ends = [end if name in used else _NOT_KNOWN for name, end in pairs]
             if any(value is not None for value, *_ in ends):
                 curves.append(_curve(label, names, ends, scale, **own))
     below = [Rule(0, dash="solid")]
@@ -564,12 +566,6 @@ def _map(
     heat = Heat(rows, down, right, name, diverging=signed, low=None if signed else low,
                 high=None if signed else high)  # fmt: skip
     return Pane(heat=heat, title=title)
-
-
-def _narrow(ends: tuple[float | None, float | None, float | None]) -> bool:
-    """Whether a share lies with its interval between −1 and 2."""
-    _, lower, upper = ends
-    return lower is not None and upper is not None and lower > -1 and upper < 2
 
 
 def _ends(value: Any) -> tuple[float | None, float | None, float | None]:

@@ -1,7 +1,7 @@
 """What all parts of a study share: the model, the prompts of both tasks, and clean activations."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrqp_torch.distributed import Ranks, capture
 from lrqp_torch.stream.progress import Advance as Advance
 from lrqp_torch.stream.progress import no_progress as no_progress
-from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.prompts import PromptSet, halves
 
 ALONE = Ranks()
 """One process, without others to share work with."""
@@ -72,6 +72,7 @@ class StudyContext:
     _activations: dict[tuple[int, str], tuple[PromptSet, dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False
     )
+    _halves: dict[int, "StudyContext"] = field(default_factory=dict, init=False, repr=False)
 
     def activations(
         self,
@@ -150,6 +151,26 @@ class StudyContext:
             new = capture(self.model, inputs, missing, at, ranks=ranks, batch_size=size)
             kept.update({site: new.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}, found.known.cpu()
+
+    def half(self, which: int) -> "StudyContext":
+        """The same study of one half of the held-out prompts, see :func:`~.prompts.halves`.
+
+        By the first half (0) sites and heads are chosen; what was chosen is reported on the second
+        (1), so that no number is of the prompts that made it the largest.
+        """
+        if which not in self._halves:
+
+            def halved(task: Task | None) -> Task | None:
+                if task is None:
+                    return None
+                return replace(task, test=task.test[halves(task.test)[which]])
+
+            task = halved(self.task)
+            assert task is not None
+            found = replace(self, task=task, other_task=halved(self.other_task))
+            found._activations = self._activations
+            self._halves[which] = found
+        return self._halves[which]
 
     @property
     def tasks(self) -> list[Task]:

@@ -8,7 +8,7 @@ besides.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -84,6 +84,8 @@ class Part(ABC, Generic[R]):
         needs: names of the parts that run before, those that can run on the prompts.
         by_name_only: whether it runs only when it is named, and not as one of all.
         shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
+        prompts: which of the held-out prompts it sees: all; those by which something is chosen; or
+            the others, on which what was chosen, such as the best site, is reported.
     """
 
     name: ClassVar[str]
@@ -93,6 +95,11 @@ class Part(ABC, Generic[R]):
     needs: ClassVar[tuple[str, ...]] = ()
     by_name_only: ClassVar[bool] = False
     shared: ClassVar[bool] = False
+    prompts: ClassVar[Literal["all", "choosing", "reporting"]] = "all"
+
+    def scope(self, context: StudyContext, /) -> StudyContext:
+        """The study of the prompts that it sees."""
+        return context if self.prompts == "all" else context.half(int(self.prompts == "reporting"))
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Why the part cannot run on these prompts (a sentence), or None if it can."""

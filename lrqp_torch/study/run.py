@@ -215,11 +215,11 @@ def choose(names: str, context: StudyContext) -> list[str]:
         found = f"unknown part {unknown[0]!r}" if unknown else "no part given"
         raise SettingError(f"{found}; choose from {', '.join(PARTS)}, or say all.")
     parts = {name: find_part(name) for name in PARTS}
-    able = {name for name, part in parts.items() if part.missing(context) is None}
+    reasons = {name: part.missing(part.scope(context)) for name, part in parts.items()}
+    able = {name for name, reason in reasons.items() if reason is None}
     named = asked - {"all"}
     for name in sorted(named - able):
-        reason = parts[name].missing(context)
-        raise SettingError(f"the part {name} cannot run on these prompts: {reason}.")
+        raise SettingError(f"the part {name} cannot run on these prompts: {reasons[name]}.")
     every = {name for name in able if not parts[name].by_name_only} if "all" in asked else set()
     chosen = named | every
     # A part runs without those of its needs that cannot run on these prompts.
@@ -269,7 +269,8 @@ def run_parts(
         found = None if keeping is None else keeping.load(part.name)
         if found is None:
             began = time.perf_counter()
-            result = part.compute(given, start(part.title, part.work(given.context)))
+            own = replace(given, context=part.scope(given.context))
+            result = part.compute(own, start(part.title, part.work(own.context)))
             found = Finished(to_json(result), round(time.perf_counter() - began, 3))
             if keeping is not None:
                 keeping.save(part.name, found)

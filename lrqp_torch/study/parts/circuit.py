@@ -155,6 +155,7 @@ class Circuit(Part[CircuitResult]):
     )
     result = CircuitResult
     needs = ("flipping", "heads")
+    prompts = "reporting"
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Whether the prompts have names."""

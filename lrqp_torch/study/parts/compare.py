@@ -145,6 +145,7 @@ class Compare(Part[CompareResult]):
     )
     result = CompareResult
     needs = ("flipping", "heads")
+    prompts = "reporting"
     by_name_only = True  # it trains edits, which takes as long as all else together
 
     def missing(self, context: StudyContext, /) -> str | None:

@@ -40,6 +40,7 @@ class Controls(Part[ControlsResult]):
     )
     result = ControlsResult
     needs = ("flipping", "heads")
+    prompts = "reporting"
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Answers."""

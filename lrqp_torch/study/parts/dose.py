@@ -150,6 +150,7 @@ class Dose(Part[DoseResult]):
     )
     result = DoseResult
     needs = ("flipping",)
+    prompts = "reporting"
 
     def __init__(self, log_alphas: Sequence[float] = LOG_ALPHAS) -> None:
         self.log_alphas = list(log_alphas)

@@ -99,6 +99,7 @@ class Heads(Part[HeadsResult]):
         "circuit does each one play?"
     )
     result = HeadsResult
+    prompts = "choosing"
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Whether the prompts have names."""

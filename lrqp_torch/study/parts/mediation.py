@@ -142,6 +142,7 @@ class Mediation(Part[MediationResult]):
     )
     result = MediationResult
     needs = ("flipping", "heads")
+    prompts = "reporting"
 
     def __init__(self, groups: Mapping[str, list[str]] | None = None) -> None:
         self.groups = groups
