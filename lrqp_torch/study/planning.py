@@ -122,7 +122,9 @@ def _try(
             except LRQPError:
                 continue
             took = time.perf_counter() - began
-            found[part.name] = round(took * part.work(whole) / max(part.work(few), 1), 1)
+            found[part.name] = round(
+                took * part.work(part.scope(whole)) / max(part.work(part.scope(few)), 1), 1
+            )
     return found
 
 
