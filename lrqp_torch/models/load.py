@@ -143,7 +143,8 @@ def _gguf(path: Path, dtype: torch.dtype) -> Loaded:
         for name in ("is_quantized", "_is_quantized", "quantization_method"):
             vars(holder).pop(name, None)
     _keep_converted(copy, model, tokenizer)
-    return model.to(dtype), tokenizer
+    narrowed: PreTrainedModel = model.to(dtype)  # type: ignore[arg-type]
+    return narrowed, tokenizer
 
 
 def _converted(path: Path) -> Path:

@@ -294,7 +294,8 @@ class Covariance:
         )
         self.third = self.third - trace * delta - 2 * pulled - n * length * delta
         self.mean, self.n_samples = self.mean + delta, total
-        return delta * n**0.5
+        row: Tensor = delta * n**0.5
+        return row
 
     def over(self, ranks: Ranks) -> "Covariance":
         """The accumulators of all ranks, merged in rank order, with the same bits on every rank.
