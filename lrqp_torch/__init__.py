@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lrqp_torch.stream.capture import capture, capture_batches
     from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
     from lrqp_torch.stream.positions import Scope, position_ids
-    from lrqp_torch.stream.sites import Family, all_sites, register_family
+    from lrqp_torch.stream.sites import Family, Site, all_sites, register_family
     from lrqp_torch.stream.store import ActivationStore, capture_to
+    from lrqp_torch.stream.text import Span
 
 __version__ = "0.3.0"
 
@@ -43,7 +44,9 @@ __all__ = [
     "MahalanobisQP",
     "Provenance",
     "Scope",
+    "Site",
     "Solution",
+    "Span",
     "Status",
     "all_sites",
     "capture",
@@ -70,8 +73,9 @@ _MODULES = {
     "stream.capture": ["capture", "capture_batches"],
     "stream.intervene": ["EditContext", "Intervention", "intervene"],
     "stream.positions": ["Scope", "position_ids"],
-    "stream.sites": ["Family", "all_sites", "register_family"],
+    "stream.sites": ["Family", "Site", "all_sites", "register_family"],
     "stream.store": ["ActivationStore", "capture_to"],
+    "stream.text": ["Span"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 # Modules and packages that are public names themselves.

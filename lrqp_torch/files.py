@@ -270,4 +270,7 @@ def digest_values(values: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.flatten().cpu().contiguous().view(torch.uint8).numpy()
+    flat = tensor.flatten().cpu().contiguous()
+    # One number of a larger tensor counts as contiguous, whatever its stride.
+    flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy()

@@ -1,10 +1,10 @@
 """What every edit is: a change of activations, outside a model or inside its forward pass."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,13 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
+from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.following import Rows
+from lrqp_torch.stream.inputs import as_inputs
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
 from lrqp_torch.stream.positions import Positions, Where
+from lrqp_torch.stream.sites import Site
+from lrqp_torch.stream.text import Span
 
 Asked = TypeVar("Asked")
 """How a kind of edit is told what to write: a class, or a class for each of several variables."""
@@ -100,12 +104,14 @@ class Edit(nn.Module, Shared, Generic[Asked]):
     def at(
         self,
         model: nn.Module,
-        site: str,
+        site: str | Site,
         *,
         positions: Where,
         target: Asked,
         source: Asked | None = None,
         record: bool = True,
+        texts: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
         **given: Any,
     ) -> AbstractContextManager[EditRun]:
         """Edit ``model`` at a site in every forward pass within the context.
@@ -114,17 +120,22 @@ class Edit(nn.Module, Shared, Generic[Asked]):
                 logits = model(**inputs).logits
 
         Args:
-            model: a transformers model; it is not changed.
-            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
+            model: a transformers model; it is not changed. At the sites of
+                :meth:`~lrqp_torch.Site.module`, any module.
+            site: ``Ln.pre``, ``Ln.mid`` or ``Ln.post``, or any other
+                :class:`~lrqp_torch.Site`.
             positions: LongTensor (B,), (B, n) or BoolTensor (B, T), or lists of these; a column of
-                each text, a slice of them, ``"last"``, or a function of the model's inputs; or,
-                around ``model.generate``, ``"prompt"``, ``"generated"``, ``"all"`` or a
-                :class:`~lrqp_torch.Scope`.
+                each text, a slice of them, ``"last"``, a word's (:class:`~lrqp_torch.Span`), or a
+                function of the model's inputs; or, around ``model.generate``, ``"prompt"``,
+                ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
             target: class to write: one for all, (B,) one an example, or the shape of positions. Of
                 several variables: name to class, each in one of these shapes, or a tensor with the
                 variables as a last axis.
             source: class that holds now, in the same shapes; default the probe's own reading.
             record: whether to keep what the edit did to each token, some 100 bytes a token.
+            texts: what the model is to be run on, in which positions are then found:
+                ``model(**run.inputs)``.
+            tokenizer: the model's own, which reads the texts.
             given: what else this kind of edit is given, such as ``parameters``.
 
         Yields:
@@ -133,16 +144,21 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         Raises:
             ProvenanceError: the edit was fitted on a model of another family or size.
         """
+        inputs: Mapping[str, Tensor] | None = None
+        if texts is not None:
+            inputs = as_inputs(model, texts, tokenizer).to(input_device(model))
+            positions = positions(inputs) if isinstance(positions, Span) else positions
         item = self.on(
             site, positions=positions, target=target, source=source, record=record, **given
         )
+        cast(EditRun, item.edit).inputs = inputs
         if self.provenance is not None:
-            self.provenance.check(model, site)
+            self.provenance.check(model, str(Site.parse(site)))
         return intervene_once(model, item, EditRun)
 
     def on(
         self,
-        site: str,
+        site: str | Site,
         *,
         positions: Where,
         target: Asked,

@@ -1,6 +1,6 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,7 @@ class EditRun:
         positions: where, parsed.
         given: what else it is given at each application.
         certified: whether what it returns need not be looked at again; see :class:`Edit`.
+        inputs: the texts of ``edit.at(..., texts=...)`` as the model is given them; else None.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class EditRun:
         record: bool = True,
     ) -> None:
         self.edit, self.given = edit, dict[str, Any]()
+        self.inputs: Mapping[str, Tensor] | None = None
         self.positions = Positions.parse(positions)
         self._target = edit.place(target, "target", self.positions)
         self._source = None if source is None else edit.place(source, "source", self.positions)

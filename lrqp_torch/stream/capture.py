@@ -1,35 +1,42 @@
 """Reading the residual stream: a checked request, and the forward passes that answer it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed.ranks import Ranks
-from lrqp_torch.errors import EditNeverFiredError, PositionError, WidthError
+from lrqp_torch.errors import EditNeverFiredError, PositionError, SiteError, WidthError
 from lrqp_torch.files import digest_model, digest_values
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     Batch,
+    as_inputs,
     by_length,
     check_inputs,
     count_tokens,
     cut,
     in_order,
     may_trim,
+    of_stack,
     take,
 )
 from lrqp_torch.stream.passes import ForwardCall, cache_among
 from lrqp_torch.stream.positions import Positions, Where, check_fit
 from lrqp_torch.stream.progress import Advance, no_progress, progress_bars
-from lrqp_torch.stream.sites import Located, Site, locate
+from lrqp_torch.stream.sites import Captured, Located, Site, locate
 from lrqp_torch.stream.watch import Watch, opened
 
 ALONE = Ranks()
 """One process."""
+
+NOTHING = "no sites were given: nothing would be captured"
+
+Given: TypeAlias = Mapping[str, Any] | Sequence[str] | str | Tensor | tuple[Any, ...]
+"""What a model is run on: named tensors, texts, or what any other module takes."""
 
 Progressed = bool | Advance
 """Whether to show a progress bar, or what to call with the number of examples just run."""
@@ -37,10 +44,11 @@ Progressed = bool | Advance
 
 def capture(
     model: nn.Module,
-    inputs: Mapping[str, Any],
-    sites: str | Sequence[str | Site],
+    inputs: Given,
+    sites: str | Site | Sequence[str | Site],
     positions: Where | None = None,
     *,
+    tokenizer: Any = None,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     device: torch.device | str | None = None,
@@ -55,14 +63,18 @@ def capture(
     Under open edits and other hooks the inputs run as given.
 
     Args:
-        model: a transformers model with a row in :data:`lrqp_torch.stream.sites.FAMILIES`.
+        model: a transformers model; at the sites of :meth:`~lrqp_torch.Site.module`, any module.
         inputs: arguments of the model's forward, tensors with one row an example; moved to the
-            model's device batch by batch.
-        sites: names such as ``["L6.mid", "L7.pre"]``, or one name.
+            model's device batch by batch. Or texts, for which ``tokenizer`` is the model's own. Of
+            any other module also what it takes by place, a tensor or a tuple.
+        sites: names such as ``["L6.mid", "L7.pre"]``, or one name; see
+            :class:`~lrqp_torch.stream.sites.Site`.
         positions: LongTensor (n,) or (n, k), or BoolTensor (n, T), on the padded input as given, or
             lists of these; an int or a slice, for columns of every example; ``"last"``,
-            ``"prompt"`` or ``"all"``, for its last or all of its real tokens; or a function of the
-            inputs that returns such. Default all tokens, padding included.
+            ``"prompt"`` or ``"all"``, for its last or all of its real tokens; a word's
+            (:class:`~lrqp_torch.Span`); or a function of the inputs that returns such. Default all
+            tokens, padding included. In an encoder–decoder they count those of the site's own stack
+            (``input_ids``, or ``decoder_input_ids``); sites of both may be asked for at once.
         batch_size: the most examples a forward pass; default no limit.
         batch_tokens: the most tokens a forward pass, padding included; default no limit. A single
             example may exceed it.
@@ -75,25 +87,45 @@ def capture(
             on each.
 
     Returns:
-        For each name activations in the stream's dtype: (n, d) for positions (n,), (n, k, d) for
-        (n, k), (N, d) for a mask with N true entries in row-major order, (n, T, d) without.
+        For each site's name activations in the stream's dtype: (n, d) for positions (n,),
+        (n, k, d) for (n, k), (N, d) for a mask with N true entries in row-major order, (n, T, d)
+        without.
 
     Raises:
         SiteError, UnknownFamilyError, PositionError: bad input, named, on the first rank.
         ToldError: an error on another rank, which raises it.
         RankError: models or inputs that are not the same on all ranks, or a rank that has gone.
     """
-    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
-    with progress_shown(ranks.is_main and progress, reading.n_examples) as advance:
-        return reading.gather(range(reading.n_examples), device, advance)
+    with ranks.together():
+        asked = [locate(model, site) for site in listed(sites)]
+    found: dict[str, Tensor] = {}
+    plain = [item for item in asked if item.trunk.plain]
+    if plain:
+        found |= _read_plainly(model, inputs, plain, positions, batch_size, device)
+    for passes in dict.fromkeys(item.passes for item in asked if not item.trunk.plain):
+        together = [item.site for item in asked if item.passes is passes]
+        reading = Reading(
+            model, inputs, together, positions, batch_size, batch_tokens, ranks, tokenizer
+        )
+        with progress_shown(ranks.is_main and progress, reading.n_examples) as advance:
+            found |= reading.gather(range(reading.n_examples), device, advance)
+    if not asked:
+        raise PositionError(NOTHING)
+    return Captured((str(item.site), found[str(item.site)]) for item in asked)
+
+
+def listed(sites: str | Site | Sequence[str | Site]) -> Sequence[str | Site]:
+    """One site or several, as a list."""
+    return [sites] if isinstance(sites, str | Site) else sites
 
 
 def capture_batches(
     model: nn.Module,
-    inputs: Mapping[str, Any],
-    sites: str | Sequence[str | Site],
+    inputs: Given,
+    sites: str | Site | Sequence[str | Site],
     positions: Where | None = None,
     *,
+    tokenizer: Any = None,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     device: torch.device | str | None = None,
@@ -109,9 +141,9 @@ def capture_batches(
 
     Batches come in order of length, not of the inputs.
 
-    All arguments are as there. Of ``ranks`` each batch comes on one only, and nothing is exchanged:
-    ``ranks.merge`` makes one covariance of those of all ranks, and
-    :func:`lrqp_torch.distributed.fit_batches` one probe.
+    All arguments are as there, and all sites in one stack of one language model. Of ``ranks`` each
+    batch comes on one only, and nothing is exchanged: ``ranks.merge`` makes one covariance of those
+    of all ranks, and :func:`lrqp_torch.distributed.fit_batches` one probe.
 
     Yields:
         ``(rows, found)`` with ``capture(...)[site][rows]`` equal to ``found[site]``; rows is a
@@ -121,7 +153,7 @@ def capture_batches(
         SiteError, UnknownFamilyError, PositionError, ToldError, RankError: as there; at the call,
             not at the first batch.
     """
-    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks, tokenizer)
     runs = reading.run(range(reading.n_examples), device, ranks.turns)
     return ((rows, found) for _, rows, found in runs)
 
@@ -165,21 +197,25 @@ class Reading:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
-        sites: str | Sequence[str | Site],
+        inputs: Given,
+        sites: str | Site | Sequence[str | Site],
         positions: Where | None,
         batch_size: int | None,
         batch_tokens: int | None,
         ranks: Ranks = ALONE,
+        tokenizer: Any = None,
     ) -> None:
         with ranks.together():
-            self._prepare(model, inputs, sites, positions, batch_size, batch_tokens)
+            located = [locate(model, site) for site in listed(sites)]
+            self._check_alike(located)
+            read = as_inputs(model, inputs, tokenizer)
+            self._prepare(model, read, located, positions, batch_size, batch_tokens)
         self.ranks = ranks
         if ranks.size > 1:
             ranks.agree(
                 {
                     "the models": digest_model(model),
-                    "the inputs": digest_values(inputs),
+                    "the inputs": digest_values(self.inputs),
                     "the positions": self.digest_of_positions,
                     "sites and batches": (self.sites, batch_size, batch_tokens),
                 }
@@ -189,21 +225,15 @@ class Reading:
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        sites: str | Sequence[str | Site],
+        located: list[Located],
         positions: Where | None,
         batch_size: int | None,
         batch_tokens: int | None,
     ) -> None:
-        located = [locate(model, site) for site in ([sites] if isinstance(sites, str) else sites)]
-        if not located:
-            raise PositionError("no sites were given: nothing would be captured")
-        if not isinstance(inputs, Mapping):
-            raise WidthError(
-                f"inputs must be a mapping with input_ids, such as tokenizer(texts, "
-                f"return_tensors='pt', padding=True), got {type(inputs).__name__}"
-            )
-        self.n_examples, self.length = count_tokens(inputs)
-        check_inputs(model, inputs)
+        self.trunk = located[0].trunk
+        own = of_stack(model, inputs, self.trunk)
+        self.n_examples, self.length = count_tokens(own)
+        check_inputs(model, own, self.trunk)
         if cache_among(inputs) is not None:
             raise PositionError(
                 "capture stops the forward pass early, which would leave the KV cache in inputs "
@@ -216,20 +246,30 @@ class Reading:
         self.located = {str(item.site): item for item in located}
         self.sites = list(self.located)
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.trims = positions is not None and may_trim(model, inputs)
-        self.places = None if positions is None else self._parse(positions)
+        self.trims = positions is not None and may_trim(model, inputs, self.trunk)
+        self.places = None if positions is None else self._parse(positions, own)
         known = positions is None or isinstance(positions, Tensor)
         said = positions if known or self.places is None else self.places.positions.token
         self.digest_of_positions = digest_values({"positions": said})
-        given = {name: inputs[name] for name in _READ if name in inputs}
-        call = Watch(model, warns=True).texts.read(given)
+        given = {name: own[name] for name in _READ if name in own}
+        call = Watch(model, trunk=self.trunk, warns=True).texts.read(given)
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
         warn_of_dropout(model)
 
-    def _parse(self, positions: Where) -> "_Places":
-        parsed = Positions.parse(positions).among(self.n_examples, self.length, self.inputs)
+    @staticmethod
+    def _check_alike(located: list[Located]) -> None:
+        if not located:
+            raise PositionError(NOTHING)
+        if located[0].trunk.plain or len({id(item.trunk.module) for item in located}) > 1:
+            raise SiteError(
+                f"{', '.join(str(item.site) for item in located)}: batches are of sites in one "
+                f"stack of one language model; capture takes others too"
+            )
+
+    def _parse(self, positions: Where, own: Mapping[str, Any]) -> "_Places":
+        parsed = Positions.parse(positions).among(self.n_examples, self.length, own)
         if parsed.batch != self.n_examples:
             raise PositionError(
                 f"positions are for {parsed.batch} examples, inputs have {self.n_examples}"
@@ -307,7 +347,11 @@ class Reading:
         for watch in self._within:
             watch.check_open()
         for batch in batches[turns]:
-            part = cut(self.model, self.inputs, batch) if self.trims else take(self.inputs, batch)
+            part = (
+                cut(self.inputs, batch, self.trunk)
+                if self.trims
+                else take(self.inputs, batch, self.n_examples)
+            )
             part = {
                 name: value.to(home) if isinstance(value, Tensor) else value
                 for name, value in part.items()
@@ -357,11 +401,14 @@ class _Places:
 def _read(
     model: nn.Module, inputs: dict[str, Any], located: list[Located], at: Positions | None
 ) -> dict[str, Tensor]:
-    """One forward pass, ended at the last site."""
+    """One forward pass, ended when all sites have been read."""
     captured: dict[str, Tensor] = {}
-    last = max(item.site for item in located)
+    # A module that was named by its path may run once more, which must be seen.
+    once = all(item.site.path is None for item in located)
 
     def keep(item: Located) -> Visit:
+        name = str(item.site)
+
         def read(
             stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
         ) -> Tensor:
@@ -372,23 +419,85 @@ def _read(
                 rows = tensor[here.example, here.token + call.front]
                 return rows.reshape(*at.shape, tensor.shape[-1])
 
-            picked = pick(stream)
+            picked = scaled(pick(stream), scale)
             if residual is not None:
-                picked = pick(residual) + scaled(picked, scale)
-            captured[str(item.site)] = picked.detach()
-            if item.site == last:
+                picked = pick(residual) + picked
+            captured[name] = picked.detach()
+            if once and len(captured) == len(located):
                 raise _StopForwardError
             return stream
 
         return read
 
-    watch = Watch(model)
+    watch = Watch(model, trunk=located[0].trunk)
     with watch.open() as stack:
         for item in sorted(located, key=lambda item: item.site):
             attach(stack, watch, item, keep(item))
         with suppress(_StopForwardError):
             model(**inputs)
+    _check_reached(located, captured)
+    return captured
+
+
+def _check_reached(located: Sequence[Located], captured: Mapping[str, Tensor]) -> None:
     missing = [str(item.site) for item in located if str(item.site) not in captured]
     if missing:
         raise EditNeverFiredError(f"the forward pass never reached {', '.join(missing)}")
-    return captured
+
+
+@torch.no_grad()
+def _read_plainly(
+    model: nn.Module,
+    inputs: Any,
+    located: list[Located],
+    positions: Where | None,
+    batch_size: int | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """Activations of modules that are no language model: what they are called with is their own."""
+    parts: dict[str, list[Tensor]] = {str(item.site): [] for item in located}
+    given = inputs if isinstance(inputs, Mapping | tuple) else (inputs,)
+    tensors = given.values() if isinstance(given, Mapping) else given
+    n_examples = next((len(x) for x in tensors if isinstance(x, Tensor) and x.ndim), 0)
+    if not n_examples:
+        raise WidthError(
+            f"inputs must be what the model takes, tensors with one row an example, got "
+            f"{type(inputs).__name__}"
+        )
+
+    def keep(item: Located) -> Visit:
+        def read(
+            stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
+        ) -> Tensor:
+            parts[str(item.site)].append(stream.detach().clone())
+            return stream
+
+        return read
+
+    home = input_device(model)
+    for batch in in_order(1, range(n_examples), batch_size, None):
+        part = take(given, batch, n_examples)
+        with ExitStack() as stack:
+            for item in located:
+                watch = Watch(model, trunk=item.trunk)
+                attach(stack.enter_context(watch.open()), watch, item, keep(item))
+            if isinstance(part, Mapping):
+                model(**{k: x.to(home) if isinstance(x, Tensor) else x for k, x in part.items()})
+            else:
+                model(*(x.to(home) if isinstance(x, Tensor) else x for x in part))
+    found = {name: torch.cat(batches) for name, batches in parts.items() if batches}
+    _check_reached(located, found)
+    for name, whole in found.items():
+        if positions is not None:
+            at = Positions.parse(positions).among(len(whole), whole.shape[1], {})
+            if at.batch != len(whole) or at.span[1] >= whole.shape[1]:
+                raise PositionError(
+                    f"{name} has {len(whole)} rows of {whole.shape[1]} tokens, positions are for "
+                    f"{at.batch} rows and up to {at.span[1]}"
+                )
+            here = at.to(whole.device)
+            found[name] = whole[here.example, here.token].reshape(*at.shape, whole.shape[-1])
+        elif whole.shape[1] == 1:
+            found[name] = whole[:, 0]
+        found[name] = found[name].to(device or whole.device)
+    return found

@@ -26,6 +26,9 @@ ROWS, TOKENS, TOKEN = 2, 6, 4
 SMALL = 2.0**-6
 """Size of the input by which sums are found: what a block adds to it must not drown in rounding."""
 
+CROSSED = ("encoder_hidden_states", "cross_attention_states")
+"""Arguments of a block by which cross-attention is given another stack's stream."""
+
 WITHOUT_MID = (
     "has no place that skip path and MLP both go through; attention and MLP may run in parallel"
 )
@@ -40,16 +43,20 @@ class Cut:
         module: path, from the block, of the module whose output is (part of) the stream there.
         scale: the stream is block input + scale · output, as in most families (where the scale is
             1); None where the output itself is the stream (blocks that normalise after adding).
+        added_to: path of the module whose input is what the output is added to; None for the
+            block's first reader. Behind cross-attention, it is what that reads.
     """
 
     module: str
     scale: float | None = 1.0
+    added_to: str | None = None
 
     def __str__(self) -> str:
         if self.scale is None:
             return f"the output of {self.module!r} itself"
         times = "" if self.scale == 1 else f"{self.scale:g} times "
-        return f"the block's input plus {times}the output of {self.module!r}"
+        base = "the block's input" if self.added_to is None else f"what {self.added_to!r} reads"
+        return f"{base} plus {times}the output of {self.module!r}"
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,17 @@ class BlockSites:
         projection: the module that maps the heads' outputs, side by side, back to the stream (W_O);
             None where no module does.
         without_mid: why there is no cut, or None where there is one.
+        attention: the module whose output, times a number, is what attention adds to the stream;
+            None where no module's is.
+        mlp: the same of the MLP, or of the experts in its place.
     """
 
     first_reader: str
     cut: Cut | None
     projection: str | None
     without_mid: str | None = None
+    attention: Cut | None = None
+    mlp: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,15 @@ class Stack:
         each: the sites of every block.
         absolute_positions: whether the model adds learned position embeddings to columns of the
             input, so that a left-padded batch needs ``position_ids``.
+        final: path, from the trunk, of the module after the last block whose output is the stream
+            that is read out, its last norm; None where that is the last block's output.
     """
 
     trunk: str
     blocks: str
     each: tuple[BlockSites, ...]
     absolute_positions: bool = False
+    final: str | None = None
 
 
 @dataclass
@@ -100,11 +115,31 @@ class _Call:
     output: Tensor | None = None
     times: int = 1
 
-    def again(self, stream: Tensor) -> Tensor:
-        """The block's output, (B, T, d), for another input."""
-        replaced = [stream if item is self.stream else item for item in self.args]
-        named = {k: stream if item is self.stream else item for k, item in self.kwargs.items()}
-        output = first_tensor(self.block(*replaced, **named))
+    @property
+    def crossed(self) -> list[Tensor]:
+        """What the block's cross-attention reads, if it has any."""
+        named = inspect.signature(self.block.forward).parameters
+        given = {**dict(zip(named, self.args, strict=False)), **self.kwargs}
+        return [
+            item
+            for name, item in given.items()
+            if name in CROSSED and isinstance(item, Tensor) and item is not self.stream
+        ]
+
+    def again(self, stream: Tensor, seed: int | None = None) -> Tensor:
+        """The block's output, (B, T, d), for another input, and for another encoder's if a seed is
+        given: all that the block reads of other tokens is then made up from it.
+        """
+
+        def other(item: Any) -> Any:
+            if item is self.stream:
+                return stream
+            crossed = seed is not None and any(item is states for states in self.crossed)
+            return _input_like(item, seed or 0) if crossed else item
+
+        output = first_tensor(
+            self.block(*map(other, self.args), **{k: other(v) for k, v in self.kwargs.items()})
+        )
         assert output is not None
         return output
 
@@ -155,9 +190,28 @@ def discover(model: nn.Module) -> list[Stack]:
                     known[kind] = sites_of(calls[block], inner)
             each = tuple(known[_kind(block)] for block in blocks)
             trunk = _trunk(name, given)
-            path = name[len(trunk) + 1 :] if trunk else name
-            found.append(Stack(trunk, path, each, absolute))
+            last = _last_norm(name, blocks[-1], inner, calls)
+            begin = len(trunk) + 1 if trunk else 0
+            final = None if last is None else last[begin:]
+            found.append(Stack(trunk, name[begin:], each, absolute, final))
     return found
+
+
+def _last_norm(
+    name: str, last: nn.Module, model: nn.Module, calls: dict[nn.Module, _Call]
+) -> str | None:
+    """Path of the module beside a list of blocks that reads the output of the last of them."""
+    parent, stream = name.rpartition(".")[0], calls[last].output
+    names: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    assert stream is not None
+    for module in list(calls)[list(calls).index(last) + 1 :]:
+        path, call = names[module], calls[module]
+        beside = path.startswith(f"{parent}.") if parent else True
+        if not beside or path.startswith(f"{name}.") or call.output is None:
+            continue
+        if torch.equal(call.stream, stream) and call.output.shape == stream.shape:
+            return path
+    return None
 
 
 def hold_to_proof(model: nn.Module, stack: Stack) -> None:
@@ -227,25 +281,142 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
     """The sites of one block, from its behaviour."""
     h = _input_like(call.stream, seed=0, size=SMALL)
     record = _Record.of(call, h)
+    constants = list(_constants(call.block, model))
     first_reader = next((n for n, x, _ in record.inputs if torch.equal(x, h)), "")
-    cut, start = None, 0
-    for candidate, index in record.sums(h, list(_constants(call.block, model))):
+    cut, start, attention = None, 0, None
+    # Behind self-attention there may be cross-attention, which adds to what the first has left.
+    base: tuple[Tensor, str | None] | None = (h, None)
+    while cut is None and base is not None:
+        sums, base = record.sums(*base, constants), None
+        for found in sums:
+            if not _mixes_tokens(call, found.cut):
+                continue
+            attention = attention or _added(call, [found.cut.module], None, constants)
+            if is_cut(call, found.cut):
+                cut, start = found.cut, found.before
+                break
+            if base is None and call.crossed:
+                base = found.stream, found.reader
+    # Blocks that normalise after adding have a later cut, which both the skip path and the MLP
+    # read. The last of all is the one between attention and MLP.
+    for candidate, index in record.single_outputs(h, start, cut):
         if _mixes_tokens(call, candidate) and is_cut(call, candidate):
             cut, start = candidate, index
             break
-    # Blocks that normalise after adding have a later cut, which both the skip path and the MLP
-    # read. The last of all is the one between attention and MLP.
-    for candidate in record.single_outputs(h, start, cut):
-        if _mixes_tokens(call, candidate) and is_cut(call, candidate):
-            cut = candidate
-            break
+    if cut is None:
+        attention, mlp = _side_by_side(call, [name for name, _ in record.outputs], constants)
+    else:
+        if attention is None:  # an output too small to be seen in the sum, in half precision
+            earlier = [name for name, _ in record.outputs[:start]]
+            mixing = [name for name in earlier if _mixes_tokens(call, Cut(name, None))]
+            attention = _added(call, mixing, None, constants)
+        mlp = _added(call, [name for name, _ in record.outputs[start:]], cut, constants)
     reason = None if cut is not None else WITHOUT_MID
     matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
-    return BlockSites(first_reader, cut, next(matrices, None), reason)
+    return BlockSites(first_reader, cut, next(matrices, None), reason, attention, mlp)
+
+
+def _added(
+    call: _Call, names: Sequence[str], cut: Cut | None, constants: Sequence[float]
+) -> Cut | None:
+    """The first of some modules whose output, times a number, is added to a stream that is read.
+
+    Seen by forcing the output to one value at a token, and the stream to another: a later reader,
+    or the next block, must be given the one plus a multiple of the other.
+
+    Args:
+        call: the block.
+        names: its modules to try, the outermost first.
+        cut: where the stream is; None for the block's input.
+        constants: numbers that the model may multiply by.
+    """
+    h, mid, out = (_input_like(call.stream, seed) for seed in (0, 3, 4))
+    stream = (h if cut is None else mid)[:, TOKEN].double()
+    for name in sorted(names, key=lambda name: name.count(".")):
+        forced = [(Cut(name, None), out[:, TOKEN])]
+        forced += [] if cut is None else [(cut, mid[:, TOKEN])]
+        with _forced(call, h, *forced):
+            record = _Record.of(call, h)
+        for x in [*(x for _, x, _ in record.inputs), record.result]:
+            scales = _multiples(x[:, TOKEN].double() - stream, [out[:, TOKEN]], constants)
+            if scales is not None:
+                return Cut(name, scales[0])
+    return None
+
+
+def _side_by_side(
+    call: _Call, names: Sequence[str], constants: Sequence[float]
+) -> tuple[Cut | None, Cut | None]:
+    """Attention and MLP of a block that adds the outputs of both to its input at once."""
+    h, one, two = (_input_like(call.stream, seed) for seed in (0, 3, 4))
+    names = sorted(names, key=lambda name: name.count("."))
+    mixing = [name for name in names if _mixes_tokens(call, Cut(name, None))]
+    for first in mixing:
+        for second in (name for name in names if name not in mixing):
+            forced = ((Cut(first, None), one[:, TOKEN]), (Cut(second, None), two[:, TOKEN]))
+            with _forced(call, h, *forced):
+                change = (call.again(h) - h)[:, TOKEN].double()
+            scales = _multiples(change, [one[:, TOKEN], two[:, TOKEN]], constants)
+            if scales is not None:
+                return Cut(first, scales[0]), Cut(second, scales[1])
+    return None, None
+
+
+def _multiples(
+    change: Tensor, parts: Sequence[Tensor], constants: Sequence[float]
+) -> list[float] | None:
+    """The numbers by which parts are multiplied to make up a change; None where they do not."""
+    matrix = torch.stack([part.double().flatten() for part in parts], 1)
+    scales = torch.linalg.lstsq(matrix, change.reshape(-1, 1)).solution
+    close = 2 * _tolerance(parts[0].dtype)
+    rest = float((matrix @ scales - change.reshape(-1, 1)).norm())
+    if rest > close * float(matrix.norm()) or bool((scales.abs() < 0.01).any()):
+        return None
+    found = scales.flatten().tolist()
+    near = [[c for c in constants if abs(c - scale) <= close * abs(scale)] for scale in found]
+    return [min(c, key=lambda c: abs(c - s), default=s) for c, s in zip(near, found, strict=True)]
+
+
+@contextmanager
+def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[None]:
+    """Within this the stream at some cuts is a value (B, d) at the token, for the input h."""
+    with ExitStack() as stack:
+        for cut, value in forced:
+            base = [h]
+
+            def keep(module: nn.Module, args: Any, kwargs: Any, base: list[Tensor] = base) -> None:
+                read = stream_given(args, kwargs, base[0].shape)
+                assert read is not None
+                base[0] = read
+
+            def force(
+                module: nn.Module,
+                args: Any,
+                output: Any,
+                cut: Cut = cut,
+                value: Tensor = value,
+                base: list[Tensor] = base,
+            ) -> Any:
+                tensor = first_tensor(output)
+                assert tensor is not None
+                shaped = tensor.clone().view(h.shape)
+                wanted = value if cut.scale is None else (value - base[0][:, TOKEN]) / cut.scale
+                shaped[:, TOKEN] = wanted.to(shaped.dtype)
+                return with_first(output, shaped.view(tensor.shape))
+
+            if cut.added_to is not None:
+                reader = call.block.get_submodule(cut.added_to)
+                before = reader.register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(before.remove)
+            stack.enter_context(_hooked(call.block.get_submodule(cut.module), force))
+        yield
 
 
 def is_cut(call: _Call, cut: Cut) -> bool:
-    """Whether a block's output at a token follows from the stream at the cut alone."""
+    """Whether a block's output at a token follows from the stream there, at the cut, alone.
+
+    So neither the block's input nor, in a decoder, the encoder's output is read behind it.
+    """
     return cut_difference(call, cut) <= _tolerance(call.stream.dtype)
 
 
@@ -259,17 +430,8 @@ def cut_difference(call: _Call, cut: Cut) -> float:
     outputs = []
     for seed in (1, 2):
         h = _input_like(call.stream, seed)
-
-        def force(module: nn.Module, args: Any, output: Any, h: Tensor = h) -> Any:
-            tensor = first_tensor(output)
-            assert tensor is not None
-            shaped = tensor.clone().view(h.shape)
-            wanted = value if cut.scale is None else (value - h[:, TOKEN]) / cut.scale
-            shaped[:, TOKEN] = wanted.to(shaped.dtype)
-            return with_first(output, shaped.view(tensor.shape))
-
-        with _hooked(call.block.get_submodule(cut.module), force):
-            outputs.append(call.again(h)[:, TOKEN].double())
+        with _forced(call, h, (cut, value)):
+            outputs.append(call.again(h, seed)[:, TOKEN].double())
     size = float(outputs[0].abs().max())
     if not size or not bool(torch.isfinite(torch.stack(outputs)).all()):
         return float("inf")
@@ -291,6 +453,23 @@ def _mixes_tokens(call: _Call, cut: Cut) -> bool:
         with _hooked(call.block.get_submodule(cut.module), keep):
             call.again(h)
     return not torch.allclose(seen[0], seen[-1], rtol=1e-6, atol=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """A stream that a module reads, and the output that it may be made of.
+
+    Attributes:
+        cut: the output, its factor, and what it is added to.
+        stream: what is read, (B, T, d).
+        reader: who reads it.
+        before: how many outputs there were when it was read.
+    """
+
+    cut: Cut
+    stream: Tensor
+    reader: str
+    before: int
 
 
 @dataclass
@@ -337,20 +516,22 @@ class _Record:
             record.result = call.again(h).detach()
         return record
 
-    def sums(self, h: Tensor, constants: Sequence[float]) -> Iterator[tuple[Cut, int]]:
-        """Outputs that, times a number and added to the input h, are what a later module reads.
+    def sums(
+        self, base: Tensor, added_to: str | None, constants: Sequence[float]
+    ) -> Iterator[_Sum]:
+        """Outputs that, times a number and added to a stream, are what a later module reads.
 
         Args:
-            h: the block's input.
+            base: the stream, such as the block's input h.
+            added_to: the module that reads it, if that is not the first of the block.
             constants: numbers that the model may multiply by, to be exact to the last bit.
+            start: how many outputs, from the beginning, are not asked about.
 
-        Yields:
-            A candidate, and how many outputs there were when its sum was first read.
         """
         seen: set[Cut] = set()
-        precision = torch.finfo(h.dtype).eps
-        for _, x, before in self.inputs:
-            change, noise = (x - h).double(), 4 * precision * float(x.double().norm())
+        precision = torch.finfo(base.dtype).eps
+        for reader, x, before in self.inputs:
+            change, noise = (x - base).double(), 4 * precision * float(x.double().norm())
             size = float(change.norm())
             if size <= 2 * noise:
                 continue
@@ -363,33 +544,39 @@ class _Record:
                 near = [c for c in constants if abs(c - scale) <= inexact * abs(scale)]
                 scale = min(near, key=lambda c: abs(c - scale), default=scale)
                 rest = float((change - scale * wide).norm())
-                cut = Cut(name, scale)
+                cut = Cut(name, scale, added_to)
                 if abs(scale) > 1e-3 and rest <= inexact * size and cut not in seen:
                     seen.add(cut)
-                    yield cut, before
+                    yield _Sum(cut, x, reader, before)
 
-    def single_outputs(self, h: Tensor, start: int, found: Cut | None) -> Iterator[Cut]:
+    def single_outputs(self, h: Tensor, start: int, found: Cut | None) -> Iterator[tuple[Cut, int]]:
         """Modules whose own output may be the stream, the last to run first.
 
         Args:
             h: the block's input.
             start: how many outputs, from the beginning, are not asked about.
             found: the sum that is a cut; modules that return the same are not asked about.
+
+        Yields:
+            A candidate, and how many outputs there are up to it.
         """
         # The block's own output is `post`, and its input is `pre`.
         known = [self.result, h]
         if found is not None and found.scale is not None:
-            known.append(h + found.scale * dict(self.outputs)[found.module])
+            read = dict((name, x) for name, x, _ in reversed(self.inputs))
+            base = h if found.added_to is None else read[found.added_to]
+            known.append(base + found.scale * dict(self.outputs)[found.module])
         close = 4 * _tolerance(h.dtype)
-        tried: list[tuple[str, Tensor]] = []
-        for name, output in reversed(self.outputs[start:]):
+        tried: list[tuple[str, Tensor, int]] = []
+        for index in range(len(self.outputs), start, -1):
+            name, output = self.outputs[index - 1]
             if not any(torch.allclose(output, other, rtol=close) for other in known):
-                tried.append((name, output))
-        for name, output in tried:
+                tried.append((name, output, index))
+        for name, output, index in tried:
             # The outermost of the modules that return the same is the one to name.
-            same = [n for n, other in tried if torch.equal(other, output)]
+            same = [n for n, other, _ in tried if torch.equal(other, output)]
             if name == min(same, key=lambda n: n.count(".")):
-                yield Cut(name, None)
+                yield Cut(name, None), index
 
 
 def _constants(block: nn.Module, model: nn.Module) -> Iterator[float]:

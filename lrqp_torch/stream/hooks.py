@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import ModelError, SiteError, warn
+from lrqp_torch.errors import ModelError, PositionError, SiteError, warn
 from lrqp_torch.stream.compiled import modules_in_training, run_eagerly
 from lrqp_torch.stream.discovery import first_tensor, with_first
 from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.positions import Positions
 from lrqp_torch.stream.sites import (
-    PARTS,
     Located,
     Site,
     blocks_of,
@@ -30,7 +29,7 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
-from lrqp_torch.stream.watch import Watch, hook, hook_after
+from lrqp_torch.stream.watch import RAN_TWICE, Watch, hook, hook_after, in_backward
 
 Visit = Callable[[Tensor, Tensor | None, float, ForwardCall], Tensor]
 """Called with a module's tensor, what it is added to (None where it is the stream itself), what it
@@ -40,43 +39,71 @@ is multiplied by before, and the call that it is part of; gives the tensor to go
 def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> None:
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
-    The stream there is residual + scale · tensor, and the tensor itself where residual is None.
+    The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
+    tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
+    head width).
     """
-    if located.site.part == "pre":
+    scale, features = located.scale, located.features
+    latest: dict[int, ForwardCall] = {}
 
-        def before_block(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def seen(tensor: Tensor, residual: Tensor | None, entered: Tensor) -> Tensor | None:
+        """What stands in for a tensor; None for the passes of others."""
+        call = watch.call(tensor, entered)
+        if call is None:
+            return None
+        if located.site.path is not None and not in_backward():
+            # What was named by its path need not be a block, each of which runs once.
+            if latest.get(threading.get_ident()) is call:
+                raise PositionError(f"{located.site} {RAN_TWICE}")
+            latest[threading.get_ident()] = call
+        # Some modules read and return all tokens in one row; others have one token an example.
+        shape = (call.batch, call.front + call.length, -1)
+        shaped = tensor if tensor.ndim == 3 else tensor.reshape(shape)
+        part = shaped if features is None else shaped[..., features]
+        kept = visit(part, residual, scale, call)
+        if kept is part:
+            return tensor
+        if features is not None:
+            before, behind = shaped[..., : features.start], shaped[..., features.stop :]
+            kept = torch.cat([before, kept.to(tensor.dtype), behind], -1)
+        return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
+
+    if located.side == "input":
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             stream = _stream(module, args, kwargs)
-            call = watch.call(stream, stream)
-            return None if call is None else _put(args, kwargs, visit(stream, None, 1.0, call))
+            kept = seen(stream, None, stream)
+            return None if kept is None else _put(args, kwargs, kept)
 
-        hook(stack, located.block, before_block)
+        hook(stack, located.module, before)
         return
 
-    scale = located.cut.scale if located.site.part == "mid" else None
     residuals: dict[int, Tensor] = {}
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stream = first_tensor(output)
-        if stream is None:
-            raise SiteError(f"{type(module).__name__} returns {type(output).__name__}, no stream")
-        residual = None if scale is None else residuals.pop(threading.get_ident())
-        entered = args[0] if args else kwargs.get("hidden_states")
-        call = watch.call(stream, entered if residual is None else residual)
-        if call is None:
-            return None
-        return with_first(output, visit(stream, residual, scale or 1.0, call))
+        if stream is None or not stream.is_floating_point():
+            raise SiteError(
+                f"{located.site}: {type(module).__name__} returns {type(output).__name__}, of "
+                f"which the first part is no tensor of activations"
+            )
+        residual = None if located.residual is None else residuals.pop(threading.get_ident())
+        entered = residual
+        if entered is None:
+            entered = next(_tensors(args, kwargs), stream)
+        kept = seen(stream, residual, entered)
+        return None if kept is None else with_first(output, kept)
 
-    written = located.block if located.site.part == "post" else located.attention_output
-    hook_after(stack, written, after)
-    if scale is None:
+    hook_after(stack, located.module, after)
+    if located.residual is None:
         return
 
-    # The first reader sees the block input as it is after all edits of it, in whatever order
-    # contexts were nested; a pre-hook on the block might still see it before.
+    # The reader sees the stream as it is after all edits of it, in whatever order contexts were
+    # nested; a pre-hook on the block might still see it before.
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
         residuals[threading.get_ident()] = _stream(module, args, kwargs)
 
-    hook(stack, located.first_reader, remember)
+    hook(stack, located.residual, remember)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -84,17 +111,26 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The activations that a module is given, the stream first."""
+    for item in (kwargs.get("hidden_states"), *args, *kwargs.values()):
+        if isinstance(item, Tensor) and item.is_floating_point():
+            yield item
+
+
 def _stream(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The stream that a module is given."""
-    stream = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(stream, Tensor):
-        raise SiteError(f"{type(module).__name__} was called without hidden_states")
+    stream = next(_tensors(args, kwargs), None)
+    if stream is None:
+        raise SiteError(f"{type(module).__name__} was called without a tensor of activations")
     return stream
 
 
 def _put(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
     """The arguments of a module with another stream."""
-    return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+    old = next(_tensors(args, kwargs))
+    put = [stream if item is old else item for item in args]
+    return tuple(put), {name: stream if item is old else item for name, item in kwargs.items()}
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -153,7 +189,7 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[tuple[list[
     watch = Watch(model)
     with watch.open() as stack:
         for layer in range(len(blocks_of(model))):
-            attach(stack, watch, locate(model, Site(layer, PARTS.index("pre"))), keep)
+            attach(stack, watch, locate(model, Site("pre", layer)), keep)
         yield recorded, watch
 
 

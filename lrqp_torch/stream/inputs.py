@@ -4,7 +4,7 @@ Examples of one length make a batch without padding. So a padded set of n exampl
 batches of neighbours in length, and each batch loses the padding that none of its examples needs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,10 +16,14 @@ from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
 from lrqp_torch.stream.compiled import inner_model
 from lrqp_torch.stream.passes import puts_tokens_in_front
-from lrqp_torch.stream.sites import layout_of, trunk_of
+from lrqp_torch.stream.sites import Trunk, stacks_of
+from lrqp_torch.stream.text import TextInputs
 
 BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of a model's forward that have one entry a token, (n, T) or (n, T, d)."""
+
+
+_OF_DECODER = {f"decoder_{name}": name for name in BY_TOKEN}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,56 @@ class Batch:
     examples: Tensor
     first: Tensor
     width: int
+
+
+def as_inputs(model: nn.Module, given: Any, tokenizer: Any = None) -> Any:
+    """What a model is given: named tensors as they are, or texts as its tokenizer reads them.
+
+    Texts are padded on the tokenizer's side, without truncation. A model that counts columns is
+    told the positions of the tokens, and a decoder begins with its start token.
+
+    Raises:
+        WidthError: neither.
+        TokenizerError: texts without a fast tokenizer.
+    """
+    if isinstance(given, Mapping):
+        return given
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise WidthError(
+            f"inputs must be a mapping with input_ids, such as tokenizer(texts, "
+            f"return_tensors='pt', padding=True), or texts, got {type(given).__name__}"
+        )
+    inputs = TextInputs.of(texts, tokenizer)
+    trunk = Trunk.of(model, next(iter(stacks_of(model))))
+    if not trunk.absolute:
+        del inputs["position_ids"]
+    if trunk.stack:
+        start = cast(Any, inner_model(model)).config.decoder_start_token_id or 0
+        inputs["decoder_input_ids"] = torch.full((len(texts), 1), start)
+    return inputs
+
+
+def of_stack(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk) -> Mapping[str, Any]:
+    """What one stack is given, under the names that models of one stack have for it.
+
+    A decoder that is given no tokens of its own reads the labels, or else the encoder's tokens,
+    shifted by one.
+    """
+    if trunk.stack != "decoder":
+        own = {name: value for name, value in inputs.items() if name not in _OF_DECODER}
+        return inputs.like(own) if isinstance(inputs, TextInputs) else own
+    own = {short: inputs[name] for name, short in _OF_DECODER.items() if name in inputs}
+    labels = inputs.get("labels")
+    if own.get("input_ids") is None and own.get("inputs_embeds") is None:
+        own.pop("input_ids", None)
+        inner: Any = inner_model(model)
+        if isinstance(labels, Tensor):
+            shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+            own["input_ids"] = labels.clamp_min(0) if shift is None else shift(labels)
+        elif isinstance(inputs.get("input_ids"), Tensor):
+            own["input_ids"] = inputs["input_ids"]
+    return own
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -59,14 +113,14 @@ def count_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
     raise PositionError(f"inputs need input_ids or inputs_embeds, got {sorted(inputs)}")
 
 
-def may_trim(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def may_trim(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk) -> bool:
     """Whether examples may change places and lose padding without a change of what is computed.
 
     Not so without an attention mask (n, T) that says what padding is; when another tensor among the
     inputs has a shape of its own; when hooks on the model, such as open edits, or attention
     patterns that are shown to someone, count on rows and columns as they are; when an adapter puts
-    tokens in front, from which padding keeps the text apart; or when the rotary frequencies depend
-    on how long the longest input is (``dynamic`` and ``longrope``).
+    tokens in front, from which padding keeps the text apart; when another stack reads too; or when
+    the rotary frequencies depend on how long the longest input is (``dynamic`` and ``longrope``).
     """
     n_examples, length = count_tokens(inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -77,7 +131,8 @@ def may_trim(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         rows = (1, n_examples) if name == "position_ids" else (n_examples,)
         if name not in BY_TOKEN or value.shape[0] not in rows or value.shape[1] != length:
             return False
-    return not (is_watched(model) or puts_tokens_in_front(model) or _rotates_by_length(model))
+    within = is_watched(model) or puts_tokens_in_front(model) or _rotates_by_length(model)
+    return not (within or trunk.stack)
 
 
 def real_spans(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,19 +188,21 @@ def by_length(
     return batches
 
 
-def take(inputs: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
-    """A batch's rows of the inputs as they stand, for ``model(**part)``."""
-    n_examples, _ = count_tokens(inputs)
+def take(inputs: Any, batch: Batch, n_examples: int) -> Any:
+    """A batch's rows of the inputs as they stand, of each tensor that has one an example."""
     rows = slice(int(batch.examples[0]), int(batch.examples[-1]) + 1)
-    return {
-        name: value[rows]
-        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n_examples
-        else value
-        for name, value in inputs.items()
-    }
+    if isinstance(inputs, Tensor):
+        return inputs[rows] if inputs.ndim and len(inputs) == n_examples else inputs
+    if isinstance(inputs, Mapping):
+        parts = {name: take(value, batch, n_examples) for name, value in inputs.items()}
+        # What an encoder returned comes as an object that is a mapping too.
+        return parts if type(inputs) in (dict, TextInputs) else type(inputs)(**parts)
+    if isinstance(inputs, tuple):
+        return tuple(take(value, batch, n_examples) for value in inputs)
+    return inputs
 
 
-def cut(model: nn.Module, inputs: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+def cut(inputs: Mapping[str, Any], batch: Batch, trunk: Trunk) -> dict[str, Any]:
     """A batch's rows and columns of inputs that :func:`may_trim` allows, for ``model(**part)``.
 
     A model that counts columns where it is given no ``position_ids`` (learned positions) is told
@@ -162,7 +219,7 @@ def cut(model: nn.Module, inputs: Mapping[str, Any], batch: Batch) -> dict[str, 
         name: pick(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
     moved = bool((batch.first > 0).any())
-    if moved and layout_of(model).absolute_positions and inputs.get("position_ids") is None:
+    if moved and trunk.absolute and inputs.get("position_ids") is None:
         part["position_ids"] = columns
     return part
 
@@ -202,17 +259,21 @@ def _rotates_by_length(model: nn.Module) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens the model has an embedding for."""
-    return int(cast(Any, inner_model(model)).get_input_embeddings().num_embeddings)
+def vocabulary_of(model: nn.Module, trunk: Trunk | None = None) -> int:
+    """How many tokens the model, or one of its stacks, has an embedding for."""
+    whole: Any = inner_model(model)
+    part: Any = trunk.module if trunk is not None and trunk.stack else whole
+    embedding = part.get_input_embeddings() or whole.get_input_embeddings()
+    return int(embedding.num_embeddings)
 
 
-def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk | None = None) -> None:
     """Raise unless tokens, attention mask and position ids fit each other and the model.
 
     Args:
-        model: a transformers model with a row in the table of :mod:`lrqp_torch.stream.sites`.
+        model: a transformers model.
         inputs: keyword arguments of its forward, for n examples of T tokens.
+        trunk: which of its stacks they are of; by default the only one.
 
     Raises:
         WidthError: a mask that is neither (n, T) nor four-dimensional for n examples or for one;
@@ -220,6 +281,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             or int, or outside the vocabulary; see also :func:`~.inputs.count_tokens`.
         PositionError: more positions than the model has learned embeddings for, or none at all.
     """
+    trunk = trunk or Trunk.of(model)
     n_examples, length = count_tokens(inputs)
     mask, places = inputs.get("attention_mask"), inputs.get("position_ids")
     if isinstance(mask, Tensor):
@@ -241,8 +303,8 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         )
     ids = inputs.get("input_ids")
     if isinstance(ids, Tensor):
-        _check_tokens(ids, vocabulary_of(model))
-    _check_learned_positions(model, n_examples, length, mask, places)
+        _check_tokens(ids, vocabulary_of(model, trunk))
+    _check_learned_positions(model, trunk, n_examples, length, mask, places)
 
 
 def _check_tokens(ids: Tensor, vocabulary: int) -> None:
@@ -258,16 +320,16 @@ def _check_tokens(ids: Tensor, vocabulary: int) -> None:
 
 
 def _check_learned_positions(
-    model: nn.Module, n_examples: int, length: int, mask: object, places: object
+    model: nn.Module, trunk: Trunk, n_examples: int, length: int, mask: object, places: object
 ) -> None:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(config, "max_position_embeddings", None)
-    by_column = layout_of(model).absolute_positions
+    by_column = trunk.absolute
     # OPT has learned positions too, but counts the real tokens itself.
     learned = by_column or any(
         isinstance(module, nn.Embedding) and "position" in name
-        for name, module in trunk_of(model).named_children()
+        for name, module in trunk.module.named_children()
     )
     if most is None or not learned:
         return

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -23,7 +23,7 @@ from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.positions import Positions, Where
-from lrqp_torch.stream.sites import Located, locate
+from lrqp_torch.stream.sites import Located, Site, locate
 from lrqp_torch.stream.watch import Watch
 
 Record = TypeVar("Record")
@@ -34,7 +34,7 @@ class Placement:
     """How edited activations are put in place, and what the stream holds of them then.
 
     At ``mid`` the stream is block input + scale · attention output, of which the latter is written;
-    elsewhere it is what is written.
+    elsewhere it is scale · what is written, and the scale is 1 but where the model has another.
 
     Attributes:
         base: the block input at ``mid``, (N, d); else None.
@@ -58,8 +58,8 @@ class Placement:
     def __call__(self, values: Tensor) -> Tensor:
         """What the stream holds, in float64, when float64 activations are put in place."""
         placed = self.place(values.to(self.dtype))  # edits return the stream's dtype
-        held = placed if self.base is None else self.base + scaled(placed, self.scale)
-        return held.double()
+        held = scaled(placed, self.scale)
+        return (held if self.base is None else self.base + held).double()
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class Intervention:
     """One edit at one site: ``edit`` receives the activations at ``positions``.
 
     Attributes:
-        site: such as ``"L6.mid"``.
+        site: such as ``"L6.mid"``; see :class:`~lrqp_torch.stream.sites.Site`.
         positions: LongTensor (B,), LongTensor (B, n) or BoolTensor (B, T), or lists of these; a
             column of each text, a slice of them, ``"last"``, or a function of the model's inputs;
             or a :class:`~lrqp_torch.Scope` of ``model.generate``, such as ``"generated"``.
         edit: for example ``lambda x, context: x + direction``.
     """
 
-    site: str
+    site: str | Site
     positions: Where
     edit: Edit
 
@@ -154,7 +154,7 @@ def intervene(
     ``output_hidden_states`` may record a block's output before an edit of it.
 
     Args:
-        model: a transformers model with a row in :data:`lrqp_torch.stream.sites.FAMILIES`.
+        model: a transformers model; at the sites of :meth:`~lrqp_torch.Site.module`, any module.
         interventions: one, or a list of at least one.
 
     Yields:
@@ -184,16 +184,25 @@ def intervene(
         raise PositionError("no interventions were given: nothing would be edited")
     warn_of_dropout(model)
     reruns = warn_of_checkpointing(model)
-    watch = Watch(model, [item.places for item in applied], reruns=reruns)
-    with watch.open() as stack:
-        for item in sorted(applied, key=lambda item: item.located.site):
-            attach(stack, watch, item.located, item.apply)
-            if item.record is not None:
-                item.record.begin()
+    together: dict[object, list[_Applied]] = {}
+    for item in applied:
+        together.setdefault(item.located.passes, []).append(item)
+    watches = []
+    with ExitStack() as opened:
+        for items in together.values():
+            trunk, follows = items[0].located.trunk, [item.places for item in items]
+            watch = Watch(model, follows, trunk=trunk, reruns=reruns)
+            watches.append((watch, items))
+            stack = opened.enter_context(watch.open())
+            for item in sorted(items, key=lambda item: item.located.site):
+                attach(stack, watch, item.located, item.apply)
+                if item.record is not None:
+                    item.record.begin()
         yield [item.edit for item in interventions]
     # Reached only when the body did not raise: its own error says more than this one would.
-    for item in applied:
-        item.close(watch)
+    for watch, items in watches:
+        for item in items:
+            item.close(watch)
 
 
 @contextmanager
@@ -231,14 +240,14 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
-        if self.streams is not None:
+        if self.streams is not None and (residual is not None or scale == 1):
             whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
             if whole is not None:
                 self.places.mark(call)
                 return whole
         written = at.gather(stream)
         base = None if residual is None else at.gather(residual)
-        x = written if base is None else base + scaled(written, scale)
+        x = scaled(written, scale) if base is None else base + scaled(written, scale)
         placement = Placement(base, scale, x.dtype)
         context = EditContext(at.index, at.example, at.token, placement, at.request, at.shown)
         if self.certified:

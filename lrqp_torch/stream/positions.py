@@ -8,11 +8,12 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete
+from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete, quoted
 from lrqp_torch.stream.passes import ForwardCall
+from lrqp_torch.stream.text import TextInputs
 
 REGIONS = ("prompt", "generated", "all")
-Region: TypeAlias = str | int | slice | Callable[[dict[str, Tensor]], Any]
+Region: TypeAlias = str | int | slice | Callable[[Mapping[str, Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Scope:
 
     ``"last"`` is the last real token of the prompt; an integer one of its columns, from its end if
     negative, and a slice several, none of them on padding; a function is given the prompt
-    (``input_ids`` or ``inputs_embeds``, and ``attention_mask``) and returns its positions.
+    (``input_ids`` or ``inputs_embeds``, and ``attention_mask``) and returns its positions, as
+    :class:`~lrqp_torch.Span` does of a word.
 
     A text begins with a call that has no past, and its prompt is as long as that call; a text is
     known by its cache, so that texts may take turns, as those of guidance do. Without a cache, a
@@ -64,7 +66,7 @@ class Scope:
         if isinstance(self.region, bool) or not (known or self.region in (*REGIONS, "last")):
             raise PositionError(
                 f"scope must be one of {', '.join(map(repr, REGIONS))}, 'last', a number, a slice "
-                f"or a function, got {str(self.region)[:200]!r}; positions of one's own are a "
+                f"or a function, got {quoted(self.region)}; positions of one's own are a "
                 f"tensor"
             )
         for name in ("repeats", "prompt_length"):
@@ -138,7 +140,7 @@ class Positions:
             except (TypeError, ValueError, RuntimeError) as error:
                 raise PositionError(
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
-                    f"scope, got {type(positions).__name__}: {str(positions)[:200]}"
+                    f"scope, got {type(positions).__name__}: {quoted(positions)}"
                 ) from error
         # Positions are looked at on the host; of a GPU that is the one wait for them.
         positions = positions.cpu()
@@ -352,7 +354,10 @@ def chosen(
         raise PositionError("'generated' is for model.generate: here nothing is generated")
     if isinstance(region, str):
         return Positions.parse(shown)
-    found = Positions.parse(region({**given(), "attention_mask": shown.long()}))
+    there = given()
+    if not isinstance(there, TextInputs):
+        there = {**there, "attention_mask": shown.long()}
+    found = Positions.parse(region(there))
     return found if found.scope is None else chosen(found.scope.region, batch, length, real, given)
 
 

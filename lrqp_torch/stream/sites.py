@@ -2,7 +2,11 @@
 
 A site is a place in the residual stream, named as in "Intervening in the Residual Stream":
 ``Ln.pre`` is the input of block n, ``Ln.mid`` the stream after its attention and before its MLP,
-``Ln.post`` its output, which is ``L(n+1).pre`` except after the last block.
+``Ln.post`` its output, which is ``L(n+1).pre`` except after the last block. ``Ln.attn_out`` and
+``Ln.mlp_out`` are what the two add to the stream, ``Ln.z`` and ``Ln.Hh.z`` the outputs of all heads
+and of one before W_O, and ``final`` the stream after the last norm. Encoder–decoders put
+``encoder.`` or ``decoder.`` in front; a decoder's ``mid`` is behind its cross-attention.
+:meth:`Site.module` is any module of any ``nn.Module``.
 
 Where these places are is found by running the model (:mod:`~.discovery`). A row registered for a
 family stands in for what is found, and is held to the same proof.
@@ -10,52 +14,137 @@ family stands in for what is found, and is held to the same proof.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import cached_property
+from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lrqp_torch.errors import SiteError, UnknownFamilyError
-from lrqp_torch.stream.compiled import descend, inner_model
+from lrqp_torch.errors import SiteError, UnknownFamilyError, quoted
+from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
 from lrqp_torch.stream.discovery import BlockSites, Cut, Stack, discover, hold_to_proof
+from lrqp_torch.stream.passes import forward_of
 
-Part = Literal["pre", "mid", "post"]
-PARTS: tuple[Part, ...] = ("pre", "mid", "post")
-_NAME = re.compile(r"L(\d+)\.(pre|mid|post)")
+Part = Literal["pre", "z", "attn_out", "mid", "mlp_out", "post", "final"]
+Side = Literal["input", "output"]
+PARTS: tuple[Part, ...] = ("pre", "z", "attn_out", "mid", "mlp_out", "post", "final")
+"""Places of a block in the order in which a forward pass reaches them; ``final`` is behind all."""
+
+STACKS = ("encoder", "decoder")
+"""Stacks of blocks of a model that has two, in the order in which they run."""
+
+KINDS = ("one stack of blocks", "an encoder and a decoder")
+
+_NAME = re.compile(
+    r"(?:(encoder|decoder)\.)?(?:L(\d+)\.(?:(pre|attn_out|mid|mlp_out|post)|(?:H(\d+)\.)?z)|final)"
+)
+_MODULE = re.compile(r"(.*):(input|output)")
+_FOREIGN = re.compile(
+    r"(?:(encoder|decoder)\.)?(?:blocks\.)?(\d+)\."
+    r"(?:hook_(?:resid_(pre|mid|mid_cross|post)|(attn_out|mlp_out))|attn\.hook_(z))"
+)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
-    """One place in the residual stream; sorts in the order in which a forward pass reaches it."""
+    """One place in a model; sorts in the order in which a forward pass reaches it.
 
-    layer: int
-    part_index: int
+    Attributes:
+        part: which place of a block, or ``"final"``.
+        layer: the block; 0 where the place is in none, as all blocks may matter to it.
+        stack: ``"encoder"`` or ``"decoder"`` in a model that has both, else empty.
+        head: one head of ``z``, or None for all of them, side by side.
+        path: of a module, for :meth:`module`; else None.
+        side: of that module.
+    """
+
+    part: Part
+    layer: int = 0
+    stack: str = ""
+    head: int | None = None
+    path: str | None = None
+    side: Side = "output"
 
     @classmethod
     def parse(cls, name: "str | Site") -> "Site":
-        """The site of a name such as ``"L6.mid"``.
+        """The site of a name such as ``"L6.mid"``, or of TransformerLens' name for it.
 
         Raises:
-            SiteError: the name does not read ``Ln.pre``, ``Ln.mid`` or ``Ln.post``.
+            SiteError: it is no such name.
         """
         if isinstance(name, Site):
             return name
-        match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None:
-            raise SiteError(
-                f"{name!r} is no site; write L<layer>.pre, .mid or .post, as in 'L6.mid'"
-            )
-        return cls(int(match[1]), PARTS.index(cast(Part, match[2])))
+        text = name if isinstance(name, str) else ""
+        if match := _NAME.fullmatch(text):
+            stack, layer, part, head = match.groups()
+            part = part or ("final" if layer is None else "z")
+            head = None if head is None else int(head)
+            return cls(cast(Part, part), int(layer or 0), stack or "", head)
+        if match := _FOREIGN.fullmatch(text):
+            stack, layer, stream, added, z = match.groups()
+            if stack == "decoder" and stream == "mid":
+                raise SiteError(
+                    f"{name!r} lies between self-attention and cross-attention; a decoder's mid is "
+                    f"behind both (hook_resid_mid_cross): write 'decoder.L{layer}.mid'"
+                )
+            stream = "mid" if stream == "mid_cross" else stream
+            return cls(cast(Part, stream or added or z), int(layer), stack or "")
+        if match := _MODULE.fullmatch(text):
+            return cls.module(match[1], cast(Side, match[2]))
+        raise SiteError(
+            f"{quoted(name)} is no site; write L<layer>.pre, .mid or .post, as in 'L6.mid'; "
+            f".attn_out, .mlp_out, .z or .H<head>.z; final; any of these behind encoder. or "
+            f"decoder.; or Site.module(path, 'input' or 'output')"
+        )
 
-    @property
-    def part(self) -> Part:
-        """``"pre"``, ``"mid"`` or ``"post"``."""
-        return PARTS[self.part_index]
+    @classmethod
+    def module(cls, path: str, side: Side = "output") -> Self:
+        """What a module of any ``nn.Module`` reads or returns, by its path in ``named_modules``.
+
+        Its (first) tensor is (rows, features) or (rows, tokens, features); in (rows, features) the
+        only position is 0.
+
+        Raises:
+            SiteError: another side.
+        """
+        if not isinstance(path, str) or side not in ("input", "output"):
+            raise SiteError(
+                f"Site.module takes a path and 'input' or 'output', got {quoted(path)} and "
+                f"{quoted(side)}"
+            )
+        return cls("final", path=path, side=side)
 
     def __str__(self) -> str:
-        return f"L{self.layer}.{self.part}"
+        if self.path is not None:
+            return f"{self.path}:{self.side}"
+        return f"{self.stack}.{self.bare}" if self.stack else self.bare
+
+    @property
+    def bare(self) -> str:
+        """The name within its stack."""
+        head = "" if self.head is None else f"H{self.head}."
+        return "final" if self.part == "final" else f"L{self.layer}.{head}{self.part}"
+
+    def __lt__(self, other: "Site") -> bool:
+        return self._order < other._order
+
+    @cached_property
+    def _order(self) -> tuple[object, ...]:
+        last, head = self.part == "final", -1 if self.head is None else self.head
+        place = self.stack == "decoder", last, self.layer, PARTS.index(self.part), head
+        return (*place, self.path or "", self.side)
+
+
+class Captured(dict[str, Any]):
+    """What was read, by the sites' own names; other names of a site find it too."""
+
+    def __missing__(self, name: Any) -> Any:
+        site = str(Site.parse(name))
+        if site not in self:
+            raise KeyError(name)
+        return self[site]
 
 
 @dataclass(frozen=True)
@@ -110,7 +199,8 @@ class Family:
             ) from error
         reason = self.without_mid(getattr(model, "config", None))
         cut = None if reason is not None else Cut(self.attention_output, self.scale)
-        each = BlockSites(self.first_reader, cut, self.output_projection, reason)
+        attention = cut if cut is not None and cut.scale is not None else None
+        each = BlockSites(self.first_reader, cut, self.output_projection, reason, attention)
         path = names[id(trunk)]
         return Stack(path, self.blocks, (each,) * count, self.absolute_positions)
 
@@ -123,10 +213,13 @@ def in_parallel(config: Any) -> str:
 FAMILIES: dict[str, Family] = {}
 """Rows by ``config.model_type`` that stand in for what is found; see :func:`register_family`."""
 
-_LAYOUTS: dict[tuple[object, ...], Stack] = {}
+Stacks = Mapping[str, Stack]
+"""The stacks of a model by name: one without a name, or an encoder's and a decoder's."""
+
+_LAYOUTS: dict[tuple[object, ...], Stacks] = {}
 """What was found and proven in this process."""
 
-_OF_MODELS: WeakKeyDictionary[nn.Module, tuple[Family | None, dict[str, Any], Stack]] = (
+_OF_MODELS: WeakKeyDictionary[nn.Module, tuple[Family | None, dict[str, Any], Stacks]] = (
     WeakKeyDictionary()
 )
 _ATTENTION = "_attn_implementation_internal"
@@ -147,21 +240,22 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def layout_of(model: nn.Module) -> Stack:
-    """Where a model's blocks and their sites are, found and proven on its first use.
+def stacks_of(model: nn.Module) -> Stacks:
+    """A model's stacks of blocks and where their sites are, found and proven on its first use.
 
     Kept by class and configuration, so that a model runs for it once in a process.
 
     Raises:
-        UnknownFamilyError: the model is not from transformers, cannot be run on a few tokens, has
-            no run of blocks, or more than one; or its family's row does not pass the cut test.
+        UnknownFamilyError: the model is not from transformers, cannot be run on a few tokens, or
+            has no run of blocks; or its family's row does not pass the cut test.
     """
     inner = inner_model(model)
     config: Any = getattr(inner, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise UnknownFamilyError(
-            f"{type(model).__name__} has no config.model_type; pass a transformers model"
+            f"{type(model).__name__} has no config.model_type; pass a transformers model, or name "
+            f"its modules: Site.module(path, 'output')"
         )
     row = FAMILIES.get(model_type)
     # What a context asks for over and over is kept by model, for as long as its settings stay.
@@ -174,33 +268,65 @@ def layout_of(model: nn.Module) -> Stack:
     key = (type(inner), json.dumps(config.to_dict(), sort_keys=True, default=str), row)
     if key not in _LAYOUTS:
         try:
-            _LAYOUTS[key] = _found(inner) if row is None else _proven(inner, row)
+            _LAYOUTS[key] = _found(inner) if row is None else {"": _proven(inner, row)}
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             if isinstance(error, UnknownFamilyError):
                 raise
             raise UnknownFamilyError(
                 f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
-                f"could not be found or proven ({type(error).__name__}: {str(error)[:200]})"
+                f"could not be found or proven ({type(error).__name__}: {quoted(str(error))})"
             ) from error
     _OF_MODELS[inner] = (row, dict(vars(config)), _LAYOUTS[key])
     return _LAYOUTS[key]
 
 
-def _found(model: nn.Module) -> Stack:
+def layout_of(model: nn.Module, stack: str = "") -> Stack:
+    """One of a model's stacks of blocks; see :func:`stacks_of`.
+
+    Raises:
+        UnknownFamilyError: as there; or the model has an encoder and a decoder, and which of them
+            is meant is not said, or has no stack of this name.
+    """
+    stacks = stacks_of(model)
+    if stack in stacks:
+        return stacks[stack]
+    kind, known = type(inner_model(model)).__name__, " and ".join(f"{name}." for name in stacks)
+    if "" in stacks:
+        raise UnknownFamilyError(f"{kind} has one stack of blocks: leave {stack}. out")
+    if stack:
+        raise UnknownFamilyError(
+            f"the blocks of the {stack} of {kind} were not found, only those behind {known}"
+        )
+    raise UnknownFamilyError(
+        f"{kind} is an encoder–decoder, and which stack of blocks is meant is not said: sites are "
+        f"behind {known}, as in '{max(stacks)}.L0.mid'; what runs on the whole model, "
+        f"as replay and attention patterns, is for models of one stack"
+    )
+
+
+def _found(model: nn.Module) -> Stacks:
     stacks = discover(model)
+    paths = [f"{stack.trunk}.{stack.blocks}".strip(".") for stack in stacks]
+    if "decoder_input_ids" in forward_of(model).parameters:
+        named = {
+            next((part for part in path.split(".") if part in STACKS), ""): stack
+            for path, stack in zip(paths, stacks, strict=True)
+        }
+        if named and len(named) == len(stacks) and "" not in named:
+            return named
     if len(stacks) != 1:
         what = "no list of blocks that carry a stream on from one to the next"
         if stacks:
-            names = " and ".join(f"{s.trunk}.{s.blocks}".lstrip(".") for s in stacks)
+            names = " and ".join(paths)
             what = f"{len(stacks)} stacks of blocks ({names}), and sites name those of one alone"
         raise UnknownFamilyError(
             f"{type(model).__name__} has {what}. If its blocks have a stream (rows, tokens, width)"
             f", name its modules: lrqp_torch.register_family("
             f"{cast(Any, model).config.model_type!r}, Family(blocks='layers', first_reader="
             f"'input_layernorm', attention_output='self_attn', output_projection="
-            f"'self_attn.o_proj'))"
+            f"'self_attn.o_proj')); or one of them, Site.module(path, 'output')"
         )
-    return stacks[0]
+    return {"": stacks[0]}
 
 
 def _proven(model: nn.Module, row: Family) -> Stack:
@@ -209,54 +335,84 @@ def _proven(model: nn.Module, row: Family) -> Stack:
     return stack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """Whose calls say which tokens a site is given.
+
+    Attributes:
+        module: what is given them.
+        stack: its name, for models that have several.
+        absolute: whether it counts columns where it is given no ``position_ids``.
+        plain: whether it is no language model, so that a site's own tensor says it all.
+    """
+
+    module: nn.Module
+    stack: str = ""
+    absolute: bool = False
+    plain: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, stack: str = "") -> "Trunk":
+        """The trunk around one of the stacks of a transformers model."""
+        layout = layout_of(model, stack)
+        module = descend(inner_model(model), layout.trunk)
+        return cls(module, stack, layout.absolute_positions)
+
+
+@dataclass(frozen=True, eq=False)
 class Located:
-    """A site in a particular model: the modules that a hook needs."""
+    """A site in a particular model: what a hook needs.
+
+    The stream there is residual + scale · tensor, of which the hook sees the tensor.
+
+    Attributes:
+        site: its name.
+        trunk: what says which tokens are there.
+        module: whose input or output holds the tensor.
+        side: which of the two.
+        scale: what the tensor is multiplied by.
+        residual: the module whose input it is added to; None where it is the stream itself.
+        features: which of its last axis belong to the site, or None for all.
+    """
 
     site: Site
-    block: nn.Module
-    places: BlockSites
+    trunk: Trunk
+    module: nn.Module
+    side: Side = "output"
+    scale: float = 1.0
+    residual: nn.Module | None = None
+    features: slice | None = None
 
     @property
-    def first_reader(self) -> nn.Module:
-        """The module that first reads the block's input."""
-        return descend(self.block, self.places.first_reader)
-
-    @property
-    def cut(self) -> Cut:
-        """Where ``mid`` is."""
-        assert self.places.cut is not None
-        return self.places.cut
-
-    @property
-    def attention_output(self) -> nn.Module:
-        """The module whose output is (part of) the stream after attention."""
-        return descend(self.block, self.cut.module)
+    def passes(self) -> object:
+        """Equal for sites that are given the same tokens in the same calls."""
+        return self if self.trunk.plain else self.trunk.module
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """The module that holds the blocks and reads the attention mask."""
-    return descend(inner_model(model), layout_of(model).trunk)
+    return Trunk.of(model).module
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: nn.Module, stack: str = "") -> nn.ModuleList:
     """The blocks of a model, first to last."""
-    return cast(nn.ModuleList, descend(trunk_of(model), layout_of(model).blocks))
+    trunk = Trunk.of(model, stack).module
+    return cast(nn.ModuleList, descend(trunk, layout_of(model, stack).blocks))
 
 
-def projection_of(model: nn.Module, layer: int) -> nn.Module:
+def projection_of(model: nn.Module, layer: int, stack: str = "") -> nn.Module:
     """The module of a block that maps its heads' outputs, side by side, to the stream (W_O).
 
     Raises:
         UnknownFamilyError: no module of the block does.
     """
-    path = layout_of(model).each[layer].projection
+    path = layout_of(model, stack).each[layer].projection
     if path is None:
         raise UnknownFamilyError(
             f"block {layer} of {type(inner_model(model)).__name__} has no module that maps heads "
             f"to the stream, so its heads cannot be told apart"
         )
-    return blocks_of(model)[layer].get_submodule(path)
+    return descend(blocks_of(model, stack)[layer], path)
 
 
 def head_count(model: nn.Module) -> int:
@@ -264,40 +420,153 @@ def head_count(model: nn.Module) -> int:
     return int(cast(Any, inner_model(model)).config.get_text_config().num_attention_heads)
 
 
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_v_heads")
+_HEAD_WIDTHS = (
+    "v_head_dim",
+    "head_v_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "head_dim",
+    "head_size",
+)
+"""What attention modules call the number of their heads, and the width of what each returns."""
+
+
+def _heads_of(located: Located, model: nn.Module, block: nn.Module) -> tuple[int, int]:
+    """How many heads lie side by side in what a projection reads, and how wide each is."""
+    names = {module: name for name, module in block.named_modules()}
+    # The layers of GPT-2's kind do not say, and hold (in, out).
+    projection = cast(Any, located.module)
+    width = int(getattr(projection, "in_features", 0) or projection.weight.shape[0])
+    path = names[located.module]
+    while path:
+        path = path.rpartition(".")[0]
+        # The module around W_O, what lies beside it, and so on outwards.
+        for owner in descend(block, path).modules():
+            sizes = [getattr(owner, name, None) for name in _HEAD_WIDTHS]
+            counts: list[Any] = [width // n for n in sizes if isinstance(n, int) and n > 0]
+            counts += [getattr(owner, name, None) for name in _HEADS]
+            for count in counts:
+                if isinstance(count, int) and count > 0 and width % count == 0:
+                    return count, width // count
+    raise UnknownFamilyError(
+        f"{located.site}: {type(inner_model(model)).__name__} does not say how many heads block "
+        f"{located.site.layer} has; 'z' without a head names all of them"
+    )
+
+
 def locate(model: nn.Module, name: str | Site) -> Located:
     """Find a site's modules in a model.
 
     Raises:
-        SiteError: bad name, layer out of range, or a ``mid`` that the block does not have.
-        UnknownFamilyError: see :func:`layout_of`.
+        SiteError: bad name, layer out of range, or a place that the block does not have.
+        UnknownFamilyError: see :func:`stacks_of` and :func:`layout_of`.
     """
-    site, layout = Site.parse(name), layout_of(model)
+    site = Site.parse(name)
+    if site.path is not None:
+        return _locate_module(model, site)
+    stacks, kind = stacks_of(model), type(inner_model(model)).__name__
+    if site.stack not in stacks:
+        names = " or ".join(f"'{f'{name}.{site.bare}'.lstrip('.')}'" for name in stacks)
+        raise SiteError(f"{site}: of {kind}, which has {KINDS[len(stacks) > 1]}, write {names}")
+    layout, trunk = stacks[site.stack], Trunk.of(model, site.stack)
     if site.layer >= len(layout.each):
         last = len(layout.each) - 1
         raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
-    places = layout.each[site.layer]
-    if site.part == "mid" and places.cut is None:
-        raise SiteError(
-            f"{site}: block {site.layer} of {type(inner_model(model)).__name__} "
-            f"{places.without_mid}; use L{site.layer}.pre or L{site.layer}.post"
+    if site.part == "final":
+        block = blocks_of(model, site.stack)[-1]
+        norm = block if layout.final is None else descend(trunk.module, layout.final)
+        return Located(site, trunk, norm)
+    block, places = blocks_of(model, site.stack)[site.layer], layout.each[site.layer]
+    if site.part in ("pre", "post"):
+        return Located(site, trunk, block, "input" if site.part == "pre" else "output")
+    which = f"block {site.layer} of {kind}"
+    layer = f"{site.stack}.L{site.layer}".lstrip(".")
+    if site.part == "mid":
+        if places.cut is None:
+            raise SiteError(
+                f"{site}: {which} {places.without_mid}; use {layer}.pre or {layer}.post"
+            )
+        cut, reader = places.cut, places.cut.added_to or places.first_reader
+        residual = None if cut.scale is None else descend(block, reader)
+        module = descend(block, cut.module)
+        return Located(site, trunk, module, scale=cut.scale or 1.0, residual=residual)
+    if site.part == "z":
+        if places.attention is None:
+            raise SiteError(f"{site}: {which} has no attention whose heads are added to the stream")
+        projection = projection_of(model, site.layer, site.stack)
+        located = Located(site, trunk, projection, "input")
+        if site.head is None:
+            return located
+        heads, width = _heads_of(located, model, block)
+        if site.head >= heads:
+            raise SiteError(f"{site}: {which} has {heads} heads, H0 to H{heads - 1}")
+        return Located(
+            site,
+            trunk,
+            projection,
+            "input",
+            features=slice(site.head * width, (site.head + 1) * width),
         )
-    blocks = descend(descend(inner_model(model), layout.trunk), layout.blocks)
-    return Located(site, cast(nn.ModuleList, blocks)[site.layer], places)
+    added = places.attention if site.part == "attn_out" else places.mlp
+    if added is None:
+        what = "attention" if site.part == "attn_out" else "its MLP"
+        raise SiteError(
+            f"{site}: {which} has no module of which one could say that what it returns is what "
+            f"{what} adds to the stream; name one: Site.module(path, 'output')"
+        )
+    return Located(site, trunk, descend(block, added.module), scale=added.scale or 1.0)
+
+
+def _locate_module(model: nn.Module, site: Site) -> Located:
+    path, whole = site.path or "", inner_model(model)
+    owner = next((part for part in (model, whole) if path in dict(part.named_modules())), None)
+    if owner is None:
+        last = path.rpartition(".")[2]
+        near = [name for name, _ in whole.named_modules() if last and name.endswith(last)]
+        raise SiteError(
+            f"{site}: {type(whole).__name__} has no module {path!r}"
+            + (f"; it has {', '.join(near[:5])}" if near else "")
+        )
+    module = descend(owner, path)
+    try:
+        stacks = stacks_of(model)
+    except UnknownFamilyError:
+        return Located(site, Trunk(unwrapped(model), plain=True), module, site.side)
+    trunks = [Trunk.of(model, stack) for stack in stacks]
+    for trunk in trunks:
+        if module is not trunk.module and module in modules_of(trunk.module):
+            return Located(site, trunk, module, site.side)
+    if len(trunks) > 1:
+        raise SiteError(
+            f"{site}: the module is outside of encoder and decoder, so which tokens it is given "
+            f"cannot be told; name one within"
+        )
+    return Located(site, Trunk(whole, absolute=trunks[0].absolute), module, site.side)
 
 
 def has_mid(model: nn.Module) -> bool:
     """Whether some of the model's blocks have a stream between attention and MLP."""
-    return any(places.cut is not None for places in layout_of(model).each)
+    stacks = stacks_of(model).values()
+    return any(places.cut is not None for stack in stacks for places in stack.each)
 
 
 def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[str]:
     """Names of all sites of the given parts, in the order of a forward pass.
 
-    Parts that a block lacks are left out; ``post`` duplicates the next ``pre``.
+    Parts that a block lacks are left out; ``post`` duplicates the next ``pre``. ``z`` is that of
+    all heads of a block.
     """
-    return [
-        f"L{layer}.{part}"
-        for layer, places in enumerate(layout_of(model).each)
-        for part in PARTS
-        if part in parts and (part != "mid" or places.cut is not None)
-    ]
+    names = []
+    for stack, layout in stacks_of(model).items():
+        for layer, places in enumerate(layout.each):
+            lacking = {
+                "z": places.attention is None or places.projection is None,
+                "attn_out": places.attention is None,
+                "mid": places.cut is None,
+                "mlp_out": places.mlp is None,
+                "final": True,
+            }
+            names += [Site(p, layer, stack) for p in PARTS if p in parts and not lacking.get(p)]
+        names += [Site("final", stack=stack)] if "final" in parts else []
+    return [str(site) for site in names]

@@ -38,7 +38,7 @@ from lrqp_torch.files import (
     write_json,
     written_whole,
 )
-from lrqp_torch.stream.capture import ALONE, Progressed, Reading, progress_shown
+from lrqp_torch.stream.capture import ALONE, Given, Progressed, Reading, progress_shown
 from lrqp_torch.stream.inputs import is_watched
 from lrqp_torch.stream.positions import Where
 from lrqp_torch.stream.sites import Site
@@ -223,7 +223,8 @@ class ActivationStore(Mapping[str, "StoredActivations"]):
         """Names of the sites."""
         return self.index.sites
 
-    def __getitem__(self, site: str) -> "StoredActivations":
+    def __getitem__(self, site: str | Site) -> "StoredActivations":
+        site = site if site in self.index.sites else str(Site.parse(site))
         if site not in self.index.sites:
             raise SiteError(f"{site!r} is not stored in {str(self.folder)!r}, only {self.sites}")
         return StoredActivations(self.folder, self.index, site)
@@ -358,10 +359,11 @@ def capture_to(*given: Any, **options: Any) -> "ActivationStore": ...
 def capture_to(  # type: ignore[misc]  # options are those named here
     folder: str | Path,
     model: nn.Module,
-    inputs: Mapping[str, Any],
-    sites: str | Sequence[str | Site],
+    inputs: Given,
+    sites: str | Site | Sequence[str | Site],
     positions: Where | None = None,
     *,
+    tokenizer: Any = None,
     shard_size: int = 4096,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
@@ -381,6 +383,7 @@ def capture_to(  # type: ignore[misc]  # options are those named here
         inputs: as there.
         sites: as there.
         positions: as there.
+        tokenizer: as there.
         shard_size: examples a shard; padding is kept small within each.
         batch_size: as there; at most ``shard_size`` examples run together in any case.
         batch_tokens: as there.
@@ -399,7 +402,7 @@ def capture_to(  # type: ignore[misc]  # options are those named here
         OutputError: the folder cannot be written, or another process writes there.
         ToldError, RankError: as there.
     """
-    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks)
+    reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks, tokenizer)
     writing: Writing | None = None
     with ExitStack() as open_until_the_end:
         with ranks.together():

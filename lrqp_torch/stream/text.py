@@ -1,13 +1,21 @@
 """Texts as a model sees them: padded tokens, the tokens that hold a character, rows of a set."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrqp_torch.errors import SelectionError, TokenizerError
+from lrqp_torch.errors import (
+    PositionError,
+    SelectionError,
+    TokenizerError,
+    check_option,
+    quoted,
+)
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -48,6 +56,135 @@ def last_token_at(encoding: "BatchEncoding", row: int, character: int) -> int:
             break
         token += 1
     return token
+
+
+class TextInputs(dict[str, Tensor]):
+    """Texts as a model is given them, which still know where in a text each token comes from.
+
+    Attributes:
+        texts: as given.
+        encoding: of the texts alone, without padding.
+    """
+
+    texts: Sequence[str]
+    encoding: "BatchEncoding"
+
+    @classmethod
+    def of(cls, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+        """The texts as a tokenizer reads them, padded on its side.
+
+        Raises:
+            TokenizerError: there is none, or it has no offsets.
+        """
+        if tokenizer is None:
+            raise TokenizerError("texts need the model's tokenizer: pass tokenizer=...")
+        require_fast(tokenizer)
+        encoding = encode(tokenizer, texts)
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in encoding["input_ids"]]
+        side: Any = tokenizer.padding_side
+        inputs = cls(pad(rows, tokenizer, side))
+        inputs.texts, inputs.encoding = list(texts), encoding
+        return inputs
+
+    def like(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Other tensors of the same texts."""
+        made = type(self)(tensors)
+        made.texts, made.encoding = self.texts, self.encoding
+        return made
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return self.like({name: tensor.to(device) for name, tensor in self.items()})
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions that are a word's, found in each text: ``positions=lrqp.Span("Mary")``.
+
+    In texts that are given as such it is looked for there. Of inputs that are tokens already, also
+    in ``model.generate``, it is looked for in what the tokenizer makes of the tokens.
+
+    Attributes:
+        words: what to look for, or the characters (begin, end) that it covers: one for all texts,
+            or a list of one a text.
+        which: which of several occurrences: 0 the first, −1 the last.
+        tokens: ``"last"`` or ``"first"``, one position a text, (B,); or ``"all"`` that hold a
+            character of it, a mask (B, T).
+        tokenizer: the model's own; not needed where texts are given.
+    """
+
+    words: str | tuple[int, int] | Sequence[str | tuple[int, int]]
+    which: int = -1
+    tokens: Literal["last", "first", "all"] = "last"
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+
+    def __post_init__(self) -> None:
+        check_option("tokens", self.tokens, ("last", "first", "all"))
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The positions in what a model is given.
+
+        Raises:
+            PositionError: tokens without a tokenizer, a word that a text does not hold, or a number
+                of words that is not that of the texts.
+        """
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, Tensor):
+            raise PositionError("Span finds words among input_ids, and none were given")
+        real = torch.ones_like(ids) if mask is None else mask
+        found = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, shown in enumerate(real.bool().cpu()):
+            columns = shown.nonzero().flatten()
+            if isinstance(inputs, TextInputs):
+                text = inputs.texts[row]
+                offsets = inputs.encoding[row].offsets
+            else:
+                text, offsets = self._read_back(ids[row].cpu()[shown].tolist())
+            begin, end = self._characters(row, len(ids), text)
+            holds = torch.tensor([a < end and b > begin and a < b for a, b in offsets])
+            if not bool(holds.any()):
+                raise PositionError(
+                    f"no token of text {row}, {quoted(text)}, holds its characters {begin} to {end}"
+                )
+            found[row, columns] = holds
+        if self.tokens == "all":
+            return found
+        places = found.byte()
+        return (
+            places.argmax(1)
+            if self.tokens == "first"
+            else (ids.shape[1] - 1 - places.flip(1).argmax(1))
+        )
+
+    def _characters(self, row: int, n: int, text: str) -> tuple[int, int]:
+        """Where in a text it begins and ends."""
+        words: Any = self.words
+        one = isinstance(words, str) or (
+            isinstance(words, tuple) and len(words) == 2 and isinstance(words[0], int)
+        )
+        if not one and len(words) != n:
+            raise PositionError(
+                f"Span has {len(words)} words for {n} texts; give one, or one a text"
+            )
+        word = words if one else words[row]
+        if not isinstance(word, str):
+            return int(word[0]), int(word[1])
+        begins = [i for i in range(len(text)) if word and text.startswith(word, i)]
+        if not -len(begins) <= self.which < len(begins):
+            times = f"{len(begins)} times" if begins else "not"
+            raise PositionError(f"text {row}, {quoted(text)}, holds {quoted(word)} {times}")
+        return begins[self.which], begins[self.which] + len(word)
+
+    def _read_back(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of some tokens, and the characters of it that each stands for."""
+        if self.tokenizer is None:
+            raise PositionError(
+                "Span finds a word in a text, and was given tokens: say which tokenizer reads "
+                "them, Span(..., tokenizer=tokenizer), or give the texts and it"
+            )
+        read: Any = self.tokenizer
+        ends = [0, *(len(read.decode(ids[: n + 1])) for n in range(len(ids)))]
+        return read.decode(ids), list(pairwise(ends))
 
 
 def pad(

@@ -23,7 +23,7 @@ from lrqp_torch.errors import (
     outside_transforms,
     unwrapped,
 )
-from lrqp_torch.stream.compiled import descend, inner_model, run_eagerly
+from lrqp_torch.stream.compiled import inner_model, run_eagerly
 from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
     ForwardCall,
@@ -32,7 +32,12 @@ from lrqp_torch.stream.passes import (
     cache_among,
     puts_tokens_in_front,
 )
-from lrqp_torch.stream.sites import layout_of
+from lrqp_torch.stream.sites import Trunk
+
+RAN_TWICE = (
+    "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
+    "name a module that runs once"
+)
 
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
@@ -125,6 +130,7 @@ class Watch:
     Args:
         model: a transformers model.
         follows: what is to see, and may refuse, every call.
+        trunk: whose calls say which tokens are read; by default, that of the model's one stack.
         reruns: whether blocks run again in the backward pass (gradient checkpointing).
         warns: whether to warn of padding that the model takes for text also without them.
 
@@ -138,18 +144,21 @@ class Watch:
         model: nn.Module,
         follows: Sequence[Follows] = (),
         *,
+        trunk: Trunk | None = None,
         reruns: bool = False,
         warns: bool = False,
     ) -> None:
-        layout = layout_of(model)
-        self.model, self.trunk = model, descend(inner_model(model), layout.trunk)
-        absolute = (warns or bool(follows)) and layout.absolute_positions
+        whose = trunk or Trunk.of(model)
+        self.model, self.trunk, self._plain = model, whose.module, whose.plain
+        absolute = (warns or bool(follows)) and whose.absolute
         self.texts = Texts(absolute, puts_tokens_in_front(model), compares=bool(follows))
         self.others: set[str] = set()
         self._follows, self._reruns, self._closed = follows, reruns, False
         self._threads: set[int] = set()
-        # By thread: the calls under way, one within another, and what an adapter is about to do.
+        # By thread: the calls under way, one within another; whether a plain module's site ran in
+        # them; and what an adapter is about to do.
         self._under_way: dict[int, list[ForwardCall]] = {}
+        self._ran: dict[int, list[bool]] = {}
         self._prompts: dict[int, Any] = {}
         self._outer: dict[int, dict[str, Any]] = {}
         self._latest: ForwardCall | None = None
@@ -184,19 +193,21 @@ class Watch:
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
         # A backward pass that runs blocks again does so in threads of its own.
-        return self in _open.get() or _in_backward()
+        return self in _open.get() or in_backward()
 
     def call(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
         """The call in which a block has this stream, (B, T, d); None for passes of others.
 
         Args:
-            stream: what is about to be edited or read.
+            stream: what is about to be edited or read, (B, T, d), or with rows and tokens in one.
             entered: what the block was given, by which it is known when it runs once more.
 
         Raises:
             PositionError: a stream that does not have the rows and columns of the call, or a block
                 that runs outside of any call.
         """
+        if self._plain:
+            return self._own_call(stream)
         calls = self._under_way.get(threading.get_ident())
         if calls:
             call = calls[-1]
@@ -207,12 +218,39 @@ class Watch:
             call = again or self.current()
         if calls and self._reruns and concrete(entered):
             self._entered[entered.data_ptr()] = call
-        if stream.ndim != 3 or stream.shape[:2] != (call.batch, call.front + call.length):
+        rows, columns = call.batch, call.front + call.length
+        if stream.shape[:-1] not in ((rows, columns), (rows * columns,)):
             raise PositionError(
                 f"the stream is {tuple(stream.shape)}, but the model was given {call.batch} rows "
-                f"of {call.front + call.length} tokens: it rearranges its inputs, so positions "
+                f"of {columns} tokens: it rearranges its inputs, so positions "
                 f"cannot be told"
             )
+        return call
+
+    def _own_call(self, stream: Tensor) -> ForwardCall | None:
+        """The call of a module whose own tensor says all: its rows, and tokens if it has any.
+
+        Raises:
+            PositionError: it has more axes, or ran already in this pass of the model.
+        """
+        if not self.acts():
+            self.others.add(threading.current_thread().name)
+            return None
+        if stream.ndim not in (2, 3):
+            raise PositionError(
+                f"the module's tensor is {tuple(stream.shape)}; sites are (rows, features) or "
+                f"(rows, tokens, features)"
+            )
+        ran = self._ran.get(threading.get_ident()) or [False]
+        if ran[-1]:
+            raise PositionError(f"the module {RAN_TWICE}")
+        whole = stream[:, None] if stream.ndim == 2 else stream
+        with outside_transforms():
+            call = self.texts.read({"inputs_embeds": _plain(whole.detach())})
+            for item in self._follows:
+                item.see(call)
+            self.texts.note(call)
+        ran[-1] = True
         return call
 
     def current(self) -> ForwardCall:
@@ -225,7 +263,7 @@ class Watch:
         if calls:
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
-        if self.texts.n_calls != 1 or self._latest is None or not _in_backward():
+        if self.texts.n_calls != 1 or self._latest is None or not in_backward():
             raise PositionError(
                 f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
                 f"cannot say which tokens it was given: run the model itself"
@@ -246,6 +284,9 @@ class Watch:
             self.others.add(threading.current_thread().name)
             return
         self._threads.add(thread)
+        if self._plain:
+            self._ran.setdefault(thread, []).append(False)
+            return
         given = arguments_of(module, args, kwargs)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         # Transforms of torch.func must not see what is noted here.
@@ -265,6 +306,8 @@ class Watch:
         calls = self._under_way.get(threading.get_ident())
         if calls:
             self.texts.note_result(calls.pop(), output)
+        elif self._plain and self._ran.get(threading.get_ident()):
+            self._ran[threading.get_ident()].pop()
 
     def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.acts():
@@ -324,5 +367,6 @@ def _plain(value: Any) -> Any:
     return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this is part of a backward pass, which runs checkpointed blocks again."""
     return bool(torch._C._current_graph_task_id() != -1)

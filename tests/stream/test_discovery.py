@@ -17,7 +17,7 @@ from zoo_for_tests import LAYERS, WIDTH, build_tiny
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import SiteError, UnknownFamilyError
-from lrqp_torch.stream.sites import layout_of
+from lrqp_torch.stream.sites import PARTS, layout_of
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
@@ -167,6 +167,27 @@ def test_mid_is_a_cut_of_every_block_and_is_read_as_it_is_written(name: str) -> 
         before = written(model, f"L{layer}.pre", value, [post])
         assert not torch.allclose(before[0][post], before[1][post], rtol=1e-6, atol=1e-7)
     assert hook_count(model) == 0
+    check_parts(model)
+
+
+def check_parts(model: nn.Module) -> None:
+    """What attention and MLP add is what the stream differs by, and ``final`` what is read out."""
+    inputs = inputs_of(0)
+    output = model(**inputs, output_hidden_states=True)
+    states = output.get("hidden_states", output.get("encoder_hidden_states"))
+    found = lrqp.capture(model, inputs, lrqp.all_sites(model, PARTS))
+    if states is not None:
+        torch.testing.assert_close(found["final"], states[-1], rtol=1e-5, atol=1e-5)
+    for layer, places in enumerate(layout_of(model).each):
+        pre, mid, post = (found.get(f"L{layer}.{part}") for part in ("pre", "mid", "post"))
+        attention, mlp = (found.get(f"L{layer}.{part}") for part in ("attn_out", "mlp_out"))
+        if places.cut is None:
+            mid = None if attention is None else pre + attention
+        # Blocks that normalise after adding have sums that are no site.
+        elif attention is not None and places.cut.scale is not None:
+            torch.testing.assert_close(mid, pre + attention, rtol=1e-4, atol=1e-5)
+        if mlp is not None and (places.cut is None or places.cut.scale is not None):
+            torch.testing.assert_close(post, mid + mlp, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -178,6 +199,7 @@ def test_blocks_without_a_cut_have_pre_and_post_and_say_so(name: str) -> None:
         lrqp.capture(model, inputs_of(0), "L1.mid")
     value = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
     (found, _) = written(model, "L1.post", value, ["L1.post", "L2.pre"])
+    check_parts(model)
     assert torch.equal(found["L1.post"], value.expand(2, -1))
     assert torch.equal(found["L2.pre"], value.expand(2, -1))
 

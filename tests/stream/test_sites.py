@@ -102,7 +102,7 @@ def test_a_row_stands_in_for_what_is_found() -> None:
     found = locate(model, "L1.mid")
     register_family("gpt2", replace(GPT2_ROW, attention_output="attn.c_proj"))
     located = locate(model, "L1.mid")
-    assert located.attention_output is not found.attention_output
+    assert located.module is not found.module
     captured = lrqp.capture(model, inputs, ["L1.mid"])["L1.mid"]
     torch.testing.assert_close(captured, forward_by_hand(model, inputs)[1]["L1.mid"])
 
