@@ -220,7 +220,7 @@ def test_device_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
         "L1.mid"
     ]
     assert torch.equal(quiet, shown)
-    assert "capturing activations" in capsys.readouterr().out
+    assert "capturing activations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [4, 12])
