@@ -105,59 +105,55 @@ def interchange_of(
     )
 
 
-def likeness(
+def likenesses(
     clean: Columns,
-    edit: Columns,
-    patch: Columns,
+    pairs: Mapping[K, tuple[Columns, Columns]],
     known: Tensor,
     seed: int,
     groups: Tensor | None = None,
-) -> dict[str, Any]:
-    """The fields of :class:`Likeness` but ``beyond``; arguments as of :func:`interchange_of`.
+) -> dict[K, dict[str, Any]]:
+    """The fields of :class:`Likeness` of edits that are shown together.
 
     Args:
-        edit: as ``patch``, with kl_to_interchange.
+        clean: as of :func:`interchange_of`.
+        pairs: each edit, with kl_to_interchange and distance, and its interchange.
+        known: which prompts have a twin, BoolTensor (n,).
+        seed: of the bootstrap.
+        groups: of the prompts.
     """
-    own = _Of(known, seed, groups)
-    found: dict[str, Any] = {}
-    if "kl_to_interchange" in edit:
-        found["kl_to_interchange"] = own.mean(edit["kl_to_interchange"])
-    if not clean:
-        return found
-    most = _preference(clean) - _preference(patch)
-    if own.mean(most).certain:
-        found["recovered"] = own.ratio(_preference(clean) - _preference(edit), most)
-    same = torch.stack(
-        [(edit[lead] > 0) == (patch[lead] > 0) for lead in ("own_lead", "other_lead")]
-    )
-    return found | {"agreement": own.share(same.all(0))}
+    own, answered = _Of(known, seed, groups), bool(clean)
+
+    def of(edit: Columns, patch: Columns) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if "kl_to_interchange" in edit:
+            found["kl_to_interchange"] = own.mean(edit["kl_to_interchange"])
+        if not answered:
+            return found
+        most = _preference(clean) - _preference(patch)
+        if own.mean(most).certain:
+            found["recovered"] = own.ratio(_preference(clean) - _preference(edit), most)
+        same = [(edit[lead] > 0) == (patch[lead] > 0) for lead in ("own_lead", "other_lead")]
+        return found | {"agreement": own.share(torch.stack(same).all(0))}
+
+    p_values = holm({k: excess(clean, *pair, known) for k, pair in pairs.items() if answered})
+
+    def why(key: K, edit: Columns, patch: Columns) -> str | None:
+        reasons = []
+        if p_values.get(key, 1.0) < LEVEL:
+            more, most = (100 * (own.flipped(clean, one).value or 0.0) for one in (edit, patch))
+            reasons.append(f"flips {more:.0f} %, its own patch {most:.0f} %")
+        length, longest = (float(one["distance"][known].mean()) for one in (edit, patch))
+        if length > longest:
+            reasons.append(f"is {length:.1f} sd long, its own patch {longest:.1f}")
+        return " and ".join(reasons) or None
+
+    return {key: of(*pair) | {"beyond": why(key, *pair)} for key, pair in pairs.items()}
 
 
 def excess(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> float:
     """P of so many more flips by the edit than by its interchange, if either were as likely."""
     answered = known & (clean["own_lead"] > 0)
     return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, patch)))
-
-
-def beyond(
-    p_value: float | None, flipped: Sequence[Estimate | None], lengths: Sequence[float]
-) -> str | None:
-    """Why an edit is beyond its own patch, in words; None where it is not.
-
-    Args:
-        p_value: of :func:`excess`, adjusted for what is compared; None without answers.
-        flipped: shares flipped by the edit and by its interchange.
-        lengths: mean Mahalanobis lengths of both.
-    """
-    reasons = []
-    if p_value is not None and p_value < LEVEL:
-        own, patch = (
-            share.value if share and share.value is not None else 0.0 for share in flipped
-        )
-        reasons.append(f"flips {100 * own:.0f} %, its own patch {100 * patch:.0f} %")
-    if lengths[0] > lengths[1]:
-        reasons.append(f"is {lengths[0]:.1f} sd long, its own patch {lengths[1]:.1f}")
-    return " and ".join(reasons) or None
 
 
 class _Of:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lrqp_torch.baselines import RandomDirection
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study.ceiling import scaled
 from lrqp_torch.study.readers import Along, along, direction_of
 from lrqp_torch.study.running import next_class
 from lrqp_torch.study.trials import displacements
@@ -129,7 +130,7 @@ def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list
         moved = here.displaced(_with_probe(edit, shuffled))
         accuracy = shuffled.accuracy(here.x, held_out[SHUFFLED, seed])
         found[SHUFFLED].append(Chance(moved, accuracy))
-        found[SHUFFLED_SCALED].append(Chance(_as_long(edit, moved, length), accuracy))
+        found[SHUFFLED_SCALED].append(Chance(scaled(edit.metric, moved, length), accuracy))
         read = feature_probe(here.x).argmax(-1)
         moved = displacements(_with_probe(edit, feature_probe), here.x, 1 - read, read)
         accuracy = feature_probe.accuracy(here.x, held_out[FEATURE, seed])
@@ -180,12 +181,6 @@ def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
         rule="mirror" if edit.rule == "mirror" else "fixed",
         on_infeasible="skip",
     )
-
-
-def _as_long(edit: LRQP, delta: Tensor, length: Tensor) -> Tensor:
-    own = edit.metric.distance(delta)
-    scale = torch.where(own > 0, length / own.clamp_min(torch.finfo(own.dtype).tiny), 0.0)
-    return delta * scale.unsqueeze(-1)
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:

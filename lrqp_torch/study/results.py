@@ -21,7 +21,7 @@ from lrqp_torch.files import prepare_folder, read_json, write_json, written_whol
 from lrqp_torch.qp import Status
 from lrqp_torch.study import ceiling
 from lrqp_torch.study.ceiling import Interchange, Likeness, Null, Verdict
-from lrqp_torch.study.estimates import Estimate, holm
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.known import GroundTruth, PublishedFigure
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import Words
@@ -171,15 +171,14 @@ class SiteResult(Likeness):
         margins = (control.worst_log_odds_margin, counterfactual.worst_log_odds_margin)
         groups = flat.get("groups")
         right = Estimate.share(flat[f"{site}.control.log_odds_before"] > 0, groups)
-        patched, likeness, null = _patched(flat, site), dict[str, Any](), None
+        patched, interchange, null = _patched(flat, site), None, None
         if patched is not None:
-            clean, edit, patch, known = patched
-            likeness = ceiling.likeness(clean, edit, patch, known, seed, groups)
-            likeness["interchange"] = ceiling.interchange_of(clean, patch, known, seed, groups)
+            clean, _, patch, known = patched
+            interchange = ceiling.interchange_of(clean, patch, known, seed, groups)
         if runs := null_runs(flat, site):
             clean, edit = columns_of(flat, "clean"), columns_of(flat, f"{site}.counterfactual")
             null = ceiling.null_of(clean, edit, runs, seed, groups)
-        return cls(right, shuffled, control, counterfactual, min(margins), null=null, **likeness)
+        return cls(right, shuffled, control, counterfactual, min(margins), interchange, null)
 
     @property
     def net_flips(self) -> float:
@@ -194,35 +193,35 @@ class SiteResult(Likeness):
         return self.net_flips >= USED_THRESHOLD if self.verdict is None else self.verdict.used
 
 
-def judged(sites: Mapping[str, SiteResult], flat: Mapping[str, Tensor]) -> dict[str, SiteResult]:
-    """The sites with their verdicts, and those that go beyond their own patch with the reason.
+def judged(
+    sites: Mapping[str, SiteResult], flat: Mapping[str, Tensor], seed: int
+) -> dict[str, SiteResult]:
+    """The sites with what takes all of them: verdicts, and likeness to the interchange.
 
     Args:
         sites: all that were swept.
         flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
+        seed: of the bootstrap.
     """
-    clean = columns_of(flat, "clean")
+    clean, groups = columns_of(flat, "clean"), flat.get("groups")
+    patches = {name: found for name in sites if (found := _patched(flat, name)) is not None}
+    likeness: dict[str, dict[str, Any]] = {}
+    if patches:
+        pairs = {name: (edit, patch) for name, (_, edit, patch, _) in patches.items()}
+        known = flat["twins"].bool()
+        likeness = ceiling.likenesses(clean, pairs, known, seed, groups)
     nulls = {name: site.null for name, site in sites.items() if site.null is not None}
     p_values, needed = {}, {}
-    patches = {name: found for name in sites if (found := _patched(flat, name)) is not None}
     for name in nulls:
         edit = columns_of(flat, f"{name}.counterfactual")
         p_values[name] = ceiling.against_null(clean, edit, null_runs(flat, name)[0])
-        known = patches.get(name) if sites[name].recovered is not None else None
-        needed[name] = None if known is None else ceiling.needed_for_half(*known)
+        told = "recovered" in likeness.get(name, ())
+        needed[name] = ceiling.needed_for_half(*patches[name]) if told else None
     said = ceiling.verdicts(p_values, nulls, needed)
-    excess = holm({name: ceiling.excess(*each) for name, each in patches.items() if each[0]})
-
-    def finished(name: str, site: SiteResult) -> SiteResult:
-        patch, edit = site.interchange, site.counterfactual
-        why = None
-        if patch is not None:
-            _, moved, _, known = patches[name]
-            lengths = (float(moved["distance"][known].mean()), patch.distance)
-            why = ceiling.beyond(excess.get(name), (edit.flipped, patch.flipped), lengths)
-        return replace(site, verdict=said.get(name), beyond=why)
-
-    return {name: finished(name, site) for name, site in sites.items()}
+    return {
+        name: replace(site, verdict=said.get(name), **likeness.get(name, {}))
+        for name, site in sites.items()
+    }
 
 
 def null_runs(flat: Mapping[str, Tensor], site: str) -> list[dict[str, Tensor]]:

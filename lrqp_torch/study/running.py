@@ -1,6 +1,6 @@
 """Running prompts batch by batch: clean once, then under any edits, rerunning what they change."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
+from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.prompts import PromptSet
 
 P = TypeVar("P", bound=PromptSet)
@@ -174,6 +175,49 @@ class Batch(Generic[P]):
             ended = None if rest is None else rest[rows]
             found[name] = Edited(logits[rows], ended, own if name in targets else {})
         return found
+
+
+@dataclass(frozen=True)
+class Twinned:
+    """The activation of each prompt's twin at one site, put in the place of its own.
+
+    Attributes:
+        site: where.
+        x: what is put there, (n, d); a prompt's own activation where it has no twin.
+        known: which prompts have one, BoolTensor (n,) on the CPU.
+        distance: Mahalanobis distance of the two activations, (n,) on the CPU.
+    """
+
+    site: str
+    x: Tensor
+    known: Tensor
+    distance: Tensor
+
+    @classmethod
+    def of(
+        cls, context: StudyContext, task: Task, site: str, distance: Callable[[Tensor], Tensor]
+    ) -> "Twinned | None":
+        """Those of the held-out prompts of a task; None where none of them has a twin.
+
+        Args:
+            context: the model.
+            task: of which the prompts are.
+            site: where.
+            distance: of displacements (n, d), such as an edit's ``metric.distance``.
+        """
+        found = context.twins(task, [site])
+        if found is None:
+            return None
+        (x, known), own = found, context.activations(task, "test", "mark", [site])[site]
+        return cls(site, x[site], known, distance(x[site].double() - own.double()).cpu())
+
+    def under(self, batch: "Batch[Any]") -> Edited:
+        """What it does to a batch."""
+        values = self.x[batch.rows.to(self.x.device)]
+        item = Intervention(self.site, batch.prompts.position, placed(values))
+        with intervene(batch.model, item):
+            logits = batch.run(Site.parse(self.site).layer, f"the interchange at {self.site}")
+        return Edited(logits, batch.rest(), {})
 
 
 def batches(

@@ -16,6 +16,7 @@ from lrqp_torch.plot.chart import (
     Marks,
     Table,
 )
+from lrqp_torch.study.ceiling import Likeness
 from lrqp_torch.study.estimates import Estimate
 
 T = TypeVar("T")
@@ -98,6 +99,18 @@ def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
             ends = [tuple(values)]
         shown += [_times(scale, column) for column in ends]
     return Table(headings, list(zip(*shown, strict=True)))
+
+
+def held_against(edits: Sequence[Likeness | None]) -> dict[str, list[Any]]:
+    """Columns of a table: how edits compare with their interchange; none where none is known."""
+    columns = {
+        "recovered (%)": "recovered",
+        "same answer as the interchange (%)": "agreement",
+        "KL from the interchange (nats)": "kl_to_interchange",
+        "beyond its own patch": "beyond",
+    }
+    found = {title: [getattr(e, name, None) for e in edits] for title, name in columns.items()}
+    return {title: column for title, column in found.items() if any(column)}
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

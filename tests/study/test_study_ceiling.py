@@ -13,10 +13,9 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.ceiling import (
     PROBES,
     Null,
-    beyond,
     excess,
     interchange_of,
-    likeness,
+    likenesses,
     needed_for_half,
     null_edits,
     null_of,
@@ -51,23 +50,29 @@ def runs(n: int = 90) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     return columns(clean), columns(patch, **sizes), torch.arange(n) % 3 > 0
 
 
+def likeness(clean: dict, edit: dict, patch: dict, known: Tensor) -> dict:
+    """Of one edit alone, as long as its interchange."""
+    edit = {"distance": patch["distance"]} | edit
+    return likenesses(clean, {"edit": (edit, patch)}, known, 0)["edit"]
+
+
 def test_the_interchange_recovers_all_of_itself_and_the_clean_run_nothing() -> None:
     clean, patch, known = runs()
     edit = patch | {"kl_to_interchange": torch.zeros(90).double()}
-    found = likeness(clean, edit, patch, known, 0)
+    found = likeness(clean, edit, patch, known)
     assert found["recovered"].value == 1 and found["recovered"].interval == [1, 1]
     assert found["agreement"].value == 1 and found["agreement"].n == int(known.sum())
-    assert found["kl_to_interchange"].value == 0
+    assert found["kl_to_interchange"].value == 0 and found["beyond"] is None
     assert excess(clean, patch, patch, known) == 1
-    assert likeness(clean, clean, patch, known, 0)["recovered"].value == 0
+    assert likeness(clean, clean, patch, known)["recovered"].value == 0
     half = columns((clean["preference"] + patch["preference"]) / 2)
-    assert likeness(clean, half, patch, known, 0)["recovered"].value == pytest.approx(0.5)
+    assert likeness(clean, half, patch, known)["recovered"].value == pytest.approx(0.5)
 
 
 def test_an_interchange_without_effect_leaves_nothing_to_recover() -> None:
     clean, patch, known = runs()
-    found = likeness(clean, patch, clean, known, 0)
-    assert "recovered" not in found
+    same = clean | {"distance": patch["distance"]}
+    assert "recovered" not in likeness(clean, patch, same, known)
     ceiling = interchange_of(clean, patch, known, 0)
     answered = known & (clean["own_lead"] > 0)
     flips = (patch["other_lead"] > 0)[answered]
@@ -78,13 +83,21 @@ def test_an_interchange_without_effect_leaves_nothing_to_recover() -> None:
 
 def test_an_edit_beyond_its_own_patch_is_flagged_with_the_reason() -> None:
     clean, patch, known = runs()
-    weak = clean["preference"] - 1
-    p = excess(clean, patch, columns(weak), known)
-    assert p < 1e-3
-    more = beyond(p, (Estimate.count(9, 10), Estimate.count(1, 10)), (1.0, 2.0))
-    assert more == "flips 90 %, its own patch 10 %"
-    assert beyond(None, (None, None), (3.0, 2.0)) == "is 3.0 sd long, its own patch 2.0"
-    assert beyond(0.2, (Estimate.count(9, 10), Estimate.count(8, 10)), (1.0, 2.0)) is None
+    weak = columns(clean["preference"] - 1, distance=patch["distance"])
+    found = likeness(clean, patch, weak, known)
+    shares = [100 * interchange_of(clean, one | patch | one, known, 0).flipped.value
+              for one in (patch, weak)]  # fmt: skip
+    assert excess(clean, patch, weak, known) < 1e-3
+    assert found["beyond"] == "flips {:.0f} %, its own patch {:.0f} %".format(*shares)
+    longer = patch | {"distance": patch["distance"] + 1}
+    assert likeness(clean, longer, patch, known)["beyond"] == "is 3.0 sd long, its own patch 2.0"
+    # One in twenty by chance: of many edits alike none is flagged for what one would be.
+    few = {"other_lead": patch["other_lead"].clone()}
+    few["other_lead"][known.nonzero().flatten()[:5]] = -1.0
+    edge = patch | few
+    assert excess(clean, patch, edge, known) < 0.05
+    many = likenesses(clean, dict.fromkeys(range(60), (patch, edge)), known, 0)
+    assert not any(one["beyond"] for one in many.values())
 
 
 def test_the_sign_test_is_scipys_binomial_test() -> None:

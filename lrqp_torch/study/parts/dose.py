@@ -23,15 +23,17 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
 from lrqp_torch.qp import Status
+from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.running import answers, batches, divergences, put
+from lrqp_torch.study.running import Twinned, answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     capitalised,
     grouped,
     headed,
+    held_against,
     joined,
     look,
     marks_of,
@@ -54,7 +56,7 @@ LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
 
 @dataclass(frozen=True)
-class EditSummary:
+class EditSummary(Likeness):
     """One edit of all held-out prompts.
 
     Attributes:
@@ -92,6 +94,7 @@ class TaskDose:
         doses: counterfactual edits by rising log α.
         control: the mirror rule towards the class that holds.
         counterfactual: the mirror rule towards the next class.
+        interchange: the ceiling of the counterfactual edits; None where no prompt has a twin.
     """
 
     prompts: int
@@ -101,6 +104,7 @@ class TaskDose:
     doses: list[EditSummary]
     control: EditSummary
     counterfactual: EditSummary
+    interchange: Interchange | None = None
 
     @property
     def edits(self) -> list[tuple[str, EditSummary]]:
@@ -190,35 +194,60 @@ class Dose(Part[DoseResult]):
         fixed = partial(LRQP, probe, mirror.metric, rule="fixed", on_infeasible="skip")
         edits = [(fixed(log_odds=odds), "counterfactual") for odds in self.log_alphas]
         edits += [(mirror, "control"), (mirror, "counterfactual")]
+        twinned = Twinned.of(context, task, site, mirror.metric.distance)
         clean: dict[str, Tensor] = {}
+        patch: dict[str, Tensor] = {}
         found: list[dict[str, Tensor]] = [{} for _ in edits]
         n = len(task.test)
         for batch in batches(context.model, task.test, context.batch_size):
             put(clean, answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
+            if twinned is not None:
+                put_there = twinned.under(batch)
+                here = answers(batch.prompts, put_there.logits, put_there.rest)
+                here["divergence"] = divergences(batch.clean, put_there.logits)
+                put(patch, here, batch.rows, n)
             for (one, condition), columns in zip(edits, found, strict=True):
                 target = {condition: batch.targets()[condition]}
                 edited = batch.edited(site, one, target)[condition]
                 here = edited.record | answers(batch.prompts, edited.logits, edited.rest)
                 here["divergence"] = divergences(batch.clean, edited.logits)
+                if twinned is not None:
+                    away = divergences(put_there.logits, edited.logits)
+                    here["kl_to_interchange"] = away
                 put(columns, here, batch.rows, n)
                 advance(len(batch))
         right = clean["own_lead"] > 0 if clean else None
 
+        groups = task.test.groups
+        among = None if right is None or groups is None else groups.cpu()[right]
+        likeness: dict[int, dict[str, Any]] = {}
+        interchange = None
+        if twinned is not None:
+            how = (twinned.known, context.seed, groups)
+            patch["distance"] = twinned.distance
+            # A control edit is not to do what the interchange does.
+            own = {i: (c, patch) for i, c in enumerate(found) if edits[i][1] != "control"}
+            likeness = likenesses(clean, own, *how)
+            interchange = interchange_of(clean, patch, *how)
+
         def mean(values: Tensor) -> Estimate:
-            return Estimate.mean(values, context.generator())
+            return Estimate.mean(values, context.generator(), groups)
 
         *doses, control, counterfactual = (
             EditSummary(
                 log_alpha=columns["floor"].mean().item(),
-                flipped=None if right is None else Estimate.share(columns["other_lead"][right] > 0),
+                flipped=None
+                if right is None
+                else Estimate.share(columns["other_lead"][right] > 0, among),
                 preference=None if right is None else mean(columns["preference"]),
                 divergence=mean(columns["divergence"]),
                 distance=mean(columns["distance"]),
                 euclidean=mean(columns["euclidean"]),
                 edited=(columns["status"] == Status.SOLVED).double().mean().item(),
                 unreached=int((columns["status"] >= Status.INFEASIBLE).sum()),
+                **likeness.get(index, {}),
             )
-            for columns in found
+            for index, columns in enumerate(found)
         )
         return TaskDose(
             prompts=n,
@@ -228,6 +257,7 @@ class Dose(Part[DoseResult]):
             doses=doses,
             control=control,
             counterfactual=counterfactual,
+            interchange=interchange,
         )
 
     def says(self, result: DoseResult, /) -> list[str]:
@@ -281,6 +311,7 @@ class Dose(Part[DoseResult]):
                             for key, (field, _) in measures.items()
                         },
                         "prompts changed (%)": [edit.edited for *_, edit in every],
+                        **held_against([edit for *_, edit in every]),
                     }
                 ),
             )
@@ -324,12 +355,20 @@ def _finding(result: DoseResult, name: str) -> str:
     )
     flips = [share_in_words(edit.flipped) for edit in (last, mirror, control) if edit.flipped]
     unreached = sum(edit.unreached for _, edit in task.edits)
+    ceiling = ""
+    if task.interchange is not None and task.interchange.flipped is not None:
+        ceiling = (
+            f" The ceiling, a twin's activation, flips {share_in_words(task.interchange.flipped)}"
+        )
+        past = [f"{dose.log_alpha:g}" for dose in task.doses if dose.beyond]
+        ceiling += f"; beyond their own patch go log α = {', '.join(past)}." if past else "."
     return headed(
         name,
         f"{start}{reached}; at log α = {last.log_alpha:g}, {flips[0]} of {task.answered} do. "
         f"{capitalised(asked)}; it flips {flips[1]} towards the other {words.value} (mean "
         f"{words.preference} {signed(task.clean.known)} before, "
         f"{signed(mirror.preference.known)} after), and {flips[2]} towards the true one."
+        + ceiling
         + (f" {unreached} edits could not be solved." if unreached else ""),
     )
 
@@ -349,6 +388,12 @@ def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha"
             marks.append(marks_of(label, places, values, scale=scale, **style | LOOKS[rule]))
         if field == "preference" and task.clean is not None:
             rules.append(Rule(task.clean.known, colour=style["colour"]))
+        names = {"flipped": "flipped", "preference": "logit_difference"}
+        ceiling = getattr(task.interchange, names.get(field, ""), None)
+        if ceiling is not None and ceiling.value is not None:
+            label = joined("interchange", words)
+            at = 100 * ceiling.value if field == "flipped" else ceiling.value
+            rules.append(Rule(at, name=label, colour=style["colour"], dash="dash"))
     return Pane(
         marks,
         rules=rules,

@@ -36,6 +36,7 @@ from lrqp_torch.study.results import (
 from lrqp_torch.study.showing import (
     SITES,
     between,
+    held_against,
     in_ranges,
     look,
     marks_of,
@@ -290,11 +291,11 @@ def _swept(
         own = None if groups is None else groups.cpu()[every]
         return SiteResult.of(of, site, Estimate.share(right[every], own), context.seed)
 
-    sites = judged({site: result(site, flat) for site in context.sites}, flat)
+    sites = judged({site: result(site, flat) for site in context.sites}, flat, context.seed)
     clean = CleanResult.of(flat, context.seed)
     first, second = ({name: values[half] for name, values in flat.items()} for half in rows)
     site = best_site(first, context.sites)
-    best = judged({site: result(site, second, rows[1])}, second)[site]
+    best = judged({site: result(site, second, rows[1])}, second, context.seed)[site]
     best = replace(best, verdict=sites[site].verdict)
     seconds = {stage: s for stage, s in clock.seconds().items() if stage != "total"}
     used = [name for name, found_there in sites.items() if found_there.used]
@@ -507,9 +508,6 @@ def _held_against(study: StudyResults, sites: Sequence[SiteResult]) -> dict[str,
             columns["flipped, interchange (%)"] = [p and p.flipped for p in patches]
             name = f"interchange: {study.words.preference} ({study.words.unit})"
             columns[name] = [p and p.logit_difference for p in patches]
-            columns["recovered (%)"] = [site.recovered for site in sites]
-            columns["same answer as the interchange (%)"] = [site.agreement for site in sites]
-        columns["KL from the interchange (nats)"] = [site.kl_to_interchange for site in sites]
         columns["interchange length, Mahalanobis"] = [p and p.distance for p in patches]
     if any(site.verdict is not None for site in sites):
         verdicts = [site.verdict for site in sites]
@@ -520,9 +518,7 @@ def _held_against(study: StudyResults, sites: Sequence[SiteResult]) -> dict[str,
             "used": ["yes" if site.used else "no" for site in sites],
             "prompts to tell half": [verdict and verdict.prompts_needed for verdict in verdicts],
         }
-    if any(site.beyond for site in sites):
-        columns["beyond its own patch"] = [site.beyond for site in sites]
-    return columns
+    return columns | held_against(sites)
 
 
 def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
