@@ -85,7 +85,7 @@ class Estimate:
         76, for the effective number.
         """
         n, counted = len(true), int(true.sum())
-        units = _groups(groups, n)
+        units = units_of(groups, n)
         share = counted / n if n else 0.0
         if units is None or not 0 < share < 1:
             return cls.count(counted, n)
@@ -324,7 +324,7 @@ def _ratio_ends(
     groups: Tensor | None,
 ) -> tuple[float, float]:
     """The interval of sum(above) / sum(below), units drawn whole; a mean is one over counts."""
-    units = _groups(groups, len(above))
+    units = units_of(groups, len(above))
     if units is not None:
         above, below = _sums(above, units), _sums(below, units)
     sums = resampled_sums(torch.stack([above, below], dim=1), generator, resamples)
@@ -339,7 +339,7 @@ def _ratio_ends(
     return bca(float(above.sum() / below.sum()), known, left_out)
 
 
-def _groups(groups: Tensor | None, n: int) -> Tensor | None:
+def units_of(groups: Tensor | None, n: int) -> Tensor | None:
     """Groups numbered from 0, (n,); None where they are none, too few, or a prompt each."""
     if groups is None or len(groups) != n:
         if groups is not None:

@@ -10,6 +10,7 @@ edits from disjoint halves of the prompts are compared.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.chance import Fit, Place, by_chance, cosines, half_edits, whitened
 from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, bootstrap_mean
@@ -31,6 +33,7 @@ from lrqp_torch.study.readers import (
     readers_of,
     split,
 )
+from lrqp_torch.study.running import Twinned
 from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import Trial, Trials, displacements, flipped
 
@@ -62,11 +65,14 @@ class Outcome:
             object identification.
         effect: the mean change of the preference as a share of that of the study's own
             counterfactual edit; None where the interval of that edit's own change includes 0.
+        recovered: the same as a share of the interchange's, see :mod:`~.ceiling`; None also where
+            no prompt has a twin.
     """
 
     flipped: Estimate
     logit_difference: Estimate
     effect: Estimate | None
+    recovered: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class Halves:
 
 
 @dataclass(frozen=True)
-class ControlsResult:
+class ControlsResult(Likeness):
     """The illusion controls of the edit at one site.
 
     Attributes:
@@ -233,6 +239,8 @@ class ControlsResult:
         chance: edits that know nothing of the class.
         halves: edits fitted to disjoint halves; None where a half has too few prompts of a class.
         words: what the things of the task are called.
+        interchange: the ceiling of the edit, which ``recovered`` and the like compare it with; None
+            where no prompt has a twin.
     """
 
     site: str
@@ -252,6 +260,7 @@ class ControlsResult:
     chance: list[ByChance]
     halves: Halves | None
     words: Words
+    interchange: Interchange | None = None
 
 
 class Measuring:
@@ -261,12 +270,21 @@ class Measuring:
         clean: the trial without an edit.
         own: the study's counterfactual edit.
         seed: of the bootstrap.
+        groups: of the prompts.
+        patch: the interchange, if there is one, and who has a twin.
     """
 
-    def __init__(self, clean: Trial, own: Trial, seed: int) -> None:
-        self.clean, self._seed = clean, seed
+    def __init__(
+        self,
+        clean: Trial,
+        own: Trial,
+        seed: int,
+        groups: Tensor | None = None,
+        patch: tuple[Trial, Tensor] | None = None,
+    ) -> None:
+        self.clean, self._seed, self._groups, self._patch = clean, seed, groups, patch
         self._effect = clean["preference"] - own["preference"]
-        low, high = bootstrap_mean(self._effect, self.generator())
+        low, high = bootstrap_mean(self._effect, self.generator(), groups=groups)
         self._has_effect = not low <= 0 <= high
 
     def generator(self) -> torch.Generator:
@@ -275,15 +293,26 @@ class Measuring:
 
     def mean(self, values: Tensor) -> Estimate:
         """A mean over prompts with its interval."""
-        return Estimate.mean(values, self.generator())
+        return Estimate.mean(values, self.generator(), self._groups)
 
     def outcome(self, trial: Trial) -> Outcome:
         """What a trial says."""
         change, effect = self.clean["preference"] - trial["preference"], None
         if self._has_effect:
-            effect = Estimate.ratio(change, self._effect, self.generator())
-        flips = flipped(self.clean["own_lead"], trial["other_lead"])
-        return Outcome(flips, self.mean(trial["preference"]), effect)
+            effect = Estimate.ratio(change, self._effect, self.generator(), self._groups)
+        flips = flipped(self.clean["own_lead"], trial["other_lead"], self._groups)
+        return Outcome(flips, self.mean(trial["preference"]), effect, self._recovered(change))
+
+    def _recovered(self, change: Tensor) -> Estimate | None:
+        """A change of the preference as a share of the interchange's, where that has one."""
+        if self._patch is None:
+            return None
+        patch, known = self._patch
+        most = (self.clean["preference"] - patch["preference"])[known]
+        groups = None if self._groups is None else self._groups[known]
+        if not Estimate.mean(most, self.generator(), groups).certain:
+            return None
+        return Estimate.ratio(change[known], most, self.generator(), groups)
 
     def by_chance(
         self, kind: str, trials: Sequence[Trial], *, length: float, accuracy: float | None
@@ -333,6 +362,8 @@ def compute(
     here, *there = _places(context, site, edit, others, fit)
     spaces, unread = _spaces(context, here, heads)
     trials = Trials(context, test)
+    twinned = Twinned.of(context, context.task, site, edit.metric.distance)
+    patch = None if twinned is None else trials.interchange(twinned)
     own = trials.add(site, here.delta)
     back = trials.add(site, displacements(edit, here.x, here.y, here.y))
     # Each reads its trials once they have run.
@@ -342,7 +373,15 @@ def compute(
     halves = _halves(trials, here, fit, context.seed)
     trials.run(batch_done=advance)
 
-    measuring = Measuring(trials.clean, own, context.seed)
+    groups, likeness = test.groups, dict[str, Any]()
+    if patch is not None and twinned is not None:
+        patch.found["divergence"] = patch["kl_at_end"]
+        moved = own.found | {"distance": edit.metric.distance(here.delta).cpu()}
+        how = (twinned.known, context.seed, groups)
+        likeness = likenesses(trials.clean.found, {site: (moved, patch.found)}, *how)[site]
+        likeness["interchange"] = interchange_of(trials.clean.found, patch.found, *how)
+    ceiling = None if patch is None or twinned is None else (patch, twinned.known)
+    measuring = Measuring(trials.clean, own, context.seed, groups, ceiling)
     return ControlsResult(
         site=site,
         prompts=len(test),
@@ -361,6 +400,7 @@ def compute(
         chance=chance(measuring),
         halves=halves(measuring),
         words=test.words,
+        **likeness,
     )
 
 

@@ -11,6 +11,7 @@ equal effect.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from lrqp_torch.baselines import Baseline, Paired
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
+from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import HeadsResult, Role
@@ -38,6 +40,7 @@ from lrqp_torch.study.methods import (
 )
 from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
+from lrqp_torch.study.running import Twinned
 from lrqp_torch.study.tradeoffs import (
     RESAMPLES,
     Curve,
@@ -106,7 +109,7 @@ DEFAULTS = CompareOptions()
 
 
 @dataclass(frozen=True)
-class Effect:
+class Effect(Likeness):
     """One method under one condition, over the held-out prompts.
 
     Attributes:
@@ -184,6 +187,8 @@ class SiteComparison:
         oracles: what the independent probes read from clean activations, the class first.
         methods: rows of the table.
         curves: effect against side effect.
+        interchange: the ceiling of the counterfactual edits, which say how they compare with it;
+            None where no prompt has a twin.
     """
 
     site: str
@@ -198,6 +203,7 @@ class SiteComparison:
     oracles: list[OracleScore]
     methods: list[MethodResult]
     curves: list[Curve]
+    interchange: Interchange | None = None
 
     def method(self, name: str) -> MethodResult:
         """The row of a method."""
@@ -239,7 +245,8 @@ def work(context: StudyContext, /, options: CompareOptions = DEFAULTS, sites: in
     found = unrelated(context, options.texts)
     each = 2 * len(context.task.test) + (0 if found is None else len(found[0]))
     strengths = (methods - 1) * (len(options.strengths) - 1)
-    return sites * (methods * (1 + each) + few * (len(options.log_alphas) + strengths))
+    patched = len(context.task.test) if context.task.test.twins() is not None else 0
+    return sites * (patched + methods * (1 + each) + few * (len(options.log_alphas) + strengths))
 
 
 def compute(
@@ -323,6 +330,9 @@ class _Site:
             keys=_keys(data),
             activations=True,
         )
+        metric = self.reference.metric
+        twinned = Twinned.of(context, context.task, self.site, metric.distance)
+        patch = None if twinned is None else trials.interchange(twinned)
         control, counterfactual = (
             {
                 name: trials.write(self.site, edit, target, self.labels, partners)
@@ -340,7 +350,22 @@ class _Site:
         unbuilt = len(self.candidates) - len(self.edits)
         self.advance(unbuilt * (2 * n + texts + few * (len(self.options.strengths) - 1)))
 
-        draws, of_swept = (Resampling(count, context.generator()) for count in (n, few))
+        groups = data.groups
+        draws = Resampling(n, context.generator(), groups=groups)
+        of_swept = Resampling(
+            few, context.generator(), groups=None if groups is None else groups[:few]
+        )
+        likeness: dict[str, dict[str, Any]] = {}
+        interchange = None
+        if patch is not None and twinned is not None:
+            patch.found["divergence"] = patch["kl_at_end"]
+            how = (twinned.known, context.seed, groups)
+            interchange = interchange_of(self.clean.found, patch.found, *how)
+            for done in counterfactual.values():
+                moved = done["activations"].double() - self.x.double()
+                done.found["distance"] = metric.distance(moved.to(context.device)).cpu()
+            held = {name: (done.found, patch.found) for name, done in counterfactual.items()}
+            likeness = likenesses(self.clean.found, held, *how)
         of_texts = Resampling(texts, context.generator()) if texts else None
         relative = relative_costs(swept, FITTED, of_swept)
 
@@ -352,7 +377,9 @@ class _Site:
             return replace(
                 unfilled,
                 control=self._effect(control[item.name], self.labels, draws),
-                counterfactual=self._effect(done, self.target, draws),
+                counterfactual=self._effect(
+                    done, self.target, draws, **likeness.get(item.name, {})
+                ),
                 text_divergence=None if of_texts is None else of_texts.mean(by_text[item.name]),
                 scores=self._scores(item.name, done, draws),
                 seconds=self._seconds(item.edit, pairs),
@@ -372,6 +399,7 @@ class _Site:
             oracles=self.oracles.scores,
             methods=[row(item) for item in self.candidates],
             curves=draw_curves(swept, of_swept),
+            interchange=interchange,
         )
 
     def _swept(self, few: int, counterfactual: Mapping[str, Trial], pairs: Tensor) -> list[Swept]:
@@ -436,14 +464,14 @@ class _Site:
         trials.run(self.advance)
         return {name: trial["divergence"] for name, trial in done.items()}, len(texts)
 
-    def _effect(self, trial: Trial, target: Tensor, draws: Resampling) -> Effect:
+    def _effect(self, trial: Trial, target: Tensor, draws: Resampling, **likeness: Any) -> Effect:
         read = self.oracles.read_class(trial["activations"])
         chosen = target.unsqueeze(-1)
         rival = read.scatter(-1, chosen, float("-inf")).amax(-1)
         delta = trial["activations"].double() - self.x.double()
         attention = trial.found.get("attention")
         return Effect(
-            flipped=flipped(self.clean["own_lead"], trial["other_lead"]),
+            flipped=flipped(self.clean["own_lead"], trial["other_lead"], self.data.groups),
             logit_difference=draws.mean(trial["preference"]),
             distance=draws.mean(self.reference.metric.distance(delta.to(self.context.device))),
             euclidean=draws.mean(delta.norm(dim=-1)),
@@ -451,6 +479,7 @@ class _Site:
             divergence=draws.mean(trial[DIVERGENCE]),
             rest=draws.mean(trial[REST]),
             attention=None if attention is None else draws.mean(attention),
+            **likeness,
         )
 
     def _scores(self, name: str, trial: Trial, draws: Resampling) -> dict[str, Estimate | None]:

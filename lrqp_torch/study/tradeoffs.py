@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import StatisticsError
-from lrqp_torch.study.estimates import CONFIDENCE, Estimate
+from lrqp_torch.study.estimates import CONFIDENCE, Estimate, bca, units_of
 
 RESAMPLES = 1000
 REACHED = 0.975
@@ -24,6 +24,7 @@ class Resampling:
         n: prompts.
         generator: of the draws.
         resamples: how many times n prompts are drawn.
+        groups: the group of each prompt, (n,); groups are then drawn, each with all its prompts.
 
     Attributes:
         n: as given.
@@ -33,18 +34,34 @@ class Resampling:
         StatisticsError: no prompts.
     """
 
-    def __init__(self, n: int, generator: torch.Generator, resamples: int = RESAMPLES) -> None:
+    def __init__(
+        self,
+        n: int,
+        generator: torch.Generator,
+        resamples: int = RESAMPLES,
+        groups: Tensor | None = None,
+    ) -> None:
         if n < 1:
             raise StatisticsError("there are no prompts to resample")
         self.n = n
-        drawn = torch.randint(n, (resamples, n), generator=generator)
-        ones = torch.ones(resamples, n, dtype=torch.float64)
-        self.weights = torch.zeros_like(ones).scatter_add_(1, drawn, ones) / n
+        found = units_of(groups, n)
+        units = torch.arange(n) if found is None else found
+        count = int(units.max()) + 1
+        drawn = torch.randint(count, (resamples, count), generator=generator)
+        ones = torch.ones(resamples, count, dtype=torch.float64)
+        times = torch.zeros_like(ones).scatter_add_(1, drawn, ones)[:, units]
+        self.weights = times / times.sum(1, keepdim=True)
+        # Of all prompts but those of one unit each, (units, n).
+        without = (units != torch.arange(count).unsqueeze(1)).double()
+        self._left_out = without / without.sum(1, keepdim=True)
 
     def mean(self, values: Tensor) -> Estimate:
-        """The mean of values, (n,), with its percentile interval."""
+        """The mean of values, (n,), with its BCa interval, see :func:`~.estimates.bca`."""
         wide = values.double().cpu()
-        return self.interval(float(wide.mean()), self.weights @ wide)
+        mean = float(wide.mean())
+        if len(self._left_out) == 1:
+            return Estimate(mean, mean, mean, self.n)
+        return Estimate(mean, *bca(mean, self.weights @ wide, self._left_out @ wide), self.n)
 
     def means(self, values: Tensor) -> Tensor:
         """The means of columns (n, k) in each resample, (resamples, k)."""

@@ -24,7 +24,16 @@ from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import parse_head
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import Batch, answers, batches, finite, put
+from lrqp_torch.study.running import (
+    Batch,
+    Twinned,
+    answers,
+    batches,
+    divergences,
+    finite,
+    placed,
+    put,
+)
 
 
 class Trial:
@@ -60,7 +69,9 @@ class Trials:
       has ``said_elsewhere``, the mean probability of the answers there;
     - ``attention``, the change of the watched heads' attention from the last column to the first
       key less that to the second, mean over heads; missing where all lie below the edits;
-    - ``activations`` that the stream holds at the marked token after the edit, (n, d).
+    - ``activations`` that the stream holds at the marked token after the edit, (n, d);
+    - ``kl_to_interchange``, KL(interchange ‖ edited) of the token at the end, in nats, where there
+      is an :meth:`interchange`; that has ``kl_at_end``, KL(clean ‖ interchange) there.
 
     Args:
         context: the model, and how many prompts a batch has.
@@ -89,6 +100,7 @@ class Trials:
         self.elsewhere, self.keys, self.activations = elsewhere, keys, activations
         self.watched = [] if keys is None else [parse_head(name) for name in watched]
         self.clean = Trial(None, None)
+        self.twinned: Trial | None = None
         self._trials: list[Trial] = []
 
     def add(self, site: str, delta: Tensor) -> Trial:
@@ -115,6 +127,20 @@ class Trials:
             return Intervention(site, at, add)
 
         return self._added(Trial(site, place))
+
+    def interchange(self, twinned: Twinned) -> Trial:
+        """Put the activation of each prompt's twin in the place of its own: the ceiling.
+
+        Add it before all edits, which are then held against it.
+        """
+        item = twinned
+
+        def place(rows: Tensor, at: Tensor) -> Intervention:
+            return Intervention(item.site, at, placed(_rows(item.x, rows, at)))
+
+        self.twinned = self._added(Trial(item.site, place))
+        self.twinned.found["distance"] = item.distance
+        return self.twinned
 
     def write(
         self,
@@ -197,7 +223,9 @@ class _Seen:
             # The last column is read for the answers.
             self._columns = mask.any(0).index_fill(0, end[:1], True).nonzero().flatten()
             self._mask = mask[:, self._columns]
+        self._patched: Tensor | None = None
         logits = self._run(lowest, "the clean run")
+        self._end = logits[:, -1]
         self.clean = self._answers(logits)
         if trials.elsewhere is not None:
             self._log_p = logits.float().log_softmax(-1)
@@ -220,6 +248,11 @@ class _Seen:
         with intervene(self._batch.model, [item, reader] if self._trials.activations else [item]):
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
         found |= self._answers(logits)
+        if trial is self._trials.twinned:
+            self._patched = logits[:, -1]
+            found["kl_at_end"] = divergences(self._end, self._patched)
+        if self._patched is not None:
+            found["kl_to_interchange"] = divergences(self._patched, logits[:, -1])
         if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:
@@ -271,14 +304,17 @@ class _Seen:
         return torch.cat([attention_to(p, first) - attention_to(p, second) for p in rows], dim=-1)
 
 
-def flipped(own_lead: Tensor, other_lead: Tensor) -> Estimate:
+def flipped(own_lead: Tensor, other_lead: Tensor, groups: Tensor | None = None) -> Estimate:
     """Of the prompts answered by the class that holds, the share then answered by the next one.
 
     Args:
         own_lead: of the clean run, (n,).
         other_lead: under an edit, (n,).
+        groups: of the prompts, (n,).
     """
-    return Estimate.share((other_lead > 0)[own_lead > 0])
+    answered = own_lead > 0
+    among = None if groups is None else groups.cpu()[answered]
+    return Estimate.share((other_lead > 0)[answered], among)
 
 
 def displacements(edit: LRQP, x: Tensor, target: Tensor, source: Tensor) -> Tensor:

@@ -119,6 +119,13 @@ def _split_findings(result: ControlsResult) -> list[str]:
         f"flips {percent(own.flipped.value, 0)} of the answers "
         f"(control edit: {percent(result.control.flipped.value, 0)})."
     ]
+    if result.interchange is not None and result.recovered is not None:
+        lines.append(
+            f"That is {percent(result.recovered.value, 0)} of what its interchange, the activation "
+            "of a twin, does to the preference."
+        )
+    if result.beyond:
+        lines.append(f"It is beyond its own patch: it {result.beyond}.")
     if result.whole is not None:
         lines.append(
             f"Along its own direction the classes lie {result.whole.separation:.1f} standard "
@@ -263,6 +270,7 @@ def _outcomes(
     return {
         f"{what}answers flipped (%)": [item.flipped for item in outcomes],
         f"{what}{words.preference} ({words.unit})": [item.logit_difference for item in outcomes],
+        f"{what}recovered of the interchange (%)": [item.recovered for item in outcomes],
     }
 
 
@@ -314,7 +322,8 @@ def _chance_table(result: ControlsResult) -> Table:
     own, chance = _own_edits(result), result.chance
     none: list[Estimate | Cell] = [None] * len(own)
     columns = _outcomes(result, [outcome for _, outcome, *_ in own])
-    flips, means = columns.values()
+    flips, means, recovered = columns.values()
+    recovered += [None] * len(chance)
     flips += [item.mean_flipped or NOTHING for item in chance]
     means += [item.logit_difference for item in chance]
     seeds = [", ".join(f"{100 * share:.1f} %" for share in item.flipped) for item in chance]

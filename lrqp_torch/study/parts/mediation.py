@@ -31,22 +31,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrqp_torch.edits.record import EditRun
 from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rule
 from lrqp_torch.stream.attention import record_patterns, set_patterns
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import find_writers
+from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.running import Batch, answers, batches, put
+from lrqp_torch.study.running import Batch, Twinned, answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     between,
     marks_of,
     percent,
     plural,
+    share_in_words,
     signed,
     table_of,
 )
@@ -93,7 +96,7 @@ class GroupMediation:
 
 
 @dataclass(frozen=True)
-class MediationResult:
+class MediationResult(Likeness):
     """The counterfactual edit at one site, and what the patterns of sets of heads carry of it.
 
     Attributes:
@@ -107,6 +110,8 @@ class MediationResult:
         edit_flips: of the prompts answered with the class that holds in the clean run, those that
             the edit flips; None if there are none.
         groups: sets of heads.
+        interchange: the ceiling of the edit, which ``recovered`` and the like compare it with; None
+            where no prompt has a twin.
     """
 
     words: Words
@@ -118,6 +123,7 @@ class MediationResult:
     effect: Estimate
     edit_flips: Estimate | None
     groups: list[GroupMediation]
+    interchange: Interchange | None = None
 
     @property
     def shown(self) -> list[GroupMediation]:
@@ -179,11 +185,13 @@ class Mediation(Part[MediationResult]):
             name: [head for head in members if parse_head(head)[0] >= lowest]
             for name, members in chosen.items()
         }
+        distance = given.edit_at(given.site).metric.distance
+        twinned = Twinned.of(context, context.task, given.site, distance)
         kept: dict[tuple[str, str], Tensor] = {}
         for batch in batches(context.model, data, context.batch_size):
-            put(kept, _run(given, batch, sets), batch.rows, len(data))
+            put(kept, _run(given, batch, sets, twinned), batch.rows, len(data))
             advance(len(batch))
-        return _summarise(given, sets, kept)
+        return _summarise(given, sets, kept, twinned)
 
     def says(self, result: MediationResult, /) -> list[str]:
         """How much of the effect the first set of heads carries."""
@@ -208,6 +216,11 @@ class Mediation(Part[MediationResult]):
         return [
             f"The counterfactual edit at {result.site} changes {change}"
             + (f" and flips {percent(flips.value, 0)} of the answers" if flips else "")
+            + (
+                f", {share_in_words(result.recovered, 0)} of what its interchange does"
+                if result.recovered
+                else ""
+            )
             + f". Putting only the attention from {words.end} of "
             f"{plural(len(group.heads), 'head')} ({group.group}, {origin}) back to the clean run's "
             f"undoes {back} of its effect; putting their attention under the edit into a clean run "
@@ -298,7 +311,7 @@ def head_groups(
 
 
 def _run(
-    given: Given, batch: Batch[Any], sets: Mapping[str, list[str]]
+    given: Given, batch: Batch[Any], sets: Mapping[str, list[str]], twinned: Twinned | None
 ) -> dict[tuple[str, str], Tensor]:
     """What a batch answers, one number a prompt, by ``(run, name)``.
 
@@ -310,10 +323,17 @@ def _run(
     layers = sorted({parse_head(head)[0] for members in sets.values() for head in members})
     found: dict[tuple[str, str], Tensor] = {}
 
+    ends: dict[str, Tensor] = {}
+
     def keep(run: str, condition: str, first_layer: int) -> None:
-        with batch.editing(site, edit, condition):
+        with batch.editing(site, edit, condition) as record:
             logits = batch.run(first_layer, f"the {run} run")
-        found.update({(run, name): value for name, value in answers(prompts, logits).items()})
+        if run == "edited" and isinstance(record, EditRun):
+            found[run, "distance"] = record.distance.cpu()
+        if run in ("clean", "edited"):
+            ends[run] = logits
+        here = answers(prompts, logits, batch.rest())
+        found.update({(run, name): value for name, value in here.items()})
 
     # One implementation of attention throughout, so that only the interventions differ.
     with record_patterns(model, [], end):
@@ -321,6 +341,12 @@ def _run(
             keep("clean", "clean", first)
         with record_patterns(model, layers, end) as edited:
             keep("edited", "counterfactual", first)
+        if twinned is not None:
+            patch = twinned.under(batch)
+            of_patch = answers(prompts, patch.logits, patch.rest)
+            of_patch["divergence"] = divergences(ends["clean"], patch.logits)
+            found.update({("patched", name): value for name, value in of_patch.items()})
+            found["edited", "kl_to_interchange"] = divergences(patch.logits, ends["edited"])
         for name, members in sets.items():
             heads = [parse_head(head) for head in members]
             # Without the edit nothing changes below the lowest of the heads.
@@ -336,21 +362,26 @@ def _run(
 
 
 def _summarise(
-    given: Given, sets: Mapping[str, list[str]], kept: Mapping[tuple[str, str], Tensor]
+    given: Given,
+    sets: Mapping[str, list[str]],
+    kept: Mapping[tuple[str, str], Tensor],
+    twinned: Twinned | None,
 ) -> MediationResult:
     context, generator = given.context, given.context.generator()
+    clusters = context.task.test.groups
     clean, edited = (kept[run, "preference"] for run in ("clean", "edited"))
-    effect = Estimate.mean(clean - edited, generator)
+    effect = Estimate.mean(clean - edited, generator, clusters)
 
     def ratio(change: Tensor) -> Estimate | None:
         if not effect.certain:
             return None
-        found = Estimate.ratio(change, clean - edited, generator)
+        found = Estimate.ratio(change, clean - edited, generator, clusters)
         return None if found.interval is None else found
 
     def share(run: str, name: str, among: Tensor) -> Estimate | None:
         """Of some prompts those with a positive lead in a run."""
-        return Estimate.share((kept[run, name] > 0)[among]) if among.any() else None
+        own = None if clusters is None else clusters.cpu()[among]
+        return Estimate.share((kept[run, name] > 0)[among], own) if among.any() else None
 
     answered = kept["clean", "own_lead"] > 0
     flipped = answered & (kept["edited", "other_lead"] > 0)
@@ -370,6 +401,16 @@ def _summarise(
             )
         )
     heads: HeadsResult | None = given.results.get("heads")
+    likeness: dict[str, Any] = {}
+    if twinned is not None:
+        before, after, patch = (
+            {name: value for (own, name), value in kept.items() if own == run}
+            for run in ("clean", "edited", "patched")
+        )
+        patch["distance"] = twinned.distance
+        how = (twinned.known, context.seed, clusters)
+        likeness = likenesses(before, {given.site: (after, patch)}, *how)[given.site]
+        likeness["interchange"] = interchange_of(before, patch, *how)
     return MediationResult(
         words=context.task.test.words,
         site=given.site,
@@ -380,6 +421,7 @@ def _summarise(
         effect=effect,
         edit_flips=share("edited", "other_lead", answered),
         groups=groups,
+        **likeness,
     )
 
 
