@@ -321,10 +321,11 @@ class Measuring:
         answered = self.clean["own_lead"] > 0
         flips = torch.stack([trial["other_lead"] > 0 for trial in trials])[:, answered].double()
         some = bool(answered.any())
+        own = None if self._groups is None else self._groups.cpu()[answered]
         return ByChance(
             kind=kind,
             flipped=flips.mean(1).tolist() if some else [],
-            mean_flipped=self.mean(flips.mean(0)) if some else None,
+            mean_flipped=Estimate.mean(flips.mean(0), self.generator(), own) if some else None,
             logit_difference=self.mean(torch.stack([t["preference"] for t in trials]).mean(0)),
             length=length,
             accuracy=accuracy,

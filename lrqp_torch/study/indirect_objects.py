@@ -113,6 +113,9 @@ class IOIPrompts(PromptSet):
                 other name and nothing else differs.
             target: order of each twin, (n,); default the other one.
 
+        Returns:
+            None where no prompt has one, or the answers are not the names in the prompts.
+
         Raises:
             SettingError: another variable.
         """
@@ -121,8 +124,11 @@ class IOIPrompts(PromptSet):
                 f"prompts about two names have twins in {', '.join(self.variables)}, not in "
                 f"{quoted(variable or '')}"
             )
-        data = swap_identity(self.data) if variable in (IDENTITY, ALL) else self.data
-        twins = self.of(data if variable == IDENTITY else swap_order(data))
+        try:
+            data = swap_identity(self.data) if variable in (IDENTITY, ALL) else self.data
+            twins = self.of(data if variable == IDENTITY else swap_order(data))
+        except PromptError:  # answers that are not the names in the prompts
+            return None
         wanted = twins.labels if target is None else target.to(twins.labels)
         known = wanted == twins.labels
         return Twins(twins, known) if bool(known.any()) else None

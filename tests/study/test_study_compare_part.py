@@ -73,8 +73,17 @@ def test_the_part_end_to_end() -> None:
         for name in ("control", "counterfactual"):
             effect = getattr(row, name)
             for mean in vars(effect).values():
+                if not isinstance(mean, Estimate):
+                    continue
                 low, high = mean.interval
                 assert low - 1e-9 <= mean.known <= high + 1e-9
+    assert site.interchange is not None and site.interchange.prompts == site.prompts
+    # A full patch of the prompt's own twin is the interchange.
+    whole = patch.counterfactual
+    assert whole.recovered.value == pytest.approx(1, abs=1e-4) and whole.agreement.value == 1
+    assert whole.kl_to_interchange.value < 1e-6 and whole.beyond is None
+    assert nothing.counterfactual.recovered.value == 0
+    assert own.counterfactual.kl_to_interchange.value > 0
     assert "1 epochs" in site.method("das").settings
     assert site.watched and own.counterfactual.attention is not None
     assert own.relative["divergence"] is not None
