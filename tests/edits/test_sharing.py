@@ -58,7 +58,9 @@ def test_the_origin_survives_a_round_trip(edit: LRQP, tmp_path: Path) -> None:
     loaded = LRQP.load(edit.save(tmp_path / "edit"))
     assert loaded.provenance == edit.provenance
     assert loaded.provenance.classes == ("BABA", "ABBA")
-    assert loaded.provenance.versions["torch"] == torch.__version__
+    # A build for a device says so behind a plus, which its package may leave out.
+    kept, own = loaded.provenance.versions["torch"], torch.__version__
+    assert kept.split("+")[0] == own.split("+")[0]
     edit.provenance = None
     assert LRQP.load(edit.save(tmp_path / "without")).provenance is None
 
