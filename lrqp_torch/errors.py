@@ -162,6 +162,10 @@ class ProbeWarning(UserWarning):
     """A probe or metric fitted to data of which it means less than it seems to."""
 
 
+class VocabularyWarning(UserWarning):
+    """Words of a prompt that the tokenizer does not know, so that the model reads another there."""
+
+
 class RevisionWarning(UserWarning):
     """An edit is used in another revision, name or site of its model than it was fitted on."""
 

@@ -1,5 +1,7 @@
-"""The tutorial runs from top to bottom, and finds what its text says."""
+"""The tutorial and the notebooks run from top to bottom, and find what their texts say."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,18 +9,26 @@ from typing import Any
 import pytest
 import torch
 
-TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run_page(page: str) -> dict[str, Any]:
+    """What the blocks leave behind, run in order in one session."""
+    session: dict[str, Any] = {}
+    for number, block in enumerate(blocks(page), start=1):
+        exec(compile(block, f"{page}, block {number}", "exec"), session)
+    return session
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """What the blocks leave behind, run in order in one session."""
-    blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 10
-    session: dict[str, Any] = {}
-    for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{TUTORIAL.name}, block {number}", "exec"), session)
-    return session
+    assert len(blocks("tutorial")) == 10
+    return run_page("tutorial")
 
 
 def share(names: dict[str, Any], edited: torch.Tensor) -> float:
@@ -57,3 +67,41 @@ def test_the_saved_edit_is_the_same(names: dict[str, Any]) -> None:
     x = names["held_out"]["L2.mid"]
     assert torch.equal(names["again"](x, 1), names["edit"](x, 1))
     assert names["again"].provenance.variable == "order of the names"
+
+
+def test_a_task_of_ones_own_takes_ten_minutes() -> None:
+    names = run_page("own_task")
+    assert names["results"].used_sites == ["L1.mid", "L2.pre", "L2.mid", "L3.pre"]
+    assert (names["folder"] / "scatter.png").stat().st_size > 10_000
+    run = names["run"]
+    assert bool((run.log_odds_after >= run.floor).all())
+
+
+@pytest.fixture(scope="module")
+def notebooks() -> Any:
+    for package in ("nbformat", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="notebooks need nbclient and ipykernel")
+    spec = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["tutorial", "own_task"])
+def test_a_notebook_is_its_page_and_keeps_its_outputs(page: str) -> None:
+    kept = json.loads((DOCS / f"{page}.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in kept["cells"] if cell["cell_type"] == "code"]
+    assert ["".join(cell["source"]) for cell in code] == [block.strip() for block in blocks(page)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    shown = {kind for output in outputs for kind in output.get("data", {"text": 0})}
+    assert shown >= ({"image/png", "text/html", "text"} if page == "own_task" else {"text"})
+    assert str(Path.home()) not in json.dumps(kept) and str(DOCS.parent) not in json.dumps(kept)
+
+
+def test_a_notebook_runs_as_it_is_kept(notebooks: Any, tmp_path: Path) -> None:
+    page = notebooks.made_of(DOCS / "own_task.md")
+    ran = notebooks.run(page, tmp_path)
+    said = [o.text for cell in ran.cells for o in cell.get("outputs", []) if "text" in o]
+    assert any("used at ['L1.mid'" in text for text in said)

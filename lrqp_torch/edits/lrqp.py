@@ -309,8 +309,8 @@ class LRQP(Edit[Classes]):
             self.probe.weight, self.probe.bias, self.metric.covariance, device
         )
 
-    def __repr__(self) -> str:
-        facts = {
+    def _facts(self) -> dict[str, object]:
+        return {
             "rule": self.rule,
             "odds": self.odds,
             "log_odds": f"{float(self.log_odds):g}",
@@ -320,8 +320,26 @@ class LRQP(Edit[Classes]):
             "shrinkage": f"{self.metric.shrinkage:.3g}",
             "site": self.notes.get("site") if self.provenance is None else self.provenance.site,
         }
-        known = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
-        return f"{type(self).__name__}({known})"
+
+    def __repr__(self) -> str:
+        known = (f"{name}={value}" for name, value in self._facts().items() if value is not None)
+        return f"{type(self).__name__}({', '.join(known)})"
+
+    def _repr_html_(self) -> str:
+        from lrqp_torch.plot.cards import card
+
+        origin = self.provenance
+        accuracy = None if origin is None else origin.probe_accuracy
+        model = None if origin is None else origin.model
+        return card(
+            type(self).__name__,
+            self._facts()
+            | {
+                "model": model and (Path(model).name if Path(model).is_absolute() else model),
+                "classes": ", ".join((origin and origin.classes) or ()) or None,
+                "probe accuracy, held out": None if accuracy is None else f"{accuracy:.1%}",
+            },
+        )
 
     def _attempt(
         self,

@@ -17,6 +17,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions, Where
@@ -229,13 +230,27 @@ class EditRun:
         rows = self._rows.read(self.positions).last(len(self.positions))
         if not len(rows) or len(rows) < len(self.positions):
             return f"EditRun({len(rows)} of {len(self.positions)} positions have run)"
-        status = rows.column("status")
-        counts = {kind.name.lower(): int((status == kind).sum()) for kind in Status}
-        said = [self.edit.label, ", ".join(f"{n} {name}" for name, n in counts.items() if n)]
+        said = [self.edit.label, in_words(rows.column("status"))]
         margin = rows.column("log_odds_after") - rows.column("floor")
         if not bool(margin.isnan().all()):
             said.append(f"worst log odds margin {float(margin.nan_to_num(torch.inf).min()):.1e}")
         return f"EditRun({'; '.join(filter(None, said))})"
+
+    def _repr_html_(self) -> str:
+        from lrqp_torch.plot.cards import card
+
+        if not self._rows.kept:
+            return card(repr(self), {})
+        rows = self._rows.read(self.positions).last(len(self.positions))
+        if not len(rows) or len(rows) < len(self.positions):
+            return card(repr(self), {})
+        odds = map(rows.column, ("log_odds_before", "log_odds_after", "floor"))
+        return card(
+            "EditRun",
+            {"edit": self.edit.label or None, "positions": len(rows)}
+            | {"status": in_words(rows.column("status")), **outcome(*odds)},
+            [value for value in rows.column("distance").tolist() if value == value],
+        )
 
     @property
     def example(self) -> Tensor:

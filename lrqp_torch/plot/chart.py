@@ -27,6 +27,13 @@ Dash = Literal["solid", "dash", "dot", "none"]
 Cell = str | float | int | None
 
 
+LOOKS: tuple[tuple[str, Marker], ...] = (
+    (BLUE, "circle"), (VERMILION, "square"), (GREEN, "triangle"), (PURPLE, "diamond"),
+    (ORANGE, "down"), (SKY, "pentagon"), (BLACK, "star"),
+)  # fmt: skip
+"""Colour and marker of the first, second, ... of several curves, tasks or classes."""
+
+
 @dataclass(frozen=True)
 class Marks:
     """Values against places: a curve, points of the plane, or bars.

@@ -15,20 +15,16 @@ from typing import Any
 from lrqp_torch.errors import MissingExtraError, SettingError
 from lrqp_torch.files import written_whole
 from lrqp_torch.plot.chart import (
-    BLACK,
-    BLUE,
     CLEAN,
     CONDITION_COLOURS,
     CONTROL,
     COUNTERFACTUAL,
-    GREEN,
     INK,
+    LOOKS,
     NOTE,
     ORANGE,
     PROBE,
     PURPLE,
-    SKY,
-    VERMILION,
     Band,
     Chart,
     Heat,
@@ -56,11 +52,6 @@ from lrqp_torch.plot.reading import (
 from lrqp_torch.plot.static import RESOLUTION, to_matplotlib, write_chart
 
 CONDITIONS: tuple[tuple[str, Marker], ...] = (("counterfactual", "square"), ("control", "triangle"))
-LOOKS: tuple[tuple[str, Marker], ...] = (
-    (BLUE, "circle"), (VERMILION, "square"), (GREEN, "triangle"), (PURPLE, "diamond"),
-    (ORANGE, "down"), (SKY, "pentagon"), (BLACK, "star"),
-)  # fmt: skip
-"""Colour and marker of the first, second, ... of several curves."""
 
 _BY_SITE = "Site edited, in order of computation"
 _NOT_KNOWN = (None, None, None)
@@ -128,19 +119,20 @@ class Figure:
         return to_matplotlib(self.chart)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """Interactive where plotly is installed and knows how to show itself, else a picture."""
+        """Interactive where plotly knows how to show itself, and a picture for where it cannot."""
+        bundle: dict[str, Any] = {"text/plain": repr(self)}
         if find_spec("plotly") is not None:
-            bundle: dict[str, Any] = self.to_plotly()._repr_mimebundle_()
-            if bundle:
-                return bundle
-        if find_spec("matplotlib") is None:
+            bundle |= self.to_plotly()._repr_mimebundle_() or {}
+        if find_spec("matplotlib") is not None:
+            picture = BytesIO()
+            self.to_matplotlib().savefig(picture, format="png", dpi=RESOLUTION)
+            bundle["image/png"] = b64encode(picture.getvalue()).decode()
+        if len(bundle) == 1:
             raise MissingExtraError(
                 "to show a figure, install plotly with `pip install 'lrqp_torch[report]'`, or "
                 "matplotlib with `pip install 'lrqp_torch[plots]'`"
             )
-        picture = BytesIO()
-        self.to_matplotlib().savefig(picture, format="png", dpi=RESOLUTION)
-        return {"image/png": b64encode(picture.getvalue()).decode(), "text/plain": repr(self)}
+        return bundle
 
 
 def sweep(
@@ -370,8 +362,8 @@ def sweep_of(results: Any) -> Chart:
         look = {"colour": ORANGE, "marker": "diamond", "dash": "dash"}
         # A series is left out where there is nothing of it, as without answers.
         series = (
-            (upper, "flipped by the interchange (ceiling)", ceilings, ("flipped",), 100.0, look),
-            (upper, "recovered share of the ceiling", found, ("recovered",), 100.0,
+            (upper, "flipped, interchange", ceilings, ("flipped",), 100.0, look),
+            (upper, "recovered share", found, ("recovered",), 100.0,
              {"colour": PURPLE, "marker": "star", "kind": "points"}),
             (lower, "interchange (ceiling)", ceilings, effects, 1.0, look),
         )  # fmt: skip

@@ -67,9 +67,18 @@ class Solution:
         return _root(self.squared_euclidean)
 
     def __repr__(self) -> str:
-        counts = {kind.name.lower(): int((self.status == kind).sum()) for kind in Status}
-        kinds = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return f"Solution({len(self.status)} activations: {kinds or 'none'})"
+        return f"Solution({len(self.status)} activations: {in_words(self.status) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        from lrqp_torch.plot.cards import card
+
+        known = self.floor.ndim == 1
+        return card(
+            "Solution",
+            {"activations": len(self.status), "status": in_words(self.status)}
+            | outcome(self.log_odds_before, self.log_odds_after, self.floor if known else None),
+            self.distance.detach().cpu().double().tolist(),
+        )
 
     def invalidate(self, invalid: Tensor, x: Tensor) -> Self:
         """The same with the examples in ``invalid``, (B,) bool, as in x and marked INVALID."""
@@ -91,6 +100,26 @@ class Solution:
             squared_euclidean=zero(self.squared_euclidean),
             log_odds_after=torch.where(failed, self.log_odds_before, self.log_odds_after),
         )
+
+
+def in_words(status: Tensor) -> str:
+    """How many activations have each status: ``"60 solved, 4 satisfied"``."""
+    counts = {kind.name.lower(): int((status == kind).sum()) for kind in Status}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def outcome(before: Tensor, after: Tensor, floor: Tensor | None) -> dict[str, object]:
+    """What edits did to the odds, as a notebook shows it: name to value, of log odds (B,)."""
+    if not len(after):
+        return {}
+    margin = None if floor is None else (after - floor).detach().double()
+    medians = [float(odds.detach().double().median()) for odds in (before, after)]
+    return {
+        "log odds of the target": f"{medians[0]:+.2f} before, {medians[1]:+.2f} after (medians)",
+        "worst margin over the odds asked": None
+        if margin is None or bool(margin.isnan().all())
+        else f"{float(margin.nan_to_num(torch.inf).min()):.1e} nats",
+    }
 
 
 def _root(squared: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrqp_torch.errors import PromptError, RowError, SettingError, quoted
+from lrqp_torch.errors import (
+    PromptError,
+    RowError,
+    SettingError,
+    VocabularyWarning,
+    quoted,
+    warn,
+)
 from lrqp_torch.stream.text import encode, last_token_at, pad, require_fast, row_numbers
 
 if TYPE_CHECKING:
@@ -201,6 +208,7 @@ class PromptSet:
             if isinstance(row, RowError):
                 raise row
             rows.append(row if bos is None else row.fronted(front_token(tokenizer), bos))
+        _warn_of_unknown(tokenizer, prompts, rows)
         inputs = pad([torch.tensor(row.ids) for row in rows], tokenizer, padding_side)
         end = torch.tensor([len(row.ids) - 1 for row in rows])
         left = padding_side == "left"
@@ -499,6 +507,31 @@ class PromptSet:
         }
         inputs = {name: change(value) for name, value in self.inputs.items()}
         return replace(self, **others, inputs=inputs, **changed)
+
+
+def _warn_of_unknown(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], rows: "Sequence[_Tokens]"
+) -> None:
+    """Warn of prompts in which a closed vocabulary lacks a word."""
+    unknown = tokenizer.unk_token_id
+    # Where one token ends texts and stands for what is unknown, nothing is unknown: all is bytes.
+    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return
+    found = [number for number, row in enumerate(rows) if unknown in row.ids]
+    if not found:
+        return
+    text = prompts[found[0]].text.replace(OPENING, "").replace(CLOSING, "")
+    lacking = [
+        word
+        for word in text.split()
+        if unknown in tokenizer(word, add_special_tokens=False).input_ids
+    ]
+    warn(
+        VocabularyWarning,
+        f"the tokenizer does not know a word of {len(found)} of {len(rows)} prompts, such as "
+        f"{quoted(lacking[0] if lacking else text)} in {quoted(text)}: the model reads "
+        f"{tokenizer.unk_token} there. Use words of its vocabulary, or a model with an open one",
+    )
 
 
 def _classes(prompts: Sequence[Prompt], classes: Sequence[str] | None) -> tuple[str, ...]:

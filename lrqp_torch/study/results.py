@@ -372,6 +372,40 @@ class StudyResults:
                 "activation overflowed; try the model in float32."
             ) from error
 
+    def __repr__(self) -> str:
+        used = f", used at {', '.join(self.used_sites) or 'no site'}" if self.sites else ""
+        return f"StudyResults({self.model['name']}, {len(self.sites)} sites{used})"
+
+    def _repr_html_(self) -> str:
+        from lrqp_torch.plot.cards import card
+
+        edit = None if self.best_site is None else self.sites[self.best_site].counterfactual
+        flipped = None if edit is None else edit.flipped
+        lengths = columns_of(self.prompts, f"{self.best_site}.counterfactual").get("distance")
+        return card(
+            "StudyResults",
+            {
+                "model": self.model["name"],
+                "prompts": f"{self.data['train']} fitted, {self.data['test']} held out",
+                "classes": ", ".join(self.classes),
+                "sites": ", ".join(self.sites) if len(self.sites) < 4 else len(self.sites),
+                "used at": None if edit is None else ", ".join(self.used_sites) or "no site",
+                "flips most": self.best_site,
+                "answers flipped there": None
+                if flipped is None or flipped.value is None
+                else f"{flipped.value:.1%} ({flipped.lower:.1%} to {flipped.upper:.1%})",
+                "solved / satisfied / failed": None
+                if edit is None
+                else f"{edit.solved} / {edit.skipped} / {edit.failed}",
+                "worst margin over the odds asked": None
+                if edit is None
+                else f"{edit.worst_log_odds_margin:.1e} nats",
+                "parts": ", ".join(self.parts) or None,
+            },
+            [] if lengths is None else lengths.tolist(),
+            f"lengths at {self.best_site}",
+        )
+
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read back what :meth:`save` wrote.

@@ -3,19 +3,7 @@
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lrqp_torch.plot.chart import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Cell,
-    Marker,
-    Marks,
-    Table,
-)
+from lrqp_torch.plot.chart import LOOKS, Cell, Marks, Table
 from lrqp_torch.study.ceiling import Likeness
 from lrqp_torch.study.estimates import Estimate
 
@@ -25,17 +13,6 @@ K = TypeVar("K", bound=Hashable)
 NO_BREAK = "\u00a0"
 SITES = "site, in order of computation"
 """Title of an axis."""
-
-LOOKS: tuple[tuple[str, Marker], ...] = (
-    (BLUE, "circle"),
-    (VERMILION, "square"),
-    (GREEN, "triangle"),
-    (PURPLE, "diamond"),
-    (ORANGE, "down"),
-    (SKY, "pentagon"),
-    (BLACK, "star"),
-)
-"""Colour and marker of the first, second, ... of several tasks or classes."""
 
 
 def look(index: int) -> dict[str, Any]:

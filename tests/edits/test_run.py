@@ -423,3 +423,16 @@ def test_transforms_of_torch_func_go_through_an_edited_model(record: bool) -> No
             alone = torch.autograd.grad(of_one(parameters, ids[row]), list(parameters.values()))
             for gradient, expected in zip(each.values(), alone, strict=True):
                 torch.testing.assert_close(gradient[row], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_notebook_shows_what_an_edit_is_and_did() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    edit = edit_of(model, "L1.mid")
+    x = lrqp.capture(model, inputs, ["L1.mid"], AT[:, 0])["L1.mid"]
+    solved = edit.solve(x, 1)._repr_html_()
+    with edit.at(model, "L1.mid", positions=AT[:, 0], target=1) as run:
+        assert "0 of 4 positions" in run._repr_html_()
+        model(**inputs)
+    assert all(word in edit._repr_html_() for word in ("rule", "mirror", "shrinkage", ">K<"))
+    for shown in (solved, run._repr_html_()):
+        assert "worst margin" in shown and "before" in shown and "lengths of 4" in shown

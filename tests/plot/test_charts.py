@@ -1,6 +1,7 @@
 """Every kind of chart, in each of its three forms: plotly, matplotlib, and a table."""
 
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.colors import to_hex
 
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.plot import static
+from lrqp_torch.plot.cards import card
 from lrqp_torch.plot.chart import (
     BLUE,
     Band,
@@ -196,3 +198,27 @@ def test_matplotlib_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(static, "find_spec", missing)
     with pytest.raises(MissingExtraError, match=r"lrqp_torch\[plots\]"):
         to_matplotlib(Chart([SWEEP]))
+
+
+def test_a_card_shows_numbers_and_runs_nothing() -> None:
+    shown = card("<b>LRQP</b>", {"K": 2, "site": None, "a<b": "</td><script>"}, [1.0, 1.0, 3.0])
+    page = Reader()
+    page.feed(shown)
+    assert page.tags & {"script", "b"} == set() and "a<b" in page.said
+    assert "site" not in page.said and shown.count("<rect") == 2
+    assert 'aria-label="lengths of 3, from 1 to 3"' in shown
+
+
+class Reader(HTMLParser):
+    """The tags of some HTML, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.said = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data

@@ -1,6 +1,7 @@
 """Prompts of your own: marks, labels and answers become the right tokens, and errors name rows."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 from lrqp_torch import models
-from lrqp_torch.errors import PromptError, SettingError, TokenizerError
+from lrqp_torch.errors import PromptError, SettingError, TokenizerError, VocabularyWarning
 from lrqp_torch.study.prompts import Prompt
 from lrqp_torch.study.reading import EXAMPLES, RowLog, front, screen, write_prompts
 from lrqp_torch.study.running import batches
@@ -591,3 +592,13 @@ def test_a_token_is_put_in_front_where_words_stand_first(
     assert found.position.tolist() == [in_front + (not marked_first)] * 2
     assert len(log.notes) == (bos == "auto" and marked_first)
     assert all("attention sink" in note for note in log.notes)
+
+
+def test_words_that_a_closed_vocabulary_lacks_are_warned_of(tokenizer) -> None:
+    known = [Prompt(f"After Mary and [[{name}]] arrived at the", "ABBA") for name in NAMED[:6]]
+    strange = Prompt("After Zebulon and [[Mary]] arrived at the", "ABBA")
+    with pytest.warns(VocabularyWarning, match=r"1 of 7 prompts, such as 'Zebulon' in .*<unk>"):
+        PromptSet.encode(tokenizer, [*known, strange])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PromptSet.encode(tokenizer, known)
