@@ -102,7 +102,8 @@ def sweep(
     Returns:
         One number a prompt, (n,), on the CPU, in the order of ``prompts``:
 
-        - ``labels`` and ``other``: the class that holds and the counterfactual one;
+        - ``labels`` and ``other``: the class that holds and the counterfactual one; ``groups``
+          where the prompts have groups;
         - ``clean.NAME``, with the names of :func:`read_answers` and ``io_probability``, the
           probability of the answers of the class that holds;
         - ``SITE.CONDITION.NAME``, with the names of :func:`read_answers`, those of
@@ -148,6 +149,8 @@ def sweep(
                 for number, tensors in finished.items():
                     store.save(number, tensors)
     flat = {"labels": prompts.labels.cpu(), "other": prompts.other.cpu()}
+    if prompts.groups is not None:
+        flat["groups"] = prompts.groups.cpu()
     for number in sorted(done):
         put(flat, done[number], rows[number], len(prompts))
     return flat

@@ -325,8 +325,6 @@ def _put_beside(
     target = task.test.other.to(context.device)
     twins = context.twins(task, ranks=given.ranks) if INTERCHANGE in names else None
     known: dict[str, Tensor] = {}
-    if task.test.groups is not None:
-        known["groups"] = task.test.groups.cpu()
     if twins is not None:
         known["twins"] = twins[1].long()
     nulls = dict(
