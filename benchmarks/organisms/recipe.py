@@ -91,7 +91,7 @@ RECIPES: dict[Kind, Recipe] = {
     "absent": Recipe(kind="absent", steps=1000, layers=4, last_read="L2.pre"),
     "graded": Recipe(kind="graded", steps=1600, layers=4, width=96, last_read="L2.pre"),
     "spread": Recipe(kind="spread", steps=1600, layers=5, width=96),
-    "dormant": Recipe(kind="dormant", steps=1400, layers=4, width=96, last_read="L2.pre"),
+    "dormant": Recipe(kind="dormant", steps=1500, layers=4, width=96, last_read="L2.pre"),
 }
 """How the bundled organisms are made."""
 

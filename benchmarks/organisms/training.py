@@ -421,7 +421,7 @@ def train(
         loss = functional.cross_entropy(logits, prompts.answer)
         hint = 0.5 if progress.stage < 2 else 0.05
         # An order that the answer needs stays at S2 by itself; one that it does not need fades.
-        known = 1.0 if recipe.kind == "present" else hint
+        known = 1.0 if recipe.kind in ("present", "dormant") else hint
         if recipe.kind == "absent":
             loss = loss + ERASURE * statistics.left(activations, prompts.abb)
         else:

@@ -64,6 +64,7 @@ class IOIDataset:
         seed: int = 0,
         prefixes: str | Path | Sequence[str] | None = None,
         *,
+        names: int | None = None,
         padding_side: Literal["right", "left"] = "right",
     ) -> "IOIDataset":
         """Draw ``n`` distinct prompts, half of them ABBA within one.
@@ -80,6 +81,7 @@ class IOIDataset:
                 the package), ``"openwebtext"`` (streamed), the path of a text file with one
                 sentence a line, or a sequence of sentences; None for no prefix. Sentences that
                 break the rule of :mod:`lrqp_torch.ioi.prefixes` are not used.
+            names: how many different names the prompts have, drawn with the seed; default all.
             padding_side: where shorter prompts are padded.
 
         Raises:
@@ -97,6 +99,14 @@ class IOIDataset:
             raise PromptError(f"padding_side is {padding_side!r}: it must be 'right' or 'left'")
 
         ids = single_token_names(tokenizer, NAMES)
+        if names is not None:
+            if isinstance(names, bool) or not isinstance(names, int) or not 2 <= names <= len(ids):
+                raise PromptError(
+                    f"names is {names!r}: prompts need 2 names or more, and this tokenizer has "
+                    f"{len(ids)}"
+                )
+            chosen = set(random.Random(seed).sample(sorted(ids), names))
+            ids = {name: token for name, token in ids.items() if name in chosen}
         sentences = ("",) if prefixes is None else load_prefixes(prefixes, tokenizer, n)
         prompts = draw(n, tuple(ids), sentences, random.Random(seed))
         encoding = encode(tokenizer, [prompt.text for prompt in prompts])

@@ -57,6 +57,7 @@ class StudyContext:
         device: where the model is.
         left_out: rows of one's own data that could not be used, by reason.
         notes: what a reader of the results should know of the prompts, a sentence each.
+        variables: names of the variables that are edited, the class first.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class StudyContext:
     batch_size: int
     seed: int
     device: torch.device
+    variables: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     # By the prompts themselves, which are kept with them: names may be the same for others.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import PromptError, SettingError, quoted
 from lrqp_torch.ioi import IOIDataset, swap_identity, swap_order
-from lrqp_torch.study.prompts import PromptSet, Twins, Words
+from lrqp_torch.study.prompts import ALL, PromptSet, Twins, Values, Words
 
 WORDS = Words(
     variable="the order of the names",
@@ -40,8 +40,8 @@ NAMES_NEEDED = (
 """Why a part of the study cannot run on prompts of another task."""
 
 
-ORDER, IDENTITY, ALL = "order", "identity", "all"
-"""What S2 tells: which name came first, whose name it is, and both."""
+ORDER, IDENTITY = "order", "identity"
+"""What S2 tells: which name came first, and whose name it is."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,15 +53,22 @@ class IOIPrompts(PromptSet):
 
     Attributes:
         data: the prompts as they were generated, with names, templates and all positions.
+        names: names that S may have, the classes of its identity, in order.
     """
 
     data: IOIDataset
+    names: tuple[str, ...]
     words = WORDS
     variables = (ORDER, IDENTITY, ALL)
 
     @classmethod
-    def of(cls, data: IOIDataset) -> Self:
-        """The prompts of a data set, whose padding stays as it is."""
+    def of(cls, data: IOIDataset, names: tuple[str, ...] | None = None) -> Self:
+        """The prompts of a data set, whose padding stays as it is.
+
+        Args:
+            data: as generated.
+            names: see above; default those that occur, sorted.
+        """
         order = data.labels["abb"]
         own_first = torch.stack([data.io_tokens, data.s_tokens], dim=-1)
         answers = torch.where((order == 0).unsqueeze(-1), own_first, own_first.flip(-1))
@@ -75,7 +82,17 @@ class IOIPrompts(PromptSet):
             prompts=data.prompts,
             groups=data.templates,
             data=data,
+            names=tuple(sorted({*data.s_names, *data.io_names})) if names is None else names,
         )
+
+    def values(self, variable: str) -> Values:
+        """See :meth:`PromptSet.values`: also the identity of S, which name it is."""
+        if variable == ORDER:
+            return Values(self.classes, self.labels)
+        if variable != IDENTITY:
+            return super().values(variable)
+        numbers = [self.names.index(name) for name in self.data.s_names]
+        return Values(self.names, torch.tensor(numbers, device=self.labels.device))
 
     @property
     def positions(self) -> dict[str, Tensor]:
@@ -126,7 +143,7 @@ class IOIPrompts(PromptSet):
             )
         try:
             data = swap_identity(self.data) if variable in (IDENTITY, ALL) else self.data
-            twins = self.of(data if variable == IDENTITY else swap_order(data))
+            twins = self.of(data if variable == IDENTITY else swap_order(data), self.names)
         except PromptError:  # answers that are not the names in the prompts
             return None
         wanted = twins.labels if target is None else target.to(twins.labels)
@@ -138,14 +155,14 @@ class IOIPrompts(PromptSet):
         spare = self.spare_columns()
         inputs = {name: tensor[:, spare:] for name, tensor in self.inputs.items()}
         positions = {name: columns - spare for name, columns in self.data.positions.items()}
-        return self.of(replace(self.data, inputs=inputs, positions=positions))
+        return self.of(replace(self.data, inputs=inputs, positions=positions), self.names)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
-        return self.of(self.data[index])
+        return self.of(self.data[index], self.names)
 
     def to(self, device: torch.device | str) -> Self:
         """The same prompts with their tensors on ``device``."""
-        return self.of(self.data.to(device))
+        return self.of(self.data.to(device), self.names)
 
 
 def named(prompts: PromptSet) -> IOIPrompts:

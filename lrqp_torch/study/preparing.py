@@ -63,6 +63,7 @@ def prepare(
         device=device,
         left_out=dict(log.left_out),
         notes=log.says(),
+        variables=settings.variable_names,
     )
     if read is None:
         return context
@@ -151,7 +152,11 @@ def encode_own(
     kept = screen(tokenizer, prompts, log)
     halves, first = split(kept, train_share, seed), front(tokenizer, kept, bos, log)
     classes = sorted({prompt.label for prompt in kept})
-    train, test = (PromptSet.encode(tokenizer, half, classes, bos=first) for half in halves)
+    further = {name: sorted({prompt.further[name] for prompt in kept}) for name in kept[0].further}
+    train, test = (
+        PromptSet.encode(tokenizer, half, classes, further_classes=further, bos=first)
+        for half in halves
+    )
     return train, test, first
 
 
@@ -162,6 +167,7 @@ def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIPrompts, IOIPro
         settings.n,
         seed=settings.seed,
         prefixes=None if settings.prefixes == "none" else settings.prefixes,
+        names=settings.names,
         padding_side="left",
     )
     data = IOIPrompts.of(drawn)

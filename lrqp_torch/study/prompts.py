@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 OPENING, CLOSING = "[[", "]]"
 """The marks around the words at whose last token a prompt is read and edited."""
 
+ALL = "all"
+"""All variables together."""
+
 PAIRING = ("pairs", "groups")
 """Attributes of prompts that say which of them go together."""
 
@@ -58,6 +61,7 @@ class Prompt:
         target: the class that a counterfactual edit writes; None for the next one after ``label``
             for which the prompt has answers.
         span: whether it is edited at all tokens of its marked spans, and not at the last of each.
+        further: what holds of other variables than the label's, by their names.
     """
 
     text: str
@@ -67,6 +71,7 @@ class Prompt:
     group: str | None = None
     target: str | None = None
     span: bool = False
+    further: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,19 @@ class Words:
     preference: str = "class that holds − other"
     unit: str = "nats"
     question: str = ""
+
+
+@dataclass(frozen=True)
+class Values:
+    """One variable of n prompts.
+
+    Attributes:
+        classes: names of its K classes.
+        labels: class of each prompt, LongTensor (n,).
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
 
 
 P = TypeVar("P", bound="PromptSet")
@@ -139,6 +157,9 @@ class PromptSet:
             the next one, see :attr:`other`.
         continued: the tokens of each answer behind its first, LongTensor (n, K, A, M), −1 where
             there are fewer than M; None where all answers are of one token.
+        further: classes of other variables than the label's, LongTensor (n, V), in the order of
+            ``further_classes``; None where there are none.
+        further_classes: names of these variables to the names of their classes.
         words: what the things of the task are called.
     """
 
@@ -157,6 +178,8 @@ class PromptSet:
     groups: Tensor | None = field(default=None, kw_only=True)
     targets: Tensor | None = field(default=None, kw_only=True)
     continued: Tensor | None = field(default=None, kw_only=True)
+    further: Tensor | None = field(default=None, kw_only=True)
+    further_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check what says where, and what holds there.
@@ -182,6 +205,7 @@ class PromptSet:
         prompts: Sequence[Prompt],
         classes: Sequence[str] | None = None,
         *,
+        further_classes: Mapping[str, Sequence[str]] | None = None,
         padding_side: Literal["right", "left"] = "left",
         bos: bool | None = None,
     ) -> Self:
@@ -191,6 +215,7 @@ class PromptSet:
             tokenizer: a fast transformers tokenizer; it is not changed.
             prompts: at least one.
             classes: names of the classes in order; default those that occur, sorted.
+            further_classes: the same of each further variable, by name.
             padding_side: where shorter prompts are padded.
             bos: whether the tokenizer's first token of a text stands in front of each prompt; None
                 for what the tokenizer does by itself.
@@ -202,7 +227,7 @@ class PromptSet:
                 any other, or an answer that is not tokens of its own behind its prompt.
             TokenizerError: a tokenizer without offsets.
         """
-        names = _classes(prompts, classes)
+        names, further = _classes(prompts, classes), _further(prompts, further_classes)
         rows = []
         for row in _tokens(tokenizer, prompts, names):
             if isinstance(row, RowError):
@@ -225,6 +250,15 @@ class PromptSet:
             continued=continued,
             pairs=_numbered([_frame(prompt) for prompt in prompts]),
             groups=_numbered([prompt.group for prompt in prompts]),
+            further=None
+            if not further
+            else torch.tensor(
+                [
+                    [further[name].index(prompt.further[name]) for name in further]
+                    for prompt in prompts
+                ]
+            ),
+            further_classes=further,
         )
         asked = [prompt.target for prompt in prompts]
         if not any(asked):
@@ -347,6 +381,20 @@ class PromptSet:
         """The tokens that a reader is to be shown, by what they are called, (n,)."""
         return {self.words.position: self.position, self.words.end: self.end}
 
+    def values(self, variable: str) -> Values:
+        """A variable beside the class.
+
+        Raises:
+            SettingError: the prompts do not know it.
+        """
+        if self.further is None or variable not in self.further_classes:
+            raise SettingError(
+                f"these prompts say nothing of {quoted(variable)} beside their class; they know "
+                f"{', '.join(self.further_classes) or 'nothing else'}"
+            )
+        place = list(self.further_classes).index(variable)
+        return Values(self.further_classes[variable], self.further[:, place])
+
     def twins(
         self, variable: str | None = None, target: Tensor | None = None
     ) -> Twins[Self] | None:
@@ -355,8 +403,9 @@ class PromptSet:
         Where several are, it is that which follows it, so that all of them are somebody's twin.
 
         Args:
-            variable: in which twins differ; None for the class.
-            target: class of each twin, (n,); default the counterfactual one.
+            variable: in which twins differ, and in no other; None for the class, ``"all"`` for
+                the class and every further variable.
+            target: class of each twin in that variable, (n,); default the next class.
 
         Returns:
             None where no prompt has one.
@@ -364,27 +413,38 @@ class PromptSet:
         Raises:
             SettingError: the task does not know the variable.
         """
-        if variable not in (None, *self.variables):
+        known = (*self.variables, *self.further_classes)
+        everything = (*known, ALL) if self.further_classes else known
+        if variable not in (None, *everything):
             raise SettingError(
                 f"these prompts have no twins that differ in {quoted(variable or '')}; they know "
-                f"{', '.join(self.variables) or 'their class alone'}"
+                f"{', '.join(everything) or 'their class alone'}"
             )
         if self.pairs is None:
             return None
-        labels, pairs = self.labels.tolist(), self.pairs.tolist()
-        wanted = (self.other if target is None else target).tolist()
-        rows: dict[tuple[int, int], list[int]] = {}
-        for row, key in enumerate(zip(pairs, labels, strict=True)):
+        own_class = self.labels.unsqueeze(-1)
+        states = own_class if self.further is None else torch.cat([own_class, self.further], -1)
+        sizes = torch.tensor([len(self.classes), *map(len, self.further_classes.values())])
+        moved = (states + 1) % sizes.to(states)
+        moved[:, 0] = self.other
+        if variable != ALL:
+            place = 0 if variable not in known else 1 + list(self.further_classes).index(variable)
+            column = moved[:, place] if target is None else target.to(states)
+            moved = states.clone()
+            moved[:, place] = column
+        rows: dict[tuple[int, ...], list[int]] = {}
+        pairs = self.pairs.tolist()
+        for row, key in enumerate(zip(pairs, *states.T.tolist(), strict=True)):
             rows.setdefault(key, []).append(row)
         own = list(range(len(self)))
-        for row, key in enumerate(zip(pairs, wanted, strict=True)):
-            found = rows.get(key) if key[0] >= 0 and key[1] != labels[row] else None
-            if found:
+        for row, key in enumerate(zip(pairs, *moved.T.tolist(), strict=True)):
+            found = [] if key[0] < 0 else [at for at in rows.get(key, ()) if at != row]
+            if found and bool((moved[row] != states[row]).any()):
                 # The first behind it, or else the first of all.
                 own[row] = found[bisect(found, row) % len(found)]
         at = torch.tensor(own, device=self.labels.device)
-        known = at != torch.arange(len(self), device=at.device)
-        return Twins(self[at], known, at) if bool(known.any()) else None
+        paired = at != torch.arange(len(self), device=at.device)
+        return Twins(self[at], paired, at) if bool(paired.any()) else None
 
     def deciding(self) -> "PromptSet":
         """The same prompts up to where the answers of both classes part, for what trains on logits.
@@ -561,6 +621,30 @@ def _frame(prompt: Prompt) -> tuple[str | None, ...] | None:
         return prompt.group, prompt.pair
     beside = _SPAN.split(prompt.text)
     return None if len(beside) == 1 else (prompt.group, *beside)
+
+
+def _further(
+    prompts: Sequence[Prompt], classes: Mapping[str, Sequence[str]] | None
+) -> dict[str, tuple[str, ...]]:
+    """The classes of every further variable."""
+    names = list(prompts[0].further) if classes is None else list(classes)
+    for row, prompt in enumerate(prompts):
+        if list(prompt.further) != names:
+            raise PromptError(
+                f"prompt {row} knows {', '.join(prompt.further) or 'no further variable'}, and "
+                f"prompt 0 {', '.join(names) or 'none'}; give all prompts the same variables"
+            )
+    known = {name: sorted({p.further[name] for p in prompts}) for name in names}
+    found = {name: tuple(each) for name, each in (known if classes is None else classes).items()}
+    for name, known in found.items():
+        unknown = {prompt.further[name] for prompt in prompts} - set(known)
+        if unknown or len(known) < 2:
+            raise PromptError(
+                f"the variable {name!r} needs at least two classes, among them all that occur, got "
+                f"{', '.join(known)}"
+                + (f" without {', '.join(sorted(unknown))}" if unknown else "")
+            )
+    return found
 
 
 def _numbered(names: Sequence[Hashable]) -> Tensor | None:

@@ -79,6 +79,7 @@ class Columns:
         pair: of the pair: rows of one pair are each other's twins; a column of this name is
             optional.
         target: of the class to write; a column of this name is optional.
+        further: of other variables than the class.
     """
 
     label: str = "label"
@@ -87,6 +88,7 @@ class Columns:
     group: str | None = None
     pair: str = "pair"
     target: str = "target"
+    further: tuple[str, ...] = ()
 
 
 @dataclass
@@ -150,7 +152,8 @@ def read_prompts(
     Args:
         source: a file ending in ``.csv``, ``.jsonl`` or ``.json`` (a list, or one object a line),
             or a data set of the Hub as ``name`` or ``name:split`` (extra ``datasets``).
-        label: see :class:`Columns`, as for the others.
+        label: see :class:`Columns`, as for the others; or several with commas, the class first
+            and then what the prompts' ``further`` variables are.
         text: likewise.
         position: likewise.
         group: likewise.
@@ -168,7 +171,9 @@ def read_prompts(
             is not found once; see ``log``.
         MissingExtraError: a data set without the package ``datasets``.
     """
-    return read_columns(source, Columns(label, text, position, group, pair), log)
+    label, *further = label_columns(label)
+    columns = Columns(label, text, position, group, pair, further=tuple(further))
+    return read_columns(source, columns, log)
 
 
 def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None) -> list[Prompt]:
@@ -490,7 +495,7 @@ def _opened(path: Path) -> Iterator[Iterable[str]]:
 def _prompt(number: int, row: Mapping[str, Any], columns: Columns) -> Prompt:
     position = columns.position
     named = [] if position in (MARK, SPAN, LAST) else [position]
-    for name in (columns.text, columns.label, columns.group, *named):
+    for name in (columns.text, columns.label, columns.group, *columns.further, *named):
         if name is not None and (row.get(name) is None or row[name] == ""):
             raise RowError(
                 f"prompt {number} has no {name!r}; its columns are {', '.join(map(str, row))}",
@@ -519,7 +524,20 @@ def _prompt(number: int, row: Mapping[str, Any], columns: Columns) -> Prompt:
         group,
         target,
         position == SPAN,
+        {name: _name(number, name, row[name]) for name in columns.further},
     )
+
+
+def label_columns(labels: str) -> list[str]:
+    """The columns that an option names, the class first.
+
+    Raises:
+        PromptError: none, or one twice.
+    """
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise PromptError(f"label is {labels!r}: name a column of the class, or several, each once")
+    return names
 
 
 def _mark(number: int, words: str, wanted: str) -> str:

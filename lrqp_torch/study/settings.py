@@ -7,7 +7,8 @@ from typing import Any
 
 from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.covariance import Shrinkage
-from lrqp_torch.study.reading import FRONTS, Columns
+from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
+from lrqp_torch.study.reading import FRONTS, Columns, label_columns
 
 OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
 """The settings that say which prompts of one's own are studied."""
@@ -22,7 +23,8 @@ class Settings:
         out: folder for the results; created if needed.
         data: a file or data set of prompts of one's own, as :func:`~.reading.read_prompts` takes
             it, in place of prompts about two names.
-        label: its column of the class.
+        label: its column of the class; or several columns with commas, the class first, whose
+            variables are edited one by one and all together.
         position: where its prompts are read and edited; see there.
         text: its column of the prompt.
         group: its column of what prompts have in common, such as an entity or a template; those of
@@ -35,6 +37,9 @@ class Settings:
         n: number of prompts about two names, to fit on and held out together.
         prefixes: a sentence before each of these: ``none``, ``bundled``, ``openwebtext``, or a text
             file with a sentence per line.
+        variables: which variables of these are edited, one by one and all together: ``order``, or
+            ``order,identity``.
+        names: how many different names they have; ``None`` for all.
         sites: ``all`` (every pre and mid), or site names separated by commas.
         seed: of everything random: the prompts, and the resampling behind intervals.
         batch_size: prompts per forward pass.
@@ -63,6 +68,8 @@ class Settings:
     strict: bool = False
     n: int = 1000
     prefixes: str = "none"
+    variables: str = ORDER
+    names: int | None = None
     sites: str = "all"
     seed: int = 0
     batch_size: int = 64
@@ -94,6 +101,13 @@ class Settings:
             raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.data is None and not (
+            self.variable_names[0] == ORDER and {*self.variable_names} <= {ORDER, IDENTITY}
+        ):
+            raise SettingError(
+                f"variables is {self.variables!r}: of prompts about two names they are {ORDER}, or "
+                f"{ORDER},{IDENTITY}."
+            )
         if self.l2 is not None and not 0 < self.l2 < math.inf:
             raise SettingError(
                 f"l2 must be above 0 and finite, not {self.l2}; leave it out for the default."
@@ -102,7 +116,15 @@ class Settings:
     @property
     def columns(self) -> Columns:
         """Which columns of one's own prompts say what."""
-        return Columns(self.label, self.text, self.position, self.group, self.pair)
+        label, *further = self.variable_names
+        return Columns(
+            label, self.text, self.position, self.group, self.pair, further=tuple(further)
+        )
+
+    @property
+    def variable_names(self) -> tuple[str, ...]:
+        """The variables that are edited, the class first."""
+        return tuple(label_columns(self.label if self.data is not None else self.variables))
 
     @property
     def train_size(self) -> int:
@@ -122,7 +144,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as ``results.json`` keeps them: all that decides what it holds."""
-        names, own = {"n", "prefixes", "compare_task"}, set(OWN)
+        names, own = {"n", "prefixes", "variables", "names", "compare_task"}, set(OWN)
         left_out = {"out", "resume"} | (own if self.data is None else names)
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
