@@ -19,7 +19,7 @@ SMALL = CompareOptions(
     log_alphas=(0.0, 10.0),
     sweep_prompts=20,
     texts=12,
-    training=Training(prompts=32, das_epochs=1, learned_epochs=1),
+    training=Training(prompts=32, epochs=1),
 )
 
 

@@ -4,7 +4,7 @@ A baseline is a class with a ``name`` and an ``edit``, and a row in :data:`BASEL
 """
 
 from lrqp_torch.baselines.base import Baseline, Paired
-from lrqp_torch.baselines.das import DAS, DASReport
+from lrqp_torch.baselines.das import DAS, DASLeast, DASReport
 from lrqp_torch.baselines.data import BaselineData, Behaviour, answer_loss
 from lrqp_torch.baselines.least import (
     EuclideanLeastEdit,
@@ -27,6 +27,7 @@ __all__ = [
     "BaselineData",
     "Behaviour",
     "ConditionalMean",
+    "DASLeast",
     "DASReport",
     "EuclideanLeastEdit",
     "ExactMeanDifference",
@@ -59,6 +60,7 @@ BASELINES: dict[str, type[Baseline]] = {
         LEACE,
         AlterRep,
         DAS,
+        DASLeast,
         FullPatch,
     )
 }

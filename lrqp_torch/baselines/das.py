@@ -110,6 +110,51 @@ class DAS(Paired):
         return interchange(x, self.partners(x, context), self.basis)
 
 
+class DASLeast(DAS):
+    """What DAS reads of a paired prompt, written by the least edit.
+
+        x' = x + Σ R (Rᵀ Σ R)⁻¹ Rᵀ (x_pair − x)
+
+    the nearest activation, in Mahalanobis distance, of which R reads what it reads of the pair:
+    R Rᵀ (x_pair − x) is the nearest in Euclidean distance. It moves where activations vary, and so
+    not along directions that R has found and that no activation takes.
+
+    Args:
+        basis: R of a trained :class:`DAS`.
+
+    Raises:
+        SettingError: the metric has no length along a direction of R.
+    """
+
+    name: ClassVar[str] = "das_least"
+    title: ClassVar[str] = "DAS's reading, least edit"
+    gain: Tensor
+
+    def __init__(self, reference: LRQP, basis: Tensor, *, strength: float = 1.0) -> None:
+        super().__init__(reference, basis, strength=strength)
+        moved = reference.metric.covariance.to(self.basis) @ self.basis
+        inner = self.basis.T @ moved
+        try:
+            factor = torch.linalg.cholesky(inner)
+        except torch.linalg.LinAlgError as error:
+            raise SettingError(
+                "the metric has no length along a direction of the subspace; shrink the covariance"
+            ) from error
+        self.register_buffer("gain", torch.cholesky_solve(moved.T, factor).T)
+
+    @classmethod
+    def of(cls, das: DAS) -> Self:
+        """The least edit of a subspace that was trained."""
+        result = cls(das.reference, das.basis, strength=das.strength)
+        result.report = das.report
+        return result
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        missing = self.partners(x, context) - x.double()
+        return x.double() + (missing @ self.basis) @ self.gain.T
+
+
 def train_subspace(
     behaviour: Behaviour,
     paired: Tensor,

@@ -7,6 +7,7 @@ prompt of the class to write.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from lrqp_torch.baselines import (
     Baseline,
     BaselineData,
     Behaviour,
+    DASLeast,
     LeastEdit,
     build,
 )
@@ -75,28 +77,29 @@ NOTHING, RANDOM = "none", "random"
 FITTED, LEARNED, DOSED = LeastEdit.name, LearnedLRQP.name, DosedLRQP.name
 OWN = (FITTED, LEARNED, DOSED)
 """LRQP in all its forms."""
-HELD_BACK = 0.25
-"""Share of the prompts of a learned edit by which its best epoch is chosen."""
 ERASING = (LEACE.name,)
 """Methods that remove the variable instead of writing a class of it."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How methods that are trained through the model are trained.
+    """How methods that are trained through the model are trained: all on the same terms.
 
     Attributes:
         prompts: most training prompts that they see; the shortest ones, which cost least.
-        das_epochs: of DAS, at most.
-        learned_epochs: of learned LRQP, at most.
+        epochs: passes over them, at most.
+        held_back: share of them by whose loss training stops and the best epoch is chosen, the
+            same prompts for every method.
+        patience: epochs without a better loss on these after which to stop.
         elsewhere: what a nat of KL at other tokens costs it, in nats of the answer; see
             :class:`~lrqp_torch.learn.Weights`.
         batch_size: prompts a step.
     """
 
     prompts: int = 192
-    das_epochs: int = 20
-    learned_epochs: int = 4
+    epochs: int = 20
+    held_back: float = 0.25
+    patience: int = 3
     elsewhere: float = 0.1
     batch_size: int = 16
 
@@ -150,10 +153,21 @@ def build_candidates(
     x = context.activations(context.task, "train", "mark", [site])[site]
     labels = data.labels.to(x.device)
     few = shortest(data, training.prompts)
+    trained = cache(lambda: train_das(context, site, reference, few, training))
+
+    def least(*_: object) -> tuple[Baseline, str]:
+        das, settings = trained()
+        return DASLeast.of(das), settings
+
+    trains = {
+        LEARNED: train_learned,
+        DAS.name: lambda *_: trained(),
+        DASLeast.name: least,
+    }
     candidates = []
     for name in names:
         title = (LearnedLRQP if name == LEARNED else BASELINES[name]).title
-        train = {LEARNED: train_learned, DAS.name: train_das}.get(name)
+        train = trains.get(name)
         try:
             if train is None:
                 known = BaselineData(x, labels, reference, seed=context.seed)
@@ -172,14 +186,14 @@ def build_candidates(
 
 
 def counterparts(
-    context: StudyContext, prompts: PromptSet, sites: Sequence[str]
+    context: StudyContext, prompts: PromptSet, sites: Sequence[str], variable: str | None = None
 ) -> dict[str, Tensor]:
     """For each prompt the activation of one of the next class, by site, (n, d) each in float32.
 
     It is that of the prompt's twin where it has one, else that of a training prompt drawn with the
     study's seed.
     """
-    twins, target = prompts.twins(), prompts.other
+    twins, target = prompts.twins(variable), prompts.other
     if twins is None:
         return drawn(context, sites, target)
     found = {
@@ -283,21 +297,30 @@ def behaviour(context: StudyContext, site: str, data: PromptSet, batch_size: int
 
 
 def train_das(
-    context: StudyContext, site: str, reference: LRQP, data: PromptSet, training: Training
-) -> tuple[Baseline, str]:
+    context: StudyContext,
+    site: str,
+    reference: LRQP,
+    data: PromptSet,
+    training: Training,
+    *,
+    rank: int = 1,
+    variable: str | None = None,
+) -> tuple[DAS, str]:
     """DAS of rank 1 for the next class to be the answer, and how it was trained, in words."""
     edit = DAS.fit(
         behaviour(context, site, data, training.batch_size),
-        counterparts(context, data, [site])[site],
+        counterparts(context, data, [site], variable)[site],
         reference=reference,
-        rank=1,
-        epochs=training.das_epochs,
+        rank=rank,
+        epochs=training.epochs,
+        validation=training.held_back,
+        patience=training.patience,
         seed=context.seed,
     )
     assert edit.report is not None
     report = edit.report
     return edit, (
-        f"rank 1, {len(data)} prompts, {len(report.validation_loss)} epochs in batches of "
+        f"rank {rank}, {len(data)} prompts, {len(report.validation_loss)} epochs in batches of "
         f"{training.batch_size}, best {report.best_epoch}"
     )
 
@@ -307,20 +330,21 @@ def train_learned(
 ) -> tuple[Baseline, str]:
     """LRQP learned for the next class to be the answer, and how, in words.
 
-    It is learned from the prompts that are given and no others; the best epoch is chosen by the
-    last quarter of them.
+    It is learned from the prompts that are given and no others; those held back are DAS's.
     """
-    prompts, rows = counterfactual_prompts(data), torch.arange(len(data))
-    back = max(1, round(HELD_BACK * len(data)))
+    prompts = counterfactual_prompts(data)
+    rows = torch.randperm(len(data), generator=context.generator())
+    back = max(1, round(training.held_back * len(data)))
     learned = learn(
         context.model,
         site,
         reference,
-        prompts[rows[:-back]],
-        validation=prompts[rows[-back:]],
+        prompts[rows[back:].sort().values],
+        validation=prompts[rows[:back].sort().values],
         options=LearnOptions(
             weights=Weights(elsewhere=training.elsewhere),
-            epochs=training.learned_epochs,
+            epochs=training.epochs,
+            patience=training.patience,
             batch_size=training.batch_size,
             seed=context.seed,
         ),

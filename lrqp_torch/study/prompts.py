@@ -634,8 +634,8 @@ def _further(
                 f"prompt {row} knows {', '.join(prompt.further) or 'no further variable'}, and "
                 f"prompt 0 {', '.join(names) or 'none'}; give all prompts the same variables"
             )
-    known = {name: sorted({p.further[name] for p in prompts}) for name in names}
-    found = {name: tuple(each) for name, each in (known if classes is None else classes).items()}
+    seen = {name: sorted({p.further[name] for p in prompts}) for name in names}
+    found = {name: tuple(each) for name, each in (seen if classes is None else classes).items()}
     for name, known in found.items():
         unknown = {prompt.further[name] for prompt in prompts} - set(known)
         if unknown or len(known) < 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lrqp_torch as lrqp
-from lrqp_torch.baselines import DAS, Behaviour, answer_loss
+from lrqp_torch.baselines import DAS, Behaviour, DASLeast, answer_loss
 from lrqp_torch.baselines.das import _basis, _losses
 from lrqp_torch.errors import LearningError, PairError, SettingError, WidthError
 
@@ -106,6 +106,20 @@ def test_only_the_subspace_is_interchanged(rank: int) -> None:
     torch.testing.assert_close(das.paired(x)(x, 1), x, rtol=0, atol=0)
     # The other way round it puts back what was there.
     torch.testing.assert_close(das.paired(x)(edited, 0), x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_the_least_edit_of_a_reading_reads_the_pair_and_is_never_longer(rank: int) -> None:
+    das, x = random_das(rank)
+    least, pair = DASLeast.of(das).paired(x.roll(1, 0)), x.roll(1, 0)
+    edited, other = least(x, 1), das.paired(pair)(x, 1)
+    torch.testing.assert_close(edited @ das.basis, pair @ das.basis, rtol=1e-9, atol=1e-9)
+    metric = das.reference.metric
+    assert bool((metric.distance(edited - x) <= metric.distance(other - x) + 1e-9).all())
+    # Least: along Σ R, so that no step that R does not read makes it shorter.
+    null = torch.linalg.svd(das.basis.T).Vh[rank:]
+    scaled = torch.linalg.solve(metric.covariance.double(), (edited - x).T)
+    torch.testing.assert_close(null @ scaled, torch.zeros(12 - rank, len(x)).double())
 
 
 @torch.no_grad()

@@ -522,7 +522,9 @@ def test_what_a_dtype_cannot_hold_is_named() -> None:
         FullPatch(reference).paired([1])
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"das", "full_patch", "none"}))
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(BASELINES) if n[:3] != "das" and n not in ("full_patch", "none")]
+)
 def test_what_is_fitted_in_inference_mode_can_be_differentiated_through(name: str) -> None:
     with torch.inference_mode():
         x, y = three_classes()
