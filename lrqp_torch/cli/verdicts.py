@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @command(
     text="Check the verdict 'used here' on models of which the truth is known.\n\n"
-    "Three bundled models use the order of the names, hold it without using it, or do not hold "
-    "it. At every site, count how often LRQP and every other edit, the probe's accuracy alone and "
-    "a patch from a paired prompt tell rightly whether the order is used.\n\n"
+    "Bundled models use the order of the names, hold it without using it, or do not hold it; "
+    "others use it in part, in two places, or could be driven by it along a direction that no "
+    "prompt has. At every site, count how often LRQP and every other edit, the probe's accuracy "
+    "alone and a patch from a paired prompt tell rightly whether the order is used.\n\n"
     "Writes verdicts.json, verdicts.csv and the figure as PNG and SVG."
 )
 def verdicts(
@@ -28,11 +29,18 @@ def verdicts(
         typer.Option(help="Names or folders of models with a ground_truth.json, with commas."),
     ] = "organism,organism-present,organism-absent",
     methods: Annotated[
-        str, typer.Option(help="all, or names of edits, with commas; all leaves out das.")
+        str,
+        typer.Option(
+            help="all, or names of edits, with commas; all leaves out those trained on the answers."
+        ),
     ] = "all",
     das: Annotated[
         bool,
-        typer.Option("--das", help="Train DAS at every site too, if all edits run; takes minutes."),
+        typer.Option(
+            "--das",
+            help="If all edits run, those trained on the answers too: DAS, what it reads written "
+            "by the least edit, and learned LRQP; takes minutes.",
+        ),
     ] = False,
     n: Annotated[int, typer.Option("--n", min=8, help="Prompts a draw; half are held out.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of prompts.")] = 3,
@@ -82,13 +90,23 @@ def verdicts(
 
 
 def _tables(result: "VerdictsResult") -> list[Table]:
-    """Counts by model, and rates over all models."""
-    rules = list(dict.fromkeys(count.rule for count in result.counts))
+    """Counts by model, and rates over all models, of each way to judge."""
+    from lrqp_torch.study.verdicts import IN_WORDS
+
+    tables = []
+    for by in ("", *IN_WORDS):
+        rules = result.judged_by(by)
+        if rules:
+            tables += _tables_of(result, rules, IN_WORDS.get(by, ""))
+    return tables
+
+
+def _tables_of(result: "VerdictsResult", rules: list[str], how: str) -> list[Table]:
     counts = Table(
-        title="Sites by verdict: rightly used/wrongly used/rightly not/wrongly not",
+        title=f"Sites by verdict{how}: rightly used/wrongly used/rightly not/wrongly not",
         title_justify="left",
     )
-    rates = Table(title="Over all models, in % with 95 % intervals", title_justify="left")
+    rates = Table(title=f"Over all models{how}, in % with 95 % intervals", title_justify="left")
     for table in (counts, rates):
         table.add_column("verdict by", no_wrap=True)
     models = list(dict.fromkeys(count.model for count in result.counts))
@@ -105,10 +123,11 @@ def _tables(result: "VerdictsResult") -> list[Table]:
             f"{c.true_positives}/{c.false_positives}/{c.true_negatives}/{c.false_negatives}"
             for c in own
         ]
-        counts.add_row(result.titles[rule], *numbers)
+        title = result.titles[rule].removesuffix(how)
+        counts.add_row(title, *numbers)
         total = result.count(rule)
         shares = (total.right, total.false_positive_rate, total.false_negative_rate)
-        rates.add_row(result.titles[rule], *(_percent(share) for share in shares))
+        rates.add_row(title, *(_percent(share) for share in shares))
     return [counts, rates]
 
 

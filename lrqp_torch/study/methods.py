@@ -5,7 +5,7 @@ prompt; where the task knows each prompt's minimal pair it is that one's, else t
 prompt of the class to write.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, cast
@@ -77,6 +77,10 @@ NOTHING, RANDOM = "none", "random"
 FITTED, LEARNED, DOSED = LeastEdit.name, LearnedLRQP.name, DosedLRQP.name
 OWN = (FITTED, LEARNED, DOSED)
 """LRQP in all its forms."""
+_ROWS = list(BASELINES.items())
+_OWN = 1 + list(BASELINES).index(FITTED)
+METHODS: dict[str, type[Baseline]] = dict([*_ROWS[:_OWN], (LEARNED, LearnedLRQP), *_ROWS[_OWN:]])
+"""All edits that are compared, in the order of tables."""
 ERASING = (LEACE.name,)
 """Methods that remove the variable instead of writing a class of it."""
 
@@ -129,12 +133,10 @@ def check_names(names: Sequence[str] | None) -> list[str]:
     Raises:
         SettingError: a name that is no method.
     """
-    known = list(BASELINES)
-    known.insert(known.index(FITTED) + 1, LEARNED)
-    unknown = [name for name in names or () if name not in known]
+    unknown = [name for name in names or () if name not in METHODS]
     if unknown:
-        raise SettingError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
-    return [n for n in known if names is None or n in {*names, NOTHING, FITTED}]
+        raise SettingError(f"unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
+    return [n for n in METHODS if names is None or n in {*names, NOTHING, FITTED}]
 
 
 def build_candidates(
@@ -159,14 +161,14 @@ def build_candidates(
         das, settings = trained()
         return DASLeast.of(das), settings
 
-    trains = {
+    trains: dict[str, Callable[..., tuple[Baseline, str]]] = {
         LEARNED: train_learned,
         DAS.name: lambda *_: trained(),
         DASLeast.name: least,
     }
     candidates = []
     for name in names:
-        title = (LearnedLRQP if name == LEARNED else BASELINES[name]).title
+        title = METHODS[name].title
         train = trains.get(name)
         try:
             if train is None:

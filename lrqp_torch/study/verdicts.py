@@ -1,15 +1,21 @@
 """Knowable is not used: how often "used here" is right, on models of which the truth is known.
 
 On each model, with each draw of prompts, every edit is made at every site, towards the true order
-(control) and towards the other one (counterfactual). A site is said to be used by an edit where
+(control) and towards the other one (counterfactual). Three rules then say of an edit whether the
+site is used:
 
-    flipped(counterfactual) − flipped(control) ≥ ½,
+* *half*: flipped(counterfactual) − flipped(control) ≥ ½, the study's rule up to version 0.3;
+* *tested*: the study's rule, see :mod:`~lrqp_torch.study.ceiling`: the counterfactual edit flips
+  more answers than edits of shuffled probes of the same length, by an exact paired test,
+  Holm-corrected over the sites of a model;
+* *guarded*: tested, and not beyond its own patch: it does not flip significantly more answers than
+  the exchange of whole activations with each prompt's twin.
 
-the study's own rule, and by the probe's accuracy alone where that is 90 % or more on held-out
-prompts. The truth is in the file beside the model's weights, ``ground_truth.json``: it was found by
-exchanging whole activations between two prompts of a minimal pair, on prompts of its own. A full
-patch does the same, so its row checks the truth more than it competes. Its control writes another
-prompt of the same order, and with it other names, which by itself may break answers.
+And by the probe's accuracy alone a site is used where that is 90 % or more on held-out prompts. The
+truth is in the file beside the model's weights, ``ground_truth.json``: it was found by exchanging
+whole activations between two prompts of a minimal pair, on prompts of its own. A full patch does
+the same, so its row checks the truth more than it competes. Its control writes another prompt of
+the same order, and with it other names, which by itself may break answers.
 
 Sites of one model and draws of its prompts are not independent, so the intervals over both together
 are narrower than those over new models would be.
@@ -17,26 +23,45 @@ are narrower than those over new models would be.
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from lrqp_torch import models
-from lrqp_torch.baselines import BASELINES, DAS, BaselineData, build
+from lrqp_torch.baselines import DAS, DASLeast, LeastEdit
 from lrqp_torch.edits.provenance import package_versions
-from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
+from lrqp_torch.errors import ModelError, SettingError
 from lrqp_torch.files import prepare_folder, write_json, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
+from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock, Start, progress_bars
+from lrqp_torch.study.ceiling import (
+    LEVEL,
+    against_null,
+    excess,
+    null_edits,
+    null_of,
+    shuffled,
+    turns,
+    verdicts,
+)
 from lrqp_torch.study.context import StudyContext, Task, no_progress
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import Estimate, holm
 from lrqp_torch.study.known import KnownSites, read_truth
-from lrqp_torch.study.methods import behaviour, counterparts, others_alike
+from lrqp_torch.study.methods import (
+    LEARNED,
+    METHODS,
+    Training,
+    build_candidates,
+    counterparts,
+    others_alike,
+)
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import next_class
@@ -53,6 +78,12 @@ ACCURATE = 0.9
 PROBE = "probe_accuracy"
 """The rule that asks for the probe's accuracy and for nothing else."""
 
+TESTED, GUARDED = ":tested", ":guarded"
+"""What is behind the name of an edit where it is judged by these rules; nothing for *half*."""
+IN_WORDS = {TESTED: ", tested", GUARDED: ", guarded"}
+TRAINED = (DAS.name, DASLeast.name, LEARNED)
+"""Edits that are trained on the answers, through the model."""
+
 ALL = "all models"
 """Name of the counts over all models together."""
 
@@ -66,8 +97,8 @@ class VerdictSettings:
     Attributes:
         out: folder for the results; made if needed.
         models: names of models, or folders, separated by commas; each needs its ground truth.
-        methods: ``all`` (without DAS), or names of baselines separated by commas.
-        das: whether DAS, which is trained through the model at every site, is among all.
+        methods: ``all`` (without those in :data:`TRAINED`), or names of edits separated by commas.
+        das: whether these, which are trained through the model at every site, are among all.
         n: prompts of each draw, half to fit on and half held out.
         seeds: draws.
         seed: of the first; the others follow.
@@ -102,10 +133,10 @@ class VerdictSettings:
                 raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if not self.model_names():
             raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
-        unknown = [name for name in _listed(self.methods) if name not in {*BASELINES, "all"}]
+        unknown = [name for name in _listed(self.methods) if name not in {*METHODS, "all"}]
         if unknown or not self.method_names():
             found = f"unknown method {unknown[0]!r}" if unknown else "no method given"
-            raise SettingError(f"{found}; choose from {', '.join(BASELINES)}, or say all.")
+            raise SettingError(f"{found}; choose from {', '.join(METHODS)}, or say all.")
 
     def model_names(self) -> list[str]:
         """The models asked for."""
@@ -115,8 +146,8 @@ class VerdictSettings:
         """The methods asked for, in the order of the table."""
         named = _listed(self.methods)
         if "all" in named:
-            return [name for name in BASELINES if name != DAS.name or self.das]
-        return [name for name in BASELINES if name in named]
+            return [name for name in METHODS if name not in TRAINED or self.das]
+        return [name for name in METHODS if name in named]
 
     def command(self) -> str:
         """The command that gives these numbers, without the folder."""
@@ -146,6 +177,12 @@ class SiteScores:
         control: method to the share of answers that its edit towards the true order flips; None
             where no prompt is answered IO to begin with.
         counterfactual: the same towards the other order.
+        null: method to the share that edits of shuffled probes flip, as long as its
+            counterfactual edit; empty where no edit was tested, as are the next two.
+        p_adjusted: method to the P value of flipping no more than these.
+        tested: method to the verdict of that test.
+        beyond: method to whether it flips significantly more than the twin's activation does; empty
+            where that is not known.
     """
 
     model: str
@@ -155,25 +192,45 @@ class SiteScores:
     probe_accuracy: float
     control: dict[str, float | None]
     counterfactual: dict[str, float | None]
+    null: dict[str, float | None] = field(default_factory=dict)
+    p_adjusted: dict[str, float] = field(default_factory=dict)
+    tested: dict[str, bool] = field(default_factory=dict)
+    beyond: dict[str, bool] = field(default_factory=dict)
 
     @property
     def rules(self) -> list[str]:
         """The rules that can be asked here, the probe's accuracy first."""
-        return [PROBE, *self.counterfactual]
+        more = ((TESTED, self.tested), (GUARDED, self.beyond))
+        return [
+            PROBE,
+            *self.counterfactual,
+            *(f"{method}{by}" for by, known in more for method in known),
+        ]
 
     def score(self, rule: str) -> float:
-        """What a rule compares with its threshold: accuracy, or flips beyond the control's."""
-        if rule == PROBE:
+        """Accuracy, or flips beyond those of the control, or of the null where edits are tested."""
+        method, by = _split(rule)
+        if method == PROBE:
             return self.probe_accuracy
-        return (self.counterfactual[rule] or 0.0) - (self.control[rule] or 0.0)
+        against = self.null if by else self.control
+        return (self.counterfactual[method] or 0.0) - (against[method] or 0.0)
 
     def says_used(self, rule: str) -> bool:
         """The verdict of a rule."""
+        method, by = _split(rule)
+        if by:
+            return self.tested[method] and not (by == GUARDED and self.beyond[method])
         return self.score(rule) >= (ACCURATE if rule == PROBE else USED_THRESHOLD)
 
     def right(self, rule: str) -> bool | None:
         """Whether the verdict is right; None where the truth is unclear."""
         return None if self.truth == UNCLEAR else self.says_used(rule) == (self.truth == USED)
+
+
+def _split(rule: str) -> tuple[str, str]:
+    """The method of a rule, and by what it is judged."""
+    method, mark, by = rule.partition(":")
+    return method, mark + by
 
 
 @dataclass(frozen=True)
@@ -258,6 +315,10 @@ class VerdictsResult:
         """The rules that were asked, in their order."""
         return list(dict.fromkeys(count.rule for count in self.counts))
 
+    def judged_by(self, by: str) -> list[str]:
+        """The rules that judge by half (``""``), :data:`TESTED` or :data:`GUARDED`."""
+        return [rule for rule in self.rules if _split(rule)[1] == by]
+
     def count(self, rule: str, model: str = ALL) -> Count:
         """The counts of one rule."""
         return next(c for c in self.counts if (c.rule, c.model) == (rule, model))
@@ -293,8 +354,7 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
         settings={k: v for k, v in asdict(settings).items() if k not in ("out", "figures")},
         command=settings.command(),
         models={Path(name).name: ORGANISMS.get(name, "") for name in truths},
-        titles={PROBE: "probe accuracy alone"}
-        | {method: BASELINES[method].title for method in settings.method_names()},
+        titles=titles(settings.method_names()),
         problems=problems,
         scores=scores,
         counts=count_all(scores),
@@ -305,6 +365,13 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
     if settings.figures:
         write_charts({FIGURE: chart(result)}, settings.out)
     return result
+
+
+def titles(methods: Sequence[str]) -> dict[str, str]:
+    """Rule to its name in tables, of the probe's accuracy and of these methods."""
+    named = {method: METHODS[method].title for method in methods}
+    tested = {f"{m}{by}": f"{title}{IN_WORDS[by]}" for by in IN_WORDS for m, title in named.items()}
+    return {PROBE: "probe accuracy alone"} | named | tested
 
 
 def _truth(name: str) -> KnownSites:
@@ -355,39 +422,48 @@ def score_sites(
     train, test = context.task.train, context.task.test
     y, labels = (data.labels.to(context.device).long() for data in (train, test))
     x_train, x_test = context.clean(context.task, "mark", no_progress)
-    pairs_train, pairs_test = (counterparts(context, data, context.sites) for data in (train, test))
+    pairs = counterparts(context, test, context.sites)
     alike = others_alike(labels, context.generator()).to(context.device)
     target = next_class(labels, len(test.classes))
     edits = fit_edits(x_train, y)
     trials = Trials(context, test)
-    made: dict[str, dict[str, tuple[Trial, Trial]]] = {site: {} for site in context.sites}
+    made: dict[str, dict[str, _Made]] = {site: {} for site in context.sites}
+    patches = {site: trials.add(site, pairs[site] - x_test[site]) for site in context.sites}
     problems: dict[str, str] = {}
+    mixed, turn = shuffled(y, context.generator()), turns(len(test), context.generator())
+    mixed_at = LinearProbe.fit_many(
+        {(site, i): (x, order) for site, x in x_train.items() for i, order in enumerate(mixed)}
+    )
     for site in context.sites:
-        x, trained = x_test[site], None
-        if DAS.name in methods:
-            trained = behaviour(context, site, train, min(32, context.batch_size))
-        data = BaselineData(x_train[site], y, edits[site], pairs_train[site], trained, context.seed)
-        for method in (method for method in methods if method not in problems):
-            try:
-                edit = build(method, data)
-            except MissingExtraError as error:
-                problems[method] = " ".join(str(error).split())
+        x, metric = x_test[site], edits[site].metric
+        chance = [mixed_at[site, i] for i in range(len(mixed))]
+        for item in build_candidates(context, site, edits[site], methods, Training()):
+            edit = item.edit
+            if edit is None and item.name == LEARNED:
+                # Where no edit can change the answer there is nothing to learn from.
+                edit = LeastEdit(edits[site])
+            if edit is None:
+                problems[item.name] = item.problem
                 continue
             with torch.no_grad():
                 back, moved = (
                     with_partners(edit, partners)(x, wanted, labels).double() - x.double()
-                    for wanted, partners in ((labels, x[alike]), (target, pairs_test[site]))
+                    for wanted, partners in ((labels, x[alike]), (target, pairs[site]))
                 )
             # Methods that do the same whatever the target need no second run.
-            control = trials.add(site, back)
-            same = torch.equal(back, moved)
-            made[site][method] = control, control if same else trials.add(site, moved)
+            control, length = trials.add(site, back), metric.distance(moved)
+            nulls = [null_edits(chance, metric, target, labels, length, run) for run in turn]
+            made[site][item.name] = _Made(
+                control if torch.equal(back, moved) else trials.add(site, moved),
+                control,
+                [trials.add(site, null) for null in nulls],
+            )
     trials.run()
-
-    def flips(site: str, which: int) -> dict[str, float | None]:
-        before, built = trials.clean["own_lead"], [m for m in methods if m not in problems]
-        return {m: flipped(before, made[site][m][which]["other_lead"]).value for m in built}
-
+    built = [method for method in methods if method not in problems]
+    by_method = {
+        method: _judge({site: made[site][method] for site in made}, trials.clean, turn, patches)
+        for method in built
+    }
     return [
         SiteScores(
             model=name,
@@ -395,11 +471,53 @@ def score_sites(
             site=site,
             truth=_truth_at(truth, site),
             probe_accuracy=edits[site].probe.accuracy(x_test[site], labels),
-            control=flips(site, 0),
-            counterfactual=flips(site, 1),
+            **{what: {m: by_method[m][site][what] for m in built} for what in JUDGED},
         )
         for site in context.sites
     ], problems
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was run of one edit at one site: towards the other order, towards the true one, null."""
+
+    moved: Trial
+    control: Trial
+    nulls: list[Trial]
+
+
+JUDGED = ("control", "counterfactual", "null", "p_adjusted", "tested", "beyond")
+"""What :class:`SiteScores` has of each method."""
+
+
+def _judge(
+    made: Mapping[str, _Made], clean: Trial, turn: Sequence[Tensor], patches: Mapping[str, Trial]
+) -> dict[str, dict[str, Any]]:
+    """What is known of one edit at each site of a model."""
+    before, every = clean.found, torch.ones(len(clean["own_lead"]), dtype=torch.bool)
+    nulls, p_values, excesses = {}, {}, {}
+    for site, one in made.items():
+        moved = one.moved.found
+        runs = [run.found | {"probe": met} for run, met in zip(one.nulls, turn, strict=True)]
+        nulls[site] = null_of(before, moved, runs, 0)
+        p_values[site] = against_null(before, moved, runs[0])
+        excesses[site] = excess(before, moved, patches[site].found, every)
+    said, beyond = verdicts(p_values, nulls, dict.fromkeys(made)), holm(excesses)
+
+    def flips(trial: Trial) -> float | None:
+        return flipped(clean["own_lead"], trial["other_lead"]).value
+
+    return {
+        site: {
+            "control": flips(one.control),
+            "counterfactual": flips(one.moved),
+            "null": nulls[site].flipped.value,
+            "p_adjusted": said[site].p_adjusted,
+            "tested": said[site].used,
+            "beyond": beyond[site] < LEVEL,
+        }
+        for site, one in made.items()
+    }
 
 
 def _truth_at(truth: KnownSites, site: str) -> str:
@@ -423,11 +541,17 @@ def findings(result: VerdictsResult) -> list[str]:
     if not result.counts:
         return []
     totals = {rule: result.count(rule) for rule in result.rules}
-    best = max(count.right.value or 0.0 for count in totals.values())
-    leaders = [result.titles[r] for r, c in totals.items() if (c.right.value or 0.0) == best]
-    lines = [_in_words(result, rule) for rule in ("lrqp", PROBE) if rule in totals]
-    lines.append(f"Most often right, in {percent(best)} of the sites: {', '.join(leaders)}.")
+    told = [f"lrqp{by}" for by in ("", *IN_WORDS)]
+    lines = [_in_words(result, rule) for rule in (told[0], PROBE, *told[1:]) if rule in totals]
+    for by in ("", *IN_WORDS):
+        kind = {rule: totals[rule] for rule in result.judged_by(by)}
+        if not kind:
+            continue
+        best = max(count.right.value or 0.0 for count in kind.values())
+        leaders = [result.titles[r] for r, c in kind.items() if (c.right.value or 0.0) == best]
+        lines.append(f"Most often right, in {percent(best)} of the sites: {', '.join(leaders)}.")
     silent = [r for r, c in totals.items() if c.true_positives + c.false_positives == 0]
+    silent = [rule for rule in silent if not _split(rule)[1]]
     if silent:
         names = ", ".join(result.titles[rule] for rule in silent)
         lines.append(f"Never say that a site is used, and so are right where none is: {names}.")

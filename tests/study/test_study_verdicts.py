@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from heads_for_tests import study_of
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from lrqp_torch import models
 from lrqp_torch.cli import app
 from lrqp_torch.errors import MissingExtraError, ModelError, SettingError
-from lrqp_torch.study import verdicts
+from lrqp_torch.study import methods, verdicts
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.known import KnownSites, read_truth
@@ -68,6 +69,18 @@ def test_an_edit_says_used_where_half_of_the_answers_flip_beyond_the_control() -
 
 
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
+
+
+def test_a_test_says_used_and_a_guard_takes_back_what_is_beyond_its_patch() -> None:
+    both = {"p_adjusted": {"lrqp": 0.01}, "null": {"lrqp": 0.1}, "tested": {"lrqp": True}}
+    own = replace(score(NOT_USED, flips=0.3), **both, beyond={"lrqp": True})
+    assert own.rules == [PROBE, "lrqp", "lrqp:tested", "lrqp:guarded"]
+    assert [own.says_used(rule) for rule in own.rules] == [True, False, True, False]
+    assert own.score("lrqp:tested") == pytest.approx(0.2)
+    assert replace(own, beyond={"lrqp": False}).says_used("lrqp:guarded")
+    assert not replace(own, tested={"lrqp": False}).says_used("lrqp:guarded")
+
+
 all_scores = st.builds(
     score,
     st.sampled_from([USED, NOT_USED, UNCLEAR]),
@@ -136,8 +149,8 @@ def context() -> StudyContext:
 def test_scores_are_those_of_the_sweep_and_of_a_patch(context: StudyContext) -> None:
     truth = read_truth("organism")
     assert truth is not None
-    methods = ["none", "lrqp", "mean_difference", "full_patch"]
-    scores, problems = score_sites(context, truth, methods, "organism")
+    chosen = ["none", "lrqp", "mean_difference", "full_patch"]
+    scores, problems = score_sites(context, truth, chosen, "organism")
     assert problems == {} and [item.site for item in scores] == SITES
     assert [item.truth for item in scores] == [USED, NOT_USED]
     edits = fit_edits(context.activations(context.task, "train", "S2"), context.task.train.labels)
@@ -172,11 +185,13 @@ def test_equal_displacements_run_once_and_give_what_they_would(
         return trial
 
     monkeypatch.setattr(Trials, "add", counted)
+    monkeypatch.setattr(verdicts, "turns", lambda n, generator: [torch.arange(n) % 20])
     truth = KnownSites(frozenset(), frozenset())
     one = replace(context, sites=["L1.mid"])
     (found,), _ = score_sites(one, truth, ["none", "leace", "full_patch"], "organism")
-    # No edit is the clean run, LEACE does the same whatever the target, a patch does not.
-    assert added == ["clean", "L1.mid", "L1.mid", "L1.mid"]
+    # The exchange with twins; no edit is the clean run, and so is its null; LEACE does the same
+    # whatever the target, a patch does not, and each has a null.
+    assert added == ["L1.mid", "clean", "clean", *["L1.mid"] * (2 + 3)]
     assert found.control["leace"] == found.counterfactual["leace"]
     assert found.control["full_patch"] != found.counterfactual["full_patch"]
 
@@ -197,19 +212,20 @@ def test_the_figure_frames_what_is_said_to_be_used_and_crosses_what_is_wrong() -
 def test_a_method_that_cannot_be_built_is_named(
     context: StudyContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = verdicts.build
+    build = methods.build
 
     def missing(name: str, data: object) -> object:
         if name == "leace":
             raise MissingExtraError("leace needs a package")
         return build(name, data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(verdicts, "build", missing)
+    monkeypatch.setattr(methods, "build", missing)
     scores, problems = score_sites(
         context, KnownSites(frozenset(), frozenset()), ["none", "leace"], "organism"
     )
-    assert problems == {"leace": "leace needs a package"}
-    assert all(item.rules == [PROBE, "none"] for item in scores)
+    assert problems == {"leace": "MissingExtraError: leace needs a package"}
+    known = [PROBE, "none", "none:tested", "none:guarded"]
+    assert all(item.rules == known for item in scores)
 
 
 def lrqp(*arguments: object) -> Result:
@@ -229,7 +245,7 @@ def test_the_command_judges_and_writes(tmp_path: Path) -> None:
     assert len(raw["scores"]) == 2 * 2 * 2
     assert raw["models"] == {"organism": "used", "organism-absent": "absent"}
     rows = list(csv.DictReader((tmp_path / "verdicts.csv").open()))
-    assert len(rows) == 4 * 3
+    assert len(rows) == (1 + 3 * 3) * 3
     by_name = {(row["rule"], row["model"]): row for row in rows}
     own = by_name["lrqp", "organism"]
     assert int(own["true_positives"]) + int(own["false_negatives"]) == 4
@@ -268,7 +284,8 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         with pytest.raises(SettingError, match=next(iter(wrong))):
             VerdictSettings(tmp_path, **wrong)  # type: ignore[arg-type]
     assert "das" not in VerdictSettings(tmp_path).method_names()
-    assert "das" in VerdictSettings(tmp_path, das=True).method_names()
+    trained = {"das", "das_least", "lrqp_learned"}
+    assert trained < {*VerdictSettings(tmp_path, das=True).method_names()}
     assert VerdictSettings(tmp_path, methods="full_patch,lrqp").method_names() == [
         "lrqp",
         "full_patch",
