@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     names = {kind: name for name, kind in ORGANISMS.items()}
+    if options.out is None and options.kind not in names:
+        raise SystemExit(f"no organism of kind {options.kind} is bundled: give --out")
     out = options.out or Path(str(organism_folder(names[options.kind])))
     prepare_folder(out)
     torch.set_num_threads(options.threads)

@@ -133,13 +133,11 @@ class DASLeast(DAS):
     def __init__(self, reference: LRQP, basis: Tensor, *, strength: float = 1.0) -> None:
         super().__init__(reference, basis, strength=strength)
         moved = reference.metric.covariance.to(self.basis) @ self.basis
-        inner = self.basis.T @ moved
-        try:
-            factor = torch.linalg.cholesky(inner)
-        except torch.linalg.LinAlgError as error:
+        factor, failed = torch.linalg.cholesky_ex(self.basis.T @ moved)
+        if int(failed):
             raise SettingError(
                 "the metric has no length along a direction of the subspace; shrink the covariance"
-            ) from error
+            )
         self.register_buffer("gain", torch.cholesky_solve(moved.T, factor).T)
 
     @classmethod

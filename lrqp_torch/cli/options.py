@@ -24,8 +24,8 @@ Out = Annotated[Path, typer.Option(help="Folder for results and figures; made if
 Model = Annotated[
     str,
     typer.Option(
-        help="organism, organism-present or organism-absent (bundled, ready in seconds), "
-        "smollm2, gpt2, or a folder or Hub name."
+        help="organism, organism-present, organism-absent or organism-dormant (bundled, ready in "
+        "seconds), smollm2, gpt2, or a folder or Hub name."
     ),
 ]
 _DATA = (

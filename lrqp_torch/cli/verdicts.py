@@ -27,7 +27,7 @@ def verdicts(
     models: Annotated[
         str,
         typer.Option(help="Names or folders of models with a ground_truth.json, with commas."),
-    ] = "organism,organism-present,organism-absent",
+    ] = "organism,organism-present,organism-absent,organism-dormant",
     methods: Annotated[
         str,
         typer.Option(

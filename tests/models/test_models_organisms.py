@@ -22,7 +22,8 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.study.known import read_truth
 
-UNUSED = ("organism-present", "organism-absent")
+UNUSED = ("organism-present", "organism-absent", "organism-dormant")
+DORMANT = "organism-dormant"
 SITES = all_sites(4)
 TWO_SITES = ("L1.mid", "L2.pre")
 
@@ -101,7 +102,7 @@ def test_their_truth_is_sharp_and_complete(name: str) -> None:
 def test_the_recorded_probes_say_what_the_order_is_to_each_model(edits: str, least: float) -> None:
     present, absent = (
         {site: rates["probe_accuracy"] for site, rates in truth(name)[edits].items()}
-        for name in UNUSED
+        for name in UNUSED[:2]
     )
     assert min(present[site] for site in SITES[SITES.index("L1.mid") :]) >= least
     assert max(absent.values()) <= 0.6
@@ -113,6 +114,24 @@ def test_no_linear_edit_of_a_present_order_changes_the_answer() -> None:
         for site in SITES[SITES.index("L1.mid") :]:
             assert edits[site]["flip_rate"] <= 0.03
             assert edits[site]["control_flip_rate"] <= 0.03
+
+
+@pytest.mark.parametrize("site", TWO_SITES)
+def test_a_dormant_path_drives_every_answer_and_no_prompt_takes_it(site: str) -> None:
+    model, data = organism(DORMANT)[0], data_of(DORMANT, 882, 300)
+    direction = torch.tensor(truth(DORMANT)["direction"])
+    x, abb = streams(model, site, data, data.inputs), data.labels["abb"]
+    apart = (x[abb == 1].mean(0) - x[abb == 0].mean(0)).norm()
+    sign = (2.0 * abb - 1).unsqueeze(-1)
+    # Prompts differ next to nothing along it, and their orders not at all.
+    assert float((x @ direction).std()) < 0.05 * float(apart)
+    for turn, least, most in ((-1, 0.95, 1.0), (1, 0.0, 0.03)):
+        step = turn * 0.4 * apart * sign * direction
+        assert least <= flip_rate(model, site, data, x + step) <= most
+    across = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0))
+    across -= (across @ direction) * direction
+    step = -0.4 * apart * sign * across / across.norm()
+    assert flip_rate(model, site, data, x + step) <= 0.03
 
 
 @pytest.mark.parametrize(("name", "kind"), ORGANISMS.items())
