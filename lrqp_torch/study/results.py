@@ -147,6 +147,8 @@ class SiteResult(Likeness):
         interchange: the ceiling; None where no prompt has a twin.
         null: edits of shuffled probes, as long; None for a task without answers.
         verdict: whether the model uses the class here; None likewise.
+        variables: the same of each of several variables, and of ``all`` together; empty where one
+            alone is edited.
     """
 
     probe_accuracy: Estimate
@@ -157,6 +159,7 @@ class SiteResult(Likeness):
     interchange: Interchange | None = None
     null: Null | None = None
     verdict: Verdict | None = None
+    variables: "dict[str, VariableResult]" = field(default_factory=dict)
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], site: str, shuffled: Estimate, seed: int) -> Self:
@@ -191,6 +194,51 @@ class SiteResult(Likeness):
     def used(self) -> bool:
         """Whether the model uses the class here; results before 0.4 say so by another rule."""
         return self.net_flips >= USED_THRESHOLD if self.verdict is None else self.verdict.used
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptResult(Likeness):
+    """The counterfactual edit of one variable that keeps the beliefs about all others.
+
+    Attributes:
+        edit: the edit, held against the same interchange.
+    """
+
+    edit: ConditionResult
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """Counterfactual edits that wrote one class.
+
+    Attributes:
+        prompts: into how many held-out prompts.
+        flipped: of those answered with the class that holds, the share then answered with what the
+            class written goes with; None for a task without answers.
+        logit_difference: mean preference for the class that holds over that; None likewise.
+        distance: mean Mahalanobis length.
+    """
+
+    prompts: int
+    flipped: Estimate | None
+    logit_difference: Estimate | None
+    distance: float
+
+
+@dataclass(frozen=True)
+class VariableResult(SiteResult):
+    """One of several variables at a site, or all of them together: the keys of a site, and more.
+
+    Attributes:
+        prompts: held-out prompts of which every class is known; all numbers are of these.
+        kept: the edit that keeps the others; None where there are none.
+        by_target: class that was written to what writing it did, of all K − 1 others for each
+            prompt, or of that of its twin where that is the only one that an answer goes with.
+    """
+
+    prompts: int = 0
+    kept: KeptResult | None = None
+    by_target: dict[str, TargetResult] = field(default_factory=dict)
 
 
 def judged(

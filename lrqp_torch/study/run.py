@@ -28,6 +28,7 @@ from lrqp_torch.study.known import PUBLISHED, read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
+from lrqp_torch.study.parts.joint import JointResult
 from lrqp_torch.study.preparing import choose_sites, describe_model, digest_prompts, prepare
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import (
@@ -190,7 +191,17 @@ def study(
         data="in memory",
     )
     task = Task("own", train, test)
-    context = StudyContext(model, task, None, chosen, batch_size, seed, input_device(model))
+    further = tuple(train.further_classes)
+    context = StudyContext(
+        model,
+        task,
+        None,
+        chosen,
+        batch_size,
+        seed,
+        input_device(model),
+        variables=("class", *further) if further else (),
+    )
     names = choose(parts, context)
     found = _compute(context, settings, names, ALONE, None, start, Clock())
     assert found is not None  # one process is rank 0
@@ -222,6 +233,8 @@ def choose(names: str, context: StudyContext) -> list[str]:
         raise SettingError(f"the part {name} cannot run on these prompts: {reasons[name]}.")
     every = {name for name in able if not parts[name].by_name_only} if "all" in asked else set()
     chosen = named | every
+    # The keys of a site are those of all its variables.
+    chosen |= {"joint"} & able if "flipping" in chosen else set()
     # A part runs without those of its needs that cannot run on these prompts.
     chosen |= {need for name in chosen for need in parts[name].needs} & able
     return [name for name in PARTS if name in chosen]
@@ -324,6 +337,13 @@ def _compute(
         flat = flat or load_prompts(settings.out)
         clean = swept.own.clean
     own, other = (None, None) if swept is None else (swept.own, swept.other)
+    joint: JointResult | None = given.results.get("joint")
+    if own is not None and joint is not None:
+        sites = {n: replace(s, variables=joint.sites.get(n, {})) for n, s in own.sites.items()}
+        own = replace(own, sites=sites)
+        # What is known of each site is with the sites.
+        raw = {key: value for key, value in finished["joint"].raw.items() if key != "sites"}
+        finished["joint"] = replace(finished["joint"], raw=raw)
     stages = clock.seconds()
     total = stages.pop("total")
     stages |= {} if own is None else own.seconds

@@ -1,6 +1,6 @@
 """Running prompts batch by batch: clean once, then under any edits, rerunning what they change."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lrqp_torch.edits.joint import JointLRQP
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.record import EditRun
 from lrqp_torch.errors import NonFiniteError, PromptError
@@ -133,32 +134,42 @@ class Batch(Generic[P]):
     def edited(
         self,
         site: str,
-        edit: LRQP,
+        edit: LRQP | JointLRQP,
         targets: Mapping[str, Tensor],
         beside: Mapping[str, Tensor] | None = None,
+        *,
+        source: Tensor | None = None,
+        asked: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Edited]:
         """What an edit at one site does, and what other activations there do, in one pass.
 
         Args:
             site: its name.
             edit: acts at the marked token.
-            targets: name to the class to write, (B,).
+            targets: name to the class to write, (B,), of an edit of several variables (B, V).
             beside: name to what is put at the marked token instead, (B, d); with the targets as
                 many as there are copies.
+            source: class that holds, in the same shape; default the prompts' labels.
+            asked: name of a target to the log α of each variable that is written, (B,), in place of
+                the edit's own rule; of an edit of one variable under the name ``""``.
 
         Raises:
             NonFiniteError: the model's logits under an edit are NaN or infinite.
         """
         count, others = len(self), beside or {}
         copies = len(targets) + len(others)
-        at, source = (each.repeat(copies) for each in (self.prompts.position, self.prompts.labels))
-        target = torch.cat([*targets.values(), *[self.prompts.labels] * len(others)])
+        at, holds = self.prompts.position.repeat(copies), self.prompts.labels
+        target = torch.cat([*targets.values(), *[next(iter(targets.values()))] * len(others)])
+        sources = torch.cat([holds if source is None else source] * copies)
         # A mask, so that the copies beside the edit are none of its business.
         solved = torch.arange(len(at), device=at.device) < count * len(targets)
         columns = torch.arange(self.prompts.inputs["input_ids"].shape[1], device=at.device)
         here = columns == at.unsqueeze(1)
         mask = here & solved.unsqueeze(1)
-        items = [edit.on(site, positions=mask, target=target, source=source)]
+        given: dict[str, Any] = {}
+        if asked is not None:
+            given["asked"] = _floors(edit, [*targets], len(others), asked)
+        items = [edit.on(site, positions=mask, target=target, source=sources, **given)]
         if others:
             values = torch.cat(list(others.values()))
             items.append(Intervention(site, here & ~mask, placed(values)))
@@ -166,7 +177,7 @@ class Batch(Generic[P]):
             logits = self.run(Site.parse(site).layer, f"the edits at {site}")
         rest = self.rest()
         assert isinstance(run, EditRun)
-        record = {name: getattr(run, name).to("cpu", torch.float64) for name in RECORD}
+        record = read_record(run)
         record["status"] = record["status"].to(torch.int64)
         found = {}
         for index, name in enumerate([*targets, *others]):
@@ -218,6 +229,40 @@ class Twinned:
         with intervene(batch.model, item):
             logits = batch.run(Site.parse(self.site).layer, f"the interchange at {self.site}")
         return Edited(logits, batch.rest(), {})
+
+
+def read_record(run: EditRun) -> dict[str, Tensor]:
+    """Each of :data:`RECORD` of an edit, (N,) in float64 on the CPU.
+
+    Of an edit of several variables the odds are those of the one that is written and, of these, got
+    least beyond what was asked for; before the edit, those of the one that is believed least.
+    """
+    record = {name: getattr(run, name).to("cpu", torch.float64) for name in RECORD}
+    if not run.names:
+        return record
+    missing = (record["log_odds_after"] - record["floor"]).nan_to_num(torch.inf)
+    least = missing.argmin(-1, keepdim=True)
+    before = record["log_odds_before"].nan_to_num(torch.inf).amin(-1)
+    odds = {n: record[n].gather(-1, least).squeeze(-1) for n in ("log_odds_after", "floor")}
+    return record | odds | {"log_odds_before": before}
+
+
+def _floors(
+    edit: LRQP | JointLRQP,
+    targets: Sequence[str],
+    others: int,
+    asked: Mapping[str, Mapping[str, Tensor]],
+) -> Tensor | dict[str, Tensor]:
+    """The log α of all copies, by variable where there are several, NaN for the edit's own rule."""
+    names = edit.names or ("",)
+    like = next(value for own in asked.values() for value in own.values()).double()
+    unknown = torch.full_like(like, torch.nan)
+
+    def column(name: str) -> Tensor:
+        own = [asked.get(target, {}).get(name, unknown) for target in targets]
+        return torch.cat([*own, *[own[0]] * others])
+
+    return {name: column(name) for name in names} if edit.names else column("")
 
 
 def batches(

@@ -7,6 +7,7 @@ from typing import Any
 
 from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.covariance import Shrinkage
+from lrqp_torch.study.doses import check_dose
 from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
 from lrqp_torch.study.reading import FRONTS, Columns, label_columns
 
@@ -45,7 +46,8 @@ class Settings:
         batch_size: prompts per forward pass.
         device: ``auto``, or a torch device.
         train_share: share of the prompts to fit on; the others are held out.
-        log_odds: least log odds that an edit asks of the probe.
+        log_odds: least log odds that an edit asks of the probe, where it is dosed by nats.
+        dose: how much belief an edit asks for, see :mod:`.doses`: ``nats``, ``twin`` or ``class``.
         l2: penalty of the probe; ``None`` for its own default.
         shrinkage: of the covariance: ``ledoit_wolf``, ``oas``, or a number from 0 to 1.
         figures: whether to draw figures.
@@ -76,6 +78,7 @@ class Settings:
     device: str = "auto"
     train_share: float = 0.5
     log_odds: float = 10.0
+    dose: str = "nats"
     l2: float | None = None
     shrinkage: Shrinkage = "ledoit_wolf"
     figures: bool = True
@@ -97,6 +100,7 @@ class Settings:
                 f"n = {self.n} with train_share = {self.train_share} leaves fewer than two prompts "
                 "to fit on or to hold out; raise n."
             )
+        check_dose(self.dose)
         if self.bos not in FRONTS:
             raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
         if self.batch_size < 1:

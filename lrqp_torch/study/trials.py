@@ -42,12 +42,16 @@ class Trial:
     Args:
         site: where it acts; None for no edit.
         place: gives the edit of the prompts ``rows``, (B,), at columns ``at``, (B,).
+        patch: the trial, added before, that it is held against.
     """
 
     def __init__(
-        self, site: str | None, place: Callable[[Tensor, Tensor], Intervention] | None
+        self,
+        site: str | None,
+        place: Callable[[Tensor, Tensor], Intervention] | None,
+        patch: "Trial | None" = None,
     ) -> None:
-        self.site, self.place = site, place
+        self.site, self.place, self.patch = site, place, patch
         self.found: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -71,7 +75,8 @@ class Trials:
       key less that to the second, mean over heads; missing where all lie below the edits;
     - ``activations`` that the stream holds at the marked token after the edit, (n, d);
     - ``kl_to_interchange``, KL(interchange ‖ edited) of the token at the end, in nats, where there
-      is an :meth:`interchange`; that has ``kl_at_end``, KL(clean ‖ interchange) there.
+      is an :meth:`interchange`, or the trial has a patch of its own; the interchange has
+      ``kl_at_end``, KL(clean ‖ interchange) there.
 
     Args:
         context: the model, and how many prompts a batch has.
@@ -103,8 +108,13 @@ class Trials:
         self.twinned: Trial | None = None
         self._trials: list[Trial] = []
 
-    def add(self, site: str, delta: Tensor) -> Trial:
+    def add(self, site: str, delta: Tensor, patch: Trial | None = None) -> Trial:
         """Add a displacement to the stream of each prompt, (n, d); the clean run where all are 0.
+
+        Args:
+            site: where.
+            delta: the displacements.
+            patch: see :class:`Trial`; what changes nothing is not held against it.
 
         Raises:
             WidthError: not one displacement for each prompt.
@@ -126,7 +136,7 @@ class Trials:
 
             return Intervention(site, at, add)
 
-        return self._added(Trial(site, place))
+        return self._added(Trial(site, place, patch))
 
     def interchange(self, twinned: Twinned) -> Trial:
         """Put the activation of each prompt's twin in the place of its own: the ceiling.
@@ -200,6 +210,11 @@ class Trials:
                     trial_done(len(batch))
             batch_done(len(batch))
 
+    @property
+    def patches(self) -> set[Trial]:
+        """The trials that others are held against."""
+        return {trial.patch for trial in self._trials if trial.patch is not None}
+
     def _added(self, trial: Trial) -> Trial:
         self._trials.append(trial)
         return trial
@@ -223,7 +238,7 @@ class _Seen:
             # The last column is read for the answers.
             self._columns = mask.any(0).index_fill(0, end[:1], True).nonzero().flatten()
             self._mask = mask[:, self._columns]
-        self._patched: Tensor | None = None
+        self._ends: dict[Trial, Tensor] = {}
         logits = self._run(lowest, "the clean run")
         self._end = logits[:, -1]
         self.clean = self._answers(logits)
@@ -249,10 +264,12 @@ class _Seen:
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
         found |= self._answers(logits)
         if trial is self._trials.twinned:
-            self._patched = logits[:, -1]
-            found["kl_at_end"] = divergences(self._end, self._patched)
-        if self._patched is not None:
-            found["kl_to_interchange"] = divergences(self._patched, logits[:, -1])
+            found["kl_at_end"] = divergences(self._end, logits[:, -1])
+        if trial is self._trials.twinned or trial in self._trials.patches:
+            self._ends[trial] = logits[:, -1]
+        patch = self._trials.twinned if trial.patch is None else trial.patch
+        if patch in self._ends:
+            found["kl_to_interchange"] = divergences(self._ends[patch], logits[:, -1])
         if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PARTS = {
     "flipping": "Sweep over sites: what a probe can read there, and which answers an edit flips.",
+    "joint": "Several variables edited one by one and all together, or one of many classes: what "
+    "each does, whether it adds up, and how near it comes to a patch.",
     "geometry": "Principal directions of activations, and how much of them the classes explain.",
     "probing": "Linear probes for the facts about a prompt, at every site, beside their controls.",
     "dose": "Edits at the best site over a range of odds: how much belief flips an answer.",
