@@ -35,7 +35,13 @@ _DATA = (
 )
 Data = Annotated[str | None, typer.Option(help=_DATA, show_default="prompts about two names")]
 RequiredData = Annotated[str, typer.Option(help=_DATA)]
-Label = Annotated[str, typer.Option(help="Column of the class, with --data.")]
+Label = Annotated[
+    str,
+    typer.Option(
+        help="Column of the class, with --data; or several with commas, the class first: each is "
+        "edited alone, with the others kept, and all together."
+    ),
+]
 Text = Annotated[str, typer.Option(help="Column of the prompt, with --data.")]
 Position = Annotated[
     str,
@@ -84,6 +90,19 @@ Prefixes = Annotated[
         "file with a sentence per line."
     ),
 ]
+Variables = Annotated[
+    str,
+    typer.Option(
+        help="What is edited in prompts about two names: order; or order,identity (which name it "
+        "is), each alone, with the other kept, and both together."
+    ),
+]
+Names = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="How many different names these prompts have.", show_default="all that fit"
+    ),
+]
 Sites = Annotated[
     str,
     typer.Option(
@@ -108,6 +127,14 @@ TrainShare = Annotated[
     float, typer.Option(help="Share of the prompts to fit on; the others are held out.")
 ]
 LogOdds = Annotated[float, typer.Option(help="Least log odds that an edit asks of the probe.")]
+Dose = Annotated[
+    str,
+    typer.Option(
+        help="How much belief an edit asks for: nats (--log-odds, or as certain as before); twin "
+        "(what the probe reads of the prompt's twin); class (what it reads of the median prompt "
+        "of the class written)."
+    ),
+]
 L2 = Annotated[
     float | None, typer.Option(help="Penalty of the probe.", show_default="the probe's own")
 ]

@@ -16,7 +16,7 @@ WRITES = (
     "and SVG, and prints a summary."
 )
 OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
-NAMES = ("n", "prefixes", "compare_task")
+NAMES = ("n", "prefixes", "variables", "names", "compare_task")
 
 
 def options(
@@ -34,6 +34,8 @@ def options(
     strict: given.Strict = False,
     n: given.N = 1000,
     prefixes: given.Prefixes = "none",
+    variables: given.Variables = "order",
+    names: given.Names = None,
     sites: given.Sites = "all",
     parts: Annotated[
         str,
@@ -49,6 +51,7 @@ def options(
     device: given.Device = "auto",
     train_share: given.TrainShare = 0.5,
     log_odds: given.LogOdds = 10.0,
+    dose: given.Dose = "nats",
     l2: given.L2 = None,
     shrinkage: given.ShrinkageOf = "ledoit_wolf",
     figures: given.Figures = None,

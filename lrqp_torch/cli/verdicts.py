@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import INTERRUPTED, Voice, command
+from lrqp_torch.models.organisms import ORGANISMS
 
 if TYPE_CHECKING:
     from lrqp_torch.study.estimates import Estimate
@@ -27,7 +28,7 @@ def verdicts(
     models: Annotated[
         str,
         typer.Option(help="Names or folders of models with a ground_truth.json, with commas."),
-    ] = "organism,organism-present,organism-absent,organism-dormant",
+    ] = ",".join(ORGANISMS),
     methods: Annotated[
         str,
         typer.Option(
