@@ -89,8 +89,8 @@ RECIPES: dict[Kind, Recipe] = {
     "used": Recipe(),
     "present": Recipe(kind="present", steps=1300, layers=4, last_read="L2.pre"),
     "absent": Recipe(kind="absent", steps=1000, layers=4, last_read="L2.pre"),
-    "graded": Recipe(kind="graded", steps=1600, layers=4, width=96, last_read="L2.pre"),
-    "spread": Recipe(kind="spread", steps=1600, layers=5, width=96),
+    "graded": Recipe(kind="graded", steps=2200, layers=4, last_read="L2.pre"),
+    "spread": Recipe(kind="spread", steps=1800, layers=5),
     "dormant": Recipe(kind="dormant", steps=1500, layers=4, width=96, last_read="L2.pre"),
 }
 """How the bundled organisms are made."""

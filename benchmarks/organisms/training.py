@@ -421,7 +421,7 @@ def train(
         loss = functional.cross_entropy(logits, prompts.answer)
         hint = 0.5 if progress.stage < 2 else 0.05
         # An order that the answer needs stays at S2 by itself; one that it does not need fades.
-        known = 1.0 if recipe.kind in ("present", "dormant") else hint
+        known = {"present": 1.0, "dormant": 1.0, "graded": 0.5}.get(recipe.kind, hint)
         if recipe.kind == "absent":
             loss = loss + ERASURE * statistics.left(activations, prompts.abb)
         else:
@@ -433,7 +433,7 @@ def train(
         loss = loss + hint * functional.cross_entropy(heard, told)
         uses = torch.isin(prompts.behind, sampler.verbs)
         if recipe.kind == "graded":
-            loss = loss + hint * readers.order_loss(clean, prompts.abb, uses)
+            loss = loss + known * readers.order_loss(clean, prompts.abb, uses)
         if recipe.halved:
             loss = loss + hint * readers.behind_loss(behind, prompts.abb)
         if recipe.kind == "dormant":
@@ -450,7 +450,7 @@ def train(
             loss = loss + plan.loss(edited_logits, prompts)
             order = prompts.abb ^ plan.flips.long()
             if recipe.kind == "graded":
-                loss = loss + hint * readers.order_loss(edited, order, uses)
+                loss = loss + known * readers.order_loss(edited, order, uses)
             elif recipe.kind == "dormant":
                 driven = plan.kinds == Kind.DRIVEN
                 loss = loss + hint * readers.order_loss(edited, order, driven)

@@ -176,6 +176,7 @@ for _part, _help in PARTS.items():
         f"names, or with --data on prompts of your own.",
         ("parts",),
         parts=_part,
+        **({"variables": "order,identity"} if _part == "joint" else {}),
     )
 
 _command(

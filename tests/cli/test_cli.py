@@ -73,7 +73,7 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
         assert expected in result.stdout
     written = {path.name for path in out.iterdir()}
     assert written >= FILES | SWEEP_FIGURES | {"report.html"}
-    assert raw["parts"].keys() == PARTS.keys() - {"flipping", "compare"}
+    assert raw["parts"].keys() == PARTS.keys() - {"flipping", "joint", "compare"}
     for part in raw["parts"]:
         assert (out / "parts" / f"{part}.json").is_file()
     figures = {name for name in written if name.endswith((".png", ".svg"))}

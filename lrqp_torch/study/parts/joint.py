@@ -173,7 +173,10 @@ class Joint(Part[JointResult]):
         """Whether there is more than what the sweep does."""
         if len(context.variables) > 1 or len(context.task.test.classes) > 2:
             return None
-        return "they have one variable of two classes, and the sweep edits that"
+        return (
+            "they have one variable of two classes, which the sweep edits; name several with "
+            "--variables order,identity, or of your own prompts with --label COLUMN,COLUMN"
+        )
 
     def work(self, context: StudyContext, /) -> int:
         """Runs of the held-out prompts, and methods."""
@@ -262,7 +265,8 @@ class Joint(Part[JointResult]):
 
     def figures(self, result: JointResult, /) -> dict[str, Chart]:
         """What flips at each site."""
-        return {"joint": Chart(_panes(result))} if _panes(result) else {}
+        title = f"What each variable at {result.words.position} does, and all together"
+        return {"joint": Chart(_panes(result), title)} if _panes(result) else {}
 
     def panels(self, result: JointResult, /) -> list[Panel]:
         """Edits and interchanges by site, the table of methods, and results by target."""
