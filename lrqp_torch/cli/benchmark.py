@@ -58,7 +58,7 @@ def benchmark(
             found = run_benchmark(
                 name, data, loaded, tokenizer, sites, n=n, position=position, bos=bos,
                 tasks=() if task is None else given.split_names(task, "task"),
-                batch_size=batch_size, seed=seed, training=Training(das_epochs=epochs), start=start,
+                batch_size=batch_size, seed=seed, training=Training(epochs=epochs), start=start,
             )  # fmt: skip
         path = found.save(out)
     voice.console.print(as_rich(found.table(), f"{name}, on prompts held out"), soft_wrap=True)

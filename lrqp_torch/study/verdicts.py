@@ -494,11 +494,15 @@ def _judge(
     made: Mapping[str, _Made], clean: Trial, turn: Sequence[Tensor], patches: Mapping[str, Trial]
 ) -> dict[str, dict[str, Any]]:
     """What is known of one edit at each site of a model."""
-    before, every = clean.found, torch.ones(len(clean["own_lead"]), dtype=torch.bool)
+    every = torch.ones(len(clean["own_lead"]), dtype=torch.bool)
+    before = {name: clean[name] for name in ("preference", "own_lead", "other_lead")}
     nulls, p_values, excesses = {}, {}, {}
     for site, one in made.items():
         moved = one.moved.found
-        runs = [run.found | {"probe": met} for run, met in zip(one.nulls, turn, strict=True)]
+        runs = [
+            {name: run[name] for name in before} | {"probe": met}
+            for run, met in zip(one.nulls, turn, strict=True)
+        ]
         nulls[site] = null_of(before, moved, runs, 0)
         p_values[site] = against_null(before, moved, runs[0])
         excesses[site] = excess(before, moved, patches[site].found, every)
