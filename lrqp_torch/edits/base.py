@@ -194,8 +194,9 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         target: Tensor,
         source: Tensor | None,
         which: Tensor,
+        record: tuple[Tensor, int, Tensor, int],
         **given: Any,
-    ) -> tuple[Tensor, Solution] | None:
+    ) -> Tensor | None:
         """:meth:`edit_rows` and what surrounds it in one launch; None where there is no such thing.
 
         Args:
@@ -206,11 +207,12 @@ class Edit(nn.Module, Shared, Generic[Asked]):
             target: classes of all positions, of one request each, or one for all.
             source: likewise, or None.
             which: of these, those of the rows, (N,).
+            record: a block of rows of the record, the first of them to write, the numbers of what
+                is edited, (N,), and the number of the pass.
             given: see :meth:`bind`.
 
         Returns:
-            The stream with edited rows in place, and their certificate, without what is not
-            recorded.
+            What is written of the stream, with edited rows in place.
         """
         return None
 

@@ -243,10 +243,11 @@ class LRQP(Edit[Classes]):
         target: Tensor,
         source: Tensor | None,
         which: Tensor,
+        record: tuple[Tensor, int, Tensor, int],
         *,
         asked: Tensor | float | None = None,
         **given: Any,
-    ) -> tuple[Tensor, Solution] | None:
+    ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         geometry = self._geometry.known(*tensors, stream.device)
@@ -266,6 +267,7 @@ class LRQP(Edit[Classes]):
             target,
             floors,
             geometry,
+            record,
             skip=self.on_infeasible == "skip",
             live=tensors[:2],
         )

@@ -151,14 +151,16 @@ class EditRun:
         if not self.certified:
             return None
         self._place(stream.device)
-        classes = self._target, self._source, at.index if at.request is None else at.request
-        made = self.edit.edit_stream(stream, residual, scale, at, *classes, **self.given)
-        if made is None:
-            return None
-        whole, solution = made
-        self._rows.append(solution, at.index, at.shown)
-        self._rows.number(forward_pass)
-        self._dtype = whole.dtype
+        count = at.index.shape[0]
+        block = self._rows.room(count, stream.device)
+        record = block.rows, block.count, at.index, forward_pass
+        which = at.index if at.request is None else at.request
+        whole = self.edit.edit_stream(
+            stream, residual, scale, at, self._target, self._source, which, record, **self.given
+        )
+        if whole is not None:
+            self._rows.wrote(block, count)
+            self._dtype = whole.dtype
         return whole
 
     def _place(self, device: torch.device) -> None:
@@ -368,7 +370,7 @@ class _Rows:
         self.kept, self._places = kept, places or {}
         self._buffer = torch.zeros(0, 0, dtype=torch.float64) if held is None else held
         self._count = len(self._buffer)
-        self._passes: list[_Pass] = []
+        self._passes: list[_Pass | _Block] = []
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -407,6 +409,25 @@ class _Rows:
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
 
+    def room(self, count: int, device: torch.device) -> "_Block":
+        """A block in which the next rows may be written, of such as a :class:`Solution` has."""
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        last = self._passes[-1] if self._passes else None
+        if isinstance(last, _Block) and not captured and last.takes(count, device):
+            return last
+        with torch.inference_mode(False):
+            size = count if captured else max(BLOCK_ROWS, count)
+            return _Block(torch.empty(size, 9, dtype=torch.float64, device=device), captured)
+
+    def wrote(self, block: "_Block", count: int) -> None:
+        """Note that the next rows are written in a block that :meth:`room` gave."""
+        if not self._passes or self._passes[-1] is not block:
+            self._passes.append(block)
+        block.count += count
+        self._waiting += count
+        if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
+            self._settle()
+
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
         stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
@@ -415,21 +436,23 @@ class _Rows:
         if passes:
             self._append(self._made(passes))
 
-    def _made(self, passes: "Sequence[_Pass]") -> Tensor:
+    def _made(self, passes: "Sequence[_Pass | _Block]") -> Tensor:
         """The rows of some passes, (n, columns)."""
         # Rows may be added within inference mode, and read or added to outside of it.
         with outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            made = [one.values() for one in passes]
-            if not self._places:
-                start = 0
-                for name, value in made[0].items():
+            columns = []
+            for one in passes:
+                if isinstance(one, _Block):
+                    self._places = self._places or {name: i for i, name in enumerate(_WRITTEN)}
+                    columns.append(one.rows[: one.count])
+                    continue
+                values, start = one.values(), 0
+                for name, value in values.items():
                     width = 1 if value.ndim == 1 else value.shape[1]
                     self._places[name] = start if value.ndim == 1 else slice(start, start + width)
                     start += width
-            columns = [
-                torch.cat([v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()], 1)
-                for values in made
-            ]
+                parts = [v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()]
+                columns.append(torch.cat(parts, 1))
             device = columns[-1].device
             return torch.cat([part.to(device) for part in columns])
 
@@ -469,7 +492,7 @@ class _Rows:
 
     def number(self, forward_pass: int) -> None:
         """Say in which forward pass the last rows were added."""
-        if self._passes:
+        if self._passes and isinstance(self._passes[-1], _Pass):
             self._passes[-1].number = forward_pass
 
     def column(self, name: str) -> Tensor:
@@ -523,6 +546,32 @@ class _Pass:
         return {**named, "status": status, "index": index, "forward_pass": number}
 
 
+@dataclass
+class _Block:
+    """Rows that a kernel writes by itself, those of one pass after another.
+
+    Attributes:
+        rows: (n, 9).
+        captured: as of a :class:`_Pass`.
+        count: how many are written.
+    """
+
+    rows: Tensor
+    captured: bool = False
+    count: int = 0
+
+    def takes(self, more: int, device: torch.device) -> bool:
+        """Whether so many more have room in it."""
+        return (
+            not self.captured
+            and self.count + more <= self.rows.shape[0]
+            and self.rows.device == device
+        )
+
+
+_WRITTEN = (*RECORDED, "status", "index", "forward_pass")
+BLOCK_ROWS = 512
+"""So many rows a block has room for, or those of one pass."""
 WAITING, WAITING_ROWS = 64, 4096
 """So many passes, or rows, wait at most until rows are made of them together."""
 

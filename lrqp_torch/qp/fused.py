@@ -145,7 +145,6 @@ class Launcher:
         geometry: of the probe.
         rule: where floors come from: "mirror" or "fixed", of ``log_odds``; "given", one an example,
             or "each", one a constraint.
-        log_odds: the least log α, () float64.
         skip: whether what fails is left as it was.
         live: weight and bias of the probe as they are now, which are held against the geometry's.
     """
@@ -155,7 +154,6 @@ class Launcher:
         geometry: "ProbeGeometry",
         rule: str,
         *,
-        log_odds: Tensor | None = None,
         skip: bool = False,
         live: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -163,7 +161,7 @@ class Launcher:
         assert module is not None
         self.kernel, self.language = module.edit_kernel, module.tl
         self.geometry, self.rule, self.skip = geometry, rule, skip
-        self.log_odds, self.live = log_odds, live is not None
+        self.live = live is not None
         self.n_classes, self.width = geometry.n_classes, geometry.width
         tables = geometry.squared, geometry.noise, geometry.length, *geometry.stretch
         parts = *geometry.rows[:2], *(live or geometry.rows[:2]), geometry.rows[2], *tables
@@ -177,8 +175,8 @@ class Launcher:
         target: Tensor,
         *,
         count: int,
+        floors: Tensor,
         source: Tensor | None = None,
-        floors: Tensor | None = None,
         base: Tensor | None = None,
         scale: float = 1.0,
         rows: Tensor | None = None,
@@ -188,6 +186,7 @@ class Launcher:
         copy: bool = False,
         solution: tuple[Tensor, ...] | None = None,
         inverts: bool = False,
+        record: tuple[Tensor, int, Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Edit ``count`` rows of ``stream`` into ``out``.
 
@@ -198,7 +197,7 @@ class Launcher:
             target: classes, int64: one for all, (1,), or one of each number that ``which`` has.
             count: N.
             source: likewise, or None.
-            floors: log α, (N,) or (N, m), where the rule is "given" or "each".
+            floors: log α, (N,) or (N, m), where the rule is "given" or "each"; else the least.
             base: block input at ``mid``, as ``stream``.
             scale: see ``stream``.
             rows, columns: where in a (B, T, d) stream, (N,).
@@ -208,18 +207,23 @@ class Launcher:
             solution: to be filled: λ (N, m), active (N, m) int8, floors that were aimed at (N, m),
                 inverse of the active block (N, m, m).
             inverts: whether the inverse is wanted.
+            record: rows of numbers, (n, 9) float64, the first of them to write, what each is
+                numbered, (N,), and the number of the pass. A row has log odds before and after,
+                floor, distance, Euclidean length, KKT residual, status, its number and the pass.
 
         Returns:
-            The certificate: log odds before and after, floor, squared distance, squared Euclidean
-            length and KKT residual, (6, N); and the status, (N,) int64.
+            Without a record the certificate: the first six of these, lengths squared, (6, N); and
+            the status, (N,) int64. Else whatever.
         """
-        certificate = self.geometry.squared.new_empty(6, count)
-        statuses = target.new_empty(count)
+        if record is None:
+            certificate, first, forward_pass = self.geometry.squared.new_empty(6, count), 0, 0
+            steps, statuses, index_of = (1, count), target.new_empty(count), target
+        else:
+            certificate, first, index_of, forward_pass = record
+            steps, statuses = (9, 1), target
         if not count:
             return certificate, statuses
         mine = stream if base is None else base
-        floors = self.log_odds if floors is None else floors
-        assert floors is not None
         at = rows is not None
         tensors = (
             stream,
@@ -229,6 +233,7 @@ class Launcher:
             target if columns is None else columns,
             target if which is None else which,
             target if shown is None else shown.view(torch.int8),
+            index_of,
             target,
             target if source is None else source,
             floors,
@@ -246,11 +251,14 @@ class Launcher:
             out.stride(1) if at else 0,
             1 if target.shape[0] > 1 else 0,
             1 if source is not None and source.shape[0] > 1 else 0,
-            count,
+            *steps,
+            first,
+            forward_pass,
         )
         flags = (
             stream.dtype, mine.dtype, out.dtype, base is not None, scale, at, which is not None,
             source is not None, copy, shown is not None, solution is not None, inverts,
+            record is not None,
         )  # fmt: skip
         wide = not (stream.data_ptr() | mine.data_ptr() | out.data_ptr()) % 16
         wide = wide and not any(number % 16 for number in numbers[:6])
@@ -272,7 +280,7 @@ class Launcher:
         self, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], flags: Any, wide: bool, n: int
     ) -> None:
         """Compile for such arguments, and launch."""
-        out, base, scale, at, which, source, copy, shown, solution, inverts = flags[2:]
+        out, base, scale, at, which, source, copy, shown, solution, inverts, record = flags[2:]
         n_classes, width = self.n_classes, self.width
         precision, shape = torch.finfo(out).eps, shape_of(self.n_classes, self.width)
         constants = {
@@ -297,6 +305,7 @@ class Launcher:
             "SHOWN": shown,
             "SOLUTION": solution,
             "INVERSE": inverts and n_classes > 2,
+            "RECORD": record,
         }
         options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
         if out == torch.float64 and scale != 1:
@@ -411,10 +420,11 @@ def edit_stream(
     target: Tensor,
     floors: OddsRule | Tensor,
     geometry: "ProbeGeometry",
+    record: tuple[Tensor, int, Tensor, int],
     *,
     skip: bool,
     live: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Solution]:
+) -> Tensor:
     """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
 
     Args:
@@ -425,18 +435,18 @@ def edit_stream(
         target: classes, int64: (1,) for all, or (n,).
         floors: log α by a rule, or (N,).
         geometry: of the probe.
+        record: where to put what is to be remembered; see :class:`Launcher`.
         skip, live: see :func:`solve`.
 
     Returns:
-        A copy of the stream with edited rows in place, and the certificate of these. The latter
-        has neither activations nor multipliers.
+        A copy of the stream with edited rows in place.
     """
     rows, columns, which, shown = at
     rule, given, source = _told(floors)
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
     whole = stream.to(dtype, copy=True)
-    certificate, status = launcher(geometry, rule, skip, live)(
+    launcher(geometry, rule, skip, live)(
         stream,
         whole,
         target,
@@ -449,11 +459,9 @@ def edit_stream(
         columns=columns,
         which=which,
         shown=shown,
+        record=record,
     )
-    before, after, floor, distance, moved, residual_of = certificate.unbind()
-    return whole, Solution(
-        status, status, status, distance, moved, floor, before, after, residual_of, status
-    )
+    return whole
 
 
 def _repeated(

@@ -313,23 +313,12 @@ def dual_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["class_step", "source_step", "certificate_step"],
+    do_not_specialize=["class_step", "source_step", "first", "forward_pass"],
     do_not_specialize_on_alignment=[
-        "certificate",
-        "rows",
-        "columns",
-        "which",
-        "shown",
-        "target",
-        "source",
-        "floors",
-        "statuses",
-        "multipliers",
-        "active_out",
-        "aims",
-        "inverse_out",
+        "rows", "columns", "which", "shown", "index", "target", "source", "floors", "multipliers",
+        "active_out", "aims", "inverse_out", "certificate", "statuses",
     ],
-)
+)  # fmt: skip
 def edit_kernel(
     stream,
     base,
@@ -338,6 +327,7 @@ def edit_kernel(
     columns,
     which,
     shown,
+    index,
     target,
     source,
     floors,
@@ -365,7 +355,10 @@ def edit_kernel(
     out_column,
     class_step,
     source_step,
-    certificate_step,
+    row_step,
+    number_step,
+    first,
+    forward_pass,
     K: tl.constexpr,
     KP: tl.constexpr,
     D: tl.constexpr,
@@ -387,6 +380,7 @@ def edit_kernel(
     SHOWN: tl.constexpr,
     SOLUTION: tl.constexpr,
     INVERSE: tl.constexpr,
+    RECORD: tl.constexpr,
 ):
     """One example of the fused edit; see :func:`~.fused.edit` for what the arguments are.
 
@@ -677,11 +671,21 @@ def edit_kernel(
             block = -tableau * (units_of[:, None] * units_of[None, :])
             places = i * (K - 1) * (K - 1) + slot[:, None] * (K - 1) + slot[None, :]
             tl.store(inverse_out + places, block, mask=both)
-    into = certificate + i
+    into = certificate + (first + i) * row_step
+    if RECORD:
+        distance, moved = tl.sqrt(tl.maximum(distance, 0.0)), tl.sqrt(moved)
+        number = tl.load(index + i)
+        if SHOWN:
+            status = tl.where(hidden, SATISFIED_STATUS, status)
+            number = tl.where(hidden, -1, number)
+        tl.store(into + 6 * number_step, status.to(tl.float64))
+        tl.store(into + 7 * number_step, number.to(tl.float64))
+        tl.store(into + 8 * number_step, tl.cast(forward_pass, tl.float64))
+    else:
+        tl.store(statuses + i, status.to(tl.int64))
     tl.store(into, before)
-    tl.store(into + certificate_step, after)
-    tl.store(into + 2 * certificate_step, top)
-    tl.store(into + 3 * certificate_step, distance)
-    tl.store(into + 4 * certificate_step, moved)
-    tl.store(into + 5 * certificate_step, residual)
-    tl.store(statuses + i, status.to(tl.int64))
+    tl.store(into + number_step, after)
+    tl.store(into + 2 * number_step, top)
+    tl.store(into + 3 * number_step, distance)
+    tl.store(into + 4 * number_step, moved)
+    tl.store(into + 5 * number_step, residual)
