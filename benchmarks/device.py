@@ -450,7 +450,7 @@ def layouts(arguments: Namespace) -> list[Row]:
 
 def only_launcher(edit: LRQP) -> Launcher:
     geometry = edit.geometry(edit.probe.weight.device)
-    (found,) = fused._LAUNCHERS[geometry.squared].values()
+    (found,) = vars(geometry)["launchers"].values()
     return found
 
 

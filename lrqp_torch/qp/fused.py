@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lrqp_torch.errors import in_transforms
 from lrqp_torch.qp.implicit import active_multipliers, matvec
@@ -123,10 +122,8 @@ def shape_of(n_classes: int, width: int) -> Shape:
     if chosen is not None:
         return chosen
     if n_classes == 2:
-        return Shape(min(256, power_of_2(width)), 1)
-    if n_classes <= 16:
-        return Shape(32, 1)
-    return Shape(64, 4 if n_classes <= 32 else 8)
+        return Shape(128, 1)
+    return Shape(32, 1) if n_classes <= 16 else Shape(64, 4)
 
 
 SHAPES: dict[int, Shape] = {}
@@ -232,12 +229,11 @@ class Launcher:
             target if rows is None else rows,
             target if columns is None else columns,
             target if which is None else which,
-            target if shown is None else shown.view(torch.int8),
+            target if shown is None else shown,
             index_of,
             target,
             target if source is None else source,
             floors,
-            *self.constants,
             *((certificate,) * 4 if solution is None else solution),
             certificate,
             statuses,
@@ -260,19 +256,22 @@ class Launcher:
             source is not None, copy, shown is not None, solution is not None, inverts,
             record is not None,
         )  # fmt: skip
-        wide = not (stream.data_ptr() | mine.data_ptr() | out.data_ptr()) % 16
-        wide = wide and not any(number % 16 for number in numbers[:6])
+        pointers = [tensor.data_ptr() for tensor in tensors]
         # What was compiled relies on such addresses and strides, and runs on the current device.
-        index = stream.get_device()
+        wide = not (
+            (pointers[0] | pointers[1] | pointers[2]) % 16
+            or any(number % 16 for number in numbers[:6])
+        )
+        device = stream.get_device()
         held = self.compiled.get(flags) if wide else None
-        if held is None or torch._C._cuda_getDevice() != index:
+        if held is None or torch._C._cuda_getDevice() != device:
             self._first(tensors, numbers, flags, wide, count)
         else:
-            compiled, constants = held
-            compiled.run(
-                count, 1, 1, torch._C._cuda_getCurrentRawStream(index),
-                compiled.function, compiled.packed_metadata, None, None, None,
-                *tensors, *numbers, *constants,
+            # Numbers in place of tensors, which Triton would ask the driver about one by one.
+            run, function, metadata, fixed, constants = held
+            run(
+                count, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata,
+                None, None, None, *pointers[:11], *fixed, *pointers[11:], *numbers, *constants,
             )  # fmt: skip
         return certificate, statuses
 
@@ -313,25 +312,34 @@ class Launcher:
             options["enable_fp_fusion"] = False
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            compiled = self.kernel[(n,)](*tensors, *numbers, *constants.values(), **options)
+            compiled = self.kernel[(n,)](
+                *tensors[:11], *self.constants, *tensors[11:], *numbers, *constants.values(),
+                **options,
+            )  # fmt: skip
         if compiled is not None and wide:
-            self.compiled[flags] = compiled, tuple(constants.values())
+            fixed = tuple(part.data_ptr() for part in self.constants)
+            self.compiled[flags] = (
+                compiled.run, compiled.function, compiled.packed_metadata, fixed,
+                tuple(constants.values()),
+            )  # fmt: skip
 
 
-_LAUNCHERS = WeakIdKeyDictionary()
+class _Launchers(dict[Any, Launcher]):
+    """Those of a geometry, beside it; no copy takes them along."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Launchers, ()
 
 
 def launcher(
     geometry: "ProbeGeometry", rule: str, skip: bool, live: tuple[Tensor, Tensor] | None
 ) -> Launcher:
     """That of a geometry, as long as the geometry lives."""
-    kept = _LAUNCHERS.setdefault(geometry.squared, {})
-    places = None if live is None else tuple((part.data_ptr(), part.dtype) for part in live)
-    key = rule, skip, places
+    kept: _Launchers = vars(geometry).setdefault("launchers", _Launchers())
+    key = rule, skip, live and (live[0].data_ptr(), live[1].data_ptr())
     if key not in kept:
         kept[key] = Launcher(geometry, rule, skip=skip, live=live)
-    found: Launcher = kept[key]
-    return found
+    return kept[key]
 
 
 def solve(
