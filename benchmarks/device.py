@@ -7,6 +7,8 @@ runs them at sizes for a first look, also on a CPU. Models have random weights o
 nothing is downloaded.
 """
 
+import copy
+import gc
 import json
 import os
 import subprocess
@@ -16,7 +18,8 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
+from dataclasses import astuple
+from statistics import median, quantiles
 from typing import Any
 from unittest import mock
 
@@ -38,12 +41,28 @@ DTYPES = {
 }
 CLASSES = (2, 3, 5, 8, 10, 16, 32, 50, 64)
 WIDTH = 768
-LAYOUTS = {
-    2: ((128, 1), (256, 1), (512, 1), (256, 2), (512, 4), (1024, 4)),
-    10: ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4)),
-    50: ((32, 2), (32, 4), (64, 4), (32, 8), (64, 8), (128, 8)),
+LAYOUTS: dict[int, tuple[Shape, ...]] = {
+    2: (Shape(128, 1), Shape(128, 1, 3), Shape(256, 1, 2)),
+    10: (
+        Shape(32, 1),
+        Shape(32, 1, 2),
+        Shape(32, 1, 3),
+        Shape(32, 1, 1, 128),
+        Shape(32, 1, 3, 128),
+        Shape(64, 1, 3),
+        Shape(32, 2, 2, 128),
+        Shape(64, 2, 2, 128),
+    ),
+    50: (
+        Shape(64, 4),
+        Shape(64, 4, 1, 128),
+        Shape(32, 4, 1, 128),
+        Shape(32, 4, 2),
+        Shape(32, 4, 2, 128),
+        Shape(64, 8, 1, 128),
+    ),
 }
-"""Columns at a time and warps of a program that are tried, by K."""
+"""Layouts that are tried, by K."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -169,9 +188,10 @@ def compiling(arguments: Namespace) -> list[Row]:
         for name in ("float32", "bfloat16")
     ]
     jobs += [
-        {"K": k, "dtype": "float32", "layout": layout, "flavour": "propose"}
+        {"K": k, "dtype": name, "layout": astuple(layout), "flavour": "propose"}
         for k, layouts in LAYOUTS.items()
         for layout in layouts
+        for name in ("float32", "bfloat16")
     ]
     jobs.sort(key=lambda job: -job["K"])
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
@@ -419,28 +439,25 @@ def bare_products(x: Tensor, geometry: ProbeGeometry) -> Callable[[], Tensor]:
 
 
 def layouts(arguments: Namespace) -> list[Row]:
-    """The kernel in several layouts, in a CUDA graph, float32."""
+    """The kernel in several layouts, in a CUDA graph."""
     if arguments.device != "cuda":
         return []
     rows: list[Row] = []
     for n_classes, tried_ones in LAYOUTS.items():
         x, target, *_ = (part.cuda() for part in problem(n_classes, 16384, WIDTH))
-        x = x.float()
         for layout in tried_ones:
-            fused.SHAPES[n_classes] = Shape(*layout)
-            edit = edit_of(n_classes, WIDTH, "cuda")
-            row = {"K": n_classes, "columns": layout[0], "warps": layout[1]}
+            fused.SHAPES[n_classes] = layout
+            row: Row = {"K": n_classes, "layout": str(astuple(layout))}
             try:
-                for batch in (16, 1024, 16384):
-                    some, classes = x[:batch], target[:batch]
-                    row[f"B={batch} µs"] = microseconds(
-                        captured(lambda: edit.propose(some, classes)),  # noqa: B023
-                        repeats=10,
-                        inner=3,
-                    )
-                kernel, _ = next(iter(only_launcher(edit).compiled.values()))
-                row["registers"], row["spills"] = kernel.n_regs, kernel.n_spills
-                row["shared"] = kernel.metadata.shared
+                for name, batches in (("float32", (16, 1024, 16384)), ("bfloat16", (16, 1024))):
+                    edit, inputs = edit_of(n_classes, WIDTH, "cuda"), x.to(DTYPES[name])
+                    for batch in batches:
+                        some, classes = inputs[:batch], target[:batch]
+                        row[f"{name} B={batch} µs"] = microseconds(
+                            captured(lambda: edit.propose(some, classes)),  # noqa: B023
+                            repeats=10,
+                            inner=3,
+                        )
             except Exception as error:
                 row["error"] = str(error)[:200]
             rows.append(row)
@@ -469,24 +486,20 @@ def launching(arguments: Namespace) -> list[Row]:
         launch(x, out, target, count=1, floors=edit.log_odds, copy=True)
 
     direct()
-    compiled, constants = next(iter(launch.compiled.values()))
-    options = {"num_warps": 1, "num_stages": 1}
+    run, function, metadata, fixed, constants = next(iter(launch.compiled.values()))
     held: list[Any] = []
     with (
-        mock.patch.object(
-            launch, "_first", lambda tensors, numbers, *_: held.append((tensors, numbers))
-        ),
+        mock.patch.object(launch, "_first", lambda *given: held.append(given)),
         mock.patch.object(launch, "compiled", {}),
     ):
         direct()
-    tensors, numbers = held[0]
+    tensors, numbers = held[0][:2]
     stream = torch.cuda.current_stream().cuda_stream
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    given = (*pointers[:11], *fixed, *pointers[11:], *numbers, *constants)
 
     def bare() -> None:
-        compiled.run(
-            1, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *tensors, *numbers, *constants,
-        )  # fmt: skip
+        run(1, 1, 1, stream, function, metadata, None, None, None, *given)
 
     @torch.library.custom_op("lrqp_bench::direct", mutates_args=("out",))
     def custom(x: Tensor, out: Tensor) -> None:
@@ -498,9 +511,6 @@ def launching(arguments: Namespace) -> list[Row]:
         for name, run in {
             "the compiled kernel itself": bare,
             "prepared launcher, with certificate": direct,
-            "Triton's own launch": lambda: launch.kernel[(1,)](
-                *tensors, *numbers, *constants, **options
-            ),
             "as a custom operator": lambda: custom(x, out),
             "propose": lambda: edit.propose(x, target),
             "an operation of torch": lambda: scratch.add_(1),
@@ -541,16 +551,45 @@ def in_turns(
     alternatives: dict[str, Callable[[], Any]], rounds: int, device: str
 ) -> dict[str, float]:
     """Median milliseconds of each, taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(rounds + 3):
-        for name, run in alternatives.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            if number >= 3:
-                times[name].append(1e3 * (time.perf_counter() - start))
+    times = turns(alternatives, rounds, device)
     return {name: median(values) for name, values in times.items()}
+
+
+def turns(
+    alternatives: dict[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds of each in every round but the first three."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds + 3):
+            for name, run in alternatives.items():
+                synchronise(device)
+                start = time.perf_counter()
+                run()
+                synchronise(device)
+                if number >= 3:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    finally:
+        gc.enable()
+    return times
+
+
+def added(
+    bare: Callable[[], Any], other: Callable[[], Any], rounds: int, device: str
+) -> tuple[float, str]:
+    """The median of what the other takes longer, pair by pair, in µs, and its quartiles."""
+    times = turns({"bare": bare, "other": other}, rounds, device)
+    differences = [1e3 * (b - a) for a, b in zip(times["bare"], times["other"], strict=True)]
+    low, middle, high = quantiles(differences, n=4)
+    return middle, f"{low:.0f} to {high:.0f}"
+
+
+def twin(model: Any) -> Any:
+    """The same model once more, with the same weights, for hooks of its own."""
+    kept = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(part): part for part in kept})
 
 
 @contextmanager
@@ -583,10 +622,10 @@ def model_passes(arguments: Namespace) -> list[Row]:
         gpt2(arguments.device) if gpu else gpt2("cpu", 2, 64),
         (16, 64) if gpu else (2, 8),
         arguments,
-        40 if gpu else 3,
+        100 if gpu else 3,
     )
     if gpu:
-        rows += passes_of("Llama-8B's shape, bf16", llama("cuda"), (16, 64), arguments, 12)
+        rows += passes_of("Llama-8B's shape, bf16", llama("cuda"), (16, 64), arguments, 20)
         torch.cuda.empty_cache()
     return rows
 
@@ -594,57 +633,62 @@ def model_passes(arguments: Namespace) -> list[Row]:
 def passes_of(
     name: str, model: Any, shape: tuple[int, int], arguments: Namespace, rounds: int
 ) -> list[Row]:
-    """A pass with one edit after the middle block and at mid, against the bare pass."""
-    device = arguments.device
+    """A pass with one edit at the middle block, against a bare pass beside it."""
+    device, other = arguments.device, twin(model)
     width, layer = model.config.hidden_size, model.config.num_hidden_layers // 2
     batch, length = shape
     ids = torch.randint(1000, (batch, length), device=device)
     positions = torch.full((batch,), length // 2)
     bare: Callable[[], Any] = torch.no_grad()(lambda: model(ids, use_cache=False))
-    rows: list[Row] = []
+    edited: Callable[[], Any] = torch.no_grad()(lambda: other(ids, use_cache=False))
+
+    def row(what: str, n_classes: int | None = None) -> Row:
+        middle, quartiles = added(bare, edited, rounds, device)
+        return {"model": name, "what": what, "K": n_classes, "added µs": middle, "of": quartiles}
+
+    rows: list[Row] = [
+        {"model": name, "what": "bare, ms", "ms": in_turns({"bare": bare}, rounds, device)["bare"]},
+        row("the twin itself"),
+    ]
+    with vector_hook(other, layer, width, positions):
+        rows.append(row("a hook that adds a vector"))
     for n_classes in (2, 10):
         edit = edit_of(n_classes, width, device)
         where = {"positions": positions, "target": torch.zeros(batch, dtype=torch.long).to(device)}
-        alternatives: dict[str, Callable[[], Any]] = {"bare": bare}
+        for site in (f"L{layer}.post", f"L{layer}.mid"):
+            with edit.at(other, site, **where):
+                rows.append(row(f"in an open context, {site}", n_classes))
+                if device == "cuda":
+                    rows.append(replayed(name, bare, edited, site, n_classes))
 
-        def with_hook() -> None:
-            with vector_hook(model, layer, width, positions):
-                bare()
+        def whole() -> None:
+            with edit.at(other, site, **where):  # noqa: B023
+                edited()
 
-        def opened(site: str, n: int) -> Callable[[], None]:
-            def run() -> None:
-                with edit.at(model, site, **where):  # noqa: B023
-                    for _ in range(n):
-                        bare()
-
-            return run
-
-        alternatives["vector"] = with_hook
-        alternatives["context and pass, post"] = opened(f"L{layer}.post", 1)
-        alternatives["context and pass, mid"] = opened(f"L{layer}.mid", 1)
-        times = in_turns(alternatives, rounds, device)
-        inside = {}
-        for site in ("post", "mid"):
-            with edit.at(model, f"L{layer}.{site}", **where):
-                inside[site] = in_turns({"a": bare}, rounds, device)["a"]
-        after = in_turns({"bare": bare}, rounds, device)["bare"]
-        base = (times["bare"] + after) / 2
+        middle, quartiles = added(bare, whole, rounds, device)
         rows.append(
             {
                 "model": name,
+                "what": "context and pass, mid",
                 "K": n_classes,
-                "bare ms": times["bare"],
-                "bare again ms": after,
-                "vector added µs": 1e3 * (times["vector"] - times["bare"]),
-                "open context post added µs": 1e3 * (inside["post"] - base),
-                "open context mid added µs": 1e3 * (inside["mid"] - base),
-                "context and pass post added µs": 1e3
-                * (times["context and pass, post"] - times["bare"]),
-                "context and pass mid added µs": 1e3
-                * (times["context and pass, mid"] - times["bare"]),
+                "added µs": middle,
+                "of": quartiles,
             }
         )
     return rows
+
+
+def replayed(
+    name: str, bare: Callable[[], Any], edited: Callable[[], Any], site: str, n_classes: int
+) -> Row:
+    """Both passes as CUDA graphs: what the edit takes of the GPU."""
+    row: Row = {"model": name, "what": f"pass as a graph, {site}", "K": n_classes}
+    try:
+        alone, together = captured(bare), captured(edited)
+        alone_took, took = microseconds(alone), microseconds(together)
+        return row | {"bare µs": alone_took, "added µs": took - alone_took}
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def generating(arguments: Namespace) -> list[Row]:
@@ -654,25 +698,29 @@ def generating(arguments: Namespace) -> list[Row]:
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     ids = torch.randint(1000, (8, 16), device=arguments.device)
-    new = 32 if gpu else 4
-    edit = edit_of(2, model.config.hidden_size, arguments.device)
+    mask, new, rows = torch.ones_like(ids), 48 if gpu else 4, []
+    other = twin(model)
 
-    def run() -> None:
-        model.generate(
-            ids, max_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids)
-        )
+    def run(one: Any) -> Callable[[], Any]:
+        return lambda: one.generate(ids, max_new_tokens=new, do_sample=False, attention_mask=mask)
 
-    def edited() -> None:
-        with edit.at(model, f"L{model.config.n_layer // 2}.post", positions="generated", target=1):
-            run()
-
-    times = in_turns({"bare": run, "edited": edited}, 6 if gpu else 1, arguments.device)
-    return [
-        {
-            "bare ms a token": times["bare"] / new,
-            "added µs a token": 1e3 * (times["edited"] - times["bare"]) / new,
-        }
-    ]
+    bare = in_turns({"bare": run(model)}, 3 if gpu else 1, arguments.device)["bare"]
+    rows.append({"what": "bare, ms a token", "ms": bare / new})
+    for n_classes in (2, 10):
+        edit = edit_of(n_classes, model.config.hidden_size, arguments.device)
+        for site in ("post", "mid"):
+            place = f"L{model.config.n_layer // 2}.{site}"
+            with edit.at(other, place, positions="generated", target=1):
+                middle, quartiles = added(run(model), run(other), 9 if gpu else 2, arguments.device)
+            rows.append(
+                {
+                    "what": f"added a token, {place}",
+                    "K": n_classes,
+                    "µs": middle / new,
+                    "of (48 tokens)": quartiles,
+                }
+            )
+    return rows
 
 
 def probe_fits(arguments: Namespace) -> list[Row]:

@@ -110,10 +110,14 @@ class Shape:
     Attributes:
         columns: of the activation, at a time; a power of 2.
         warps: of a program.
+        stages: so many steps along the activation are under way at once.
+        registers: of a thread, at most; None: as many as there are.
     """
 
     columns: int
     warps: int
+    stages: int = 1
+    registers: int | None = None
 
 
 def shape_of(n_classes: int, width: int) -> Shape:
@@ -161,7 +165,10 @@ class Launcher:
         self.live = live is not None
         self.n_classes, self.width = geometry.n_classes, geometry.width
         tables = geometry.squared, geometry.noise, geometry.length, *geometry.stretch
-        parts = *geometry.rows[:2], *(live or geometry.rows[:2]), geometry.rows[2], *tables
+        now = live or geometry.rows[:2]
+        own = zip((geometry.weight, geometry.bias), now, strict=True)
+        then = now if live is None else tuple(part.to(other.dtype) for part, other in own)
+        parts = *geometry.rows[:2], *now, *then, geometry.rows[2], *tables
         self.constants = tuple(part.detach().contiguous() for part in parts)
         self.compiled: dict[Any, Any] = {}
 
@@ -287,6 +294,7 @@ class Launcher:
             "KP": 1 if n_classes == 2 else power_of_2(n_classes),
             "D": width,
             "BD": shape.columns,
+            "STAGES": shape.stages,
             "DTYPE": getattr(self.language, str(out).removeprefix("torch.")),
             "EPS": precision,
             "NUDGE": precision / math.sqrt(width),
@@ -307,6 +315,8 @@ class Launcher:
             "RECORD": record,
         }
         options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
+        if shape.registers is not None:
+            options["maxnreg"] = shape.registers
         if out == torch.float64 and scale != 1:
             # What the model rounds twice must not be fused into one operation.
             options["enable_fp_fusion"] = False

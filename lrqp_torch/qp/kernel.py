@@ -335,6 +335,8 @@ def edit_kernel(
     bias,
     live,
     live_bias,
+    known,
+    known_bias,
     steering,
     distances,
     noise,
@@ -363,6 +365,7 @@ def edit_kernel(
     KP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
     EPS: tl.constexpr,
     NUDGE: tl.constexpr,
@@ -415,8 +418,8 @@ def edit_kernel(
     # 1. Read the activation.
     read = tl.zeros([KP, BD], dtype=tl.float64)
     square = tl.zeros([BD], dtype=tl.float64)
-    other = tl.zeros([BD], dtype=tl.float64)
-    for start in range(0, D, BD):
+    other = tl.zeros([BD], dtype=tl.int32)
+    for start in tl.range(0, D, BD, num_stages=STAGES):
         at = start + d
         here = at < D
         x = wide(tl.load(own + at, mask=here, other=0.0))
@@ -426,21 +429,23 @@ def edit_kernel(
         both = inside[:, None] & here[None, :]
         w = tl.load(weight + k[:, None] * D + at[None, :], mask=both, other=0.0)
         if LIVE:
-            now = wide(tl.load(live + k[:, None] * D + at[None, :], mask=both, other=0.0))
-            if K == 2:
-                now -= wide(tl.load(live + D + at[None, :] + k[:, None], mask=both, other=0.0))
-            other += tl.sum(tl.where(now == w, 0.0, 1.0), 0)
+            # Two classes have two weights and one row to read by.
+            for part in tl.static_range(2 if K == 2 else 1):
+                places = part * D + k[:, None] * D + at[None, :]
+                now = tl.load(live + places, mask=both, other=0.0)
+                then = tl.load(known + places, mask=both, other=0.0)
+                other += tl.sum(tl.where(now == then, 0, 1), 0)
         read = tl.fma(w, tl.broadcast_to(x[None, :], (KP, BD)), read)
         square = tl.fma(x, x, square)
     offset = tl.load(bias + k, mask=inside, other=0.0)
     z = tl.sum(read, 1) + offset
     size = tl.sqrt(tl.sum(square, 0))
     if LIVE:
-        now = wide(tl.load(live_bias + k, mask=inside, other=0.0))
-        if K == 2:
-            now -= wide(tl.load(live_bias + 1 + k, mask=inside, other=0.0))
-        stale = tl.sum(other, 0) + tl.sum(tl.where(now == offset, 0.0, 1.0), 0)
-        invalid = invalid | (stale > 0.0)
+        classes = tl.arange(0, 2 if K == 2 else KP)
+        now = tl.load(live_bias + classes, mask=classes < K, other=0.0)
+        then = tl.load(known_bias + classes, mask=classes < K, other=0.0)
+        stale = tl.sum(other, 0) + tl.sum(tl.where(now == then, 0, 1), 0)
+        invalid = invalid | (stale > 0)
 
     # 2. Margins and the floor by the odds rule.
     if K == 2:
@@ -556,8 +561,10 @@ def edit_kernel(
             reread = tl.zeros([KP, BD], dtype=tl.float64)
             edited_square = tl.zeros([BD], dtype=tl.float64)
             apart = tl.zeros([BD], dtype=tl.float64)
-            moved_by = tl.zeros([BD], dtype=tl.float64)
-            for start in range(0, D, BD):
+            moved_by = tl.zeros([BD], dtype=tl.int32)
+            # Few classes move it: the others' rows are not fetched.
+            moves = inside & (share != 0.0)
+            for start in tl.range(0, D, BD, num_stages=STAGES):
                 at = start + d
                 here = at < D
                 x = wide(tl.load(own + at, mask=here, other=0.0))
@@ -568,7 +575,7 @@ def edit_kernel(
                     x = rounded(beside + x, DTYPE)
                 both = inside[:, None] & here[None, :]
                 places = k[:, None] * D + at[None, :]
-                p = tl.load(steering + places, mask=both, other=0.0)
+                p = tl.load(steering + places, mask=both & moves[:, None], other=0.0)
                 edited = x + tl.sum(p * share[:, None], 0)
                 kept = rounded(edited, DTYPE)
                 place = kept
@@ -589,7 +596,7 @@ def edit_kernel(
                 reread = tl.fma(w, tl.broadcast_to(held[None, :], (KP, BD)), reread)
                 edited_square = tl.fma(edited, edited, edited_square)
                 apart = tl.fma(held - edited, held - edited, apart)
-                moved_by += tl.where(here & (kept != x), 1.0, 0.0)
+                moved_by += tl.where(here & (kept != x), 1, 0)
             logits = tl.sum(reread, 1) + offset
             if K == 2:
                 seen = logits * sign
@@ -601,7 +608,7 @@ def edit_kernel(
             after = tl.where(whole, after, sum_of)
             behind = tl.max(tl.where(rival, bound - seen, -INFINITY), 0)
             reached = tl.where(whole & (behind <= 0.0), 1, 0)
-            changed = tl.where(tl.sum(moved_by, 0) > 0.0, 1, 0)
+            changed = tl.where(tl.sum(moved_by, 0) > 0, 1, 0)
             written = written * 0 + 1
             short = tl.where(rival & ((seen - seen) == 0.0), tl.maximum(bound - seen, 0.0), 0.0)
             worst = tl.max(short, 0)
@@ -635,7 +642,7 @@ def edit_kernel(
     if not COPY:
         restored = restored & (written == 1)
     if restored:
-        for start in range(0, D, BD):
+        for start in tl.range(0, D, BD, num_stages=STAGES):
             at = start + d
             here = at < D
             x = tl.load(own + at, mask=here, other=0.0)
