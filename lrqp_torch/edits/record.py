@@ -94,6 +94,7 @@ class EditRun:
         given: what else it is given at each application.
         certified: whether what it returns need not be looked at again; see :class:`Edit`.
         inputs: the texts of ``edit.at(..., texts=...)`` as the model is given them; else None.
+        paused: whether nothing is recorded, because an edit is only computed once more.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class EditRun:
         self._source = None if source is None else edit.place(source, "source", self.positions)
         self._rows = _Rows(record)
         self._dtype = torch.float32
+        self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
@@ -140,7 +142,8 @@ class EditRun:
             self._classes = which, _chosen(self._target, which), source
         _, target, source = self._classes
         solution = self.edit.edit_rows(x, target, source, context, **self.given)
-        self._rows.append(solution, context.index, context.shown)
+        if not self.paused:
+            self._rows.append(solution, context.index, context.shown)
         self._dtype = x.dtype
         return solution.x_new
 
@@ -148,7 +151,7 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
-        if not self.certified:
+        if not self.certified or self.paused:
             return None
         self._place(stream.device)
         count = at.index.shape[0]

@@ -6,7 +6,7 @@ the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
+from lrqp_torch.stream.traced import install, stream_given, tensors_given, with_stream
 from lrqp_torch.stream.watch import RAN_TWICE, Watch, hook, hook_after, in_backward
 
 Visit = Callable[[Tensor, Tensor | None, float, ForwardCall], Tensor]
@@ -43,15 +44,12 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
     head width).
     """
-    scale, features = located.scale, located.features
-    latest: dict[int, ForwardCall] = {}
+    features, latest = located.features, dict[int, ForwardCall]()
+    side, residuals = located.side, dict[int, Tensor]()
 
-    def seen(tensor: Tensor, residual: Tensor | None, entered: Tensor) -> Tensor | None:
-        """What stands in for a tensor; None for the passes of others."""
-        call = watch.call(tensor, entered)
-        if call is None:
-            return None
-        if located.site.path is not None and not in_backward():
+    def within(tensor: Tensor, residual: Tensor | None, scale: float, call: ForwardCall) -> Tensor:
+        """What stands in for a tensor of a call."""
+        if located.site.path is not None and not (call.again or in_backward()):
             # What was named by its path need not be a block, each of which runs once.
             if latest.get(threading.get_ident()) is call:
                 raise PositionError(f"{located.site} {RAN_TWICE}")
@@ -68,17 +66,23 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
             kept = torch.cat([before, kept.to(tensor.dtype), behind], -1)
         return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
 
-    if located.side == "input":
+    traced, kept = None, None
+    if watch.key is not None:
+        where, added = str(located.site), located.residual is not None
+        traced, kept = install(
+            stack, watch.key, where, side == "input", added, located.scale, watch, within
+        )
+    if side == "input":
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            stream = _stream(module, args, kwargs)
-            kept = seen(stream, None, stream)
-            return None if kept is None else _put(args, kwargs, kept)
+            stream = stream_given(module, args, kwargs)
+            call = watch.call(stream, stream)
+            if call is None:
+                return None
+            return with_stream(args, kwargs, within(stream, None, located.scale, call))
 
-        hook(stack, located.module, before)
+        hook(stack, located.module, before, traced=traced)
         return
-
-    residuals: dict[int, Tensor] = {}
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stream = first_tensor(output)
@@ -90,47 +94,27 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         residual = None if located.residual is None else residuals.pop(threading.get_ident())
         entered = residual
         if entered is None:
-            entered = next(_tensors(args, kwargs), stream)
-        kept = seen(stream, residual, entered)
-        return None if kept is None else with_first(output, kept)
+            entered = next(tensors_given(args, kwargs), stream)
+        call = watch.call(stream, entered)
+        if call is None:
+            return None
+        return with_first(output, within(stream, residual, located.scale, call))
 
-    hook_after(stack, located.module, after)
+    hook_after(stack, located.module, after, traced=traced)
     if located.residual is None:
         return
 
     # The reader sees the stream as it is after all edits of it, in whatever order contexts were
     # nested; a pre-hook on the block might still see it before.
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        residuals[threading.get_ident()] = _stream(module, args, kwargs)
+        residuals[threading.get_ident()] = stream_given(module, args, kwargs)
 
-    hook(stack, located.residual, remember)
+    hook(stack, located.residual, remember, traced=kept)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """Scale · tensor, rounded as the model rounds it; the tensor itself for a scale of 1."""
     return tensor if scale == 1 else tensor * scale
-
-
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The activations that a module is given, the stream first."""
-    for item in (kwargs.get("hidden_states"), *args, *kwargs.values()):
-        if isinstance(item, Tensor) and item.is_floating_point():
-            yield item
-
-
-def _stream(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The stream that a module is given."""
-    stream = next(_tensors(args, kwargs), None)
-    if stream is None:
-        raise SiteError(f"{type(module).__name__} was called without a tensor of activations")
-    return stream
-
-
-def _put(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
-    """The arguments of a module with another stream."""
-    old = next(_tensors(args, kwargs))
-    put = [stream if item is old else item for item in args]
-    return tuple(put), {name: stream if item is old else item for name, item in kwargs.items()}
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -215,7 +199,7 @@ def record_heads(
 
     def keeper(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            heads_out = _stream(module, args, kwargs)
+            heads_out = stream_given(module, args, kwargs)
             call = watch.call(heads_out, heads_out)
             if call is not None:
                 here = at.to(heads_out.device)
@@ -256,7 +240,7 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
                 f"another thread is rerunning this model from block {layer} on, so it cannot be "
                 f"run as a whole meanwhile; give each thread a model of its own, or a lock"
             )
-        return _put(args, kwargs, stream)
+        return with_stream(args, kwargs, stream)
 
     with run_eagerly(model), ExitStack() as stack:
         # Prepended: edits of this block's input must find the stream already in place.

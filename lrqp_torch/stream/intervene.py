@@ -21,9 +21,10 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
-from lrqp_torch.stream.passes import ForwardCall
+from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
 from lrqp_torch.stream.positions import Positions, Where
 from lrqp_torch.stream.sites import Located, Site, locate
+from lrqp_torch.stream.traced import may_trace, refuse_within_compilation
 from lrqp_torch.stream.watch import Watch
 
 Record = TypeVar("Record")
@@ -97,10 +98,11 @@ class Recorded(Edit, Protocol):
     """An edit that is told of more than activations, as far as it has these methods.
 
     One that is ``certified`` gives finite activations of the right shape, or raises; leaves what it
-    is given alone, and what it does not edit bit for bit.
+    is given alone, and what it does not edit bit for bit. While ``paused`` it records nothing.
     """
 
     certified: bool
+    paused: bool
 
     def edit_stream(
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
@@ -171,6 +173,7 @@ def intervene(
         EditNeverFiredError: on closing, when positions never ran through the model, or a scope
             had no token.
     """
+    refuse_within_compilation()
     if isinstance(interventions, Intervention):
         interventions = [interventions]
     wrong = [item for item in interventions if not isinstance(item, Intervention)]
@@ -187,13 +190,21 @@ def intervene(
     together: dict[object, list[_Applied]] = {}
     for item in applied:
         together.setdefault(item.located.passes, []).append(item)
+    # What a graph cannot hold: blocks that run twice, tokens put in front, an edit that is learned,
+    # a module that is no language model's.
+    learned = any(item.trainable for item in applied)
+    graphs = not (reruns or learned or puts_tokens_in_front(model)) and all(
+        not items[0].located.trunk.plain
+        and may_trace(items[0].located.trunk.module, [str(item.located.site) for item in items])
+        for items in together.values()
+    )
     watches = []
     with ExitStack() as opened:
         for items in together.values():
             trunk, follows = items[0].located.trunk, [item.places for item in items]
             watch = Watch(model, follows, trunk=trunk, reruns=reruns)
             watches.append((watch, items))
-            stack = opened.enter_context(watch.open())
+            stack = opened.enter_context(watch.open(compiled=graphs))
             for item in sorted(items, key=lambda item: item.located.site):
                 attach(stack, watch, item.located, item.apply)
                 if item.record is not None:
@@ -223,6 +234,8 @@ class _Applied:
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)
+        parameters = getattr(getattr(edit, "edit", edit), "parameters", None)
+        self.trainable = parameters is not None and any(p.requires_grad for p in parameters())
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.broken: Tensor | None = None
@@ -236,7 +249,10 @@ class _Applied:
         ``residual`` is the block input at ``mid``, where ``stream`` is the attention output and
         the activation is block input + scale · attention output; elsewhere None.
         """
-        self.passes += 1
+        if not call.again:
+            self.passes += 1
+        if self.record is not None:
+            self.record.paused = call.again
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
@@ -257,11 +273,11 @@ class _Applied:
             edited = self.item.edit(x.clone(), context)
             self._check(x, edited, x.dtype)
         self.places.mark(call)
-        if self.record is not None:
+        if self.record is not None and not call.again:
             self.record.end_step(context, self.passes - 1)
         changed = at.shown
         if base is not None or not self.certified:
-            if readable(x) and not in_transforms():
+            if readable(x) and not in_transforms() and not edited.requires_grad:
                 if torch.equal(edited, x):
                     return stream.to(x.dtype)
                 if len(x) > 1:

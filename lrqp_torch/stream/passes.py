@@ -42,6 +42,11 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
+def positional(module: nn.Module) -> tuple[str, ...]:
+    """Names of what a model's class takes by position."""
+    return _positional(type(inner_model(module)).forward)
+
+
 @functools.cache
 def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of what a method takes by position, without ``self``."""
@@ -60,7 +65,7 @@ def arguments_of(
     """
     if not args:
         return dict(kwargs)
-    names = _positional(type(inner_model(module)).forward)
+    names = positional(module)
     if len(args) <= len(names) and kwargs.keys().isdisjoint(names[: len(args)]):
         return dict(zip(names, args, strict=False)) | dict(kwargs)
     signature = forward_of(module)
@@ -179,6 +184,7 @@ class ForwardCall:
         front: columns of this call that an adapter put in front of the text.
         text: which text it reads.
         meanwhile: texts that began since the text's call before.
+        again: whether it only computes once more what has been noted already.
     """
 
     batch: int
@@ -191,6 +197,7 @@ class ForwardCall:
     front: int
     text: Text
     meanwhile: list[Text]
+    again: bool = False
 
     @property
     def end(self) -> int:
@@ -260,12 +267,15 @@ class Texts:
         """How many tokens an adapter has put in front of any text."""
         return max((text.front for text in self._known), default=0)
 
-    def read(self, given: Mapping[str, Any], prompt: Any = None) -> ForwardCall:
+    def read(
+        self, given: Mapping[str, Any], prompt: Any = None, held: Tensor | int | None = None
+    ) -> ForwardCall:
         """A call from its arguments by name.
 
         Args:
             given: the arguments of the trunk.
             prompt: what an adapter has just put in front: embeddings (B, front, d), or a cache.
+            held: how many tokens the cache of a compiled graph holds, which is not given itself.
 
         Raises:
             PositionError: one cannot say what the call reads.
@@ -281,7 +291,10 @@ class Texts:
         cache = cache_among(given)
         own = None if cache is prompt else cache
         continues = given.get("use_cache") is True or own is not None
-        text, past = self._text(tokens, front, cache, own, continues, given)
+        if held is None:
+            text, past = self._text(tokens, front, cache, own, continues, given)
+        else:
+            text, past = self._text_holding(tokens, held)
         mask, square = given.get("attention_mask"), None
         # Models with several kinds of attention take a mask for each.
         if isinstance(mask, Mapping):
@@ -367,8 +380,16 @@ class Texts:
             if after is not None and _generating():
                 return after, 0
         columns = tokens.shape[1] - (0 if cache is not None and own is None else front)
-        text = Text(self._n_texts, len(tokens), columns, front, self.n_calls, after=after)
+        text = self._add(tokens, front, columns, after)
         text.cache = weakref.ref(cache) if cache is not None and continues else None
+        return text, past
+
+    def _add(
+        self, tokens: Tensor, front: int, columns: int | None = None, after: Text | None = None
+    ) -> Text:
+        """A further text."""
+        columns = tokens.shape[1] if columns is None else columns
+        text = Text(self._n_texts, len(tokens), columns, front, self.n_calls, after=after)
         # Of texts without a cache two take turns in guidance; those whose cache is gone have ended.
         if self._known:
             alive = [text for text in self._known if text.cache is not None and text.cache()]
@@ -376,7 +397,23 @@ class Texts:
             self._known = alive
         self._known.append(text)
         self._n_texts += 1
-        return text, past
+        return text
+
+    def _text_holding(self, tokens: Tensor, held: Tensor | int) -> tuple[Text, int]:
+        """The same in a compiled graph, which knows of a cache only how many tokens it holds."""
+        begun = [text for text in reversed(self._known) if text.end and text.batch == len(tokens)]
+        if isinstance(held, Tensor) and not held.is_cpu and begun and tokens.shape[1] == 1:
+            wrong = held != begun[0].end + begun[0].front
+            self._elsewhere = wrong if self._elsewhere is None else self._elsewhere | wrong
+            return begun[0], begun[0].end
+        held = int(held)
+        same = [text for text in begun if held and text.end + text.front == held]
+        if len(same) > 1:
+            raise PositionError(
+                f"two texts of {held} tokens take turns in a compiled graph, which cannot tell "
+                f"their caches apart: run the model without compilation"
+            )
+        return (same[0], held - same[0].front) if same else (self._add(tokens, 0), held)
 
     def _in(self, cache: Any) -> Text | None:
         """The text whose cache this is."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,13 +27,16 @@ from lrqp_torch.errors import (
 from lrqp_torch.stream.compiled import inner_model, run_eagerly
 from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
+    CACHES,
     ForwardCall,
     Texts,
     arguments_of,
     cache_among,
+    positional,
     puts_tokens_in_front,
 )
 from lrqp_torch.stream.sites import Trunk
+from lrqp_torch.stream.traced import Traced, follow, run_compiled
 
 RAN_TWICE = (
     "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
@@ -55,11 +59,18 @@ class _Added:
     Copies of the module, made by ``deepcopy`` or ``pickle``, are without it.
     """
 
-    def __init__(self, function: Callable[..., Any], before: Any = None) -> None:
-        self.function, self.before, self.users = function, before, 0
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        before: Any = None,
+        traced: Traced | None = None,
+    ) -> None:
+        self.function, self.before, self.users, self.traced = function, before, 0, traced
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+    def __call__(self, *args: Any) -> Any:
+        if self.traced is not None and torch.compiler.is_compiling():
+            return self.traced(*args)
+        return self.function(*args)
 
 
 def replace_method(
@@ -83,23 +94,63 @@ def replace_method(
 
 
 def hook(
-    stack: ExitStack, module: nn.Module, function: Callable[..., Any], *, first: bool = False
+    stack: ExitStack,
+    module: nn.Module,
+    function: Callable[..., Any],
+    *,
+    first: bool = False,
+    traced: Traced | None = None,
 ) -> None:
-    """Call ``function(module, args, kwargs)`` before a module runs, until the stack closes."""
+    """Call ``function(module, args, kwargs)`` before a module runs, until the stack closes.
+
+    ``traced``: what ``torch.compile`` is to follow in its place.
+    """
     replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
-    added = _Added(function)
+    added = _Added(function, traced=traced)
     handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
-    stack.callback(handle.remove)
+    tables = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
 
 
 def hook_after(
-    stack: ExitStack, module: nn.Module, function: Callable[..., Any], *, always: bool = False
+    stack: ExitStack,
+    module: nn.Module,
+    function: Callable[..., Any],
+    *,
+    always: bool = False,
+    traced: Traced | None = None,
 ) -> None:
     """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
     replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
-    added = _Added(function)
+    added = _Added(function, traced=traced)
     handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
-    stack.callback(handle.remove)
+    tables = (
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
+
+
+_HOOK_NUMBERS: dict[str, int] = {}
+
+
+def _renumber(number: int, traced: Traced, tables: Sequence[dict[int, Any]]) -> Callable[[], None]:
+    """Let a hook that was just registered have the number of what is traced in its place: a graph
+    is guarded by the numbers of the hooks that it was made with. What removes it again.
+    """
+    known = _HOOK_NUMBERS.setdefault(traced.name, number)
+    if known != number and known not in tables[0]:
+        for table in tables:
+            if number in table:
+                table[known] = table.pop(number)
+        number = known
+
+    def remove() -> None:
+        for table in tables:
+            table.pop(number, None)
+
+    return remove
 
 
 def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -163,19 +214,32 @@ class Watch:
         self._outer: dict[int, dict[str, Any]] = {}
         self._latest: ForwardCall | None = None
         self._entered: dict[int, ForwardCall] = {}
+        # By thread: the pass of a compiled graph.
+        self._in_graph: dict[int, ForwardCall] = {}
+        self.key: int | None = None
 
     @contextmanager
-    def open(self) -> Iterator[ExitStack]:
+    def open(self, compiled: bool = False) -> Iterator[ExitStack]:
         """Watch until the block ends; hooks go on the stack that this yields.
+
+        Args:
+            compiled: whether graphs of ``torch.compile`` may run within it, with what they hold in
+                place of the hooks; else all runs eagerly.
 
         Raises:
             EditNeverFiredError: on closing without an error, while another thread of this context
                 is still running the model.
         """
         with ExitStack() as stack:
-            stack.enter_context(run_eagerly(self.model))
-            hook(stack, self.trunk, self._before)
-            hook_after(stack, self.trunk, self._after, always=True)
+            entered, left = None, None
+            if compiled:
+                stack.enter_context(run_compiled())
+                names = positional(self.trunk), CACHES
+                self.key, entered, left = follow(stack, self.trunk, self, *names)
+            else:
+                stack.enter_context(run_eagerly(self.model))
+            hook(stack, self.trunk, self._before, traced=entered)
+            hook_after(stack, self.trunk, self._after, always=True, traced=left)
             kind = type(unwrapped_module(self.model))
             if hasattr(kind, "get_prompt"):
                 replace_method(stack, self.model, "get_prompt", _note_prompts)
@@ -195,12 +259,15 @@ class Watch:
         # A backward pass that runs blocks again does so in threads of its own.
         return self in _open.get() or in_backward()
 
-    def call(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
+    def call(
+        self, stream: Tensor, entered: Tensor, known: ForwardCall | None = None
+    ) -> ForwardCall | None:
         """The call in which a block has this stream, (B, T, d); None for passes of others.
 
         Args:
             stream: what is about to be edited or read, (B, T, d), or with rows and tokens in one.
             entered: what the block was given, by which it is known when it runs once more.
+            known: the call, where that is known already.
 
         Raises:
             PositionError: a stream that does not have the rows and columns of the call, or a block
@@ -208,7 +275,7 @@ class Watch:
         """
         if self._plain:
             return self._own_call(stream)
-        calls = self._under_way.get(threading.get_ident())
+        calls = self._under_way.get(threading.get_ident()) if known is None else [known]
         if calls:
             call = calls[-1]
         elif not self.acts():
@@ -246,10 +313,7 @@ class Watch:
             raise PositionError(f"the module {RAN_TWICE}")
         whole = stream[:, None] if stream.ndim == 2 else stream
         with outside_transforms():
-            call = self.texts.read({"inputs_embeds": _plain(whole.detach())})
-            for item in self._follows:
-                item.see(call)
-            self.texts.note(call)
+            call = self._see(self.texts.read({"inputs_embeds": _plain(whole.detach())}))
         ran[-1] = True
         return call
 
@@ -295,12 +359,54 @@ class Watch:
         with outside_transforms():
             if prompt is None and outer is not None:
                 prompt = self._in_front(given, outer)
-            call = self.texts.read(given, prompt)
-            for item in self._follows:
-                item.see(call)
-            self.texts.note(call)
+            call = self._see(self.texts.read(given, prompt))
         self._under_way.setdefault(thread, []).append(call)
+
+    def _see(self, call: ForwardCall) -> ForwardCall:
+        """Take notice of a call, unless it is refused."""
+        for item in self._follows:
+            item.see(call)
+        self.texts.note(call)
         self._latest = call
+        return call
+
+    def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
+        """A pass begins in a compiled graph, that goes on from ``held`` tokens in a cache."""
+        if self.acts():
+            self._threads.add(threading.get_ident())
+            call = self._see(self.texts.read(given, held=held))
+            self._in_graph[threading.get_ident()] = call
+        else:
+            self.others.add(threading.current_thread().name)
+
+    def revisit(
+        self,
+        visit: Callable[..., Tensor],
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        ticket: Tensor | None,
+        again: bool = False,
+    ) -> Tensor:
+        """The tensor at a site in a compiled graph, edited; itself in passes of others.
+
+        Args:
+            visit: as :func:`~lrqp_torch.stream.hooks.attach` was given it.
+            stream: the tensor.
+            residual: what it is added to, or None.
+            scale: what it is multiplied by before.
+            ticket: what ``enter`` returned where the trunk is in the graph too.
+            again: whether this is the same edit once more, for its derivative.
+        """
+        if not self.acts():
+            return stream
+        known = None
+        if ticket is not None:
+            known = self._in_graph.get(threading.get_ident(), self._latest)
+        call = self.call(stream, stream if residual is None else residual, known)
+        if call is None:
+            return stream
+        return visit(stream, residual, scale, replace(call, again=True) if again else call)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls = self._under_way.get(threading.get_ident())

@@ -1,4 +1,4 @@
-"""Compiled models: every hook fires, the results are eager's, and the graphs are used again."""
+"""Compiled models: edits are in their graphs, all else fires, and the results are eager's."""
 
 import shutil
 import threading
@@ -11,13 +11,22 @@ import pytest
 import torch
 from models_for_tests import Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from transformers import CompileConfig
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import CompiledModelError
+from lrqp_torch import intervene
+from lrqp_torch.errors import (
+    CompiledModelError,
+    EditNeverFiredError,
+    NonFiniteError,
+    PositionError,
+)
+from lrqp_torch.stream import traced
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.compiled import CompiledModelWarning, is_compiled, run_eagerly
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.traced import may_trace
 
 PROMPTS = Prompts.random([9, 6, 12, 7])
 INPUTS = PROMPTS.padded("right")
@@ -25,12 +34,14 @@ AT, TARGET = torch.tensor([3, 2, 4, 5]), torch.tensor([0, 1, 2, 1])
 
 
 class Graphs:
-    """A backend that counts how often its graphs run."""
+    """A backend that counts its graphs, and how often they run."""
 
     def __init__(self) -> None:
-        self.runs = 0
+        self.runs = self.made = 0
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.made += 1
+
         def run(*args: Any) -> Any:
             self.runs += 1
             return graph(*args)
@@ -82,13 +93,19 @@ def read(model: nn.Module) -> Tensor:
     return lrqp.capture(model, INPUTS, ["L1.mid"], INPUTS["attention_mask"].bool())["L1.mid"]
 
 
+def edited(model: Any, edit: lrqp.LRQP, site: str = "L1.mid", at: Tensor = AT) -> Tensor:
+    with edit.at(model, site, positions=at, target=TARGET) as run:
+        logits = model(**INPUTS).logits
+    assert bool((run.log_odds_after >= run.floor).all()) and len(run.steps) == 1
+    return logits
+
+
 @torch.no_grad()
-def results(model: Any, edit: lrqp.LRQP) -> dict[str, Tensor]:
+def results(
+    model: Any, edit: lrqp.LRQP, sites: tuple[str, ...] = ("L1.pre", "L1.mid", "L1.post")
+) -> dict[str, Tensor]:
     found = {"clean": model(**INPUTS).logits, "captured": read(model)}
-    for site in ("L1.pre", "L1.mid", "L1.post"):
-        with edit.at(model, site, positions=AT, target=TARGET) as run:
-            found[f"edited at {site}"] = model(**INPUTS).logits
-        assert bool((run.log_odds_after >= run.floor).all())
+    found |= {f"edited at {site}": edited(model, edit, site) for site in sites}
     replay = Replay(model, INPUTS, 2)
     with edit.at(model, "L1.mid", positions=AT, target=TARGET):
         found["replayed"] = replay.run(1)
@@ -110,9 +127,9 @@ def test_results_are_eagers_and_the_graphs_are_used_again(compiled: Any) -> None
     warm = graphs.runs
     assert warm > 0
     with pytest.warns(CompiledModelWarning, match="GPT2LMHeadModel is compiled"):
-        found = results(model, edit)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        found = results(model, edit, ("L1.mid",))
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
     assert (wanted["edited at L1.mid"] - wanted["clean"]).abs().max() > 0.1
     assert hook_count(model) == 0
     before = graphs.runs
@@ -121,30 +138,105 @@ def test_results_are_eagers_and_the_graphs_are_used_again(compiled: Any) -> None
 
 
 @torch.no_grad()
-def test_a_model_first_called_within_a_context_keeps_no_trace_of_its_hooks() -> None:
+def test_a_graph_holds_the_edits_of_its_sites_whichever_context_is_open() -> None:
     edit, wanted = reference()
-    graphs = Graphs()
-    model = whole(build("gpt2"), graphs)
-    with (
-        pytest.warns(CompiledModelWarning),
-        edit.at(model, "L1.mid", positions=AT, target=TARGET),
-    ):
-        edited = model(**INPUTS).logits
-        assert graphs.runs == 0
-    torch.testing.assert_close(edited, wanted["edited at L1.mid"])
-    torch.testing.assert_close(model(**INPUTS).logits, wanted["clean"])
-    assert graphs.runs > 0
+    graphs, plain = Graphs(), build("gpt2")
+    model = torch.compile(plain, backend=graphs, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompiledModelWarning)
+        assert torch.equal(edited(model, edit), wanted["edited at L1.mid"])
+        assert graphs.runs == graphs.made == 1
+        # What was traced within a context is not used outside of it, nor the other way round.
+        assert torch.equal(model(**INPUTS).logits, wanted["clean"])
+        assert torch.equal(edited(model, edit, "L1.post"), wanted["edited at L1.post"])
+        assert graphs.runs == graphs.made == 3
+        # Other positions, targets and kinds of edits at these sites need no other graph.
+        again = edited(plain, edit, at=AT - 1)
+        assert torch.equal(edited(model, edit, at=AT - 1), again)
+        add = lrqp.Intervention("L1.mid", AT, lambda x, context: x + 1)
+        found = []
+        for each in (plain, model):
+            with intervene(each, add):
+                found.append(each(**INPUTS).logits)
+        assert torch.equal(*found)
+        assert torch.equal(model(**INPUTS).logits, wanted["clean"])
+        assert graphs.made == 3 and graphs.runs == 6
+    assert hook_count(plain) == 0
+
+
+@torch.no_grad()
+def test_contexts_within_one_another_in_a_graph() -> None:
+    edit, _ = reference()
+    graphs, plain = Graphs(), build("gpt2", n_layer=2)
+    model = torch.compile(plain, backend=graphs, fullgraph=True)
+    add = lrqp.Intervention("L1.mid", AT, lambda x, context: x + 1)
+    found = []
+    for each in (plain, model, model):
+        with (
+            edit.at(each, "L1.mid", positions=AT, target=TARGET) as run,
+            intervene(each, [add, add]),
+        ):
+            found.append((each(**INPUTS).logits, run.distance))
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+    assert (graphs.made, graphs.runs) == (1, 2)
 
 
 @torch.no_grad()
 def test_a_function_compiled_around_the_model_is_edited_too() -> None:
     edit, wanted = reference()
-    model = build("gpt2")
-    step = torch.compile(lambda **inputs: model(**inputs).logits, backend=Graphs())
+    model, graphs = build("gpt2"), Graphs()
+    step = torch.compile(lambda **inputs: model(**inputs).logits, backend=graphs)
     torch.testing.assert_close(step(**INPUTS), wanted["clean"])
     with edit.at(model, "L1.mid", positions=AT, target=TARGET):
         torch.testing.assert_close(step(**INPUTS), wanted["edited at L1.mid"])
     torch.testing.assert_close(step(**INPUTS), wanted["clean"])
+    assert graphs.runs == 3
+
+
+@torch.no_grad()
+def test_what_is_wrong_is_said_as_without_a_graph() -> None:
+    edit, _ = reference()
+    model = torch.compile(build("gpt2", n_layer=2), backend=Graphs(), fullgraph=True)
+    with pytest.raises(PositionError, match="1 positions lie on padding"):
+        edited(model, edit, at=AT + torch.tensor([0, 5, 0, 0]))
+    with (
+        pytest.raises(PositionError, match="positions are for 3 examples"),
+        edit.at(model, "L1.mid", positions=AT[:3], target=1),
+    ):
+        model(**INPUTS)
+    wrong = lrqp.Intervention("L1.mid", AT, lambda x, context: x / 0)
+    with pytest.raises(NonFiniteError, match=r"L1\.mid"), intervene(model, wrong):
+        model(**INPUTS)
+    with (
+        pytest.raises(EditNeverFiredError),
+        edit.at(model, "L1.mid", positions=AT, target=TARGET),
+    ):
+        thread = threading.Thread(target=lambda: model(**INPUTS))  # not of this context
+        thread.start()
+        thread.join()
+
+
+def test_gradients_of_an_edit_in_a_graph() -> None:
+    edit, _ = reference()
+    plain = build("gpt2", n_layer=2)
+    model = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    start = plain.get_input_embeddings()(INPUTS["input_ids"]).detach()
+    mask, slopes = {"attention_mask": INPUTS["attention_mask"], "use_cache": False}, []
+    for each in (plain, model):
+        point = start.clone().requires_grad_()
+        with edit.at(each, "L1.mid", positions=AT, target=TARGET) as run:
+            loss = each(inputs_embeds=point, **mask).logits[:, -1].square().mean()
+            slopes.append(torch.autograd.grad(loss, point)[0])
+        assert len(run.steps) == 1
+    torch.testing.assert_close(*slopes)
+    assert slopes[0].abs().max() > 0.1
+    learned = torch.ones(24, requires_grad=True)
+    with (
+        pytest.raises(CompiledModelError, match="being learned"),
+        intervene(model, lrqp.Intervention("L1.mid", AT, lambda x, context: x + learned)),
+    ):
+        model(inputs_embeds=start.requires_grad_(), **mask).logits.square().mean().backward()
 
 
 @torch.no_grad()
@@ -162,22 +254,25 @@ def test_a_context_inside_a_compiled_function_is_refused() -> None:
     torch.testing.assert_close(step(), wanted["edited at L1.mid"])
 
 
+@pytest.mark.parametrize("scope", ["generated", "all"])
 @torch.no_grad()
-def test_generation_with_a_static_cache_equals_generation_without_compilation() -> None:
+def test_generation_that_compiles_itself_has_the_edit_inside(scope: str) -> None:
     edit, _ = reference()
-    tokens = {"input_ids": PROMPTS.tokens[0][None], "attention_mask": torch.ones(1, 9).long()}
+    tokens = {"input_ids": torch.stack([PROMPTS.tokens[0], PROMPTS.tokens[2][:9]])}
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-    def generate(model: Any, **further: Any) -> Tensor:
-        with edit.at(model, "L1.mid", positions=AT[:1], target=TARGET[:1]):
-            return model.generate(**tokens, **options, **further)
-
-    wanted = generate(build("gpt2"))
-    model = build("gpt2")
-    assert torch.equal(generate(model, cache_implementation="static"), wanted)
-    compiled = whole(build("gpt2"), Graphs())
-    with pytest.warns(CompiledModelWarning):
-        assert torch.equal(generate(compiled, cache_implementation="static"), wanted)
+    model: Any = build("llama", num_hidden_layers=2)
+    graphs, found = Graphs(), []
+    # The configuration copies what it is given, but not functions.
+    settings = CompileConfig(backend=lambda *given: graphs(*given), fullgraph=True, mode=None)
+    settings._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": settings}
+    for further in ({}, static, static):
+        with edit.at(model, "L1.mid", positions=scope, target=1) as run:
+            written = model.generate(**tokens, **options, **further)
+        found.append((written, run.token, run.generation, run.status))
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+    assert graphs.made == 1 and graphs.runs == 10
 
 
 def test_a_model_that_transformers_compiles_within_a_context_is_named() -> None:
@@ -216,17 +311,39 @@ def test_compilation_is_off_until_the_last_context_closes_in_whatever_order() ->
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::lrqp_torch.stream.compiled.CompiledModelWarning")
 @torch.no_grad()
 def test_the_default_compiler() -> None:
     edit, _ = reference()
-    model = torch.compile(build("gpt2", n_layer=1))
     eager = build("gpt2", n_layer=1)
+    model = torch.compile(eager, fullgraph=True)
+    for _ in range(2):
+        found = [edited(each, edit, "L0.mid") for each in (model, eager)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(**INPUTS).logits, eager(**INPUTS).logits, rtol=1e-4, atol=1e-4)
-    found = []
-    for each in (model, eager):
-        with edit.at(each, "L0.mid", positions=AT, target=TARGET) as run:
-            found.append(each(**INPUTS).logits)
-        assert bool((run.log_odds_after >= run.floor).all())
-    assert torch.equal(*found)
-    torch.testing.assert_close(model(**INPUTS).logits, eager(**INPUTS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_so_many_sites_that_torch_would_make_no_further_graph_run_eagerly() -> None:
+    model = build("gpt2")
+    trunk = model.transformer
+    assert may_trace(trunk, ["L0.pre"])
+    seen = traced._MADE.setdefault(traced.key_of(trunk), set())
+    limit = torch._dynamo.config.recompile_limit
+    seen |= {f"{traced.key_of(trunk)}/L{layer}.mid#0" for layer in range(limit)}
+    assert not may_trace(trunk, ["L0.pre"]) and may_trace(trunk, ["L3.mid"])
+
+
+def test_a_context_closed_in_another_thread_leaves_no_graph_unedited() -> None:
+    def closed_elsewhere() -> bool:
+        context = traced.run_compiled()
+        context.__enter__()
+        thread = threading.Thread(target=context.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        # Here graphs without an edit may have been made since, so none is trusted.
+        return may_trace(model.transformer, ["L1.mid"])
+
+    model, found = build("gpt2"), []
+    thread = threading.Thread(target=lambda: found.append(closed_elsewhere()))
+    thread.start()
+    thread.join()
+    assert found == [False] and may_trace(model.transformer, ["L1.mid"])

@@ -1,0 +1,509 @@
+"""What a compiled graph holds in place of the hooks of a context.
+
+``torch.compile`` follows hooks that are there when it traces a model. Those of an edit lead it to
+two operators, ``enter`` where the trunk is called and ``visit`` at a site, which it takes as they
+are. When the graph runs, they look for the contexts that are open then, and do what the hooks do.
+So a graph belongs to a set of sites and not to a context: another context at the same sites uses it
+again, with edits, positions and targets of its own; outside of all contexts it edits nothing.
+
+A graph that was made without these operators must not run within a context, nor one that was made
+for other sites. Two guards keep it so: in a thread with an open context a setting is on by which
+``torch.compile`` guards every graph (autocast of a kind of device that nothing here runs on), and
+the names of the sites are a string that is read while a model is traced.
+"""
+
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lrqp_torch.errors import CompiledModelError, EditNeverFiredError, SiteError
+from lrqp_torch.stream.discovery import first_tensor, with_first
+
+NOTHING_RUNS_ON = "ipu"
+"""A kind of device; its autocast touches no tensor of any other."""
+
+
+class Passes(Protocol):
+    """What follows the passes of a model in a context."""
+
+    def enter(self, given: dict[str, Any], held: "Tensor | int | None") -> None:
+        """A pass begins, with these arguments, that goes on from ``held`` tokens in a cache."""
+
+    def revisit(
+        self,
+        visit: "Visit",
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        ticket: Tensor | None,
+        again: bool = False,
+    ) -> Tensor:
+        """The tensor at a site, edited; itself in passes of others."""
+
+
+Visit = Callable[..., Tensor]
+_KEYS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_NUMBERS = count()
+_LOCK = threading.Lock()
+_PASSES: dict[int, list[tuple[int, Passes]]] = {}
+_VISITS: dict[str, tuple[Passes, Visit]] = {}
+_TRACED: dict[str, "Traced"] = {}
+
+_INSTALLED: dict[int, str] = {}
+"""Of each trunk the names of its sites with an edit: what a graph of it was traced for."""
+_MADE: dict[int, set[str]] = {}
+"""Of each trunk, what graphs of it that have run were traced for."""
+_PENDING: dict[str, Any] = {}
+"""Filled and emptied within one trace: the ticket of a pass, and block inputs on their way."""
+
+
+class _Depth(threading.local):
+    contexts = 0
+
+
+_HERE = _Depth()
+
+
+def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether graphs may run in a context that opens in this thread, with edits at some sites.
+
+    Not where it could not be told from graphs made outside of it, nor where graphs for so many
+    other sites were made that torch would soon refuse to make another.
+    """
+    # The setting is on without a context where one was closed in another thread than its own.
+    if not _HERE.contexts and torch.is_autocast_enabled(NOTHING_RUNS_ON):
+        return False
+    made = _MADE.get(key_of(trunk), set())
+    if not made or "torch._dynamo" not in sys.modules:
+        return True
+    key, counts = key_of(trunk), Counter(sites)
+    names = sorted(f"{key}/{site}#{n}" for site, times in counts.items() for n in range(times))
+    return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
+
+
+@contextmanager
+def run_compiled() -> Iterator[None]:
+    """Keep graphs that were made outside of this from running within it, in this thread."""
+    owner = vars(_HERE)
+    owner["contexts"] = owner.get("contexts", 0) + 1
+    torch.set_autocast_enabled(NOTHING_RUNS_ON, True)
+    try:
+        yield
+    finally:
+        owner["contexts"] -= 1
+        if not owner["contexts"] and vars(_HERE) is owner:
+            torch.set_autocast_enabled(NOTHING_RUNS_ON, False)
+
+
+def refuse_within_compilation() -> None:
+    """Raise :class:`CompiledModelError` inside a function that is being compiled."""
+    if "torch._dynamo" in sys.modules:
+        _refuse()()
+
+
+@functools.cache
+def _refuse() -> Any:
+    """What raises within compilation; not traced, so that torch says itself whether it compiles."""
+    return torch.compiler.disable(_refuse_within_compilation, recursive=False)
+
+
+def _refuse_within_compilation() -> None:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    if get_eval_frame_callback() not in (None, False):
+        raise CompiledModelError(
+            "a model cannot be edited inside a function that torch.compile compiles: open the "
+            "context around that function, or mark it with torch.compiler.disable"
+        )
+
+
+class Traced:
+    """What is traced in place of a hook; the same object for every context.
+
+    Args:
+        key: of the trunk.
+        name: of the hook.
+    """
+
+    def __init__(self, key: int, name: str) -> None:
+        self.key, self.name, self.ticket = key, name, f"ticket {key}"
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        """As a hook."""
+        raise NotImplementedError
+
+
+class _Enter(Traced):
+    """Where a trunk is called: a pass begins."""
+
+    def __init__(
+        self, key: int, name: str, names: tuple[str, ...], caches: tuple[str, ...]
+    ) -> None:
+        super().__init__(key, name)
+        self.names, self.caches = names, caches
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        # Read for its guard; without a site there would be no hook.
+        if not _INSTALLED[self.key] or self.ticket in _PENDING:
+            return
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if not isinstance(mask, Tensor):
+            mask = None
+        cache = None
+        for name in self.caches:
+            cache = given.get(name) if cache is None else cache
+        held = 0 if cache is None else cache.get_seq_length()
+        there = held if isinstance(held, Tensor) else None
+        _PENDING[self.ticket] = torch.ops.lrqp_torch.enter(
+            tokens,
+            mask,
+            there,
+            0 if there is not None else held,
+            self.key,
+            ids is None,
+            given.get("position_ids") is not None,
+            given.get("use_cache") is True or cache is not None,
+            cache is not None,
+        )
+
+
+class _Leave(Traced):
+    """Where a trunk returns: the pass is over."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        _PENDING.pop(self.ticket, None)
+
+
+class _Visit(Traced):
+    """At a site: the tensor is edited."""
+
+    def __init__(self, key: int, name: str, before: bool, added: bool, scale: float) -> None:
+        super().__init__(key, name)
+        self.before, self.added, self.scale = before, added, scale
+        self.remember = _Remember(key, f"{name} given")
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        if self.before:
+            return with_stream(args, kwargs, self._edited(stream_given(module, args, kwargs), None))
+        stream = first_tensor(output[0])
+        if stream is None:
+            raise SiteError(f"{type(module).__name__} returns no tensor of activations")
+        residual = _PENDING.pop(self.remember.name) if self.added else None
+        return with_first(output[0], self._edited(stream, residual))
+
+    def _edited(self, stream: Tensor, residual: Tensor | None) -> Tensor:
+        ticket = _PENDING.get(self.ticket)
+        found = torch.ops.lrqp_torch.visit(stream, residual, ticket, self.scale, self.name)
+        return cast(Tensor, found)
+
+
+class _Remember(Traced):
+    """Before the first reader of a block: its input is kept for ``mid``."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        _PENDING[self.name] = stream_given(module, args, kwargs)
+
+
+def key_of(trunk: nn.Module) -> int:
+    """A number for a trunk, for as long as it lives."""
+    with _LOCK:
+        if trunk not in _KEYS:
+            _KEYS[trunk] = next(_NUMBERS)
+        return _KEYS[trunk]
+
+
+def follow(
+    stack: ExitStack,
+    trunk: nn.Module,
+    passes: Passes,
+    names: tuple[str, ...],
+    caches: tuple[str, ...],
+) -> tuple[int, Traced, Traced]:
+    """Tell ``passes`` of every pass of a trunk in a graph, until the stack closes.
+
+    Args:
+        stack: of the context.
+        trunk: the module.
+        passes: what is told.
+        names: what the trunk takes by position.
+        caches: names that caches have.
+
+    Returns:
+        The trunk's key, and what is to be traced in place of hooks before and after it.
+    """
+    key = key_of(trunk)
+    with _LOCK:
+        every = _PASSES.setdefault(key, [])
+        order = next(n for n in count() if n not in [number for number, _ in every])
+        every.append((order, passes))
+        _INSTALLED.setdefault(key, "")
+        enter, leave = f"{key} enter#{order}", f"{key} leave#{order}"
+        entered = _TRACED.setdefault(enter, _Enter(key, enter, names, caches))
+        left = _TRACED.setdefault(leave, _Leave(key, leave))
+
+    def remove() -> None:
+        with _LOCK:
+            every.remove((order, passes))
+
+    stack.callback(remove)
+    return key, entered, left
+
+
+def install(
+    stack: ExitStack,
+    key: int,
+    site: str,
+    before: bool,
+    added: bool,
+    scale: float,
+    passes: Passes,
+    visit: Visit,
+) -> tuple[Traced, Traced]:
+    """Let ``visit`` run at a site in every graph of a trunk, until the stack closes.
+
+    Args:
+        stack: of the context.
+        key: of the trunk.
+        site: its name.
+        before: whether the tensor is what a module is given, not what it returns.
+        added: whether it is added to the input of a module that ran before.
+        scale: what it is multiplied by.
+        passes: whose passes these are.
+        visit: called with tensor, what it is added to, scale and call; gives what stands for it.
+
+    Returns:
+        What is to be traced in place of the hook there, and of that which keeps the input.
+    """
+    with _LOCK:
+        name = next(w for w in (f"{key}/{site}#{n}" for n in count()) if w not in _VISITS)
+        _VISITS[name] = passes, visit
+        _list(key)
+        traced = _TRACED.setdefault(name, _Visit(key, name, before, added, scale))
+        assert isinstance(traced, _Visit)
+
+    def remove() -> None:
+        with _LOCK:
+            del _VISITS[name]
+            _list(key)
+
+    stack.callback(remove)
+    return traced, traced.remember
+
+
+def _list(key: int) -> None:
+    _INSTALLED[key] = " ".join(sorted(w for w in _VISITS if w.startswith(f"{key}/")))
+
+
+def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The activations that a module is given, the stream first."""
+    for item in (kwargs.get("hidden_states"), *args, *kwargs.values()):
+        if isinstance(item, Tensor) and item.is_floating_point():
+            yield item
+
+
+def stream_given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The stream that a module is given."""
+    stream = next(tensors_given(args, kwargs), None)
+    if stream is None:
+        raise SiteError(f"{type(module).__name__} was called without a tensor of activations")
+    return stream
+
+
+def with_stream(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
+    """The arguments of a module with another stream."""
+    old = next(tensors_given(args, kwargs))
+    put = [stream if item is old else item for item in args]
+    return tuple(put), {name: stream if item is old else item for name, item in kwargs.items()}
+
+
+def _enter(
+    tokens: Tensor,
+    mask: Tensor | None,
+    there: Tensor | None,
+    held: int,
+    key: int,
+    embedded: bool,
+    aware: bool,
+    continues: bool,
+    cached: bool,
+) -> Tensor:
+    given: dict[str, Any] = {
+        "inputs_embeds" if embedded else "input_ids": tokens,
+        "attention_mask": mask,
+        "use_cache": continues,
+        "position_ids": tokens if aware else None,
+    }
+    with _LOCK:
+        every = [passes for _, passes in _PASSES.get(key, ())]
+        _MADE.setdefault(key, set()).add(_INSTALLED.get(key, ""))
+    for passes in every:
+        passes.enter(given, (held if there is None else there) if cached else None)
+    return torch.zeros((), dtype=torch.long, device=tokens.device)
+
+
+def _visit(
+    stream: Tensor, residual: Tensor | None, ticket: Tensor | None, scale: float, where: str
+) -> Tensor:
+    found = _VISITS.get(where)
+    edited = stream
+    if found is not None:
+        passes, visit = found
+        edited = passes.revisit(visit, stream, residual, scale, ticket)
+    # An operator must not return what it was given, nor a view of it.
+    edited = edited.to(_held_dtype(stream, residual)).contiguous()
+    return edited.clone() if edited.data_ptr() == stream.data_ptr() else edited
+
+
+def _held_dtype(stream: Tensor, residual: Tensor | None) -> torch.dtype:
+    if residual is None:
+        return stream.dtype
+    return torch.promote_types(stream.dtype, residual.dtype)
+
+
+def _visit_back(
+    grad: Tensor,
+    stream: Tensor,
+    residual: Tensor | None,
+    ticket: Tensor | None,
+    scale: float,
+    where: str,
+) -> tuple[Tensor, Tensor]:
+    found = _VISITS.get(where)
+    if found is None:
+        raise EditNeverFiredError(
+            "a backward pass through a compiled model ran after the context of its edit had "
+            "closed: call backward within it"
+        )
+    passes, visit = found
+    given = [stream] if residual is None else [stream, residual]
+    with _with_gradients():
+        own = [part.detach().requires_grad_() for part in given]
+        base = None if residual is None else own[1]
+        edited = passes.revisit(visit, own[0], base, scale, ticket, again=True)
+        if any(all(leaf is not part for part in own) for leaf in _leaves(edited)):
+            raise CompiledModelError(
+                "an edit in a compiled model depends on tensors that are being learned, which a "
+                "graph gives no gradients: run the model without compilation "
+                '(torch.compiler.set_stance("force_eager"))'
+            )
+        slopes = torch.autograd.grad(edited, own, grad.to(edited.dtype), allow_unused=True)
+    filled = [
+        torch.zeros_like(part) if slope is None else slope.contiguous().clone()
+        for part, slope in zip(given, slopes, strict=True)
+    ]
+    return filled[0], filled[1] if residual is not None else grad.new_zeros(0)
+
+
+def _leaves(output: Tensor) -> Iterator[Tensor]:
+    """The leaves that gradients of a tensor go to."""
+    nodes, seen = [output.grad_fn], set[Any]()
+    for node in nodes:
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def _with_gradients() -> Iterator[None]:
+    """Derivatives as usual, within an operator, where torch has put them aside."""
+    tls = torch._C._dispatch_tls_is_dispatch_key_excluded
+    put = torch._C._dispatch_tls_set_dispatch_key_excluded
+    keys = [
+        getattr(torch._C.DispatchKey, name)
+        for name in (
+            "AutogradFunctionality",
+            "AutogradOther",
+            "AutogradCPU",
+            "AutogradCUDA",
+            "ADInplaceOrView",
+        )
+    ]
+    before = [tls(key) for key in keys]
+    for key in keys:
+        put(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            put(key, excluded)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    stream, residual, ticket, ctx.scale, ctx.where = inputs
+    ctx.has = residual is not None, ticket is not None
+    ctx.save_for_backward(*(part for part in (stream, residual, ticket) if part is not None))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    stream, *rest = ctx.saved_tensors
+    residual = rest.pop(0) if ctx.has[0] else None
+    ticket = rest.pop(0) if ctx.has[1] else None
+    own, other = torch.ops.lrqp_torch.visit_back(
+        grad, stream, residual, ticket, ctx.scale, ctx.where
+    )
+    return own, other if ctx.has[0] else None, None, None, None
+
+
+def _define() -> None:
+    library = torch.library
+    # They look for what is open when they run, which a replayed CUDA graph would not do again:
+    # torch.compile runs them between its CUDA graphs.
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    tags = () if unsafe is None else (unsafe,)
+    library.define(
+        "lrqp_torch::enter",
+        "(Tensor tokens, Tensor? mask, Tensor? there, SymInt held, int key, bool embedded, "
+        "bool aware, bool continues, bool cached) -> Tensor",
+        tags=tags,
+    )
+    library.define(
+        "lrqp_torch::visit",
+        "(Tensor stream, Tensor? residual, Tensor? ticket, float scale, str where) -> Tensor",
+        tags=tags,
+    )
+    library.define(
+        "lrqp_torch::visit_back",
+        "(Tensor grad, Tensor stream, Tensor? residual, Tensor? ticket, float scale, str where)"
+        " -> (Tensor, Tensor)",
+        tags=tags,
+    )
+    for name, function in (("enter", _enter), ("visit", _visit), ("visit_back", _visit_back)):
+        library.impl(f"lrqp_torch::{name}", "CompositeExplicitAutograd")(function)
+
+    def ticket(tokens: Tensor, *rest: Any) -> Tensor:
+        return tokens.new_empty((), dtype=torch.long)
+
+    def like(stream: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
+        return stream.new_empty(stream.shape, dtype=_held_dtype(stream, residual))
+
+    def slopes(
+        grad: Tensor, stream: Tensor, residual: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        other = grad.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+        return stream.new_empty(stream.shape), other
+
+    library.register_fake("lrqp_torch::enter")(ticket)
+    library.register_fake("lrqp_torch::visit")(like)
+    library.register_fake("lrqp_torch::visit_back")(slopes)
+    library.register_autograd("lrqp_torch::visit", _backward, setup_context=_keep)
+
+
+_define()
