@@ -174,6 +174,25 @@ class StudyContext:
             self._halves[which] = found
         return self._halves[which]
 
+    def examples(self, task: Task, sites: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """What an edit is fitted to: activations at all tokens that it acts on, and their classes.
+
+        Returns:
+            Site to (N, d), and (N,), on the model's device; N is the number of training prompts, or
+            of their marked tokens where they have several.
+        """
+        data = task.train
+        if data.spans is None:
+            found = self.activations(task, "train", "mark", sites) if sites else {}
+            return found, data.labels.to(self.device)
+        rows = data.spans.nonzero()[:, 0]
+        found = (
+            capture(self.model, data.inputs, list(sites), data.spans, batch_size=self.batch_size)
+            if sites
+            else {}
+        )
+        return {site: x.float() for site, x in found.items()}, data.labels[rows].to(self.device)
+
     @property
     def tasks(self) -> list[Task]:
         """The study's task, then the other one where there is one."""

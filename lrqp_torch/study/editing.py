@@ -26,7 +26,6 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.compiled import input_device
-from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.prompts import (
     CLOSING,
@@ -156,14 +155,17 @@ def fit_sites(
     if held_out is not None:
         require_classes(held_out, prompts.classes, "the prompts to fit on have")
 
-    def read(of: PromptSet) -> dict[str, Tensor]:
-        return capture(model, of.inputs, list(sites), positions=of.position, batch_size=batch_size)
+    def read(of: PromptSet, at: Tensor) -> dict[str, Tensor]:
+        return capture(model, of.inputs, list(sites), positions=at, batch_size=batch_size)
 
-    labels = prompts.labels.to(input_device(model))
-    edits = fit_edits(read(prompts), labels, l2=l2, shrinkage=shrinkage, log_odds=log_odds)
+    labels, at = prompts.labels, prompts.position
+    if prompts.spans is not None:
+        at, labels = prompts.spans, labels[prompts.spans.nonzero()[:, 0]]
+    labels = labels.to(input_device(model))
+    edits = fit_edits(read(prompts, at), labels, l2=l2, shrinkage=shrinkage, log_odds=log_odds)
     tried = {}
     if held_out is not None:
-        found = read(held_out)
+        found = read(held_out, held_out.position)
         both = held_out.labels, held_out.other
         tried = {site: HeldOut.of(edits[site], x, *both) for site, x in found.items()}
     for site, edit in edits.items():
@@ -368,39 +370,30 @@ def apply(
             batch = replace(batch, labels=read, targets=None)
         written = targets_of(target, batch)
 
-        def editing(
-            at: PromptSet = batch, classes: Tensor = written
-        ) -> AbstractContextManager[EditRun]:
-            return edit.at(
-                model, origin.site, positions=at.position, target=classes, source=at.labels
-            )
-
-        here = Batch(model, rows, batch, int(batch.position.min()))
+        here = Batch(model, rows, batch, int(batch.edited.long().argmax(1).min()))
         clean, clean_rest = here.clean, here.clean_rest
         if not 1 <= likeliest <= clean.shape[-1]:
             raise SettingError(
                 f"likeliest is {likeliest}: list 1 to {clean.shape[-1]} next tokens, of which the "
                 f"vocabulary has no more"
             )
-        with editing() as run:
-            edited = here.run(Site.parse(origin.site).layer, f"the edit at {origin.site}")
-        rest = here.rest()
+        edited = here.edited(origin.site, edit, {target: written})[target]
         before = after = [None] * len(batch)
         if generate:
             before = _continued(model, tokenizer, batch, generate)
-            with editing():
+            positions = batch.position if batch.spans is None else batch.spans
+            site, held = origin.site, batch.labels
+            with edit.at(model, site, positions=positions, target=written, source=held):
                 after = _continued(model, tokenizer, batch, generate)
         columns = zip(
             batch.prompts,
             [batch.classes[index] for index in batch.labels.tolist()],
             [batch.classes[index] for index in written.tolist()],
-            run.log_odds_before.tolist(),
-            run.log_odds_after.tolist(),
-            run.distance.tolist(),
+            *(edited.record[n].tolist() for n in ("log_odds_before", "log_odds_after", "distance")),
             _leads(batch, clean, clean_rest, written),
-            _leads(batch, edited, rest, written),
+            _leads(batch, edited.logits, edited.rest, written),
             _likeliest(tokenizer, clean, likeliest),
-            _likeliest(tokenizer, edited, likeliest),
+            _likeliest(tokenizer, edited.logits, likeliest),
             before,
             after,
             strict=True,

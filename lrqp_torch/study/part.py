@@ -83,6 +83,7 @@ class Part(ABC, Generic[R]):
             dataclasses of these, which :mod:`~.records` writes and reads.
         needs: names of the parts that run before, those that can run on the prompts.
         by_name_only: whether it runs only when it is named, and not as one of all.
+        spans: whether it runs where prompts are edited at several tokens each.
         shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
         prompts: which of the held-out prompts it sees: all; those by which something is chosen; or
             the others, on which what was chosen, such as the best site, is reported.
@@ -95,6 +96,7 @@ class Part(ABC, Generic[R]):
     needs: ClassVar[tuple[str, ...]] = ()
     by_name_only: ClassVar[bool] = False
     shared: ClassVar[bool] = False
+    spans: ClassVar[bool] = False
     prompts: ClassVar[Literal["all", "choosing", "reporting"]] = "all"
 
     def scope(self, context: StudyContext, /) -> StudyContext:

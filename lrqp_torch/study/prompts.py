@@ -21,7 +21,7 @@ from lrqp_torch.errors import (
     quoted,
     warn,
 )
-from lrqp_torch.stream.text import encode, last_token_at, pad, require_fast, row_numbers
+from lrqp_torch.stream.text import encode, last_token_at, pad, require_fast, row_numbers, token_at
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ class Prompt:
 
     Attributes:
         text: with marked spans, as in ``"The [[keys]] to the cabinet"``; the last token of the
-            last one is the position. An empty span, ``"that[[]] he"``, means the token before it.
+            last one is the position, and with several of them those of the others are edited too.
+            An empty span, ``"that[[]] he"``, means the token before it.
             Without a mark it is the prompt's last token.
         label: name of the class that holds.
         answers: for each class the continuations that go with it, of one token or more, such as
@@ -160,6 +161,8 @@ class PromptSet:
         further: classes of other variables than the label's, LongTensor (n, V), in the order of
             ``further_classes``; None where there are none.
         further_classes: names of these variables to the names of their classes.
+        spans: the tokens that are edited, BoolTensor (n, T), ``position`` the last of each; None
+            where each prompt has one.
         words: what the things of the task are called.
     """
 
@@ -177,6 +180,7 @@ class PromptSet:
     pairs: Tensor | None = field(default=None, kw_only=True)
     groups: Tensor | None = field(default=None, kw_only=True)
     targets: Tensor | None = field(default=None, kw_only=True)
+    spans: Tensor | None = field(default=None, kw_only=True)
     continued: Tensor | None = field(default=None, kw_only=True)
     further: Tensor | None = field(default=None, kw_only=True)
     further_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
@@ -241,8 +245,9 @@ class PromptSet:
         answers, continued = _padded([row.answers for row in rows], prompts[0].answers is None)
         made = cls(
             inputs=inputs,
-            position=torch.tensor([row.position for row in rows]) + shift,
+            position=torch.tensor([row.positions[-1] for row in rows]) + shift,
             end=end + shift,
+            spans=_spans([row.positions for row in rows], shift, inputs["input_ids"].shape[1]),
             labels=torch.tensor([names.index(prompt.label) for prompt in prompts]),
             classes=names,
             answers=answers,
@@ -332,6 +337,8 @@ class PromptSet:
     @property
     def edited(self) -> Tensor:
         """The tokens that are edited, BoolTensor (n, T)."""
+        if self.spans is not None:
+            return self.spans
         columns = torch.arange(self.inputs["input_ids"].shape[1], device=self.position.device)
         return columns == self.position.unsqueeze(1)
 
@@ -482,6 +489,7 @@ class PromptSet:
             },
             position=self.position + shift,
             end=self.end + shift + same,
+            spans=None if self.spans is None else _moved(self.spans, shift, padded.shape[1]),
             labels=self.labels,
             classes=self.classes,
             answers=answers,
@@ -498,6 +506,7 @@ class PromptSet:
             self,
             inputs={name: tensor[:, spare:] for name, tensor in self.inputs.items()},
             position=self.position - spare,
+            spans=None if self.spans is None else self.spans[:, spare:],
             end=self.end - spare,
         )
 
@@ -660,7 +669,7 @@ class _Tokens:
 
     text: str
     ids: list[int]
-    position: int
+    positions: list[int]
     answers: list[list[list[int]]]
 
     def fronted(self, token: int, wanted: bool) -> "_Tokens":
@@ -669,8 +678,8 @@ class _Tokens:
         if there == wanted:
             return self
         if wanted:
-            return replace(self, ids=[token, *self.ids], position=self.position + 1)
-        return replace(self, ids=self.ids[1:], position=self.position - 1)
+            return replace(self, ids=[token, *self.ids], positions=[p + 1 for p in self.positions])
+        return replace(self, ids=self.ids[1:], positions=[p - 1 for p in self.positions])
 
 
 def _tokens(
@@ -710,6 +719,10 @@ def _tokens(
                     "a NUL character",
                 )
             ends = [_token(encoding, row, text, max(end - 1, 0)) for _, end in spans]
+            places = set(ends)
+            if prompt.span:
+                for (start, _), end in zip(spans, ends, strict=True):
+                    places |= set(range(min(token_at(encoding, row, start), end), end + 1))
             last = _token(encoding, row, text, len(text) - 1)
             # What a tokenizer adds behind a text would stand between the prompt and its answer.
             ids = encoding["input_ids"][row][: last + 1]
@@ -755,7 +768,7 @@ def _tokens(
         except RowError as error:
             yield error
         else:
-            yield _Tokens(text, ids, ends[-1], found)
+            yield _Tokens(text, ids, sorted(places), found)
 
 
 def screened(
@@ -789,7 +802,7 @@ def first_marked(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]
     """How many prompts are edited at their first token, where a model may keep its sink."""
     names = {prompt.label: None for prompt in prompts}
     rows = _tokens(tokenizer, [replace(prompt, answers=None) for prompt in prompts], [*names])
-    return sum(isinstance(row, _Tokens) and row.position == 0 for row in rows)
+    return sum(isinstance(row, _Tokens) and row.positions[0] == 0 for row in rows)
 
 
 def _token(encoding: "BatchEncoding", row: int, text: str, character: int) -> int:
@@ -826,6 +839,24 @@ def _check_answers(
                     f"answers of its own",
                     "an answer that two classes share",
                 )
+
+
+def _spans(positions: Sequence[list[int]], shift: Tensor, width: int) -> Tensor | None:
+    """Which tokens are edited, (n, width); None where each prompt has one."""
+    if all(len(own) == 1 for own in positions):
+        return None
+    mask = torch.zeros(len(positions), width, dtype=torch.bool)
+    for row, own in enumerate(positions):
+        mask[row, own] = True
+    return _moved(mask, shift, width)
+
+
+def _moved(mask: Tensor, shift: Tensor, width: int) -> Tensor:
+    """A mask (n, T) with each row moved to the right, (n, width)."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    found = torch.zeros(len(mask), width, dtype=torch.bool, device=mask.device)
+    found[rows, columns + shift[rows]] = True
+    return found
 
 
 def _padded(

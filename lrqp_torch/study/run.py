@@ -226,7 +226,13 @@ def choose(names: str, context: StudyContext) -> list[str]:
         found = f"unknown part {unknown[0]!r}" if unknown else "no part given"
         raise SettingError(f"{found}; choose from {', '.join(PARTS)}, or say all.")
     parts = {name: find_part(name) for name in PARTS}
-    reasons = {name: part.missing(part.scope(context)) for name, part in parts.items()}
+    several = context.task.test.spans is not None
+    reasons = {
+        name: "its prompts are edited at several tokens each, and it knows of one"
+        if several and not part.spans
+        else part.missing(part.scope(context))
+        for name, part in parts.items()
+    }
     able = {name for name, reason in reasons.items() if reason is None}
     named = asked - {"all"}
     for name in sorted(named - able):
@@ -409,8 +415,7 @@ def edits_of(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]
     @cache
     def edit_at(site: str) -> LRQP:
         fitted = fit_edits(
-            context.activations(context.task, "train", "mark", [site]),
-            context.task.train.labels.to(context.device),
+            *context.examples(context.task, [site]),
             l2=settings.l2,
             shrinkage=settings.shrinkage,
             log_odds=settings.log_odds,

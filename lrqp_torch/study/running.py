@@ -116,7 +116,8 @@ class Batch(Generic[P]):
         target = self.targets().get(condition)
         if target is None:
             return nullcontext()
-        at, source = self.prompts.position, self.prompts.labels
+        at = self.prompts.position if self.prompts.spans is None else self.prompts.spans
+        source = self.prompts.labels
         return edit.at(self.model, site, positions=at, target=target, source=source)
 
     def run(self, first_layer: int, where: str) -> Tensor:
@@ -145,10 +146,10 @@ class Batch(Generic[P]):
 
         Args:
             site: its name.
-            edit: acts at the marked token.
+            edit: acts at the marked token, or at each of several.
             targets: name to the class to write, (B,), of an edit of several variables (B, V).
             beside: name to what is put at the marked token instead, (B, d); with the targets as
-                many as there are copies.
+                many as there are copies. Where there are several, the others move as it does.
             source: class that holds, in the same shape; default the prompts' labels.
             asked: name of a target to the log α of each variable that is written, (B,), in place of
                 the edit's own rule; of an edit of one variable under the name ``""``.
@@ -163,8 +164,7 @@ class Batch(Generic[P]):
         sources = torch.cat([holds if source is None else source] * copies)
         # A mask, so that the copies beside the edit are none of its business.
         solved = torch.arange(len(at), device=at.device) < count * len(targets)
-        columns = torch.arange(self.prompts.inputs["input_ids"].shape[1], device=at.device)
-        here = columns == at.unsqueeze(1)
+        here = self.prompts.edited.repeat(copies, 1)
         mask = here & solved.unsqueeze(1)
         given: dict[str, Any] = {}
         if asked is not None:
@@ -172,19 +172,28 @@ class Batch(Generic[P]):
         items = [edit.on(site, positions=mask, target=target, source=sources, **given)]
         if others:
             values = torch.cat(list(others.values()))
-            items.append(Intervention(site, here & ~mask, placed(values)))
+            free = here & ~mask
+            put_there = placed(values)
+            if self.prompts.spans is not None:
+                example, column = free.nonzero(as_tuple=True)
+                own = example - len(at) + len(values)
+                put_there = moved_along(values, own, column == at[example])
+            items.append(Intervention(site, free, put_there))
         with intervene(self.model, items) as (run, *_):
             logits = self.run(Site.parse(site).layer, f"the edits at {site}")
         rest = self.rest()
         assert isinstance(run, EditRun)
         record = read_record(run)
+        if self.prompts.spans is not None:
+            example, column = (index.cpu() for index in mask.nonzero(as_tuple=True))
+            record = _of_prompts(record, example, column == at.cpu()[example])
         record["status"] = record["status"].to(torch.int64)
         found = {}
         for index, name in enumerate([*targets, *others]):
             rows = slice(index * count, (index + 1) * count)
-            own = {key: values[rows].clone() for key, values in record.items()}
+            kept = {key: values[rows].clone() for key, values in record.items()}
             ended = None if rest is None else rest[rows]
-            found[name] = Edited(logits[rows], ended, own if name in targets else {})
+            found[name] = Edited(logits[rows], ended, kept if name in targets else {})
         return found
 
 
@@ -289,7 +298,9 @@ def batches(
             "PromptSet.encode(..., padding_side='left')"
         )
     device = input_device(model)
-    columns = prompts.positions[start].cpu()
+    columns = (
+        prompts.edited.long().argmax(1) if start == "mark" else prompts.positions[start]
+    ).cpu()
     for rows in in_batches(torch.argsort(columns, stable=True), size):
         yield Batch(model, rows, prompts[rows].to(device), int(columns[rows].min()), copies)
 
@@ -301,6 +312,51 @@ def placed(values: Tensor) -> Edit:
         return values[context.index.to(values.device)].to(x)
 
     return place
+
+
+def moved_along(values: Tensor, example: Tensor, main: Tensor) -> Edit:
+    """An edit that puts values, (N, d), at one token of each example and moves the others as it.
+
+    Args:
+        values: for each example.
+        example: of each token that is edited, (M,).
+        main: which tokens get the values, (M,), one for each example.
+    """
+
+    def place(x: Tensor, context: EditContext) -> Tensor:
+        own, first = example[context.index], main[context.index]
+        placed_there = values[own].to(x)
+        start = torch.zeros_like(values).to(x)
+        start[own[first]] = x[first]
+        return torch.where(first.unsqueeze(-1), placed_there, x + placed_there - start[own])
+
+    return place
+
+
+def _of_prompts(record: dict[str, Tensor], rows: Tensor, main: Tensor) -> dict[str, Tensor]:
+    """One number a prompt of those of several tokens, (M,): of the last one where it has a class.
+
+    Odds are those of the last token before, and those that fell shortest of their floor after;
+    lengths are those of all tokens together.
+    """
+    count = int(rows.max()) + 1
+    short = record["log_odds_after"] - record["floor"]
+    least = torch.full((count,), float("inf"), dtype=torch.float64)
+    least = least.scatter_reduce(0, rows, short, "amin")
+    worst = torch.zeros(count, dtype=torch.long)
+    at = (short == least[rows]).nonzero().flatten()
+    worst[rows[at]] = at
+    status = torch.zeros(count, dtype=torch.float64)
+    lengths = {
+        name: torch.zeros(count, dtype=torch.float64).index_add(0, rows, record[name] ** 2).sqrt()
+        for name in ("distance", "euclidean")
+    }
+    return {
+        "log_odds_before": record["log_odds_before"][main],
+        "log_odds_after": record["log_odds_after"][worst],
+        "floor": record["floor"][worst],
+        "status": status.scatter_reduce(0, rows, record["status"], "amax"),
+    } | lengths
 
 
 def in_batches(rows: Tensor, size: int) -> Iterator[Tensor]:

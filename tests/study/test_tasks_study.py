@@ -1,6 +1,7 @@
 """Fitting, applying and studying edits of tasks of one's own."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.flipping import PART as FLIPPING
 from lrqp_torch.study.results import ConditionResult, StudyResults, columns_of
-from lrqp_torch.study.running import answers, divergences, next_class
+from lrqp_torch.study.running import answers, batches, divergences, next_class
 from lrqp_torch.study.sweep import fit_edits, sweep
 from lrqp_torch.tasks import Prompt, PromptSet, split
 
@@ -399,3 +400,69 @@ def test_settings_out_of_range_are_refused(
         SettingError, match=f"{next(iter(setting))} is {next(iter(setting.values()))}"
     ):
         apply(model, tokenizer, edit, halves[1][:2], "own", **setting)
+
+
+# ---- several tokens a prompt ---------------------------------------------------------------------
+
+
+def spread(n: int, seed: int = 0) -> list[Prompt]:
+    """The order of two names, edited at S2 and at the two words behind it."""
+    prompts = names_task(n, seed)
+    return [
+        replace(p, text=re.sub(r"(\[\[\w+)\]\]( \w+ \w+)", r"\1\2]]", p.text), span=True)
+        for p in prompts
+    ]
+
+
+def test_a_span_is_edited_at_all_of_its_tokens() -> None:
+    model, tokenizer = organism()
+    train, test = split(spread(240), seed=0)
+    sets = [PromptSet.encode(tokenizer, half) for half in (train, test)]
+    assert bool((sets[1].spans.sum(1) == 3).all())
+    plain = [replace(half, spans=None) for half in sets]
+    site = "L2.mid"
+    found = tasks.study(model, *sets, [site])
+    row = found.sites[site].counterfactual
+    # Fitted to three tokens a prompt, and asked of each of them.
+    assert row.failed == 0 and row.worst_log_odds_margin >= 0 and found.data["test"] == len(test)
+    edit = fit_sites(model, sets[0], [site])[0][site]
+    assert edit.provenance.probe_samples == len(train)
+    (batch,) = batches(model, sets[1], 500)
+    clean = batch.clean
+    ran = batch.edited(site, edit, {"other": batch.prompts.other})["other"]
+    at = batch.prompts.spans
+    with (
+        torch.no_grad(),
+        edit.at(
+            model, site, positions=at, target=batch.prompts.other, source=batch.prompts.labels
+        ) as run,
+    ):
+        logits = model(**batch.prompts.inputs).logits[:, -1]
+    torch.testing.assert_close(ran.logits, logits, atol=1e-3, rtol=1e-3)
+    whole = run.distance.view(-1, 3)
+    torch.testing.assert_close(ran.record["distance"], whole.double().norm(dim=-1).cpu())
+    margin = (run.log_odds_after - run.floor).view(-1, 3).amin(1)
+    torch.testing.assert_close(ran.record["log_odds_after"] - ran.record["floor"], margin.cpu())
+    # A displacement put beside goes along with all tokens; the clean activation changes nothing.
+    (batch,) = batches(model, sets[1], 500, copies=2)
+    assert torch.equal(batch.clean, clean)
+    x = capture(model, batch.prompts.inputs, site, batch.prompts.position)[site]
+    beside = batch.edited(site, edit, {"other": batch.prompts.other}, {"same": x})
+    torch.testing.assert_close(beside["same"].logits, batch.clean, atol=1e-3, rtol=1e-3)
+    assert torch.equal(beside["other"].record["distance"], ran.record["distance"])
+    with pytest.raises(SettingError, match=r"dose cannot run.*several tokens"):
+        tasks.study(model, *sets, [site], parts="dose")
+    assert tasks.study(model, *plain, [site], parts="dose").parts["dose"]
+
+
+def test_several_marks_are_several_positions() -> None:
+    tokenizer = organism()[1]
+    texts = ("[[Mary]] and [[John]] went to the park", "[[Paul]] went")
+    prompts = PromptSet.encode(tokenizer, [Prompt(t, "ab"[i]) for i, t in enumerate(texts)])
+    words = [
+        [tokenizer.decode(i).strip() for i in row[mask]]
+        for row, mask in zip(prompts.inputs["input_ids"], prompts.spans, strict=True)
+    ]
+    assert words == [["Mary", "John"], ["Paul"]]
+    assert torch.equal(prompts.trimmed().spans, prompts.spans)
+    assert torch.equal(prompts[[1]].spans, prompts.spans[[1]])

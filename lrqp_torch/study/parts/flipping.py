@@ -102,6 +102,7 @@ class Flipping(Part[FlippingResult]):
     )
     result = FlippingResult
     shared = True
+    spans = True
 
     def work(self, context: StudyContext, /) -> int:
         """Prompts to read, probes to fit, and runs of held-out prompts."""
@@ -246,7 +247,9 @@ def _swept(
     clock = Clock()
     with clock.stage("capture"):
         found, held_out = context.clean(task, "mark", advance, ranks=ranks)
-    labels = task.train.labels.to(context.device)
+    if task.train.spans is not None:
+        found = context.examples(task, context.sites)[0]
+    labels = context.examples(task, [])[1]
     mixed = shuffled(labels, context.generator())
     with clock.stage("fit"), ranks.counted(advance, (1 + PROBES) * len(context.sites)) as fitted:
 
@@ -304,7 +307,8 @@ def _swept(
 
 def _beside(context: StudyContext, task: Task) -> list[str]:
     """What runs beside the edits: the interchange, and the null where there are answers."""
-    names = [] if task.test.twins() is None else [INTERCHANGE]
+    known = task.test.spans is None and task.test.twins() is not None
+    names = [INTERCHANGE] if known else []
     if task.test.answers is None:
         return names
     runs = len(turns(len(task.test), context.generator()))
