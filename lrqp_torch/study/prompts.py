@@ -1013,14 +1013,18 @@ def _together(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
 def halves(prompts: PromptSet) -> tuple[Tensor, Tensor]:
     """Rows of two halves: one by which to choose, another on which to report what was chosen.
 
-    Prompts of a pair stay together, and both halves hold as many of a class, within one. Where a
-    half would be without prompts of a class that the other has, both are all prompts.
+    Prompts of a pair stay together, and both halves hold as many of a class, within one. Of a pair
+    with several prompts of a class, such as all that are of one template, one of each class stay
+    together. Where a half would be without prompts of a class that the other has, both are all
+    prompts.
     """
     labels = prompts.labels.tolist()
     pairs = [-1] * len(labels) if prompts.pairs is None else prompts.pairs.tolist()
     units: dict[tuple[int, int], list[int]] = {}
-    for row, pair in enumerate(pairs):
-        units.setdefault((pair, -1) if pair >= 0 else (-1, row), []).append(row)
+    before = Counter[tuple[int, int]]()
+    for row, own in enumerate(zip(pairs, labels, strict=True)):
+        units.setdefault((own[0], before[own]) if own[0] >= 0 else (-1, row), []).append(row)
+        before[own] += 1
     found: tuple[list[int], list[int]] = ([], [])
     counts = [Counter[int](), Counter[int]()]
     for rows in units.values():

@@ -156,8 +156,8 @@ class Compare(Part[CompareResult]):
         test = context.task.test
         if test.answers is None:
             return "its prompts have no answers, so no edit can be judged by what the model says"
-        few = [k for k in range(len(test.classes)) if int((test.labels == k).sum()) < 4]
-        return f"class {test.classes[few[0]]!r} has fewer than 4 held-out prompts" if few else None
+        few = [k for k in range(len(test.classes)) if int((test.labels == k).sum()) < 2]
+        return f"class {test.classes[few[0]]!r} has fewer than 2 held-out prompts" if few else None
 
     def work(self, context: StudyContext, /) -> int:
         """See :func:`~lrqp_torch.study.league.work`."""

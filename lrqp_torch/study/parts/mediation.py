@@ -154,9 +154,15 @@ class Mediation(Part[MediationResult]):
         self.groups = groups
 
     def missing(self, context: StudyContext, /) -> str | None:
-        """Whether the prompts have answers."""
-        known = context.task.test.answers is not None
-        return None if known else "these prompts have no answers, so no effect on them can be told"
+        """Answers of one token."""
+        test = context.task.test
+        if test.answers is None:
+            return "these prompts have no answers, so no effect on them can be told"
+        if test.continued is not None:
+            return (
+                "it follows the logits of one token, and some answers of these prompts have several"
+            )
+        return None
 
     def work(self, context: StudyContext, /) -> int:
         """Held-out prompts, and those in which heads are looked for."""
