@@ -595,8 +595,11 @@ def test_a_token_is_put_in_front_where_words_stand_first(
 
 
 def test_words_that_a_closed_vocabulary_lacks_are_warned_of(tokenizer) -> None:
-    known = [Prompt(f"After Mary and [[{name}]] arrived at the", "ABBA") for name in NAMED[:6]]
-    strange = Prompt("After Zebulon and [[Mary]] arrived at the", "ABBA")
+    known = [
+        Prompt(f"After Mary and [[{name}]] arrived at the", "ab"[row % 2])
+        for row, name in enumerate(NAMED[:6])
+    ]
+    strange = Prompt("After Zebulon and [[Mary]] arrived at the", "a")
     with pytest.warns(VocabularyWarning, match=r"1 of 7 prompts, such as 'Zebulon' in .*<unk>"):
         PromptSet.encode(tokenizer, [*known, strange])
     with warnings.catch_warnings():
