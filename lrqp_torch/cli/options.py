@@ -141,6 +141,13 @@ L2 = Annotated[
 ShrinkageOf = Annotated[
     str, typer.Option(help="Of the covariance: ledoit_wolf, oas, or a number from 0 to 1.")
 ]
+Refits = Annotated[
+    int,
+    typer.Option(
+        help="Fit the edits of the sweep so many times anew, to training prompts drawn with "
+        "replacement, for the spread over fits."
+    ),
+]
 Figures = Annotated[
     bool | None,
     typer.Option(

@@ -54,6 +54,7 @@ def options(
     dose: given.Dose = "nats",
     l2: given.L2 = None,
     shrinkage: given.ShrinkageOf = "ledoit_wolf",
+    refits: given.Refits = 0,
     figures: given.Figures = None,
     report: given.Report = None,
     dry_run: given.DryRun = False,
@@ -184,8 +185,10 @@ _command(
     "Find where a model knows the label of your prompts, and where it uses it, by editing it.\n\n"
     "At every site: how well a probe reads the label on prompts held out, and how many answers "
     "flip when the belief is edited to another class (counterfactual) or to the true one "
-    "(control). A site is used where the counterfactual flips half of the answers more than the "
-    "control. Prompts without answers can be studied too: then the change of the next token is "
+    "(control). A site is used where the counterfactual flips more answers than edits as long of "
+    "probes of shuffled labels, by an exact paired test. Where a prompt has a twin, of its pair or "
+    "the same but for the marked words, the twin's activation is the ceiling. Prompts without "
+    "answers can be studied too: then the change of the next token is "
     f"measured. Other parts of the study run with --parts.\n\n{WRITES}",
     NAMES,
     panel=given.OWN,

@@ -8,6 +8,7 @@ written whole or not at all.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any, Self
 
 import torch
@@ -134,6 +135,30 @@ class ConditionResult:
 
 
 @dataclass(frozen=True)
+class Refits:
+    """The counterfactual edit fitted anew, each time to training prompts drawn with replacement.
+
+    Attributes:
+        flipped: share of the answers that each flips; the held-out prompts stay the same.
+        recovered: share of the interchange's effect that each recovers; empty where that is not
+            known.
+        flipped_sd: standard deviation of the former; None of fewer than two.
+        recovered_sd: of the latter.
+    """
+
+    flipped: list[float]
+    recovered: list[float]
+    flipped_sd: float | None
+    recovered_sd: float | None
+
+    @classmethod
+    def of(cls, flipped: list[float], recovered: list[float]) -> Self:
+        """With their spread."""
+        spreads = [stdev(v) if len(v) > 1 else None for v in (flipped, recovered)]
+        return cls(flipped, recovered, *spreads)
+
+
+@dataclass(frozen=True)
 class SiteResult(Likeness):
     """One site: what its probe knows, what editing its belief does, and what that is held against.
 
@@ -149,6 +174,7 @@ class SiteResult(Likeness):
         verdict: whether the model uses the class here; None likewise.
         variables: the same of each of several variables, and of ``all`` together; empty where one
             alone is edited.
+        refits: the spread over fits; None where none was asked for, or there are no answers.
     """
 
     probe_accuracy: Estimate
@@ -160,6 +186,7 @@ class SiteResult(Likeness):
     null: Null | None = None
     verdict: Verdict | None = None
     variables: "dict[str, VariableResult]" = field(default_factory=dict)
+    refits: Refits | None = None
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], site: str, shuffled: Estimate, seed: int) -> Self:

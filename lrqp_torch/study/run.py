@@ -134,6 +134,7 @@ def study(
     l2: float | None = None,
     shrinkage: Shrinkage = "ledoit_wolf",
     log_odds: float = 10.0,
+    refits: int = 0,
     batch_size: int = 64,
     seed: int = 0,
     name: str | None = None,
@@ -156,6 +157,7 @@ def study(
         l2: penalty of the probe; default its own.
         shrinkage: of the covariance.
         log_odds: least log odds of the ``mirror`` rule, in nats.
+        refits: see :class:`~.settings.Settings`.
         batch_size: prompts a forward pass.
         seed: of the shuffled labels and the bootstrap.
         name: of the model in the results; default its own.
@@ -187,6 +189,7 @@ def study(
         log_odds=log_odds,
         l2=l2,
         shrinkage=shrinkage,
+        refits=refits,
         parts=parts,
         data="in memory",
     )

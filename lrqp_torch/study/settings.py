@@ -50,6 +50,8 @@ class Settings:
         dose: how much belief an edit asks for, see :mod:`.doses`: ``nats``, ``twin`` or ``class``.
         l2: penalty of the probe; ``None`` for its own default.
         shrinkage: of the covariance: ``ledoit_wolf``, ``oas``, or a number from 0 to 1.
+        refits: how many times the edits of the sweep are fitted anew, to training prompts drawn
+            with replacement, for the spread over fits.
         figures: whether to draw figures.
         report: whether to write the interactive report.
         parts: ``all``, or parts of the study separated by commas.
@@ -81,6 +83,7 @@ class Settings:
     dose: str = "nats"
     l2: float | None = None
     shrinkage: Shrinkage = "ledoit_wolf"
+    refits: int = 0
     figures: bool = True
     report: bool = True
     parts: str = "all"
@@ -103,6 +106,8 @@ class Settings:
         check_dose(self.dose)
         if self.bos not in FRONTS:
             raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
+        if self.refits < 0:
+            raise SettingError(f"refits must be 0 or more, not {self.refits}.")
         if self.batch_size < 1:
             raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
         if self.data is None and not (

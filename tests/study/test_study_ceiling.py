@@ -1,10 +1,12 @@
 """Ceiling, null and verdict: what they are of an edit that is the interchange, and exact tests."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from prompts_for_tests import names_task, organism
 from scipy import stats
 from torch import Tensor
 
@@ -32,6 +34,8 @@ from lrqp_torch.study.estimates import (
     sign_test,
     wilson,
 )
+from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.run import study
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -212,3 +216,35 @@ def test_the_verdict_asks_for_more_flips_than_the_null_and_for_no_probe_as_stron
     many = verdicts(dict.fromkeys(range(60), 0.01), dict.fromkeys(range(60), quiet),
                     dict.fromkeys(range(60)))  # fmt: skip
     assert not any(verdict.used for verdict in many.values())
+
+
+def test_a_study_of_own_prompts_with_pairs_has_ceiling_verdict_and_spread() -> None:
+    model, tokenizer = organism()
+    prompts = [replace(prompt, pair=str(row)) for row, prompt in enumerate(names_task(120, seed=4))]
+    # The twin of each: the names of the first clause in the other order, nothing else.
+    twins = []
+    for prompt in prompts:
+        said = dict(prompt.answers)
+        (io,), (s,) = said[prompt.label], said[{"ABBA": "BABA", "BABA": "ABBA"}[prompt.label]]
+        pair = (io[1:], s[1:]) if prompt.label == "ABBA" else (s[1:], io[1:])
+        text = prompt.text.replace("{} and {}".format(*pair), "{1} and {0}".format(*pair))
+        label = {"ABBA": "BABA", "BABA": "ABBA"}[prompt.label]
+        own = {label: (io,), prompt.label: (s,)}
+        twins.append(replace(prompt, text=text, label=label, answers=own))
+    train, test = (
+        PromptSet.encode(tokenizer, half)
+        for half in (prompts[:60] + twins[:60], prompts[60:] + twins[60:])
+    )
+    found = study(model, train, test, ["L1.pre", "L2.mid"], refits=2, batch_size=120)
+    used, idle = found.sites["L2.mid"], found.sites["L1.pre"]
+    assert found.used_sites == ["L2.mid"] == [found.best_site]
+    assert used.interchange.prompts == len(test) and used.interchange.flipped.value > 0.9
+    assert 0.8 < used.recovered.value < 1.1 and used.agreement.value > 0.8
+    assert used.verdict.p_adjusted < 1e-6 and used.null.as_strong == 0
+    assert used.verdict.prompts_needed >= 2 and used.beyond is None
+    assert not idle.used and idle.verdict.p_adjusted > 0.05
+    assert len(used.refits.flipped) == len(used.refits.recovered) == 2
+    assert used.refits.flipped_sd < 0.2
+    assert found.best.probe_accuracy.n == len(test) // 2
+    # Both of a pair are in one half, so every prompt of it has its twin there.
+    assert found.best.interchange.prompts == len(test) // 2

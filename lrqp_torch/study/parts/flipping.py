@@ -27,6 +27,7 @@ from lrqp_torch.study.records import BESIDE
 from lrqp_torch.study.results import (
     CleanResult,
     ConditionResult,
+    Refits,
     SiteResult,
     StudyResults,
     TaskFlipping,
@@ -47,7 +48,7 @@ from lrqp_torch.study.showing import (
     task_in_words,
 )
 from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, fit_edits, sweep
-from lrqp_torch.study.trials import displacements
+from lrqp_torch.study.trials import Trial, Trials, displacements, flipped
 
 MOST_POINTS = 500
 """Held-out prompts drawn at each site; the numbers are of all of them."""
@@ -295,6 +296,16 @@ def _swept(
         return SiteResult.of(of, site, Estimate.share(right[every], own), context.seed)
 
     sites = judged({site: result(site, flat) for site in context.sites}, flat, context.seed)
+    if settings.refits and ranks.is_main and task.test.answers is not None:
+        with clock.stage("refits"):
+            spread = _refitted(given, task, found, held_out, edits, flat)
+        sites = {
+            name: replace(
+                one,
+                refits=spread[name] if one.recovered else Refits.of(spread[name].flipped, []),
+            )
+            for name, one in sites.items()
+        }
     clean = CleanResult.of(flat, context.seed)
     first, second = ({name: values[half] for name, values in flat.items()} for half in rows)
     site = best_site(first, context.sites)
@@ -303,6 +314,61 @@ def _swept(
     seconds = {stage: s for stage, s in clock.seconds().items() if stage != "total"}
     used = [name for name, found_there in sites.items() if found_there.used]
     return TaskFlipping(task.name, clean, sites, used, site, seconds, best), flat
+
+
+@torch.no_grad()
+def _refitted(
+    given: Given,
+    task: Task,
+    found: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    edits: Mapping[str, LRQP],
+    flat: Mapping[str, Tensor],
+) -> dict[str, Refits]:
+    """The counterfactual edits of each site, fitted to training prompts drawn with replacement."""
+    context, settings = given.context, given.settings
+    labels, (y, target) = task.train.labels, (
+        values.to(context.device) for values in (task.test.labels, task.test.other)
+    )  # fmt: skip
+    generator, trials = context.generator(), Trials(context, task.test)
+    made: list[dict[str, Trial]] = []
+    for _ in range(settings.refits):
+        rows = torch.cat(
+            [
+                own[torch.randint(len(own), (len(own),), generator=generator)]
+                for label in labels.cpu().unique()
+                for own in [(labels.cpu() == label).nonzero().flatten()]
+            ]
+        ).to(context.device)
+        refitted = fit_edits(
+            {site: x[rows] for site, x in found.items()},
+            labels.to(context.device)[rows],
+            l2=settings.l2,
+            shrinkage=settings.shrinkage,
+            log_odds=float(next(iter(edits.values())).log_odds),
+        )
+        made.append(
+            {
+                site: trials.add(site, displacements(edit, held_out[site], target, y))
+                for site, edit in refitted.items()
+            }
+        )
+    trials.run()
+    clean, before = flat["clean.logit_difference"], flat["clean.own_lead"]
+
+    def of(site: str) -> Refits:
+        ran = [one[site] for one in made]
+        shares = [flipped(before, trial["other_lead"]).value for trial in ran]
+        patch, known = flat.get(f"{site}.{INTERCHANGE}.logit_difference"), flat.get("twins")
+        recovered = []
+        if patch is not None and known is not None:
+            rows = known.bool()
+            most = float((clean - patch)[rows].mean())
+            falls = [float((clean - trial["preference"])[rows].mean()) for trial in ran]
+            recovered = [fall / most for fall in falls] if most else []
+        return Refits.of([share for share in shares if share is not None], recovered)
+
+    return {site: of(site) for site in context.sites}
 
 
 def _beside(context: StudyContext, task: Task) -> list[str]:
@@ -520,6 +586,10 @@ def _held_against(study: StudyResults, sites: Sequence[SiteResult]) -> dict[str,
             "used": ["yes" if site.used else "no" for site in sites],
             "prompts to tell half": [verdict and verdict.prompts_needed for verdict in verdicts],
         }
+    if any(site.refits is not None for site in sites):
+        spread = [site.refits for site in sites]
+        columns["spread of flips over refits (%)"] = [one and one.flipped_sd for one in spread]
+        columns["spread of recovered (%)"] = [one and one.recovered_sd for one in spread]
     return columns | held_against(sites)
 
 
