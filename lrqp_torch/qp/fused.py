@@ -521,6 +521,37 @@ def _repeated(
     )
 
 
+@torch.no_grad()
+def active_sets(
+    gram: Tensor, scale: Tensor, error: Tensor, gap: Tensor, max_pivots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`~.pivots.find_active_sets` finds, in one launch, without a look at any value.
+
+    Args:
+        gram: M of each problem, (n, m, m).
+        scale, error, gap, max_pivots: see there.
+
+    Returns:
+        Constraint i in slot i or m, (n, m); inverse (n, m, m); feasible and converged, (n,).
+    """
+    module = kernels()
+    assert module is not None
+    batch, m = gap.shape
+    held = torch.empty(batch, m, dtype=torch.int8, device=gap.device)
+    verdict = held.new_empty(batch, 2)
+    inverse = gap.new_empty(batch, m, m)
+    tensors = [part.contiguous() for part in (gram, scale, error, gap)]
+    if batch:
+        with torch.cuda.device(gap.device) if gap.is_cuda else nullcontext():
+            module.dual_kernel[(batch,)](
+                *tensors, held, inverse, verdict, m, max(2, power_of_2(m)), max_pivots,
+                num_warps=1 if m <= 16 else 4,
+            )  # fmt: skip
+    every = torch.arange(m, device=gap.device)
+    feasible, converged = verdict.view(torch.bool).unbind(1)
+    return torch.where(held.view(torch.bool), every, m), inverse, feasible, converged
+
+
 class _Valued(torch.autograd.Function):
     """Numbers that are known, with the derivatives of what computes them."""
 

@@ -274,7 +274,6 @@ def solved(
 @triton.jit
 def dual_kernel(
     matrix,
-    target,
     scale,
     error,
     gap,
@@ -283,10 +282,9 @@ def dual_kernel(
     verdict,
     N: tl.constexpr,
     NP: tl.constexpr,
-    CLASSES: tl.constexpr,
     MAX_STEPS: tl.constexpr,
 ):
-    """Active sets of problems in units; see :func:`~.fused.active_sets`."""
+    """The active set of one problem in units; see :func:`~.fused.active_sets`."""
     i = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, NP)
     inside = k < N
@@ -294,18 +292,20 @@ def dual_kernel(
     scales = tl.load(scale + at, mask=inside, other=0.0)
     errors = tl.load(error + at, mask=inside, other=0.0)
     gaps = tl.load(gap + at, mask=inside, other=float("-inf"))
-    own = tl.load(target + i) if CLASSES else tl.full([], 0, tl.int64)
-    mine = matrix if CLASSES else matrix + i * (N * N)
     tableau = tl.zeros([NP, NP], dtype=tl.float64)
     active = tl.zeros([NP], dtype=tl.int32)
     fresh = tl.full([], 1, tl.int32)
-    tableau, active, _, _, feasible, converged = solved(
-        tableau, active, gaps, scales, errors, mine, own, fresh, N, NP, CLASSES, MAX_STEPS
+    none = tl.full([], 0, tl.int64)
+    mine = matrix + i * (N * N)
+    tableau, active, found, grown, feasible, converged = solved(
+        tableau, active, gaps, scales, errors, mine, none, fresh, N, NP, False, MAX_STEPS
     )
     active = tl.where(feasible == 1, active, 0)
-    tl.store(held + at, (active == 1).to(tl.int8), mask=inside)
-    both = (active == 1)[:, None] & (active == 1)[None, :]
-    block = tl.where(both, -tableau, 0.0)
+    # λ and Mλ are worked out once more where they are differentiated, and here to be used.
+    sound = tl.sum(found, 0) + tl.sum(grown, 0)
+    converged = tl.where((sound - sound) == 0.0, converged, 0)
+    tl.store(held + at, active.to(tl.int8), mask=inside)
+    block = tl.where((active == 1)[:, None], tl.where((active == 1)[None, :], -tableau, 0.0), 0.0)
     places = i * (N * N) + k[:, None] * N + k[None, :]
     tl.store(inverse + places, block, mask=inside[:, None] & inside[None, :])
     tl.store(verdict + 2 * i, feasible.to(tl.int8))

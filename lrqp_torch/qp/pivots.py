@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.implicit import matvec
 
@@ -216,6 +217,12 @@ def find_active_sets(
     """
     batch, m = gap.shape
     classes = matrix.ndim == 2
+    if fused.serves(gap, m + 1):
+        if classes:
+            other = other_classes(target, m + 1, gap.device)
+            own, among = matrix[target].gather(1, other), matrix[other[:, :, None], other[:, None]]
+            matrix = (own.unsqueeze(2) + own.unsqueeze(1) - among) / 2
+        return fused.active_sets(matrix, scale, error, gap, max_pivots)
     results = _Results(batch, m + classes, gap)
     chunk = max(1, CHUNK_NUMBERS // ((m + 1) * (1 if classes else m + 1)))
     for index in torch.arange(batch, device=gap.device).split(chunk):

@@ -16,6 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lrqp_torch as lrqp
 from lrqp_torch import MahalanobisQP, Solution, Status
 from lrqp_torch.qp import ProbeGeometry, fused
+from lrqp_torch.qp.active_set import solve_dual
+from lrqp_torch.qp.constraints import DenseConstraints
 from lrqp_torch.stream.intervene import Placement
 from tests.qp.qp_reference import Problem, random_problem
 
@@ -247,6 +249,42 @@ def test_generated_tokens_are_edited_by_the_kernel() -> None:
             assert bool((run.log_odds_after >= run.floor).all())
             assert len(run.status) == 6
     assert tokens[0].tolist() == tokens[1].tolist()
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+@pytest.mark.parametrize("m", [2, 9])
+def test_duals_of_any_matrix_have_the_same_active_sets(m: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(m + rank)
+    rows = torch.randn(BATCH, m, rank, generator=generator, dtype=torch.float64)
+    gap = torch.randn(BATCH, m, generator=generator, dtype=torch.float64).to(DEVICE)
+    gram = (rows @ rows.mT).to(DEVICE)
+    noise = 1e-15 * gram.diagonal(dim1=-2, dim2=-1)
+    constraints = DenseConstraints(gram, noise, noise)
+    ours = solve_dual(constraints, gap)
+    with mock.patch.object(fused, "serves", lambda *_: False):
+        other = solve_dual(constraints, gap)
+    assert ours.feasible.tolist() == other.feasible.tolist()
+    assert bool(ours.converged.all())
+    some = ours.feasible
+    found, expected = (one.multipliers(constraints, gap)[some] for one in (ours, other))
+    assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_joint_edits_are_the_same() -> None:
+    p, q = (random_problem(n_classes, 24, BATCH, seed) for n_classes, seed in ((4, 1), (5, 2)))
+    q.covariance = p.covariance
+    metric = lrqp.Mahalanobis(p.covariance.to(DEVICE))
+    edits = {name: lrqp.LRQP(edit_of(one).probe, metric) for name, one in (("p", p), ("q", q))}
+    joint = lrqp.JointLRQP(edits, within={"q": 0.5}, on_infeasible="skip")
+    target = {"p": p.target.to(DEVICE), "q": q.target.to(DEVICE)}
+    target["q"][0] = joint.KEEP
+    x = p.x.to(DEVICE, torch.float32)
+    ours = joint.solve(x, target)
+    with mock.patch.object(fused, "serves", lambda *_: False):
+        other = joint.solve(x, target)
+    assert ours.status.tolist() == other.status.tolist()
+    assert torch.allclose(ours.distance, other.distance, rtol=1e-6)
+    assert torch.allclose(ours.x_new, other.x_new, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
