@@ -9,17 +9,21 @@ DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits b
 TRANSFORMERS := $(shell sed -n 's/^TESTED_TRANSFORMERS = //p' lrqp_torch/stream/__init__.py | tr -d '(),"')
 NEWEST := $(lastword $(TRANSFORMERS))
 MATRIX := .venv-matrix
+# Triton, of which the interpreter runs the tests of the kernel without a GPU; of the version that
+# comes with the newest torch for CUDA.
+TRITON := 3.6.0
 SHORT := $(addprefix tests/stream/test_,generation.py passes.py replay.py tail.py hooks_cache.py attention.py)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-newest lint bench docs clean
+.PHONY: help demo test test-matrix test-newest test-kernel lint bench docs clean
 
 help:
 	@echo "make demo         run the study on the bundled model; then open results/organism/report.html"
 	@echo "make test         run the tests"
 	@echo "make test-matrix  run those of the stream against other versions of transformers"
 	@echo "make test-newest  run a few of them against the newest of these"
+	@echo "make test-kernel  run those of the GPU kernel, through an interpreter where there is no GPU"
 	@echo "make lint         check style, format, types and who imports whom"
 	@echo "make bench        run the benchmarks at a small size"
 	@echo "make docs         build the API reference into site/"
@@ -56,6 +60,15 @@ test-matrix: $(TRANSFORMERS:%=$(MATRIX)/%/.installed)
 
 test-newest: $(MATRIX)/$(NEWEST)/.installed
 	$(MATRIX)/$(NEWEST)/bin/python -m pytest $(SHORT)
+
+$(MATRIX)/triton-$(TRITON)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/others.pth"
+	$(@D)/bin/python -m pip install triton==$(TRITON)
+	touch $@
+
+test-kernel: $(MATRIX)/triton-$(TRITON)/.installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(MATRIX)/triton-$(TRITON)/bin/python -m pytest tests/qp/test_kernel.py --numprocesses auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

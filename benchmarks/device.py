@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import Row, parse_arguments, synchronise
-from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
+from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
 from lrqp_torch.qp import ProbeGeometry, fused
 from lrqp_torch.qp.fused import Launcher, Shape
 from lrqp_torch.stream.sites import blocks_of
@@ -336,7 +336,23 @@ def no_waiting(arguments: Namespace) -> list[Row]:
         row["pass in an open context"] = tried(passed, quiet=False)
         row["captured"] = tried(lambda: captured(lambda: edit.propose(x, target))(), quiet=False)  # noqa: B023
         rows.append(row)
-    return rows
+    return [*rows, joint_edit(gpt2("cuda"))]
+
+
+def joint_edit(model: Any) -> Row:
+    """The same of an edit of several variables, and what it adds to a pass."""
+    metric = edit_of(2, WIDTH, "cuda").metric
+    edits = {str(k): LRQP(edit_of(k, WIDTH, "cuda").probe, metric) for k in (2, 3, 5)}
+    joint = JointLRQP(edits, within={"3": 0.5})
+    ids, other = torch.randint(1000, (16, 64), device="cuda"), twin(model)
+    row: Row = {"variables": 3}
+    where: dict[str, Any] = {"positions": torch.full((16,), 3)}
+    wanted = {"2": 1, "3": joint.KEEP, "5": 2}
+    with joint.at(other, "L6.mid", target=wanted, **where), torch.no_grad():
+        other(ids)
+        row["pass in an open context"] = tried(lambda: other(ids))
+        row["added µs"], row["of"] = added(lambda: model(ids), lambda: other(ids), 20, "cuda")
+    return row
 
 
 def synced(run: Callable[[], Any]) -> None:

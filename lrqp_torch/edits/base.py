@@ -292,6 +292,9 @@ def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     Raises:
         WidthError: another shape.
     """
+    if isinstance(asked, float | int):
+        # A fill needs no copy from the host, for which a GPU would stop.
+        return torch.full(shape, asked, dtype=torch.float64, device=device)
     floors = torch.as_tensor(asked, device=device).double()
     if floors.ndim and floors.shape != shape:
         raise WidthError(

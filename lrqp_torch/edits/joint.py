@@ -23,6 +23,7 @@ from lrqp_torch.errors import (
     check_finite,
     concrete,
     quoted,
+    readable,
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
@@ -201,21 +202,43 @@ class JointLRQP(Edit[Targets]):
         if concrete(x):
             check_finite(x)
         geometry = self.geometry(x.device)
-        choice, sound = self._choice(target, len(x), geometry, "target")
+        joint, choice = self._attempt(x, target, source, asked or {}, realise, geometry)
+        return judged(self, joint, x, choice, examples)
+
+    def _attempt(
+        self,
+        x: Tensor,
+        target: Targets,
+        source: Targets | None,
+        asked: Mapping[str, Tensor | float],
+        realise: Realise | None,
+        geometry: StackedGeometry,
+        stale: Tensor | None = None,
+    ) -> tuple[JointSolution, Tensor]:
+        """Solve; what failed is in the status, and skipped where asked for. Also the choices.
+
+        ``stale``, bool (), says whether the geometry is not that of the probes any more; where it
+        is given, nothing that lies on a device is looked at.
+        """
+        looks = stale is None
+        choice, sound = self._choice(target, len(x), geometry, "target", looks)
         held, sound_source = self._choice(
-            {} if source is None else source, len(x), geometry, "source"
+            {} if source is None else source, len(x), geometry, "source", looks
         )
-        wanted = self._wanted(asked or {}, len(x), x.device)
+        wanted = self._wanted(asked, len(x), x.device)
 
         def floor(margins: Tensor, rows: slice) -> Tensor:
             return self.slot_floors(geometry, margins, choice[rows], held[rows], wanted[rows])
 
         solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
-        if not concrete(choice) or not concrete(held):
-            solution = solution.invalidate(~(sound & sound_source), x)
+        if not looks or not concrete(choice) or not concrete(held):
+            wrong = ~(sound & sound_source)
+            if stale is not None:
+                wrong = wrong | stale | ~torch.isfinite(x.sum(-1))
+            solution = solution.invalidate(wrong, x)
         solution = skipped(solution, x, self.on_infeasible)
         joint = self._read_odds(geometry, solution, x, choice, held, wanted, realise)
-        return judged(self, joint, x, choice, examples)
+        return joint, choice
 
     def bind(
         self, run: EditRun, *, asked: Mapping[str, Any] | None = None, **given: Any
@@ -226,11 +249,15 @@ class JointLRQP(Edit[Targets]):
     def edit_rows(
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
-        """See :meth:`Edit.edit_rows`."""
+        """See :meth:`Edit.edit_rows`; where a look would wait for the device, it comes later."""
         if "asked" in given:
             own = {name: floors_of(value, context) for name, value in given["asked"].items()}
             given["asked"] = own
-        return super().edit_rows(x, target, source, context, **given)
+        found = None if readable(x) else self._known(x.device)
+        if found is None:
+            return super().edit_rows(x, target, source, context, **given)
+        wanted = given.get("asked", {})
+        return self._attempt(x, target, source, wanted, context.realise, *found)[0]
 
     def slot_floors(
         self,
@@ -242,8 +269,8 @@ class JointLRQP(Edit[Targets]):
     ) -> Tensor:
         """The floor of every slot: log α, the margin at x less τ, or what always holds; (b, m)."""
         columns = []
-        for place, (name, edit) in enumerate(self._edits().items()):
-            own = margins[:, geometry.variable == place]
+        parts = margins.split(geometry.slots, -1)
+        for place, ((name, edit), own) in enumerate(zip(self._edits().items(), parts, strict=True)):
             given = None if wanted is None else wanted[:, place]
             log_odds = _asked(edit, own, choice[:, place], held[:, place], given)
             written, kept = choice[:, place] >= 0, choice[:, place] == KEEP
@@ -276,11 +303,8 @@ class JointLRQP(Edit[Targets]):
 
     def geometry(self, device: torch.device) -> StackedGeometry:
         """What the solves share, on a device; computed anew only when probes or metric change."""
-        probes = [edit.probe for edit in self._edits().values()]
-        tensors = [self.metric.covariance, *(p.weight for p in probes), *(p.bias for p in probes)]
-        if not all(concrete(tensor) for tensor in tensors) or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        ):
+        tensors = self._tensors()
+        if self._in_graph(tensors):
             return self._build(device)
         kept = self._kept
         if (
@@ -292,6 +316,27 @@ class JointLRQP(Edit[Targets]):
                 copies = [tensor.clone() for tensor in tensors]
                 self._kept = kept = copies, self._build(device)
         return kept[1]
+
+    def _known(self, device: torch.device) -> tuple[StackedGeometry, Tensor] | None:
+        """The geometry that is kept, and a bool () on the device: whether it has become stale."""
+        tensors, kept = self._tensors(), self._kept
+        if kept is None or kept[1].weight.device != device or self._in_graph(tensors):
+            return None
+        pairs = list(zip(kept[0], tensors, strict=True))
+        if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
+            return None
+        return kept[1], torch.stack([(old != new).any() for old, new in pairs]).any().to(device)
+
+    def _tensors(self) -> list[Tensor]:
+        probes = [edit.probe for edit in self._edits().values()]
+        return [self.metric.covariance, *(p.weight for p in probes), *(p.bias for p in probes)]
+
+    @staticmethod
+    def _in_graph(tensors: Sequence[Tensor]) -> bool:
+        """Whether they are part of a computation that is being recorded or transformed."""
+        return not all(concrete(tensor) for tensor in tensors) or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        )
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         content = {
@@ -373,11 +418,19 @@ class JointLRQP(Edit[Targets]):
         return torch.stack(floors, -1)
 
     def _choice(
-        self, targets: Targets, batch: int, geometry: StackedGeometry, what: str
+        self,
+        targets: Targets,
+        batch: int,
+        geometry: StackedGeometry,
+        what: str,
+        looks: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The choices, (B, V), and which rows are in range, (B,); seen out of range, they raise."""
         columns = []
         for name, part in self._parts(targets, what).items():
+            if isinstance(part, int) and not isinstance(part, bool):
+                # A fill needs no copy from the host, for which a GPU would stop.
+                part = torch.full((batch,), part, device=geometry.weight.device)
             column = as_classes(part, f"{what} of {name!r}").to(geometry.weight.device)
             if column.dtype.is_floating_point or column.dtype == torch.bool:
                 raise TargetError(f"{what} of {name!r} must hold integers, got {column.dtype}")
@@ -388,7 +441,7 @@ class JointLRQP(Edit[Targets]):
                 )
             columns.append(column.long().expand(batch))
         choice = torch.stack(columns, -1)
-        if concrete(choice):
+        if looks and concrete(choice):
             geometry.check(choice, batch, what, self.names)
         inside = geometry.in_range(choice)
         return torch.where(inside, choice, FREE), inside.all(-1)

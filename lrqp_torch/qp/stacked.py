@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import TargetError, WidthError, readable
+from lrqp_torch.errors import TargetError, WidthError, concrete, in_transforms, readable
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints, other_classes
 from lrqp_torch.qp.implicit import matvec
 
@@ -47,6 +47,7 @@ class StackedGeometry:
         rivals: K_v − 1 of a slot's variable, (m,).
         tolerant: whether a slot's variable is kept within a tolerance, (m,) bool.
         n_classes: K_v of each variable.
+        slots: how many slots each has.
     """
 
     weight: Tensor
@@ -63,6 +64,7 @@ class StackedGeometry:
     rivals: Tensor
     tolerant: Tensor
     n_classes: tuple[int, ...]
+    slots: tuple[int, ...]
 
     @classmethod
     def build(
@@ -134,6 +136,7 @@ class StackedGeometry:
             rivals=columns[3],
             tolerant=columns[4],
             n_classes=sizes,
+            slots=tuple(k * (k - 1) if w else k - 1 for k, w in zip(sizes, tolerant, strict=True)),
         )
 
     @property
@@ -148,8 +151,8 @@ class StackedGeometry:
 
     def in_range(self, choice: Tensor) -> Tensor:
         """Which choices, (B, V), are a class of their variable, FREE or KEEP; (B, V) bool."""
-        sizes = torch.tensor(self.n_classes, device=choice.device)
-        return (choice >= KEEP) & (choice < sizes)
+        below = [own < size for own, size in zip(choice.unbind(-1), self.n_classes, strict=True)]
+        return (choice >= KEEP) & torch.stack(below, -1)
 
     def check(
         self,
@@ -221,8 +224,19 @@ class StackedGeometry:
     def _eliminated(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """M' = A' Σ A'ᵀ (B, m, m), its noise (B, m), and A' as combinations of the slots' rows.
 
-        Rows of slots that are not inequalities are zero.
+        Rows of slots that are not inequalities are zero. Every round of a solve asks for them, so
+        those of the last choices are kept.
         """
+        if not concrete(choice) or in_transforms():
+            return self._eliminate(choice)
+        mode = choice._version if not choice.is_inference() else 0, torch.is_grad_enabled()
+        last = vars(self).get("last")
+        if last is None or last[0] is not choice or last[1] != mode:
+            last = vars(self)["last"] = choice, mode, self._eliminate(choice)
+        found: tuple[Tensor, Tensor, Tensor] = last[2]
+        return found
+
+    def _eliminate(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pair, wanted, fixed = self._slots(choice)
         used = wanted | fixed
         gram = self.gram[pair.unsqueeze(-1), pair.unsqueeze(-2)]
