@@ -95,6 +95,7 @@ class Stack:
             input, so that a left-padded batch needs ``position_ids``.
         final: path, from the trunk, of the module after the last block whose output is the stream
             that is read out, its last norm; None where that is the last block's output.
+        padding: what padding does to other tokens; None where that was not tried.
     """
 
     trunk: str
@@ -102,6 +103,7 @@ class Stack:
     each: tuple[BlockSites, ...]
     absolute_positions: bool = False
     final: str | None = None
+    padding: "Padding | None" = None
 
 
 @dataclass
@@ -180,7 +182,7 @@ def discover(model: nn.Module) -> list[Stack]:
     inner = unwrapped(model)
     with quiet(inner):
         calls, given = trial(inner)
-        absolute = _has_absolute_positions(inner)
+        padding = _padding(inner)
         found = []
         for name, blocks in _lists_of_blocks(inner, calls):
             known: dict[object, BlockSites] = {}
@@ -193,7 +195,7 @@ def discover(model: nn.Module) -> list[Stack]:
             last = _last_norm(name, blocks[-1], inner, calls)
             begin = len(trunk) + 1 if trunk else 0
             final = None if last is None else last[begin:]
-            found.append(Stack(trunk, name[begin:], each, absolute, final))
+            found.append(Stack(trunk, name[begin:], each, padding.counted, final, padding))
     return found
 
 
@@ -313,7 +315,11 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
         mlp = _added(call, [name for name, _ in record.outputs[start:]], cut, constants)
     reason = None if cut is not None else WITHOUT_MID
     matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
-    return BlockSites(first_reader, cut, next(matrices, None), reason, attention, mlp)
+    projection = next(matrices, None)
+    # An adapter around a matrix reads what the matrix reads, and adds to it.
+    while projection is not None and projection.rpartition(".")[0] in record.weights:
+        projection = projection.rpartition(".")[0]
+    return BlockSites(first_reader, cut, projection, reason, attention, mlp)
 
 
 def _added(
@@ -678,27 +684,66 @@ def _carry_on(blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> bool:
     return True
 
 
-def _has_absolute_positions(model: nn.Module) -> bool:
-    """Whether padding on the left changes what the model reads, unless it is told the positions."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    if not any("pos" in name or "wpe" in name for name in names):
-        return False
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return False
-    inputs = trial_inputs(model)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    padded = {
-        **inputs,
-        "input_ids": torch.cat([ids[:, :2], ids], 1),
-        "attention_mask": torch.cat([torch.zeros_like(mask[:, :2]), mask], 1),
-    }
-    told = {**padded, "position_ids": (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)}
-    alone, blind, right = (
-        first_tensor(model(**given))[:, -1].double()  # type: ignore[index]
-        for given in (inputs, padded, told)
-    )
-    near = _tolerance(alone.dtype) * float(alone.abs().max()) + 1e-3
-    return bool((blind - alone).abs().max() > near >= (right - alone).abs().max())
+@dataclass(frozen=True)
+class Padding:
+    """What padding does to the other tokens of a model.
+
+    Attributes:
+        counted: whether padding on the left moves the text to other learned positions, unless the
+            model is given ``position_ids``.
+        read: whether it changes what is computed in yet another way, on either side, so that it
+            must run as it was given.
+        token: the only token that may be put there, as the model tells padding by it; None for any.
+    """
+
+    counted: bool = False
+    read: bool = False
+    token: int | None = None
+
+
+def _padding(model: nn.Module) -> Padding:
+    """See :class:`Padding`; from a few runs with two columns of it on either side."""
+    inputs, taken = trial_inputs(model), inspect.signature(type(model).forward).parameters
+    if "decoder_input_ids" in taken:
+        return Padding(read=True)
+    ids: Tensor = inputs["input_ids"]
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    given = getattr(text, "pad_token_id", None)
+    own = given if isinstance(given, int) and given >= 0 else 0
+
+    def changes(left: bool, token: int, told: bool) -> bool:
+        columns = torch.full_like(ids[:, :2], token)
+        both = [columns, ids] if left else [ids, columns]
+        mask = [torch.zeros_like(columns), torch.ones_like(ids)]
+        padded = {
+            **inputs,
+            "input_ids": torch.cat(both, 1),
+            "attention_mask": torch.cat(mask if left else mask[::-1], 1),
+        }
+        if told:
+            padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        try:
+            found = first_tensor(model(**padded))
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return True
+        if found is None or found.shape[:2] != padded["input_ids"].shape:
+            return True
+        real = (found[:, 2:] if left else found[:, :-2]).double()
+        return not bool((real - alone).abs().max() <= near)
+
+    whole = first_tensor(model(**inputs))
+    if whole is None:
+        return Padding(read=True)
+    alone = whole.double()
+    near = 4 * _tolerance(whole.dtype) * float(alone.abs().max())
+    left = changes(True, own, told=False)
+    counted = left and "position_ids" in taken and not changes(True, own, told=True)
+    if (left and not counted) or changes(False, own, told=False):
+        return Padding(counted, read=True)
+    other = 1 if own == 0 else own - 1
+    by_token = changes(True, other, told=counted) or changes(False, other, told=False)
+    return Padding(counted, token=own if by_token else None)
 
 
 def _trunk(blocks: str, given: dict[str, bool]) -> str:

@@ -119,9 +119,13 @@ def may_trim(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk) -> bool:
     Not so without an attention mask (n, T) that says what padding is; when another tensor among the
     inputs has a shape of its own; when hooks on the model, such as open edits, or attention
     patterns that are shown to someone, count on rows and columns as they are; when an adapter puts
-    tokens in front, from which padding keeps the text apart; when another stack reads too; or when
-    the rotary frequencies depend on how long the longest input is (``dynamic`` and ``longrope``).
+    tokens in front, from which padding keeps the text apart; when another stack reads too; when
+    the rotary frequencies depend on how long the longest input is (``dynamic`` and ``longrope``);
+    or when the model was seen to compute other things beside padding, as those that count columns
+    and cannot be told otherwise (BART, XGLM), convolve over it, or know it by its token alone.
     """
+    if trunk.stack:
+        return False
     n_examples, length = count_tokens(inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     mask = tensors.get("attention_mask")
@@ -131,8 +135,13 @@ def may_trim(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk) -> bool:
         rows = (1, n_examples) if name == "position_ids" else (n_examples,)
         if name not in BY_TOKEN or value.shape[0] not in rows or value.shape[1] != length:
             return False
+    padding = trunk.padding
+    if padding is not None and padding.token is not None and "input_ids" in tensors:
+        ids = tensors["input_ids"]
+        if bool((ids[mask.to(ids.device) == 0] != padding.token).any()):
+            return False
     within = is_watched(model) or puts_tokens_in_front(model) or _rotates_by_length(model)
-    return not (within or trunk.stack)
+    return not (within or (padding is not None and padding.read))
 
 
 def real_spans(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ family stands in for what is found, and is held to the same proof.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from torch import nn
 
 from lrqp_torch.errors import SiteError, UnknownFamilyError, quoted
 from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
-from lrqp_torch.stream.discovery import BlockSites, Cut, Stack, discover, hold_to_proof
+from lrqp_torch.stream.discovery import BlockSites, Cut, Padding, Stack, discover, hold_to_proof
 from lrqp_torch.stream.passes import forward_of
 
 Part = Literal["pre", "z", "attn_out", "mid", "mlp_out", "post", "final"]
@@ -343,6 +343,7 @@ class Trunk:
         module: what is given them.
         stack: its name, for models that have several.
         absolute: whether it counts columns where it is given no ``position_ids``.
+        padding: what padding does to other tokens; None where that was not tried.
         plain: whether it is no language model, so that a site's own tensor says it all.
     """
 
@@ -350,13 +351,14 @@ class Trunk:
     stack: str = ""
     absolute: bool = False
     plain: bool = False
+    padding: Padding | None = None
 
     @classmethod
     def of(cls, model: nn.Module, stack: str = "") -> "Trunk":
         """The trunk around one of the stacks of a transformers model."""
         layout = layout_of(model, stack)
         module = descend(inner_model(model), layout.trunk)
-        return cls(module, stack, layout.absolute_positions)
+        return cls(module, stack, layout.absolute_positions, padding=layout.padding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -542,7 +544,7 @@ def _locate_module(model: nn.Module, site: Site) -> Located:
             f"{site}: the module is outside of encoder and decoder, so which tokens it is given "
             f"cannot be told; name one within"
         )
-    return Located(site, Trunk(whole, absolute=trunks[0].absolute), module, site.side)
+    return Located(site, replace(trunks[0], module=whole), module, site.side)
 
 
 def has_mid(model: nn.Module) -> bool:

@@ -201,6 +201,7 @@ class Watch:
     ) -> None:
         whose = trunk or Trunk.of(model)
         self.model, self.trunk, self._plain = model, whose.module, whose.plain
+        self._stack = whose.stack
         absolute = (warns or bool(follows)) and whose.absolute
         self.texts = Texts(absolute, puts_tokens_in_front(model), compares=bool(follows))
         self.others: set[str] = set()
@@ -353,6 +354,9 @@ class Watch:
             return
         given = arguments_of(module, args, kwargs)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
+        if self._stack and isinstance(prompt, Tensor):  # the encoder's come first
+            count = cast(Any, self.model).active_peft_config.num_virtual_tokens
+            prompt = prompt[:, :count] if self._stack == "encoder" else prompt[:, count:]
         # Transforms of torch.func must not see what is noted here.
         if in_transforms():
             given = {name: _plain(value) for name, value in given.items()}

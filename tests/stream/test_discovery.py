@@ -248,6 +248,49 @@ def test_finding_changes_nothing_and_happens_once() -> None:
     assert hook_count(model) == 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BartForCausalLM",
+        "CTRLLMHeadModel",
+        "ConvBertForMaskedLM",
+        "MPNetForMaskedLM",
+        "XGLMForCausalLM",
+    ],
+)
+def test_padding_that_a_model_reads_is_not_left_out(name: str) -> None:
+    model, at = build_tiny(name), torch.tensor([5, 6, 7])
+    ids = torch.randint(5, 60, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(8) >= torch.tensor([[3], [5], [1]])).long()
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    whole = lrqp.capture(model, inputs, "L1.pre")["L1.pre"][torch.arange(3), at]
+    found = lrqp.capture(model, inputs, "L1.pre", at, batch_size=1)["L1.pre"]
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_around_a_matrix_is_where_heads_are_read_and_written() -> None:
+    model = build_tiny("LlamaForCausalLM")
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.more = base, nn.Linear(WIDTH, WIDTH, bias=False)
+
+        @property
+        def weight(self) -> Tensor:
+            return self.base_layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.more(x)
+
+    for block in model.model.layers:
+        block.self_attn.o_proj = Adapter(block.self_attn.o_proj)
+    model.config.adapted = True
+    assert {places.projection for places in layout_of(model).each} == {"self_attn.o_proj"}
+
+
 def test_every_class_of_the_list_is_one_of_transformers() -> None:
     missing = [name for name in (*WITH_MID, *WITHOUT_MID) if not hasattr(transformers, name)]
     assert not missing

@@ -99,6 +99,11 @@ def test_positions_count_the_tokens_of_the_sites_own_stack(name: str) -> None:
         edit.at(model, sites[1], positions=[5, 3], target=1),
     ):
         model(**inputs)
+    states = {"encoder_outputs": model.get_encoder()(inputs["input_ids"])}
+    again = lrqp.capture(
+        model, {**states, "decoder_input_ids": inputs["decoder_input_ids"]}, sites[1], batch_size=1
+    )
+    torch.testing.assert_close(again[sites[1]], whole[sites[1]], rtol=1e-4, atol=1e-4)
     labels = lrqp.capture(model, {**inputs, "labels": inputs["input_ids"]}, sites[1])[sites[1]]
     torch.testing.assert_close(labels, whole[sites[1]], rtol=1e-4, atol=1e-4)
     assert hook_count(model) == 0
@@ -120,6 +125,22 @@ def test_the_encoder_is_edited_once_in_generation_and_the_decoder_token_by_token
         assert sorted(set(written.token.tolist())) == [1, 2, 3, 4]
         assert (written.log_odds_after >= written.floor).all()
     assert torch.equal(*texts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_in_front_of_a_stack_are_not_counted(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    plain, inputs, seen = tiny("T5ForConditionalGeneration"), two_texts(), []
+    options = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
+    model = peft.get_peft_model(plain, getattr(peft, kind)(**options)).eval()
+    block = plain.encoder.block[1]
+    hook = block.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    model(**inputs)
+    hook.remove()
+    found = lrqp.capture(model, inputs, ["encoder.L1.pre", "decoder.L1.pre"])
+    torch.testing.assert_close(found["encoder.L1.pre"], seen[0][:, -6:], rtol=1e-5, atol=1e-5)
+    assert found["decoder.L1.pre"].shape == (2, 4, ZOO_WIDTH)
 
 
 def test_a_stack_that_is_not_said_or_not_there_is_named() -> None:
