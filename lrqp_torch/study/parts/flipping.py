@@ -443,10 +443,15 @@ def _used(study: StudyResults) -> str:
 
 
 def _beyond(study: StudyResults) -> list[str]:
-    found = [f"{name} {site.beyond}" for name, site in study.sites.items() if site.beyond]
-    return (
-        [f"Beyond its own patch, so not by the natural way: {'; '.join(found)}."] if found else []
-    )
+    """Sites whose edit flips more than its own patch, and those where it is merely longer."""
+    marked = {name: site.beyond for name, site in study.sites.items() if site.beyond}
+    more = [f"{name} ({why})" for name, why in marked.items() if why.startswith("flips")]
+    longer = [name for name, why in marked.items() if not why.startswith("flips")]
+    lines = [f"flips more at {', '.join(more)}"] if more else []
+    lines += [f"is longer at {in_ranges(longer, list(study.sites))}"] if longer else []
+    if not lines:
+        return []
+    return [f"Beyond its own patch, so not by the natural way: the edit {'; it '.join(lines)}."]
 
 
 def _strongest(study: StudyResults, best: SiteResult) -> str:
