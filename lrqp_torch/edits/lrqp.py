@@ -249,12 +249,16 @@ class LRQP(Edit[Classes]):
         **given: Any,
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
-        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
-        geometry = self._geometry.known(*tensors, stream.device)
+        probe, log_odds = self.probe, self.log_odds
+        live = probe.weight, probe.bias
+        geometry = self._geometry.known(*live, self.metric.covariance, stream.device)
         if geometry is None or given or not self.qp.fuses(stream, geometry):
             return None
-        inputs = stream, residual, self.log_odds
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        if torch.is_grad_enabled() and (
+            stream.requires_grad
+            or log_odds.requires_grad
+            or (residual is not None and residual.requires_grad)
+        ):
             return None
         floors: OddsRule | Tensor = self._odds_rule(target, source)
         if asked is not None:
@@ -269,7 +273,7 @@ class LRQP(Edit[Classes]):
             geometry,
             record,
             skip=self.on_infeasible == "skip",
-            live=tensors[:2],
+            live=live,
         )
 
     def floors(

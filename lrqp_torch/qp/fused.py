@@ -189,7 +189,7 @@ class Launcher:
         shown: Tensor | None = None,
         copy: bool = False,
         solution: tuple[Tensor, ...] | None = None,
-        inverts: bool = False,
+        repeats: bool = False,
         record: tuple[Tensor, int, Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Edit ``count`` rows of ``stream`` into ``out``.
@@ -208,9 +208,9 @@ class Launcher:
             which: which of the classes is each one's, (N,); default its own number.
             shown: which are to be edited, (N,) bool; default all.
             copy: whether rows that stay as they are have to be put into ``out``.
-            solution: to be filled: λ (N, m), active (N, m) int8, floors that were aimed at (N, m),
+            solution: to be filled: λ (N, m), active (N, m) bool, floors that were aimed at (N, m),
                 inverse of the active block (N, m, m).
-            inverts: whether the inverse is wanted.
+            repeats: whether the last two of these are wanted, to repeat the last solve.
             record: rows of numbers, (n, 9) float64, the first of them to write, what each is
                 numbered, (N,), and the number of the pass. A row has log odds before and after,
                 floor, distance, Euclidean length, KKT residual, status, its number and the pass.
@@ -260,15 +260,13 @@ class Launcher:
         )
         flags = (
             stream.dtype, mine.dtype, out.dtype, base is not None, scale, at, which is not None,
-            source is not None, copy, shown is not None, solution is not None, inverts,
+            source is not None, copy, shown is not None, solution is not None, repeats,
             record is not None,
         )  # fmt: skip
         pointers = [tensor.data_ptr() for tensor in tensors]
         # What was compiled relies on such addresses and strides, and runs on the current device.
-        wide = not (
-            (pointers[0] | pointers[1] | pointers[2]) % 16
-            or any(number % 16 for number in numbers[:6])
-        )
+        a, b, c, d, e, f, *_ = numbers
+        wide = not (pointers[0] | pointers[1] | pointers[2] | a | b | c | d | e | f) & 15
         device = stream.get_device()
         held = self.compiled.get(flags) if wide else None
         if held is None or torch._C._cuda_getDevice() != device:
@@ -286,7 +284,7 @@ class Launcher:
         self, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], flags: Any, wide: bool, n: int
     ) -> None:
         """Compile for such arguments, and launch."""
-        out, base, scale, at, which, source, copy, shown, solution, inverts, record = flags[2:]
+        out, base, scale, at, which, source, copy, shown, solution, repeats, record = flags[2:]
         n_classes, width = self.n_classes, self.width
         precision, shape = torch.finfo(out).eps, shape_of(self.n_classes, self.width)
         constants = {
@@ -311,7 +309,7 @@ class Launcher:
             "COPY": copy,
             "SHOWN": shown,
             "SOLUTION": solution,
-            "INVERSE": inverts and n_classes > 2,
+            "REPEATS": repeats,
             "RECORD": record,
         }
         options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
@@ -345,11 +343,14 @@ def launcher(
     geometry: "ProbeGeometry", rule: str, skip: bool, live: tuple[Tensor, Tensor] | None
 ) -> Launcher:
     """That of a geometry, as long as the geometry lives."""
-    kept: _Launchers = vars(geometry).setdefault("launchers", _Launchers())
+    kept: _Launchers | None = vars(geometry).get("launchers")
+    if kept is None:
+        kept = vars(geometry)["launchers"] = _Launchers()
     key = rule, skip, live and (live[0].data_ptr(), live[1].data_ptr())
-    if key not in kept:
-        kept[key] = Launcher(geometry, rule, skip=skip, live=live)
-    return kept[key]
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = Launcher(geometry, rule, skip=skip, live=live)
+    return found
 
 
 def solve(
@@ -380,12 +381,14 @@ def solve(
     batch, m = len(x), geometry.n_constraints
     rule, given, source = _told(floors)
     wide = geometry.squared
-    multipliers, aims = wide.new_empty(2, batch, m)
-    active = torch.empty(batch, m, dtype=torch.int8, device=x.device)
+    multipliers = wide.new_empty(batch, m)
+    active = torch.empty(batch, m, dtype=torch.bool, device=x.device)
     differentiable = torch.is_grad_enabled() and any(
         part.requires_grad for part in (x, geometry.weight, geometry.bias, wide, given)
     )
-    inverse = wide.new_empty(batch, m, m) if differentiable and m > 1 else aims
+    aims = inverse = multipliers
+    if differentiable:
+        aims, inverse = torch.empty_like(multipliers), wide.new_empty(batch, m, m)
     x_new = torch.empty_like(x)
     base, scale = None, 1.0
     if realise is not None and places(realise):
@@ -402,13 +405,13 @@ def solve(
             scale=scale,
             copy=True,
             solution=(multipliers, active, aims, inverse),
-            inverts=inverse is not aims,
+            repeats=differentiable,
         )
     before, after, floor, distance, moved, residual = certificate.unbind()
     solution = Solution(
         x_new=x_new,
         multipliers=multipliers,
-        active=active.view(torch.bool),
+        active=active,
         squared_distance=distance,
         squared_euclidean=moved,
         floor=given if rule == "each" else floor,
@@ -429,7 +432,6 @@ def _told(floors: OddsRule | Tensor) -> tuple[str, Tensor, Tensor | None]:
     return "each" if floors.ndim == 2 else "given", floors.contiguous(), None
 
 
-@torch.no_grad()
 def edit_stream(
     stream: Tensor,
     residual: Tensor | None,

@@ -6,7 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, WidthError, check_classes, concrete, readable
+from lrqp_torch.errors import (
+    NonFiniteError,
+    WidthError,
+    check_classes,
+    concrete,
+    in_transforms,
+    readable,
+)
 from lrqp_torch.qp.constraints import (
     ClassConstraints,
     Constraints,
@@ -356,11 +363,11 @@ class GeometryCache:
         kept = self._kept
         if (
             kept is None
-            or _needs_graph(weight, bias, covariance)
             or kept.covariance is not covariance
-            or kept.mark != _mark(covariance, device)
             or kept.weight.dtype != weight.dtype
             or weight.device != device
+            or kept.mark != _mark(covariance, device)
+            or _needs_graph(weight, bias, covariance)
         ):
             return None
         return kept.geometry
@@ -379,7 +386,8 @@ class GeometryCache:
 
 def _needs_graph(*tensors: Tensor) -> bool:
     """Whether the geometry is part of a computation that is being recorded or transformed."""
-    if not all(concrete(tensor) for tensor in tensors):
+    hidden = torch.compiler.is_compiling() or in_transforms() or tensors[0].is_meta
+    if hidden and not all(concrete(tensor) for tensor in tensors):
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -382,7 +382,7 @@ def edit_kernel(
     COPY: tl.constexpr,
     SHOWN: tl.constexpr,
     SOLUTION: tl.constexpr,
-    INVERSE: tl.constexpr,
+    REPEATS: tl.constexpr,
     RECORD: tl.constexpr,
 ):
     """One example of the fused edit; see :func:`~.fused.edit` for what the arguments are.
@@ -669,8 +669,9 @@ def edit_kernel(
         places = i * (K - 1) + slot
         tl.store(multipliers + places, lam, mask=rival)
         tl.store(active_out + places, ((lam > 0.0) & (active == 1)).to(tl.int8), mask=rival)
+    if REPEATS:
         tl.store(aims + places, bound + raised, mask=rival)
-        if INVERSE:
+        if K > 2:
             # In the numbering of constraints, where a gradient will use it.
             units_of = tl.where(active == 1, scale, 0.0)
             units_of = tl.where(edited, units_of, 0.0)
