@@ -739,6 +739,91 @@ def generating(arguments: Namespace) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def compiled(arguments: Namespace) -> list[Row]:
+    """What an edit adds to a pass of a compiled model, in whose graph it is, and whether it is the
+    same as without compilation; likewise of generation that compiles itself.
+    """
+    gpu, rows = arguments.device == "cuda", list[Row]()
+    model: Any = gpt2(arguments.device, 4, WIDTH) if gpu else gpt2("cpu", 2, 64)
+    batch, length, site = (16, 64, "L2.mid") if gpu else (2, 8, "L1.mid")
+    ids = torch.randint(1000, (batch, length), device=arguments.device)
+    edit = edit_of(2, model.config.hidden_size, arguments.device)
+    where: dict[str, Any] = {"positions": torch.full((batch,), length // 2), "target": 1}
+    with edit.at(model, site, **where) as run:
+        wanted, distance = model(ids, use_cache=False).logits, run.distance
+    modes = (None, "reduce-overhead") if gpu else (None,)
+    for mode in modes:
+        torch.compiler.reset()
+        row: Row = {"what": f"mode {mode or 'default'}"}
+        rows.append(row)
+        plain = torch.compile(twin(model), mode=mode, fullgraph=True)
+        other = torch.compile(twin(model), mode=mode, fullgraph=True)
+
+        def bare() -> Any:
+            return plain(ids, use_cache=False)  # noqa: B023
+
+        def edited() -> Any:
+            return other(ids, use_cache=False)  # noqa: B023
+
+        try:
+            with edit.at(other, site, **where) as run:
+                for _ in range(3):
+                    found = edited().logits
+                row["largest logit difference"] = float((found - wanted).abs().max())
+                row["largest distance difference"] = float((run.distance - distance).abs().max())
+                before = dict(torch._dynamo.utils.counters["stats"])
+                rounds = 50 if gpu else 2
+                row["added µs"], row["of"] = added(bare, edited, rounds, arguments.device)
+                row["bare ms"] = in_turns({"bare": bare}, rounds, arguments.device)["bare"]
+            with edit.at(other, site, **where):
+                edited()
+            after = torch._dynamo.utils.counters["stats"]
+            # The bare model makes its one graph meanwhile, the edited one none for a new context.
+            row["graphs for a new context"] = (
+                after["unique_graphs"] - before.get("unique_graphs", 0) - 1
+            )
+            row["unedited outside"] = bool(
+                (edited().logits - bare().logits).abs().max() < 1e-3 * wanted.abs().max()
+            )
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    if not gpu:
+        return rows
+    row = {"what": "generation with a static cache"}
+    rows.append(row)
+    torch.compiler.reset()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    options: dict[str, Any] = {
+        "max_new_tokens": 32,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    try:
+        with edit.at(model, site, positions="generated", target=1) as run:
+            wanted, distance = model.generate(ids, **options), run.distance
+        static = {**options, "cache_implementation": "static"}
+        with edit.at(model, site, positions="generated", target=1) as run:
+            found = model.generate(ids, **static)
+            row["same tokens"] = float((found == wanted).double().mean())
+            row["every token edited"] = len(run.distance) == len(distance)
+            other = twin(model)
+            model.generate(ids, **static)
+
+            def generate() -> Any:
+                return model.generate(ids, **static)
+
+            def generate_bare() -> Any:
+                return other.generate(ids, **static)
+
+            generate_bare()
+            middle, row["of"] = added(generate_bare, generate, 5, arguments.device)
+            row["added µs a token"] = middle / 32
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return rows
+
+
 def probe_fits(arguments: Namespace) -> list[Row]:
     """24 probes together and one by one."""
     gpu = arguments.device == "cuda"
@@ -768,6 +853,7 @@ SECTIONS: dict[str, Section] = {
     "layouts": layouts,
     "models": model_passes,
     "generating": generating,
+    "compiled": compiled,
     "probe fits": probe_fits,
 }
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -443,21 +444,21 @@ class _Rows:
         """The rows of some passes, (n, columns)."""
         # Rows may be added within inference mode, and read or added to outside of it.
         with outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            columns = []
-            for one in passes:
-                if isinstance(one, _Block):
+            columns, device = [], passes[-1].device
+            for kind, group in groupby(passes, type):
+                if kind is _Block:
                     self._places = self._places or {name: i for i, name in enumerate(_WRITTEN)}
-                    columns.append(one.rows[: one.count])
+                    blocks = cast(list[_Block], list(group))
+                    columns += [block.rows[: block.count].to(device) for block in blocks]
                     continue
-                values, start = one.values(), 0
+                values, start = _values(cast(list[_Pass], list(group)), device), 0
                 for name, value in values.items():
                     width = 1 if value.ndim == 1 else value.shape[1]
                     self._places[name] = start if value.ndim == 1 else slice(start, start + width)
                     start += width
                 parts = [v if v.ndim == 2 else v.unsqueeze(1) for v in values.values()]
                 columns.append(torch.cat(parts, 1))
-            device = columns[-1].device
-            return torch.cat([part.to(device) for part in columns])
+            return torch.cat(columns)
 
     def _append(self, new: Tensor) -> None:
         with outside_transforms(), torch.inference_mode(False), torch.no_grad():
@@ -537,16 +538,38 @@ class _Pass:
         on_gpu = self.index.device.type == "cuda"
         self.captured = on_gpu and torch.cuda.is_current_stream_capturing()
 
-    def values(self) -> dict[str, Tensor]:
-        """The columns of its rows."""
-        own = [field.name for field in fields(self.solution)[len(fields(Solution)) :]]
-        named = {name: getattr(self.solution, name) for name in (*RECORDED, *own)}
-        status, index = self.solution.status, self.index
-        if self.shown is not None:
-            status = torch.where(self.shown, status, int(Status.SATISFIED))
-            index = torch.where(self.shown, index, -1)
-        number = torch.full_like(index, self.number)
-        return {**named, "status": status, "index": index, "forward_pass": number}
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.index.device
+
+
+def _values(passes: Sequence[_Pass], device: torch.device) -> dict[str, Tensor]:
+    """The columns of the rows of some passes: what they stored is put together before any of it is
+    computed with, so that a pass costs a small part of an operation.
+    """
+    stored, kind = [vars(one.solution) for one in passes], type(passes[0].solution)
+    solution = object.__new__(kind)
+    for name, first in stored[0].items():
+        parts = [own[name].to(device) for own in stored] if isinstance(first, Tensor) else None
+        vars(solution)[name] = first if parts is None else torch.cat(parts)
+    own = [field.name for field in fields(kind)[len(fields(Solution)) :]]
+    status, index = solution.status, torch.cat([one.index.to(device) for one in passes])
+    if any(one.shown is not None for one in passes):
+        every = [
+            torch.ones_like(one.index, dtype=torch.bool) if one.shown is None else one.shown
+            for one in passes
+        ]
+        shown = torch.cat([part.to(device) for part in every])
+        status = torch.where(shown, status, int(Status.SATISFIED))
+        index = torch.where(shown, index, -1)
+    numbers = torch.tensor([one.number for one in passes for _ in range(len(one.index))])
+    return {
+        **{name: getattr(solution, name) for name in (*RECORDED, *own)},
+        "status": status,
+        "index": index,
+        "forward_pass": numbers.to(device, non_blocking=True),
+    }
 
 
 @dataclass
@@ -562,6 +585,11 @@ class _Block:
     rows: Tensor
     captured: bool = False
     count: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.rows.device
 
     def takes(self, more: int, device: torch.device) -> bool:
         """Whether so many more have room in it."""

@@ -291,16 +291,23 @@ class ScopeFollower(Follower):
             # All tokens of all rows: what there is of them is known without a look.
             whole = call.front == 0 and (begin, end) == (call.past, call.end)
             example, offset = self._grid(call.batch, end - begin, cpu)
-            if not whole or shown is not None or call.past < self._seen[number].end:
-                shown = None if shown is None else shown.flatten()
+            shown = None if shown is None else shown.flatten()
+            if call.past < self._seen[number].end:
                 return self._rows_of(call, device, number, example, offset + begin, shown, whole)
-            numbers = self.positions.add(example, offset + begin, number)
-            self._seen[number].note(example, offset + begin, numbers, call.end)
-            example, column = self._grid(call.batch, end - begin, device)
-            index = torch.arange(numbers.start, numbers.stop, device=device)
-            token = column + begin if begin else column
-            request = example if repeats == 1 else example // repeats
-            return Rows(index, example, token, column, request, whole=True)
+            token = offset + begin
+            numbers = self.positions.add(example, token, number, shown)
+            self._seen[number].note(example, token, numbers, call.end)
+            example, offset = self._grid(call.batch, end - begin, device)
+            shift = begin - call.past + call.front
+            return Rows(
+                torch.arange(numbers.start, numbers.stop, device=device),
+                example,
+                offset + begin if begin else offset,
+                offset + shift if shift else offset,
+                example if repeats == 1 else example // repeats,
+                None if shown is None else shown.to(device, non_blocking=True),
+                whole,
+            )
 
     def _rows_of(
         self,

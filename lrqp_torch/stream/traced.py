@@ -7,9 +7,10 @@ So a graph belongs to a set of sites and not to a context: another context at th
 again, with edits, positions and targets of its own; outside of all contexts it edits nothing.
 
 A graph that was made without these operators must not run within a context, nor one that was made
-for other sites. Two guards keep it so: in a thread with an open context a setting is on by which
-``torch.compile`` guards every graph (autocast of a kind of device that nothing here runs on), and
-the names of the sites are a string that is read while a model is traced.
+for other sites. Guards of ``torch.compile`` keep it so: in a thread with an open context a setting
+is on by which every graph is guarded (autocast of a kind of device that nothing here runs on);
+graphs that are made then are guarded by the hooks of their modules too; and the names of the sites
+are a string that is read while a model is traced.
 """
 
 import functools
@@ -90,6 +91,37 @@ def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
 
 
+class _HookGuards:
+    """Keeps graphs that are made while a context is open to models with the same hooks.
+
+    By default ``torch.compile`` takes no notice of modules without hooks, so that a graph of one
+    model would serve another of its class, which is edited.
+    """
+
+    def __init__(self) -> None:
+        self._open, self._before = 0, True
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config
+
+        with _LOCK:
+            if not self._open:
+                self._before = config.skip_nnmodule_hook_guards
+                config.skip_nnmodule_hook_guards = False
+            self._open += 1
+
+    def __exit__(self, *raised: object) -> None:
+        from torch._dynamo import config
+
+        with _LOCK:
+            self._open -= 1
+            if not self._open:
+                config.skip_nnmodule_hook_guards = self._before
+
+
+_HOOK_GUARDS = _HookGuards()
+
+
 @contextmanager
 def run_compiled() -> Iterator[None]:
     """Keep graphs that were made outside of this from running within it, in this thread."""
@@ -97,7 +129,8 @@ def run_compiled() -> Iterator[None]:
     owner["contexts"] = owner.get("contexts", 0) + 1
     torch.set_autocast_enabled(NOTHING_RUNS_ON, True)
     try:
-        yield
+        with _HOOK_GUARDS:
+            yield
     finally:
         owner["contexts"] -= 1
         if not owner["contexts"] and vars(_HERE) is owner:

@@ -1,5 +1,6 @@
 """Compiled models: edits are in their graphs, all else fires, and the results are eager's."""
 
+import copy
 import shutil
 import threading
 import warnings
@@ -162,6 +163,22 @@ def test_a_graph_holds_the_edits_of_its_sites_whichever_context_is_open() -> Non
         assert torch.equal(model(**INPUTS).logits, wanted["clean"])
         assert graphs.made == 3 and graphs.runs == 6
     assert hook_count(plain) == 0
+
+
+@torch.no_grad()
+def test_a_graph_of_another_model_of_the_class_is_not_taken_for_that_of_the_edited_one() -> None:
+    edit, _ = reference()
+    plain = build("gpt2", n_layer=2)
+    wanted = edited(plain, edit)
+    models = [torch.compile(copy.deepcopy(plain), backend=Graphs(), fullgraph=True) for _ in "ab"]
+    clean = plain(**INPUTS).logits
+    for _ in range(2):
+        with edit.at(models[1], "L1.mid", positions=AT, target=TARGET):
+            assert torch.equal(models[0](**INPUTS).logits, clean)
+            assert torch.equal(models[1](**INPUTS).logits, wanted)
+            assert torch.equal(models[0](**INPUTS).logits, clean)
+        assert torch.equal(models[1](**INPUTS).logits, clean)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
 
 
 @torch.no_grad()
