@@ -8,6 +8,20 @@ import transformers
 from torch import nn
 
 WIDTH, LAYERS = 32, 3
+TWO_STACKS = (
+    "BartForConditionalGeneration",
+    "BlenderbotForConditionalGeneration",
+    "M2M100ForConditionalGeneration",
+    "MBartForConditionalGeneration",
+    "MT5ForConditionalGeneration",
+    "MarianMTModel",
+    "PLBartForConditionalGeneration",
+    "PegasusForConditionalGeneration",
+    "SwitchTransformersForConditionalGeneration",
+    "T5ForConditionalGeneration",
+    "UMT5ForConditionalGeneration",
+)
+"""Encoder–decoders."""
 _SIZES: dict[int, str] = {
     WIDTH: """hidden_size d_model n_embd dim embedding_size attention_hidden_size lru_width
         word_embed_proj_dim emb_dim mamba_d_ssm""",
@@ -44,11 +58,18 @@ def build_tiny(class_name: str, **changes: Any) -> nn.Module:
     return kind(config).eval()
 
 
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # a setting that each layer has of its own
+        return False
+
+
 def _small(config: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in SMALL.items()
-        if hasattr(config, name)
+        if _has(config, name)
         and not isinstance(getattr(type(config), name, None), property)
         and not isinstance(getattr(config, name), list | tuple | dict)
     }
@@ -56,7 +77,7 @@ def _small(config: Any) -> dict[str, Any]:
 
 def _shrink(config: Any, changes: dict[str, Any]) -> None:
     for name, value in {**_small(config), **changes}.items():
-        if hasattr(config, name):
+        if _has(config, name):
             # Some are computed from others.
             with suppress(AttributeError):
                 setattr(config, name, value)

@@ -30,7 +30,8 @@ CROSSED = ("encoder_hidden_states", "cross_attention_states")
 """Arguments of a block by which cross-attention is given another stack's stream."""
 
 WITHOUT_MID = (
-    "has no place that skip path and MLP both go through; attention and MLP may run in parallel"
+    "has no place behind one module that skip path and MLP both go through; attention and MLP may "
+    "run in parallel"
 )
 """Why a block has no ``mid`` if none was found."""
 
@@ -178,6 +179,9 @@ def discover(model: nn.Module) -> list[Stack]:
     Returns:
         The stacks in the order in which they run: one of most models, two of encoder–decoders.
         Empty where no list of blocks carries a stream of shape (rows, tokens, width) on.
+
+    Raises:
+        UnknownFamilyError: the blocks run more than once in a pass (ALBERT).
     """
     inner = unwrapped(model)
     with quiet(inner):
@@ -196,7 +200,20 @@ def discover(model: nn.Module) -> list[Stack]:
             begin = len(trunk) + 1 if trunk else 0
             final = None if last is None else last[begin:]
             found.append(Stack(trunk, name[begin:], each, padding.counted, final, padding))
+        if not found:
+            _refuse_shared(inner, calls)
     return found
+
+
+def _refuse_shared(model: nn.Module, calls: dict[nn.Module, _Call]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(
+            calls[b].times > 1 for b in module if b in calls
+        ):
+            raise UnknownFamilyError(
+                f"{type(model).__name__} runs the blocks of {name!r} more than once in a pass, as "
+                f"several layers share their weights, so what a block reads is no one place"
+            )
 
 
 def _last_norm(

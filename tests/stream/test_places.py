@@ -6,8 +6,8 @@ import pytest
 import torch
 from models_for_tests import HEADS, LAYERS, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from zoo_for_tests import TWO_STACKS, build_tiny
 from zoo_for_tests import WIDTH as ZOO_WIDTH
-from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, Site, intervene
@@ -22,11 +22,11 @@ from lrqp_torch.errors import (
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
 
-TWO_STACKS = {
-    "BartForConditionalGeneration": {},
-    "MBartForConditionalGeneration": {},
-    "T5ForConditionalGeneration": {},
-}
+FEW = (
+    "BartForConditionalGeneration",
+    "MBartForConditionalGeneration",
+    "T5ForConditionalGeneration",
+)
 STACKS = ("encoder", "decoder")
 TOKEN = 2
 
@@ -38,7 +38,7 @@ def two_texts(seed: int = 0) -> dict[str, Tensor]:
 
 
 def tiny(name: str) -> Any:
-    model = build_tiny(name, **TWO_STACKS.get(name, {}))
+    model = build_tiny(name)
     model.generation_config.update(decoder_start_token_id=0, eos_token_id=None, pad_token_id=0)
     return model
 
@@ -63,7 +63,7 @@ def test_mid_is_a_cut_of_both_stacks_and_behind_cross_attention(name: str, stack
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TWO_STACKS)
+@pytest.mark.parametrize("name", FEW)
 def test_sites_of_a_stack_are_what_transformers_says_of_it(name: str) -> None:
     model, inputs = tiny(name), two_texts()
     output = model(**inputs, output_hidden_states=True)
@@ -79,7 +79,7 @@ def test_sites_of_a_stack_are_what_transformers_says_of_it(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TWO_STACKS)
+@pytest.mark.parametrize("name", FEW)
 def test_positions_count_the_tokens_of_the_sites_own_stack(name: str) -> None:
     model, inputs = tiny(name), two_texts()
     sites = ["encoder.L1.mid", "decoder.L1.mid"]
@@ -110,7 +110,7 @@ def test_positions_count_the_tokens_of_the_sites_own_stack(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TWO_STACKS)
+@pytest.mark.parametrize("name", FEW)
 def test_the_encoder_is_edited_once_in_generation_and_the_decoder_token_by_token(name: str) -> None:
     model, inputs = tiny(name), two_texts()
     inputs.pop("decoder_input_ids")
