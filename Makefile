@@ -1,10 +1,10 @@
 # Needs only Python >= 3.11 and make; everything else goes into .venv/ here.
 PYTHON ?= python3
-VENV := .venv
+# Another interpreter, as in `make test PYTHON=python3.13`, has an environment of its own.
+VENV := .venv$(if $(filter command,$(firstword $(origin PYTHON))),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
-DOCUMENTED := lrqp_torch $(addprefix lrqp_torch.,errors probes qp stream edits baselines learn sensitivity distributed study tasks plot ioi models)
 # The versions of transformers that `make test-matrix` runs the tests of the stream against.
 TRANSFORMERS := $(shell sed -n 's/^TESTED_TRANSFORMERS = //p' lrqp_torch/stream/__init__.py | tr -d '(),"')
 NEWEST := $(lastword $(TRANSFORMERS))
@@ -16,7 +16,7 @@ SHORT := $(addprefix tests/stream/test_,generation.py passes.py replay.py tail.p
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-newest test-kernel lint bench docs clean
+.PHONY: help demo test test-matrix test-newest test-kernel lint bench docs notebooks clean
 
 help:
 	@echo "make demo         run the study on the bundled model; then open results/organism/report.html"
@@ -26,7 +26,9 @@ help:
 	@echo "make test-kernel  run those of the GPU kernel, through an interpreter where there is no GPU"
 	@echo "make lint         check style, format, types and who imports whom"
 	@echo "make bench        run the benchmarks at a small size"
-	@echo "make docs         build the API reference into site/"
+	@echo "make docs         build the site of pages, notebooks and API into site/, links checked; then"
+	@echo "                  python -m http.server --directory site"
+	@echo "make notebooks    run the notebooks of docs/ anew, and keep their outputs"
 	@echo "make clean        remove the environment, the results and all caches"
 
 # torch is installed first and alone, so that a wheel which is already at hand (for example one
@@ -79,9 +81,16 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module --small; done
 
-docs: $(STAMP)
-	$(BIN)/pdoc --docformat google --math --output-directory site $(DOCUMENTED)
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --clean --config-file docs/site/mkdocs.yml
+
+notebooks: $(STAMP)
+	$(BIN)/python docs/notebooks/make.py
 
 clean:
-	rm -rf $(VENV) $(MATRIX) results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-* results site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -81,7 +81,7 @@ def test_a_task_of_ones_own_takes_ten_minutes() -> None:
 def notebooks() -> Any:
     for package in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(package, reason="notebooks need nbclient and ipykernel")
-    spec = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
+    spec = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks" / "make.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,7 +90,7 @@ def notebooks() -> Any:
 
 @pytest.mark.parametrize("page", ["tutorial", "own_task"])
 def test_a_notebook_is_its_page_and_keeps_its_outputs(page: str) -> None:
-    kept = json.loads((DOCS / f"{page}.ipynb").read_text(encoding="utf-8"))
+    kept = json.loads((DOCS / "notebooks" / f"{page}.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in kept["cells"] if cell["cell_type"] == "code"]
     assert ["".join(cell["source"]) for cell in code] == [block.strip() for block in blocks(page)]
     outputs = [output for cell in code for output in cell["outputs"]]

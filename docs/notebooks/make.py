@@ -1,7 +1,7 @@
-"""Makes the notebooks of this folder from its pages, runs them, and keeps what they print and draw.
+"""Makes notebooks of pages of the folder above, runs them, and keeps what they print and draw.
 
-    python docs/notebooks.py            # all of them
-    python docs/notebooks.py own_task
+    python docs/notebooks/make.py            # all of them
+    python docs/notebooks/make.py own_task
 
 Needs nbclient and ipykernel. A page's text becomes cells of text, its blocks of Python cells of
 code. Of figures the picture is kept, which can be seen where no script runs.
@@ -21,6 +21,7 @@ def made_of(page: Path) -> Any:
     import nbformat
 
     parts = re.split(r"```python\n(.*?)```\n", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    parts[::2] = [re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](../\1)", part) for part in parts[::2]]
     make = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)
     cells = [make[index % 2](part.strip()) for index, part in enumerate(parts) if part.strip()]
     for number, cell in enumerate(cells):
@@ -55,7 +56,7 @@ def main(names: list[str]) -> None:
     import nbformat
 
     for name in names:
-        notebook = run(made_of(HERE / f"{name}.md"), HERE)
+        notebook = run(made_of(HERE.parent / f"{name}.md"), HERE)
         path = HERE / f"{name}.ipynb"
         nbformat.write(notebook, path)
         print(f"{path.name}: {path.stat().st_size:,} bytes")
