@@ -320,7 +320,10 @@ def as_classes(classes: Any, name: str) -> Tensor:
 
 def check_class_shape(classes: Tensor, batch: int, name: str) -> None:
     """Raise :class:`TargetError` unless ``classes`` is (batch,) integer."""
-    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
+    dtype = classes.dtype
+    if dtype != torch.int64 and (
+        dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+    ):
         raise TargetError(
             f"{name} must hold integer class numbers, got {classes.dtype}; use .long()"
         )
@@ -330,10 +333,21 @@ def check_class_shape(classes: Tensor, batch: int, name: str) -> None:
         )
 
 
+FEW = 64
+"""So few numbers are looked at faster as a list."""
+
+
 def check_classes(classes: Tensor, batch: int, n_classes: int, name: str) -> None:
     """Raise :class:`TargetError` unless ``classes`` is (batch,) integer within [0, K)."""
     check_class_shape(classes, batch, name)
-    if not batch or (int(classes.min()) >= 0 and int(classes.max()) < n_classes):
+    if not batch:
+        return
+    if batch <= FEW:
+        numbers = classes.tolist()
+        least, most = min(numbers), max(numbers)
+    else:
+        least, most = int(classes.min()), int(classes.max())
+    if least >= 0 and most < n_classes:
         return
     outside = (classes < 0) | (classes >= n_classes)
     where = outside.nonzero().flatten()[:5].tolist()
@@ -367,14 +381,15 @@ def place_classes(
         TargetError: they are not (batch,) integers or one, or are seen to be out of range.
     """
     single = isinstance(classes, int) and not isinstance(classes, bool)
+    if single and 0 <= classes < n_classes:
+        # A fill needs no copy from the host, for which a GPU would stop.
+        return torch.full((batch,), classes, device=device), None
     tensor = as_classes(classes, name)
     if tensor.ndim == 0:
         tensor = tensor.expand(batch)
     if readable(tensor):
         check_classes(tensor, batch, n_classes, name)
-        # A fill needs no copy from the host, for which a GPU would stop.
-        filled = torch.full((batch,), classes, device=device) if single else tensor.to(device)
-        return filled.long(), None
+        return tensor.to(device).long(), None
     check_class_shape(tensor, batch, name)
     inside = (tensor >= 0) & (tensor < n_classes)
     return tensor.clamp(0, n_classes - 1).to(device).long(), inside.to(device)

@@ -50,7 +50,7 @@ def skipped(solution: Found, x: Tensor, on_infeasible: str) -> Found:
 
 
 def judged(
-    edit: "Edit[Any]", solution: Found, x: Tensor, target: Tensor, examples: Tensor | None
+    edit: "Edit[Any]", solution: Found, x: Tensor, target: Tensor | int, examples: Tensor | None
 ) -> Found:
     """The solution, unless examples did not reach their target and are not to be skipped.
 
@@ -60,21 +60,25 @@ def judged(
         edit: what was applied.
         solution: what came of it.
         x: activations, (B, d).
-        target: what was asked for, (B,) or (B, V).
+        target: what was asked for, (B,) or (B, V), or one for all.
         examples: what the rows are called in messages, (B,); default 0, 1, ….
 
     Raises:
         NonFiniteError, InfeasibleError, SolverError: as :func:`raise_failures`.
     """
     status = solution.status
-    if not concrete(status) or bool((status <= worst_allowed(edit.on_infeasible)).all()):
+    if not concrete(status):
         return solution
+    if not status.numel() or int(status.max()) <= worst_allowed(edit.on_infeasible):
+        return solution
+    asked = torch.as_tensor(target, device=x.device)
+    asked = asked.expand(len(x)) if asked.ndim == 0 else asked
     check_finite(x)
     raise_failures(
         edit,
         status,
         names=torch.arange(len(x), device=x.device) if examples is None else examples,
-        target=target,
+        target=asked,
         floor=solution.floor.detach(),
         reached=solution.log_odds_after.detach(),
         residual=solution.kkt_residual.detach(),

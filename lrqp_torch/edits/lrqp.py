@@ -192,8 +192,7 @@ class LRQP(Edit[Classes]):
         check_activations(x, self.probe.width)
         geometry = self.geometry(x.device)
         solution = self._attempt(x, target, source, realise, geometry, asked=asked)
-        classes = torch.as_tensor(target, device=x.device).expand(len(x))
-        return judged(self, solution, x, classes, examples)
+        return judged(self, solution, x, target, examples)
 
     def propose(
         self,

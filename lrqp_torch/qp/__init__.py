@@ -5,6 +5,7 @@ cvxpy and cvxpylayers are loaded only when a layer of theirs is asked for.
 
 from typing import TYPE_CHECKING, Any
 
+from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import GeometryCache, ProbeGeometry
 from lrqp_torch.qp.odds import ODDS, Odds
 from lrqp_torch.qp.problem import Floor, MahalanobisQP
@@ -25,6 +26,7 @@ __all__ = [
     "GeometryCache",
     "MahalanobisQP",
     "Odds",
+    "OddsRule",
     "ProbeGeometry",
     "Realise",
     "Solution",

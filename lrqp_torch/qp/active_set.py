@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import concrete
+from lrqp_torch.qp import native
 from lrqp_torch.qp.constraints import ClassConstraints, Constraints
 from lrqp_torch.qp.implicit import active_multipliers
 from lrqp_torch.qp.pivots import find_active_sets
-from lrqp_torch.qp.solution import unit_scale
 
 
 @dataclass(frozen=True)
@@ -90,43 +90,22 @@ def solve_dual(
         sets, case = constraints.table
         tabled: DualSolution = sets.solve(case, gap)
         return tabled
-    scale = unit_scale(constraints.diagonal, constraints.noise)
-    unit, impossible = unit_gap(gap, scale)
     if isinstance(constraints, ClassConstraints):
-        matrix, target = constraints.squared.detach(), constraints.target
+        matrix, noise = constraints.squared.detach(), constraints.spread
+        target = constraints.target
     else:
-        matrix, target = constraints.gram.detach(), torch.zeros_like(gap[:, 0], dtype=torch.long)
+        matrix, noise = constraints.gram.detach(), constraints.noise
+        target = torch.zeros_like(gap[:, 0], dtype=torch.long)
     max_pivots = 20 * gap.shape[-1] + 50 if max_pivots is None else max_pivots
-    tensors = matrix, target, scale, scale * constraints.noise, unit
-    if concrete(unit) and not torch._C._functorch.is_functorch_wrapped_tensor(unit):
-        found = find_active_sets(*tensors, 0, max_pivots)
+    tensors = matrix, noise, target, gap
+    if concrete(gap) and not torch._C._functorch.is_functorch_wrapped_tensor(gap):
+        found = _find(*tensors, 0, max_pivots)
     else:
         # An operator of its own, so that transforms and compiled graphs see one step instead of a
         # loop whose length depends on the numbers.
         found = pivot(*tensors, gap.shape[-1], max_pivots)
     index, inverse, feasible, converged = found
-    own = torch.nn.functional.pad(scale, (0, 1)).gather(-1, index)
-    return DualSolution(
-        index=index,
-        held=index < gap.shape[-1],
-        inverse=inverse * own.unsqueeze(-1) * own.unsqueeze(-2),
-        feasible=feasible & ~impossible,
-        converged=converged,
-    )
-
-
-def unit_gap(gap: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaps of constraints of unit length, (B, m), of which the largest is 1 if any is positive.
-
-    A constraint without length does not depend on the activation: it holds already, or never will.
-    It comes back as −∞; and so do all of an example that can never be solved, which are returned
-    second, (B,).
-    """
-    empty = scale == 0
-    impossible = (empty & (gap > 0)).any(-1)
-    unit = torch.where(empty | impossible.unsqueeze(-1), -torch.inf, gap * scale)
-    largest = unit.amax(-1, keepdim=True)
-    return torch.where(largest > 0, unit / largest, unit), impossible
+    return DualSolution(index, index < gap.shape[-1], inverse, feasible, converged)
 
 
 Pivoted = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -134,36 +113,23 @@ Pivoted = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("lrqp_torch::pivot", mutates_args=())
 def pivot(
-    matrix: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    error: Tensor,
-    gap: Tensor,
-    slots: int,
-    max_pivots: int,
+    matrix: Tensor, noise: Tensor, target: Tensor, gap: Tensor, slots: int, max_pivots: int
 ) -> Pivoted:
     """:func:`~.pivots.find_active_sets` as an operator, which is not differentiable."""
-    return find_active_sets(matrix, target, scale, error, gap, slots, max_pivots)
+    return _find(matrix, noise, target, gap, slots, max_pivots)
+
+
+def _find(*given: Any) -> Pivoted:
+    compiled = given[0].device.type == "cpu" and native.library() is not None
+    return native.find_active_sets(*given) if compiled else find_active_sets(*given)
 
 
 @pivot.register_fake
-def _(
-    matrix: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    error: Tensor,
-    gap: Tensor,
-    slots: int,
-    max_pivots: int,
-) -> Pivoted:
+def _(matrix: Tensor, noise: Tensor, target: Tensor, gap: Tensor, slots: int, *_: int) -> Pivoted:
     batch = gap.shape[0]
-    yes_or_no = gap.new_empty(batch, dtype=torch.bool)
-    return (
-        gap.new_empty(batch, slots, dtype=torch.long),
-        gap.new_empty(batch, slots, slots),
-        yes_or_no,
-        torch.empty_like(yes_or_no),
-    )
+    index = gap.new_empty(batch, slots, dtype=torch.long)
+    verdicts = gap.new_empty(2, batch, dtype=torch.bool)
+    return index, gap.new_empty(batch, slots, slots), verdicts[0].clone(), verdicts[1].clone()
 
 
 @pivot.register_vmap
@@ -171,14 +137,14 @@ def _(
     info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Under vmap the mapped dimension joins the batch; unless each has classes of its own."""
-    matrix, *others = (
+    tensors = [
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(arguments[:5], in_dims[:5], strict=True)
-    )
-    shared = matrix.ndim == 3
-    if shared and in_dims[0] is not None:
-        each = [pivot(*own, *arguments[5:]) for own in zip(matrix, *others, strict=True)]
+        for tensor, dim in zip(arguments[:4], in_dims[:4], strict=True)
+    ]
+    shared = tensors[0].ndim == 3
+    if shared and not in_dims[0] is in_dims[1] is None:
+        each = [pivot(*own, *arguments[4:]) for own in zip(*tensors, strict=True)]
         return tuple(torch.stack(part) for part in zip(*each, strict=True)), (0,) * 4
-    matrix = arguments[0] if shared else matrix.flatten(0, 1)
-    outputs = pivot(matrix, *(tensor.flatten(0, 1) for tensor in others), *arguments[5:])
+    flat = [tensor.flatten(0, 1) for tensor in tensors]
+    outputs = pivot(*(arguments[:2] if shared else flat[:2]), *flat[2:], *arguments[4:])
     return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0,) * 4

@@ -122,19 +122,29 @@ class ClassConstraints:
     Attributes:
         squared: D, (K, K).
         steering: the same in Σ², (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s.
+        spread: rounding error of D, (K, K).
+        lengths: ‖w_k − w_l‖, (K, K).
         target: t, (B,).
         other: the classes other than the target, ascending, (B, m).
-        noise: see :class:`Constraints`.
-        length: see :class:`Constraints`.
     """
 
     squared: Tensor
     steering: tuple[Tensor, Tensor]
+    spread: Tensor
+    lengths: Tensor
     target: Tensor
     other: Tensor
-    noise: Tensor
-    length: Tensor
     table: None = None
+
+    @property
+    def noise(self) -> Tensor:
+        """See :class:`Constraints`."""
+        return self._of(self.spread)
+
+    @property
+    def length(self) -> Tensor:
+        """See :class:`Constraints`."""
+        return self._of(self.lengths)
 
     @property
     def gram(self) -> Tensor:
@@ -145,7 +155,7 @@ class ClassConstraints:
     @property
     def diagonal(self) -> Tensor:
         """See :class:`Constraints`."""
-        return self.squared.detach()[self.target].gather(-1, self.other)
+        return self._of(self.squared.detach())
 
     def apply(self, multipliers: Tensor) -> Tensor:
         """See :class:`Constraints`."""
@@ -168,11 +178,15 @@ class ClassConstraints:
         return ClassConstraints(
             self.squared,
             self.steering,
+            self.spread,
+            self.lengths,
             self.target[rows],
             self.other[rows],
-            self.noise[rows],
-            self.length[rows],
         )
+
+    def _of(self, pairs: Tensor) -> Tensor:
+        """Of pairs of classes, (K, K), those of each example's target with the others, (B, m)."""
+        return pairs.index_select(0, self.target).gather(-1, self.other)
 
     def _apply(self, squared: Tensor, multipliers: Tensor) -> Tensor:
         every = multipliers.new_zeros(len(multipliers), len(squared))

@@ -61,6 +61,11 @@ class OddsRule:
     target: Tensor
     source: Tensor | None = None
 
+    def of(self, rows: slice) -> "OddsRule":
+        """That of a slice of the batch."""
+        source = None if self.source is None else self.source[rows]
+        return replace(self, target=self.target[rows], source=source)
+
     def __call__(self, margins: Tensor, rows: slice = slice(None)) -> Tensor:
         """Log α, (b,), from the margins z_t − z_ℓ of a slice of the batch, (b, K−1)."""
         floor = self.log_odds.to(margins.device).expand(len(margins))

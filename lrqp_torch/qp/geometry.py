@@ -1,6 +1,7 @@
 """What the edit needs to know of a probe and a metric, computed once for all activations."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from lrqp_torch.qp.constraints import (
     DenseConstraints,
     other_classes,
 )
+from lrqp_torch.qp.native import Shared
 from lrqp_torch.qp.projection import project
 from lrqp_torch.qp.table import ActiveSets
 
@@ -180,6 +182,12 @@ class ProbeGeometry:
             weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets
         )
 
+    @cached_property
+    def shared(self) -> Shared:
+        """What compiled solves need of it."""
+        pairs = self.squared, self.noise, self.length, self.stretch[0]
+        return Shared.of(*pairs, *self.rows, unit=float(self.stretch[1]))
+
     @property
     def n_classes(self) -> int:
         """K."""
@@ -209,10 +217,10 @@ class ProbeGeometry:
             moved = stretch.unsqueeze(-1), self.stretch[1]
             return DenseConstraints(gram.unsqueeze(-1), noise, length, moved)
         other = other_classes(target, self.n_classes, target.device)
-        noise = self.noise.index_select(0, target).gather(-1, other)
-        length = self.length.index_select(0, target).gather(-1, other)
+        pairs = self.noise, self.length
         if self.gram is None:
-            return ClassConstraints(self.squared, self.stretch, target, other, noise, length)
+            return ClassConstraints(self.squared, self.stretch, *pairs, target, other)
+        noise, length = (part.index_select(0, target).gather(-1, other) for part in pairs)
         return DenseConstraints(
             gram=self.gram[0].index_select(0, target),
             noise=noise,
@@ -228,9 +236,18 @@ class ProbeGeometry:
     def margins(self, x: Tensor, target: Tensor) -> Tensor:
         """z_t − z_ℓ for the other classes ℓ in ascending order, (B, K−1), float64."""
         if self.n_classes == 2:
-            return project(x, *self.rows[:2]) * (1 - 2 * target).unsqueeze(-1)
-        logits = self.logits(x)
-        other = other_classes(target, self.n_classes, x.device)
+            return self.differences(self.read(x), target)
+        return self.differences(self.read(x), target)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Logits, (B, K); of two classes their difference, (B, 1): what margins come from."""
+        return project(x, *self.rows[:2])
+
+    def differences(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The margins from logits, (B, K); of two classes from their difference, (B, 1)."""
+        if self.n_classes == 2:
+            return logits * (1 - 2 * target).unsqueeze(-1)
+        other = other_classes(target, self.n_classes, logits.device)
         return logits.gather(-1, target.unsqueeze(-1)) - logits.gather(-1, other)
 
     def displace(
@@ -250,6 +267,13 @@ class ProbeGeometry:
             )
             total = multipliers.sum(-1, keepdim=True)
             coefficients = coefficients.scatter(-1, target.unsqueeze(-1), total)
+        return self.add(x, coefficients, moved)
+
+    def add(self, x: Tensor, coefficients: Tensor, moved: Tensor | None = None) -> Tensor:
+        """The point x + c (WΣ), (B, d), for class coefficients c, (B, K); see :meth:`displace`.
+
+        Of two classes c is that of their one difference, (B, 1).
+        """
         if moved is None or x.dtype == torch.float64 or not self._narrows(x):
             return _added(x.double(), coefficients, self.rows[2])
         length, unit = self.narrow
@@ -327,20 +351,21 @@ class GeometryCache:
         self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
     ) -> ProbeGeometry:
         """The geometry on a device. On a GPU this waits for the device; :meth:`peek` does not."""
-        given = weight.to(device), bias.to(device), covariance
+        given = weight.to(device), bias.to(device)
         if _needs_graph(weight, bias, covariance):
-            return ProbeGeometry.build(*given[:2], covariance.to(device))
+            return ProbeGeometry.build(*given, covariance.to(device))
         kept = self._kept
         # The probe is small enough to compare by value, which sees every way of changing it:
         # .data, .double() and the like leave no trace in a tensor's version.
-        same = (
+        if (
             kept is not None
             and kept.covariance is covariance
             and kept.mark == _mark(covariance, device)
             and _same(kept.weight, given[0])
             and _same(kept.bias, given[1])
-        )
-        return kept.geometry if kept is not None and same else self._build(*given, device)
+        ):
+            return kept.geometry
+        return self._build(*given, covariance, device)
 
     def peek(
         self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device

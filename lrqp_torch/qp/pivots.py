@@ -16,6 +16,7 @@ from torch import Tensor
 from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.solution import unit_scale
 
 # A Schur complement below this share of its diagonal entry means that the entering constraint
 # depends linearly on the active ones. Well above the rounding of a pivot (1e-16), well below
@@ -196,33 +197,58 @@ class _Results:
 
 
 def find_active_sets(
+    matrix: Tensor, noise: Tensor, target: Tensor, gap: Tensor, slots: int, max_pivots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The constraints that bind in each problem, and what proves it.
+
+    Args:
+        matrix: M of each problem, (n, m, m); or squared distances of classes, (K, K).
+        noise: rounding error of M's diagonal, (n, m); or of the distances, (K, K).
+        target: (n,), where there are classes.
+        gap: g, (n, m).
+        slots: c, or 0 for as many as are needed.
+        max_pivots: at most.
+
+    Returns:
+        The constraints (n, c), m where a slot is empty; M_AA⁻¹ of these, (n, c, c); feasible and
+        converged, (n,).
+    """
+    batch, m = gap.shape
+    classes = matrix.ndim == 2
+    if classes:
+        other = other_classes(target, m + 1, gap.device)
+        diagonal = matrix.index_select(0, target).gather(1, other)
+        noise = noise.index_select(0, target).gather(1, other)
+    else:
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    scale = unit_scale(diagonal, noise)
+    error = scale * noise
+    unit, impossible = unit_gap(gap, scale)
+    if fused.serves(gap, m + 1):
+        if classes:
+            among = matrix[other[:, :, None], other[:, None]]
+            matrix = (diagonal.unsqueeze(2) + diagonal.unsqueeze(1) - among) / 2
+        found = fused.active_sets(matrix, scale, error, unit, max_pivots)
+    else:
+        found = _in_batches(matrix, target, scale, error, unit, slots, max_pivots)
+    columns, inverse, feasible, converged = found
+    own = torch.nn.functional.pad(scale, (0, 1)).gather(-1, columns)
+    inverse = inverse * own.unsqueeze(-1) * own.unsqueeze(-2)
+    return columns, inverse, feasible & ~impossible, converged
+
+
+def _in_batches(
     matrix: Tensor,
     target: Tensor,
     scale: Tensor,
     error: Tensor,
-    gap: Tensor,
+    unit: Tensor,
     slots: int,
     max_pivots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Constraints (n, c), m where a slot is empty; inverse (n, c, c); feasible and converged, (n,).
-
-    Args:
-        matrix: M of each problem, (n, m, m); or squared distances of classes, (K, K).
-        target: (n,), where there are classes.
-        scale: 1/√M_ii, 0 for a constraint without length, (n, m).
-        error: scale times the rounding error of M_ii, (n, m).
-        gap: in units, −∞ for a constraint that holds whatever is done, (n, m).
-        slots: c, or 0 for as many as are needed.
-        max_pivots: at most.
-    """
-    batch, m = gap.shape
-    classes = matrix.ndim == 2
-    if fused.serves(gap, m + 1):
-        if classes:
-            other = other_classes(target, m + 1, gap.device)
-            own, among = matrix[target].gather(1, other), matrix[other[:, :, None], other[:, None]]
-            matrix = (own.unsqueeze(2) + own.unsqueeze(1) - among) / 2
-        return fused.active_sets(matrix, scale, error, gap, max_pivots)
+    """The same in torch, for gaps in units; the inverse is in units too."""
+    batch, m = unit.shape
+    classes, gap = matrix.ndim == 2, unit
     results = _Results(batch, m + classes, gap)
     chunk = max(1, CHUNK_NUMBERS // ((m + 1) * (1 if classes else m + 1)))
     for index in torch.arange(batch, device=gap.device).split(chunk):
@@ -232,13 +258,27 @@ def find_active_sets(
             problems = _Classes.of(matrix, target[index], *parts)
         else:
             problems = _Dense.of(matrix[index], *parts)
-        wide = problems.widen(gap[index], -torch.inf)
+        wide = problems.widen(unit[index], -torch.inf)
         wide[:, -1] = 0.0
         _pivot(problems, index, wide, results, slots, max_pivots)
     columns, inverse = results.assembled(slots)
     if classes:
         columns = columns - (columns > target.unsqueeze(1)).long()
     return columns, inverse, results.feasible, results.converged
+
+
+def unit_gap(gap: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gaps of constraints of unit length, (B, m), of which the largest is 1 if any is positive.
+
+    A constraint without length does not depend on the activation: it holds already, or never will.
+    It comes back as −∞; and so do all of an example that can never be solved, which are returned
+    second, (B,).
+    """
+    empty = scale == 0
+    impossible = (empty & (gap > 0)).any(-1)
+    unit = torch.where(empty | impossible.unsqueeze(-1), -torch.inf, gap * scale)
+    largest = unit.amax(-1, keepdim=True)
+    return torch.where(largest > 0, unit / largest, unit), impossible
 
 
 def _pivot(
@@ -533,3 +573,50 @@ class _Alone:
         self.inverse, self.rows = inverse[stay][:, stay], self.rows[stay]
         self.held, self.entering = [c for i, c in enumerate(self.held) if i != slot], q
         self.multipliers = self.multipliers[stay]
+
+
+def solve_alone(
+    squared: Array, target: int, others: Any, diagonal: Array, noise: Array, gap: Array
+) -> tuple[Array, Array, float, float] | None:
+    """One problem of classes: constraints that bind, their λ, the KKT residual, and λᵀMλ.
+
+    None where it has no solution.
+
+    Args:
+        squared: distances of classes, (K, K).
+        target: t.
+        others: the other classes, (m,).
+        diagonal: of M, (m,).
+        noise: rounding error of it, (m,).
+        gap: g, (m,).
+    """
+    empty = diagonal <= noise
+    if (empty & (gap > 0)).any():
+        return None
+    scale = np.where(empty, 0.0, 1 / np.sqrt(np.where(empty, 1.0, diagonal)))
+    unit = gap * scale
+    largest = unit.max()
+    if len(gap) == 1:
+        held, rate, grown = np.zeros(1, dtype=int), unit, unit
+    else:
+        aim = np.where(empty, -np.inf, unit / largest if largest > 0 else unit)
+
+        def row_of(column: int) -> Array:
+            far = squared[others[column], others]
+            row: Array = (diagonal + (diagonal[column] - far)) * (scale * (scale[column] / 2))
+            return row
+
+        alone = _Alone(row_of, scale, scale * noise, aim, -aim)
+        alone.run(20 * len(gap) + 50)
+        if not alone.feasible:
+            return None
+        held = np.array(alone.held, dtype=int)
+        rate = alone.inverse @ unit[held]
+        rate = rate + alone.inverse @ (unit[held] - alone.rows[:, held] @ rate)
+        rate = np.maximum(rate, 0.0)
+        grown = rate @ alone.rows
+    length = float(rate @ grown[held])
+    tiny = np.finfo(float).tiny
+    short = np.where(empty, 0.0, (unit - grown) / (max(largest, tiny) + np.abs(unit)))
+    balance = abs(float(rate @ (grown - unit)[held])) / max(abs(length), tiny)
+    return held, rate * scale[held], max(float(short.max()), balance), length

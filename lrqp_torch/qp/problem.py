@@ -14,7 +14,7 @@ from lrqp_torch.errors import (
     readable,
     require_concrete,
 )
-from lrqp_torch.qp import fused
+from lrqp_torch.qp import direct, fused
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
@@ -150,7 +150,8 @@ class MahalanobisQP(nn.Module):
         chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type
-        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        off = kind == "meta" or not torch.is_autocast_enabled(kind)
+        with nullcontext() if off else torch.autocast(kind, enabled=False):
             if realise is not None or len(x) <= max(1, chunk):
                 return self._solve(x, target, floor, geometry, realise, slice(0, len(x)))
             return join(
@@ -179,6 +180,19 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
         rows: slice,
     ) -> Solution:
+        if (
+            type(self.solver) is ActiveSet
+            and isinstance(log_odds, Tensor | OddsRule)
+            and isinstance(geometry, ProbeGeometry)
+            and direct.serves(x, log_odds, geometry, realise)
+        ):
+            mine = log_odds.of(rows) if isinstance(log_odds, OddsRule) else log_odds[rows]
+            tolerance = self.solver.tolerance
+            found = direct.solve(x, choice, mine, geometry, realise, tolerance)
+            if found is not None:
+                return found
+        if readable(choice):
+            geometry.check(choice, len(x))
         margins = geometry.margins(x, choice)
         floor = log_odds[rows] if isinstance(log_odds, Tensor) else log_odds(margins, rows)
         if self.solver.looks is not None:
@@ -250,8 +264,6 @@ class MahalanobisQP(nn.Module):
                 f"{geometry.n_constraints + 1}"
             )
         check_activations(x, geometry.width)
-        if readable(choice):
-            geometry.check(choice, len(x))
         if callable(log_odds):
             return log_odds
         if not isinstance(log_odds, Tensor):

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from lrqp_torch.errors import readable
+from lrqp_torch.errors import in_transforms, readable
+from lrqp_torch.qp import native
 
 # From so many numbers on, a float64 copy of the activations takes longer than the product: the
 # allocator returns buffers of megabytes to the system and asks for them anew in every call.
@@ -23,22 +23,22 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: W, (K, d), float64.
         bias: b, (K,), float64.
     """
-    if is_large(x) and not weight.requires_grad:
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return in_blocks(x, weight) + bias
-        product: Tensor = _InBlocks.apply(x, weight)  # type: ignore[no-untyped-call]
-        return product + bias
-    return torch.nn.functional.linear(x.double(), weight, bias)
+    if weight.requires_grad or bias.requires_grad or not (readable(x) and readable(weight)):
+        return torch.nn.functional.linear(x.double(), weight, bias)
+    if in_transforms() or torch.autograd.forward_ad._current_level >= 0:
+        return torch.nn.functional.linear(x.double(), weight, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        product: Tensor = _Reading.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return product
+    return _read(x, weight, bias)
 
 
-def is_large(x: Tensor) -> bool:
-    """Whether activations are worth taking in blocks: many, on the CPU, outside transforms."""
-    return (
-        x.numel() >= LARGE
-        and readable(x)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and unpack_dual(x).tangent is None
-    )
+def _read(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.dtype in native.KINDS and native.library() is not None:
+        return native.read(x, weight, bias)
+    if x.numel() < LARGE:
+        return torch.nn.functional.linear(x.double(), weight, bias)
+    return in_blocks(x, weight) + bias
 
 
 @torch.no_grad()
@@ -57,22 +57,22 @@ def in_blocks(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-class _InBlocks(torch.autograd.Function):
-    """The product x Wᵀ for W constant; gradients in the dtype of x, as they are stored."""
+class _Reading(torch.autograd.Function):
+    """The product x Wᵀ + b for W and b constant; gradients in x's dtype, as they are stored."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return in_blocks(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _read(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight = inputs
+        x, weight, _ = inputs
         ctx.dtype = x.dtype
         ctx.save_for_backward(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         # Half precision sums would lose what the conversion to it keeps.
         dtype = torch.promote_types(ctx.dtype, torch.float32)
-        return (gradient.to(dtype) @ weight.to(dtype)).to(ctx.dtype), None
+        return (gradient.to(dtype) @ weight.to(dtype)).to(ctx.dtype), None, None

@@ -49,12 +49,7 @@ class Headroom:
     @classmethod
     def of(cls, x: Tensor, length: Tensor) -> "Headroom":
         """That of activations x, (B, d), in their own dtype."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=dtype).double()
-        if readable(x) and not bool(torch.isfinite(size.sum())):
-            # The squares overflowed.
-            size = torch.linalg.vector_norm(x.detach().double(), dim=-1, keepdim=True)
-        return cls(torch.finfo(x.dtype).eps, length.detach(), size, x.shape[-1])
+        return cls(torch.finfo(x.dtype).eps, length.detach(), sizes(x), x.shape[-1])
 
     def rows(self, rows: Rows) -> "Headroom":
         """That of some of the examples."""
@@ -99,6 +94,17 @@ class Headroom:
         enough = self.length * torch.maximum(self.precision * size, 4 * error)
         worst = short.amax(-1, keepdim=True)
         return torch.where(worst > 0, torch.maximum(raised + 4 * worst, enough), raised)
+
+
+def sizes(x: Tensor) -> Tensor:
+    """‖x‖ of activations, (B, 1), float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm
+    size: Tensor = norm(x.detach(), dim=-1, keepdim=True, dtype=dtype).double()
+    if readable(x) and not bool(torch.isfinite(size.sum())):
+        # The squares overflowed.
+        size = norm(x.detach().double(), dim=-1, keepdim=True)
+    return size
 
 
 @dataclass(frozen=True)

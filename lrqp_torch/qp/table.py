@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqp_torch.qp.active_set import DualSolution, unit_gap
-from lrqp_torch.qp.pivots import DEPENDENT, SATISFIED
+from lrqp_torch.qp.active_set import DualSolution
+from lrqp_torch.qp.pivots import DEPENDENT, SATISFIED, unit_gap
 from lrqp_torch.qp.solution import unit_scale
 
 # The least violation over all sets is of the order of the gaps where a problem is infeasible, and

@@ -1,0 +1,816 @@
+/* The dual active set of pivots.py, one problem at a time: the same steps, constants and verdicts.
+ *
+ * minimise 1/2 l'Ml - g'l over l >= 0, for many problems; see active_set.py for the method and
+ * native.py for who compiles this and how. Constants come from pivots.py with the compiler's -D.
+ * Everything is float64 and contiguous.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t i64;
+
+/* What problems share. Of classes: squared distances (K, K), from which M follows for each target;
+ * noise, length and stretch likewise; and what logits are read by and edits move along, (R, d) with
+ * R = K, or the one difference of two classes. Else each problem has its own M (B, m, m) and noise. */
+typedef struct {
+    i64 classes; /* K, or 0 */
+    i64 m, width, rows; /* rows: R */
+    const double *matrix, *noise, *length, *stretch, *weight, *bias, *steering;
+    double unit; /* of stretch */
+} Shared;
+
+typedef struct {
+    i64 count, each;        /* problems; floors an example: 1 or m */
+    const i64 *target;
+    const double *margins;  /* (B, m), where there is no x */
+    double *floor;          /* (B, each) */
+    i64 ruled;              /* whether floors come from the odds rule and are written here: */
+    double log_odds;        /* max(belief, log_odds), the belief as far as */
+    i64 mirror;             /* it is mirrored, */
+    const i64 *source;      /* in a class (B), negative or NULL: the one that is read */
+    i64 max_pivots;
+    double *multipliers;    /* (B, m) */
+    double *numbers;        /* (6, B), or NULL to read alone: KKT residual, l'Ml, squared
+                             * Euclidean length, floor, log odds of the strongest rival before, after */
+    i64 *status;            /* (B): see solution.py; without x the verdict bits below */
+    i64 slots;              /* room for the active sets, or 0 */
+    i64 *index;             /* (B, slots), m where a slot is empty */
+    double *inverse;        /* (B, slots, slots) */
+    const void *x;          /* activations (B, d), or NULL */
+    void *result;           /* edited ones (B, d) */
+    const void *base;       /* what the stream adds to scale * (what is written), (B, d), or NULL */
+    double scale;
+    i64 kind, stride, base_stride; /* a Kind; from row to row of x and base */
+    double epsilon;         /* of the dtype */
+    double advance;         /* times length * size + what is missing is aimed higher at first */
+    double tolerance;       /* on the residual of an accurate solve */
+    i64 rounds;
+} Task;
+
+enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
+enum { FRESH, RECOVER, LIVE }; /* where a solve begins */
+enum { UNMOVED, SOLVED, INFEASIBLE, INACCURATE, INVALID }; /* solution.Status */
+
+typedef struct {
+    i64 n, cap; /* columns: constraints, or classes; room for active ones */
+    double *scale, *error, *gap, *unit, *slack, *tolerance, *row, *grown, *start, *raised, *coefficients;
+    double *rows;    /* of the held, (cap, n) */
+    double *inverse; /* (cap, cap) */
+    double *multipliers, *rate, *column, *right;
+    i64 *held, k;
+} Work;
+
+static inline double larger(double old, double other) { return other > old ? other : old; }
+
+static int grow(Work *w, i64 cap) {
+    double *rows = realloc(w->rows, sizeof(double) * cap * w->n);
+    if (rows) w->rows = rows;
+    double *inverse = malloc(sizeof(double) * cap * cap);
+    double *vectors = malloc(sizeof(double) * cap * 4);
+    i64 *held = realloc(w->held, sizeof(i64) * cap);
+    if (held) w->held = held;
+    if (!rows || !inverse || !vectors || !held) {
+        free(inverse);
+        free(vectors);
+        return 0;
+    }
+    for (i64 i = 0; i < w->k; i++)
+        memcpy(inverse + i * cap, w->inverse + i * w->cap, sizeof(double) * w->k);
+    for (i64 part = 0; part < 4 && w->multipliers; part++)
+        memcpy(vectors + part * cap, w->multipliers + part * w->cap, sizeof(double) * w->k);
+    free(w->inverse);
+    free(w->multipliers);
+    w->inverse = inverse;
+    w->multipliers = vectors;
+    w->rate = vectors + cap;
+    w->column = vectors + 2 * cap;
+    w->right = vectors + 3 * cap;
+    w->cap = cap;
+    return 1;
+}
+
+/* Row q of M between constraints of unit length. */
+static void row_of(const Shared *s, const double *own, const Work *w, i64 q, double *restrict row) {
+    const double *restrict scale = w->scale;
+    i64 n = w->n;
+    if (s->classes) {
+        const double *restrict from = s->matrix + q * n;
+        double far = own[q], half = scale[q] / 2;
+        for (i64 j = 0; j < n; j++) row[j] = (own[j] + (far - from[j])) * (scale[j] * half);
+    } else {
+        const double *restrict from = own + q * n;
+        double mine = scale[q];
+        for (i64 j = 0; j < n; j++) row[j] = from[j] * (mine * scale[j]);
+    }
+}
+
+/* rate = inverse column, in the order of pivots.py; returns the curvature 1 - rate column. */
+static double rates(Work *w) {
+    i64 k = w->k;
+    double curvature = 1.0;
+    for (i64 i = 0; i < k; i++) {
+        const double *inverse = w->inverse + i * w->cap;
+        double sum = 0;
+        for (i64 j = 0; j < k; j++) sum += inverse[j] * w->column[j];
+        w->rate[i] = sum;
+        curvature -= sum * w->column[i];
+    }
+    return curvature;
+}
+
+/* The same without what earlier exchanges left of rounding in the inverse. */
+static double checked(Work *w, i64 q) {
+    i64 k = w->k;
+    double curvature = 1.0, size = 1.0;
+    for (i64 i = 0; i < k; i++) {
+        double sum = w->column[i];
+        for (i64 j = 0; j < k; j++) sum -= w->rows[i * w->n + w->held[j]] * w->rate[j];
+        w->right[i] = sum;
+    }
+    double terms = w->scale[q], errors = w->error[q];
+    for (i64 i = 0; i < k; i++) {
+        const double *inverse = w->inverse + i * w->cap;
+        for (i64 j = 0; j < k; j++) w->rate[i] += inverse[j] * w->right[j];
+        double rate = fabs(w->rate[i]);
+        size += rate;
+        terms += rate * w->scale[w->held[i]];
+        errors += rate * w->error[w->held[i]];
+    }
+    for (i64 i = 0; i < k; i++) {
+        double sum = -2 * w->column[i];
+        for (i64 j = 0; j < k; j++) sum += w->rows[i * w->n + w->held[j]] * w->rate[j];
+        curvature += w->rate[i] * sum;
+    }
+    return curvature > EPSILON * size * size + NOISE * terms * errors ? curvature : 0.0;
+}
+
+/* Constraint q, of which row and rate are at hand, joins the active set; 0 without memory. */
+static int join(Work *w, i64 q, double curvature, double multiplier) {
+    i64 k = w->k;
+    if (k == w->cap && !grow(w, 2 * w->cap)) return 0;
+    double share = 1 / curvature;
+    for (i64 i = 0; i < k; i++) {
+        double *inverse = w->inverse + i * w->cap, part = w->rate[i] * share;
+        for (i64 j = 0; j < k; j++) inverse[j] += part * w->rate[j];
+        inverse[k] = w->inverse[k * w->cap + i] = -part;
+    }
+    w->inverse[k * w->cap + k] = share;
+    memcpy(w->rows + k * w->n, w->row, sizeof(double) * w->n);
+    w->held[k] = q;
+    w->multipliers[k] = multiplier;
+    w->k++;
+    return 1;
+}
+
+/* The constraint in a slot leaves it; the last one moves there. */
+static void leave(Work *w, i64 slot) {
+    i64 k = --w->k, cap = w->cap;
+    double *own = w->right;
+    memcpy(own, w->inverse + slot * cap, sizeof(double) * (k + 1));
+    for (i64 i = 0; i <= k; i++) {
+        double *inverse = w->inverse + i * cap, part = own[i] / own[slot];
+        for (i64 j = 0; j <= k; j++) inverse[j] -= part * own[j];
+    }
+    if (slot == k) return;
+    memcpy(w->inverse + slot * cap, w->inverse + k * cap, sizeof(double) * (k + 1));
+    for (i64 i = 0; i < k; i++) w->inverse[i * cap + slot] = w->inverse[i * cap + k];
+    w->inverse[slot * cap + slot] = w->inverse[slot * cap + k];
+    memcpy(w->rows + slot * w->n, w->rows + k * w->n, sizeof(double) * w->n);
+    w->held[slot] = w->held[k];
+    w->multipliers[slot] = w->multipliers[k];
+}
+
+static void begin(Work *w) {
+    w->k = 0;
+    for (i64 j = 0; j < w->n; j++) {
+        w->slack[j] = -w->unit[j];
+        w->tolerance[j] = SATISFIED * (1 + fabs(w->unit[j]));
+    }
+}
+
+/* multipliers = M_AA^-1 right with one step of refinement, right in units. */
+static void solve_active(Work *w, const double *right, double *multipliers) {
+    i64 k = w->k;
+    double *rest = w->right;
+    for (i64 i = 0; i < k; i++) {
+        multipliers[i] = 0;
+        for (i64 j = 0; j < k; j++) multipliers[i] += w->inverse[i * w->cap + j] * right[j];
+    }
+    for (i64 i = 0; i < k; i++) {
+        rest[i] = right[i];
+        for (i64 j = 0; j < k; j++) rest[i] -= w->rows[i * w->n + w->held[j]] * multipliers[j];
+    }
+    for (i64 i = 0; i < k; i++)
+        for (i64 j = 0; j < k; j++) multipliers[i] += w->inverse[i * w->cap + j] * rest[j];
+}
+
+/* z_t - z_l of the other classes, ascending, from logits; of two classes from their difference. */
+static double margin(const Shared *s, i64 target, const double *readings, i64 l) {
+    if (!s->weight) return readings[l];
+    if (s->classes == 2) return target ? -readings[0] : readings[0];
+    return readings[target] - readings[l + (l >= target)];
+}
+
+/* Take the constraints of positive multipliers into the active set, but those that depend on others:
+ * 0 without memory. */
+static int recover(const Shared *s, const double *own, Work *w, const double *start, i64 target) {
+    for (i64 l = 0; l < s->m; l++) {
+        if (!(start[l] > 0)) continue;
+        i64 q = s->classes && l >= target ? l + 1 : l;
+        if (!(w->unit[q] > -INFINITY)) continue;
+        row_of(s, own, w, q, w->row);
+        for (i64 i = 0; i < w->k; i++) w->column[i] = w->row[w->held[i]];
+        double curvature = rates(w);
+        if (curvature < SUSPECT) curvature = checked(w, q);
+        if (curvature > SUSPECT && !join(w, q, curvature, 0)) return 0;
+    }
+    return 1;
+}
+
+/* Multipliers and slacks of the active set that is held. Those below zero leave it, so that it solves
+ * a part of the problem, from which the steps go on. */
+static void settle(Work *w) {
+    while (w->k) {
+        i64 least = 0;
+        for (i64 i = 0; i < w->k; i++) w->column[i] = w->unit[w->held[i]];
+        solve_active(w, w->column, w->multipliers);
+        for (i64 i = 1; i < w->k; i++)
+            if (w->multipliers[i] < w->multipliers[least]) least = i;
+        if (w->multipliers[least] >= 0) break;
+        leave(w, least);
+    }
+    for (i64 i = 0; i < w->k; i++) {
+        const double *restrict row = w->rows + i * w->n;
+        double part = w->multipliers[i];
+        for (i64 j = 0; j < w->n; j++) w->slack[j] += part * row[j];
+    }
+    for (i64 i = 0; i < w->k; i++) w->slack[w->held[i]] = 0;
+}
+
+/* The steps of _Alone.run: verdict bits, or -1 without memory. */
+static int run(const Shared *s, const double *own, Work *w, i64 max_pivots) {
+    i64 n = w->n, entering = -1;
+    double share = 0;
+    for (i64 pivot = 0; pivot <= max_pivots; pivot++) {
+        i64 q = entering;
+        if (q < 0) {
+            double worst = INFINITY;
+            q = 0;
+            for (i64 j = 0; j < n; j++) {
+                double value = w->slack[j] + w->tolerance[j];
+                if (value < worst) worst = value, q = j;
+            }
+            share = 0;
+            if (!(worst < 0)) return FEASIBLE | CONVERGED;
+            row_of(s, own, w, q, w->row);
+        }
+        i64 k = w->k, leaving = -1;
+        for (i64 i = 0; i < k; i++) w->column[i] = w->row[w->held[i]];
+        double curvature = rates(w);
+        if (curvature < SUSPECT) curvature = checked(w, q);
+        double full = curvature > DEPENDENT ? -w->slack[q] / curvature : INFINITY;
+        double block = INFINITY, largest = 0;
+        for (i64 i = 0; i < k; i++) largest = larger(largest, fabs(w->rate[i]));
+        for (i64 i = 0; i < k; i++) {
+            if (!(w->rate[i] > NO_DIRECTION * (1 + largest))) continue;
+            double end = w->multipliers[i] / w->rate[i];
+            if (end < block) block = end, leaving = i;
+        }
+        double step = larger((full < block ? full : block), 0.0);
+        if (step == INFINITY) {
+            /* A ray of the dual, unless what it gains is rounding: then whoever reads back sees. */
+            double sizes = w->tolerance[q];
+            for (i64 i = 0; i < k; i++) sizes += fabs(w->rate[i]) * w->tolerance[w->held[i]];
+            int proven = -w->slack[q] > PROVEN / SATISFIED * sizes;
+            w->unit[q] = -INFINITY;
+            begin(w);
+            entering = -1;
+            if (proven) return CONVERGED;
+            continue;
+        }
+        for (i64 i = 0; i < k; i++) w->multipliers[i] = larger(w->multipliers[i] - step * w->rate[i], 0.0);
+        share += step;
+        double *restrict slack = w->slack;
+        for (i64 j = 0; j < n; j++) slack[j] += step * w->row[j];
+        for (i64 i = 0; i < k; i++) {
+            const double *restrict row = w->rows + i * n;
+            double part = step * w->rate[i];
+            for (i64 j = 0; j < n; j++) slack[j] -= part * row[j];
+        }
+        if (full <= block) {
+            if (!join(w, q, curvature, share)) return -1;
+            entering = -1;
+        } else {
+            leave(w, leaving);
+            entering = q;
+        }
+        for (i64 i = 0; i < w->k; i++) slack[w->held[i]] = 0;
+    }
+    return FEASIBLE;
+}
+
+static double floor_of(const Shared *s, const Task *t, i64 b, const double *readings, double least) {
+    double belief = larger(-least, 0.0);
+    if (!t->mirror) return t->log_odds;
+    if (t->source && t->source[b] >= 0) {
+        i64 source = t->source[b], target = t->target[b];
+        i64 rival = source - (source > target);
+        rival = rival < 0 ? 0 : rival >= s->m ? s->m - 1 : rival;
+        belief = source == target ? 0.0 : -margin(s, target, readings, rival);
+    }
+    return larger(belief, t->log_odds);
+}
+
+/* One problem of a task: solve it and certify. Returns the slots it needs + 1; 0 without memory.
+ *
+ * readings are margins, or logits of an activation of that size; verdict gets the bits above. When
+ * it is asked again, it aims by w->raised and begins with the active set of its multipliers, or with
+ * the one that is still in w. */
+static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const double *readings,
+                     double size, int again, int *verdict) {
+    i64 m = s->m, n = w->n, target = s->classes ? t->target[b] : 0, all = t->count;
+    const double *own = s->matrix + (s->classes ? target * n : b * n * n);
+    const double *noise = s->noise + (s->classes ? target * n : b * n);
+    double *multipliers = t->multipliers + b * m, *numbers = t->numbers + b;
+    double *margins = w->grown, *floors = t->floor + b * t->each;
+    double worst = -INFINITY, total = 0, least = INFINITY;
+    int impossible = 0;
+    for (i64 l = 0; l < m; l++) {
+        margins[l] = margin(s, target, readings, l);
+        if (!(margins[l] >= least)) least = margins[l];
+    }
+    if (t->ruled && !again) floors[0] = floor_of(s, t, b, readings, least);
+    for (i64 l = 0; l < m; l++) {
+        double missing = floors[t->each == 1 ? 0 : l] - margins[l];
+        worst = larger(worst, missing);
+        total += missing;
+    }
+    *verdict = isfinite(total) ? VALID | (worst > 0 ? NEEDED : 0) : 0;
+    for (i64 part = 0; part < 3; part++) numbers[part * all] = 0;
+    if (t->each > 1) numbers[3 * all] = floors[0];
+    numbers[4 * all] = numbers[5 * all] = least;
+    for (i64 i = 0; i < t->slots; i++) t->index[b * t->slots + i] = m;
+    if (t->slots) memset(t->inverse + b * t->slots * t->slots, 0, sizeof(double) * t->slots * t->slots);
+    if (again) memcpy(w->start, multipliers, sizeof(double) * m);
+    memset(multipliers, 0, sizeof(double) * m);
+    if (!(*verdict & NEEDED)) {
+        *verdict |= FEASIBLE | CONVERGED;
+        return 1;
+    }
+
+    /* Constraints of unit length, and gaps of which the largest is 1. */
+    double largest = -INFINITY;
+    for (i64 j = 0; j < n; j++) {
+        i64 l = s->classes ? j - (j > target) : j;
+        w->scale[j] = w->error[j] = 0;
+        w->gap[j] = w->unit[j] = -INFINITY;
+        if (s->classes && j == target) continue;
+        double floor = floors[t->each == 1 ? 0 : l], raised = 0;
+        if (again)
+            raised = w->raised[l];
+        else if (t->advance > 0)
+            raised = t->advance * (s->length[target * n + j] * size + larger(floor - margins[l], 0));
+        w->raised[l] = raised;
+        double gap = (floor + raised) - margins[l];
+        double diagonal = s->classes ? own[j] : own[j * n + j];
+        if (!(diagonal <= noise[j])) {
+            w->scale[j] = 1 / sqrt(diagonal);
+            w->error[j] = w->scale[j] * noise[j];
+            w->gap[j] = w->unit[j] = gap * w->scale[j];
+            largest = larger(largest, w->unit[j]);
+        } else if (gap > 0) {
+            impossible = 1;
+        }
+    }
+    if (largest > 0)
+        for (i64 j = 0; j < n; j++) w->unit[j] /= largest;
+    i64 live = again == LIVE ? w->k : 0;
+    begin(w);
+    w->k = live;
+    int found = CONVERGED;
+    if (!impossible) {
+        if (again == RECOVER && !recover(s, own, w, w->start, target)) return 0;
+        if (again) settle(w);
+        found = run(s, own, w, t->max_pivots);
+        if (found < 0) return 0;
+    }
+    *verdict |= found;
+
+    /* Multipliers by the true gaps, and how far they are from optimal (solution.kkt_residual). */
+    i64 k = w->k;
+    for (i64 i = 0; i < k; i++) w->column[i] = w->gap[w->held[i]];
+    solve_active(w, w->column, w->rate);
+    memset(w->grown, 0, sizeof(double) * n);
+    double grown = 0, balance = 0, moved = 0;
+    for (i64 i = 0; i < k; i++) {
+        i64 q = w->held[i];
+        double part = larger(w->rate[i], 0.0);
+        w->rate[i] = part;
+        multipliers[s->classes ? q - (q > target) : q] = part * w->scale[q];
+        const double *restrict row = w->rows + i * n;
+        for (i64 j = 0; j < n; j++) w->grown[j] += part * row[j];
+    }
+    for (i64 i = 0; i < k; i++) {
+        i64 q = w->held[i];
+        grown += w->rate[i] * w->grown[q];
+        balance += w->rate[i] * (w->grown[q] - w->gap[q]);
+    }
+    double residual = 0;
+    largest = larger(largest, TINY);
+    for (i64 j = 0; j < n; j++)
+        if (w->scale[j] > 0)
+            residual = larger(residual, (w->gap[j] - w->grown[j]) / (largest + fabs(w->gap[j])));
+    residual = larger(residual, fabs(balance) / larger(fabs(grown), TINY));
+    if (s->stretch) {
+        const double *from = s->stretch + target * n;
+        for (i64 i = 0; i < k; i++)
+            for (i64 j = 0; j < k; j++) {
+                i64 p = w->held[i], q = w->held[j];
+                double one = w->rate[i] * w->scale[p] * s->unit;
+                double two = w->rate[j] * w->scale[q] * s->unit;
+                moved += one * two * (from[p] + from[q] - s->stretch[p * n + q]) / 2;
+            }
+    }
+    numbers[0] = residual;
+    numbers[all] = grown;
+    numbers[2 * all] = moved;
+    if (t->slots && k <= t->slots) {
+        i64 slots = t->slots;
+        for (i64 i = 0; i < k; i++) {
+            i64 q = w->held[i];
+            t->index[b * slots + i] = s->classes ? q - (q > target) : q;
+            for (i64 j = 0; j < k; j++)
+                t->inverse[(b * slots + i) * slots + j] =
+                    w->inverse[i * w->cap + j] * w->scale[q] * w->scale[w->held[j]];
+        }
+    }
+    return k + 1;
+}
+
+/* Activations in the dtypes of torch, a block of rows at a time in float64. */
+enum { BLOCK = 4 };
+typedef enum { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 } Kind;
+typedef double Lanes __attribute__((vector_size(64)));
+
+static uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static float from_half(uint16_t half) {
+    float value = float_of((uint32_t)(half & 0x7fff) << 13) * 0x1p112f;
+    uint32_t bits = bits_of(value) | (value >= 65536.0f ? 0x7f800000u : 0u);
+    return float_of(bits | (uint32_t)(half & 0x8000) << 16);
+}
+
+static uint16_t to_half(float value) {
+    uint32_t sign = bits_of(value) >> 16 & 0x8000, bits = bits_of(value) & 0x7fffffff, half;
+    uint32_t normal = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+    uint32_t small = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
+    half = bits < 0x38800000 ? small : normal;
+    half = bits >= 0x477ff000 ? 0x7c00 : half;
+    return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : half));
+}
+
+static uint16_t to_bfloat(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+static void load(const void *from, i64 kind, i64 n, double *restrict into) {
+    const uint16_t *halves = from;
+    if (kind == FLOAT64) memcpy(into, from, sizeof(double) * n);
+    if (kind == FLOAT32)
+        for (i64 j = 0; j < n; j++) into[j] = ((const float *)from)[j];
+    if (kind == BFLOAT16)
+        for (i64 j = 0; j < n; j++) into[j] = float_of((uint32_t)halves[j] << 16);
+    if (kind == FLOAT16)
+        for (i64 j = 0; j < n; j++) into[j] = from_half(halves[j]);
+}
+
+/* Round to the dtype as torch does, and leave in values what was rounded to. */
+static void store(double *values, i64 kind, i64 n, void *into) {
+    uint16_t *halves = into;
+    if (kind == FLOAT64 && into != values) memcpy(into, values, sizeof(double) * n);
+    if (kind == FLOAT32)
+        for (i64 j = 0; j < n; j++) values[j] = ((float *)into)[j] = (float)values[j];
+    if (kind == BFLOAT16)
+        for (i64 j = 0; j < n; j++) {
+            halves[j] = to_bfloat((float)values[j]);
+            values[j] = float_of((uint32_t)halves[j] << 16);
+        }
+    if (kind == FLOAT16)
+        for (i64 j = 0; j < n; j++) {
+            halves[j] = to_half((float)values[j]);
+            values[j] = from_half(halves[j]);
+        }
+}
+
+static i64 bytes_of(i64 kind) { return kind == FLOAT64 ? 8 : kind == FLOAT32 ? 4 : 2; }
+
+static Lanes lanes(const double *from) {
+    Lanes values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static double sum_of(Lanes v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+/* Logits of some rows for some classes at once. The order of each sum is that of every other row and
+ * class, so that an activation reads the same in any company. */
+static inline __attribute__((always_inline)) void read_some(
+    const Shared *s, double *const *x, double *restrict logits, i64 k, const i64 count, const i64 some) {
+    i64 d = s->width, whole = d - d % 8;
+    const double *weight = s->weight + k * d;
+    Lanes sums[BLOCK][4] = {{{0}}};
+    for (i64 j = 0; j < whole; j += 8) {
+        Lanes rows[BLOCK];
+        for (i64 b = 0; b < count; b++) rows[b] = lanes(x[b] + j);
+        for (i64 part = 0; part < some; part++) {
+            Lanes own = lanes(weight + part * d + j);
+            for (i64 b = 0; b < count; b++) sums[b][part] += rows[b] * own;
+        }
+    }
+    for (i64 b = 0; b < count; b++)
+        for (i64 part = 0; part < some; part++) {
+            double sum = sum_of(sums[b][part]);
+            for (i64 j = whole; j < d; j++) sum += x[b][j] * weight[part * d + j];
+            logits[b * s->rows + k + part] = sum + s->bias[k + part];
+        }
+}
+
+/* Logits of a block of rows: (BLOCK, R). */
+static void read_block(const Shared *s, double *const *x, double *logits) {
+    i64 k = 0;
+#ifdef __AVX512F__
+    for (; k + 4 <= s->rows; k += 4) read_some(s, x, logits, k, BLOCK, 4);
+#endif
+    for (; k + 2 <= s->rows; k += 2) read_some(s, x, logits, k, BLOCK, 2);
+    for (; k < s->rows; k++) read_some(s, x, logits, k, BLOCK, 1);
+}
+
+/* And of one row. */
+static void read_row(const Shared *s, double *const *x, double *logits) {
+    i64 k = 0;
+    for (; k + 4 <= s->rows; k += 4) read_some(s, x, logits, k, 1, 4);
+    for (; k < s->rows; k++) read_some(s, x, logits, k, 1, 1);
+}
+
+static double norm_of(const double *restrict x, const double *restrict y, i64 d) {
+    Lanes sums = {0};
+    double sum = 0;
+    i64 j = 0;
+    for (; j + 8 <= d; j += 8) {
+        Lanes values = lanes(x + j);
+        if (y) values -= lanes(y + j);
+        sums += values * values;
+    }
+    for (; j < d; j++) sum += (x[j] - (y ? y[j] : 0)) * (x[j] - (y ? y[j] : 0));
+    return sqrt(sum_of(sums) + sum);
+}
+
+/* edited = x + c W S. */
+static void displace(const Shared *s, const Work *w, const double *restrict x, double *restrict edited) {
+    i64 d = s->width, begun = 0;
+    for (i64 k = 0; k < s->rows; k++) {
+        const double *restrict steering = s->steering + k * d;
+        double part = w->coefficients[k];
+        if (part == 0 && (begun || k + 1 < s->rows)) continue;
+        const double *from = begun ? edited : x;
+        for (i64 j = 0; j < d; j++) edited[j] = from[j] + part * steering[j];
+        begun = 1;
+    }
+}
+
+/* The coefficients of an example's multipliers. */
+static void recall(const Shared *s, Work *w, i64 b, const Task *t) {
+    i64 target = t->target[b];
+    const double *multipliers = t->multipliers + b * s->m;
+    memset(w->coefficients, 0, sizeof(double) * w->n);
+    if (s->classes == 2) {
+        w->coefficients[0] = target ? -multipliers[0] : multipliers[0];
+        return;
+    }
+    for (i64 l = 0; l < s->m; l++) {
+        w->coefficients[l + (l >= target)] = -multipliers[l];
+        w->coefficients[target] += multipliers[l];
+    }
+}
+
+/* Edit a row, and leave in held what the stream holds of it when it is put in place. */
+static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x, double *held,
+                 double *space) {
+    i64 d = s->width;
+    char *result = (char *)t->result + b * d * bytes_of(t->kind);
+    recall(s, w, b, t);
+    displace(s, w, x, held);
+    store(held, t->kind, d, result);
+    if (!t->base) return;
+    /* As Placement does: written = (x' - base) / scale, held = base + scale * written, each rounded
+     * to the dtype. The result's memory serves for rounding and gets its values back. */
+    double *restrict base = space, *restrict rounded = space + d;
+    load((const char *)t->base + b * t->base_stride * bytes_of(t->kind), t->kind, d, base);
+    memcpy(rounded, held, sizeof(double) * d);
+    for (i64 j = 0; j < d; j++) held[j] = (held[j] - base[j]) / t->scale;
+    store(held, t->kind, d, result);
+    if (t->scale != 1) {
+        double scale = t->kind == FLOAT64 ? t->scale : (float)t->scale;
+        for (i64 j = 0; j < d; j++) held[j] *= scale;
+        store(held, t->kind, d, result);
+    }
+    for (i64 j = 0; j < d; j++) held[j] += base[j];
+    store(held, t->kind, d, result);
+    store(rounded, t->kind, d, result);
+}
+
+/* Whether what is read afterwards keeps the promise; else, if asking again may help, how much higher
+ * to aim, as reach.py does. Returns 1 where it is to be asked again. */
+static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *after, double size,
+                 i64 number, const double *x, const double *held, double *space) {
+    i64 m = s->m, d = s->width, target = t->target[b];
+    const double *floors = t->floor + b * t->each, *length = s->length + target * s->classes;
+    double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0;
+    for (i64 l = 0; l < m; l++) {
+        double seen = margin(s, target, after, l);
+        if (!(seen >= least)) least = seen;
+        total += seen;
+        worst = larger(worst, floors[t->each == 1 ? 0 : l] - seen);
+    }
+    int sound = isfinite(total);
+    numbers[5 * t->count] = least;
+    t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
+    if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
+    double enough = 0, nudge = (double)(number + 1) * t->epsilon * size / sqrt((double)d);
+    if (number + 2 == t->rounds) {
+        recall(s, w, b, t);
+        displace(s, w, x, space);
+        enough = larger(t->epsilon * norm_of(space, NULL, d), 4 * norm_of(held, space, d));
+    }
+    for (i64 l = 0; l < m; l++) {
+        double own = length[l + (l >= target)];
+        double lack = floors[t->each == 1 ? 0 : l] - margin(s, target, after, l);
+        if (enough > 0)
+            w->raised[l] = larger(w->raised[l] + 4 * worst, own * enough);
+        else if (lack > 0)
+            w->raised[l] += 2 * lack + nudge * own;
+    }
+    return 1;
+}
+
+/* Rows from b on in float64: where they are, or copied into space; the last stands for missing ones. */
+static void load_block(const Shared *s, const Task *t, i64 b, i64 count, double *space, double **x) {
+    for (i64 i = 0; i < BLOCK; i++) {
+        char *from = (char *)t->x + (b + i) * t->stride * bytes_of(t->kind);
+        x[i] = i >= count ? x[count - 1] : t->kind == FLOAT64 ? (double *)from : space + i * s->width;
+        if (i < count && t->kind != FLOAT64) load(from, t->kind, s->width, x[i]);
+    }
+}
+
+/* Read a block of rows from b on, as an edit reads them, into the result (B, R). */
+static void read_rows(const Shared *s, const Task *t, double *space, i64 b, i64 count) {
+    double *x[BLOCK], *logits = space + BLOCK * s->width;
+    load_block(s, t, b, count, space, x);
+    read_block(s, x, logits);
+    memcpy((double *)t->result + b * s->rows, logits, sizeof(double) * count * s->rows);
+}
+
+/* Leave a row as it is, bit for bit. */
+static void keep(const Shared *s, const Task *t, i64 b) {
+    i64 bytes = bytes_of(t->kind);
+    const char *from = (const char *)t->x + b * t->stride * bytes;
+    memcpy((char *)t->result + b * s->width * bytes, from, s->width * bytes);
+}
+
+/* Edit a block of rows from b on; 0 without memory. Says where one is invalid. */
+static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i64 b, i64 count,
+                      i64 *invalid) {
+    i64 d = s->width, rows = s->rows, m = s->m;
+    double *spare = space + 2 * BLOCK * d, *x[BLOCK], *held[BLOCK], size[BLOCK];
+    double *before = spare + 2 * d, *after = before + BLOCK * rows, *raised = after + BLOCK * rows;
+    int open[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
+    load_block(s, t, b, count, space, x);
+    read_block(s, x, before);
+    for (i64 i = 0; i < count; i++) {
+        int verdict;
+        held[i] = direct ? (double *)t->result + (b + i) * d : space + (BLOCK + i) * d;
+        size[i] = norm_of(x[i], NULL, d);
+        if (!solve_one(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict)) return 0;
+        memcpy(raised + i * m, w->raised, sizeof(double) * m);
+        open[i] = (verdict & (NEEDED | FEASIBLE)) == (NEEDED | FEASIBLE);
+        some |= open[i];
+        if (open[i]) {
+            move(s, t, w, b + i, x[i], held[i], spare);
+            continue;
+        }
+        t->status[b + i] = !(verdict & VALID) ? INVALID : verdict & FEASIBLE ? UNMOVED : INFEASIBLE;
+        if (!(verdict & VALID)) *invalid = 1;
+        keep(s, t, b + i);
+    }
+    if (!some) return 1;
+    for (i64 i = 0; i < BLOCK; i++)
+        if (i >= count || !open[i]) held[i] = x[i];
+    read_block(s, held, after);
+    for (i64 i = 0; i < count; i++) {
+        double *seen = after + i * rows;
+        if (!open[i]) continue;
+        memcpy(w->raised, raised + i * m, sizeof(double) * m);
+        for (i64 number = 0;; number++) {
+            int verdict;
+            if (!judge(s, t, w, b + i, seen, size[i], number, x[i], held[i], spare)) break;
+            if (!solve_one(s, t, w, b + i, before + i * rows, size[i], number ? LIVE : RECOVER, &verdict))
+                return 0;
+            if (!(verdict & FEASIBLE)) {
+                t->status[b + i] = INFEASIBLE;
+                keep(s, t, b + i);
+                break;
+            }
+            move(s, t, w, b + i, x[i], held[i], spare);
+            read_row(s, held + i, seen);
+        }
+    }
+    return 1;
+}
+
+typedef struct {
+    const Shared *shared;
+    const Task *task;
+    i64 from, to, slots;
+} Part;
+
+static void *solve_part(void *given) {
+    Part *part = given;
+    const Shared *s = part->shared;
+    const Task *t = part->task;
+    Work w = {.n = s->classes ? s->classes : s->m};
+    double **parts[] = {&w.scale, &w.error, &w.gap,   &w.unit,   &w.slack,       &w.tolerance,
+                        &w.row,   &w.grown, &w.start, &w.raised, &w.coefficients};
+    enum { VECTORS = sizeof parts / sizeof *parts };
+    double *vectors = malloc(sizeof(double) * w.n * VECTORS), *space = NULL;
+    if (t->x) space = calloc(1, sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
+    int sound = vectors && (space || !t->x) && grow(&w, 8);
+    for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * w.n;
+    for (i64 b = part->from; sound && b < part->to; b += t->x ? BLOCK : 1) {
+        if (!t->numbers) {
+            read_rows(s, t, space, b, part->to - b < BLOCK ? part->to - b : BLOCK);
+            continue;
+        }
+        if (t->x) {
+            i64 count = part->to - b < BLOCK ? part->to - b : BLOCK;
+            sound = edit_block(s, t, &w, space, b, count, &part->slots);
+            continue;
+        }
+        int verdict;
+        i64 slots = solve_one(s, t, &w, b, t->margins + b * s->m, 0, 0, &verdict) - 1;
+        t->status[b] = verdict;
+        sound = slots >= 0;
+        if (slots > part->slots) part->slots = slots;
+    }
+    if (!sound) part->slots = -1;
+    free(space);
+    free(vectors);
+    free(w.rows);
+    free(w.inverse);
+    free(w.multipliers);
+    free(w.held);
+    return NULL;
+}
+
+/* Solve all problems of a task: the most slots that one of them needs, or of activations whether one
+ * is invalid; -1 without memory, -2 where a target is out of range. */
+i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
+    enum { MOST = 256 };
+    pthread_t running[MOST];
+    Part parts[MOST];
+    i64 started = 0, slots = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
+    for (i64 b = 0; task->target && b < count; b++)
+        if (task->target[b] < 0 || task->target[b] >= shared->classes) return -2;
+    threads = threads > MOST ? MOST : threads > blocks ? blocks : threads;
+    threads = threads < 1 ? 1 : threads;
+    for (i64 i = 0; i < threads; i++) {
+        i64 from = blocks * i / threads * BLOCK, to = blocks * (i + 1) / threads * BLOCK;
+        parts[i] = (Part){shared, task, from, to < count ? to : count, 0};
+    }
+    for (i64 i = 1; i < threads; i++, started++)
+        if (pthread_create(&running[i], NULL, solve_part, &parts[i])) break;
+    solve_part(&parts[0]);
+    for (i64 i = started + 1; i < threads; i++) solve_part(&parts[i]);
+    for (i64 i = 1; i <= started; i++) pthread_join(running[i], NULL);
+    for (i64 i = 0; i < threads; i++) {
+        if (parts[i].slots < 0) return -1;
+        if (parts[i].slots > slots) slots = parts[i].slots;
+    }
+    return slots;
+}

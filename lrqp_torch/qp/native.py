@@ -1,0 +1,222 @@
+"""The dual active set compiled for this machine, where it has a C compiler: optional, on the CPU.
+
+``dual.c`` takes the steps of :mod:`~.pivots` a problem at a time, which costs a few microseconds
+where a batch of torch operations costs a hundred. It is compiled by the system's compiler when it
+is first needed, into the user's cache, and called on the tensors' own memory. Without a compiler,
+or with ``LRQP_NATIVE=0`` in the environment, everything runs in torch and numpy.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.qp import pivots
+
+SWITCH = "LRQP_NATIVE"
+"""Set to 0 in the environment, this keeps to torch and numpy."""
+FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+# So many numbers of M are worth a thread of their own.
+THREAD_NUMBERS = 20_000
+FEASIBLE, CONVERGED = 1, 2
+FIRST_SLOTS = 8
+
+_number, _address = ctypes.c_int64, ctypes.c_void_p
+
+
+class Shared(ctypes.Structure):
+    """``Shared`` of dual.c: what problems share. It owns the tensors that it points at."""
+
+    _fields_ = (
+        *((name, _number) for name in ("classes", "m", "width", "rows")),
+        *((name, _address) for name in ("matrix", "noise", "length", "stretch")),
+        *((name, _address) for name in ("weight", "bias", "steering")),
+        ("unit", ctypes.c_double),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        matrix: Tensor | None,
+        noise: Tensor | None,
+        *others: Tensor | None,
+        unit: float = 0.0,
+    ) -> "Shared":
+        """Of a probe or of problems of their own; tensors of float64.
+
+        Args:
+            matrix: squared distances of classes (K, K), or M of each problem (B, m, m).
+            noise: rounding error of it (K, K), or of M's diagonal (B, m).
+            others: of a probe: length and stretch (K, K), and the rows weight (R, d), bias (R,) and
+                steering (R, d); see :class:`~.geometry.ProbeGeometry`.
+            unit: of stretch.
+        """
+        owned = [None if t is None else t.detach().contiguous() for t in (matrix, noise, *others)]
+        m = classes = 0
+        if matrix is not None:
+            classes = len(matrix) if matrix.ndim == 2 else 0
+            m = matrix.shape[-1] - (classes > 0)
+        owned += [None] * (7 - len(owned))
+        weight = owned[4]
+        shape = (0, 0) if weight is None else weight.shape
+        shared = cls(classes, m, shape[1], shape[0], *map(address, owned), unit)
+        shared.owned = owned
+        return shared
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies have addresses of their own.
+        return partial(Shared.of, unit=self.unit), tuple(self.owned)
+
+
+class Task(ctypes.Structure):
+    """``Task`` of dual.c: one call. Fields that are not given are 0 or NULL."""
+
+    _fields_ = (
+        ("count", _number),
+        ("each", _number),
+        *((name, _address) for name in ("target", "margins", "floor")),
+        ("ruled", _number),
+        ("log_odds", ctypes.c_double),
+        ("mirror", _number),
+        ("source", _address),
+        ("max_pivots", _number),
+        *((name, _address) for name in ("multipliers", "numbers", "status")),
+        ("slots", _number),
+        *((name, _address) for name in ("index", "inverse", "x", "result", "base")),
+        ("scale", ctypes.c_double),
+        *((name, _number) for name in ("kind", "stride", "base_stride")),
+        *((name, ctypes.c_double) for name in ("epsilon", "advance", "tolerance")),
+        ("rounds", _number),
+    )
+
+
+KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""``Kind`` of dual.c: the dtypes of activations that it takes."""
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the numbers of a tensor begin."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled solver, or None where there is none to be had."""
+    if os.environ.get(SWITCH, "1") == "0" or os.name != "posix":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    loaded.lrqp_solve.restype = _number
+    loaded.lrqp_solve.argtypes = (_address, _address, _number)
+    return loaded
+
+
+def _compiled() -> Path:
+    """The shared library in the user's cache, compiled now if it is not there.
+
+    Raises:
+        OSError, SubprocessError, ValueError: no compiler, or it failed.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError("no C compiler")
+    source = Path(__file__).with_name("dual.c")
+    names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
+    constants = {name: getattr(pivots, name) for name in names}
+    constants["TINY"] = sys.float_info.min
+    flags = [*FLAGS, *(f"-D{name}={value!r}" for name, value in constants.items())]
+    # What -march=native means here: a home may be shared by machines of several kinds.
+    machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
+    parts = source.read_bytes(), machine, " ".join([*compiler, *flags]).encode()
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrqp_torch"
+    built = cache / f"dual-{key}.so"
+    if not built.exists():
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            fresh = Path(folder) / built.name
+            _run([*compiler, *flags, "-o", str(fresh), str(source), "-lm", "-lpthread"])
+            # Others may be compiling it too: whoever is last leaves the same file.
+            os.replace(fresh, built)
+    return built
+
+
+def _run(command: list[str]) -> bytes:
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    return done.stdout
+
+
+def solve(shared: Shared, task: Task) -> int:
+    """Do a task: how many slots the largest active set needs; or of activations, 1 where some are
+    invalid; or −2 where a target is out of range.
+
+    Raises:
+        MemoryError: there is none for a problem's active set.
+    """
+    loaded = library()
+    assert loaded is not None
+    threads = 1
+    if task.count > 1:
+        numbers = task.count * (shared.m * shared.m + shared.rows * shared.width)
+        threads = min(torch.get_num_threads(), numbers // THREAD_NUMBERS)
+    slots: int = loaded.lrqp_solve(ctypes.byref(shared), ctypes.byref(task), threads)
+    if slots == -1:
+        raise MemoryError("no memory for the active sets of a batch")
+    return slots
+
+
+def read(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product x Wᵀ + b in float64, (B, K): bit for bit what an edit reads, in any company."""
+    count, rows = len(x), len(weight)
+    x = rows_of(x)
+    logits = weight.new_empty(count, rows)
+    shared = Shared.of(None, None, None, None, weight, bias)
+    task = Task(count, x=x.data_ptr(), result=logits.data_ptr())
+    task.kind, task.stride = KINDS[x.dtype], x.stride(0)
+    solve(shared, task)
+    return logits
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Activations of which each row is contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def find_active_sets(
+    matrix: Tensor,
+    noise: Tensor,
+    target: Tensor,
+    gap: Tensor,
+    slots: int,
+    max_pivots: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`~.pivots.find_active_sets`."""
+    batch, m = gap.shape
+    shared, gap = Shared.of(matrix, noise), gap.contiguous()
+    given = (target.contiguous() if matrix.ndim == 2 else None), torch.zeros_like(gap), gap
+    verdict = target.new_empty(batch)
+    room = slots or min(m, FIRST_SLOTS)
+    while True:
+        index, inverse = target.new_empty(batch, room), gap.new_empty(batch, room, room)
+        outputs = torch.empty_like(gap), gap.new_empty(6, batch), verdict
+        task = Task(batch, m, *map(address, given), max_pivots=max_pivots, slots=room)
+        task.multipliers, task.numbers, task.status = map(address, outputs)
+        task.index, task.inverse = address(index), address(inverse)
+        needed = solve(shared, task)
+        if needed <= room:
+            break
+        room = needed
+    return index, inverse, (verdict & FEASIBLE) > 0, (verdict & CONVERGED) > 0

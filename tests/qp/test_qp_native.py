@@ -1,0 +1,208 @@
+"""The compiled solver, the one in numpy and the one in torch are one algorithm."""
+
+import copy
+import ctypes
+from dataclasses import dataclass
+
+import pytest
+import torch
+from qp_reference import Problem, random_problem
+from torch import Tensor
+
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
+from lrqp_torch.qp import ProbeGeometry, direct, native
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+KINDS = ["plain", "copies", "nearly equal", "low rank", "far apart", "weakly active"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Placing:
+    """As the stream places edits where it adds them to something."""
+
+    base: Tensor | None
+    scale: float
+    dtype: torch.dtype
+
+    def __call__(self, values: Tensor) -> Tensor:
+        wide = values.to(self.dtype).double()
+        if self.base is None:
+            return wide
+        placed = ((wide - self.base.double()) / self.scale).to(self.dtype)
+        return (self.base + (placed if self.scale == 1 else placed * self.scale)).double()
+
+
+def problem_of_kind(kind: str, n_classes: int, dtype: torch.dtype, batch: int = 40) -> Problem:
+    width = 48 if kind == "far apart" else 12
+    task = random_problem(n_classes, width, batch, seed=n_classes, condition=100)
+    odd = task.weight[1::2]
+    if kind == "copies":
+        task.weight[1::2] = task.weight[: len(odd)]
+    if kind == "nearly equal":
+        task.weight[1::2] = task.weight[0::2][: len(odd)] + 1e-6 * torch.randn_like(odd)
+    if kind == "low rank":
+        basis = torch.linalg.qr(torch.randn(12, 3).double()).Q
+        task.covariance = basis @ basis.T
+    if kind == "far apart":
+        task.weight = task.weight * torch.logspace(-2, 2, n_classes).double()[:, None]
+        task.covariance = task.covariance * 1e20
+    if kind == "weakly active":
+        task.weight, task.bias = task.weight.round(), task.bias.round()
+        task.x, task.floor = task.x.round(), task.floor.round()
+    task.x = task.x.to(dtype)
+    return task
+
+
+def solve(task: Problem, path: str, monkeypatch: pytest.MonkeyPatch, **given: object) -> Solution:
+    geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+    with monkeypatch.context() as patch:
+        if path != "compiled":
+            patch.setattr(native, "library", lambda: None)
+        if path == "torch":
+            patch.setattr(direct, "FEW", 0)
+        qp = MahalanobisQP(len(task.bias))
+        return qp.solve(task.x, task.target, task.floor, geometry, **given)  # type: ignore[arg-type]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_classes", [2, 3, 8, 12, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_path_gives_the_same_edit_and_the_same_verdict(
+    kind: str, n_classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = problem_of_kind(kind, n_classes, dtype)
+    found, *others = (solve(task, p, monkeypatch) for p in ("compiled", "numpy", "torch"))
+    # Each aims a little above the floor, and once more where rounding leaves it short.
+    coarse = max(torch.finfo(dtype).eps, 1e-9)
+    done = found.status == Status.SOLVED
+    for other in others:
+        assert torch.equal(found.status, other.status)
+        size = 1 + found.x_new.double().norm(dim=-1) + task.x.double().norm(dim=-1)
+        off = (found.x_new.double() - other.x_new.double()).norm(dim=-1) / size
+        assert bool((off <= 64 * coarse + 1e-8)[done].all())
+        for name in ("floor", "log_odds_before", "distance", "euclidean"):
+            ours, theirs = getattr(found, name)[done], getattr(other, name)[done]
+            torch.testing.assert_close(ours, theirs, rtol=256 * coarse, atol=64 * coarse)
+    assert (found.log_odds_after >= found.floor)[done].all()
+    kept = (found.status == Status.SATISFIED) | (found.status == Status.INFEASIBLE)
+    assert torch.equal(found.x_new[kept], task.x[kept])
+
+
+@needs_compiler
+def test_many_classes_are_solved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = random_problem(1000, 32, 3, seed=0, condition=10)
+    task.weight = 6 * torch.nn.functional.normalize(task.weight, dim=-1)
+    task.bias.zero_()
+    found, other = (solve(task, path, monkeypatch) for path in ("compiled", "torch"))
+    assert torch.equal(found.status, other.status) and torch.equal(found.active, other.active)
+    torch.testing.assert_close(found.x_new, other.x_new, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["compiled", "numpy"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_the_promise_holds_for_what_is_placed(
+    path: str, dtype: torch.dtype, scale: float, n_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = problem_of_kind("plain", n_classes, dtype)
+    for base in (None, (3 * torch.randn(task.x.shape)).to(dtype)):
+        placing = Placing(base, scale, dtype)
+        solution = solve(task, path, monkeypatch, realise=placing)
+        assert (solution.status <= Status.SOLVED).all()
+        geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+        held = placing(solution.x_new.double())
+        moved = solution.status == Status.SOLVED
+        after = geometry.margins(held, task.target).amin(-1)
+        assert (after >= solution.floor - 1e-11)[moved].all()
+        torch.testing.assert_close(solution.log_odds_after[moved], after[moved])
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_classes", [2, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_company_and_threads_change_no_bit(n_classes: int, dtype: torch.dtype) -> None:
+    task = random_problem(n_classes, 333, 400, seed=1, condition=10)
+    task.x = task.x.to(dtype)
+    geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+    qp, threads = MahalanobisQP(n_classes), torch.get_num_threads()
+    whole = qp.solve(task.x, task.target, task.floor, geometry)
+    try:
+        torch.set_num_threads(3)
+        again = qp.solve(task.x, task.target, task.floor, geometry)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole.x_new, again.x_new)
+    for i in (0, 1, 399):
+        rows = slice(i, i + 1)
+        alone = qp.solve(task.x[rows], task.target[rows], task.floor[rows], geometry)
+        assert torch.equal(alone.x_new, whole.x_new[rows])
+        assert torch.equal(alone.log_odds_after, whole.log_odds_after[rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_are_read_as_they_lie(dtype: torch.dtype) -> None:
+    """Any stride, subnormal numbers, infinity and NaN of the dtype."""
+    x = torch.randn(9, 2 * 21).to(dtype)[:, ::2]
+    x[0, :4] = torch.tensor([0.0, -0.0, 6e-8, 3e-41]).to(dtype)
+    weight, bias = torch.randn(3, 21).double(), torch.randn(3).double()
+    expected = torch.nn.functional.linear(x.double(), weight, bias)
+    torch.testing.assert_close(native.read(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
+    x[1, 0], x[2, 0] = torch.inf, torch.nan
+    read = native.read(x, weight, bias)
+    assert not torch.isfinite(read[1:3]).any() and torch.isfinite(read[3:]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
+    """δ is a whole number along e_0, from a coordinate that holds any number: where the promise
+    already has slack, what is stored is what torch would store, ties and subnormals among them.
+    """
+    start = torch.logspace(-9, 4, 997, dtype=torch.float64) * (-1.0) ** torch.arange(997)
+    x = torch.stack([start, torch.zeros(997)], -1).to(dtype)
+    weight = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).double()
+    covariance = torch.ones(2, 2).double() + torch.eye(2).double()
+    geometry = ProbeGeometry.build(weight, torch.zeros(2).double(), covariance)
+    target = torch.zeros(997, dtype=torch.long)
+    solution = MahalanobisQP(2).solve(x, target, 3.0, geometry)
+    exact = x.double() + solution.multipliers * geometry.rows[2]
+    assert torch.equal(solution.x_new, exact.to(dtype))
+    assert (solution.status == Status.SOLVED).all()
+
+
+def test_without_a_compiler_it_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    fresh = native.library.__wrapped__
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert fresh() is None
+    monkeypatch.setenv("CC", "false")
+    assert fresh() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert fresh() is None
+
+
+@needs_compiler
+def test_it_is_compiled_once_into_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native._compiled()
+    stamp = first.stat().st_mtime_ns
+    assert native._compiled() == first and first.stat().st_mtime_ns == stamp
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert ctypes.CDLL(str(first)).lrqp_solve
+
+
+@needs_compiler
+def test_a_copy_has_memory_of_its_own() -> None:
+    edit = LRQP(LinearProbe(6, 3, dtype=torch.float64), Mahalanobis.euclidean(6))
+    x = torch.randn(4, 6)
+    before = edit.solve(x, 1)
+    other = copy.deepcopy(edit)
+    own, theirs = (e.geometry(x.device).shared for e in (edit, other))
+    assert own.matrix != theirs.matrix
+    assert torch.equal(other.solve(x, 1).x_new, before.x_new)
