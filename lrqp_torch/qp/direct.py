@@ -23,7 +23,9 @@ from lrqp_torch.qp.solution import Solution, Status
 FEW = 64
 
 
-def serves(x: Tensor, floor: Tensor | OddsRule, geometry: ProbeGeometry, realise: object) -> bool:
+def serves(
+    x: Tensor, floor: Tensor | OddsRule, geometry: ProbeGeometry, realise: Realise | None
+) -> bool:
     """Whether a batch can be solved here."""
     if not readable(x) or in_transforms():
         return False
