@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import concrete
-from lrqp_torch.qp import native
+from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.constraints import ClassConstraints, Constraints
 from lrqp_torch.qp.implicit import active_multipliers
 from lrqp_torch.qp.pivots import find_active_sets
@@ -119,9 +119,13 @@ def pivot(
     return _find(matrix, noise, target, gap, slots, max_pivots)
 
 
-def _find(*given: Any) -> Pivoted:
-    compiled = given[0].device.type == "cpu" and native.library() is not None
-    return native.find_active_sets(*given) if compiled else find_active_sets(*given)
+def _find(
+    matrix: Tensor, noise: Tensor, target: Tensor, gap: Tensor, slots: int, max_pivots: int
+) -> Pivoted:
+    launched = fused.serves(gap, gap.shape[1] + 1)
+    compiled = gap.is_cpu and not launched and native.library() is not None
+    find = native.find_active_sets if compiled else find_active_sets
+    return find(matrix, noise, target, gap, slots, max_pivots)
 
 
 @pivot.register_fake

@@ -213,8 +213,7 @@ def find_active_sets(
         The constraints (n, c), m where a slot is empty; M_AA⁻¹ of these, (n, c, c); feasible and
         converged, (n,).
     """
-    batch, m = gap.shape
-    classes = matrix.ndim == 2
+    m, classes = gap.shape[1], matrix.ndim == 2
     if classes:
         other = other_classes(target, m + 1, gap.device)
         diagonal = matrix.index_select(0, target).gather(1, other)
