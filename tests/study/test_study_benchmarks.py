@@ -16,7 +16,7 @@ from lrqp_torch.study.methods import Training
 from lrqp_torch.study.published import spoken, unfolded
 from lrqp_torch.study.records import from_json, to_json
 
-FAST = Training(prompts=16, das_epochs=1)
+FAST = Training(prompts=16, epochs=1)
 PLACES = ("park", "school", "store", "garden")
 
 
