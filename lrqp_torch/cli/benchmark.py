@@ -61,6 +61,7 @@ def benchmark(
                 batch_size=batch_size, seed=seed, training=Training(epochs=epochs), start=start,
             )  # fmt: skip
         path = found.save(out)
-    voice.console.print(as_rich(found.table(), f"{name}, on prompts held out"), soft_wrap=True)
+    for title, table in found.tables().items():
+        voice.console.print(as_rich(table, title))
     voice.say(*found.says(), f"Results are in {path}.")
     voice.give(lambda: to_json(found))

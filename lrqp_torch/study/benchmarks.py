@@ -70,7 +70,6 @@ from lrqp_torch.study.reading import (
     screen,
 )
 from lrqp_torch.study.records import to_json
-from lrqp_torch.study.showing import table_of
 from lrqp_torch.study.sinks import find_sink
 from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import Trial, Trials
@@ -240,17 +239,19 @@ class BenchmarkResult:
         write_json(folder / "benchmark.json", to_json(self), indent=2)
         return folder / "benchmark.json"
 
-    def table(self) -> Table:
-        """A row for each task, site and method, with the measures and their intervals."""
-        rows = [(score, row) for score in self.tasks for row in score.methods]
-        measures = dict.fromkeys(name for _, row in rows for name in row.measures)
-        columns: dict[str, list[Any]] = {
-            "task": [score.task for score, _ in rows],
-            "site": [score.site for score, _ in rows],
-            "n": [score.test for score, _ in rows],
-            "method": [row.title for _, row in rows],
-        }
-        return table_of(columns | {m: [r.measures.get(m) for _, r in rows] for m in measures})
+    def tables(self) -> dict[str, Table]:
+        """By task and site the measures of every method, with half of their intervals' widths."""
+        found = {}
+        for score in self.tasks:
+            measures = list(dict.fromkeys(name for row in score.methods for name in row.measures))
+            rows = [
+                [row.title, *(_short(row.measures.get(name)) for name in measures)]
+                for row in score.methods
+            ]
+            found[f"{score.task}, {score.site}, n = {score.test}"] = Table(
+                ["method", *measures], rows
+            )
+        return found
 
     def says(self) -> list[str]:
         """What a reader should know of the tasks, a sentence each."""
@@ -261,6 +262,15 @@ class BenchmarkResult:
         ]  # fmt: skip
         skipped = [f"{name} was left out: {reason}" for name, reason in self.skipped.items()]
         return list(dict.fromkeys([*notes, *problems, *skipped]))
+
+
+def _short(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value is None:
+        return "–"
+    if estimate.interval is None:
+        return f"{estimate.value:.2f}"
+    low, high = estimate.interval
+    return f"{estimate.value:.2f} ± {(high - low) / 2:.2f}"
 
 
 def run_benchmark(
@@ -373,8 +383,9 @@ class _How:
         if not held:
             kept, held = split(kept, 0.5, self.seed)
         kept, held = (_limited(half, self.n // 2, self.seed) for half in (kept, held))
-        names = sorted({p.label for p in kept})
-        held = self.known(held, names, log)
+        counts = Counter(p.label for p in kept)
+        names = sorted(name for name, count in counts.items() if count > 1)
+        kept, held = (self.known(half, names, log) for half in (kept, held))
         if len(names) < 2 or len({p.label for p in held}) < 2:
             raise PromptError("fewer than two classes are both fitted on and held out")
         return kept, held, names, front(self.tokenizer, kept, self.bos, log)

@@ -39,7 +39,7 @@ def fitted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_help_lists_the_commands_in_a_panel_of_their_own() -> None:
     text = lrqp("--help").stdout
     assert "Edits of your own" in text
-    for command in ("fit", "apply", "study", "example-task"):
+    for command in ("fit", "apply", "study", "example-task", "benchmark"):
         assert command in text
         assert lrqp(command, "--help").exit_code == 0
 
@@ -193,3 +193,35 @@ def test_a_fit_refuses_its_folder_before_any_work(
     file.write_text("")
     common = ("fit", "--data", data, "--model", "organism", "--site", "L2.mid")
     assert "cannot write to" in refused(*common, "--out", file / "edit")
+
+
+def test_rows_that_cannot_be_used_are_told_and_strict_stops(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    lines = data.read_text().splitlines()
+    file.write_text("\n".join([*lines[:60], '{"text": "no label [[here]]"}', *lines[60:80]]))
+    common = ("--data", file, "--model", "organism", "--sites", "L2.mid", "--no-report")
+    assert "prompt 60 has no 'label'" in refused("study", *common, "--strict", "--out", tmp_path)
+    out = tmp_path / "out"
+    result = lrqp("study", *common, "--no-figures", "--out", out)
+    assert result.exit_code == 0 and "1 row was left out: no label" in " ".join(
+        result.output.split()
+    )
+    raw = json.loads((out / "results.json").read_text())
+    assert raw["left_out"] == {"no label": 1} and sum(raw["data"].values()) == 80
+    assert "always, never" in refused("study", *common, "--bos", "maybe", "--out", out)
+
+
+def test_a_benchmark_prints_its_table_and_keeps_its_numbers(tmp_path: Path) -> None:
+    rows = [
+        {"text": p.text, "label": p.label, "answers": p.answers} for p in names_task(60, seed=4)
+    ]
+    (tmp_path / "names.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ("--data", tmp_path, "--model", "organism", "--sites", "L2.mid")
+    out = tmp_path / "out"
+    result = lrqp("benchmark", "causalgym", *common, "--n", 60, "--epochs", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    for heading in ("log odds-ratio", "selectivity", "interchange accuracy", "full patch"):
+        assert heading in result.output
+    raw = json.loads((out / "benchmark.json").read_text())
+    assert raw["benchmark"] == "causalgym" and len(raw["tasks"]) == 1
+    assert "no benchmark 'glue'" in refused("benchmark", "glue", *common, "--out", out)

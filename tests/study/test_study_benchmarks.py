@@ -17,7 +17,7 @@ from lrqp_torch.study.published import spoken, unfolded
 from lrqp_torch.study.records import from_json, to_json
 
 FAST = Training(prompts=16, epochs=1)
-PLACES = ("park", "school", "store", "garden")
+PLACES = ("park", "school", "garden", "station")
 
 
 def sentences(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
@@ -80,7 +80,9 @@ def test_causalgym_is_read_and_scored_as_published(tmp_path: Path) -> None:
     assert result.tasks[0].left_out == {"no text": 1}
     again = from_json(BenchmarkResult, json.loads(result.save(tmp_path / "out").read_text()))
     assert to_json(again) == to_json(result)
-    assert len(result.table().rows) == 8
+    tables = result.tables()
+    assert list(tables) == ["order, L0.pre, n = 40", "order, L4.pre, n = 40"]
+    assert all(len(table.rows) == 4 and len(table.columns) == 4 for table in tables.values())
 
 
 def test_the_log_odds_ratio_is_that_of_four_probabilities(tmp_path: Path) -> None:
