@@ -757,8 +757,8 @@ def compiled(arguments: Namespace) -> list[Row]:
         torch.compiler.reset()
         row: Row = {"what": f"mode {mode or 'default'}"}
         rows.append(row)
-        plain = torch.compile(twin(model), mode=mode, fullgraph=True)
-        other = torch.compile(twin(model), mode=mode, fullgraph=True)
+        plain: Any = torch.compile(twin(model), mode=mode, fullgraph=True)
+        other: Any = torch.compile(twin(model), mode=mode, fullgraph=True)
 
         def bare() -> Any:
             return plain(ids, use_cache=False)  # noqa: B023

@@ -246,6 +246,11 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and concrete(tensor)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor is recorded as a CUDA graph, to be done again."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def ordinary(tensor: Tensor) -> Tensor:
     """The tensor; where it was made under ``torch.inference_mode``, a copy of it that was not,
     through which gradients can flow.

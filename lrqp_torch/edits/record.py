@@ -12,6 +12,7 @@ from lrqp_torch.edits.failures import raise_failures, worst_allowed
 from lrqp_torch.errors import (
     EditNeverFiredError,
     LRQPError,
+    capturing,
     concrete,
     in_transforms,
     outside_transforms,
@@ -535,8 +536,7 @@ class _Pass:
     captured: bool = False
 
     def __post_init__(self) -> None:
-        on_gpu = self.index.device.type == "cuda"
-        self.captured = on_gpu and torch.cuda.is_current_stream_capturing()
+        self.captured = capturing(self.index)
 
     @property
     def device(self) -> torch.device:

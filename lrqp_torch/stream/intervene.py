@@ -15,9 +15,11 @@ from lrqp_torch.errors import (
     PositionError,
     SiteError,
     WidthError,
+    capturing,
     concrete,
     in_transforms,
     readable,
+    unwrapped,
 )
 from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
@@ -28,6 +30,9 @@ from lrqp_torch.stream.traced import may_trace, refuse_within_compilation
 from lrqp_torch.stream.watch import Watch
 
 Record = TypeVar("Record")
+
+MANY = 64
+"""So many numbers that nobody has waited for are kept, before they are put together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,8 +243,7 @@ class _Applied:
         self.trainable = parameters is not None and any(p.requires_grad for p in parameters())
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
-        self.broken: Tensor | None = None
-        self.dtype = torch.float32
+        self.largest: list[Tensor] = []
 
     def apply(
         self, stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
@@ -302,29 +306,29 @@ class _Applied:
                 f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
             )
         values = edited.detach().to(dtype)
-        # A finite sum has finite terms, and is there sooner.
-        if readable(values) and math.isfinite(float(values.sum())):
-            return
-        broken = ~torch.isfinite(values).all()
-        if readable(broken):
-            self._raise_if_broken(broken, dtype)
-        elif concrete(broken):
-            self.broken = broken if self.broken is None else self.broken | broken
-            self.dtype = dtype
+        if readable(values):
+            # A finite sum has finite terms, and is there sooner.
+            if not math.isfinite(float(values.sum())):
+                self._raise_if_broken(values)
+        elif concrete(values):
+            # The largest of NaN or infinity is no finite number either; looked at in the end.
+            self.largest.append(torch.linalg.vector_norm(unwrapped(values), torch.inf))
+            if len(self.largest) == MANY and not capturing(values):
+                self.largest = [torch.stack(self.largest).amax()]
 
-    def _raise_if_broken(self, broken: Tensor, dtype: torch.dtype) -> None:
-        if bool(broken):
+    def _raise_if_broken(self, values: Tensor) -> None:
+        if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(
-                f"the edit at {self.located.site} returned NaN, infinity, or more than {dtype} "
-                f"can hold"
+                f"the edit at {self.located.site} returned NaN, infinity, or more than "
+                f"{values.dtype} can hold"
             )
 
     def close(self, watch: Watch) -> None:
         """Raise for what went wrong without being seen, and for positions that never ran."""
         if self.raises_late:
             cast(Recorded, self.item.edit).raise_late()
-        if self.broken is not None:
-            self._raise_if_broken(self.broken, self.dtype)
+        if self.largest:
+            self._raise_if_broken(torch.stack(self.largest))
         missed = self.places.missed()
         if missed is not None:
             others = ", ".join(sorted(watch.others))

@@ -202,7 +202,7 @@ class Positions:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of results that have one entry a pair: (B,), (B, n), or (N,)."""
-        return self.grid if self.grid and not self.is_mask else (self._count,)
+        return self.grid if self.grid and not self.is_mask else (len(self),)
 
     def to(self, device: torch.device | str) -> "Positions":
         """The same positions on another device."""

@@ -1,10 +1,12 @@
 """The record of an edit: what was read before, what was written, and what the stream holds."""
 
+from typing import Any
+
 import pytest
 import torch
 from models_for_tests import POST_MODELS, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import (
@@ -322,6 +324,51 @@ def test_keeping_a_step_waits_for_no_device(record: bool) -> None:
     if record:
         assert len(run.steps[0]) == 12
         assert torch.equal(run.distance, solution.distance)
+
+
+@pytest.mark.parametrize("positions", ["fixed", "generated", "all", "prompt"])
+@torch.no_grad()
+def test_hooks_wait_for_no_device(positions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, nothing whose size or course depends on values is asked for in a pass."""
+
+    class NoLooking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = function.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+            return function(*args, **(kwargs or {}))
+
+    def guarded(added: Any, *args: Any) -> Any:
+        with NoLooking():
+            return called(added, *args)
+
+    def solved(*rows: Any, **more: Any) -> Any:
+        with _disable_current_modes():  # which is not what is tested here
+            return type(edit).edit_rows(edit, *rows, **more)
+
+    model, inputs = build("llama"), PROMPTS.padded("left")
+    del inputs["position_ids"]
+    edit, found = edit_of(model, "L1.mid"), []
+    # What would be looked at on the host is; a pass of fixed positions is held against no mask.
+    where = AT[:, 0] if positions == "fixed" else positions
+    given = {"input_ids": inputs["input_ids"]} if positions == "fixed" else inputs
+    called = lrqp.stream.watch._Added.__call__
+    for waits in (True, False):
+        add = lrqp.Intervention("L1.pre", where, lambda x, context: x + 1)
+        with lrqp.intervene(model, [edit.on("L1.mid", positions=where, target=1), add]) as (run, _):
+            if not waits:
+                for module in (lrqp.stream.intervene, lrqp.stream.following, lrqp.edits.lrqp):
+                    monkeypatch.setattr(module, "readable", lambda tensor: False)
+                monkeypatch.setattr(edit, "edit_rows", solved)
+                monkeypatch.setattr(lrqp.stream.watch._Added, "__call__", guarded)
+            logits = (
+                model(**given).logits
+                if positions == "fixed"
+                else model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            )
+            monkeypatch.undo()
+        found.append((logits, run.token, run.distance, run.status))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()
