@@ -182,7 +182,7 @@ def train_subspace(
     Raises:
         PairError: paired activations that do not fit the prompts.
         SettingError: a rank, a share or a number of epochs out of range.
-        LearningError: too few prompts, or a loss that is not finite.
+        LearningError: too few prompts, a loss that is not finite, or one that no edit can change.
     """
     positions = behaviour.positions
     if positions.ndim != 1 or paired.ndim != 2 or len(paired) != len(positions):
@@ -219,6 +219,11 @@ def train_subspace(
             total = 0.0
             for rows in shuffled.split(behaviour.batch_size):
                 loss = _losses(behaviour, paired, _basis(free), rows).mean()
+                if not loss.requires_grad:
+                    raise LearningError(
+                        f"what the loss reads does not depend on the stream at {behaviour.site} at "
+                        f"these positions, so there is nothing to train"
+                    )
                 (free.grad,) = torch.autograd.grad(loss, [free])
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)

@@ -9,12 +9,17 @@ logits grow with all of them. What the probe reads of real activations grows wit
 * ``class``: until it reads what it reads of the median training prompt of the target class.
 """
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from lrqp_torch.distributed import Ranks
+from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError, quoted
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study.context import ALONE, StudyContext, Task
 
 Dose = Literal["nats", "twin", "class"]
 DOSES: tuple[Dose, ...] = get_args(Dose)
@@ -59,3 +64,43 @@ def asked_of(
         return class_readings(probe, x, labels)[target]
     own = probe.log_odds(twin, target).double()
     return own if dose == "twin" else own * float("nan")
+
+
+@torch.no_grad()
+def asked_at(
+    context: StudyContext, task: Task, dose: str, edits: Mapping[str, LRQP], ranks: Ranks = ALONE
+) -> dict[str, dict[str, Tensor]]:
+    """The log α of the control and the counterfactual edit of each held-out prompt, by site.
+
+    A prompt without a twin is dosed by its target class.
+
+    Args:
+        context: the model.
+        task: of which the prompts are.
+        dose: one of :data:`DOSES`; nothing is asked for by ``nats``.
+        edits: site to edit.
+        ranks: the processes that share the captures, all of which make this call.
+
+    Raises:
+        SettingError: ``twin`` where no prompt has one.
+    """
+    if dose == "nats":
+        return {}
+    twins = context.twins(task, list(edits), ranks=ranks) if dose == "twin" else None
+    if dose == "twin" and twins is None:
+        raise SettingError("these prompts have no twins to dose by; use --dose class or nats.")
+    own, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
+    y, found = task.train.labels.to(context.device), dict[str, dict[str, Tensor]]()
+    train = context.activations(task, "train", "mark", list(edits), ranks=ranks)
+    test = context.activations(task, "test", "mark", list(edits), ranks=ranks)
+    for site, edit in edits.items():
+        by_class = class_readings(edit.probe, train[site], y)
+        found[site] = {"control": by_class[own], "counterfactual": by_class[target]}
+        if twins is not None:
+            there, known = twins[0][site], twins[1].to(context.device)
+            read = edit.probe.log_odds(there, target).double()
+            found[site] = {
+                "control": edit.probe.log_odds(test[site], own).double(),
+                "counterfactual": torch.where(known, read, by_class[target]),
+            }
+    return found

@@ -77,6 +77,7 @@ def sweep(
     ranks: Ranks = ALONE,
     kept: Batches | None = None,
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    asked: Mapping[str, Mapping[str, Tensor]] | None = None,
     advance: Advance = no_progress,
 ) -> dict[str, Tensor]:
     """Run every edit, towards both targets, on held-out prompts.
@@ -96,6 +97,7 @@ def sweep(
         kept: keeps batches; read and written by rank 0 alone.
         beside: site to what is put at the marked token in further runs, (n, d) by name: the same
             names at every site, such as :data:`INTERCHANGE` and :data:`NULL`.
+        asked: site and condition to the log α of each prompt, (n,), in place of the edit's rule.
         advance: called with the number of prompts run, ``(1 + 2 · len(edits)) · len(prompts)`` in
             all, on every rank, and those beside.
 
@@ -138,7 +140,7 @@ def sweep(
             for number in pending[start : start + ranks.size][ranks.turns]:
                 try:
                     # What a batch has run is let go with it.
-                    own[number] = _sweep_batch(work.pop(number), edits, others, ran)
+                    own[number] = _sweep_batch(work.pop(number), edits, others, asked or {}, ran)
                 except RankError:
                     raise
                 except LRQPError as caught:
@@ -179,6 +181,7 @@ def _sweep_batch(
     batch: Batch[PromptSet],
     edits: Mapping[str, LRQP],
     beside: Mapping[str, Mapping[str, Tensor]],
+    asked: Mapping[str, Mapping[str, Tensor]],
     advance: Advance,
 ) -> dict[str, Tensor]:
     prompts, targets, count = batch.prompts, batch.targets(), len(batch)
@@ -189,7 +192,11 @@ def _sweep_batch(
     advance(count)
     for site, edit in edits.items():
         here = {name: x[batch.rows.to(x.device)] for name, x in beside.get(site, {}).items()}
-        ran = batch.edited(site, edit, targets, here)
+        doses = {
+            condition: {"": floors[batch.rows.to(floors.device)]}
+            for condition, floors in asked.get(site, {}).items()
+        }
+        ran = batch.edited(site, edit, targets, here, asked=doses or None)
         for condition, edited in ran.items():
             columns = read_answers(prompts, edited.logits, edited.rest) | edited.record
             columns["divergence"] = divergences(batch.clean, edited.logits)

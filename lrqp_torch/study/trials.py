@@ -334,10 +334,15 @@ def flipped(own_lead: Tensor, other_lead: Tensor, groups: Tensor | None = None) 
     return Estimate.share((other_lead > 0)[answered], among)
 
 
-def displacements(edit: LRQP, x: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """What an edit adds to activations (n, d), in float64; 0 where it cannot reach the target."""
+def displacements(
+    edit: LRQP, x: Tensor, target: Tensor, source: Tensor, asked: Tensor | None = None
+) -> Tensor:
+    """What an edit adds to activations (n, d), in float64; 0 where it cannot reach the target.
+
+    ``asked`` is as in :meth:`LRQP.solve`.
+    """
     wide = x.double()
-    return edit.solve(wide, target, source).x_new.detach() - wide
+    return edit.solve(wide, target, source, asked=asked).x_new.detach() - wide
 
 
 def with_partners(edit: Baseline, activations: Tensor) -> Baseline:

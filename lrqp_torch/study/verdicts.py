@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch import models
-from lrqp_torch.baselines import DAS, DASLeast, LeastEdit
+from lrqp_torch.baselines import DAS, DASLeast, LeastEdit, NoEdit
 from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import ModelError, SettingError
 from lrqp_torch.files import prepare_folder, write_json, written_whole
@@ -439,9 +439,10 @@ def score_sites(
         chance = [mixed_at[site, i] for i in range(len(mixed))]
         for item in build_candidates(context, site, edits[site], methods, Training()):
             edit = item.edit
-            if edit is None and item.name == LEARNED:
+            if edit is None and item.name in TRAINED:
                 # Where no edit can change the answer there is nothing to learn from.
-                edit = LeastEdit(edits[site])
+                untrained = LeastEdit if item.name == LEARNED else NoEdit
+                edit = untrained(edits[site])
             if edit is None:
                 problems[item.name] = item.problem
                 continue

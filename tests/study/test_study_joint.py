@@ -19,6 +19,7 @@ from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.methods import Training
 from lrqp_torch.study.parts.joint import METHODS, Joint, JointResult
 from lrqp_torch.study.prompts import ALL
+from lrqp_torch.study.run import run
 from lrqp_torch.study.running import placed
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.sweep import fit_edits, sweep
@@ -243,3 +244,18 @@ def test_a_dose_by_the_twin_reads_the_twin_in_the_model() -> None:
     assert found.control.distance < 1e-3
     assert found.counterfactual.worst_log_odds_margin >= 0
     assert found.agreement is not None and found.agreement.known > 0.95
+
+
+def test_a_dosed_sweep_asks_each_prompt_for_its_twin_s_reading(tmp_path: Path) -> None:
+    common = {"n": 60, "sites": SITE, "parts": "flipping", "figures": False, "report": False}
+    found = {
+        dose: run(Settings("organism", tmp_path / dose, dose=dose, **common))  # type: ignore[arg-type]
+        for dose in ("nats", "twin", "class")
+    }
+    floors = {dose: study.prompts[f"{SITE}.counterfactual.floor"] for dose, study in found.items()}
+    assert bool((floors["nats"] >= 10).all())
+    assert len(floors["class"].unique()) == 2 and len(floors["twin"].unique()) > 20
+    for study in found.values():
+        assert study.sites[SITE].worst_log_odds_margin >= 0
+    assert found["twin"].sites[SITE].control.distance < 1e-3
+    assert found["twin"].sites[SITE].counterfactual.flipped.known > 0.9

@@ -20,6 +20,7 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock
 from lrqp_torch.study.ceiling import LEVEL, PROBES, null_edits, shuffled, turns
 from lrqp_torch.study.context import Advance, StudyContext, Task
+from lrqp_torch.study.doses import asked_at
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Batches, Given, Part
 from lrqp_torch.study.prompts import Words, halves
@@ -273,7 +274,8 @@ def _swept(
         edits = ranks.divide(context.sites, edits_at, context.device)
         chance = ranks.divide(context.sites, chance_at, context.device)
     with clock.stage("interchange"):
-        beside, known = _put_beside(given, task, edits, chance, held_out)
+        asked = asked_at(context, task, settings.dose, edits, ranks)
+        beside, known = _put_beside(given, task, edits, chance, held_out, asked)
     with clock.stage("sweep"):
         flat = sweep(
             context.model,
@@ -283,6 +285,7 @@ def _swept(
             ranks=ranks,
             kept=kept,
             beside=beside,
+            asked=asked,
             advance=advance,
         )
     flat |= known
@@ -388,6 +391,7 @@ def _put_beside(
     edits: Mapping[str, LRQP],
     chance: Mapping[str, nn.ModuleList],
     held_out: Mapping[str, Tensor],
+    asked: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """What runs beside the edits by site and name, (n, d), and what is known of each prompt."""
     context, names = given.context, _beside(given.context, task)
@@ -413,7 +417,8 @@ def _put_beside(
             moved = here[INTERCHANGE].double() - x.double()
             known[f"{site}.{INTERCHANGE}.distance"] = edit.metric.distance(moved).cpu()
         if nulls:
-            length = edit.metric.distance(displacements(edit, x, target, labels))
+            floors = asked.get(site, {}).get("counterfactual")
+            length = edit.metric.distance(displacements(edit, x, target, labels, floors))
         for name, turn in nulls.items():
             delta = null_edits(chance[site], edit.metric, target, labels, length, turn)
             here[name] = (x.double() + delta).to(x.dtype)
