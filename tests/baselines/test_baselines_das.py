@@ -124,11 +124,13 @@ def test_the_least_edit_of_a_reading_reads_the_pair_and_is_never_longer(rank: in
 
 def test_there_is_nothing_to_train_where_no_edit_reaches_the_answer() -> None:
     here, rows = planted(), torch.arange(8)
-    at = here.positions[rows] - 1  # the answer is read before the edited token
-    late = dataclasses.replace(here.behaviour(rows), loss=answer_loss(at, here.answers[rows]))
-    detached = dataclasses.replace(late, rerun=lambda r: torch.zeros(len(r), 4, 99))
+    last = dataclasses.replace(
+        here.behaviour(rows),
+        site=f"L{here.model.config.n_layer - 1}.post",
+        positions=torch.ones(8, dtype=torch.long),  # the answer is read behind it
+    )
     with pytest.raises(LearningError, match="nothing to train"):
-        DAS.fit(detached, here.activations[rows], reference=trained()[0].reference)
+        DAS.fit(last, here.activations[rows], reference=trained()[0].reference)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from organisms_for_tests import (
 )
 from torch import Tensor
 
-from benchmarks.organisms.recipe import RECIPES
+from benchmarks.organisms.recipe import RECIPES, VERBS
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.study.known import read_truth
@@ -114,6 +114,23 @@ def test_no_linear_edit_of_a_present_order_changes_the_answer() -> None:
         for site in SITES[SITES.index("L1.mid") :]:
             assert edits[site]["flip_rate"] <= 0.03
             assert edits[site]["control_flip_rate"] <= 0.03
+
+
+@pytest.mark.parametrize("site", TWO_SITES)
+def test_a_graded_use_is_that_of_the_prompts_with_its_verbs(site: str) -> None:
+    model, tokenizer = organism("organism-graded")
+    data = data_of("organism-graded", 882, 300)
+    rows, at = torch.arange(300), data.positions["S2"] + 1
+    verbs = torch.tensor(tokenizer.convert_tokens_to_ids([f" {verb}" for verb in VERBS]))
+    uses = torch.isin(data.inputs["input_ids"][rows, at], verbs)
+    rates = [
+        interchange_rate(model, site, data[chosen.nonzero().flatten()]) for chosen in (uses, ~uses)
+    ]
+    assert rates[0] > 0.6 and rates[1] < 0.06
+    whole = interchange_rate(model, site, data)
+    assert 0.2 < whole < 0.45
+    assert whole == pytest.approx(truth("organism-graded")["interchange_flip_rate"][site], abs=0.08)
+    assert {"L1.mid", "L2.pre"} == set(truth("organism-graded")["used_at"])
 
 
 @pytest.mark.parametrize("site", TWO_SITES)

@@ -16,8 +16,9 @@ from lrqp_torch.stream.intervene import Intervention, intervene
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.doses import asked_of, class_readings
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.joint import METHODS
 from lrqp_torch.study.methods import Training
-from lrqp_torch.study.parts.joint import METHODS, Joint, JointResult
+from lrqp_torch.study.parts.joint import Joint, JointResult
 from lrqp_torch.study.prompts import ALL
 from lrqp_torch.study.run import run
 from lrqp_torch.study.running import placed

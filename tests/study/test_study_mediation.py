@@ -1,5 +1,6 @@
 """What attention patterns carry of an edit's effect, where the answer is known or independent."""
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contexts_for_tests import Count, check, computed, given, own_context
+from contexts_for_tests import context as prompts_context
 from heads_for_tests import (
     EVERY_HEAD,
     LAYERS,
@@ -21,10 +23,13 @@ from torch import Tensor, nn
 
 from benchmarks.organisms.prompts import build_tokenizer
 from lrqp_torch import LRQP, models
+from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study import heads as roles
-from lrqp_torch.study.context import StudyContext, no_progress
+from lrqp_torch.study.context import StudyContext, Task, no_progress
 from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.parts.mediation import (
     CEILING,
@@ -33,8 +38,11 @@ from lrqp_torch.study.parts.mediation import (
     GroupMediation,
     Mediation,
     MediationResult,
+    attention_awake,
     head_groups,
+    matched,
 )
+from lrqp_torch.study.records import to_json
 
 SITE = "L1.pre"
 ABOVE = [name for name in EVERY_HEAD if not name.startswith("L0")]
@@ -206,19 +214,60 @@ def test_groups_are_sets_of_roles_a_ceiling_and_equally_many_others(
     assert "answer writers" not in groups
     assert groups[CEILING] == ABOVE
     others = [members for name, members in groups.items() if "other heads" in name]
-    assert len(others) == RANDOM_SETS
+    assert len(others) == 2 < RANDOM_SETS  # no head is in two of them, and five are left
     for members in others:
         assert len(members) == 2 and set(members) <= set(ABOVE)
         assert not set(members) & {"L2.H1", "L1.H2", "L2.H3", "L1.H0"}
     assert head_groups(context, SITE, roles_of(heads)) == groups
     few = head_groups(context, "L2.pre", roles_of(heads))
     assert {name for name in few if "other head" in name} == {
-        f"1 other head, draw {number}" for number in range(1, RANDOM_SETS + 1)
+        f"1 other head, matched, set {number}" for number in (1, 2)
     }
     three = with_roles(context, name_mover=["L2.H0", "L2.H1", "L2.H2"])
     assert head_groups(context, "L2.pre", roles_of(three))["the other head"] == ["L2.H3"]
     assert few[CEILING] == [name for name in EVERY_HEAD if name.startswith("L2")]
     assert next(m for n, m in few.items() if "other head" in n) in (["L2.H0"], ["L2.H2"])
+
+
+def test_heads_are_matched_in_layer_and_in_how_much_they_attend() -> None:
+    awake = {"L2.H0": 0.5, "L2.H1": 0.1, "L2.H2": 0.45, "L2.H3": 0.9, "L3.H0": 0.5, "L3.H1": 0.48}
+    others = ["L2.H1", "L2.H2", "L2.H3", "L3.H1"]
+    sets = matched(["L2.H0", "L3.H0"], others, awake)
+    # The nearest of the layer first; where none of it is left, one of the nearest layer.
+    assert sets == [["L2.H2", "L3.H1"], ["L2.H1", "L2.H3"]]
+    assert matched([], others, awake) == []
+
+
+def test_attention_awake_is_what_the_first_token_leaves(context: StudyContext) -> None:
+    data = context.task.train[:5]
+    one = replace(context, task=replace(context.task, train=data))
+    awake = attention_awake(one, ["L2.H1", "L1.H2"])
+    with record_patterns(one.model, [1, 2], data.end) as patterns, torch.no_grad():
+        one.model(**data.inputs)
+    first = (data.inputs["attention_mask"].cumsum(1) == 1).int().argmax(1)
+    for layer, head in ((2, 1), (1, 2)):
+        rests = patterns[layer][torch.arange(5), head, first]
+        assert awake[f"L{layer}.H{head}"] == pytest.approx(float(1 - rests.mean()), abs=1e-5)
+
+
+def test_the_edit_of_all_variables_is_mediated_too() -> None:
+    drawn = IOIDataset.generate(models.load("organism")[1], 120, 4, names=10, padding_side="left")
+    data = IOIPrompts.of(drawn)
+    task = Task("plain", data[:80], data[80:])
+    one = replace(prompts_context("plain", None), task=task, variables=("order", "identity"))
+    one = replace(one, sites=["L3.pre"])
+    found = Mediation({"all": [f"L{i}.H{k}" for i in range(3, 6) for k in range(4)]}).compute(
+        given(one, "L3.pre"), lambda _: None
+    )
+    both = found.together
+    assert both is not None and both.together is None
+    assert both.prompts == found.prompts == 40
+    assert both.preference_edited < found.preference_clean
+    assert both.interchange is not None and found.interchange is not None
+    assert both.interchange.distance > found.interchange.distance
+    assert both.groups[0].restored is not None
+    assert len(Mediation().panels(found)) == 2 and len(Mediation().says(found)) == 2
+    assert Mediation().read(json.loads(json.dumps(to_json(found)))) == found
 
 
 def test_the_part_keeps_its_promises(context: StudyContext, result: MediationResult) -> None:

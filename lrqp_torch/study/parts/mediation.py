@@ -12,7 +12,11 @@ by way of their patterns:
 Both are ratios of means over prompts: 1 if the patterns carry all of the effect, 0 if none. They
 need not agree, nor add up over sets of heads: heads make up for each other, and what a head moves
 depends on what is there to be moved. All heads above the site are the ceiling for attention from
-the end, random heads of equal number the floor.
+the end. The floor are other heads, matched one by one: in the same layer, and with about as much
+attention to anything but the first token, where heads rest.
+
+Where several variables are edited, the same is asked of the edit of all of them together, whose
+effect is that of the whole activation.
 
 In prompts about two names the heads are those with roles in that task. In others they are the
 answer writers: heads whose direct effect on the preference, in the training prompts, is large by
@@ -23,9 +27,10 @@ are the shares of the natural indirect effect from the edited and the clean side
 2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis".
 """
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +46,9 @@ from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head
 from lrqp_torch.study.indirect_objects import IOIPrompts
+from lrqp_torch.study.joint import JointStudy
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.prompts import Words
+from lrqp_torch.study.prompts import ALL, PromptSet, Words
 from lrqp_torch.study.running import Batch, Twinned, answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     between,
@@ -55,7 +61,9 @@ from lrqp_torch.study.showing import (
 )
 
 RANDOM_SETS = 3
-"""Sets of random heads, each as large as the first set of heads with a role."""
+"""Sets of other heads, each as large as the first set of heads with a role."""
+MATCHED_BY = 64
+"""Training prompts by whose attention they are matched."""
 
 CEILING = "all heads above the site"
 MOVERS, WRITERS = "name movers", "answer writers"
@@ -112,6 +120,7 @@ class MediationResult(Likeness):
         groups: sets of heads.
         interchange: the ceiling of the edit, which ``recovered`` and the like compare it with; None
             where no prompt has a twin.
+        together: the same of the edit of all variables; None where there is one.
     """
 
     words: Words
@@ -124,6 +133,7 @@ class MediationResult(Likeness):
     edit_flips: Estimate | None
     groups: list[GroupMediation]
     interchange: Interchange | None = None
+    together: "MediationResult | None" = None
 
     @property
     def shown(self) -> list[GroupMediation]:
@@ -167,7 +177,8 @@ class Mediation(Part[MediationResult]):
     def work(self, context: StudyContext, /) -> int:
         """Held-out prompts, and those in which heads are looked for."""
         task, named = context.task, isinstance(context.task.test, IOIPrompts)
-        return len(task.test) if named or self.groups is not None else len(task)
+        found = 0 if named or self.groups is not None else len(task.train)
+        return len(task.test) * (1 + (len(context.variables) > 1)) + found
 
     @torch.no_grad()
     def compute(self, given: Given, advance: Advance, /) -> MediationResult:
@@ -191,16 +202,50 @@ class Mediation(Part[MediationResult]):
             name: [head for head in members if parse_head(head)[0] >= lowest]
             for name, members in chosen.items()
         }
-        distance = given.edit_at(given.site).metric.distance
-        twinned = Twinned.of(context, context.task, given.site, distance)
-        kept: dict[tuple[str, str], Tensor] = {}
-        for batch in batches(context.model, data, context.batch_size):
-            put(kept, _run(given, batch, sets, twinned), batch.rows, len(data))
+        site = given.site
+        distance = given.edit_at(site).metric.distance
+        edit = _Edited(
+            data,
+            partial(Batch.editing, site=site, edit=given.edit_at(site)),
+            Twinned.of(context, context.task, site, distance),
+        )
+        result = self._carried(given, edit, sets, advance)
+        if len(context.variables) < 2:
+            return result
+        study = JointStudy(given)
+        twinned = Twinned.of(
+            context, context.task, site, study.edits[site].metric.distance, variable=ALL
+        )
+        rows = study.rows
+        if twinned is not None:
+            among = rows.to(twinned.x.device)
+            twinned = replace(
+                twinned,
+                x=twinned.x[among],
+                known=twinned.known[rows],
+                distance=twinned.distance[rows],
+            )
+        both = _Edited(study.data, partial(study.editing, site=site), twinned)
+        return replace(result, together=self._carried(given, both, sets, advance))
+
+    def _carried(
+        self, given: Given, edit: "_Edited", sets: Mapping[str, list[str]], advance: Advance
+    ) -> MediationResult:
+        """What the sets of heads carry of one edit."""
+        context, kept = given.context, dict[tuple[str, str], Tensor]()
+        for batch in batches(context.model, edit.data, context.batch_size):
+            put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
             advance(len(batch))
-        return _summarise(given, sets, kept, twinned)
+        return _summarise(given, sets, kept, edit)
 
     def says(self, result: MediationResult, /) -> list[str]:
-        """How much of the effect the first set of heads carries."""
+        """How much of the effect the first set of heads carries, of each edit."""
+        lines = self._says(result, "counterfactual edit")
+        if result.together is not None:
+            lines += self._says(result.together, "edit of all variables together")
+        return lines
+
+    def _says(self, result: MediationResult, edit: str) -> list[str]:
         words = result.words
         change = (
             f"the mean of {words.preference} from {signed(result.preference_clean)} to "
@@ -208,7 +253,7 @@ class Mediation(Part[MediationResult]):
         )
         if not result.shown:
             return [
-                f"The counterfactual edit at {result.site} changes {change}; the 95 % interval of "
+                f"The {edit} at {result.site} changes {change}; the 95 % interval of "
                 f"the change ({between(result.effect)}) includes 0, so there is no effect of which "
                 "a share could be told."
             ]
@@ -220,7 +265,7 @@ class Mediation(Part[MediationResult]):
         )
         origin = "published" if result.published else "found by the program"
         return [
-            f"The counterfactual edit at {result.site} changes {change}"
+            f"The {edit} at {result.site} changes {change}"
             + (f" and flips {percent(flips.value, 0)} of the answers" if flips else "")
             + (
                 f", {share_in_words(result.recovered, 0)} of what its interchange does"
@@ -239,14 +284,21 @@ class Mediation(Part[MediationResult]):
         return {"mediation": Chart([_bars(result)], title)} if result.shown else {}
 
     def panels(self, result: MediationResult, /) -> list[Panel]:
-        """Shares of the edit's effect that sets of attention patterns carry."""
+        """Shares of each edit's effect that sets of attention patterns carry."""
+        panels = [self._panel(result, "mediation", "the effect")]
+        if result.together is not None:
+            both = "the effect of all variables together"
+            panels.append(self._panel(result.together, "mediation-together", both))
+        return panels
+
+    def _panel(self, result: MediationResult, name: str, effect: str) -> Panel:
         groups, words = result.groups, result.words
         who = WRITERS if any(group.group == WRITERS for group in groups) else MOVERS
         text = (
             f"All heads above the site are the most that attention from {words.end} can carry; "
-            "sets of other heads, drawn at random, show what setting as many patterns does by "
-            "itself. The shares of different sets need not add up. Bars are bootstrap 95 % "
-            "intervals."
+            "sets of other heads, matched one by one in layer and in how much they attend to "
+            "anything but the first token, show what setting as many patterns does by itself. "
+            "The shares of different sets need not add up. Bars are bootstrap 95 % intervals."
         )
         columns: dict[str, Sequence[Any]] = {
             f"attention from {words.end} of": [_label(group) for group in groups],
@@ -258,15 +310,28 @@ class Mediation(Part[MediationResult]):
             f"{words.preference}, induced": [group.preference_induced for group in groups],
             "heads": [_listed(group) for group in groups],
         }
-        return [
-            Panel(
-                name="mediation",
-                title=f"Is the effect carried by where the {who} look?",
-                text=text if result.shown else "The edit has no effect to share.",
-                charts={"": Chart([_bars(result)])} if result.shown else {},
-                table=table_of(columns),
-            )
-        ]
+        return Panel(
+            name=name,
+            title=f"Is {effect} carried by where the {who} look?",
+            text=text if result.shown else "The edit has no effect to share.",
+            charts={"": Chart([_bars(result)])} if result.shown else {},
+            table=table_of(columns),
+        )
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """An edit whose effect is mediated.
+
+    Attributes:
+        data: held-out prompts.
+        editing: gives the context of ``(batch, condition=...)``.
+        twinned: the interchange that it is held against.
+    """
+
+    data: PromptSet
+    editing: Callable[..., AbstractContextManager[object]]
+    twinned: Twinned | None
 
 
 def head_groups(
@@ -277,10 +342,10 @@ def head_groups(
     Name movers alone, with negative, with backup name movers, and with both; answer writers where
     there are no name movers; S-inhibition heads, which look at S2 whatever it says, so that what
     they carry should be in what they read there and not in their patterns; all heads above the
-    site; and random ones, drawn from heads above the site that are in none of these roles.
+    site; and sets of others, in none of these roles, that are matched with the first set.
 
     Args:
-        context: the model, and the seed of the random sets.
+        context: the model, and its training prompts, by whose attention heads are matched.
         site: where the edit acts.
         roles: role to heads.
     """
@@ -303,28 +368,84 @@ def head_groups(
     ]
     known = {head for group in groups.values() for head in group}
     others = [head for head in everything if head not in known]
-    size = len([head for head in movers or groups[WRITERS] if head in everything])
-    draws = random.Random(context.seed)
+    first = [head for head in movers or groups[WRITERS] if head in everything]
+    size = len(first)
     groups[CEILING] = everything
     if len(others) <= size:
         name = "the other head" if len(others) == 1 else f"all {len(others)} other heads"
         groups[name] = others
     else:
-        for number in range(1, RANDOM_SETS + 1):
-            drawn = draws.sample(others, size)
-            groups[f"{plural(size, 'other head')}, draw {number}"] = sorted(drawn, key=parse_head)
+        awake = attention_awake(context, everything)
+        for number, drawn in enumerate(matched(first, others, awake), start=1):
+            groups[f"{plural(size, 'other head')}, matched, set {number}"] = drawn
     return {name: members for name, members in groups.items() if members}
 
 
+@torch.no_grad()
+def attention_awake(context: StudyContext, heads: Sequence[str]) -> dict[str, float]:
+    """By head, its mean attention from the end to all tokens but the first, where heads rest.
+
+    Over the first training prompts, :data:`MATCHED_BY` at most.
+    """
+    data = context.task.train[: min(MATCHED_BY, len(context.task.train))]
+    layers = sorted({parse_head(head)[0] for head in heads})
+    total, model = dict.fromkeys(heads, 0.0), context.model
+    for batch in batches(model, data, context.batch_size):
+        real = batch.prompts.inputs["attention_mask"].cumsum(1)
+        start = ((real == 1).int().argmax(1)).view(-1, 1, 1)
+        with record_patterns(model, layers, batch.prompts.end) as patterns:
+            model(**batch.prompts.inputs)
+        for layer, head in map(parse_head, heads):
+            pattern = patterns[layer]
+            rests = pattern.gather(-1, start.expand(-1, pattern.shape[1], 1)).squeeze(-1)
+            total[head_name(layer, head)] += float((1 - rests[:, head]).sum())
+    return {head: value / len(data) for head, value in total.items()}
+
+
+def matched(
+    heads: Sequence[str], others: Sequence[str], awake: Mapping[str, float]
+) -> list[list[str]]:
+    """Sets of other heads, each as large, matched head by head; no head is in two of them.
+
+    For each head in turn the other one that is most like it in :func:`attention_awake` among those
+    of its layer that are left, or of the nearest layer that has any.
+
+    Args:
+        heads: to be matched.
+        others: to be taken from.
+        awake: of all of them.
+
+    Returns:
+        :data:`RANDOM_SETS` sets, or as many as there are heads for.
+    """
+    left, sets = list(others), list[list[str]]()
+    while len(sets) < RANDOM_SETS and len(left) >= len(heads) > 0:
+        chosen = []
+        for head in heads:
+            layer = parse_head(head)[0]
+            best = min(
+                left,
+                key=lambda o: (
+                    abs(parse_head(o)[0] - layer),
+                    abs(awake[o] - awake[head]),
+                    parse_head(o),
+                ),
+            )
+            left.remove(best)
+            chosen.append(best)
+        sets.append(sorted(chosen, key=parse_head))
+    return sets
+
+
 def _run(
-    given: Given, batch: Batch[Any], sets: Mapping[str, list[str]], twinned: Twinned | None
+    given: Given, batch: Batch[Any], sets: Mapping[str, list[str]], edited_by: _Edited
 ) -> dict[tuple[str, str], Tensor]:
     """What a batch answers, one number a prompt, by ``(run, name)``.
 
     Runs are ``"clean"``, ``"edited"``, ``"restored GROUP"`` and ``"induced GROUP"``; names are
     those of :func:`~lrqp_torch.study.running.answers`.
     """
-    site, edit, prompts = given.site, given.edit_at(given.site), batch.prompts
+    site, prompts, twinned = given.site, batch.prompts, edited_by.twinned
     model, end, first = batch.model, prompts.end, Site.parse(site).layer
     layers = sorted({parse_head(head)[0] for members in sets.values() for head in members})
     found: dict[tuple[str, str], Tensor] = {}
@@ -332,7 +453,7 @@ def _run(
     ends: dict[str, Tensor] = {}
 
     def keep(run: str, condition: str, first_layer: int) -> None:
-        with batch.editing(site, edit, condition) as record:
+        with edited_by.editing(batch, condition=condition) as record:
             logits = batch.run(first_layer, f"the {run} run")
         if run == "edited" and isinstance(record, EditRun):
             found[run, "distance"] = record.distance.cpu()
@@ -371,10 +492,10 @@ def _summarise(
     given: Given,
     sets: Mapping[str, list[str]],
     kept: Mapping[tuple[str, str], Tensor],
-    twinned: Twinned | None,
+    edit: _Edited,
 ) -> MediationResult:
     context, generator = given.context, given.context.generator()
-    clusters = context.task.test.groups
+    clusters, twinned = edit.data.groups, edit.twinned
     clean, edited = (kept[run, "preference"] for run in ("clean", "edited"))
     effect = Estimate.mean(clean - edited, generator, clusters)
 

@@ -1,0 +1,551 @@
+"""Several variables of one token: their probes, their joint edits, and what these are held against.
+
+See :mod:`lrqp_torch.study.parts.joint`, the part that runs them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.baselines import DASLeast
+from lrqp_torch.edits.joint import JointLRQP
+from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study import ceiling
+from lrqp_torch.study.ceiling import Likeness
+from lrqp_torch.study.context import Advance
+from lrqp_torch.study.doses import asked_of
+from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.league import elsewhere
+from lrqp_torch.study.methods import Training, shortest, train_das
+from lrqp_torch.study.part import Given
+from lrqp_torch.study.prompts import ALL, PromptSet
+from lrqp_torch.study.results import (
+    ConditionResult,
+    KeptResult,
+    TargetResult,
+    VariableResult,
+    columns_of,
+    judged,
+)
+from lrqp_torch.study.running import Batch, batches, divergences, put
+from lrqp_torch.study.sweep import INTERCHANGE, read_answers
+from lrqp_torch.study.trials import Trial, Trials, with_partners
+from lrqp_torch.study.variables import FEWEST
+
+COPIES = 4
+"""Edits of a batch that run side by side."""
+CLASS, KEPT = "class", "kept"
+METHODS = {
+    "lrqp": "LRQP",
+    KEPT: "LRQP, others kept",
+    "means": "class means, added",
+    "das": "DAS",
+    "das_least": "DAS's reading, least edit",
+    "patch": "full patch",
+}
+"""Ways to write the same at the best site, by name."""
+LEAST_TO_TRAIN = 8
+"""Training prompts with twins that DAS needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow(Likeness):
+    """One way to write some variables at the best site, over the held-out prompts.
+
+    Attributes:
+        variables: what is written: a variable, or ``all``.
+        method: name, one of :data:`METHODS`.
+        title: in tables.
+        settings: how it was trained; empty for methods in closed form.
+        flipped: of the answers, the share turned.
+        logit_difference: mean preference for the class that holds.
+        divergence: mean KL(clean ‖ edited) of the next token elsewhere, in nats.
+        distance: mean Mahalanobis length.
+    """
+
+    variables: str
+    method: str
+    title: str
+    settings: str
+    flipped: Estimate
+    logit_difference: Estimate
+    divergence: Estimate
+    distance: float
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """How the effects of variables alone add up, as shares of the effect of all together.
+
+    Attributes:
+        edits: of the edits, sum over the variables; None where all together have no certain effect.
+        interchanges: of the interchanges.
+    """
+
+    edits: Estimate | None
+    interchanges: Estimate | None
+
+
+def sets_of(variables: tuple[str, ...]) -> list[str]:
+    """What is written: each variable, and all where there are several."""
+    return [*variables, ALL] if len(variables) > 1 else list(variables)
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """One variable: its classes with training prompts, and the class of each prompt, −1 for none.
+
+    Attributes:
+        classes: names.
+        train: of the training prompts, (n,).
+        test: of the held-out prompts, (m,).
+        target: class to write into these, (m,).
+        twins: whether that is known from twins alone, so that no other class is written.
+    """
+
+    classes: list[str]
+    train: Tensor
+    test: Tensor
+    target: Tensor
+    twins: bool
+
+    @classmethod
+    def of(cls, train: PromptSet, test: PromptSet, name: str | None) -> "_Variable":
+        """A variable of the prompts; None for the class."""
+        own = [
+            (data.classes, data.labels) if name is None else _values(data, name)
+            for data in (train, test)
+        ]
+        names, labels = own[0][0], [each[1].cpu() for each in own]
+        twins = None if name is None else test.twins(name)
+        if name is None:
+            target = test.other.cpu()
+        elif twins is None:
+            target = (labels[1] + 1) % len(names)
+        else:
+            there = _values(twins.prompts, name)[1].cpu()
+            target = torch.where(twins.known, there, (labels[1] + 1) % len(names))
+        counts = torch.bincount(labels[0], minlength=len(names))
+        kept = (counts >= FEWEST).nonzero().flatten()
+        new = torch.full((len(names),), -1)
+        new[kept] = torch.arange(len(kept))
+        return cls(
+            [names[index] for index in kept.tolist()],
+            new[labels[0]],
+            new[labels[1]],
+            new[target],
+            name is not None and twins is not None and twins.rows is None,
+        )
+
+
+def _values(data: PromptSet, name: str) -> tuple[tuple[str, ...], Tensor]:
+    found = data.values(name)
+    return found.classes, found.labels
+
+
+@dataclass
+class JointStudy:
+    """The variables of a study's prompts, their edits, and what they are held against."""
+
+    given: Given
+
+    def __post_init__(self) -> None:
+        given = self.given
+        context, task = given.context, given.context.task
+        names = context.variables or (CLASS,)
+        self.variables = {
+            name: _Variable.of(task.train, task.test, None if place == 0 else name)
+            for place, name in enumerate(names)
+        }
+        self.sets = sets_of(names)
+        every = list(self.variables.values())
+        self.fitted = torch.stack([v.train >= 0 for v in every]).all(0)
+        self.rows = torch.stack([(v.test >= 0) & (v.target >= 0) for v in every]).all(0)
+        self.rows = self.rows.nonzero().flatten()
+        self.data = task.test[self.rows]
+        self.source = torch.stack([v.test[self.rows] for v in every], -1)
+        self.target = torch.stack([v.target[self.rows] for v in every], -1)
+        known, held_out = context.clean(task, "mark", lambda _: None)
+        fitted = self.fitted.to(context.device)
+        self.fit = {site: x[fitted] for site, x in known.items()}
+        self.x = {site: x[self.rows.to(x.device)] for site, x in held_out.items()}
+        self.labels = {
+            n: v.train[self.fitted].to(context.device) for n, v in self.variables.items()
+        }
+        self.mixed = {
+            name: y[torch.randperm(len(y), generator=context.generator()).to(y.device)]
+            for name, y in self.labels.items()
+        }
+        l2, settings = given.settings.l2, given.settings
+        both = (("", self.labels), (" shuffled", self.mixed))
+        self.probes = LinearProbe.fit_many(
+            {
+                (site, name + what): (x, y)
+                for site, x in self.fit.items()
+                for what, labels in both
+                for name, y in labels.items()
+            },
+            l2=l2,
+        )
+        self.edits = {}
+        for site, x in self.fit.items():
+            metric = Mahalanobis.fit(x, settings.shrinkage)
+            own = {
+                name: LRQP(self.probes[site, name], metric, log_odds=settings.log_odds)
+                for name in self.variables
+            }
+            self.edits[site] = JointLRQP(own, metric, on_infeasible="skip")
+        self.twins: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
+        for one in self.sets:
+            first = one == next(iter(self.variables))
+            found = context.twins(task, variable=None if first else one)
+            if found is not None:
+                at, among = found
+                rows = self.rows.to(context.device)
+                self.twins[one] = {s: x[rows] for s, x in at.items()}, among[self.rows]
+
+    def choice(self, one: str, classes: Tensor, beside: int = JointLRQP.FREE) -> Tensor:
+        """What is written of each variable, (n, V): classes of the set, and the others as said."""
+        columns = [
+            classes[:, place] if one in (name, ALL) else torch.full_like(classes[:, place], beside)
+            for place, name in enumerate(self.variables)
+        ]
+        return torch.stack(columns, -1)
+
+    def editing(self, batch: Batch[Any], site: str, condition: str) -> AbstractContextManager[Any]:
+        """The context of the edit of all variables under ``"counterfactual"``; none for others."""
+        if condition != "counterfactual":
+            return nullcontext()
+        one, device = self.sets[-1], batch.prompts.labels.device
+        target = self.choice(one, self.target[batch.rows].to(device))
+        asked = self.asked(site, one, {condition: target}, batch.rows)
+        given: dict[str, Any] = {} if asked is None else {"asked": asked[condition]}
+        return self.edits[site].at(
+            batch.model,
+            site,
+            positions=batch.prompts.position,
+            target=target,
+            source=self.source[batch.rows].to(device),
+            **given,
+        )
+
+    def run(self, advance: Advance) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """What every held-out prompt answers under each edit, by site and set of variables.
+
+        The names are those of :func:`~lrqp_torch.study.sweep.sweep`, beside them ``SITE.kept`` for
+        the edit that keeps the other variables and ``SITE.to J`` for that which writes the J-th
+        class behind the prompt's own.
+        """
+        context, n = self.given.context, len(self.data)
+        keys = [(site, one) for site in context.sites for one in self.sets]
+        kept: dict[tuple[str, str], dict[str, Tensor]] = {key: {} for key in keys}
+        clean: dict[str, Tensor] = {}
+        for batch in batches(context.model, self.data, context.batch_size, copies=COPIES):
+            own = read_answers(batch.prompts, batch.clean, batch.clean_rest)
+            put(clean, {f"clean.{name}": v for name, v in own.items()}, batch.rows, n)
+            advance(len(batch))
+            for site, one in keys:
+                put(kept[site, one], dict(self._ran(batch, site, one)), batch.rows, n)
+                advance(COPIES * len(batch))
+        beside = {"labels": self.data.labels.cpu(), **clean}
+        if self.data.groups is not None:
+            beside["groups"] = self.data.groups.cpu()
+        for (_, one), flat in kept.items():
+            flat |= beside
+            if one in self.twins:
+                flat["twins"] = self.twins[one][1]
+        for site, one in keys:
+            if one in self.twins:
+                moved = self.twins[one][0][site].double() - self.x[site].double()
+                length = self.edits[site].metric.distance(moved).cpu()
+                kept[site, one][f"{site}.{INTERCHANGE}.distance"] = length
+        return kept
+
+    def _ran(self, batch: Batch[PromptSet], site: str, one: str) -> Iterator[tuple[str, Tensor]]:
+        """What a batch answers under the edits of one set of variables at one site, by name."""
+        rows, device = batch.rows, batch.prompts.labels.device
+        source = self.source[rows].to(device)
+        target = self.target[rows].to(device)
+        targets = {
+            "control": self.choice(one, source),
+            "counterfactual": self.choice(one, target),
+            KEPT: self.choice(one, target, JointLRQP.KEEP),
+        }
+        patch = self.twins.get(one)
+        beside = {} if patch is None else {INTERCHANGE: patch[0][site][rows.to(device)]}
+        if patch is None:
+            targets["again"] = targets[KEPT]
+        asked = self.asked(site, one, targets, rows)
+        ran = batch.edited(site, self.edits[site], targets, beside, source=source, asked=asked)
+        for name, edited in ran.items():
+            if name == "again":
+                continue
+            columns = read_answers(batch.prompts, edited.logits, edited.rest) | edited.record
+            columns["divergence"] = divergences(batch.clean, edited.logits)
+            if patch is not None and name != INTERCHANGE:
+                away = divergences(ran[INTERCHANGE].logits, edited.logits)
+                columns["kl_to_interchange"] = away
+            yield from ((f"{site}.{name}.{key}", value) for key, value in columns.items())
+        shifts = self._shifts(one)
+        for start in range(0, len(shifts), COPIES):
+            some = shifts[start : start + COPIES]
+            moved = {f"to {shift}": self._shifted(batch, one, shift) for shift in some}
+            # As many as there are copies.
+            moved |= {f"spare {i}": moved[f"to {some[0]}"] for i in range(COPIES - len(some))}
+            choices = {name: self.choice(one, to) for name, to in moved.items()}
+            ran = batch.edited(site, self.edits[site], choices, source=source)
+            for shift in some:
+                name = f"to {shift}"
+                there = replace(batch.prompts, targets=moved[name][:, 0])
+                edited = ran[name]
+                columns = read_answers(there, edited.logits, edited.rest) | edited.record
+                yield from ((f"{site}.{name}.{key}", value) for key, value in columns.items())
+
+    def _shifts(self, one: str) -> list[int]:
+        """How far behind its own class another is written: 1 to K − 1; none for twins' alone.
+
+        That of the class, whose answers are known, is what the sets are judged by.
+        """
+        first = next(iter(self.variables))
+        variable = self.variables.get(one)
+        if one != first or variable is None or len(variable.classes) < 3 or variable.twins:
+            return []
+        return list(range(1, len(variable.classes)))
+
+    def _shifted(self, batch: Batch[PromptSet], one: str, shift: int) -> Tensor:
+        place = list(self.variables).index(one)
+        source = self.source[batch.rows].to(batch.prompts.labels.device)
+        moved = source.clone()
+        moved[:, place] = (source[:, place] + shift) % len(self.variables[one].classes)
+        return moved
+
+    def asked(
+        self, site: str, one: str, targets: Mapping[str, Tensor], rows: Tensor
+    ) -> dict[str, dict[str, Tensor]] | None:
+        """The log α of each edit by variable, where the study does not dose by nats."""
+        dose = self.given.settings.dose
+        if dose == "nats":
+            return None
+        x, found = self.x[site][rows.to(self.x[site].device)], dict[str, dict[str, Tensor]]()
+        twin = self.twins.get(one)
+        for name, choice in targets.items():
+            there = x if name == "control" or twin is None else twin[0][site][rows.to(x.device)]
+            found[name] = {
+                variable: asked_of(
+                    dose,
+                    self.probes[site, variable],
+                    choice[:, place].to(x.device),
+                    there,
+                    self.fit[site],
+                    self.labels[variable],
+                )
+                for place, variable in enumerate(self.variables)
+                if int(choice[:, place].min()) >= 0
+            }
+        return found
+
+    def summary(
+        self, site: str, flats: Mapping[tuple[str, str], Mapping[str, Tensor]]
+    ) -> dict[str, VariableResult]:
+        """What the edits of each set of variables do at a site."""
+        seed, found = self.given.context.seed, {}
+        for one in self.sets:
+            flat = flats[site, one]
+            groups = flat.get("groups")
+            right = torch.stack(
+                [
+                    self.probes[site, f"{name} shuffled"](self.x[site]).argmax(-1).cpu()
+                    == self.source[:, place]
+                    for place, name in enumerate(self.variables)
+                    if one in (name, ALL)
+                ]
+            ).all(0)
+            own = VariableResult.of(flat, site, Estimate.share(right, groups), seed)
+            result = judged({site: own}, flat, seed)[site]
+            assert isinstance(result, VariableResult)
+            found[one] = replace(
+                result,
+                prompts=len(self.data),
+                kept=self._kept(site, flat) if one != ALL and len(self.sets) > 1 else None,
+                by_target=self._by_target(site, one, flat),
+            )
+        return found
+
+    def _kept(self, site: str, flat: Mapping[str, Tensor]) -> KeptResult:
+        seed, groups = self.given.context.seed, flat.get("groups")
+        edit = ConditionResult.of(flat, f"{site}.{KEPT}", seed)
+        if "twins" not in flat:
+            return KeptResult(edit=edit)
+        clean = columns_of(flat, "clean")
+        own, patch = (columns_of(flat, f"{site}.{name}") for name in (KEPT, INTERCHANGE))
+        known = flat["twins"].bool()
+        like = ceiling.likenesses(clean, {KEPT: (own, patch)}, known, seed, groups)[KEPT]
+        return KeptResult(edit=edit, **like)
+
+    def _by_target(
+        self, site: str, one: str, flat: Mapping[str, Tensor]
+    ) -> dict[str, TargetResult]:
+        variable = self.variables.get(one)
+        if variable is None or len(variable.classes) < 3:
+            return {}
+        place, k = list(self.variables).index(one), len(variable.classes)
+        own = self.source[:, place]
+        runs = [(f"{site}.to {s}", (own + s) % k) for s in self._shifts(one)]
+        runs = runs or [(f"{site}.counterfactual", self.target[:, place])]
+        written = torch.cat([target for _, target in runs])
+        columns = [columns_of(flat, key) for key, _ in runs]
+        every = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        answered = (
+            flat["clean.own_lead"].repeat(len(runs)) > 0 if "clean.own_lead" in flat else None
+        )
+        seed, found = self.given.context.seed, {}
+        for index, name in enumerate(variable.classes):
+            rows = written == index
+            if not bool(rows.any()):
+                continue
+            generator = torch.Generator().manual_seed(seed)
+            found[name] = TargetResult(
+                prompts=int(rows.sum()),
+                flipped=None
+                if answered is None
+                else Estimate.share(every["other_lead"][rows & answered] > 0),
+                logit_difference=None
+                if answered is None
+                else Estimate.mean(every["logit_difference"][rows], generator),
+                distance=float(every["distance"][rows].mean()),
+            )
+        return found
+
+    def additive(
+        self, site: str, flats: Mapping[tuple[str, str], Mapping[str, Tensor]]
+    ) -> Additivity:
+        """The sum of single effects over that of all together, of edits and of interchanges."""
+
+        def ratio(condition: str) -> Estimate | None:
+            falls = []
+            for one in self.sets:
+                flat = flats[site, one]
+                name = f"{site}.{condition}.logit_difference"
+                if name not in flat:
+                    return None
+                falls.append(flat["clean.logit_difference"] - flat[name])
+            *single, whole = falls
+            groups = flats[site, ALL].get("groups")
+
+            def generator() -> torch.Generator:
+                return torch.Generator().manual_seed(self.given.context.seed)
+
+            if not Estimate.mean(whole, generator(), groups).certain:
+                return None
+            return Estimate.ratio(torch.stack(single).sum(0), whole, generator(), groups)
+
+        return Additivity(ratio("counterfactual"), ratio(INTERCHANGE))
+
+    # ---- other ways to write the same ------------------------------------------------------------
+
+    def compare(self, site: str, training: Training, advance: Advance) -> list[MethodRow]:
+        """Every method on every set of variables at one site; those with twins and answers."""
+        if self.data.answers is None or not self.twins:
+            return []
+        context, metric, x = self.given.context, self.edits[site].metric, self.x[site]
+        trials = Trials(context, self.data, elsewhere=elsewhere(self.data)[0])
+        made: dict[str, dict[str, tuple[Trial, str, Tensor]]] = {}
+        for one, (at, _) in self.twins.items():
+            moved = at[site].double() - x.double()
+            patch = trials.add(site, moved)
+            made[one] = {"patch": (patch, "", metric.distance(moved))}
+            for name, (delta, settings) in self._deltas(site, one, training).items():
+                trial = trials.add(site, delta, patch)
+                made[one][name] = trial, settings, metric.distance(delta)
+        trials.run(advance)
+        clean, rows = trials.clean.found, list[MethodRow]()
+        groups = None if self.data.groups is None else self.data.groups.cpu()
+        for one, ways in made.items():
+            how = self.twins[one][1], context.seed, groups
+            seen = {
+                name: trial.found | {"distance": length.cpu()}
+                for name, (trial, _, length) in ways.items()
+            }
+            pairs = {name: (own, seen["patch"]) for name, own in seen.items() if name != "patch"}
+            likeness = ceiling.likenesses(clean, pairs, *how)
+            for name in (name for name in METHODS if name in ways):
+                own = ceiling.interchange_of(clean, seen[name], *how)
+                assert own.flipped is not None and own.logit_difference is not None
+                rows.append(
+                    MethodRow(
+                        variables=one,
+                        method=name,
+                        title=METHODS[name],
+                        settings=ways[name][1],
+                        flipped=own.flipped,
+                        logit_difference=own.logit_difference,
+                        divergence=own.divergence,
+                        distance=own.distance,
+                        **likeness.get(name, {}),
+                    )
+                )
+        return rows
+
+    def _deltas(self, site: str, one: str, training: Training) -> dict[str, tuple[Tensor, str]]:
+        """What each method adds to the activations, (n, d) float64, and how it was trained."""
+        edit, x = self.edits[site], self.x[site].double()
+        device = x.device
+        source, target = self.source.to(device), self.target.to(device)
+
+        def least(beside: int) -> Tensor:
+            choice = self.choice(one, target, beside)
+            asked = self.asked(site, one, {"counterfactual": choice}, torch.arange(len(x)))
+            own = None if asked is None else asked["counterfactual"]
+            return edit.solve(x, choice, source, asked=own).x_new.detach() - x
+
+        found = {"lrqp": (least(JointLRQP.FREE), "")}
+        if one != ALL and len(self.sets) > 1:
+            found[KEPT] = (least(JointLRQP.KEEP), "")
+        added = torch.zeros_like(x)
+        for place, name in enumerate(self.variables):
+            if one in (name, ALL):
+                known = self.fit[site].double()
+                means = torch.stack(
+                    [known[self.labels[name] == k].mean(0) for k in range(self._size(name))]
+                )
+                added = added + means[target[:, place]] - means[source[:, place]]
+        found["means"] = (added, "")
+        das = self._das(site, one, training)
+        if das is not None:
+            edits, settings = das
+            pairs = self.twins[one][0][site]
+            for name, way in edits.items():
+                written = with_partners(way, pairs)(
+                    x.float(), self.data.other.to(device), self.data.labels.to(device)
+                )
+                found[name] = (written.double() - x, settings)
+        return found
+
+    def _size(self, name: str) -> int:
+        return len(self.variables[name].classes)
+
+    def _das(self, site: str, one: str, training: Training) -> tuple[dict[str, Any], str] | None:
+        """DAS of one dimension a variable, trained on twins in these; None where there are few."""
+        context, train = self.given.context, self.given.context.task.train
+        variable = None if one == next(iter(self.variables)) else one
+        found = train.twins(variable)
+        if found is None or int(found.known.sum()) < LEAST_TO_TRAIN:
+            return None
+        few = shortest(train[found.known.nonzero().flatten()], training.prompts)
+        with torch.enable_grad():
+            das, settings = train_das(
+                context,
+                site,
+                self.given.edit_at(site),
+                few,
+                training,
+                rank=len(self.variables) if one == ALL else 1,
+                variable=variable,
+            )
+        return {"das": das, "das_least": DASLeast.of(das)}, settings
