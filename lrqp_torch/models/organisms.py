@@ -16,8 +16,8 @@ ORGANISMS: Final = {
 ``used``: the answer follows the order of the names that S2 holds. ``present``: a linear probe reads
 the order at S2, but the answer does not depend on it. ``absent``: no linear probe reads it there.
 ``dormant``: present, and not used, but along one direction, which activations do not take, the
-answer could be driven: an illusion for edits that are trained on the answer. ``graded``: used in the
-prompts with certain verbs, 3 in 10, and in the others not.
+answer could be driven: an illusion for edits that are trained on the answer. ``graded``: used in
+the prompts with certain verbs, 3 in 10, and in the others not.
 """
 GROUND_TRUTH: Final = "ground_truth.json"
 """The file beside an organism's weights that says where it uses the order."""
