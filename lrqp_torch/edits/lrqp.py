@@ -214,7 +214,7 @@ class LRQP(Edit[Classes]):
             return self._attempt(x, target, source, realise, geometry, asked=asked)
         tensors = self.probe.weight, self.probe.bias, self.metric.covariance
         known = self._geometry.known(*tensors, x.device)
-        if known is not None and self.qp.fuses(x, known, realise):
+        if known is not None and self._is_on(x) and self.qp.fuses(x, known, realise):
             return self._launch(x, target, source, realise, known, asked)
         geometry, stale = self._geometry.peek(*tensors, x.device)
         return self._attempt(x, target, source, realise, geometry, stale, asked)
@@ -251,7 +251,9 @@ class LRQP(Edit[Classes]):
         probe, log_odds = self.probe, self.log_odds
         live = probe.weight, probe.bias
         geometry = self._geometry.known(*live, self.metric.covariance, stream.device)
-        if geometry is None or given or not self.qp.fuses(stream, geometry):
+        if geometry is None or given or not self._is_on(stream):
+            return None
+        if not self.qp.fuses(stream, geometry):
             return None
         if torch.is_grad_enabled() and (
             stream.requires_grad
@@ -406,6 +408,12 @@ class LRQP(Edit[Classes]):
             check_class_shape(classes, len(classes) if len(classes) == 1 else len(x), name)
             return classes.long()
         return place_classes(classes, len(x), self.n_classes, x.device, name)[0]
+
+    def _is_on(self, x: Tensor) -> bool:
+        """Whether the edit's own numbers are where x is: a kernel reads them by their address."""
+        probe = self.probe
+        held = probe.weight, probe.bias, self.log_odds
+        return all(part.device == x.device for part in held)
 
     def _odds_rule(self, target: Tensor, source: Tensor | None) -> OddsRule:
         return OddsRule(self.rule == "mirror", self.log_odds, target, source)

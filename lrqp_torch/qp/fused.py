@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lrqp_torch.errors import in_transforms
+from lrqp_torch.errors import ModelError, in_transforms
 from lrqp_torch.qp.implicit import active_multipliers, matvec
 from lrqp_torch.qp.reach import FINE, Realise
 from lrqp_torch.qp.solution import Solution
@@ -273,6 +273,8 @@ class Launcher:
         a, b, c, d, e, f, *_ = numbers
         wide = not (pointers[0] | pointers[1] | pointers[2] | a | b | c | d | e | f) & 15
         device = stream.get_device()
+        if any(tensor.get_device() != device for tensor in tensors):
+            raise ModelError("an edit's tensors are not all on the device of the activations")
         held = self.compiled.get(flags) if wide else None
         if held is None or torch._C._cuda_getDevice() != device:
             self._first(tensors, numbers, flags, wide, count)
@@ -384,7 +386,7 @@ def solve(
             is INVALID.
     """
     batch, m = len(x), geometry.n_constraints
-    rule, given, source = _told(floors)
+    rule, given, source = _told(floors, x.device)
     wide = geometry.squared
     multipliers = wide.new_empty(batch, m)
     active = torch.empty(batch, m, dtype=torch.bool, device=x.device)
@@ -430,11 +432,12 @@ def solve(
     return _repeated(solution, x, target, floors, geometry, aims, inverse)
 
 
-def _told(floors: OddsRule | Tensor) -> tuple[str, Tensor, Tensor | None]:
+def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor, Tensor | None]:
     """How the kernel is told of floors: the kind, the numbers, and the source classes."""
     if isinstance(floors, OddsRule):
-        return "mirror" if floors.mirror else "fixed", floors.log_odds, floors.source
-    return "each" if floors.ndim == 2 else "given", floors.contiguous(), None
+        kind = "mirror" if floors.mirror else "fixed"
+        return kind, floors.log_odds.to(device), floors.source
+    return "each" if floors.ndim == 2 else "given", floors.to(device).contiguous(), None
 
 
 def edit_stream(
@@ -467,7 +470,7 @@ def edit_stream(
         A copy of the stream with edited rows in place.
     """
     rows, columns, which, shown = at
-    rule, given, source = _told(floors)
+    rule, given, source = _told(floors, stream.device)
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
     whole = stream.to(dtype, copy=True)
