@@ -13,7 +13,7 @@ from lrqp_torch.files import digest_model, digest_values
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
 from lrqp_torch.stream.inputs import (
-    Batch,
+    TokenBatch,
     as_inputs,
     by_length,
     check_inputs,
@@ -332,7 +332,7 @@ class Reading:
 
     def run(
         self, examples: range, device: torch.device | str | None, turns: slice = slice(None)
-    ) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[TokenBatch, Tensor, dict[str, Tensor]]]:
         """Batch, rows of the result and activations by site, of consecutive examples.
 
         ``turns`` says which of the batches to run, such as every second one.
@@ -377,7 +377,7 @@ class _Places:
         self.counts = positions.example.bincount(minlength=positions.batch or 0)
         self.offsets = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
-    def of(self, batch: Batch) -> Positions:
+    def of(self, batch: TokenBatch) -> Positions:
         """The positions of a batch, on the columns that it runs."""
         pairs, counts = self._pairs(batch), self.counts[batch.examples]
         example = torch.arange(len(batch.examples)).repeat_interleave(counts)
@@ -387,11 +387,11 @@ class _Places:
             example, token, size, grid=(size, *self.positions.grid[1:]), is_mask=self.is_mask
         )
 
-    def rows(self, batch: Batch) -> Tensor:
+    def rows(self, batch: TokenBatch) -> Tensor:
         """Which rows of the whole result a batch yields."""
         return self._pairs(batch) if self.is_mask else batch.examples
 
-    def _pairs(self, batch: Batch) -> Tensor:
+    def _pairs(self, batch: TokenBatch) -> Tensor:
         counts = self.counts[batch.examples]
         before = self.offsets[batch.examples] - (counts.cumsum(0) - counts)
         return before.repeat_interleave(counts) + torch.arange(int(counts.sum()))

@@ -27,7 +27,7 @@ _OF_DECODER = {f"decoder_{name}": name for name in BY_TOKEN}
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Examples that run together, all over the same number of columns.
 
     Attributes:
@@ -158,18 +158,18 @@ def real_spans(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_order(
     length: int, examples: range, batch_size: int | None, batch_tokens: int | None
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Batches of the examples as they stand, over all columns."""
     size = len(examples) if batch_size is None else batch_size
     if batch_tokens is not None:
         size = min(size, max(batch_tokens // length, 1))
     rows = torch.arange(examples.start, examples.stop)
-    return [Batch(part, torch.zeros_like(part), length) for part in rows.split(size)]
+    return [TokenBatch(part, torch.zeros_like(part), length) for part in rows.split(size)]
 
 
 def by_length(
     mask: Tensor, examples: range, batch_size: int | None, batch_tokens: int | None
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Batches of neighbours in length, the longest first, without the padding that none needs.
 
     Longest first, so that a batch too large for the memory fails at once. An example that is
@@ -192,12 +192,12 @@ def by_length(
         rows = order[start : start + size].sort().values
         # A row that is too short for its first real token to lead ends with the input instead.
         begin = first[rows].clamp_max(mask.shape[1] - widths[start])
-        batches.append(Batch(rows + examples.start, begin, widths[start]))
+        batches.append(TokenBatch(rows + examples.start, begin, widths[start]))
         start += size
     return batches
 
 
-def take(inputs: Any, batch: Batch, n_examples: int) -> Any:
+def take(inputs: Any, batch: TokenBatch, n_examples: int) -> Any:
     """A batch's rows of the inputs as they stand, of each tensor that has one an example."""
     rows = slice(int(batch.examples[0]), int(batch.examples[-1]) + 1)
     if isinstance(inputs, Tensor):
@@ -211,7 +211,7 @@ def take(inputs: Any, batch: Batch, n_examples: int) -> Any:
     return inputs
 
 
-def cut(inputs: Mapping[str, Any], batch: Batch, trunk: Trunk) -> dict[str, Any]:
+def cut(inputs: Mapping[str, Any], batch: TokenBatch, trunk: Trunk) -> dict[str, Any]:
     """A batch's rows and columns of inputs that :func:`may_trim` allows, for ``model(**part)``.
 
     A model that counts columns where it is given no ``position_ids`` (learned positions) is told
@@ -233,7 +233,7 @@ def cut(inputs: Mapping[str, Any], batch: Batch, trunk: Trunk) -> dict[str, Any]
     return part
 
 
-def wasted_share(mask: Tensor, batches: list[Batch]) -> float:
+def wasted_share(mask: Tensor, batches: list[TokenBatch]) -> float:
     """The share of all tokens that run in the batches which are padding."""
     run = sum(len(batch.examples) * batch.width for batch in batches)
     real = sum(int((mask[batch.examples.to(mask.device)] != 0).sum()) for batch in batches)

@@ -88,7 +88,7 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Attribution:
+class HeadAttribution:
     """Shares of a :class:`Pull` at one token, in logits, float64.
 
     Attributes:
@@ -113,7 +113,7 @@ class Attribution:
 @torch.no_grad()
 def attribute(
     model: nn.Module, streams: Sequence[Tensor], z: Mapping[int, Tensor], pull: Pull
-) -> Attribution:
+) -> HeadAttribution:
     """Split what pulls towards an answer into shares of embedding, heads and MLPs.
 
     Args:
@@ -141,7 +141,7 @@ def attribute(
         _, bias = output_projection(model, layer)
         heads.append(head_shares(model, layer, z[layer], direction))
         biases.append(direction @ bias.double())
-    result = Attribution(
+    result = HeadAttribution(
         embedding=along[:, 0],
         heads=torch.stack(heads, dim=1),
         biases=torch.stack(biases, dim=1),

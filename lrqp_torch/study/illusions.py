@@ -55,7 +55,7 @@ a class apart; a direction along which they do not is asleep."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditOutcome:
     """What displacements of the held-out prompts did to the answers.
 
     Attributes:
@@ -90,7 +90,7 @@ class Piece:
     share: float
     mahalanobis: float
     along: Along | None
-    outcome: Outcome
+    outcome: EditOutcome
 
     @property
     def carries(self) -> bool:
@@ -163,8 +163,8 @@ class Elsewhere:
     probe_accuracy: float
     as_accurate: bool
     cosine: float
-    moved: Outcome
-    fitted: Outcome
+    moved: EditOutcome
+    fitted: EditOutcome
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Halves:
     accuracy: list[float]
     cosine: float
     cosine_mahalanobis: float
-    outcomes: list[Outcome]
+    outcomes: list[EditOutcome]
     same_answer: float
     believed: list[float]
     log_odds: list[float]
@@ -251,8 +251,8 @@ class ControlsResult(Likeness):
     clean: Estimate
     distance: float
     euclidean: float
-    counterfactual: Outcome
-    control: Outcome
+    counterfactual: EditOutcome
+    control: EditOutcome
     whole: Along | None
     splits: list[Split]
     unread: str
@@ -295,13 +295,13 @@ class Measuring:
         """A mean over prompts with its interval."""
         return Estimate.mean(values, self.generator(), self._groups)
 
-    def outcome(self, trial: Trial) -> Outcome:
+    def outcome(self, trial: Trial) -> EditOutcome:
         """What a trial says."""
         change, effect = self.clean["preference"] - trial["preference"], None
         if self._has_effect:
             effect = Estimate.ratio(change, self._effect, self.generator(), self._groups)
         flips = flipped(self.clean["own_lead"], trial["other_lead"], self._groups)
-        return Outcome(flips, self.mean(trial["preference"]), effect, self._recovered(change))
+        return EditOutcome(flips, self.mean(trial["preference"]), effect, self._recovered(change))
 
     def _recovered(self, change: Tensor) -> Estimate | None:
         """A change of the preference as a share of the interchange's, where that has one."""

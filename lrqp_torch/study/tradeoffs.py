@@ -75,7 +75,7 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One counterfactual edit of the prompts of the sweep.
 
     Attributes:
@@ -108,7 +108,7 @@ class Curve:
     name: str
     title: str
     dose: str
-    points: list[Point]
+    points: list[CurvePoint]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
             item.title,
             item.dose,
             [
-                Point(
+                CurvePoint(
                     dose=dose,
                     effect=draws.mean(item.fall[:, column]),
                     flipped=item.flipped[column],

@@ -52,7 +52,7 @@ from lrqp_torch.study.showing import (
     signed,
     table_of,
 )
-from lrqp_torch.study.tradeoffs import Curve, Point
+from lrqp_torch.study.tradeoffs import Curve, CurvePoint
 
 OFTEN_SAID = 0.2
 """With more probability than this on the answers elsewhere, KL there is the effect itself."""
@@ -488,10 +488,10 @@ def _pareto(result: CompareResult, site: SiteComparison) -> Chart:
 def _plane(
     result: CompareResult, site: SiteComparison, cost: str, *, intervals: bool = False
 ) -> Pane:
-    def x(point: Point) -> float:
+    def x(point: CurvePoint) -> float:
         return max(point.costs[cost].known, LEAST_SHOWN)
 
-    def marks(curve: Curve, points: Sequence[Point], **looks: Any) -> Marks:
+    def marks(curve: Curve, points: Sequence[CurvePoint], **looks: Any) -> Marks:
         flips = ["" if p.flipped is None else f", {percent(p.flipped, 0)} flipped" for p in points]
         across = [p.costs[cost] for p in points] if intervals else []
         return marks_of(

@@ -20,7 +20,7 @@ from lrqp_torch.study import illusions
 from lrqp_torch.study.chance import KINDS
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.illusions import CARRIES, SEPARATED, ControlsResult, Outcome, Split
+from lrqp_torch.study.illusions import CARRIES, SEPARATED, ControlsResult, EditOutcome, Split
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.readers import ENERGY
 from lrqp_torch.study.showing import SITES, capitalised, marks_of, percent, signed, table_of
@@ -264,7 +264,7 @@ NOTHING = Estimate(None, None, None, 0)
 
 
 def _outcomes(
-    result: ControlsResult, outcomes: Sequence[Outcome], what: str = ""
+    result: ControlsResult, outcomes: Sequence[EditOutcome], what: str = ""
 ) -> dict[str, list[Estimate | Cell]]:
     words = result.words
     return {
@@ -341,7 +341,7 @@ def _chance_table(result: ControlsResult) -> Table:
     )
 
 
-def _own_edits(result: ControlsResult) -> list[tuple[str, Outcome, float, str]]:
+def _own_edits(result: ControlsResult) -> list[tuple[str, EditOutcome, float, str]]:
     """Edits that know the class: label, outcome, accuracy of the probe, and colour."""
     halves = result.halves
     both = [] if halves is None else zip(halves.outcomes, halves.accuracy, strict=True)

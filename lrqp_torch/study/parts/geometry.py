@@ -265,7 +265,7 @@ MEASURES: dict[str, Callable[[SiteGeometry], Estimate | float]] = {
 }
 
 
-class Geometry(Part[GeometryResult]):
+class GeometryPart(Part[GeometryResult]):
     """Principal directions of the clean activations, and how much of them is the class."""
 
     name = "geometry"
@@ -475,4 +475,4 @@ def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
     )
 
 
-PART = Geometry()
+PART = GeometryPart()
