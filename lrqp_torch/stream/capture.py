@@ -425,6 +425,9 @@ def _read(
             captured[name] = picked.detach()
             if once and len(captured) == len(located):
                 raise _StopForwardError
+            if at is None and residual is None:
+                # What goes on may write over its own tensors, as Falcon adds to its MLP's output.
+                captured[name] = captured[name].clone()
             return stream
 
         return read

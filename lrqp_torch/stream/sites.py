@@ -255,7 +255,7 @@ def stacks_of(model: nn.Module) -> Stacks:
     if model_type is None:
         raise UnknownFamilyError(
             f"{type(model).__name__} has no config.model_type; pass a transformers model, or name "
-            f"its modules: Site.module(path, 'output')"
+            f"its modules: Site.module(path, 'output'){_wrapped(inner)}"
         )
     row = FAMILIES.get(model_type)
     # What a context asks for over and over is kept by model, for as long as its settings stay.
@@ -275,6 +275,7 @@ def stacks_of(model: nn.Module) -> Stacks:
             raise UnknownFamilyError(
                 f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
                 f"could not be found or proven ({type(error).__name__}: {quoted(str(error))})"
+                f"{_wrapped(inner)}"
             ) from error
     _OF_MODELS[inner] = (row, dict(vars(config)), _LAYOUTS[key])
     return _LAYOUTS[key]
@@ -302,6 +303,18 @@ def layout_of(model: nn.Module, stack: str = "") -> Stack:
         f"behind {known}, as in '{max(stacks)}.L0.mid'; what runs on the whole model, "
         f"as replay and attention patterns, is for models of one stack"
     )
+
+
+def _wrapped(model: nn.Module) -> str:
+    """What to say of a wrapper, such as nnsight's or the bridge of TransformerLens."""
+    held = {**vars(model), **vars(model).get("_modules", {})}
+    for name, part in held.items():
+        if isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), "model_type"):
+            return (
+                f". It wraps a {type(part).__name__}: give that, .{name}; an edit of it acts "
+                f"on what runs through the wrapper too"
+            )
+    return ""
 
 
 def _found(model: nn.Module) -> Stacks:

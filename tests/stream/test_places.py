@@ -205,6 +205,17 @@ def test_the_number_that_a_model_multiplies_by_is_part_of_what_a_part_adds() -> 
     torch.testing.assert_close(held["L1.mid"], held["L1.pre"] + value, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_what_was_read_stays_when_the_model_writes_over_it() -> None:
+    model = build_tiny("FalconForCausalLM")  # adds attention to the MLP's output in place
+    inputs = {"input_ids": torch.arange(5, 11)[None]}
+    alone = lrqp.capture(model, inputs, "L0.mlp_out")["L0.mlp_out"]
+    among = lrqp.capture(model, inputs, ["L0.pre", "L0.attn_out", "L0.mlp_out", "L0.post"])
+    assert torch.equal(among["L0.mlp_out"], alone)
+    total = among["L0.pre"] + among["L0.attn_out"] + alone
+    torch.testing.assert_close(among["L0.post"], total, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     {

@@ -136,5 +136,8 @@ def test_registering_twice_is_fine_only_with_the_same_row() -> None:
 
 
 def test_a_module_that_is_no_transformers_model_is_named() -> None:
+    wrapper = nn.Sequential(build("gpt2"))
+    with pytest.raises(UnknownFamilyError, match=r"It wraps a GPT2LMHeadModel: give that, \.0;"):
+        lrqp.capture(wrapper, {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
     with pytest.raises(UnknownFamilyError, match="Linear has no config"):
         lrqp.capture(nn.Linear(WIDTH, 2), {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
