@@ -80,7 +80,8 @@ def solve(
     if native.library() is not None:
         return _in_c(x.detach(), target, floor, geometry, realise, tolerance)
     geometry.check(target, x.shape[0])
-    with torch.no_grad():
+    # Autocast would take products in half precision.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _in_numpy(x.detach(), target, floor, geometry, realise, tolerance)
 
 
@@ -210,8 +211,9 @@ class _Work:
         self.squared, self.noise, self.length = (
             part.numpy() for part in (geometry.squared, geometry.noise, geometry.length)
         )
+        self.gram = None if geometry.gram is None else geometry.gram[0].numpy()
         self.open = np.zeros(batch, dtype=bool)
-        self.columns = self.floors.numpy().reshape(batch, -1)
+        self.columns = self.floors.numpy().reshape(batch, 1 if self.floors.ndim == 1 else m)
 
     def _margins(self, readings: Tensor, rows: Tensor | None) -> Tensor:
         return self.geometry.differences(readings, at(self.target, rows))
@@ -241,7 +243,8 @@ class _Work:
                 continue
             gap = self.columns[b] + raised[b] - margins[b]
             own, noise = self.squared[t, others], self.noise[t, others]
-            found = solve_alone(self.squared, t, others, own, noise, gap)
+            gram = None if self.gram is None else self.gram[t]
+            found = solve_alone(self.squared, others, gram, own, noise, gap)
             if found is None:
                 status[b] = Status.INFEASIBLE
                 continue

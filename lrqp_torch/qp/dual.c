@@ -19,6 +19,7 @@ typedef struct {
     i64 classes; /* K, or 0 */
     i64 m, width, rows; /* rows: R */
     const double *matrix, *noise, *length, *stretch, *weight, *bias, *steering;
+    const double *grams; /* of few classes M itself for each target (K, K, K), with an empty row for it */
     double unit; /* of stretch */
 } Shared;
 
@@ -61,6 +62,7 @@ typedef struct {
     double *inverse; /* (cap, cap) */
     double *multipliers, *rate, *column, *right;
     i64 *held, k;
+    const double *gram; /* of the target, where these are at hand */
 } Work;
 
 static inline double larger(double old, double other) { return other > old ? other : old; }
@@ -96,7 +98,11 @@ static int grow(Work *w, i64 cap) {
 static void row_of(const Shared *s, const double *own, const Work *w, i64 q, double *restrict row) {
     const double *restrict scale = w->scale;
     i64 n = w->n;
-    if (s->classes) {
+    if (s->grams) {
+        const double *restrict from = w->gram + q * n;
+        double mine = scale[q];
+        for (i64 j = 0; j < n; j++) row[j] = from[j] * (mine * scale[j]);
+    } else if (s->classes) {
         const double *restrict from = s->matrix + q * n;
         double far = own[q], half = scale[q] / 2;
         for (i64 j = 0; j < n; j++) row[j] = (own[j] + (far - from[j])) * (scale[j] * half);
@@ -336,6 +342,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     const double *noise = s->noise + (s->classes ? target * n : b * n);
     double *multipliers = t->multipliers + b * m, *numbers = t->numbers + b;
     double *margins = w->grown, *floors = t->floor + b * t->each;
+    w->gram = s->grams ? s->grams + target * n * n : NULL;
     double worst = -INFINITY, total = 0, least = INFINITY;
     int impossible = 0;
     for (i64 l = 0; l < m; l++) {

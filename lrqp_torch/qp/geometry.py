@@ -186,7 +186,14 @@ class ProbeGeometry:
     def shared(self) -> Shared:
         """What compiled solves need of it."""
         pairs = self.squared, self.noise, self.length, self.stretch[0]
-        return Shared.of(*pairs, *self.rows, unit=float(self.stretch[1]))
+        grams = None
+        if self.gram is not None:
+            every = torch.arange(self.n_classes)
+            other = other_classes(every, self.n_classes, every.device)
+            grams = self.gram[0].new_zeros(3 * (self.n_classes,))
+            places = every[:, None, None], other[:, :, None], other[:, None]
+            grams[places] = self.gram[0].detach()
+        return Shared.of(*pairs, *self.rows, grams, unit=float(self.stretch[1]))
 
     @property
     def n_classes(self) -> int:
@@ -235,8 +242,6 @@ class ProbeGeometry:
 
     def margins(self, x: Tensor, target: Tensor) -> Tensor:
         """z_t − z_ℓ for the other classes ℓ in ascending order, (B, K−1), float64."""
-        if self.n_classes == 2:
-            return self.differences(self.read(x), target)
         return self.differences(self.read(x), target)
 
     def read(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Shared(ctypes.Structure):
     _fields_ = (
         *((name, _number) for name in ("classes", "m", "width", "rows")),
         *((name, _address) for name in ("matrix", "noise", "length", "stretch")),
-        *((name, _address) for name in ("weight", "bias", "steering")),
+        *((name, _address) for name in ("weight", "bias", "steering", "grams")),
         ("unit", ctypes.c_double),
     )
 
@@ -58,8 +58,9 @@ class Shared(ctypes.Structure):
         Args:
             matrix: squared distances of classes (K, K), or M of each problem (B, m, m).
             noise: rounding error of it (K, K), or of M's diagonal (B, m).
-            others: of a probe: length and stretch (K, K), and the rows weight (R, d), bias (R,) and
-                steering (R, d); see :class:`~.geometry.ProbeGeometry`.
+            others: of a probe: length and stretch (K, K), the rows weight (R, d), bias (R,) and
+                steering (R, d), see :class:`~.geometry.ProbeGeometry`; and of few classes M for
+                each target, (K, K, K), with an empty row and column for it.
             unit: of stretch.
         """
         owned = [None if t is None else t.detach().contiguous() for t in (matrix, noise, *others)]
@@ -67,7 +68,7 @@ class Shared(ctypes.Structure):
         if matrix is not None:
             classes = len(matrix) if matrix.ndim == 2 else 0
             m = matrix.shape[-1] - (classes > 0)
-        owned += [None] * (7 - len(owned))
+        owned += [None] * (8 - len(owned))
         weight = owned[4]
         shape = (0, 0) if weight is None else weight.shape
         shared = cls(classes, m, shape[1], shape[0], *map(address, owned), unit)

@@ -575,7 +575,7 @@ class _Alone:
 
 
 def solve_alone(
-    squared: Array, target: int, others: Any, diagonal: Array, noise: Array, gap: Array
+    squared: Array, others: Any, gram: Array | None, diagonal: Array, noise: Array, gap: Array
 ) -> tuple[Array, Array, float, float] | None:
     """One problem of classes: constraints that bind, their λ, the KKT residual, and λᵀMλ.
 
@@ -583,8 +583,8 @@ def solve_alone(
 
     Args:
         squared: distances of classes, (K, K).
-        target: t.
-        others: the other classes, (m,).
+        others: the classes other than the target, (m,).
+        gram: M itself, (m, m), where it is at hand.
         diagonal: of M, (m,).
         noise: rounding error of it, (m,).
         gap: g, (m,).
@@ -601,6 +601,9 @@ def solve_alone(
         aim = np.where(empty, -np.inf, unit / largest if largest > 0 else unit)
 
         def row_of(column: int) -> Array:
+            if gram is not None:
+                unit_row: Array = gram[column] * (scale * scale[column])
+                return unit_row
             far = squared[others[column], others]
             row: Array = (diagonal + (diagonal[column] - far)) * (scale * (scale[column] / 2))
             return row

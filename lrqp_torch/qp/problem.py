@@ -147,6 +147,15 @@ class MahalanobisQP(nn.Module):
         if isinstance(floor, Tensor | OddsRule) and self.fuses(x, geometry, realise):
             assert isinstance(geometry, ProbeGeometry)
             return fused.solve(x, target, floor, geometry, realise)
+        if (
+            type(self.solver) is ActiveSet
+            and isinstance(geometry, ProbeGeometry)
+            and isinstance(floor, Tensor | OddsRule)
+            and direct.serves(x, floor, geometry, realise)
+        ):
+            found = direct.solve(x, target, floor, geometry, realise, self.solver.tolerance)
+            if found is not None:
+                return found
         chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type
@@ -154,11 +163,11 @@ class MahalanobisQP(nn.Module):
         with nullcontext() if off else torch.autocast(kind, enabled=False):
             if realise is not None or len(x) <= max(1, chunk):
                 return self._solve(x, target, floor, geometry, realise, slice(0, len(x)))
+            # Split, not sliced: the gradient of a slice is as large as all of x.
+            parts = zip(x.split(chunk), range(0, len(x), chunk), strict=True)
+            rows = [(part, slice(start, start + len(part))) for part, start in parts]
             return join(
-                [
-                    self._solve(x[rows], target[rows], floor, geometry, None, rows)
-                    for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk))
-                ]
+                [self._solve(part, target[at], floor, geometry, None, at) for part, at in rows]
             )
 
     def fuses(self, x: Tensor, geometry: Geometry, realise: Realise | None = None) -> bool:
@@ -180,17 +189,6 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
         rows: slice,
     ) -> Solution:
-        if (
-            type(self.solver) is ActiveSet
-            and isinstance(log_odds, Tensor | OddsRule)
-            and isinstance(geometry, ProbeGeometry)
-            and direct.serves(x, log_odds, geometry, realise)
-        ):
-            mine = log_odds.of(rows) if isinstance(log_odds, OddsRule) else log_odds[rows]
-            tolerance = self.solver.tolerance
-            found = direct.solve(x, choice, mine, geometry, realise, tolerance)
-            if found is not None:
-                return found
         if readable(choice):
             geometry.check(choice, len(x))
         margins = geometry.margins(x, choice)
