@@ -205,8 +205,9 @@ class LRQP(Edit[Classes]):
     ) -> Solution:
         """:meth:`solve` without a look at the outcome, which is left in the status.
 
-        On a GPU, with K ≤ 8 and classes as tensors there, it never waits for the device, so it can
-        be captured in a CUDA graph. What is seen to be wrong without waiting still raises.
+        On a GPU, with K ≤ 64 and classes as tensors there, it is one launch and never waits for the
+        device, so it can be captured in a CUDA graph. What is seen to be wrong without waiting
+        still raises.
         """
         check_activations(x, self.probe.width)
         if x.device.type == "cpu":

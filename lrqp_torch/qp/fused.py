@@ -271,7 +271,8 @@ class Launcher:
         pointers = [tensor.data_ptr() for tensor in tensors]
         # What was compiled relies on such addresses and strides, and runs on the current device.
         a, b, c, d, e, f, *_ = numbers
-        wide = not (pointers[0] | pointers[1] | pointers[2] | a | b | c | d | e | f) & 15
+        steps_of = a | b | c | d | e | f
+        wide = not (pointers[0] | pointers[1] | pointers[2] | steps_of) & 15 and steps_of < 2**31
         device = stream.get_device()
         if any(tensor.get_device() != device for tensor in tensors):
             raise ModelError("an edit's tensors are not all on the device of the activations")

@@ -313,7 +313,10 @@ def dual_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["class_step", "source_step", "first", "forward_pass"],
+    # A launch is prepared once for all of these.
+    do_not_specialize=[
+        "class_step", "source_step", "row_step", "number_step", "first", "forward_pass",
+    ],
     do_not_specialize_on_alignment=[
         "rows", "columns", "which", "shown", "index", "target", "source", "floors", "multipliers",
         "active_out", "aims", "inverse_out", "certificate", "statuses",
@@ -531,20 +534,22 @@ def edit_kernel(
             unit = tl.where(long, gap * scale, -INFINITY)
             largest = tl.max(unit, 0)
             largest = tl.where(largest > 0.0, largest, 1.0)
-            unit = unit / largest
+            unit = unit * (1.0 / largest)
+            aim = unit
             if impossible == 1:
-                unit = tl.where(k >= 0, -INFINITY, unit)
+                aim = tl.where(k >= 0, -INFINITY, aim)
                 fresh = fresh * 0 + 1
             tableau, active, found, grown, feasible, converged = solved(
-                tableau, active, unit, scale, error, distances, t, fresh,
+                tableau, active, aim, scale, error, distances, t, fresh,
                 K, KP, True, 20 * (K - 1) + 50,
             )  # fmt: skip
             feasible = tl.where(impossible == 1, 0, feasible)
             found = tl.where(feasible == 1, found, 0.0)
             grown = tl.where(feasible == 1, grown, 0.0)
             # As kkt_residual, in units.
-            slack = tl.where(long, grown - gap * scale / largest, 0.0)
-            short = tl.where(long, -slack / (1.0 + tl.abs(gap * scale / largest)), 0.0)
+            asked = tl.where(long, unit, 0.0)
+            slack = tl.where(long, grown - asked, 0.0)
+            short = tl.where(long, -slack / (1.0 + tl.abs(asked)), 0.0)
             longest = tl.abs(tl.sum(found * grown, 0))
             unbalanced = tl.abs(tl.sum(found * slack, 0))
             unbalanced = unbalanced / tl.where(longest > 0.0, longest, 1.0)
