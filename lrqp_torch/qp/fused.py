@@ -117,12 +117,14 @@ class Shape:
         warps: of a program.
         stages: so many steps along the activation are under way at once.
         registers: of a thread, at most; None: as many as there are.
+        narrow: whether weights are fetched as the probe has them, and made float64 there.
     """
 
     columns: int
     warps: int
     stages: int = 1
     registers: int | None = None
+    narrow: bool = False
 
 
 def shape_of(n_classes: int, width: int) -> Shape:
@@ -313,6 +315,7 @@ class Launcher:
             "RULE": self.rule,
             "SOURCE": source,
             "LIVE": self.live,
+            "NARROW": self.live and n_classes > 2 and shape.narrow,
             "SKIP": self.skip,
             "COPY": copy,
             "SHOWN": shown,

@@ -381,6 +381,7 @@ def edit_kernel(
     RULE: tl.constexpr,
     SOURCE: tl.constexpr,
     LIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     SKIP: tl.constexpr,
     COPY: tl.constexpr,
     SHOWN: tl.constexpr,
@@ -390,7 +391,8 @@ def edit_kernel(
 ):
     """One example of the fused edit; see :func:`~.fused.edit` for what the arguments are.
 
-    K = 2 has one row to read by and one to move along, w_0 − w_1, and a dual in closed form.
+    K = 2 has one row to read by and one to move along, w_0 − w_1, and a dual in closed form. Where
+    NARROW the probe's own weights are read by, of which ``weight`` is the same in float64.
     """
     i = tl.program_id(0).to(tl.int64)
     own, mine, put = stream + i * stream_row, base, out + i * out_row
@@ -430,7 +432,8 @@ def edit_kernel(
             x = scaled(x, SCALE, NARROW_SCALE, stream.dtype.element_ty)
             x = rounded(wide(tl.load(mine + at, mask=here, other=0.0)) + x, DTYPE)
         both = inside[:, None] & here[None, :]
-        w = tl.load(weight + k[:, None] * D + at[None, :], mask=both, other=0.0)
+        if not NARROW:
+            w = tl.load(weight + k[:, None] * D + at[None, :], mask=both, other=0.0)
         if LIVE:
             # Two classes have two weights and one row to read by.
             for part in tl.static_range(2 if K == 2 else 1):
@@ -438,6 +441,8 @@ def edit_kernel(
                 now = tl.load(live + places, mask=both, other=0.0)
                 then = tl.load(known + places, mask=both, other=0.0)
                 other += tl.sum(tl.where(now == then, 0, 1), 0)
+                if NARROW:
+                    w = wide(now)
         read = tl.fma(w, tl.broadcast_to(x[None, :], (KP, BD)), read)
         square = tl.fma(x, x, square)
     offset = tl.load(bias + k, mask=inside, other=0.0)
@@ -597,7 +602,10 @@ def edit_kernel(
                     tl.store(put + at, narrowed(place, DTYPE), mask=here)
                 else:
                     tl.store(put + at, narrowed(kept, DTYPE), mask=here)
-                w = tl.load(weight + places, mask=both, other=0.0)
+                if NARROW:
+                    w = wide(tl.load(live + places, mask=both, other=0.0))
+                else:
+                    w = tl.load(weight + places, mask=both, other=0.0)
                 reread = tl.fma(w, tl.broadcast_to(held[None, :], (KP, BD)), reread)
                 edited_square = tl.fma(edited, edited, edited_square)
                 apart = tl.fma(held - edited, held - edited, apart)
