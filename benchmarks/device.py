@@ -28,9 +28,18 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import Row, parse_arguments, synchronise
-from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis, MahalanobisQP, Status
+from lrqp_torch import (
+    LRQP,
+    JointLRQP,
+    LinearProbe,
+    Mahalanobis,
+    MahalanobisQP,
+    Solution,
+    Status,
+)
 from lrqp_torch.qp import ProbeGeometry, fused
 from lrqp_torch.qp.fused import Launcher, Shape
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.sites import blocks_of
 
 DTYPES = {
@@ -42,27 +51,20 @@ DTYPES = {
 CLASSES = (2, 3, 5, 8, 10, 16, 32, 50, 64)
 WIDTH = 768
 LAYOUTS: dict[int, tuple[Shape, ...]] = {
-    2: (Shape(128, 1), Shape(128, 1, 3), Shape(256, 1, 2)),
+    2: (Shape(128, 1), Shape(128, 1, 3)),
     10: (
         Shape(32, 1),
-        Shape(32, 1, 2),
         Shape(32, 1, 3),
-        Shape(32, 1, 1, 128),
-        Shape(32, 1, 3, 128),
+        Shape(32, 1, 1, None, True),
         Shape(32, 1, 3, None, True),
-        Shape(64, 1, 3),
-        Shape(32, 2, 2, 128),
-        Shape(64, 2, 2, 128),
+        Shape(32, 1, 1, 128, True),
+        Shape(64, 2, 2, 128, True),
     ),
     50: (
         Shape(64, 4),
         Shape(64, 4, 1, None, True),
-        Shape(64, 4, 1, 128),
-        Shape(64, 4, 1, 168, True),
-        Shape(32, 4, 1, 128),
-        Shape(32, 4, 2),
-        Shape(32, 4, 2, 128),
-        Shape(64, 8, 1, 128),
+        Shape(64, 4, 1, 128, True),
+        Shape(32, 4, 2, 128, True),
     ),
 }
 """Layouts that are tried, by K."""
@@ -135,8 +137,8 @@ def problem(
     return x, target, floor, weight, bias, covariance
 
 
-def edit_of(n_classes: int, width: int, device: str, **options: Any) -> LRQP:
-    _, _, _, weight, bias, covariance = problem(n_classes, 1, width)
+def edit_of(n_classes: int, width: int, device: str, seed: int = 0, **options: Any) -> LRQP:
+    _, _, _, weight, bias, covariance = problem(n_classes, 1, width, seed=seed)
     probe = LinearProbe(width, n_classes)
     with torch.no_grad():
         probe.weight.copy_(weight)
@@ -164,14 +166,24 @@ def compile_one(jobs: list[dict[str, Any]]) -> None:
 
 
 def run_once(job: dict[str, Any]) -> None:
-    """One tiny launch of each flavour that the sections use."""
-    width = job.get("width", WIDTH)
-    edit, dtype = edit_of(job["K"], width, "cuda"), DTYPES[job["dtype"]]
-    x, target, floor, *_ = (part.cuda() for part in problem(job["K"], 2, width))
-    if job["flavour"] == "given":
-        MahalanobisQP(job["K"]).solve(x.to(dtype), target, floor, edit.geometry(x.device))
-    elif job["flavour"] == "propose":
-        edit.propose(x.to(dtype), target)
+    """One tiny launch of a flavour that the sections use."""
+    n_classes, width, flavour = job["K"], job.get("width", WIDTH), job["flavour"]
+    edit, dtype = edit_of(n_classes, width, "cuda"), DTYPES[job["dtype"]]
+    x, target, floor, *_ = (part.cuda() for part in problem(n_classes, 16, width))
+    x = x.to(dtype)
+    if flavour == "given":
+        MahalanobisQP(n_classes).solve(x, target, floor, edit.geometry(x.device))
+    elif flavour == "propose":
+        edit.propose(x, target)
+    else:
+        rows = torch.arange(16, device="cuda")
+        at, record = Rows(rows, rows, rows, torch.zeros_like(rows)), torch.empty(16, 9).cuda()
+        stream = x.unsqueeze(1).repeat(1, 2, 1)
+        residual = None if flavour == "post" else stream.clone()
+        with torch.no_grad():
+            edit.edit_stream(
+                stream, residual, 1.0, at, target, None, rows, (record.double(), 0, rows, 0)
+            )
     torch.cuda.synchronize()
 
 
@@ -179,23 +191,26 @@ def compiling(arguments: Namespace) -> list[Row]:
     """Fill Triton's cache with what the other sections run, on all cores."""
     if arguments.device != "cuda":
         return []
-    jobs = [
-        {"K": k, "dtype": name, "layout": None, "flavour": "given"}
-        for k in CLASSES
-        for name in DTYPES
-        if name in ("float64", "bfloat16") or k in (2, 10, 50)
-    ]
-    jobs += [
-        {"K": k, "dtype": name, "layout": None, "flavour": "propose"}
-        for k in (2, 10, 50)
-        for name in ("float32", "bfloat16")
-    ]
-    jobs += [
-        {"K": k, "dtype": name, "layout": astuple(layout), "flavour": "propose"}
-        for k, layouts in LAYOUTS.items()
-        for layout in layouts
-        for name in ("float32", "bfloat16")
-    ]
+    asked = arguments.sections.split(",") if arguments.sections else list(SECTIONS)
+    jobs: list[dict[str, Any]] = []
+
+    def add(n_classes: int, name: str, flavour: str, **more: Any) -> None:
+        jobs.append({"K": n_classes, "dtype": name, "flavour": flavour, "layout": None} | more)
+
+    if "checks" in asked or "promises" in asked:
+        for k in CLASSES:
+            for name in DTYPES:
+                if name in ("float64", "bfloat16") or k in (2, 10, 50):
+                    add(k, name, "given")
+    for k, layouts in LAYOUTS.items():
+        for name in ("float32", "bfloat16"):
+            add(k, name, "propose")
+            for layout in layouts if "layouts" in asked else ():
+                add(k, name, "propose", layout=astuple(layout))
+    for k in (2, 10):
+        for site in ("post", "mid") if "models" in asked else ():
+            add(k, "float32", site)
+            add(k, "bfloat16", site, width=4096)
     jobs.sort(key=lambda job: -job["K"])
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -345,8 +360,8 @@ def no_waiting(arguments: Namespace) -> list[Row]:
 def joint_edit(model: Any) -> Row:
     """The same of an edit of several variables, and what it adds to a pass."""
     metric = edit_of(2, WIDTH, "cuda").metric
-    edits = {str(k): LRQP(edit_of(k, WIDTH, "cuda").probe, metric) for k in (2, 3, 5)}
-    joint = JointLRQP(edits, within={"3": 0.5})
+    edits = {str(k): LRQP(edit_of(k, WIDTH, "cuda", k).probe, metric) for k in (2, 3, 5)}
+    joint = JointLRQP(edits, within={"3": 0.5}, on_infeasible="skip")
     ids, other = torch.randint(1000, (16, 64), device="cuda"), twin(model)
     row: Row = {"variables": 3}
     where: dict[str, Any] = {"positions": torch.full((16,), 3)}
@@ -464,6 +479,7 @@ def layouts(arguments: Namespace) -> list[Row]:
     rows: list[Row] = []
     for n_classes, tried_ones in LAYOUTS.items():
         x, target, *_ = (part.cuda() for part in problem(n_classes, 16384, WIDTH))
+        first: dict[str, Solution] = {}
         for layout in tried_ones:
             fused.SHAPES[n_classes] = layout
             row: Row = {"K": n_classes, "layout": str(astuple(layout))}
@@ -477,8 +493,16 @@ def layouts(arguments: Namespace) -> list[Row]:
                             repeats=10,
                             inner=3,
                         )
+                    solution = edit.propose(inputs[:1024], target[:1024])
+                    first.setdefault(name, solution)
+                    row[f"{name} as the first"] = bool(
+                        torch.equal(solution.status, first[name].status)
+                        and torch.allclose(solution.distance, first[name].distance, rtol=1e-3)
+                        and (solution.log_odds_after >= solution.floor).all()
+                    )
             except Exception as error:
                 row["error"] = str(error)[:200]
+            print("  ", row, flush=True)
             rows.append(row)
             fused.SHAPES.clear()
     return rows
@@ -730,7 +754,7 @@ def generating(arguments: Namespace) -> list[Row]:
         for site in ("post", "mid"):
             place = f"L{model.config.n_layer // 2}.{site}"
             with edit.at(other, place, positions="generated", target=1):
-                middle, quartiles = added(run(model), run(other), 9 if gpu else 2, arguments.device)
+                middle, quartiles = added(run(model), run(other), 5 if gpu else 2, arguments.device)
             rows.append(
                 {
                     "what": f"added a token, {place}",

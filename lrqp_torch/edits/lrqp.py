@@ -256,6 +256,8 @@ class LRQP(Edit[Classes]):
             return None
         if not self.qp.fuses(stream, geometry):
             return None
+        if residual is not None and residual.stride(-1) != 1:
+            return None
         if torch.is_grad_enabled() and (
             stream.requires_grad
             or log_odds.requires_grad
@@ -412,9 +414,9 @@ class LRQP(Edit[Classes]):
 
     def _is_on(self, x: Tensor) -> bool:
         """Whether the edit's own numbers are where x is: a kernel reads them by their address."""
-        probe = self.probe
-        held = probe.weight, probe.bias, self.log_odds
-        return all(part.device == x.device for part in held)
+        weight, bias, device = self.probe.weight, self.probe.bias, x.device
+        there = weight.device == device and bias.device == device
+        return there and self.log_odds.device == device and weight.is_contiguous()
 
     def _odds_rule(self, target: Tensor, source: Tensor | None) -> OddsRule:
         return OddsRule(self.rule == "mirror", self.log_odds, target, source)

@@ -3,6 +3,8 @@
 The kernel reads an activation where it lies, solves for it, rounds as the stream rounds, reads
 back, raises floors that rounding missed, and writes activation and certificate, without a look at
 any value by the host. It serves probes of up to :data:`MOST_CLASSES` classes with pairwise odds.
+The first launch for a number of classes and a dtype compiles it, for some 5 to 30 seconds; Triton
+keeps what it compiled in a folder of the user's.
 Elsewhere the same is done by the operations of :meth:`~.problem.MahalanobisQP.solve`.
 """
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lrqp_torch.errors import ModelError, in_transforms
+from lrqp_torch.errors import ModelError, in_transforms, warn
 from lrqp_torch.qp.implicit import active_multipliers, matvec
 from lrqp_torch.qp.reach import FINE, Realise
 from lrqp_torch.qp.solution import Solution
@@ -83,11 +85,24 @@ class OddsRule:
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The module with the kernels, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from lrqp_torch.qp import kernel
+    """The module with the kernels; None where there is no Triton, or none that works.
 
+    Warns with :class:`RuntimeWarning` of one that is there and does not: it needs a C compiler.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None or not (interpreted or torch.version.cuda):
+        return None
+    try:
+        from lrqp_torch.qp import kernel
+
+        if not interpreted:
+            kernel.trial_kernel[(1,)](torch.empty(1, device="cuda"))
+    except Exception as error:
+        warn(
+            RuntimeWarning,
+            f"Triton does not work here, so edits take more launches on the GPU: {error}",
+        )
+        return None
     return kernel
 
 
@@ -178,6 +193,7 @@ class Launcher:
         parts = *geometry.rows[:2], *now, *then, geometry.rows[2], *tables
         self.constants = tuple(part.detach().contiguous() for part in parts)
         self.compiled: dict[Any, Any] = {}
+        self.prepares = True
 
     def __call__(
         self,
@@ -284,10 +300,14 @@ class Launcher:
         else:
             # Numbers in place of tensors, which Triton would ask the driver about one by one.
             run, function, metadata, fixed, constants = held
-            run(
-                count, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata,
-                None, None, None, *pointers[:11], *fixed, *pointers[11:], *numbers, *constants,
-            )  # fmt: skip
+            given = *pointers[:11], *fixed, *pointers[11:], *numbers, *constants
+            place = torch._C._cuda_getCurrentRawStream(device)
+            try:
+                run(count, 1, 1, place, function, metadata, None, None, None, *given)
+            except TypeError:  # another Triton, which launches in another way
+                self.prepares = False
+                self.compiled.clear()
+                self._first(tensors, numbers, flags, wide, count)
         return certificate, statuses
 
     def _first(
@@ -335,7 +355,7 @@ class Launcher:
                 *tensors[:11], *self.constants, *tensors[11:], *numbers, *constants.values(),
                 **options,
             )  # fmt: skip
-        if compiled is not None and wide:
+        if compiled is not None and wide and self.prepares:
             fixed = tuple(part.data_ptr() for part in self.constants)
             self.compiled[flags] = (
                 compiled.run, compiled.function, compiled.packed_metadata, fixed,

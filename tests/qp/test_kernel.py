@@ -102,6 +102,19 @@ def test_equals_the_operations_of_torch(n_classes: int, dtype: torch.dtype) -> N
     kept(ours)
 
 
+def test_a_launch_that_was_prepared_serves_any_batch() -> None:
+    p = random_problem(3, 32, 8, 4)
+    geometry = ProbeGeometry.build(*(t.to(DEVICE) for t in (p.weight, p.bias, p.covariance)))
+    x, target, floor = p.x.to(DEVICE), p.target.to(DEVICE), p.floor.to(DEVICE)
+    parts = [
+        MahalanobisQP(3).solve(x[rows], target[rows], floor[rows], geometry)
+        for rows in (slice(0, 1), slice(1, 8), slice(0, 8))
+    ]
+    for name in ("x_new", "distance", "log_odds_before", "kkt_residual", "status"):
+        one, seven, eight = (getattr(part, name) for part in parts)
+        assert torch.equal(torch.cat([one, seven]), eight), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_classes", [2, 3, 6] + ([] if DEVICE == "cpu" else [10, 33, 64]))
 def test_hard_problems_come_out_the_same(n_classes: int, kind: str) -> None:
