@@ -7,7 +7,7 @@ without complaint and mean nothing, so a saved edit carries this record, and che
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from torch import nn
 
@@ -92,7 +92,12 @@ class Provenance:
             ProvenanceError: a field that does not exist, or of a wrong type.
         """
         name = str(locate(model, site).site)
-        config = cast(Any, model).config
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "model_type", None) is None:
+            raise ProvenanceError(
+                f"{type(model).__name__} has no config.model_type: provenance is of transformers "
+                f"models, and an edit of another module has none"
+            )
         text = config.get_text_config()
         facts = {
             "site": name,

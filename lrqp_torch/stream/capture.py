@@ -477,6 +477,7 @@ def _read_plainly(
 
         return read
 
+    warn_of_dropout(model)
     home = input_device(model)
     for batch in in_order(1, range(n_examples), batch_size, None):
         part = take(given, batch, n_examples)

@@ -29,6 +29,7 @@ from lrqp_torch.errors import (
     PositionError,
     SelectionError,
     SiteError,
+    quoted,
 )
 from lrqp_torch.files import (
     digest_model,
@@ -466,6 +467,12 @@ class Writing:
         """Write the next shard: the activations of the first pending examples not added yet."""
         if self._reading.places is None:  # then two sites may be one tensor: L0.post and L1.pre
             found = {site: part.clone() for site, part in found.items()}
+        shapes = {site: tuple(part.shape) for site, part in found.items()}
+        if len(set(shapes.values())) > 1:
+            raise ActivationStoreError(
+                f"sites of one store have one width, these are {quoted(shapes)}; write each kind "
+                f"to a folder of its own"
+            )
         number = 0 if self._done is None else len(self._done.shards)
         shard = _write_shard(shard_path(self.folder, number), found)
         if self._done is None:

@@ -312,9 +312,11 @@ class Watch:
         ran = self._ran.get(threading.get_ident()) or [False]
         if ran[-1]:
             raise PositionError(f"the module {RAN_TWICE}")
-        whole = stream[:, None] if stream.ndim == 2 else stream
+        whole = (stream[:, None] if stream.ndim == 2 else stream).detach()
+        if not concrete(whole):  # of what vmap hides the shape is enough
+            whole = torch.empty(whole.shape, device="meta")
         with outside_transforms():
-            call = self._see(self.texts.read({"inputs_embeds": _plain(whole.detach())}))
+            call = self._see(self.texts.read({"inputs_embeds": _plain(whole)}))
         ran[-1] = True
         return call
 

@@ -1,5 +1,6 @@
 """More places than the stream between blocks: two stacks, what parts add, heads, any module."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from zoo_for_tests import WIDTH as ZOO_WIDTH
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, Site, intervene
 from lrqp_torch.errors import (
+    ActivationStoreError,
     EditNeverFiredError,
     PositionError,
+    ProvenanceError,
     SiteError,
     TokenizerError,
     UnknownFamilyError,
@@ -233,8 +236,10 @@ def test_names_of_transformer_lens_are_translated(theirs: str, ours: str) -> Non
     assert str(Site.parse(theirs)) == ours
 
 
-def test_what_was_read_is_found_under_any_name_of_its_site() -> None:
+def test_what_was_read_is_found_under_any_name_of_its_site(tmp_path: Path) -> None:
     model, inputs = build("gpt2"), Prompts.random([4]).padded("left")
+    with pytest.raises(ActivationStoreError, match="have one width"):
+        lrqp.capture_to(tmp_path / "acts", model, inputs, ["L1.mid", "L1.H1.z"], "last")
     found = lrqp.capture(model, inputs, ["blocks.1.hook_resid_mid", Site.module("transformer.h.1")])
     assert list(found) == ["L1.mid", "transformer.h.1:output"]
     assert found["blocks.1.hook_resid_mid"] is found["L1.mid"] is found[Site.parse("L1.mid")]
@@ -278,6 +283,12 @@ def test_any_module_can_be_read_and_edited(shape: tuple[int, ...]) -> None:
         margin[torch.arange(7), target] = torch.inf
         assert (margin.min(1).values >= run.floor - 1e-5).all()
         torch.testing.assert_close(margin.min(1).values, run.log_odds_after.double())
+    with edit.at(net, reader, positions="all", target=1):
+        together = net(x)
+        apart = torch.func.vmap(lambda one: net(one[None])[0])(x)
+    torch.testing.assert_close(apart, together)
+    with pytest.raises(ProvenanceError, match="Net has no config"):
+        lrqp.Provenance.of(net, str(site))
     same = Intervention(site, "all", lambda x, context: x)
     with intervene(net, same):
         assert torch.equal(net(x), clean)
