@@ -173,7 +173,7 @@ def test_the_number_of_prompts_to_tell_is_that_of_a_paired_test() -> None:
 @pytest.mark.parametrize("n", [30, 120, 1000])
 def test_each_shuffled_probe_meets_as_many_prompts(n: int) -> None:
     met = turns(n, seeded())
-    assert len(met) == {30: 4, 120: 4, 1000: 1}[n]
+    assert len(met) == {30: 2, 120: 2, 1000: 1}[n]
     for run in met:
         counts = torch.bincount(run, minlength=PROBES)
         assert counts.max() - counts.min() <= 1
@@ -197,7 +197,7 @@ def test_null_edits_are_as_long_as_asked_and_the_least_edits_of_their_probes() -
         normal = weight[1 - labels[row]] - weight[labels[row]]
         wanted = metric.covariance @ normal
         cosine = torch.nn.functional.cosine_similarity(delta[row], wanted, dim=0)
-        assert float(cosine) == pytest.approx(1)
+        assert float(cosine) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_verdict_asks_for_more_flips_than_the_null_and_for_no_probe_as_strong() -> None:
