@@ -407,6 +407,8 @@ class JointStudy:
         seed, found = self.given.context.seed, {}
         for index, name in enumerate(variable.classes):
             rows = written == index
+            if answered is not None:  # a prompt need not have answers of every class
+                rows &= every["logit_difference"].isfinite()
             if not bool(rows.any()):
                 continue
             generator = torch.Generator().manual_seed(seed)

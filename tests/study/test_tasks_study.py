@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contexts_for_tests import own_task
 from models_for_tests import build
 from prompts_for_tests import names_task, organism
 
@@ -466,3 +467,17 @@ def test_several_marks_are_several_positions() -> None:
     assert words == [["Mary", "John"], ["Paul"]]
     assert torch.equal(prompts.trimmed().spans, prompts.spans)
     assert torch.equal(prompts[[1]].spans, prompts.spans[[1]])
+
+
+def test_rows_may_name_two_of_three_classes_in_every_part() -> None:
+    task = own_task(3)
+    halves = []
+    for half in (task.train[:60], task.test[:40]):
+        named = torch.zeros(len(half), 3, dtype=torch.bool)
+        named.scatter_(1, torch.stack([half.labels, (half.labels + 2) % 3], 1), True)
+        halves.append(replace(half, answers=half.answers.masked_fill(~named[..., None], -1)))
+    assert torch.equal(halves[1].other, (halves[1].labels + 2) % 3)
+    found = tasks.study(organism()[0], *halves, ["L5.mid"], parts="flipping,joint")
+    assert found.sites["L5.mid"].counterfactual.flipped.value > 0.9
+    (variable,) = (v for k, v in found.sites["L5.mid"].variables.items() if k != "all")
+    assert {target.flipped.n for target in variable.by_target.values()} != {0}
