@@ -18,7 +18,7 @@ from lrqp_torch.errors import MissingExtraError, SettingError
 from lrqp_torch.study import league, methods
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.league import CompareOptions, CompareResult
-from lrqp_torch.study.parts.compare import PART, reading
+from lrqp_torch.study.parts.compare import LOOKS, PART, reading
 from lrqp_torch.study.parts.heads import PART as HEADS
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.run import run as reproduce
@@ -269,3 +269,8 @@ def test_the_command_compares_on_prompts_of_one_s_own(tiny: None, tmp_path: Path
     found = PART.read(study.parts["compare"])
     assert found.words.value == "class" and found.sites["L2.pre"].method("lrqp").counterfactual
     assert "LRQP beside other edits" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [tuple(look.values()) for look in LOOKS.values()]
+    assert set(methods.check_names(None)) <= set(LOOKS) and len(looks) == len(set(looks))

@@ -132,6 +132,7 @@ LOOKS = {
     "leace": _look(PURPLE),
     "alterrep": _look(PURPLE, "square", "dash"),
     "das": _look(VERMILION),
+    "das_least": _look(VERMILION, "diamond", "dot"),
     "full_patch": _look(VERMILION, "square", "dash"),
 }
 """How methods look in every chart: related ones share a colour, and differ by marker and dash."""
