@@ -291,7 +291,7 @@ def as_numbers(values: Any, what: str, error: type[LRQPError] = WidthError) -> T
     except (TypeError, ValueError, RuntimeError) as caught:
         raise error(
             f"{what} must be numbers, in a tensor or an array, got {type(values).__name__} "
-            f"{str(values)[:200]}; use torch.as_tensor or torch.stack"
+            f"{quoted(values)}; use torch.as_tensor or torch.stack"
         ) from caught
 
 

@@ -15,6 +15,7 @@ from lrqp_torch.errors import (
     TargetError,
     WidthError,
     as_numbers,
+    quoted,
 )
 from lrqp_torch.probes.fitting import (
     BATCH,
@@ -422,7 +423,7 @@ class LinearProbe(nn.Linear):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise TargetError(
-                f"no class is named {unknown[0][:200]!r}; "
+                f"no class is named {quoted(unknown[0])}; "
                 + (f"there are {', '.join(known)}" if known else "this probe's have numbers only")
             )
         return torch.tensor([known.index(name) for name in names])[found]
