@@ -17,7 +17,7 @@ from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from benchmarks.qp_peers import METHODS, OURS, Method
 from benchmarks.qp_problem import Exact, QPProblem
 
-BATCHES, CLASSES = (1, 32, 256, 1024, 16384), (2, 3, 5, 10, 20, 50)
+BATCHES, CLASSES = (1, 32, 256, 1024, 16384), (2, 3, 5, 10, 20, 50, 100)
 BARE = "bare matrix products"
 CHECKED = 16
 

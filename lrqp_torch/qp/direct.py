@@ -78,7 +78,7 @@ def solve(
         NonFiniteError: NaN or infinity in activations or floors.
     """
     if native.library() is not None:
-        return _in_c(x.detach(), target, floor, geometry, realise, tolerance)
+        return _in_c(x, target, floor, geometry, realise, tolerance)
     geometry.check(target, x.shape[0])
     # Autocast would take products in half precision.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

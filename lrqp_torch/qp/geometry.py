@@ -356,9 +356,11 @@ class GeometryCache:
         self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
     ) -> ProbeGeometry:
         """The geometry on a device. On a GPU this waits for the device; :meth:`peek` does not."""
-        given = weight.to(device), bias.to(device)
         if _needs_graph(weight, bias, covariance):
-            return ProbeGeometry.build(*given, covariance.to(device))
+            return ProbeGeometry.build(weight.to(device), bias.to(device), covariance.to(device))
+        given = weight, bias
+        if weight.device != device or bias.device != device:
+            given = weight.to(device), bias.to(device)
         kept = self._kept
         # The probe is small enough to compare by value, which sees every way of changing it:
         # .data, .double() and the like leave no trace in a tensor's version.
