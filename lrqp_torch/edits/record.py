@@ -18,7 +18,7 @@ from lrqp_torch.errors import (
     outside_transforms,
     unwrapped,
 )
-from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp import Solution, Status, fused
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
@@ -153,7 +153,7 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
-        if not self.certified or self.paused:
+        if not self.certified or self.paused or not fused.serves(stream, self.edit.n_classes):
             return None
         self._place(stream.device)
         count = at.index.shape[0]

@@ -1,8 +1,9 @@
 """Models that are compiled or offloaded: running them eagerly, and where their inputs go.
 
 ``torch.compile`` does not look for hooks that were registered after it ran: it would go on with the
-graph that it made without them. So compilation is off while a context of this package is open, for
-every model of the process, and the graphs made before are used again once it has closed.
+graph that it made without them. Edits are traced into graphs of their own (:mod:`~.traced`). For
+what graphs cannot hold, compilation is off while a context is open, for every model of the
+process, and the graphs made before are used again once it has closed.
 """
 
 import functools

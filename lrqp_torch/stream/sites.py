@@ -484,7 +484,8 @@ def locate(model: nn.Module, name: str | Site) -> Located:
     if site.stack not in stacks:
         names = " or ".join(f"'{f'{name}.{site.bare}'.lstrip('.')}'" for name in stacks)
         raise SiteError(f"{site}: of {kind}, which has {KINDS[len(stacks) > 1]}, write {names}")
-    layout, trunk = stacks[site.stack], Trunk.of(model, site.stack)
+    layout = stacks[site.stack]
+    trunk = Trunk(descend(inner_model(model), layout.trunk), site.stack, layout.absolute_positions)
     if site.layer >= len(layout.each):
         last = len(layout.each) - 1
         raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
@@ -492,7 +493,8 @@ def locate(model: nn.Module, name: str | Site) -> Located:
         block = blocks_of(model, site.stack)[-1]
         norm = block if layout.final is None else descend(trunk.module, layout.final)
         return Located(site, trunk, norm)
-    block, places = blocks_of(model, site.stack)[site.layer], layout.each[site.layer]
+    blocks = cast(nn.ModuleList, descend(trunk.module, layout.blocks))
+    block, places = blocks[site.layer], layout.each[site.layer]
     if site.part in ("pre", "post"):
         return Located(site, trunk, block, "input" if site.part == "pre" else "output")
     which = f"block {site.layer} of {kind}"
