@@ -493,7 +493,10 @@ def edit_stream(
     Returns:
         A copy of the stream with edited rows in place.
     """
-    rows, columns, which, shown = at
+    # The kernel goes by addresses: one number after another, of one type.
+    rows, columns, which = (part.long().contiguous() for part in at[:3])
+    shown = None if at[3] is None else at[3].bool().contiguous()
+    record = record[0], record[1], record[2].long().contiguous(), record[3]
     rule, given, source = _told(floors, stream.device)
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
