@@ -489,7 +489,7 @@ class _Rows:
         if len(rows):
             index = rows.column("index").long()
             number = torch.where(index < 0, -1, positions.numbered(index.clamp_min(0)))
-            if bool((number != index).any()):
+            if bool(((number != index) | (number < 0)).any()):
                 held = held.clone()
                 held[:, self._places["index"]] = number.to(held.dtype)
                 rows = _Rows(self.kept, self._places, held[number >= 0])

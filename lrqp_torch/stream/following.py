@@ -291,7 +291,8 @@ class ScopeFollower(Follower):
             # All tokens of all rows: what there is of them is known without a look.
             whole = call.front == 0 and (begin, end) == (call.past, call.end)
             example, offset = self._grid(call.batch, end - begin, cpu)
-            shown = None if shown is None else shown.flatten()
+            # A copy: the mask may be written over before it is looked at.
+            shown = None if shown is None else shown.flatten().clone()
             if call.past < self._seen[number].end:
                 return self._rows_of(call, device, number, example, offset + begin, shown, whole)
             token = offset + begin

@@ -417,7 +417,8 @@ class Texts:
 
     def _in(self, cache: Any) -> Text | None:
         """The text whose cache this is."""
-        texts = (text for text in self._known if text.cache is not None)
+        # The newest: a static cache is emptied and filled again.
+        texts = (text for text in reversed(self._known) if text.cache is not None)
         return next((text for text in texts if text.cache() is cache), None)
 
     def note(self, call: ForwardCall) -> None:

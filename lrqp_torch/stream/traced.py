@@ -374,6 +374,9 @@ def _enter(
     continues: bool,
     cached: bool,
 ) -> Tensor:
+    # Copies: a graph writes over what it was given, and over its own buffers, once it has no more
+    # use for them itself.
+    tokens, mask = tokens.clone(), None if mask is None else mask.clone()
     given: dict[str, Any] = {
         "inputs_embeds" if embedded else "input_ids": tokens,
         "attention_mask": mask,

@@ -327,6 +327,23 @@ def test_compilation_is_off_until_the_last_context_closes_in_whatever_order() ->
     assert runs() == 1
 
 
+@torch.no_grad()
+def test_what_a_graph_writes_over_afterwards_is_not_needed_any_more() -> None:
+    edit, _ = reference()
+    model: Any = build("gpt2")
+    key, tokens, mask = (
+        traced.key_of(model.transformer),
+        *(INPUTS[name].clone() for name in ("input_ids", "attention_mask")),
+    )
+    stream = model.get_input_embeddings()(tokens)
+    with edit.at(model, "L1.pre", positions="all", target=1) as run:
+        operators = torch.ops.lrqp_torch
+        ticket = operators.enter(tokens, mask, None, 0, key, False, True, False, False)
+        tokens.zero_(), mask.zero_()
+        operators.visit(stream, None, ticket, 1.0, f"{key}/L1.pre#0")
+    assert len(run.token) == int(INPUTS["attention_mask"].sum()) == len(run.distance)
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @torch.no_grad()
 def test_the_default_compiler() -> None:
