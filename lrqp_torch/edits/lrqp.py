@@ -254,6 +254,8 @@ class LRQP(Edit[Classes]):
         geometry = self._geometry.known(*live, self.metric.covariance, stream.device)
         if geometry is None or given or not self._is_on(stream):
             return None
+        if residual is not None and residual.stride(-1) != 1:
+            return None
         if not self.qp.fuses(stream, geometry):
             return None
         if residual is not None and residual.stride(-1) != 1:

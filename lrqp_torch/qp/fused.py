@@ -250,6 +250,12 @@ class Launcher:
             steps, statuses = (9, 1), target
         if not count:
             return certificate, statuses
+        # The kernel steps from one to the next, and a view such as a column of a mask does not.
+        target, floors, index_of = target.contiguous(), floors.contiguous(), index_of.contiguous()
+        source, rows, columns, which, shown = (
+            part if part is None else part.contiguous()
+            for part in (source, rows, columns, which, shown)
+        )
         mine = stream if base is None else base
         at = rows is not None
         tensors = (

@@ -174,6 +174,38 @@ def test_odds_rules(n_classes: int, rule: str) -> None:
         agree(ours, other, 1e-9)
 
 
+def test_views_are_read_as_they_are_seen() -> None:
+    p = random_problem(3, 24, BATCH, 8)
+    edit = edit_of(p, on_infeasible="skip")
+    x = p.x.to(DEVICE)
+    one = torch.ones((), dtype=torch.long, device=DEVICE)
+    wanted = edit.solve(x, torch.ones(BATCH, dtype=torch.long, device=DEVICE))
+    for target in (1, one.expand(BATCH), one.repeat(BATCH, 2)[:, 1]):
+        for found in (edit.solve(x, target), edit.propose(x, target)):
+            assert torch.equal(found.x_new, wanted.x_new)
+    # Rows, classes and what counts of them as columns of wider tensors, or one for all.
+    stream = torch.stack([x, 2 * x, 3 * x], 1)
+    wide = torch.arange(BATCH, device=DEVICE)[:, None].expand(BATCH, 3).contiguous()
+    shown = torch.ones(BATCH, 3, dtype=torch.bool, device=DEVICE)
+    shown[0], shown[1, 0] = False, False
+    record = torch.full((BATCH, 9), -1.0, dtype=torch.float64, device=DEVICE)
+    edited = fused.edit_stream(
+        stream,
+        None,
+        1.0,
+        (wide[:, 1], (0 * wide)[:, 2], wide[:, 0], shown[:, 1]),
+        one.expand(BATCH),
+        edit._odds_rule(one, None),
+        edit.geometry(x.device),
+        (record, 0, wide[:, 2], 5),
+        skip=True,
+        live=(edit.probe.weight, edit.probe.bias),
+    )
+    assert torch.equal(edited[1:, 0], wanted.x_new[1:])
+    assert torch.equal(edited[0], stream[0]) and torch.equal(edited[:, 1:], stream[:, 1:])
+    assert record[1:, 7].tolist() == list(range(1, BATCH))
+
+
 def test_what_is_not_edited_stays_bit_for_bit() -> None:
     p = random_problem(3, 24, BATCH, 7)
     p.weight[1], p.bias[1] = p.weight[0], p.bias[0]
