@@ -18,6 +18,7 @@ from lrqp_torch import MahalanobisQP, Solution, Status
 from lrqp_torch.qp import ProbeGeometry, fused
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import DenseConstraints
+from lrqp_torch.stream import following
 from lrqp_torch.stream.intervene import Placement
 from tests.qp.qp_reference import Problem, random_problem
 
@@ -294,6 +295,25 @@ def test_generated_tokens_are_edited_by_the_kernel() -> None:
             assert bool((run.log_odds_after >= run.floor).all())
             assert len(run.status) == 6
     assert tokens[0].tolist() == tokens[1].tolist()
+
+
+def test_a_static_cache_is_edited_as_a_growing_one() -> None:
+    """Its masks are columns of a table of queries and keys, and on a GPU are not looked at."""
+    edit, model = edit_of(random_problem(2, 24, 4, 13)), tiny_model(torch.float32)
+    ids = torch.randint(50, (4, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = []
+    for kind in ("dynamic", "static"):
+        with (
+            mock.patch.object(following, "readable", lambda *_: False),
+            edit.at(model, "L0.post", positions="generated", target=1) as run,
+            torch.compiler.set_stance("force_eager"),
+        ):
+            options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": kind}
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert bool((run.log_odds_after >= run.floor).all())
+        found.append((tokens.tolist(), run.distance))
+    assert found[0][0] == found[1][0]
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [3, 12])
