@@ -101,7 +101,9 @@ class Estimate:
 
     @classmethod
     def mean(cls, values: Tensor, generator: torch.Generator, groups: Tensor | None = None) -> Self:
-        """The mean of (n,) values, with its bootstrap interval; groups are (n,)."""
+        """The mean of (n,) values, with its bootstrap interval; no value where n is 0."""
+        if values.shape == (0,):
+            return cls(None, None, None, 0)
         ends = bootstrap_mean(values, generator, groups=groups)
         return cls(values.double().mean().item(), *ends, len(values))
 

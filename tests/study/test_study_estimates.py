@@ -127,3 +127,8 @@ def test_unequal_lengths_and_no_resamples_are_refused() -> None:
         bootstrap_ratio(torch.ones(3), torch.ones(4), seeded())
     with pytest.raises(StatisticsError, match="at least 1"):
         bootstrap_mean(torch.ones(3), seeded(), resamples=0)
+
+
+def test_the_mean_of_no_prompts_has_no_value() -> None:
+    found = estimates.Estimate.mean(torch.zeros(0), torch.Generator().manual_seed(0))
+    assert found == estimates.Estimate(None, None, None, 0)
