@@ -22,7 +22,7 @@ from lrqp_torch.errors import (
     NonFiniteError,
     PositionError,
 )
-from lrqp_torch.stream import traced
+from lrqp_torch.stream import following, traced
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.compiled import CompiledModelWarning, is_compiled, run_eagerly
 from lrqp_torch.stream.hooks import record_heads
@@ -342,6 +342,28 @@ def test_what_a_graph_writes_over_afterwards_is_not_needed_any_more() -> None:
         tokens.zero_(), mask.zero_()
         operators.visit(stream, None, ticket, 1.0, f"{key}/L1.pre#0")
     assert len(run.token) == int(INPUTS["attention_mask"].sum()) == len(run.distance)
+
+
+@torch.no_grad()
+def test_what_a_mask_on_a_gpu_shows_is_one_entry_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel reads them one after another; a view of a mask of queries and keys is no such."""
+    monkeypatch.setattr(following, "readable", lambda tensor: False)
+    seen: list[Tensor] = []
+
+    def keep(x: Tensor, context: Any) -> Tensor:
+        seen.append(context.shown)
+        return x + 1
+
+    model: Any = build("llama")
+    ids = torch.stack([PROMPTS.tokens[0], PROMPTS.tokens[2][:9]])
+    with intervene(model, lrqp.Intervention("L1.mid", "all", keep)):
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+    assert [len(shown) for shown in seen] == [18, 2, 2, 2]
+    assert [int(shown.sum()) for shown in seen] == [16, 2, 2, 2]
+    assert [shown.is_contiguous() for shown in seen] == [True] * 4
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
