@@ -16,6 +16,7 @@ does on the prompts that met it. The second condition is for sites at which the 
 its own direction is then one more by chance, and may be a strong one.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -52,14 +53,15 @@ class Interchange:
             twin's; None for a task without answers.
         logit_difference: mean preference for the class that holds; None likewise.
         divergence: mean KL(clean ‖ interchange) of the next token, in nats.
-        distance: mean Mahalanobis distance of the twin's activation.
+        distance: mean Mahalanobis distance of the twin's activation; None where no prompt has a
+            twin, or where a twin is out of the range of a singular metric.
     """
 
     prompts: int
     flipped: Estimate | None
     logit_difference: Estimate | None
     divergence: Estimate
-    distance: float
+    distance: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +98,13 @@ def interchange_of(
     """
     own = _Of(known, seed, groups)
     answered = bool(clean)
+    distance = float(patch["distance"][known].mean())
     return Interchange(
         prompts=int(known.sum()),
         flipped=own.flipped(clean, patch) if answered else None,
         logit_difference=own.mean(_preference(patch)) if answered else None,
         divergence=own.mean(patch["divergence"]),
-        distance=float(patch["distance"][known].mean()),
+        distance=distance if math.isfinite(distance) else None,
     )
 
 

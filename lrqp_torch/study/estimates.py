@@ -101,9 +101,13 @@ class Estimate:
 
     @classmethod
     def mean(cls, values: Tensor, generator: torch.Generator, groups: Tensor | None = None) -> Self:
-        """The mean of (n,) values, with its bootstrap interval; no value where n is 0."""
-        if values.shape == (0,):
-            return cls(None, None, None, 0)
+        """The mean of (n,) values, with its bootstrap interval.
+
+        There is no value where n is 0, nor where one is infinite, as the length of an edit is that
+        leaves the range of a singular metric.
+        """
+        if values.shape == (0,) or bool(values.isposinf().any()):
+            return cls(None, None, None, len(values))
         ends = bootstrap_mean(values, generator, groups=groups)
         return cls(values.double().mean().item(), *ends, len(values))
 

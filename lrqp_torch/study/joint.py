@@ -66,7 +66,7 @@ class MethodRow(Likeness):
         flipped: of the answers, the share turned.
         logit_difference: mean preference for the class that holds.
         divergence: mean KL(clean ‖ edited) of the next token elsewhere, in nats.
-        distance: mean Mahalanobis length.
+        distance: mean Mahalanobis length; None as that of an interchange.
     """
 
     variables: str
@@ -76,7 +76,7 @@ class MethodRow(Likeness):
     flipped: Estimate
     logit_difference: Estimate
     divergence: Estimate
-    distance: float
+    distance: float | None
 
 
 @dataclass(frozen=True)

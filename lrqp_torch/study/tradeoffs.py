@@ -56,9 +56,14 @@ class Resampling:
         self._left_out = without / without.sum(1, keepdim=True)
 
     def mean(self, values: Tensor) -> Estimate:
-        """The mean of values, (n,), with its BCa interval, see :func:`~.estimates.bca`."""
+        """The mean of values, (n,), with its BCa interval, see :func:`~.estimates.bca`.
+
+        As with :meth:`Estimate.mean`, no value where one is infinite.
+        """
         wide = values.double().cpu()
         mean = float(wide.mean())
+        if bool(wide.isposinf().any()):
+            return Estimate(None, None, None, self.n)
         if len(self._left_out) == 1:
             return Estimate(mean, mean, mean, self.n)
         return Estimate(mean, *bca(mean, self.weights @ wide, self._left_out @ wide), self.n)

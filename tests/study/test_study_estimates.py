@@ -129,6 +129,13 @@ def test_unequal_lengths_and_no_resamples_are_refused() -> None:
         bootstrap_mean(torch.ones(3), seeded(), resamples=0)
 
 
+def test_the_mean_of_lengths_outside_of_a_metric_has_no_value() -> None:
+    found = estimates.Estimate.mean(torch.tensor([1.0, torch.inf]), torch.Generator())
+    assert (found.value, found.interval, found.n) == (None, None, 2)
+    with pytest.raises(NonFiniteError):
+        estimates.Estimate.mean(torch.tensor([1.0, torch.nan]), torch.Generator())
+
+
 def test_the_mean_of_no_prompts_has_no_value() -> None:
     found = estimates.Estimate.mean(torch.zeros(0), torch.Generator().manual_seed(0))
     assert found == estimates.Estimate(None, None, None, 0)
