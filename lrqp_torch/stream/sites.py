@@ -367,9 +367,9 @@ class Trunk:
     padding: Padding | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, stack: str = "") -> "Trunk":
+    def of(cls, model: nn.Module, stack: str = "", layout: Stack | None = None) -> "Trunk":
         """The trunk around one of the stacks of a transformers model."""
-        layout = layout_of(model, stack)
+        layout = layout_of(model, stack) if layout is None else layout
         module = descend(inner_model(model), layout.trunk)
         return cls(module, stack, layout.absolute_positions, padding=layout.padding)
 
@@ -485,7 +485,7 @@ def locate(model: nn.Module, name: str | Site) -> Located:
         names = " or ".join(f"'{f'{name}.{site.bare}'.lstrip('.')}'" for name in stacks)
         raise SiteError(f"{site}: of {kind}, which has {KINDS[len(stacks) > 1]}, write {names}")
     layout = stacks[site.stack]
-    trunk = Trunk(descend(inner_model(model), layout.trunk), site.stack, layout.absolute_positions)
+    trunk = Trunk.of(model, site.stack, layout)
     if site.layer >= len(layout.each):
         last = len(layout.each) - 1
         raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
