@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrqp_torch.errors import (
     WidthError,
     check_activations,
+    check_class_shape,
     check_values,
     readable,
     require_concrete,
@@ -263,6 +264,8 @@ class MahalanobisQP(nn.Module):
                 f"{geometry.n_constraints + 1}"
             )
         check_activations(x, geometry.width)
+        if isinstance(geometry, ProbeGeometry):
+            check_class_shape(choice, len(x), "target")
         if callable(log_odds):
             return log_odds
         if not isinstance(log_odds, Tensor):
