@@ -219,12 +219,13 @@ def train_subspace(
             total = 0.0
             for rows in shuffled.split(behaviour.batch_size):
                 loss = _losses(behaviour, paired, _basis(free), rows).mean()
-                if not loss.requires_grad:
+                if loss.requires_grad:
+                    (free.grad,) = torch.autograd.grad(loss, [free])
+                if not trained and (free.grad is None or not bool(free.grad.any())):
                     raise LearningError(
                         f"what the loss reads does not depend on the stream at {behaviour.site} at "
                         f"these positions, so there is nothing to train"
                     )
-                (free.grad,) = torch.autograd.grad(loss, [free])
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
             trained.append(total / len(train))
