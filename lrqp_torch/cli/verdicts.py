@@ -7,7 +7,6 @@ from rich.table import Table
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import INTERRUPTED, Voice, command
-from lrqp_torch.models.organisms import ORGANISMS
 
 if TYPE_CHECKING:
     from lrqp_torch.study.estimates import Estimate
@@ -27,8 +26,11 @@ def verdicts(
     out: given.Out,
     models: Annotated[
         str,
-        typer.Option(help="Names or folders of models with a ground_truth.json, with commas."),
-    ] = ",".join(ORGANISMS),
+        typer.Option(
+            help="all that are bundled, or names or folders of models with a ground_truth.json, "
+            "with commas."
+        ),
+    ] = "all",
     methods: Annotated[
         str,
         typer.Option(
@@ -58,12 +60,13 @@ def verdicts(
     figures: given.Figures = None,
 ) -> None:
     """Judge and report; bad input is one message and exit code 2."""
+    from lrqp_torch.models.organisms import ORGANISMS
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
 
     settings = VerdictSettings(
         out=out,
-        models=models,
+        models=",".join(ORGANISMS) if models == "all" else models,
         methods=methods,
         das=das,
         n=n,
