@@ -115,6 +115,7 @@ def test_indirect_objects_are_one_task_of_the_study() -> None:
         prompts=test.prompts,
     )
     named, plain = (sweep(model, each, edits, batch_size=25) for each in (test, prompts))
+    assert named.pop("groups").tolist() == test.groups.tolist()  # its templates
     assert named.keys() == plain.keys()
     assert all(torch.equal(named[name], plain[name]) for name in named)
     rows = torch.arange(60)
