@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lrqp_torch.errors import SiteError, UnknownFamilyError, quoted
+from lrqp_torch.errors import ModelError, SiteError, UnknownFamilyError, quoted
 from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
 from lrqp_torch.stream.discovery import BlockSites, Cut, Padding, Stack, discover, hold_to_proof
 from lrqp_torch.stream.passes import forward_of
@@ -270,7 +270,7 @@ def stacks_of(model: nn.Module) -> Stacks:
         try:
             _LAYOUTS[key] = _found(inner) if row is None else {"": _proven(inner, row)}
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            if isinstance(error, UnknownFamilyError):
+            if isinstance(error, UnknownFamilyError | ModelError):
                 raise
             raise UnknownFamilyError(
                 f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import ModelError, UnknownFamilyError
+from lrqp_torch.stream import sites
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.replay import Replay, Tail
@@ -125,7 +126,8 @@ def test_an_edit_lives_where_its_layer_lives(
     assert [n for n, module in model.named_modules() if "forward" in vars(module)] == replaced
 
 
-def test_a_model_without_values_is_named() -> None:
+def test_a_model_without_values_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites, "_LAYOUTS", {})  # as where no such model was seen before
     with pytest.raises(ModelError, match="GPT2LMHeadModel are on the meta device"):
         lrqp.capture(build("gpt2").to("meta"), INPUTS, ["L1.mid"], AT)
 
