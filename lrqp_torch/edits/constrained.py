@@ -83,7 +83,10 @@ class ConstrainedLRQP(Edit[Classes]):
             given with each call, one for all or one an activation.
         reads: what of x' the function uses: ``"activation"``, all of it; a tensor F (n, d), only
             ``point.features`` = F x' and lengths; ``"length"``, only lengths.
-        log_odds, rule, odds, on_infeasible: as in :class:`LRQP`.
+        log_odds: as in :class:`LRQP`.
+        rule: likewise.
+        odds: likewise.
+        on_infeasible: likewise.
         solver: ``"DIFFCP"`` (with Clarabel), ``"MOREAU"``, ``"CUCLARABEL"``, …, as far as the
             solver has the cones that the terms need.
         solver_args: passed to it.
