@@ -209,7 +209,8 @@ def train_subspace(
     free = start.to(paired.device).requires_grad_()
     optimiser = torch.optim.Adam([free], lr=learning_rate)
 
-    trained, checked = [], []
+    trained: list[float] = []
+    checked: list[float] = []
     # Whoever compares edits will be in no_grad.
     with torch.enable_grad(), frozen(behaviour.model):
         best = start_loss = _mean_loss(behaviour, paired, _basis(free), check)
