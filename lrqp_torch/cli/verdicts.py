@@ -60,13 +60,13 @@ def verdicts(
     figures: given.Figures = None,
 ) -> None:
     """Judge and report; bad input is one message and exit code 2."""
-    from lrqp_torch.models.organisms import ORGANISMS
+    from lrqp_torch.models.organisms import organisms_here
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
 
     settings = VerdictSettings(
         out=out,
-        models=",".join(ORGANISMS) if models == "all" else models,
+        models=",".join(organisms_here()) if models == "all" else models,
         methods=methods,
         das=das,
         n=n,

@@ -91,8 +91,8 @@ def _organism(name: str, dtype: torch.dtype) -> Loaded:
     with as_file(organism_folder(name)) as folder:
         if not (folder / "model.safetensors").is_file():
             raise ModelError(
-                f"the weights of the bundled {name} are missing from {folder}: reinstall "
-                "lrqp_torch, or make them again with python -m "
+                f"the weights of {name} are missing from {folder}: reinstall "
+                "lrqp_torch, take its sources, or make them again with python -m "
                 f"benchmarks.organisms.train --kind {ORGANISMS[name]}"
             )
         return _folder(folder, dtype)

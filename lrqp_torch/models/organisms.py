@@ -17,10 +17,16 @@ ORGANISMS: Final = {
 the order at S2, but the answer does not depend on it. ``absent``: no linear probe reads it there.
 ``dormant``: present, and not used, but along one direction, which activations do not take, the
 answer could be driven: an illusion for edits that are trained on the answer. ``graded``: used in
-the prompts with certain verbs, 3 in 10, and in the others not.
+the prompts with certain verbs, 3 in 10, and in the others not; it comes with the sources alone,
+not with an installed package.
 """
 GROUND_TRUTH: Final = "ground_truth.json"
 """The file beside an organism's weights that says where it uses the order."""
+
+
+def organisms_here() -> list[str]:
+    """Those of :data:`ORGANISMS` whose weights are here."""
+    return [name for name in ORGANISMS if (organism_folder(name) / "model.safetensors").is_file()]
 
 
 def organism_folder(name: str) -> Traversable:

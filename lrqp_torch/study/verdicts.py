@@ -36,7 +36,7 @@ from lrqp_torch.baselines import DAS, DASLeast, LeastEdit, NoEdit
 from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import ModelError, SettingError
 from lrqp_torch.files import prepare_folder, write_json, written_whole
-from lrqp_torch.models.organisms import ORGANISMS
+from lrqp_torch.models.organisms import ORGANISMS, organisms_here
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.probes.linear import LinearProbe
@@ -110,7 +110,7 @@ class VerdictSettings:
     """
 
     out: Path
-    models: str = ",".join(ORGANISMS)
+    models: str = field(default_factory=lambda: ",".join(organisms_here()))
     methods: str = "all"
     das: bool = False
     n: int = 200

@@ -19,7 +19,7 @@ from lrqp_torch.errors import MissingExtraError, ModelError
 from lrqp_torch.files import digest_model
 from lrqp_torch.ioi import NAMES
 from lrqp_torch.models import load
-from lrqp_torch.models.organisms import ORGANISMS
+from lrqp_torch.models.organisms import ORGANISMS, organisms_here
 
 loader = sys.modules[load.__module__]
 
@@ -246,3 +246,7 @@ def test_a_gguf_file_is_parsed_once_and_its_copy_is_the_same_model(
     for copy in tmp_path.glob("lrqp_torch/gguf/*/model.safetensors"):
         copy.write_bytes(b"damaged")
     assert digest_model(load("smollm2")[0]) == digest_model(first)
+
+
+def test_the_organisms_that_are_here_are_those_with_weights() -> None:
+    assert organisms_here() == list(ORGANISMS)  # the sources have all
