@@ -467,7 +467,7 @@ def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor,
     if isinstance(floors, OddsRule):
         kind = "mirror" if floors.mirror else "fixed"
         return kind, floors.log_odds.to(device), floors.source
-    return "each" if floors.ndim == 2 else "given", floors.to(device).contiguous(), None
+    return "each" if floors.ndim == 2 else "given", floors.to(device), None
 
 
 def edit_stream(
@@ -499,10 +499,10 @@ def edit_stream(
     Returns:
         A copy of the stream with edited rows in place.
     """
-    # The kernel goes by addresses: one number after another, of one type.
-    rows, columns, which = (part.long().contiguous() for part in at[:3])
-    shown = None if at[3] is None else at[3].bool().contiguous()
-    record = record[0], record[1], record[2].long().contiguous(), record[3]
+    # The kernel goes by addresses: numbers of one type, which the launcher lays in a row.
+    rows, columns, which = (part.long() for part in at[:3])
+    shown = None if at[3] is None else at[3].bool()
+    record = record[0], record[1], record[2].long(), record[3]
     rule, given, source = _told(floors, stream.device)
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
