@@ -18,7 +18,7 @@ from transformers import (
 from lrqp_torch.errors import MissingExtraError, ModelError
 from lrqp_torch.files import digest_model
 from lrqp_torch.ioi import NAMES
-from lrqp_torch.models import load
+from lrqp_torch.models import load, organisms
 from lrqp_torch.models.organisms import ORGANISMS, organisms_here
 
 loader = sys.modules[load.__module__]
@@ -248,5 +248,13 @@ def test_a_gguf_file_is_parsed_once_and_its_copy_is_the_same_model(
     assert digest_model(load("smollm2")[0]) == digest_model(first)
 
 
-def test_the_organisms_that_are_here_are_those_with_weights() -> None:
+def test_the_organisms_that_are_here_are_those_with_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert organisms_here() == list(ORGANISMS)  # the sources have all
+    monkeypatch.setattr(organisms, "organism_folder", lambda name: tmp_path / name)
+    assert organisms_here() == []
+    (tmp_path / "organism-graded").mkdir()
+    assert organisms_here() == []
+    (tmp_path / "organism-graded" / "model.safetensors").touch()
+    assert organisms_here() == ["organism-graded"]
