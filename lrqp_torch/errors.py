@@ -142,6 +142,14 @@ class ProvenanceError(LRQPError, ValueError):
     """An edit put into a model that it was not fitted on, or a damaged record of its origin."""
 
 
+class RequestError(LRQPError, ValueError):
+    """What a request asks a server to edit, where that cannot be done as it is said."""
+
+
+class ServingError(LRQPError, RuntimeError):
+    """A server that cannot promise the edits that it was started with, and so does not start."""
+
+
 class HubError(LRQPError, RuntimeError):
     """An edit that cannot be sent to or fetched from the Hugging Face Hub."""
 

@@ -150,7 +150,10 @@ class Provenance:
         Warns:
             RevisionWarning: another name, revision or site.
         """
-        here = Provenance.of(model, str(Site.parse(site)))
+        self.compare(Provenance.of(model, str(Site.parse(site))))
+
+    def compare(self, here: "Provenance") -> None:
+        """:meth:`check` against the record that a model would be given here."""
         for name, what in (("model_type", "family"), ("width", "width"), ("layers", "blocks")):
             made, found = getattr(self, name), getattr(here, name)
             if made != found:
