@@ -12,11 +12,14 @@ MATRIX := .venv-matrix
 # Triton, of which the interpreter runs the tests of the kernel without a GPU; of the version that
 # comes with the newest torch for CUDA.
 TRITON := 3.6.0
+# vLLM wants other versions of the packages than this project, so it has an environment of its own.
+SERVING := .venv-serving
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 SHORT := $(addprefix tests/stream/test_,generation.py passes.py replay.py tail.py hooks_cache.py attention.py)
 BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-newest test-kernel lint bench docs notebooks clean
+.PHONY: help demo test test-matrix test-newest test-kernel test-serving lint bench docs notebooks clean
 
 help:
 	@echo "make demo         run the study on the bundled model; then open results/organism/report.html"
@@ -24,6 +27,7 @@ help:
 	@echo "make test-matrix  run those of the stream against other versions of transformers"
 	@echo "make test-newest  run a few of them against the newest of these"
 	@echo "make test-kernel  run those of the GPU kernel, through an interpreter where there is no GPU"
+	@echo "make test-serving run those of the edits inside vLLM, on the CPU, in an environment of its own"
 	@echo "make lint         check style, format, types and who imports whom"
 	@echo "make bench        run the benchmarks at a small size"
 	@echo "make docs         build the site of pages, notebooks and API into site/, links checked; then"
@@ -71,6 +75,25 @@ $(MATRIX)/triton-$(TRITON)/.installed: $(STAMP)
 
 test-kernel: $(MATRIX)/triton-$(TRITON)/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(MATRIX)/triton-$(TRITON)/bin/python -m pytest tests/qp/test_kernel.py --numprocesses auto
+
+# All of the list and nothing that it would bring along; where a package is not to be had as it stands
+# there, those that are not are named.
+$(SERVING)/.installed: pyproject.toml constraints-serving.txt
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	@install="$(SERVING)/bin/python -m pip install --no-deps"; list=constraints-serving.txt; \
+	torch=$$(grep '^torch==' $$list); \
+	$$install "$$torch" || $$install --extra-index-url $(CPU_WHEELS) "$$torch"; \
+	$$install --requirement $$list || { \
+		missing=; for package in $$(grep -v '^#' $$list); do \
+			$$install --quiet "$$package" >/dev/null 2>&1 || missing="$$missing $$package"; \
+		done; echo "make test-serving: these cannot be had here:$$missing" >&2; exit 1; }
+	$(SERVING)/bin/python -m pip install --no-deps --editable .
+	touch $@
+
+# One thread a process; vLLM binds none of them to a core, and keeps 1 GiB for its cache.
+test-serving: $(SERVING)/.installed
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind HF_HUB_OFFLINE=1 \
+		$(SERVING)/bin/python -m pytest tests/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

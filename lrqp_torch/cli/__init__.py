@@ -4,10 +4,10 @@ import os
 import sys
 
 # Their import adds the commands.
-from lrqp_torch.cli import benchmark, capture, doctor, own, study, verdicts
+from lrqp_torch.cli import benchmark, capture, doctor, own, serve, study, verdicts
 from lrqp_torch.cli.app import app
 
-__all__ = ["app", "benchmark", "capture", "doctor", "main", "own", "study", "verdicts"]
+__all__ = ["app", "benchmark", "capture", "doctor", "main", "own", "serve", "study", "verdicts"]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lrqp_torch.errors import MissingExtraError, ModelError
+from lrqp_torch.errors import MissingExtraError, ModelError, OutputError
 from lrqp_torch.files import digest_values
 from lrqp_torch.models.organisms import ORGANISMS, organism_folder
 
@@ -87,6 +87,38 @@ def load(
     return moved.eval(), tokenizer
 
 
+def pretrained_folder(name: str | Path) -> str:
+    """Where other programs, such as a server, find what :func:`load` loads under a name.
+
+    Returns:
+        A folder as ``save_pretrained`` writes it, made in the user's cache where there is none; a
+        name that is the Hub's as it is.
+
+    Raises:
+        ModelError, MissingExtraError: as :func:`load`.
+        OutputError: no copy can be kept.
+    """
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if str(name) in ORGANISMS:
+        folder = organism_folder(str(name))
+        copy = folder if isinstance(folder, Path) else _cache("models", {"name": str(name)})
+    elif str(name) == "smollm2":
+        copy = _converted(_smollm2_file())
+    elif Path(name).suffix == ".gguf":
+        copy = _converted(Path(name))
+    elif str(name) == "gpt2-shape":
+        copy = _cache("models", {"name": str(name), "seed": SHAPE_SEED})
+    else:
+        return str(name)
+    if not (copy / "config.json").is_file():
+        model, tokenizer = load(name)
+        _keep(copy, model, tokenizer)
+    if not (copy / "config.json").is_file():
+        raise OutputError(f"no copy of {str(name)!r} can be kept in {str(copy)!r}")
+    return str(copy)
+
+
 def _organism(name: str, dtype: torch.dtype) -> Loaded:
     with as_file(organism_folder(name)) as folder:
         if not (folder / "model.safetensors").is_file():
@@ -109,6 +141,10 @@ def _gpt2_shape(dtype: torch.dtype) -> Loaded:
 
 
 def _smollm2(dtype: torch.dtype) -> Loaded:
+    return _gguf(_smollm2_file(), dtype)
+
+
+def _smollm2_file() -> Path:
     # The package is not imported: that would need the program it is a plugin of.
     try:
         found = [entry for entry in files(SMOLLM2_PACKAGE) or () if entry.suffix == ".gguf"]
@@ -119,7 +155,7 @@ def _smollm2(dtype: torch.dtype) -> Loaded:
             f"'smollm2' is loaded from the package {SMOLLM2_PACKAGE}, which is not installed or "
             f"holds no GGUF file: {SMOLLM2_COMMAND}"
         )
-    return _gguf(Path(str(found[0].locate())), dtype)
+    return Path(str(found[0].locate()))
 
 
 def _gguf(path: Path, dtype: torch.dtype) -> Loaded:
@@ -143,7 +179,7 @@ def _gguf(path: Path, dtype: torch.dtype) -> Loaded:
     for holder in (model, model.config):
         for name in ("is_quantized", "_is_quantized", "quantization_method"):
             vars(holder).pop(name, None)
-    _keep_converted(copy, model, tokenizer)
+    _keep(copy, model, tokenizer)
     narrowed: PreTrainedModel = model.to(dtype)  # type: ignore[arg-type]
     return narrowed, tokenizer
 
@@ -154,14 +190,17 @@ def _converted(path: Path) -> Path:
 
     stat = path.stat()
     seen = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__)
+    return _cache("gguf", {"file": seen})
+
+
+def _cache(kind: str, facts: dict[str, Any]) -> Path:
+    """A folder of the user's cache for what is the same where the facts are."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lrqp_torch" / "gguf" / digest_values({"file": seen})
+    return Path(cache) / "lrqp_torch" / kind / digest_values(facts)
 
 
-def _keep_converted(
-    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
-) -> None:
-    """Keep a converted copy, whole or not at all; where that cannot be, do without."""
+def _keep(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Keep a copy of a model, whole or not at all; where that cannot be, do without."""
     with suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
