@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.probes.covariance import Mahalanobis
-from lrqp_torch.study.estimates import Estimate, holm, prompts_to_tell, sign_test
+from lrqp_torch.study.estimates import Estimate, Sample, holm, prompts_to_tell, sign_test
 
 K = TypeVar("K")
 Columns = Mapping[str, Tensor]
@@ -96,8 +96,7 @@ def interchange_of(
         seed: of the bootstrap.
         groups: of the prompts.
     """
-    own = _Of(known, seed, groups)
-    answered = bool(clean)
+    own, answered = Sample(seed, groups, known), bool(clean)
     distance = float(patch["distance"][known].mean())
     return Interchange(
         prompts=int(known.sum()),
@@ -118,13 +117,10 @@ def likenesses(
     """The fields of :class:`Likeness` of edits that are shown together.
 
     Args:
-        clean: as of :func:`interchange_of`.
+        clean: as of :func:`interchange_of`, as are the three last.
         pairs: each edit, with kl_to_interchange and distance, and its interchange.
-        known: which prompts have a twin, BoolTensor (n,).
-        seed: of the bootstrap.
-        groups: of the prompts.
     """
-    own, answered = _Of(known, seed, groups), bool(clean)
+    own, answered = Sample(seed, groups, known), bool(clean)
 
     def of(edit: Columns, patch: Columns) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -157,33 +153,6 @@ def excess(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> floa
     """P of so many more flips by the edit than by its interchange, if either were as likely."""
     answered = known & (clean["own_lead"] > 0)
     return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, patch)))
-
-
-class _Of:
-    """Estimates over the prompts that have a twin."""
-
-    def __init__(self, known: Tensor, seed: int, groups: Tensor | None) -> None:
-        self.known, self.seed, self.groups = known, seed, groups
-
-    def _chosen(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        rows = self.known if rows is None else self.known & rows
-        return rows, None if self.groups is None else self.groups[rows]
-
-    def mean(self, values: Tensor) -> Estimate:
-        rows, groups = self._chosen()
-        return Estimate.mean(values[rows], torch.Generator().manual_seed(self.seed), groups)
-
-    def ratio(self, above: Tensor, below: Tensor) -> Estimate:
-        rows, groups = self._chosen()
-        generator = torch.Generator().manual_seed(self.seed)
-        return Estimate.ratio(above[rows], below[rows], generator, groups)
-
-    def share(self, true: Tensor, among: Tensor | None = None) -> Estimate:
-        rows, groups = self._chosen(among)
-        return Estimate.share(true[rows], groups)
-
-    def flipped(self, clean: Columns, edit: Columns) -> Estimate:
-        return self.share(edit["other_lead"] > 0, clean["own_lead"] > 0)
 
 
 def _preference(columns: Columns) -> Tensor:
@@ -291,17 +260,8 @@ def null_of(
     seed: int,
     groups: Tensor | None = None,
 ) -> Null:
-    """Summarise the null.
-
-    Args:
-        clean: of the clean run.
-        edit: of the counterfactual edit.
-        runs: of the null, each with ``probe``, what each prompt met.
-        seed: of the bootstrap.
-        groups: of the prompts.
-    """
-    everything = torch.ones(len(clean["own_lead"]), dtype=torch.bool).repeat(len(runs))
-    own = _Of(everything, seed, None if groups is None else groups.repeat(len(runs)))
+    """Summarise the null: ``runs`` of it, each with ``probe``, what each prompt met."""
+    own = Sample(seed, None if groups is None else groups.repeat(len(runs)))
     whole = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
     before = {name: values.repeat(len(runs)) for name, values in clean.items()}
     met = whole["probe"].long()

@@ -7,7 +7,7 @@ prompts of one group are alike, and an interval that forgets it is too narrow fo
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
@@ -75,11 +75,8 @@ class Estimate:
     def share(cls, true: Tensor, groups: Tensor | None = None) -> Self:
         """The share of a BoolTensor (n,) that is true, with Wilson's interval.
 
-        Args:
-            true: of each prompt.
-            groups: the group of each, (n,). The interval is then that of n / D prompts, D the
-                design effect: the variance of the share over groups by that of as many
-                independent prompts, 1 at least.
+        With ``groups``, (n,), it is that of n / D prompts, D the design effect: the variance of the
+        share over groups by that of as many independent prompts, 1 at least.
 
         Source: J. N. K. Rao and A. J. Scott, 1981, Journal of the American Statistical Association
         76, for the effective number.
@@ -103,8 +100,8 @@ class Estimate:
     def mean(cls, values: Tensor, generator: torch.Generator, groups: Tensor | None = None) -> Self:
         """The mean of (n,) values, with its bootstrap interval.
 
-        There is no value where n is 0, nor where one is infinite, as the length of an edit is that
-        leaves the range of a singular metric.
+        No value where n is 0, nor where one is infinite, as the length of an edit is that leaves
+        the range of a singular metric.
         """
         if values.shape == (0,) or bool(values.isposinf().any()):
             return cls(None, None, None, len(values))
@@ -130,19 +127,62 @@ class Estimate:
         return cls(value, lower, upper, len(numerator))
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Estimates over the same prompts, with intervals from the same resamples of them.
+
+    Attributes:
+        seed: of the resampling.
+        groups: of all n prompts, (n,); None where they are independent.
+        rows: which of them count, BoolTensor (n,); None for all.
+    """
+
+    seed: int
+    groups: Tensor | None = None
+    rows: Tensor | None = None
+
+    def among(self, rows: Tensor) -> "Sample":
+        """Those for which BoolTensor ``rows`` (n,) is true, and no others."""
+        return replace(self, rows=rows if self.rows is None else self.rows & rows)
+
+    def mean(self, values: Tensor) -> Estimate:
+        """See :meth:`Estimate.mean`; values (n,) are of all prompts, as below."""
+        return Estimate.mean(self._chosen(values), self._generator(), self._groups)
+
+    def ratio(self, above: Tensor, below: Tensor) -> Estimate:
+        """See :meth:`Estimate.ratio`."""
+        above, below = self._chosen(above), self._chosen(below)
+        return Estimate.ratio(above, below, self._generator(), self._groups)
+
+    def share(self, true: Tensor) -> Estimate:
+        """See :meth:`Estimate.share`."""
+        return Estimate.share(self._chosen(true), self._groups)
+
+    def flipped(self, clean: Mapping[str, Tensor], edited: Mapping[str, Tensor]) -> Estimate:
+        """Of the prompts answered by the class that holds, the share then by the other one.
+
+        By the ``own_lead`` of the clean run and the ``other_lead`` under an edit, see
+        :func:`~.running.answers`.
+        """
+        return self.among(clean["own_lead"] > 0).share(edited["other_lead"] > 0)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+    @property
+    def _groups(self) -> Tensor | None:
+        return None if self.groups is None else self._chosen(self.groups.cpu())
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval for a share.
+    """Both ends of Wilson's 95 % interval for a share; (0, 1) where n is 0, which says nothing.
 
     With p = successes / n and z the normal quantile, the interval is
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Unlike the textbook p ± z·SE it stays
     within [0, 1] and does not shrink to a point at p = 0 or 1.
-
-    Args:
-        successes: prompts counted.
-        n: prompts in all.
-
-    Returns:
-        Lower and upper end of the 95 % interval; (0, 1) where n is 0, which says nothing.
 
     Raises:
         StatisticsError: not 0 <= successes <= n.
@@ -171,23 +211,18 @@ def bootstrap_mean(
     resamples: int = 1000,
     groups: Tensor | None = None,
 ) -> tuple[float, float]:
-    """BCa bootstrap interval of a mean.
+    """Both ends of the 95 % BCa bootstrap interval (see :func:`bca`) of the mean of values (n,).
 
     Args:
         values: (n,), one a prompt.
         generator: of the resampling; the same seed gives the same interval.
         resamples: how many times n prompts are drawn with replacement.
-        groups: the group of each prompt, (n,); groups are then drawn, each with all its prompts.
-
-    Returns:
-        Both ends of the 95 % interval, see :func:`bca`.
+        groups: of each prompt, (n,); groups are then drawn, each with all its prompts.
 
     Raises:
         WidthError: not one dimension.
         StatisticsError: no values.
         NonFiniteError: NaN or infinity.
-
-    Source: B. Efron, 1987, Journal of the American Statistical Association 82.
     """
     wide = _checked(values, "values")
     return _ratio_ends(wide, torch.ones_like(wide), generator, resamples, groups)
@@ -200,24 +235,11 @@ def bootstrap_ratio(
     resamples: int = 1000,
     groups: Tensor | None = None,
 ) -> tuple[float, float]:
-    """BCa bootstrap interval of a ratio of means, over the same resampled prompts.
+    """Both ends of the BCa interval of mean(numerator) / mean(denominator), (n,) each.
 
-    Args:
-        numerator: (n,), one a prompt.
-        denominator: (n,), of the same prompts.
-        generator: of the resampling; the same seed gives the same interval.
-        resamples: how many times n prompts are drawn with replacement.
-        groups: as of :func:`bootstrap_mean`.
-
-    Returns:
-        Both ends of the interval of mean(numerator) / mean(denominator). Where the denominator's
-        mean changes sign between resamples they are wide or infinite: the ratio is then not
-        determined by the data.
-
-    Raises:
-        WidthError: not one dimension, or of different lengths.
-        StatisticsError: no values.
-        NonFiniteError: NaN or infinity.
+    Arguments and errors as of :func:`bootstrap_mean`; both are of the same resampled prompts. Where
+    the denominator's mean changes sign between resamples the ends are wide or infinite: the ratio
+    is then not determined by the data.
     """
     above, below = _checked(numerator, "numerator"), _checked(denominator, "denominator")
     if len(above) != len(below):
@@ -231,17 +253,10 @@ def bootstrap_ratio(
 def bca(value: float, resampled: Tensor, left_out: Tensor) -> tuple[float, float]:
     """Bias-corrected and accelerated 95 % interval of an estimate.
 
-    The ends are the quantiles Φ(z₀ + (z₀ ± z) / (1 − a (z₀ ± z))) of the resamples, z₀ = Φ⁻¹ of
-    the share of them below the value, and a = Σ u³ / 6 (Σ u²)^1.5, u the jackknife's deviations
-    from their mean.
-
-    Args:
-        value: the estimate.
-        resampled: of the resamples, (R,), finite or infinite.
-        left_out: of all units but one each, (n,).
-
-    Returns:
-        Order statistics, without interpolation, so that infinite samples do not turn into NaN.
+    The ends are the quantiles Φ(z₀ + (z₀ ± z) / (1 − a (z₀ ± z))) of the resamples (R,), z₀ = Φ⁻¹
+    of the share of them below the value, and a = Σ u³ / 6 (Σ u²)^1.5, u the deviations of the
+    jackknife ``left_out`` (the estimate of all units but one each, (n,)) from their mean. Both are
+    order statistics, without interpolation, so that infinite samples do not turn into NaN.
 
     Source: B. Efron, 1987, Journal of the American Statistical Association 82.
     """
@@ -269,12 +284,8 @@ def bca(value: float, resampled: Tensor, left_out: Tensor) -> tuple[float, float
 def sign_test(first: Tensor, second: Tensor) -> float:
     """P of so many more of ``first`` than of ``second``, if either were as likely: one-sided.
 
-    Of the pairs that differ, the number in which ``first`` is true follows Binomial(m, ½): the
-    exact form of McNemar's test.
-
-    Args:
-        first: of each prompt, BoolTensor (n,).
-        second: of the same prompts, (n,).
+    Of the pairs (BoolTensors (n,) of the same prompts) that differ, the number in which ``first``
+    is true follows Binomial(m, ½): the exact form of McNemar's test.
 
     Source: Q. McNemar, 1947, Psychometrika 12.
     """
@@ -300,16 +311,9 @@ def holm(p_values: Mapping[K, float]) -> dict[K, float]:
 def prompts_to_tell(numerator: Tensor, denominator: Tensor, apart: float = 0.5) -> int | None:
     """How many prompts it takes to tell a ratio of means from one that far ``apart``.
 
-    n = (z₀.₉₇₅ + z₀.₈)² Var(u − r v) / (mean(v) · apart)²: a two-sided test at 5 % then finds the
-    difference in 80 % of samples.
-
-    Args:
-        numerator: u of each prompt, (n,).
-        denominator: v of each, (n,).
-        apart: the difference.
-
-    Returns:
-        None where the mean of the denominator is 0, or there are fewer than two prompts.
+    n = (z₀.₉₇₅ + z₀.₈)² Var(u − r v) / (mean(v) · apart)², u the numerator and v the denominator of
+    each prompt, (n,): a two-sided test at 5 % then finds the difference in 80 % of samples. None
+    where the mean of v is 0, or there are fewer than two prompts.
     """
     u, v = numerator.double(), denominator.double()
     if len(u) < 2 or not float(v.mean()):

@@ -7,35 +7,38 @@ alone; it is moved to other sites; edits that know nothing of the variable are p
 edits from disjoint halves of the prompts are compared.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from lrqp_torch.baselines import RandomDirection
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.probes.covariance import Shrinkage
-from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
-from lrqp_torch.study.chance import Fit, Place, by_chance, cosines, half_edits, whitened
+from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study.ceiling import Interchange, Likeness, scaled
 from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
-from lrqp_torch.study.estimates import Estimate, bootstrap_mean
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.readers import (
     Along,
     Space,
+    along,
     class_mean_space,
+    direction_of,
     random_space,
     reader_spaces,
     readers_of,
     split,
 )
-from lrqp_torch.study.running import Twinned
+from lrqp_torch.study.running import next_class
 from lrqp_torch.study.sweep import fit_edits
-from lrqp_torch.study.trials import Trial, Trials, displacements, flipped
+from lrqp_torch.study.trials import Trial, Trials, displacements
 
 SEEDS = 5
 """Draws of everything that is drawn by chance."""
@@ -52,6 +55,25 @@ CARRIES = 0.5
 SEPARATED = 1.0
 """Classes differ along a direction if their means lie at least this many standard deviations within
 a class apart; a direction along which they do not is asleep."""
+
+RANDOM = "random direction, same length"
+SHUFFLED = "probe of shuffled labels"
+SHUFFLED_SCALED = "probe of shuffled labels, same length"
+FEATURE = "probe of a random feature"
+KINDS = {
+    RANDOM: "a direction drawn uniformly in the metric, as long as the edit of the same prompt",
+    SHUFFLED: "the same edit with a probe fitted to the training labels in random order",
+    SHUFFLED_SCALED: "that edit, made as long as the study's own of the same prompt",
+    FEATURE: "the same edit with a probe fitted to whether g · Σ^(-1/2) x exceeds its median, g "
+    "drawn from a standard normal distribution: true of the activations, and without a meaning",
+}
+"""Kinds of edits that know nothing of the class, with what they are."""
+
+Fit = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, LRQP]]
+"""Fits edits by name to activations by name, (n, d) each, and their classes, (n,)."""
+
+
+# ---- results -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,73 +285,7 @@ class ControlsResult(Likeness):
     interchange: Interchange | None = None
 
 
-class Measuring:
-    """Turns trials into outcomes, beside the clean run and the study's own edit.
-
-    Args:
-        clean: the trial without an edit.
-        own: the study's counterfactual edit.
-        seed: of the bootstrap.
-        groups: of the prompts.
-        patch: the interchange, if there is one, and who has a twin.
-    """
-
-    def __init__(
-        self,
-        clean: Trial,
-        own: Trial,
-        seed: int,
-        groups: Tensor | None = None,
-        patch: tuple[Trial, Tensor] | None = None,
-    ) -> None:
-        self.clean, self._seed, self._groups, self._patch = clean, seed, groups, patch
-        self._effect = clean["preference"] - own["preference"]
-        low, high = bootstrap_mean(self._effect, self.generator(), groups=groups)
-        self._has_effect = not low <= 0 <= high
-
-    def generator(self) -> torch.Generator:
-        """A fresh generator, so that all intervals come from the same resampled prompts."""
-        return torch.Generator().manual_seed(self._seed)
-
-    def mean(self, values: Tensor) -> Estimate:
-        """A mean over prompts with its interval."""
-        return Estimate.mean(values, self.generator(), self._groups)
-
-    def outcome(self, trial: Trial) -> EditOutcome:
-        """What a trial says."""
-        change, effect = self.clean["preference"] - trial["preference"], None
-        if self._has_effect:
-            effect = Estimate.ratio(change, self._effect, self.generator(), self._groups)
-        flips = flipped(self.clean["own_lead"], trial["other_lead"], self._groups)
-        return EditOutcome(flips, self.mean(trial["preference"]), effect, self._recovered(change))
-
-    def _recovered(self, change: Tensor) -> Estimate | None:
-        """A change of the preference as a share of the interchange's, where that has one."""
-        if self._patch is None:
-            return None
-        patch, known = self._patch
-        most = (self.clean["preference"] - patch["preference"])[known]
-        groups = None if self._groups is None else self._groups[known]
-        if not Estimate.mean(most, self.generator(), groups).certain:
-            return None
-        return Estimate.ratio(change[known], most, self.generator(), groups)
-
-    def by_chance(
-        self, kind: str, trials: Sequence[Trial], *, length: float, accuracy: float | None
-    ) -> ByChance:
-        """What the trials of several seeds say together."""
-        answered = self.clean["own_lead"] > 0
-        flips = torch.stack([trial["other_lead"] > 0 for trial in trials])[:, answered].double()
-        some = bool(answered.any())
-        own = None if self._groups is None else self._groups.cpu()[answered]
-        return ByChance(
-            kind=kind,
-            flipped=flips.mean(1).tolist() if some else [],
-            mean_flipped=Estimate.mean(flips.mean(0), self.generator(), own) if some else None,
-            logit_difference=self.mean(torch.stack([t["preference"] for t in trials]).mean(0)),
-            length=length,
-            accuracy=accuracy,
-        )
+# ---- the controls --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -363,8 +319,7 @@ def compute(
     here, *there = _places(context, site, edit, others, fit)
     spaces, unread = _spaces(context, here, heads)
     trials = Trials(context, test)
-    twinned = Twinned.of(context, context.task, site, edit.metric.distance)
-    patch = None if twinned is None else trials.interchange(twinned)
+    trials.ceiling(site, edit.metric)
     own = trials.add(site, here.delta)
     back = trials.add(site, displacements(edit, here.x, here.y, here.y))
     # Each reads its trials once they have run.
@@ -373,24 +328,17 @@ def compute(
     chance = _chance(trials, here, [context.seed + index for index in range(seeds)], l2)
     halves = _halves(trials, here, fit, context.seed)
     trials.run(batch_done=advance)
-
-    groups, likeness = test.groups, dict[str, Any]()
-    if patch is not None and twinned is not None:
-        patch.found["divergence"] = patch["kl_at_end"]
-        moved = own.found | {"distance": edit.metric.distance(here.delta).cpu()}
-        how = (twinned.known, context.seed, groups)
-        likeness = likenesses(trials.clean.found, {site: (moved, patch.found)}, *how)[site]
-        likeness["interchange"] = interchange_of(trials.clean.found, patch.found, *how)
-    ceiling = None if patch is None or twinned is None else (patch, twinned.known)
-    measuring = Measuring(trials.clean, own, context.seed, groups, ceiling)
+    own.found["distance"] = edit.metric.distance(here.delta).cpu()
+    interchange, likeness = trials.likenesses({site: own})
+    measuring = Measuring(trials, own)
     return ControlsResult(
         site=site,
         prompts=len(test),
         answered=int((trials.clean["own_lead"] > 0).sum()),
         seed=context.seed,
         probe_accuracy=here.accuracy,
-        clean=measuring.mean(trials.clean["preference"]),
-        distance=float(edit.metric.distance(here.delta).mean()),
+        clean=trials.sample.mean(trials.clean["preference"]),
+        distance=float(own["distance"].mean()),
         euclidean=float(here.delta.norm(dim=-1).mean()),
         counterfactual=measuring.outcome(own),
         control=measuring.outcome(back),
@@ -401,8 +349,102 @@ def compute(
         chance=chance(measuring),
         halves=halves(measuring),
         words=test.words,
-        **likeness,
+        interchange=interchange,
+        **likeness.get(site, {}),
     )
+
+
+class Measuring:
+    """Turns trials into outcomes, beside the clean run and the study's own edit."""
+
+    def __init__(self, trials: Trials, own: Trial) -> None:
+        self.trials, self.sample = trials, trials.sample
+        effect = self._change(own)
+        self._effect = effect if self.sample.mean(effect).certain else None
+        self._most: tuple[Sample, Tensor] | None = None
+        if trials.twinned is not None:
+            most, known = self._change(trials.twinned), self.sample.among(trials.known)
+            self._most = (known, most) if known.mean(most).certain else None
+
+    def _change(self, trial: Trial) -> Tensor:
+        return self.trials.clean["preference"] - trial["preference"]
+
+    def outcome(self, trial: Trial) -> EditOutcome:
+        """What a trial says."""
+        change = self._change(trial)
+        return EditOutcome(
+            self.sample.flipped(self.trials.clean.found, trial.found),
+            self.sample.mean(trial["preference"]),
+            None if self._effect is None else self.sample.ratio(change, self._effect),
+            None if self._most is None else self._most[0].ratio(change, self._most[1]),
+        )
+
+    def by_chance(
+        self, kind: str, trials: Sequence[Trial], *, length: float, accuracy: float | None
+    ) -> ByChance:
+        """What the trials of several seeds say together."""
+        answered = self.trials.clean["own_lead"] > 0
+        flips, some = torch.stack([t["other_lead"] > 0 for t in trials]).double(), answered.any()
+        return ByChance(
+            kind=kind,
+            flipped=flips[:, answered].mean(1).tolist() if some else [],
+            mean_flipped=self.sample.among(answered).mean(flips.mean(0)) if some else None,
+            logit_difference=self.sample.mean(
+                torch.stack([t["preference"] for t in trials]).mean(0)
+            ),
+            length=length,
+            accuracy=accuracy,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """An edit at one site, with what it was fitted to and what it is tried on.
+
+    Attributes:
+        site: its name.
+        edit: to be tried.
+        x_train: activations that it was fitted to, (m, d).
+        y_train: their classes, (m,).
+        x: held-out activations, (n, d).
+        y: their classes, (n,).
+    """
+
+    site: str
+    edit: LRQP
+    x_train: Tensor
+    y_train: Tensor
+    x: Tensor
+    y: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """The next class of each held-out prompt, (n,)."""
+        return next_class(self.y, self.edit.probe.n_classes)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """Displacements of the held-out activations towards the next class, (n, d)."""
+        return self.displaced(self.edit)
+
+    def displaced(self, edit: LRQP) -> Tensor:
+        """The same of another edit."""
+        return displacements(edit, self.x, self.target, self.y)
+
+    @property
+    def accuracy(self) -> float:
+        """Of the probe, on held-out prompts."""
+        return self.edit.probe.accuracy(self.x, self.y)
+
+    def length(self, delta: Tensor) -> float:
+        """Mean Mahalanobis length as a share of the edit's own."""
+        metric, own = self.edit.metric, self.edit.metric.distance(self.delta).mean()
+        return float(metric.distance(delta).mean() / own) if own > 0 else 0.0
+
+    def along(self, delta: Tensor) -> Along | None:
+        """Natural and edited activations along a part of the edit; None where it is rounding."""
+        direction = direction_of(delta, self.delta)
+        return None if direction is None else along(direction, self.x, delta, self.y)
 
 
 def _places(
@@ -472,7 +514,7 @@ def _elsewhere(
             site=site.site,
             probe_accuracy=site.accuracy,
             as_accurate=site.accuracy >= here.accuracy - AS_ACCURATE,
-            cosine=float(cosines(here.delta, site.delta).mean()),
+            cosine=_cosine(here.delta, site.delta),
             moved=measuring.outcome(moved),
             fitted=measuring.outcome(fitted),
         )
@@ -480,26 +522,93 @@ def _elsewhere(
     ]
 
 
+# ---- edits that know nothing of the variable -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Displacements of one kind for one seed.
+
+    Attributes:
+        delta: of the held-out activations, (n, d).
+        accuracy: of the probe on held-out labels of the kind that it was fitted to; None without.
+    """
+
+    delta: Tensor
+    accuracy: float | None
+
+
 def _chance(
     trials: Trials, here: Place, seeds: list[int], l2: float | None
 ) -> Callable[[Measuring], list[ByChance]]:
     drawn = by_chance(here, seeds, l2)
-    added = {
-        kind: [(item, trials.add(here.site, item.delta)) for item in draws]
-        for kind, draws in drawn.items()
-    }
+    added = {k: [trials.add(here.site, one.delta) for one in draws] for k, draws in drawn.items()}
 
     def found(measuring: Measuring, kind: str) -> ByChance:
-        draws, trials_of = zip(*added[kind], strict=True)
-        known = [item.accuracy for item in draws if item.accuracy is not None]
+        known = [one.accuracy for one in drawn[kind] if one.accuracy is not None]
         return measuring.by_chance(
             kind,
-            trials_of,
-            length=here.length(torch.cat([item.delta for item in draws])),
+            added[kind],
+            length=here.length(torch.cat([one.delta for one in drawn[kind]])),
             accuracy=sum(known) / len(known) if known else None,
         )
 
     return lambda measuring: [found(measuring, kind) for kind in added]
+
+
+def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list[Chance]]:
+    """Displacements of every kind of :data:`KINDS`, one for each seed.
+
+    Args:
+        here: the study's edit, whose metric and odds rule are used for all.
+        seeds: of what is drawn.
+        l2: penalty of the probes.
+    """
+    edit, x_train, x = here.edit, here.x_train.double(), here.x.double()
+    root = _inverse_root(edit.metric.covariance.to(x.device))
+    problems: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    held_out: dict[tuple[str, int], Tensor] = {}
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        mixed, held_out[SHUFFLED, seed] = (
+            y[torch.randperm(len(y), generator=generator).to(y.device)]
+            for y in (here.y_train, here.y)
+        )
+        normal = torch.randn(x.shape[1], dtype=torch.float64, generator=generator)
+        feature = root @ normal.to(x.device)
+        cut = (x_train @ feature).median()
+        held_out[FEATURE, seed] = (x @ feature > cut).long()
+        problems[SHUFFLED, seed] = here.x_train, mixed
+        problems[FEATURE, seed] = here.x_train, (x_train @ feature > cut).long()
+    probes = LinearProbe.fit_many(problems, l2=l2)
+    length = edit.metric.distance(here.delta)
+    found: dict[str, list[Chance]] = {kind: [] for kind in KINDS}
+    for seed in seeds:
+        random = RandomDirection(edit, seed=seed)(x, here.target, here.y)
+        found[RANDOM].append(Chance(random - x, None))
+        shuffled, feature_probe = probes[SHUFFLED, seed], probes[FEATURE, seed]
+        moved = here.displaced(_with_probe(edit, shuffled))
+        accuracy = shuffled.accuracy(here.x, held_out[SHUFFLED, seed])
+        found[SHUFFLED].append(Chance(moved, accuracy))
+        found[SHUFFLED_SCALED].append(Chance(scaled(edit.metric, moved, length), accuracy))
+        read = feature_probe(here.x).argmax(-1)
+        moved = displacements(_with_probe(edit, feature_probe), here.x, 1 - read, read)
+        accuracy = feature_probe.accuracy(here.x, held_out[FEATURE, seed])
+        found[FEATURE].append(Chance(moved, accuracy))
+    return found
+
+
+def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
+    return LRQP(
+        probe,
+        edit.metric,
+        log_odds=float(edit.log_odds),
+        rule="mirror" if edit.rule == "mirror" else "fixed",
+        on_infeasible="skip",
+    )
+
+
+# ---- edits from half of the prompts --------------------------------------------------------------
 
 
 def _halves(
@@ -515,11 +624,13 @@ def _halves(
         other.probe.log_odds(x.double() + delta, target)
         for (_, other), delta in zip(halves[::-1], deltas, strict=True)
     ]
+    # Its Euclidean geometry is the metric's.
+    white = _inverse_root(here.edit.metric.covariance.to(x.device))
     return lambda measuring: Halves(
         prompts=[count for count, _ in halves],
         accuracy=[half.probe.accuracy(x, y) for _, half in halves],
-        cosine=float(cosines(*deltas).mean()),
-        cosine_mahalanobis=float(cosines(*(whitened(here.edit, d) for d in deltas)).mean()),
+        cosine=_cosine(*deltas),
+        cosine_mahalanobis=_cosine(*(delta.double() @ white for delta in deltas)),
         outcomes=[measuring.outcome(first), measuring.outcome(second)],
         same_answer=float(
             ((first["preference"] > 0) == (second["preference"] > 0)).double().mean()
@@ -527,3 +638,35 @@ def _halves(
         believed=[float((odds > 0).double().mean()) for odds in crossed],
         log_odds=[float(odds.double().mean()) for odds in crossed],
     )
+
+
+def half_edits(x: Tensor, y: Tensor, fit: Fit, seed: int) -> list[tuple[int, LRQP]]:
+    """Number of prompts and edit of two disjoint halves, each with its own probe and metric.
+
+    Both halves of the activations x, (n, d), hold as many of each of the classes y, (n,), within
+    one. Empty where a half would have fewer than two of a class.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    halves: list[list[Tensor]] = [[], []]
+    for label in y.unique().tolist():
+        rows = (y.cpu() == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        for half, own in zip(halves, (rows[::2], rows[1::2]), strict=True):
+            half.append(own)
+    if min(len(rows) for half in halves for rows in half) < 2:
+        return []
+    chosen = [torch.cat(half).to(x.device) for half in halves]
+    return [(len(rows), fit({"half": x[rows]}, y[rows])["half"]) for rows in chosen]
+
+
+def _cosine(first: Tensor, second: Tensor) -> float:
+    """Mean cosine between the rows of two sets of displacements; 0 where one of them is 0."""
+    return float(cosine_similarity(first.double(), second.double(), dim=-1).mean())
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """Σ^(-1/2), without the null space of Σ."""
+    values, vectors = torch.linalg.eigh(covariance)
+    present = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root: Tensor = (vectors[:, present] / values[present].sqrt()) @ vectors[:, present].T
+    return root

@@ -9,7 +9,7 @@ equal effect.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,37 +18,16 @@ from torch import Tensor
 
 from lrqp_torch.baselines import Baseline, Paired
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError
-from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
+from lrqp_torch.errors import SettingError, StatisticsError
+from lrqp_torch.study import methods
+from lrqp_torch.study.ceiling import Interchange, Likeness
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import CONFIDENCE, Estimate, Sample, bca, units_of
 from lrqp_torch.study.heads import HeadsResult, Role
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.methods import (
-    DOSED,
-    ERASING,
-    FITTED,
-    NOTHING,
-    Candidate,
-    DosedLRQP,
-    Training,
-    build_candidates,
-    check_names,
-    counterparts,
-    drawn,
-    others_alike,
-)
+from lrqp_torch.study.methods import DOSED, ERASING, FITTED, NOTHING, DosedLRQP, Training
 from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
-from lrqp_torch.study.running import Twinned
-from lrqp_torch.study.tradeoffs import (
-    RESAMPLES,
-    Curve,
-    Resampling,
-    Swept,
-    draw_curves,
-    relative_costs,
-)
 from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
 
 DIVERGENCE, REST, UNSELECTIVE = "divergence", "rest", "unselective"
@@ -60,6 +39,10 @@ LEAST_TOKENS = 6
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 LOG_ALPHAS = (0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
+
+RESAMPLES = 1000
+REACHED = 0.975
+"""An effect counts as reached if the curves of this share of the resamples reach it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +71,7 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        check_names(self.methods)
+        methods.check_names(self.methods)
         if 1.0 not in self.strengths or min(self.strengths) <= 0:
             raise SettingError(
                 f"strengths must be above 0, and 1 among them, got {list(self.strengths)}"
@@ -102,7 +85,7 @@ class CompareOptions:
     @property
     def names(self) -> list[str]:
         """Methods in the order of the table."""
-        return check_names(self.methods)
+        return methods.check_names(self.methods)
 
 
 DEFAULTS = CompareOptions()
@@ -133,6 +116,43 @@ class Effect(Likeness):
     divergence: Estimate
     rest: Estimate
     attention: Estimate | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One counterfactual edit of the prompts of the sweep.
+
+    Attributes:
+        dose: strength, or log α for the curve by odds.
+        effect: mean fall of the preference for the class that holds.
+        flipped: share of answers flipped; None if none was answered by the class that holds.
+        costs: side effect to its mean.
+        optimal: for each, whether no other point of any curve has at least this effect for at most
+            this side effect.
+    """
+
+    dose: float
+    effect: Estimate
+    flipped: float | None
+    costs: dict[str, Estimate]
+    optimal: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Effect against side effect of one method.
+
+    Attributes:
+        name: of the method.
+        title: in figures.
+        dose: what rises along it, ``"strength"`` or ``"log α"``.
+        points: by rising dose.
+    """
+
+    name: str
+    title: str
+    dose: str
+    points: list[CurvePoint]
 
 
 @dataclass(frozen=True)
@@ -290,6 +310,208 @@ def compute(
     )
 
 
+# ---- effect against side effect ------------------------------------------------------------------
+
+
+class Resampling:
+    """Prompts drawn with replacement, the same ones for every measure.
+
+    A mean over a resample is a weighted mean over the prompts, so differences and ratios between
+    edits are paired: both are read from the same prompts.
+
+    Args:
+        n: prompts.
+        generator: of the draws.
+        resamples: how many times n prompts are drawn.
+        groups: the group of each prompt, (n,); groups are then drawn, each with all its prompts.
+
+    Attributes:
+        n: as given.
+        weights: share of each prompt in each resample, (resamples, n).
+
+    Raises:
+        StatisticsError: no prompts.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        generator: torch.Generator,
+        resamples: int = RESAMPLES,
+        groups: Tensor | None = None,
+    ) -> None:
+        if n < 1:
+            raise StatisticsError("there are no prompts to resample")
+        self.n = n
+        found = units_of(groups, n)
+        units = torch.arange(n) if found is None else found
+        count = int(units.max()) + 1
+        drawn = torch.randint(count, (resamples, count), generator=generator)
+        ones = torch.ones(resamples, count, dtype=torch.float64)
+        times = torch.zeros_like(ones).scatter_add_(1, drawn, ones)[:, units]
+        self.weights = times / times.sum(1, keepdim=True)
+        # Of all prompts but those of one unit each, (units, n).
+        without = (units != torch.arange(count).unsqueeze(1)).double()
+        self._left_out = without / without.sum(1, keepdim=True)
+
+    def mean(self, values: Tensor) -> Estimate:
+        """The mean of values, (n,), with its BCa interval, see :func:`~.estimates.bca`.
+
+        As with :meth:`Estimate.mean`, no value where one is infinite.
+        """
+        wide = values.double().cpu()
+        mean = float(wide.mean())
+        if bool(wide.isposinf().any()):
+            return Estimate(None, None, None, self.n)
+        if len(self._left_out) == 1:
+            return Estimate(mean, mean, mean, self.n)
+        return Estimate(mean, *bca(mean, self.weights @ wide, self._left_out @ wide), self.n)
+
+    def means(self, values: Tensor) -> Tensor:
+        """The means of columns (n, k) in each resample, (resamples, k)."""
+        return self.weights @ values.double().cpu()
+
+    def interval(self, value: float, resampled: Tensor) -> Estimate:
+        """A value with the 2.5 % and 97.5 % quantiles of its resamples, (R,)."""
+        tail = (1 - CONFIDENCE) / 2
+        ends = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype))
+        return Estimate(value, float(ends[0]), float(ends[1]), self.n)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One method's edits of the prompts of the sweep, by rising dose.
+
+    Attributes:
+        name: of the method.
+        title: in figures.
+        dose: what rises, ``"strength"`` or ``"log α"``.
+        doses: its values, m of them.
+        flipped: share of answers flipped, by dose.
+        fall: of the preference for the class that holds, (n, m).
+        costs: side effect to its size, (n, m) each.
+    """
+
+    name: str
+    title: str
+    dose: str
+    doses: Sequence[float]
+    flipped: Sequence[float | None]
+    fall: Tensor
+    costs: Mapping[str, Tensor]
+
+
+def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
+    """The curves, with the points that no other one beats.
+
+    Args:
+        swept: at least one.
+        draws: of the prompts of the sweep.
+    """
+    effects = [float(v) for item in swept for v in item.fall.mean(0)]
+    optimal = {
+        cost: iter(front(effects, [float(v) for item in swept for v in item.costs[cost].mean(0)]))
+        for cost in swept[0].costs
+    }
+    return [
+        Curve(
+            item.name,
+            item.title,
+            item.dose,
+            [
+                CurvePoint(
+                    dose=dose,
+                    effect=draws.mean(item.fall[:, column]),
+                    flipped=item.flipped[column],
+                    costs={k: draws.mean(values[:, column]) for k, values in item.costs.items()},
+                    optimal={k: next(flags) for k, flags in optimal.items()},
+                )
+                for column, dose in enumerate(item.doses)
+            ],
+        )
+        for item in swept
+    ]
+
+
+def relative_costs(
+    swept: Sequence[Swept], own: str, draws: Resampling
+) -> dict[str, dict[str, Estimate | None]]:
+    """By method and side effect, what one method's effect at strength 1 costs, over what it pays.
+
+    Both curves and the effect asked for are read from the same resampled prompts.
+
+    Args:
+        swept: the curves.
+        own: name of the method whose effect the others are asked for.
+        draws: of the prompts of the sweep.
+
+    Returns:
+        None where a method does not reach that effect, or there is none.
+    """
+    mine = next(item for item in swept if item.name == own)
+    column = list(mine.doses).index(1.0)
+    whole = torch.full((1, len(mine.fall)), 1 / len(mine.fall), dtype=torch.float64)
+    weights = torch.cat([whole, draws.weights])
+    wanted = weights @ mine.fall[:, column]
+
+    def relative(item: Swept, cost: str) -> Estimate | None:
+        found = cost_at(weights @ item.fall, weights @ item.costs[cost], wanted)
+        ratio = found / (weights @ mine.costs[cost][:, column])
+        known = ratio[1:][ratio[1:].isfinite()]
+        reached = len(known) >= REACHED * len(draws.weights) and bool(ratio[0].isfinite())
+        return draws.interval(float(ratio[0]), known) if reached and float(wanted[0]) > 0 else None
+
+    return {item.name: {cost: relative(item, cost) for cost in item.costs} for item in swept}
+
+
+def front(effects: Sequence[float], costs: Sequence[float]) -> list[bool]:
+    """Which points are Pareto optimal: no other has at least their effect for at most their cost.
+
+    Of two equal points both are.
+
+    Args:
+        effects: to be large.
+        costs: to be small.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -effects[i]))
+    best = [False] * len(costs)
+    reached, at = float("-inf"), float("-inf")
+    for i in order:
+        if effects[i] > reached:
+            reached, at = effects[i], costs[i]
+        best[i] = effects[i] == reached and costs[i] == at
+    return best
+
+
+def cost_at(effects: Tensor, costs: Tensor, wanted: Tensor) -> Tensor:
+    """The cost at which a curve first reaches an effect, with straight lines between its points.
+
+    Args:
+        effects: of rising strengths, (..., m); the curve starts at effect 0 and cost 0.
+        costs: the same.
+        wanted: (...), above 0.
+
+    Returns:
+        (...); NaN where the curve does not reach the effect.
+    """
+    zero = torch.zeros_like(effects[..., :1])
+    effects, costs = torch.cat([zero, effects], -1), torch.cat([zero, costs], -1)
+    asked = wanted.unsqueeze(-1)
+    crossing = (effects[..., :-1] < asked) & (effects[..., 1:] >= asked)
+    first = crossing.int().argmax(-1, keepdim=True)
+
+    def ends(values: Tensor) -> tuple[Tensor, Tensor]:
+        return values.gather(-1, first).squeeze(-1), values.gather(-1, first + 1).squeeze(-1)
+
+    (low, high), (cheap, dear) = ends(effects), ends(costs)
+    share = (wanted - low) / torch.where(high > low, high - low, 1.0)
+    reached = cheap + share * (dear - cheap)
+    return torch.where(crossing.any(-1), reached, torch.nan)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
 class _Site:
     """The runs of the model that the table needs at one site, and what they say."""
 
@@ -305,11 +527,10 @@ class _Site:
         self.context, self.site, self.reference = context, site, reference
         self.options, self.advance = options, advance
         self.data = context.task.test
-        self.labels = self.data.labels.cpu()
-        self.target = self.data.other.cpu()
+        self.labels, self.target = self.data.labels.cpu(), self.data.other.cpu()
         self.beside, _ = elsewhere(self.data)
         self.role, self.watched = _watched(heads)
-        self.candidates = build_candidates(
+        self.candidates = methods.build_candidates(
             context, site, reference, options.names, options.training
         )
         self.edits = {item.name: item.edit for item in self.candidates if item.edit is not None}
@@ -320,19 +541,13 @@ class _Site:
         context, data, n = self.context, self.data, len(self.data)
         x = context.activations(context.task, "test", "mark", [self.site])[self.site]
         patched = any(isinstance(edit, Paired) for edit in self.edits.values())
-        alike = others_alike(data.labels, context.generator()).to(x.device)
-        pairs = counterparts(context, data, [self.site])[self.site] if patched else x
+        alike = methods.others_alike(data.labels, context.generator()).to(x.device)
+        pairs = methods.counterparts(context, data, [self.site])[self.site] if patched else x
+        keys = _keys(data)
         trials = Trials(
-            context,
-            data,
-            elsewhere=self.beside,
-            watched=self.watched,
-            keys=_keys(data),
-            activations=True,
+            context, data, elsewhere=self.beside, watched=self.watched, keys=keys, activations=True
         )
-        metric = self.reference.metric
-        twinned = Twinned.of(context, context.task, self.site, metric.distance)
-        patch = None if twinned is None else trials.interchange(twinned)
+        trials.ceiling(self.site, self.reference.metric)
         control, counterfactual = (
             {
                 name: trials.write(self.site, edit, target, self.labels, partners)
@@ -351,39 +566,32 @@ class _Site:
         self.advance(unbuilt * (2 * n + texts + few * (len(self.options.strengths) - 1)))
 
         groups = data.groups
+        of_few = None if groups is None else groups[:few]
         draws = Resampling(n, context.generator(), groups=groups)
-        of_swept = Resampling(
-            few, context.generator(), groups=None if groups is None else groups[:few]
-        )
-        likeness: dict[str, dict[str, Any]] = {}
-        interchange = None
-        if patch is not None and twinned is not None:
-            patch.found["divergence"] = patch["kl_at_end"]
-            how = (twinned.known, context.seed, groups)
-            interchange = interchange_of(self.clean.found, patch.found, *how)
-            for done in counterfactual.values():
-                moved = done["activations"].double() - self.x.double()
-                done.found["distance"] = metric.distance(moved.to(context.device)).cpu()
-            held = {name: (done.found, patch.found) for name, done in counterfactual.items()}
-            likeness = likenesses(self.clean.found, held, *how)
+        of_swept = Resampling(few, context.generator(), groups=of_few)
+        for done in (*control.values(), *counterfactual.values()):
+            moved = done["activations"].double() - self.x.double()
+            done.found["euclidean"] = moved.norm(dim=-1)
+            distance = self.reference.metric.distance(moved.to(context.device))
+            done.found["distance"] = distance.cpu()
+        interchange, likeness = trials.likenesses(counterfactual)
         of_texts = Resampling(texts, context.generator()) if texts else None
         relative = relative_costs(swept, FITTED, of_swept)
 
-        def row(item: Candidate) -> MethodResult:
-            unfilled = MethodResult(item.name, item.title, item.settings, item.problem)
+        def row(item: methods.Candidate) -> MethodResult:
+            name = item.name
+            unfilled = MethodResult(name, item.title, item.settings, item.problem)
             if item.edit is None:
                 return unfilled
-            done = counterfactual[item.name]
+            done, like = counterfactual[name], likeness.get(name, {})
             return replace(
                 unfilled,
-                control=self._effect(control[item.name], self.labels, draws),
-                counterfactual=self._effect(
-                    done, self.target, draws, **likeness.get(item.name, {})
-                ),
-                text_divergence=None if of_texts is None else of_texts.mean(by_text[item.name]),
-                scores=self._scores(item.name, done, draws),
+                control=self._effect(control[name], self.labels, draws),
+                counterfactual=self._effect(done, self.target, draws, **like),
+                text_divergence=None if of_texts is None else of_texts.mean(by_text[name]),
+                scores=self._scores(name, done, draws),
                 seconds=self._seconds(item.edit, pairs),
-                relative=relative.get(item.name, {}),
+                relative=relative.get(name, {}),
             )
 
         return SiteComparison(
@@ -455,7 +663,7 @@ class _Site:
         if found is None:
             return {}, 0
         texts, behind, target = found
-        written = drawn(self.context, [self.site], target)[self.site]
+        written = methods.drawn(self.context, [self.site], target)[self.site]
         trials = Trials(self.context, texts, elsewhere=behind)
         done = {
             name: trials.write(self.site, edit, target, partners=written)
@@ -465,21 +673,17 @@ class _Site:
         return {name: trial["divergence"] for name, trial in done.items()}, len(texts)
 
     def _effect(self, trial: Trial, target: Tensor, draws: Resampling, **likeness: Any) -> Effect:
-        read = self.oracles.read_class(trial["activations"])
-        chosen = target.unsqueeze(-1)
+        read, chosen = self.oracles.read_class(trial["activations"]), target.unsqueeze(-1)
         rival = read.scatter(-1, chosen, float("-inf")).amax(-1)
-        delta = trial["activations"].double() - self.x.double()
+        means = {"log_odds": read.gather(-1, chosen).squeeze(-1) - rival}
+        means |= {"logit_difference": trial["preference"]}
+        means |= {name: trial[name] for name in ("distance", "euclidean", DIVERGENCE, REST)}
         attention = trial.found.get("attention")
+        found: dict[str, Any] = {name: draws.mean(values) for name, values in means.items()}
         return Effect(
-            flipped=flipped(self.clean["own_lead"], trial["other_lead"], self.data.groups),
-            logit_difference=draws.mean(trial["preference"]),
-            distance=draws.mean(self.reference.metric.distance(delta.to(self.context.device))),
-            euclidean=draws.mean(delta.norm(dim=-1)),
-            log_odds=draws.mean(read.gather(-1, chosen).squeeze(-1) - rival),
-            divergence=draws.mean(trial[DIVERGENCE]),
-            rest=draws.mean(trial[REST]),
+            flipped=Sample(0, self.data.groups).flipped(self.clean.found, trial.found),
             attention=None if attention is None else draws.mean(attention),
-            **likeness,
+            **found | likeness,
         )
 
     def _scores(self, name: str, trial: Trial, draws: Resampling) -> dict[str, Estimate | None]:
@@ -499,9 +703,8 @@ class _Site:
         }
 
     def _seconds(self, edit: Baseline, pairs: Tensor) -> float:
-        x, target, source = (
-            values.to(self.context.device) for values in (self.x, self.target, self.labels)
-        )
+        device = self.context.device
+        x, target, source = self.x.to(device), self.target.to(device), self.labels.to(device)
         return seconds_per_text(with_partners(edit, pairs), x, target, source)
 
 

@@ -7,8 +7,9 @@ trials.run()
 flipped(trials.clean, moved), written["preference"]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from lrqp_torch.baselines import Baseline, Paired
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import WidthError
+from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.attribution import attention_to
-from lrqp_torch.study.context import Advance, StudyContext, no_progress
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.ceiling import Interchange, interchange_of, likenesses
+from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import parse_head
 from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.study.running import (
@@ -75,7 +78,7 @@ class Trials:
       key less that to the second, mean over heads; missing where all lie below the edits;
     - ``activations`` that the stream holds at the marked token after the edit, (n, d);
     - ``kl_to_interchange``, KL(interchange ‖ edited) of the token at the end, in nats, where there
-      is an :meth:`interchange`, or the trial has a patch of its own; the interchange has
+      is an :meth:`ceiling`, or the trial has a patch of its own; the interchange has
       ``kl_at_end``, KL(clean ‖ interchange) there.
 
     Args:
@@ -89,6 +92,9 @@ class Trials:
 
     Attributes:
         clean: the trial without an edit.
+        sample: estimates over the prompts, from the study's seed.
+        twinned: the ceiling, see :meth:`ceiling`; None where no prompt has a twin.
+        known: which prompts have one, BoolTensor (n,).
     """
 
     def __init__(
@@ -104,17 +110,15 @@ class Trials:
         self._context, self._prompts = context, prompts
         self.elsewhere, self.keys, self.activations = elsewhere, keys, activations
         self.watched = [] if keys is None else [parse_head(name) for name in watched]
-        self.clean = Trial(None, None)
+        self.clean, self.sample = Trial(None, None), Sample(context.seed, prompts.groups)
         self.twinned: Trial | None = None
+        self.known = torch.zeros(len(prompts), dtype=torch.bool)
         self._trials: list[Trial] = []
 
     def add(self, site: str, delta: Tensor, patch: Trial | None = None) -> Trial:
         """Add a displacement to the stream of each prompt, (n, d); the clean run where all are 0.
 
-        Args:
-            site: where.
-            delta: the displacements.
-            patch: see :class:`Trial`; what changes nothing is not held against it.
+        ``patch`` is as of :class:`Trial`; what changes nothing is not held against it.
 
         Raises:
             WidthError: not one displacement for each prompt.
@@ -138,19 +142,44 @@ class Trials:
 
         return self._added(Trial(site, place, patch))
 
-    def interchange(self, twinned: Twinned) -> Trial:
-        """Put the activation of each prompt's twin in the place of its own: the ceiling.
+    def ceiling(self, site: str, metric: Mahalanobis) -> None:
+        """Put the activation of each prompt's twin in the place of its own, where there are twins.
 
         Add it before all edits, which are then held against it.
+
+        Args:
+            site: where.
+            metric: in which the distance of both is measured.
         """
-        item = twinned
+        task = Task("", self._context.task.train, self._prompts)
+        item = Twinned.of(self._context, task, site, metric.distance)
+        if item is None:
+            return
 
         def place(rows: Tensor, at: Tensor) -> Intervention:
-            return Intervention(item.site, at, placed(_rows(item.x, rows, at)))
+            return Intervention(site, at, placed(_rows(item.x, rows, at)))
 
-        self.twinned = self._added(Trial(item.site, place))
+        self.twinned, self.known = self._added(Trial(site, place)), item.known
         self.twinned.found["distance"] = item.distance
-        return self.twinned
+
+    def likenesses(
+        self, edits: Mapping[str, Trial]
+    ) -> tuple[Interchange | None, dict[str, dict[str, Any]]]:
+        """The ceiling, and how edits that are shown together compare with it.
+
+        Args:
+            edits: of which each knows its ``distance``, (n,).
+
+        Returns:
+            None, and nothing, where no prompt has a twin.
+        """
+        if self.twinned is None:
+            return None, {}
+        patch, clean = self.twinned.found, self.clean.found
+        patch["divergence"] = patch["kl_at_end"]
+        how = self.known, self._context.seed, self._prompts.groups
+        held = {name: (trial.found, patch) for name, trial in edits.items()}
+        return interchange_of(clean, patch, *how), likenesses(clean, held, *how)
 
     def write(
         self,
@@ -163,7 +192,7 @@ class Trials:
         """Make an edit of each prompt.
 
         Args:
-            site: where.
+            site: where it acts.
             edit: at the strength wanted.
             target: class to write, (n,).
             source: class that holds, (n,); None for the reference probe's own reading.
@@ -321,17 +350,12 @@ class _Seen:
         return torch.cat([attention_to(p, first) - attention_to(p, second) for p in rows], dim=-1)
 
 
-def flipped(own_lead: Tensor, other_lead: Tensor, groups: Tensor | None = None) -> Estimate:
+def flipped(own_lead: Tensor, other_lead: Tensor) -> Estimate:
     """Of the prompts answered by the class that holds, the share then answered by the next one.
 
-    Args:
-        own_lead: of the clean run, (n,).
-        other_lead: under an edit, (n,).
-        groups: of the prompts, (n,).
+    By the lead of the one in the clean run and of the other under an edit, (n,) each.
     """
-    answered = own_lead > 0
-    among = None if groups is None else groups.cpu()[answered]
-    return Estimate.share((other_lead > 0)[answered], among)
+    return Sample(0).flipped({"own_lead": own_lead}, {"other_lead": other_lead})
 
 
 def displacements(

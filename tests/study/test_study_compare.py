@@ -19,7 +19,16 @@ from lrqp_torch.errors import StatisticsError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.study.estimates import bootstrap_mean
-from lrqp_torch.study.league import LEAST_TOKENS, elsewhere, unrelated
+from lrqp_torch.study.league import (
+    LEAST_TOKENS,
+    Resampling,
+    Swept,
+    cost_at,
+    elsewhere,
+    front,
+    relative_costs,
+    unrelated,
+)
 from lrqp_torch.study.methods import Training, counterparts, others_alike, shortest, train_das
 from lrqp_torch.study.oracles import (
     Oracles,
@@ -30,7 +39,6 @@ from lrqp_torch.study.oracles import (
     side_variables,
     total_variation,
 )
-from lrqp_torch.study.tradeoffs import Resampling, Swept, cost_at, front, relative_costs
 from lrqp_torch.study.trials import Trial, Trials
 
 # ---- measures ------------------------------------------------------------------------------------

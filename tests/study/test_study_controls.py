@@ -22,10 +22,19 @@ from lrqp_torch.cli import app
 from lrqp_torch.errors import UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import blocks_of
 from lrqp_torch.study import illusions
-from lrqp_torch.study.chance import KINDS, RANDOM, Place, by_chance, half_edits
 from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.illusions import CARRIES, ControlsResult, Piece, Split
+from lrqp_torch.study.illusions import (
+    CARRIES,
+    KINDS,
+    RANDOM,
+    ControlsResult,
+    Piece,
+    Place,
+    Split,
+    by_chance,
+    half_edits,
+)
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.controls import PART
 from lrqp_torch.study.readers import (

@@ -37,6 +37,8 @@ from lrqp_torch.study.league import (
     REST,
     UNSELECTIVE,
     CompareResult,
+    Curve,
+    CurvePoint,
     Effect,
     MethodResult,
     SiteComparison,
@@ -52,7 +54,6 @@ from lrqp_torch.study.showing import (
     signed,
     table_of,
 )
-from lrqp_torch.study.tradeoffs import Curve, CurvePoint
 
 OFTEN_SAID = 0.2
 """With more probability than this on the answers elsewhere, KL there is the effect itself."""

@@ -17,10 +17,9 @@ from lrqp_torch.plot.chart import (
     Table,
 )
 from lrqp_torch.study import illusions
-from lrqp_torch.study.chance import KINDS
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.illusions import CARRIES, SEPARATED, ControlsResult, EditOutcome, Split
+from lrqp_torch.study.illusions import CARRIES, KINDS, SEPARATED, ControlsResult, EditOutcome, Split
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.readers import ENERGY
 from lrqp_torch.study.showing import SITES, capitalised, marks_of, percent, signed, table_of
