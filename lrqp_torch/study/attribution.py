@@ -51,15 +51,10 @@ ATTENTIONS = {
 
 @dataclass(frozen=True)
 class Pull:
-    """The logits that count for and against an answer: Σ_a w_a logit[a].
+    """The logits that count for and against an answer: Σ_a w_a logit[a]."""
 
-    Attributes:
-        tokens: a, LongTensor (B, m).
-        weights: w, (B, m), float64; 0 for tokens that fill up.
-    """
-
-    tokens: Tensor
-    weights: Tensor
+    tokens: Tensor  # a, LongTensor (B, m)
+    weights: Tensor  # w, (B, m), float64; 0 for tokens that fill up
 
     @classmethod
     def of(cls, prompts: PromptSet, logits: Tensor) -> "Pull":
@@ -89,25 +84,15 @@ class Pull:
 
 @dataclass(frozen=True)
 class HeadAttribution:
-    """Shares of a :class:`Pull` at one token, in logits, float64.
+    """Shares of a :class:`Pull` at one token, in logits, float64."""
 
-    Attributes:
-        embedding: the stream that enters the first block, (B,).
-        heads: each head's result, (B, layers, heads).
-        biases: each layer's attention output bias, (B, layers).
-        mlps: whatever else each block adds: its MLP, (B, layers).
-        constant: the biases of the final norm and of the unembedding, (B,).
-        total: the sum of all, (B,).
-        direction: r of the module's formula, (B, d).
-    """
-
-    embedding: Tensor
-    heads: Tensor
-    biases: Tensor
-    mlps: Tensor
-    constant: Tensor
-    total: Tensor
-    direction: Tensor
+    embedding: Tensor  # the stream that enters the first block, (B,)
+    heads: Tensor  # each head's result, (B, layers, heads)
+    biases: Tensor  # each layer's attention output bias, (B, layers)
+    mlps: Tensor  # whatever else each block adds: its MLP, (B, layers)
+    constant: Tensor  # the biases of the final norm and of the unembedding, (B,)
+    total: Tensor  # the sum of all, (B,)
+    direction: Tensor  # r of the module's formula, (B, d)
 
 
 @torch.no_grad()
@@ -162,25 +147,15 @@ def attribute(
 
 @dataclass(frozen=True)
 class Scores:
-    """What every head does on n clean prompts, on the CPU; H counts the heads of all layers.
+    """What every head does on n clean prompts, on the CPU; H counts the heads of all layers."""
 
-    Attributes:
-        names: of the heads, in order of computation.
-        heads: direct effect on the preference, (n, H).
-        attention: attention by name, (n, H) each.
-        parts: shares of the preference by part of the model, (n,) each.
-        total: what they add up to, (n,).
-        z: the heads' outputs before W_O at the end, (n, layers, heads, head width).
-        direction: along which a write at the end raises the preference, (n, d).
-    """
-
-    names: list[str]
-    heads: Tensor
-    attention: dict[str, Tensor]
-    parts: dict[str, Tensor]
-    total: Tensor
-    z: Tensor
-    direction: Tensor
+    names: list[str]  # of the heads, in order of computation
+    heads: Tensor  # direct effect on the preference, (n, H)
+    attention: dict[str, Tensor]  # attention by name, (n, H) each
+    parts: dict[str, Tensor]  # shares of the preference by part of the model, (n,) each
+    total: Tensor  # what they add up to, (n,)
+    z: Tensor  # the heads' outputs before W_O at the end, (n, layers, heads, head width)
+    direction: Tensor  # along which a write at the end raises the preference, (n, d)
 
 
 @torch.no_grad()

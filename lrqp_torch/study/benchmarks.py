@@ -121,113 +121,70 @@ class KeptLRQP(LearnedLRQP):
 
 @dataclass(frozen=True)
 class Beside:
-    """Prompts that ask for another attribute, and what an edit writes into them.
+    """Prompts that ask for another attribute, and what an edit writes into them."""
 
-    Attributes:
-        prompts: held out, with the answers of the attribute that they ask for.
-        source: the class that holds of the attribute that is edited, (n,).
-        target: the one to write, (n,).
-    """
-
-    prompts: PromptSet
-    source: Tensor
-    target: Tensor
+    prompts: PromptSet  # held out, with the answers of the attribute that they ask for
+    source: Tensor  # the class that holds of the attribute that is edited, (n,)
+    target: Tensor  # the one to write, (n,)
 
 
 @dataclass(frozen=True)
 class BenchTask:
-    """One task of a benchmark.
+    """One task of a benchmark."""
 
-    Attributes:
-        name: of the task.
-        train: prompts to fit on.
-        test: prompts held out.
-        log: what became of the rows.
-        fitted: prompts to which probes and means are fitted, those of ``train`` and others that ask
-            for other attributes; ``train`` where None.
-        attributes: class of each other attribute of the prompts that are fitted to, (n,) each.
-        others: by the name of each other attribute, prompts that ask for it.
-        control: answers of CausalGym's control task, a token each; None where the tokenizer has
-            none.
-    """
-
-    name: str
-    train: PromptSet
-    test: PromptSet
-    log: RowLog
+    name: str  # of the task
+    train: PromptSet  # prompts to fit on
+    test: PromptSet  # prompts held out
+    log: RowLog  # what became of the rows
+    # Answers of CausalGym's control task, a token each; None where the tokenizer has none.
     control: tuple[int, int] | None = None
+    # Prompts to which probes and means are fitted, those of `train` and others that ask for other
+    # attributes; `train` where None.
     fitted: PromptSet | None = None
+    # Class of each other attribute of the prompts that are fitted to, (n,) each.
     attributes: dict[str, Tensor] = field(default_factory=dict)
+    # By the name of each other attribute, prompts that ask for it.
     others: dict[str, Beside] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MethodScore:
-    """What one method scores.
+    """What one method scores."""
 
-    Attributes:
-        name: of the method in files.
-        title: in tables.
-        measures: the benchmark's own, by name; empty where it could not be built.
-        settings: how it was trained.
-        problem: why it could not be built.
-    """
-
-    name: str
-    title: str
-    measures: dict[str, Estimate]
-    settings: str = ""
-    problem: str = ""
+    name: str  # of the method in files
+    title: str  # in tables
+    measures: dict[str, Estimate]  # the benchmark's own, by name; empty where it could not be built
+    settings: str = ""  # how it was trained
+    problem: str = ""  # why it could not be built
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """All methods on one task at one site.
+    """All methods on one task at one site."""
 
-    Attributes:
-        task: its name.
-        site: where they edit.
-        train: number of prompts to fit on.
-        test: number of prompts held out.
-        classes: their names.
-        probe_accuracy: of LRQP's probe on the prompts held out.
-        answered: prompts that the model answers rightly, by the answers it is asked to choose from.
-        methods: in order.
-        left_out: rows that could not be used, by reason.
-        notes: what a reader should know.
-    """
-
-    task: str
-    site: str
-    train: int
-    test: int
-    classes: list[str]
-    probe_accuracy: Estimate
+    task: str  # its name
+    site: str  # where they edit
+    train: int  # number of prompts to fit on
+    test: int  # number of prompts held out
+    classes: list[str]  # their names
+    probe_accuracy: Estimate  # of LRQP's probe on the prompts held out
+    # Prompts that the model answers rightly, by the answers it is asked to choose from.
     answered: Estimate
-    methods: list[MethodScore]
-    left_out: dict[str, int]
-    notes: list[str]
+    methods: list[MethodScore]  # in order
+    left_out: dict[str, int]  # rows that could not be used, by reason
+    notes: list[str]  # what a reader should know
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's scores.
+    """A benchmark's scores."""
 
-    Attributes:
-        benchmark: its name.
-        settings: what was asked for.
-        model: what identifies the model.
-        tasks: by task, then site.
-        skipped: tasks that could not run, with the reason.
-        seconds: in all.
-    """
-
-    benchmark: str
-    settings: dict[str, Any]
-    model: dict[str, Any]
-    tasks: list[TaskScore]
-    skipped: dict[str, str]
-    seconds: float
+    benchmark: str  # its name
+    settings: dict[str, Any]  # what was asked for
+    model: dict[str, Any]  # what identifies the model
+    tasks: list[TaskScore]  # by task, then site
+    skipped: dict[str, str]  # tasks that could not run, with the reason
+    seconds: float  # in all
 
     def save(self, folder: Path) -> Path:
         """Write ``benchmark.json`` into a folder.

@@ -45,42 +45,32 @@ FEWEST_PROMPTS = 20
 
 @dataclass(frozen=True)
 class Interchange:
-    """The activation of each prompt's twin, put in the place of its own.
+    """The activation of each prompt's twin, put in the place of its own."""
 
-    Attributes:
-        prompts: held-out prompts that have a twin; all numbers are of these.
-        flipped: of those answered with the class that holds, the share then answered with the
-            twin's; None for a task without answers.
-        logit_difference: mean preference for the class that holds; None likewise.
-        divergence: mean KL(clean ‖ interchange) of the next token, in nats.
-        distance: mean Mahalanobis distance of the twin's activation; None where no prompt has a
-            twin, or where a twin is out of the range of a singular metric.
-    """
-
-    prompts: int
+    prompts: int  # held-out prompts that have a twin; all numbers are of these
+    # Of those answered with the class that holds, the share then answered with the twin's; None for
+    # a task without answers.
     flipped: Estimate | None
-    logit_difference: Estimate | None
-    divergence: Estimate
+    logit_difference: Estimate | None  # mean preference for the class that holds; None likewise
+    divergence: Estimate  # mean KL(clean ‖ interchange) of the next token, in nats
+    # Mean Mahalanobis distance of the twin's activation; None where no prompt has a twin, or where
+    # a twin is out of the range of a singular metric.
     distance: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """How an edit compares with the interchange of the same prompts, of those that have a twin.
+    """How an edit compares with the interchange of the same prompts, of those that have a twin."""
 
-    Attributes:
-        recovered: share of the interchange's effect; None where the 95 % interval of that effect
-            includes 0, or there are no answers.
-        agreement: share of prompts to which both give the same answer: that of the class that
-            holds, of the other one, or of a third.
-        kl_to_interchange: mean KL(interchange ‖ edit) of the next token at the end, in nats.
-        beyond: why the edit is beyond its own patch; None where it is not.
-    """
-
+    # Share of the interchange's effect; None where the 95 % interval of that effect includes 0, or
+    # there are no answers.
     recovered: Estimate | None = None
+    # Share of prompts to which both give the same answer: that of the class that holds, of the
+    # other one, or of a third.
     agreement: Estimate | None = None
+    # Mean KL(interchange ‖ edit) of the next token at the end, in nats.
     kl_to_interchange: Estimate | None = None
-    beyond: str | None = None
+    beyond: str | None = None  # why the edit is beyond its own patch; None where it is not
 
 
 def interchange_of(
@@ -164,38 +154,26 @@ def _preference(columns: Columns) -> Tensor:
 
 @dataclass(frozen=True)
 class Null:
-    """Edits of probes of shuffled labels, each as long as the study's own of the same prompt.
+    """Edits of probes of shuffled labels, each as long as the study's own of the same prompt."""
 
-    Attributes:
-        probes: how many of them.
-        flipped: share of the answers that they flip, over all prompts that each met.
-        logit_difference: mean preference for the class that holds, over the same.
-        as_strong: of the probes, how many lower the preference at least as much as the study's
-            edit does on the same prompts.
-    """
-
-    probes: int
-    flipped: Estimate
-    logit_difference: Estimate
+    probes: int  # how many of them
+    flipped: Estimate  # share of the answers that they flip, over all prompts that each met
+    logit_difference: Estimate  # mean preference for the class that holds, over the same
+    # Of the probes, how many lower the preference at least as much as the study's edit does on the
+    # same prompts.
     as_strong: int
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the model uses the variable at a site.
+    """Whether the model uses the variable at a site."""
 
-    Attributes:
-        used: the adjusted P value is below :data:`LEVEL`, and no shuffled probe is as strong.
-        p_value: of the counterfactual edit flipping no more answers than the null: exact, paired,
-            one-sided.
-        p_adjusted: for the number of sites, by Holm's method.
-        prompts_needed: to tell half of the ceiling from the ceiling, see
-            :func:`~.estimates.prompts_to_tell`; None where the interchange does nothing.
-    """
-
-    used: bool
+    used: bool  # the adjusted P value is below `LEVEL`, and no shuffled probe is as strong
+    # Of the counterfactual edit flipping no more answers than the null: exact, paired, one-sided.
     p_value: float
-    p_adjusted: float
+    p_adjusted: float  # for the number of sites, by Holm's method
+    # To tell half of the ceiling from the ceiling, see `prompts_to_tell`; None where the
+    # interchange does nothing.
     prompts_needed: int | None
 
 

@@ -25,18 +25,13 @@ def evenly(sites: Sequence[str], most: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One version of the task: prompts to fit on and prompts held out, padded on the left.
+    """One version of the task: prompts to fit on and prompts held out, padded on the left."""
 
-    Attributes:
-        name: of the version: ``"plain"`` (no prefix) or ``"prefixed"`` (a sentence before each
-            prompt) for prompts about two names, ``"own"`` for others.
-        train: prompts to fit on.
-        test: prompts held out; none of them is in ``train``.
-    """
-
+    # Of the version: `"plain"` (no prefix) or `"prefixed"` (a sentence before each prompt) for
+    # prompts about two names, `"own"` for others.
     name: str
-    train: PromptSet
-    test: PromptSet
+    train: PromptSet  # prompts to fit on
+    test: PromptSet  # prompts held out; none of them is in `train`
 
     def __len__(self) -> int:
         """Number of prompts, to fit on and held out together."""
@@ -45,30 +40,19 @@ class Task:
 
 @dataclass
 class StudyContext:
-    """The model and its prompts, with the clean activations computed once for all parts.
+    """The model and its prompts, with the clean activations computed once for all parts."""
 
-    Attributes:
-        model: a transformers causal language model in evaluation mode.
-        task: the task under study.
-        other_task: the other version, for comparison; None where it was not asked for.
-        sites: site names in order of computation.
-        batch_size: prompts a forward pass.
-        seed: of everything random in the analysis, such as bootstrap and shuffled labels.
-        device: where the model is.
-        left_out: rows of one's own data that could not be used, by reason.
-        notes: what a reader of the results should know of the prompts, a sentence each.
-        variables: names of the variables that are edited, the class first.
-    """
-
-    model: nn.Module
-    task: Task
-    other_task: Task | None
-    sites: list[str]
-    batch_size: int
-    seed: int
-    device: torch.device
-    variables: tuple[str, ...] = ()
+    model: nn.Module  # a transformers causal language model in evaluation mode
+    task: Task  # the task under study
+    other_task: Task | None  # the other version, for comparison; None where it was not asked for
+    sites: list[str]  # site names in order of computation
+    batch_size: int  # prompts a forward pass
+    seed: int  # of everything random in the analysis, such as bootstrap and shuffled labels
+    device: torch.device  # where the model is
+    variables: tuple[str, ...] = ()  # names of the variables that are edited, the class first
+    # Rows of one's own data that could not be used, by reason.
     left_out: dict[str, int] = field(default_factory=dict)
+    # What a reader of the results should know of the prompts, a sentence each.
     notes: list[str] = field(default_factory=list)
     # By the prompts themselves, which are kept with them: names may be the same for others.
     _activations: dict[tuple[int, str], tuple[PromptSet, dict[str, Tensor]]] = field(

@@ -52,22 +52,15 @@ OWN, OTHER = "own", "other"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An edit at one site, on the activations of n prompts that it was not fitted to.
+    """An edit at one site, on the activations of n prompts that it was not fitted to."""
 
-    Attributes:
-        prompts: n.
-        accuracy: share of the prompts whose class the probe reads.
-        reached: prompts whose edit to the next class was granted the odds that it asks for, read
-            back from the edited activation.
-        worst_log_odds_margin: least log odds read back minus those asked for.
-        distance: mean Mahalanobis length of these edits.
-    """
-
-    prompts: int
-    accuracy: Estimate
+    prompts: int  # n
+    accuracy: Estimate  # share of the prompts whose class the probe reads
+    # Prompts whose edit to the next class was granted the odds that it asks for, read back from the
+    # edited activation.
     reached: int
-    worst_log_odds_margin: float
-    distance: float
+    worst_log_odds_margin: float  # least log odds read back minus those asked for
+    distance: float  # mean Mahalanobis length of these edits
 
     @classmethod
     def of(cls, edit: LRQP, x: Tensor, labels: Tensor, other: Tensor | None = None) -> "HeldOut":

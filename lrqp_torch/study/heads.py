@@ -203,74 +203,51 @@ class InhibitionTest:
     """What the name movers above a head do with its output at END set to its mean over prompts.
 
     In a model without name movers, the answer writers above it.
-
-    Attributes:
-        attention: mean change of their mean attention END→IO less END→S1.
-        writing: mean change of their summed direct effect on IO − S, in logits, with the final
-            norm's scale and the answer's direction as they were.
     """
 
-    attention: Estimate
+    attention: Estimate  # mean change of their mean attention END→IO less END→S1
+    # Mean change of their summed direct effect on IO − S, in logits, with the final norm's scale
+    # and the answer's direction as they were.
     writing: Estimate
 
 
 @dataclass(frozen=True)
 class HeadScore:
-    """One head's scores over the held-out prompts.
+    """One head's scores over the held-out prompts."""
 
-    Attributes:
-        head: such as ``"L9.H6"``.
-        attribution: direct effect on the logit difference IO − S at END, in logits.
-        attention: mean attention by the keys of :data:`~.attribution.ATTENTIONS`.
-        test: what the name movers do without the head; None for a head not tested: one with
-            END→S2 below :data:`ATTENTION`, with no name mover above it, or beyond the first
-            :data:`~.parts.heads.MOST_TESTED`.
-    """
-
-    head: str
-    attribution: Estimate
-    attention: dict[str, float]
+    head: str  # such as `"L9.H6"`
+    attribution: Estimate  # direct effect on the logit difference IO − S at END, in logits
+    attention: dict[str, float]  # mean attention by the keys of `ATTENTIONS`
+    # What the name movers do without the head; None for a head not tested: one with END→S2 below
+    # `ATTENTION`, with no name mover above it, or beyond the first `MOST_TESTED`.
     test: InhibitionTest | None
 
 
 @dataclass(frozen=True)
 class TruthCheck:
-    """Whether the S-inhibition heads found can have read the order where it is known to be used.
+    """Whether the S-inhibition heads found can have read the order where it is known to be used."""
 
-    Attributes:
-        first_layer: the lowest layer whose attention reads a site at which the order is used.
-        last_layer: the lowest layer whose attention reads the last such site.
-        agrees: every head found is in ``first_layer`` or above, and some in ``last_layer`` or
-            above; None where no head was found.
-    """
-
-    first_layer: int
-    last_layer: int
+    first_layer: int  # the lowest layer whose attention reads a site at which the order is used
+    last_layer: int  # the lowest layer whose attention reads the last such site
+    # Every head found is in `first_layer` or above, and some in `last_layer` or above; None where
+    # no head was found.
     agrees: bool | None
 
 
 @dataclass(frozen=True)
 class HeadsResult:
-    """Scores of all heads, and which heads have which role.
+    """Scores of all heads, and which heads have which role."""
 
-    Attributes:
-        prompts: held-out prompts.
-        logit_difference: mean of IO − S at END, in logits.
-        parts: mean shares of it: ``embedding``, ``heads`` with their output biases, ``MLPs`` and
-            ``constant``; they add up to it.
-        scores: every head, in order of computation.
-        found: role to heads found by the program, the strongest first; empty lists for none.
-        published: role to published heads, for GPT-2 small only.
-        truth: set only for a model whose true sites are known.
-    """
-
-    prompts: int
-    logit_difference: float
+    prompts: int  # held-out prompts
+    logit_difference: float  # mean of IO − S at END, in logits
+    # Mean shares of it: `embedding`, `heads` with their output biases, `MLPs` and `constant`; they
+    # add up to it.
     parts: dict[str, float]
-    scores: list[HeadScore]
+    scores: list[HeadScore]  # every head, in order of computation
+    # Role to heads found by the program, the strongest first; empty lists for none.
     found: dict[str, list[str]]
-    published: dict[str, list[str]] | None
-    truth: TruthCheck | None
+    published: dict[str, list[str]] | None  # role to published heads, for GPT-2 small only
+    truth: TruthCheck | None  # set only for a model whose true sites are known
 
     def members(self, role: str) -> list[str]:
         """The heads that the rest of the study means by a role: published ones where there are."""

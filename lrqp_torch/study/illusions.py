@@ -78,41 +78,32 @@ Fit = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, LRQP]]
 
 @dataclass(frozen=True)
 class EditOutcome:
-    """What displacements of the held-out prompts did to the answers.
+    """What displacements of the held-out prompts did to the answers."""
 
-    Attributes:
-        flipped: of the prompts answered by the class that holds in the clean run, the share then
-            answered by the next one.
-        logit_difference: mean preference for the class that holds; IO − S, in logits, of indirect
-            object identification.
-        effect: the mean change of the preference as a share of that of the study's own
-            counterfactual edit; None where the interval of that edit's own change includes 0.
-        recovered: the same as a share of the interchange's, see :mod:`~.ceiling`; None also where
-            no prompt has a twin.
-    """
-
+    # Of the prompts answered by the class that holds in the clean run, the share then answered by
+    # the next one.
     flipped: Estimate
+    # Mean preference for the class that holds; IO − S, in logits, of indirect object
+    # identification.
     logit_difference: Estimate
+    # The mean change of the preference as a share of that of the study's own counterfactual edit;
+    # None where the interval of that edit's own change includes 0.
     effect: Estimate | None
+    # The same as a share of the interchange's, see `ceiling`; None also where no prompt has a twin.
     recovered: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of the edit, run alone.
+    """One part of the edit, run alone."""
 
-    Attributes:
-        share: of ‖δ‖², mean over prompts.
-        mahalanobis: its Mahalanobis length as a share of the edit's, mean over prompts; parts may
-            be longer than the whole.
-        along: natural and edited activations along its direction; None where the part is rounding.
-        outcome: of adding this part alone.
-    """
-
-    share: float
+    share: float  # of ‖δ‖², mean over prompts
+    # Its Mahalanobis length as a share of the edit's, mean over prompts; parts may be longer than
+    # the whole.
     mahalanobis: float
+    # Natural and edited activations along its direction; None where the part is rounding.
     along: Along | None
-    outcome: EditOutcome
+    outcome: EditOutcome  # of adding this part alone
 
     @property
     def carries(self) -> bool:
@@ -128,27 +119,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Split:
-    """The edit split by one subspace.
+    """The edit split by one subspace."""
 
-    Attributes:
-        space: its name.
-        reads: whether later parts of the model read through it.
-        dimensions: of the subspace.
-        width: d, of the stream; a subspace in a random position would hold dimensions / width.
-        rank: numerical rank of the weights that it was cut from.
-        energy: share of their squared Frobenius norm that it holds.
-        inside: the part in the subspace.
-        outside: the rest.
-    """
-
-    space: str
-    reads: bool
-    dimensions: int
-    width: int
-    rank: int
-    energy: float
-    inside: Piece
-    outside: Piece
+    space: str  # its name
+    reads: bool  # whether later parts of the model read through it
+    dimensions: int  # of the subspace
+    width: int  # d, of the stream; a subspace in a random position would hold dimensions / width
+    rank: int  # numerical rank of the weights that it was cut from
+    energy: float  # share of their squared Frobenius norm that it holds
+    inside: Piece  # the part in the subspace
+    outside: Piece  # the rest
 
     @property
     def carrier(self) -> str:
@@ -170,118 +150,74 @@ class Split:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """The edit at another site.
+    """The edit at another site."""
 
-    Attributes:
-        site: the other site.
-        probe_accuracy: of the probe fitted there, on held-out prompts.
-        as_accurate: whether that is no less than at the best site, within a percentage point.
-        cosine: between the displacement of the best site and that fitted here, mean over prompts.
-        moved: the best site's displacement, added here.
-        fitted: the edit fitted here.
-    """
-
-    site: str
-    probe_accuracy: float
-    as_accurate: bool
+    site: str  # the other site
+    probe_accuracy: float  # of the probe fitted there, on held-out prompts
+    as_accurate: bool  # whether that is no less than at the best site, within a percentage point
+    # Between the displacement of the best site and that fitted here, mean over prompts.
     cosine: float
-    moved: EditOutcome
-    fitted: EditOutcome
+    moved: EditOutcome  # the best site's displacement, added here
+    fitted: EditOutcome  # the edit fitted here
 
 
 @dataclass(frozen=True)
 class ByChance:
-    """Edits of one kind that know nothing of the class, over several seeds.
+    """Edits of one kind that know nothing of the class, over several seeds."""
 
-    Attributes:
-        kind: what they are.
-        flipped: share of answers flipped, by seed; empty where no prompt was answered by the class
-            that holds.
-        mean_flipped: over seeds and prompts, with its bootstrap interval over prompts; None there.
-        logit_difference: mean preference for the class that holds, over seeds and prompts.
-        length: mean Mahalanobis length as a share of the study's edit's.
-        accuracy: of the probes on the labels that they were fitted to, held out; None for
-            directions without a probe.
-    """
-
-    kind: str
+    kind: str  # what they are
+    # Share of answers flipped, by seed; empty where no prompt was answered by the class that holds.
     flipped: list[float]
+    # Over seeds and prompts, with its bootstrap interval over prompts; None there.
     mean_flipped: Estimate | None
-    logit_difference: Estimate
-    length: float
+    logit_difference: Estimate  # mean preference for the class that holds, over seeds and prompts
+    length: float  # mean Mahalanobis length as a share of the study's edit's
+    # Of the probes on the labels that they were fitted to, held out; None for directions without a
+    # probe.
     accuracy: float | None
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Two edits whose probes and metrics were fitted to disjoint halves of the training prompts.
+    """Two edits whose probes and metrics were fitted to disjoint halves of the training prompts."""
 
-    Attributes:
-        prompts: in each half.
-        accuracy: of each probe, on held-out prompts.
-        cosine: between their displacements, mean over prompts.
-        cosine_mahalanobis: the same in the study's metric.
-        outcomes: of each.
-        same_answer: share of held-out prompts to which both edits give the same answer.
-        believed: of each edit, the share of prompts in which the *other* half's probe reads the
-            class written.
-        log_odds: of each edit, the mean log odds of that class under the other half's probe.
-    """
-
-    prompts: list[int]
-    accuracy: list[float]
-    cosine: float
-    cosine_mahalanobis: float
-    outcomes: list[EditOutcome]
-    same_answer: float
+    prompts: list[int]  # in each half
+    accuracy: list[float]  # of each probe, on held-out prompts
+    cosine: float  # between their displacements, mean over prompts
+    cosine_mahalanobis: float  # the same in the study's metric
+    outcomes: list[EditOutcome]  # of each
+    same_answer: float  # share of held-out prompts to which both edits give the same answer
+    # Of each edit, the share of prompts in which the *other* half's probe reads the class written.
     believed: list[float]
+    # Of each edit, the mean log odds of that class under the other half's probe.
     log_odds: list[float]
 
 
 @dataclass(frozen=True)
 class ControlsResult(Likeness):
-    """The illusion controls of the edit at one site.
+    """The illusion controls of the edit at one site."""
 
-    Attributes:
-        site: where it acts.
-        prompts: held-out prompts.
-        answered: those answered by the class that holds in the clean run, of which shares flipped
-            are taken.
-        seed: of all that is drawn.
-        probe_accuracy: of the probe there, on held-out prompts.
-        clean: mean preference for the class that holds, without an edit.
-        distance: mean Mahalanobis length of the counterfactual edit.
-        euclidean: mean Euclidean length.
-        counterfactual: the edit towards the next class.
-        control: the edit towards the class that holds.
-        whole: natural and edited activations along the edit's own direction.
-        splits: by subspace.
-        unread: why the edit was not split by what later parts read; empty where it was.
-        elsewhere: at other sites.
-        chance: edits that know nothing of the class.
-        halves: edits fitted to disjoint halves; None where a half has too few prompts of a class.
-        words: what the things of the task are called.
-        interchange: the ceiling of the edit, which ``recovered`` and the like compare it with; None
-            where no prompt has a twin.
-    """
-
-    site: str
-    prompts: int
+    site: str  # where it acts
+    prompts: int  # held-out prompts
+    # Those answered by the class that holds in the clean run, of which shares flipped are taken.
     answered: int
-    seed: int
-    probe_accuracy: float
-    clean: Estimate
-    distance: float
-    euclidean: float
-    counterfactual: EditOutcome
-    control: EditOutcome
-    whole: Along | None
-    splits: list[Split]
-    unread: str
-    elsewhere: list[Elsewhere]
-    chance: list[ByChance]
+    seed: int  # of all that is drawn
+    probe_accuracy: float  # of the probe there, on held-out prompts
+    clean: Estimate  # mean preference for the class that holds, without an edit
+    distance: float  # mean Mahalanobis length of the counterfactual edit
+    euclidean: float  # mean Euclidean length
+    counterfactual: EditOutcome  # the edit towards the next class
+    control: EditOutcome  # the edit towards the class that holds
+    whole: Along | None  # natural and edited activations along the edit's own direction
+    splits: list[Split]  # by subspace
+    unread: str  # why the edit was not split by what later parts read; empty where it was
+    elsewhere: list[Elsewhere]  # at other sites
+    chance: list[ByChance]  # edits that know nothing of the class
+    # Edits fitted to disjoint halves; None where a half has too few prompts of a class.
     halves: Halves | None
-    words: Words
+    words: Words  # what the things of the task are called
+    # The ceiling of the edit, which `recovered` and the like compare it with; None where no prompt
+    # has a twin.
     interchange: Interchange | None = None
 
 
@@ -399,23 +335,14 @@ class Measuring:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """An edit at one site, with what it was fitted to and what it is tried on.
+    """An edit at one site, with what it was fitted to and what it is tried on."""
 
-    Attributes:
-        site: its name.
-        edit: to be tried.
-        x_train: activations that it was fitted to, (m, d).
-        y_train: their classes, (m,).
-        x: held-out activations, (n, d).
-        y: their classes, (n,).
-    """
-
-    site: str
-    edit: LRQP
-    x_train: Tensor
-    y_train: Tensor
-    x: Tensor
-    y: Tensor
+    site: str  # its name
+    edit: LRQP  # to be tried
+    x_train: Tensor  # activations that it was fitted to, (m, d)
+    y_train: Tensor  # their classes, (m,)
+    x: Tensor  # held-out activations, (n, d)
+    y: Tensor  # their classes, (n,)
 
     @property
     def target(self) -> Tensor:
@@ -527,14 +454,10 @@ def _elsewhere(
 
 @dataclass(frozen=True)
 class Chance:
-    """Displacements of one kind for one seed.
+    """Displacements of one kind for one seed."""
 
-    Attributes:
-        delta: of the held-out activations, (n, d).
-        accuracy: of the probe on held-out labels of the kind that it was fitted to; None without.
-    """
-
-    delta: Tensor
+    delta: Tensor  # of the held-out activations, (n, d)
+    # Of the probe on held-out labels of the kind that it was fitted to; None without.
     accuracy: float | None
 
 

@@ -50,14 +50,10 @@ class IOIPrompts(PromptSet):
 
     Answering in the sense of the class that holds is to answer IO, in that of the other one S, so
     that :meth:`PromptSet.preference` is the logit difference IO − S.
-
-    Attributes:
-        data: the prompts as they were generated, with names, templates and all positions.
-        names: names that S may have, the classes of its identity, in order.
     """
 
-    data: IOIDataset
-    names: tuple[str, ...]
+    data: IOIDataset  # the prompts as they were generated, with names, templates and all positions
+    names: tuple[str, ...]  # names that S may have, the classes of its identity, in order
     words = WORDS
     variables = (ORDER, IDENTITY, ALL)
 

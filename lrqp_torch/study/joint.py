@@ -56,40 +56,25 @@ LEAST_TO_TRAIN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRow(Likeness):
-    """One way to write some variables at the best site, over the held-out prompts.
+    """One way to write some variables at the best site, over the held-out prompts."""
 
-    Attributes:
-        variables: what is written: a variable, or ``all``.
-        method: name, one of :data:`METHODS`.
-        title: in tables.
-        settings: how it was trained; empty for methods in closed form.
-        flipped: of the answers, the share turned.
-        logit_difference: mean preference for the class that holds.
-        divergence: mean KL(clean ‖ edited) of the next token elsewhere, in nats.
-        distance: mean Mahalanobis length; None as that of an interchange.
-    """
-
-    variables: str
-    method: str
-    title: str
-    settings: str
-    flipped: Estimate
-    logit_difference: Estimate
-    divergence: Estimate
-    distance: float | None
+    variables: str  # what is written: a variable, or `all`
+    method: str  # name, one of `METHODS`
+    title: str  # in tables
+    settings: str  # how it was trained; empty for methods in closed form
+    flipped: Estimate  # of the answers, the share turned
+    logit_difference: Estimate  # mean preference for the class that holds
+    divergence: Estimate  # mean KL(clean ‖ edited) of the next token elsewhere, in nats
+    distance: float | None  # mean Mahalanobis length; None as that of an interchange
 
 
 @dataclass(frozen=True)
 class Additivity:
-    """How the effects of variables alone add up, as shares of the effect of all together.
+    """How the effects of variables alone add up, as shares of the effect of all together."""
 
-    Attributes:
-        edits: of the edits, sum over the variables; None where all together have no certain effect.
-        interchanges: of the interchanges.
-    """
-
+    # Of the edits, sum over the variables; None where all together have no certain effect.
     edits: Estimate | None
-    interchanges: Estimate | None
+    interchanges: Estimate | None  # of the interchanges
 
 
 def sets_of(variables: tuple[str, ...]) -> list[str]:
@@ -99,21 +84,13 @@ def sets_of(variables: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Variable:
-    """One variable: its classes with training prompts, and the class of each prompt, −1 for none.
+    """A variable: its classes with training prompts, and the class of each prompt, −1 for none."""
 
-    Attributes:
-        classes: names.
-        train: of the training prompts, (n,).
-        test: of the held-out prompts, (m,).
-        target: class to write into these, (m,).
-        twins: whether that is known from twins alone, so that no other class is written.
-    """
-
-    classes: list[str]
-    train: Tensor
-    test: Tensor
-    target: Tensor
-    twins: bool
+    classes: list[str]  # names
+    train: Tensor  # of the training prompts, (n,)
+    test: Tensor  # of the held-out prompts, (m,)
+    target: Tensor  # class to write into these, (m,)
+    twins: bool  # whether that is known from twins alone, so that no other class is written
 
     @classmethod
     def of(cls, train: PromptSet, test: PromptSet, name: str | None) -> "_Variable":

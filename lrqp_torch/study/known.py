@@ -18,30 +18,20 @@ from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS, organism_folder
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The sites at which a model was trained to use the class, beside those that the study found.
+    """Where a model was trained to use the class, beside the sites that the study found."""
 
-    Attributes:
-        used_sites: the true ones among the sites swept.
-        unclear_sites: sites swept at which the truth is neither; they are not compared.
-        agrees: whether the study's ``used_sites``, but for the unclear ones, are exactly these.
-    """
-
-    used_sites: list[str]
-    unclear_sites: list[str]
-    agrees: bool
+    used_sites: list[str]  # the true ones among the sites swept
+    unclear_sites: list[str]  # sites swept at which the truth is neither; they are not compared
+    agrees: bool  # whether the study's `used_sites`, but for the unclear ones, are exactly these
 
 
 @dataclass(frozen=True)
 class KnownSites:
-    """Where a model is known to use the order of the names at S2.
+    """Where a model is known to use the order of the names at S2."""
 
-    Attributes:
-        used_at: sites at which exchanging the order between two prompts changes the answer.
-        unclear_at: sites at which it does so for some prompts.
-    """
-
+    # Sites at which exchanging the order between two prompts changes the answer.
     used_at: frozenset[str]
-    unclear_at: frozenset[str]
+    unclear_at: frozenset[str]  # sites at which it does so for some prompts
 
     def compare(self, swept: Sequence[str], used: Sequence[str]) -> GroundTruth:
         """Compare the sites ``used`` with the true ones in ``swept``, unclear ones left out."""
@@ -88,17 +78,11 @@ MAKELOV = "Makelov et al. 2023, arXiv 2311.17030"
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """One published number.
+    """One published number."""
 
-    Attributes:
-        quantity: what was measured, in words.
-        value: the number; shares and probabilities lie between 0 and 1, the rest are logits.
-        source: authors, year and arXiv number.
-    """
-
-    quantity: str
-    value: float
-    source: str
+    quantity: str  # what was measured, in words
+    value: float  # the number; shares and probabilities lie between 0 and 1, the rest are logits
+    source: str  # authors, year and arXiv number
 
 
 PUBLISHED: dict[str, PublishedFigure] = {

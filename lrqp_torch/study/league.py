@@ -49,24 +49,18 @@ REACHED = 0.975
 class CompareOptions:
     """What the table runs.
 
-    Attributes:
-        methods: names; None for all. No edit, and LRQP as fitted, always run.
-        strengths: of the curves; 1 must be among them.
-        log_alphas: odds of LRQP's curve by its own dose, in nats.
-        sweep_prompts: held-out prompts of the curves, the first ones.
-        texts: unrelated texts, at most.
-        training: of methods that are trained through the model.
-
     Raises:
         SettingError: a method that does not exist, strengths without 1 or not above 0, or fewer
             than two prompts or texts.
     """
 
+    # Names; None for all. No edit, and LRQP as fitted, always run.
     methods: tuple[str, ...] | None = None
-    strengths: tuple[float, ...] = STRENGTHS
-    log_alphas: tuple[float, ...] = LOG_ALPHAS
-    sweep_prompts: int = 128
-    texts: int = 64
+    strengths: tuple[float, ...] = STRENGTHS  # of the curves; 1 must be among them
+    log_alphas: tuple[float, ...] = LOG_ALPHAS  # odds of LRQP's curve by its own dose, in nats
+    sweep_prompts: int = 128  # held-out prompts of the curves, the first ones
+    texts: int = 64  # unrelated texts, at most
+    # Of methods that are trained through the model.
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -93,136 +87,92 @@ DEFAULTS = CompareOptions()
 
 @dataclass(frozen=True)
 class Effect(Likeness):
-    """One method under one condition, over the held-out prompts.
+    """One method under one condition, over the held-out prompts."""
 
-    Attributes:
-        flipped: of the prompts answered by the class that holds in the clean run, the share
-            answered by the next one under the edit.
-        logit_difference: preference for the class that holds; of indirect object identification
-            IO − S at END, in logits.
-        distance: length of the edit in the study's Mahalanobis metric.
-        euclidean: its Euclidean length, in units of the stream.
-        log_odds: of the target against all other classes under the independent probe, in nats.
-        divergence: KL(clean ‖ edited) of the next token at other tokens, in nats.
-        rest: the part of it that is not about the answers: P(none) KL(· | none of them).
-        attention: change of the watched heads' attention END→IO less END→S1; None without heads.
-    """
-
+    # Of the prompts answered by the class that holds in the clean run, the share answered by the
+    # next one under the edit.
     flipped: Estimate
+    # Preference for the class that holds; of indirect object identification IO − S at END, in
+    # logits.
     logit_difference: Estimate
-    distance: Estimate
-    euclidean: Estimate
+    distance: Estimate  # length of the edit in the study's Mahalanobis metric
+    euclidean: Estimate  # its Euclidean length, in units of the stream
+    # Of the target against all other classes under the independent probe, in nats.
     log_odds: Estimate
-    divergence: Estimate
-    rest: Estimate
+    divergence: Estimate  # KL(clean ‖ edited) of the next token at other tokens, in nats
+    rest: Estimate  # the part of it that is not about the answers: P(none) KL(· | none of them)
+    # Change of the watched heads' attention END→IO less END→S1; None without heads.
     attention: Estimate | None
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One counterfactual edit of the prompts of the sweep.
+    """One counterfactual edit of the prompts of the sweep."""
 
-    Attributes:
-        dose: strength, or log α for the curve by odds.
-        effect: mean fall of the preference for the class that holds.
-        flipped: share of answers flipped; None if none was answered by the class that holds.
-        costs: side effect to its mean.
-        optimal: for each, whether no other point of any curve has at least this effect for at most
-            this side effect.
-    """
-
-    dose: float
-    effect: Estimate
+    dose: float  # strength, or log α for the curve by odds
+    effect: Estimate  # mean fall of the preference for the class that holds
+    # Share of answers flipped; None if none was answered by the class that holds.
     flipped: float | None
-    costs: dict[str, Estimate]
+    costs: dict[str, Estimate]  # side effect to its mean
+    # For each, whether no other point of any curve has at least this effect for at most this side
+    # effect.
     optimal: dict[str, bool]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Effect against side effect of one method.
+    """Effect against side effect of one method."""
 
-    Attributes:
-        name: of the method.
-        title: in figures.
-        dose: what rises along it, ``"strength"`` or ``"log α"``.
-        points: by rising dose.
-    """
-
-    name: str
-    title: str
-    dose: str
-    points: list[CurvePoint]
+    name: str  # of the method
+    title: str  # in figures
+    dose: str  # what rises along it, `"strength"` or `"log α"`
+    points: list[CurvePoint]  # by rising dose
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: of the method in files.
-        title: of the method in tables.
-        settings: how it was trained; empty for methods in closed form.
-        problem: why it could not be built; all figures are then None.
-        control: written towards the class that holds.
-        counterfactual: written towards the next class.
-        text_divergence: KL(clean ‖ edited) behind an edited token of unrelated text, in nats; None
-            where there is no such text.
-        scores: completeness, selectivity and reliability of the counterfactual edit, see
-            :mod:`.oracles`; the latter two are None where the independent probes read no variable
-            but the class.
-        seconds: of the edit alone, a prompt.
-        relative: by side effect, what the method has of it at the effect of LRQP, divided by what
-            LRQP has; below 1 it changes less for the same effect. None where no strength of the
-            sweep has LRQP's effect.
-    """
-
-    name: str
-    title: str
-    settings: str = ""
-    problem: str = ""
-    control: Effect | None = None
-    counterfactual: Effect | None = None
+    name: str  # of the method in files
+    title: str  # of the method in tables
+    settings: str = ""  # how it was trained; empty for methods in closed form
+    problem: str = ""  # why it could not be built; all figures are then None
+    control: Effect | None = None  # written towards the class that holds
+    counterfactual: Effect | None = None  # written towards the next class
+    # KL(clean ‖ edited) behind an edited token of unrelated text, in nats; None where there is no
+    # such text.
     text_divergence: Estimate | None = None
+    # Completeness, selectivity and reliability of the counterfactual edit, see `oracles`; the
+    # latter two are None where the independent probes read no variable but the class.
     scores: dict[str, Estimate | None] = field(default_factory=dict)
-    seconds: float | None = None
+    seconds: float | None = None  # of the edit alone, a prompt
+    # By side effect, what the method has of it at the effect of LRQP, divided by what LRQP has;
+    # below 1 it changes less for the same effect. None where no strength of the sweep has LRQP's
+    # effect.
     relative: dict[str, Estimate | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SiteComparison:
-    """All methods at one site.
+    """All methods at one site."""
 
-    Attributes:
-        site: where they edit.
-        prompts: held-out prompts.
-        answered: of them, answered by the class that holds in the clean run.
-        clean: their mean preference for it without an edit.
-        said_elsewhere: probability that the clean model gives to any answer at the other tokens;
-            where it is large, KL there is the effect itself more than a side effect.
-        sweep_prompts: the first held-out prompts, on which curves were run.
-        texts: unrelated texts.
-        watched: heads whose attention was recorded.
-        role: the role for which they were chosen; empty without heads.
-        oracles: what the independent probes read from clean activations, the class first.
-        methods: rows of the table.
-        curves: effect against side effect.
-        interchange: the ceiling of the counterfactual edits, which say how they compare with it;
-            None where no prompt has a twin.
-    """
-
-    site: str
-    prompts: int
-    answered: int
-    clean: Estimate
+    site: str  # where they edit
+    prompts: int  # held-out prompts
+    answered: int  # of them, answered by the class that holds in the clean run
+    clean: Estimate  # their mean preference for it without an edit
+    # Probability that the clean model gives to any answer at the other tokens; where it is large,
+    # KL there is the effect itself more than a side effect.
     said_elsewhere: float
-    sweep_prompts: int
-    texts: int
-    watched: list[str]
-    role: str
+    sweep_prompts: int  # the first held-out prompts, on which curves were run
+    texts: int  # unrelated texts
+    watched: list[str]  # heads whose attention was recorded
+    role: str  # the role for which they were chosen; empty without heads
+    # What the independent probes read from clean activations, the class first.
     oracles: list[OracleScore]
-    methods: list[MethodResult]
-    curves: list[Curve]
+    methods: list[MethodResult]  # rows of the table
+    curves: list[Curve]  # effect against side effect
+    # The ceiling of the counterfactual edits, which say how they compare with it; None where no
+    # prompt has a twin.
     interchange: Interchange | None = None
 
     def method(self, name: str) -> MethodResult:
@@ -237,25 +187,15 @@ class SiteComparison:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """The league table.
+    """The league table."""
 
-    Attributes:
-        sites: by site, the best one of the sweep first.
-        position: at which token the prompts are edited.
-        seed: of everything drawn at random.
-        resamples: behind each bootstrap interval.
-        words: what the things of the task are called.
-        elsewhere: the tokens at which nothing should change, such as "between S2 and END".
-        texts: what the unrelated texts are.
-    """
-
-    sites: dict[str, SiteComparison]
-    position: str
-    seed: int
-    resamples: int
-    words: Words
-    elsewhere: str
-    texts: str
+    sites: dict[str, SiteComparison]  # by site, the best one of the sweep first
+    position: str  # at which token the prompts are edited
+    seed: int  # of everything drawn at random
+    resamples: int  # behind each bootstrap interval
+    words: Words  # what the things of the task are called
+    elsewhere: str  # the tokens at which nothing should change, such as "between S2 and END"
+    texts: str  # what the unrelated texts are
 
 
 def work(context: StudyContext, /, options: CompareOptions = DEFAULTS, sites: int = 1) -> int:
@@ -380,25 +320,15 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Swept:
-    """One method's edits of the prompts of the sweep, by rising dose.
+    """One method's edits of the prompts of the sweep, by rising dose."""
 
-    Attributes:
-        name: of the method.
-        title: in figures.
-        dose: what rises, ``"strength"`` or ``"log α"``.
-        doses: its values, m of them.
-        flipped: share of answers flipped, by dose.
-        fall: of the preference for the class that holds, (n, m).
-        costs: side effect to its size, (n, m) each.
-    """
-
-    name: str
-    title: str
-    dose: str
-    doses: Sequence[float]
-    flipped: Sequence[float | None]
-    fall: Tensor
-    costs: Mapping[str, Tensor]
+    name: str  # of the method
+    title: str  # in figures
+    dose: str  # what rises, `"strength"` or `"log α"`
+    doses: Sequence[float]  # its values, m of them
+    flipped: Sequence[float | None]  # share of answers flipped, by dose
+    fall: Tensor  # of the preference for the class that holds, (n, m)
+    costs: Mapping[str, Tensor]  # side effect to its size, (n, m) each
 
 
 def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:

@@ -87,44 +87,28 @@ ERASING = (LEACE.name,)
 
 @dataclass(frozen=True)
 class Training:
-    """How methods that are trained through the model are trained: all on the same terms.
+    """How methods that are trained through the model are trained: all on the same terms."""
 
-    Attributes:
-        prompts: most training prompts that they see; the shortest ones, which cost least.
-        epochs: passes over them, at most.
-        held_back: share of them by whose loss training stops and the best epoch is chosen, the
-            same prompts for every method.
-        patience: epochs without a better loss on these after which to stop.
-        elsewhere: what a nat of KL at other tokens costs it, in nats of the answer; see
-            :class:`~lrqp_torch.learn.Weights`.
-        batch_size: prompts a step.
-    """
-
-    prompts: int = 192
-    epochs: int = 20
+    prompts: int = 192  # most training prompts that they see; the shortest ones, which cost least
+    epochs: int = 20  # passes over them, at most
+    # Share of them by whose loss training stops and the best epoch is chosen, the same prompts for
+    # every method.
     held_back: float = 0.25
-    patience: int = 3
+    patience: int = 3  # epochs without a better loss on these after which to stop
+    # What a nat of KL at other tokens costs it, in nats of the answer; see `Weights`.
     elsewhere: float = 0.1
-    batch_size: int = 16
+    batch_size: int = 16  # prompts a step
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method, ready to run or not.
+    """One method, ready to run or not."""
 
-    Attributes:
-        name: in files.
-        title: in tables and figures.
-        settings: how it was trained, in words; empty for methods in closed form.
-        edit: None where it could not be built.
-        problem: why not; empty otherwise.
-    """
-
-    name: str
-    title: str
-    settings: str = ""
-    edit: Baseline | None = None
-    problem: str = ""
+    name: str  # in files
+    title: str  # in tables and figures
+    settings: str = ""  # how it was trained, in words; empty for methods in closed form
+    edit: Baseline | None = None  # None where it could not be built
+    problem: str = ""  # why not; empty otherwise
 
 
 def check_names(names: Sequence[str] | None) -> list[str]:

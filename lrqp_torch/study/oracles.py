@@ -33,21 +33,14 @@ RANGES = 4
 
 @dataclass(frozen=True)
 class OracleScore:
-    """How well an independent probe reads a variable from clean activations.
+    """How well an independent probe reads a variable from clean activations."""
 
-    Attributes:
-        variable: such as ``"name of S"``.
-        classes: how many.
-        accuracy: share of held-out prompts with a class that it reads rightly.
-        baseline: share of the most frequent class.
-        readable: whether the whole interval lies above the baseline. What an oracle cannot read,
-            it cannot see change either, so selectivity is taken over readable variables.
-    """
-
-    variable: str
-    classes: int
-    accuracy: Estimate
-    baseline: float
+    variable: str  # such as `"name of S"`
+    classes: int  # how many
+    accuracy: Estimate  # share of held-out prompts with a class that it reads rightly
+    baseline: float  # share of the most frequent class
+    # Whether the whole interval lies above the baseline. What an oracle cannot read, it cannot see
+    # change either, so selectivity is taken over readable variables.
     readable: bool
 
 

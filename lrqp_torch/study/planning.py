@@ -31,24 +31,16 @@ PASSES, PATIENCE = 60, 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study would do.
+    """What a study would do."""
 
-    Attributes:
-        model: as in its results.
-        data: number of prompts to fit on (``train``) and held out (``test``).
-        sites: which would be edited.
-        parts: part to the seconds that it would take, about; None where the trial was too small
-            for it to run.
-        files: what would be written, in ``out``.
-        out: the folder.
-    """
-
-    model: dict[str, Any]
-    data: dict[str, int]
-    sites: list[str]
+    model: dict[str, Any]  # as in its results
+    data: dict[str, int]  # number of prompts to fit on (`train`) and held out (`test`)
+    sites: list[str]  # which would be edited
+    # Part to the seconds that it would take, about; None where the trial was too small for it to
+    # run.
     parts: dict[str, float | None]
-    files: list[str]
-    out: str
+    files: list[str]  # what would be written, in `out`
+    out: str  # the folder
 
     @property
     def seconds(self) -> float:

@@ -18,18 +18,13 @@ LINE_WIDTH = 46
 
 @dataclass(frozen=True)
 class PromptTexts:
-    """The held-out prompts in the order of ``prompts.safetensors``.
+    """The held-out prompts in the order of ``prompts.safetensors``."""
 
-    Attributes:
-        prompts: the texts, prefix included, without marks.
-        held: what the answer in the sense of the class that holds is called: a name (IO), a class.
-        other: the same of the counterfactual class.
-        positions: what each token that is shown is called to its number in each prompt, from 1.
-    """
-
-    prompts: list[str]
+    prompts: list[str]  # the texts, prefix included, without marks
+    # What the answer in the sense of the class that holds is called: a name (IO), a class.
     held: list[str]
-    other: list[str]
+    other: list[str]  # the same of the counterfactual class
+    # What each token that is shown is called to its number in each prompt, from 1.
     positions: dict[str, list[int]]
 
     @classmethod

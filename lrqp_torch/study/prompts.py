@@ -77,44 +77,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Words:
-    """What the things of a task are called in figures and sentences.
+    """What the things of a task are called in figures and sentences."""
 
-    Attributes:
-        variable: what the classes are of, with its article.
-        value: what one of the classes is, without an article: "the other ...", "the true ...".
-        position: the token that is read and edited.
-        end: the token after which the answer is read.
-        held: the answer in the sense of the class that holds.
-        other: the answer in the sense of the counterfactual class.
-        answers: those of all classes together.
-        preference: score of the one minus that of the other.
-        unit: of the scores.
-        question: what a study of the task asks, for a reader who has not met it; may be empty.
-    """
-
-    variable: str = "the class"
+    variable: str = "the class"  # what the classes are of, with its article
+    # What one of the classes is, without an article: "the other ...", "the true ...".
     value: str = "class"
-    position: str = "the marked token"
-    end: str = "the last token"
-    held: str = "the class that holds"
-    other: str = "the other class"
-    answers: str = "the answers"
-    preference: str = "class that holds − other"
-    unit: str = "nats"
+    position: str = "the marked token"  # the token that is read and edited
+    end: str = "the last token"  # the token after which the answer is read
+    held: str = "the class that holds"  # the answer in the sense of the class that holds
+    other: str = "the other class"  # the answer in the sense of the counterfactual class
+    answers: str = "the answers"  # those of all classes together
+    preference: str = "class that holds − other"  # score of the one minus that of the other
+    unit: str = "nats"  # of the scores
+    # What a study of the task asks, for a reader who has not met it; may be empty.
     question: str = ""
 
 
 @dataclass(frozen=True)
 class Values:
-    """One variable of n prompts.
+    """One variable of n prompts."""
 
-    Attributes:
-        classes: names of its K classes.
-        labels: class of each prompt, LongTensor (n,).
-    """
-
-    classes: tuple[str, ...]
-    labels: Tensor
+    classes: tuple[str, ...]  # names of its K classes
+    labels: Tensor  # class of each prompt, LongTensor (n,)
 
 
 P = TypeVar("P", bound="PromptSet")
@@ -122,17 +106,12 @@ P = TypeVar("P", bound="PromptSet")
 
 @dataclass(frozen=True)
 class Twins(Generic[P]):
-    """For each of n prompts one that differs from it in one variable alone.
+    """For each of n prompts one that differs from it in one variable alone."""
 
-    Attributes:
-        prompts: n prompts, the twin of each; the prompt itself where none is known.
-        known: which have one, BoolTensor (n,).
-        rows: where the twins stand among the prompts that they are of, LongTensor (n,); None where
-            they are not among them.
-    """
-
-    prompts: P
-    known: Tensor
+    prompts: P  # n prompts, the twin of each; the prompt itself where none is known
+    known: Tensor  # which have one, BoolTensor (n,)
+    # Where the twins stand among the prompts that they are of, LongTensor (n,); None where they are
+    # not among them.
     rows: Tensor | None = None
 
 

@@ -48,40 +48,26 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Space:
-    """A subspace of the stream.
+    """A subspace of the stream."""
 
-    Attributes:
-        name: for tables.
-        rows: orthonormal basis, (r, d), float64.
-        rank: numerical rank of the weights that it was cut from.
-        energy: share of their squared Frobenius norm that it holds.
-        reads: whether later parts of the model read through it; False for other subspaces.
-    """
-
-    name: str
-    rows: Tensor
-    rank: int
-    energy: float
+    name: str  # for tables
+    rows: Tensor  # orthonormal basis, (r, d), float64
+    rank: int  # numerical rank of the weights that it was cut from
+    energy: float  # share of their squared Frobenius norm that it holds
+    # Whether later parts of the model read through it; False for other subspaces.
     reads: bool = True
 
 
 @dataclass(frozen=True)
 class ReadingModules:
-    """Where the blocks of a family keep the weights that read the stream, from the block.
+    """Where the blocks of a family keep the weights that read the stream, from the block."""
 
-    Attributes:
-        attention_norm: the norm before attention.
-        keys: makes keys.
-        values: makes values; the same module where it makes queries, keys and values side by side.
-        mlp_norm: the norm before the MLP.
-        mlp: the MLP's first linear maps.
-    """
-
-    attention_norm: str
-    keys: str
+    attention_norm: str  # the norm before attention
+    keys: str  # makes keys
+    # Makes values; the same module where it makes queries, keys and values side by side.
     values: str
-    mlp_norm: str
-    mlp: tuple[str, ...]
+    mlp_norm: str  # the norm before the MLP
+    mlp: tuple[str, ...]  # the MLP's first linear maps
 
 
 _LLAMA = ReadingModules(
@@ -272,19 +258,13 @@ def class_mean_space(x: Tensor, labels: Tensor) -> Space:
 
 @dataclass(frozen=True)
 class Along:
-    """How natural and edited activations lie along one direction p.
+    """How natural and edited activations lie along one direction p."""
 
-    Attributes:
-        separation: |difference of the class means| along p, in standard deviations within a class.
-        shift: mean |δ · p| in standard deviations of the natural activations along p.
-        position: mean |x' · p − mean| in the same unit: how far out the edited activations lie.
-        farthest: the same of the natural activation that lies farthest out.
-    """
-
+    # |difference of the class means| along p, in standard deviations within a class.
     separation: float
-    shift: float
-    position: float
-    farthest: float
+    shift: float  # mean |δ · p| in standard deviations of the natural activations along p
+    position: float  # mean |x' · p − mean| in the same unit: how far out the edited activations lie
+    farthest: float  # the same of the natural activation that lies farthest out
 
 
 def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,18 +93,14 @@ class Columns:
 
 @dataclass
 class RowLog:
-    """What became of the rows of a file.
+    """What became of the rows of a file."""
 
-    Attributes:
-        strict: whether a row that cannot be used is an error.
-        left_out: how many rows were left out, by reason.
-        first: message about the first of them, by reason.
-        notes: what else a reader of the results should know, a sentence each.
-    """
-
-    strict: bool = False
+    strict: bool = False  # whether a row that cannot be used is an error
+    # How many rows were left out, by reason.
     left_out: Counter[str] = field(default_factory=Counter)
+    # Message about the first of them, by reason.
     first: dict[str, str] = field(default_factory=dict)
+    # What else a reader of the results should know, a sentence each.
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, error: RowError) -> None:

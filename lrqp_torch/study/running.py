@@ -29,37 +29,23 @@ RECORD = ("log_odds_before", "log_odds_after", "floor", "distance", "euclidean",
 
 @dataclass(frozen=True)
 class Edited:
-    """One edit of a batch of prompts.
+    """One edit of a batch of prompts."""
 
-    Attributes:
-        logits: of the last column, (B, vocabulary), on the model's device.
-        rest: what :meth:`Batch.rest` says of it, (B, K, A, 2).
-        record: each of :data:`RECORD`, (B,), on the CPU; float64, the status int64. Empty where
-            nothing was solved.
-    """
-
-    logits: Tensor
-    rest: Tensor | None
+    logits: Tensor  # of the last column, (B, vocabulary), on the model's device
+    rest: Tensor | None  # what `rest` says of it, (B, K, A, 2)
+    # Each of `RECORD`, (B,), on the CPU; float64, the status int64. Empty where nothing was solved.
     record: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Batch(Generic[P]):
-    """Some prompts, and their clean run once it is asked for.
+    """Some prompts, and their clean run once it is asked for."""
 
-    Attributes:
-        model: a transformers causal language model.
-        rows: which prompts of the whole set, (B,), on the CPU.
-        prompts: the same prompts, on the model's device.
-        first: the smallest column that an edit will touch.
-        copies: how many targets of each edit run side by side.
-    """
-
-    model: Any
-    rows: Tensor
-    prompts: P
-    first: int
-    copies: int = 1
+    model: Any  # a transformers causal language model
+    rows: Tensor  # which prompts of the whole set, (B,), on the CPU
+    prompts: P  # the same prompts, on the model's device
+    first: int  # the smallest column that an edit will touch
+    copies: int = 1  # how many targets of each edit run side by side
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -199,19 +185,12 @@ class Batch(Generic[P]):
 
 @dataclass(frozen=True)
 class Twinned:
-    """The activation of each prompt's twin at one site, put in the place of its own.
+    """The activation of each prompt's twin at one site, put in the place of its own."""
 
-    Attributes:
-        site: where.
-        x: what is put there, (n, d); a prompt's own activation where it has no twin.
-        known: which prompts have one, BoolTensor (n,) on the CPU.
-        distance: Mahalanobis distance of the two activations, (n,) on the CPU.
-    """
-
-    site: str
-    x: Tensor
-    known: Tensor
-    distance: Tensor
+    site: str  # where
+    x: Tensor  # what is put there, (n, d); a prompt's own activation where it has no twin
+    known: Tensor  # which prompts have one, BoolTensor (n,) on the CPU
+    distance: Tensor  # Mahalanobis distance of the two activations, (n,) on the CPU
 
     @classmethod
     def of(

@@ -17,78 +17,57 @@ OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study is asked to do.
+    """What a study is asked to do."""
 
-    Attributes:
-        model: ``organism``, ``smollm2``, ``gpt2``, or a folder or Hub name.
-        out: folder for the results; created if needed.
-        data: a file or data set of prompts of one's own, as :func:`~.reading.read_prompts` takes
-            it, in place of prompts about two names.
-        label: its column of the class; or several columns with commas, the class first, whose
-            variables are edited one by one and all together.
-        position: where its prompts are read and edited; see there.
-        text: its column of the prompt.
-        group: its column of what prompts have in common, such as an entity or a template; those of
-            a group are fitted on together or held out together. None for none.
-        pair: its column of pairs, whose prompts are each other's twins.
-        bos: whether the token that begins a text stands in front of each of its prompts: ``auto``
-            puts it there where prompts are edited at their first token, which is where models keep
-            an attention sink; ``always``, ``never``.
-        strict: whether a row of it that cannot be used is an error, and not left out and counted.
-        n: number of prompts about two names, to fit on and held out together.
-        prefixes: a sentence before each of these: ``none``, ``bundled``, ``openwebtext``, or a text
-            file with a sentence per line.
-        variables: which variables of these are edited, one by one and all together: ``order``, or
-            ``order,identity``.
-        names: how many different names they have; ``None`` for all.
-        sites: ``all`` (every pre and mid), or site names separated by commas.
-        seed: of everything random: the prompts, and the resampling behind intervals.
-        batch_size: prompts per forward pass.
-        device: ``auto``, or a torch device.
-        train_share: share of the prompts to fit on; the others are held out.
-        log_odds: least log odds that an edit asks of the probe, where it is dosed by nats.
-        dose: how much belief an edit asks for, see :mod:`.doses`: ``nats``, ``twin`` or ``class``.
-        l2: penalty of the probe; ``None`` for its own default.
-        shrinkage: of the covariance: ``ledoit_wolf``, ``oas``, or a number from 0 to 1.
-        refits: how many times the edits of the sweep are fitted anew, to training prompts drawn
-            with replacement, for the spread over fits.
-        figures: whether to draw figures.
-        report: whether to write the interactive report.
-        parts: ``all``, or parts of the study separated by commas.
-        compare_task: whether to run prompts about two names both without a prefix and with a
-            bundled one; ``None`` does so where this study has prefixes.
-        resume: whether to go on with what an earlier run left in ``out``.
-    """
-
-    model: str
-    out: Path
+    model: str  # `organism`, `smollm2`, `gpt2`, or a folder or Hub name
+    out: Path  # folder for the results; created if needed
+    # A file or data set of prompts of one's own, as `read_prompts` takes it, in place of prompts
+    # about two names.
     data: str | None = None
+    # Its column of the class; or several columns with commas, the class first, whose variables are
+    # edited one by one and all together.
     label: str = "label"
-    position: str = "auto"
-    text: str = "text"
+    position: str = "auto"  # where its prompts are read and edited; see there
+    text: str = "text"  # its column of the prompt
+    # Its column of what prompts have in common, such as an entity or a template; those of a group
+    # are fitted on together or held out together. None for none.
     group: str | None = None
-    pair: str = "pair"
+    pair: str = "pair"  # its column of pairs, whose prompts are each other's twins
+    # Whether the token that begins a text stands in front of each of its prompts: `auto` puts it
+    # there where prompts are edited at their first token, which is where models keep an attention
+    # sink; `always`, `never`.
     bos: str = "auto"
+    # Whether a row of it that cannot be used is an error, and not left out and counted.
     strict: bool = False
-    n: int = 1000
+    n: int = 1000  # number of prompts about two names, to fit on and held out together
+    # A sentence before each of these: `none`, `bundled`, `openwebtext`, or a text file with a
+    # sentence per line.
     prefixes: str = "none"
+    # Which variables of these are edited, one by one and all together: `order`, or
+    # `order,identity`.
     variables: str = ORDER
-    names: int | None = None
-    sites: str = "all"
-    seed: int = 0
-    batch_size: int = 64
-    device: str = "auto"
-    train_share: float = 0.5
+    names: int | None = None  # how many different names they have; `None` for all
+    sites: str = "all"  # `all` (every pre and mid), or site names separated by commas
+    seed: int = 0  # of everything random: the prompts, and the resampling behind intervals
+    batch_size: int = 64  # prompts per forward pass
+    device: str = "auto"  # `auto`, or a torch device
+    train_share: float = 0.5  # share of the prompts to fit on; the others are held out
+    # Least log odds that an edit asks of the probe, where it is dosed by nats.
     log_odds: float = 10.0
-    dose: str = "nats"
-    l2: float | None = None
+    dose: str = "nats"  # how much belief an edit asks for, see `doses`: `nats`, `twin` or `class`
+    l2: float | None = None  # penalty of the probe; `None` for its own default
+    # Of the covariance: `ledoit_wolf`, `oas`, or a number from 0 to 1.
     shrinkage: Shrinkage = "ledoit_wolf"
+    # How many times the edits of the sweep are fitted anew, to training prompts drawn with
+    # replacement, for the spread over fits.
     refits: int = 0
-    figures: bool = True
-    report: bool = True
-    parts: str = "all"
+    figures: bool = True  # whether to draw figures
+    report: bool = True  # whether to write the interactive report
+    parts: str = "all"  # `all`, or parts of the study separated by commas
+    # Whether to run prompts about two names both without a prefix and with a bundled one; `None`
+    # does so where this study has prefixes.
     compare_task: bool | None = None
-    resume: bool = False
+    resume: bool = False  # whether to go on with what an earlier run left in `out`
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.

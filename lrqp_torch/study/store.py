@@ -72,15 +72,10 @@ def forget(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished part.
+    """A finished part."""
 
-    Attributes:
-        raw: its result as plain JSON values.
-        seconds: how long it took.
-    """
-
-    raw: dict[str, Any]
-    seconds: float
+    raw: dict[str, Any]  # its result as plain JSON values
+    seconds: float  # how long it took
 
 
 class PartStore:

@@ -33,23 +33,14 @@ FEWEST = 2
 
 @dataclass(frozen=True)
 class Variable:
-    """One variable of one task. Prompts of no class are left out.
+    """One variable of one task. Prompts of no class are left out."""
 
-    Attributes:
-        name: one of :data:`VARIABLES`, or what the labels of another task are of.
-        classes: names of the classes.
-        train_rows: training prompts that have a class, (n,).
-        train_labels: their classes, (n,).
-        test_rows: held-out prompts that have a class, (m,).
-        test_labels: (m,).
-    """
-
-    name: str
-    classes: list[str]
-    train_rows: Tensor
-    train_labels: Tensor
-    test_rows: Tensor
-    test_labels: Tensor
+    name: str  # one of `VARIABLES`, or what the labels of another task are of
+    classes: list[str]  # names of the classes
+    train_rows: Tensor  # training prompts that have a class, (n,)
+    train_labels: Tensor  # their classes, (n,)
+    test_rows: Tensor  # held-out prompts that have a class, (m,)
+    test_labels: Tensor  # (m,)
 
     @property
     def baseline(self) -> float:

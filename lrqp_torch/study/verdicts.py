@@ -92,35 +92,23 @@ USED, NOT_USED, UNCLEAR = "used", "not used", "unclear"
 
 @dataclass(frozen=True)
 class VerdictSettings:
-    """What ``lrqp verdicts`` is asked for.
+    """What ``lrqp verdicts`` is asked for."""
 
-    Attributes:
-        out: folder for the results; made if needed.
-        models: names of models, or folders, separated by commas; each needs its ground truth.
-        methods: ``all`` (without those in :data:`TRAINED`), or names of edits separated by commas.
-        das: whether these, which are trained through the model at every site, are among all.
-        n: prompts of each draw, half to fit on and half held out.
-        seeds: draws.
-        seed: of the first; the others follow.
-        prefixes: as of the study.
-        sites: as of the study.
-        batch_size: prompts a forward pass.
-        device: ``auto``, or a torch device.
-        figures: whether to draw.
-    """
-
-    out: Path
+    out: Path  # folder for the results; made if needed
+    # Names of models, or folders, separated by commas; each needs its ground truth.
     models: str = field(default_factory=lambda: ",".join(organisms_here()))
+    # `all` (without those in `TRAINED`), or names of edits separated by commas.
     methods: str = "all"
+    # Whether these, which are trained through the model at every site, are among all.
     das: bool = False
-    n: int = 200
-    seeds: int = 3
-    seed: int = 0
-    prefixes: str = "none"
-    sites: str = "all"
-    batch_size: int = 64
-    device: str = "auto"
-    figures: bool = True
+    n: int = 200  # prompts of each draw, half to fit on and half held out
+    seeds: int = 3  # draws
+    seed: int = 0  # of the first; the others follow
+    prefixes: str = "none"  # as of the study
+    sites: str = "all"  # as of the study
+    batch_size: int = 64  # prompts a forward pass
+    device: str = "auto"  # `auto`, or a torch device
+    figures: bool = True  # whether to draw
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.
@@ -166,35 +154,25 @@ def _listed(names: str) -> list[str]:
 
 @dataclass(frozen=True)
 class SiteScores:
-    """What was measured at one site of one model, with one draw of prompts.
+    """What was measured at one site of one model, with one draw of prompts."""
 
-    Attributes:
-        model: name of the model.
-        seed: of its prompts and of all else that is drawn.
-        site: where.
-        truth: ``used``, ``not used`` or ``unclear``, from the file beside the model's weights.
-        probe_accuracy: on held-out prompts.
-        control: method to the share of answers that its edit towards the true order flips; None
-            where no prompt is answered IO to begin with.
-        counterfactual: the same towards the other order.
-        null: method to the share that edits of shuffled probes flip, as long as its
-            counterfactual edit; empty where no edit was tested, as are the next two.
-        p_adjusted: method to the P value of flipping no more than these.
-        tested: method to the verdict of that test.
-        beyond: method to whether it flips significantly more than the twin's activation does; empty
-            where that is not known.
-    """
-
-    model: str
-    seed: int
-    site: str
-    truth: str
-    probe_accuracy: float
+    model: str  # name of the model
+    seed: int  # of its prompts and of all else that is drawn
+    site: str  # where
+    truth: str  # `used`, `not used` or `unclear`, from the file beside the model's weights
+    probe_accuracy: float  # on held-out prompts
+    # Method to the share of answers that its edit towards the true order flips; None where no
+    # prompt is answered IO to begin with.
     control: dict[str, float | None]
-    counterfactual: dict[str, float | None]
+    counterfactual: dict[str, float | None]  # the same towards the other order
+    # Method to the share that edits of shuffled probes flip, as long as its counterfactual edit;
+    # empty where no edit was tested, as are the next two.
     null: dict[str, float | None] = field(default_factory=dict)
+    # Method to the P value of flipping no more than these.
     p_adjusted: dict[str, float] = field(default_factory=dict)
-    tested: dict[str, bool] = field(default_factory=dict)
+    tested: dict[str, bool] = field(default_factory=dict)  # method to the verdict of that test
+    # Method to whether it flips significantly more than the twin's activation does; empty where
+    # that is not known.
     beyond: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -235,31 +213,18 @@ def _split(rule: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Count:
-    """How often one rule is right, over sites and seeds.
+    """How often one rule is right, over sites and seeds."""
 
-    Attributes:
-        rule: name of the rule or of the edit.
-        model: which model, or :data:`ALL`.
-        true_positives: said to be used, and used.
-        false_positives: said to be used, and not used.
-        true_negatives: said not to be used, and not used.
-        false_negatives: said not to be used, and used.
-        unclear: sites left out, of which the truth is unclear.
-        right: share of right verdicts.
-        false_positive_rate: of the sites that are not used, those said to be.
-        false_negative_rate: of the sites that are used, those said not to be.
-    """
-
-    rule: str
-    model: str
-    true_positives: int
-    false_positives: int
-    true_negatives: int
-    false_negatives: int
-    unclear: int
-    right: Estimate
-    false_positive_rate: Estimate
-    false_negative_rate: Estimate
+    rule: str  # name of the rule or of the edit
+    model: str  # which model, or `ALL`
+    true_positives: int  # said to be used, and used
+    false_positives: int  # said to be used, and not used
+    true_negatives: int  # said not to be used, and not used
+    false_negatives: int  # said not to be used, and used
+    unclear: int  # sites left out, of which the truth is unclear
+    right: Estimate  # share of right verdicts
+    false_positive_rate: Estimate  # of the sites that are not used, those said to be
+    false_negative_rate: Estimate  # of the sites that are used, those said not to be
 
     @classmethod
     def of(cls, rule: str, model: str, scores: Sequence[SiteScores]) -> Self:
@@ -286,29 +251,18 @@ class Count:
 
 @dataclass(frozen=True)
 class VerdictsResult:
-    """All verdicts.
+    """All verdicts."""
 
-    Attributes:
-        settings: what was asked for, as plain JSON values.
-        command: the command that gives the same numbers.
-        models: names of the models to what the variable is there, such as ``present``.
-        titles: rule to its name in tables.
-        problems: methods that could not be built, with the reason.
-        scores: by model, seed and site.
-        counts: by rule, for each model and for :data:`ALL`.
-        versions: of the packages that decide the numbers.
-        elapsed: seconds by model, and in all.
-    """
-
-    settings: dict[str, Any]
-    command: str
-    models: dict[str, str]
-    titles: dict[str, str]
-    problems: dict[str, str]
-    scores: list[SiteScores]
-    counts: list[Count] = field(default_factory=list)
+    settings: dict[str, Any]  # what was asked for, as plain JSON values
+    command: str  # the command that gives the same numbers
+    models: dict[str, str]  # names of the models to what the variable is there, such as `present`
+    titles: dict[str, str]  # rule to its name in tables
+    problems: dict[str, str]  # methods that could not be built, with the reason
+    scores: list[SiteScores]  # by model, seed and site
+    counts: list[Count] = field(default_factory=list)  # by rule, for each model and for `ALL`
+    # Of the packages that decide the numbers.
     versions: dict[str, str] = field(default_factory=dict)
-    elapsed: dict[str, float] = field(default_factory=dict)
+    elapsed: dict[str, float] = field(default_factory=dict)  # seconds by model, and in all
 
     @property
     def rules(self) -> list[str]:
