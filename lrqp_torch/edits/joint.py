@@ -205,6 +205,21 @@ class JointLRQP(Edit[Targets]):
         joint, choice = self._attempt(x, target, source, asked or {}, realise, geometry)
         return judged(self, joint, x, choice, examples)
 
+    def propose(
+        self,
+        x: Tensor,
+        target: Targets,
+        source: Targets | None = None,
+        *,
+        asked: Mapping[str, Tensor | float] | None = None,
+        realise: Realise | None = None,
+    ) -> JointSolution:
+        """:meth:`solve` without a look at the outcome, which is left in the status."""
+        check_activations(x, self.metric.width)
+        found = None if readable(x) else self._known(x.device)
+        known = (self.geometry(x.device),) if found is None else found
+        return self._attempt(x, target, source, asked or {}, realise, *known)[0]
+
     def _attempt(
         self,
         x: Tensor,
