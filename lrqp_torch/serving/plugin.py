@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.failures import worst_allowed
-from lrqp_torch.errors import RequestError, ServingError, quoted
+from lrqp_torch.errors import RequestError, ServingError
 from lrqp_torch.qp import Status
 from lrqp_torch.serving import operator
-from lrqp_torch.serving.operator import CAME, CERTIFICATE, Scheduled, Tables
+from lrqp_torch.serving.operator import CERTIFICATE, Scheduled, Tables
 from lrqp_torch.serving.requests import (
     ARGUMENT,
     FOLDERS_VARIABLE,
@@ -47,7 +47,6 @@ CERTIFICATES = "lrqp"
 """What the certificates are called among a request's ``kv_transfer_params``, and between ranks."""
 REMEMBERED = 65_536
 """Of so many blocks of the cache the certificates are kept for requests that find them there."""
-REFUSED = "REFUSED"
 
 
 def register() -> None:
@@ -206,9 +205,11 @@ def edits_of(request: Any) -> tuple[RequestEdit, ...]:
 
 
 def _settled(params: Any) -> tuple[RequestEdit, ...]:
-    given = (getattr(params, "extra_args", None) or {}).get(SETTLED, ())
-    tuples = [{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()} for e in given]
-    return tuple(RequestEdit(**edit) for edit in tuples)
+    given: list[dict[str, Any]] = (getattr(params, "extra_args", None) or {}).get(SETTLED, [])
+    return tuple(
+        RequestEdit(**{k: tuple(v) if isinstance(v, list) else v for k, v in edit.items()})
+        for edit in given
+    )
 
 
 def _wrap_keys() -> None:
@@ -339,8 +340,9 @@ class Ledger:
         """What a step did: by request rows of edit, position and certificate."""
         for name, rows in came.items():
             entry = self.entries.get(name)
-            for edit, position, *certificate in rows if entry is not None else ():
-                assert entry is not None
+            if entry is None:  # done, or not yet told that it is
+                continue
+            for edit, position, *certificate in rows:
                 place = self.names[int(edit)], int(position)
                 entry.rows[place] = certificate
                 entry.fresh.append(place)
@@ -350,8 +352,8 @@ class Ledger:
 
         A stop string is seen by the front end alone, so there every output could be the last.
         """
-        for entry in self.entries.values():
-            self._remember(entry)
+        for kept in self.entries.values():
+            self._remember(kept)
         for output in [one for part in outputs.values() for one in part.outputs]:
             entry = self.entries.get(output.request_id)
             if entry is None:
@@ -362,7 +364,7 @@ class Ledger:
                 output.kv_transfer_params = (output.kv_transfer_params or {}) | report
             if done:
                 del self.entries[output.request_id]
-        gone = [name for name, entry in self.entries.items() if entry.request.is_finished()]
+        gone = [name for name, kept in self.entries.items() if kept.request.is_finished()]
         for name in gone:
             del self.entries[name]
 
@@ -520,7 +522,6 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
     refused = {
         "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-        "sequence parallelism (pass_config.enable_sp)": config.compilation_config.pass_config.enable_sp,
     }
     for what, asked in refused.items():
         if asked:
