@@ -660,7 +660,8 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *a
     numbers[5 * t->count] = least;
     t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
     if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
-    double enough = 0, nudge = (double)(number + 1) * t->epsilon * size / sqrt((double)d);
+    double enough = 0, nudge = (double)(number + 1) * t->epsilon / sqrt((double)d);
+    nudge *= larger(size, sqrt(larger(numbers[2 * t->count], 0)));
     if (number + 2 == t->rounds) {
         recall(s, w, b, t);
         displace(s, w, x, space);

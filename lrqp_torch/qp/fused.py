@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from lrqp_torch.errors import ModelError, in_transforms, warn
 from lrqp_torch.qp.implicit import active_multipliers, matvec
-from lrqp_torch.qp.reach import FINE, Realise
+from lrqp_torch.qp.reach import Realise, advance
 from lrqp_torch.qp.solution import Solution
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ class Launcher:
             "DTYPE": getattr(self.language, str(out).removeprefix("torch.")),
             "EPS": precision,
             "NUDGE": precision / math.sqrt(width),
-            "FINE": precision < FINE,
+            "ADVANCE": advance(precision, width),
             "BASE": base,
             "SCALE": float(scale),
             "NARROW_SCALE": float(torch.tensor(scale, dtype=torch.float32)),

@@ -378,7 +378,7 @@ def edit_kernel(
     DTYPE: tl.constexpr,
     EPS: tl.constexpr,
     NUDGE: tl.constexpr,
-    FINE: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BASE: tl.constexpr,
     SCALE: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
@@ -510,9 +510,7 @@ def edit_kernel(
 
     # 3. Solve, round, read back; raise floors that rounding missed; again.
     room = reach_of * size
-    raised = tl.zeros([KP], dtype=tl.float64)
-    if FINE:
-        raised = 2.0 * EPS * (room + tl.maximum(missing, 0.0))
+    raised = ADVANCE * (room + tl.maximum(missing, 0.0))
     long = rival & (diagonal > rounding)
     scale = tl.where(long, 1.0 / tl.sqrt(tl.maximum(diagonal, TINY)), 0.0)
     error = scale * rounding
@@ -634,12 +632,13 @@ def edit_kernel(
             number += 1
             if (reached == 0) & (worst > 0.0) & (number < MAX_ROUNDS):
                 # As Headroom: what is missing twice over, at last a bound that cannot be missed.
+                edited_size = tl.sqrt(tl.sum(edited_square, 0))
                 if number + 1 < MAX_ROUNDS:
-                    more = 2.0 * short + number.to(tl.float64) * NUDGE * room
-                    raised += tl.where(short > 0.0, more, 0.0)
+                    nudge = number.to(tl.float64) * NUDGE * tl.maximum(size, edited_size)
+                    raised += tl.where(short > 0.0, 2.0 * short + nudge * reach_of, 0.0)
                 else:
                     beyond = 4.0 * tl.sqrt(tl.sum(apart, 0))
-                    beyond = tl.maximum(EPS * tl.sqrt(tl.sum(edited_square, 0)), beyond)
+                    beyond = tl.maximum(EPS * edited_size, beyond)
                     raised = tl.maximum(raised + 4.0 * worst, reach_of * beyond)
                 go = go + 1
 

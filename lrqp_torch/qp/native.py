@@ -3,7 +3,7 @@
 ``dual.c`` takes the steps of :mod:`~.pivots` a problem at a time, which costs a few microseconds
 where a batch of torch operations costs a hundred. It is compiled by the system's compiler when it
 is first needed, into the user's cache, and called on the tensors' own memory. Without a compiler,
-or with ``LRQP_NATIVE=0`` in the environment, everything runs in torch and numpy.
+or with ``LRQP_NATIVE=0`` in the environment, everything runs in torch.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from torch import Tensor
 from lrqp_torch.qp import pivots
 
 SWITCH = "LRQP_NATIVE"
-"""Set to 0 in the environment, this keeps to torch and numpy."""
+"""Set to 0 in the environment, this keeps to torch."""
 FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 # So many numbers of M are worth a thread of their own.
 THREAD_NUMBERS = 20_000

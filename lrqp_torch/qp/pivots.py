@@ -6,10 +6,8 @@ constraint: a slot of the active set that is empty holds that one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,12 +34,10 @@ EPSILON = 4 * torch.finfo(torch.float64).eps
 NOISE = 1 / 16
 # Slots for active constraints at first; more are added where a problem needs them.
 FIRST_SLOTS = 4
-# So few problems are solved one by one, which costs less than the steps of a batch: on the CPU.
-ALONE = 6
+# Of so few problems each leaves as soon as it is done.
+FEW = 24
 # Blocks above some 16 MB are slower per example: the allocator returns such buffers each time.
 CHUNK_NUMBERS = 2_000_000
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class _Problems(ABC):
@@ -70,10 +66,6 @@ class _Problems(ABC):
     @abstractmethod
     def apply(self, columns: Tensor, weights: Tensor) -> Tensor:
         """M u for all columns, (n, N + 1), of u with some weights at some columns, (n, c)."""
-
-    @abstractmethod
-    def row_of(self, problem: int) -> Callable[[int], Array]:
-        """Rows of M of one problem by column."""
 
     def rounding(self, columns: Tensor, rates: Tensor) -> Tensor:
         """What rounding of M may add to ‖Σ r_i a_i‖², (n, 1)."""
@@ -107,10 +99,6 @@ class _Dense(_Problems):
 
     def apply(self, columns: Tensor, weights: Tensor) -> Tensor:
         return matvec(self.unit, torch.zeros_like(self.scale).scatter_add_(1, columns, weights))
-
-    def row_of(self, problem: int) -> Callable[[int], Array]:
-        unit = self.unit[problem].numpy()
-        return unit.__getitem__
 
 
 class _Classes(_Problems):
@@ -153,16 +141,6 @@ class _Classes(_Problems):
             towards.gather(1, self.target) - towards, self.own, every.sum(1, True)
         )
         return grown.mul_(self.scale).mul_(0.5)
-
-    def row_of(self, problem: int) -> Callable[[int], Array]:
-        squared, own = self.squared.numpy(), self.own[problem].numpy()
-        half = self.scale[problem].numpy() / 2
-
-        def of(column: int) -> Array:
-            row: Array = (own + (own[column] - squared[column])) * half * (2 * half[column])
-            return row
-
-        return of
 
 
 class _Results:
@@ -309,9 +287,6 @@ def _pivot(
     state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked)
 
     for number in range(max_pivots + 1):
-        if len(index) <= ALONE and device.type == "cpu":
-            _finish_alone(problems, results, index, state, max_pivots - number)
-            break
         # 1. The entering constraint: the most violated one, or the one whose step was blocked.
         gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked = state
         worst, violated = (slack + tolerance).min(1, keepdim=True)
@@ -320,7 +295,7 @@ def _pivot(
 
         # 2. Put finished problems away as soon as they are many, and go on with the rest.
         finished = int(done.sum())
-        if 4 * finished >= len(index) or (finished and len(index) <= 4 * ALONE):
+        if 4 * finished >= len(index) or (finished and len(index) <= FEW):
             at = done.squeeze(1).nonzero().squeeze(1)
             results.put(index[at], held[at], inverse[at])
             results.converged[index[at]] = True
@@ -330,8 +305,6 @@ def _pivot(
             state = tuple(part[keep] for part in state)  # type: ignore[assignment]
             if not len(index):
                 break
-            if len(index) <= ALONE and device.type == "cpu":
-                continue
             gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked = state
             done = done[keep]
         if number >= held.shape[1] and bool(held.amax(1).min() < none):
@@ -430,195 +403,3 @@ def _checked(
     rounding = problems.rounding(torch.cat([entering[rows], slots], 1), rates)
     exact = torch.where(exact > rounding, exact, 0.0)
     return rate.index_copy(0, rows, own), curvature.index_copy(0, rows, exact)
-
-
-def _finish_alone(
-    problems: _Problems,
-    results: _Results,
-    index: Tensor,
-    state: tuple[Tensor, ...],
-    max_pivots: int,
-) -> None:
-    """The rest of each problem by itself: the same steps in a few small operations each."""
-    gap, slack, _, held, multipliers, inverse, entering, share, blocked = state
-    fresh = bool(held.numel() == 0 or held.amin() == results.none)
-    for row, place in enumerate(index.tolist()):
-        slots = [] if fresh else (held[row] < results.none).nonzero().squeeze(1).tolist()
-        alone = _Alone(
-            problems.row_of(row),
-            problems.scale[row].numpy(),
-            problems.error[row].numpy(),
-            gap[row].numpy().copy(),
-            slack[row].numpy().copy(),
-        )
-        if slots:
-            alone.resume(
-                held[row, slots].tolist(),
-                multipliers[row, slots].numpy(),
-                inverse[row].numpy()[np.ix_(slots, slots)],
-                int(entering[row]) if bool(blocked[row]) else None,
-                float(share[row]),
-            )
-        results.converged[place] = alone.run(max_pivots)
-        results.feasible[place] = alone.feasible
-        results.put(
-            index[row : row + 1],
-            torch.tensor([alone.held], dtype=torch.long),
-            torch.from_numpy(alone.inverse).unsqueeze(0),
-        )
-
-
-class _Alone:
-    """One problem on the CPU, in numpy: as :func:`_pivot`, step for step."""
-
-    def __init__(
-        self,
-        row_of: Callable[[int], Array],
-        scale: Array,
-        error: Array,
-        gap: Array,
-        slack: Array,
-    ) -> None:
-        self.row_of, self.scale, self.error, self.gap, self.slack = row_of, scale, error, gap, slack
-        self.held: list[int] = []
-        self.multipliers, self.inverse = np.zeros(0), np.zeros((0, 0))
-        self.rows = np.zeros((0, len(gap)))
-        self.entering: int | None = None
-        self.share, self.feasible = 0.0, True
-
-    def resume(
-        self,
-        held: list[int],
-        multipliers: Array,
-        inverse: Array,
-        entering: int | None,
-        share: float,
-    ) -> None:
-        """Go on where a batch stopped."""
-        self.held, self.multipliers, self.inverse = held, multipliers, inverse
-        self.entering, self.share = entering, share
-        self.rows = np.array([self.row_of(column) for column in held])
-
-    def run(self, max_pivots: int) -> bool:
-        """Take steps until it is done; False where they run out."""
-        tolerance = SATISFIED * (1 + np.abs(self.gap))
-        for _ in range(max_pivots + 1):
-            q = self.entering
-            if q is None:
-                q, self.share = int((self.slack + tolerance).argmin()), 0.0
-                if self.slack[q] + tolerance[q] >= 0:
-                    return True
-            row = self.row_of(q)
-            column = row[self.held]
-            rate = self.inverse @ column
-            curvature = 1.0 - float(rate @ column)
-            if curvature < SUSPECT:
-                rate, curvature = self._checked(q, column, rate)
-            t_full = -self.slack[q] / curvature if curvature > DEPENDENT else np.inf
-            t_block, leaving = np.inf, -1
-            blocks = rate > NO_DIRECTION * (1 + np.abs(rate).max(initial=0.0))
-            if blocks.any():
-                ends = np.full_like(rate, np.inf)
-                ends[blocks] = self.multipliers[blocks] / rate[blocks]
-                leaving = int(ends.argmin())
-                t_block = float(ends[leaving])
-            step = max(min(t_full, t_block), 0.0)
-            if step == np.inf:
-                if self._ray(q, rate, tolerance):
-                    return True
-                tolerance = SATISFIED * (1 + np.abs(self.gap))
-                continue
-            self.multipliers = np.maximum(self.multipliers - step * rate, 0.0)
-            self.share += step
-            self.slack += step * (row - rate @ self.rows)
-            if t_full <= t_block:
-                self._join(q, row, rate, curvature)
-            else:
-                self._leave(q, leaving)
-            self.slack[self.held] = 0.0
-        return False
-
-    def _checked(self, q: int, column: Array, rate: Array) -> tuple[Array, float]:
-        block = self.rows[:, self.held]
-        rate = rate + self.inverse @ (column - block @ rate)
-        curvature = 1.0 + float(rate @ (block @ rate - 2 * column))
-        size, columns = np.append(1.0, np.abs(rate)), [q, *self.held]
-        noise = NOISE * (size @ self.scale[columns]) * (size @ self.error[columns])
-        return rate, curvature if curvature > EPSILON * size.sum() ** 2 + noise else 0.0
-
-    def _ray(self, q: int, rate: Array, tolerance: Array) -> bool:
-        """Whether the step without an end proves that there is no solution; else begin anew."""
-        sizes = tolerance[q] + np.abs(rate) @ tolerance[self.held]
-        self.feasible = bool(-self.slack[q] <= PROVEN / SATISFIED * sizes)
-        self.gap[q] = -np.inf
-        self.slack, self.held, self.entering = -self.gap, [], None
-        self.multipliers, self.inverse, self.rows = np.zeros(0), np.zeros((0, 0)), self.rows[:0]
-        return not self.feasible
-
-    def _join(self, q: int, row: Array, rate: Array, curvature: float) -> None:
-        n = len(self.held)
-        inverse = np.empty((n + 1, n + 1))
-        inverse[:n, :n] = self.inverse + np.outer(rate, rate / curvature)
-        inverse[n, :n] = inverse[:n, n] = -rate / curvature
-        inverse[n, n] = 1 / curvature
-        self.inverse, self.rows = inverse, np.vstack([self.rows, row])
-        self.held, self.entering = [*self.held, q], None
-        self.multipliers = np.append(self.multipliers, self.share)
-
-    def _leave(self, q: int, slot: int) -> None:
-        own = self.inverse[slot]
-        inverse = self.inverse - np.outer(own, own / own[slot])
-        stay = np.arange(len(own)) != slot
-        self.inverse, self.rows = inverse[stay][:, stay], self.rows[stay]
-        self.held, self.entering = [c for i, c in enumerate(self.held) if i != slot], q
-        self.multipliers = self.multipliers[stay]
-
-
-def solve_alone(
-    squared: Array, others: Any, gram: Array | None, diagonal: Array, noise: Array, gap: Array
-) -> tuple[Array, Array, float, float] | None:
-    """One problem of classes: constraints that bind, their λ, the KKT residual, and λᵀMλ.
-
-    None where it has no solution.
-
-    Args:
-        squared: distances of classes, (K, K).
-        others: the classes other than the target, (m,).
-        gram: M itself, (m, m), where it is at hand.
-        diagonal: of M, (m,).
-        noise: rounding error of it, (m,).
-        gap: g, (m,).
-    """
-    empty = diagonal <= noise
-    if (empty & (gap > 0)).any():
-        return None
-    scale = np.where(empty, 0.0, 1 / np.sqrt(np.where(empty, 1.0, diagonal)))
-    unit = gap * scale
-    largest = unit.max()
-    if len(gap) == 1:
-        held, rate, grown = np.zeros(1, dtype=int), unit, unit
-    else:
-        aim = np.where(empty, -np.inf, unit / largest if largest > 0 else unit)
-
-        def row_of(column: int) -> Array:
-            if gram is not None:
-                unit_row: Array = gram[column] * (scale * scale[column])
-                return unit_row
-            far = squared[others[column], others]
-            row: Array = (diagonal + (diagonal[column] - far)) * (scale * (scale[column] / 2))
-            return row
-
-        alone = _Alone(row_of, scale, scale * noise, aim, -aim)
-        alone.run(20 * len(gap) + 50)
-        if not alone.feasible:
-            return None
-        held = np.array(alone.held, dtype=int)
-        rate = alone.inverse @ unit[held]
-        rate = rate + alone.inverse @ (unit[held] - alone.rows[:, held] @ rate)
-        rate = np.maximum(rate, 0.0)
-        grown = rate @ alone.rows
-    length = float(rate @ grown[held])
-    tiny = np.finfo(float).tiny
-    short = np.where(empty, 0.0, (unit - grown) / (max(largest, tiny) + np.abs(unit)))
-    balance = abs(float(rate @ (grown - unit)[held])) / max(abs(length), tiny)
-    return held, rate * scale[held], max(float(short.max()), balance), length

@@ -155,9 +155,7 @@ class MahalanobisQP(nn.Module):
             and isinstance(floor, Tensor | OddsRule)
             and direct.serves(x, floor, geometry, realise)
         ):
-            found = direct.solve(x, target, floor, geometry, realise, self.solver.tolerance)
-            if found is not None:
-                return found
+            return direct.solve(x, target, floor, geometry, realise, self.solver.tolerance)
         chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type

@@ -174,19 +174,19 @@ def test_the_inverse_is_that_of_the_active_block(batch: int) -> None:
 
 
 @pytest.mark.parametrize("degenerate", [True, False])
-@pytest.mark.parametrize("alone", [0, 24, 1000])
+@pytest.mark.parametrize("few", [0, 24, 1000])
 def test_chunks_and_company_change_nothing(
-    degenerate: bool, alone: int, monkeypatch: pytest.MonkeyPatch
+    degenerate: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Together, a few at a time, and one by one."""
     rows, gap = integers(-2, 2, 500, 4, 3), integers(-2, 2, 500, 4, seed=1)
     if not degenerate:
         rows, gap = rows + torch.randn(500, 4, 3).double(), gap + torch.randn(500, 4).double()
     gram = rows @ rows.transpose(1, 2)
-    monkeypatch.setattr(pivots, "ALONE", 0)
+    monkeypatch.setattr(pivots, "FEW", 0)
     whole = solve(gram, gap)
-    monkeypatch.setattr(pivots, "ALONE", alone)
-    monkeypatch.setattr(pivots, "CHUNK_NUMBERS", 25 * (7 if alone < 500 else 500))
+    monkeypatch.setattr(pivots, "FEW", few)
+    monkeypatch.setattr(pivots, "CHUNK_NUMBERS", 25 * (7 if few < 500 else 500))
     parts = solve(gram, gap)
     assert torch.equal(whole.feasible, parts.feasible)
     assert whole.converged.all() and parts.converged.all()

@@ -108,13 +108,20 @@ def bounded_by_parameter(x: cp.Variable, others: list[cp.Parameter]) -> list[cp.
 
 WAYS: dict[str, tuple[Any, Tensor]] = {
     "λ ≥ 0": (lambda x, _: [x >= 0], torch.ones(3)),
-    "0 ≤ λ": (lambda x, _: [x >= 0], torch.ones(3)),
+    "0 ≤ λ": (lambda x, _: [np.zeros(3) <= x], torch.ones(3)),
+    "a constant 0 ≤ λ": (lambda x, _: [cp.Constant(0) <= x], torch.ones(3)),
+    "0 ≥ −λ": (lambda x, _: [np.zeros(3) >= -x], torch.ones(3)),
+    "λ + 1 ≥ 1": (lambda x, _: [x + 1 >= 1], torch.ones(3)),
+    "λ ≥ −λ": (lambda x, _: [x >= -x], torch.full((3,), 2.0)),
+    "a cone": (lambda x, _: [cp.NonNeg(x)], torch.ones(3)),
+    "λ / 4 ≥ 0": (lambda x, _: [x / 4 >= 0], torch.full((3,), 0.25)),
     "−λ ≤ 0": (lambda x, _: [-x <= 0], torch.ones(3)),
     "2λ ≥ 0": (lambda x, _: [2 * x >= 0], torch.full((3,), 2.0)),
     "each its own": (lambda x, _: [np.diag([1, 4, 0.5]) @ x >= 0], torch.tensor([1, 4, 0.5])),
     "backwards": (lambda x, _: [x[::-1] >= 0], torch.ones(3)),
     "one by one": (lambda x, _: [x[2] >= 0, 3 * x[0] >= 0, x[1] >= 0], torch.tensor([3.0, 1, 1])),
     "twice": (lambda x, _: [x >= 0, 5 * x >= 0], torch.ones(3)),
+    "in two parts": (lambda x, _: [x[:2] >= 0, -2 * x[2] <= 0], torch.tensor([1.0, 1, 2])),
 }
 
 
@@ -132,6 +139,8 @@ def test_every_way_to_write_the_bounds_has_its_own_dual(way: str) -> None:
         found = torch.stack(order, -1)
     elif way == "backwards":
         found = duals[0].flip(-1)
+    elif way == "in two parts":
+        found = torch.cat([duals[0], duals[1].reshape(-1, 1)], -1)
     elif way == "twice":
         found = duals[0] + 5 * duals[1]
     else:
@@ -140,7 +149,17 @@ def test_every_way_to_write_the_bounds_has_its_own_dual(way: str) -> None:
     torch.testing.assert_close(found * scale.double(), slack, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("attributes", [{"nonneg": True}, {"bounds": [0, None]}])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"nonneg": True},
+        {"bounds": [0, None]},
+        {"bounds": [np.zeros(3), None]},
+        {"bounds": [0, np.inf]},
+        {"bounds": [0.0, np.full(3, np.inf)]},
+    ],
+    ids=str,
+)
 def test_bounds_may_be_attributes_and_the_objective_any_quadratic(attributes: Any) -> None:
     gram, gap = dual_data(4, batch=30)
     layer = posed_with(lambda x, _: [], lambda x: cp.sum_squares(x) + cp.sum(x) + 7, **attributes)
@@ -171,6 +190,11 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "below one": (lambda x, _: [x >= 1], "bounds other than 0"),
     "below a parameter": (bounded_by_parameter, "bounds other than 0"),
     "one of three": (lambda x, _: [x[0] >= 0], "without a bound"),
+    "one of three twice": (lambda x, _: [x[0] >= 0, x[0] >= 0, x[1] >= 0], "without a bound"),
+    "differences": (lambda x, _: [x >= 0, cp.diff(x) >= 0], "several variables"),
+    "their minimum": (lambda x, _: [cp.min(x) >= 0], "several variables"),
+    "some below −1": (lambda x, _: [x >= np.array([0, -1, 0])], "bounds other than 0"),
+    "both sides": (lambda x, _: [x >= 0, -x >= -3], "bounds other than 0"),
     "none": (lambda x, _: [], "no constraints"),
     "their sum": (lambda x, _: [x >= 0, cp.sum(x) >= 0], "several variables"),
     "an equation": (lambda x, _: [x >= 0, x[0] == 0], "kinds"),
@@ -188,11 +212,14 @@ def test_other_problems_are_refused_when_the_layer_is_made(other: str) -> None:
 
 
 def test_upper_bounds_are_refused_however_they_are_written() -> None:
+    for bounds in ([0, 0.1], [-1, None], [None, 0], [np.array([0, 0, 1]), None]):
+        with pytest.raises(SolverError, match="and nothing else"):
+            posed_with(lambda x, _: [], bounds=bounds)(*dual_data(4, batch=2))
     with pytest.raises(SolverError, match="and nothing else"):
-        posed_with(lambda x, _: [], bounds=[0, 0.1])
-    negative = posed_with(lambda x, _: [-2 * x >= 0])
-    with pytest.raises(SolverError, match="bounded from above"):
-        negative(*dual_data(4, batch=2))
+        posed_with(lambda x, _: [], nonpos=True)(*dual_data(4, batch=2))
+    for rows in (lambda x, _: [-2 * x >= 0], lambda x, _: [x >= 0, x <= 0]):
+        with pytest.raises(SolverError, match="bounded from above"):
+            posed_with(rows)(*dual_data(4, batch=2))
 
 
 def test_one_solver_serves_layers_of_one_form() -> None:
