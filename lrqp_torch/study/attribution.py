@@ -61,11 +61,7 @@ class Pull:
         """The preference of :meth:`PromptSet.preference` to first order around given logits.
 
         With one answer a class it is the difference of two logits itself. With more, the answers of
-        a class count by their shares of its probability.
-
-        Args:
-            prompts: with answers.
-            logits: of the token after each prompt, (B, vocabulary).
+        a class count by their shares of its probability. The logits are (B, vocabulary).
         """
         answers = cast(Tensor, prompts.answers)
         rows, labels = torch.arange(len(answers), device=answers.device), prompts.labels
@@ -165,14 +161,10 @@ def score(
     attentions: Mapping[str, tuple[str, str]],
     advance: Advance,
 ) -> Scores:
-    """Run clean prompts once, and score every head on each.
+    """Run clean prompts, which have answers, once, and score every head on each.
 
-    Args:
-        context: the model.
-        prompts: padded on the left, with answers.
-        attentions: name to the positions of a query and a key, from which and to which attention
-            is read.
-        advance: called with the number of prompts after each batch.
+    ``attentions`` maps a name to the positions of a query and a key, from which and to which
+    attention is read; ``advance`` is called with the number of prompts after each batch.
 
     Raises:
         UnknownFamilyError: the model's attention or final norm is of an unknown form.
@@ -223,12 +215,7 @@ def score(
 
 
 def find_writers(context: StudyContext, advance: Advance) -> list[str]:
-    """Answer writers by their direct effects in the training prompts, the strongest first.
-
-    Args:
-        context: the model and its prompts, which have answers.
-        advance: called with the number of training prompts after each batch.
-    """
+    """Answer writers by their direct effects in the training prompts, the strongest first."""
     found, draws = score(context, context.task.train, {}, advance), context.generator()
     effects = {n: Estimate.mean(found.heads[:, i], draws) for i, n in enumerate(found.names)}
     return writers(effects)
@@ -240,13 +227,9 @@ def attention_to(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def head_shares(model: nn.Module, layer: int, z: Tensor, direction: Tensor) -> Tensor:
-    """What the heads of a layer write along a direction, r · z_h W_O^h, (B, heads), in float64.
+    """What the heads of a layer write along a direction (B, d): r · z_h W_O^h, (B, heads), float64.
 
-    Args:
-        model: a transformers model.
-        layer: the heads' layer.
-        z: their outputs before W_O, (B, heads, head width).
-        direction: (B, d).
+    ``z`` holds their outputs before W_O, (B, heads, head width).
     """
     weight, _ = output_projection(model, layer)
     read = (direction.double() @ weight.double().T).unflatten(1, z.shape[1:])

@@ -109,16 +109,9 @@ class StudyContext:
     ) -> tuple[dict[str, Tensor], Tensor] | None:
         """Clean activations of the prompts' twins at the marked token, by site, and who has one.
 
-        Args:
-            task: one of the two tasks.
-            sites: which; default all of the study's.
-            split: ``"train"`` or ``"test"``.
-            variable: in which twins differ, as :meth:`.PromptSet.twins` takes it.
-            ranks: the processes among which batches are shared, all of which make this call.
-
-        Returns:
-            (n, d) each in float32 on the model's device, a prompt's own where it has no twin, and
-            which have one, BoolTensor (n,) on the CPU; None where no prompt has one.
+        (n, d) each in float32 on the model's device, a prompt's own where it has no twin, and which
+        have one, BoolTensor (n,) on the CPU; None where no prompt has one. ``variable`` is that in
+        which twins differ, as :meth:`.PromptSet.twins` takes it; the rest as :meth:`activations`.
         """
         data: PromptSet = getattr(task, split)
         found = data.twins(variable)
@@ -161,9 +154,8 @@ class StudyContext:
     def examples(self, task: Task, sites: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What an edit is fitted to: activations at all tokens that it acts on, and their classes.
 
-        Returns:
-            Site to (N, d), and (N,), on the model's device; N is the number of training prompts, or
-            of their marked tokens where they have several.
+        Site to (N, d), and (N,), on the model's device; N is the number of training prompts, or of
+        their marked tokens where they have several.
         """
         data = task.train
         if data.spans is None:

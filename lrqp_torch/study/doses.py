@@ -26,22 +26,15 @@ DOSES: tuple[Dose, ...] = get_args(Dose)
 
 
 def check_dose(dose: str) -> None:
-    """Refuse a dose that does not exist.
-
-    Raises:
-        SettingError: it does not.
-    """
+    """Raise :class:`SettingError` for a dose that does not exist."""
     if dose not in DOSES:
         raise SettingError(f"dose must be one of {', '.join(DOSES)}, not {quoted(dose)}.")
 
 
 def class_readings(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:
-    """Median log odds that a probe reads of each class on its own activations, (K,) float64.
+    """Median log odds that a probe of K classes reads of each on its own activations, (K,) float64.
 
-    Args:
-        probe: of K classes.
-        x: activations, (n, d).
-        labels: their classes, (n,); every class must occur.
+    Activations x (n, d) with classes ``labels`` (n,), of which every one must occur.
     """
     own = probe.log_odds(x, labels).double()
     return own.new_tensor([own[labels == k].median() for k in range(probe.n_classes)])
@@ -57,8 +50,7 @@ def asked_of(
         probe: what the edit writes.
         target: the class it writes, (m,).
         twin: activations of twins, of a control edit the prompts' own, (m, d).
-        x: training activations, (n, d).
-        labels: their classes, (n,).
+        x: training activations, (n, d), with classes ``labels``, (n,).
     """
     if dose == "class":
         return class_readings(probe, x, labels)[target]
@@ -72,14 +64,8 @@ def asked_at(
 ) -> dict[str, dict[str, Tensor]]:
     """The log α of the control and the counterfactual edit of each held-out prompt, by site.
 
-    A prompt without a twin is dosed by its target class.
-
-    Args:
-        context: the model.
-        task: of which the prompts are.
-        dose: one of :data:`DOSES`; nothing is asked for by ``nats``.
-        edits: site to edit.
-        ranks: the processes that share the captures, all of which make this call.
+    Nothing is asked for by ``nats``; a prompt without a twin is dosed by its target class. All of
+    ``ranks``, which share the captures, make this call.
 
     Raises:
         SettingError: ``twin`` where no prompt has one.

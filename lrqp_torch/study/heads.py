@@ -99,11 +99,7 @@ def head_name(layer: int, head: int) -> str:
 
 
 def parse_head(name: str) -> tuple[int, int]:
-    """Layer and number of a head's name.
-
-    Raises:
-        SiteError: the name does not read ``Ln.Hh``.
-    """
+    """Layer and number of a head's name; a :class:`SiteError` where it is not ``Ln.Hh``."""
     match = _HEAD.fullmatch(name)
     if match is None:
         raise SiteError(f"{name!r} is no head; write L<layer>.H<head>, as in 'L9.H6'")
@@ -132,11 +128,7 @@ def first_reader(site: str | Site) -> int:
 
 
 def attend_roles(attention: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
-    """Heads whose role shows in their attention alone.
-
-    Args:
-        attention: head to mean attention by the keys ``"S1+1→S1"``, ``"S2→S1"``, ``"S2→S1+1"``.
-    """
+    """Heads whose role shows in their mean attention alone, by head and by the keys below."""
     keys = {Role.PREVIOUS: "S1+1→S1", Role.DUPLICATE: "S2→S1", Role.INDUCTION: "S2→S1+1"}
     return {
         role: [head for head, scores in attention.items() if scores[key] >= ATTENTION]
@@ -149,10 +141,7 @@ def mover_roles(
 ) -> dict[str, list[str]]:
     """Name movers, negative and backup ones, and writers, from the strongest effect down.
 
-    Args:
-        to_io: head to mean attention END → IO.
-        to_s1: head to mean attention END → S1.
-        effects: head to direct effect on the logit difference IO − S.
+    By each head's mean attention END → IO and END → S1, and its direct effect on IO − S.
     """
     effect = {head: value.certain for head, value in effects.items()}
     ranked = sorted(effect, key=lambda head: -abs(effect[head]))

@@ -59,12 +59,7 @@ class IOIPrompts(PromptSet):
 
     @classmethod
     def of(cls, data: IOIDataset, names: tuple[str, ...] | None = None) -> Self:
-        """The prompts of a data set, whose padding stays as it is.
-
-        Args:
-            data: as generated.
-            names: see above; default those that occur, sorted.
-        """
+        """The prompts of a data set, whose padding stays; ``names`` default to those that occur."""
         order = data.labels["abb"]
         own_first = torch.stack([data.io_tokens, data.s_tokens], dim=-1)
         answers = torch.where((order == 0).unsqueeze(-1), own_first, own_first.flip(-1))

@@ -47,11 +47,8 @@ class KnownSites:
 def read_truth(name: str) -> KnownSites | None:
     """The known sites of a model, from the ``ground_truth.json`` beside its weights.
 
-    Args:
-        name: A bundled organism, such as ``organism``, or a model's folder.
-
-    Returns:
-        The sites, or ``None`` for a model without such a file.
+    ``name`` is a bundled organism, such as ``organism``, or a model's folder; None for a model
+    without such a file.
 
     Raises:
         ModelError: the file is damaged.

@@ -332,12 +332,7 @@ class Swept:
 
 
 def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
-    """The curves, with the points that no other one beats.
-
-    Args:
-        swept: at least one.
-        draws: of the prompts of the sweep.
-    """
+    """The curves, with the points that no other one beats."""
     effects = [float(v) for item in swept for v in item.fall.mean(0)]
     optimal = {
         cost: iter(front(effects, [float(v) for item in swept for v in item.costs[cost].mean(0)]))
@@ -368,15 +363,8 @@ def relative_costs(
 ) -> dict[str, dict[str, Estimate | None]]:
     """By method and side effect, what one method's effect at strength 1 costs, over what it pays.
 
-    Both curves and the effect asked for are read from the same resampled prompts.
-
-    Args:
-        swept: the curves.
-        own: name of the method whose effect the others are asked for.
-        draws: of the prompts of the sweep.
-
-    Returns:
-        None where a method does not reach that effect, or there is none.
+    Both curves and the effect of the method ``own`` are read from the same resampled prompts. None
+    where a method does not reach that effect, or there is none.
     """
     mine = next(item for item in swept if item.name == own)
     column = list(mine.doses).index(1.0)
@@ -398,10 +386,6 @@ def front(effects: Sequence[float], costs: Sequence[float]) -> list[bool]:
     """Which points are Pareto optimal: no other has at least their effect for at most their cost.
 
     Of two equal points both are.
-
-    Args:
-        effects: to be large.
-        costs: to be small.
     """
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -effects[i]))
     best = [False] * len(costs)
@@ -416,13 +400,8 @@ def front(effects: Sequence[float], costs: Sequence[float]) -> list[bool]:
 def cost_at(effects: Tensor, costs: Tensor, wanted: Tensor) -> Tensor:
     """The cost at which a curve first reaches an effect, with straight lines between its points.
 
-    Args:
-        effects: of rising strengths, (..., m); the curve starts at effect 0 and cost 0.
-        costs: the same.
-        wanted: (...), above 0.
-
-    Returns:
-        (...); NaN where the curve does not reach the effect.
+    Effects and costs are those of rising strengths, (..., m); the curve starts at 0 and 0. NaN
+    where it does not reach what is ``wanted``, (...), above 0.
     """
     zero = torch.zeros_like(effects[..., :1])
     effects, costs = torch.cat([zero, effects], -1), torch.cat([zero, costs], -1)
@@ -643,12 +622,7 @@ def seconds_per_text(
 ) -> float:
     """Time of the edit alone, outside the model, a text: the median of some passes over all.
 
-    Args:
-        edit: with its partners where it needs any.
-        x: activations, (n, d).
-        target: (n,).
-        source: (n,).
-        repeats: passes, after one that is not counted.
+    A pass more comes first and is not counted; x (n, d), target and source (n,).
     """
     taken = []
     for _ in range(repeats + 1):
@@ -675,17 +649,13 @@ def elsewhere(data: PromptSet) -> tuple[Tensor, str]:
 
 
 def unrelated(context: StudyContext, most: int) -> tuple[PromptSet, Tensor, Tensor] | None:
-    """Beginnings of held-out prompts, edited at a random token.
+    """Beginnings of held-out prompts, ``most`` at the most, edited at a random token.
 
     Of indirect object identification it is what stands before the first name: the prefix, a
     sentence of other text without names, and the clause's first words. Those texts come from the
     study's task, or from its other one where this one has no prefix. Of other tasks it is what
     stands before the marked token. The edited token is neither the first one nor the last, and is
     drawn with the study's seed, as is the class written there.
-
-    Args:
-        context: the prompts.
-        most: how many texts at most, the first ones.
 
     Returns:
         The texts; the columns behind the edited one, BoolTensor (n, T); and the classes to write,

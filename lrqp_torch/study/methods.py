@@ -126,14 +126,10 @@ def check_names(names: Sequence[str] | None) -> list[str]:
 def build_candidates(
     context: StudyContext, site: str, reference: LRQP, names: Sequence[str], training: Training
 ) -> list[Candidate]:
-    """Fit every method to the training prompts.
+    """Fit every method of :func:`check_names` to the training prompts, to edit the marked token.
 
-    Args:
-        context: the model and its prompts.
-        site: where they edit the marked token.
-        reference: the study's LRQP at that site.
-        names: from :func:`check_names`.
-        training: of methods that are trained through the model.
+    ``reference`` is the study's LRQP at the site, ``training`` that of methods that are trained
+    through the model.
     """
     data = context.task.train
     x = context.activations(context.task, "train", "mark", [site])[site]

@@ -86,9 +86,7 @@ class Oracles:
     def logits(self, variable: str, x: Tensor) -> Tensor:
         """What the probe of the other half says of the first m prompts, (m, K) float64, on the CPU.
 
-        Args:
-            variable: one that has a score.
-            x: activations of the first m held-out prompts, (m, d).
+        ``x`` are their activations, (m, d).
         """
         pair = []
         for half in (0, 1):
@@ -103,14 +101,9 @@ class Oracles:
         return self.logits(self.scores[0].variable, x)
 
     def selectivity(self, x: Tensor, after: Tensor) -> Tensor | None:
-        """Mean :func:`selectivity` over readable variables other than the class, (m,).
+        """Mean :func:`selectivity` over readable variables other than the class, (m,); None of none
 
-        Args:
-            x: clean activations of the first m held-out prompts, (m, d).
-            after: the same after an edit.
-
-        Returns:
-            None where there is no such variable.
+        ``x`` are clean activations of the first m held-out prompts, (m, d), ``after`` edited ones.
         """
         kept = [
             selectivity(self.logits(v, x).softmax(-1), self.logits(v, after).softmax(-1))
@@ -169,11 +162,9 @@ def total_variation(first: Tensor, second: Tensor) -> Tensor:
 
 
 def completeness(after: Tensor, target: Tensor) -> Tensor:
-    """C = 1 − δ(P̂, P*), with P* all on the target: P̂(target), the oracle's probability of it, (n,).
+    """C = 1 − δ(P̂, P*), with P* all on the target: P̂(target), the oracle's probability of it.
 
-    Args:
-        after: the oracle's distribution over the edited variable's classes after the edit, (n, K).
-        target: the class written, (n,).
+    ``after`` is its distribution over the edited variable's classes after the edit, (n, K).
     """
     return after.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
@@ -191,12 +182,8 @@ def nullified(after: Tensor) -> Tensor:
 def selectivity(before: Tensor, after: Tensor) -> Tensor:
     """S = 1 − δ(P̂, P) / m, m = max(1 − min P, max P), (n,): how little a variable was moved.
 
-    m is the largest distance that any distribution has from P.
-
-    Args:
-        before: the oracle's distribution over the classes of a variable that the edit should leave
-            alone, before the edit, (n, K).
-        after: the same after it.
+    m is the largest distance that any distribution has from P. Both are the oracle's distributions
+    over the classes of a variable that the edit should leave alone, (n, K).
     """
     most = torch.maximum(1 - before.amin(-1), before.amax(-1))
     return 1 - total_variation(after, before) / most

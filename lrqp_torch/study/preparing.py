@@ -26,10 +26,7 @@ def prepare(
 ) -> StudyContext:
     """Read or write the prompts of a study, and load its model.
 
-    Args:
-        settings: what the study is asked to do.
-        start: opens progress bars.
-        clock: counts the time of the stages ``model`` and ``prompts``.
+    ``start`` opens progress bars, ``clock`` counts the stages ``model`` and ``prompts``.
 
     Raises:
         LRQPError: a model, site, device or file that is not there, or cannot be used.
@@ -105,11 +102,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_sites(model: Any, names: str) -> list[str]:
-    """Sites to sweep, in order of computation.
+    """Sites to sweep, in order of computation, by names separated by commas.
 
-    Args:
-        model: the model that has them.
-        names: site names separated by commas; ``all`` stands for every pre and mid.
+    ``all`` stands for every pre and mid.
 
     Raises:
         SiteError: a name that is no place in this model's stream, or no name at all.

@@ -70,10 +70,7 @@ class PromptTexts:
     def shown(self, row: int, held: str, other: str) -> str:
         """One prompt for a reader who points at it: in short lines, its answers standing out.
 
-        Args:
-            row: which prompt.
-            held: what answers in the sense of the class that holds are called, such as IO.
-            other: the same of the counterfactual class, such as S.
+        ``held`` and ``other`` are what answers in the sense of both classes are called.
         """
         own, rival = self.held[row], self.other[row]
         names = re.compile(rf"\b({re.escape(own)}|{re.escape(rival)})\b")

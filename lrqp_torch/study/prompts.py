@@ -287,10 +287,7 @@ class PromptSet:
     def preference(self, logits: Tensor, against: Tensor, rest: Tensor | None = None) -> Tensor:
         """Score of the class that holds minus that of another, (n,): positive where answered so.
 
-        Args:
-            logits: of the token after each prompt, (n, vocabulary).
-            against: the other class, LongTensor (n,).
-            rest: see :meth:`scores`.
+        ``against`` is the other class, (n,); the other arguments as of :meth:`scores`.
         """
         scores = self.scores(logits, rest)
         pair = torch.stack([self.labels, against.to(self.labels)], -1).to(scores.device)
@@ -298,15 +295,7 @@ class PromptSet:
         return own - other
 
     def probability(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
-        """Probability of the answers of the class that holds, (n,), float64.
-
-        Args:
-            logits: of the token after each prompt, (n, vocabulary).
-            rest: see :meth:`scores`.
-
-        Raises:
-            PromptError: the task has no answers, or ``rest`` is missing.
-        """
+        """Probability of the answers of the class that holds, (n,), float64; see :meth:`scores`."""
         first = logits.double().log_softmax(-1)
         chosen = first.gather(-1, self._first(logits).clamp_min(0).flatten(1))
         rows = torch.arange(len(self), device=logits.device)
@@ -753,11 +742,7 @@ def _tokens(
 def screened(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], classes: Sequence[str]
 ) -> Iterator[RowError | None]:
-    """For each prompt why it cannot be encoded with these classes, or None where it can.
-
-    Raises:
-        TokenizerError: a tokenizer without offsets.
-    """
+    """For each prompt why it cannot be encoded with these classes, or None where it can."""
     for row in _tokens(tokenizer, prompts, classes):
         yield row if isinstance(row, RowError) else None
 
@@ -1023,11 +1008,7 @@ def majority_share(train: Sequence[int], test: Sequence[int]) -> float:
 
 
 def require_every_class(prompts: PromptSet) -> None:
-    """Refuse prompts among which a class does not occur.
-
-    Raises:
-        PromptError: one does not.
-    """
+    """Raise :class:`PromptError` for prompts among which a class does not occur."""
     counts = torch.bincount(prompts.labels.cpu(), minlength=len(prompts.classes)).tolist()
     missing = [name for name, count in zip(prompts.classes, counts, strict=True) if not count]
     if missing:
@@ -1038,15 +1019,9 @@ def require_every_class(prompts: PromptSet) -> None:
 
 
 def require_classes(prompts: PromptSet, classes: Sequence[str], whose: str) -> None:
-    """Refuse prompts whose labels do not count in the order of ``classes``.
+    """Raise :class:`PromptError` for prompts whose labels do not count in the order of ``classes``.
 
-    Args:
-        prompts: to be used with them.
-        classes: names in order.
-        whose: begins the message, such as ``"this edit was fitted to"``.
-
-    Raises:
-        PromptError: they have other classes, or the same in another order.
+    ``whose`` begins the message, such as ``"this edit was fitted to"``.
     """
     if tuple(prompts.classes) != tuple(classes):
         raise PromptError(

@@ -95,12 +95,7 @@ READING: dict[str, ReadingModules] = {
 
 
 def top_space(name: str, weights: Tensor, *, energy: float = ENERGY) -> Space:
-    """The least number of leading right singular directions that hold a share of ‖R‖²_F.
-
-    Args:
-        name: for tables.
-        weights: R, (m, d).
-        energy: the share, in (0, 1].
+    """The fewest leading right singular directions of R, (m, d), that hold a share of ‖R‖²_F.
 
     Raises:
         WidthError: not a matrix, or one without a row that is not zero.
@@ -120,16 +115,12 @@ def top_space(name: str, weights: Tensor, *, energy: float = ENERGY) -> Space:
 
 
 def reader_spaces(model: nn.Module, site: str, role: str, heads: Sequence[str]) -> list[Space]:
-    """What heads read of a site, and what the next MLP reads.
+    """What heads above a site read of it, and what the next MLP reads.
 
-    Args:
-        model: a transformers model with a row in :data:`READING`.
-        site: a site of its stream.
-        role: of the heads, for the names of the spaces.
-        heads: above the site; none leaves out their spaces.
+    ``role`` is that of the heads, for the names of the spaces; no heads leave out theirs.
 
     Raises:
-        UnknownFamilyError: the family has no row, so its reading weights cannot be told.
+        UnknownFamilyError: the model has no row in :data:`READING`, so its weights cannot be told.
     """
     spaces = []
     if heads:
@@ -150,13 +141,9 @@ def readers_of(
 ) -> tuple[str, list[str]]:
     """A role whose heads are taken for the readers of a site, and those of them above it.
 
-    Without S-inhibition heads above the site, name movers take their place, or answer writers.
-
-    Args:
-        context: the model and its prompts, which have answers.
-        site: its name.
-        heads: the heads and their roles; None where the prompts have no names, and then answer
-            writers are found by their direct effect on the preference for the class that holds.
+    S-inhibition heads; without them above the site, name movers take their place, or answer
+    writers. These are found by their direct effect where the prompts have no names (``heads`` is
+    None).
 
     Raises:
         UnknownFamilyError: the model's final norm is of an unknown form.
@@ -241,12 +228,7 @@ def random_space(like: Space, generator: torch.Generator) -> Space:
 
 
 def class_mean_space(x: Tensor, labels: Tensor) -> Space:
-    """The span of the differences of class means: all that the class explains of the data.
-
-    Args:
-        x: activations, (n, d).
-        labels: their classes, (n,).
-    """
+    """The span of the differences of class means of x (n, d): all that the class explains."""
     wide = x.double()
     means = torch.stack([wide[labels == k].mean(0) for k in labels.unique()])
     found = top_space("differences of class means", means[1:] - means[0], energy=1.0)
@@ -268,14 +250,9 @@ class Along:
 
 
 def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The parts of displacements inside and outside a subspace.
+    """The parts of displacements (n, d) inside and outside a subspace of orthonormal rows (r, d).
 
-    Args:
-        delta: displacements, (n, d).
-        basis: orthonormal rows, (r, d).
-
-    Returns:
-        ``(inside, outside)``, (n, d) each, in float64; their sum is ``delta``.
+    Both in float64; their sum is ``delta``.
 
     Raises:
         WidthError: other widths.
@@ -291,16 +268,10 @@ def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def direction_of(part: Tensor, whole: Tensor) -> Tensor | None:
-    """The unit vector along which the rows of a part vary most, (d,).
+    """The unit vector along which the rows of a part vary most, (d,); None where it is rounding.
 
     With two classes all displacements of one edit are multiples of one vector, and so are parts.
-
-    Args:
-        part: (n, d).
-        whole: the displacements that it is a part of, (n, d).
-
-    Returns:
-        None where the part is rounding beside the whole.
+    Both are (n, d).
     """
     if float(part.norm()) <= NEGLIGIBLE * float(whole.norm()):
         return None
@@ -309,13 +280,9 @@ def direction_of(part: Tensor, whole: Tensor) -> Tensor | None:
 
 
 def along(direction: Tensor, x: Tensor, delta: Tensor, labels: Tensor) -> Along:
-    """How activations lie along a direction before and after an edit.
+    """How activations x (n, d) lie along a unit vector (d,) before and after displacements (n, d).
 
-    Args:
-        direction: unit vector, (d,).
-        x: natural activations, (n, d).
-        delta: displacement of each, (n, d).
-        labels: class of each, (n,); two or more classes.
+    ``labels`` are their classes, (n,), two or more.
     """
     natural, moved = x.double() @ direction, delta.double() @ direction
     mean, deviation = natural.mean(), natural.std(unbiased=False)

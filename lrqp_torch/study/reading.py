@@ -182,13 +182,9 @@ def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None
 def prompts_of(
     given: Iterable[Mapping[str, Any] | RowError], columns: Columns, log: RowLog, source: str
 ) -> list[Prompt]:
-    """The prompts of rows; see :func:`read_prompts`.
+    """The prompts of rows, or of why there is none; see :func:`read_prompts`.
 
-    Args:
-        given: rows, or why there is none.
-        columns: which of their columns say what.
-        log: what rows that cannot be used are counted in.
-        source: where the rows are from, for messages.
+    ``source`` is where the rows are from, for messages.
     """
     rows: dict[int, Mapping[str, Any]] = {}
     for row in given:

@@ -42,11 +42,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], raw: Any) -> T:
-    """Read back what :func:`to_json` made of a ``kind``.
-
-    Args:
-        kind: a dataclass, or any annotation that a field of one may have.
-        raw: plain JSON values.
+    """Read back what :func:`to_json` made of a dataclass, or of what a field of one may hold.
 
     Raises:
         ValueError: a key is missing or unknown, or a value is not what its annotation says; the

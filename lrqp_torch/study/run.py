@@ -107,10 +107,7 @@ def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> 
 
 
 def rewrite_report(folder: Path) -> Path:
-    """Write ``report.html`` from the results that a folder holds.
-
-    Returns:
-        The file.
+    """Write ``report.html`` from the results that a folder holds, and say where.
 
     Raises:
         OutputError: the results are missing or unreadable, or the report cannot be written.
@@ -214,10 +211,8 @@ def study(
 def choose(names: str, context: StudyContext) -> list[str]:
     """Parts to run, in order, with those that they need.
 
-    Args:
-        names: part names separated by commas; ``all`` stands for every part that runs on these
-            prompts, but for those that run only when they are named.
-        context: the model and its prompts.
+    ``names`` are part names separated by commas; ``all`` stands for every part that runs on these
+    prompts, but for those that run only when they are named.
 
     Raises:
         SettingError: a name that is no part, no name at all, or a part that does not run on these

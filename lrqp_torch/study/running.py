@@ -75,8 +75,7 @@ class Batch(Generic[P]):
     def rest(self) -> Tensor | None:
         """What :meth:`Replay.follow` says of each answer behind its first token, after a run.
 
-        Returns:
-            (copies · B, K, A, 2) float64, 0 for answers of one token; None where all are.
+        (copies · B, K, A, 2) float64, 0 for answers of one token; None where all are.
         """
         return self._rest(self.copies, clean=False)
 
@@ -109,9 +108,7 @@ class Batch(Generic[P]):
     def run(self, first_layer: int, where: str) -> Tensor:
         """Logits of the last column under the contexts that are open, (copies · B, vocabulary).
 
-        Args:
-            first_layer: the lowest layer that any of them touches.
-            where: what they do, for the message of the error.
+        ``first_layer`` is the lowest that any of them touches; ``where`` is what they do, in words.
 
         Raises:
             NonFiniteError: the logits hold NaN or infinity.
@@ -203,12 +200,8 @@ class Twinned:
     ) -> "Twinned | None":
         """Those of the held-out prompts of a task; None where none of them has a twin.
 
-        Args:
-            context: the model.
-            task: of which the prompts are.
-            site: where.
-            distance: of displacements (n, d), such as an edit's ``metric.distance``.
-            variable: in which twins differ, as :meth:`.PromptSet.twins` takes it.
+        ``distance`` is that of displacements (n, d), such as an edit's ``metric.distance``;
+        ``variable`` that in which twins differ, as :meth:`.PromptSet.twins` takes it.
         """
         found = context.twins(task, [site], variable=variable)
         if found is None:
@@ -302,10 +295,8 @@ def placed(values: Tensor) -> Edit:
 def moved_along(values: Tensor, example: Tensor, main: Tensor) -> Edit:
     """An edit that puts values, (N, d), at one token of each example and moves the others as it.
 
-    Args:
-        values: for each example.
-        example: of each token that is edited, (M,).
-        main: which tokens get the values, (M,), one for each example.
+    ``example`` is that of each token that is edited, (M,), and ``main`` says which tokens get the
+    values, (M,), one for each example.
     """
 
     def place(x: Tensor, context: EditContext) -> Tensor:
@@ -351,13 +342,9 @@ def in_batches(rows: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def put(kept: dict[K, Tensor], found: Mapping[K, Tensor], rows: Tensor, n: int) -> None:
-    """Put a batch's tensors, (B, …) each, into those of all n prompts, on the CPU.
+    """Put tensors ``found`` of a batch of prompts, (B, …) each, into those of all n, on the CPU.
 
-    Args:
-        kept: tensors of shape (n, …) so far; new names are added, with zeros elsewhere.
-        found: those of the batch.
-        rows: which prompts it holds, (B,).
-        n: number of prompts in all.
+    New names are added to ``kept``, with zeros elsewhere.
     """
     for name, values in found.items():
         here = values.detach().cpu()
@@ -369,16 +356,10 @@ def put(kept: dict[K, Tensor], found: Mapping[K, Tensor], rows: Tensor, n: int) 
 def answers(prompts: PromptSet, logits: Tensor, rest: Tensor | None = None) -> dict[str, Tensor]:
     """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
 
-    Args:
-        prompts: with their classes' answers.
-        logits: of the next token, (n, vocabulary).
-        rest: of what goes on behind it; see :meth:`PromptSet.scores`.
-
-    Returns:
-        ``preference``, the score of the class that holds minus that of the counterfactual class;
-        ``own_lead`` and ``other_lead``, the score of each minus the highest
-        of all other classes, positive where it is what the model answers. With two classes these
-        are the preference and its negative.
+    ``preference``, the score of the class that holds minus that of the counterfactual class;
+    ``own_lead`` and ``other_lead``, the score of each minus the highest of all other classes,
+    positive where it is what the model answers. With two classes these are the preference and its
+    negative. The arguments are those of :meth:`PromptSet.scores`.
     """
     if prompts.answers is None:
         return {}
@@ -408,11 +389,7 @@ def next_class(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def finite(logits: Tensor, where: str) -> Tensor:
-    """The same logits.
-
-    Raises:
-        NonFiniteError: they hold NaN or infinity.
-    """
+    """The same logits, or a :class:`NonFiniteError` where they hold NaN or infinity."""
     if not torch.isfinite(logits).all():
         raise NonFiniteError(
             f"the model's logits contain NaN or infinity in {where}. Try the model in float32."

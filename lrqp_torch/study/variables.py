@@ -58,14 +58,8 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
     their own while they take at most ``bins`` values in the training prompts, as they mostly do
     without a prefix; else they are cut at the training prompts' quantiles into at most ``bins``
     ranges. A position within the clause is that of the same template and order in the task without
-    a prefix, so it asks the same of both tasks.
-
-    Args:
-        task: whose prompts.
-        plain: the task without a prefix, from which positions within the clause are read; None
-            leaves those out.
-        names: how many names are told apart at most, the most frequent in the training prompts.
-        bins: the most classes that a position is cut into.
+    a prefix (``plain``; None leaves those out), so it asks the same of both tasks. At most
+    ``names`` names are told apart, the most frequent in the training prompts.
     """
     train, test = task.train, task.test
     label = label_name(train)

@@ -283,10 +283,6 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
 
     Writes ``verdicts.json``, ``verdicts.csv`` and the figure ``verdicts`` as PNG and SVG.
 
-    Args:
-        settings: what is asked for.
-        progress: whether to show a progress bar on standard error.
-
     Raises:
         ModelError: a model cannot be loaded, or nothing is known of where it uses the order.
         LRQPError: any other bad input.
@@ -362,16 +358,9 @@ def _scores(
 def score_sites(
     context: StudyContext, truth: KnownSites, methods: Sequence[str], name: str
 ) -> tuple[list[SiteScores], dict[str, str]]:
-    """Scores of one model on one draw of prompts.
+    """Scores of one model (``name``) on one draw of prompts.
 
-    Args:
-        context: the model, its prompts and sites.
-        truth: where it uses the order.
-        methods: names of baselines.
-        name: of the model, for the scores.
-
-    Returns:
-        A score for each site in order, and the methods that could not be built with the reason.
+    A score for each site in order, and the methods that could not be built with the reason.
     """
     train, test = context.task.train, context.task.test
     y, labels = (data.labels.to(context.device).long() for data in (train, test))
