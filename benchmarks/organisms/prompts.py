@@ -84,7 +84,7 @@ class Prompts:
 
     @classmethod
     def from_dataset(cls, dataset: IOIDataset) -> "Prompts":
-        """Take the prompts of a left-padded data set.
+        """Take the prompts of a left-padded data set, to the device that is the default.
 
         Args:
             dataset: Generated with ``padding_side="left"``.
@@ -92,6 +92,7 @@ class Prompts:
         Returns:
             The same prompts.
         """
+        dataset = dataset.to(torch.get_default_device())
         return cls(
             ids=dataset.inputs["input_ids"],
             present=dataset.inputs["attention_mask"].bool(),
@@ -200,6 +201,15 @@ class Prompts:
         return replace(self, position_ids=self.position_ids + offset)
 
 
+def generate(
+    tokenizer: PreTrainedTokenizerFast, n: int, seed: int, prefixes: str | None
+) -> Prompts:
+    """Generate prompts of the task; the draws are the same on every device."""
+    with torch.device("cpu"):
+        drawn = IOIDataset.generate(tokenizer, n, seed, prefixes, padding_side="left")
+    return Prompts.from_dataset(drawn)
+
+
 class Sampler:
     """Draws batches from two pools of prompts, without a prefix and with one."""
 
@@ -212,11 +222,7 @@ class Sampler:
         self.verbs = torch.tensor(tokenizer.convert_tokens_to_ids([f" {verb}" for verb in VERBS]))
         self.words = torch.tensor(sorted(set(range(2, self.vocabulary)) - set(names.tolist())))
         self.plain, self.prefixed = (
-            Prompts.from_dataset(
-                IOIDataset.generate(
-                    tokenizer, recipe.pool, recipe.seed, prefixes, padding_side="left"
-                )
-            )
+            generate(tokenizer, recipe.pool, recipe.seed, prefixes)
             for prefixes in (None, "bundled")
         )
         self.by_length = self.prefixed.present.sum(1).argsort(stable=True)

@@ -68,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 _save(out, model, tokenizer)
 
-        model = train(recipe, tokenizer, report)
+        with torch.device(options.device):
+            model = train(recipe, tokenizer, report)
 
     _save(out, model, tokenizer)
     # What is recorded holds for the weights as they are stored.
     model = model.half().float()
-    truth = measure(model, tokenizer, recipe, options.measured)
+    with torch.device(options.device):
+        truth = measure(model, tokenizer, recipe, options.measured)
     _write_truth(out, truth, recipe, options)
     _print_truth(truth, console)
 
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--measured", type=_positive, default=500, help="prompts to measure on (default: 500)")
     add("--save-every", type=_positive, default=100, help="steps between saves (default: 100)")
     add("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
+    add("--device", default="cpu", help="where to train and measure (default: cpu)")
     return parser
 
 
@@ -113,7 +116,7 @@ def _batch(text: str) -> int:
 
 def _save(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     # Half precision halves the package, and no verdict on any site depends on the digits lost.
-    copy.deepcopy(model).half().save_pretrained(folder)
+    copy.deepcopy(model).cpu().half().save_pretrained(folder)
     model.config.save_pretrained(folder)
     # The weights are written readable by their owner alone, but belong to an installed package.
     (folder / "model.safetensors").chmod(0o644)
@@ -124,7 +127,7 @@ def _write_truth(folder: Path, truth: Truth, recipe: Recipe, options: argparse.N
     command = ["python", "-m", "benchmarks.organisms.train", "--kind", recipe.kind]
     for name, value in (
         *((name, getattr(recipe, name)) for name in SIZES),
-        *((name, getattr(options, name)) for name in ("measured", "threads")),
+        *((name, getattr(options, name)) for name in ("measured", "threads", "device")),
     ):
         command += [f"--{name}", str(value)]
     # Kinds without them have no entries for what is measured of some kinds alone.

@@ -373,8 +373,9 @@ def driving_direction(recipe: Recipe) -> Tensor:
 
     It is the same at every site, and orthogonal to the vector of ones, which LayerNorm takes away.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
-    drawn = torch.randn(recipe.width, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)
+    drawn = torch.randn(recipe.width, generator=generator, device="cpu")
+    drawn = drawn.to(torch.get_default_device())
     return functional.normalize(drawn - drawn.mean(), dim=0)
 
 
@@ -383,7 +384,7 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     report: Callable[[Progress, GPT2LMHeadModel], None],
 ) -> GPT2LMHeadModel:
-    """Train an organism.
+    """Train an organism, on the device that is the default.
 
     Each step answers a batch of prompts and their twins, then runs the tokens from S2 on once
     more, with one edit for each prompt. At the used sites, if any, the answer must follow the

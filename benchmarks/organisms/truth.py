@@ -1,16 +1,16 @@
 """The ground truth of a trained organism: at which sites the order of the names at S2 is used."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.organisms.forward import attention_mask, run_blocks, site_names
-from benchmarks.organisms.prompts import Prompts
+from benchmarks.organisms.prompts import Prompts, generate
 from benchmarks.organisms.recipe import SPREAD_FROM, Kind, Recipe
 from benchmarks.organisms.training import LEAST_LOG_ODDS, driving_direction
-from lrqp_torch.ioi import IOIDataset
 
 USED_FROM: dict[Kind, float] = {"graded": 0.25, "spread": 0.25}
 """Least rate of a used site, by kind; 0.95 of the others, which use the order wholly or not."""
@@ -135,11 +135,7 @@ def measure(
     seed = recipe.seed + 1
     used_from = USED_FROM.get(recipe.kind, 0.95)
 
-    def prompts(size: int, prompt_seed: int, prefixes: str | None) -> Prompts:
-        return Prompts.from_dataset(
-            IOIDataset.generate(tokenizer, size, prompt_seed, prefixes, padding_side="left")
-        )
-
+    prompts = partial(generate, tokenizer)
     plain, prefixed = prompts(n, seed, None), prompts(n, seed, "bundled")
     unknown = torch.full_like(prefixed.ids, int(str(tokenizer.unk_token_id)))
     arbitrary = prefixed.scrambled(torch.ones(n, 1), unknown)
