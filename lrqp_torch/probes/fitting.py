@@ -97,6 +97,7 @@ class Options:
     l2: float | None
     tolerance: float
     max_iterations: int
+    standardise: bool = False
 
     def penalty(self, total: float) -> float:
         """The penalty for examples of so much weight; default 1/n."""
@@ -305,15 +306,20 @@ def _fit_stack(
     """Fit the label sets of some sites of one shape, all with the same number of classes."""
     first = problems[group[0][0]]
     n, size, n_classes = len(first.x), _size(first.x), len(first.counts)
-    means, bases = [], []
+    means, scales, bases = [], [], []
     features = torch.empty(len(group), n, size + 1, dtype=torch.float64, device=first.x.device)
     for site, keys in enumerate(group):
         x = problems[keys[0]].x.double()
         mean = x.mean(0)
         centred = x - mean
+        scale = centred.square().mean(0).sqrt() if options.standardise else torch.ones_like(mean)
+        # A coordinate that varies by rounding alone is not blown up.
+        scale = torch.where(scale > ROUNDING * mean.abs(), scale, 1.0)
+        centred = centred / scale
         basis = torch.linalg.qr(centred.T).Q if size < x.shape[1] else None
         features[site, :, :size] = centred if basis is None else centred @ basis
         means.append(mean)
+        scales.append(scale)
         bases.append(basis)
     features[..., -1] = 1.0
     labels = torch.stack([torch.stack([problems[k].labels for k in keys]) for keys in group])
@@ -325,7 +331,9 @@ def _fit_stack(
     zero = features.new_zeros(*labels.shape[:2], rows_of(n_classes), size + 1)
     minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
     found = {
-        key: _unpack(minimum, site, label_set, means[site], bases[site], l2, n, problems[key])
+        key: _unpack(
+            minimum, site, label_set, means[site], scales[site], bases[site], l2, n, problems[key]
+        )
         for site, keys in enumerate(group)
         for label_set, key in enumerate(keys)
     }
@@ -348,6 +356,7 @@ def _unpack(
     site: int,
     label_set: int,
     mean: Tensor,
+    scale: Tensor | float,
     basis: Tensor | None,
     l2: float,
     n_samples: int,
@@ -358,7 +367,7 @@ def _unpack(
     if len(parameters) == 1:
         parameters = torch.cat([-parameters, parameters])
     weight, bias = parameters[:, :-1], parameters[:, -1]
-    weight = weight.clone() if basis is None else weight @ basis.T
+    weight = (weight if basis is None else weight @ basis.T) / scale
     # The softmax ignores a shift of all biases; take the one with mean zero.
     bias = bias - bias.mean() - weight @ mean
     statistics = (minimum.loss, minimum.gradient_norm, minimum.relative_gradient_norm)
@@ -378,7 +387,7 @@ def _check_convergence(found: Mapping[Key, Fitted], tolerance: float) -> None:
     raise ConvergenceError(
         f"{failed[0]}: the gradient norm{others} is {report.relative_gradient_norm:.1e} of its "
         f"start after {report.iterations} steps, above {tolerance:.0e}; raise max_iterations or "
-        f"l2 (now {report.l2:.1e}), or standardise the activations"
+        f"l2 (now {report.l2:.1e}), or fit to standardised activations (standardise=True)"
     )
 
 
@@ -388,7 +397,7 @@ def fit_passes(data: "Passes", options: Options) -> Fitted:
     loss = MultinomialLoss(data, total=data.total, l2=l2, in_memory=False, ranks=data.ranks)
     zero = data.mean.new_zeros(1, 1, rows_of(len(data.counts)), data.width + 1)
     minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
-    found = _unpack(minimum, 0, 0, data.mean, None, l2, data.n_samples, data)
+    found = _unpack(minimum, 0, 0, data.mean, 1.0, None, l2, data.n_samples, data)
     _check_convergence({"streamed probe": found}, options.tolerance)
     return found
 

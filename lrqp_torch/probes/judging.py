@@ -111,7 +111,7 @@ def _check_coordinates(squares: Tensor) -> None:
             ProbeWarning,
             f"{int(wide.sum())} of {len(squares)} coordinates (the first are "
             f"{wide.nonzero().flatten()[:5].tolist()}) carry {share:.0%} of the variance, so edits "
-            f"would mostly go there; leave them out, or standardise the activations",
+            f"would mostly go there; leave them out, or fit with standardise=True",
         )
 
 

@@ -179,6 +179,7 @@ class LinearProbe(nn.Linear):
         class_weight: ClassWeight | None = None,
         held_out: float | tuple[Any, Any] | None = None,
         seed: int = 0,
+        standardise: bool = False,
         tolerance: float = 1e-8,
         max_iterations: int = 200,
     ) -> Self:
@@ -204,6 +205,10 @@ class LinearProbe(nn.Linear):
             held_out: what to report the accuracy on: examples (x, y), or a share of each class. In
                 that case a second probe, fitted to the others, is asked; this one is fitted to all.
             seed: of that random share.
+            standardise: whether the penalty is on the weights of standardised activations,
+                (l2/2) Σ_j s_j² ‖W_j‖² with s_j the standard deviation of coordinate j, so that it
+                does not depend on the units of a coordinate; folded into W and b. Not of stored
+                activations.
             tolerance: bound on the gradient norm, relative to the one at zero.
             max_iterations: Newton steps before giving up.
 
@@ -219,12 +224,14 @@ class LinearProbe(nn.Linear):
                 weights that do not fit.
             ConvergenceError: the gradient norm was not reached.
         """
-        options = Options(l2, tolerance, max_iterations)
+        options = Options(l2, tolerance, max_iterations, standardise)
         share = held_out if isinstance(held_out, int | float) else None
         pair = held_out if isinstance(held_out, tuple | list) else None
         if not isinstance(x, Tensor) and hasattr(x, "batches"):
             if share is not None:
                 raise LabelError("of stored activations no share can be held out; give (x, y)")
+            if standardise:
+                raise LabelError("stored activations cannot be standardised; give a tensor")
             numbers, classes = read_labels(y)
             batches = _in_order(x, numbers, sample_weight)
             data = Passes(batches, n_classes, class_weight, classes=classes)
@@ -250,6 +257,7 @@ class LinearProbe(nn.Linear):
         *,
         l2: float | None = None,
         class_weight: ClassWeight | None = None,
+        standardise: bool = False,
         tolerance: float = 1e-8,
         max_iterations: int = 200,
         memory: int = 2**32,
@@ -285,7 +293,7 @@ class LinearProbe(nn.Linear):
                 with the name of the probe; of many ranks, on the first that fits such a probe.
             ToldError: on the other ranks.
         """
-        options = Options(l2, tolerance, max_iterations)
+        options = Options(l2, tolerance, max_iterations, standardise)
 
         def fit(some: list[list[Key]]) -> dict[Key, Self]:
             checked: dict[Key, Problem] = {}

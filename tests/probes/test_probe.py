@@ -295,6 +295,26 @@ def test_a_looser_tolerance_is_honoured() -> None:
     assert loose.iterations < tight.iterations
 
 
+@pytest.mark.parametrize(("n", "width", "k"), [(200, 12, 3), (200, 12, 2), (20, 64, 2)])
+def test_a_standardised_fit_is_that_of_standardised_activations_folded(
+    n: int, width: int, k: int
+) -> None:
+    x, y = samples(n, width, k)
+    x = x * torch.logspace(-3, 3, width, dtype=torch.float64) + 5
+    x[:, 0] = 0.1  # never varies
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale[0] = 1
+    one = LinearProbe.fit((x - mean) / scale, y, tolerance=1e-10)
+    expected = LinearProbe.from_weights(one.weight, one.bias, mean, scale)
+    found = LinearProbe.fit(x, y, standardise=True, tolerance=1e-10)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found(x), expected(x), rtol=1e-6, atol=1e-7)
+    assert float(found.weight[:, 0].abs().max()) < 1e-9
+    units = x * torch.logspace(2, -2, width, dtype=torch.float64)
+    both = LinearProbe.fit_many({1: (x, y), 2: (units, y)}, standardise=True, tolerance=1e-10)
+    torch.testing.assert_close(both[1](x), both[2](units), rtol=1e-6, atol=1e-7)
+
+
 def test_bad_use_is_named() -> None:
     probe = LinearProbe(4, 3)
     x = torch.zeros(5, 4)
