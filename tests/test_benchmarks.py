@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, growth, hooks, qp, replay
+from benchmarks import end_to_end, growth, hooks, penalties, qp, replay
 from benchmarks.floor import BarePasses
 from benchmarks.measure import medians
 from benchmarks.qp_peers import OURS
@@ -60,6 +60,18 @@ def test_qp(run: Callable[..., dict[str, Any]]) -> None:
     assert {row["K"] for row in ours} == {2, 3}
     assert all(row["violation"] == 0 and row["gradient error"] < 1e-9 for row in ours)
     assert all(row["both × ours"] == 1 for row in ours)
+
+
+def test_penalties(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    penalties.main(["--n", "60", "--sites", "L3.pre", "--json", str(path)])
+    rows = json.loads(path.read_text())
+    assert len(rows) == 2 * 2 * len(penalties.PENALTIES)
+    twins = [row for row in rows if row["dose"] == "twin"]
+    # Dosed by the twin, the penalty does not matter, and the edit does what the twin does.
+    assert all(row["recovered"][0] > 0.9 and row["kl"][0] < 0.1 for row in twins)
+    lengths = [row["length"] for row in twins]
+    assert max(lengths) < 1.1 * min(lengths)
 
 
 def test_a_missing_solver_is_a_row_that_says_so(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines import DASLeast
-from lrqp_torch.edits.joint import JointLRQP
+from lrqp_torch.edits.joint import JointLRQP, JointSolution
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
@@ -52,6 +52,9 @@ METHODS = {
 """Ways to write the same at the best site, by name."""
 LEAST_TO_TRAIN = 8
 """Training prompts with twins that DAS needs."""
+REACHED = 1e-3
+"""Nats by which a reading may miss the odds asked for and still count as having reached them: what
+rounding does to the activations and readings of every method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,11 @@ class MethodRow(Likeness):
     logit_difference: Estimate  # mean preference for the class that holds
     divergence: Estimate  # mean KL(clean ‖ edited) of the next token elsewhere, in nats
     distance: float | None  # mean Mahalanobis length; None as that of an interchange
+    # Of the prompts, the share at which the probes of all that is written read the odds asked of
+    # LRQP, log α, to within `REACHED`; and mean |log odds read − log α|, in nats, of the variable
+    # that is shortest of it: what was written too little, or too much.
+    reached: Estimate | None = None
+    astray: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -434,14 +442,16 @@ class JointStudy:
             return []
         context, metric, x = self.given.context, self.edits[site].metric, self.x[site]
         trials = Trials(context, self.data, elsewhere=elsewhere(self.data)[0])
-        made: dict[str, dict[str, tuple[Trial, str, Tensor]]] = {}
+        made: dict[str, dict[str, tuple[Trial, str, Tensor, Tensor]]] = {}
         for one, (at, _) in self.twins.items():
             moved = at[site].double() - x.double()
             patch = trials.add(site, moved)
-            made[one] = {"patch": (patch, "", metric.distance(moved))}
+            floor = self._least(site, one, JointLRQP.FREE).floor
+            short = self._short(site, floor, moved)
+            made[one] = {"patch": (patch, "", metric.distance(moved), short)}
             for name, (delta, settings) in self._deltas(site, one, training).items():
-                trial = trials.add(site, delta, patch)
-                made[one][name] = trial, settings, metric.distance(delta)
+                trial, short = trials.add(site, delta, patch), self._short(site, floor, delta)
+                made[one][name] = trial, settings, metric.distance(delta), short
         trials.run(advance)
         clean, rows = trials.clean.found, list[MethodRow]()
         groups = None if self.data.groups is None else self.data.groups.cpu()
@@ -449,11 +459,14 @@ class JointStudy:
             how = self.twins[one][1], context.seed, groups
             seen = {
                 name: trial.found | {"distance": length.cpu()}
-                for name, (trial, _, length) in ways.items()
+                for name, (trial, _, length, _) in ways.items()
             }
             pairs = {name: (own, seen["patch"]) for name, own in seen.items() if name != "patch"}
-            likeness = ceiling.likenesses(clean, pairs, *how)
+            likeness, known = ceiling.likenesses(clean, pairs, *how), self.twins[one][1]
+            among = None if groups is None else groups[known]
             for name in (name for name in METHODS if name in ways):
+                short = ways[name][3][known]
+                generator = torch.Generator().manual_seed(context.seed)
                 own = ceiling.interchange_of(clean, seen[name], *how)
                 assert own.flipped is not None and own.logit_difference is not None
                 rows.append(
@@ -466,6 +479,8 @@ class JointStudy:
                         logit_difference=own.logit_difference,
                         divergence=own.divergence,
                         distance=own.distance,
+                        reached=Estimate.share(short <= REACHED, among),
+                        astray=Estimate.mean(short.abs(), generator, among),
                         **likeness.get(name, {}),
                     )
                 )
@@ -473,15 +488,12 @@ class JointStudy:
 
     def _deltas(self, site: str, one: str, training: Training) -> dict[str, tuple[Tensor, str]]:
         """What each method adds to the activations, (n, d) float64, and how it was trained."""
-        edit, x = self.edits[site], self.x[site].double()
+        x = self.x[site].double()
         device = x.device
         source, target = self.source.to(device), self.target.to(device)
 
         def least(beside: int) -> Tensor:
-            choice = self.choice(one, target, beside)
-            asked = self.asked(site, one, {"counterfactual": choice}, torch.arange(len(x)))
-            own = None if asked is None else asked["counterfactual"]
-            return edit.solve(x, choice, source, asked=own).x_new.detach() - x
+            return self._least(site, one, beside).x_new.detach() - x
 
         found = {"lrqp": (least(JointLRQP.FREE), "")}
         if one != ALL and len(self.sets) > 1:
@@ -505,6 +517,26 @@ class JointStudy:
                 )
                 found[name] = (written.double() - x, settings)
         return found
+
+    def _least(self, site: str, one: str, beside: int) -> JointSolution:
+        """The least edit that writes a set of variables, with the others free or kept."""
+        x = self.x[site].double()
+        choice = self.choice(one, self.target.to(x.device), beside)
+        asked = self.asked(site, one, {"counterfactual": choice}, torch.arange(len(x)))
+        own = None if asked is None else asked["counterfactual"]
+        return self.edits[site].solve(x, choice, self.source.to(x.device), asked=own)
+
+    def _short(self, site: str, floor: Tensor, delta: Tensor) -> Tensor:
+        """Nats by which floors (n, V) are missed, at most; negative where exceeded, (n,)."""
+        x = self.x[site]
+        there, target = (x.double() + delta).to(x.dtype), self.target.to(x.device)
+        read = [
+            self.probes[site, name].log_odds(there, target[:, place])
+            for place, name in enumerate(self.variables)
+        ]
+        # What is not written has no floor.
+        short = (floor - torch.stack(read, -1)).nan_to_num(nan=-torch.inf)
+        return short.amax(-1).detach().cpu()
 
     def _size(self, name: str) -> int:
         return len(self.variables[name].classes)

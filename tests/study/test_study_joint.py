@@ -124,6 +124,15 @@ def test_every_method_stands_beside_the_patch_of_the_same_pairs() -> None:
     assert "rank 2" in rows[ALL, "das"].settings and "rank 1" in rows["order", "das"].settings
 
 
+def test_the_least_edit_alone_reads_the_odds_that_were_asked_for_at_every_prompt() -> None:
+    for row in result().methods:
+        assert row.reached is not None and row.astray is not None
+        if row.method in ("lrqp", "kept"):
+            assert row.reached.value == 1 and row.astray.value < 1e-3
+        else:
+            assert row.astray.value > 0.1
+
+
 def test_every_other_class_is_written_and_told_apart() -> None:
     one = replace(own_context(3), sites=[LATER])
     found = PART.compute(given(one, LATER), Count())

@@ -231,6 +231,8 @@ class Joint(Part[JointResult]):
                 ],
                 f"KL {result.elsewhere} (nats)": [row.divergence for row in rows],
                 "length, sd": [row.distance for row in rows],
+                "odds asked for reached (%)": [row.reached for row in rows],
+                "off these odds (nats)": [row.astray for row in rows],
                 "beyond its own patch": [row.beyond or "" for row in rows],
                 "trained": [row.settings for row in rows],
             }
@@ -240,7 +242,9 @@ class Joint(Part[JointResult]):
                     title=f"The same, written in other ways at {result.site}",
                     text="DAS is trained on the very answers; an edit that flips significantly "
                     "more than its own patch, or is longer, is beyond it: it does what the "
-                    "variable does not do in the model by the natural way.",
+                    "variable does not do in the model by the natural way. Odds are those of the "
+                    "probes that LRQP promises: at how many prompts they are reached, and how far "
+                    "the reading is off what was asked, too low or too high.",
                     table=table_of(columns),
                 )
             )
