@@ -205,11 +205,11 @@ def edits_of(request: Any) -> tuple[RequestEdit, ...]:
 
 
 def _settled(params: Any) -> tuple[RequestEdit, ...]:
-    given: list[dict[str, Any]] = (getattr(params, "extra_args", None) or {}).get(SETTLED, [])
-    return tuple(
-        RequestEdit(**{k: tuple(v) if isinstance(v, list) else v for k, v in edit.items()})
-        for edit in given
-    )
+    found = []
+    for edit in (getattr(params, "extra_args", None) or {}).get(SETTLED, ()):
+        values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in edit.items()}
+        found.append(RequestEdit(**values))
+    return tuple(found)
 
 
 def _wrap_keys() -> None:
@@ -257,7 +257,8 @@ def _start(inner: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) ->
     """Start an engine, unless a rank has not armed what it should have."""
     inner(engine, *args, **kwargs)
     edits = library()
-    assert edits is not None
+    if edits is None:
+        return
     check_ranks(engine.model_executor.collective_rpc(armed_of), edits)
     ledger = Ledger(edits, getattr(engine.scheduler, "hash_block_size", 0))
     scheduler = engine.scheduler
@@ -379,8 +380,8 @@ class Ledger:
                 positions = list(range(edit.lo, min(edit.hi, read)))
                 missed = [edit.lo] if not positions else []
             else:
-                positions = sorted(p for p in edit.positions if p < read)
-                missed = sorted(p for p in edit.positions if p >= read)
+                positions = [p for p in edit.positions if p < read]
+                missed = [p for p in edit.positions if p >= read]
             rows = [self._row(entry, edit.edit, position) for position in positions]
             missed += [p for p, row in zip(positions, rows, strict=True) if row is None]
             if missed:
@@ -516,9 +517,12 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
     """Load a model, and put the operator where its edits are."""
     inner(runner, *args, **kwargs)
     edits, config = library(), runner.vllm_config
-    assert edits is not None
+    if edits is None:
+        return
     model_config, parallel = config.model_config, config.parallel_config
-    edits.check_model(model_config.hf_config, [model_config.model])
+    served = model_config.served_model_name or []
+    named = [model_config.model, *([served] if isinstance(served, str) else served)]
+    edits.check_model(model_config.hf_config, named)
     refused = {
         "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
