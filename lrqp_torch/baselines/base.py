@@ -25,7 +25,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.stream.intervene import EditContext, Placement
 
 
 class Baseline(Edit[Classes]):
@@ -136,7 +136,7 @@ class Baseline(Edit[Classes]):
         self.check_pairs(len(x))
         rows = torch.arange(len(x), device=x.device)
         names = rows if examples is None else examples
-        held = realise or (lambda values: values.to(x.dtype).double())
+        held = realise or Placement(None, 1.0, x.dtype)
         given = row_classes(target, x, self.n_classes, "target")
         own = None if source is None else row_classes(source, x, self.n_classes, "source")
         return self.edit_rows(x, given, own, EditContext(rows, names, torch.zeros_like(rows), held))

@@ -213,10 +213,11 @@ class LRQP(Edit[Classes]):
         if x.device.type == "cpu":
             geometry = self.geometry(x.device)
             return self._attempt(x, target, source, realise, geometry, asked=asked)
-        tensors = self.probe.weight, self.probe.bias, self.metric.covariance
+        live = self.probe.weight, self.probe.bias
+        tensors = *live, self.metric.covariance
         known = self._geometry.known(*tensors, x.device)
         if known is not None and self._is_on(x) and self.qp.fuses(x, known, realise):
-            return self._launch(x, target, source, realise, known, asked)
+            return self._attempt(x, target, source, realise, known, asked=asked, live=live)
         geometry, stale = self._geometry.peek(*tensors, x.device)
         return self._attempt(x, target, source, realise, geometry, stale, asked)
 
@@ -257,8 +258,6 @@ class LRQP(Edit[Classes]):
         if residual is not None and residual.stride(-1) != 1:
             return None
         if not self.qp.fuses(stream, geometry):
-            return None
-        if residual is not None and residual.stride(-1) != 1:
             return None
         if torch.is_grad_enabled() and (
             stream.requires_grad
@@ -362,49 +361,33 @@ class LRQP(Edit[Classes]):
         geometry: ProbeGeometry,
         stale: Tensor | None = None,
         asked: Tensor | float | None = None,
+        live: tuple[Tensor, Tensor] | None = None,
     ) -> Solution:
         """Solve by the odds rule; what failed is in the status, and skipped where asked for.
 
-        ``stale``, bool (), says whether the geometry is not that of the probe any more.
+        ``stale``, bool (), says whether the geometry is not that of the probe any more. Where the
+        probe ``live`` is given, one launch sees that, and classes out of range, by itself.
         """
         batch, device = len(x), x.device
-        classes, valid = place_classes(target, batch, self.n_classes, device, "target")
-        held, valid_source = None, None
-        if source is not None:
-            held, valid_source = place_classes(source, batch, self.n_classes, device, "source")
+        wrong = [] if stale is None else [stale.expand(batch)]
 
-        floor = (
-            self._odds_rule(classes, held) if asked is None else as_floors(asked, (batch,), device)
-        )
-        solution = self.qp.solve(x, classes, floor, geometry, realise=realise)
-        for sound in (valid, valid_source, None if stale is None else ~stale.expand(batch)):
-            solution = solution if sound is None else solution.invalidate(~sound, x)
-        return skipped(solution, x, self.on_infeasible)
+        def placed(classes: Classes, name: str) -> Tensor:
+            if live is not None:
+                return self._beside(classes, x, name)
+            own, sound = place_classes(classes, batch, self.n_classes, device, name)
+            wrong.extend([] if sound is None else [~sound])
+            return own
 
-    def _launch(
-        self,
-        x: Tensor,
-        target: Classes,
-        source: Classes | None,
-        realise: Realise | None,
-        geometry: ProbeGeometry,
-        asked: Tensor | float | None,
-    ) -> Solution:
-        """The same in one launch, which also sees classes out of range and a probe that changed."""
-        classes = self._beside(target, x, "target")
-        held = None if source is None else self._beside(source, x, "source")
-        floors: OddsRule | Tensor = self._odds_rule(classes, held)
+        classes = placed(target, "target")
+        held = None if source is None else placed(source, "source")
+        floor: OddsRule | Tensor = self._odds_rule(classes, held)
         if asked is not None:
-            floors = as_floors(asked, (len(x),), x.device)
-        return fused.solve(
-            x,
-            classes,
-            floors,
-            geometry,
-            realise,
-            skip=self.on_infeasible == "skip",
-            live=(self.probe.weight, self.probe.bias),
-        )
+            floor = as_floors(asked, (batch,), device)
+        skip = self.on_infeasible == "skip"
+        solution = self.qp.solve(x, classes, floor, geometry, realise=realise, live=live, skip=skip)
+        for invalid in wrong:
+            solution = solution.invalidate(invalid, x)
+        return solution if live is not None else skipped(solution, x, self.on_infeasible)
 
     def _beside(self, classes: Classes, x: Tensor, name: str) -> Tensor:
         """Classes as int64 where x is, (B,) or one for all, (1,), looked at if that is no wait."""

@@ -25,50 +25,21 @@ from torch import Tensor
 from lrqp_torch.errors import concrete
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.constraints import ClassConstraints, Constraints
-from lrqp_torch.qp.implicit import active_multipliers
+from lrqp_torch.qp.implicit import ActiveBlock
 from lrqp_torch.qp.pivots import find_active_sets
 
 
 @dataclass(frozen=True)
-class DualSolution:
-    """The active set of each problem, and what follows from it.
+class DualSolution(ActiveBlock):
+    """The active set of each problem, and what was found with it.
 
     Attributes:
-        index: which constraint each slot holds, (B, n), m where it is empty; None: slot i holds
-            constraint i.
-        held: which slots hold an active constraint, (B, n) bool.
-        inverse: M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n).
         feasible: False where the dual is unbounded, so no activation meets the constraints, (B,).
         converged: False where the pivots ran out, (B,).
     """
 
-    index: Tensor | None
-    held: Tensor
-    inverse: Tensor
     feasible: Tensor
     converged: Tensor
-
-    def multipliers(self, constraints: Constraints, gap: Tensor) -> Tensor:
-        """λ of these active sets, (B, m), differentiable in M and g; zero elsewhere."""
-        # One that is 0 may come out as rounding below it.
-        if self.index is None:
-            found = active_multipliers(constraints.gram, gap, self.inverse, self.held)
-            return found.clamp_min(0.0)
-        m = gap.shape[-1]
-        right = gap.gather(-1, self.index.clamp_max(m - 1))
-        block = constraints.block(self.index)
-        found = active_multipliers(block, right, self.inverse, self.held).clamp_min(0.0)
-        return gap.new_zeros(len(gap), m + 1).scatter(-1, self.index, found)[:, :m]
-
-    def rows(self, rows: Tensor) -> "DualSolution":
-        """Those of some of the examples, (n,) integer."""
-        return DualSolution(
-            None if self.index is None else self.index[rows],
-            self.held[rows],
-            self.inverse[rows],
-            self.feasible[rows],
-            self.converged[rows],
-        )
 
 
 @torch.no_grad()

@@ -13,29 +13,25 @@ from lrqp_torch.errors import check_values, in_transforms, readable
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import ProbeGeometry
+from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
 from lrqp_torch.qp.solution import Solution
+from lrqp_torch.qp.solvers import ActiveSet
 
 
 def serves(
-    x: Tensor, floor: Tensor | OddsRule, geometry: ProbeGeometry, realise: Realise | None
+    x: Tensor, floor: Tensor | OddsRule | None, geometry: ProbeGeometry, realise: Realise | None
 ) -> bool:
-    """Whether a batch can be solved here."""
+    """Whether a batch can be solved here, for such floors or any."""
     if not readable(x) or in_transforms() or native.library() is None:
         return False
     if x.dtype not in native.KINDS or not (realise is None or _places(realise, x)):
         return False
-    given = floor.log_odds if isinstance(floor, OddsRule) else floor
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or given.requires_grad
-        or geometry.steering.requires_grad
-        or geometry.bias.requires_grad
-    ):
-        return False
     # In forward mode any of them may carry a derivative.
-    forward = torch.autograd.forward_ad._current_level >= 0
-    return given.device.type == geometry.steering.device.type == "cpu" and not forward
+    if torch.autograd.forward_ad._current_level >= 0 or not readable(geometry.steering):
+        return False
+    given = floor.log_odds if isinstance(floor, OddsRule) else floor
+    return given is None or readable(given)
 
 
 def _places(realise: Realise, x: Tensor) -> bool:
@@ -52,9 +48,10 @@ def solve(
     floor: Tensor | OddsRule,
     geometry: ProbeGeometry,
     placing: Any,
-    tolerance: float,
-) -> Solution:
-    """The least edits, read back.
+    *,
+    repeats: bool = False,
+) -> tuple[Solution, Ended | None]:
+    """The least edits, read back, and where the solves ended.
 
     Args:
         x: activations, (B, d).
@@ -62,14 +59,14 @@ def solve(
         floor: log α, (B,) or (B, K−1) float64, or a rule.
         geometry: probe and metric.
         placing: what the model will hold; default x' in x's dtype.
-        tolerance: on the residual of an accurate solve.
+        repeats: whether where they ended is wanted, for a derivative.
 
     Raises:
         TargetError: a target out of range.
         NonFiniteError: NaN or infinity in activations or floors.
     """
-    batch, m, like = x.shape[0], geometry.n_constraints, geometry.bias
-    x, target = native.rows_of(x), target.contiguous()
+    batch, m = x.shape[0], geometry.n_constraints
+    x, target, like = native.rows_of(x.detach()), target.contiguous(), geometry.bias.detach()
     numbers, multipliers = like.new_empty(6, batch), like.new_empty(batch, m)
     result, status = x.new_empty(x.shape), target.new_empty(batch)
     columns = numbers.unbind(0)
@@ -81,7 +78,7 @@ def solve(
             source = source.contiguous()
             task.source = source.data_ptr()
     elif floor.ndim == 1:
-        floors = columns[3].copy_(floor)
+        floors = columns[3].copy_(floor.detach())
     else:
         floors, task.each = floor.detach().contiguous(), m
     if placing is not None and placing.base is not None:
@@ -92,12 +89,25 @@ def solve(
     task.x, task.result = x.data_ptr(), result.data_ptr()
     task.kind, task.stride = native.KINDS[x.dtype], x.stride(0)
     task.epsilon = epsilon = torch.finfo(x.dtype).eps
-    task.advance, task.tolerance = advance(epsilon, x.shape[1]), tolerance
-    outcome = native.solve(geometry.shared, task)
+    task.advance, task.tolerance = advance(epsilon, x.shape[1]), ActiveSet.tolerance
+    aims, room, ended = multipliers, min(m, native.FIRST_SLOTS), None
+    if repeats:
+        aims = like.new_empty(batch, m)
+        task.aims = aims.data_ptr()
+    while True:
+        if repeats:
+            index, inverse = target.new_empty(batch, room), like.new_empty(batch, room, room)
+            task.slots, task.index, task.inverse = room, index.data_ptr(), inverse.data_ptr()
+        outcome = native.solve(geometry.shared, task)
+        if not repeats or outcome // 2 <= room:
+            break
+        room = outcome // 2
+    if repeats:
+        ended = Ended(index, index < m, inverse, aims)
     if outcome == -2:
         geometry.check(target, batch)
-    if outcome:
+    if outcome % 2:
         check_values(x, columns[4], floors)
     residual, squared, moved, _, before, after = columns
-    active, lengths = multipliers > 0, (squared, moved)
-    return Solution(result, multipliers, active, *lengths, floors, before, after, residual, status)
+    parts = multipliers > 0, squared, moved, floors, before, after, residual, status
+    return Solution(result, multipliers, *parts), ended

@@ -37,6 +37,7 @@ typedef struct {
     double *numbers;        /* (6, B), or NULL to read alone: KKT residual, l'Ml, squared
                              * Euclidean length, floor, log odds of the strongest rival before, after */
     i64 *status;            /* (B): see solution.py; without x the verdict bits below */
+    double *aims;           /* (B, m): floors that the last solve aimed at, or NULL */
     i64 slots;              /* room for the active sets, or 0 */
     i64 *index;             /* (B, slots), m where a slot is empty */
     double *inverse;        /* (B, slots, slots) */
@@ -381,6 +382,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
         else if (t->advance > 0)
             raised = t->advance * (s->length[target * n + j] * size + larger(floor - margins[l], 0));
         w->raised[l] = raised;
+        if (t->aims) t->aims[b * m + l] = floor + raised;
         double gap = (floor + raised) - margins[l];
         double diagonal = s->classes ? own[j] : own[j * n + j];
         if (!(diagonal <= noise[j])) {
@@ -702,9 +704,9 @@ static void keep(const Shared *s, const Task *t, i64 b) {
     memcpy((char *)t->result + b * s->width * bytes, from, s->width * bytes);
 }
 
-/* Edit a block of rows from b on; 0 without memory. Says where one is invalid. */
+/* Edit a block of rows from b on; 0 without memory. Says where one is invalid, and the slots needed. */
 static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i64 b, i64 count,
-                      i64 *invalid) {
+                      i64 *invalid, i64 *slots) {
     i64 d = s->width, rows = s->rows, m = s->m;
     double *spare = space + 2 * BLOCK * d, *x[BLOCK], *held[BLOCK], size[BLOCK];
     double *before = spare + 2 * d, *after = before + BLOCK * rows, *raised = after + BLOCK * rows;
@@ -715,7 +717,9 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
         int verdict;
         held[i] = direct ? (double *)t->result + (b + i) * d : space + (BLOCK + i) * d;
         size[i] = norm_of(x[i], NULL, d);
-        if (!solve_one(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict)) return 0;
+        i64 needs = solve_one(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
+        if (!needs) return 0;
+        if (needs - 1 > *slots) *slots = needs - 1;
         memcpy(raised + i * m, w->raised, sizeof(double) * m);
         open[i] = (verdict & (NEEDED | FEASIBLE)) == (NEEDED | FEASIBLE);
         some |= open[i];
@@ -738,8 +742,9 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
         for (i64 number = 0;; number++) {
             int verdict;
             if (!judge(s, t, w, b + i, seen, size[i], number, x[i], held[i], spare)) break;
-            if (!solve_one(s, t, w, b + i, before + i * rows, size[i], number ? LIVE : RECOVER, &verdict))
-                return 0;
+            i64 needs = solve_one(s, t, w, b + i, before + i * rows, size[i], number ? LIVE : RECOVER, &verdict);
+            if (!needs) return 0;
+            if (needs - 1 > *slots) *slots = needs - 1;
             if (!(verdict & FEASIBLE)) {
                 t->status[b + i] = INFEASIBLE;
                 keep(s, t, b + i);
@@ -755,7 +760,7 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
 typedef struct {
     const Shared *shared;
     const Task *task;
-    i64 from, to, slots;
+    i64 from, to, slots, invalid;
 } Part;
 
 static void *solve_part(void *given) {
@@ -777,7 +782,7 @@ static void *solve_part(void *given) {
         }
         if (t->x) {
             i64 count = part->to - b < BLOCK ? part->to - b : BLOCK;
-            sound = edit_block(s, t, &w, space, b, count, &part->slots);
+            sound = edit_block(s, t, &w, space, b, count, &part->invalid, &part->slots);
             continue;
         }
         int verdict;
@@ -796,20 +801,20 @@ static void *solve_part(void *given) {
     return NULL;
 }
 
-/* Solve all problems of a task: the most slots that one of them needs, or of activations whether one
- * is invalid; -1 without memory, -2 where a target is out of range. */
+/* Solve all problems of a task: the most slots that one of them needs, of activations twice that and
+ * 1 more if one is invalid; -1 without memory, -2 where a target is out of range. */
 i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     enum { MOST = 256 };
     pthread_t running[MOST];
     Part parts[MOST];
-    i64 started = 0, slots = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
+    i64 started = 0, slots = 0, invalid = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
     for (i64 b = 0; task->target && b < count; b++)
         if (task->target[b] < 0 || task->target[b] >= shared->classes) return -2;
     threads = threads > MOST ? MOST : threads > blocks ? blocks : threads;
     threads = threads < 1 ? 1 : threads;
     for (i64 i = 0; i < threads; i++) {
         i64 from = blocks * i / threads * BLOCK, to = blocks * (i + 1) / threads * BLOCK;
-        parts[i] = (Part){shared, task, from, to < count ? to : count, 0};
+        parts[i] = (Part){shared, task, from, to < count ? to : count, 0, 0};
     }
     for (i64 i = 1; i < threads; i++, started++)
         if (pthread_create(&running[i], NULL, solve_part, &parts[i])) break;
@@ -819,6 +824,7 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     for (i64 i = 0; i < threads; i++) {
         if (parts[i].slots < 0) return -1;
         if (parts[i].slots > slots) slots = parts[i].slots;
+        invalid |= parts[i].invalid;
     }
-    return slots;
+    return task->x && task->numbers ? 2 * slots + invalid : slots;
 }

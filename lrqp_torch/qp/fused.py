@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lrqp_torch.errors import ModelError, in_transforms, warn
-from lrqp_torch.qp.implicit import active_multipliers, matvec
+from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import Realise, advance
 from lrqp_torch.qp.solution import Solution
 
@@ -117,10 +117,10 @@ def serves(x: Tensor, n_classes: int) -> bool:
 
 def places(realise: Realise) -> TypeGuard[Placed]:
     """Whether it says how it puts activations in place, as the kernels can."""
-    if not all(hasattr(realise, name) for name in ("base", "scale", "dtype")):
+    own: Any = realise
+    if not all(hasattr(own, name) for name in ("base", "scale", "dtype")):
         return False
-    base = realise.base  # type: ignore[attr-defined]
-    return base is None or base.stride(-1) == 1
+    return bool(own.scale == 1) if own.base is None else own.base.stride(-1) == 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def shape_of(n_classes: int, width: int) -> Shape:
         return chosen
     if n_classes == 2:
         return Shape(128, 1)
-    return Shape(32, 1) if n_classes <= 16 else Shape(64, 4)
+    return Shape(32, 1, narrow=True) if n_classes <= 16 else Shape(64, 4, narrow=True)
 
 
 SHAPES: dict[int, Shape] = {}
@@ -397,13 +397,11 @@ def solve(
     geometry: "ProbeGeometry",
     realise: Realise | None = None,
     *,
+    repeats: bool = False,
     skip: bool = False,
     live: tuple[Tensor, Tensor] | None = None,
-) -> Solution:
+) -> tuple[Solution, Ended]:
     """What :meth:`~.MahalanobisQP.solve` returns, in one launch.
-
-    Where gradients are asked for, a few operations repeat the last solve from the active set and
-    the floors that the kernel ended with, so that they are as exact as there, to every order.
 
     Args:
         x: activations, (B, d).
@@ -411,6 +409,7 @@ def solve(
         floors: log α by a rule, (B,) or (B, m).
         geometry: of the probe.
         realise: how edited activations are put in place; see :func:`places`.
+        repeats: whether where it ended is wanted, for a derivative.
         skip: whether what fails is left as it was.
         live: weight and bias of the probe as they are now; where they are not the geometry's, all
             is INVALID.
@@ -420,11 +419,8 @@ def solve(
     wide = geometry.squared
     multipliers = wide.new_empty(batch, m)
     active = torch.empty(batch, m, dtype=torch.bool, device=x.device)
-    differentiable = torch.is_grad_enabled() and any(
-        part.requires_grad for part in (x, geometry.weight, geometry.bias, wide, given)
-    )
     aims = inverse = multipliers
-    if differentiable:
+    if repeats:
         aims, inverse = torch.empty_like(multipliers), wide.new_empty(batch, m, m)
     x_new = torch.empty_like(x)
     base, scale = None, 1.0
@@ -442,7 +438,7 @@ def solve(
             scale=scale,
             copy=True,
             solution=(multipliers, active, aims, inverse),
-            repeats=differentiable,
+            repeats=repeats,
         )
     before, after, floor, distance, moved, residual = certificate.unbind()
     solution = Solution(
@@ -457,9 +453,7 @@ def solve(
         kkt_residual=residual,
         status=status,
     )
-    if not differentiable:
-        return solution
-    return _repeated(solution, x, target, floors, geometry, aims, inverse)
+    return solution, Ended(None, active, inverse, aims)
 
 
 def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor, Tensor | None]:
@@ -525,45 +519,6 @@ def edit_stream(
     return whole
 
 
-def _repeated(
-    solution: Solution,
-    x: Tensor,
-    target: Tensor,
-    floors: OddsRule | Tensor,
-    geometry: "ProbeGeometry",
-    aims: Tensor,
-    inverse: Tensor,
-) -> Solution:
-    """The same numbers with gradients, from the active sets and floors of the last solves."""
-    target = target.clamp(0, geometry.n_classes - 1)
-    if target.shape[0] != len(x):
-        target = target.expand(len(x))
-    active = solution.active
-    edit = active.any(-1)
-    margins = geometry.margins(x, target)
-    if isinstance(floors, OddsRule):
-        floors = replace(floors, target=target)(margins)
-    bound = floors if floors.ndim == 2 else floors.unsqueeze(-1)
-    # How much rounding had the floors raised is no function of anything.
-    gap = bound + (aims - bound.detach()) - margins
-    gap = torch.where(edit.unsqueeze(-1), gap, -1.0)
-    gram = geometry.constraints(target).gram
-    if gram.shape[-1] == 1:
-        found = torch.where(active, gap / torch.where(active, gram.squeeze(-1), 1.0), 0.0)
-    else:
-        found = active_multipliers(gram, gap, inverse, active).clamp_min(0.0)
-    squared = (found * matvec(gram, found)).sum(-1)
-    edited = geometry.displace(x, target, found).to(x.dtype)
-    return replace(
-        solution,
-        x_new=_valued(torch.where(edit.unsqueeze(-1), edited, x), solution.x_new),
-        multipliers=_valued(found, solution.multipliers),
-        squared_distance=_valued(squared, solution.squared_distance),
-        floor=_valued(floors, solution.floor),
-        log_odds_before=_valued(margins.amin(-1), solution.log_odds_before),
-    )
-
-
 @torch.no_grad()
 def active_sets(
     gram: Tensor, scale: Tensor, error: Tensor, gap: Tensor, max_pivots: int
@@ -593,20 +548,3 @@ def active_sets(
     every = torch.arange(m, device=gap.device)
     feasible, converged = verdict.view(torch.bool).unbind(1)
     return torch.where(held.view(torch.bool), every, m), inverse, feasible, converged
-
-
-class _Valued(torch.autograd.Function):
-    """Numbers that are known, with the derivatives of what computes them."""
-
-    @staticmethod
-    def forward(ctx: Any, computed: Tensor, known: Tensor) -> Tensor:
-        return known.view_as(known)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def _valued(computed: Tensor, known: Tensor) -> Tensor:
-    result: Tensor = _Valued.apply(computed, known)  # type: ignore[no-untyped-call]
-    return result

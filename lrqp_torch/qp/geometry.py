@@ -263,16 +263,17 @@ class ProbeGeometry:
         In float64; or, where ``moved`` is given and x is of a lower precision, in float32 as far as
         that rounds no more than by a few ulps of the edit.
         """
+        return self.add(x, self.coefficients(target, multipliers), moved)
+
+    def coefficients(self, target: Tensor, multipliers: Tensor) -> Tensor:
+        """Class coefficients c of multipliers λ, (B, K); of two classes their difference's."""
         if self.n_classes == 2:
-            coefficients = multipliers * (1 - 2 * target).unsqueeze(-1)
-        else:
-            other = other_classes(target, self.n_classes, x.device)
-            coefficients = multipliers.new_zeros(len(x), self.n_classes).scatter(
-                -1, other, -multipliers
-            )
-            total = multipliers.sum(-1, keepdim=True)
-            coefficients = coefficients.scatter(-1, target.unsqueeze(-1), total)
-        return self.add(x, coefficients, moved)
+            return multipliers * (1 - 2 * target).unsqueeze(-1)
+        other = other_classes(target, self.n_classes, target.device)
+        none = multipliers.new_zeros(len(multipliers), self.n_classes)
+        coefficients = none.scatter(-1, other, -multipliers)
+        total = multipliers.sum(-1, keepdim=True)
+        return coefficients.scatter(-1, target.unsqueeze(-1), total)
 
     def add(self, x: Tensor, coefficients: Tensor, moved: Tensor | None = None) -> Tensor:
         """The point x + c (WΣ), (B, d), for class coefficients c, (B, K); see :meth:`displace`.

@@ -10,10 +10,14 @@ Where a constraint is exactly weakly active (λ_i = 0 with zero slack) the solut
 result is then one element of the generalised Jacobian, the one of the reported active set.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lrqp_torch.qp.constraints import Constraints
 
 
 class _ActiveSolve(torch.autograd.Function):
@@ -35,7 +39,12 @@ class _ActiveSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gram, inverse, active, solution = ctx.saved_tensors
-        return *adjoint_gradients(gram, solution, inverse, active, gradient), None, None
+        adjoint = active_multipliers(gram, gradient, inverse, active)
+        outer = None
+        if ctx.needs_input_grad[0]:
+            outer = -(adjoint.unsqueeze(-1) * solution.unsqueeze(-2))
+            outer = (outer + outer.transpose(-1, -2)) / 2
+        return outer, adjoint, None, None
 
 
 class _ForwardActiveSolve(_ActiveSolve):
@@ -67,13 +76,87 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
     return result
 
 
-def adjoint_gradients(
-    gram: Tensor, multipliers: Tensor, inverse: Tensor, active: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients for M, (B, m, m) symmetric, and g, (B, m), from the gradient of λ, (B, m)."""
-    adjoint = active_multipliers(gram, gradient, inverse, active)
-    outer = -(adjoint.unsqueeze(-1) * multipliers.unsqueeze(-2))
-    return (outer + outer.transpose(-1, -2)) / 2, adjoint
+@dataclass(frozen=True)
+class ActiveBlock:
+    """The active set of each problem.
+
+    Attributes:
+        index: which constraint each slot holds, (B, n), m where it is empty; None: slot i holds
+            constraint i.
+        held: which slots hold an active constraint, (B, n) bool.
+        inverse: M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n).
+    """
+
+    index: Tensor | None
+    held: Tensor
+    inverse: Tensor
+
+    def multipliers(self, constraints: "Constraints", gap: Tensor) -> Tensor:
+        """λ of these active sets, (B, m), differentiable in M and g; zero elsewhere."""
+        # One that is 0 may come out as rounding below it.
+        m = gap.shape[-1]
+        if m == 1:
+            gram = constraints.gram.squeeze(-1)
+            held = self.held & (self.index == 0) if self.index is not None else self.held
+            return torch.where(held, gap / torch.where(held, gram, 1.0), 0.0)
+        if self.index is None:
+            found = active_multipliers(constraints.gram, gap, self.inverse, self.held)
+            return found.clamp_min(0.0)
+        right = gap.gather(-1, self.index.clamp_max(m - 1))
+        block = constraints.block(self.index)
+        found = active_multipliers(block, right, self.inverse, self.held).clamp_min(0.0)
+        return gap.new_zeros(len(gap), m + 1).scatter(-1, self.index, found)[:, :m]
+
+
+@dataclass(frozen=True)
+class Ended(ActiveBlock):
+    """Where the solves of some activations ended.
+
+    Attributes:
+        aims: floors of the last solve, raised for rounding, (B, m).
+    """
+
+    aims: Tensor
+
+
+class _Displaced(torch.autograd.Function):
+    """The point x + c P where it is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, rows: Tensor, known: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, rows)
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        coefficients, rows = ctx.saved_tensors
+        wide = gradient.to(rows.dtype)
+        of_rows = coefficients.mT @ wide if ctx.needs_input_grad[2] else None
+        return gradient, wide @ rows.mT, of_rows, None
+
+
+def displaced(x: Tensor, coefficients: Tensor, rows: Tensor, known: Tensor) -> Tensor:
+    """``known``, (B, d) in x's dtype, with the derivatives of x + c P to every order."""
+    result: Tensor = _Displaced.apply(x, coefficients, rows, known)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Valued(torch.autograd.Function):
+    """Numbers that are known, with the derivatives of what computes them."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: Tensor, known: Tensor) -> Tensor:
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def valued(computed: Tensor, known: Tensor) -> Tensor:
+    """``known``, with the derivatives of what was computed."""
+    result: Tensor = _Valued.apply(computed, known)  # type: ignore[no-untyped-call]
+    return result
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:

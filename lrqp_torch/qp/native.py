@@ -92,7 +92,7 @@ class Task(ctypes.Structure):
         ("mirror", _number),
         ("source", _address),
         ("max_pivots", _number),
-        *((name, _address) for name in ("multipliers", "numbers", "status")),
+        *((name, _address) for name in ("multipliers", "numbers", "status", "aims")),
         ("slots", _number),
         *((name, _address) for name in ("index", "inverse", "x", "result", "base")),
         ("scale", ctypes.c_double),
@@ -161,8 +161,8 @@ def _run(command: list[str]) -> bytes:
 
 
 def solve(shared: Shared, task: Task) -> int:
-    """Do a task: how many slots the largest active set needs; or of activations, 1 where some are
-    invalid; or −2 where a target is out of range.
+    """Do a task: how many slots the largest active set needs; of activations twice as many, and 1
+    more where some are invalid; or −2 where a target is out of range.
 
     Raises:
         MemoryError: there is none for a problem's active set.

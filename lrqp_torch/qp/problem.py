@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.qp import direct, fused
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
+from lrqp_torch.qp.implicit import displaced, valued
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
@@ -126,6 +129,8 @@ class MahalanobisQP(nn.Module):
         geometry: Geometry,
         *,
         realise: Realise | None = None,
+        live: tuple[Tensor, Tensor] | None = None,
+        skip: bool = False,
     ) -> Solution:
         """Solve with a geometry computed before.
 
@@ -139,36 +144,46 @@ class MahalanobisQP(nn.Module):
                 margins at x, (b, m), and of the slice of the batch that these are.
             geometry: probe and metric, from :meth:`ProbeGeometry.build`.
             realise: what the model will hold when x' is put in place; default: x' in x's dtype.
+            live, skip: of what :meth:`fuses`, where ``target`` may be one for all, (1,), and out of
+                range: see :func:`.fused.solve`.
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
             SolverError: an external solver failed or cannot run on this device.
         """
-        floor = self._check(x, target, log_odds, geometry)
-        target = target.long()
-        if isinstance(floor, Tensor | OddsRule) and self.fuses(x, geometry, realise):
+        floor = self._check(x, None if live else target, log_odds, geometry)
+        target, batch = target.long(), len(x)
+        whole = realise is not None
+        route = self._route(x, floor, geometry, realise)
+        repeats = False
+        if route is not None:
             assert isinstance(geometry, ProbeGeometry)
-            return fused.solve(x, target, floor, geometry, realise)
-        if (
-            type(self.solver) is ActiveSet
-            and isinstance(geometry, ProbeGeometry)
-            and isinstance(floor, Tensor | OddsRule)
-            and direct.serves(x, floor, geometry, realise)
-        ):
-            return direct.solve(x, target, floor, geometry, realise, self.solver.tolerance)
-        chunk = CHUNK_NUMBERS // geometry.width if x.device.type == "cpu" else len(x)
+            given = floor.log_odds if isinstance(floor, OddsRule) else floor
+            tensors = x, geometry.weight, geometry.bias, geometry.squared, given
+            repeats = torch.is_grad_enabled() and any(
+                isinstance(part, Tensor) and part.requires_grad for part in tensors
+            )
+            whole = whole or not repeats
+        if route is fused.solve:
+            route = partial(route, live=live, skip=skip)
+
+        def solve(x: Tensor, at: slice) -> Solution:
+            if route is None:
+                return self._solve(x, target[at], floor, geometry, realise, at)
+            assert isinstance(geometry, ProbeGeometry)
+            return self._routed(route, x, target[at], floor, geometry, realise, at, repeats)
+
+        chunk = max(1, CHUNK_NUMBERS // geometry.width) if x.device.type == "cpu" else batch
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type
         off = kind == "meta" or not torch.is_autocast_enabled(kind)
         with nullcontext() if off else torch.autocast(kind, enabled=False):
-            if realise is not None or len(x) <= max(1, chunk):
-                return self._solve(x, target, floor, geometry, realise, slice(0, len(x)))
+            if whole or batch <= chunk:
+                return solve(x, slice(0, batch))
             # Split, not sliced: the gradient of a slice is as large as all of x.
-            parts = zip(x.split(chunk), range(0, len(x), chunk), strict=True)
-            rows = [(part, slice(start, start + len(part))) for part, start in parts]
-            return join(
-                [self._solve(part, target[at], floor, geometry, None, at) for part, at in rows]
-            )
+            starts = range(0, batch, chunk)
+            parts = zip(x.split(chunk), starts, strict=True)
+            return join([solve(part, slice(start, start + len(part))) for part, start in parts])
 
     def fuses(self, x: Tensor, geometry: Geometry, realise: Realise | None = None) -> bool:
         """Whether the whole solve is one launch of a kernel; see :mod:`~.fused`."""
@@ -178,6 +193,73 @@ class MahalanobisQP(nn.Module):
             and fused.serves(x, geometry.n_classes)
             and geometry.squared.device == x.device
             and (realise is None or fused.places(realise))
+        )
+
+    def _route(
+        self,
+        x: Tensor,
+        floor: Tensor | Callable[[Tensor, slice], Tensor],
+        geometry: Geometry,
+        realise: Realise | None,
+    ) -> Any:
+        """What solves a whole edit in one call, :mod:`~.fused` or :mod:`~.direct`; or None."""
+        if type(self.solver) is not ActiveSet or not isinstance(geometry, ProbeGeometry):
+            return None
+        if self.fuses(x, geometry, realise):
+            return fused.solve
+        given = floor if isinstance(floor, Tensor | OddsRule) else None
+        return direct.solve if direct.serves(x, given, geometry, realise) else None
+
+    def _routed(
+        self,
+        route: Any,
+        x: Tensor,
+        target: Tensor,
+        log_odds: Tensor | Callable[[Tensor, slice], Tensor],
+        geometry: ProbeGeometry,
+        realise: Realise | None,
+        rows: slice,
+        repeats: bool,
+    ) -> Solution:
+        """Solve by a route, and repeat the last solve in a few operations if it is differentiated.
+
+        These begin at the active sets and floors that the route ended with, so that derivatives are
+        as exact as those of :meth:`_solve`, to every order, and numbers those of the route.
+        """
+        if isinstance(log_odds, OddsRule):
+            floor: Tensor | OddsRule = log_odds.of(rows)
+        elif isinstance(log_odds, Tensor):
+            floor = log_odds[rows]
+        else:
+            if readable(target):
+                geometry.check(target, len(x))
+            margins = geometry.margins(x, target)
+            floor = log_odds(margins, rows)
+            if readable(margins):
+                check_values(x, margins, floor)
+        solution: Solution
+        solution, ended = route(x, target, floor, geometry, realise, repeats=repeats)
+        if not repeats:
+            return solution
+        target = target.clamp(0, geometry.n_classes - 1).expand(len(x))
+        margins = geometry.margins(x, target)
+        if isinstance(floor, OddsRule):
+            floor = replace(floor, target=target)(margins)
+        bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
+        edit = solution.active.any(-1, keepdim=True)
+        # How much rounding had the floors raised is no function of anything.
+        gap = torch.where(edit, bound + (ended.aims - bound.detach()) - margins, -1.0)
+        constraints = geometry.constraints(target)
+        found = ended.multipliers(constraints, gap)
+        squared = (found * constraints.apply(found)).sum(-1)
+        moved = geometry.coefficients(target, found)
+        return replace(
+            solution,
+            x_new=displaced(x, moved, geometry.rows[2], solution.x_new),
+            multipliers=valued(found, solution.multipliers),
+            squared_distance=valued(squared, solution.squared_distance),
+            floor=valued(floor, solution.floor),
+            log_odds_before=valued(margins.amin(-1), solution.log_odds_before),
         )
 
     def _solve(
@@ -253,7 +335,7 @@ class MahalanobisQP(nn.Module):
         )
 
     def _check(
-        self, x: Tensor, choice: Tensor, log_odds: Floor, geometry: Geometry
+        self, x: Tensor, choice: Tensor | None, log_odds: Floor, geometry: Geometry
     ) -> Tensor | Callable[[Tensor, slice], Tensor]:
         """Raise for what shapes and dtypes tell; give the floors, (B,) or (B, m)."""
         if geometry.n_constraints != self.n_classes - 1:
@@ -262,7 +344,7 @@ class MahalanobisQP(nn.Module):
                 f"{geometry.n_constraints + 1}"
             )
         check_activations(x, geometry.width)
-        if isinstance(geometry, ProbeGeometry):
+        if isinstance(geometry, ProbeGeometry) and choice is not None:
             check_class_shape(choice, len(x), "target")
         if callable(log_odds):
             return log_odds

@@ -156,11 +156,17 @@ def edit_of(p: Problem, **options: object) -> lrqp.LRQP:
     return lrqp.LRQP(probe, lrqp.Mahalanobis(p.covariance.to(DEVICE)), **options)  # type: ignore[arg-type]
 
 
+def launched(edit: lrqp.LRQP, x: Tensor, target: Tensor, source: Tensor | None = None) -> Solution:
+    """What :meth:`LRQP.propose` does on a GPU."""
+    live, kept = (edit.probe.weight, edit.probe.bias), edit._geometry._kept
+    assert kept is not None
+    return edit._attempt(x, target, source, None, kept.geometry, live=live)
+
+
 def proposed(edit: lrqp.LRQP, x: Tensor, *classes: Tensor, by_kernel: bool = True) -> Solution:
     with mock.patch.object(fused, "serves", fused.serves if by_kernel else lambda *_: False):
         if DEVICE == "cpu" and by_kernel:
-            return edit._launch(x, *classes[:1], classes[1] if len(classes) > 1 else None, None,
-                                edit.geometry(x.device), None)  # fmt: skip
+            return launched(edit, x, *classes)
         return edit.propose(x, *classes)
 
 
@@ -229,12 +235,11 @@ def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> N
     outside = target.clone()
     outside[1] = 4
     geometry = edit.geometry(x.device)
-    status = edit._launch(x, outside, None, None, geometry, None).status if DEVICE == "cuda" else (
-        fused.solve(x, outside, edit._odds_rule(outside, None), geometry).status
-    )  # fmt: skip
+    rule = edit._odds_rule(outside, None)
+    status = fused.solve(x, outside, rule, geometry)[0].status
     assert status[1] == Status.INVALID and status[0] != Status.INVALID
     edit.probe.weight.data[2, 3] += 1e-3
-    assert bool((edit._launch(x, target, None, None, geometry, None).status == 4).all())
+    assert bool((launched(edit, x, target).status == Status.INVALID).all())
 
 
 def tiny_model(dtype: torch.dtype) -> GPT2LMHeadModel:

@@ -2,35 +2,18 @@
 
 import copy
 import ctypes
-from dataclasses import dataclass
 
 import pytest
 import torch
 from qp_reference import Problem, random_problem
-from torch import Tensor
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
 from lrqp_torch.qp import ProbeGeometry, native
+from lrqp_torch.stream.intervene import Placement
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 KINDS = ["plain", "copies", "nearly equal", "low rank", "far apart", "weakly active"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@dataclass(frozen=True)
-class Placing:
-    """As the stream places edits where it adds them to something."""
-
-    base: Tensor | None
-    scale: float
-    dtype: torch.dtype
-
-    def __call__(self, values: Tensor) -> Tensor:
-        wide = values.to(self.dtype).double()
-        if self.base is None:
-            return wide
-        placed = ((wide - self.base.double()) / self.scale).to(self.dtype)
-        return (self.base + (placed if self.scale == 1 else placed * self.scale)).double()
 
 
 def problem_of_kind(kind: str, n_classes: int, dtype: torch.dtype, batch: int = 40) -> Problem:
@@ -106,7 +89,7 @@ def test_the_promise_holds_for_what_is_placed(
 ) -> None:
     task = problem_of_kind("plain", n_classes, dtype)
     for base in (None, (3 * torch.randn(task.x.shape)).to(dtype)):
-        placing = Placing(base, scale, dtype)
+        placing = Placement(base, scale, dtype)
         solution = solve(task, path, monkeypatch, realise=placing)
         assert (solution.status <= Status.SOLVED).all()
         geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
