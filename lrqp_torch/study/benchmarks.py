@@ -58,12 +58,14 @@ from lrqp_torch.study.methods import (
     drawn,
 )
 from lrqp_torch.study.preparing import choose_sites, describe_model
-from lrqp_torch.study.prompts import Prompt, PromptSet, screened, split
+from lrqp_torch.study.prompts import Prompt, PromptSet, split
 from lrqp_torch.study.published import CAUSALGYM, Ravel, mib_rows, read_ravel, spoken
 from lrqp_torch.study.reading import (
     LEAST_OF_CLASS,
     Columns,
     RowLog,
+    answering,
+    encodable,
     front,
     prompts_of,
     rows_of,
@@ -342,25 +344,13 @@ class _How:
         kept, held = (_limited(half, self.n // 2, self.seed) for half in (kept, held))
         counts = Counter(p.label for p in kept)
         names = sorted(name for name, count in counts.items() if count > 1)
-        kept, held = (self.known(half, names, log) for half in (kept, held))
+        kept, held = (
+            encodable(self.tokenizer, answering(own, names), names, log)
+            for own in ([p for p in half if p.label in names] for half in (kept, held))
+        )
         if len(names) < 2 or len({p.label for p in held}) < 2:
             raise PromptError("fewer than two classes are both fitted on and held out")
         return kept, held, names, front(self.tokenizer, kept, self.bos, log)
-
-    def known(self, prompts: Sequence[Prompt], names: list[str], log: RowLog) -> list[Prompt]:
-        """Those that have one of these classes, and tokens of their own for two."""
-        own = [
-            p if p.answers is None
-            else replace(p, answers={k: v for k, v in p.answers.items() if k in names})
-            for p in prompts if p.label in names
-        ]  # fmt: skip
-        found = []
-        for prompt, error in zip(own, screened(self.tokenizer, own, names), strict=True):
-            if error is None:
-                found.append(prompt)
-            else:
-                log.refuse(error)
-        return found
 
     def encode(self, prompts: list[Prompt], names: list[str], bos: bool | None) -> PromptSet:
         """Prompts as tokens.

@@ -16,7 +16,7 @@ from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import StudyContext, Task
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
-from lrqp_torch.study.reading import Columns, RowLog, front, read_columns, screen
+from lrqp_torch.study.reading import Columns, RowLog, front, listed, read_columns, screen
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.sinks import find_sink
 
@@ -110,7 +110,7 @@ def choose_sites(model: Any, names: str) -> list[str]:
         SiteError: a name that is no place in this model's stream, or no name at all.
     """
     chosen: set[Site] = set()
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in listed(names):
         named = all_sites(model) if name == "all" else [name]
         chosen.update(locate(model, site).site for site in named)
     if not chosen:

@@ -29,7 +29,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,32 +227,35 @@ def screen(
         RowError: one that is not, where the log is strict.
         PromptError: none is left.
     """
-    kept = list(prompts)
-    while True:
-        before = len(kept)
-        names = sorted({prompt.label for prompt in kept})
-        known = {name: () for name in names}
-        if not log.strict:
-            # Answers for a class that no row has say nothing about any of them.
-            kept = [
-                replace(p, answers={n: a for n, a in p.answers.items() if n in known})
-                if p.answers is not None
-                else p
-                for p in kept
-            ]
-        checked = list(kept)
-        kept = []
-        for prompt, error in zip(checked, screened(tokenizer, checked, names), strict=True):
-            if error is None:
-                kept.append(prompt)
-            else:
-                log.refuse(error)
-        if not log.strict:
-            kept = _usable(kept, log)
+    kept, before = list(prompts), -1
+    while len(kept) != before:
+        before, names = len(kept), sorted({prompt.label for prompt in kept})
+        # Answers for a class that no row has say nothing about any of them.
+        kept = encodable(tokenizer, kept if log.strict else answering(kept, names), names, log)
+        kept = kept if log.strict else _usable(kept, log)
         if not kept:
             raise log.why_nothing("the data")
-        if len(kept) == before:
-            return kept
+    return kept
+
+
+def answering(prompts: Iterable[Prompt], names: Collection[str]) -> list[Prompt]:
+    """The same prompts without answers for other classes than these."""
+
+    def known(prompt: Prompt) -> Mapping[str, tuple[str, ...]] | None:
+        own = prompt.answers
+        return None if own is None else {name: own[name] for name in own if name in names}
+
+    return [replace(prompt, answers=known(prompt)) for prompt in prompts]
+
+
+def encodable(
+    tokenizer: "PreTrainedTokenizerBase", prompts: list[Prompt], names: Sequence[str], log: RowLog
+) -> list[Prompt]:
+    """Those that are tokens of the model with these classes; the others go into the log."""
+    errors = list(screened(tokenizer, prompts, names))
+    for error in filter(None, errors):
+        log.refuse(error)
+    return [prompt for prompt, error in zip(prompts, errors, strict=True) if error is None]
 
 
 def front(
@@ -320,17 +323,14 @@ def _spaced(prompts: Sequence[Prompt], log: RowLog) -> list[Prompt]:
     found, moved, added = [], 0, 0
     for prompt in prompts:
         bare = prompt.text.rstrip(" ")
-        ended = bare != prompt.text
-        said: dict[str, tuple[str, ...]] | None = None
-        if prompt.answers is not None:
+        ended, said = bare != prompt.text, prompt.answers
+        if said is not None:
             spoken = bare.replace(OPENING, "").replace(CLOSING, "")
             said = {
-                name: tuple(
-                    f" {text}" if _needs_space(spoken, text, ended) else text for text in texts
-                )
-                for name, texts in prompt.answers.items()
+                name: tuple(" " * _needs_space(spoken, own, ended) + own for own in texts)
+                for name, texts in said.items()
             }
-            added += not ended and said != prompt.answers
+        added += not ended and said != prompt.answers
         moved += ended
         found.append(replace(prompt, text=bare, answers=said))
     if moved:
@@ -381,13 +381,12 @@ def rows_of(source: str) -> Iterator[Mapping[str, Any] | RowError]:
     """
     path = Path(source)
     if path.suffix.lower() == ".csv":
-        yield from _csv_rows(path)
-    elif path.suffix.lower() in (".jsonl", ".json"):
-        yield from _json_rows(path)
-    elif path.exists():
+        return _csv_rows(path)
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _json_rows(path)
+    if path.exists():
         raise PromptError(f"{source!r}: the file must end in .csv or .jsonl, or be a .json list")
-    else:
-        yield from _dataset_rows(source)
+    return _dataset_rows(source)
 
 
 def _csv_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
@@ -419,12 +418,21 @@ def _csv_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
-    listed = _listed(path) if path.suffix.lower() == ".json" else None
-    if listed is not None:
-        for number, row in enumerate(listed):
-            yield row if isinstance(row, dict) else _no_object(f"entry {number}", path)
-        return
+    def checked(row: Any, place: str) -> Mapping[str, Any] | RowError:
+        if isinstance(row, dict):
+            return row
+        return RowError(
+            f"{place} of {str(path)!r} is no JSON object", "a line that is no JSON object"
+        )
+
     with _opened(path) as lines:
+        if path.suffix.lower() == ".json":
+            lines = list(lines)
+            with suppress(ValueError, RecursionError):
+                listed = json.loads("".join(lines))
+                if isinstance(listed, list):
+                    yield from (checked(row, f"entry {i}") for i, row in enumerate(listed))
+                    return
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -437,22 +445,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
                     "a line that is not valid JSON",
                 )
             else:
-                yield row if isinstance(row, dict) else _no_object(f"line {number}", path)
-
-
-def _listed(path: Path) -> list[Any] | None:
-    """The entries of a file that is one JSON list; None where it is not."""
-    with _opened(path) as lines:
-        text = "".join(lines)
-    try:
-        found = json.loads(text) if text.lstrip().startswith("[") else None
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) else None
-
-
-def _no_object(place: str, path: Path) -> RowError:
-    return RowError(f"{place} of {str(path)!r} is no JSON object", "a line that is no JSON object")
+                yield checked(row, f"line {number}")
 
 
 def _dataset_rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:
@@ -520,13 +513,18 @@ def _prompt(number: int, row: Mapping[str, Any], columns: Columns) -> Prompt:
     )
 
 
+def listed(names: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def label_columns(labels: str) -> list[str]:
     """The columns that an option names, the class first.
 
     Raises:
         PromptError: none, or one twice.
     """
-    names = [name.strip() for name in labels.split(",") if name.strip()]
+    names = listed(labels)
     if not names or len(set(names)) < len(names):
         raise PromptError(f"label is {labels!r}: name a column of the class, or several, each once")
     return names
@@ -630,19 +628,11 @@ def agreement(n: int, seed: int = 0) -> list[Prompt]:
     """
     answers = {"singular": (" is", " was", " has"), "plural": (" are", " were", " have")}
     choices = itertools.product(OPENINGS, SUBJECTS, PREPOSITIONS, ATTRACTORS, range(2), range(2))
-    return _drawn(
-        [
-            Prompt(
-                f"{opening} {subject[number]} {preposition} the "
-                f"{OPENING}{attractor[other]}{CLOSING}",
-                ("singular", "plural")[number],
-                answers,
-            )
-            for opening, subject, preposition, attractor, number, other in choices
-        ],
-        n,
-        seed,
-    )
+    prompts = [
+        Prompt(f"{opening} {subject[k]} {preposition} the [[{noun[j]}]]", [*answers][k], answers)
+        for opening, subject, preposition, noun, k, j in choices
+    ]
+    return _drawn(prompts, n, seed)
 
 
 def greater_than(n: int, seed: int = 0) -> list[Prompt]:
@@ -660,19 +650,15 @@ def greater_than(n: int, seed: int = 0) -> list[Prompt]:
     """
     years = [(tens, units) for tens in (1, 2, 3, 6, 7) for units in range(2, 9)]
     answers = {"early": ("2", "3", "4"), "late": ("7", "8", "9")}
-    return _drawn(
-        [
-            Prompt(
-                f"The {event} lasted from the year {century}{tens}{units} to the year "
-                f"{OPENING}{century}{CLOSING}",
-                "early" if tens < 5 else "late",
-                answers,
-            )
-            for event, century, (tens, units) in itertools.product(EVENTS, CENTURIES, years)
-        ],
-        n,
-        seed,
-    )
+    prompts = [
+        Prompt(
+            f"The {event} lasted from the year {start}{tens}{units} to the year [[{start}]]",
+            "early" if tens < 5 else "late",
+            answers,
+        )
+        for event, start, (tens, units) in itertools.product(EVENTS, CENTURIES, years)
+    ]
+    return _drawn(prompts, n, seed)
 
 
 EXAMPLES: dict[str, Callable[[int, int], list[Prompt]]] = {

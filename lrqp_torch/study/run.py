@@ -37,6 +37,7 @@ from lrqp_torch.study.prompts import (
     require_classes,
     require_every_class,
 )
+from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import (
     FORMAT,
@@ -218,7 +219,7 @@ def choose(names: str, context: StudyContext) -> list[str]:
         SettingError: a name that is no part, no name at all, or a part that does not run on these
             prompts.
     """
-    asked = {name.strip() for name in names.split(",") if name.strip()}
+    asked = set(listed(names))
     unknown = sorted(asked - {"all", *PARTS})
     if unknown or not asked:
         found = f"unknown part {unknown[0]!r}" if unknown else "no part given"

@@ -63,6 +63,7 @@ from lrqp_torch.study.methods import (
     others_alike,
 )
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
+from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import next_class
 from lrqp_torch.study.settings import Settings
@@ -121,18 +122,18 @@ class VerdictSettings:
                 raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if not self.model_names():
             raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
-        unknown = [name for name in _listed(self.methods) if name not in {*METHODS, "all"}]
+        unknown = [name for name in listed(self.methods) if name not in {*METHODS, "all"}]
         if unknown or not self.method_names():
             found = f"unknown method {unknown[0]!r}" if unknown else "no method given"
             raise SettingError(f"{found}; choose from {', '.join(METHODS)}, or say all.")
 
     def model_names(self) -> list[str]:
         """The models asked for."""
-        return _listed(self.models)
+        return listed(self.models)
 
     def method_names(self) -> list[str]:
         """The methods asked for, in the order of the table."""
-        named = _listed(self.methods)
+        named = listed(self.methods)
         if "all" in named:
             return [name for name in METHODS if name not in TRAINED or self.das]
         return [name for name in METHODS if name in named]
@@ -146,10 +147,6 @@ class VerdictSettings:
             if name not in left_out
         ]
         return f"lrqp verdicts {' '.join(words)}{' --das' if self.das else ''} --out DIR"
-
-
-def _listed(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
