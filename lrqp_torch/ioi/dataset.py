@@ -1,7 +1,7 @@
 """The IOI data set: prompts as tokens, with positions, labels and answers; its minimal pairs."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,14 +13,14 @@ from lrqp_torch.errors import PromptError, TokenizerError
 from lrqp_torch.ioi.prefixes import load_prefixes
 from lrqp_torch.ioi.prompts import draw, locate, single_token_names
 from lrqp_torch.ioi.words import NAMES
-from lrqp_torch.stream.text import encode, pad, row_numbers
+from lrqp_torch.stream.text import Rows, encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class IOIDataset:
+class IOIDataset(Rows):
     """Prompts of the indirect-object-identification task, n of them, padded to T tokens.
 
     A prompt names two people, repeats one of them (the subject S) and ends just before the other
@@ -44,6 +44,8 @@ class IOIDataset:
         io_names: the answers as text, without the space.
         s_names: the subjects as text, without the space.
     """
+
+    _texts = ("prompts", "prefixes", "io_names", "s_names")
 
     inputs: dict[str, Tensor]
     positions: dict[str, Tensor]
@@ -147,55 +149,11 @@ class IOIDataset:
             s_names=tuple(prompt.s_name for prompt in prompts),
         )
 
-    def __len__(self) -> int:
-        """Number of prompts."""
-        return len(self.prompts)
-
     def __repr__(self) -> str:
         """Size, device and an example: the tensors would fill pages."""
         example = f", e.g. {self.prompts[0]!r}" if self.prompts else ""
         shape = tuple(self.inputs["input_ids"].shape)
         return f"IOIDataset(n={len(self)}, inputs={shape}, on {self.io_tokens.device}{example})"
-
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "IOIDataset":
-        """A data set of the chosen prompts, with the same padding.
-
-        Args:
-            index: a slice, a list of ints, a LongTensor (m,), a BoolTensor (n,), or one int, which
-                gives a data set of length 1.
-
-        Raises:
-            SelectionError: an index is out of range, or of a wrong shape or dtype.
-        """
-        rows = row_numbers(index, len(self))
-        here = rows.to(self.io_tokens.device)
-        chosen = rows.tolist()
-        return replace(
-            self._change_tensors(lambda tensor: tensor[here]),
-            prompts=tuple(self.prompts[row] for row in chosen),
-            prefixes=tuple(self.prefixes[row] for row in chosen),
-            io_names=tuple(self.io_names[row] for row in chosen),
-            s_names=tuple(self.s_names[row] for row in chosen),
-        )
-
-    def __iter__(self) -> Iterator["IOIDataset"]:
-        """The prompts one by one, each a data set of length 1."""
-        return (self[row] for row in range(len(self)))
-
-    def to(self, device: torch.device | str) -> "IOIDataset":
-        """The same data set with its tensors on ``device``."""
-        return self._change_tensors(lambda tensor: tensor.to(device))
-
-    def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> "IOIDataset":
-        return replace(
-            self,
-            inputs={key: change(value) for key, value in self.inputs.items()},
-            positions={key: change(value) for key, value in self.positions.items()},
-            labels={key: change(value) for key, value in self.labels.items()},
-            io_tokens=change(self.io_tokens),
-            s_tokens=change(self.s_tokens),
-            templates=change(self.templates),
-        )
 
 
 def swap_order(data: IOIDataset, tokenizer: "PreTrainedTokenizerBase | None" = None) -> IOIDataset:

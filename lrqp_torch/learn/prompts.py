@@ -1,7 +1,7 @@
 """What a learned edit is trained on: prompts, where to edit them, and the answer that is wanted."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lrqp_torch.errors import LearningError, PositionError, WidthError, as_classes
 from lrqp_torch.stream.positions import Positions
+from lrqp_torch.stream.text import Rows
 
 
 @dataclass(frozen=True, eq=False)
-class EditPrompts:
+class EditPrompts(Rows):
     """n prompts padded to T tokens, and what an edit of them should do.
 
     Attributes:
@@ -92,14 +93,6 @@ class EditPrompts:
         """Number of prompts."""
         return len(self.inputs["input_ids"])
 
-    def __getitem__(self, rows: Tensor) -> Self:
-        """The prompts of a LongTensor or BoolTensor of rows, with the same padding."""
-        return self._change(lambda tensor: tensor[rows.to(tensor.device)])
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same prompts on a device."""
-        return self._change(lambda tensor: tensor.to(device))
-
     def control(self) -> Self:
         """The same prompts with the class that holds already as the target."""
         if self.source is None:
@@ -128,12 +121,3 @@ class EditPrompts:
         ids = self.inputs["input_ids"].cpu()
         mask = self.inputs.get("attention_mask", torch.ones_like(ids)).cpu().bool()
         return [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed = {
-            field.name: change(getattr(self, field.name))
-            for field in fields(self)
-            if field.name != "inputs" and getattr(self, field.name) is not None
-        }
-        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, **changed)

@@ -1,9 +1,9 @@
 """Texts as a model sees them: padded tokens, the tokens that hold a character, rows of a set."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -250,3 +250,42 @@ def row_numbers(index: int | slice | Sequence[int] | Tensor, n: int) -> Tensor:
     if outside.numel():
         raise SelectionError(f"index {outside[0].item()} is out of range for {n} prompts")
     return rows.remainder(n) if n else rows
+
+
+class Rows:
+    """A dataclass of n rows: tensors, dictionaries of tensors, and texts, chosen together."""
+
+    _texts: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that hold a text a row."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(getattr(self, self._texts[0]))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
+        """The chosen rows, with the same padding; see :func:`row_numbers`. One int gives one row.
+
+        Raises:
+            SelectionError: an index is out of range, or of a wrong shape or dtype.
+        """
+        rows = row_numbers(index, len(self))
+        chosen = rows.tolist()
+        texts = {name: tuple(getattr(self, name)[row] for row in chosen) for name in self._texts}
+        return self._changed(lambda tensor: tensor[rows.to(tensor.device)], **texts)
+
+    def __iter__(self) -> Iterator[Self]:
+        """The rows one by one, each a set of length 1."""
+        return (self[row] for row in range(len(self)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows with their tensors on ``device``."""
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: changed(item) for name, item in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
+
+        own = {item.name: changed(getattr(self, item.name)) for item in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **own | others)  # type: ignore[type-var]

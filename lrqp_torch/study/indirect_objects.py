@@ -143,10 +143,10 @@ class IOIPrompts(PromptSet):
 
     def trimmed(self) -> Self:
         """See :meth:`PromptSet.trimmed`."""
-        spare = self.spare_columns()
-        inputs = {name: tensor[:, spare:] for name, tensor in self.inputs.items()}
+        shorter = super().trimmed()
+        spare = self.end[:1] - shorter.end[:1]
         positions = {name: columns - spare for name, columns in self.data.positions.items()}
-        return self.of(replace(self.data, inputs=inputs, positions=positions), self.names)
+        return self.of(replace(self.data, inputs=shorter.inputs, positions=positions), self.names)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
         return self.of(self.data[index], self.names)

@@ -5,9 +5,9 @@ import random
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lrqp_torch.errors import (
     quoted,
     warn,
 )
-from lrqp_torch.stream.text import encode, last_token_at, pad, require_fast, row_numbers, token_at
+from lrqp_torch.stream.text import Rows, encode, last_token_at, pad, require_fast, token_at
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ class Twins(Generic[P]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PromptSet:
+class PromptSet(Rows):
     """Prompts of a task, n of them, padded to T tokens.
 
     Attributes:
@@ -145,6 +145,7 @@ class PromptSet:
         words: what the things of the task are called.
     """
 
+    _texts = ("prompts",)
     words: ClassVar[Words] = Words()
     variables: ClassVar[tuple[str, ...]] = ()
     """Names of the variables that :meth:`twins` can be asked for, the class first."""
@@ -449,7 +450,8 @@ class PromptSet:
         answers[rows, self.labels, 0] = own[rows, same]
         answers[rows, self.other, 0] = other[rows, same]
         shift = padded.shape[1] - 1 - same - self.end
-        return PromptSet(
+        return replace(
+            self,
             inputs={
                 "input_ids": padded,
                 "attention_mask": real,
@@ -458,18 +460,14 @@ class PromptSet:
             position=self.position + shift,
             end=self.end + shift + same,
             spans=None if self.spans is None else _moved(self.spans, shift, padded.shape[1]),
-            labels=self.labels,
-            classes=self.classes,
             answers=answers,
-            prompts=self.prompts,
-            pairs=self.pairs,
-            groups=self.groups,
+            continued=None,
             targets=self.other,
         )
 
     def trimmed(self) -> Self:
         """The same prompts without the padding on the left that none of them needs."""
-        spare = self.spare_columns()
+        spare = int((self.inputs["attention_mask"].cumsum(1) == 0).sum(1).min())
         return replace(
             self,
             inputs={name: tensor[:, spare:] for name, tensor in self.inputs.items()},
@@ -478,37 +476,10 @@ class PromptSet:
             end=self.end - spare,
         )
 
-    def spare_columns(self) -> int:
-        """How many columns on the left are padding in every prompt."""
-        return int((self.inputs["attention_mask"].cumsum(1) == 0).sum(1).min())
-
-    def __len__(self) -> int:
-        """Number of prompts."""
-        return len(self.prompts)
-
     def __repr__(self) -> str:
         """Size, classes and an example: the tensors would fill pages."""
         example = f", e.g. {self.prompts[0]!r}" if self.prompts else ""
         return f"PromptSet(n={len(self)}, classes={', '.join(self.classes)}{example})"
-
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
-        """The chosen prompts, with the same padding; one int gives a set of length 1.
-
-        Raises:
-            SelectionError: an index is out of range, or of a wrong shape or dtype.
-        """
-        rows = row_numbers(index, len(self))
-        here = rows.to(self.labels.device)
-        texts = tuple(self.prompts[row] for row in rows.tolist())
-        return self._change_tensors(lambda tensor: tensor[here], prompts=texts)
-
-    def __iter__(self) -> Iterator[Self]:
-        """The prompts one by one, each a set of length 1."""
-        return (self[row] for row in range(len(self)))
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same prompts with their tensors on ``device``."""
-        return self._change_tensors(lambda tensor: tensor.to(device))
 
     def _first(self, like: Tensor) -> Tensor:
         if self.answers is None:
@@ -536,14 +507,6 @@ class PromptSet:
             log_p, back = rest.to(scores).unbind(-1)
             scores = torch.stack([start + log_p, torch.minimum(start, back)], -1)
         return scores.masked_fill((tokens < 0).unsqueeze(-1), float("-inf"))
-
-    def _change_tensors(self, change: Callable[[Tensor], Tensor], **others: Any) -> Self:
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in own.items() if isinstance(value, Tensor)
-        }
-        inputs = {name: change(value) for name, value in self.inputs.items()}
-        return replace(self, **others, inputs=inputs, **changed)
 
 
 def _warn_of_unknown(
