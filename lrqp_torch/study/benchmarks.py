@@ -91,6 +91,9 @@ HUB = {"causalgym": "aryaman/causalgym", "ravel": "hij/ravel", "mib": "mib-bench
 CLOSED = ("lrqp", "mean_difference", "full_patch")
 """Methods that are not trained through the model."""
 
+METHODS = ("lrqp", "joint", "mean_difference", "das", "full_patch")
+"""All methods, in the order of tables."""
+
 
 class KeptLRQP(LearnedLRQP):
     """LRQP of one variable that keeps the readings of all others: C δ = 0 for their probes.
@@ -291,12 +294,14 @@ def run_benchmark(
             skipped[task[0]] = task[1]
             continue
         advance = start(f"{name}: {task.name}", len(chosen))
-        context = _context(model, task, chosen, batch_size, seed)
+        device = next(model.parameters()).device
+        own = Task(task.name, task.train, task.test)
+        context = StudyContext(model, own, None, chosen, batch_size, seed, device)
         sink = find_sink(context)
         notes = task.log.says() + ([] if sink is None else [sink])
         for site in chosen:
             try:
-                found.append(_scored(name, context, task, site, training, notes))
+                found.append(_Scoring(context, task, site, training).scored(name, notes))
             except LRQPError as error:  # such as a site at which all activations are the same
                 skipped[f"{task.name} at {site}"] = str(error)
             advance(1)
@@ -591,144 +596,127 @@ def _ravel_prompts(tables: Ravel, name: str, how: _How, held: bool) -> list[Prom
 # ---- scoring -------------------------------------------------------------------------------------
 
 
-def _context(
-    model: Any, task: BenchTask, sites: list[str], batch_size: int, seed: int
-) -> StudyContext:
-    device = next(model.parameters()).device
-    return StudyContext(
-        model, Task(task.name, task.train, task.test), None, sites, batch_size, seed, device
-    )
+class _Scoring:
+    """All methods on one task at one site, and what they do to its prompts."""
 
+    def __init__(
+        self, context: StudyContext, task: BenchTask, site: str, training: Training
+    ) -> None:
+        self.context, self.task, self.site, self.training = context, task, site, training
+        self.wide = context
+        if task.fitted is not None:
+            self.wide = replace(context, task=Task(task.name, task.fitted, task.test))
+        self.x = self.wide.activations(self.wide.task, "train", "mark", [site])[site]
+        labels = self.wide.task.train.labels.to(self.x.device)
+        self.reference = fit_edits({site: self.x}, labels)[site]
+        self.candidates = self._methods()
+        self.edits = {item.name: item.edit for item in self.candidates if item.edit is not None}
 
-def _scored(
-    name: str,
-    context: StudyContext,
-    task: BenchTask,
-    site: str,
-    training: Training,
-    notes: list[str],
-) -> TaskScore:
-    """All methods on one task at one site."""
-    wide = context
-    if task.fitted is not None:
-        wide = replace(context, task=Task(task.name, task.fitted, task.test))
-    x = wide.activations(wide.task, "train", "mark", [site])[site]
-    labels = wide.task.train.labels.to(x.device)
-    reference = fit_edits({site: x}, labels)[site]
-    candidates = _methods(context, wide, task, site, reference, x, training)
-    edits = {item.name: item.edit for item in candidates if item.edit is not None}
-    trials, done = _run(context, wide, site, edits, task.test, task.test.labels, task.test.other)
-    held = context.activations(context.task, "test", "mark", [site])[site]
-    measured: dict[str, dict[str, Estimate]] = {}
-    if name == "causalgym":
-        clean, other = trials, dict[str, Trial]()
-        if task.control is not None:
-            train, test = (_controlled(half, task.control) for half in (task.train, task.test))
-            own = {key: edit for key, edit in edits.items() if key != "das"}
-            # DAS alone is trained on answers, so it is trained on those of the control task too.
-            steered = replace(context, task=Task(task.name, train, test))
-            again = build_candidates(steered, site, reference, ["das"], training)[0].edit
-            own |= {} if again is None else {"das": again}
-            clean, other = _run(context, wide, site, own, test, test.labels, test.other)
-        for key, trial in done.items():
-            odds = trials.clean["preference"] - trial["preference"]
-            measured[key] = {"log odds-ratio": Estimate.mean(odds, context.generator())}
-            if key in other:
-                less = clean.clean["preference"] - other[key]["preference"]
-                measured[key]["selectivity"] = Estimate.mean(odds - less, context.generator())
-            measured[key]["interchange accuracy"] = Estimate.share(trial["preference"] < 0)
-    else:
-        right = _says(trials.clean, task.test.labels)
-        turned = {key: _says(trial, task.test.other)[right] for key, trial in done.items()}
-        if name == "mib":
-            measured = {
+    def _methods(self) -> list[Candidate]:
+        """Those of closed form fitted to all prompts, DAS to those that ask."""
+        given = (self.site, self.reference)
+        found = {
+            item.name: item
+            for context, names in ((self.wide, CLOSED), (self.context, ("das",)))
+            for item in build_candidates(context, *given, names, self.training)
+        }
+        kept = self.task.attributes
+        if kept:
+            variables = {self.task.name: self.wide.task.train.labels} | kept
+            known = {name: labels.to(self.x.device) for name, labels in variables.items()}
+            edit, problem = None, ""
+            try:
+                joint = JointLRQP.fit(self.x, known, keep=list(kept), on_infeasible="skip")
+                edit = KeptLRQP(self.reference, joint, self.task.name)
+            except LRQPError as error:
+                problem = str(error)
+            found["joint"] = Candidate("joint", KeptLRQP.title, edit=edit, problem=problem)
+        return [found[name] for name in METHODS if name in found]
+
+    def scored(self, benchmark: str, notes: list[str]) -> TaskScore:
+        """Every method's measures of a benchmark."""
+        task, test = self.task, self.task.test
+        trials, done = self._run(self.edits, test, test.labels, test.other)
+        if benchmark == "causalgym":
+            measured = self._odds_ratios(trials, done)
+        else:
+            right = _says(trials.clean, test.labels)
+            turned = {key: _says(trial, test.other)[right] for key, trial in done.items()}
+            measured = self._isolated(turned) if benchmark == "ravel" else {
                 key: {
                     "interchange accuracy": Estimate.share(hit),
                     "of the two answers": Estimate.share(done[key]["preference"] < 0),
                 }
                 for key, hit in turned.items()
-            }
+            }  # fmt: skip
+        held = self.context.activations(self.context.task, "test", "mark", [self.site])[self.site]
+        read = self.reference.probe(held).argmax(-1).cpu()
+        return TaskScore(
+            task=task.name,
+            site=self.site,
+            train=len(task.train),
+            test=len(test),
+            classes=list(test.classes),
+            probe_accuracy=Estimate.share(read == test.labels.cpu()),
+            answered=Estimate.share(trials.clean["own_lead"] > 0),
+            methods=[
+                MethodScore(c.name, c.title, measured.get(c.name, {}), c.settings, c.problem)
+                for c in self.candidates
+            ],
+            left_out=dict(task.log.left_out),
+            notes=notes,
+        )
+
+    def _run(
+        self, edits: Mapping[str, Baseline], prompts: PromptSet, source: Tensor, target: Tensor
+    ) -> tuple[Trials, dict[str, Trial]]:
+        """Every edit of prompts to a target, and the clean run."""
+        wide, site = self.wide, self.site
+        same = len(prompts.classes) == len(wide.task.train.classes)
+        if same and torch.equal(target.cpu(), prompts.other.cpu()):
+            partners = counterparts(wide, prompts, [site])[site]
         else:
-            stays = [_stays(context, wide, site, edits, beside) for beside in task.others.values()]
-            measured = {
-                key: _disentangled(hit, [kept[key] for kept in stays], context.generator())
-                for key, hit in turned.items()
-            }
-    return TaskScore(
-        task=task.name,
-        site=site,
-        train=len(task.train),
-        test=len(task.test),
-        classes=list(task.test.classes),
-        probe_accuracy=Estimate.share(
-            reference.probe(held).argmax(-1).cpu() == task.test.labels.cpu()
-        ),
-        answered=Estimate.share(trials.clean["own_lead"] > 0),
-        methods=[
-            MethodScore(c.name, c.title, measured.get(c.name, {}), c.settings, c.problem)
-            for c in candidates
-        ],
-        left_out=dict(task.log.left_out),
-        notes=notes,
-    )
+            partners = drawn(wide, [site], target)[site]
+        trials = Trials(self.context, prompts)
+        done = {k: trials.write(site, edit, target, source, partners) for k, edit in edits.items()}
+        trials.run()
+        return trials, done
 
+    def _odds_ratios(
+        self, trials: Trials, done: Mapping[str, Trial]
+    ) -> dict[str, dict[str, Estimate]]:
+        """CausalGym's measures."""
+        clean, other, context, task = trials, dict[str, Trial](), self.context, self.task
+        if task.control is not None:
+            train, test = (_controlled(half, task.control) for half in (task.train, task.test))
+            # DAS alone is trained on answers, so it is trained on those of the control task too.
+            steered = replace(context, task=Task(task.name, train, test))
+            again = build_candidates(steered, self.site, self.reference, ["das"], self.training)
+            own = {key: edit for key, edit in self.edits.items() if key != "das"}
+            own |= {} if again[0].edit is None else {"das": again[0].edit}
+            clean, other = self._run(own, test, test.labels, test.other)
+        measured = {}
+        for key, trial in done.items():
+            odds = trials.clean["preference"] - trial["preference"]
+            found = {"log odds-ratio": Estimate.mean(odds, context.generator())}
+            if key in other:
+                less = clean.clean["preference"] - other[key]["preference"]
+                found["selectivity"] = Estimate.mean(odds - less, context.generator())
+            accuracy = {"interchange accuracy": Estimate.share(trial["preference"] < 0)}
+            measured[key] = found | accuracy
+        return measured
 
-def _methods(
-    context: StudyContext,
-    wide: StudyContext,
-    task: BenchTask,
-    site: str,
-    reference: LRQP,
-    x: Tensor,
-    training: Training,
-) -> list[Candidate]:
-    """The methods: those of closed form fitted to all prompts, DAS to those that ask."""
-    found = {
-        item.name: item
-        for chosen, names in ((wide, CLOSED), (context, ("das",)))
-        for item in build_candidates(chosen, site, reference, names, training)
-    }
-    if task.attributes:
-        try:
-            variables = {task.name: wide.task.train.labels} | task.attributes
-            joint = JointLRQP.fit(
-                x,
-                {k: v.to(x.device) for k, v in variables.items()},
-                keep=list(task.attributes),
-                on_infeasible="skip",
-            )
-        except LRQPError as error:
-            found["joint"] = Candidate("joint", KeptLRQP.title, problem=str(error))
-        else:
-            edit = KeptLRQP(reference, joint, task.name)
-            found["joint"] = Candidate("joint", KeptLRQP.title, edit=edit)
-    return [
-        found[key]
-        for key in ("lrqp", "joint", "mean_difference", "das", "full_patch")
-        if key in found
-    ]
-
-
-def _run(
-    context: StudyContext,
-    wide: StudyContext,
-    site: str,
-    edits: Mapping[str, Baseline],
-    prompts: PromptSet,
-    source: Tensor,
-    target: Tensor,
-) -> tuple[Trials, dict[str, Trial]]:
-    """Every edit of prompts to a target, and the clean run."""
-    asks = torch.equal(target.cpu(), prompts.other.cpu()) and len(prompts.classes) == len(
-        wide.task.train.classes
-    )
-    partners = (
-        counterparts(wide, prompts, [site])[site] if asks else drawn(wide, [site], target)[site]
-    )
-    trials = Trials(context, prompts)
-    done = {key: trials.write(site, edit, target, source, partners) for key, edit in edits.items()}
-    trials.run()
-    return trials, done
+    def _isolated(self, turned: Mapping[str, Tensor]) -> dict[str, dict[str, Estimate]]:
+        """RAVEL's measures."""
+        stays: dict[str, list[Tensor]] = {key: [] for key in turned}
+        for beside in self.task.others.values():
+            asking = beside.prompts
+            trials, done = self._run(self.edits, asking, beside.source, beside.target)
+            right = _says(trials.clean, asking.labels)
+            for key, trial in done.items():
+                stays[key].append(_says(trial, asking.labels)[right])
+        draws = self.context.generator
+        return {key: _disentangled(hit, stays[key], draws()) for key, hit in turned.items()}
 
 
 def _controlled(prompts: PromptSet, tokens: tuple[int, int]) -> PromptSet:
@@ -744,19 +732,6 @@ def _controlled(prompts: PromptSet, tokens: tuple[int, int]) -> PromptSet:
 def _says(trial: Trial, classes: Tensor) -> Tensor:
     """Whether the model says an answer of a class, BoolTensor (n,)."""
     return trial["said"].gather(-1, classes.cpu().unsqueeze(-1)).squeeze(-1)
-
-
-def _stays(
-    context: StudyContext,
-    wide: StudyContext,
-    site: str,
-    edits: Mapping[str, Baseline],
-    beside: Beside,
-) -> dict[str, Tensor]:
-    """By method, whether the prompts that were answered rightly still are, BoolTensor (m,)."""
-    trials, done = _run(context, wide, site, edits, beside.prompts, beside.source, beside.target)
-    right = _says(trials.clean, beside.prompts.labels)
-    return {key: _says(trial, beside.prompts.labels)[right] for key, trial in done.items()}
 
 
 def _disentangled(
