@@ -3,7 +3,7 @@
 A baseline is a class with a ``name`` and an ``edit``, and a row in :data:`BASELINES`.
 """
 
-from lrqp_torch.baselines.base import Baseline, Paired
+from lrqp_torch.baselines.base import Baseline, FullPatch, NoEdit, Paired
 from lrqp_torch.baselines.das import DAS, DASLeast, DASReport
 from lrqp_torch.baselines.data import BaselineData, Behaviour, answer_loss
 from lrqp_torch.baselines.least import (
@@ -13,7 +13,6 @@ from lrqp_torch.baselines.least import (
     RandomDirection,
 )
 from lrqp_torch.baselines.means import ConditionalMean, ExactMeanDifference, MeanDifference
-from lrqp_torch.baselines.patch import FullPatch, NoEdit
 from lrqp_torch.baselines.projections import LEACE, AlterRep
 from lrqp_torch.baselines.transport import NeuronTransport, OptimalTransport
 from lrqp_torch.errors import SettingError, quoted

@@ -274,3 +274,32 @@ def _checked(strength: Any) -> float:
     if not isinstance(strength, Real | Tensor) or not math.isfinite(strength):
         raise SettingError(f"strength must be a finite number, got {quoted(strength)}")
     return float(strength)
+
+
+class NoEdit(Baseline):
+    """x' = x, bit for bit, at every strength: what happens by itself."""
+
+    name: ClassVar[str] = "none"
+    title: ClassVar[str] = "no edit"
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        return x
+
+
+class FullPatch(Paired):
+    """x' = x_pair, the activation of another prompt at the same site.
+
+    The upper bound of what any edit of this activation can do, and what it does besides: whatever
+    else tells the two prompts apart comes along.
+
+    Source: interchange interventions (Geiger et al. 2021, arXiv 2106.02997) and activation patching
+    (Vig et al. 2020, arXiv 2004.12265).
+    """
+
+    name: ClassVar[str] = "full_patch"
+    title: ClassVar[str] = "full patch"
+
+    def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
+        """See :meth:`Baseline.edit`."""
+        return self.partners(x, context)

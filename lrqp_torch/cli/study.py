@@ -93,10 +93,9 @@ def _command(
 def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
     """Run a study and report on it, or say what would run."""
     from lrqp_torch.distributed import joined
-    from lrqp_torch.study.planning import plan
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report import print_summary
-    from lrqp_torch.study.run import run
+    from lrqp_torch.study.run import plan, run
     from lrqp_torch.study.settings import Settings
 
     figures = given.able(chosen["figures"], "Figures are", "matplotlib", "plots", voice)

@@ -57,7 +57,7 @@ from lrqp_torch.study.methods import (
     counterparts,
     drawn,
 )
-from lrqp_torch.study.preparing import choose_sites, describe_model
+from lrqp_torch.study.preparing import choose_sites, describe_model, find_sink
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
 from lrqp_torch.study.published import CAUSALGYM, Ravel, mib_rows, read_ravel, spoken
 from lrqp_torch.study.reading import (
@@ -72,7 +72,6 @@ from lrqp_torch.study.reading import (
     screen,
 )
 from lrqp_torch.study.records import to_json
-from lrqp_torch.study.sinks import find_sink
 from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import Trial, Trials
 

@@ -11,14 +11,14 @@ import torch
 from lrqp_torch import models
 from lrqp_torch.errors import PromptError, SettingError, SiteError
 from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.progress import Clock, Start, no_stages
 from lrqp_torch.stream.sites import Site, all_sites, locate
-from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.context import StudyContext, Task, evenly
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
 from lrqp_torch.study.reading import Columns, RowLog, front, listed, read_columns, screen
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.sinks import find_sink
 
 
 def prepare(
@@ -198,3 +198,55 @@ def digest_prompts(tasks: Sequence[Task]) -> str:
             digest.update(data.inputs["input_ids"].cpu().numpy().tobytes())
             digest.update(data.labels.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# ---- attention sinks -----------------------------------------------------------------------------
+
+
+TIMES_MEDIAN = 20.0
+"""A token whose norm is more than this many medians is a sink."""
+
+LOOKED_AT = 32
+"""Prompts that are looked at."""
+
+MOST_SITES = 12
+"""Sites that are looked at, evenly spaced."""
+
+
+@torch.no_grad()
+def find_sink(context: StudyContext) -> str | None:
+    """A warning where tokens that a study edits are sinks; None where they are not.
+
+        |x at the edited token|  >  20 · median over all tokens of |x|
+
+    Args:
+        context: the model and its prompts, of which the first 32 to fit on are looked at.
+    """
+    few = context.task.train[: min(LOOKED_AT, len(context.task.train))].trimmed()
+    real = few.inputs["attention_mask"].bool()
+    edited = few.edited
+    found = capture(
+        context.model,
+        few.inputs,
+        evenly(context.sites, MOST_SITES),
+        positions=real,
+        batch_size=context.batch_size,
+    )
+    most, sinks, rows = 0.0, [], torch.zeros(len(few), dtype=torch.bool)
+    for site, x in found.items():
+        norms = torch.zeros(real.shape, dtype=torch.float64)
+        norms[real] = x.double().norm(dim=-1).cpu()
+        times = norms / norms[real].median()
+        here = (times > TIMES_MEDIAN) & edited
+        if bool(here.any()):
+            sinks.append(site)
+            rows |= here.any(1)
+            most = max(most, float(times[here].max()))
+    if not sinks:
+        return None
+    return (
+        f"The edited token of {int(rows.sum())} of the first {len(few)} prompts is an attention "
+        f"sink at {', '.join(sinks)}: its norm is up to {most:.0f} times the median token's. What "
+        f"is read and flipped there says little of the class; put a token in front of the prompts "
+        f"(--bos always), or mark other words."
+    )

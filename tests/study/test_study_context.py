@@ -9,8 +9,8 @@ from contexts_for_tests import organism, own_context
 
 from lrqp_torch import capture, models
 from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.preparing import find_sink
 from lrqp_torch.study.prompts import Prompt, PromptSet
-from lrqp_torch.study.sinks import find_sink
 
 
 def test_activations_are_those_of_the_prompts_that_are_asked_for() -> None:
