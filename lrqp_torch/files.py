@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -208,6 +210,8 @@ def digest_model(model: nn.Module) -> str:
         digest.update(repr(_settings(config.to_dict())).encode())
     for name, module in model.named_modules():
         digest.update(f"{name} {type(module).__qualname__} {_settings(vars(module))}".encode())
+        if "forward" in vars(module):  # put in the place of the class's
+            digest.update(repr(_code(vars(module)["forward"])).encode())
     # Tied weights are one; buffers that are not saved are computed with all the same.
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with ThreadPoolExecutor() as pool:
@@ -249,6 +253,28 @@ def _settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, list) else [value])):
             found.append((name, value))
     return found
+
+
+def _code(function: Any) -> Any:
+    """What a function does, as far as it can be told: its instructions, and the plain values that
+    it holds.
+    """
+    if isinstance(function, partial):
+        return _code(function.func), _code(function.args), _code(function.keywords)
+    if isinstance(function, Mapping):
+        return [(name, _code(value)) for name, value in function.items()]
+    if isinstance(function, tuple):
+        return [_code(item) for item in function]
+    if isinstance(function, CodeType):
+        return function.co_code, _code(function.co_consts), function.co_names
+    function = getattr(function, "__func__", function)
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        held = *cells, *(function.__defaults__ or ()), function.__kwdefaults__ or {}
+        return _code(function.__code__), [_code(item) for item in held if item is not function]
+    if isinstance(function, Tensor):
+        return digest_values({"": function})
+    return function if isinstance(function, _PLAIN) else type(function).__qualname__
 
 
 _PLAIN = (str, int, float, type(None))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,24 @@ def test_a_model_that_computes_something_else_is_another(change: Callable[[Any],
     assert digest_model(model) == before
     change(model)
     assert digest_model(model) != before
+
+
+def test_a_function_in_place_of_forward_counts_by_what_it_does() -> None:
+    def given(forward: Any) -> str:
+        layer = nn.Linear(4, 4)
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layer.forward = forward if forward else layer.forward
+        return digest_model(layer)
+
+    def times(scale: Any) -> Any:
+        return lambda x: x * scale
+
+    one, two = torch.ones(2), torch.zeros(2)
+    named = partial(torch.add, other=1), partial(torch.add, other=2)
+    ways = [None, lambda x: x, lambda x: x + 1, times(2), times(3), times(one), times(two), *named]
+    assert len({given(way) for way in ways}) == len(ways)
+    assert given(times(2)) == given(times(2)) and given(times(one)) == given(times(one + 0))
 
 
 def test_buffers_and_plain_modules_count() -> None:

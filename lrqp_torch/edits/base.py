@@ -18,8 +18,8 @@ from lrqp_torch.errors import (
     WidthError,
     check_classes,
     check_option,
-    ordinary,
 )
+from lrqp_torch.probes.covariance import Exact
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
@@ -35,7 +35,7 @@ Asked = TypeVar("Asked")
 OnInfeasible = Literal["raise", "skip"]
 
 
-class Edit(nn.Module, Shared, Generic[Asked]):
+class Edit(Exact, Shared, Generic[Asked]):
     """A change of activations, with a record of what it did to each.
 
     A kind of edit says how it is solved, in :meth:`solve`; how it is put into a model, read back,
@@ -60,10 +60,6 @@ class Edit(nn.Module, Shared, Generic[Asked]):
         self.notes: dict[str, Any] = {}
         self.provenance: Provenance | None = None
         self.names: tuple[str, ...] = ()
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As of any module; a tensor made under ``torch.inference_mode`` is copied out of it."""
-        super().register_buffer(name, tensor if tensor is None else ordinary(tensor), persistent)
 
     @abstractmethod
     def solve(
@@ -261,7 +257,8 @@ class Edit(nn.Module, Shared, Generic[Asked]):
             SavedEditError: missing, damaged, foreign, of a newer format, or holding NaN.
             SolverError: it was saved with a solver that is not installed here.
         """
-        edit = cls._read(Path(path))
+        with torch.inference_mode(False):
+            edit = cls._read(Path(path))
         return edit.to(device) if device is not None else edit
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
@@ -273,17 +270,6 @@ class Edit(nn.Module, Shared, Generic[Asked]):
     @classmethod
     def _read(cls, folder: Path) -> Self:
         raise SavedEditError(f"{cls.__name__} is not an edit that can be saved or loaded")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # .half() of a model that holds an edit must not round the edit's own numbers: a floor in
-        # half precision could promise less than was asked for.
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
 
 def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:

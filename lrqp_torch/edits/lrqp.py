@@ -140,7 +140,7 @@ class LRQP(Edit[Classes]):
             class_weight=class_weight,
             held_out=held_out,
         )
-        return cls(probe, Mahalanobis.fit(x, shrinkage), **options)
+        return cls(probe, Mahalanobis.fit(x, shrinkage, _told=True), **options)
 
     def like(
         self, probe: LinearProbe, metric: Mahalanobis, log_odds: float | None = None

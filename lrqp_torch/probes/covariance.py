@@ -1,5 +1,6 @@
 """Streaming moments, shrinkage, and the Mahalanobis metric made from them."""
 
+import copy
 from typing import Any, Literal, Self
 
 import torch
@@ -25,7 +26,37 @@ Shrinkage = Literal["ledoit_wolf", "oas"] | float
 CHUNK_NUMBERS = 2_000_000
 
 
-class Mahalanobis(nn.Module):
+class Exact(nn.Module):
+    """A module whose own buffers keep their precision, and through which gradients can flow.
+
+    ``.half()`` of a model that holds an edit must not round the edit's own numbers: a floor in half
+    precision could promise less than was asked for, and a metric be destroyed. What is made under
+    ``torch.inference_mode``, also in a copy or on another device, is an ordinary tensor.
+    """
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As of any module."""
+        super().register_buffer(name, tensor if tensor is None else ordinary(tensor), persistent)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        kept = dict(self._buffers)
+        with torch.inference_mode(False):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, before in kept.items():
+                after = self._buffers[name]
+                if before is not None and after is not None and after.dtype != before.dtype:
+                    self._buffers[name] = before.to(after.device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+        return copied
+
+
+class Mahalanobis(Exact):
     """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
 
     Args:
@@ -62,20 +93,22 @@ class Mahalanobis(nn.Module):
         # What is computed here is symmetric and positive semidefinite by its formula.
         _check_covariance(covariance, known=_known)
         width = covariance.shape[0]
-        self.register_buffer("covariance", ordinary(covariance.double()))
+        self.register_buffer("covariance", covariance.double())
         for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
             tensor = None if value is None else as_numbers(value, name)
             if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != width):
                 raise WidthError(f"the covariance has width {width}, {name} {tuple(tensor.shape)}")
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"{name} holds NaN or infinity")
-            self.register_buffer(name, None if tensor is None else ordinary(tensor.double()))
+            self.register_buffer(name, None if tensor is None else tensor.double())
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
         self._eigenbasis: tuple[object, Tensor, Tensor] | None = None
 
     @classmethod
-    def fit(cls, x: Any, shrinkage: Shrinkage = "ledoit_wolf") -> "Mahalanobis":
+    def fit(
+        cls, x: Any, shrinkage: Shrinkage = "ledoit_wolf", *, _told: bool = False
+    ) -> "Mahalanobis":
         """The metric of activations x, (n, d), on x's device. See :meth:`Covariance.finish`.
 
         They are a tensor or an array; or stored ones, which are then read a batch at a time.
@@ -95,7 +128,8 @@ class Mahalanobis(nn.Module):
         if x.ndim != 2:
             raise WidthError(f"activations must be (n, d), got {tuple(x.shape)}")
         found = Covariance(x.shape[1], device=x.device).update(x)
-        check_sinks(x)
+        if not _told:
+            check_sinks(x)
         return found._finish(shrinkage)
 
     @classmethod
@@ -182,17 +216,6 @@ class Mahalanobis(nn.Module):
         outside = torch.where(present, 0.0, coordinates).abs().amax(-1) > noise
         return torch.where(outside, float("inf"), inside.sqrt())
 
-    def _apply(self, fn: object, recurse: bool = True) -> Self:
-        # .half() or .to(bfloat16) of a model that holds an edit must not destroy the metric.
-        names = ("covariance", "mean", "kept")
-        held = [getattr(self, name) for name in names]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in zip(names, held, strict=True):
-            after = getattr(self, name)
-            if after is not None and before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
-
 
 class Covariance:
     """Mean and covariance of activations in one pass, in memory that does not grow with n.
@@ -210,6 +233,7 @@ class Covariance:
         device: where to accumulate; data are moved there.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -225,6 +249,7 @@ class Covariance:
         """The width d of the activations."""
         return self.mean.shape[0]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, x: Any) -> Self:
         """Add a batch of activations, (n, d), a tensor or an array. Returns self.
@@ -254,6 +279,7 @@ class Covariance:
         self.fourth += squares.square().sum()
         return self
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: "Covariance") -> Self:
         """Add everything that another accumulator has seen. Returns self."""

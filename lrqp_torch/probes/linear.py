@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import (
@@ -39,7 +40,33 @@ Key = TypeVar("Key", bound=Hashable)
 
 def as_probe(layer: nn.Linear) -> "LinearProbe":
     """A probe as it is, another linear layer by :meth:`LinearProbe.from_linear`."""
-    return layer if isinstance(layer, LinearProbe) else LinearProbe.from_linear(layer)
+    if not isinstance(layer, LinearProbe):
+        return LinearProbe.from_linear(layer)
+    _check_affine(layer)
+    return layer
+
+
+@torch.no_grad()
+def _check_affine(layer: nn.Linear) -> None:
+    """Raise :class:`WidthError` unless a layer computes W x + b, with the W and b that it holds."""
+    if is_lazy(layer.weight):
+        raise WidthError("the probe is a lazy layer that was never run: run it on activations once")
+    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    if plain and not layer._forward_hooks and not layer._forward_pre_hooks:
+        return
+    weight, bias = layer.weight, layer.bias
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    given = layer(x)
+    size, close = float(wanted.abs().max()), 64 * torch.finfo(weight.dtype).eps
+    alike = isinstance(given, Tensor) and given.shape == wanted.shape
+    if not alike or not bool(((given.double() - wanted).abs() <= close * size).all()):
+        raise WidthError(
+            f"the probe, a {type(layer).__name__}, does not compute weight · x + bias with its own "
+            f"weight and bias: it has a forward or hooks that do something else, of which an edit "
+            f"would know nothing; give the weights that it reads by to LinearProbe.from_weights"
+        )
 
 
 class ReadInBatches(Protocol):
@@ -95,7 +122,7 @@ class LinearProbe(nn.Linear):
         are 0 and 1: z = (0, w x + b).
 
         Raises:
-            WidthError: not a linear layer.
+            WidthError: not a linear layer, or one whose forward is another than W x + b.
             NonFiniteError: NaN or infinity in its weights.
         """
         if not isinstance(layer, nn.Linear):
@@ -103,6 +130,7 @@ class LinearProbe(nn.Linear):
                 f"a probe must be an nn.Linear from activations to logits, got "
                 f"{type(layer).__name__}; for weights of other kinds use LinearProbe.from_weights"
             )
+        _check_affine(layer)
         return cls.from_weights(layer.weight, layer.bias)
 
     @classmethod

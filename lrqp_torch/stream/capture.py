@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.distributed.ranks import Ranks
-from lrqp_torch.errors import EditNeverFiredError, PositionError, SiteError, WidthError
+from lrqp_torch.errors import (
+    EditNeverFiredError,
+    PositionError,
+    SiteError,
+    WidthError,
+    ordinary,
+)
 from lrqp_torch.files import digest_model, digest_values
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
@@ -111,7 +117,7 @@ def capture(
             found |= reading.gather(range(reading.n_examples), device, advance)
     if not asked:
         raise PositionError(NOTHING)
-    return Captured((str(item.site), found[str(item.site)]) for item in asked)
+    return Captured((str(item.site), ordinary(found[str(item.site)])) for item in asked)
 
 
 def listed(sites: str | Site | Sequence[str | Site]) -> Sequence[str | Site]:
@@ -155,7 +161,7 @@ def capture_batches(
     """
     reading = Reading(model, inputs, sites, positions, batch_size, batch_tokens, ranks, tokenizer)
     runs = reading.run(range(reading.n_examples), device, ranks.turns)
-    return ((rows, found) for _, rows, found in runs)
+    return ((rows, {name: ordinary(x) for name, x in found.items()}) for _, rows, found in runs)
 
 
 @contextmanager

@@ -268,10 +268,32 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
             f"{where}: its row says that {places.first_reader!r} reads the block's input, and it "
             f"reads something else"
         )
-    if places.cut is None or is_cut(call, places.cut):
+    order = [name for name, _ in record.outputs]
+    last = None if places.cut is None else places.cut.module
+    behind = order.index(last) if last in order else len(order)
+    if places.projection is not None and not (
+        places.projection in record.weights
+        and order.index(places.projection) <= behind
+        and _mixes_tokens(call, Cut(places.projection, None))
+    ):
+        raise UnknownFamilyError(
+            f"{where}: its row says that {places.projection!r} maps the heads' outputs to the "
+            f"stream, and it does not: it is no matrix of attention onto the stream's width"
+        )
+    if places.cut is None:
+        return
+    passes = is_cut(call, places.cut)
+    if passes and places.cut.scale is None:
         return
     found = sites_of(call, nn.Module()).cut
+    if passes and (found is None or found.scale is not None):
+        return
     right = "no other place was found" if found is None else f"what passes is {found}"
+    if passes:
+        raise UnknownFamilyError(
+            f"{where}: its row says that the stream between attention and MLP is {places.cut}, but "
+            f"that is normalised before anything else reads it: skip path and MLP both read {found}"
+        )
     raise UnknownFamilyError(
         f"{where}: its row says that the stream between attention and MLP is {places.cut}, but it "
         f"is no cut: forced to one value there, the block's output still changes with its input "

@@ -83,6 +83,8 @@ class Follower:
                 call that fills a KV cache may be followed by the tokens that are still missing;
                 positions that never come are found when the context closes.
         """
+        if call.meanwhile:
+            self._check_turns(call.text.prompt, call.meanwhile[0].prompt)
         mask = call.mask
         key = call.batch, call.past, call.end, call.continues
         # Inputs that are run again and again are held against the positions once.
@@ -97,6 +99,16 @@ class Follower:
                 hidden if before is None else (example, token, before[2] & shown)
             )
         self._fits = key, _nothing if mask is None else weakref.ref(mask), version
+
+    def _check_turns(self, one: int, other: int) -> None:
+        """Raise if a position is in one prompt, and past the other that takes turns with it."""
+        if min(one, other) <= self.positions.span[1] < max(one, other):
+            raise PositionError(
+                f"another text, with a first call of {other} tokens, takes turns with one of {one},"
+                f" as the second prompt of guidance (guidance_scale) does: position "
+                f"{self.positions.span[1]} is in the prompt of one, and new in the other. Say it "
+                f"for each: 'prompt', 'last', a column from the end (-1) or a function"
+            )
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The positions of a call on a device, or None; those of the last call are kept."""

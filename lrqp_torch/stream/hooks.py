@@ -91,7 +91,10 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
                 f"{located.site}: {type(module).__name__} returns {type(output).__name__}, of "
                 f"which the first part is no tensor of activations"
             )
-        residual = None if located.residual is None else residuals.pop(threading.get_ident())
+        # A pass of another thread may have begun before this was hooked.
+        residual = residuals.pop(threading.get_ident(), None)
+        if residual is None and located.residual is not None and not watch.acts():
+            return None
         entered = residual
         if entered is None:
             entered = next(tensors_given(args, kwargs), stream)

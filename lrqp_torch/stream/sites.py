@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lrqp_torch.errors import ModelError, SiteError, UnknownFamilyError, quoted
+from lrqp_torch.errors import LRQPError, ModelError, SiteError, UnknownFamilyError, quoted
 from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
 from lrqp_torch.stream.discovery import BlockSites, Cut, Padding, Stack, discover, hold_to_proof
 from lrqp_torch.stream.passes import forward_of
@@ -318,7 +318,15 @@ def _wrapped(model: nn.Module) -> str:
 
 
 def _found(model: nn.Module) -> Stacks:
-    stacks = discover(model)
+    base: Any = getattr(model, "base_model", model)
+    try:
+        stacks = discover(model)
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        # Some heads take other inputs, such as several choices an example; not so what they are on.
+        prefix = next((name for name, part in model.named_modules() if part is base), "")
+        if not prefix or isinstance(error, LRQPError):
+            raise
+        stacks = [replace(s, trunk=f"{prefix}.{s.trunk}".strip(".")) for s in discover(base)]
     paths = [f"{stack.trunk}.{stack.blocks}".strip(".") for stack in stacks]
     if "decoder_input_ids" in forward_of(model).parameters:
         named = {

@@ -1,6 +1,8 @@
 """Probes, weights and data that people already have: layers, arrays, names, weights, inference."""
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,3 +315,64 @@ def test_an_accumulator_made_outside_takes_what_was_captured_in_inference_mode()
         covariance.update(x[:60] + 0)
     covariance.update(x[60:])
     assert torch.allclose(covariance.finish().covariance, Mahalanobis.fit(x).covariance)
+
+
+def test_what_is_loaded_moved_or_copied_in_inference_mode_is_ordinary(tmp_path: Path) -> None:
+    x, y = samples()
+    kept = LRQP.fit(x.float(), y)
+    kept.save(tmp_path / "edit")
+    with torch.inference_mode():
+        loaded = LRQP.load(tmp_path / "edit")
+        edits = loaded, copy.deepcopy(kept), copy.deepcopy(kept).to(torch.float64)
+        covariance = Covariance(5).update(x[:60])
+    for edit in edits:
+        edit.probe.requires_grad_()
+        point = torch.randn(4, 5, requires_grad=True)
+        edit(point, 1).square().sum().backward()
+        assert point.grad is not None and edit.probe.weight.grad is not None
+        assert edit.log_odds.dtype == edit.metric.covariance.dtype == torch.float64
+    assert torch.equal(edits[1].metric.covariance, kept.metric.covariance)
+    covariance.update(x[60:])
+    assert torch.allclose(covariance.finish().covariance, Mahalanobis.fit(x).covariance)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.1 * super().forward(input)
+
+
+def hooked() -> nn.Linear:
+    layer = nn.Linear(5, 3)
+    layer.register_forward_hook(lambda module, args, output: 0.1 * output)
+    return layer
+
+
+def replaced() -> LinearProbe:
+    probe = LinearProbe(5, 3)
+    probe.forward = lambda x: x[:, :3]  # type: ignore[method-assign]
+    return probe
+
+
+@pytest.mark.parametrize("make", [lambda: Scaled(5, 3), hooked, replaced])
+def test_a_layer_that_computes_something_else_than_its_weights_is_refused(
+    make: Callable[[], nn.Linear],
+) -> None:
+    with pytest.raises(WidthError, match=r"does not compute weight · x \+ bias with its own"):
+        LRQP(make(), Mahalanobis.euclidean(5))
+
+
+def test_layers_that_compute_what_they_hold_are_taken() -> None:
+    class Same(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 0
+
+    seen = nn.Linear(5, 3)
+    seen.register_forward_hook(lambda *_: None)
+    for layer in (Same(5, 3), seen, nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))):
+        new = LRQP(layer, Mahalanobis.euclidean(5), log_odds=3.0, rule="fixed")(
+            torch.randn(9, 5), 1
+        )
+        logits = layer(new).detach()
+        assert (logits[:, [1]] - logits[:, [0, 2]]).min() > 3 - 1e-4
+    with pytest.raises(WidthError, match="a lazy layer that was never run"):
+        LRQP(nn.LazyLinear(3), Mahalanobis.euclidean(5))

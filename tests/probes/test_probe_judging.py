@@ -69,7 +69,7 @@ def test_rows_that_dwarf_the_others(share: float, offset: float) -> None:
     x = x + offset
     x[sinks] = 0.0
     x[sinks, 3] = 900.0
-    for fit in (lambda: LinearProbe.fit(x, y), lambda: Mahalanobis.fit(x)):
+    for fit in (lambda: LRQP.fit(x, y), lambda: LinearProbe.fit(x, y), lambda: Mahalanobis.fit(x)):
         (said,) = said_by(fit)
         assert f"{len(sinks)} of 1000 activations" in said and "coordinate 3" in said
         assert str(sorted(sinks.tolist())[:5]) in said

@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -115,6 +116,30 @@ def test_contexts_of_two_threads_at_once_do_not_mix() -> None:
     thread.join()
     assert torch.equal(own, wanted[1]) and torch.equal(other[0], wanted[0])
     assert hook_count(model) == 0
+
+
+def test_a_context_that_another_thread_opens_in_the_midst_of_a_pass_leaves_it_as_it_is() -> None:
+    model = build("llama")
+    clean, opened, done = logits(model), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with suppress(EditNeverFiredError), intervene(model, turn()):
+            opened.set()
+            done.wait()
+
+    thread = threading.Thread(target=other)
+
+    def begin(*_: Any) -> None:
+        thread.start()
+        opened.wait()
+
+    # Behind the module that reads the block's input, and before attention.
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(begin)
+    found = logits(model)
+    done.set()
+    thread.join()
+    handle.remove()
+    assert torch.equal(found, clean)
 
 
 def test_a_task_takes_its_context_along_and_no_other() -> None:
@@ -363,6 +388,33 @@ def test_the_two_texts_of_guidance_take_turns(region: str, cached: bool) -> None
         edit.at(model, SITE, positions=scope, target=1),
     ):
         model.generate(**inputs, **options, negative_prompt_ids=IDS[:, :3])
+    with (
+        pytest.raises(PositionError, match="position 6 is in the prompt of one, and new in the"),
+        edit.at(model, SITE, positions=AT, target=1),
+    ):
+        model.generate(**inputs, **{**WORDS, "max_new_tokens": 8}, guidance_scale=1.5,
+                       negative_prompt_ids=IDS[:, :3])  # fmt: skip
+
+
+@torch.no_grad()
+def test_choices_of_an_encoder_are_rows_too_whose_real_tokens_are_its_own() -> None:
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    model = transformers.BertForMultipleChoice(config).eval()
+    ids = torch.stack([IDS, IDS.flip(1)], 1)  # 3 examples of 2 choices
+    mask = torch.ones_like(ids)
+    mask[1, 1, 5:] = 0
+    flat = {"input_ids": ids.flatten(0, 1), "attention_mask": mask.flatten(0, 1)}
+    last = torch.tensor([6, 6, 6, 4, 6, 6])
+    edit = random_edit(torch.randn(50, WIDTH), 3)
+    with edit.at(model, SITE, positions="last", target=1) as run:
+        model(input_ids=ids, attention_mask=mask)
+    assert run.token.tolist() == last.tolist() and (run.log_odds_after >= run.floor).all()
+    with edit.at(model.bert, SITE, positions=last, target=1) as alone:
+        model.bert(**flat)
+    torch.testing.assert_close(run.distance, alone.distance)
 
 
 def test_choices_are_rows_of_their_own() -> None:

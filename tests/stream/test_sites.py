@@ -18,6 +18,7 @@ from models_for_tests import (
     hook_count,
 )
 from torch import nn
+from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import SiteError, UnknownFamilyError
@@ -117,6 +118,8 @@ def test_a_row_stands_in_for_what_is_found() -> None:
         ({"first_reader": "ln_2"}, "'ln_2' reads the block's input, and it reads something else"),
         ({"attention_output": "self_attn"}, "block 0 .* has no module 'self_attn'"),
         ({"blocks": "layers"}, "names blocks that it does not have"),
+        ({"output_projection": "mlp.c_fc"}, "'mlp.c_fc' maps the heads' outputs .* it does not"),
+        ({"output_projection": "mlp.c_proj"}, "'mlp.c_proj' maps the heads' outputs"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
@@ -125,6 +128,14 @@ def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str
     with pytest.raises(UnknownFamilyError, match=message):
         lrqp.capture(model, Prompts.random([3]).padded("left"), ["L1.mid"])
     assert hook_count(model) == 0
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_sum_that_is_normalised_before_it_is_read_is_no_site() -> None:
+    row = Family("transformer.layer", "attention", "attention", "attention.out_lin")
+    register_family("distilbert", row)
+    with pytest.raises(UnknownFamilyError, match=r"normalised before .* output of 'sa_layer_norm'"):
+        lrqp.all_sites(build_tiny("DistilBertForMaskedLM"))
 
 
 @pytest.mark.usefixtures("rows")
