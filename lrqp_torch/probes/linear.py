@@ -16,6 +16,7 @@ from lrqp_torch.errors import (
     TargetError,
     WidthError,
     as_numbers,
+    concrete,
     quoted,
 )
 from lrqp_torch.probes.fitting import (
@@ -51,10 +52,13 @@ def _check_affine(layer: nn.Linear) -> None:
     """Raise :class:`WidthError` unless a layer computes W x + b, with the W and b that it holds."""
     if is_lazy(layer.weight):
         raise WidthError("the probe is a lazy layer that was never run: run it on activations once")
-    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
-    if plain and not layer._forward_hooks and not layer._forward_pre_hooks:
-        return
     weight, bias = layer.weight, layer.bias
+    own = type(layer).forward in (nn.Linear.forward, LinearProbe.forward)
+    changed = not own or "forward" in vars(layer)
+    if not (changed or layer._forward_hooks or layer._forward_pre_hooks):
+        return
+    if not concrete(weight) or not bool(weight.isfinite().all()):
+        return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
