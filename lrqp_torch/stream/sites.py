@@ -20,9 +20,17 @@ from functools import cached_property
 from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
-from lrqp_torch.errors import LRQPError, ModelError, SiteError, UnknownFamilyError, quoted
+from lrqp_torch.errors import (
+    CompiledModelError,
+    LRQPError,
+    ModelError,
+    SiteError,
+    UnknownFamilyError,
+    quoted,
+)
 from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
 from lrqp_torch.stream.discovery import BlockSites, Cut, Padding, Stack, discover, hold_to_proof
 from lrqp_torch.stream.passes import forward_of
@@ -544,6 +552,11 @@ def locate(model: nn.Module, name: str | Site) -> Located:
 
 
 def _locate_module(model: nn.Module, site: Site) -> Located:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CompiledModelError(
+            f"{site}: a model of torch.jit does not run its modules one by one; edit the model "
+            f"that it was made of"
+        )
     path, whole = site.path or "", inner_model(model)
     owner = next((part for part in (model, whole) if path in dict(part.named_modules())), None)
     if owner is None:

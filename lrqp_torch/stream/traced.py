@@ -7,19 +7,19 @@ So a graph belongs to a set of sites and not to a context: another context at th
 again, with edits, positions and targets of its own; outside of all contexts it edits nothing.
 
 A graph that was made without these operators must not run within a context, nor one that was made
-for other sites. Guards of ``torch.compile`` keep it so: in a thread with an open context a setting
-is on by which every graph is guarded (autocast of a kind of device that nothing here runs on);
-graphs that are made then are guarded by the hooks of their modules too; and the names of the sites
-are a string that is read while a model is traced.
+for other sites, in whatever thread. Guards of ``torch.compile`` keep it so: a graph is guarded by
+the code of the ``forward`` of every module in it, and modules with hooks have one of their own,
+by model and by hooks (:func:`mark`).
 """
 
 import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
+from types import CodeType, MethodType
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -28,9 +28,6 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import CompiledModelError, EditNeverFiredError, SiteError
 from lrqp_torch.stream.discovery import first_tensor, with_first
-
-NOTHING_RUNS_ON = "ipu"
-"""A kind of device; its autocast touches no tensor of any other."""
 
 
 class Passes(Protocol):
@@ -67,22 +64,12 @@ _PENDING: dict[str, Any] = {}
 """Filled and emptied within one trace: the ticket of a pass, and block inputs on their way."""
 
 
-class _Depth(threading.local):
-    contexts = 0
-
-
-_HERE = _Depth()
-
-
 def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     """Whether graphs may run in a context that opens in this thread, with edits at some sites.
 
     Not where it could not be told from graphs made outside of it, nor where graphs for so many
     other sites were made that torch would soon refuse to make another.
     """
-    # The setting is on without a context where one was closed in another thread than its own.
-    if not _HERE.contexts and torch.is_autocast_enabled(NOTHING_RUNS_ON):
-        return False
     made = _MADE.get(key_of(trunk), set())
     if not made or "torch._dynamo" not in sys.modules:
         return True
@@ -91,50 +78,62 @@ def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
 
 
-class _HookGuards:
-    """Keeps graphs that are made while a context is open to models with the same hooks.
+def mark(stack: ExitStack, module: nn.Module, name: str) -> None:
+    """Give a module another ``forward``, which does the same, until the stack closes.
 
-    By default ``torch.compile`` takes no notice of modules without hooks, so that a graph of one
-    model would serve another of its class, which is edited.
+    Every graph is guarded by the code of the ``forward`` of each module in it. So one that was made
+    with other hooks there, or none, is not taken in any thread.
+
+    Args:
+        stack: of the context.
+        module: one that has a hook.
+        name: of the hook.
     """
+    own = vars(module)
 
-    def __init__(self) -> None:
-        self._open, self._before = 0, True
-
-    def __enter__(self) -> None:
-        from torch._dynamo import config
-
+    def become(more: Sequence[str], fewer: Sequence[str] = ()) -> None:
         with _LOCK:
-            if not self._open:
-                self._before = config.skip_nnmodule_hook_guards
-                config.skip_nnmodule_hook_guards = False
-            self._open += 1
+            names, held = _MARKED.pop(module, (Counter[str](), own.get("forward")))
+            names = names + Counter(more) - Counter(fewer)
+            if names:
+                _MARKED[module] = names, held
+                held = MethodType(_forward(type(module), held, sorted(names.elements())), module)
+            if held is None:
+                del own["forward"]
+            else:
+                own["forward"] = held
 
-    def __exit__(self, *raised: object) -> None:
-        from torch._dynamo import config
-
-        with _LOCK:
-            self._open -= 1
-            if not self._open:
-                config.skip_nnmodule_hook_guards = self._before
-
-
-_HOOK_GUARDS = _HookGuards()
+    become([name])
+    stack.callback(become, [], [name])
 
 
-@contextmanager
-def run_compiled() -> Iterator[None]:
-    """Keep graphs that were made outside of this from running within it, in this thread."""
-    owner = vars(_HERE)
-    owner["contexts"] = owner.get("contexts", 0) + 1
-    torch.set_autocast_enabled(NOTHING_RUNS_ON, True)
-    try:
-        with _HOOK_GUARDS:
-            yield
-    finally:
-        owner["contexts"] -= 1
-        if not owner["contexts"] and vars(_HERE) is owner:
-            torch.set_autocast_enabled(NOTHING_RUNS_ON, False)
+def unmarked(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a copy of a module as they are without :func:`mark`."""
+    if module not in _MARKED:
+        return state
+    own = {} if (held := _MARKED[module][1]) is None else {"forward": held}
+    return {name: value for name, value in state.items() if name != "forward"} | own
+
+
+_MARKED: WeakKeyDictionary[nn.Module, tuple[Counter[str], Any]] = WeakKeyDictionary()
+"""The names of the hooks on a module, and the ``forward`` that it had of its own."""
+_CODES: dict[tuple[str, ...], CodeType] = {}
+
+
+def _forward(kind: type[nn.Module], held: Any, names: Iterable[str]) -> Callable[..., Any]:
+    inner = kind.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return inner(self, *args, **kwargs)
+
+    def given(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return held(*args, **kwargs)
+
+    made = forward if held is None else given
+    key = (made.__name__, *names)
+    made.stands_for = held  # type: ignore[attr-defined]
+    made.__code__ = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
+    return made
 
 
 def refuse_within_compilation() -> None:

@@ -5,6 +5,7 @@ context, which ``asyncio.to_thread`` takes along), on the model itself and not o
 until it closes. Passes of other threads stay untouched, and are named where an edit was missed.
 """
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,19 +13,22 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import (
+    CompiledModelError,
     EditNeverFiredError,
     PositionError,
     concrete,
     in_transforms,
     outside_transforms,
     unwrapped,
+    warn,
 )
-from lrqp_torch.stream.compiled import inner_model, run_eagerly
+from lrqp_torch.stream.compiled import CompiledModelWarning, inner_model, run_eagerly
 from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
     CACHES,
@@ -36,7 +40,7 @@ from lrqp_torch.stream.passes import (
     puts_tokens_in_front,
 )
 from lrqp_torch.stream.sites import Trunk
-from lrqp_torch.stream.traced import Traced, follow, run_compiled
+from lrqp_torch.stream.traced import Traced, follow, mark, unmarked
 
 RAN_TWICE = (
     "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
@@ -106,10 +110,13 @@ def hook(
     ``traced``: what ``torch.compile`` is to follow in its place.
     """
     replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
+    replace_method(stack, module, "_replicate_for_data_parallel", _replicate_plainly)
     added = _Added(function, traced=traced)
     handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
     tables = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
+    if traced is not None:
+        mark(stack, module, traced.name)
 
 
 def hook_after(
@@ -122,6 +129,7 @@ def hook_after(
 ) -> None:
     """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
     replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
+    replace_method(stack, module, "_replicate_for_data_parallel", _replicate_plainly)
     added = _Added(function, traced=traced)
     handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
     tables = (
@@ -130,6 +138,8 @@ def hook_after(
         module._forward_hooks_always_called,
     )
     stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
+    if traced is not None:
+        mark(stack, module, traced.name)
 
 
 _HOOK_NUMBERS: dict[str, int] = {}
@@ -161,6 +171,7 @@ def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable
         if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
             return made
         state = {name: value for name, value in made[2].items() if not isinstance(value, _Added)}
+        state = unmarked(module, state)
         kept = {
             key
             for name in ("_forward_hooks", "_forward_pre_hooks")
@@ -173,6 +184,17 @@ def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable
         return (*made[:2], state, *made[3:])
 
     return plain
+
+
+def _replicate_plainly(module: nn.Module, replicate: Callable[[], Any]) -> Callable[[], Any]:
+    """What ``DataParallel`` runs elsewhere: with the hooks, and a ``forward`` of its own."""
+
+    def replicated() -> Any:
+        made = replicate()
+        made.__dict__ = unmarked(module, vars(made))
+        return made
+
+    return replicated
 
 
 class Watch:
@@ -213,6 +235,7 @@ class Watch:
         self._ran: dict[int, list[bool]] = {}
         self._prompts: dict[int, Any] = {}
         self._outer: dict[int, dict[str, Any]] = {}
+        self._n_before: dict[int, int] = {}
         self._latest: ForwardCall | None = None
         self._entered: dict[int, ForwardCall] = {}
         # By thread: the pass of a compiled graph.
@@ -234,7 +257,6 @@ class Watch:
         with ExitStack() as stack:
             entered, left = None, None
             if compiled:
-                stack.enter_context(run_compiled())
                 names = positional(self.trunk), CACHES
                 self.key, entered, left = follow(stack, self.trunk, self, *names)
             else:
@@ -246,6 +268,13 @@ class Watch:
                 replace_method(stack, self.model, "get_prompt", _note_prompts)
             if self.model is not self.trunk and hasattr(kind, "get_base_model"):
                 hook(stack, self.model, self._before_adapter)
+            if self._stack != "encoder":
+                for outer in {self.model, inner_model(self.model)} - {self.trunk}:
+                    # Its own forward may be a captured graph, which runs no module within.
+                    if "forward" in vars(outer):
+                        hook(stack, outer, self._before_whole)
+                        hook_after(stack, outer, self._after_whole)
+            _watch_cuda_graphs()
             _open.set((*_open.get(), self))
             try:
                 yield stack
@@ -350,6 +379,11 @@ class Watch:
         if not self.acts():
             self.others.add(threading.current_thread().name)
             return
+        if torch._C._is_tracing():
+            raise CompiledModelError(
+                "torch.jit.trace would keep what an edit did to the one example that it sees: "
+                "trace the model outside of the context, or use torch.compile"
+            )
         self._threads.add(thread)
         if self._plain:
             self._ran.setdefault(thread, []).append(False)
@@ -421,6 +455,18 @@ class Watch:
         elif self._plain and self._ran.get(threading.get_ident()):
             self._ran[threading.get_ident()].pop()
 
+    def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._n_before[threading.get_ident()] = self.texts.n_calls
+
+    def _after_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = self._n_before.pop(threading.get_ident(), None)
+        if self.acts() and self.texts.n_calls == before:
+            raise CompiledModelError(
+                f"the forward of {type(module).__name__} was replaced by one that does not run its "
+                f"{type(self.trunk).__name__}, such as a graph that was captured before "
+                f"(make_graphed_callables), so it is not edited: replace it after the context"
+            )
+
     def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.acts():
             self._outer[threading.get_ident()] = arguments_of(module, args, kwargs)
@@ -467,6 +513,40 @@ def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[
         return prompt
 
     return noted
+
+
+_CAPTURED: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
+"""Of CUDA graphs the contexts that were open when they were captured."""
+
+
+@functools.cache
+def _watch_cuda_graphs() -> None:
+    """Warn of CUDA graphs that are replayed within contexts, and were captured elsewhere."""
+    kind: Any = torch.cuda.CUDAGraph
+    begin, replay = kind.capture_begin, kind.replay
+
+    def here() -> tuple[int, ...]:
+        return tuple(map(id, _open.get()))
+
+    @functools.wraps(begin)
+    def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _CAPTURED[self] = here()
+        return begin(self, *args, **kwargs)
+
+    @functools.wraps(replay)
+    def replayed(self: Any) -> Any:
+        # Those of torch.compile are guarded.
+        if here() not in ((), _CAPTURED.get(self)) and not str(
+            sys._getframe(1).f_globals.get("__name__")
+        ).startswith("torch._inductor"):
+            warn(
+                CompiledModelWarning,
+                "a CUDA graph that was captured before this context opened is replayed within it: "
+                "it runs as it was captured. If it holds the model, capture it in the context",
+            )
+        return replay(self)
+
+    kind.capture_begin, kind.replay = capture_begin, replayed
 
 
 def opened() -> tuple[Watch, ...]:

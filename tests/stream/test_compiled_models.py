@@ -1,10 +1,13 @@
 """Compiled models: edits are in their graphs, all else fires, and the results are eager's."""
 
+import asyncio
+import contextvars
 import copy
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -22,7 +25,8 @@ from lrqp_torch.errors import (
     NonFiniteError,
     PositionError,
 )
-from lrqp_torch.stream import following, traced
+from lrqp_torch.files import digest_model
+from lrqp_torch.stream import following, traced, watch
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.compiled import CompiledModelWarning, is_compiled, run_eagerly
 from lrqp_torch.stream.hooks import record_heads
@@ -388,18 +392,132 @@ def test_so_many_sites_that_torch_would_make_no_further_graph_run_eagerly() -> N
     assert not may_trace(trunk, ["L0.pre"]) and may_trace(trunk, ["L3.mid"])
 
 
-def test_a_context_closed_in_another_thread_leaves_no_graph_unedited() -> None:
-    def closed_elsewhere() -> bool:
-        context = traced.run_compiled()
-        context.__enter__()
-        thread = threading.Thread(target=context.__exit__, args=(None, None, None))
+@pytest.mark.parametrize("compiled", [whole, its_forward, its_blocks])
+@torch.no_grad()
+def test_threads_of_a_context_run_no_graph_that_was_made_before_it(compiled: Any) -> None:
+    """Threads that inherit the context edit as it does, those that do not edit nothing."""
+    edit, wanted = reference()
+    model = compiled(build("gpt2"), "eager")
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return model(**INPUTS).logits
+
+    clean = run()
+    for _ in range(2):
+        with edit.at(model, "L1.mid", positions=AT, target=TARGET) as record:
+            found = [asyncio.run(asyncio.to_thread(run))]
+            with ThreadPoolExecutor(1) as pool:
+                found.append(pool.submit(contextvars.copy_context().run, run).result())
+                alone = pool.submit(run).result()
+            found.append(run())
+        assert len(record.steps) == 3
+        for one in found:
+            torch.testing.assert_close(one, wanted["edited at L1.mid"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone, clean)
+        torch.testing.assert_close(run(), clean)
+
+
+@torch.no_grad()
+def test_generation_that_compiled_itself_before_is_edited_in_a_thread() -> None:
+    edit, _ = reference()
+    ids = torch.stack([PROMPTS.tokens[0], PROMPTS.tokens[2][:9]])
+    model: Any = build("llama", num_hidden_layers=2)
+    settings = CompileConfig(backend=lambda graph, inputs: graph, fullgraph=True, mode=None)
+    settings._compile_all_devices = True
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    static = {"cache_implementation": "static", "compile_config": settings}
+    with edit.at(model, "L1.mid", positions="all", target=1) as wanted:
+        model.generate(ids, **options)
+    generate = torch.no_grad()(lambda: model.generate(ids, **options, **static))
+    generate()
+    with edit.at(model, "L1.mid", positions="all", target=1) as run:
+        asyncio.run(asyncio.to_thread(generate))
+    assert torch.equal(run.token, wanted.token)
+    torch.testing.assert_close(run.distance, wanted.distance, rtol=1e-5, atol=1e-6)
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What DataParallel runs on another device."""
+    made = {part: part._replicate_for_data_parallel() for part in model.modules()}
+    for part, copied in made.items():
+        for name, child in part._modules.items():
+            setattr(copied, name, None if child is None else made[child])
+        for name, value in {**part._parameters, **part._buffers}.items():
+            setattr(copied, name, None if value is None else value + 1)
+    return made[model]
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_run_their_own_weights() -> None:
+    edit, _ = reference()
+    model = build("gpt2", n_layer=2)
+    alone = replica_of(model)
+    wanted, clean, digest = edited(alone, edit), alone(**INPUTS).logits, digest_model(model)
+    with edit.at(model, "L1.mid", positions=AT, target=TARGET) as run:
+        assert digest_model(model) == digest
+        replica = replica_of(model)
+        assert torch.equal(replica(**INPUTS).logits, wanted)
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(replica(**INPUTS).logits.detach()))
         thread.start()
         thread.join()
-        # Here graphs without an edit may have been made since, so none is trusted.
-        return may_trace(model.transformer, ["L1.mid"])
+    assert len(run.steps) == 1 and not any("forward" in vars(part) for part in model.modules())
+    torch.testing.assert_close(found[0], clean)
 
-    model, found = build("gpt2"), []
-    thread = threading.Thread(target=lambda: found.append(closed_elsewhere()))
-    thread.start()
-    thread.join()
-    assert found == [False] and may_trace(model.transformer, ["L1.mid"])
+
+@torch.no_grad()
+def test_graphs_that_cannot_be_edited_are_named() -> None:
+    edit, wanted = reference()
+    model, where = build("gpt2"), {"positions": AT, "target": TARGET}
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    plain, ids = Logits().eval(), INPUTS["input_ids"]
+    clean = plain(ids)
+    with edit.at(model, "L1.mid", **where):
+        changed = plain(ids)
+        with pytest.raises(CompiledModelError, match="the one example that it sees"):
+            torch.jit.trace(plain, (ids,), check_trace=False)
+        # An exported program holds the place of the edit, as a compiled graph does.
+        exported = torch.export.export(plain, (ids,)).module()
+        torch.testing.assert_close(exported(ids), changed)
+    torch.testing.assert_close(exported(ids), clean)
+    script = torch.jit.trace(plain, (ids,), check_trace=False)
+    with pytest.raises(CompiledModelError, match="does not run its modules one by one"):
+        edit.at(script, lrqp.Site.module("model.transformer.h.1"), **where).__enter__()
+    model.forward = lambda **inputs: wanted["clean"]  # as of torch.cuda.make_graphed_callables
+    with (
+        pytest.raises(CompiledModelError, match="does not run its GPT2Model"),
+        edit.at(model, "L1.mid", **where),
+    ):
+        model.transformer(**INPUTS)
+        model(**INPUTS)
+
+
+def test_cuda_graphs_of_elsewhere_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def capture_begin(self) -> None:
+            pass
+
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    watch._watch_cuda_graphs.__wrapped__()
+    model, before, within = build("gpt2", n_layer=2), Graph(), Graph()
+    before.capture_begin()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before.replay()
+        with record_heads(model, [1], AT):
+            within.capture_begin()
+            within.replay()
+            with pytest.raises(CompiledModelWarning, match="captured before this context"):
+                before.replay()
