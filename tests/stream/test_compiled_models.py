@@ -452,7 +452,9 @@ def replica_of(model: nn.Module) -> nn.Module:
 def test_replicas_of_data_parallel_run_their_own_weights() -> None:
     edit, _ = reference()
     model = build("gpt2", n_layer=2)
-    alone = replica_of(model)
+    alone = copy.deepcopy(model)
+    for value in (*alone.parameters(), *alone.buffers()):
+        value += 1
     wanted, clean, digest = edited(alone, edit), alone(**INPUTS).logits, digest_model(model)
     with edit.at(model, "L1.mid", positions=AT, target=TARGET) as run:
         assert digest_model(model) == digest
