@@ -59,7 +59,14 @@ from lrqp_torch.study.methods import (
 )
 from lrqp_torch.study.preparing import choose_sites, describe_model, find_sink
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
-from lrqp_torch.study.published import CAUSALGYM, Ravel, mib_rows, read_ravel, spoken
+from lrqp_torch.study.published import (
+    CAUSALGYM,
+    RAVEL_FILES,
+    Ravel,
+    mib_rows,
+    read_ravel,
+    spoken,
+)
 from lrqp_torch.study.reading import (
     LEAST_OF_CLASS,
     Columns,
@@ -83,6 +90,9 @@ HELD_OUT = ("val", "validation", "test")
 
 CONTROL = (" dog", " give")
 """The answers of CausalGym's control task, which no class has to do with."""
+
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
+"""How the names of files of rows end."""
 
 HUB = {"causalgym": "aryaman/causalgym", "ravel": "hij/ravel", "mib": "mib-bench/copycolors_mcqa"}
 """Data sets of the Hub, from which the files are fetched where it is reachable."""
@@ -401,7 +411,7 @@ def _fetched(data: str) -> Path:
 
         return Path(
             snapshot_download(
-                data, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.csv"]
+                data, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in KINDS]
             )
         )
     except Exception as error:
@@ -418,11 +428,10 @@ def _files(folder: Path) -> list[Path]:
     Raises:
         PromptError: there are none.
     """
-    kinds = (".json", ".jsonl", ".csv")
     found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
-    found = [path for path in found if path.suffix in kinds]
+    found = [path for path in found if path.suffix in KINDS]
     if not found:
-        raise PromptError(f"{str(folder)!r} holds no files ending in {', '.join(kinds)}")
+        raise PromptError(f"{str(folder)!r} holds no files ending in {', '.join(KINDS)}")
     return found
 
 
@@ -514,7 +523,9 @@ def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
 
 def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
     """Entities by attribute: prompts that ask for it, and those that ask for the others."""
-    tables = read_ravel(folder if folder.is_dir() else folder.parent)
+    folder = folder if folder.is_dir() else folder.parent
+    whole = any(folder.rglob(f"*{RAVEL_FILES[0]}"))
+    tables = read_ravel(folder, [] if whole else _ravel_rows(folder))
     asked = [name for name in tables.templates if how.wants(name)]
     if not asked:
         raise PromptError(
@@ -558,6 +569,18 @@ def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
             name, sets[0], sets[1], logs[name],
             fitted=sets[2], attributes=attributes, others=others,
         )  # fmt: skip
+
+
+def _ravel_rows(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of all tables in a folder, each with the split that its file is named after."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in KINDS:
+            words = path.stem.lower().replace("-", "_").split("_")
+            split_of = next((w for w in words if w in (*FITTING, *HOLDING)), "train")
+            rows = (row for row in rows_of(str(path)) if isinstance(row, Mapping))
+            found += [(split_of, row) for row in rows]
+    return found
 
 
 def _ravel_prompts(tables: Ravel, name: str, how: _How, held: bool) -> list[Prompt]:

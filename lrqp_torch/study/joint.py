@@ -14,6 +14,7 @@ from torch import Tensor
 from lrqp_torch.baselines import DASLeast
 from lrqp_torch.edits.joint import JointLRQP, JointSolution
 from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import ceiling
@@ -153,6 +154,11 @@ class JointStudy:
         self.fitted = torch.stack([v.train >= 0 for v in every]).all(0)
         self.rows = torch.stack([(v.test >= 0) & (v.target >= 0) for v in every]).all(0)
         self.rows = self.rows.nonzero().flatten()
+        if not len(self.rows):
+            raise PromptError(
+                f"no held-out prompt has classes of {' and '.join(names)}, its own and those to "
+                f"write, that {FEWEST} prompts to fit on have; give more prompts, or fewer classes"
+            )
         self.data = task.test[self.rows]
         self.source = torch.stack([v.test[self.rows] for v in every], -1)
         self.target = torch.stack([v.target[self.rows] for v in every], -1)

@@ -2,8 +2,8 @@
 
 Sources of the forms: CausalGym (Arora, Jurafsky and Potts 2024, arXiv 2402.12560; data set
 ``aryaman/causalgym``), BLiMP (Warstadt et al. 2020, arXiv 1912.00582), RAVEL (Huang et al. 2024,
-arXiv 2402.17700; the files of ``explanare/ravel``), MIB (Mueller et al. 2025, arXiv 2504.13151;
-data sets of ``mib-bench``).
+arXiv 2402.17700; the files of ``explanare/ravel`` and the tables of ``hij/ravel``), MIB (Mueller et
+al. 2025, arXiv 2504.13151; data sets of ``mib-bench``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +175,9 @@ def _mib_side(number: int, row: Mapping[str, Any], attribute: Any) -> tuple[str,
     choices, key = row.get("choices"), row.get("answerKey")
     if said is None and choices is not None and key is not None:
         names = choices["label"] if isinstance(choices, Mapping) else choices
-        said = names[int(key)] if isinstance(key, int) or str(key).isdigit() else key
+        said, number_of = key, int(key) if str(key).isdigit() else None
+        if number_of is not None:
+            said = names[number_of] if number_of < len(names) else None
     if said is None:
         said = row.get("label", row.get(attribute) if isinstance(attribute, str) else None)
     if not isinstance(text, str) or said is None or not str(said).strip():
@@ -223,23 +225,33 @@ RAVEL_FILES = (
 )
 
 
-def read_ravel(folder: Path, kind: str | None = None) -> Ravel:
+RAVEL_PROMPT = ("Template", "Attribute")
+"""Columns of the prompts of ``hij/ravel``, beside ``Source`` and ``Entity``."""
+RAVEL_KEYS = ("ID", "URL")
+"""Columns of its entities that are neither their name nor an attribute."""
+
+
+def read_ravel(folder: Path, rows: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Ravel:
     """RAVEL's tables, from the files of its repository (``ravel_city_entity_attributes.json`` …).
 
     Args:
-        folder: of the files, or one above it.
-        kind: of entity, such as ``"city"``; None for the only one, or the first by name.
+        folder: of the files, or one above it; of several kinds of entity the first by name.
+        rows: of the tables of ``hij/ravel`` with the split they are of, where it holds those.
 
     Raises:
         PromptError: files that are not there, or of another form; the message names those that
             were looked for.
     """
+    tabled = _ravel_of(rows)
+    if tabled is not None:
+        return tabled
     found = sorted(folder.rglob(f"*{RAVEL_FILES[0]}"))
-    if kind is not None:
-        found = [path for path in found if kind in path.name]
     if not found:
-        looked = ", ".join(f"ravel_{kind or '*'}_{name}" for name in RAVEL_FILES)
-        raise PromptError(f"{str(folder)!r} holds no files of RAVEL; looked for {looked}")
+        looked = ", ".join(f"ravel_*_{name}" for name in RAVEL_FILES)
+        raise PromptError(
+            f"{str(folder)!r} holds no files of RAVEL; looked for {looked}, and for tables with "
+            f"the columns {', '.join(RAVEL_PROMPT)} of prompts and of entities' attributes"
+        )
     start = found[0].name.removesuffix(RAVEL_FILES[0])
     tables: list[Any] = []
     for name in RAVEL_FILES:
@@ -258,3 +270,39 @@ def read_ravel(folder: Path, kind: str | None = None) -> Ravel:
         {name: split["split"] if isinstance(split, dict) else split
          for name, split in prompts.items()},
     )  # fmt: skip
+
+
+def _ravel_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Ravel | None:
+    """The same from the tables of ``hij/ravel``: one of prompts, one of entities, each in splits.
+
+    Prompts are ``Template`` with ``%s`` for the entity and ``Attribute``; those that name an
+    ``Entity`` of their own, or ask for nothing, are left out. The first column of entities but
+    ``ID`` and ``URL`` is their name. Two of one name, which a prompt cannot tell apart, keep the
+    attributes in which they agree.
+    """
+    values: dict[str, dict[str, str]] = {}
+    templates: dict[str, list[str]] = {}
+    entities: dict[str, str] = {}
+    prompts: dict[str, str] = {}
+    asking = [(side, row) for side, row in rows if all(name in row for name in RAVEL_PROMPT)]
+    attributes = {str(row["Attribute"]) for _, row in asking if row["Attribute"]}
+    for side, row in asking:
+        template, name = str(row["Template"]), str(row["Attribute"] or "")
+        if name and "%s" in template and not row.get("Entity") and template not in prompts:
+            templates.setdefault(name, []).append(template)
+            prompts[template] = side
+    for side, row in rows:
+        if not attributes & set(row) or RAVEL_PROMPT[0] in row:
+            continue
+        column = next(name for name in row if name not in (*RAVEL_KEYS, *attributes))
+        entity = str(row[column] or "").strip()
+        own = {name: str(row[name] or "").strip() for name in attributes & set(row)}
+        if not entity:
+            continue
+        seen = values.setdefault(entity, own)
+        values[entity] = {k: v for k, v in seen.items() if own.get(k) == v}
+        entities.setdefault(entity, side)
+    if not values or not templates:
+        return None
+    known = {entity: {k: v for k, v in own.items() if v} for entity, own in values.items()}
+    return Ravel(known, templates, entities, prompts)

@@ -377,15 +377,20 @@ def rows_of(source: str) -> Iterator[Mapping[str, Any] | RowError]:
 
     Raises:
         PromptError: nothing there, or a file that is not UTF-8.
-        MissingExtraError: a data set without the package ``datasets``.
+        MissingExtraError: a data set without the package ``datasets``, or a .parquet file without
+            ``pyarrow``, which comes with it.
     """
     path = Path(source)
     if path.suffix.lower() == ".csv":
         return _csv_rows(path)
     if path.suffix.lower() in (".jsonl", ".json"):
         return _json_rows(path)
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path)
     if path.exists():
-        raise PromptError(f"{source!r}: the file must end in .csv or .jsonl, or be a .json list")
+        raise PromptError(
+            f"{source!r}: the file must end in .csv, .jsonl or .parquet, or be a .json list"
+        )
     return _dataset_rows(source)
 
 
@@ -446,6 +451,20 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
                 )
             else:
                 yield checked(row, f"line {number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{str(path)!r} is a parquet file, and reading it needs the package pyarrow, which "
+            f"comes with datasets: pip install 'lrqp_torch[datasets]'"
+        ) from error
+    try:
+        yield from parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of both
+        raise PromptError(f"{str(path)!r} cannot be read as parquet: {error}") from error
 
 
 def _dataset_rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:

@@ -2,18 +2,28 @@
 
 import json
 import random
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from prompts_for_tests import organism
 
-from lrqp_torch.errors import HubError, PromptError, SettingError
+from lrqp_torch.errors import (
+    HubError,
+    MissingExtraError,
+    PromptError,
+    RowError,
+    SettingError,
+)
 from lrqp_torch.ioi import NAMES
 from lrqp_torch.ioi.prompts import single_token_names
-from lrqp_torch.study.benchmarks import BenchmarkResult, run_benchmark
+from lrqp_torch.study.benchmarks import BenchmarkResult, _ravel_rows, run_benchmark
 from lrqp_torch.study.methods import Training
-from lrqp_torch.study.published import spoken, unfolded
+from lrqp_torch.study.published import mib_rows, read_ravel, spoken, unfolded
+from lrqp_torch.study.reading import rows_of
 from lrqp_torch.study.records import from_json, to_json
 
 FAST = Training(prompts=16, epochs=1)
@@ -182,6 +192,73 @@ def test_ravel_measures_cause_and_isolate(tmp_path: Path) -> None:
         run("ravel", tmp_path / "nothing", "L0.pre")
 
 
+def cities(folder: Path, write: Callable[[Path, list[dict]], None]) -> None:
+    """The tables of hij/ravel: entities and prompts, a folder each, with a file for each split."""
+    known = [("Aalen", "Europe", "Germany"), ("Bonn", "Europe", "Germany"),
+             ("Kyoto", "Asia", "Japan"), ("Osaka", "Asia", "Japan"),
+             ("Paris", "Europe", "France"), ("Paris", "North America", "Canada")]  # fmt: skip
+    rows = [
+        {"ID": f"{city}-{number}", "City": city, "Continent": continent, "Country": country,
+         "Language": None, "Latitude": "48", "Longitude": "10", "Timezone": "", "URL": "http://x"}
+        for number, (city, continent, country) in enumerate(known)
+    ]  # fmt: skip
+    asked = [
+        {"Template": "%s is in the continent of", "Attribute": "Continent", "Source": "RAVEL",
+         "Entity": ""},
+        {"Template": "People in %s speak", "Attribute": "Language", "Source": "RAVEL",
+         "Entity": ""},
+        {"Template": '"city": "%s", "country": "', "Attribute": "Country", "Source": "RAVEL",
+         "Entity": None},
+        {"Template": "%s is a city with a long", "Attribute": "", "Source": "Wikipedia",
+         "Entity": "Bonn"},
+    ]  # fmt: skip
+    for name, (own, held) in {
+        "city_entity": (rows[:3] + rows[4:], rows[3:4]), "city_prompt": (asked[:2], asked[2:])
+    }.items():  # fmt: skip
+        write(folder / name / "train-00000-of-00001", own)
+        write(folder / name / "val-00000-of-00001", held)
+
+
+def as_parquet(path: Path, rows: list[dict]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [as_parquet, lambda path, rows: dump(path.with_suffix(".json"), rows)],
+    ids=["parquet", "json"],
+)
+def test_the_tables_of_the_hub_are_read_as_they_are(
+    tmp_path: Path, write: Callable[[Path, list[dict]], None]
+) -> None:
+    cities(tmp_path, write)
+    found = read_ravel(tmp_path, _ravel_rows(tmp_path))
+    assert found.values["Kyoto"] == {"Continent": "Asia", "Country": "Japan"}
+    # A prompt cannot tell which Paris is meant, and a prompt for one entity is none for the others.
+    assert found.values["Paris"] == {}
+    assert found.templates == {
+        "Continent": ["%s is in the continent of"],
+        "Language": ["People in %s speak"],
+        "Country": ['"city": "%s", "country": "'],
+    }
+    assert found.entity_split == dict(Aalen="train", Bonn="train", Kyoto="train", Paris="train",
+                                      Osaka="val")  # fmt: skip
+    assert found.template_split['"city": "%s", "country": "'] == "val"
+
+
+def test_a_parquet_file_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    if find_spec("pyarrow"):
+        with pytest.raises(PromptError, match="cannot be read as parquet"):
+            list(rows_of(str(tmp_path / "a.parquet")))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lrqp_torch\[datasets\]'"):
+        list(rows_of(str(tmp_path / "a.parquet")))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("in the continent of", " Asia"), ('"continent": "', "Asia"), ("Continent:", " Asia")],
@@ -223,6 +300,34 @@ def test_mib_measures_interchange_accuracy(tmp_path: Path) -> None:
     dump(tmp_path / "other" / "a.json", [{"prompt": "a", "answerKey": 0}])
     with pytest.raises(PromptError, match=r"looked for fields.*counterfactual.*prompt, answerKey"):
         run("mib", tmp_path / "other", "L0.pre")
+
+
+def test_every_form_of_mib_says_its_answer() -> None:
+    """Rows as its data sets have them: the answer is a choice, a label, a number, an attribute."""
+    name = "x_counterfactual"
+    letters = {"prompt": "A. red B. blue Answer:", "answerKey": 1,
+               "choices": {"label": ["A", "B"], "text": ["red", "blue"]},
+               name: {"prompt": "1. red 2. blue Answer:", "answerKey": 0,
+                      "choices": {"label": [1, 2], "text": ["red", "blue"]}}}  # fmt: skip
+    sums = {"prompt": "1 + 2 =", "label": "3", "operator": "+", "operand1": 1, "operand2": 2,
+            name: {"prompt": "0 + 0 =", "label": 0, "operand1": 0, "operand2": 0}}  # fmt: skip
+    arc = {"arc_id": "q", "question": "?", "prompt": "? A. x B. y Answer:", "label": "A",
+           "answerKey": 0, "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+           name: {"question": "?", "prompt": "? X. x Y. y Answer:", "label": "Y", "answerKey": 1,
+                  "choices": {"text": ["x", "y"], "label": ["X", "Y"]}}}  # fmt: skip
+    city = {"template": "%s is in", "prompt": "Kyoto is in", "entity": "Kyoto",
+            "attribute": "Country", "Continent": "Asia", "Country": "Japan", "Language": "Japanese",
+            name: {"template": "%s is in", "prompt": "Bonn is in", "entity": "Bonn",
+                   "attribute": "Country", "Continent": "Europe", "Country": "Germany",
+                   "Language": "German"}}  # fmt: skip
+    for row, own, other in ((letters, "B", "1"), (sums, "3", "0"), (arc, "A", "Y"),
+                            (city, "Japan", "Germany")):  # fmt: skip
+        base, source = mib_rows(0, row, name)
+        assert (base["label"], base["target"], source["label"]) == (own, other, other)
+        assert base["answers"] == {own: f" {own}", other: f" {other}"}
+    assert base["text"] == "[[Kyoto]] is in"
+    with pytest.raises(RowError, match="lacks a field"):
+        list(mib_rows(0, letters | {"answerKey": 7}, name))
 
 
 def test_what_is_no_benchmark_and_no_folder_is_named(tmp_path: Path) -> None:

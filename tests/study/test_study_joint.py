@@ -269,3 +269,10 @@ def test_a_dosed_sweep_asks_each_prompt_for_its_twin_s_reading(tmp_path: Path) -
         assert study.sites[SITE].worst_log_odds_margin >= 0
     assert found["twin"].sites[SITE].control.distance < 1e-3
     assert found["twin"].sites[SITE].counterfactual.flipped.known > 0.9
+
+
+def test_classes_that_too_few_prompts_have_are_named() -> None:
+    task = two_variables().task
+    few = replace(two_variables(), task=replace(task, train=task.train[:4]))
+    with pytest.raises(PromptError, match="order and identity"):
+        PART.compute(given(few, SITE), Count())
