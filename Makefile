@@ -87,7 +87,7 @@ $(SERVING)/.installed: pyproject.toml constraints-serving.txt
 		missing=; for package in $$(grep -v '^#' $$list); do \
 			$$install --quiet "$$package" >/dev/null 2>&1 || missing="$$missing $$package"; \
 		done; echo "make test-serving: these cannot be had here:$$missing" >&2; exit 1; }
-	$(SERVING)/bin/python -m pip install --no-deps --editable .
+	$(SERVING)/bin/python -m pip install --no-deps --no-build-isolation --editable .
 	touch $@
 
 # One thread a process; vLLM binds none of them to a core, and keeps 1 GiB for its cache.

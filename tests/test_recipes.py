@@ -31,7 +31,7 @@ def test_every_recipe_is_there() -> None:
         assert f"\n## {name}\n" in headings
     for name in ("steering-vectors", "pyvene", "scikit-learn"):
         assert f"\n## Coming from {name}\n" in headings
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 11
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,9 @@ def test_a_recipe_gives_the_logits_of_the_edit(
     names = runpy.run_path(str(file))
     if "logits" in names:
         torch.testing.assert_close(names["logits"], names["expected"], rtol=1e-4, atol=1e-4)
+    if heading == "vLLM":
+        said = names["expected"].log_softmax(-1)
+        torch.testing.assert_close(names["found"], said, rtol=1e-4, atol=2e-4)
     if heading == "TransformerLens":
         assert float((names["of_bridge"] - names["of_stream"]).abs().max()) > 0.1
     if heading == "Coming from scikit-learn":

@@ -29,6 +29,7 @@ from lrqp_torch.edits.failures import worst_allowed
 from lrqp_torch.errors import RequestError, ServingError
 from lrqp_torch.qp import Status
 from lrqp_torch.serving import operator
+from lrqp_torch.serving.http import wrap_server
 from lrqp_torch.serving.operator import CERTIFICATE, Scheduled, Tables
 from lrqp_torch.serving.requests import (
     ARGUMENT,
@@ -117,6 +118,7 @@ def _wrap_front_end() -> None:
     _wrap(InputProcessor, "process_inputs", _settle)
     _wrap(RequestState, "make_request_output", _output)
     _wrap(RequestState, "_new_completion_output", _completion)
+    wrap_server(_wrap)
 
 
 def _settle(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
