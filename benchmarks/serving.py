@@ -4,8 +4,8 @@ Two engines, one without the plugin and one with edits armed, answer the same ra
 turns: without edits (idle), with one token of each prompt edited, with every token edited. The
 ratios are medians over rounds, each against the engine without the plugin in the same round.
 
-``--cache`` counts instead what goes wrong under the prefix cache where its blocks are not known by the
-edits inside them.
+``--cache`` counts instead what goes wrong under the prefix cache where its blocks are not known by
+the edits inside them.
 """
 
 import json

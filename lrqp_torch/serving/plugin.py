@@ -113,9 +113,10 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def _wrap_front_end() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     _wrap(InputProcessor, "process_inputs", _settle)
+    _wrap(OutputProcessor, "add_request", _expect)
     _wrap(RequestState, "make_request_output", _output)
     _wrap(RequestState, "_new_completion_output", _completion)
     wrap_server(_wrap)
@@ -143,6 +144,16 @@ def _settle(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return request
 
 
+def _expect(
+    inner: Callable[..., Any], processor: Any, request: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Note at the front end that certificates of a request must come back."""
+    inner(processor, request, *args, **kwargs)
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    if SETTLED in extra:
+        processor.request_states[request.request_id].lrqp_expected = True
+
+
 def _output(
     inner: Callable[..., Any],
     state: Any,
@@ -154,17 +165,19 @@ def _output(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """An output with its certificates, which is an error where one of them is broken."""
+    """An output with its certificates, which is an error where one is broken or none came."""
     if kv_transfer_params and CERTIFICATES in kv_transfer_params:
-        from vllm.v1.engine import FinishReason
-
-        report = kv_transfer_params[CERTIFICATES]
-        state.lrqp = report
+        state.lrqp = kv_transfer_params[CERTIFICATES]
         if finish_reason is None:
             rest = {k: v for k, v in kv_transfer_params.items() if k != CERTIFICATES}
             kv_transfer_params = rest or None
-        elif report["error"] is not None:
-            finish_reason, stop_reason = FinishReason.ERROR, report["error"]
+    if finish_reason is not None and getattr(state, "lrqp_expected", False):
+        from vllm.v1.engine import FinishReason
+
+        if getattr(state, "lrqp", None) is None:
+            state.lrqp = {"edits": [], "error": "no certificate came back from the engine"}
+        if finish_reason != FinishReason.ABORT and state.lrqp["error"] is not None:
+            finish_reason, stop_reason = FinishReason.ERROR, state.lrqp["error"]
     given = new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params
     return inner(state, *given, *args, **kwargs)
 
@@ -250,33 +263,60 @@ def _config_hash(inner: Callable[..., str], config: Any, *args: Any, **kwargs: A
 
 
 def _wrap_engine() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    _wrap(EngineCore, "__init__", _start)
+    # An engine in a process of its own calls this plugin from within its constructor, so what is
+    # wrapped are functions that it calls later.
+    _wrap(EngineCore, "_initialize_kv_caches", _start)
+    _wrap(Scheduler, "__init__", _schedule)
+    _wrap(Scheduler, "add_request", _add)
+    _wrap(Scheduler, "update_from_output", _update)
 
 
-def _start(inner: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
+def _start(inner: Callable[..., Any], engine: Any, config: Any) -> Any:
     """Start an engine, unless a rank has not armed what it should have."""
-    inner(engine, *args, **kwargs)
     edits = library()
-    if edits is None:
-        return
-    check_ranks(engine.model_executor.collective_rpc(armed_of), edits)
-    ledger = Ledger(edits, getattr(engine.scheduler, "hash_block_size", 0))
-    scheduler = engine.scheduler
-    add, update = scheduler.add_request, scheduler.update_from_output
+    if edits is not None:
+        from vllm.v1.core.sched.scheduler import Scheduler
 
-    def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = config.scheduler_config.get_scheduler_cls()
+        if not issubclass(scheduler, Scheduler):
+            raise ServingError(
+                f"edits are not served with the scheduler {scheduler.__name__}, which would keep "
+                f"no certificates"
+            )
+        check_ranks(engine.model_executor.collective_rpc(armed_of), edits)
+    return inner(engine, config)
+
+
+def _schedule(inner: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """A scheduler with a ledger."""
+    inner(scheduler, *args, **kwargs)
+    edits = library()
+    if edits is not None:
+        scheduler.lrqp = Ledger(edits, getattr(scheduler, "hash_block_size", 0))
+
+
+def _add(inner: Callable[..., Any], scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take a request, and note what it asks for."""
+    ledger: Ledger | None = getattr(scheduler, "lrqp", None)
+    if ledger is not None:
         ledger.add(request)
-        return add(request, *args, **kwargs)
+    return inner(scheduler, request, *args, **kwargs)
 
-    def update_from_output(step: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        ledger.take(getattr(output, "lrqp", None) or {})
-        found = update(step, output, *args, **kwargs)
-        ledger.report(found)
-        return found
 
-    scheduler.add_request, scheduler.update_from_output = add_request, update_from_output
+def _update(
+    inner: Callable[..., Any], scheduler: Any, step: Any, output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Take what a step did, and report it of the requests that are done."""
+    ledger: Ledger | None = getattr(scheduler, "lrqp", None)
+    if ledger is None:
+        return inner(scheduler, step, output, *args, **kwargs)
+    ledger.take(getattr(output, "lrqp", None) or {})
+    found = inner(scheduler, step, output, *args, **kwargs)
+    ledger.report(found)
+    return found
 
 
 def armed_of(worker: Any) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_clients_at_once_are_answered_as_by_transformers_each_by_its_own_edits(
 ) -> None:
     asked: list[Any] = []
     for number, (_, s2) in enumerate(prompts):
-        order = {"edit": "order", "positions": [s2], "target": ("BABA", "ABBA")[number // 2 % 2]}
+        order = {"edit": "order", "positions": [s2], "target": number // 2 % 2}
         later = {"edit": "later", "positions": [s2], "target": number // 2 % 2}
         asked.append((None, order, None, later, None, [order, later])[number % 6])
 
@@ -194,8 +194,9 @@ def test_every_form_of_a_completion_has_the_certificate_of_each_choice(
     both = sorted({s2, other})
     asked = {"edit": "order", "positions": both, "target": 1}
     given: dict[str, Any] = {"prompt": [first, second], "max_tokens": 3} | asking(asked)
+    # No seed: vLLM's sampler on the CPU dies of one where a prompt is read in chunks.
     status, answer = post(
-        address, n=2, temperature=1.0, seed=0, echo=True, logprobs=2, prompt_logprobs=1, **given
+        address, n=2, temperature=1.0, echo=True, logprobs=2, prompt_logprobs=1, **given
     )
     assert status == 200, answer
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
@@ -243,8 +244,11 @@ def test_chats_are_edited_too_by_openais_own_client(
     (record,) = completion.choices[0].lrqp  # type: ignore[attr-defined]
     assert record["edit"] == "order" and record["log_odds_after"][0] >= record["log_odds_asked"][0]
     messages: Any = [{"role": "user", "content": text}]
-    chat = client.chat.completions.create(messages=messages, max_tokens=2, n=2, **settings)
-    assert [len(choice.lrqp) for choice in chat.choices] == [1, 1]  # type: ignore[attr-defined]
+    several = client.chat.completions.create(
+        messages=messages, max_tokens=2, n=2, **(settings | {"temperature": 1.0})
+    )
+    assert [len(choice.lrqp) for choice in several.choices] == [1, 1]  # type: ignore[attr-defined]
+    chat = client.chat.completions.create(messages=messages, max_tokens=2, **settings)
     stream = client.chat.completions.create(
         messages=messages, max_tokens=2, stream=True, **settings
     )
