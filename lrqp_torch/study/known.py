@@ -15,6 +15,8 @@ from pathlib import Path
 from lrqp_torch.errors import ModelError
 from lrqp_torch.models.organisms import GROUND_TRUTH, ORGANISMS, organism_folder
 
+USED, NOT_USED, UNCLEAR = "used", "not used", "unclear"
+
 
 @dataclass(frozen=True)
 class GroundTruth:
@@ -32,6 +34,12 @@ class KnownSites:
     # Sites at which exchanging the order between two prompts changes the answer.
     used_at: frozenset[str]
     unclear_at: frozenset[str]  # sites at which it does so for some prompts
+
+    def at(self, site: str) -> str:
+        """:data:`USED`, :data:`NOT_USED` or :data:`UNCLEAR`."""
+        if site in self.unclear_at:
+            return UNCLEAR
+        return USED if site in self.used_at else NOT_USED
 
     def compare(self, swept: Sequence[str], used: Sequence[str]) -> GroundTruth:
         """Compare the sites ``used`` with the true ones in ``swept``, unclear ones left out."""

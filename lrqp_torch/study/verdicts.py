@@ -40,7 +40,7 @@ from lrqp_torch.models.organisms import ORGANISMS, organisms_here
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.stream.progress import Clock, Start, progress_bars
+from lrqp_torch.stream.progress import Clock, progress_bars
 from lrqp_torch.study.ceiling import (
     LEVEL,
     against_null,
@@ -52,8 +52,8 @@ from lrqp_torch.study.ceiling import (
     verdicts,
 )
 from lrqp_torch.study.context import StudyContext, Task, no_progress
-from lrqp_torch.study.estimates import Estimate, holm
-from lrqp_torch.study.known import KnownSites, read_truth
+from lrqp_torch.study.estimates import Estimate, Sample, holm
+from lrqp_torch.study.known import NOT_USED, UNCLEAR, USED, KnownSites, read_truth
 from lrqp_torch.study.methods import (
     LEARNED,
     METHODS,
@@ -69,7 +69,7 @@ from lrqp_torch.study.running import next_class
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
-from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
+from lrqp_torch.study.trials import Trial, Trials, with_partners
 
 JSON_FILE, TABLE_FILE, FIGURE = "verdicts.json", "verdicts.csv", "verdicts"
 
@@ -87,8 +87,6 @@ TRAINED = (DAS.name, DASLeast.name, LEARNED)
 
 ALL = "all models"
 """Name of the counts over all models together."""
-
-USED, NOT_USED, UNCLEAR = "used", "not used", "unclear"
 
 
 @dataclass(frozen=True)
@@ -288,15 +286,20 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
         require_matplotlib()
     prepare_folder(settings.out)
     truths = {name: _truth(name) for name in settings.model_names()}
-    clock = Clock()
-    scores: list[SiteScores] = []
-    problems: dict[str, str] = {}
+    clock, scores, problems = Clock(), list[SiteScores](), dict[str, str]()
+    device, seeds = choose_device(settings.device), range(settings.seeds)
     with progress_bars(enabled=progress) as start:
         for name, truth in truths.items():
-            with clock.stage(Path(name).name):
-                for found, missing in _scores(settings, name, truth, start):
+            label = Path(name).name
+            with clock.stage(label):
+                model, tokenizer = models.load(name, device=device)
+                advance = start(f"judging {label}", len(seeds))
+                for seed in (settings.seed + number for number in seeds):
+                    context = _drawn(settings, name, seed, model, tokenizer)
+                    found, missing = score_sites(context, truth, settings.method_names(), label)
                     scores += found
                     problems |= missing
+                    advance(1)
     result = VerdictsResult(
         settings={k: v for k, v in asdict(settings).items() if k not in ("out", "figures")},
         command=settings.command(),
@@ -331,25 +334,14 @@ def _truth(name: str) -> KnownSites:
     return truth
 
 
-def _scores(
-    settings: VerdictSettings, name: str, truth: KnownSites, start: Start
-) -> Iterator[tuple[list[SiteScores], dict[str, str]]]:
-    device = choose_device(settings.device)
-    model, tokenizer = models.load(name, device=device)
-    advance = start(f"judging {Path(name).name}", settings.seeds)
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        study = Settings(name, settings.out, n=settings.n, prefixes=settings.prefixes, seed=seed)
-        context = StudyContext(
-            model=model,
-            task=Task(name_task(study), *make_prompts(tokenizer, study)),
-            other_task=None,
-            sites=choose_sites(model, settings.sites),
-            batch_size=settings.batch_size,
-            seed=seed,
-            device=device,
-        )
-        yield score_sites(context, truth, settings.method_names(), Path(name).name)
-        advance(1)
+def _drawn(
+    settings: VerdictSettings, name: str, seed: int, model: Any, tokenizer: Any
+) -> StudyContext:
+    """A model with one draw of prompts."""
+    study = Settings(name, settings.out, n=settings.n, prefixes=settings.prefixes, seed=seed)
+    task = Task(name_task(study), *make_prompts(tokenizer, study))
+    sites, device = choose_sites(model, settings.sites), next(model.parameters()).device
+    return StudyContext(model, task, None, sites, settings.batch_size, seed, device)
 
 
 def score_sites(
@@ -367,7 +359,7 @@ def score_sites(
     target = next_class(labels, len(test.classes))
     edits = fit_edits(x_train, y)
     trials = Trials(context, test)
-    made: dict[str, dict[str, _Made]] = {site: {} for site in context.sites}
+    made: dict[str, dict[str, _Made]] = {}
     patches = {site: trials.add(site, pairs[site] - x_test[site]) for site in context.sites}
     problems: dict[str, str] = {}
     mixed, turn = shuffled(y, context.generator()), turns(len(test), context.generator())
@@ -394,38 +386,32 @@ def score_sites(
             # Methods that do the same whatever the target need no second run.
             control, length = trials.add(site, back), metric.distance(moved)
             nulls = [null_edits(chance, metric, target, labels, length, run) for run in turn]
-            made[site][item.name] = _Made(
+            made.setdefault(item.name, {})[site] = (
                 control if torch.equal(back, moved) else trials.add(site, moved),
                 control,
                 [trials.add(site, null) for null in nulls],
             )
     trials.run()
-    built = [method for method in methods if method not in problems]
     by_method = {
-        method: _judge({site: made[site][method] for site in made}, trials.clean, turn, patches)
-        for method in built
+        method: _judge(made[method], trials.clean, turn, patches)
+        for method in methods
+        if method not in problems
     }
     return [
         SiteScores(
             model=name,
             seed=context.seed,
             site=site,
-            truth=_truth_at(truth, site),
+            truth=truth.at(site),
             probe_accuracy=edits[site].probe.accuracy(x_test[site], labels),
-            **{what: {m: by_method[m][site][what] for m in built} for what in JUDGED},
+            **{what: {m: own[site][what] for m, own in by_method.items()} for what in JUDGED},
         )
         for site in context.sites
     ], problems
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What was run of one edit at one site: towards the other order, towards the true one, null."""
-
-    moved: Trial
-    control: Trial
-    nulls: list[Trial]
-
+_Made = tuple[Trial, Trial, list[Trial]]
+"""What was run of one edit at one site: towards the other order, towards the true one, null."""
 
 JUDGED = ("control", "counterfactual", "null", "p_adjusted", "tested", "beyond")
 """What :class:`SiteScores` has of each method."""
@@ -438,37 +424,30 @@ def _judge(
     every = torch.ones(len(clean["own_lead"]), dtype=torch.bool)
     before = {name: clean[name] for name in ("preference", "own_lead", "other_lead")}
     nulls, p_values, excesses = {}, {}, {}
-    for site, one in made.items():
-        moved = one.moved.found
-        runs = [
-            {name: run[name] for name in before} | {"probe": met}
-            for run, met in zip(one.nulls, turn, strict=True)
+    for site, (moved, _, runs) in made.items():
+        met = [
+            {name: run[name] for name in before} | {"probe": probe}
+            for run, probe in zip(runs, turn, strict=True)
         ]
-        nulls[site] = null_of(before, moved, runs, 0)
-        p_values[site] = against_null(before, moved, runs[0])
-        excesses[site] = excess(before, moved, patches[site].found, every)
+        nulls[site] = null_of(before, moved.found, met, 0)
+        p_values[site] = against_null(before, moved.found, met[0])
+        excesses[site] = excess(before, moved.found, patches[site].found, every)
     said, beyond = verdicts(p_values, nulls, dict.fromkeys(made)), holm(excesses)
-
-    def flips(trial: Trial) -> float | None:
-        return flipped(clean["own_lead"], trial["other_lead"]).value
-
+    flips = {
+        site: [Sample(0).flipped(before, trial.found).value for trial in runs[:2]]
+        for site, runs in made.items()
+    }
     return {
         site: {
-            "control": flips(one.control),
-            "counterfactual": flips(one.moved),
+            "control": flips[site][1],
+            "counterfactual": flips[site][0],
             "null": nulls[site].flipped.value,
             "p_adjusted": said[site].p_adjusted,
             "tested": said[site].used,
             "beyond": beyond[site] < LEVEL,
         }
-        for site, one in made.items()
+        for site in made
     }
-
-
-def _truth_at(truth: KnownSites, site: str) -> str:
-    if site in truth.unclear_at:
-        return UNCLEAR
-    return USED if site in truth.used_at else NOT_USED
 
 
 def count_all(scores: Sequence[SiteScores]) -> list[Count]:
