@@ -201,11 +201,7 @@ class BenchmarkResult:
     seconds: float  # in all
 
     def save(self, folder: Path) -> Path:
-        """Write ``benchmark.json`` into a folder.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Write ``benchmark.json`` into a folder. Raises OutputError: it cannot be written."""
         prepare_folder(folder)
         write_json(folder / "benchmark.json", to_json(self), indent=2)
         return folder / "benchmark.json"
@@ -367,11 +363,7 @@ class _How:
         return kept, held, names, front(self.tokenizer, kept, self.bos, log)
 
     def encode(self, prompts: list[Prompt], names: list[str], bos: bool | None) -> PromptSet:
-        """Prompts as tokens.
-
-        Raises:
-            PromptError: there are none.
-        """
+        """Prompts as tokens. Raises PromptError: there are none."""
         return PromptSet.encode(self.tokenizer, prompts, names, bos=bos)
 
     def task(
@@ -423,11 +415,7 @@ def _fetched(data: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of rows in a folder, in order.
-
-    Raises:
-        PromptError: there are none.
-    """
+    """The files of rows in a folder, in order. Raises PromptError: there are none."""
     found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     found = [path for path in found if path.suffix in KINDS]
     if not found:

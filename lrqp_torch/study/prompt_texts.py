@@ -40,11 +40,7 @@ class PromptTexts:
         )
 
     def save(self, folder: Path) -> None:
-        """Write ``prompts.json`` into a folder.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write ``prompts.json`` into a folder. Raises OutputError: the file cannot be written."""
         write_json(folder / TEXTS_FILE, to_json(self))
 
     @classmethod

@@ -358,11 +358,7 @@ class PromptSet(Rows):
         return {self.words.position: self.position, self.words.end: self.end}
 
     def values(self, variable: str) -> Values:
-        """A variable beside the class.
-
-        Raises:
-            SettingError: the prompts do not know it.
-        """
+        """A variable beside the class. Raises SettingError: the prompts do not know it."""
         if self.further is None or variable not in self.further_classes:
             raise SettingError(
                 f"these prompts say nothing of {quoted(variable)} beside their class; they know "

@@ -104,11 +104,7 @@ class RowLog:
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, error: RowError) -> None:
-        """Count a row that cannot be used.
-
-        Raises:
-            RowError: the same, where the log is strict.
-        """
+        """Count a row that cannot be used. Raises RowError: the same, where the log is strict."""
         if self.strict:
             raise error
         self.left_out[error.reason] += 1
@@ -538,11 +534,7 @@ def listed(names: str) -> list[str]:
 
 
 def label_columns(labels: str) -> list[str]:
-    """The columns that an option names, the class first.
-
-    Raises:
-        PromptError: none, or one twice.
-    """
+    """The columns that an option names, the class first. Raises PromptError: none, or one twice."""
     names = listed(labels)
     if not names or len(set(names)) < len(names):
         raise PromptError(f"label is {labels!r}: name a column of the class, or several, each once")

@@ -92,11 +92,7 @@ class PartStore:
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(dict(fingerprint)))
 
     def clear(self) -> None:
-        """Remove every part, finished or not.
-
-        Raises:
-            OutputError: a file cannot be removed.
-        """
+        """Remove every part, finished or not. Raises OutputError: a file cannot be removed."""
         try:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
@@ -199,11 +195,7 @@ class BatchStore:
         return tensors
 
     def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of batch ``index``.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Keep the tensors of batch ``index``. Raises OutputError: the file cannot be written."""
         prepare_folder(self.folder)
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"fingerprint": json.dumps(self._parts.fingerprint)}
