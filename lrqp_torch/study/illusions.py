@@ -25,7 +25,8 @@ from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.readers import (
+from lrqp_torch.study.running import next_class
+from lrqp_torch.study.subspaces import (
     Along,
     Space,
     along,
@@ -36,7 +37,6 @@ from lrqp_torch.study.readers import (
     readers_of,
     split,
 )
-from lrqp_torch.study.running import next_class
 from lrqp_torch.study.sweep import fit_edits
 from lrqp_torch.study.trials import Trial, Trials, displacements
 
@@ -243,7 +243,7 @@ def compute(
         site: where the edit acts, at the marked token.
         edit: fitted to the training prompts at that site, as by :func:`~.sweep.fit_edits`.
         heads: the heads and their roles; None where the prompts have none, see
-            :func:`~.readers.readers_of`.
+            :func:`~.subspaces.readers_of`.
         l2: penalty of the probes that are fitted here.
         shrinkage: of the covariances that are estimated here.
         seeds: how often each kind of chance is drawn; at least 1.

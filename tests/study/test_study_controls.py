@@ -37,7 +37,8 @@ from lrqp_torch.study.illusions import (
 )
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.controls import PART
-from lrqp_torch.study.readers import (
+from lrqp_torch.study.results import SiteResult
+from lrqp_torch.study.subspaces import (
     Along,
     along,
     class_mean_space,
@@ -51,7 +52,6 @@ from lrqp_torch.study.readers import (
     split,
     top_space,
 )
-from lrqp_torch.study.results import SiteResult
 from lrqp_torch.study.sweep import fit_edits, sweep
 from lrqp_torch.study.trials import Trials
 

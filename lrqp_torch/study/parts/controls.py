@@ -21,8 +21,8 @@ from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.illusions import CARRIES, KINDS, SEPARATED, ControlsResult, EditOutcome, Split
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.readers import ENERGY
 from lrqp_torch.study.showing import SITES, capitalised, marks_of, percent, signed, table_of
+from lrqp_torch.study.subspaces import ENERGY
 
 PLACES = {"inside": ("part inside the space", COUNTERFACTUAL), "outside": ("the rest", CONTROL)}
 

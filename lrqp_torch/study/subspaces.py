@@ -304,7 +304,7 @@ def _modules(model: nn.Module) -> ReadingModules:
         raise UnknownFamilyError(
             f"which weights of model type {model_type!r} read the stream is not known (known: "
             f"{', '.join(sorted(READING))}); add a row to READING of "
-            "lrqp_torch.study.readers"
+            "lrqp_torch.study.subspaces"
         )
     return READING[model_type]
 
