@@ -256,7 +256,7 @@ def compute(
     spaces, unread = _spaces(context, here, heads)
     trials = Trials(context, test)
     trials.ceiling(site, edit.metric)
-    own = trials.add(site, here.delta)
+    own = trials.add(site, here.delta, metric=edit.metric)
     back = trials.add(site, displacements(edit, here.x, here.y, here.y))
     # Each reads its trials once they have run.
     splits = _splits(trials, here, spaces)
@@ -264,7 +264,6 @@ def compute(
     chance = _chance(trials, here, [context.seed + index for index in range(seeds)], l2)
     halves = _halves(trials, here, fit, context.seed)
     trials.run(batch_done=advance)
-    own.found["distance"] = edit.metric.distance(here.delta).cpu()
     interchange, likeness = trials.likenesses({site: own})
     measuring = Measuring(trials, own)
     return ControlsResult(

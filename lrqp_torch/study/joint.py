@@ -21,7 +21,7 @@ from lrqp_torch.study import ceiling
 from lrqp_torch.study.ceiling import Likeness
 from lrqp_torch.study.context import Advance
 from lrqp_torch.study.doses import asked_of
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.league import elsewhere
 from lrqp_torch.study.methods import Training, shortest, train_das
 from lrqp_torch.study.part import Given
@@ -373,11 +373,11 @@ class JointStudy:
         edit = ConditionResult.of(flat, f"{site}.{KEPT}", seed)
         if "twins" not in flat:
             return KeptResult(edit=edit)
-        clean = columns_of(flat, "clean")
-        own, patch = (columns_of(flat, f"{site}.{name}") for name in (KEPT, INTERCHANGE))
-        known = flat["twins"].bool()
-        like = ceiling.likenesses(clean, {KEPT: (own, patch)}, known, seed, groups)[KEPT]
-        return KeptResult(edit=edit, **like)
+        clean, own, patch = (
+            columns_of(flat, name) for name in ("clean", f"{site}.{KEPT}", f"{site}.{INTERCHANGE}")
+        )
+        how = flat["twins"].bool(), seed, groups
+        return KeptResult(edit=edit, **ceiling.likenesses(clean, {KEPT: (own, patch)}, *how)[KEPT])
 
     def _by_target(
         self, site: str, one: str, flat: Mapping[str, Tensor]
@@ -392,25 +392,20 @@ class JointStudy:
         written = torch.cat([target for _, target in runs])
         columns = [columns_of(flat, key) for key, _ in runs]
         every = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-        answered = (
-            flat["clean.own_lead"].repeat(len(runs)) > 0 if "clean.own_lead" in flat else None
-        )
-        seed, found = self.given.context.seed, {}
+        answered = "clean.own_lead" in flat
+        before = flat["clean.own_lead"].repeat(len(runs)) > 0 if answered else None
+        found = {}
         for index, name in enumerate(variable.classes):
             rows = written == index
-            if answered is not None:  # a prompt need not have answers of every class
+            if answered:  # a prompt need not have answers of every class
                 rows &= every["logit_difference"].isfinite()
             if not bool(rows.any()):
                 continue
-            generator = torch.Generator().manual_seed(seed)
+            of = Sample(self.given.context.seed, rows=rows)
             found[name] = TargetResult(
                 prompts=int(rows.sum()),
-                flipped=None
-                if answered is None
-                else Estimate.share(every["other_lead"][rows & answered] > 0),
-                logit_difference=None
-                if answered is None
-                else Estimate.mean(every["logit_difference"][rows], generator),
+                flipped=None if before is None else of.among(before).share(every["other_lead"] > 0),
+                logit_difference=of.mean(every["logit_difference"]) if answered else None,
                 distance=float(every["distance"][rows].mean()),
             )
         return found
@@ -421,22 +416,15 @@ class JointStudy:
         """The sum of single effects over that of all together, of edits and of interchanges."""
 
         def ratio(condition: str) -> Estimate | None:
-            falls = []
-            for one in self.sets:
-                flat = flats[site, one]
-                name = f"{site}.{condition}.logit_difference"
-                if name not in flat:
-                    return None
-                falls.append(flat["clean.logit_difference"] - flat[name])
-            *single, whole = falls
-            groups = flats[site, ALL].get("groups")
-
-            def generator() -> torch.Generator:
-                return torch.Generator().manual_seed(self.given.context.seed)
-
-            if not Estimate.mean(whole, generator(), groups).certain:
+            own, name = [flats[site, one] for one in self.sets], f"{site}.{condition}"
+            if not all(f"{name}.logit_difference" in flat for flat in own):
                 return None
-            return Estimate.ratio(torch.stack(single).sum(0), whole, generator(), groups)
+            *single, whole = (
+                flat["clean.logit_difference"] - flat[f"{name}.logit_difference"] for flat in own
+            )
+            sample = Sample(self.given.context.seed, own[-1].get("groups"))
+            certain = sample.mean(whole).certain
+            return sample.ratio(torch.stack(single).sum(0), whole) if certain else None
 
         return Additivity(ratio("counterfactual"), ratio(INTERCHANGE))
 
@@ -448,45 +436,39 @@ class JointStudy:
             return []
         context, metric, x = self.given.context, self.edits[site].metric, self.x[site]
         trials = Trials(context, self.data, elsewhere=elsewhere(self.data)[0])
-        made: dict[str, dict[str, tuple[Trial, str, Tensor, Tensor]]] = {}
+        rows, made = list[MethodRow](), dict[str, dict[str, tuple[Trial, str, Tensor]]]()
         for one, (at, _) in self.twins.items():
             moved = at[site].double() - x.double()
-            patch = trials.add(site, moved)
             floor = self._least(site, one, JointLRQP.FREE).floor
-            short = self._short(site, floor, moved)
-            made[one] = {"patch": (patch, "", metric.distance(moved), short)}
+            patch = trials.add(site, moved, metric=metric)
+            made[one] = {"patch": (patch, "", self._short(site, floor, moved))}
             for name, (delta, settings) in self._deltas(site, one, training).items():
-                trial, short = trials.add(site, delta, patch), self._short(site, floor, delta)
-                made[one][name] = trial, settings, metric.distance(delta), short
+                trial = trials.add(site, delta, patch, metric)
+                made[one][name] = trial, settings, self._short(site, floor, delta)
         trials.run(advance)
-        clean, rows = trials.clean.found, list[MethodRow]()
-        groups = None if self.data.groups is None else self.data.groups.cpu()
         for one, ways in made.items():
-            how = self.twins[one][1], context.seed, groups
-            seen = {
-                name: trial.found | {"distance": length.cpu()}
-                for name, (trial, _, length, _) in ways.items()
-            }
-            pairs = {name: (own, seen["patch"]) for name, own in seen.items() if name != "patch"}
-            likeness, known = ceiling.likenesses(clean, pairs, *how), self.twins[one][1]
-            among = None if groups is None else groups[known]
+            known, patch = self.twins[one][1], ways["patch"][0]
+            others = {name: trial for name, (trial, *_) in ways.items() if name != "patch"}
+            likeness, sample = (
+                trials.likenesses(others, patch, known)[1],
+                trials.sample.among(known),
+            )
             for name in (name for name in METHODS if name in ways):
-                short = ways[name][3][known]
-                generator = torch.Generator().manual_seed(context.seed)
-                own = ceiling.interchange_of(clean, seen[name], *how)
-                assert own.flipped is not None and own.logit_difference is not None
+                trial, settings, short = ways[name]
+                own, _ = trials.likenesses({}, trial, known)
+                assert own and own.flipped is not None and own.logit_difference is not None
                 rows.append(
                     MethodRow(
                         variables=one,
                         method=name,
                         title=METHODS[name],
-                        settings=ways[name][1],
+                        settings=settings,
                         flipped=own.flipped,
                         logit_difference=own.logit_difference,
                         divergence=own.divergence,
                         distance=own.distance,
-                        reached=Estimate.share(short <= REACHED, among),
-                        astray=Estimate.mean(short.abs(), generator, among),
+                        reached=sample.share(short <= REACHED),
+                        astray=sample.mean(short.abs()),
                         **likeness.get(name, {}),
                     )
                 )

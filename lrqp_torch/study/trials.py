@@ -115,10 +115,17 @@ class Trials:
         self.known = torch.zeros(len(prompts), dtype=torch.bool)
         self._trials: list[Trial] = []
 
-    def add(self, site: str, delta: Tensor, patch: Trial | None = None) -> Trial:
+    def add(
+        self,
+        site: str,
+        delta: Tensor,
+        patch: Trial | None = None,
+        metric: Mahalanobis | None = None,
+    ) -> Trial:
         """Add a displacement to the stream of each prompt, (n, d); the clean run where all are 0.
 
-        ``patch`` is as of :class:`Trial`; what changes nothing is not held against it.
+        ``patch`` is as of :class:`Trial`; what changes nothing is not held against it. With a
+        metric the trial has the ``distance``, (n,).
 
         Raises:
             WidthError: not one displacement for each prompt.
@@ -129,8 +136,6 @@ class Trials:
                 f"a trial at {site} has displacements {tuple(delta.shape)}; give one for each of "
                 f"the {n} held-out prompts"
             )
-        if not bool(delta.any()):
-            return self.clean
 
         def place(rows: Tensor, at: Tensor) -> Intervention:
             own = _rows(delta, rows, at)
@@ -140,7 +145,10 @@ class Trials:
 
             return Intervention(site, at, add)
 
-        return self._added(Trial(site, place, patch))
+        made = self._added(Trial(site, place, patch)) if bool(delta.any()) else self.clean
+        if metric is not None:
+            made.found["distance"] = metric.distance(delta).cpu()
+        return made
 
     def ceiling(self, site: str, metric: Mahalanobis) -> None:
         """Put the activation of each prompt's twin in the place of its own, where there are twins.
@@ -163,23 +171,29 @@ class Trials:
         self.twinned.found["distance"] = item.distance
 
     def likenesses(
-        self, edits: Mapping[str, Trial]
+        self,
+        edits: Mapping[str, Trial],
+        patch: Trial | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Interchange | None, dict[str, dict[str, Any]]]:
         """The ceiling, and how edits that are shown together compare with it.
 
         Args:
             edits: of which each knows its ``distance``, (n,).
+            patch: another ceiling than that of :meth:`ceiling`.
+            known: which prompts have a twin by it, (n,).
 
         Returns:
             None, and nothing, where no prompt has a twin.
         """
-        if self.twinned is None:
+        patch, known = patch or self.twinned, self.known if known is None else known
+        if patch is None:
             return None, {}
-        patch, clean = self.twinned.found, self.clean.found
-        patch["divergence"] = patch["kl_at_end"]
-        how = self.known, self._context.seed, self._prompts.groups
-        held = {name: (trial.found, patch) for name, trial in edits.items()}
-        return interchange_of(clean, patch, *how), likenesses(clean, held, *how)
+        if patch is self.twinned:
+            patch.found["divergence"] = patch["kl_at_end"]
+        clean, how = self.clean.found, (known, self._context.seed, self._prompts.groups)
+        held = {name: (trial.found, patch.found) for name, trial in edits.items()}
+        return interchange_of(clean, patch.found, *how), likenesses(clean, held, *how)
 
     def write(
         self,
