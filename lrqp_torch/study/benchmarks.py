@@ -94,7 +94,11 @@ CONTROL = (" dog", " give")
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 """How the names of files of rows end."""
 
-HUB = {"causalgym": "aryaman/causalgym", "ravel": "hij/ravel", "mib": "mib-bench/copycolors_mcqa"}
+HUB = {
+    "causalgym": "aryaman/causalgym",
+    "ravel": "hij/ravel",
+    "mib": "mib-bench/copycolors_mcqa/4_answer_choices",
+}
 """Data sets of the Hub, from which the files are fetched where it is reachable."""
 
 CLOSED = ("lrqp", "mean_difference", "full_patch")
@@ -394,18 +398,17 @@ def _limited(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
 
 
 def _fetched(data: str) -> Path:
-    """A folder or file as it is, or the folder of a data set of the Hub."""
+    """A folder or file as it is, or the folder of a data set of the Hub, or one within it."""
     path = Path(data)
     if path.exists():
         return path
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(
-                data, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in KINDS]
-            )
-        )
+        *named, within = [*data.split("/", 2), ""] if data.count("/") < 2 else data.split("/", 2)
+        wanted = [f"{within}*{kind}" for kind in KINDS]
+        found = snapshot_download("/".join(named), repo_type="dataset", allow_patterns=wanted)
+        return Path(found) / within
     except Exception as error:
         # Of many libraries, for a name or a network that is not.
         raise HubError(

@@ -20,7 +20,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.ioi import NAMES
 from lrqp_torch.ioi.prompts import single_token_names
-from lrqp_torch.study.benchmarks import BenchmarkResult, _ravel_rows, run_benchmark
+from lrqp_torch.study.benchmarks import BenchmarkResult, _fetched, _ravel_rows, run_benchmark
 from lrqp_torch.study.methods import Training
 from lrqp_torch.study.published import mib_rows, read_ravel, spoken, unfolded
 from lrqp_torch.study.reading import rows_of
@@ -328,6 +328,22 @@ def test_every_form_of_mib_says_its_answer() -> None:
     assert base["text"] == "[[Kyoto]] is in"
     with pytest.raises(RowError, match="lacks a field"):
         list(mib_rows(0, letters | {"answerKey": 7}, name))
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "within"),
+    [("mine", "mine", ""), ("hij/ravel", "hij/ravel", ""), ("a/b/four/x", "a/b", "four/x")],
+)
+def test_a_data_set_of_the_hub_may_be_one_folder_of_it(
+    data: str, name: str, within: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(found: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (found, repo_type) == (name, "dataset")
+        assert f"{within}*.parquet" in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    assert _fetched(data) == tmp_path / within
 
 
 def test_what_is_no_benchmark_and_no_folder_is_named(tmp_path: Path) -> None:
