@@ -516,16 +516,20 @@ def _number(value: float) -> float | None:
 
 def _wrap_workers() -> None:
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     runners: list[Any] = [GPUModelRunner]
+    _wrap(GPUModelRunner, "load_model", _load)
+    _wrap(GPUModelRunner, "_prepare_inputs", _prepare_first)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         _wrap(CPUModelRunner, "load_model", _load)
-    _wrap(GPUModelRunner, "load_model", _load)
-    _wrap(GPUModelRunner, "_prepare_inputs", _prepare_first)
-    if not current_platform.is_cpu():
+    if HAS_TRITON:
+        if current_platform.is_cpu():
+            # It makes torch's functions for GPUs do nothing, which the runner relies on.
+            import vllm.v1.worker.cpu  # noqa: F401
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
 
         _wrap(SecondRunner, "load_model", _load)
@@ -573,7 +577,8 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
         if asked:
             raise ServingError(f"edits are not served with {what}: rows of the stream are split")
     model = runner.get_model()
-    here = Blocks.of(model).here({item.stream for item in edits.values()})
+    name = ", ".join(getattr(model_config.hf_config, "architectures", None) or [])
+    here = Blocks.of(model, name).here({item.stream for item in edits.values()})
     sizes = config.compilation_config.cudagraph_capture_sizes or ()
     speculative = config.speculative_config
     slack = 0 if speculative is None else 2 * (speculative.num_speculative_tokens + 1)
@@ -675,16 +680,18 @@ def _sample(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -
     if not hasattr(output, "get_output"):
         output.lrqp = _by_request(names, came)
         return output
-    # On a GPU the numbers follow the tokens to the host, and are awaited with them.
-    held = torch.empty(came.shape, dtype=came.dtype, pin_memory=True)
-    held.copy_(came, non_blocking=True)
-    done, get = torch.cuda.Event(), output.get_output
-    done.record()
+    # The numbers follow the tokens to the host, and are awaited with them.
+    get, done = output.get_output, None
+    if came.is_cuda:
+        held = torch.empty(came.shape, dtype=came.dtype, pin_memory=True)
+        came, done = held.copy_(came, non_blocking=True), torch.cuda.Event()
+        done.record()
 
     def get_output() -> Any:
         found = get()
-        done.synchronize()
-        found.lrqp = _by_request(names, held)
+        if done is not None:
+            done.synchronize()
+        found.lrqp = _by_request(names, came)
         return found
 
     output.get_output = get_output

@@ -60,8 +60,8 @@ class Blocks:
     last: nn.Module
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Blocks":
-        """Find them.
+    def of(cls, model: nn.Module, name: str = "") -> "Blocks":
+        """Find them in a model, which errors call by its name, by default that of its class.
 
         Raises:
             ServingError: a family whose streams are not known here, by name.
@@ -77,7 +77,7 @@ class Blocks:
                     return cls(child, norms, last)
         families = ", ".join(sorted(NORMS))
         raise ServingError(
-            f"edits are not served in {type(model).__name__}: its blocks are none of those whose "
+            f"edits are not served in {name or type(model).__name__}: its blocks are none of those whose "
             f"residual stream is known here ({families}). Edit it with edit.at in transformers"
         )
 

@@ -19,6 +19,17 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+SECOND = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+"""Whether vLLM's second model runner is meant, whose kernels are in Triton."""
+if SECOND:
+    # There is a backend of Triton for CPUs, which no package has; its interpreter stands in for it.
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    assert os.environ.get("TRITON_INTERPRET") == "1", "the second runner needs it on a CPU"
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
 BLOCK = 32
 Asked = dict[str, Any] | list[dict[str, Any]] | None
 
