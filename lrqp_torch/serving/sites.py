@@ -77,8 +77,9 @@ class Blocks:
                     return cls(child, norms, last)
         families = ", ".join(sorted(NORMS))
         raise ServingError(
-            f"edits are not served in {name or type(model).__name__}: its blocks are none of those whose "
-            f"residual stream is known here ({families}). Edit it with edit.at in transformers"
+            f"edits are not served in {name or type(model).__name__}: its blocks are none of those "
+            f"whose residual stream is known here ({families}). Edit it with edit.at in "
+            f"transformers"
         )
 
     def norm_of(self, site: Site) -> nn.Module | None:
