@@ -32,6 +32,8 @@ ARGUMENT = "lrqp"
 """What a request's edits are called among its extra arguments."""
 SCOPES = ("prompt", "generated", "all")
 KEYS = ("edit", "positions", "scope", "target", "source")
+MOST_EDITS = 64
+"""So many edits a request may ask for; each is held against all others."""
 OWN_READING = FREE
 """As a source class: what the probe reads."""
 _WORDS = {"keep": KEEP, "free": FREE}
@@ -283,6 +285,8 @@ class Library(Mapping[str, NamedEdit]):
         items = list(given) if isinstance(given, Sequence) else [given]
         if not items:
             raise RequestError(f"{ARGUMENT} is an empty list; leave it out to edit nothing")
+        if len(items) > MOST_EDITS:
+            raise RequestError(f"{ARGUMENT} holds {len(items)} edits, and {MOST_EDITS} at most")
         end = prompt_length + max(max_tokens, 1) - 1
         found: list[RequestEdit] = []
         for number, item in enumerate(items):

@@ -124,6 +124,7 @@ WRONG: list[tuple[Any, str]] = [
     ("[" * 100_000, "not valid JSON"),
     ("7" * 10_000, "not valid JSON"),
     ("[]", "empty list"),
+    ([GOOD] * 65, "65 edits, and 64 at most"),
     ("3", "an edit is an object such as"),
     (None, "an edit is an object such as"),
     ([GOOD, "order"], r"lrqp\[1\]: an edit is an object"),
