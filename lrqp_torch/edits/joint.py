@@ -19,6 +19,7 @@ from lrqp_torch.errors import (
     SavedEditError,
     TargetError,
     as_classes,
+    capturing,
     check_activations,
     check_finite,
     concrete,
@@ -27,9 +28,11 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import MahalanobisQP, Solution
+from lrqp_torch.qp import ODDS, MahalanobisQP, Solution, fused
+from lrqp_torch.qp.geometry import Trace
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 
@@ -89,6 +92,7 @@ class JointLRQP(Edit[Targets]):
 
     FREE = FREE
     KEEP = KEEP
+    certified = True
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ class JointLRQP(Edit[Targets]):
         self.provenance = next(filter(None, origins), None)
         geometry = self._build(self.metric.covariance.device)
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
-        self._kept: tuple[list[Tensor], StackedGeometry] | None = None
+        self._kept: tuple[list[Tensor], Trace, StackedGeometry] | None = None
 
     @classmethod
     def fit(
@@ -274,6 +278,70 @@ class JointLRQP(Edit[Targets]):
         wanted = given.get("asked", {})
         return self._attempt(x, target, source, wanted, context.realise, *found)[0]
 
+    def edit_stream(
+        self,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        at: Rows,
+        target: Tensor,
+        source: Tensor | None,
+        which: Tensor,
+        record: tuple[Tensor, int, Tensor, int],
+        *,
+        asked: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> Tensor | None:
+        """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
+        edits = list(self._edits().values())
+        floors = [edit.log_odds for edit in edits]
+        tensors = [stream, *floors, *([] if residual is None else [residual])]
+        covariance, *own = self._tensors()
+        same = {part.dtype for part in own}
+        if (
+            given
+            or len(same) > 1
+            or any(part.device != stream.device for part in (covariance, *own, *floors))
+        ):
+            return None
+        if residual is not None and residual.stride(-1) != 1:
+            return None
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (*tensors, *own)):
+            return None
+        if self._kept is None or self._kept[1] != Trace(stream.device, covariance, *own):
+            if capturing(stream):
+                return None
+            self.geometry(stream.device)
+        assert self._kept is not None
+        geometry = self._kept[2]
+        if max(len(geometry.weight), geometry.n_constraints) > fused.MOST_CLASSES:
+            return None
+        rules = tuple(
+            (
+                float(edit.rule == "mirror"),
+                ODDS[edit.odds].surplus(edit.n_classes - 1),
+                self.within.get(name, 0.0),
+            )
+            for name, edit in self._edits().items()
+        )
+        wanted = None
+        if asked:
+            rows = {name: floors_of(value, at) for name, value in asked.items()}
+            wanted = self._wanted(rows, len(which), stream.device)
+        return fused.edit_stream(
+            stream,
+            residual,
+            scale,
+            (at.example, at.column, which, at.shown),
+            target,
+            torch.stack(floors),
+            geometry,
+            record,
+            skip=self.on_infeasible == "skip",
+            live=geometry.live(own[: len(edits)], own[len(edits) :]),
+            variables=(rules, geometry.prepared(target, source), wanted),
+        )
+
     def slot_floors(
         self,
         geometry: StackedGeometry,
@@ -321,26 +389,23 @@ class JointLRQP(Edit[Targets]):
         tensors = self._tensors()
         if self._in_graph(tensors):
             return self._build(device)
-        kept = self._kept
-        if (
-            kept is None
-            or kept[1].weight.device != device
-            or not all(torch.equal(old, new) for old, new in zip(kept[0], tensors, strict=True))
-        ):
+        kept, mark = self._kept, Trace(device, *tensors)
+        same = kept is not None and kept[2].weight.device == device
+        if kept is None or not (same and all(map(torch.equal, kept[0], tensors))):
             with torch.inference_mode(False), torch.no_grad():
-                copies = [tensor.clone() for tensor in tensors]
-                self._kept = kept = copies, self._build(device)
-        return kept[1]
+                kept = [tensor.clone() for tensor in tensors], mark, self._build(device)
+        self._kept = kept[0], mark, kept[2]
+        return kept[2]
 
     def _known(self, device: torch.device) -> tuple[StackedGeometry, Tensor] | None:
         """The geometry that is kept, and a bool () on the device: whether it has become stale."""
         tensors, kept = self._tensors(), self._kept
-        if kept is None or kept[1].weight.device != device or self._in_graph(tensors):
+        if kept is None or kept[2].weight.device != device or self._in_graph(tensors):
             return None
         pairs = list(zip(kept[0], tensors, strict=True))
         if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
             return None
-        return kept[1], torch.stack([(old != new).any() for old, new in pairs]).any().to(device)
+        return kept[2], torch.stack([(old != new).any() for old, new in pairs]).any().to(device)
 
     def _tensors(self) -> list[Tensor]:
         probes = [edit.probe for edit in self._edits().values()]

@@ -157,7 +157,7 @@ class EditRun:
             return None
         self._place(stream.device)
         count = at.index.shape[0]
-        block = self._rows.room(count, stream.device)
+        block = self._rows.room(count, stream.device, len(self.names))
         record = block.rows, block.count, at.index, forward_pass
         which = at.index if at.request is None else at.request
         whole = self.edit.edit_stream(
@@ -414,15 +414,17 @@ class _Rows:
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
 
-    def room(self, count: int, device: torch.device) -> "_Block":
-        """A block in which the next rows may be written, of such as a :class:`Solution` has."""
+    def room(self, count: int, device: torch.device, variables: int = 0) -> "_Block":
+        """A block in which the next rows may be written, of a solution of so many variables."""
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         last = self._passes[-1] if self._passes else None
         if isinstance(last, _Block) and not captured and last.takes(count, device):
             return last
         with torch.inference_mode(False):
             size = count if captured else max(BLOCK_ROWS, count)
-            return _Block(torch.empty(size, 9, dtype=torch.float64, device=device), captured)
+            columns = 4 * variables + 6 if variables else len(_WRITTEN)
+            held = torch.empty(size, columns, dtype=torch.float64, device=device)
+            return _Block(held, captured, variables=variables)
 
     def wrote(self, block: "_Block", count: int) -> None:
         """Note that the next rows are written in a block that :meth:`room` gave."""
@@ -448,8 +450,8 @@ class _Rows:
             columns, device = [], passes[-1].device
             for kind, group in groupby(passes, type):
                 if kind is _Block:
-                    self._places = self._places or {name: i for i, name in enumerate(_WRITTEN)}
                     blocks = cast(list[_Block], list(group))
+                    self._places = self._places or blocks[0].places
                     columns += [block.rows[: block.count].to(device) for block in blocks]
                     continue
                 values, start = _values(cast(list[_Pass], list(group)), device), 0
@@ -580,11 +582,26 @@ class _Block:
         rows: (n, 9).
         captured: as of a :class:`_Pass`.
         count: how many are written.
+        variables: how many variables odds are of, 0 for one edit's own.
     """
 
     rows: Tensor
     captured: bool = False
     count: int = 0
+    variables: int = 0
+
+    @property
+    def places(self) -> dict[str, slice | int]:
+        """The columns of each quantity, as :func:`_values` orders them."""
+        if not self.variables:
+            return {name: i for i, name in enumerate(_WRITTEN)}
+        places: dict[str, slice | int] = {}
+        start = 0
+        for name in (*RECORDED, "moved", *_WRITTEN[len(RECORDED) :]):
+            wide = name in (*RECORDED[:3], "moved")
+            places[name] = slice(start, start + self.variables) if wide else start
+            start += self.variables if wide else 1
+        return places
 
     @property
     def device(self) -> torch.device:

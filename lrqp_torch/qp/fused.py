@@ -28,6 +28,10 @@ from lrqp_torch.qp.solution import Solution
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.geometry import ProbeGeometry
+    from lrqp_torch.qp.stacked import Prepared, StackedGeometry
+
+VariableRules = tuple[tuple[float, float, float], ...]
+"""Of each variable: whether its floors mirror, what is added to them, and how far it may move."""
 
 MOST_CLASSES = 64
 """A tableau of so many classes fits the registers of a program."""
@@ -165,17 +169,17 @@ class Launcher:
     """The kernel for one geometry: what does not change from call to call is prepared once.
 
     Args:
-        geometry: of the probe.
+        geometry: a ``ProbeGeometry``, or a ``StackedGeometry`` of several probes.
         rule: where floors come from: "mirror" or "fixed", of ``log_odds``; "given", one an example,
-            or "each", one a constraint.
+            or "each", one a constraint. Of several probes, the rule of each.
         skip: whether what fails is left as it was.
         live: weight and bias of the probe as they are now, which are held against the geometry's.
     """
 
     def __init__(
         self,
-        geometry: "ProbeGeometry",
-        rule: str,
+        geometry: Any,
+        rule: "str | VariableRules",
         *,
         skip: bool = False,
         live: tuple[Tensor, Tensor] | None = None,
@@ -183,14 +187,22 @@ class Launcher:
         module = kernels()
         assert module is not None
         self.kernel, self.language = module.edit_kernel, module.tl
-        self.geometry, self.rule, self.skip = geometry, rule, skip
-        self.live = live is not None
-        self.n_classes, self.width = geometry.n_classes, geometry.width
-        tables = geometry.squared, geometry.noise, geometry.length, *geometry.stretch
-        now = live or geometry.rows[:2]
+        self.skip, self.live = skip, live is not None
+        self.n_classes, self.width = geometry.weight.shape
+        self.two = isinstance(rule, str) and self.n_classes == 2
+        self.rule = rule if isinstance(rule, str) else "variables"
+        rows = geometry.rows
+        now = live or rows[:2]
         own = zip((geometry.weight, geometry.bias), now, strict=True)
         then = now if live is None else tuple(part.to(other.dtype) for part, other in own)
-        parts = *geometry.rows[:2], *now, *then, geometry.rows[2], *tables
+        parts: tuple[Tensor, ...] = *rows[:2], *now, *then, rows[2]
+        if isinstance(rule, str):
+            self.slots, self.variables = self.n_classes, 0
+            parts = *parts, geometry.squared, geometry.noise, geometry.length, *rows[:2]
+        else:
+            self.slots, self.variables = geometry.n_constraints, len(rule)
+            table = torch.tensor(rule, dtype=torch.float64).to(geometry.weight.device)
+            parts = *parts, *rows, table, geometry.layout
         self.constants = tuple(part.detach().contiguous() for part in parts)
         self.compiled: dict[Any, Any] = {}
         self.prepares = True
@@ -214,6 +226,8 @@ class Launcher:
         solution: tuple[Tensor, ...] | None = None,
         repeats: bool = False,
         record: tuple[Tensor, int, Tensor, int] | None = None,
+        prepared: "Prepared | None" = None,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Edit ``count`` rows of ``stream`` into ``out``.
 
@@ -236,18 +250,22 @@ class Launcher:
             repeats: whether the last two of these are wanted, to repeat the last solve.
             record: rows of numbers, (n, 9) float64, the first of them to write, what each is
                 numbered, (N,), and the number of the pass. A row has log odds before and after,
-                floor, distance, Euclidean length, KKT residual, status, its number and the pass.
+                floor, distance, Euclidean length, KKT residual, status, its number and the pass;
+                of V variables, (n, 4V + 6), the first three have V numbers each, and V that say how
+                far each moved come before the status.
+            prepared: of several variables, their constraints; ``target`` and ``source`` are its.
+            asked: log α in place of the rules', (N, V), NaN where there is none.
 
         Returns:
             Without a record the certificate: the first six of these, lengths squared, (6, N); and
             the status, (N,) int64. Else whatever.
         """
         if record is None:
-            certificate, first, forward_pass = self.geometry.squared.new_empty(6, count), 0, 0
+            certificate, first, forward_pass = self.constants[0].new_empty(6, count), 0, 0
             steps, statuses, index_of = (1, count), target.new_empty(count), target
         else:
             certificate, first, index_of, forward_pass = record
-            steps, statuses = (9, 1), target
+            steps, statuses = (certificate.shape[1], 1), target
         if not count:
             return certificate, statuses
         # The kernel steps from one to the next, and a view such as a column of a mask does not.
@@ -270,6 +288,8 @@ class Launcher:
             target,
             target if source is None else source,
             floors,
+            *((target,) * 3 if prepared is None else prepared.parts),
+            floors if asked is None else asked,
             *((certificate,) * 4 if solution is None else solution),
             certificate,
             statuses,
@@ -290,7 +310,7 @@ class Launcher:
         flags = (
             stream.dtype, mine.dtype, out.dtype, base is not None, scale, at, which is not None,
             source is not None, copy, shown is not None, solution is not None, repeats,
-            record is not None,
+            record is not None, asked is not None,
         )  # fmt: skip
         pointers = [tensor.data_ptr() for tensor in tensors]
         # What was compiled relies on such addresses and strides, and runs on the current device.
@@ -306,7 +326,7 @@ class Launcher:
         else:
             # Numbers in place of tensors, which Triton would ask the driver about one by one.
             run, function, metadata, fixed, constants = held
-            given = *pointers[:11], *fixed, *pointers[11:], *numbers, *constants
+            given = *pointers[:15], *fixed, *pointers[15:], *numbers, *constants
             place = torch._C._cuda_getCurrentRawStream(device)
             try:
                 run(count, 1, 1, place, function, metadata, None, None, None, *given)
@@ -320,12 +340,17 @@ class Launcher:
         self, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], flags: Any, wide: bool, n: int
     ) -> None:
         """Compile for such arguments, and launch."""
-        out, base, scale, at, which, source, copy, shown, solution, repeats, record = flags[2:]
-        n_classes, width = self.n_classes, self.width
+        out, base, scale, at, which, source, copy, shown, solution, repeats = flags[2:-2]
+        n_classes, width, variables = self.n_classes, self.width, self.variables
         precision, shape = torch.finfo(out).eps, shape_of(self.n_classes, self.width)
         constants = {
             "K": n_classes,
-            "KP": 1 if n_classes == 2 else power_of_2(n_classes),
+            "KP": 1 if self.two else power_of_2(n_classes),
+            "N": 1 if self.two else self.slots,
+            "NP": 1 if self.two else power_of_2(self.slots),
+            "V": variables,
+            "TWO": self.two,
+            "ASKED": flags[-1],
             "D": width,
             "BD": shape.columns,
             "STAGES": shape.stages,
@@ -339,15 +364,15 @@ class Launcher:
             "AT": at,
             "WHICH": which,
             "RULE": self.rule,
-            "SOURCE": source,
+            "SOURCE": source and not variables,
             "LIVE": self.live,
-            "NARROW": self.live and n_classes > 2 and shape.narrow,
+            "NARROW": self.live and not self.two and shape.narrow,
             "SKIP": self.skip,
             "COPY": copy,
             "SHOWN": shown,
             "SOLUTION": solution,
             "REPEATS": repeats,
-            "RECORD": record,
+            "RECORD": flags[-2],
         }
         options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
         if shape.registers is not None:
@@ -358,7 +383,7 @@ class Launcher:
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             compiled = self.kernel[(n,)](
-                *tensors[:11], *self.constants, *tensors[11:], *numbers, *constants.values(),
+                *tensors[:15], *self.constants, *tensors[15:], *numbers, *constants.values(),
                 **options,
             )  # fmt: skip
         if compiled is not None and wide and self.prepares:
@@ -377,7 +402,10 @@ class _Launchers(dict[Any, Launcher]):
 
 
 def launcher(
-    geometry: "ProbeGeometry", rule: str, skip: bool, live: tuple[Tensor, Tensor] | None
+    geometry: "ProbeGeometry | StackedGeometry",
+    rule: "str | VariableRules",
+    skip: bool,
+    live: tuple[Tensor, Tensor] | None,
 ) -> Launcher:
     """That of a geometry, as long as the geometry lives."""
     kept: _Launchers | None = vars(geometry).get("launchers")
@@ -471,11 +499,12 @@ def edit_stream(
     at: tuple[Tensor, Tensor, Tensor, Tensor | None],
     target: Tensor,
     floors: OddsRule | Tensor,
-    geometry: "ProbeGeometry",
+    geometry: "ProbeGeometry | StackedGeometry",
     record: tuple[Tensor, int, Tensor, int],
     *,
     skip: bool,
     live: tuple[Tensor, Tensor],
+    variables: "tuple[VariableRules, Prepared, Tensor | None] | None" = None,
 ) -> Tensor:
     """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
 
@@ -484,11 +513,13 @@ def edit_stream(
         residual: (B, T, d), or None.
         scale: see ``stream``.
         at: example and column of each row, which of the classes is its own, and which rows count.
-        target: classes, int64: (1,) for all, or (n,).
-        floors: log α by a rule, or (N,).
-        geometry: of the probe.
+        target: classes, int64: (1,) for all, or (n,); of several variables a last axis of these.
+        floors: log α by a rule, or (N,); of several variables the least of each, (V,).
+        geometry: of the probe, or of several.
         record: where to put what is to be remembered; see :class:`Launcher`.
         skip, live: see :func:`solve`.
+        variables: of several: the rules of each, their constraints, and log α (N, V) in place of
+            the rules'.
 
     Returns:
         A copy of the stream with edited rows in place.
@@ -497,10 +528,18 @@ def edit_stream(
     rows, columns, which = (part.long() for part in at[:3])
     shown = None if at[3] is None else at[3].bool()
     record = record[0], record[1], record[2].long(), record[3]
-    rule, given, source = _told(floors, stream.device)
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
     whole = stream.to(dtype, copy=True)
+    rule: str | VariableRules
+    more: dict[str, Any] = {}
+    if variables is None:
+        rule, given, source = _told(floors, stream.device)
+    else:
+        assert isinstance(floors, Tensor)
+        rule, prepared, asked = variables
+        given, source = floors, prepared.held
+        more = {"prepared": prepared, "asked": None if asked is None else asked.contiguous()}
     launcher(geometry, rule, skip, live)(
         stream,
         whole,
@@ -515,6 +554,7 @@ def edit_stream(
         which=which,
         shown=shown,
         record=record,
+        **more,
     )
     return whole
 

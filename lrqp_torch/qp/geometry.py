@@ -1,6 +1,7 @@
 """What the edit needs to know of a probe and a metric, computed once for all activations."""
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -336,12 +337,38 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
     return squared.index_put((one, two), exact).index_put((two, one), exact)
 
 
+class Trace:
+    """Some tensors on a device: unequal to that of others, and after changes that can be seen."""
+
+    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
+        # They are held, so that no other tensor can be taken for one of them.
+        self.device, self.tensors = device, tensors
+        # A tensor made in inference mode counts no versions, and cannot be changed in place.
+        self.marks = [
+            (None if one.is_inference() else one._version, one.data_ptr()) for one in tensors
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Trace)
+            and self.device == other.device
+            and self.marks == other.marks
+            and all(map(operator.is_, self.tensors, other.tensors))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is of copies.
+        return Trace, (self.device,)
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """A geometry, and what it was computed from."""
+    """A geometry, what it was computed from, and copies of the probe's W and b."""
 
-    mark: tuple[Any, ...]
-    covariance: Tensor
+    metric: Trace
+    probe: Trace
     weight: Tensor
     bias: Tensor
     geometry: ProbeGeometry
@@ -362,18 +389,25 @@ class GeometryCache:
         given = weight, bias
         if weight.device != device or bias.device != device:
             given = weight.to(device), bias.to(device)
-        kept = self._kept
+        kept, metric = self._kept, Trace(device, covariance)
+        probe = Trace(device, weight, bias)
         # The probe is small enough to compare by value, which sees every way of changing it:
         # .data, .double() and the like leave no trace in a tensor's version.
         if (
             kept is not None
-            and kept.covariance is covariance
-            and kept.mark == _mark(covariance, device)
+            and kept.metric == metric
             and _same(kept.weight, given[0])
             and _same(kept.bias, given[1])
         ):
+            if kept.probe != probe:
+                self._kept = replace(kept, probe=probe)
             return kept.geometry
-        return self._build(*given, covariance, device)
+        # What is kept may be differentiated through later, whatever the mode it was computed in.
+        with torch.inference_mode(False), torch.no_grad():
+            copies = given[0].clone(), given[1].clone()
+            geometry = ProbeGeometry.build(*copies, covariance.to(device))
+        self._kept = _Kept(metric, probe, *copies, geometry)
+        return geometry
 
     def peek(
         self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
@@ -396,25 +430,14 @@ class GeometryCache:
         kept = self._kept
         if (
             kept is None
-            or kept.covariance is not covariance
+            or kept.metric != Trace(device, covariance)
+            or kept.probe != Trace(device, weight, bias)
             or kept.weight.dtype != weight.dtype
             or weight.device != device
-            or kept.mark != _mark(covariance, device)
             or _needs_graph(weight, bias, covariance)
         ):
             return None
         return kept.geometry
-
-    # What is kept may be differentiated through later, whatever the mode in which it was computed.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _build(
-        self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
-    ) -> ProbeGeometry:
-        weight, bias = weight.clone(), bias.clone()
-        geometry = ProbeGeometry.build(weight, bias, covariance.to(device))
-        self._kept = _Kept(_mark(covariance, device), covariance, weight, bias, geometry)
-        return geometry
 
 
 def _needs_graph(*tensors: Tensor) -> bool:
@@ -423,12 +446,6 @@ def _needs_graph(*tensors: Tensor) -> bool:
     if hidden and not all(concrete(tensor) for tensor in tensors):
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _mark(covariance: Tensor, device: torch.device) -> tuple[Any, ...]:
-    # A tensor made in inference mode counts no versions, and cannot be changed in place.
-    version = None if covariance.is_inference() else covariance._version
-    return device, version, covariance.data_ptr()
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

@@ -34,6 +34,7 @@ INACCURATE = tl.constexpr(int(Status.INACCURATE))
 INVALID = tl.constexpr(int(Status.INVALID))
 TINY = tl.constexpr(2.2250738585072014e-308)
 INFINITY = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
 # How often what was solved is held against M itself, and gone on with.
 POLISHES = tl.constexpr(3)
 
@@ -324,8 +325,9 @@ def dual_kernel(
         "class_step", "source_step", "row_step", "number_step", "first", "forward_pass",
     ],
     do_not_specialize_on_alignment=[
-        "rows", "columns", "which", "shown", "index", "target", "source", "floors", "multipliers",
-        "active_out", "aims", "inverse_out", "certificate", "statuses",
+        "rows", "columns", "which", "shown", "index", "target", "source", "floors", "slots",
+        "numbers", "matrices", "asked", "multipliers", "active_out", "aims", "inverse_out",
+        "certificate", "statuses",
     ],
 )  # fmt: skip
 def edit_kernel(
@@ -340,6 +342,10 @@ def edit_kernel(
     target,
     source,
     floors,
+    slots,
+    numbers,
+    matrices,
+    asked,
     weight,
     bias,
     live,
@@ -350,8 +356,8 @@ def edit_kernel(
     distances,
     noise,
     length,
-    stretch,
-    spread,
+    rules,
+    variables,
     multipliers,
     active_out,
     aims,
@@ -372,6 +378,11 @@ def edit_kernel(
     forward_pass,
     K: tl.constexpr,
     KP: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    V: tl.constexpr,
+    TWO: tl.constexpr,
+    ASKED: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -397,8 +408,11 @@ def edit_kernel(
 ):
     """One example of the fused edit; see :func:`~.fused.edit` for what the arguments are.
 
-    K = 2 has one row to read by and one to move along, w_0 − w_1, and a dual in closed form. Where
-    NARROW the probe's own weights are read by, of which ``weight`` is the same in float64.
+    TWO classes have one row to read by and one to move along, w_0 − w_1, and a dual in closed form.
+    Where NARROW the probe's own weights are read by, of which ``weight`` is the same in float64.
+    Of a probe the constraints are its classes but the target; of V variables they are N slots with
+    a pair of classes each, prepared by :class:`~.stacked.Prepared`, and what is kept is eliminated
+    from their M.
     """
     i = tl.program_id(0).to(tl.int64)
     own, mine, put = stream + i * stream_row, base, out + i * out_row
@@ -413,7 +427,9 @@ def edit_kernel(
     chosen = i
     if WHICH:
         chosen = tl.load(which + i)
-    t = tl.load(target + chosen * class_step)
+    t = chosen * 0
+    if V == 0:
+        t = tl.load(target + chosen * class_step)
     invalid = (t < 0) | (t >= K)
     t = tl.minimum(tl.maximum(t, 0), K - 1)
     v = t
@@ -422,7 +438,7 @@ def edit_kernel(
         invalid = invalid | (v < 0) | (v >= K)
         v = tl.minimum(tl.maximum(v, 0), K - 1)
 
-    R: tl.constexpr = 1 if K == 2 else K
+    R: tl.constexpr = 1 if TWO else K
     k = tl.arange(0, KP)
     inside = k < R
     d = tl.arange(0, BD)
@@ -442,7 +458,7 @@ def edit_kernel(
             w = tl.load(weight + k[:, None] * D + at[None, :], mask=both, other=0.0)
         if LIVE:
             # Two classes have two weights and one row to read by.
-            for part in tl.static_range(2 if K == 2 else 1):
+            for part in tl.static_range(2 if TWO else 1):
                 places = part * D + k[:, None] * D + at[None, :]
                 now = tl.load(live + places, mask=both, other=0.0)
                 then = tl.load(known + places, mask=both, other=0.0)
@@ -455,14 +471,37 @@ def edit_kernel(
     z = tl.sum(read, 1) + offset
     size = tl.sqrt(tl.sum(square, 0))
     if LIVE:
-        classes = tl.arange(0, 2 if K == 2 else KP)
+        classes = tl.arange(0, 2 if TWO else KP)
         now = tl.load(live_bias + classes, mask=classes < K, other=0.0)
         then = tl.load(known_bias + classes, mask=classes < K, other=0.0)
         stale = tl.sum(other, 0) + tl.sum(tl.where(now == then, 0, 1), 0)
         invalid = invalid | (stale > 0)
 
     # 2. Margins and the floor by the odds rule.
-    if K == 2:
+    j = tl.arange(0, NP)
+    matrix = distances
+    sign = tl.full([], 1.0, tl.float64)
+    if V > 0:
+        chosen = chosen * class_step
+        spread = tl.sum(square, 0)
+        filled = j < N
+        told = slots + chosen * (3 * N) + j
+        plus = tl.load(told, mask=filled, other=0)
+        minus = tl.load(told + N, mask=filled, other=0)
+        kind = tl.load(told + 2 * N, mask=filled, other=0)
+        variable = tl.load(variables + j, mask=filled, other=-1)
+        invalid = invalid | (tl.min(kind, 0) < 0) | ((spread - spread) != 0.0)
+        rival = (kind == 1) | (kind == 2)
+        pick = tl.where(k[None, :] == plus[:, None], 1.0, 0.0)
+        pick -= tl.where(k[None, :] == minus[:, None], 1.0, 0.0)
+        pick = tl.where((kind > 0)[:, None], pick, 0.0).to(tl.float64)
+        margin = tl.where(rival, times(pick, z), 0.0)
+        matrix = matrices + chosen * (2 * N * N)
+        diagonal = tl.load(matrix + j * (N + 1), mask=rival, other=0.0)
+        rounding = tl.load(numbers + chosen * (2 * N) + j, mask=rival, other=0.0)
+        reach_of = tl.load(numbers + chosen * (2 * N) + N + j, mask=rival, other=0.0)
+        slot = j
+    elif TWO:
         rival = inside
         sign = tl.where(t == 0, 1.0, -1.0).to(tl.float64)
         margin = z * sign
@@ -472,15 +511,35 @@ def edit_kernel(
         slot = k
     else:
         rival = inside & (k != t)
-        sign = tl.full([], 1.0, tl.float64)
         margin = tl.where(rival, tl.sum(tl.where(k == t, z, 0.0), 0) - z, 0.0)
         diagonal = tl.load(distances + t * K + k, mask=rival, other=0.0)
         rounding = tl.load(noise + t * K + k, mask=rival, other=0.0)
         reach_of = tl.load(length + t * K + k, mask=rival, other=0.0)
         slot = k - (k > t).to(tl.int32)
     before = tl.min(tl.where(rival, margin, INFINITY), 0)
-    bound = tl.zeros([KP], dtype=tl.float64)
-    if RULE == "each":
+    bound = tl.zeros([NP], dtype=tl.float64)
+    if V > 0:
+        # What holds always, where nothing is asked.
+        bound -= 1.0
+        for one in tl.static_range(V):
+            mine_is = (variable == one) & (kind == 1)
+            held_class = tl.load(source + chosen * V + one)
+            begins = tl.load(variables + N + one)
+            belief = tl.maximum(-tl.min(tl.where(mine_is, margin, INFINITY), 0), 0.0)
+            named = mine_is & (minus == begins + held_class)
+            given = -tl.sum(tl.where(named, margin, 0.0), 0)
+            belief = tl.where(held_class >= 0, given, belief)
+            floor = tl.load(floors + one)
+            mirrors = tl.load(rules + 3 * one) > 0.0
+            floor = tl.where(mirrors, tl.maximum(belief, floor), floor)
+            floor += tl.load(rules + 3 * one + 1)
+            if ASKED:
+                wish = tl.load(asked + i * V + one)
+                floor = tl.where(wish == wish, wish, floor)
+            bound = tl.where(mine_is, floor, bound)
+            within = tl.load(rules + 3 * one + 2)
+            bound = tl.where((variable == one) & (kind == 2), margin - within, bound)
+    elif RULE == "each":
         bound = tl.load(floors + i * (K - 1) + slot, mask=rival, other=0.0)
     elif RULE == "given":
         bound += tl.load(floors + i)
@@ -488,7 +547,7 @@ def edit_kernel(
         floor = tl.load(floors)
         if RULE == "mirror":
             if SOURCE:
-                if K == 2:
+                if TWO:
                     belief = tl.where(v == t, 0.0, -tl.sum(margin, 0))
                 else:
                     belief = -tl.sum(tl.where(k == v, margin, 0.0), 0)
@@ -514,9 +573,13 @@ def edit_kernel(
     long = rival & (diagonal > rounding)
     scale = tl.where(long, 1.0 / tl.sqrt(tl.maximum(diagonal, TINY)), 0.0)
     error = scale * rounding
-    tableau = tl.zeros([KP, KP], dtype=tl.float64)
-    active = tl.zeros([KP], dtype=tl.int32)
-    lam = tl.zeros([KP], dtype=tl.float64)
+    tableau = tl.zeros([NP, NP], dtype=tl.float64)
+    active = tl.zeros([NP], dtype=tl.int32)
+    lam = tl.zeros([NP], dtype=tl.float64)
+    moved = tl.full([], 0.0, tl.float64)
+    if V > 0:
+        seen_last = margin
+        logits_last = z
     after = before
     feasible = tl.full([], 1, tl.int32)
     residual = tl.full([], 0.0, tl.float64)
@@ -529,7 +592,7 @@ def edit_kernel(
     fresh = tl.full([], 1, tl.int32)
     while go == 1:
         gap = bound + raised - margin
-        if K == 2:
+        if TWO:
             feasible = tl.where(tl.sum(tl.where(long, 1, 0), 0) > 0, 1, 0)
             length_of = tl.where(long, diagonal, 1.0)
             lam = tl.where(long, gap / length_of, 0.0)
@@ -546,19 +609,19 @@ def edit_kernel(
             unit = unit * (1.0 / largest)
             aim = unit
             if impossible == 1:
-                aim = tl.where(k >= 0, -INFINITY, aim)
+                aim = tl.where(j >= 0, -INFINITY, aim)
                 fresh = fresh * 0 + 1
             tableau, active, found, grown, feasible, converged = solved(
-                tableau, active, aim, scale, error, distances, t, fresh,
-                K, KP, True, 20 * (K - 1) + 50,
+                tableau, active, aim, scale, error, matrix, t, fresh,
+                N, NP, V == 0, 20 * N + 50,
             )  # fmt: skip
             feasible = tl.where(impossible == 1, 0, feasible)
             found = tl.where(feasible == 1, found, 0.0)
             grown = tl.where(feasible == 1, grown, 0.0)
             # As kkt_residual, in units.
-            asked = tl.where(long, unit, 0.0)
-            slack = tl.where(long, grown - asked, 0.0)
-            short = tl.where(long, -slack / (1.0 + tl.abs(asked)), 0.0)
+            rises = tl.where(long, unit, 0.0)
+            slack = tl.where(long, grown - rises, 0.0)
+            short = tl.where(long, -slack / (1.0 + tl.abs(rises)), 0.0)
             longest = tl.abs(tl.sum(found * grown, 0))
             unbalanced = tl.abs(tl.sum(found * slack, 0))
             unbalanced = unbalanced / tl.where(longest > 0.0, longest, 1.0)
@@ -568,13 +631,24 @@ def edit_kernel(
             residual = tl.where(whole, residual, INFINITY)
             distance = longest * largest * largest
             lam = found * scale * largest
-            share = tl.where(k == t, tl.sum(lam, 0), -lam)
+            if V > 0:
+                # Multipliers of what is kept follow from those of the others.
+                combined = tl.load(
+                    matrix + N * N + j[:, None] * N + j[None, :],
+                    mask=filled[:, None] & filled[None, :],
+                    other=0.0,
+                )
+                slot_share = tl.sum(combined * lam[:, None], 0)
+                share = tl.sum(pick * slot_share[:, None], 0)
+            else:
+                share = tl.where(k == t, tl.sum(lam, 0), -lam)
         fresh = fresh * 0
         go = go * 0
         if feasible == 1:
             reread = tl.zeros([KP, BD], dtype=tl.float64)
             edited_square = tl.zeros([BD], dtype=tl.float64)
             apart = tl.zeros([BD], dtype=tl.float64)
+            stretch = tl.zeros([BD], dtype=tl.float64)
             moved_by = tl.zeros([BD], dtype=tl.int32)
             # Few classes move it: the others' rows are not fetched.
             moves = inside & (share != 0.0)
@@ -590,7 +664,8 @@ def edit_kernel(
                 both = inside[:, None] & here[None, :]
                 places = k[:, None] * D + at[None, :]
                 p = tl.load(steering + places, mask=both & moves[:, None], other=0.0)
-                edited = x + tl.sum(p * share[:, None], 0)
+                step = tl.sum(p * share[:, None], 0)
+                edited = x + step
                 kept = rounded(edited, DTYPE)
                 place = kept
                 if BASE:
@@ -613,9 +688,15 @@ def edit_kernel(
                 reread = tl.fma(w, tl.broadcast_to(held[None, :], (KP, BD)), reread)
                 edited_square = tl.fma(edited, edited, edited_square)
                 apart = tl.fma(held - edited, held - edited, apart)
+                stretch = tl.fma(step, step, stretch)
                 moved_by += tl.where(here & (kept != x), 1, 0)
             logits = tl.sum(reread, 1) + offset
-            if K == 2:
+            moved = tl.sum(stretch, 0)
+            if V > 0:
+                seen = tl.where(rival, times(pick, logits), 0.0)
+                seen_last = seen
+                logits_last = logits
+            elif TWO:
                 seen = logits * sign
             else:
                 seen = tl.where(rival, tl.sum(tl.where(k == t, logits, 0.0), 0) - logits, 0.0)
@@ -643,7 +724,7 @@ def edit_kernel(
                 go = go + 1
 
     sound = (go == 0) & (fresh >= 0) & (number <= MAX_ROUNDS)
-    if K > 2:
+    if not TWO:
         total = tl.sum(tl.sum(tableau, 1), 0)
         sound = sound & ((total - total) == 0.0)
 
@@ -665,31 +746,18 @@ def edit_kernel(
             here = at < D
             x = tl.load(own + at, mask=here, other=0.0)
             tl.store(put + at, narrowed(wide(x), DTYPE), mask=here)
-    # Whatever the edit is, ‖ΣAᵀλ‖² by the squares of Σ.
     lam = tl.where(edited, lam, 0.0)
-    units = tl.load(spread)
-    weights = lam * units
-    if K == 2:
-        moved = tl.sum(weights * weights, 0) * tl.load(stretch + 1)
-    else:
-        moved = tl.full([], 0.0, tl.float64)
-        if edited:
-            own_stretch = tl.load(stretch + t * K + k, mask=inside, other=0.0)
-            both = inside[:, None] & inside[None, :]
-            all_stretch = tl.load(stretch + k[:, None] * K + k[None, :], mask=both, other=0.0)
-            all_stretch = own_stretch[:, None] + own_stretch[None, :] - all_stretch
-            moved = tl.sum(weights * times(all_stretch, weights), 0) * 0.5
-    moved = tl.maximum(moved, 0.0)
+    moved = tl.where(edited, moved, 0.0)
     distance = tl.where(edited, distance, 0.0)
     after = tl.where(edited, after, before)
     top = tl.max(tl.where(rival, bound, -INFINITY), 0)
     if SOLUTION:
-        places = i * (K - 1) + slot
+        places = i * (N if V > 0 else K - 1) + slot
         tl.store(multipliers + places, lam, mask=rival)
         tl.store(active_out + places, ((lam > 0.0) & (active == 1)).to(tl.int8), mask=rival)
     if REPEATS:
         tl.store(aims + places, bound + raised, mask=rival)
-        if K > 2:
+        if not TWO:
             # In the numbering of constraints, where a gradient will use it.
             units_of = tl.where(active == 1, scale, 0.0)
             units_of = tl.where(edited, units_of, 0.0)
@@ -704,14 +772,36 @@ def edit_kernel(
         if SHOWN:
             status = tl.where(hidden, SATISFIED_STATUS, status)
             number = tl.where(hidden, -1, number)
-        tl.store(into + 6 * number_step, status.to(tl.float64))
-        tl.store(into + 7 * number_step, number.to(tl.float64))
-        tl.store(into + 8 * number_step, tl.cast(forward_pass, tl.float64))
+        # Of variables: odds and floor of each, three numbers, how far each moved, three numbers.
+        late = into + (6 + (4 * V - 3 if V > 0 else 0)) * number_step
+        tl.store(late, status.to(tl.float64))
+        tl.store(late + number_step, number.to(tl.float64))
+        tl.store(late + 2 * number_step, tl.cast(forward_pass, tl.float64))
     else:
         tl.store(statuses + i, status.to(tl.int64))
-    tl.store(into, before)
-    tl.store(into + number_step, after)
-    tl.store(into + 2 * number_step, top)
+    if V > 0:
+        for one in tl.static_range(V):
+            mine_is = (variable == one) & (kind == 1)
+            writes = tl.max(tl.where(mine_is, 1, 0), 0) == 1
+            was = tl.min(tl.where(mine_is, margin, INFINITY), 0)
+            seen_is = tl.min(tl.where(mine_is, seen_last, INFINITY), 0)
+            asked_is = tl.max(tl.where(mine_is, bound, -INFINITY), 0)
+            begins = tl.load(variables + N + one)
+            ends = tl.load(variables + N + one + 1)
+            own_classes = (k >= begins) & (k < ends)
+            change = logits_last - z
+            most = tl.max(tl.where(own_classes, change, -INFINITY), 0)
+            most -= tl.min(tl.where(own_classes, change, INFINITY), 0)
+            tl.store(into + one * number_step, tl.where(writes, was, NAN))
+            seen_is = tl.where(edited, seen_is, was)
+            tl.store(into + (V + one) * number_step, tl.where(writes, seen_is, NAN))
+            tl.store(into + (2 * V + one) * number_step, tl.where(writes, asked_is, NAN))
+            tl.store(into + (3 * V + 3 + one) * number_step, tl.where(edited, most, 0.0))
+        into += (3 * V - 3) * number_step
+    else:
+        tl.store(into, before)
+        tl.store(into + number_step, after)
+        tl.store(into + 2 * number_step, top)
     tl.store(into + 3 * number_step, distance)
     tl.store(into + 4 * number_step, moved)
     tl.store(into + 5 * number_step, residual)

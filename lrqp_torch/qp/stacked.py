@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import TargetError, WidthError, concrete, in_transforms, readable
+from lrqp_torch.errors import (
+    TargetError,
+    WidthError,
+    capturing,
+    concrete,
+    in_transforms,
+    readable,
+)
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints, other_classes
 from lrqp_torch.qp.implicit import matvec
 
@@ -18,6 +27,21 @@ KEEP = -2
 # A kept row of which the rows before it leave less than this share is a combination of them.
 DEPENDENT = 1e-13
 ROUNDING = 16 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a kernel is told of the constraints of some choices, n of them.
+
+    Attributes:
+        held: classes that hold now, negative where a variable's own reading counts, (n, V).
+        parts: of each slot its two classes and 1 for an inequality, 2 for one with a tolerance, 3
+            for an equation, 0 for none, −1 of a choice out of range, (n, 3, m) int32; the rounding
+            error of M' and ‖a‖, (n, 2, m); and M' with A' in the slots' rows, (n, 2, m, m).
+    """
+
+    held: Tensor
+    parts: tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,6 +172,63 @@ class StackedGeometry:
     def width(self) -> int:
         """The width d of the activations that the probes read."""
         return self.weight.shape[1]
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What logits are read by and edits move along: W, b and WΣ."""
+        return self.weight, self.bias, self.steering
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """The variable of each slot, and where the classes of each begin, (m + V + 1,) int32."""
+        ends = torch.tensor([0, *accumulate(self.n_classes)], device=self.weight.device)
+        return torch.cat([self.variable, ends]).int()
+
+    @torch.no_grad()
+    def live(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The probes' W and b as they are now, stacked in memory that stays where it is."""
+        kept: tuple[Tensor, Tensor] | None = vars(self).get("stacked")
+        if kept is None or kept[0].dtype != weights[0].dtype:
+            with torch.inference_mode(False):
+                kept = vars(self)["stacked"] = torch.cat(weights), torch.cat(biases)
+            return kept
+        torch.cat(weights, out=kept[0])
+        torch.cat(biases, out=kept[1])
+        return kept
+
+    @torch.no_grad()
+    def prepared(self, choice: Tensor, held: Tensor | None) -> Prepared:
+        """What a kernel needs of choices (n, V), which may be out of range, and classes that hold.
+
+        Those of the last choices are kept, unless they are part of a CUDA graph.
+        """
+        mark = choice, choice._version, held, 0 if held is None else held._version
+        last = vars(self).get("ready")
+        if last is not None and all(
+            old is new or (isinstance(old, int) and old == new)
+            for old, new in zip(last[0], mark, strict=True)
+        ):
+            ready: Prepared = last[1]
+            return ready
+        given = torch.full_like(choice, FREE) if held is None else held
+        sound = (self.in_range(choice) & self.in_range(given)).all(-1, keepdim=True)
+        chosen = torch.where(sound, choice, FREE)
+        gram, noise, combination = self._eliminate(chosen)
+        pair, wanted, fixed = self._slots(chosen)
+        tolerated = wanted & (chosen[:, self.variable] == KEEP)
+        kind = torch.where(fixed, 3, wanted.long() + tolerated.long())
+        kind = torch.where(sound, kind, -1)
+        ready = Prepared(
+            given.contiguous(),
+            (
+                torch.stack([self.plus[pair], self.minus[pair], kind], 1).int(),
+                torch.stack([noise, self.length[pair]], 1),
+                torch.stack([gram, combination], 1),
+            ),
+        )
+        if not capturing(choice):
+            vars(self)["ready"] = mark, ready
+        return ready
 
     def in_range(self, choice: Tensor) -> Tensor:
         """Which choices, (B, V), are a class of their variable, FREE or KEEP; (B, V) bool."""

@@ -5,6 +5,7 @@ small problems.
 """
 
 import os
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -240,6 +241,13 @@ def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> N
     assert status[1] == Status.INVALID and status[0] != Status.INVALID
     edit.probe.weight.data[2, 3] += 1e-3
     assert bool((launched(edit, x, target).status == Status.INVALID).all())
+    probe, tensors = edit.probe, (edit.probe.weight, edit.probe.bias, edit.metric.covariance)
+    assert edit._geometry.known(*tensors, x.device) is geometry
+    # A change that leaves a trace makes another geometry.
+    with torch.no_grad():
+        probe.weight.mul_(2.0)
+    assert edit._geometry.known(*tensors, x.device) is None
+    assert edit.geometry(x.device) is edit._geometry.known(*tensors, x.device) is not geometry
 
 
 def tiny_model(dtype: torch.dtype) -> GPT2LMHeadModel:
@@ -355,6 +363,77 @@ def test_joint_edits_are_the_same() -> None:
     assert ours.status.tolist() == other.status.tolist()
     assert torch.allclose(ours.distance, other.distance, rtol=1e-6)
     assert torch.allclose(ours.x_new, other.x_new, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["L0.mid", "L1.post"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_joint_edit_in_a_model_is_one_launch_and_the_same(site: str, dtype: torch.dtype) -> None:
+    """Variables that are written, kept, kept within a tolerance, and left free."""
+    p, q, r = (random_problem(k, 24, 4, seed) for k, seed in ((2, 1), (4, 2), (3, 3)))
+    metric = lrqp.Mahalanobis(p.covariance.to(DEVICE))
+    rules = {"p": {"log_odds": 2.0}, "q": {"rule": "fixed", "odds": "total"}, "r": {}}
+    edits = {
+        name: lrqp.LRQP(edit_of(one).probe.float(), metric, **rules[name])  # type: ignore[arg-type]
+        for name, one in (("p", p), ("q", q), ("r", r))
+    }
+    joint = lrqp.JointLRQP(edits, within={"q": 0.5}, on_infeasible="skip")
+    model, free, keep = tiny_model(dtype), joint.FREE, joint.KEEP
+    ids = torch.randint(50, (4, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    target = {
+        "p": torch.tensor([1, 0, keep, keep]),
+        "q": torch.tensor([3, keep, 1, free]),
+        "r": torch.tensor([keep, 2, free, keep]),
+    }
+    given: dict[str, Any] = {
+        "target": target,
+        "source": {"p": torch.tensor([0, 1, 0, 0])},
+        "asked": {"r": torch.tensor([3.0, 4.0, 5.0, 6.0])},
+        "positions": torch.tensor([1, 4, 2, 3]),
+    }
+    runs = []
+    for by_kernel in (True, False):
+        serves = fused.serves if by_kernel else lambda *_: False
+        seen = mock.Mock(side_effect=fused.edit_stream)
+        with (
+            mock.patch.object(fused, "serves", serves),
+            mock.patch.object(fused, "edit_stream", seen),
+            joint.at(model, site, **given) as run,
+        ):
+            for _ in range(2):
+                captured = lrqp.capture(model, {"input_ids": ids}, site)
+        assert seen.call_count == (2 if by_kernel else 0)
+        runs.append((run, captured[site]))
+    (ours, stream), (other, other_stream) = runs
+    coarse = 1e-4 if dtype == torch.float32 else 0.1
+    assert torch.allclose(stream, other_stream, rtol=coarse, atol=coarse)
+    assert ours.status.tolist() == other.status.tolist() == [1, 1, 1, 0]
+    exact = {"rtol": 1e-9, "atol": 1e-6, "equal_nan": True}
+    for name in ("log_odds_before", "floor"):
+        assert torch.allclose(getattr(ours, name), getattr(other, name), **exact), name
+    for name in ("log_odds_after", "distance", "euclidean", "moved"):
+        close = {"rtol": coarse, "atol": 20 * coarse, "equal_nan": True}
+        assert torch.allclose(getattr(ours, name), getattr(other, name), **close), name
+    reached = ours.log_odds_after >= ours.floor
+    assert bool((reached | ours.floor.isnan()).all()) and len(ours.steps) == 2
+    # What is certified is what the model holds.
+    rows = stream[torch.arange(4), given["positions"].to(stream.device)].double()
+    for name, place in (("p", 0), ("q", 1), ("r", 2)):
+        wanted = target[name].to(rows.device)
+        read = edits[name].geometry(rows.device).margins(rows, wanted.clamp_min(0)).amin(-1)
+        found = ours.log_odds_after[:, place]
+        assert torch.allclose(read[wanted >= 0], found[wanted >= 0], rtol=1e-9, atol=1e-6)
+    edits["r"].probe.weight.data[0, 0] += 1e-3
+    with (
+        pytest.raises(lrqp.errors.NonFiniteError, match=r"changed through \.data"),
+        joint.at(model, site, **given),
+    ):
+        model(ids)
+    # A change that leaves a trace is another edit.
+    with torch.no_grad():
+        edits["r"].probe.weight.mul_(1.5)
+    with joint.at(model, site, **given) as run:
+        model(ids)
+    assert run.status.tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
