@@ -7,7 +7,7 @@ library's markup, a line break where lines end, and :func:`strong` for what stan
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ Marker = Literal[
 Dash = Literal["solid", "dash", "dot", "none"]
 Cell = str | float | int | None
 
+SHARES = (-4.0, 104.0)
+"""Limits of an axis of shares in per cent."""
 
 LOOKS: tuple[tuple[str, Marker], ...] = (
     (BLUE, "circle"), (VERMILION, "square"), (GREEN, "triangle"), (PURPLE, "diamond"),
@@ -308,9 +310,40 @@ def strong(text: str) -> str:
     return f"\x02{text}\x03"
 
 
-def percents(shares: Sequence[float | None] | None) -> list[float | None]:
-    """Shares in per cent; None stays None."""
-    return [None if share is None else 100 * share for share in shares or ()]
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of the index-th of several curves, tasks or classes, for :class:`Marks`."""
+    colour, marker = LOOKS[index % len(LOOKS)]
+    return {"colour": colour, "marker": marker}
+
+
+def ends(value: Any) -> tuple[float | None, float | None, float | None]:
+    """Value, lower and upper end of a number, of such three, or of what has them as attributes."""
+    if value is None or isinstance(value, int | float):
+        return value, None, None
+    if not isinstance(value, Sequence):
+        value = value.value, value.lower, value.upper
+    number, lower, upper = value
+    return (None, None, None) if number is None else (number, lower, upper)
+
+
+def marks_of(
+    name: str, x: Sequence[Any], values: Iterable[Any], *, scale: float = 1.0, **looks: Any
+) -> Marks:
+    """Numbers, with their intervals where they have any, as marks.
+
+    Args:
+        name: in the legend.
+        x: where each stands.
+        values: as :func:`ends` takes them; None leaves a gap.
+        scale: what they are multiplied by, such as 100 for per cent.
+        looks: any other fields of :class:`Marks`.
+    """
+    y, lower, upper = (
+        [None if end is None else scale * end for end in column]
+        for column in zip(*map(ends, values), strict=True)
+    )
+    known = any(end is not None for end in (*lower, *upper))
+    return Marks(name, x, y, lower if known else None, upper if known else None, **looks)
 
 
 def edges(values: Sequence[float], bins: int = 40) -> list[float]:
@@ -347,12 +380,11 @@ def _tabulated(pane: Pane) -> Table:
     if pane.named:
         return _by_place(pane)
     x, y = pane.x_title or "x", pane.y_title or "y"
-    ends = any(marks.lower is not None for marks in pane.marks)
-    columns = ["curve", x, y, *(("lower 95 %", "upper 95 %") if ends else ())]
+    known = any(marks.lower is not None for marks in pane.marks)
     return Table(
-        columns,
+        ["curve", x, y, *(("lower 95 %", "upper 95 %") if known else ())],
         [
-            [_line(marks.name), marks.x[i], marks.y[i], *(_ends(marks, i) if ends else ())]
+            [_line(marks.name), marks.x[i], marks.y[i], *(_interval(marks, i) if known else ())]
             for marks in pane.marks
             for i in range(len(marks.x))
         ],
@@ -364,11 +396,11 @@ def _by_place(pane: Pane) -> Table:
     cells: dict[str, dict[str, Cell]] = {place: {} for place in pane.places or ()}
     for marks in pane.marks:
         name = _line(marks.name) or pane.y_title
-        ends = (f"{name}, lower 95 %", f"{name}, upper 95 %") if marks.lower is not None else ()
-        columns += [heading for heading in (name, *ends) if heading not in columns]
+        sides = (f"{name}, lower 95 %", f"{name}, upper 95 %") if marks.lower is not None else ()
+        columns += [heading for heading in (name, *sides) if heading not in columns]
         for index, (place, value) in enumerate(zip(marks.x, marks.y, strict=True)):
             row = cells.setdefault(str(place), {})
-            more = dict(zip(ends, _ends(marks, index), strict=False))
+            more = dict(zip(sides, _interval(marks, index), strict=False))
             for heading, cell in {name: value, **more}.items():
                 row[heading] = f"{row[heading]}, {cell}" if heading in row else cell
     rows = [
@@ -377,7 +409,7 @@ def _by_place(pane: Pane) -> Table:
     return Table(columns, rows)
 
 
-def _ends(marks: Marks, index: int) -> tuple[float | None, float | None]:
+def _interval(marks: Marks, index: int) -> tuple[float | None, float | None]:
     if marks.lower is None or marks.upper is None:
         return None, None
     return marks.lower[index], marks.upper[index]

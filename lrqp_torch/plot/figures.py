@@ -5,7 +5,7 @@ folder that holds them, and returns a :class:`Figure`, which shows itself in a n
 """
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
@@ -20,11 +20,11 @@ from lrqp_torch.plot.chart import (
     CONTROL,
     COUNTERFACTUAL,
     INK,
-    LOOKS,
     NOTE,
     ORANGE,
     PROBE,
     PURPLE,
+    SHARES,
     Band,
     Chart,
     Heat,
@@ -35,6 +35,9 @@ from lrqp_torch.plot.chart import (
     Table,
     counted,
     edges,
+    ends,
+    look,
+    marks_of,
 )
 from lrqp_torch.plot.interactive import to_plotly
 from lrqp_torch.plot.reading import (
@@ -47,15 +50,34 @@ from lrqp_torch.plot.reading import (
     part_of,
     read,
     results_of,
+    task_in_words,
     word,
 )
 from lrqp_torch.plot.static import RESOLUTION, to_matplotlib, write_chart
 
 CONDITIONS: tuple[tuple[str, Marker], ...] = (("counterfactual", "square"), ("control", "triangle"))
 
+DIRECT = "direct effect on IO − S (logits)"
+LOOKS_WITHOUT = "name movers' attention without the head"
+WRITES_WITHOUT = "their direct effect without the head"
+"""Scores of heads: what they write, and what the name movers do without them."""
+
+RULES: dict[str, dict[str, Any]] = {
+    "sweep": {},
+    "mirror rule": {"kind": "points", "marker": "star", "size": 1.6},
+    "mirror rule, control": {"kind": "points", "marker": "triangle", "filled": False, "size": 1.3},
+}
+"""How the edits of each rule of a dose are drawn."""
+
+NEXT_TOKEN = "change of the next token"
+"""A measure of edits."""
+
+Curves = dict[str, tuple[Sequence[str], dict[str, Any]]]
+"""Name to the paths of its numbers, and the looks of its marks."""
+
 _BY_SITE = "Site edited, in order of computation"
-_NOT_KNOWN = (None, None, None)
-"""Value and ends of what was not measured."""
+_OF_CEILING = {"flipped": "flipped", "preference": "logit_difference"}
+"""What a measure of an edit is called of an interchange."""
 
 
 class Figure:
@@ -166,8 +188,8 @@ def sweep(
     results = results_of(values)
     if results is not None:
         return Figure(sweep_of(results))
-    curves = {name: [_ends(value) for value in listed(column)] for name, column in values.items()}
-    known = [v for column in curves.values() for v, *_ in column if v is not None]
+    curves = {name: listed(column) for name, column in values.items()}
+    known = [v for column in curves.values() for v, *_ in map(ends, column) if v is not None]
     shares = not y_title and all(0 <= value <= 1 for value in known)
     scale = 100.0 if shares else 1.0
     names = list(sites or map(str, range(max(map(len, curves.values())))))
@@ -177,15 +199,14 @@ def sweep(
             raise SettingError(
                 f"{name!r} has {len(column)} values for {len(names)} sites; give one a site"
             )
-        colour, marker = LOOKS[index % len(LOOKS)]
-        marks.append(_curve(name, names, column, scale, colour=colour, marker=marker))
+        marks.append(marks_of(name, names, column, scale=scale, **look(index)))
     pane = Pane(
         marks,
         rules=[] if chance is None else [Rule(scale * chance, name="chance")],
         bands=[Band(site, site) for site in used],
         x_title=_BY_SITE,
         y_title=y_title or ("Share (%)" if shares else ""),
-        y_range=(-4, 104) if shares else None,
+        y_range=SHARES if shares else None,
         names="ends",
     )
     return Figure(Chart([pane], title))
@@ -211,7 +232,7 @@ def histogram(values: Any, *, bins: int = 48, title: str = "", x_title: str = ""
     if results is not None:
         return Figure(histogram_of(results, bins))
     columns = values if isinstance(values, Mapping) else {"": values}
-    looks = {name: (name, LOOKS[i % len(LOOKS)][0]) for i, name in enumerate(columns)}
+    looks = {name: (name, look(i)["colour"]) for i, name in enumerate(columns)}
     return Figure(Chart(_histograms(columns, looks, bins, x_title), title, share_x=True))
 
 
@@ -268,7 +289,7 @@ def dose(
         values: results of a study in which ``dose`` ran, their folder, or curve to one number (or
             value, lower and upper end) a dose.
         doses: where the values stand.
-        title: of the figure.
+        title: of the figure of these numbers; that of a study's results has its own words.
         x_title: of the doses, with their unit.
         y_title: of the values, with their unit.
 
@@ -278,10 +299,10 @@ def dose(
     """
     results = results_of(values)
     if results is not None:
-        return Figure(_dose_of(part_of(results, "dose"), x_title))
-    x, marks = listed(doses), []
-    for (name, column), (colour, marker) in zip(values.items(), LOOKS, strict=False):
-        marks.append(_curve(name, x, map(_ends, listed(column)), colour=colour, marker=marker))
+        return Figure(dose_of(part_of(results, "dose")))
+    x = listed(doses)
+    curves = enumerate(values.items())
+    marks = [marks_of(name, x, listed(column), **look(i)) for i, (name, column) in curves]
     return Figure(Chart([Pane(marks, x_title=x_title, y_title=y_title, names="ends")], title))
 
 
@@ -310,18 +331,17 @@ def attention(
     """
     results = results_of(values)
     if results is not None:
-        return Figure(_heads_of(part_of(results, "heads")))
+        return Figure(heads_of(part_of(results, "heads")))
     panes = []
     for heading, matrix in (values if isinstance(values, Mapping) else {"": values}).items():
         rows = [listed(row) for row in listed(matrix)]
         if not rows or len({len(row) for row in rows}) != 1:
             raise SettingError("attention is drawn of a matrix, such as (layers, heads)")
-        down, right = ("L", "H") if tokens is None else ("", "")
-        names = tokens if tokens is not None else None
-        panes.append(
-            _map(rows, heading, name, names or [f"{down}{i}" for i in range(len(rows))],
-                 names or [f"{right}{i}" for i in range(len(rows[0]))])
-        )  # fmt: skip
+        down = tokens or [f"L{i}" for i in range(len(rows))]
+        right = tokens or [f"H{i}" for i in range(len(rows[0]))]
+        around = any(value is not None and value < 0 for row in rows for value in row)
+        limits = (None, None) if around else (0.0, 1.0)
+        panes.append(Pane(heat=Heat(rows, down, right, name, around, *limits), title=heading))
     return Figure(Chart(panes, title, columns=min(4, len(panes))))
 
 
@@ -334,58 +354,62 @@ def sweep_of(results: Any) -> Chart:
     if not sites:
         raise SettingError("these results hold no sweep over sites; run the part flipping")
     names, found = list(sites), list(sites.values())
-    bands = [Band(name, name) for name in get(results, "used_sites", ())]
-    classes = get(results, "classes", ())
-    guess = get(results, "majority", 1 / len(classes) if classes else 0.5)
-    upper = [
-        _curve("probe accuracy", names, [read(s, "probe_accuracy", "probe")
-               for s in found], 100.0, colour=PROBE)
-    ]  # fmt: skip
-    rules = [Rule(100 * guess, name="chance" if guess == 0.5 else "most frequent class")]
-    shuffled = [read(site, "shuffled_accuracy", "shuffled") for site in found]
-    if any(value is not None for value, *_ in shuffled):
-        upper.append(_curve("shuffled labels", names, shuffled, 100.0, colour=NOTE,
-                            marker="cross", stroke=0.5))  # fmt: skip
-    lower = []
+    used, classes = get(results, "used_sites", ()), get(results, "classes", ())
     effects = ("logit_difference", "preference", "divergence")
-    for condition, marker in CONDITIONS:
-        edits = [get(site, condition) for site in found]
-        look: dict[str, Any] = {"colour": CONDITION_COLOURS[condition], "marker": marker}
-        flips = [read(edit, "flipped") for edit in edits]
-        if any(value is not None for value, *_ in flips):
-            upper.append(_curve(f"flipped, {condition}", names, flips, 100.0,
-                                **look))  # fmt: skip
-        lower.append(_curve(f"{condition} edit", names, [read(edit, *effects) for edit in edits],
-                            **look))  # fmt: skip
-    ceilings = [get(site, "interchange", None) for site in found]
-    if any(ceiling is not None for ceiling in ceilings):
-        look = {"colour": ORANGE, "marker": "diamond", "dash": "dash"}
-        # A series is left out where there is nothing of it, as without answers.
-        series = (
-            (upper, "flipped, interchange", ceilings, ("flipped",), 100.0, look),
-            (upper, "recovered share", found, ("recovered",), 100.0,
-             {"colour": PURPLE, "marker": "star", "kind": "points"}),
-            (lower, "interchange (ceiling)", ceilings, effects, 1.0, look),
-        )  # fmt: skip
-        for curves, label, records, keys, scale, own in series:
-            ends = [_NOT_KNOWN if one is None else read(one, *keys) for one in records]
-            if keys == ("recovered",):
-                # Elsewhere it is a share of next to no effect.
-                used = get(results, "used_sites", ())
-                pairs = zip(names, ends, strict=True)
-                ends = [end if name in used else _NOT_KNOWN for name, end in pairs]
-            if any(value is not None for value, *_ in ends):
-                curves.append(_curve(label, names, ends, scale, **own))
-    below = [Rule(0, dash="solid")]
+    ceiling: dict[str, Any] = {"colour": ORANGE, "marker": "diamond", "dash": "dash"}
+    edits: dict[str, dict[str, Any]] = {
+        condition: {"colour": CONDITION_COLOURS[condition], "marker": marker}
+        for condition, marker in CONDITIONS
+    }
+
+    def drawn(scale: float, curves: Curves) -> Iterator[Marks]:
+        """Marks by name, of the paths and the looks of each; without those that nothing has."""
+        for name, (paths, looks) in curves.items():
+            values = [read(site, *paths) for site in found]
+            if "recovered" in paths:  # elsewhere it is a share of next to no effect
+                pairs = zip(names, values, strict=True)
+                values = [v if site in used else ends(None) for site, v in pairs]
+            if any(value is not None for value, *_ in values):
+                yield marks_of(name, names, values, scale=scale, **looks)
+
+    shares: Curves = {
+        "probe accuracy": (("probe_accuracy", "probe"), {"colour": PROBE}),
+        "shuffled labels": (
+            ("shuffled_accuracy", "shuffled"), {"colour": NOTE, "marker": "cross", "stroke": 0.5}
+        ),
+        **{f"flipped, {name}": ((f"{name}.flipped",), own) for name, own in edits.items()},
+        "flipped, interchange": (("interchange.flipped",), ceiling),
+        "recovered share": (
+            ("recovered",), {"colour": PURPLE, "marker": "star", "kind": "points"}
+        ),
+    }  # fmt: skip
+    changes: Curves = {
+        f"{name} edit": ([f"{name}.{effect}" for effect in effects], own)
+        for name, own in edits.items()
+    } | {"interchange (ceiling)": ([f"interchange.{effect}" for effect in effects], ceiling)}
+    guess = get(results, "majority", 1 / len(classes) if classes else 0.5)
     clean, *_ = read(get(results, "clean", results), "logit_difference", "preference")
-    if clean is not None:
-        below.append(Rule(clean, name="no edit", colour=CLEAN, dash="dash"))
+    by_site: dict[str, Any] = {
+        "bands": [Band(name, name) for name in used], "x_title": _BY_SITE, "names": "ends"
+    }  # fmt: skip
     return Chart(
         [
-            Pane(upper, rules=rules, bands=bands, x_title=_BY_SITE, y_range=(-4, 104),
-                 y_title="Held-out prompts (%)", names="ends"),
-            Pane(lower, rules=below, bands=bands, x_title=_BY_SITE,
-                 y_title=effect_in_words(results, "Mean "), names="ends"),
+            Pane(
+                [*drawn(100.0, shares)],
+                rules=[Rule(100 * guess, name="chance" if guess == 0.5 else "most frequent class")],
+                y_title="Held-out prompts (%)",
+                y_range=SHARES,
+                **by_site,
+            ),
+            Pane(
+                [*drawn(1.0, changes)],
+                rules=[
+                    Rule(0, dash="solid"),
+                    *([] if clean is None else [Rule(clean, "y", "no edit", CLEAN, "dash")]),
+                ],
+                y_title=effect_in_words(results, "Mean "),
+                **by_site,
+            ),
         ],
         title=f"Where {word(results, 'variable')} is knowable, and where it is used",
         subtitle=f"Model: {model_name(results)}. One site edited at a time, at "
@@ -397,26 +421,28 @@ def sweep_of(results: Any) -> Chart:
         ),
         share_x=True,
         heights=(3, 2),
-    )  # fmt: skip
+    )
 
 
 def histogram_of(results: Any, bins: int = 48) -> Chart:
     """What :func:`histogram` draws of a study's results."""
     site = best_site(results)
-    looks = {"clean": ("no edit", CLEAN), f"{site}.control": ("control edit", CONTROL),
-             f"{site}.counterfactual": ("counterfactual edit", COUNTERFACTUAL)}  # fmt: skip
+    looks = {
+        "clean": ("no edit", CLEAN),
+        f"{site}.control": ("control edit", CONTROL),
+        f"{site}.counterfactual": ("counterfactual edit", COUNTERFACTUAL),
+    }
     columns = {key: answers_of(results, key) for key in looks}
-    held, other = word(results, "held"), word(results, "other")
     for key, (name, colour) in looks.items():
         values = columns[key]
         mean, share = sum(values) / len(values), sum(v > 0 for v in values) / len(values)
-        said = f"{name}\nmean {mean:+z.2f}\n{100 * share:.1f} % answer {held}".replace("-", "−")
-        looks[key] = (said, colour)
+        said = f"mean {mean:+z.2f}\n{100 * share:.1f} % answer {word(results, 'held')}"
+        looks[key] = (f"{name}\n{said}".replace("-", "−"), colour)
     return Chart(
         _histograms(columns, looks, bins, f"Answer: {effect_in_words(results)}; dashed: mean"),
         title=f"Answers under edits of the belief at {site}",
         subtitle=f"Model: {model_name(results)}, {len(columns['clean'])} held-out prompts. Left "
-        f"of 0 it answers {other}.",
+        f"of 0 it answers {word(results, 'other')}.",
         share_x=True,
         share_y=True,
     )
@@ -434,78 +460,118 @@ def scatter_of(
         texts: ``texts`` and ``notes`` of the marks, and limits of the pane.
     """
     site = site or best_site(results)
-    record = get(get(results, "sites"), site)
     columns, names = {}, {}
     for condition, _ in reversed(CONDITIONS):
         columns[condition] = answers_of(results, f"{site}.{condition}")[:most]
-        share, *_ = read(get(record, condition), "flipped")
+        share, *_ = read(get(results, "sites")[site], f"{condition}.flipped")
         said = "no answer could flip" if share is None else f"{100 * share:.1f} % flipped"
         names[condition] = f"{condition} edit: {said}"
+    x_title = f"Without an edit: {effect_in_words(results)}"
     x = answers_of(results, "clean")[:most]
     return Chart(
-        [_before_after(x, columns, f"Without an edit: {effect_in_words(results)}", "Under the edit",
-                       names, **texts)],
+        [_before_after(x, columns, x_title, "Under the edit", names, **texts)],
         title=f"Every held-out prompt before and after the edit at {site}",
         subtitle=f"Model: {model_name(results)}. Below 0 the edited model answers "
         f"{word(results, 'other')}.",
-    )  # fmt: skip
+    )
 
 
-def _dose_of(result: Any, x_title: str) -> Chart:
-    panes = []
-    for keys, y_title, scale in (
-        (("flipped",), "Answers flipped (%)", 100.0),
-        (("logit_difference", "preference"), "Mean difference of answers", 1.0),
-        (("distance",), "Mean Mahalanobis length", 1.0),
-        (("euclidean",), "Mean Euclidean length", 1.0),
-    ):
-        marks, rules = [], [] if scale == 100 else [Rule(0, dash="solid")]
-        tasks = get(result, "tasks").items()
-        for (name, task), (colour, marker) in zip(tasks, LOOKS, strict=False):
-            kinds: list[tuple[str, Any, Marker]] = [
-                (name, get(task, "doses"), marker),
-                (f"mirror rule, {name}", [get(task, "counterfactual")], "star"),
-                (f"mirror rule, {name}, control", [get(task, "control")], "triangle"),
-            ]
-            for label, edits, shape in kinds:
-                x = [get(edit, "log_alpha") for edit in edits]
-                marks.append(_curve(label, x, [read(edit, *keys) for edit in edits], scale,
-                                    colour=colour, marker=shape, filled=shape != "triangle",
-                                    size=1.0 if len(x) > 1 else 1.5))  # fmt: skip
-            clean = read(task, "clean")[0]
-            if "preference" in keys and clean is not None:
-                rules.append(Rule(clean, colour=colour))
-        limits = (-4.0, 104.0) if scale == 100 else None
-        if any(value is not None for kind in marks for value in kind.y):
-            panes.append(Pane(marks, rules=rules, x_title=x_title, y_title=y_title, y_range=limits))
-    title = f"How much belief it takes to flip an answer: edits at {get(result, 'site')}"
-    return Chart(panes, title, columns=2, share_x=True)
+def dose_of(result: Any) -> Chart:
+    """What :func:`dose` draws of the part's result: four of its :func:`dose_panes`."""
+    panes = dose_panes(result)
+    if len(panes) > 3:
+        panes.pop(NEXT_TOKEN, None)
+    where = f"edits at {get(result, 'site')}, {word(result, 'position')}"
+    title = f"How much belief it takes to flip an answer: {where}"
+    return Chart([*panes.values()], title, columns=2, share_x=True)
 
 
-def _heads_of(result: Any) -> Chart:
+def dose_measures(result: Any) -> dict[str, tuple[str, str]]:
+    """What is known of doses, by its name: the field of an edit, and the title of its axis."""
+    preference, unit = word(result, "preference"), word(result, "unit")
+    measures = {
+        "answers flipped (%)": ("flipped", "answers flipped (%)"),
+        preference: ("preference", f"mean {preference} at {word(result, 'end')} ({unit})"),
+        NEXT_TOKEN: ("divergence", "mean KL from the clean run (nats)"),
+        "Mahalanobis size": ("distance", "mean Mahalanobis length of the edit"),
+        "Euclidean size": ("euclidean", "mean Euclidean length (units of the stream)"),
+    }
+    edits = [edit for task in get(result, "tasks").values() for _, edit in dosed(task)]
+    return {
+        name: (field, title)
+        for name, (field, title) in measures.items()
+        if any(get(edit, field, None) is not None for edit in edits)
+    }
+
+
+def dosed(task: Any) -> list[tuple[str, Any]]:
+    """Every edit of a version of the task with the name of its rule, one of :data:`RULES`."""
+    sweep, mirror, control = RULES
+    doses = [(sweep, edit) for edit in get(task, "doses")]
+    return [*doses, (mirror, get(task, "counterfactual")), (control, get(task, "control"))]
+
+
+def dose_panes(result: Any, against: str = "log_alpha") -> dict[str, Pane]:
+    """Every measure of the edits against their log α, or their ``"distance"``, by its name."""
+    x_title = (
+        f"log α: least log odds of the other {word(result, 'value')} (nats)"
+        if against == "log_alpha"
+        else "mean Mahalanobis length of the edit"
+    )
+    panes = {}
+    for name, (field, title) in dose_measures(result).items():
+        scale = 100.0 if field == "flipped" else 1.0
+        marks, rules = [], [] if field == "flipped" else [Rule(0.0, dash="solid")]
+        for index, (version, task) in enumerate(get(result, "tasks").items()):
+            words, looks = task_in_words(version), look(index)
+            for rule, own in RULES.items():
+                edits = [edit for kind, edit in dosed(task) if kind == rule]
+                label = ", ".join(filter(None, ("" if rule == "sweep" and words else rule, words)))
+                x = [read(edit, against)[0] for edit in edits]
+                values = [read(edit, field) for edit in edits]
+                marks.append(marks_of(label, x, values, scale=scale, **looks | own))
+            clean, *_ = read(task, "clean")
+            if field == "preference" and clean is not None:
+                rules.append(Rule(clean, colour=looks["colour"]))
+            most, *_ = read(task, f"interchange.{_OF_CEILING.get(field, '')}")
+            if most is not None:
+                label = ", ".join(filter(None, ("interchange", words)))
+                rules.append(Rule(scale * most, "y", label, looks["colour"], "dash"))
+        limits = SHARES if field == "flipped" else None
+        panes[name] = Pane(marks, rules=rules, x_title=x_title, y_title=title, y_range=limits)
+    return panes
+
+
+def heads_of(result: Any) -> Chart:
+    """What :func:`attention` draws of the part's result: all but what tests of heads gave."""
+    tests = (LOOKS_WITHOUT, WRITES_WITHOUT)
+    panes = [pane for name, pane in head_panes(result).items() if name not in tests]
+    title = "What every attention head does, mean over "
+    return Chart(panes, f"{title}{get(result, 'prompts', 'the')} clean held-out prompts",
+                 columns=-(-len(panes) // 2))  # fmt: skip
+
+
+def head_panes(result: Any) -> dict[str, Pane]:
+    """Every score of the heads by its name, as a map with rows of layers and columns of heads."""
     scores = get(result, "scores")
-    heads = 1 + max(int(get(score, "head").split(".H")[1]) for score in scores)
-    columns = {"direct effect (logits)": [read(score, "attribution")[0] for score in scores]}
-    for key in get(scores[0], "attention"):
-        columns[f"attention {key}"] = [read(get(s, "attention"), key)[0] for s in scores]
-    panes = []
-    for name, values in columns.items():
-        rows = [values[start : start + heads] for start in range(0, len(values), heads)]
-        names = [f"L{i}" for i in range(len(rows))], [f"H{i}" for i in range(heads)]
-        panes.append(_map(rows, name, name, *names, attention=name.startswith("attention")))
-    return Chart(panes, "What every attention head does, on clean held-out prompts", columns=4)
+    width = 1 + max(int(get(score, "head").split(".H")[1]) for score in scores)
+    paths = {DIRECT: "attribution"}
+    paths |= {f"attention {key}": f"attention.{key}" for key in get(scores[0], "attention")}
+    paths |= {LOOKS_WITHOUT: "test.attention", WRITES_WITHOUT: "test.writing"}
+    panes = {}
+    for name, path in paths.items():
+        values = [read(score, path)[0] for score in scores]
+        rows = [values[start : start + width] for start in range(0, len(values), width)]
+        around = not path.startswith("attention.")
+        most = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
+        names = [str(layer) for layer in range(len(rows))], [str(head) for head in range(width)]
+        heat = Heat(rows, *names, name, around, *((-most, most) if around else (0.0, 1.0)))
+        title = "direct effect (logits)" if name == DIRECT else name
+        panes[name] = Pane(heat=heat, title=title, x_title="head", y_title="layer")
+    return panes
 
 
 # ---- panes ---------------------------------------------------------------------------------------
-
-
-def _curve(name: str, x: Any, column: Any, scale: float = 1.0, **look: Any) -> Marks:
-    y, lower, upper = (
-        [None if value is None else scale * value for value in values]
-        for values in zip(*column, strict=True)
-    )
-    ends = None if all(end is None for end in lower) else lower
-    return Marks(name, list(x), y, ends, None if ends is None else upper, **look)
 
 
 def _histograms(
@@ -518,10 +584,9 @@ def _histograms(
     limits = edges([*every, 0.0], bins)
     panes = []
     for key, values in lists.items():
-        name, colour = looks[key]
         mean = sum(values) / len(values)
         rules = [Rule(0, "x", colour=INK, dash="solid"), Rule(mean, "x", colour=INK, dash="dash")]
-        bars = counted(name, values, limits, colour=colour)
+        bars = counted(looks[key][0], values, limits, colour=looks[key][1])
         panes.append(
             Pane([bars], rules=rules, x_title=x_title, y_title="Held-out prompts", names="beside")
         )
@@ -529,39 +594,25 @@ def _histograms(
 
 
 def _before_after(
-    x: list[float], columns: Mapping[str, Any], x_title: str, y_title: str,
-    names: Mapping[str, str] | None = None, texts: Sequence[str] | None = None,
-    notes: Mapping[str, Sequence[str]] | None = None, **limits: Any,
-) -> Pane:  # fmt: skip
+    x: list[float],
+    columns: Mapping[str, Any],
+    x_title: str,
+    y_title: str,
+    names: Mapping[str, str] | None = None,
+    texts: Sequence[str] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    **limits: Any,
+) -> Pane:
     marks = []
     for index, (key, column) in enumerate(columns.items()):
         y = listed(column)
         if len(y) != len(x):
             raise SettingError(f"{len(x)} numbers before and {len(y)} after; give one a prompt")
-        colour, marker = LOOKS[index % len(LOOKS)]
-        name = key if names is None else names[key]
-        marks.append(Marks(name, x, y, kind="points", colour=colour, marker=marker, size=0.8,
-                           opacity=0.55, texts=texts, notes=(notes or {}).get(key)))  # fmt: skip
-    rules = [Rule(0, "y", dash="solid"), Rule(0, "x", dash="solid"),
-             Rule(0, "diagonal", "unchanged", dash="dash")]  # fmt: skip
+        looks = look(index) | {"kind": "points", "size": 0.8, "opacity": 0.55}
+        looks |= {"texts": texts, "notes": (notes or {}).get(key)}
+        marks.append(Marks(key if names is None else names[key], x, y, **looks))
+    zero = [Rule(0, "y", dash="solid"), Rule(0, "x", dash="solid")]
+    rules = [*zero, Rule(0, "diagonal", "unchanged", dash="dash")]
     return Pane(
         marks, rules=rules, x_title=x_title, y_title=y_title, square=True, names="corner", **limits
     )
-
-
-def _map(
-    rows: list[list[Any]], title: str, name: str, down: Sequence[str], right: Sequence[str],
-    attention: bool = True,
-) -> Pane:  # fmt: skip
-    low, high = (0.0, 1.0) if attention else (None, None)
-    signed = not attention or any(value is not None and value < 0 for row in rows for value in row)
-    heat = Heat(rows, down, right, name, diverging=signed, low=None if signed else low,
-                high=None if signed else high)  # fmt: skip
-    return Pane(heat=heat, title=title)
-
-
-def _ends(value: Any) -> tuple[float | None, float | None, float | None]:
-    if value is None or isinstance(value, int | float):
-        return value, None, None
-    value, lower, upper = value
-    return value, lower, upper

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 
 from lrqp_torch.errors import OutputError, SettingError
 from lrqp_torch.files import read_json
+from lrqp_torch.plot.chart import ends
 
 _FILES = "results.json", "prompts.safetensors"
 
 
-_IOI = {"variable": "the order of the names", "value": "order", "position": "S2", "held": "IO",
-        "other": "S", "preference": "IO − S", "unit": "logits"}  # fmt: skip
+_IOI = {"variable": "the order of the names", "value": "order", "position": "S2", "end": "END",
+        "held": "IO", "other": "S", "preference": "IO − S", "unit": "logits"}  # fmt: skip
 _GENERAL = {"variable": "the class", "value": "class", "position": "the marked token",
-            "held": "the class that holds", "other": "the other class",
+            "end": "the end", "held": "the class that holds", "other": "the other class",
             "preference": "class that holds − other", "unit": "nats"}  # fmt: skip
 
 
@@ -40,26 +41,29 @@ def results_of(values: Any) -> Any:
     return values if known or hasattr(values, "used_sites") else None
 
 
-def get(record: Any, key: str, *default: Any) -> Any:
-    """What a record holds under a name, whether it is an object or as it is read from JSON."""
-    if isinstance(record, Mapping):
-        return record.get(key, *default) if default else record[key]
-    return getattr(record, key, *default)
+def get(record: Any, path: str, *default: Any) -> Any:
+    """What a record holds under names joined by dots, as an object or as JSON has it."""
+    for key in path.split("."):
+        if isinstance(record, list):
+            record = record[int(key)]
+        elif isinstance(record, Mapping):
+            record = record.get(key, *default) if default else record[key]
+        else:
+            record = getattr(record, key, *default)
+    return record
 
 
-def read(record: Any, *keys: str) -> tuple[float | None, float | None, float | None]:
+def read(record: Any, *paths: str) -> tuple[float | None, float | None, float | None]:
     """The first number of these names that a record has, with the ends of its interval."""
-    for key in keys:
-        value = get(record, key, None)
-        if value is None:
-            continue
+    for path in paths:
+        value = get(record, path, None)
+        if isinstance(value, Mapping):
+            sides = value.get("interval") or (value.get("lower"), value.get("upper"))
+            return value["value"], *sides
         if isinstance(value, int | float):
-            lower, upper = get(record, f"{key}_interval", None) or (None, None)
-            return value, lower, upper
-        lower, upper = get(value, "interval", None) or (
-            get(value, "lower", None), get(value, "upper", None)
-        )  # fmt: skip
-        return get(value, "value"), lower, upper
+            return value, *(get(record, f"{path}_interval", None) or (None, None))
+        if value is not None:
+            return ends(value)
     return None, None, None
 
 
@@ -112,10 +116,15 @@ def word(results: Any, key: str) -> str:
     return (_IOI if ioi else _GENERAL)[key]
 
 
+def task_in_words(name: str) -> str:
+    """Which version of the task, as figures and sentences say it; nothing where there is one."""
+    return {"plain": "without a prefix", "prefixed": "with a prefix"}.get(name, "")
+
+
 def effect_in_words(results: Any, mean: str = "") -> str:
     """What the answers are measured by, with its unit."""
     some = next(iter(get(results, "sites").values()))
-    if read(get(some, "control"), "logit_difference", "preference")[0] is None:
+    if read(some, "control.logit_difference", "control.preference")[0] is None:
         return f"{mean}change of the next token, KL (nats)"
     unit = word(results, "unit")
     kind = "logit difference" if unit == "logits" else "preference,"
@@ -124,7 +133,7 @@ def effect_in_words(results: Any, mean: str = "") -> str:
 
 def model_name(results: Any) -> str:
     """The model's name."""
-    return str(get(get(results, "model"), "name"))
+    return str(get(results, "model.name"))
 
 
 def listed(values: Any) -> list[Any]:

@@ -8,7 +8,7 @@ besides.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from torch import Tensor
 
@@ -16,24 +16,14 @@ from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.plot.chart import Chart, Panel
-from lrqp_torch.study.context import ALONE, Advance, StudyContext
+from lrqp_torch.study.context import ALONE, Advance, StudyContext, no_progress
+from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts
 from lrqp_torch.study.records import from_json
+from lrqp_torch.study.results import StudyResults, told
 from lrqp_torch.study.settings import Settings
-
-if TYPE_CHECKING:
-    from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.sweep import Batches, fit_edits
 
 R = TypeVar("R")
-
-
-class Batches(Protocol):
-    """Keeps the tensors of finished batches, so that a part that was stopped can go on."""
-
-    def load(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of a batch, or None if it was not reached."""
-
-    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a batch."""
 
 
 def keep_nothing(tensors: Mapping[str, Tensor]) -> None:
@@ -71,6 +61,14 @@ class Given:
             raise SettingError("this part edits the best site of the sweep: run flipping before it")
         return self.best_site
 
+    def fit(
+        self, found: Mapping[str, Tensor], labels: Tensor, advance: Advance = no_progress
+    ) -> dict[str, LRQP]:
+        """Edits by site as the settings ask for them, see :func:`~.sweep.fit_edits`."""
+        asked = self.settings
+        how: dict[str, Any] = {"l2": asked.l2, "shrinkage": asked.shrinkage}
+        return fit_edits(found, labels, log_odds=asked.log_odds, advance=advance, **how)
+
 
 class Part(ABC, Generic[R]):
     """One part of the study.
@@ -87,6 +85,7 @@ class Part(ABC, Generic[R]):
         shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
         prompts: which of the held-out prompts it sees: all; those by which something is chosen; or
             the others, on which what was chosen, such as the best site, is reported.
+        asks: whether prompts must have answers, or be about two names.
     """
 
     name: ClassVar[str]
@@ -98,6 +97,7 @@ class Part(ABC, Generic[R]):
     shared: ClassVar[bool] = False
     spans: ClassVar[bool] = False
     prompts: ClassVar[Literal["all", "choosing", "reporting"]] = "all"
+    asks: ClassVar[Literal["nothing", "answers", "names"]] = "nothing"
 
     def scope(self, context: StudyContext, /) -> StudyContext:
         """The study of the prompts that it sees."""
@@ -105,7 +105,10 @@ class Part(ABC, Generic[R]):
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Why the part cannot run on these prompts (a sentence), or None if it can."""
-        return None
+        test = context.task.test
+        if self.asks == "answers" and test.answers is None:
+            return "its prompts have no answers, so no edit can be judged by what the model says"
+        return NAMES_NEEDED if self.asks == "names" and not isinstance(test, IOIPrompts) else None
 
     @abstractmethod
     def work(self, context: StudyContext, /) -> int:
@@ -119,10 +122,13 @@ class Part(ABC, Generic[R]):
         """A result from the plain JSON values that :func:`~.records.to_json` made of it."""
         return cast(R, from_json(self.result, raw))
 
-    def found(self, study: "StudyResults", /) -> R | None:
-        """Its result in a finished study, to be shown; None if it did not run."""
-        raw = study.parts.get(self.name)
-        return None if raw is None else self.read(raw)
+    def found(self, study: StudyResults, /) -> R | None:
+        """Its result in a finished study, to be shown; None if it did not run.
+
+        See :func:`~.results.told` for what is not shown.
+        """
+        raw, here = study.parts.get(self.name), study.sites.get(str(study.best_site))
+        return None if raw is None else told(self.read(raw), here is None or here.used)
 
     def overview(self, result: R, /) -> list[Panel]:
         """What the report's first screen shows of it; most parts have nothing there."""

@@ -6,10 +6,10 @@ written whole or not at all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import stdev
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,8 @@ from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.records import BESIDE, from_json, to_json
 from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, USED_THRESHOLD
+
+T = TypeVar("T")
 
 FORMAT = 2
 """Version of the layout of ``results.json``; 0.2.0 wrote 1."""
@@ -218,6 +220,14 @@ class SiteResult(Likeness):
         return own - accidental
 
     @property
+    def clearly_flips(self) -> bool:
+        """Whether the counterfactual edit flips more answers than the control, beyond intervals."""
+        edit, control = self.counterfactual.flipped, self.control.flipped
+        if edit is None or control is None or edit.lower is None or control.upper is None:
+            return False
+        return edit.lower > control.upper
+
+    @property
     def used(self) -> bool:
         """Whether the model uses the class here; results before 0.4 say so by another rule."""
         return self.net_flips >= USED_THRESHOLD if self.verdict is None else self.verdict.used
@@ -266,6 +276,31 @@ class VariableResult(SiteResult):
     prompts: int = 0
     kept: KeptResult | None = None
     by_target: dict[str, TargetResult] = field(default_factory=dict)
+
+
+def told(record: T, used: bool = True) -> T:
+    """The same results without shares of a ceiling where the variable is not used.
+
+    There the interchange has next to no effect on the answer, and a share of that says nothing.
+    A site says of itself, and of all within it, whether it is used: by its verdict, or, where it
+    has none, by whether the counterfactual edit flips clearly more answers than the control edit.
+
+    Args:
+        record: dataclasses, or lists and dictionaries of them.
+        used: what holds of records that are no sites, and lie in none.
+    """
+    if isinstance(record, Mapping):
+        return cast(T, {key: told(value, used) for key, value in record.items()})
+    if isinstance(record, list):
+        return cast(T, [told(value, used) for value in record])
+    if not is_dataclass(record) or isinstance(record, type | Estimate):
+        return record
+    if isinstance(record, SiteResult):
+        used = record.used if record.verdict else record.clearly_flips
+    kept = {each.name: told(getattr(record, each.name), used) for each in fields(record)}
+    kept |= {name: None for name in ("recovered", "recovered_sd") if name in kept and not used
+             and not isinstance(kept[name], list)}  # fmt: skip
+    return replace(record, **kept)
 
 
 def judged(

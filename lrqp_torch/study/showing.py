@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lrqp_torch.plot.chart import LOOKS, Cell, Marks, Table
-from lrqp_torch.study.ceiling import Likeness
+from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Table, ends
+from lrqp_torch.plot.reading import get
+from lrqp_torch.plot.reading import task_in_words as task_in_words
 from lrqp_torch.study.estimates import Estimate
 
 T = TypeVar("T")
@@ -13,81 +14,77 @@ K = TypeVar("K", bound=Hashable)
 NO_BREAK = "\u00a0"
 SITES = "site, in order of computation"
 """Title of an axis."""
+UNKNOWN = Estimate(None, None, None, 0)
+"""Keeps a column of estimates where none is known."""
+
+Reading = str | Callable[[Any], Any]
+"""How a quantity is read of a record: names of attributes joined by dots, or a function."""
+
+HELD_AGAINST: dict[str, Reading] = {
+    "recovered (%)": "recovered",
+    "same answer as the interchange (%)": "agreement",
+    "KL from the interchange (nats)": "kl_to_interchange",
+    "beyond its own patch": "beyond",
+}
+"""Columns of a table: how edits compare with their interchange."""
 
 
-def look(index: int) -> dict[str, Any]:
-    """Colour and marker of the index-th of several tasks or classes, as :class:`Marks` take."""
-    colour, marker = LOOKS[index % len(LOOKS)]
-    return {"colour": colour, "marker": marker}
+UNTOLD = (
+    " What an edit recovers of its ceiling is told where the variable is used; elsewhere, where it "
+    "would be a share of next to no effect, stands a dash."
+)
+"""What is said below a table with these columns."""
 
 
-def marks_of(
-    name: str,
-    x: Sequence[str] | Sequence[float],
-    values: Sequence[Estimate | float | None],
-    *,
-    scale: float = 1.0,
-    **looks: Any,
-) -> Marks:
-    """Estimates, or plain numbers, as marks with their intervals.
+def reads(record: Any, reading: Reading) -> Any:
+    """A quantity of a record; None where any of the names on the way to it is None or missing."""
+    return get(record, reading, None) if isinstance(reading, str) else reading(record)
+
+
+def known(records: Sequence[Any], columns: Mapping[str, Reading]) -> dict[str, Reading]:
+    """Those of the columns in which anything is known of the records."""
+    return {
+        title: reading
+        for title, reading in columns.items()
+        if any(reads(record, reading) not in (None, "") for record in records)
+    }
+
+
+def table_of(
+    keys: Sequence[str],
+    rows: Iterable[tuple[Sequence[Cell], Any]],
+    columns: Mapping[str, Reading],
+) -> Table:
+    """A table of records: a row each, with what names it in front.
 
     Args:
-        name: in the legend.
-        x: where each stands.
-        values: None leaves a gap.
-        scale: what they are multiplied by, such as 100 for per cent.
-        looks: any other fields of :class:`~lrqp_torch.plot.chart.Marks`.
+        keys: headings of the first columns.
+        rows: what stands there, and the record.
+        columns: heading to how it is read. Estimates have their ends in two columns behind theirs;
+            columns with ``(%)`` in their heading are given as shares and shown in per cent; truth
+            is written as yes or no.
     """
-    ends = [cells(value) for value in values]
-    y, lower, upper = (
-        [None if end is None else scale * end for end in column]
-        for column in zip(*ends, strict=True)
-    )
-    known = any(end is not None for end in (*lower, *upper))
-    return Marks(
-        name, x, y, lower=lower if known else None, upper=upper if known else None, **looks
-    )
-
-
-def cells(value: Estimate | float | None) -> tuple[float | None, float | None, float | None]:
-    """Value, lower and upper end."""
-    if not isinstance(value, Estimate):
-        return value, None, None
-    return (None, None, None) if value.value is None else (value.value, value.lower, value.upper)
-
-
-def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
-    """A table by columns of cells; estimates have their ends in two columns behind theirs.
-
-    Columns with ``(%)`` in their heading are given as shares and shown in per cent.
-    """
-    headings: list[str] = []
-    shown: list[Sequence[Cell]] = []
-    for heading, values in columns.items():
+    named = [(list(names), record) for names, record in rows]
+    headings, shown = list(keys), [list(column) for column in zip(*(n for n, _ in named))]  # noqa: B905
+    for heading, reading in columns.items():
+        values = [reads(record, reading) for _, record in named]
         scale = 100 if "(%)" in heading else 1
+        headings.append(heading)
         if any(isinstance(value, Estimate) for value in values):
-            names = (
+            headings += (
                 ("lower 95 %", "upper 95 %") if scale == 1 else ("lower end (%)", "upper end (%)")
             )
-            headings += [heading, *names]
-            ends = list(zip(*map(cells, values), strict=True))
+            each = [list(column) for column in zip(*map(ends, values), strict=True)]
         else:
-            headings.append(heading)
-            ends = [tuple(values)]
-        shown += [_times(scale, column) for column in ends]
+            each = [[("no", "yes")[v] if isinstance(v, bool) else v for v in values]]
+        shown += [[v if v is None or scale == 1 else scale * v for v in column] for column in each]
     return Table(headings, list(zip(*shown, strict=True)))
 
 
-def held_against(edits: Sequence[Likeness | None]) -> dict[str, list[Any]]:
-    """Columns of a table: how edits compare with their interchange; none where none is known."""
-    columns = {
-        "recovered (%)": "recovered",
-        "same answer as the interchange (%)": "agreement",
-        "KL from the interchange (nats)": "kl_to_interchange",
-        "beyond its own patch": "beyond",
-    }
-    found = {title: [getattr(e, name, None) for e in edits] for title, name in columns.items()}
-    return {title: column for title, column in found.items() if any(column)}
+def by_site(marks: Sequence[Marks], title: str = "", **pane: Any) -> Pane:
+    """Shares in per cent, or what ``pane`` says of its axis of values, site by site."""
+    axes = {"x_title": SITES, "y_title": "Held-out prompts (%)", "y_range": SHARES}
+    return Pane(marks, title=title, **axes | pane)
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -96,10 +93,6 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-def _times(scale: int, column: Sequence[Any]) -> Sequence[Any]:
-    return column if scale == 1 else [v if v is None else scale * v for v in column]
 
 
 def joined(*words: str) -> str:
@@ -148,11 +141,6 @@ def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
     if not runs:
         return "no site"
     return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-
-
-def task_in_words(name: str) -> str:
-    """Which version of the task, as figures and sentences say it; nothing where there is one."""
-    return {"plain": "without a prefix", "prefixed": "with a prefix"}.get(name, "")
 
 
 def headed(name: str, words: str, mark: str = ": ") -> str:

@@ -8,7 +8,7 @@ Source: the post "Intervening in the Residual Stream" (2023).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from lrqp_torch.errors import LRQPError, RankError
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.context import ALONE, Advance, no_progress
-from lrqp_torch.study.part import Batches
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import Batch, answers, batches, divergences, put
+from lrqp_torch.study.running import Batch, Edited, answers, batches, divergences, put
 
 CONDITIONS = ("control", "counterfactual")
 INTERCHANGE, NULL = "interchange", "null"
@@ -29,6 +28,16 @@ INTERCHANGE, NULL = "interchange", "null"
 USED_THRESHOLD = 0.5
 """Up to version 0.3 a site counted as used if its counterfactual edit flipped this share more than
 its control edit; results of that time are still read so. See :mod:`~.ceiling` for the verdict."""
+
+
+class Batches(Protocol):
+    """Keeps the tensors of finished batches, so that a part that was stopped can go on."""
+
+    def load(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of a batch, or None if it was not reached."""
+
+    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a batch."""
 
 
 def fit_edits(
@@ -98,8 +107,8 @@ def sweep(
         beside: site to what is put at the marked token in further runs, (n, d) by name: the same
             names at every site, such as :data:`INTERCHANGE` and :data:`NULL`.
         asked: site and condition to the log α of each prompt, (n,), in place of the edit's rule.
-        advance: called with the number of prompts run, ``(1 + 2 · len(edits)) · len(prompts)`` in
-            all, on every rank, and those beside.
+        advance: called with the number of prompts run, ``(1 + runs · len(edits)) · len(prompts)``
+            in all on every rank, with a run for each condition and each name beside.
 
     Returns:
         One number a prompt, (n,), on the CPU, in the order of ``prompts``:
@@ -176,6 +185,23 @@ def read_answers(
     return {{"preference": "logit_difference"}.get(name, name): v for name, v in found.items()}
 
 
+def columns(
+    batch: Batch[PromptSet], edited: Edited, patch: Edited | None = None
+) -> dict[str, Tensor]:
+    """What is kept of a run of a batch, (B,) by name, as :func:`sweep` names it.
+
+    Args:
+        batch: with its clean run.
+        edited: what it did under an edit.
+        patch: the interchange that this is held against.
+    """
+    found = read_answers(batch.prompts, edited.logits, edited.rest) | edited.record
+    found["divergence"] = divergences(batch.clean, edited.logits)
+    if patch is not None:
+        found["kl_to_interchange"] = divergences(patch.logits, edited.logits)
+    return found
+
+
 @torch.no_grad()
 def _sweep_batch(
     batch: Batch[PromptSet],
@@ -197,12 +223,8 @@ def _sweep_batch(
             for condition, floors in asked.get(site, {}).items()
         }
         ran = batch.edited(site, edit, targets, here, asked=doses or None)
-        for condition, edited in ran.items():
-            columns = read_answers(prompts, edited.logits, edited.rest) | edited.record
-            columns["divergence"] = divergences(batch.clean, edited.logits)
-            if INTERCHANGE in ran and condition in targets:
-                away = divergences(ran[INTERCHANGE].logits, edited.logits)
-                columns["kl_to_interchange"] = away
-            found |= {f"{site}.{condition}.{name}": values for name, values in columns.items()}
+        for name, edited in ran.items():
+            own = columns(batch, edited, ran.get(INTERCHANGE) if name in targets else None)
+            found |= {f"{site}.{name}.{key}": values for key, values in own.items()}
         advance(count * len(ran))
     return found

@@ -21,7 +21,7 @@ from lrqp_torch.plot.chart import (
     Rule,
     counted,
     edges,
-    percents,
+    marks_of,
     strong,
 )
 from lrqp_torch.plot.interactive import to_plotly
@@ -190,7 +190,7 @@ def test_shared_axes(tmp_path: Path) -> None:
     assert sum(names) == 2, "each name once"
     grid = to_matplotlib(chart).axes
     assert grid[0].get_shared_x_axes().joined(grid[0], grid[2])
-    assert percents([0.5, None]) == [50.0, None]
+    assert marks_of("a", [1.0, 2.0], [0.5, None], scale=100).y == [50.0, None]
 
 
 def test_matplotlib_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

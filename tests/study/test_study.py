@@ -22,7 +22,7 @@ from lrqp_torch.study import sweep as sweeping
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.known import read_truth
-from lrqp_torch.study.parts import flipping
+from lrqp_torch.study import part
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import SiteResult, StudyResults, best_site, columns_of
 from lrqp_torch.study.run import run as run_study
@@ -212,13 +212,13 @@ def test_held_out_prompts_do_not_reach_the_fit(
     _, tokenizer = models.load(tiny)
     train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
     other = IOIPrompts.of(IOIDataset.generate(tokenizer, 40, seed=9, padding_side="left"))
-    original, fitted = flipping.fit_edits, []
+    original, fitted = part.fit_edits, []
 
     def record(*args: Any, **kwargs: Any) -> dict[str, Any]:
         fitted.append(original(*args, **kwargs))
         return fitted[-1]
 
-    monkeypatch.setattr(flipping, "fit_edits", record)
+    monkeypatch.setattr(part, "fit_edits", record)
     results = []
     for halves in ((train, test), (train, other), (other, test)):
         monkeypatch.setattr(stages, "make_prompts", lambda tokenizer, settings, h=halves: h)

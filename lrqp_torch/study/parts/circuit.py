@@ -24,6 +24,7 @@ from lrqp_torch.plot.chart import (
     Pane,
     Panel,
     Rule,
+    Table,
     counted,
     edges,
 )
@@ -36,13 +37,12 @@ from lrqp_torch.study.attribution import attention_to
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import Role, parse_head
-from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
+from lrqp_torch.study.indirect_objects import named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import answers, batches, put
 from lrqp_torch.study.showing import grouped, percent, signed, table_of
 
 CONDITIONS = ("clean", "control", "counterfactual")
-EDITED = CONDITIONS[1:]
 KEYS = ("IO", "S1")
 ALL = "all together"
 """Name of the probe that reads the outputs of all S-inhibition heads side by side."""
@@ -156,10 +156,7 @@ class Circuit(Part[CircuitResult]):
     result = CircuitResult
     needs = ("flipping", "heads")
     prompts = "reporting"
-
-    def missing(self, context: StudyContext, /) -> str | None:
-        """Whether the prompts have names."""
-        return None if isinstance(context.task.test, IOIPrompts) else NAMES_NEEDED
+    asks = "names"
 
     def work(self, context: StudyContext, /) -> int:
         """Every prompt once, to fit on or held out."""
@@ -228,12 +225,13 @@ class Circuit(Part[CircuitResult]):
             )
         if result.attention:
             pairs = list(_by_head(result.attention).items())[:MOST_DRAWN]
+            titles = [f"{head}\n{readings['clean'].role}" for head, readings in pairs]
             charts["circuit_attention"] = Chart(
                 [
-                    _paired(readings, key, f"{head}\n{readings['clean'].role}" if first else "")
-                    for key, first in (("to_io", True), ("to_s1", False))
-                    for head, readings in pairs
-                ],
+                    _paired(own, "to_io", title)
+                    for (_, own), title in zip(pairs, titles, strict=True)
+                ]
+                + [_paired(own, "to_s1") for _, own in pairs],
                 f"Attention before and after the edit at {result.site}, a point a prompt",
                 columns=len(pairs),
                 share_x=True,
@@ -278,16 +276,10 @@ def _run(
 ) -> dict[tuple[str, ...], Tensor]:
     """Run the held-out prompts in all conditions, and record heads at END.
 
-    Args:
-        given: the model, its prompts, and the edit at the best site.
-        attending: heads whose attention to record.
-        writing: heads whose outputs to record.
-        advance: called with the number of prompts after each batch.
-
     Returns:
-        By condition, one row a prompt: ``("preference", condition)``; ``("IO", condition, head)``
-        and ``("S1", condition, head)``, the attention that the head pays; ``("moved", condition,
-        head)``; and ``("outputs", condition)`` of all writing heads, (n, heads, head width).
+        A row a prompt: ``("preference", condition)``; ``("IO", condition, head)`` and ``("S1",
+        condition, head)``, the attention of the attending heads; ``("moved", condition, head)``;
+        and ``("outputs", condition)`` of all writing heads, (n, heads, head width).
     """
     context, site, edit = given.context, given.site, given.edit_at(given.site)
     model, data = context.model, named(context.task.test)
@@ -368,7 +360,7 @@ def _paired(readings: dict[str, AttentionReading], key: str, title: str = "") ->
                 size=0.6,
                 opacity=0.4,
             )
-            for condition in EDITED
+            for condition in CONDITIONS[1:]
         ],
         rules=[Rule(0.0, "diagonal", dash="dash")],
         title=title,
@@ -391,29 +383,21 @@ def _probe_panel(result: CircuitResult) -> Panel:
     summary = "; ".join(
         f"{r.condition}: {percent(r.reports.value, 0)}" for r in result.probes if r.head == ALL
     )
-    return Panel(
-        name=name,
-        title=title,
-        text="A probe of the order is fitted to each S-inhibition head's output at END in clean "
+    text = (
+        "A probe of the order is fitted to each S-inhibition head's output at END in clean "
         "runs of the training prompts, and asked what it reads on the held-out ones while the "
         f"belief at {result.site} is edited at S2. The heads are {_origin(result)}. Shares of "
         "prompts for which the probe of all heads together reads the order asked for (the true one "
         f"in the clean and control conditions, the other one in the counterfactual): {summary}. "
-        "One half would be chance.",
-        charts={
-            head: Chart([_histogram(readings, "")])
-            for head, readings in _by_head(result.probes).items()
-        },
-        choice="head",
-        table=table_of(
-            {
-                "head": [r.head for r in result.probes],
-                "condition": [r.condition for r in result.probes],
-                "reads the order asked for (%)": [r.reports for r in result.probes],
-                "mean log odds of the true order (nats)": [r.log_odds.mean for r in result.probes],
-            }
-        ),
+        "One half would be chance."
     )
+    heads = _by_head(result.probes).items()
+    charts = {head: Chart([_histogram(readings, "")]) for head, readings in heads}
+    columns = {
+        "reads the order asked for (%)": "reports",
+        "mean log odds of the true order (nats)": "log_odds.mean",
+    }
+    return Panel(name, title, text, charts, "head", _table(result.probes, columns))
 
 
 def _attention_panel(result: CircuitResult) -> Panel:
@@ -426,32 +410,28 @@ def _attention_panel(result: CircuitResult) -> Panel:
         f"{role}s: {_role_change([r for r in heads.values() if r['clean'].role == role])}"
         for role in dict.fromkeys(reading.role for reading in result.attention)
     )
-    return Panel(
-        name=name,
-        title=title,
-        text="Each point is a held-out prompt: attention from END in the clean run against that "
+    text = (
+        "Each point is a held-out prompt: attention from END in the clean run against that "
         f"under the edit at {result.site}. On the dashed line nothing changed. The heads are "
         f"{_origin(result)}. Mean change under the counterfactual edit: {changes}. “Moved” in the "
         "table is all attention that lies elsewhere than in the clean run, on whatever token."
-        + (NO_MOVERS if Role.WRITER in result.roles else ""),
-        charts={
-            f"{head} ({readings['clean'].role})": Chart(
-                [_paired(readings, "to_io"), _paired(readings, "to_s1")], columns=2
-            )
-            for head, readings in heads.items()
-        },
-        choice="head",
-        table=table_of(
-            {
-                "head": [r.head for r in result.attention],
-                "role": [r.role for r in result.attention],
-                "condition": [r.condition for r in result.attention],
-                "END → IO": [r.to_io.mean for r in result.attention],
-                "END → S1": [r.to_s1.mean for r in result.attention],
-                "moved": [r.moved.mean for r in result.attention],
-            }
-        ),
     )
+    charts = {
+        f"{head} ({own['clean'].role})": Chart(
+            [_paired(own, "to_io"), _paired(own, "to_s1")], columns=2
+        )
+        for head, own in heads.items()
+    }
+    columns = {"END → IO": "to_io.mean", "END → S1": "to_s1.mean", "moved": "moved.mean"}
+    text += NO_MOVERS if Role.WRITER in result.roles else ""
+    return Panel(name, title, text, charts, "head", _table(result.attention, columns))
+
+
+def _table(readings: list[Reading], columns: dict[str, str]) -> Table:
+    """A row for each head and condition."""
+    keys = [name for name in ("head", "role", "condition") if hasattr(readings[0], name)]
+    rows = [([getattr(reading, key) for key in keys], reading) for reading in readings]
+    return table_of(keys, rows, {**columns})
 
 
 def _role_change(heads: list[dict[str, AttentionReading]]) -> str:

@@ -3,23 +3,13 @@
 All sentences are made from the numbers alone; "clearly" means beyond a 95 % interval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from lrqp_torch.plot import chart
 from lrqp_torch.plot.chart import (
-    BLACK,
-    BLUE,
-    CONTROL,
-    COUNTERFACTUAL,
-    GREEN,
-    INK,
-    NOTE,
-    ORANGE,
-    PURPLE,
-    VERMILION,
     Band,
-    Cell,
     Chart,
     Dash,
     Marker,
@@ -28,6 +18,7 @@ from lrqp_torch.plot.chart import (
     Panel,
     Rule,
     Table,
+    marks_of,
 )
 from lrqp_torch.study import league
 from lrqp_torch.study.context import Advance, StudyContext
@@ -39,17 +30,18 @@ from lrqp_torch.study.league import (
     CompareResult,
     Curve,
     CurvePoint,
-    Effect,
     MethodResult,
     SiteComparison,
 )
 from lrqp_torch.study.methods import DOSED, FITTED, LEARNED, NOTHING, OWN, RANDOM
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.showing import (
+    UNKNOWN,
+    Reading,
     between,
     capitalised,
-    marks_of,
     percent,
+    reads,
     share_in_words,
     signed,
     table_of,
@@ -67,48 +59,59 @@ class Measure(NamedTuple):
 
     Attributes:
         title: with units and the task's words in braces.
-        read: gives it for a method that was built.
+        path: where a method's result has it.
         head: its heading among the dots, if it is drawn there; a control's is its measure's.
     """
 
     title: str
-    read: Callable[[MethodResult], Estimate | None]
+    path: str
     head: str = ""
 
+    def of(self, row: MethodResult) -> Estimate | None:
+        """The measure of a method; None where it was not built."""
+        found: Estimate | None = reads(row, self.path)
+        return found
 
-def _of(name: str, condition: str = "counterfactual") -> Callable[[MethodResult], Estimate | None]:
-    return lambda row: getattr(getattr(row, condition), name, None)
+    def known(self, row: MethodResult) -> Estimate:
+        """The same, without a value where there is none."""
+        return self.of(row) or UNKNOWN
+
+    @property
+    def scale(self) -> int:
+        """What it is multiplied by where it is drawn."""
+        return 100 if "(%)" in self.title else 1
 
 
 _AT = "at LRQP's effect, relative to LRQP"
 _KL = "KL {elsewhere} (nats)"
-MEASURES = (
-    Measure("answers flipped (%)", _of("flipped"), "answers flipped (%)"),
-    Measure("answers flipped under control (%)", _of("flipped", "control"), "answers flipped (%)"),
-    Measure("mean {preference} ({unit})", _of("logit_difference")),
-    Measure("mean {preference} under control ({unit})", _of("logit_difference", "control")),
-    Measure("Mahalanobis length", _of("distance"), "Mahalanobis length"),
-    Measure("Euclidean length", _of("euclidean")),
-    Measure(
-        "log odds of the target, independent probe (nats)",
-        _of("log_odds"),
-        "log odds, indep. probe (nats)",
-    ),
-    Measure(_KL, _of("divergence"), _KL),
-    Measure("KL {elsewhere} under control (nats)", _of("divergence", "control"), _KL),
-    Measure("KL {elsewhere} beside {answers} (nats)", _of("rest"), "KL beside {answers} (nats)"),
-    Measure("KL on {texts} (nats)", lambda row: row.text_divergence, "KL on {texts} (nats)"),
-    Measure("change of attention, IO less S1, of the heads watched", _of("attention")),
-    Measure("recovered share of the interchange (%)", _of("recovered"), "recovered (%)"),
-    Measure("same answer as the interchange (%)", _of("agreement"), "same answer (%)"),
-    Measure("KL from the interchange at {end} (nats)", _of("kl_to_interchange")),
-    Measure("completeness", lambda row: row.scores.get("completeness"), "completeness"),
-    Measure("selectivity", lambda row: row.scores.get("selectivity"), "selectivity"),
-    Measure("reliability", lambda row: row.scores.get("reliability"), "reliability"),
-    Measure(f"KL {_AT}", lambda row: row.relative.get(DIVERGENCE)),
-    Measure(f"KL beside {{answers}} {_AT}", lambda row: row.relative.get(REST)),
-    Measure(f"1 − selectivity {_AT}", lambda row: row.relative.get(UNSELECTIVE)),
-)
+MEASURES = tuple(
+    Measure(*row)
+    for row in (
+        ("answers flipped (%)", "counterfactual.flipped", "answers flipped (%)"),
+        ("answers flipped under control (%)", "control.flipped", "answers flipped (%)"),
+        ("mean {preference} ({unit})", "counterfactual.logit_difference"),
+        ("mean {preference} under control ({unit})", "control.logit_difference"),
+        ("Mahalanobis length", "counterfactual.distance", "Mahalanobis length"),
+        ("Euclidean length", "counterfactual.euclidean"),
+        ("log odds of the target, independent probe (nats)", "counterfactual.log_odds",
+         "log odds, indep. probe (nats)"),
+        (_KL, "counterfactual.divergence", _KL),
+        ("KL {elsewhere} under control (nats)", "control.divergence", _KL),
+        ("KL {elsewhere} beside {answers} (nats)", "counterfactual.rest",
+         "KL beside {answers} (nats)"),
+        ("KL on {texts} (nats)", "text_divergence", "KL on {texts} (nats)"),
+        ("change of attention, IO less S1, of the heads watched", "counterfactual.attention"),
+        ("recovered share of the interchange (%)", "counterfactual.recovered", "recovered (%)"),
+        ("same answer as the interchange (%)", "counterfactual.agreement", "same answer (%)"),
+        ("KL from the interchange at {end} (nats)", "counterfactual.kl_to_interchange"),
+        ("completeness", "scores.completeness", "completeness"),
+        ("selectivity", "scores.selectivity", "selectivity"),
+        ("reliability", "scores.reliability", "reliability"),
+        (f"KL {_AT}", f"relative.{DIVERGENCE}"),
+        (f"KL beside {{answers}} {_AT}", f"relative.{REST}"),
+        (f"1 − selectivity {_AT}", f"relative.{UNSELECTIVE}"),
+    )
+)  # fmt: skip
 """In the order of the table."""
 
 
@@ -120,21 +123,21 @@ GREY = "#999999"
 LOOKS = {
     NOTHING: _look(GREY, "cross"),
     RANDOM: _look(GREY, "cross", "dot"),
-    FITTED: _look(BLACK, "star"),
-    LEARNED: _look(BLACK, "plus", "dash"),
-    DOSED: _look(BLACK, "circle", "dot"),
-    "euclidean": _look(BLUE),
-    "inverse_metric": _look(BLUE, "down", "dash"),
-    "mean_difference": _look(ORANGE, "square"),
-    "mean_difference_exact": _look(ORANGE, "diamond", "dash"),
-    "conditional_mean": _look(ORANGE, "triangle", "dot"),
-    "optimal_transport": _look(GREEN),
-    "neuron_transport": _look(GREEN, "square", "dash"),
-    "leace": _look(PURPLE),
-    "alterrep": _look(PURPLE, "square", "dash"),
-    "das": _look(VERMILION),
-    "das_least": _look(VERMILION, "diamond", "dot"),
-    "full_patch": _look(VERMILION, "square", "dash"),
+    FITTED: _look(chart.BLACK, "star"),
+    LEARNED: _look(chart.BLACK, "plus", "dash"),
+    DOSED: _look(chart.BLACK, "circle", "dot"),
+    "euclidean": _look(chart.BLUE),
+    "inverse_metric": _look(chart.BLUE, "down", "dash"),
+    "mean_difference": _look(chart.ORANGE, "square"),
+    "mean_difference_exact": _look(chart.ORANGE, "diamond", "dash"),
+    "conditional_mean": _look(chart.ORANGE, "triangle", "dot"),
+    "optimal_transport": _look(chart.GREEN),
+    "neuron_transport": _look(chart.GREEN, "square", "dash"),
+    "leace": _look(chart.PURPLE),
+    "alterrep": _look(chart.PURPLE, "square", "dash"),
+    "das": _look(chart.VERMILION),
+    "das_least": _look(chart.VERMILION, "diamond", "dot"),
+    "full_patch": _look(chart.VERMILION, "square", "dash"),
 }
 """How methods look in every chart: related ones share a colour, and differ by marker and dash."""
 
@@ -152,14 +155,14 @@ class Compare(Part[CompareResult]):
     needs = ("flipping", "heads")
     prompts = "reporting"
     by_name_only = True  # it trains edits, which takes as long as all else together
+    asks = "answers"
 
     def missing(self, context: StudyContext, /) -> str | None:
         """Answers, or held-out prompts of a class."""
         test = context.task.test
-        if test.answers is None:
-            return "its prompts have no answers, so no edit can be judged by what the model says"
         few = [k for k in range(len(test.classes)) if int((test.labels == k).sum()) < 2]
-        return f"class {test.classes[few[0]]!r} has fewer than 2 held-out prompts" if few else None
+        found = f"class {test.classes[few[0]]!r} has fewer than 2 held-out prompts" if few else None
+        return super().missing(context) or found
 
     def work(self, context: StudyContext, /) -> int:
         """See :func:`~lrqp_torch.study.league.work`."""
@@ -189,7 +192,7 @@ class Compare(Part[CompareResult]):
         """Two a site: the table with a chart a measure, and the curves with their points."""
         shown = []
         for number, site in enumerate(result.sites.values()):
-            measures = [m for m in MEASURES if any(m.read(row) for row in _built(site))]
+            measures = [m for m in MEASURES if any(m.of(row) for row in _built(site))]
             shown += [
                 Panel(
                     name=f"compare-{number}",
@@ -251,11 +254,9 @@ def _side(result: CompareResult, cost: str) -> str:
 
 def _axis(result: CompareResult, cost: str) -> str:
     """A side effect at an axis."""
-    return {
-        DIVERGENCE: f"KL {result.elsewhere} (nats)",
-        REST: f"KL {result.elsewhere} beside {result.words.answers} (nats)",
-        UNSELECTIVE: "1 − selectivity",
-    }[cost]
+    kl, beside = f"KL {result.elsewhere}", f"beside {result.words.answers} (nats)"
+    axes = {DIVERGENCE: f"{kl} (nats)", REST: f"{kl} {beside}", UNSELECTIVE: "1 − selectivity"}
+    return axes[cost]
 
 
 def _built(site: SiteComparison) -> list[MethodResult]:
@@ -277,18 +278,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _effects(result: CompareResult, site: SiteComparison) -> str:
-    def flips(row: MethodResult, effect: Effect | None) -> tuple[str, Estimate]:
-        assert effect is not None
-        return row.title, effect.flipped
-
     own, rivals = site.method(FITTED), _rivals(site)
-    (_, mine), (_, idle) = flips(own, own.counterfactual), flips(own, own.control)
+    mine, idle = reads(own, "counterfactual.flipped"), reads(own, "control.flipped")
     if mine.value is None:
         return (
             f"The model answers no held-out prompt with {result.words.held}, so no answer can flip."
         )
-    found = [flips(row, row.counterfactual) for row in rivals]
-    back = [flips(row, row.control) for row in rivals]
+    found = [(row.title, reads(row, "counterfactual.flipped")) for row in rivals]
+    back = [(row.title, reads(row, "control.flipped")) for row in rivals]
     more = [title for title, share in found if _above(share, mine)]
     fewer = [title for title, share in found if _above(mine, share)]
     accidents = [f"{title} {percent(s.value, 0)}" for title, s in back if _above(s, idle)]
@@ -301,7 +298,8 @@ def _effects(result: CompareResult, site: SiteComparison) -> str:
 
 
 def _reliability(result: CompareResult, site: SiteComparison) -> str:
-    scored = [(row, row.scores.get("reliability")) for row in [site.method(FITTED), *_rivals(site)]]
+    every = [site.method(FITTED), *_rivals(site)]
+    scored = [(row, row.scores.get("reliability")) for row in every]
     known = sorted(
         ((score, row) for row, score in scored if score is not None),
         key=lambda pair: -pair[0].known,
@@ -448,30 +446,27 @@ def _method(result: CompareResult, site: SiteComparison) -> str:
 
 
 def _table(result: CompareResult, site: SiteComparison) -> Table:
-    rows, nothing = site.methods, Estimate(None, None, None, 0)
-    columns: dict[str, list[Estimate | Cell]] = {"method": [row.title for row in rows]}
-    for measure in MEASURES:
-        columns[_titled(result, measure.title)] = [measure.read(row) or nothing for row in rows]
-    columns["time a prompt (µs)"] = [None if r.seconds is None else 1e6 * r.seconds for r in rows]
-    columns["notes"] = [row.problem or row.settings or None for row in rows]
-    return table_of(columns)
+    columns: dict[str, Reading] = {_titled(result, m.title): m.known for m in MEASURES}
+    columns |= {
+        "time a prompt (µs)": lambda row: None if row.seconds is None else 1e6 * row.seconds,
+        "notes": lambda row: row.problem or row.settings or None,
+    }
+    return table_of(["method"], (([row.title], row) for row in site.methods), columns)
 
 
 def _points(result: CompareResult, site: SiteComparison) -> Table:
-    every = [(curve, point) for curve in site.curves for point in curve.points]
-    columns: dict[str, list[Estimate | Cell]] = {
-        "method": [curve.title for curve, _ in every],
-        "dose": [f"{curve.dose} {point.dose:g}" for curve, point in every],
-        _titled(result, "fall of {preference} ({unit})"): [point.effect for _, point in every],
-        "flipped (%)": [point.flipped for _, point in every],
-    }
+    rows = [
+        ((curve.title, f"{curve.dose} {point.dose:g}"), point)
+        for curve in site.curves
+        for point in curve.points
+    ]
+    effect = _titled(result, "fall of {preference} ({unit})")
+    columns: dict[str, Reading] = {effect: "effect", "flipped (%)": "flipped"}
     for cost in site.costs:
         title = _axis(result, cost)
-        columns[title] = [point.costs[cost] for _, point in every]
-        columns[f"on the front of {title.removesuffix(' (nats)')}"] = [
-            "yes" if point.optimal[cost] else "no" for _, point in every
-        ]
-    return table_of(columns)
+        columns[title] = f"costs.{cost}"
+        columns[f"on the front of {title.removesuffix(' (nats)')}"] = f"optimal.{cost}"
+    return table_of(["method", "dose"], rows, columns)
 
 
 # ---- charts --------------------------------------------------------------------------------------
@@ -513,7 +508,12 @@ def _plane(
     moving = [p for c in site.curves if c.name != RANDOM for p in c.points] or every
     right, most = 1.3 * max(x(p) for p in every), max(p.effect.known for p in every)
     steps = [*best, (right, best[-1][1])]
-    looks: dict[str, Any] = {"kind": "steps", "colour": NOTE, "opacity": 0.12, "legend": False}
+    looks: dict[str, Any] = {
+        "kind": "steps",
+        "colour": chart.NOTE,
+        "opacity": 0.12,
+        "legend": False,
+    }
     beaten = Marks("beaten", [at for at, _ in steps], [effect for _, effect in steps], **looks)
     curves = [
         marks(curve, curve.points, stroke=1.8 if curve.name == FITTED else 1.0)
@@ -539,22 +539,21 @@ def _plane(
 
 def _dots(result: CompareResult, site: SiteComparison) -> Chart:
     rows = _built(site)
-    conditions = (("counterfactual edit", COUNTERFACTUAL), ("control edit", CONTROL))
+    conditions = (("counterfactual edit", chart.COUNTERFACTUAL), ("control edit", chart.CONTROL))
 
     def marks(index: int, measure: Measure) -> Marks:
         name, colour = conditions[index]
         looks: dict[str, Any] = {"colour": colour, "filled": not index, "shift": 0.2 * index}
-        values = [measure.read(row) for row in rows]
-        names, scale = [row.title for row in rows], 100 if "(%)" in measure.title else 1
-        return marks_of(name, names, values, scale=scale, kind="points", **looks)
+        names, values = [row.title for row in rows], map(measure.of, rows)
+        return marks_of(name, names, values, scale=measure.scale, kind="points", **looks)
 
-    heads = [m.head for m in MEASURES if m.head and any(m.read(row) for row in rows)]
+    heads = [m.head for m in MEASURES if m.head and any(map(m.of, rows))]
     panes = [
         _by_method(
             site,
             [marks(*both) for both in enumerate(m for m in MEASURES if m.head == head)],
             title=fill(_titled(result, head), 16),
-            rules=[Rule(0.0, colour=INK, dash="solid")],
+            rules=[Rule(0.0, colour=chart.INK, dash="solid")],
         )
         for head in dict.fromkeys(heads)
     ]
@@ -564,12 +563,12 @@ def _dots(result: CompareResult, site: SiteComparison) -> Chart:
 
 
 def _measured(result: CompareResult, site: SiteComparison, measure: Measure) -> Pane:
-    own, scale = measure.read(site.method(FITTED)), 100 if "(%)" in measure.title else 1
+    own, scale = measure.of(site.method(FITTED)), measure.scale
     looks: dict[str, Any] = {"kind": "points", "legend": False, "scale": scale}
     marks = [
         marks_of(row.title, [row.title], [value], **looks, **LOOKS[row.name])
         for row in _built(site)
-        if (value := measure.read(row))
+        if (value := measure.of(row))
     ]
     rules = [Rule(scale * own.known)] if own and own.value is not None else []
     return _by_method(site, marks, y_title=_titled(result, measure.title), rules=rules)
@@ -577,34 +576,28 @@ def _measured(result: CompareResult, site: SiteComparison, measure: Measure) -> 
 
 def _equal_effect(result: CompareResult, site: SiteComparison) -> Chart:
     def marks(row: MethodResult, ratio: Estimate | None) -> Marks:
-        return marks_of(
-            row.title,
-            [row.title],
-            [ratio or 1.0],
-            kind="points",
-            colour=LOOKS[row.name]["colour"],
-            marker="circle" if ratio else "none",
-            labels=["" if ratio else "does not reach it"],
-            legend=False,
-        )
+        looks: dict[str, Any] = {"kind": "points", "colour": LOOKS[row.name]["colour"]}
+        looks |= {"marker": "circle", "labels": [""]} if ratio else {
+            "marker": "none", "labels": ["does not reach it"]
+        }  # fmt: skip
+        return marks_of(row.title, [row.title], [ratio or 1.0], legend=False, **looks)
 
     panes = []
     for cost in site.costs:
         found = [(r, r.relative[cost]) for r in site.methods if r.relative and r.name != FITTED]
         known = [end for _, ratio in found if ratio for end in ratio.interval or ()]
+        # Differences of a few per cent should look like that.
+        low = min(0.5, *(0.95 * end for end in known))
+        high = max(2.0, *(1.05 * end for end in known))
         panes.append(
             _by_method(
                 site,
                 [marks(*pair) for pair in found],
                 title=fill(_axis(result, cost).removesuffix(" (nats)"), 30),
                 y_title="times LRQP's",
-                # Differences of a few per cent should look like that.
-                y_range=(
-                    min(0.5, *(0.95 * end for end in known)),
-                    max(2.0, *(1.05 * e for e in known)),
-                ),
+                y_range=(low, high),
                 y_log=True,
-                rules=[Rule(1.0, colour=INK, dash="solid")],
+                rules=[Rule(1.0, colour=chart.INK, dash="solid")],
             )
         )
     title = f"Side effect at the same effect as LRQP, at {site.site}, {result.position}"
@@ -616,7 +609,7 @@ def _by_method(site: SiteComparison, marks: Sequence[Marks], **pane: Any) -> Pan
     """Methods down the side, LRQP's row shaded."""
     own = site.method(FITTED).title
     here = any(own in mark.x for mark in marks)
-    return Pane(marks, bands=[Band(own, own, NOTE)] if here else (), horizontal=True, **pane)
+    return Pane(marks, bands=[Band(own, own, chart.NOTE)] if here else (), horizontal=True, **pane)
 
 
 PART = Compare()

@@ -1,6 +1,7 @@
 """Is the edit an illusion? The controls of :mod:`~lrqp_torch.study.illusions` and what they say."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lrqp_torch.plot.chart import (
     CLEAN,
@@ -8,20 +9,29 @@ from lrqp_torch.plot.chart import (
     COUNTERFACTUAL,
     NOTE,
     PROBE,
-    Cell,
     Chart,
     Marks,
     Pane,
     Panel,
     Rule,
     Table,
+    marks_of,
 )
 from lrqp_torch.study import illusions
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.illusions import CARRIES, KINDS, SEPARATED, ControlsResult, EditOutcome, Split
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.showing import SITES, capitalised, marks_of, percent, signed, table_of
+from lrqp_torch.study.showing import (
+    UNKNOWN,
+    Reading,
+    by_site,
+    capitalised,
+    percent,
+    reads,
+    signed,
+    table_of,
+)
 from lrqp_torch.study.subspaces import ENERGY
 
 PLACES = {"inside": ("part inside the space", COUNTERFACTUAL), "outside": ("the rest", CONTROL)}
@@ -40,12 +50,7 @@ class Controls(Part[ControlsResult]):
     result = ControlsResult
     needs = ("flipping", "heads")
     prompts = "reporting"
-
-    def missing(self, context: StudyContext, /) -> str | None:
-        """Answers."""
-        if context.task.test.answers is None:
-            return "its prompts have no answers, so no edit can be judged by what the model says"
-        return None
+    asks = "answers"
 
     def work(self, context: StudyContext, /) -> int:
         """Held-out prompts."""
@@ -80,30 +85,25 @@ class Controls(Part[ControlsResult]):
 
     def panels(self, result: ControlsResult, /) -> list[Panel]:
         """Splits, other sites, chance, and halves."""
-        charts = self.figures(result)
-
-        def panel(name: str, title: str, lines: list[str], table: Table) -> Panel:
-            chart = charts.get(f"controls_{name}")
-            shown = {} if chart is None else {"": chart}
-            return Panel(f"controls-{name}", title, " ".join(lines), shown, table=table)
-
-        made = [
-            panel(
-                "splits",
-                "Which part of the edit carries its effect?",
-                _split_findings(result),
-                _split_table(result),
+        charts, chance = self.figures(result), [*_chance_findings(result), *_half_findings(result)]
+        made = {
+            "splits": ("Which part of the edit carries its effect?", _split_findings(result),
+                       _split_table(result)),
+            "sites": ("The same edit at other sites", _site_findings(result), _site_table(result)),
+            "chance": (f"Edits that know nothing of the {result.words.value}, and edits from half "
+                       "of the prompts", chance, _chance_table(result)),
+        }  # fmt: skip
+        return [
+            Panel(
+                f"controls-{name}",
+                title,
+                " ".join(lines),
+                {"": charts[f"controls_{name}"]} if f"controls_{name}" in charts else {},
+                table=table,
             )
+            for name, (title, lines, table) in made.items()
+            if name != "sites" or result.elsewhere
         ]
-        if result.elsewhere:
-            title = "The same edit at other sites"
-            made.append(panel("sites", title, _site_findings(result), _site_table(result)))
-        title = (
-            f"Edits that know nothing of the {result.words.value}, and edits from half of the "
-            "prompts"
-        )
-        lines = [*_chance_findings(result), *_half_findings(result)]
-        return [*made, panel("chance", title, lines, _chance_table(result))]
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -259,85 +259,68 @@ def _listed(sites: list[str]) -> str:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-NOTHING = Estimate(None, None, None, 0)
-
-
-def _outcomes(
-    result: ControlsResult, outcomes: Sequence[EditOutcome], what: str = ""
-) -> dict[str, list[Estimate | Cell]]:
+def _outcome(result: ControlsResult, path: str, what: str = "") -> dict[str, Reading]:
+    """Columns of what an edit does, which a record has under a path."""
     words = result.words
     return {
-        f"{what}answers flipped (%)": [item.flipped for item in outcomes],
-        f"{what}{words.preference} ({words.unit})": [item.logit_difference for item in outcomes],
-        f"{what}recovered of the interchange (%)": [item.recovered for item in outcomes],
+        f"{what}answers flipped (%)": f"{path}.flipped",
+        f"{what}{words.preference} ({words.unit})": f"{path}.logit_difference",
+        f"{what}recovered of the interchange (%)": f"{path}.recovered",
     }
 
 
 def _split_table(result: ControlsResult) -> Table:
     """A row for each part of each split."""
-    every = [(split, place, getattr(split, place)) for split in result.splits for place in PLACES]
-    splits, pieces = [split for split, *_ in every], [piece for *_, piece in every]
-
-    def lies(name: str) -> list[Estimate | Cell]:
-        return [getattr(piece.along, name, None) for piece in pieces]
-
-    return table_of(
-        {
-            "space": [split.space for split in splits],
-            "part": [place for _, place, _ in every],
-            **_outcomes(result, [piece.outcome for piece in pieces]),
-            "share of effect (%)": [piece.outcome.effect or NOTHING for piece in pieces],
-            "share of ‖δ‖² (%)": [piece.share for piece in pieces],
-            "Mahalanobis length / edit's": [piece.mahalanobis for piece in pieces],
-            "class means apart (SD within class)": lies("separation"),
-            "edit moves (SD)": lies("shift"),
-            "edited lie at (SD from mean)": lies("position"),
-            "farthest natural (SD)": lies("farthest"),
-            "dimensions": [split.dimensions for split in splits],
-            "rank of the weights": [split.rank for split in splits],
-            "share of the weights' norm held (%)": [split.energy for split in splits],
-        }
-    )
+    rows = [
+        ((split.space, place), {"split": split, "part": getattr(split, place)})
+        for split in result.splits
+        for place in PLACES
+    ]
+    columns: dict[str, Reading] = {
+        **_outcome(result, "part.outcome"),
+        "share of effect (%)": lambda row: row["part"].outcome.effect or UNKNOWN,
+        "share of ‖δ‖² (%)": "part.share",
+        "Mahalanobis length / edit's": "part.mahalanobis",
+        "class means apart (SD within class)": "part.along.separation",
+        "edit moves (SD)": "part.along.shift",
+        "edited lie at (SD from mean)": "part.along.position",
+        "farthest natural (SD)": "part.along.farthest",
+        "dimensions": "split.dimensions",
+        "rank of the weights": "split.rank",
+        "share of the weights' norm held (%)": "split.energy",
+    }
+    return table_of(["space", "part"], rows, columns)
 
 
 def _site_table(result: ControlsResult) -> Table:
-    items = result.elsewhere
-    return table_of(
-        {
-            "site": [item.site for item in items],
-            "probe accuracy (%)": [item.probe_accuracy for item in items],
-            f"as accurate as at {result.site}": [
-                "yes" if item.as_accurate else "no" for item in items
-            ],
-            "cosine of the two edits": [item.cosine for item in items],
-            **_outcomes(result, [item.moved for item in items], "moved edit: "),
-            **_outcomes(result, [item.fitted for item in items], "edit fitted there: "),
-        }
-    )
+    columns: dict[str, Reading] = {
+        "probe accuracy (%)": "probe_accuracy",
+        f"as accurate as at {result.site}": "as_accurate",
+        "cosine of the two edits": "cosine",
+        **_outcome(result, "moved", "moved edit: "),
+        **_outcome(result, "fitted", "edit fitted there: "),
+    }
+    return table_of(["site"], (([item.site], item) for item in result.elsewhere), columns)
 
 
 def _chance_table(result: ControlsResult) -> Table:
     """A row for each edit: the study's, those from halves, and those by chance."""
-    own, chance = _own_edits(result), result.chance
-    none: list[Estimate | Cell] = [None] * len(own)
-    columns = _outcomes(result, [outcome for _, outcome, *_ in own])
-    flips, means, recovered = columns.values()
-    recovered += [None] * len(chance)
-    flips += [item.mean_flipped or NOTHING for item in chance]
-    means += [item.logit_difference for item in chance]
-    seeds = [", ".join(f"{100 * share:.1f} %" for share in item.flipped) for item in chance]
-    return table_of(
-        {
-            "edit": [*(label for label, *_ in own), *(item.kind for item in chance)],
-            **columns,
-            "flipped by seed": [*none, *seeds],
-            "Mahalanobis length / edit's": [*none, *(item.length for item in chance)],
-            "accuracy of its probe on its own labels (%)": [
-                *(accuracy for _, _, accuracy, _ in own),
-                *(item.accuracy for item in chance),
-            ],
-        }
-    )
+    rows: list[tuple[list[str], dict[str, Any]]] = [
+        ([label], {"accuracy": accuracy, "outcome": outcome})
+        for label, outcome, accuracy, _ in _own_edits(result)
+    ]
+    for item in result.chance:
+        flips = item.mean_flipped or UNKNOWN
+        seeds = ", ".join(f"{100 * share:.1f} %" for share in item.flipped)
+        outcome = {"flipped": flips, "logit_difference": item.logit_difference}
+        rows.append(([item.kind], {**vars(item), "outcome": outcome, "seeds": seeds}))
+    columns: dict[str, Reading] = {
+        **_outcome(result, "outcome"),
+        "flipped by seed": "seeds",
+        "Mahalanobis length / edit's": "length",
+        "accuracy of its probe on its own labels (%)": "accuracy",
+    }
+    return table_of(["edit"], rows, columns)
 
 
 def _own_edits(result: ControlsResult) -> list[tuple[str, EditOutcome, float, str]]:
@@ -365,15 +348,11 @@ def _split_chart(result: ControlsResult) -> Chart:
     ]
     marks = [
         marks_of(
-            f"{label}, alone",
-            names,
-            [getattr(split, place).outcome.effect for split in result.splits],
-            scale=100,
-            kind="bars",
-            colour=colour,
+            f"{label}, alone", names, [reads(s, f"{place}.outcome.effect") for s in result.splits],
+            scale=100, kind="bars", colour=colour,
         )
         for place, (label, colour) in PLACES.items()
-    ]
+    ]  # fmt: skip
     pane = Pane(
         marks,
         rules=[Rule(0.0, dash="solid"), Rule(100.0)],
@@ -384,32 +363,23 @@ def _split_chart(result: ControlsResult) -> Chart:
 
 
 def _site_chart(result: ControlsResult) -> Chart:
-    items = result.elsewhere
-    names = [item.site for item in items]
-    moved, fitted = ([getattr(item, k).flipped for item in items] for k in ("moved", "fitted"))
-    accuracies = [item.probe_accuracy for item in items]
-    label = f"flipped by the edit of {result.site}, moved"
+    moved = f"flipped by the edit of {result.site}, moved"
+    curves: dict[str, tuple[str, dict[str, Any]]] = {
+        "probe accuracy there": ("probe_accuracy", {"colour": PROBE}),
+        moved: ("moved.flipped", {"colour": COUNTERFACTUAL, "marker": "square"}),
+        "flipped by the edit fitted there": (
+            "fitted.flipped", {"colour": CONTROL, "marker": "triangle"}
+        ),
+    }  # fmt: skip
+    names = [item.site for item in result.elsewhere]
+    marks = [
+        marks_of(label, names, [reads(i, path) for i in result.elsewhere], scale=100, **looks)
+        for label, (path, looks) in curves.items()
+    ]
     flips = result.counterfactual.flipped.value
-    pane = Pane(
-        [
-            marks_of("probe accuracy there", names, accuracies, scale=100, colour=PROBE),
-            marks_of(label, names, moved, scale=100, colour=COUNTERFACTUAL, marker="square"),
-            marks_of(
-                "flipped by the edit fitted there",
-                names,
-                fitted,
-                scale=100,
-                colour=CONTROL,
-                marker="triangle",
-            ),
-        ],
-        rules=[]
-        if flips is None
-        else [Rule(100 * flips, name=f"flipped at {result.site}", colour=CLEAN, dash="dash")],
-        x_title=SITES,
-        y_title="held-out prompts (%)",
-        y_range=(-4.0, 104.0),
-    )
+    here = f"flipped at {result.site}"
+    rules = [] if flips is None else [Rule(100 * flips, "y", here, CLEAN, "dash")]
+    pane = by_site(marks, rules=rules, y_title="held-out prompts (%)")
     return Chart([pane], f"The edit of {result.site} at other sites")
 
 
@@ -424,25 +394,13 @@ def _chance_chart(result: ControlsResult) -> Chart:
     ]
     marks: list[Marks] = []
     for label, share, colour, seeds in known:
-        marks.append(
-            marks_of(
-                label,
-                [label],
-                [share],
-                scale=100,
-                kind="bars",
-                colour=colour,
-                opacity=0.8,
-                labels=[percent(share.value, 0)],
-                legend=False,
-            )
-        )
+        bar: dict[str, Any] = {"kind": "bars", "colour": colour, "opacity": 0.8, "legend": False}
+        number = [percent(share.value, 0)]
+        marks.append(marks_of(label, [label], [share], scale=100, labels=number, **bar))
         if seeds:
-            ticks = [100 * s for s in seeds]
+            tick: dict[str, Any] = {"kind": "points", "marker": "tick", "colour": CLEAN}
             at = [label] * len(seeds)
-            marks.append(
-                Marks("seeds", at, ticks, kind="points", marker="tick", colour=CLEAN, legend=False)
-            )
+            marks.append(marks_of("seeds", at, seeds, scale=100, legend=False, **tick))
     pane = Pane(
         marks, y_title="answers flipped (%); ticks: seeds", y_range=(0.0, 110.0), horizontal=True
     )

@@ -21,36 +21,27 @@ from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
-from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
+from lrqp_torch.plot.chart import Chart, Panel
+from lrqp_torch.plot.figures import dose_measures, dose_of, dose_panes, dosed
 from lrqp_torch.qp import Status
 from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.running import Twinned, answers, batches, divergences, put
+from lrqp_torch.study.running import Twinned, batches, put
 from lrqp_torch.study.showing import (
+    HELD_AGAINST,
+    Reading,
     capitalised,
-    grouped,
     headed,
-    held_against,
-    joined,
-    look,
-    marks_of,
+    known,
     share_in_words,
     signed,
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.sweep import fit_edits
-
-SWEEP, FLIPPED = "sweep", "answers flipped (%)"
-LOOKS: dict[str, dict[str, Any]] = {
-    SWEEP: {},
-    "mirror rule": {"kind": "points", "marker": "star", "size": 1.6},
-    "mirror rule, control": {"kind": "points", "marker": "triangle", "filled": False, "size": 1.3},
-}
-"""How the edits of each rule are drawn."""
+from lrqp_torch.study.sweep import columns, read_answers
 
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
@@ -105,13 +96,6 @@ class TaskDose:
     control: EditSummary
     counterfactual: EditSummary
     interchange: Interchange | None = None
-
-    @property
-    def edits(self) -> list[tuple[str, EditSummary]]:
-        """Every edit with the name of its rule, one of :data:`LOOKS`."""
-        mirror, control = list(LOOKS)[1:]
-        sweep = [(SWEEP, dose) for dose in self.doses]
-        return [*sweep, (mirror, self.counterfactual), (control, self.control)]
 
     def half_dose(self) -> float | None:
         """The least log α of the sweep at which half of the answers flip; None if none does."""
@@ -180,48 +164,30 @@ class Dose(Part[DoseResult]):
 
     @torch.no_grad()
     def _task(self, given: Given, task: Task, advance: Advance) -> TaskDose:
-        context, settings, site = given.context, given.settings, given.site
+        context, site, n = given.context, given.site, len(task.test)
         train, test = context.clean(task, "mark", advance, [site])
-        mirror = fit_edits(
-            train,
-            task.train.labels.to(train[site].device),
-            l2=settings.l2,
-            shrinkage=settings.shrinkage,
-            log_odds=settings.log_odds,
-        )[site]
-        probe = mirror.probe
+        mirror = given.fit(train, task.train.labels.to(train[site].device))[site]
         # Prompts that cannot be edited are counted instead of ending the study.
-        fixed = partial(LRQP, probe, mirror.metric, rule="fixed", on_infeasible="skip")
+        fixed = partial(LRQP, mirror.probe, mirror.metric, rule="fixed", on_infeasible="skip")
         edits = [(fixed(log_odds=odds), "counterfactual") for odds in self.log_alphas]
         edits += [(mirror, "control"), (mirror, "counterfactual")]
         twinned = Twinned.of(context, task, site, mirror.metric.distance)
-        clean: dict[str, Tensor] = {}
-        patch: dict[str, Tensor] = {}
+        clean, patch = dict[str, Tensor](), dict[str, Tensor]()
         found: list[dict[str, Tensor]] = [{} for _ in edits]
-        n = len(task.test)
         for batch in batches(context.model, task.test, context.batch_size):
-            put(clean, answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
-            if twinned is not None:
-                put_there = twinned.under(batch)
-                here = answers(batch.prompts, put_there.logits, put_there.rest)
-                here["divergence"] = divergences(batch.clean, put_there.logits)
-                put(patch, here, batch.rows, n)
-            for (one, condition), columns in zip(edits, found, strict=True):
+            put(clean, read_answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
+            there = None if twinned is None else twinned.under(batch)
+            if there is not None:
+                put(patch, columns(batch, there), batch.rows, n)
+            for (one, condition), kept in zip(edits, found, strict=True):
                 target = {condition: batch.targets()[condition]}
                 edited = batch.edited(site, one, target)[condition]
-                here = edited.record | answers(batch.prompts, edited.logits, edited.rest)
-                here["divergence"] = divergences(batch.clean, edited.logits)
-                if twinned is not None:
-                    away = divergences(put_there.logits, edited.logits)
-                    here["kl_to_interchange"] = away
-                put(columns, here, batch.rows, n)
+                put(kept, columns(batch, edited, there), batch.rows, n)
                 advance(len(batch))
         right = clean["own_lead"] > 0 if clean else None
-
         groups = task.test.groups
         among = None if right is None or groups is None else groups.cpu()[right]
-        likeness: dict[int, dict[str, Any]] = {}
-        interchange = None
+        likeness, interchange = dict[int, dict[str, Any]](), None
         if twinned is not None:
             how = (twinned.known, context.seed, groups)
             patch["distance"] = twinned.distance
@@ -230,30 +196,32 @@ class Dose(Part[DoseResult]):
             likeness = likenesses(clean, own, *how)
             interchange = interchange_of(clean, patch, *how)
 
-        def mean(values: Tensor) -> Estimate:
+        def mean(values: Tensor | None) -> Any:
+            if values is None:
+                return None
             return Estimate.mean(values, context.generator(), groups)
 
         *doses, control, counterfactual = (
             EditSummary(
-                log_alpha=columns["floor"].mean().item(),
+                log_alpha=kept["floor"].mean().item(),
                 flipped=None
                 if right is None
-                else Estimate.share(columns["other_lead"][right] > 0, among),
-                preference=None if right is None else mean(columns["preference"]),
-                divergence=mean(columns["divergence"]),
-                distance=mean(columns["distance"]),
-                euclidean=mean(columns["euclidean"]),
-                edited=(columns["status"] == Status.SOLVED).double().mean().item(),
-                unreached=int((columns["status"] >= Status.INFEASIBLE).sum()),
+                else Estimate.share(kept["other_lead"][right] > 0, among),
+                preference=mean(kept.get("logit_difference")),
+                divergence=mean(kept["divergence"]),
+                distance=mean(kept["distance"]),
+                euclidean=mean(kept["euclidean"]),
+                edited=(kept["status"] == Status.SOLVED).double().mean().item(),
+                unreached=int((kept["status"] >= Status.INFEASIBLE).sum()),
                 **likeness.get(index, {}),
             )
-            for index, columns in enumerate(found)
+            for index, kept in enumerate(found)
         )
         return TaskDose(
             prompts=n,
             answered=None if right is None else int(right.sum()),
-            probe_accuracy=probe.accuracy(test[site], task.test.labels),
-            clean=mean(clean["preference"]) if clean else None,
+            probe_accuracy=mirror.probe.accuracy(test[site], task.test.labels),
+            clean=mean(clean.get("logit_difference")),
             doses=doses,
             control=control,
             counterfactual=counterfactual,
@@ -266,29 +234,30 @@ class Dose(Part[DoseResult]):
 
     def figures(self, result: DoseResult, /) -> dict[str, Chart]:
         """The dose curves: answers flipped, preference, and size of the edit."""
-        panes = [_pane(result, *measure) for measure in _measures(result).values()]
-        shown = panes[:2] + panes[-2:] if len(panes) > 3 else panes
-        where = f"edits at {result.site}, {result.words.position}"
-        title = f"How much belief it takes to flip an answer: {where}"
-        return {"dose": Chart(shown, title, columns=2, share_x=True)}
+        return {"dose": dose_of(result)}
 
     def panels(self, result: DoseResult, /) -> list[Panel]:
         """The dose curves, with a table."""
-        words, measures = result.words, _measures(result)
-        charts = {key: Chart([_pane(result, *measure)]) for key, measure in measures.items()}
-        shares = ""
-        if FLIPPED in measures:
-            pane = _pane(result, *measures[FLIPPED], against="distance")
-            charts["flips by size"] = Chart([pane])
+        words, measures = result.words, dose_measures(result)
+        charts = {name: Chart([pane]) for name, pane in dose_panes(result).items()}
+        shares, flips = "", next(iter(measures))
+        if measures[flips][0] == "flipped":
+            charts["flips by size"] = Chart([dose_panes(result, "distance")[flips]])
             shares = (
                 f" Shares are of the prompts answered {words.held} without an edit, with Wilson "
                 "95 % intervals."
             )
-        every = [
-            (task_in_words(name) or "–", rule, edit)
+        rows = [
+            ((task_in_words(name) or "–", rule), edit)
             for name, task in result.tasks.items()
-            for rule, edit in task.edits
+            for rule, edit in dosed(task)
         ]
+        quantities: dict[str, Reading] = {
+            "log α (mean)": "log_alpha",
+            **{name: field for name, (field, _) in measures.items()},
+            "prompts changed (%)": "edited",
+            **known([edit for _, edit in rows], HELD_AGAINST),
+        }
         return [
             Panel(
                 name="dose",
@@ -301,36 +270,9 @@ class Dose(Part[DoseResult]):
                 "95 % intervals.",
                 charts=charts,
                 choice="measure",
-                table=table_of(
-                    {
-                        "task": [task for task, _, _ in every],
-                        "rule": [rule for _, rule, _ in every],
-                        "log α (mean)": [edit.log_alpha for *_, edit in every],
-                        **{
-                            key: [getattr(edit, field) for *_, edit in every]
-                            for key, (field, _) in measures.items()
-                        },
-                        "prompts changed (%)": [edit.edited for *_, edit in every],
-                        **held_against([edit for *_, edit in every]),
-                    }
-                ),
+                table=table_of(["task", "rule"], rows, quantities),
             )
         ]
-
-
-def _measures(result: DoseResult) -> dict[str, tuple[str, str]]:
-    """What is drawn, by its name: the field of :class:`EditSummary`, and the title of the axis."""
-    words = result.words
-    measures = {
-        FLIPPED: ("flipped", FLIPPED),
-        words.preference: ("preference", f"mean {words.preference} at {words.end} ({words.unit})"),
-        "change of the next token": ("divergence", "mean KL from the clean run (nats)"),
-        "Mahalanobis size": ("distance", "mean Mahalanobis length of the edit"),
-        "Euclidean size": ("euclidean", "mean Euclidean length (units of the stream)"),
-    }
-    if any(task.answered is not None for task in result.tasks.values()):
-        return measures
-    return dict(list(measures.items())[2:])
 
 
 def _finding(result: DoseResult, name: str) -> str:
@@ -354,7 +296,7 @@ def _finding(result: DoseResult, name: str) -> str:
         else f"half of the answers flip from log α = {half:g} on"
     )
     flips = [share_in_words(edit.flipped) for edit in (last, mirror, control) if edit.flipped]
-    unreached = sum(edit.unreached for _, edit in task.edits)
+    unreached = sum(edit.unreached for _, edit in dosed(task))
     ceiling = ""
     if task.interchange is not None and task.interchange.flipped is not None:
         ceiling = (
@@ -370,38 +312,6 @@ def _finding(result: DoseResult, name: str) -> str:
         f"{signed(mirror.preference.known)} after), and {flips[2]} towards the true one."
         + ceiling
         + (f" {unreached} edits could not be solved." if unreached else ""),
-    )
-
-
-def _pane(result: DoseResult, field: str, title: str, against: str = "log_alpha") -> Pane:
-    """A measure of the edits against their log α or their size, by version of the task."""
-    marks: list[Marks] = []
-    rules = [] if field == "flipped" else [Rule(0.0, dash="solid")]
-    for index, (name, task) in enumerate(result.tasks.items()):
-        words, style = task_in_words(name), look(index)
-        for rule, edits in grouped(task.edits, lambda item: item[0]).items():
-            x = [getattr(edit, against) for _, edit in edits]
-            places = [item.known if isinstance(item, Estimate) else item for item in x]
-            values = [getattr(edit, field) for _, edit in edits]
-            label = joined("" if rule == SWEEP and words else rule, words)
-            scale = 100 if field == "flipped" else 1
-            marks.append(marks_of(label, places, values, scale=scale, **style | LOOKS[rule]))
-        if field == "preference" and task.clean is not None:
-            rules.append(Rule(task.clean.known, colour=style["colour"]))
-        names = {"flipped": "flipped", "preference": "logit_difference"}
-        ceiling = getattr(task.interchange, names.get(field, ""), None)
-        if ceiling is not None and ceiling.value is not None:
-            label = joined("interchange", words)
-            at = 100 * ceiling.value if field == "flipped" else ceiling.value
-            rules.append(Rule(at, name=label, colour=style["colour"], dash="dash"))
-    return Pane(
-        marks,
-        rules=rules,
-        x_title=f"log α: least log odds of the other {result.words.value} (nats)"
-        if against == "log_alpha"
-        else "mean Mahalanobis length of the edit",
-        y_title=title,
-        y_range=(-4.0, 104.0) if field == "flipped" else None,
     )
 
 

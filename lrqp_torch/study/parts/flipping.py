@@ -8,13 +8,12 @@ Source: the post "Intervening in the Residual Stream" (2023).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.plot.chart import Chart, Pane, Panel, Table
+from lrqp_torch.plot.chart import Chart, Panel, Table, look, marks_of
 from lrqp_torch.plot.figures import histogram_of, scatter_of, sweep_of
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock
@@ -22,34 +21,36 @@ from lrqp_torch.study.ceiling import LEVEL, PROBES, null_edits, shuffled, turns
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.doses import asked_at
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.part import Batches, Given, Part
+from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words, halves
 from lrqp_torch.study.records import BESIDE
 from lrqp_torch.study.results import (
     CleanResult,
-    ConditionResult,
     Refits,
     SiteResult,
     StudyResults,
     TaskFlipping,
     best_site,
     judged,
+    told,
 )
 from lrqp_torch.study.showing import (
-    SITES,
+    HELD_AGAINST,
+    UNTOLD,
+    Reading,
     between,
-    held_against,
+    by_site,
     in_ranges,
-    look,
-    marks_of,
+    known,
     percent,
+    reads,
     share_in_words,
     signed,
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, fit_edits, sweep
-from lrqp_torch.study.trials import Trial, Trials, displacements, flipped
+from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, Batches, sweep
+from lrqp_torch.study.trials import Trials, displacements, flipped
 
 MOST_POINTS = 500
 """Held-out prompts drawn at each site; the numbers are of all of them."""
@@ -133,10 +134,12 @@ class Flipping(Part[FlippingResult]):
 
     def found(self, study: StudyResults, /) -> FlippingResult | None:
         """The sweep as results.json has it: the own task on top, the other among the parts."""
-        if study.best_site is None:
+        site = study.best_site
+        if site is None:
             return None
+        study = replace(study, sites=told(study.sites), best=told(study.best))
         own = TaskFlipping(
-            study.task, study.clean, study.sites, study.used_sites, study.best_site, {}, study.best
+            study.task, study.clean, study.sites, study.used_sites, site, {}, study.best
         )
         tasks, other = {study.task: own}, study.parts.get(OTHER_TASK)
         if other is not None:
@@ -148,28 +151,22 @@ class Flipping(Part[FlippingResult]):
 
     def says(self, result: FlippingResult, /) -> list[str]:
         """What can be read where, what is used where, and whether the edits kept their promise."""
-        study = result.shown_in
-        words, clean, sites = study.words, study.clean, list(study.sites)
-        readable = [
-            name
-            for name, site in study.sites.items()
-            if (site.probe_accuracy.value or 0) >= KNOWABLE
-        ]
+        study, best = result.shown_in, result.shown_in.strongest
+        words, sites = study.words, study.sites
+        readable = [n for n, site in sites.items() if (site.probe_accuracy.value or 0) >= KNOWABLE]
         lines = [
             f"Readable: a probe reads the {words.value} right on {percent(KNOWABLE, 0)} of the "
-            f"held-out prompts or more at {in_ranges(readable, sites)}; always naming the most "
-            f"frequent class is right on {percent(study.majority)}."
+            f"held-out prompts or more at {in_ranges(readable, list(sites))}; always naming the "
+            f"most frequent class is right on {percent(study.majority)}."
         ]
-        best = study.strongest
         assert best is not None
-        edit, control = best.counterfactual, best.control
-        if study.answered is None or clean.logit_difference is None:
+        if study.answered is None:
             lines += [
                 "The prompts have no answers, so no flip can be counted, and no site is said to be "
                 "used. The effect of an edit is how much it changes the next token.",
                 f"The counterfactual edit changes it most at {study.best_site}: by "
-                f"{_mean(edit.divergence)} nats, where the control edit changes it by "
-                f"{_mean(control.divergence)}.",
+                f"{_mean(best.counterfactual.divergence)} nats, where the control edit changes it "
+                f"by {_mean(best.control.divergence)}.",
             ]
         else:
             count = round((study.answered.value or 0) * study.answered.n)
@@ -183,9 +180,7 @@ class Flipping(Part[FlippingResult]):
                 lines.append("None is left whose answer could flip, so no site is said to be used.")
             else:
                 lines += [_used(study), _strongest(study, best), *_beyond(study)]
-        failed = sum(c.failed for s in study.sites.values() for c in (s.control, s.counterfactual))
-        margin = min(site.worst_log_odds_margin for site in study.sites.values())
-        return [*lines, *_truth(study), promise_in_words(failed, margin)]
+        return [*lines, *_truth(study), _promise(list(sites.values()))]
 
     # ---- charts ----------------------------------------------------------------------------------
 
@@ -210,18 +205,6 @@ class Flipping(Part[FlippingResult]):
         if result.other is not None:
             panels.append(_tasks_panel(result.own, result.other, study.words))
         return panels
-
-
-def promise_in_words(failed: int, margin: float) -> str:
-    """Whether the edits kept their promise: how many failed, and the worst log odds margin."""
-    if failed:
-        return f"{failed} edits were infeasible or inaccurate; see the table of sites."
-    if margin >= 0:
-        return (
-            "Every edit reached the odds asked of its probe, read back from the very numbers that "
-            "the model received."
-        )
-    return f"The worst edit missed the log odds asked of its probe by {-margin:.1g}."
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -256,14 +239,7 @@ def _swept(
     with clock.stage("fit"), ranks.counted(advance, (1 + PROBES) * len(context.sites)) as fitted:
 
         def edits_at(sites: list[str]) -> dict[str, LRQP]:
-            return fit_edits(
-                {site: found[site] for site in sites},
-                labels,
-                l2=settings.l2,
-                shrinkage=settings.shrinkage,
-                log_odds=settings.log_odds,
-                advance=fitted,
-            )
+            return given.fit({site: found[site] for site in sites}, labels, fitted)
 
         def chance_at(sites: list[str]) -> dict[str, nn.ModuleList]:
             each = list(enumerate(mixed))
@@ -275,7 +251,7 @@ def _swept(
         chance = ranks.divide(context.sites, chance_at, context.device)
     with clock.stage("interchange"):
         asked = asked_at(context, task, settings.dose, edits, ranks)
-        beside, known = _put_beside(given, task, edits, chance, held_out, asked)
+        beside, told = _put_beside(given, task, edits, chance, held_out, asked)
     with clock.stage("sweep"):
         flat = sweep(
             context.model,
@@ -288,7 +264,7 @@ def _swept(
             asked=asked,
             advance=advance,
         )
-    flat |= known
+    flat |= told
     truth = task.test.labels.to(context.device)
     groups, rows = task.test.groups, halves(task.test)
 
@@ -301,7 +277,7 @@ def _swept(
     sites = judged({site: result(site, flat) for site in context.sites}, flat, context.seed)
     if settings.refits and ranks.is_main and task.test.answers is not None:
         with clock.stage("refits"):
-            spread = _refitted(given, task, found, held_out, edits, flat)
+            spread = _refitted(given, task, found, held_out, flat)
         sites = {
             name: replace(
                 one,
@@ -325,31 +301,21 @@ def _refitted(
     task: Task,
     found: Mapping[str, Tensor],
     held_out: Mapping[str, Tensor],
-    edits: Mapping[str, LRQP],
     flat: Mapping[str, Tensor],
 ) -> dict[str, Refits]:
     """The counterfactual edits of each site, fitted to training prompts drawn with replacement."""
-    context, settings = given.context, given.settings
-    labels, (y, target) = task.train.labels, (
-        values.to(context.device) for values in (task.test.labels, task.test.other)
-    )  # fmt: skip
-    generator, trials = context.generator(), Trials(context, task.test)
-    made: list[dict[str, Trial]] = []
-    for _ in range(settings.refits):
-        rows = torch.cat(
-            [
-                own[torch.randint(len(own), (len(own),), generator=generator)]
-                for label in labels.cpu().unique()
-                for own in [(labels.cpu() == label).nonzero().flatten()]
-            ]
-        ).to(context.device)
-        refitted = fit_edits(
-            {site: x[rows] for site, x in found.items()},
-            labels.to(context.device)[rows],
-            l2=settings.l2,
-            shrinkage=settings.shrinkage,
-            log_odds=float(next(iter(edits.values())).log_odds),
-        )
+    context, labels = given.context, task.train.labels.cpu()
+    y, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
+    generator, trials, made = context.generator(), Trials(context, task.test), []
+    for _ in range(given.settings.refits):
+        drawn = [
+            own[torch.randint(len(own), (len(own),), generator=generator)]
+            for label in labels.unique()
+            for own in [(labels == label).nonzero().flatten()]
+        ]
+        rows = torch.cat(drawn)
+        known = {site: x[rows.to(context.device)] for site, x in found.items()}
+        refitted = given.fit(known, labels[rows].to(context.device))
         made.append(
             {
                 site: trials.add(site, displacements(edit, held_out[site], target, y))
@@ -362,10 +328,10 @@ def _refitted(
     def of(site: str) -> Refits:
         ran = [one[site] for one in made]
         shares = [flipped(before, trial["other_lead"]).value for trial in ran]
-        patch, known = flat.get(f"{site}.{INTERCHANGE}.logit_difference"), flat.get("twins")
+        patch, twins = flat.get(f"{site}.{INTERCHANGE}.logit_difference"), flat.get("twins")
         recovered = []
-        if patch is not None and known is not None:
-            rows = known.bool()
+        if patch is not None and twins is not None:
+            rows = twins.bool()
             most = float((clean - patch)[rows].mean())
             falls = [float((clean - trial["preference"])[rows].mean()) for trial in ran]
             recovered = [fall / most for fall in falls] if most else []
@@ -376,8 +342,8 @@ def _refitted(
 
 def _beside(context: StudyContext, task: Task) -> list[str]:
     """What runs beside the edits: the interchange, and the null where there are answers."""
-    known = task.test.spans is None and task.test.twins() is not None
-    names = [INTERCHANGE] if known else []
+    twins = task.test.spans is None and task.test.twins() is not None
+    names = [INTERCHANGE] if twins else []
     if task.test.answers is None:
         return names
     runs = len(turns(len(task.test), context.generator()))
@@ -395,27 +361,19 @@ def _put_beside(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """What runs beside the edits by site and name, (n, d), and what is known of each prompt."""
     context, names = given.context, _beside(given.context, task)
-    labels = task.test.labels.to(context.device)
-    target = task.test.other.to(context.device)
+    labels, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
     twins = context.twins(task, ranks=given.ranks) if INTERCHANGE in names else None
-    known: dict[str, Tensor] = {}
-    if twins is not None:
-        known["twins"] = twins[1].long()
-    nulls = dict(
-        zip(
-            [name for name in names if name.startswith(NULL)],
-            turns(len(labels), context.generator()),
-            strict=False,
-        )
-    )
-    known |= {f"{name}.probe": turn for name, turn in nulls.items()}
+    drawn = turns(len(labels), context.generator())
+    nulls = dict(zip([n for n in names if n.startswith(NULL)], drawn, strict=False))
+    told = {} if twins is None else {"twins": twins[1].long()}
+    told |= {f"{name}.probe": turn for name, turn in nulls.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for site in context.sites:
         edit, x, here = edits[site], held_out[site], dict[str, Tensor]()
         if twins is not None:
             here[INTERCHANGE] = twins[0][site]
             moved = here[INTERCHANGE].double() - x.double()
-            known[f"{site}.{INTERCHANGE}.distance"] = edit.metric.distance(moved).cpu()
+            told[f"{site}.{INTERCHANGE}.distance"] = edit.metric.distance(moved).cpu()
         if nulls:
             floors = asked.get(site, {}).get("counterfactual")
             length = edit.metric.distance(displacements(edit, x, target, labels, floors))
@@ -423,7 +381,7 @@ def _put_beside(
             delta = null_edits(chance[site], edit.metric, target, labels, length, turn)
             here[name] = (x.double() + delta).to(x.dtype)
         found[site] = here
-    return found, known
+    return found, told
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -433,18 +391,35 @@ def _mean(estimate: Estimate) -> str:
     return f"{signed(estimate.known)} ({between(estimate)})"
 
 
+def _promise(sites: Sequence[SiteResult]) -> str:
+    """Whether the edits kept their promise: how many failed, and the worst log odds margin."""
+    failed = sum(map(_failed, sites))
+    margin = min(site.worst_log_odds_margin for site in sites)
+    if failed:
+        return f"{failed} edits were infeasible or inaccurate; see the table of sites."
+    if margin >= 0:
+        return (
+            "Every edit reached the odds asked of its probe, read back from the very numbers that "
+            "the model received."
+        )
+    return f"The worst edit missed the log odds asked of its probe by {-margin:.1g}."
+
+
+def _failed(site: SiteResult) -> int:
+    return site.control.failed + site.counterfactual.failed
+
+
 def _used(study: StudyResults) -> str:
-    """At which sites the class is used, by which test, and how much of the ceiling is recovered."""
+    """At which sites the class is used, and by which test."""
     where = in_ranges(study.used_sites, list(study.sites))
-    known = [site for site in study.sites.values() if site.null is not None]
-    if not known:
+    tested = sum(site.null is not None for site in study.sites.values())
+    if not tested:
         return f"Used, by the rule of version 0.3: {where}."
-    line = (
+    return (
         f"Used: the counterfactual edit flips more answers than edits as long of {PROBES} probes "
         f"of shuffled labels (exact paired test, P below {LEVEL:g} after Holm's correction for "
-        f"{len(known)} sites) at {where}."
+        f"{tested} sites) at {where}."
     )
-    return line
 
 
 def _beyond(study: StudyResults) -> list[str]:
@@ -460,19 +435,14 @@ def _beyond(study: StudyResults) -> list[str]:
 
 
 def _strongest(study: StudyResults, best: SiteResult) -> str:
-    clean, words, edit, control = (
-        study.clean.logit_difference,
-        study.words,
-        best.counterfactual,
-        best.control,
-    )
+    clean, words, edit = study.clean.logit_difference, study.words, best.counterfactual
     assert edit.logit_difference is not None and clean is not None
-    assert edit.flipped is not None and control.flipped is not None
+    assert edit.flipped is not None and best.control.flipped is not None
     line = (
         f"The strongest edit, at {study.best_site}, flips {share_in_words(edit.flipped)} of the "
         f"answers and takes the mean {words.preference} from {signed(clean.known)} to "
         f"{_mean(edit.logit_difference)}. The control edit there, which writes the {words.value} "
-        f"that is true, flips {share_in_words(control.flipped)}."
+        f"that is true, flips {share_in_words(best.control.flipped)}."
     )
     patch = best.interchange
     if patch is not None and patch.flipped is not None and best.agreement is not None:
@@ -480,14 +450,12 @@ def _strongest(study: StudyResults, best: SiteResult) -> str:
             f" Its ceiling, the activation of a twin that differs in {words.variable} alone, flips "
             f"{share_in_words(patch.flipped)}"
         )
-        line += (
-            "."
-            if best.recovered is None
-            else (
+        if best.recovered is not None:
+            line += (
                 f"; the edit recovers {share_in_words(best.recovered, 0)} of that effect, with the "
-                f"same answer on {share_in_words(best.agreement, 0)} of the prompts."
+                f"same answer on {share_in_words(best.agreement, 0)} of the prompts"
             )
-        )
+        line += "."
     if study.best is not None:
         line += (
             f" The site was chosen by one half of the held-out prompts, and these numbers are of "
@@ -536,7 +504,8 @@ def _sweep_panel(study: StudyResults) -> Panel:
         "probe nor the metric has seen. Above: how often the probe reads the "
         f"{words.value} right, beside a probe fitted to labels in random order and the most "
         f"frequent class (dotted), {above} The control edit writes the {words.value} that is "
-        "true, so it should change nothing. Bars are 95 % intervals.",
+        "true, so it should change nothing. Bars are 95 % intervals."
+        f"{UNTOLD if any(site.recovered for site in study.sites.values()) else ''}",
         charts={"": sweep_of(study)},
         table=sites_table(study),
     )
@@ -553,79 +522,59 @@ def _histogram_panel(study: StudyResults) -> Panel:
 
 
 def sites_table(study: StudyResults) -> Table:
-    """Every number of the sweep by site."""
-    sites, unit = list(study.sites.values()), study.words.unit
-    columns: dict[str, list[Estimate | str | float | int | None]] = {
-        "site": list(study.sites),
-        "probe accuracy (%)": [site.probe_accuracy for site in sites],
-        "shuffled labels (%)": [site.shuffled_accuracy for site in sites],
+    """Every number of the sweep by site; of ceiling, null, verdict and refits what is known."""
+    sites, answered = list(told(study.sites).values()), study.answered is not None
+    effect = f"{study.words.preference} ({study.words.unit})"
+    columns: dict[str, Reading] = {
+        "probe accuracy (%)": "probe_accuracy",
+        "shuffled labels (%)": "shuffled_accuracy",
     }
-    for condition in reversed(CONDITIONS):
-        edits: list[ConditionResult] = [getattr(site, condition) for site in sites]
-        if study.answered is not None:
-            columns[f"flipped, {condition} (%)"] = [edit.flipped for edit in edits]
-            name = f"{condition}: {study.words.preference} ({unit})"
-            columns[name] = [edit.logit_difference for edit in edits]
-        columns[f"{condition}: KL (nats)"] = [edit.divergence for edit in edits]
-    columns |= _held_against(study, sites)
-    columns |= {
-        "edit length, Mahalanobis": [site.counterfactual.distance for site in sites],
-        "edit length, Euclidean": [site.counterfactual.euclidean for site in sites],
-        "worst log-odds margin": [site.worst_log_odds_margin for site in sites],
-        "failed edits": [site.control.failed + site.counterfactual.failed for site in sites],
+    for name in reversed(CONDITIONS):
+        if answered:
+            columns[f"flipped, {name} (%)"] = f"{name}.flipped"
+            columns[f"{name}: {effect}"] = f"{name}.logit_difference"
+        columns[f"{name}: KL (nats)"] = f"{name}.divergence"
+    further: dict[str, Reading] = {
+        "flipped, interchange (%)": "interchange.flipped",
+        f"interchange: {effect}": "interchange.logit_difference",
+        "interchange length, Mahalanobis": "interchange.distance",
+        "flipped, null (%)": "null.flipped",
+        "shuffled probes as strong": "null.as_strong",
+        "P, used": "verdict.p_adjusted",
+        "used": "verdict.used",
+        "prompts to tell half": "verdict.prompts_needed",
+        "spread of flips over refits (%)": "refits.flipped_sd",
+        "spread of recovered (%)": "refits.recovered_sd",
+        **HELD_AGAINST,
     }
-    return table_of(columns)
-
-
-def _held_against(study: StudyResults, sites: Sequence[SiteResult]) -> dict[str, Any]:
-    """Columns of ceiling, null and verdict, as far as there are such."""
-    columns: dict[str, Any] = {}
-    if any(site.interchange is not None for site in sites):
-        patches = [site.interchange for site in sites]
-        if study.answered is not None:
-            columns["flipped, interchange (%)"] = [p and p.flipped for p in patches]
-            name = f"interchange: {study.words.preference} ({study.words.unit})"
-            columns[name] = [p and p.logit_difference for p in patches]
-        columns["interchange length, Mahalanobis"] = [p and p.distance for p in patches]
-    if any(site.verdict is not None for site in sites):
-        verdicts = [site.verdict for site in sites]
-        columns |= {
-            "flipped, null (%)": [site.null and site.null.flipped for site in sites],
-            "shuffled probes as strong": [site.null and site.null.as_strong for site in sites],
-            "P, used": [verdict and verdict.p_adjusted for verdict in verdicts],
-            "used": ["yes" if site.used else "no" for site in sites],
-            "prompts to tell half": [verdict and verdict.prompts_needed for verdict in verdicts],
-        }
-    if any(site.refits is not None for site in sites):
-        spread = [site.refits for site in sites]
-        columns["spread of flips over refits (%)"] = [one and one.flipped_sd for one in spread]
-        columns["spread of recovered (%)"] = [one and one.recovered_sd for one in spread]
-    return columns | held_against(sites)
+    columns |= known(sites, further) | {
+        "edit length, Mahalanobis": "counterfactual.distance",
+        "edit length, Euclidean": "counterfactual.euclidean",
+        "worst log-odds margin": "worst_log_odds_margin",
+        "failed edits": _failed,
+    }
+    return table_of(["site"], (([name], site) for name, site in told(study.sites).items()), columns)
 
 
 def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
     """Probe accuracy and answers flipped, with and without a sentence before the prompt."""
-
-    def pane(title: str, numbers: Sequence[Sequence[Estimate | None]]) -> Pane:
-        marks = [
-            marks_of(
-                task_in_words(task.task), list(task.sites), values, scale=100,
-                dash="dash" if index else "solid", **look(index),
-            )
-            for index, (task, values) in enumerate(zip((own, other), numbers, strict=True))
-        ]  # fmt: skip
-        return Pane(
-            marks, title=title, x_title=SITES, y_title="Held-out prompts (%)", y_range=(-4, 104)
-        )
-
-    both = [list(task.sites.values()) for task in (own, other)]
     panes = [
-        pane("probe accuracy", [[site.probe_accuracy for site in sites] for sites in both]),
-        pane(
-            "answers flipped by the counterfactual edit",
-            [[site.counterfactual.flipped for site in sites] for sites in both],
-        ),
-    ]
+        by_site(
+            [
+                marks_of(
+                    task_in_words(task.task), list(task.sites),
+                    [reads(site, path) for site in task.sites.values()], scale=100,
+                    dash="dash" if index else "solid", **look(index),
+                )
+                for index, task in enumerate((own, other))
+            ],
+            title,
+        )
+        for title, path in (
+            ("probe accuracy", "probe_accuracy"),
+            ("answers flipped by the counterfactual edit", "counterfactual.flipped"),
+        )
+    ]  # fmt: skip
     clean, answered = other.clean.logit_difference, other.clean.accuracy
     assert clean is not None and answered is not None
     return Panel(
@@ -646,39 +595,32 @@ def _answers(study: StudyResults, site: str) -> Chart:
 
     The axes are the same at every site, so that choosing another one shows what changes.
     """
-    words, texts = study.words, study.texts
+    words, texts, prompts = study.words, study.texts, study.prompts
     assert texts is not None
     keys = ["clean", *(f"{name}.{condition}" for name in study.sites for condition in CONDITIONS)]
-    drawn = torch.stack([study.prompts[f"{key}.logit_difference"][:MOST_POINTS] for key in keys])
-    answers = {
-        key: [_answer(study, row, value) for row, value in enumerate(values.tolist())]
-        for key, values in zip(keys, drawn, strict=True)
-        if key == "clean" or key.startswith(f"{site}.")
+    drawn = torch.stack([prompts[f"{key}.logit_difference"][:MOST_POINTS] for key in keys])
+
+    def answers(key: str) -> list[str]:
+        return [
+            f"{texts.held[row]} ({words.held})"
+            if preference > 0
+            else f"{texts.other[row]} ({words.other})"
+            if preference < 0
+            else "a tie"
+            for row, preference in enumerate(drawn[keys.index(key)].tolist())
+        ]
+
+    before = answers("clean")
+    notes = {
+        name: [
+            f"answer: {was} → {now}"
+            for was, now in zip(before, answers(f"{site}.{name}"), strict=True)
+        ]
+        for name in CONDITIONS
     }
-    return scatter_of(
-        study,
-        site,
-        MOST_POINTS,
-        texts=[texts.shown(row, words.held, words.other) for row in range(drawn.shape[1])],
-        notes={
-            condition: [
-                f"answer: {before} → {after}"
-                for before, after in zip(
-                    answers["clean"], answers[f"{site}.{condition}"], strict=True
-                )
-            ]
-            for condition in CONDITIONS
-        },
-        x_range=_padded(drawn[0]),
-        y_range=_padded(drawn),
-    )
-
-
-def _answer(study: StudyResults, row: int, preference: float) -> str:
-    assert study.texts is not None
-    if preference > 0:
-        return f"{study.texts.held[row]} ({study.words.held})"
-    return f"{study.texts.other[row]} ({study.words.other})" if preference < 0 else "a tie"
+    shown = [texts.shown(row, words.held, words.other) for row in range(drawn.shape[1])]
+    limits = {"x_range": _padded(drawn[0]), "y_range": _padded(drawn)}
+    return scatter_of(study, site, MOST_POINTS, texts=shown, notes=notes, **limits)
 
 
 def _padded(values: Tensor) -> tuple[float, float]:

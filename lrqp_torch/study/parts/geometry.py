@@ -9,7 +9,6 @@ Source: the post "Intervening in the Residual Stream" (2023), which sees the two
 apart in GPT-2 small from L5.mid on for several layers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -18,20 +17,20 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from lrqp_torch.errors import LabelError
-from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, look, marks_of
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.showing import (
-    SITES,
+    Reading,
+    by_site,
     headed,
     in_ranges,
     joined,
-    look,
-    marks_of,
     percent,
+    reads,
     share_in_words,
     table_of,
     task_in_words,
@@ -46,7 +45,16 @@ MOST_DIRECTIONS = 10
 APART = 0.9
 """Held-out accuracy of thresholds on direction 1 from which the classes count as apart."""
 
-ACCURACY = "accuracy on direction 1 (%)"
+ETA, ACCURACY = "eta squared, direction 1 (%)", "accuracy on direction 1 (%)"
+MEASURES: dict[str, Reading] = {
+    ETA: "eta_squared.0",
+    "eta squared, direction 2 (%)": "eta_squared.1",
+    ACCURACY: "accuracy",
+    "area under the curve": "auc",
+    "share of all variance, direction 1 (%)": "variance.0",
+    "share of all variance, direction 2 (%)": "variance.1",
+}
+"""What is measured at a site."""
 
 _LONGEST_TEXT = 90
 
@@ -129,7 +137,7 @@ def site_geometry(
 
     Args:
         train: activations, (n, d) with n, d ≥ 2.
-        train_labels: class of each, (n,).
+        train_labels: (n,).
         test: held-out activations, (m, d).
         test_labels: (m,).
 
@@ -169,14 +177,9 @@ def site_geometry(
 
 
 def eta_squared(values: Tensor, labels: Tensor) -> float:
-    """Share of variance that classes explain: Σ_k n_k (mean_k − mean)² / Σ_i (x_i − mean)².
+    """Share of the variance of (n,) values that their classes explain; 0 where they do not vary.
 
-    Args:
-        values: (n,).
-        labels: class of each, (n,).
-
-    Returns:
-        A number from 0 to 1; 0 where the values do not vary.
+    Σ_k n_k (mean_k − mean)² / Σ_i (x_i − mean)².
     """
     centred = values.double() - values.double().mean()
     total = float(centred.square().sum())
@@ -186,12 +189,7 @@ def eta_squared(values: Tensor, labels: Tensor) -> float:
 
 
 def neighbours(scores: Tensor, labels: Tensor) -> tuple[list[int], list[float]]:
-    """The classes by rising mean score, and the thresholds between each and the next.
-
-    Args:
-        scores: (n,).
-        labels: class of each, (n,).
-    """
+    """The classes by rising mean of (n,) scores, and the thresholds between each and the next."""
     means = {int(label): float(scores[labels == label].mean()) for label in labels.unique()}
     order = sorted(means, key=lambda label: means[label])
     cuts: list[float] = []
@@ -203,14 +201,9 @@ def neighbours(scores: Tensor, labels: Tensor) -> tuple[list[int], list[float]]:
 
 
 def best_threshold(scores: Tensor, labels: Tensor) -> float:
-    """The threshold t at which "class 1 where score > t" is right most often.
+    """The threshold t at which "class 1 where score > t" is right most often, of (n,) scores.
 
-    Args:
-        scores: (n,).
-        labels: 0 or 1, (n,).
-
-    Returns:
-        A midpoint between neighbouring scores, or a number beyond all of them.
+    It is a midpoint between neighbouring scores, or a number beyond all of them.
     """
     ordered, index = scores.double().sort()
     # Cut i puts the i lowest scores below the threshold: right are the zeros there, and the ones
@@ -227,13 +220,8 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
 def area_under_curve(scores: Tensor, labels: Tensor, order: list[int]) -> float:
     """Chance that a score of a later class is above one of an earlier class, ties counted half.
 
-    Args:
-        scores: (n,).
-        labels: class of each, (n,).
-        order: the classes, those with higher scores later.
-
-    Returns:
-        The mean over pairs of classes that occur.
+    The mean over pairs of classes that occur, of (n,) scores; ``order`` has the classes with higher
+    scores later.
     """
     groups = [scores[labels == label].sort().values.contiguous() for label in order]
     areas = []
@@ -252,17 +240,6 @@ def _texts(prompts: PromptSet) -> list[str]:
         short = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
         texts.append(f"… {short}" if prefix else short)
     return texts
-
-
-ETA = "eta squared, direction 1 (%)"
-MEASURES: dict[str, Callable[[SiteGeometry], Estimate | float]] = {
-    ETA: lambda site: site.eta_squared[0],
-    "eta squared, direction 2 (%)": lambda site: site.eta_squared[1],
-    ACCURACY: lambda site: site.accuracy,
-    "area under the curve": lambda site: site.auc,
-    "share of all variance, direction 1 (%)": lambda site: site.variance[0],
-    "share of all variance, direction 2 (%)": lambda site: site.variance[1],
-}
 
 
 class GeometryPart(Part[GeometryResult]):
@@ -318,13 +295,12 @@ class GeometryPart(Part[GeometryResult]):
         grids = {}
         for name, task in result.tasks.items():
             panes = [
-                _plane(result, name, site, f"{site}   η² {percent(eta, 0)}", large=False)
-                for site, eta in ((s, item.eta_squared[0]) for s, item in task.sites.items())
+                _plane(result, name, site, f"{site}   η² {percent(item.eta_squared[0], 0)}", False)
+                for site, item in task.sites.items()
             ]
             title = f"Directions 1 and 2 of the activations at {result.words.position}"
-            grids[f"geometry_sites_{name}"] = Chart(
-                panes, joined(title, task_in_words(name)), columns=6
-            )
+            title = joined(title, task_in_words(name))
+            grids[f"geometry_sites_{name}"] = Chart(panes, title, columns=6)
         curves = [
             _by_site(result, ETA, "η²: share of direction 1's variance (%)"),
             _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1 (%)"),
@@ -339,12 +315,16 @@ class GeometryPart(Part[GeometryResult]):
     def panels(self, result: GeometryResult, /) -> list[Panel]:
         """A plot of the two directions at each site, and curves of how well they tell classes."""
         first, words = next(iter(result.tasks.values())), result.words
-        every = [
-            (task_in_words(name) or "–", site, item)
+        rows = [
+            ((task_in_words(name) or "–", site), item)
             for name, task in result.tasks.items()
             for site, item in task.sites.items()
         ]
-        items = [item for *_, item in every]
+        columns = MEASURES | {
+            "strongest of the first ten": "strongest",
+            "its eta squared (%)": "strongest_eta_squared",
+        }
+        sites = dict.fromkeys([result.best_site, *first.sites])
         return [
             Panel(
                 name="geometry-directions",
@@ -359,10 +339,7 @@ class GeometryPart(Part[GeometryResult]):
                     f"{words.value} explains. The list starts with the site whose first direction "
                     f"the {words.value} explains most. Point at a prompt to read it."
                 ),
-                charts={
-                    site: _best(result, site)
-                    for site in dict.fromkeys([result.best_site, *first.sites])
-                },
+                charts={site: _best(result, site) for site in sites},
                 choice="site",
             ),
             Panel(
@@ -374,15 +351,7 @@ class GeometryPart(Part[GeometryResult]):
                 "95 % intervals.",
                 charts={key: Chart([_by_site(result, key, key)]) for key in MEASURES},
                 choice="measure",
-                table=table_of(
-                    {
-                        "task": [task for task, _, _ in every],
-                        "site": [site for _, site, _ in every],
-                        **{key: list(map(read, items)) for key, read in MEASURES.items()},
-                        "strongest of the first ten": [item.strongest for item in items],
-                        "its eta squared (%)": [item.strongest_eta_squared for item in items],
-                    }
-                ),
+                table=table_of(["task", "site"], rows, columns),
             ),
         ]
 
@@ -435,7 +404,7 @@ def _best(result: GeometryResult, site: str) -> Chart:
     return Chart(panes, title=title, columns=len(panes))
 
 
-def _plane(result: GeometryResult, name: str, site: str, title: str, *, large: bool = True) -> Pane:
+def _plane(result: GeometryResult, name: str, site: str, title: str, large: bool = True) -> Pane:
     """Held-out prompts on both directions at one site."""
     task, item = result.tasks[name], result.tasks[name].sites[site]
     marks = []
@@ -460,19 +429,15 @@ def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
         marks_of(
             task_in_words(name) or result.words.variable,
             list(task.sites),
-            [MEASURES[measure](item) for item in task.sites.values()],
+            [reads(item, MEASURES[measure]) for item in task.sites.values()],
             scale=scale,
             **look(index),
         )
         for index, (name, task) in enumerate(result.tasks.items())
     ]
-    return Pane(
-        marks,
-        rules=[Rule(scale / len(result.classes))] if measure == ACCURACY else [],
-        x_title=SITES,
-        y_title=title,
-        y_range=(-0.04 * scale, 1.04 * scale),
-    )
+    rules = [Rule(scale / len(result.classes))] if measure == ACCURACY else []
+    limits = (-0.04 * scale, 1.04 * scale)
+    return by_site(marks, rules=rules, y_title=title, y_range=limits)
 
 
 PART = GeometryPart()

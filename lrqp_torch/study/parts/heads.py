@@ -10,8 +10,6 @@ No edit of the order takes part in this choice, so that what the edit later does
 a finding and not how they were chosen.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -25,17 +23,18 @@ from lrqp_torch.plot.chart import (
     SKY,
     VERMILION,
     Chart,
-    Heat,
     Marker,
     Marks,
     Pane,
     Panel,
     Table,
 )
+from lrqp_torch.plot.figures import DIRECT, LOOKS_WITHOUT, WRITES_WITHOUT, head_panes, heads_of
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 from lrqp_torch.stream.sites import Site, has_mid
+from lrqp_torch.study import heads as rules
 from lrqp_torch.study.attribution import (
     ATTENTIONS,
     Scores,
@@ -46,24 +45,8 @@ from lrqp_torch.study.attribution import (
 )
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import (
-    ATTENTION,
-    EFFECT,
-    RULES,
-    WRITING_EFFECT,
-    HeadScore,
-    HeadsResult,
-    InhibitionTest,
-    Role,
-    TruthCheck,
-    attend_roles,
-    first_reader,
-    mover_roles,
-    overlap,
-    parse_head,
-    published_heads,
-)
-from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts, named
+from lrqp_torch.study.heads import HeadScore, HeadsResult, InhibitionTest, Role, parse_head
+from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import batches, put
@@ -72,8 +55,6 @@ from lrqp_torch.study.showing import between, grouped, signed
 MOST_TESTED = 24
 """At most this many heads are tested for S-inhibition, those that attend most to S2."""
 
-DIRECT = "direct effect on IO − S (logits)"
-LOOKS, WRITES = "name movers' attention without the head", "their direct effect without the head"
 NO_ROLE = "no role"
 ROLE_LOOKS: dict[str, tuple[str, Marker]] = {
     Role.MOVER: (GREEN, "square"),
@@ -100,10 +81,7 @@ class Heads(Part[HeadsResult]):
     )
     result = HeadsResult
     prompts = "choosing"
-
-    def missing(self, context: StudyContext, /) -> str | None:
-        """Whether the prompts have names."""
-        return None if isinstance(context.task.test, IOIPrompts) else NAMES_NEEDED
+    asks = "names"
 
     def work(self, context: StudyContext, /) -> int:
         """Every held-out prompt twice."""
@@ -125,26 +103,23 @@ class Heads(Part[HeadsResult]):
         effects = {
             name: Estimate.mean(clean.heads[:, i], generator) for i, name in enumerate(clean.names)
         }
-        found = attend_roles(attention) | mover_roles(
-            {name: attention[name]["END→IO"] for name in clean.names},
-            {name: attention[name]["END→S1"] for name in clean.names},
-            effects,
+        to_io, to_s1 = (
+            {name: attention[name][key] for name in clean.names} for key in ("END→IO", "END→S1")
         )
-        published = published_heads(context.model.config)
+        found = rules.attend_roles(attention) | rules.mover_roles(to_io, to_s1, effects)
+        published = rules.published_heads(context.model.config)
         movers = (published or found)[Role.MOVER]
         watched = movers or found[Role.WRITER]
+        changes = effects_on_movers(context, clean, attention, watched, advance)
         tests = {
             name: InhibitionTest(*(Estimate.mean(values, generator) for values in change))
-            for name, change in effects_on_movers(
-                context, clean, attention, watched, advance
-            ).items()
+            for name, change in changes.items()
         }
         whole = sum(effects[name].known for name in watched)
 
         def inhibits(test: InhibitionTest) -> bool:
-            effect, least = (
-                (test.attention, EFFECT) if movers else (test.writing, WRITING_EFFECT * whole)
-            )
+            effect = test.attention if movers else test.writing
+            least = rules.EFFECT if movers else rules.WRITING_EFFECT * whole
             return effect.known <= -least and effect.certain < 0
 
         inhibiting = [name for name, test in tests.items() if inhibits(test)]
@@ -174,10 +149,7 @@ class Heads(Part[HeadsResult]):
 
     def figures(self, result: HeadsResult, /) -> dict[str, Chart]:
         """Every head's scores as maps of layer by head."""
-        scores = {n: v for n, v in _scores(result).items() if n not in (LOOKS, WRITES)}
-        panes = [_map(result, name, values) for name, values in scores.items()]
-        title = f"What every attention head does, mean over {result.prompts} clean held-out prompts"
-        return {"heads": Chart(panes, title, columns=-(-len(panes) // 2))}
+        return {"heads": heads_of(result)}
 
     def panels(self, result: HeadsResult, /) -> list[Panel]:
         """Maps of all scores, the direct effect against attention, and the roles."""
@@ -190,14 +162,11 @@ class Heads(Part[HeadsResult]):
                 f"{result.prompts} clean held-out prompts. The direct effect is what the head "
                 "itself adds to the logit difference IO − S at END, through the final norm with "
                 "its scale frozen; the parts of the model add up to the mean difference of "
-                f"{signed(result.logit_difference)} ({shares}). “{LOOKS}” is the change of their "
-                "attention to IO less that to S1 when the head's output at END is set to its mean, "
-                f"and “{WRITES}” that of what they write, in logits (of the answer writers, in a "
-                "model without name movers); heads without a value were not tested.",
-                charts={
-                    name: Chart([_map(result, name, values)])
-                    for name, values in _scores(result).items()
-                },
+                f"{signed(result.logit_difference)} ({shares}). “{LOOKS_WITHOUT}” is the change of "
+                "their attention to IO less that to S1 when the head's output at END is set to its "
+                f"mean, and “{WRITES_WITHOUT}” that of what they write, in logits (of the answer "
+                "writers, in a model without name movers); heads without a value were not tested.",
+                charts={name: Chart([pane]) for name, pane in head_panes(result).items()},
                 choice="score",
             ),
             Panel(
@@ -231,16 +200,16 @@ def effects_on_movers(
         advance: called with the number of prompts after each batch.
 
     Returns:
-        For heads that attend from END to S2 below the highest name mover, one number a prompt, (n,)
-        each: the change of the movers' mean attention END→IO less END→S1, and of their summed
-        direct effect; see :class:`~.heads.InhibitionTest`.
+        For heads that attend from END to S2 below the highest name mover, (n,) each: the change of
+        the movers' mean attention END→IO less END→S1, and of their summed direct effect; see
+        :class:`~.heads.InhibitionTest`.
     """
     model, data = context.model, named(context.task.test)
     top = max((parse_head(name)[0] for name in movers), default=0)
     tested = [
         name
         for name in sorted(attention, key=lambda name: -attention[name]["END→S2"])
-        if attention[name]["END→S2"] >= ATTENTION and parse_head(name)[0] < top
+        if attention[name]["END→S2"] >= rules.ATTENTION and parse_head(name)[0] < top
     ][:MOST_TESTED]
     kept: dict[tuple[str, int], Tensor] = {}
     layers = sorted({parse_head(name)[0] for name in movers})
@@ -263,10 +232,9 @@ def effects_on_movers(
                 batch.replay.run(layer)
             looks = [_preference(seen, above, batch.prompts) for seen in (after, before)]
             writes = [_writing(model, heads, above, direction) for heads in (z_after, z)]
-            changes = [(new - old).double() for new, old in (looks, writes)]
-            put(
-                kept, {(name, i): change for i, change in enumerate(changes)}, batch.rows, len(data)
-            )
+            pairs = enumerate((looks, writes))
+            changes = {(name, i): (new - old).double() for i, (new, old) in pairs}
+            put(kept, changes, batch.rows, len(data))
         advance(len(batch))
     return {name: (kept[name, 0], kept[name, 1]) for name in tested}
 
@@ -279,9 +247,9 @@ def shift_head(model: nn.Module, layer: int, head: int, shift: Tensor, end: Tens
 
     Args:
         model: a transformers model.
-        layer: the head's layer.
+        layer: of the head.
         head: its number.
-        shift: what to add, (B, head width).
+        shift: what to add.
         end: the token of each example, (B,).
     """
     weight, _ = output_projection(model, layer)
@@ -311,47 +279,17 @@ def _writing(model: nn.Module, z: dict[int, Tensor], heads: list[str], direction
     return torch.stack([shares[layer][:, head] for layer, head in map(parse_head, heads)]).sum(0)
 
 
-def _check_truth(context: StudyContext, inhibiting: list[str]) -> TruthCheck | None:
+def _check_truth(context: StudyContext, inhibiting: list[str]) -> rules.TruthCheck | None:
     known = read_truth(str(getattr(context.model.config, "_name_or_path", "")))
     if known is None or not known.used_at:
         return None
-    readers = [first_reader(site) for site in sorted(map(Site.parse, known.used_at))]
+    readers = [rules.first_reader(site) for site in sorted(map(Site.parse, known.used_at))]
     layers = [parse_head(name)[0] for name in inhibiting]
-    return TruthCheck(
+    return rules.TruthCheck(
         first_layer=readers[0],
         last_layer=readers[-1],
         agrees=(min(layers) >= readers[0] and max(layers) >= readers[-1]) if layers else None,
     )
-
-
-def _scores(result: HeadsResult) -> dict[str, list[float | None]]:
-    """Every score by its name, one value a head."""
-    scores: dict[str, list[float | None]] = {DIRECT: [s.attribution.value for s in result.scores]}
-    for key in result.scores[0].attention:
-        scores[f"attention {key}"] = [score.attention[key] for score in result.scores]
-    tests = [score.test for score in result.scores]
-    scores[LOOKS] = [None if test is None else test.attention.value for test in tests]
-    scores[WRITES] = [None if test is None else test.writing.value for test in tests]
-    return scores
-
-
-def _map(result: HeadsResult, name: str, values: Sequence[float | None]) -> Pane:
-    """A score as a map, rows of layers and columns of heads."""
-    n_heads = max(parse_head(score.head)[1] for score in result.scores) + 1
-    around_zero = name in (DIRECT, LOOKS, WRITES)
-    limit = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
-    rows = [values[start : start + n_heads] for start in range(0, len(values), n_heads)]
-    heat = Heat(
-        rows,
-        rows=[str(layer) for layer in range(len(rows))],
-        columns=[str(head) for head in range(n_heads)],
-        name=name,
-        diverging=around_zero,
-        low=-limit if around_zero else 0.0,
-        high=limit if around_zero else 1.0,
-    )
-    title = "direct effect (logits)" if name == DIRECT else name
-    return Pane(heat=heat, title=title, x_title="head", y_title="layer")
 
 
 def _by_attention(result: HeadsResult) -> Pane:
@@ -394,10 +332,10 @@ def _role_panel(result: HeadsResult) -> Panel:
     rows = []
     for role in Role:
         found = result.found[role]
-        row = [role, ", ".join(found) or "none found", RULES[role]]
+        row = [role, ", ".join(found) or "none found", rules.RULES[role]]
         if published is not None:
             known = published.get(role)
-            row[2:2] = ["–", "–"] if known is None else [", ".join(known), overlap(found, known)]
+            row[2:2] = [", ".join(known), rules.overlap(found, known)] if known else ["–", "–"]
         rows.append(row)
     text = "A role is given by the rule beside it, to as many heads as meet it, or to none."
     if published is not None:
@@ -411,7 +349,7 @@ def _role_panel(result: HeadsResult) -> Panel:
     return Panel("head-roles", "The roles of heads", text, table=Table(columns, rows))
 
 
-def _truth_text(truth: TruthCheck) -> str:
+def _truth_text(truth: rules.TruthCheck) -> str:
     known = (
         "This model was trained so that the order is read from S2 by attention in layer "
         f"{truth.first_layer} or above, and until layer {truth.last_layer} at the least"

@@ -17,13 +17,12 @@ Sources: interchange interventions, Geiger et al. 2021, arXiv 2106.02997; edits 
 patch, Makelov et al. 2023, arXiv 2311.17030.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
-from lrqp_torch.plot.chart import Chart, Pane, Panel
+from lrqp_torch.plot.chart import Chart, Pane, Panel, Table, look, marks_of
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.joint import (
     CLASS,
@@ -38,13 +37,14 @@ from lrqp_torch.study.league import elsewhere
 from lrqp_torch.study.methods import Training
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import ALL, Words
-from lrqp_torch.study.results import StudyResults, VariableResult
+from lrqp_torch.study.results import StudyResults, VariableResult, told
 from lrqp_torch.study.showing import (
-    SITES,
+    UNTOLD,
+    Reading,
     between,
-    look,
-    marks_of,
+    by_site,
     percent,
+    reads,
     share_in_words,
     table_of,
 )
@@ -153,10 +153,14 @@ class Joint(Part[JointResult]):
 
     def found(self, study: StudyResults, /) -> JointResult | None:
         """See :meth:`Part.found`; what is known of each site is with the sites."""
-        result: JointResult | None = super().found(study)
-        if result is None:
+        if self.name not in study.parts:
             return None
-        return replace(result, sites={name: s.variables for name, s in study.sites.items()})
+        result: JointResult = self.read(study.parts[self.name])
+        sites = {name: told(site.variables) for name, site in study.sites.items()}
+        here = sites.get(result.site, {})
+        rows = [told(r, r.variables not in here or here[r.variables].clearly_flips)
+                for r in result.methods]  # fmt: skip
+        return replace(result, sites=sites, methods=rows)
 
     def says(self, result: JointResult, /) -> list[str]:
         """What each set of variables does at the best site, and whether that adds up."""
@@ -212,30 +216,26 @@ class Joint(Part[JointResult]):
                 title="Each variable alone, and all together",
                 text="Above: answers flipped by the least edit that writes these variables. "
                 "Below: the share of its own interchange's effect that it recovers, 100 % where "
-                "it does what the twin's whole activation does. Bars are 95 % intervals.",
+                f"it does what the twin's whole activation does. Bars are 95 % intervals.{UNTOLD}",
                 charts={"": Chart(_panes(result), share_x=True)} if _panes(result) else {},
                 table=_sites_table(result),
             )
         ]
         if result.methods:
-            rows = result.methods
-            columns: dict[str, Sequence[Any]] = {
-                "written": [row.variables for row in rows],
-                "by": [row.title for row in rows],
-                "flipped (%)": [row.flipped for row in rows],
-                result.words.preference: [row.logit_difference for row in rows],
-                "recovered (%)": [row.recovered for row in rows],
-                "same answer as the patch (%)": [row.agreement for row in rows],
-                f"KL to the patch at {result.words.end} (nats)": [
-                    row.kl_to_interchange for row in rows
-                ],
-                f"KL {result.elsewhere} (nats)": [row.divergence for row in rows],
-                "length, sd": [row.distance for row in rows],
-                "odds asked for reached (%)": [row.reached for row in rows],
-                "off these odds (nats)": [row.astray for row in rows],
-                "beyond its own patch": [row.beyond or "" for row in rows],
-                "trained": [row.settings for row in rows],
+            columns: dict[str, Reading] = {
+                "flipped (%)": "flipped",
+                result.words.preference: "logit_difference",
+                "recovered (%)": "recovered",
+                "same answer as the patch (%)": "agreement",
+                f"KL to the patch at {result.words.end} (nats)": "kl_to_interchange",
+                f"KL {result.elsewhere} (nats)": "divergence",
+                "length, sd": "distance",
+                "odds asked for reached (%)": "reached",
+                "off these odds (nats)": "astray",
+                "beyond its own patch": lambda row: row.beyond or "",
+                "trained": "settings",
             }
+            rows = (((row.variables, row.title), row) for row in result.methods)
             panels.append(
                 Panel(
                     name="joint-methods",
@@ -245,33 +245,28 @@ class Joint(Part[JointResult]):
                     "variable does not do in the model by the natural way. Odds are those of the "
                     "probes that LRQP promises: at how many prompts they are reached, and how far "
                     "the reading is off what was asked, too low or too high.",
-                    table=table_of(columns),
+                    table=table_of(["written", "by"], rows, columns),
                 )
             )
         targets = [
-            (site, name, target, one)
-            for site, variables in result.sites.items()
-            for name, found in variables.items()
+            ((site, name, target), one)
+            for (site, name), found in _by_variable(result)
             for target, one in found.by_target.items()
         ]
         if targets:
+            columns = {
+                "prompts": "prompts",
+                "flipped (%)": "flipped",
+                result.words.preference: "logit_difference",
+                "length, sd": "distance",
+            }
             panels.append(
                 Panel(
                     name="joint-targets",
                     title="By the class that was written",
                     text="Each prompt is written to every class but its own that an answer or a "
                     "twin goes with.",
-                    table=table_of(
-                        {
-                            "site": [site for site, *_ in targets],
-                            "variable": [name for _, name, *_ in targets],
-                            "written": [target for *_, target, _ in targets],
-                            "prompts": [one.prompts for *_, one in targets],
-                            "flipped (%)": [one.flipped for *_, one in targets],
-                            result.words.preference: [one.logit_difference for *_, one in targets],
-                            "length, sd": [one.distance for *_, one in targets],
-                        }
-                    ),
+                    table=table_of(["site", "variable", "written"], targets, columns),
                 )
             )
         return panels
@@ -292,60 +287,45 @@ def _panes(result: JointResult) -> list[Pane]:
     if not first or any(v.counterfactual.flipped is None for v in first.values()):
         return []
 
-    def pane(title: str, values: Any) -> Pane:
+    def pane(title: str, path: str) -> Pane:
         marks = []
         for index, name in enumerate(first):
-            known = [values(found[name]) for found in result.sites.values()]
-            if any(known):
-                marks.append(marks_of(name, list(result.sites), known, scale=100, **look(index)))
-        return Pane(marks, title=title, x_title=SITES, y_title="Held-out prompts (%)")
+            values = [reads(found[name], path) for found in result.sites.values()]
+            if any(values):
+                marks.append(marks_of(name, list(result.sites), values, scale=100, **look(index)))
+        return by_site(marks, title, y_range=None)
 
-    return [
-        pane("answers flipped", lambda found: found.counterfactual.flipped),
-        pane("recovered of its interchange", lambda found: found.recovered),
-    ]
+    flips = pane("answers flipped", "counterfactual.flipped")
+    return [flips, pane("recovered of its interchange", "recovered")]
 
 
-def _sites_table(result: JointResult) -> Any:
-    rows = [
-        (site, name, found)
-        for site, variables in result.sites.items()
-        for name, found in variables.items()
-    ]
-    columns: dict[str, Sequence[Any]] = {
-        "site": [site for site, *_ in rows],
-        "written": [name for _, name, _ in rows],
-        "probe accuracy (%)": [found.probe_accuracy for *_, found in rows],
-    }
-    if any(found.counterfactual.flipped for *_, found in rows):
+def _by_variable(result: JointResult) -> Iterable[tuple[tuple[str, str], VariableResult]]:
+    for site, variables in result.sites.items():
+        yield from (((site, name), found) for name, found in variables.items())
+
+
+def _sites_table(result: JointResult) -> Table:
+    rows = [(keys, {"added": result.additive.get(keys[0]), **vars(found)})
+            for keys, found in _by_variable(result)]  # fmt: skip
+    columns: dict[str, Reading] = {"probe accuracy (%)": "probe_accuracy"}
+    if any(reads(found, "counterfactual.flipped") for _, found in rows):
         columns |= {
-            "flipped (%)": [found.counterfactual.flipped for *_, found in rows],
-            "flipped, others kept (%)": [
-                found.kept.edit.flipped if found.kept else None for *_, found in rows
-            ],
-            "flipped by the twin (%)": [
-                found.interchange.flipped if found.interchange else None for *_, found in rows
-            ],
-            "recovered (%)": [found.recovered for *_, found in rows],
-            "recovered, others kept (%)": [
-                found.kept.recovered if found.kept else None for *_, found in rows
-            ],
+            "flipped (%)": "counterfactual.flipped",
+            "flipped, others kept (%)": "kept.edit.flipped",
+            "flipped by the twin (%)": "interchange.flipped",
+            "recovered (%)": "recovered",
+            "recovered, others kept (%)": "kept.recovered",
         }
     columns |= {
-        "KL to the twin (nats)": [found.kl_to_interchange for *_, found in rows],
-        "KL to the twin, others kept (nats)": [
-            found.kept.kl_to_interchange if found.kept else None for *_, found in rows
-        ],
-        "length, sd": [found.counterfactual.distance for *_, found in rows],
-        "length of the twin's, sd": [
-            found.interchange.distance if found.interchange else None for *_, found in rows
-        ],
-        "sum of single effects over that of all": [
-            between(added.edits) if added is not None and added.edits else ""
-            for added in (result.additive.get(site) for site, *_ in rows)
-        ],
+        "KL to the twin (nats)": "kl_to_interchange",
+        "KL to the twin, others kept (nats)": "kept.kl_to_interchange",
+        "length, sd": "counterfactual.distance",
+        "length of the twin's, sd": "interchange.distance",
+        "sum of single effects over that of all": lambda found: (
+            between(found["added"].edits) if reads(found, "added.edits") else ""
+        ),
     }
-    return table_of(columns)
+    return table_of(["site", "written"], rows, columns)
 
 
 PART = Joint()

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.edits.record import EditRun
-from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rule
+from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rule, marks_of
 from lrqp_torch.stream.attention import record_patterns, set_patterns
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import find_writers
@@ -51,10 +51,11 @@ from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import ALL, PromptSet, Words
 from lrqp_torch.study.running import Batch, Twinned, answers, batches, divergences, put
 from lrqp_torch.study.showing import (
+    Reading,
     between,
-    marks_of,
     percent,
     plural,
+    reads,
     share_in_words,
     signed,
     table_of,
@@ -188,8 +189,7 @@ class Mediation(Part[MediationResult]):
             UnknownFamilyError: the model's attention or final norm is of an unknown form.
             NonFiniteError: the model's logits are NaN or infinite.
         """
-        context, data = given.context, given.context.task.test
-        chosen, lowest = self.groups, first_reader(given.site)
+        context, site, chosen = given.context, given.site, self.groups
         if chosen is None:
             heads: HeadsResult | None = given.results.get("heads")
             roles: Mapping[str, list[str]] = (
@@ -197,86 +197,32 @@ class Mediation(Part[MediationResult]):
                 if heads is None
                 else heads.attending() | {Role.S_INHIBITION: heads.members(Role.S_INHIBITION)}
             )
-            chosen = head_groups(context, given.site, roles)
+            chosen = head_groups(context, site, roles)
         sets = {
-            name: [head for head in members if parse_head(head)[0] >= lowest]
+            name: [head for head in members if parse_head(head)[0] >= first_reader(site)]
             for name, members in chosen.items()
         }
-        site = given.site
-        distance = given.edit_at(site).metric.distance
-        edit = _Edited(
-            data,
-            partial(Batch.editing, site=site, edit=given.edit_at(site)),
-            Twinned.of(context, context.task, site, distance),
-        )
-        result = self._carried(given, edit, sets, advance)
+        own = given.edit_at(site)
+        twinned = Twinned.of(context, context.task, site, own.metric.distance)
+        editing = partial(Batch.editing, site=site, edit=own)
+        result = _carried(given, _Edited(context.task.test, editing, twinned), sets, advance)
         if len(context.variables) < 2:
             return result
         study = JointStudy(given)
-        twinned = Twinned.of(
-            context, context.task, site, study.edits[site].metric.distance, variable=ALL
-        )
-        rows = study.rows
+        distance, rows = study.edits[site].metric.distance, study.rows
+        twinned = Twinned.of(context, context.task, site, distance, variable=ALL)
         if twinned is not None:
-            among = rows.to(twinned.x.device)
-            twinned = replace(
-                twinned,
-                x=twinned.x[among],
-                known=twinned.known[rows],
-                distance=twinned.distance[rows],
-            )
+            x = twinned.x[rows.to(twinned.x.device)]
+            twinned = Twinned(site, x, twinned.known[rows], twinned.distance[rows])
         both = _Edited(study.data, partial(study.editing, site=site), twinned)
-        return replace(result, together=self._carried(given, both, sets, advance))
-
-    def _carried(
-        self, given: Given, edit: "_Edited", sets: Mapping[str, list[str]], advance: Advance
-    ) -> MediationResult:
-        """What the sets of heads carry of one edit."""
-        context, kept = given.context, dict[tuple[str, str], Tensor]()
-        for batch in batches(context.model, edit.data, context.batch_size):
-            put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
-            advance(len(batch))
-        return _summarise(given, sets, kept, edit)
+        return replace(result, together=_carried(given, both, sets, advance))
 
     def says(self, result: MediationResult, /) -> list[str]:
         """How much of the effect the first set of heads carries, of each edit."""
-        lines = self._says(result, "counterfactual edit")
+        lines = [_finding(result, "counterfactual edit")]
         if result.together is not None:
-            lines += self._says(result.together, "edit of all variables together")
+            lines.append(_finding(result.together, "edit of all variables together"))
         return lines
-
-    def _says(self, result: MediationResult, edit: str) -> list[str]:
-        words = result.words
-        change = (
-            f"the mean of {words.preference} from {signed(result.preference_clean)} to "
-            f"{signed(result.preference_edited)}"
-        )
-        if not result.shown:
-            return [
-                f"The {edit} at {result.site} changes {change}; the 95 % interval of "
-                f"the change ({between(result.effect)}) includes 0, so there is no effect of which "
-                "a share could be told."
-            ]
-        group, flips = result.shown[0], result.edit_flips
-        back, forth = (
-            f"{percent(share.value, 0)} ({between(share, 0, 100)})"
-            for share in (group.restored, group.induced)
-            if share is not None
-        )
-        origin = "published" if result.published else "found by the program"
-        return [
-            f"The {edit} at {result.site} changes {change}"
-            + (f" and flips {percent(flips.value, 0)} of the answers" if flips else "")
-            + (
-                f", {share_in_words(result.recovered, 0)} of what its interchange does"
-                if result.recovered
-                else ""
-            )
-            + f". Putting only the attention from {words.end} of "
-            f"{plural(len(group.heads), 'head')} ({group.group}, {origin}) back to the clean run's "
-            f"undoes {back} of its effect; putting their attention under the edit into a clean run "
-            f"brings about {forth} of it."
-        ]
 
     def figures(self, result: MediationResult, /) -> dict[str, Chart]:
         """Shares of the effect, where the edit has one."""
@@ -285,38 +231,11 @@ class Mediation(Part[MediationResult]):
 
     def panels(self, result: MediationResult, /) -> list[Panel]:
         """Shares of each edit's effect that sets of attention patterns carry."""
-        panels = [self._panel(result, "mediation", "the effect")]
+        panels = [_panel(result, "mediation", "the effect")]
         if result.together is not None:
             both = "the effect of all variables together"
-            panels.append(self._panel(result.together, "mediation-together", both))
+            panels.append(_panel(result.together, "mediation-together", both))
         return panels
-
-    def _panel(self, result: MediationResult, name: str, effect: str) -> Panel:
-        groups, words = result.groups, result.words
-        who = WRITERS if any(group.group == WRITERS for group in groups) else MOVERS
-        text = (
-            f"All heads above the site are the most that attention from {words.end} can carry; "
-            "sets of other heads, matched one by one in layer and in how much they attend to "
-            "anything but the first token, show what setting as many patterns does by itself. "
-            "The shares of different sets need not add up. Bars are bootstrap 95 % intervals."
-        )
-        columns: dict[str, Sequence[Any]] = {
-            f"attention from {words.end} of": [_label(group) for group in groups],
-            "restored (%)": [group.restored for group in groups],
-            "induced (%)": [group.induced for group in groups],
-            "answers restored (%)": [group.answers_restored for group in groups],
-            "answers flipped (%)": [group.answers_flipped for group in groups],
-            f"{words.preference}, restored": [group.preference_restored for group in groups],
-            f"{words.preference}, induced": [group.preference_induced for group in groups],
-            "heads": [_listed(group) for group in groups],
-        }
-        return Panel(
-            name=name,
-            title=f"Is {effect} carried by where the {who} look?",
-            text=text if result.shown else "The edit has no effect to share.",
-            charts={"": Chart([_bars(result)])} if result.shown else {},
-            table=table_of(columns),
-        )
 
 
 @dataclass(frozen=True)
@@ -345,7 +264,7 @@ def head_groups(
     site; and sets of others, in none of these roles, that are matched with the first set.
 
     Args:
-        context: the model, and its training prompts, by whose attention heads are matched.
+        context: the model, and the training prompts by whose attention heads are matched.
         site: where the edit acts.
         roles: role to heads.
     """
@@ -405,36 +324,36 @@ def attention_awake(context: StudyContext, heads: Sequence[str]) -> dict[str, fl
 def matched(
     heads: Sequence[str], others: Sequence[str], awake: Mapping[str, float]
 ) -> list[list[str]]:
-    """Sets of other heads, each as large, matched head by head; no head is in two of them.
+    """:data:`RANDOM_SETS` sets of other heads, each as large, or as many as there are heads for.
 
-    For each head in turn the other one that is most like it in :func:`attention_awake` among those
-    of its layer that are left, or of the nearest layer that has any.
-
-    Args:
-        heads: to be matched.
-        others: to be taken from.
-        awake: of all of them.
-
-    Returns:
-        :data:`RANDOM_SETS` sets, or as many as there are heads for.
+    No head is in two of them. For each head in turn comes the other one that is most like it in
+    ``awake``, see :func:`attention_awake`, among those of its layer that are left, or of the
+    nearest layer that has any.
     """
     left, sets = list(others), list[list[str]]()
     while len(sets) < RANDOM_SETS and len(left) >= len(heads) > 0:
         chosen = []
         for head in heads:
             layer = parse_head(head)[0]
-            best = min(
-                left,
-                key=lambda o: (
-                    abs(parse_head(o)[0] - layer),
-                    abs(awake[o] - awake[head]),
-                    parse_head(o),
-                ),
-            )
-            left.remove(best)
-            chosen.append(best)
+            unlike = {
+                o: (abs(parse_head(o)[0] - layer), abs(awake[o] - awake[head]), parse_head(o))
+                for o in left
+            }
+            chosen.append(min(left, key=lambda o: unlike[o]))
+            left.remove(chosen[-1])
         sets.append(sorted(chosen, key=parse_head))
     return sets
+
+
+def _carried(
+    given: Given, edit: _Edited, sets: Mapping[str, list[str]], advance: Advance
+) -> MediationResult:
+    """What the sets of heads carry of one edit."""
+    context, kept = given.context, dict[tuple[str, str], Tensor]()
+    for batch in batches(context.model, edit.data, context.batch_size):
+        put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
+        advance(len(batch))
+    return _summarise(given, sets, kept, edit)
 
 
 def _run(
@@ -445,46 +364,43 @@ def _run(
     Runs are ``"clean"``, ``"edited"``, ``"restored GROUP"`` and ``"induced GROUP"``; names are
     those of :func:`~lrqp_torch.study.running.answers`.
     """
-    site, prompts, twinned = given.site, batch.prompts, edited_by.twinned
-    model, end, first = batch.model, prompts.end, Site.parse(site).layer
+    prompts, twinned, model = batch.prompts, edited_by.twinned, batch.model
+    end, first = prompts.end, Site.parse(given.site).layer
     layers = sorted({parse_head(head)[0] for members in sets.values() for head in members})
     found: dict[tuple[str, str], Tensor] = {}
 
-    ends: dict[str, Tensor] = {}
-
-    def keep(run: str, condition: str, first_layer: int) -> None:
+    def keep(run: str, condition: str, first_layer: int) -> Tensor:
         with edited_by.editing(batch, condition=condition) as record:
             logits = batch.run(first_layer, f"the {run} run")
         if run == "edited" and isinstance(record, EditRun):
             found[run, "distance"] = record.distance.cpu()
-        if run in ("clean", "edited"):
-            ends[run] = logits
         here = answers(prompts, logits, batch.rest())
         found.update({(run, name): value for name, value in here.items()})
+        return logits
 
     # One implementation of attention throughout, so that only the interventions differ.
     with record_patterns(model, [], end):
         with record_patterns(model, layers, end) as clean:
-            keep("clean", "clean", first)
+            before = keep("clean", "clean", first)
         with record_patterns(model, layers, end) as edited:
-            keep("edited", "counterfactual", first)
+            after = keep("edited", "counterfactual", first)
         if twinned is not None:
             patch = twinned.under(batch)
             of_patch = answers(prompts, patch.logits, patch.rest)
-            of_patch["divergence"] = divergences(ends["clean"], patch.logits)
-            found.update({("patched", name): value for name, value in of_patch.items()})
-            found["edited", "kl_to_interchange"] = divergences(patch.logits, ends["edited"])
+            of_patch["divergence"] = divergences(before, patch.logits)
+            found |= {("patched", name): value for name, value in of_patch.items()}
+            found["edited", "kl_to_interchange"] = divergences(patch.logits, after)
         for name, members in sets.items():
             heads = [parse_head(head) for head in members]
             # Without the edit nothing changes below the lowest of the heads.
             lowest = min((layer for layer, _ in heads), default=first)
             for run, patterns, condition, first_layer in (
-                (f"restored {name}", clean, "counterfactual", first),
-                (f"induced {name}", edited, "clean", lowest),
+                ("restored", clean, "counterfactual", first),
+                ("induced", edited, "clean", lowest),
             ):
                 rows = {(layer, head): patterns[layer][:, head] for layer, head in heads}
                 with set_patterns(model, rows, end):
-                    keep(run, condition, first_layer)
+                    keep(f"{run} {name}", condition, first_layer)
     return found
 
 
@@ -512,21 +428,21 @@ def _summarise(
 
     answered = kept["clean", "own_lead"] > 0
     flipped = answered & (kept["edited", "other_lead"] > 0)
-    groups = []
-    for name, members in sets.items():
+
+    def carried(name: str, members: list[str]) -> GroupMediation:
         restored, induced = (kept[f"{kind} {name}", "preference"] for kind in KINDS)
-        groups.append(
-            GroupMediation(
-                group=name,
-                heads=members,
-                preference_restored=float(restored.mean()),
-                preference_induced=float(induced.mean()),
-                restored=ratio(restored - edited),
-                induced=ratio(clean - induced),
-                answers_restored=share(f"restored {name}", "own_lead", flipped),
-                answers_flipped=share(f"induced {name}", "other_lead", answered),
-            )
+        return GroupMediation(
+            group=name,
+            heads=members,
+            preference_restored=float(restored.mean()),
+            preference_induced=float(induced.mean()),
+            restored=ratio(restored - edited),
+            induced=ratio(clean - induced),
+            answers_restored=share(f"restored {name}", "own_lead", flipped),
+            answers_flipped=share(f"induced {name}", "other_lead", answered),
         )
+
+    groups = [carried(*item) for item in sets.items()]
     heads: HeadsResult | None = given.results.get("heads")
     likeness: dict[str, Any] = {}
     if twinned is not None:
@@ -552,6 +468,63 @@ def _summarise(
     )
 
 
+# ---- words and charts ----------------------------------------------------------------------------
+
+
+def _finding(result: MediationResult, edit: str) -> str:
+    """How much of an edit's effect the first set of heads carries."""
+    line = (
+        f"The {edit} at {result.site} changes the mean of {result.words.preference} from "
+        f"{signed(result.preference_clean)} to {signed(result.preference_edited)}"
+    )
+    if not result.shown:
+        return (
+            f"{line}; the 95 % interval of the change ({between(result.effect)}) includes 0, so "
+            "there is no effect of which a share could be told."
+        )
+    group, flips = result.shown[0], result.edit_flips
+    assert group.restored is not None and group.induced is not None
+    back, forth = share_in_words(group.restored, 0), share_in_words(group.induced, 0)
+    line += f" and flips {percent(flips.value, 0)} of the answers" if flips else ""
+    if result.recovered:
+        line += f", {share_in_words(result.recovered, 0)} of what its interchange does"
+    origin = "published" if result.published else "found by the program"
+    return (
+        f"{line}. Putting only the attention from {result.words.end} of "
+        f"{plural(len(group.heads), 'head')} ({group.group}, {origin}) back to the clean run's "
+        f"undoes {back} of its effect; putting their attention under the edit into a clean run "
+        f"brings about {forth} of it."
+    )
+
+
+def _panel(result: MediationResult, name: str, effect: str) -> Panel:
+    words = result.words
+    who = WRITERS if any(group.group == WRITERS for group in result.groups) else MOVERS
+    text = (
+        f"All heads above the site are the most that attention from {words.end} can carry; "
+        "sets of other heads, matched one by one in layer and in how much they attend to "
+        "anything but the first token, show what setting as many patterns does by itself. "
+        "The shares of different sets need not add up. Bars are bootstrap 95 % intervals."
+    )
+    quantities: dict[str, Reading] = {
+        "restored (%)": "restored",
+        "induced (%)": "induced",
+        "answers restored (%)": "answers_restored",
+        "answers flipped (%)": "answers_flipped",
+        f"{words.preference}, restored": "preference_restored",
+        f"{words.preference}, induced": "preference_induced",
+        "heads": _listed,
+    }
+    rows = [([_label(group)], group) for group in result.groups]
+    return Panel(
+        name=name,
+        title=f"Is {effect} carried by where the {who} look?",
+        text=text if result.shown else "The edit has no effect to share.",
+        charts={"": Chart([_bars(result)])} if result.shown else {},
+        table=table_of([f"attention from {words.end} of"], rows, quantities),
+    )
+
+
 def _label(group: GroupMediation) -> str:
     known = "other head" in group.group
     return group.group if known else f"{group.group} ({plural(len(group.heads), 'head')})"
@@ -563,15 +536,16 @@ def _listed(group: GroupMediation) -> str:
 
 def _bars(result: MediationResult) -> Pane:
     """Shares of the effect by set of heads."""
+    names, heads = ([of(group) for group in result.shown] for of in (_label, _listed))
     marks = [
         marks_of(
             label,
-            [_label(group) for group in result.shown],
-            [getattr(group, kind) for group in result.shown],
+            names,
+            [reads(group, kind) for group in result.shown],
             scale=100.0,
             kind="bars",
             colour=colour,
-            notes=[_listed(group) for group in result.shown],
+            notes=heads,
         )
         for kind, (label, colour) in KINDS.items()
     ]

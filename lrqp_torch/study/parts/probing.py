@@ -16,34 +16,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, look, marks_of
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.study import variables as known
 from lrqp_torch.study.context import Advance, StudyContext, Task, evenly
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.showing import (
-    SITES,
+    Reading,
+    by_site,
     capitalised,
     grouped,
     joined,
-    look,
-    marks_of,
     percent,
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.variables import (
-    CLAUSE_IO,
-    CLAUSE_S1,
-    MEANINGS,
-    POSITION_IO,
-    POSITION_S1,
-    Variable,
-    label_name,
-    variables_of,
-)
+from lrqp_torch.study.variables import MEANINGS, Variable, label_name, variables_of
 
 MARGIN = 0.1
 """A variable counts as readable where the interval lies above the baseline by more than this."""
@@ -52,8 +43,11 @@ MOST_SITES, CONTROL_SITES = 12, 6
 TOLERANCE = 1e-4
 """Relative gradient norm of the probes: accuracies do not move below it, and it halves the time."""
 
-_ACCURACY, _SHARES = "held-out accuracy (%)", (-4.0, 104.0)
-_SAME_WITHOUT_PREFIX = {POSITION_S1: CLAUSE_S1, POSITION_IO: CLAUSE_IO}
+_ACCURACY = "held-out accuracy (%)"
+_SAME_WITHOUT_PREFIX = {
+    known.POSITION_S1: known.CLAUSE_S1,
+    known.POSITION_IO: known.CLAUSE_IO,
+}
 
 
 @dataclass(frozen=True)
@@ -246,7 +240,27 @@ class Probing(Part[ProbingResult]):
                 f"{result.bins} values, and are else cut at quantiles into at most {result.bins} "
                 f"ranges; of the names the {result.names} most frequent are told apart."
             )
-        every = [(item, score) for item in result.variables for score in item.scores]
+        rows = [
+            (
+                (
+                    _called(result, item.position),
+                    task_in_words(item.task) or "–",
+                    item.variable,
+                    score.site,
+                ),
+                {"of": item, "score": score},
+            )
+            for item in result.variables
+            for score in item.scores
+        ]
+        columns: dict[str, Reading] = {
+            "accuracy (%)": "score.accuracy",
+            "most frequent class, held out (%)": "of.baseline",
+            "shuffled labels (%)": "score.shuffled.value",
+            "classes": lambda row: len(row["of"].classes),
+            "training prompts": "of.train",
+            "held-out prompts": "of.test",
+        }
         return [
             Panel(
                 name="probing",
@@ -267,20 +281,7 @@ class Probing(Part[ProbingResult]):
                 "held-out prompts.",
                 charts={name: _by_token(result, items) for name, items in by_variable.items()},
                 choice="variable",
-                table=table_of(
-                    {
-                        "token": [_called(result, item.position) for item, _ in every],
-                        "task": [task_in_words(item.task) or "–" for item, _ in every],
-                        "variable": [item.variable for item, _ in every],
-                        "site": [score.site for _, score in every],
-                        "accuracy (%)": [score.accuracy for _, score in every],
-                        "most frequent class, held out (%)": [item.baseline for item, _ in every],
-                        "shuffled labels (%)": [s.shuffled and s.shuffled.value for _, s in every],
-                        "classes": [len(item.classes) for item, _ in every],
-                        "training prompts": [item.train for item, _ in every],
-                        "held-out prompts": [item.test for item, _ in every],
-                    }
-                ),
+                table=table_of(["token", "task", "variable", "site"], rows, columns),
             ),
         ]
 
@@ -359,20 +360,19 @@ def _bests(items: list[VariableScores]) -> str:
 
 def _token(result: ProbingResult, items: list[VariableScores]) -> Chart:
     """All variables at one token in one version of the task."""
-    order = list(MEANINGS)
+    order, in_clause = list(MEANINGS), _SAME_WITHOUT_PREFIX.values()
     marks = [
         marks_of(
             item.variable,
             [score.site for score in item.scores],
             [score.accuracy for score in item.scores],
             scale=100,
-            dash="dash" if item.variable in (CLAUSE_S1, CLAUSE_IO) else "solid",
+            dash="dash" if item.variable in in_clause else "solid",
             **look(order.index(item.variable) if item.variable in order else 0),
         )
         for item in items
     ]
-    pane = Pane(marks, x_title=SITES, y_title=_ACCURACY, y_range=_SHARES, places=result.sites)
-    return Chart([pane])
+    return Chart([by_site(marks, y_title=_ACCURACY, places=result.sites)])
 
 
 def _by_token(result: ProbingResult, items: list[VariableScores]) -> Chart:
@@ -393,37 +393,15 @@ def _pane(result: ProbingResult, items: list[VariableScores], title: str) -> Pan
         task, colours = task_in_words(item.task), look(tasks.index(item.task))
         sites = [score.site for score in item.scores]
         about = f"{len(item.classes)} classes, guessing {percent(item.baseline)}"
-        marks.append(
-            marks_of(
-                task or "probe",
-                sites,
-                [score.accuracy for score in item.scores],
-                scale=100,
-                notes=[f"{about}, {item.test} prompts" for _ in sites],
-                **colours,
-            )
-        )
-        shuffled = [(s.site, s.shuffled) for s in item.scores if s.shuffled is not None]
-        marks.append(
-            marks_of(
-                joined("shuffled labels", task),
-                [site for site, _ in shuffled],
-                [share.value for _, share in shuffled],
-                scale=100,
-                kind="points",
-                **colours | {"marker": "cross"},
-            )
-        )
+        accuracies = [score.accuracy for score in item.scores]
+        notes = [f"{about}, {item.test} prompts"] * len(sites)
+        own, crosses = {**colours, "notes": notes}, colours | {"marker": "cross", "kind": "points"}
+        marks.append(marks_of(task or "probe", sites, accuracies, scale=100, **own))
+        shuffled = {s.site: s.shuffled.value for s in item.scores if s.shuffled is not None}
+        label, places = joined("shuffled labels", task), list(shuffled)
+        marks.append(marks_of(label, places, shuffled.values(), scale=100, **crosses))
         rules.append(Rule(100 * item.baseline, colour=colours["colour"]))
-    return Pane(
-        marks,
-        rules=rules,
-        title=title,
-        x_title=SITES,
-        y_title=_ACCURACY,
-        y_range=_SHARES,
-        places=result.sites,
-    )
+    return by_site(marks, title, rules=rules, y_title=_ACCURACY, places=result.sites)
 
 
 PART = Probing()

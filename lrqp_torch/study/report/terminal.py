@@ -118,7 +118,8 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
     rows = [[row[index] for index in kept.values()] for row in whole.rows]
     caption = (
         f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual;\n"
-        "ceiling: the activation of a twin; recovered: share of its effect on the answer;\n"
+        "ceiling: the activation of a twin; recovered: share of its effect on the answer,\n"
+        "a dash where the site is not used, and that a share of next to nothing;\n"
         "P: of no more flips than edits as long of shuffled probes, Holm-corrected"
     )
     if len(rows) > most_rows:
