@@ -38,57 +38,37 @@ LOOKS: tuple[tuple[str, Marker], ...] = (
 
 @dataclass(frozen=True)
 class Marks:
-    """Values against places: a curve, points of the plane, or bars.
+    """Values against places: a curve, points of the plane, or bars."""
 
-    Attributes:
-        name: in the legend, in hover texts and as a table's heading.
-        x: where each value stands: names of places in their order (sites, methods), or numbers.
-        y: the values; None leaves a gap.
-        lower: lower ends of their intervals, or None where none is known.
-        upper: upper ends.
-        x_lower: lower ends of intervals along x, where x are numbers.
-        x_upper: upper ends.
-        kind: ``"line"`` joins the points, ``"points"`` does not, ``"bars"`` reach to zero, and
-            ``"steps"`` shades all below a staircase. Bars at the same places stand side by side;
-            bars at numbers overlap, as those of histograms do.
-        colour: as ``"#RRGGBB"``.
-        marker: shape of the points, so that curves differ by more than colour.
-        filled: whether markers are filled.
-        dash: of the line.
-        size: of the markers, against the usual ones.
-        stroke: thickness of the line, against the usual one.
-        opacity: of the marks, from 0 to 1.
-        texts: what each mark is, shown above its name and value when the reader points at it.
-        notes: shown below its value.
-        labels: written beside the marks.
-        legend: whether to name it.
-        width: of bars at numbers, in units of x; None for the usual.
-        fill: whether the area below a line is lightly shaded.
-        shift: how far to stand beside the named places, in units of their distance.
-    """
-
-    name: str
+    name: str  # in the legend, in hover texts and as a table's heading
+    # Where each value stands: names of places in their order (sites, methods), or numbers.
     x: Sequence[str] | Sequence[float]
-    y: Sequence[float | None]
+    y: Sequence[float | None]  # the values; None leaves a gap
+    # Lower ends of their intervals, or None where none is known.
     lower: Sequence[float | None] | None = None
-    upper: Sequence[float | None] | None = None
+    upper: Sequence[float | None] | None = None  # upper ends
+    # Lower ends of intervals along x, where x are numbers.
     x_lower: Sequence[float | None] | None = None
-    x_upper: Sequence[float | None] | None = None
+    x_upper: Sequence[float | None] | None = None  # upper ends
+    # ``"line"`` joins the points, ``"points"`` does not, ``"bars"`` reach to zero, and ``"steps"``
+    # shades all below a staircase. Bars at the same places stand side by side; bars at numbers
+    # overlap, as those of histograms do.
     kind: Literal["line", "points", "bars", "steps"] = "line"
-    colour: str = INK
-    marker: Marker = "circle"
-    filled: bool = True
-    dash: Dash = "solid"
-    size: float = 1.0
-    stroke: float = 1.0
-    opacity: float = 1.0
+    colour: str = INK  # as ``"#RRGGBB"``
+    marker: Marker = "circle"  # shape of the points, so that curves differ by more than colour
+    filled: bool = True  # whether markers are filled
+    dash: Dash = "solid"  # of the line
+    size: float = 1.0  # of the markers, against the usual ones
+    stroke: float = 1.0  # thickness of the line, against the usual one
+    opacity: float = 1.0  # of the marks, from 0 to 1
+    # What each mark is, shown above its name and value when the reader points at it.
     texts: Sequence[str] | None = None
-    notes: Sequence[str] | None = None
-    labels: Sequence[str] | None = None
-    legend: bool = True
-    width: float | None = None
-    fill: bool = False
-    shift: float = 0.0
+    notes: Sequence[str] | None = None  # shown below its value
+    labels: Sequence[str] | None = None  # written beside the marks
+    legend: bool = True  # whether to name it
+    width: float | None = None  # of bars at numbers, in units of x; None for the usual
+    fill: bool = False  # whether the area below a line is lightly shaded
+    shift: float = 0.0  # how far to stand beside the named places, in units of their distance
 
     @property
     def named(self) -> bool:
@@ -98,35 +78,21 @@ class Marks:
 
 @dataclass(frozen=True)
 class Heat:
-    """A map of values in rows and columns, such as layers and heads.
+    """A map of values in rows and columns, such as layers and heads."""
 
-    Attributes:
-        values: by row; None where there is none.
-        rows: names of the rows, from above.
-        columns: names of the columns.
-        name: of the value, with units, for the colour bar and hover texts.
-        diverging: whether colours go both ways from zero; else they rise from ``low``.
-        low: value of the first colour; None for the data's own range.
-        high: value of the last colour.
-        texts: written in the cells, by row.
-        framed: cells with an outline, each as (row, column), counted from 0.
-        crossed: cells with a cross in their corner.
-        gaps: rows before which a gap is left.
-        bar: whether a colour bar stands beside the map.
-    """
-
-    values: Sequence[Sequence[float | None]]
-    rows: Sequence[str]
-    columns: Sequence[str]
-    name: str
-    diverging: bool = False
-    low: float | None = None
-    high: float | None = None
-    texts: Sequence[Sequence[str]] | None = None
+    values: Sequence[Sequence[float | None]]  # by row; None where there is none
+    rows: Sequence[str]  # names of the rows, from above
+    columns: Sequence[str]  # names of the columns
+    name: str  # of the value, with units, for the colour bar and hover texts
+    diverging: bool = False  # whether colours go both ways from zero; else they rise from ``low``
+    low: float | None = None  # value of the first colour; None for the data's own range
+    high: float | None = None  # value of the last colour
+    texts: Sequence[Sequence[str]] | None = None  # written in the cells, by row
+    # Cells with an outline, each as (row, column), counted from 0.
     framed: Sequence[tuple[int, int]] = ()
-    crossed: Sequence[tuple[int, int]] = ()
-    gaps: Sequence[int] = ()
-    bar: bool = True
+    crossed: Sequence[tuple[int, int]] = ()  # cells with a cross in their corner
+    gaps: Sequence[int] = ()  # rows before which a gap is left
+    bar: bool = True  # whether a colour bar stands beside the map
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -144,21 +110,14 @@ class Heat:
 
 @dataclass(frozen=True)
 class Rule:
-    """A reference line across a pane.
+    """A reference line across a pane."""
 
-    Attributes:
-        at: where, in units of its axis; of the diagonal it is the offset y − x.
-        axis: ``"y"`` for a line at a value of y, ``"x"`` for one at x, ``"diagonal"`` for y = x.
-        name: written at its end; may be empty.
-        colour: as ``"#RRGGBB"``.
-        dash: of the line.
-    """
-
-    at: float
+    at: float  # where, in units of its axis; of the diagonal it is the offset y − x
+    # ``"y"`` for a line at a value of y, ``"x"`` for one at x, ``"diagonal"`` for y = x.
     axis: Literal["x", "y", "diagonal"] = "y"
-    name: str = ""
-    colour: str = NOTE
-    dash: Dash = "dot"
+    name: str = ""  # written at its end; may be empty
+    colour: str = NOTE  # as ``"#RRGGBB"``
+    dash: Dash = "dot"  # of the line
 
 
 @dataclass(frozen=True)
@@ -172,49 +131,32 @@ class Band:
 
 @dataclass(frozen=True)
 class Pane:
-    """One pair of axes.
+    """One pair of axes."""
 
-    Attributes:
-        marks: drawn in this order.
-        heat: a map instead of marks.
-        rules: reference lines.
-        bands: shaded stretches.
-        title: above the pane.
-        x_title: with units.
-        y_title: with units.
-        x_range: limits; None for the data's own.
-        y_range: limits.
-        x_log: whether the x axis is logarithmic.
-        y_log: whether the y axis is.
-        square: whether a unit of x is as long as one of y, as where y = x is drawn.
-        horizontal: whether places run down the side, the first one on top, and values to the right:
-            for places with long names. ``x`` still means places and ``y`` values, in the titles,
-            ranges, rules and bands too.
-        places: names of the places of x in their order; default as the marks have them.
-        ticks: whether the axes are labelled with numbers.
-        names: on paper, where the marks' names stand, each in its colour: in a ``"legend"`` below,
-            at the curves' ``"ends"``, in a ``"corner"`` of the pane, or ``"beside"`` it. The
-            interactive figure has a legend.
-        note: a short text in a corner of the pane.
-    """
-
-    marks: Sequence[Marks] = ()
-    heat: Heat | None = None
-    rules: Sequence[Rule] = ()
-    bands: Sequence[Band] = ()
-    title: str = ""
-    x_title: str = ""
-    y_title: str = ""
-    x_range: tuple[float, float] | None = None
-    y_range: tuple[float, float] | None = None
-    x_log: bool = False
-    y_log: bool = False
-    square: bool = False
+    marks: Sequence[Marks] = ()  # drawn in this order
+    heat: Heat | None = None  # a map instead of marks
+    rules: Sequence[Rule] = ()  # reference lines
+    bands: Sequence[Band] = ()  # shaded stretches
+    title: str = ""  # above the pane
+    x_title: str = ""  # with units
+    y_title: str = ""  # with units
+    x_range: tuple[float, float] | None = None  # limits; None for the data's own
+    y_range: tuple[float, float] | None = None  # limits
+    x_log: bool = False  # whether the x axis is logarithmic
+    y_log: bool = False  # whether the y axis is
+    square: bool = False  # whether a unit of x is as long as one of y, as where y = x is drawn
+    # Whether places run down the side, the first one on top, and values to the right: for places
+    # with long names. ``x`` still means places and ``y`` values, in the titles, ranges, rules and
+    # bands too.
     horizontal: bool = False
+    # Names of the places of x in their order; default as the marks have them.
     places: Sequence[str] | None = None
-    ticks: bool = True
+    ticks: bool = True  # whether the axes are labelled with numbers
+    # On paper, where the marks' names stand, each in its colour: in a ``"legend"`` below, at the
+    # curves' ``"ends"``, in a ``"corner"`` of the pane, or ``"beside"`` it. The interactive figure
+    # has a legend.
     names: Literal["legend", "ends", "corner", "beside"] = "legend"
-    note: str = ""
+    note: str = ""  # a short text in a corner of the pane
 
     @property
     def named(self) -> bool:
@@ -224,28 +166,18 @@ class Pane:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of one or more panes.
+    """A figure of one or more panes."""
 
-    Attributes:
-        panes: in reading order.
-        title: what the figure shows, one line.
-        subtitle: model, data and how to read it, one or two lines.
-        columns: panes side by side before a new row begins.
-        share_x: whether the panes of a column have one axis across the page.
-        share_y: whether the panes of a row have one axis up the page.
-        heights: of the rows, relative to each other; None for equal ones.
-        widths: of the columns, likewise.
-        size: width and height on paper, in inches; None for what suits the panes.
-    """
-
-    panes: Sequence[Pane]
-    title: str = ""
-    subtitle: str = ""
-    columns: int = 1
-    share_x: bool = False
-    share_y: bool = False
+    panes: Sequence[Pane]  # in reading order
+    title: str = ""  # what the figure shows, one line
+    subtitle: str = ""  # model, data and how to read it, one or two lines
+    columns: int = 1  # panes side by side before a new row begins
+    share_x: bool = False  # whether the panes of a column have one axis across the page
+    share_y: bool = False  # whether the panes of a row have one axis up the page
+    # Of the rows, relative to each other; None for equal ones.
     heights: Sequence[float] | None = None
-    widths: Sequence[float] | None = None
+    widths: Sequence[float] | None = None  # of the columns, likewise
+    # Width and height on paper, in inches; None for what suits the panes.
     size: tuple[float, float] | None = None
 
     def table(self) -> "Table":
@@ -269,37 +201,26 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that readers can sort.
+    """A table that readers can sort."""
 
-    Attributes:
-        columns: headings, with units where there are any.
-        rows: one value a column; numbers stay numbers, None is shown as a dash.
-    """
-
-    columns: Sequence[str]
+    columns: Sequence[str]  # headings, with units where there are any
+    # One value a column; numbers stay numbers, None is shown as a dash.
     rows: Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Charts and a table of a report, with what they show in plain words.
+    """Charts and a table of a report, with what they show in plain words."""
 
-    Attributes:
-        name: short identifier, unique in the report, of letters, digits and hyphens.
-        title: one line.
-        text: what is seen and how to read it; plain sentences, paragraphs apart by a blank line.
-        charts: choice to chart. One entry is simply shown; with several, the reader chooses by key
-            (a site, a head).
-        choice: what the keys of ``charts`` are, such as ``"site"``; empty for a single chart.
-        table: shown below the charts.
-    """
-
-    name: str
-    title: str
-    text: str
+    name: str  # short identifier, unique in the report, of letters, digits and hyphens
+    title: str  # one line
+    text: str  # what is seen and how to read it; plain sentences, paragraphs apart by a blank line
+    # Choice to chart. One entry is simply shown; with several, the reader chooses by key (a site, a
+    # head).
     charts: dict[str, Chart] = field(default_factory=dict)
+    # What the keys of ``charts`` are, such as ``"site"``; empty for a single chart.
     choice: str = ""
-    table: Table | None = None
+    table: Table | None = None  # shown below the charts
 
 
 # ---- helpers of those who describe charts --------------------------------------------------------

@@ -21,23 +21,14 @@ _GROUP = 0.78
 
 @dataclass(frozen=True)
 class Cell:
-    """A pane in its place.
+    """A pane in its place."""
 
-    Attributes:
-        pane: what is drawn.
-        number: from 0, in reading order.
-        row: from above, from 0.
-        column: from the left, from 0.
-        places: names of the places of x, in order; empty where x are numbers.
-        lowest: whether no pane is below it in its column.
-    """
-
-    pane: Pane
-    number: int
-    row: int
-    column: int
-    places: list[str]
-    lowest: bool
+    pane: Pane  # what is drawn
+    number: int  # from 0, in reading order
+    row: int  # from above, from 0
+    column: int  # from the left, from 0
+    places: list[str]  # names of the places of x, in order; empty where x are numbers
+    lowest: bool  # whether no pane is below it in its column
 
     def at(self, marks: Marks) -> list[float]:
         """Where marks stand along x: place i is at i."""

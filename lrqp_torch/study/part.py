@@ -32,26 +32,18 @@ def keep_nothing(tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Given:
-    """What a part may build on.
+    """What a part may build on."""
 
-    Attributes:
-        context: the model and its prompts.
-        settings: what the study is asked to do.
-        best_site: where the sweep's counterfactual edit flips most; None without a sweep.
-        edit_at: the study's edit at a site.
-        results: results of the parts that ran before, by name.
-        ranks: the processes that all compute this part, for parts that are ``shared``.
-        batches: where the part may keep batches until it is finished; None to keep none.
-        keep_prompts: keeps numbers of each held-out prompt, (n,) by name, beside the results.
-    """
-
-    context: StudyContext
-    settings: Settings
-    best_site: str | None
-    edit_at: Callable[[str], LRQP]
+    context: StudyContext  # the model and its prompts
+    settings: Settings  # what the study is asked to do
+    best_site: str | None  # where the sweep's counterfactual edit flips most; None without a sweep
+    edit_at: Callable[[str], LRQP]  # the study's edit at a site
+    # Results of the parts that ran before, by name.
     results: dict[str, Any] = field(default_factory=dict)
-    ranks: Ranks = ALONE
+    ranks: Ranks = ALONE  # the processes that all compute this part, for parts that are ``shared``
+    # Where the part may keep batches until it is finished; None to keep none.
     batches: Batches | None = None
+    # Keeps numbers of each held-out prompt, (n,) by name, beside the results.
     keep_prompts: Callable[[Mapping[str, Tensor]], object] = keep_nothing
 
     @property

@@ -202,19 +202,12 @@ def spoken(text: str, answer: str) -> str:
 
 @dataclass(frozen=True)
 class Ravel:
-    """Entities and prompt templates of RAVEL.
+    """Entities and prompt templates of RAVEL."""
 
-    Attributes:
-        values: entity to attribute to value.
-        templates: attribute to templates, with ``%s`` where the entity goes.
-        entity_split: entity to ``"train"``, ``"val"`` or ``"test"``.
-        template_split: template to the same.
-    """
-
-    values: dict[str, dict[str, str]]
-    templates: dict[str, list[str]]
-    entity_split: dict[str, str]
-    template_split: dict[str, str]
+    values: dict[str, dict[str, str]]  # entity to attribute to value
+    templates: dict[str, list[str]]  # attribute to templates, with ``%s`` where the entity goes
+    entity_split: dict[str, str]  # entity to ``"train"``, ``"val"`` or ``"test"``
+    template_split: dict[str, str]  # template to the same
 
 
 RAVEL_FILES = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any, Self, TypeVar, cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -22,7 +21,7 @@ from lrqp_torch.files import prepare_folder, read_json, write_json, written_whol
 from lrqp_torch.qp import Status
 from lrqp_torch.study import ceiling
 from lrqp_torch.study.ceiling import Interchange, Likeness, Null, Verdict
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.known import GroundTruth, PublishedFigure
 from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import Words
@@ -40,20 +39,15 @@ PROMPTS_FILE = "prompts.safetensors"
 
 @dataclass(frozen=True)
 class CleanResult:
-    """The model without any edit, on the held-out prompts; None for a task without answers.
+    """The model without any edit, on the held-out prompts; None for a task without answers."""
 
-    Attributes:
-        prompts: number of held-out prompts.
-        logit_difference: mean score of the class that holds minus that of the counterfactual one.
-            Where each class has one answer, that is a difference of logits, such as IO − S at END.
-        accuracy: share of prompts that the model answers with the class that holds rather than with
-            any other.
-        io_probability: mean probability of the answers of the class that holds (of IO).
-    """
-
-    prompts: int
+    prompts: int  # number of held-out prompts
+    # Mean score of the class that holds minus that of the counterfactual one. Where each class has
+    # one answer, that is a difference of logits, such as IO − S at END.
     logit_difference: Estimate | None
+    # Share of prompts that the model answers with the class that holds rather than with any other.
     accuracy: Estimate | None
+    # Mean probability of the answers of the class that holds (of IO).
     io_probability: Estimate | None
 
     @classmethod
@@ -64,50 +58,38 @@ class CleanResult:
             flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
             seed: of the bootstrap.
         """
-        columns = columns_of(flat, "clean")
-        return cls(len(flat["labels"]), *_answered(columns, seed, flat.get("groups")))
+        sample = Sample(seed, flat.get("groups"))
+        return cls(len(flat["labels"]), *_answered(columns_of(flat, "clean"), sample))
 
 
 @dataclass(frozen=True)
 class ConditionResult:
-    """One edit at one site, over the held-out prompts; what is answered is None without answers.
+    """One edit at one site, over the held-out prompts; what is answered is None without answers."""
 
-    Attributes:
-        logit_difference: as in :class:`CleanResult`, like ``accuracy``.
-        accuracy: see there.
-        flipped: of the prompts that the clean model answers with the class that holds, those that
-            it answers with the counterfactual class under the edit; without a value where there are
-            none of the former. Under the control edit these are accidental flips.
-        divergence: mean KL(clean ‖ edited) of the next token, in nats.
-        distance: mean Mahalanobis length of the edit.
-        euclidean: mean Euclidean length of the edit.
-        worst_log_odds_margin: least value, over prompts, of the log odds that the probe reads
-            after the edit minus the log odds asked for; not negative when every prompt got them.
-        skipped: prompts whose odds sufficed already, left unchanged bit for bit.
-        solved: prompts edited to the optimum.
-        infeasible: prompts for which no activation satisfies the probe.
-        inaccurate: prompts whose solution misses the solver's promised accuracy.
-    """
-
-    logit_difference: Estimate | None
-    accuracy: Estimate | None
+    logit_difference: Estimate | None  # as in :class:`CleanResult`, like ``accuracy``
+    accuracy: Estimate | None  # see there
+    # Of the prompts that the clean model answers with the class that holds, those that it answers
+    # with the counterfactual class under the edit; without a value where there are none of the
+    # former. Under the control edit these are accidental flips.
     flipped: Estimate | None
-    divergence: Estimate
-    distance: float
-    euclidean: float
+    divergence: Estimate  # mean KL(clean ‖ edited) of the next token, in nats
+    distance: float  # mean Mahalanobis length of the edit
+    euclidean: float  # mean Euclidean length of the edit
+    # Least value, over prompts, of the log odds that the probe reads after the edit minus the log
+    # odds asked for; not negative when every prompt got them.
     worst_log_odds_margin: float
-    skipped: int
-    solved: int
-    infeasible: int
-    inaccurate: int
+    skipped: int  # prompts whose odds sufficed already, left unchanged bit for bit
+    solved: int  # prompts edited to the optimum
+    infeasible: int  # prompts for which no activation satisfies the probe
+    inaccurate: int  # prompts whose solution misses the solver's promised accuracy
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], key: str, seed: int) -> Self:
         """Summarise one edit of a sweep; ``key`` is ``SITE.CONDITION``."""
-        columns, groups = columns_of(flat, key), flat.get("groups")
-        difference, accuracy, _ = _answered(columns, seed, groups)
-        right = flat["clean.own_lead"] > 0 if difference is not None else None
-        among = None if right is None or groups is None else groups[right]
+        columns, clean, sample = (
+            columns_of(flat, key), columns_of(flat, "clean"), Sample(seed, flat.get("groups"))
+        )  # fmt: skip
+        difference, accuracy, _ = _answered(columns, sample)
         counts = {
             name: int((columns["status"] == int(status)).sum())
             for name, status in (
@@ -120,10 +102,8 @@ class ConditionResult:
         return cls(
             logit_difference=difference,
             accuracy=accuracy,
-            flipped=None
-            if right is None
-            else Estimate.share(columns["other_lead"][right] > 0, among),
-            divergence=_mean(columns["divergence"], seed, groups),
+            flipped=None if difference is None else sample.flipped(clean, columns),
+            divergence=sample.mean(columns["divergence"]),
             distance=columns["distance"].mean().item(),
             euclidean=columns["euclidean"].mean().item(),
             worst_log_odds_margin=(columns["log_odds_after"] - columns["floor"]).min().item(),
@@ -138,20 +118,13 @@ class ConditionResult:
 
 @dataclass(frozen=True)
 class Refits:
-    """The counterfactual edit fitted anew, each time to training prompts drawn with replacement.
+    """The counterfactual edit fitted anew, each time to training prompts drawn with replacement."""
 
-    Attributes:
-        flipped: share of the answers that each flips; the held-out prompts stay the same.
-        recovered: share of the interchange's effect that each recovers; empty where that is not
-            known.
-        flipped_sd: standard deviation of the former; None of fewer than two.
-        recovered_sd: of the latter.
-    """
-
-    flipped: list[float]
+    flipped: list[float]  # share of the answers that each flips; the held-out prompts stay the same
+    # Share of the interchange's effect that each recovers; empty where that is not known.
     recovered: list[float]
-    flipped_sd: float | None
-    recovered_sd: float | None
+    flipped_sd: float | None  # standard deviation of the former; None of fewer than two
+    recovered_sd: float | None  # of the latter
 
     @classmethod
     def of(cls, flipped: list[float], recovered: list[float]) -> Self:
@@ -162,32 +135,22 @@ class Refits:
 
 @dataclass(frozen=True)
 class SiteResult(Likeness):
-    """One site: what its probe knows, what editing its belief does, and what that is held against.
+    """One site: what its probe knows, what editing its belief does, what that is held against."""
 
-    Attributes:
-        probe_accuracy: of the probe on the held-out prompts.
-        shuffled_accuracy: of a probe fitted to the training labels in random order.
-        control: edits towards the class that holds.
-        counterfactual: edits towards the next class, the other one of two; ``recovered``,
-            ``agreement``, ``kl_to_interchange`` and ``beyond`` are of these.
-        worst_log_odds_margin: the worse of the two conditions' margins.
-        interchange: the ceiling; None where no prompt has a twin.
-        null: edits of shuffled probes, as long; None for a task without answers.
-        verdict: whether the model uses the class here; None likewise.
-        variables: the same of each of several variables, and of ``all`` together; empty where one
-            alone is edited.
-        refits: the spread over fits; None where none was asked for, or there are no answers.
-    """
-
-    probe_accuracy: Estimate
-    shuffled_accuracy: Estimate
-    control: ConditionResult
+    probe_accuracy: Estimate  # of the probe on the held-out prompts
+    shuffled_accuracy: Estimate  # of a probe fitted to the training labels in random order
+    control: ConditionResult  # edits towards the class that holds
+    # Edits towards the next class, the other one of two; ``recovered``, ``agreement``,
+    # ``kl_to_interchange`` and ``beyond`` are of these.
     counterfactual: ConditionResult
-    worst_log_odds_margin: float
-    interchange: Interchange | None = None
-    null: Null | None = None
-    verdict: Verdict | None = None
+    worst_log_odds_margin: float  # the worse of the two conditions' margins
+    interchange: Interchange | None = None  # the ceiling; None where no prompt has a twin
+    null: Null | None = None  # edits of shuffled probes, as long; None for a task without answers
+    verdict: Verdict | None = None  # whether the model uses the class here; None likewise
+    # The same of each of several variables, and of ``all`` together; empty where one alone is
+    # edited.
     variables: "dict[str, VariableResult]" = field(default_factory=dict)
+    # The spread over fits; None where none was asked for, or there are no answers.
     refits: Refits | None = None
 
     @classmethod
@@ -235,46 +198,32 @@ class SiteResult(Likeness):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptResult(Likeness):
-    """The counterfactual edit of one variable that keeps the beliefs about all others.
+    """The counterfactual edit of one variable that keeps the beliefs about all others."""
 
-    Attributes:
-        edit: the edit, held against the same interchange.
-    """
-
-    edit: ConditionResult
+    edit: ConditionResult  # the edit, held against the same interchange
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """Counterfactual edits that wrote one class.
+    """Counterfactual edits that wrote one class."""
 
-    Attributes:
-        prompts: into how many held-out prompts.
-        flipped: of those answered with the class that holds, the share then answered with what the
-            class written goes with; None for a task without answers.
-        logit_difference: mean preference for the class that holds over that; None likewise.
-        distance: mean Mahalanobis length.
-    """
-
-    prompts: int
+    prompts: int  # into how many held-out prompts
+    # Of those answered with the class that holds, the share then answered with what the class
+    # written goes with; None for a task without answers.
     flipped: Estimate | None
+    # Mean preference for the class that holds over that; None likewise.
     logit_difference: Estimate | None
-    distance: float
+    distance: float  # mean Mahalanobis length
 
 
 @dataclass(frozen=True)
 class VariableResult(SiteResult):
-    """One of several variables at a site, or all of them together: the keys of a site, and more.
+    """One of several variables at a site, or all of them together: the keys of a site, and more."""
 
-    Attributes:
-        prompts: held-out prompts of which every class is known; all numbers are of these.
-        kept: the edit that keeps the others; None where there are none.
-        by_target: class that was written to what writing it did, of all K − 1 others for each
-            prompt, or of that of its twin where that is the only one that an answer goes with.
-    """
-
-    prompts: int = 0
-    kept: KeptResult | None = None
+    prompts: int = 0  # held-out prompts of which every class is known; all numbers are of these
+    kept: KeptResult | None = None  # the edit that keeps the others; None where there are none
+    # Class that was written to what writing it did, of all K − 1 others for each prompt, or of that
+    # of its twin where that is the only one that an answer goes with.
     by_target: dict[str, TargetResult] = field(default_factory=dict)
 
 
@@ -352,24 +301,15 @@ def _patched(flat: Mapping[str, Tensor], site: str) -> tuple[Any, ...] | None:
 
 @dataclass(frozen=True)
 class TaskFlipping:
-    """What the sweep says about one version of the task.
+    """What the sweep says about one version of the task."""
 
-    Attributes:
-        task: its name.
-        clean: the model without any edit.
-        sites: the sweep by site, in order of computation.
-        used_sites: see :attr:`SiteResult.used`.
-        best_site: see :func:`best_site`.
-        seconds: time of each stage.
-        best: the best site on the prompts that it was not chosen by; None in results before 0.4.
-    """
-
-    task: str
-    clean: CleanResult
-    sites: dict[str, SiteResult]
-    used_sites: list[str]
-    best_site: str
-    seconds: dict[str, float]
+    task: str  # its name
+    clean: CleanResult  # the model without any edit
+    sites: dict[str, SiteResult]  # the sweep by site, in order of computation
+    used_sites: list[str]  # see :attr:`SiteResult.used`
+    best_site: str  # see :func:`best_site`
+    seconds: dict[str, float]  # time of each stage
+    # The best site on the prompts that it was not chosen by; None in results before 0.4.
     best: SiteResult | None = None
 
 
@@ -565,21 +505,17 @@ def load_prompts(folder: Path) -> dict[str, Tensor]:
 
 
 def _answered(
-    columns: Mapping[str, Tensor], seed: int, groups: Tensor | None
+    columns: Mapping[str, Tensor], sample: Sample
 ) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
     """Logit difference, accuracy and, of the clean run, probability of the class that holds."""
     if "logit_difference" not in columns:
         return None, None, None
     chance = columns.get("io_probability")
     return (
-        _mean(columns["logit_difference"], seed, groups),
-        Estimate.share(columns["own_lead"] > 0, groups),
-        None if chance is None else _mean(chance, seed, groups),
+        sample.mean(columns["logit_difference"]),
+        sample.share(columns["own_lead"] > 0),
+        None if chance is None else sample.mean(chance),
     )
-
-
-def _mean(values: Tensor, seed: int, groups: Tensor | None) -> Estimate:
-    return Estimate.mean(values, torch.Generator().manual_seed(seed), groups)
 
 
 def _unreadable(folder: Path, error: Exception) -> OutputError:

@@ -61,15 +61,10 @@ NO_MOVERS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over held-out prompts, and the values behind it.
+    """A mean over held-out prompts, and the values behind it."""
 
-    Attributes:
-        mean: with its bootstrap interval.
-        values: one a prompt, in the order of the prompts, rounded to 4 digits.
-    """
-
-    mean: Estimate
-    values: list[float]
+    mean: Estimate  # with its bootstrap interval
+    values: list[float]  # one a prompt, in the order of the prompts, rounded to 4 digits
 
     @classmethod
     def of(cls, values: Tensor, generator: torch.Generator) -> "Spread":
@@ -83,61 +78,41 @@ class ProbeReading:
 
     The order asked for is the true one in the clean and control conditions, and the other one in
     the counterfactual condition.
-
-    Attributes:
-        head: the head whose output is read, or :data:`ALL`.
-        condition: one of :data:`CONDITIONS`.
-        reports: share of prompts for which the probe reads the order asked for.
-        log_odds: the probe's log odds of the true order, in nats; below 0 it reads the other one.
     """
 
-    head: str
-    condition: str
-    reports: Estimate
+    head: str  # the head whose output is read, or :data:`ALL`
+    condition: str  # one of :data:`CONDITIONS`
+    reports: Estimate  # share of prompts for which the probe reads the order asked for
+    # The probe's log odds of the true order, in nats; below 0 it reads the other one.
     log_odds: Spread
 
 
 @dataclass(frozen=True)
 class AttentionReading:
-    """Where one head looks from END in one condition.
+    """Where one head looks from END in one condition."""
 
-    Attributes:
-        head: such as ``"L9.H9"``.
-        role: the role for which it was chosen.
-        condition: one of :data:`CONDITIONS`.
-        to_io: attention to IO.
-        to_s1: attention to S1.
-        moved: attention that lies elsewhere than in the clean run, ½ Σ |p − p_clean| over tokens.
-    """
-
-    head: str
-    role: str
-    condition: str
-    to_io: Spread
-    to_s1: Spread
+    head: str  # such as ``"L9.H9"``
+    role: str  # the role for which it was chosen
+    condition: str  # one of :data:`CONDITIONS`
+    to_io: Spread  # attention to IO
+    to_s1: Spread  # attention to S1
+    # Attention that lies elsewhere than in the clean run, ½ Σ |p − p_clean| over tokens.
     moved: Spread
 
 
 @dataclass(frozen=True)
 class CircuitResult:
-    """The three conditions at one site.
+    """The three conditions at one site."""
 
-    Attributes:
-        site: where the belief is edited, at S2.
-        prompts: held-out prompts.
-        logit_difference: condition to IO − S at END, in logits.
-        published: whether the heads are the published ones, or found by the program.
-        roles: role to heads, as read here; a role without heads has an empty list.
-        probes: readings by head and condition; empty if there is no S-inhibition head.
-        attention: readings by head and condition; empty if no head has one of the roles.
-    """
-
-    site: str
-    prompts: int
-    logit_difference: dict[str, Spread]
-    published: bool
+    site: str  # where the belief is edited, at S2
+    prompts: int  # held-out prompts
+    logit_difference: dict[str, Spread]  # condition to IO − S at END, in logits
+    published: bool  # whether the heads are the published ones, or found by the program
+    # Role to heads, as read here; a role without heads has an empty list.
     roles: dict[str, list[str]]
+    # Readings by head and condition; empty if there is no S-inhibition head.
     probes: list[ProbeReading]
+    # Readings by head and condition; empty if no head has one of the roles.
     attention: list[AttentionReading]
 
 

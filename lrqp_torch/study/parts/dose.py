@@ -26,7 +26,7 @@ from lrqp_torch.plot.figures import dose_measures, dose_of, dose_panes, dosed
 from lrqp_torch.qp import Status
 from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext, Task
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import Twinned, batches, put
@@ -48,53 +48,35 @@ LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
 @dataclass(frozen=True)
 class EditSummary(Likeness):
-    """One edit of all held-out prompts.
+    """One edit of all held-out prompts."""
 
-    Attributes:
-        log_alpha: log odds asked for; their mean where they differ between prompts.
-        flipped: of the prompts that the clean model answers with the class that holds, the share
-            answered with the target under the edit; None for a task without answers.
-        preference: mean score of the class that holds minus that of the next class; None likewise.
-        divergence: mean KL(clean ‖ edited) of the next token, in nats.
-        distance: mean Mahalanobis length of the edit; 0 for prompts left as they were.
-        euclidean: mean Euclidean length of the edit, in units of the stream.
-        edited: share of prompts that had to be changed.
-        unreached: prompts left as they were because the solver could not reach the odds.
-    """
-
-    log_alpha: float
+    log_alpha: float  # log odds asked for; their mean where they differ between prompts
+    # Of the prompts that the clean model answers with the class that holds, the share answered with
+    # the target under the edit; None for a task without answers.
     flipped: Estimate | None
+    # Mean score of the class that holds minus that of the next class; None likewise.
     preference: Estimate | None
-    divergence: Estimate
-    distance: Estimate
-    euclidean: Estimate
-    edited: float
-    unreached: int
+    divergence: Estimate  # mean KL(clean ‖ edited) of the next token, in nats
+    distance: Estimate  # mean Mahalanobis length of the edit; 0 for prompts left as they were
+    euclidean: Estimate  # mean Euclidean length of the edit, in units of the stream
+    edited: float  # share of prompts that had to be changed
+    unreached: int  # prompts left as they were because the solver could not reach the odds
 
 
 @dataclass(frozen=True)
 class TaskDose:
-    """All edits of one version of the task.
+    """All edits of one version of the task."""
 
-    Attributes:
-        prompts: held-out prompts.
-        answered: those that the clean model answers with the class that holds, of which shares
-            flipped are taken; None for a task without answers.
-        probe_accuracy: of the probe at the site, on held-out prompts.
-        clean: mean preference without an edit; None for a task without answers.
-        doses: counterfactual edits by rising log α.
-        control: the mirror rule towards the class that holds.
-        counterfactual: the mirror rule towards the next class.
-        interchange: the ceiling of the counterfactual edits; None where no prompt has a twin.
-    """
-
-    prompts: int
+    prompts: int  # held-out prompts
+    # Those that the clean model answers with the class that holds, of which shares flipped are
+    # taken; None for a task without answers.
     answered: int | None
-    probe_accuracy: float
-    clean: Estimate | None
-    doses: list[EditSummary]
-    control: EditSummary
-    counterfactual: EditSummary
+    probe_accuracy: float  # of the probe at the site, on held-out prompts
+    clean: Estimate | None  # mean preference without an edit; None for a task without answers
+    doses: list[EditSummary]  # counterfactual edits by rising log α
+    control: EditSummary  # the mirror rule towards the class that holds
+    counterfactual: EditSummary  # the mirror rule towards the next class
+    # The ceiling of the counterfactual edits; None where no prompt has a twin.
     interchange: Interchange | None = None
 
     def half_dose(self) -> float | None:
@@ -105,19 +87,12 @@ class TaskDose:
 
 @dataclass(frozen=True)
 class DoseResult:
-    """The dose sweep.
+    """The dose sweep."""
 
-    Attributes:
-        words: what the things of the task are called.
-        site: where the edits act.
-        floor: least log odds of the mirror rule.
-        tasks: task name to its edits, the study's task first.
-    """
-
-    words: Words
-    site: str
-    floor: float
-    tasks: dict[str, TaskDose]
+    words: Words  # what the things of the task are called
+    site: str  # where the edits act
+    floor: float  # least log odds of the mirror rule
+    tasks: dict[str, TaskDose]  # task name to its edits, the study's task first
 
 
 class Dose(Part[DoseResult]):
@@ -184,33 +159,24 @@ class Dose(Part[DoseResult]):
                 edited = batch.edited(site, one, target)[condition]
                 put(kept, columns(batch, edited, there), batch.rows, n)
                 advance(len(batch))
-        right = clean["own_lead"] > 0 if clean else None
-        groups = task.test.groups
-        among = None if right is None or groups is None else groups.cpu()[right]
+        sample = Sample(context.seed, task.test.groups)
         likeness, interchange = dict[int, dict[str, Any]](), None
         if twinned is not None:
-            how = (twinned.known, context.seed, groups)
+            how = (twinned.known, context.seed, task.test.groups)
             patch["distance"] = twinned.distance
             # A control edit is not to do what the interchange does.
             own = {i: (c, patch) for i, c in enumerate(found) if edits[i][1] != "control"}
             likeness = likenesses(clean, own, *how)
             interchange = interchange_of(clean, patch, *how)
 
-        def mean(values: Tensor | None) -> Any:
-            if values is None:
-                return None
-            return Estimate.mean(values, context.generator(), groups)
-
         *doses, control, counterfactual = (
             EditSummary(
                 log_alpha=kept["floor"].mean().item(),
-                flipped=None
-                if right is None
-                else Estimate.share(kept["other_lead"][right] > 0, among),
-                preference=mean(kept.get("logit_difference")),
-                divergence=mean(kept["divergence"]),
-                distance=mean(kept["distance"]),
-                euclidean=mean(kept["euclidean"]),
+                flipped=sample.flipped(clean, kept) if clean else None,
+                preference=sample.mean(kept["logit_difference"]) if clean else None,
+                divergence=sample.mean(kept["divergence"]),
+                distance=sample.mean(kept["distance"]),
+                euclidean=sample.mean(kept["euclidean"]),
                 edited=(kept["status"] == Status.SOLVED).double().mean().item(),
                 unreached=int((kept["status"] >= Status.INFEASIBLE).sum()),
                 **likeness.get(index, {}),
@@ -219,9 +185,9 @@ class Dose(Part[DoseResult]):
         )
         return TaskDose(
             prompts=n,
-            answered=None if right is None else int(right.sum()),
+            answered=int((clean["own_lead"] > 0).sum()) if clean else None,
             probe_accuracy=mirror.probe.accuracy(test[site], task.test.labels),
-            clean=mean(clean.get("logit_difference")),
+            clean=sample.mean(clean["logit_difference"]) if clean else None,
             doses=doses,
             control=control,
             counterfactual=counterfactual,

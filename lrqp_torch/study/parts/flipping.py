@@ -64,14 +64,10 @@ OTHER_TASK = "other_task"
 
 @dataclass(frozen=True)
 class FlippingResult:
-    """The sweep of each version of the task.
+    """The sweep of each version of the task."""
 
-    Attributes:
-        tasks: name to sweep, the study's own task first.
-        study: the finished study in which the sweep is shown.
-    """
-
-    tasks: dict[str, TaskFlipping]
+    tasks: dict[str, TaskFlipping]  # name to sweep, the study's own task first
+    # The finished study in which the sweep is shown.
     study: StudyResults | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
 
     @property

@@ -61,70 +61,50 @@ _LONGEST_TEXT = 90
 
 @dataclass(frozen=True)
 class SiteGeometry:
-    """The first directions at one site.
+    """The first directions at one site."""
 
-    Attributes:
-        variance: share of the training prompts' total variance in direction 1 and in direction 2.
-        eta_squared: share of each direction's variance between held-out prompts that the class
-            explains: variance between the classes over total variance.
-        strongest: which of the first ten directions, counted from 1, the class explains most among
-            the training prompts.
-        strongest_eta_squared: the same share for that direction, on held-out prompts.
-        thresholds: on direction 1, rising, between neighbouring classes; each is chosen for
-            accuracy on the training prompts of the two.
-        accuracy: share of held-out prompts between the right thresholds.
-        auc: chance that of two held-out prompts of different classes the one of the class with the
-            larger training mean lies higher on direction 1, ties half; mean over pairs of classes.
-        points: coordinates of the first held-out prompts on both directions, (points, 2).
-    """
-
+    # Share of the training prompts' total variance in direction 1 and in direction 2.
     variance: list[float]
+    # Share of each direction's variance between held-out prompts that the class explains: variance
+    # between the classes over total variance.
     eta_squared: list[float]
+    # Which of the first ten directions, counted from 1, the class explains most among the training
+    # prompts.
     strongest: int
-    strongest_eta_squared: float
+    strongest_eta_squared: float  # the same share for that direction, on held-out prompts
+    # On direction 1, rising, between neighbouring classes; each is chosen for accuracy on the
+    # training prompts of the two.
     thresholds: list[float]
-    accuracy: Estimate
+    accuracy: Estimate  # share of held-out prompts between the right thresholds
+    # Chance that of two held-out prompts of different classes the one of the class with the larger
+    # training mean lies higher on direction 1, ties half; mean over pairs of classes.
     auc: float
+    # Coordinates of the first held-out prompts on both directions, (points, 2).
     points: list[list[float]]
 
 
 @dataclass(frozen=True)
 class TaskGeometry:
-    """All sites, for one version of the task.
+    """All sites, for one version of the task."""
 
-    Attributes:
-        train: prompts that directions and thresholds were fitted to.
-        test: held-out prompts that everything else was measured on.
-        eta_chance: eta squared that a direction of normal values that has nothing to do with the
-            class stays below in 95 % of cases.
-        labels: classes of the prompts drawn.
-        prompts: their texts, shortened, without prefix.
-        sites: site name to its geometry.
-    """
-
-    train: int
-    test: int
+    train: int  # prompts that directions and thresholds were fitted to
+    test: int  # held-out prompts that everything else was measured on
+    # Eta squared that a direction of normal values that has nothing to do with the class stays
+    # below in 95 % of cases.
     eta_chance: float
-    labels: list[int]
-    prompts: list[str]
-    sites: dict[str, SiteGeometry]
+    labels: list[int]  # classes of the prompts drawn
+    prompts: list[str]  # their texts, shortened, without prefix
+    sites: dict[str, SiteGeometry]  # site name to its geometry
 
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """The geometry of the clean activations.
+    """The geometry of the clean activations."""
 
-    Attributes:
-        classes: their names.
-        words: what the things of the task are called.
-        best_site: site whose first direction the class explains most, in the study's task.
-        tasks: task name to its geometry, the study's task first.
-    """
-
-    classes: list[str]
-    words: Words
-    best_site: str
-    tasks: dict[str, TaskGeometry]
+    classes: list[str]  # their names
+    words: Words  # what the things of the task are called
+    best_site: str  # site whose first direction the class explains most, in the study's task
+    tasks: dict[str, TaskGeometry]  # task name to its geometry, the study's task first
 
 
 def site_geometry(

@@ -52,28 +52,17 @@ from lrqp_torch.study.showing import (
 
 @dataclass(frozen=True)
 class JointResult:
-    """Several variables, or one of many classes, at every site.
+    """Several variables, or one of many classes, at every site."""
 
-    Attributes:
-        words: what the things of the task are called.
-        variables: name to its classes, the class first.
-        prompts: held-out prompts; those of which a class is known that has training prompts.
-        left_out: the others.
-        site: where :attr:`methods` are compared.
-        elsewhere: the tokens at which nothing should change.
-        additive: by site; empty for one variable.
-        methods: rows of the table; empty for prompts without answers or twins.
-        sites: site to variable, and ``all``, to what its edits do.
-    """
-
-    words: Words
-    variables: dict[str, list[str]]
-    prompts: int
-    left_out: int
-    site: str
-    elsewhere: str
-    additive: dict[str, Additivity]
-    methods: list[MethodRow]
+    words: Words  # what the things of the task are called
+    variables: dict[str, list[str]]  # name to its classes, the class first
+    prompts: int  # held-out prompts; those of which a class is known that has training prompts
+    left_out: int  # the others
+    site: str  # where :attr:`methods` are compared
+    elsewhere: str  # the tokens at which nothing should change
+    additive: dict[str, Additivity]  # by site; empty for one variable
+    methods: list[MethodRow]  # rows of the table; empty for prompts without answers or twins
+    # Site to variable, and ``all``, to what its edits do.
     sites: dict[str, dict[str, VariableResult]] = field(default_factory=dict)
 
     def row(self, variables: str, method: str) -> MethodRow | None:

@@ -76,64 +76,45 @@ KINDS = {
 
 @dataclass(frozen=True)
 class GroupMediation:
-    """What the attention patterns of one set of heads carry.
+    """What the attention patterns of one set of heads carry."""
 
-    Attributes:
-        group: name of the set.
-        heads: its heads in layers that read the edited site or come later; only these can have
-            changed, and only these are set.
-        preference_restored: mean preference with the edit and clean patterns.
-        preference_induced: mean preference without the edit and with the edited patterns.
-        restored: share of the edit's effect undone; None where the edit has no effect to share,
-            that is, where the interval of its mean effect includes 0 or that of the ratio is not
-            finite.
-        induced: share of the edit's effect brought about; None in the same case.
-        answers_restored: of the prompts that the edit flipped, those answered with the class that
-            holds again; None if it flipped none.
-        answers_flipped: of the prompts answered with the class that holds in the clean run, those
-            that the edited patterns alone flip; None if there are none.
-    """
-
-    group: str
+    group: str  # name of the set
+    # Its heads in layers that read the edited site or come later; only these can have changed, and
+    # only these are set.
     heads: list[str]
-    preference_restored: float
-    preference_induced: float
+    preference_restored: float  # mean preference with the edit and clean patterns
+    preference_induced: float  # mean preference without the edit and with the edited patterns
+    # Share of the edit's effect undone; None where the edit has no effect to share, that is, where
+    # the interval of its mean effect includes 0 or that of the ratio is not finite.
     restored: Estimate | None
-    induced: Estimate | None
+    induced: Estimate | None  # share of the edit's effect brought about; None in the same case
+    # Of the prompts that the edit flipped, those answered with the class that holds again; None if
+    # it flipped none.
     answers_restored: Estimate | None
+    # Of the prompts answered with the class that holds in the clean run, those that the edited
+    # patterns alone flip; None if there are none.
     answers_flipped: Estimate | None
 
 
 @dataclass(frozen=True)
 class MediationResult(Likeness):
-    """The counterfactual edit at one site, and what the patterns of sets of heads carry of it.
+    """The counterfactual edit at one site, and what the patterns of sets of heads carry of it."""
 
-    Attributes:
-        words: what the things of the task are called.
-        site: where the belief is edited.
-        prompts: held-out prompts.
-        published: whether the heads are the published ones, or found by the program.
-        preference_clean: mean preference without any intervention.
-        preference_edited: the same under the counterfactual edit.
-        effect: mean of their difference.
-        edit_flips: of the prompts answered with the class that holds in the clean run, those that
-            the edit flips; None if there are none.
-        groups: sets of heads.
-        interchange: the ceiling of the edit, which ``recovered`` and the like compare it with; None
-            where no prompt has a twin.
-        together: the same of the edit of all variables; None where there is one.
-    """
-
-    words: Words
-    site: str
-    prompts: int
-    published: bool
-    preference_clean: float
-    preference_edited: float
-    effect: Estimate
+    words: Words  # what the things of the task are called
+    site: str  # where the belief is edited
+    prompts: int  # held-out prompts
+    published: bool  # whether the heads are the published ones, or found by the program
+    preference_clean: float  # mean preference without any intervention
+    preference_edited: float  # the same under the counterfactual edit
+    effect: Estimate  # mean of their difference
+    # Of the prompts answered with the class that holds in the clean run, those that the edit flips;
+    # None if there are none.
     edit_flips: Estimate | None
-    groups: list[GroupMediation]
+    groups: list[GroupMediation]  # sets of heads
+    # The ceiling of the edit, which ``recovered`` and the like compare it with; None where no
+    # prompt has a twin.
     interchange: Interchange | None = None
+    # The same of the edit of all variables; None where there is one.
     together: "MediationResult | None" = None
 
     @property
@@ -240,17 +221,12 @@ class Mediation(Part[MediationResult]):
 
 @dataclass(frozen=True)
 class _Edited:
-    """An edit whose effect is mediated.
+    """An edit whose effect is mediated."""
 
-    Attributes:
-        data: held-out prompts.
-        editing: gives the context of ``(batch, condition=...)``.
-        twinned: the interchange that it is held against.
-    """
-
-    data: PromptSet
+    data: PromptSet  # held-out prompts
+    # Gives the context of ``(batch, condition=...)``.
     editing: Callable[..., AbstractContextManager[object]]
-    twinned: Twinned | None
+    twinned: Twinned | None  # the interchange that it is held against
 
 
 def head_groups(

@@ -52,42 +52,26 @@ _SAME_WITHOUT_PREFIX = {
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """One probe on held-out prompts.
+    """One probe on held-out prompts."""
 
-    Attributes:
-        site: where it reads.
-        accuracy: share of held-out prompts whose class it names.
-        shuffled: the same of a probe fitted to shuffled labels; None where it was not fitted.
-    """
-
-    site: str
-    accuracy: Estimate
+    site: str  # where it reads
+    accuracy: Estimate  # share of held-out prompts whose class it names
+    # The same of a probe fitted to shuffled labels; None where it was not fitted.
     shuffled: Estimate | None
 
 
 @dataclass(frozen=True)
 class VariableScores:
-    """One variable, read at one token in one version of the task.
+    """One variable, read at one token in one version of the task."""
 
-    Attributes:
-        task: its name.
-        position: the token, a key of ``PromptSet.positions``.
-        variable: its name, as in :mod:`lrqp_torch.study.variables`.
-        classes: names of the classes.
-        train: training prompts that have a class.
-        test: held-out prompts that have one.
-        baseline: share of the most frequent class among these held-out prompts.
-        scores: by site, in order of computation.
-    """
-
-    task: str
-    position: str
-    variable: str
-    classes: list[str]
-    train: int
-    test: int
-    baseline: float
-    scores: list[ProbeScore]
+    task: str  # its name
+    position: str  # the token, a key of ``PromptSet.positions``
+    variable: str  # its name, as in :mod:`lrqp_torch.study.variables`
+    classes: list[str]  # names of the classes
+    train: int  # training prompts that have a class
+    test: int  # held-out prompts that have one
+    baseline: float  # share of the most frequent class among these held-out prompts
+    scores: list[ProbeScore]  # by site, in order of computation
 
     @property
     def best(self) -> float:
@@ -102,21 +86,13 @@ class VariableScores:
 
 @dataclass(frozen=True)
 class ProbingResult:
-    """All probes.
+    """All probes."""
 
-    Attributes:
-        words: what the things of the task are called.
-        sites: every site of the study; all are probed for the label, some for the rest.
-        names: how many names were told apart at most.
-        bins: into how many ranges positions were cut at most.
-        variables: one entry a task, position and variable.
-    """
-
-    words: Words
-    sites: list[str]
-    names: int
-    bins: int
-    variables: list[VariableScores]
+    words: Words  # what the things of the task are called
+    sites: list[str]  # every site of the study; all are probed for the label, some for the rest
+    names: int  # how many names were told apart at most
+    bins: int  # into how many ranges positions were cut at most
+    variables: list[VariableScores]  # one entry a task, position and variable
 
 
 class Probing(Part[ProbingResult]):

@@ -37,18 +37,12 @@ LISTED_FROM = 90
 
 @dataclass(frozen=True)
 class Chapter:
-    """One part of the study in the report.
+    """One part of the study in the report."""
 
-    Attributes:
-        title: one line.
-        question: what it asks; paragraphs separated by an empty line.
-        says: what was found, a sentence or two each.
-        panels: its charts and tables; the first is shown, the others open when they are asked for.
-    """
-
-    title: str
-    question: str
-    says: Sequence[str]
+    title: str  # one line
+    question: str  # what it asks; paragraphs separated by an empty line
+    says: Sequence[str]  # what was found, a sentence or two each
+    # Its charts and tables; the first is shown, the others open when they are asked for.
     panels: Sequence[Panel]
 
     @property
@@ -59,37 +53,23 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Opening:
-    """The first screen: what was seen, and what it says.
+    """The first screen: what was seen, and what it says."""
 
-    Attributes:
-        title: of the page.
-        subtitle: model and data in a line.
-        panels: the charts that answer the study's question, side by side.
-        tiles: key figures: the number, what it is, and a note on it.
-        says: one-sentence answers.
-        question: what the study asks, for a reader who has not met the task.
-    """
-
-    title: str
-    subtitle: str
-    panels: Sequence[Panel]
-    tiles: Sequence[tuple[str, str, str]]
-    says: Sequence[str]
-    question: str
+    title: str  # of the page
+    subtitle: str  # model and data in a line
+    panels: Sequence[Panel]  # the charts that answer the study's question, side by side
+    tiles: Sequence[tuple[str, str, str]]  # key figures: the number, what it is, and a note on it
+    says: Sequence[str]  # one-sentence answers
+    question: str  # what the study asks, for a reader who has not met the task
 
 
 @dataclass(frozen=True)
 class Made:
-    """How the numbers came about.
+    """How the numbers came about."""
 
-    Attributes:
-        command: writes them again.
-        files: where the numbers behind the charts are, in words.
-        tables: title to what the numbers depend on, as name and value.
-    """
-
-    command: str
-    files: str
+    command: str  # writes them again
+    files: str  # where the numbers behind the charts are, in words
+    # Title to what the numbers depend on, as name and value.
     tables: Mapping[str, Mapping[str, object]]
 
 
