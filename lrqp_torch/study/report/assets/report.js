@@ -33,11 +33,16 @@
   const isDark = () =>
     root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches;
 
+  const swatch = document.createElement("i");
+  swatch.hidden = true;
+  document.body.append(swatch);
   const template = () => {
-    const style = getComputedStyle(root);
-    const [ink, muted, line, surface] = ["--ink", "--muted", "--line", "--surface"].map((name) =>
-      style.getPropertyValue(name).trim(),
-    );
+    // Read of an element: the variable itself holds what it is on either page.
+    const [ink, muted, line, surface] = ["--ink", "--muted", "--line", "--surface"].map((name) => {
+      swatch.style.color = `var(${name})`;
+      return getComputedStyle(swatch).color;
+    });
+    const family = getComputedStyle(root).getPropertyValue("--interface");
     const axis = {
       automargin: true, gridcolor: line, linecolor: muted, tickcolor: muted, zerolinecolor: muted,
       zerolinewidth: 1, ticks: "outside", ticklen: 4, showline: true,
@@ -47,14 +52,14 @@
     return {
       layout: {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-        font: { family: style.getPropertyValue("--interface"), size: 12.5, color: ink },
+        font: { family, size: 12.5, color: ink },
         colorway: isDark() ? colours.map((colour) => onDark[colour] ?? colour) : colours,
         xaxis: axis, yaxis: axis,
         margin: { l: 60, r: 20, t: 36, b: 50 },
         legend: { bgcolor: "rgba(0,0,0,0)", font: { size: 12 } },
         hoverlabel: {
           bgcolor: surface, bordercolor: muted, align: "left", namelength: -1,
-          font: { family: style.getPropertyValue("--interface"), size: 12.5, color: ink },
+          font: { family, size: 12.5, color: ink },
         },
         coloraxis: { colorbar: { outlinewidth: 0 } },
         annotationdefaults: { font: { color: ink } },
