@@ -17,12 +17,12 @@ from lrqp_torch import capture, models
 from lrqp_torch.errors import ModelError, NonFiniteError, OutputError, SettingError, SiteError
 from lrqp_torch.files import prepare_folder, sole_writer, written_whole
 from lrqp_torch.ioi import IOIDataset
+from lrqp_torch.study import part
 from lrqp_torch.study import preparing as stages
 from lrqp_torch.study import sweep as sweeping
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.known import read_truth
-from lrqp_torch.study import part
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import SiteResult, StudyResults, best_site, columns_of
 from lrqp_torch.study.run import run as run_study
