@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lrqp_torch as lrqp
-from lrqp_torch.errors import RequestError, ServingError
+from lrqp_torch.errors import MissingExtraError, RequestError, ServingError
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.models import load
 from lrqp_torch.serving import operator, plugin
@@ -393,6 +393,33 @@ def test_two_processes_hold_the_same_edits(
         check(answers(found, ids[:12], asked, max_tokens=6), expected)
         again = answers(found, ids[:12], asked, max_tokens=6)
         check(again, expected)
+
+
+def test_smollm2_is_edited_as_in_transformers(tmp_path: Path) -> None:
+    try:
+        model, tokenizer = load("smollm2")
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    model.save_pretrained(tmp_path / "model")
+    data = IOIDataset.generate(tokenizer, n=64, seed=0)
+    site, kept = "L18.mid", data.inputs["attention_mask"].bool()
+    states = lrqp.capture(model, data.inputs, [site], positions=data.positions["S2"])
+    edit = lrqp.LRQP.fit(states[site], data.labels["abb"])
+    edit.provenance = lrqp.Provenance.of(model, site)
+    edit.save(tmp_path / "edits" / "order")
+    edits = Library.load(tmp_path / "edits")
+    rows = zip(data.inputs["input_ids"], kept, strict=True)
+    ids = [row[mask].tolist() for row, mask in rows][:9]
+    asked = [
+        n % 3 and {"edit": "order", "positions": [s2], "target": n % 2}
+        for n, s2 in enumerate(data.positions["S2"].tolist()[:9])
+    ]
+    asked = [one or None for one in asked]
+    asked[8] = {"edit": "order", "scope": "generated", "target": 1}
+    expected = [reference(model, *p, edits, tokens=4) for p in zip(ids, asked, strict=True)]
+    options = {"skip_tokenizer_init": True, "max_model_len": 64, "num_gpu_blocks_override": 40}
+    with serving(tmp_path / "model", tmp_path / "edits", **options) as found:
+        check(answers(found, ids, asked, max_tokens=4, detokenize=False), expected, close=5e-4)
 
 
 # Errors.
