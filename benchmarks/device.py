@@ -539,7 +539,8 @@ def launching(arguments: Namespace) -> list[Row]:
     tensors, numbers = held[0][:2]
     stream = torch.cuda.current_stream().cuda_stream
     pointers = [tensor.data_ptr() for tensor in tensors]
-    given = (*pointers[:11], *fixed, *pointers[11:], *numbers, *constants)
+    own = fused.BEFORE_CONSTANTS
+    given = (*pointers[:own], *fixed, *pointers[own:], *numbers, *constants)
 
     def bare() -> None:
         run(1, 1, 1, stream, function, metadata, None, None, None, *given)

@@ -408,10 +408,16 @@ def place_classes(
     return tensor.clamp(0, n_classes - 1).to(device).long(), inside.to(device)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # A finite sum has finite terms, and costs a fraction of looking at each of them.
+    finite = bool(torch.isfinite(values.detach().sum()))
+    return finite or bool(torch.isfinite(values).all())
+
+
 def check_finite(x: Tensor) -> None:
     """Raise :class:`NonFiniteError` naming the activations that hold NaN or infinity."""
-    # A finite sum has finite terms, and costs a fraction of looking at each of them.
-    if bool(torch.isfinite(x.detach().sum())):
+    if all_finite(x):
         return
     finite = torch.isfinite(x).all(-1)
     if not bool(finite.all()):

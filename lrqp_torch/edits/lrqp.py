@@ -1,6 +1,7 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
 import copy
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -385,8 +386,8 @@ class LRQP(Edit[Classes]):
             floor = as_floors(asked, (batch,), device)
         skip = self.on_infeasible == "skip"
         solution = self.qp.solve(x, classes, floor, geometry, realise=realise, live=live, skip=skip)
-        for invalid in wrong:
-            solution = solution.invalidate(invalid, x)
+        if wrong:
+            solution = solution.invalidate(reduce(torch.logical_or, wrong), x)
         return solution if live is not None else skipped(solution, x, self.on_infeasible)
 
     def _beside(self, classes: Classes, x: Tensor, name: str) -> Tensor:

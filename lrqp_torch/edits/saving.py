@@ -18,7 +18,14 @@ from torch import Tensor
 
 from lrqp_torch.edits.hub import CARD_FILE, model_card
 from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.errors import LRQPError, OutputError, ProvenanceError, SavedEditError, SolverError
+from lrqp_torch.errors import (
+    LRQPError,
+    OutputError,
+    ProvenanceError,
+    SavedEditError,
+    SolverError,
+    all_finite,
+)
 from lrqp_torch.files import prepare_folder, read_json, require_inside, to_json, written_whole
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
@@ -275,7 +282,7 @@ def _read_tensors(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     if unknown:
         raise SavedEditError(f"{folder}: unknown tensors {sorted(unknown)}")
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in DTYPES or not all_finite(tensor):
             raise SavedEditError(
                 f"{folder}: {name} holds NaN, infinity or non-floating numbers, {tensor.dtype}"
             )

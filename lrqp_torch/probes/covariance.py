@@ -12,6 +12,7 @@ from lrqp_torch.errors import (
     NonFiniteError,
     RankError,
     WidthError,
+    all_finite,
     as_numbers,
     check_finite,
     ordinary,
@@ -395,7 +396,7 @@ def _check_covariance(covariance: Tensor, known: bool) -> None:
     square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
     if not square or covariance.numel() == 0:
         raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")
-    if not bool(torch.isfinite(covariance).all()):
+    if not all_finite(covariance):
         raise NonFiniteError("the covariance holds NaN or infinity")
     matrix = covariance.detach().double()
     size = max(float(matrix.amax()), -float(matrix.amin()))

@@ -35,6 +35,8 @@ VariableRules = tuple[tuple[float, float, float], ...]
 
 MOST_CLASSES = 64
 """A tableau of so many classes fits the registers of a program."""
+BEFORE_CONSTANTS = 15
+"""So many of the kernel's tensors come before those that belong to a geometry."""
 
 
 class Placed(Protocol):
@@ -326,7 +328,8 @@ class Launcher:
         else:
             # Numbers in place of tensors, which Triton would ask the driver about one by one.
             run, function, metadata, fixed, constants = held
-            given = *pointers[:15], *fixed, *pointers[15:], *numbers, *constants
+            own = BEFORE_CONSTANTS
+            given = *pointers[:own], *fixed, *pointers[own:], *numbers, *constants
             place = torch._C._cuda_getCurrentRawStream(device)
             try:
                 run(count, 1, 1, place, function, metadata, None, None, None, *given)
@@ -380,10 +383,10 @@ class Launcher:
         if out == torch.float64 and scale != 1:
             # What the model rounds twice must not be fused into one operation.
             options["enable_fp_fusion"] = False
-        device = tensors[0].device
+        device, own = tensors[0].device, BEFORE_CONSTANTS
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             compiled = self.kernel[(n,)](
-                *tensors[:15], *self.constants, *tensors[15:], *numbers, *constants.values(),
+                *tensors[:own], *self.constants, *tensors[own:], *numbers, *constants.values(),
                 **options,
             )  # fmt: skip
         if compiled is not None and wide and self.prepares:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lrqp_torch.errors import (
     NonFiniteError,
     WidthError,
+    all_finite,
     check_classes,
     concrete,
     in_transforms,
@@ -142,7 +143,7 @@ class ProbeGeometry:
                 f"{tuple(covariance.shape)}; fit both on activations of the same site"
             )
         for name, tensor in (("weight", weight), ("bias", bias), ("covariance", covariance)):
-            if readable(tensor) and not bool(torch.isfinite(tensor).all()):
+            if readable(tensor) and not all_finite(tensor):
                 owner = "metric" if name == "covariance" else "probe"
                 raise NonFiniteError(f"the {owner}'s {name} holds NaN or infinity; refit it")
 

@@ -26,7 +26,7 @@ FINE = 1e-5
 # or four are usual in half precision, and the bound only guards against a loop without end.
 MAX_ROUNDS = 24
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
-BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 3, 5
+BLIND_ROUNDS = 2
 
 
 def advance(precision: float, width: int) -> float:
@@ -65,11 +65,6 @@ class Headroom:
         if rows is None:
             return self
         return Headroom(self.precision, self.length[rows], self.size[rows], self.width)
-
-    @property
-    def fine(self) -> bool:
-        """Whether the dtype is float32 or finer."""
-        return self.precision < FINE
 
     def in_advance(self, rise: Tensor) -> Tensor:
         """How much to aim above the floors in the first round, (B, m); see :func:`advance`.
@@ -182,7 +177,7 @@ def reach(
     """
     looking, rows = readable(needed), None
     if not looking:
-        rounds = BLIND_ROUNDS_FINE if headroom.fine else BLIND_ROUNDS_COARSE
+        rounds = BLIND_ROUNDS
     raised = headroom.in_advance(floor) if raised is None else raised
     total = attempt = step(floor + raised, None)
     after = torch.empty_like(raised)
