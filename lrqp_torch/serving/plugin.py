@@ -46,8 +46,12 @@ SETTLED = "lrqp_settled"
 """What the edits of a request are called among its extra arguments once they are settled."""
 CERTIFICATES = "lrqp"
 """What the certificates are called among a request's ``kv_transfer_params``, and between ranks."""
-REMEMBERED = 65_536
-"""Of so many blocks of the cache the certificates are kept for requests that find them there."""
+REMEMBERED = 200_000
+"""So many certificates of blocks of the cache are kept for requests that find them there."""
+CACHED = "CACHED"
+"""Status of a token whose block an earlier request had edited alike, and whose numbers are gone."""
+INSPECTION = "vllm.model_executor.models.registry"
+"""What vLLM runs in a process of its own to look at a class of models."""
 
 
 def register() -> None:
@@ -60,6 +64,8 @@ def register() -> None:
     named = os.environ.get(FOLDERS_VARIABLE)
     import vllm
 
+    if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == INSPECTION:
+        return
     if ".".join(vllm.__version__.split(".")[:2]) != TESTED_VLLM:
         if not named:
             return
@@ -74,7 +80,6 @@ def register() -> None:
     operator.define()
     _wrap_keys()
     _wrap_engine()
-    _wrap_workers()
 
 
 @functools.cache
@@ -265,7 +270,10 @@ def _config_hash(inner: Callable[..., str], config: Any, *args: Any, **kwargs: A
 def _wrap_engine() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    # A process that runs no model does without the model runners.
+    _wrap(WorkerWrapperBase, "init_device", _wrap_workers)
     # An engine in a process of its own calls this plugin from within its constructor, so what is
     # wrapped are functions that it calls later.
     _wrap(EngineCore, "_initialize_kv_caches", _start)
@@ -348,12 +356,21 @@ def check_ranks(said: Sequence[Mapping[str, Any]], edits: Library) -> None:
 
 @dataclass(eq=False)
 class Entry:
-    """What is known of a request with edits: by edit and position its certificate."""
+    """What is known of a request with edits: by edit and position its certificate.
+
+    Attributes:
+        request: of vLLM's scheduler.
+        edits: what it asks for.
+        rows: certificates.
+        fresh: those that are not yet remembered with their blocks.
+        cached: so many of its first tokens were found in the cache.
+    """
 
     request: Any
     edits: tuple[RequestEdit, ...]
     rows: dict[tuple[str, int], Sequence[float]] = field(default_factory=dict)
     fresh: list[tuple[str, int]] = field(default_factory=list)
+    cached: int = 0
 
 
 class Ledger:
@@ -372,6 +389,7 @@ class Ledger:
         self.names = list(edits)
         self.entries: dict[str, Entry] = {}
         self.blocks: OrderedDict[Any, dict[tuple[str, int], Sequence[float]]] = OrderedDict()
+        self.remembered = 0
 
     def add(self, request: Any) -> None:
         """A request comes in."""
@@ -401,6 +419,8 @@ class Ledger:
             entry = self.entries.get(output.request_id)
             if entry is None:
                 continue
+            if output.prefill_stats is not None:
+                entry.cached = output.prefill_stats.num_cached_tokens
             done = output.finish_reason is not None
             if done or entry.request.sampling_params.stop:
                 report = {CERTIFICATES: self.report_of(entry)}
@@ -435,7 +455,7 @@ class Ledger:
             failed = {
                 place: Status(int(row[0])).name
                 for place, row in zip(positions, rows, strict=True)
-                if row is not None and row[0] > worst
+                if row and row[0] > worst
             }
             if failed:
                 kinds = ", ".join(sorted(set(failed.values())))
@@ -445,13 +465,16 @@ class Ledger:
         return {"edits": records, "error": error}
 
     def _row(self, entry: Entry, edit: str, position: int) -> Sequence[float] | None:
-        """The certificate of a token, from this request or from who computed its block."""
+        """The certificate of a token, from this request or from who computed its block.
+
+        Empty where the block was edited by another request, of which nothing more is known.
+        """
         row = entry.rows.get((edit, position))
         if row is None and self.block:
             hashes, place = entry.request.block_hashes, position // self.block
             if place < len(hashes):
                 row = self.blocks.get(hashes[place], {}).get((edit, position))
-        return row
+        return () if row is None and position < entry.cached else row
 
     def _remember(self, entry: Entry) -> None:
         """Keep the certificates of full blocks with their hashes."""
@@ -465,11 +488,12 @@ class Ledger:
                 later.append((edit, position))
                 continue
             kept = self.blocks.setdefault(hashes[place], {})
+            self.remembered += (edit, position) not in kept
             kept[edit, position] = entry.rows[edit, position]
             self.blocks.move_to_end(hashes[place])
         entry.fresh = later
-        while len(self.blocks) > REMEMBERED:
-            self.blocks.popitem(last=False)
+        while self.remembered > REMEMBERED:
+            self.remembered -= len(self.blocks.popitem(last=False)[1])
 
 
 def _listed(positions: Sequence[int]) -> str:
@@ -487,11 +511,14 @@ def _record(
     """The certificates of an edit, as JSON holds them."""
     variables = list(variables)
     known = [(p, row) for p, row in zip(positions, rows, strict=True) if row is not None]
-    wide = (len(known[0][1]) - CERTIFICATE) // 3 if known else 0
+    wide = max(((len(row) - CERTIFICATE) // 3 for _, row in known), default=0)
 
     def odds(place: int) -> list[Any]:
         first = CERTIFICATE + place * wide
-        parts = [[_number(v) for v in row[first : first + len(variables)]] for _, row in known]
+        parts = [
+            [_number(v) for v in row[first : first + len(variables)]] or [None] * len(variables)
+            for _, row in known
+        ]
         return [part[0] for part in parts] if len(variables) == 1 else parts
 
     found = {
@@ -501,8 +528,8 @@ def _record(
         "log_odds_before": odds(0),
         "log_odds_after": odds(1),
         "log_odds_asked": odds(2),
-        "distance": [_number(row[1]) for _, row in known],
-        "status": [Status(int(row[0])).name for _, row in known],
+        "distance": [_number(row[1]) if row else None for _, row in known],
+        "status": [Status(int(row[0])).name if row else CACHED for _, row in known],
     }
     return found if len(variables) == 1 else found | {"variables": variables}
 
@@ -514,7 +541,8 @@ def _number(value: float) -> float | None:
 # The workers.
 
 
-def _wrap_workers() -> None:
+def _wrap_workers(inner: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let the model runners of this process edit, before the first of them is made."""
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -538,6 +566,7 @@ def _wrap_workers() -> None:
     for runner in runners:
         _wrap(runner, "execute_model", _execute)
         _wrap(runner, "sample_tokens", _sample)
+    return inner(worker, *args, **kwargs)
 
 
 @dataclass(eq=False)

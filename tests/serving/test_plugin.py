@@ -214,7 +214,7 @@ def test_blocks_before_the_first_edit_are_shared_and_those_from_it_on_are_not(
 
 
 def test_a_certificate_is_found_with_the_block_that_an_earlier_request_computed(
-    engine: Any, prompts: Any
+    engine: Any, prompts: Any, monkeypatch: Any
 ) -> None:
     ids = prompts[0][3][:3] + prompts[0][3]
     asked = {"edit": "mid", "positions": [5, 20], "target": 1}
@@ -222,6 +222,13 @@ def test_a_certificate_is_found_with_the_block_that_an_earlier_request_computed(
     assert second.num_cached_tokens == BLOCK
     assert plugin.certificates(first) == plugin.certificates(second)
     assert plugin.certificates(first)[0]["positions"] == [5, 20]
+    # Only so many are remembered; the block is as edited as before.
+    monkeypatch.setattr(plugin, "REMEMBERED", 0)
+    answers(engine, [ids[4:] + ids], [asked])
+    (third,) = answers(engine, [ids], [asked])
+    assert third.num_cached_tokens == BLOCK and third.outputs[0].finish_reason == "length"
+    (record,) = plugin.certificates(third)
+    assert record["status"] == ["CACHED"] * 2 and record["distance"] == [None] * 2
 
 
 def test_preempted_requests_are_edited_anew(
