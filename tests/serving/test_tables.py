@@ -248,24 +248,41 @@ def test_on_a_gpu_a_graph_edits_what_the_tables_say_when_it_runs(
     with torch.cuda.graph(graph):
         tables.apply(x, residual, site)
     target: Any = {"two": 1, "five": 2} if name == "joint" else 1
-    edits = asked(library, {"edit": name, "positions": [2, 5], "target": target})
-    for asks in (True, False):
-        x.copy_(kept[0]), residual.copy_(kept[1])
-        if asks:
-            batch(tables, [Scheduled("a", edits, 0, 8)], [("b", 0, 6), ("a", 0, 8)])
-            torch.cuda.set_sync_debug_mode("error")
-        graph.replay()
-        came = tables.collect()
-        torch.cuda.set_sync_debug_mode("default")
+    given = {"edit": name, "positions": [2, 5], "target": target}
+    if name == "five":
+        given["source"] = 3
+    step = [Scheduled("a", asked(library, given), 0, 8)]
+    starts = torch.tensor([0, 6, 14], device="cuda", dtype=torch.int32)
+    positions = torch.cat([torch.arange(6), torch.arange(8)]).cuda()
+    for asks in (True, False, True):
+        x.copy_(kept[0])
+        residual.copy_(kept[1])
+        torch.cuda.synchronize()
+        # Nothing between two steps waits for the device either.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tables.place(step if asks else [], ["b", "a"], starts, positions)
+            graph.replay()
+            came = tables.collect()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         changed = ((x + residual) != kept[0] + kept[1]).any(-1).nonzero().flatten().tolist()
-        if asks:
-            assert came is not None
-            rows = _by_request(["a"], came)["a"]
-            assert [int(row[1]) for row in rows] == [2, 5]
-            assert set(changed) <= {8, 11}
-            assert all(row[2] in (Status.SOLVED, Status.SATISFIED) for row in rows)
-        else:
+        if not asks:
             assert came is None and not changed
+            continue
+        assert came is not None
+        rows = _by_request(["a"], came)["a"]
+        assert [int(row[1]) for row in rows] == [2, 5]
+        assert set(changed) <= {8, 11}
+        assert all(row[2] in (Status.SOLVED, Status.SATISFIED) for row in rows)
+        stream, edit = (kept[0] + kept[1])[[8, 11]].cpu(), library[name].edit
+        alone = edit.to("cpu")
+        classes = target if name == "joint" else torch.tensor([1, 1])
+        held = torch.tensor([3, 3]) if name == "five" else None
+        solution = alone.propose(stream, classes, held)
+        distances = torch.tensor([row[3] for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(distances, solution.distance.double(), rtol=2e-2, atol=1e-3)
+        edit.to("cuda")
 
 
 class GPT2Block(nn.Module):
