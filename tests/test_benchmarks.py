@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, growth, hooks, penalties, qp, replay
+from benchmarks import end_to_end, growth, hooks, penalties, qp, replay, serving
 from benchmarks.floor import BarePasses
 from benchmarks.measure import medians
 from benchmarks.qp_peers import OURS
@@ -175,3 +175,11 @@ def test_alternatives_take_turns_and_slow_ones_sit_out() -> None:
     calls.clear()
     medians(alternatives, 5, "cpu", seconds=1e-12)
     assert calls == ["a", "b"]
+
+
+def test_serving_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    serving.main(["--small"])
+    assert "make test-serving" in capsys.readouterr().out
