@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,8 +29,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, MahalanobisQP, Solution, fused
-from lrqp_torch.qp.geometry import Trace
+from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
 from lrqp_torch.stream.following import Rows
@@ -113,9 +113,10 @@ class JointLRQP(Edit[Targets]):
         self.within = _check_within(within or {}, self.names)
         origins = [edit.provenance for edit in edits.values() if isinstance(edit, LRQP)]
         self.provenance = next(filter(None, origins), None)
-        geometry = self._build(self.metric.covariance.device)
+        tolerant = [name in self.within for name in self.names]
+        self._geometry = GeometryCache(partial(StackedGeometry.of_probes, tolerant))
+        geometry = self.geometry(self.metric.covariance.device)
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
-        self._kept: tuple[list[Tensor], Trace, StackedGeometry] | None = None
 
     @classmethod
     def fit(
@@ -220,7 +221,7 @@ class JointLRQP(Edit[Targets]):
     ) -> JointSolution:
         """:meth:`solve` without a look at the outcome, which is left in the status."""
         check_activations(x, self.metric.width)
-        found = None if readable(x) else self._known(x.device)
+        found = self._peeked(x)
         known = (self.geometry(x.device),) if found is None else found
         return self._attempt(x, target, source, asked or {}, realise, *known)[0]
 
@@ -272,7 +273,7 @@ class JointLRQP(Edit[Targets]):
         if "asked" in given:
             own = {name: floors_of(value, context) for name, value in given["asked"].items()}
             given["asked"] = own
-        found = None if readable(x) else self._known(x.device)
+        found = self._peeked(x)
         if found is None:
             return super().edit_rows(x, target, source, context, **given)
         wanted = given.get("asked", {})
@@ -296,7 +297,7 @@ class JointLRQP(Edit[Targets]):
         edits = list(self._edits().values())
         floors = [edit.log_odds for edit in edits]
         tensors = [stream, *floors, *([] if residual is None else [residual])]
-        covariance, *own = self._tensors()
+        covariance, own = self.metric.covariance, self._tensors()
         same = {part.dtype for part in own}
         if (
             given
@@ -308,12 +309,10 @@ class JointLRQP(Edit[Targets]):
             return None
         if torch.is_grad_enabled() and any(part.requires_grad for part in (*tensors, *own)):
             return None
-        if self._kept is None or self._kept[1] != Trace(stream.device, covariance, *own):
-            if capturing(stream):
-                return None
-            self.geometry(stream.device)
-        assert self._kept is not None
-        geometry = self._kept[2]
+        geometry = self._geometry.known(own, covariance, stream.device)
+        if geometry is None and capturing(stream):
+            return None
+        geometry = self.geometry(stream.device) if geometry is None else geometry
         if max(len(geometry.weight), geometry.n_constraints) > fused.MOST_CLASSES:
             return None
         rules = tuple(
@@ -386,37 +385,18 @@ class JointLRQP(Edit[Targets]):
 
     def geometry(self, device: torch.device) -> StackedGeometry:
         """What the solves share, on a device; computed anew only when probes or metric change."""
-        tensors = self._tensors()
-        if self._in_graph(tensors):
-            return self._build(device)
-        kept, mark = self._kept, Trace(device, *tensors)
-        same = kept is not None and kept[2].weight.device == device
-        if kept is None or not (same and all(map(torch.equal, kept[0], tensors))):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = [tensor.clone() for tensor in tensors], mark, self._build(device)
-        self._kept = kept[0], mark, kept[2]
-        return kept[2]
+        return self._geometry.get(self._tensors(), self.metric.covariance, device)
 
-    def _known(self, device: torch.device) -> tuple[StackedGeometry, Tensor] | None:
-        """The geometry that is kept, and a bool () on the device: whether it has become stale."""
-        tensors, kept = self._tensors(), self._kept
-        if kept is None or kept[2].weight.device != device or self._in_graph(tensors):
-            return None
-        pairs = list(zip(kept[0], tensors, strict=True))
-        if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
-            return None
-        return kept[2], torch.stack([(old != new).any() for old, new in pairs]).any().to(device)
+    def _peeked(self, x: Tensor) -> tuple[StackedGeometry, Tensor] | None:
+        """The geometry and whether it is stale; None where that is to be looked at, or is new."""
+        given = self._tensors(), self.metric.covariance, x.device
+        new = readable(x) or self._geometry.known(*given) is None
+        return None if new else self._geometry.peek(*given)
 
     def _tensors(self) -> list[Tensor]:
+        """The weights of all probes, then their biases."""
         probes = [edit.probe for edit in self._edits().values()]
-        return [self.metric.covariance, *(p.weight for p in probes), *(p.bias for p in probes)]
-
-    @staticmethod
-    def _in_graph(tensors: Sequence[Tensor]) -> bool:
-        """Whether they are part of a computation that is being recorded or transformed."""
-        return not all(concrete(tensor) for tensor in tensors) or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        )
+        return [*(probe.weight for probe in probes), *(probe.bias for probe in probes)]
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> Path:
         content = {
@@ -447,16 +427,6 @@ class JointLRQP(Edit[Targets]):
             raise SavedEditError(f"{folder} does not hold valid edits: {error}") from error
         joint.notes = content["notes"]
         return joint
-
-    def _build(self, device: torch.device) -> StackedGeometry:
-        """The constraints of all probes stacked."""
-        probes = [edit.probe for edit in self._edits().values()]
-        return StackedGeometry.build(
-            [probe.weight.to(device) for probe in probes],
-            [probe.bias.to(device) for probe in probes],
-            self.metric.covariance.to(device),
-            [name in self.within for name in self.names],
-        )
 
     def _edits(self) -> dict[str, LRQP]:
         named = zip(self.names, self.edits, strict=True)

@@ -27,6 +27,7 @@ from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused
 from lrqp_torch.qp.fused import OddsRule
+from lrqp_torch.qp.geometry import probe_geometry
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
 from lrqp_torch.stream.following import Rows
@@ -106,7 +107,7 @@ class LRQP(Edit[Classes]):
         self.rule, self.odds = rule, odds
         self.solver = solver_of(solver, solver_args)
         self.qp = ODDS[odds].program(probe.n_classes, solver=self.solver)
-        self._geometry = GeometryCache()
+        self._geometry = GeometryCache(probe_geometry)
         self.geometry(device)
 
     @classmethod
@@ -215,11 +216,10 @@ class LRQP(Edit[Classes]):
             geometry = self.geometry(x.device)
             return self._attempt(x, target, source, realise, geometry, asked=asked)
         live = self.probe.weight, self.probe.bias
-        tensors = *live, self.metric.covariance
-        known = self._geometry.known(*tensors, x.device)
+        known = self._geometry.known(live, self.metric.covariance, x.device)
         if known is not None and self._is_on(x) and self.qp.fuses(x, known, realise):
             return self._attempt(x, target, source, realise, known, asked=asked, live=live)
-        geometry, stale = self._geometry.peek(*tensors, x.device)
+        geometry, stale = self._geometry.peek(live, self.metric.covariance, x.device)
         return self._attempt(x, target, source, realise, geometry, stale, asked)
 
     def bind(self, run: EditRun, *, asked: Any = None, **given: Any) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class LRQP(Edit[Classes]):
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         probe, log_odds = self.probe, self.log_odds
         live = probe.weight, probe.bias
-        geometry = self._geometry.known(*live, self.metric.covariance, stream.device)
+        geometry = self._geometry.known(live, self.metric.covariance, stream.device)
         if geometry is None or given or not self._is_on(stream):
             return None
         if residual is not None and residual.stride(-1) != 1:
@@ -317,9 +317,8 @@ class LRQP(Edit[Classes]):
 
     def geometry(self, device: torch.device) -> ProbeGeometry:
         """What the solves share, on a device; computed anew only when probe or metric change."""
-        return self._geometry.get(
-            self.probe.weight, self.probe.bias, self.metric.covariance, device
-        )
+        probe = self.probe
+        return self._geometry.get((probe.weight, probe.bias), self.metric.covariance, device)
 
     def _facts(self) -> dict[str, object]:
         return {

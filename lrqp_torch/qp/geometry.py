@@ -1,9 +1,10 @@
 """What the edit needs to know of a probe and a metric, computed once for all activations."""
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, reduce
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ DIRECT, NEAR = 64, 1e-2
 CHUNK_NUMBERS = 2_000_000
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
+
+
+Made = TypeVar("Made")
 
 
 class Geometry(Protocol):
@@ -365,80 +369,81 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A geometry, what it was computed from, and copies of the probe's W and b."""
+class _Kept(Generic[Made]):
+    """A geometry, what it was computed from, and copies of the probes' tensors."""
 
     metric: Trace
-    probe: Trace
-    weight: Tensor
-    bias: Tensor
-    geometry: ProbeGeometry
+    probes: Trace
+    copies: list[Tensor]
+    geometry: Made
 
 
-class GeometryCache:
-    """The geometry of the probe and metric that were asked for last, on one device."""
+class GeometryCache(Generic[Made]):
+    """The geometry of the probes and metric that were asked for last, on one device.
 
-    def __init__(self) -> None:
-        self._kept: _Kept | None = None
+    Args:
+        build: computes it from the probes' tensors and Σ, all on its device.
+    """
 
-    def get(
-        self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
-    ) -> ProbeGeometry:
+    def __init__(self, build: Callable[[list[Tensor], Tensor], Made]) -> None:
+        self.build = build
+        self._kept: _Kept[Made] | None = None
+
+    def get(self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device) -> Made:
         """The geometry on a device. On a GPU this waits for the device; :meth:`peek` does not."""
-        if _needs_graph(weight, bias, covariance):
-            return ProbeGeometry.build(weight.to(device), bias.to(device), covariance.to(device))
-        given = weight, bias
-        if weight.device != device or bias.device != device:
-            given = weight.to(device), bias.to(device)
-        kept, metric = self._kept, Trace(device, covariance)
-        probe = Trace(device, weight, bias)
-        # The probe is small enough to compare by value, which sees every way of changing it:
+        given = [part if part.device == device else part.to(device) for part in probes]
+        if _needs_graph(*probes, covariance):
+            return self.build(given, covariance.to(device))
+        kept, metric, trace = self._kept, Trace(device, covariance), Trace(device, *probes)
+        # Probes are small enough to compare by value, which sees every way of changing them:
         # .data, .double() and the like leave no trace in a tensor's version.
-        if (
-            kept is not None
-            and kept.metric == metric
-            and _same(kept.weight, given[0])
-            and _same(kept.bias, given[1])
-        ):
-            if kept.probe != probe:
-                self._kept = replace(kept, probe=probe)
+        if kept is not None and kept.metric == metric and all(map(_same, kept.copies, given)):
+            if kept.probes != trace:
+                self._kept = replace(kept, probes=trace)
             return kept.geometry
         # What is kept may be differentiated through later, whatever the mode it was computed in.
         with torch.inference_mode(False), torch.no_grad():
-            copies = given[0].clone(), given[1].clone()
-            geometry = ProbeGeometry.build(*copies, covariance.to(device))
-        self._kept = _Kept(metric, probe, *copies, geometry)
+            copies = [part.clone() for part in given]
+            geometry = self.build(copies, covariance.to(device))
+        self._kept = _Kept(metric, trace, copies, geometry)
         return geometry
 
     def peek(
-        self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
-    ) -> tuple[ProbeGeometry, Tensor]:
+        self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device
+    ) -> tuple[Made, Tensor]:
         """The geometry, and a bool () on the device that is true if it has become stale unseen.
 
         Changes that leave a trace are seen; others (``.data``) only by value, on the device.
         """
         kept = self._kept
-        if kept is None or self.known(weight, bias, covariance, device) is None:
-            return self.get(weight, bias, covariance, device), torch.zeros(
+        if kept is None or self.known(probes, covariance, device) is None:
+            return self.get(probes, covariance, device), torch.zeros(
                 (), dtype=torch.bool, device=device
             )
-        return kept.geometry, (kept.weight != weight).any() | (kept.bias != bias).any()
+        changed = [(old != new).any() for old, new in zip(kept.copies, probes, strict=True)]
+        return kept.geometry, reduce(torch.logical_or, changed)
 
     def known(
-        self, weight: Tensor, bias: Tensor, covariance: Tensor, device: torch.device
-    ) -> ProbeGeometry | None:
+        self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device
+    ) -> Made | None:
         """The geometry, unless there is none or a change of what it is of has left a trace."""
         kept = self._kept
         if (
             kept is None
             or kept.metric != Trace(device, covariance)
-            or kept.probe != Trace(device, weight, bias)
-            or kept.weight.dtype != weight.dtype
-            or weight.device != device
-            or _needs_graph(weight, bias, covariance)
+            or kept.probes != Trace(device, *probes)
+            or any(part.device != device for part in probes)
+            or any(old.dtype != new.dtype for old, new in zip(kept.copies, probes, strict=True))
+            or _needs_graph(*probes, covariance)
         ):
             return None
         return kept.geometry
+
+
+def probe_geometry(probe: list[Tensor], covariance: Tensor) -> ProbeGeometry:
+    """That of W and b."""
+    weight, bias = probe
+    return ProbeGeometry.build(weight, bias, covariance)
 
 
 def _needs_graph(*tensors: Tensor) -> bool:

@@ -227,7 +227,8 @@ class MahalanobisQP(nn.Module):
         as exact as those of :meth:`_solve`, to every order, and numbers those of the route.
         """
         if isinstance(log_odds, OddsRule):
-            floor: Tensor | OddsRule = log_odds.of(rows)
+            part = len(log_odds.target) > len(target)
+            floor: Tensor | OddsRule = log_odds.of(rows) if part else log_odds
         elif isinstance(log_odds, Tensor):
             floor = log_odds[rows]
         else:

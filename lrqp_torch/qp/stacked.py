@@ -163,6 +163,14 @@ class StackedGeometry:
             slots=tuple(k * (k - 1) if w else k - 1 for k, w in zip(sizes, tolerant, strict=True)),
         )
 
+    @classmethod
+    def of_probes(
+        cls, tolerant: Sequence[bool], probes: Sequence[Tensor], covariance: Tensor
+    ) -> "StackedGeometry":
+        """:meth:`build` of the weights of all probes, then their biases."""
+        count = len(tolerant)
+        return cls.build(probes[:count], probes[count:], covariance, tolerant)
+
     @property
     def n_constraints(self) -> int:
         """Slots of all variables together."""

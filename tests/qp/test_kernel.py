@@ -241,7 +241,8 @@ def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> N
     assert status[1] == Status.INVALID and status[0] != Status.INVALID
     edit.probe.weight.data[2, 3] += 1e-3
     assert bool((launched(edit, x, target).status == Status.INVALID).all())
-    probe, tensors = edit.probe, (edit.probe.weight, edit.probe.bias, edit.metric.covariance)
+    probe = edit.probe
+    tensors = (probe.weight, probe.bias), edit.metric.covariance
     assert edit._geometry.known(*tensors, x.device) is geometry
     # A change that leaves a trace makes another geometry.
     with torch.no_grad():

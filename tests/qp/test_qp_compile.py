@@ -150,16 +150,17 @@ def test_the_whole_edit_runs_without_values(n_classes: int, dtype: torch.dtype) 
 def test_a_kept_geometry_is_compared_on_the_device(blind: None) -> None:
     """A change that leaves no trace cannot be seen without waiting; it is told afterwards."""
     weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    kept, metric = geometry.GeometryCache(), torch.eye(4, dtype=torch.float64)
-    first = kept.get(weight, bias, metric, weight.device)
+    metric = torch.eye(4, dtype=torch.float64)
+    kept, probe = geometry.GeometryCache(geometry.probe_geometry), (weight, bias)
+    first = kept.get(probe, metric, weight.device)
     with NoLooking():
-        again, stale = kept.peek(weight, bias, metric, weight.device)
+        again, stale = kept.peek(probe, metric, weight.device)
     assert again is first and not stale
     weight.data.mul_(2)
     with NoLooking():
-        _, stale = kept.peek(weight, bias, metric, weight.device)
+        _, stale = kept.peek(probe, metric, weight.device)
     assert stale
-    assert kept.get(weight, bias, metric, weight.device) is not first
+    assert kept.get(probe, metric, weight.device) is not first
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10])
