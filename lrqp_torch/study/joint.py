@@ -25,7 +25,7 @@ from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.league import elsewhere
 from lrqp_torch.study.methods import Training, shortest, train_das
 from lrqp_torch.study.part import Given
-from lrqp_torch.study.prompts import ALL, PromptSet
+from lrqp_torch.study.prompts import ALL, PromptSet, Values
 from lrqp_torch.study.results import (
     ConditionResult,
     KeptResult,
@@ -104,19 +104,16 @@ class _Variable:
     @classmethod
     def of(cls, train: PromptSet, test: PromptSet, name: str | None) -> "_Variable":
         """A variable of the prompts; None for the class."""
-        own = [
-            (data.classes, data.labels) if name is None else _values(data, name)
+        known, test_known = (
+            Values(data.classes, data.labels) if name is None else data.values(name)
             for data in (train, test)
-        ]
-        names, labels = own[0][0], [each[1].cpu() for each in own]
+        )
+        names, labels = known.classes, [known.labels.cpu(), test_known.labels.cpu()]
         twins = None if name is None else test.twins(name)
-        if name is None:
-            target = test.other.cpu()
-        elif twins is None:
-            target = (labels[1] + 1) % len(names)
-        else:
-            there = _values(twins.prompts, name)[1].cpu()
-            target = torch.where(twins.known, there, (labels[1] + 1) % len(names))
+        target = test.other.cpu() if name is None else (labels[1] + 1) % len(names)
+        if name is not None and twins is not None:
+            there = twins.prompts.values(name).labels.cpu()
+            target = torch.where(twins.known, there, target)
         counts = torch.bincount(labels[0], minlength=len(names))
         kept = (counts >= FEWEST).nonzero().flatten()
         new = torch.full((len(names),), -1)
@@ -128,11 +125,6 @@ class _Variable:
             new[target],
             name is not None and twins is not None and twins.rows is None,
         )
-
-
-def _values(data: PromptSet, name: str) -> tuple[tuple[str, ...], Tensor]:
-    found = data.values(name)
-    return found.classes, found.labels
 
 
 @dataclass
