@@ -24,8 +24,8 @@ from lrqp_torch.study import ceiling
 from lrqp_torch.study.doses import asked_of
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.preparing import prepare
+from lrqp_torch.study.running import Trials, displacements
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.trials import Trials, displacements
 
 PENALTIES: tuple[float | None, ...] = (1e-4, None, 1.0)
 """None is the default, 1/n."""

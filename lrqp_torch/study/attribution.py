@@ -33,7 +33,7 @@ from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import head_name, writers
 from lrqp_torch.study.prompts import PromptSet
-from lrqp_torch.study.running import batches, put
+from lrqp_torch.study.running import attention_to, batches, put
 
 MOST_ERROR = 0.02
 """How far the sum may miss the model's own logits, as a share of the largest of them."""
@@ -219,11 +219,6 @@ def find_writers(context: StudyContext, advance: Advance) -> list[str]:
     found, draws = score(context, context.task.train, {}, advance), context.generator()
     effects = {n: Estimate.mean(found.heads[:, i], draws) for i, n in enumerate(found.names)}
     return writers(effects)
-
-
-def attention_to(rows: Tensor, keys: Tensor) -> Tensor:
-    """Attention of all heads to one key an example: (B, heads) from (B, heads, T)."""
-    return rows[torch.arange(len(rows), device=rows.device), :, keys.to(rows.device)]
 
 
 def head_shares(model: nn.Module, layer: int, z: Tensor, direction: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ from lrqp_torch.study.reading import (
     screen,
 )
 from lrqp_torch.study.records import to_json
+from lrqp_torch.study.running import Trial, Trials
 from lrqp_torch.study.sweep import fit_edits
-from lrqp_torch.study.trials import Trial, Trials
 
 FITTING, HOLDING = ("train", "dev", "val", "validation"), ("test",)
 """Words in the names of files whose rows are fitted on, and held out."""
@@ -658,7 +658,7 @@ class _Scoring:
             measured = self._isolated(turned) if benchmark == "ravel" else {
                 key: {
                     "interchange accuracy": Estimate.share(hit),
-                    "of the two answers": Estimate.share(done[key]["preference"] < 0),
+                    "of the two answers": Estimate.share(done[key]["logit_difference"] < 0),
                 }
                 for key, hit in turned.items()
             }  # fmt: skip
@@ -710,12 +710,12 @@ class _Scoring:
             clean, other = self._run(own, test, test.labels, test.other)
         measured = {}
         for key, trial in done.items():
-            odds = trials.clean["preference"] - trial["preference"]
+            odds = trials.clean["logit_difference"] - trial["logit_difference"]
             found = {"log odds-ratio": Estimate.mean(odds, context.generator())}
             if key in other:
-                less = clean.clean["preference"] - other[key]["preference"]
+                less = clean.clean["logit_difference"] - other[key]["logit_difference"]
                 found["selectivity"] = Estimate.mean(odds - less, context.generator())
-            accuracy = {"interchange accuracy": Estimate.share(trial["preference"] < 0)}
+            accuracy = {"interchange accuracy": Estimate.share(trial["logit_difference"] < 0)}
             measured[key] = found | accuracy
         return measured
 

@@ -79,7 +79,7 @@ def interchange_of(
     """Summarise an interchange.
 
     Args:
-        clean: preference (or logit_difference) and own_lead of the clean run; empty without
+        clean: logit_difference and own_lead of the clean run; empty without
             answers.
         patch: the same under the interchange, other_lead, divergence, and distance.
         known: which prompts have a twin, BoolTensor (n,).
@@ -91,7 +91,7 @@ def interchange_of(
     return Interchange(
         prompts=int(known.sum()),
         flipped=own.flipped(clean, patch) if answered else None,
-        logit_difference=own.mean(_preference(patch)) if answered else None,
+        logit_difference=own.mean(patch["logit_difference"]) if answered else None,
         divergence=own.mean(patch["divergence"]),
         distance=distance if math.isfinite(distance) else None,
     )
@@ -118,9 +118,11 @@ def likenesses(
             found["kl_to_interchange"] = own.mean(edit["kl_to_interchange"])
         if not answered:
             return found
-        most = _preference(clean) - _preference(patch)
+        most = clean["logit_difference"] - patch["logit_difference"]
         if own.mean(most).certain:
-            found["recovered"] = own.ratio(_preference(clean) - _preference(edit), most)
+            found["recovered"] = own.ratio(
+                clean["logit_difference"] - edit["logit_difference"], most
+            )
         same = [(edit[lead] > 0) == (patch[lead] > 0) for lead in ("own_lead", "other_lead")]
         return found | {"agreement": own.share(torch.stack(same).all(0))}
 
@@ -143,10 +145,6 @@ def excess(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> floa
     """P of so many more flips by the edit than by its interchange, if either were as likely."""
     answered = known & (clean["own_lead"] > 0)
     return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, patch)))
-
-
-def _preference(columns: Columns) -> Tensor:
-    return columns["logit_difference" if "logit_difference" in columns else "preference"]
 
 
 # ---- the null ------------------------------------------------------------------------------------
@@ -244,12 +242,12 @@ def null_of(
     before = {name: values.repeat(len(runs)) for name, values in clean.items()}
     met = whole["probe"].long()
     # Positive where the edit lowers the preference more than the null does.
-    lead = _preference(whole) - _preference(edit).repeat(len(runs))
+    lead = whole["logit_difference"] - edit["logit_difference"].repeat(len(runs))
     sums = torch.zeros(int(met.max()) + 1, dtype=lead.dtype).index_add_(0, met, lead)
     return Null(
         probes=len(met.unique()),
         flipped=own.flipped(before, whole),
-        logit_difference=own.mean(_preference(whole)),
+        logit_difference=own.mean(whole["logit_difference"]),
         as_strong=int((sums[met.unique()] <= 0).sum()),
     )
 
@@ -278,5 +276,7 @@ def verdicts(
 
 def needed_for_half(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> int | None:
     """Prompts that it takes to tell half of the ceiling from the ceiling."""
-    fall, most = ((_preference(clean) - _preference(one))[known] for one in (edit, patch))
+    fall, most = (
+        (clean["logit_difference"] - one["logit_difference"])[known] for one in (edit, patch)
+    )
     return prompts_to_tell(fall, most)

@@ -25,7 +25,7 @@ from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.running import next_class
+from lrqp_torch.study.running import Trial, Trials, displacements, next_class
 from lrqp_torch.study.subspaces import (
     Along,
     Space,
@@ -38,7 +38,6 @@ from lrqp_torch.study.subspaces import (
     split,
 )
 from lrqp_torch.study.sweep import fit_edits
-from lrqp_torch.study.trials import Trial, Trials, displacements
 
 SEEDS = 5
 """Draws of everything that is drawn by chance."""
@@ -272,7 +271,7 @@ def compute(
         answered=int((trials.clean["own_lead"] > 0).sum()),
         seed=context.seed,
         probe_accuracy=here.accuracy,
-        clean=trials.sample.mean(trials.clean["preference"]),
+        clean=trials.sample.mean(trials.clean["logit_difference"]),
         distance=float(own["distance"].mean()),
         euclidean=float(here.delta.norm(dim=-1).mean()),
         counterfactual=measuring.outcome(own),
@@ -302,14 +301,14 @@ class Measuring:
             self._most = (known, most) if known.mean(most).certain else None
 
     def _change(self, trial: Trial) -> Tensor:
-        return self.trials.clean["preference"] - trial["preference"]
+        return self.trials.clean["logit_difference"] - trial["logit_difference"]
 
     def outcome(self, trial: Trial) -> EditOutcome:
         """What a trial says."""
         change = self._change(trial)
         return EditOutcome(
             self.sample.flipped(self.trials.clean.found, trial.found),
-            self.sample.mean(trial["preference"]),
+            self.sample.mean(trial["logit_difference"]),
             None if self._effect is None else self.sample.ratio(change, self._effect),
             None if self._most is None else self._most[0].ratio(change, self._most[1]),
         )
@@ -325,7 +324,7 @@ class Measuring:
             flipped=flips[:, answered].mean(1).tolist() if some else [],
             mean_flipped=self.sample.among(answered).mean(flips.mean(0)) if some else None,
             logit_difference=self.sample.mean(
-                torch.stack([t["preference"] for t in trials]).mean(0)
+                torch.stack([t["logit_difference"] for t in trials]).mean(0)
             ),
             length=length,
             accuracy=accuracy,
@@ -555,7 +554,7 @@ def _halves(
         cosine_mahalanobis=_cosine(*(delta.double() @ white for delta in deltas)),
         outcomes=[measuring.outcome(first), measuring.outcome(second)],
         same_answer=float(
-            ((first["preference"] > 0) == (second["preference"] > 0)).double().mean()
+            ((first["logit_difference"] > 0) == (second["logit_difference"] > 0)).double().mean()
         ),
         believed=[float((odds > 0).double().mean()) for odds in crossed],
         log_odds=[float(odds.double().mean()) for odds in crossed],

@@ -34,9 +34,8 @@ from lrqp_torch.study.results import (
     columns_of,
     judged,
 )
-from lrqp_torch.study.running import Batch, batches, divergences, put
-from lrqp_torch.study.sweep import INTERCHANGE, read_answers
-from lrqp_torch.study.trials import Trial, Trials, with_partners
+from lrqp_torch.study.running import Batch, Trial, Trials, answers, batches, put, with_partners
+from lrqp_torch.study.sweep import INTERCHANGE, columns
 from lrqp_torch.study.variables import FEWEST
 
 COPIES = 4
@@ -230,7 +229,7 @@ class JointStudy:
         kept: dict[tuple[str, str], dict[str, Tensor]] = {key: {} for key in keys}
         clean: dict[str, Tensor] = {}
         for batch in batches(context.model, self.data, context.batch_size, copies=COPIES):
-            own = read_answers(batch.prompts, batch.clean, batch.clean_rest)
+            own = answers(batch.prompts, batch.clean, batch.clean_rest)
             put(clean, {f"clean.{name}": v for name, v in own.items()}, batch.rows, n)
             advance(len(batch))
             for site, one in keys:
@@ -269,12 +268,8 @@ class JointStudy:
         for name, edited in ran.items():
             if name == "again":
                 continue
-            columns = read_answers(batch.prompts, edited.logits, edited.rest) | edited.record
-            columns["divergence"] = divergences(batch.clean, edited.logits)
-            if patch is not None and name != INTERCHANGE:
-                away = divergences(ran[INTERCHANGE].logits, edited.logits)
-                columns["kl_to_interchange"] = away
-            yield from ((f"{site}.{name}.{key}", value) for key, value in columns.items())
+            own = columns(batch, edited, ran.get(INTERCHANGE) if name in targets else None)
+            yield from ((f"{site}.{name}.{key}", value) for key, value in own.items())
         shifts = self._shifts(one)
         for start in range(0, len(shifts), COPIES):
             some = shifts[start : start + COPIES]
@@ -287,8 +282,8 @@ class JointStudy:
                 name = f"to {shift}"
                 there = replace(batch.prompts, targets=moved[name][:, 0])
                 edited = ran[name]
-                columns = read_answers(there, edited.logits, edited.rest) | edited.record
-                yield from ((f"{site}.{name}.{key}", value) for key, value in columns.items())
+                own = answers(there, edited.logits, edited.rest) | edited.record
+                yield from ((f"{site}.{name}.{key}", value) for key, value in own.items())
 
     def _shifts(self, one: str) -> list[int]:
         """How far behind its own class another is written: 1 to K − 1; none for twins' alone.

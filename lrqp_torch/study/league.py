@@ -28,7 +28,7 @@ from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.methods import DOSED, ERASING, FITTED, NOTHING, DosedLRQP, Training
 from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
-from lrqp_torch.study.trials import Trial, Trials, flipped, with_partners
+from lrqp_torch.study.running import Trial, Trials, flipped, with_partners
 
 DIVERGENCE, REST, UNSELECTIVE = "divergence", "rest", "unselective"
 """Side effects of the curves: KL elsewhere, its part beside the answers, and lost selectivity; the
@@ -507,7 +507,7 @@ class _Site:
             site=self.site,
             prompts=n,
             answered=int((self.clean["own_lead"] > 0).sum()),
-            clean=draws.mean(self.clean["preference"]),
+            clean=draws.mean(self.clean["logit_difference"]),
             said_elsewhere=float(self.clean["said_elsewhere"].mean()),
             sweep_prompts=few,
             texts=texts,
@@ -538,7 +538,7 @@ class _Site:
             curves[DOSED] = {a: add(DosedLRQP(self.reference, a)) for a in self.options.log_alphas}
         trials.run(self.advance)
         titles = {item.name: item.title for item in self.candidates} | {DOSED: DosedLRQP.title}
-        before, lead = self.clean["preference"][:few], self.clean["own_lead"][:few]
+        before, lead = self.clean["logit_difference"][:few], self.clean["own_lead"][:few]
         swept = []
         for name, by_dose in curves.items():
             doses = sorted(by_dose)
@@ -560,7 +560,9 @@ class _Site:
                     "log α" if name == DOSED else "strength",
                     doses,
                     [flipped(lead, trial["other_lead"][:few]).value for trial in done],
-                    torch.stack([before - trial["preference"][:few] for trial in done], dim=-1),
+                    torch.stack(
+                        [before - trial["logit_difference"][:few] for trial in done], dim=-1
+                    ),
                     costs,
                 )
             )
@@ -585,7 +587,7 @@ class _Site:
         read, chosen = self.oracles.read_class(trial["activations"]), target.unsqueeze(-1)
         rival = read.scatter(-1, chosen, float("-inf")).amax(-1)
         means = {"log_odds": read.gather(-1, chosen).squeeze(-1) - rival}
-        means |= {"logit_difference": trial["preference"]}
+        means |= {"logit_difference": trial["logit_difference"]}
         means |= {name: trial[name] for name in ("distance", "euclidean", DIVERGENCE, REST)}
         attention = trial.found.get("attention")
         found: dict[str, Any] = {name: draws.mean(values) for name, values in means.items()}

@@ -115,15 +115,15 @@ def sweep(
 
         - ``labels`` and ``other``: the class that holds and the counterfactual one; ``groups``
           where the prompts have groups;
-        - ``clean.NAME``, with the names of :func:`read_answers` and ``io_probability``, the
+        - ``clean.NAME``, with the names of :func:`~.running.answers` and ``io_probability``, the
           probability of the answers of the class that holds;
-        - ``SITE.CONDITION.NAME``, with the names of :func:`read_answers`, those of
+        - ``SITE.CONDITION.NAME``, with the names of :func:`~.running.answers`, those of
           :data:`~.running.RECORD`, and ``divergence``, KL(clean ‖ edited) of the next token in
           nats;
         - ``SITE.NAME_BESIDE.NAME``, the same without a record; and where there is an interchange,
           ``SITE.CONDITION.kl_to_interchange``, KL(interchange ‖ edited).
 
-        Tasks without answers have neither the names of :func:`read_answers` nor ``io_probability``.
+        Tasks without answers have neither those names nor ``io_probability``.
 
     Raises:
         PromptError: prompts that do not end in the last column.
@@ -167,24 +167,6 @@ def sweep(
     return flat
 
 
-def read_answers(
-    prompts: PromptSet, logits: Tensor, rest: Tensor | None = None
-) -> dict[str, Tensor]:
-    """What the model answers, (n,) each in float64 on the CPU; nothing for a task without answers.
-
-    Args:
-        prompts: with their classes' answers.
-        logits: of the next token, (n, vocabulary).
-        rest: of what goes on behind it; see :meth:`PromptSet.scores`.
-
-    Returns:
-        ``logit_difference``, ``own_lead`` and ``other_lead``: what :func:`~.running.answers` gives,
-        the preference under the name that it has where each class has one answer.
-    """
-    found = answers(prompts, logits, rest)
-    return {{"preference": "logit_difference"}.get(name, name): v for name, v in found.items()}
-
-
 def columns(
     batch: Batch[PromptSet], edited: Edited, patch: Edited | None = None
 ) -> dict[str, Tensor]:
@@ -195,7 +177,7 @@ def columns(
         edited: what it did under an edit.
         patch: the interchange that this is held against.
     """
-    found = read_answers(batch.prompts, edited.logits, edited.rest) | edited.record
+    found = answers(batch.prompts, edited.logits, edited.rest) | edited.record
     found["divergence"] = divergences(batch.clean, edited.logits)
     if patch is not None:
         found["kl_to_interchange"] = divergences(patch.logits, edited.logits)
@@ -211,7 +193,7 @@ def _sweep_batch(
     advance: Advance,
 ) -> dict[str, Tensor]:
     prompts, targets, count = batch.prompts, batch.targets(), len(batch)
-    clean = read_answers(prompts, batch.clean, batch.clean_rest)
+    clean = answers(prompts, batch.clean, batch.clean_rest)
     if clean:
         clean["io_probability"] = prompts.probability(batch.clean, batch.clean_rest).cpu()
     found = {f"clean.{name}": values for name, values in clean.items()}

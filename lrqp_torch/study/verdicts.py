@@ -65,11 +65,10 @@ from lrqp_torch.study.methods import (
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
 from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
-from lrqp_torch.study.running import next_class
+from lrqp_torch.study.running import Trial, Trials, next_class, with_partners
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
-from lrqp_torch.study.trials import Trial, Trials, with_partners
 
 JSON_FILE, TABLE_FILE, FIGURE = "verdicts.json", "verdicts.csv", "verdicts"
 
@@ -422,7 +421,7 @@ def _judge(
 ) -> dict[str, dict[str, Any]]:
     """What is known of one edit at each site of a model."""
     every = torch.ones(len(clean["own_lead"]), dtype=torch.bool)
-    before = {name: clean[name] for name in ("preference", "own_lead", "other_lead")}
+    before = {name: clean[name] for name in ("logit_difference", "own_lead", "other_lead")}
     nulls, p_values, excesses = {}, {}, {}
     for site, (moved, _, runs) in made.items():
         met = [

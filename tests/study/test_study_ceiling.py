@@ -43,7 +43,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def columns(preference: Tensor, **more: Tensor) -> dict[str, Tensor]:
-    return {"preference": preference, "own_lead": preference, "other_lead": -preference, **more}
+    return {
+        "logit_difference": preference,
+        "own_lead": preference,
+        "other_lead": -preference,
+        **more,
+    }
 
 
 def runs(n: int = 90) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -69,7 +74,7 @@ def test_the_interchange_recovers_all_of_itself_and_the_clean_run_nothing() -> N
     assert found["kl_to_interchange"].value == 0 and found["beyond"] is None
     assert excess(clean, patch, patch, known) == 1
     assert likeness(clean, clean, patch, known)["recovered"].value == 0
-    half = columns((clean["preference"] + patch["preference"]) / 2)
+    half = columns((clean["logit_difference"] + patch["logit_difference"]) / 2)
     assert likeness(clean, half, patch, known)["recovered"].value == pytest.approx(0.5)
 
 
@@ -87,7 +92,7 @@ def test_an_interchange_without_effect_leaves_nothing_to_recover() -> None:
 
 def test_an_edit_beyond_its_own_patch_is_flagged_with_the_reason() -> None:
     clean, patch, known = runs()
-    weak = columns(clean["preference"] - 1, distance=patch["distance"])
+    weak = columns(clean["logit_difference"] - 1, distance=patch["distance"])
     found = likeness(clean, patch, weak, known)
     shares = [100 * interchange_of(clean, one | patch | one, known, 0).flipped.value
               for one in (patch, weak)]  # fmt: skip
@@ -206,7 +211,7 @@ def test_the_verdict_asks_for_more_flips_than_the_null_and_for_no_probe_as_stron
     edit = columns(torch.where(torch.arange(n) < 40, -1.0, 1.0).double())
     idle = columns(torch.ones(n).double(), probe=torch.arange(n) % PROBES)
     # The third probe lowers every preference further, and no answer turns.
-    strong = idle | {"preference": torch.where(idle["probe"] == 2, -9.0, 1.0).double()}
+    strong = idle | {"logit_difference": torch.where(idle["probe"] == 2, -9.0, 1.0).double()}
     for null, as_strong in ((idle, 0), (strong, 1)):
         found = null_of(clean, edit, [null], 0)
         assert (found.probes, found.as_strong) == (PROBES, as_strong)

@@ -39,7 +39,7 @@ from lrqp_torch.study.oracles import (
     side_variables,
     total_variation,
 )
-from lrqp_torch.study.trials import Trial, Trials
+from lrqp_torch.study.running import Trial, Trials
 
 # ---- measures ------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def test_strength_0_is_the_clean_run_bit_for_bit() -> None:
     )
     x = nothing["activations"]
     for effects in found:
-        assert torch.equal(effects["preference"], clean["preference"])
+        assert torch.equal(effects["logit_difference"], clean["logit_difference"])
         for name in ("divergence", "rest"):
             assert not effects[name].any()
         assert torch.equal(effects["activations"], x)
@@ -226,8 +226,8 @@ def test_no_edit_changes_nothing_and_a_mean_difference_nothing_under_control() -
     for effects in (nothing, shift):
         assert not effects["divergence"].any()
         assert torch.equal(effects["activations"], nothing["activations"])
-        assert torch.equal(effects["preference"], clean["preference"])
-    assert torch.equal(clean["preference"], undone["preference"])
+        assert torch.equal(effects["logit_difference"], clean["logit_difference"])
+    assert torch.equal(clean["logit_difference"], undone["logit_difference"])
 
 
 def test_effects_are_those_of_whole_forward_passes() -> None:
@@ -255,7 +255,7 @@ def test_effects_are_those_of_whole_forward_passes() -> None:
     for effects, whole in ((clean, plain), (found, logits)):
         end = whole[rows, data.positions["END"]]
         difference = end[rows, data.io_tokens] - end[rows, data.s_tokens]
-        assert torch.allclose(effects["preference"], difference, atol=1e-3)
+        assert torch.allclose(effects["logit_difference"], difference, atol=1e-3)
     assert torch.allclose(found["activations"], x, atol=1e-3)
 
     columns = torch.arange(plain.shape[1])

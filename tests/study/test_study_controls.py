@@ -38,6 +38,7 @@ from lrqp_torch.study.illusions import (
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts.controls import PART
 from lrqp_torch.study.results import SiteResult
+from lrqp_torch.study.running import Trials
 from lrqp_torch.study.subspaces import (
     Along,
     along,
@@ -53,7 +54,6 @@ from lrqp_torch.study.subspaces import (
     top_space,
 )
 from lrqp_torch.study.sweep import fit_edits, sweep
-from lrqp_torch.study.trials import Trials
 
 SITE = "L2.pre"
 HEAD = "L2.H1"
@@ -392,7 +392,7 @@ def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) 
     handle.remove()
     rows = torch.arange(len(data))
     wanted = logits[rows, data.io_tokens] - logits[rows, data.s_tokens]
-    torch.testing.assert_close(moved["preference"], wanted)
+    torch.testing.assert_close(moved["logit_difference"], wanted)
     with pytest.raises(WidthError, match=f"each of the {len(data)} held-out prompts"):
         trials.add(SITE, delta[:3])
 

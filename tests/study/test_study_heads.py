@@ -387,7 +387,7 @@ def test_of_own_answers_the_preference_is_attributed(n_classes: int) -> None:
     found = attribution.score(context, prompts, {}, no_progress)
     logits = context.model(**prompts.inputs).logits[:, -1]
     torch.testing.assert_close(
-        found.total, answers(prompts, logits)["preference"], rtol=1e-4, atol=1e-4
+        found.total, answers(prompts, logits)["logit_difference"], rtol=1e-4, atol=1e-4
     )
     total = sum(found.parts.values())
     torch.testing.assert_close(total, found.total)

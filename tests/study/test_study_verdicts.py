@@ -23,8 +23,8 @@ from lrqp_torch.study.context import StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.known import KnownSites, read_truth
 from lrqp_torch.study.results import SiteResult
+from lrqp_torch.study.running import Trials
 from lrqp_torch.study.sweep import fit_edits, sweep
-from lrqp_torch.study.trials import Trials
 from lrqp_torch.study.verdicts import (
     ACCURATE,
     ALL,

@@ -157,13 +157,13 @@ def test_with_three_classes_a_flip_is_an_answer_with_the_target() -> None:
     before, after = (answers(prompts, logits) for logits in (clean, edited))
     assert before["own_lead"].tolist() == [2, -2, 2, 3]
     assert after["other_lead"].tolist() == [2, 3, -1, -4]
-    assert after["preference"].tolist() == [-2, -3, 1, 3]
+    assert after["logit_difference"].tolist() == [-2, -3, 1, 3]
     record = {name: torch.zeros(4) for name in (
         "status", "distance", "euclidean", "log_odds_after", "floor", "divergence"
     )}  # fmt: skip
     flat = {f"x.control.{name}": values for name, values in (record | after).items()}
     flat |= {f"clean.{name}": values for name, values in before.items()}
-    flat["x.control.logit_difference"] = after["preference"]
+    flat["x.control.logit_difference"] = after["logit_difference"]
     # Prompt 1 was answered otherwise to begin with; prompt 3 is now answered with a third class.
     assert ConditionResult.of(flat, "x.control", 0).flipped == Estimate.count(1, 3)
 

@@ -33,13 +33,12 @@ from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.attribution import attention_to
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import Role, parse_head
 from lrqp_torch.study.indirect_objects import named
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.running import answers, batches, put
+from lrqp_torch.study.running import answers, attention_to, batches, put
 from lrqp_torch.study.showing import grouped, percent, signed, table_of
 
 CONDITIONS = ("clean", "control", "counterfactual")
@@ -277,7 +276,7 @@ def _run(
             # Below the site nothing changes.
             seen[condition] = patterns = clean | patterns
             here: dict[tuple[str, ...], Tensor] = {
-                ("preference", condition): answers(prompts, logits)["preference"]
+                ("preference", condition): answers(prompts, logits)["logit_difference"]
             }
             for name in attending:
                 layer, head = parse_head(name)

@@ -29,7 +29,7 @@ from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
-from lrqp_torch.study.running import Twinned, batches, put
+from lrqp_torch.study.running import Twinned, answers, batches, put
 from lrqp_torch.study.showing import (
     HELD_AGAINST,
     Reading,
@@ -41,7 +41,7 @@ from lrqp_torch.study.showing import (
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.sweep import columns, read_answers
+from lrqp_torch.study.sweep import columns
 
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
@@ -150,7 +150,7 @@ class Dose(Part[DoseResult]):
         clean, patch = dict[str, Tensor](), dict[str, Tensor]()
         found: list[dict[str, Tensor]] = [{} for _ in edits]
         for batch in batches(context.model, task.test, context.batch_size):
-            put(clean, read_answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
+            put(clean, answers(batch.prompts, batch.clean, batch.clean_rest), batch.rows, n)
             there = None if twinned is None else twinned.under(batch)
             if there is not None:
                 put(patch, columns(batch, there), batch.rows, n)

@@ -34,6 +34,7 @@ from lrqp_torch.study.results import (
     judged,
     told,
 )
+from lrqp_torch.study.running import Trials, displacements, flipped
 from lrqp_torch.study.showing import (
     HELD_AGAINST,
     UNTOLD,
@@ -50,7 +51,6 @@ from lrqp_torch.study.showing import (
     task_in_words,
 )
 from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, Batches, sweep
-from lrqp_torch.study.trials import Trials, displacements, flipped
 
 MOST_POINTS = 500
 """Held-out prompts drawn at each site; the numbers are of all of them."""
@@ -329,7 +329,7 @@ def _refitted(
         if patch is not None and twins is not None:
             rows = twins.bool()
             most = float((clean - patch)[rows].mean())
-            falls = [float((clean - trial["preference"])[rows].mean()) for trial in ran]
+            falls = [float((clean - trial["logit_difference"])[rows].mean()) for trial in ran]
             recovered = [fall / most for fall in falls] if most else []
         return Refits.of([share for share in shares if share is not None], recovered)
 

@@ -38,7 +38,6 @@ from lrqp_torch.study import heads as rules
 from lrqp_torch.study.attribution import (
     ATTENTIONS,
     Scores,
-    attention_to,
     head_shares,
     output_projection,
     score,
@@ -49,7 +48,7 @@ from lrqp_torch.study.heads import HeadScore, HeadsResult, InhibitionTest, Role,
 from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.running import batches, put
+from lrqp_torch.study.running import attention_to, batches, put
 from lrqp_torch.study.showing import between, grouped, signed
 
 MOST_TESTED = 24

@@ -388,7 +388,7 @@ def _summarise(
 ) -> MediationResult:
     context, generator = given.context, given.context.generator()
     clusters, twinned = edit.data.groups, edit.twinned
-    clean, edited = (kept[run, "preference"] for run in ("clean", "edited"))
+    clean, edited = (kept[run, "logit_difference"] for run in ("clean", "edited"))
     effect = Estimate.mean(clean - edited, generator, clusters)
 
     def ratio(change: Tensor) -> Estimate | None:
@@ -406,7 +406,7 @@ def _summarise(
     flipped = answered & (kept["edited", "other_lead"] > 0)
 
     def carried(name: str, members: list[str]) -> GroupMediation:
-        restored, induced = (kept[f"{kind} {name}", "preference"] for kind in KINDS)
+        restored, induced = (kept[f"{kind} {name}", "logit_difference"] for kind in KINDS)
         return GroupMediation(
             group=name,
             heads=members,
