@@ -31,10 +31,10 @@ _WIDTH = 820
 """Pixels that a figure is taken to be wide where its legend is laid out."""
 
 _SYMBOLS = {
-    "circle": "circle", "square": "square", "triangle": "triangle-up", "diamond": "diamond",
-    "cross": "x", "star": "star", "pentagon": "pentagon", "down": "triangle-down",
-    "plus": "cross", "tick": "line-ew-open", "none": "circle",
+    "triangle": "triangle-up", "cross": "x", "down": "triangle-down", "plus": "cross",
+    "tick": "line-ew-open", "none": "circle",
 }  # fmt: skip
+"""Markers that plotly calls by another name."""
 
 
 def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
@@ -46,23 +46,23 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
             notebook needs; the report's page has both itself.
     """
     placed = cells(chart)
+    named = legend(placed, beside=False)
     layout: dict[str, Any] = {
         "template": "none", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "hovermode": "closest",
-        "barmode": "overlay", "shapes": [], "annotations": [],
+        "barmode": "overlay", "shapes": [], "annotations": [], "showlegend": bool(named),
     }  # fmt: skip
     _place(layout, chart, placed, alone)
     data: list[dict[str, Any]] = []
-    named = legend(placed, beside=False)
     for cell in placed:
-        pane, bars = cell.pane, cell.bars()
-        traces = [_trace(cell, marks, bars.get(i)) for i, marks in enumerate(pane.marks)]
-        for index, trace in enumerate(traces):
-            trace["showlegend"] = (cell.number, index) in named
-        if pane.heat is not None:
-            traces = [_map(pane.heat, layout, cell)]
-        data += [trace | {"xaxis": f"x{_end(cell)}", "yaxis": f"y{_end(cell)}"} for trace in traces]
+        axes = {"xaxis": f"x{_end(cell)}", "yaxis": f"y{_end(cell)}"}
+        if cell.pane.heat is not None:
+            data.append(_map(cell.pane.heat, layout, cell) | axes)
+        else:
+            data += [
+                _trace(cell, marks, index) | axes | {"showlegend": (cell.number, index) in named}
+                for index, marks in enumerate(cell.pane.marks)
+            ]
         _rules_and_bands(layout, cell)
-    layout["showlegend"] = bool(named)
     figure = {"data": data, "layout": layout}
     return _on_any_page(figure) if alone else figure
 
@@ -70,20 +70,24 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
 # ---- what is drawn -------------------------------------------------------------------------------
 
 
-def _trace(cell: Cell, marks: Marks, bar: tuple[float, float] | None) -> dict[str, Any]:
-    pane = cell.pane
+def _trace(cell: Cell, marks: Marks, index: int) -> dict[str, Any]:
+    pane, bar = cell.pane, cell.bars().get(index)
     x, y = cell.at(marks), list(marks.y)
     if bar is not None:
         x = [place + bar[0] for place in x]
-    across, up = (y, x) if pane.horizontal else (x, y)
-    trace: dict[str, Any] = {"x": across, "y": up, "name": _text(marks.name)}
-    trace["legendgroup"] = trace["name"]
-    value_errors = _errors(y, marks.lower, marks.upper, bar is not None)
-    place_errors = _errors(x, marks.x_lower, marks.x_upper, bar is not None)
-    if pane.horizontal:
-        value_errors, place_errors = place_errors, value_errors
-    trace |= {"error_y": value_errors} if value_errors else {}
-    trace |= {"error_x": place_errors} if place_errors else {}
+    name = _text(marks.name)
+    trace: dict[str, Any] = {"name": name, "legendgroup": name}
+    places, values = ("y", "x") if pane.horizontal else ("x", "y")
+    for axis, numbers, lower, upper in (
+        (places, x, marks.x_lower, marks.x_upper),
+        (values, y, marks.lower, marks.upper),
+    ):
+        trace[axis] = numbers
+        away = distances(numbers, lower, upper)
+        if away is not None:
+            look = {"thickness": 1, "width": 3} | ({"color": NOTE} if bar else {})
+            ends = {"type": "data", "symmetric": False, "arrayminus": away[0], "array": away[1]}
+            trace[f"error_{axis}"] = ends | look
     if bar is not None:
         trace |= {
             "type": "bar",
@@ -92,44 +96,41 @@ def _trace(cell: Cell, marks: Marks, bar: tuple[float, float] | None) -> dict[st
             "marker": {"color": marks.colour, "opacity": 0.85 * marks.opacity},
         }
     else:
-        few = len(x) == 1 and marks.kind == "line"
-        line = marks.kind == "steps" or (marks.kind == "line" and marks.dash != "none" and not few)
-        shape = (
-            {"shape": "hv", "width": 0} if marks.kind == "steps" else {"width": 2 * marks.stroke}
-        )
-        modes = ["lines"] if line else []
-        modes += ["markers"] if marks.kind != "steps" and marks.marker != "none" else []
-        modes += ["text"] if marks.labels else []
-        symbol = _SYMBOLS[marks.marker]
-        if marks.marker == "tick" and pane.horizontal:
-            symbol = "line-ns-open"
-        open_ = "" if marks.filled or symbol.endswith("-open") else "-open"
-        trace |= {
-            "type": "scatter",
-            "mode": "+".join(modes) or "none",
-            "line": {"color": marks.colour, **shape},
-            "marker": {
-                "color": marks.colour,
-                "symbol": symbol + open_,
-                "size": 7 * marks.size,
-                "opacity": marks.opacity,
-            },
-        }
-        if line and marks.dash not in ("solid", "none"):
-            trace["line"]["dash"] = marks.dash
-        if marks.kind == "steps" or marks.fill:
-            share = 0.12 if marks.fill else 1.0
-            trace |= {"fill": "tozeroy", "fillcolor": _faint(marks.colour, share * marks.opacity)}
-        if marks.kind == "steps":
-            trace["hoverinfo"] = "skip"
+        trace |= _line_and_markers(marks, pane.horizontal)
     if marks.labels:
-        trace |= {"text": [_text(label) for label in marks.labels], "textposition": "top right"}
-        trace |= (
-            {"textposition": "outside" if bar else "middle right"} if pane.horizontal or bar else {}
-        )
+        beside = "outside" if bar else "middle right" if pane.horizontal else "top right"
+        trace |= {"text": [_text(label) for label in marks.labels], "textposition": beside}
         trace["textfont"] = {"color": NOTE, "size": 11}
-    if marks.kind != "steps":
-        trace |= _hover(cell, marks)
+    return trace | ({"hoverinfo": "skip"} if marks.kind == "steps" else _hover(cell, marks))
+
+
+def _line_and_markers(marks: Marks, horizontal: bool) -> dict[str, Any]:
+    steps, few = marks.kind == "steps", len(marks.x) == 1
+    line = steps or (marks.kind == "line" and marks.dash != "none" and not few)
+    modes = ["lines"] if line else []
+    modes += ["markers"] if not steps and marks.marker != "none" else []
+    modes += ["text"] if marks.labels else []
+    symbol = _SYMBOLS.get(marks.marker, marks.marker)
+    if marks.marker == "tick" and horizontal:
+        symbol = "line-ns-open"
+    open_ = "" if marks.filled or symbol.endswith("-open") else "-open"
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "+".join(modes) or "none",
+        "line": {"color": marks.colour, "width": 0 if steps else 2 * marks.stroke},
+        "marker": {
+            "color": marks.colour, "symbol": symbol + open_, "size": 7 * marks.size,
+            "opacity": marks.opacity,
+        },
+    }  # fmt: skip
+    if steps:
+        trace["line"]["shape"] = "hv"
+    if line and marks.dash not in ("solid", "none"):
+        trace["line"]["dash"] = marks.dash
+    if steps or marks.fill:
+        red, green, blue = (int(marks.colour[start : start + 2], 16) for start in (1, 3, 5))
+        opacity = (0.12 if marks.fill else 1.0) * marks.opacity
+        trace |= {"fill": "tozeroy", "fillcolor": f"rgba({red},{green},{blue},{opacity})"}
     return trace
 
 
@@ -152,14 +153,11 @@ def _hover(cell: Cell, marks: Marks) -> dict[str, Any]:
         lines.append(f"{across} → {up}" if pane.square else f"{across}: {up}")
     else:
         lines.append("%{customdata}")
-        notes = [
-            "\n".join(filter(None, (_value(pane, marks, index), note)))
-            for index, note in enumerate(notes)
-        ]
+        values = (_value(pane, marks, index) for index in range(len(notes)))
+        notes = ["\n".join(filter(None, both)) for both in zip(values, notes, strict=True)]
     if any(notes):
         hover["customdata"] = [_text(note) for note in notes]
-        if plain:
-            lines.append("%{customdata}")
+        lines += ["%{customdata}"] if plain else []
     name = _text(marks.name).replace("%{", "%&#123;")
     if marks.texts is not None and marks.name:
         lines.insert(2, f"<b>{name}</b>")
@@ -170,37 +168,26 @@ def _hover(cell: Cell, marks: Marks) -> dict[str, Any]:
 def _value(pane: Pane, marks: Marks, index: int) -> str:
     """Place and value of a mark, with its interval."""
 
-    def of(value: Any, title: str, lower: Any, upper: Any) -> str:
+    def of(value: Any, title: str, *sides: Any) -> str:
         text = value if isinstance(value, str) else written(value, title)
-        ends = [None if side is None else side[index] for side in (lower, upper)]
-        known = " to ".join(written(end, title) for end in ends if end is not None)
+        ends = [side[index] for side in sides if side is not None and side[index] is not None]
+        known = " to ".join(written(end, title) for end in ends)
         return f"{text} ({known})" if known else text
 
     x = of(marks.x[index], pane.x_title, marks.x_lower, marks.x_upper).replace("\n", " ")
     return f"{x}: {of(marks.y[index], pane.y_title, marks.lower, marks.upper)}"
 
 
-def _errors(values: Any, lower: Any, upper: Any, on_bars: bool) -> dict[str, Any] | None:
-    away = distances(values, lower, upper)
-    if away is None:
-        return None
-    bars = {"type": "data", "symmetric": False, "arrayminus": away[0], "array": away[1]}
-    return bars | {"thickness": 1, "width": 3} | ({"color": NOTE} if on_bars else {})
-
-
 def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
     (low, high), end = heat.limits, _end(cell)
+    here = {"xref": f"x{end}", "yref": f"y{end}"}
     for row, column in heat.framed:
-        layout["shapes"].append({
-            "type": "rect", "xref": f"x{end}", "yref": f"y{end}", "x0": column - 0.46,
-            "x1": column + 0.46, "y0": row - 0.44, "y1": row + 0.44,
-            "line": {"color": INK, "width": 1.5},
-        })  # fmt: skip
+        box = {"x0": column - 0.46, "x1": column + 0.46, "y0": row - 0.44, "y1": row + 0.44}
+        line = {"line": {"color": INK, "width": 1.5}}
+        layout["shapes"].append({"type": "rect", **here, **box, **line})
     for row, column in heat.crossed:
-        layout["annotations"].append({
-            "xref": f"x{end}", "yref": f"y{end}", "x": column + 0.33, "y": row - 0.27,
-            "text": "<b>×</b>", "showarrow": False, "font": {"color": COUNTERFACTUAL, "size": 15},
-        })  # fmt: skip
+        at = {**here, "x": column + 0.33, "y": row - 0.27}
+        _annotate(layout, "<b>×</b>", at, COUNTERFACTUAL, 15)
     trace: dict[str, Any] = {
         "type": "heatmap",
         "name": _text(heat.name),
@@ -231,29 +218,37 @@ def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
 def _rules_and_bands(layout: dict[str, Any], cell: Cell) -> None:
     pane, end = cell.pane, _end(cell)
     for band in pane.bands:
-        layout["shapes"].append(
-            _across(pane, "x", *cell.band(band.start, band.end), end)
-            | {"type": "rect", "fillcolor": band.colour, "opacity": 0.11, "line": {"width": 0}}
-            | {"layer": "below"}
-        )
+        look = {"type": "rect", "fillcolor": band.colour, "opacity": 0.11, "line": {"width": 0}}
+        across = _across(pane, "x", *cell.band(band.start, band.end), end)
+        layout["shapes"].append(across | look | {"layer": "below"})
     for rule in pane.rules:
         line = {"color": rule.colour, "width": 1.4 if rule.dash == "dash" else 1, "dash": rule.dash}
         # Bars would cover it.
         layer = "above" if any(marks.kind == "bars" for marks in pane.marks) else "below"
-        shape = {"type": "line", "layer": layer, "line": line}
-        layout["shapes"].append(_rule(pane, rule, end) | shape)
-        if rule.name:
-            layout["annotations"].append(_rule_name(pane, rule, end))
+        shape, name = _rule(pane, rule, end)
+        layout["shapes"].append(shape | {"type": "line", "layer": layer, "line": line})
+        _annotate(layout, _text(rule.name), name, rule.colour, 11)
 
 
-def _rule(pane: Pane, rule: Rule, end: str) -> dict[str, Any]:
-    if rule.axis != "diagonal":
-        return _across(pane, rule.axis, rule.at, rule.at, end)
-    # Plotly has no endless lines: from corner to corner of what is shown.
-    low = max(extent(pane, "x")[0], extent(pane, "y")[0] - rule.at)
-    high = min(extent(pane, "x")[1], extent(pane, "y")[1] - rule.at)
-    ends = {"x0": low, "x1": high, "y0": low + rule.at, "y1": high + rule.at}
-    return {"xref": f"x{end}", "yref": f"y{end}"} | ends
+def _rule(pane: Pane, rule: Rule, end: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a rule is, and where its name."""
+    if rule.axis == "diagonal":
+        # Plotly has no endless lines: from corner to corner of what is shown.
+        sides = extent(pane, "x"), extent(pane, "y")
+        low, high = (
+            corner(sides[0][i], sides[1][i] - rule.at) for i, corner in enumerate((max, min))
+        )
+        here = {"xref": f"x{end}", "yref": f"y{end}"}
+        ends = {"x0": low, "x1": high, "y0": low + rule.at, "y1": high + rule.at}
+        at = {"x": high, "y": high + rule.at, "xanchor": "right", "yanchor": "top"}
+        return here | ends, here | at
+    # The axis of the page that the rule stands on, and the one along which it runs.
+    on, along = ("y", "x") if (rule.axis == "y") != pane.horizontal else ("x", "y")
+    side = {"xanchor": "right", "yanchor": "bottom"} if on == "y" else {
+        "xanchor": "left", "yanchor": "top"
+    }  # fmt: skip
+    at = {f"{along}ref": f"{along}{end} domain", along: 1, f"{on}ref": f"{on}{end}", on: rule.at}
+    return _across(pane, rule.axis, rule.at, rule.at, end), at | side
 
 
 def _across(pane: Pane, axis: str, low: float, high: float, end: str) -> dict[str, Any]:
@@ -263,21 +258,13 @@ def _across(pane: Pane, axis: str, low: float, high: float, end: str) -> dict[st
     return whole | {f"{own}ref": f"{own}{end}", f"{own}0": low, f"{own}1": high}
 
 
-def _rule_name(pane: Pane, rule: Rule, end: str) -> dict[str, Any]:
-    name = {
-        "text": _text(rule.name),
-        "showarrow": False,
-        "font": {"color": rule.colour, "size": 11},
-    }
-    if rule.axis == "diagonal":
-        x = min(extent(pane, "x")[1], extent(pane, "y")[1] - rule.at)
-        at = {"xref": f"x{end}", "yref": f"y{end}", "x": x, "y": x + rule.at}
-        return name | at | {"xanchor": "right", "yanchor": "top"}
-    if (rule.axis == "y") != pane.horizontal:
-        at = {"xref": f"x{end} domain", "x": 1, "xanchor": "right", "yref": f"y{end}", "y": rule.at}
-        return name | at | {"yanchor": "bottom"}
-    at = {"yref": f"y{end} domain", "y": 1, "yanchor": "top", "xref": f"x{end}", "x": rule.at}
-    return name | at | {"xanchor": "left"}
+def _annotate(
+    layout: dict[str, Any], text: str, at: dict[str, Any], colour: str = "", size: int = 12
+) -> None:
+    """Write a text, unless it is empty, somewhere in the figure."""
+    font = {"size": size} | ({"color": colour} if colour else {})
+    if text:
+        layout["annotations"].append({"text": text, "showarrow": False, "font": font, **at})
 
 
 # ---- where it is drawn ---------------------------------------------------------------------------
@@ -291,10 +278,7 @@ def _place(layout: dict[str, Any], chart: Chart, placed: list[Cell], alone: bool
     if chart.heights is not None:
         tall = [sum(tall) * share / sum(chart.heights) for share in chart.heights]
     titles = [max(_rows_of(_title(cell.pane)) for cell in row) * 19 for row in by_row]
-    below = [
-        max(_below(cell.pane, cell, chart.share_x and not cell.lowest) for cell in row)
-        for row in by_row
-    ]
+    below = [max(_below(cell, chart.share_x and not cell.lowest) for cell in row) for row in by_row]
     names = sum(7 * len(name) + 58 for name in legend(placed, beside=False).values())
     foot = below[-1] + 26 * -(-names // _WIDTH) + 8
     head = 16 + titles[0]
@@ -319,34 +303,24 @@ def _place(layout: dict[str, Any], chart: Chart, placed: list[Cell], alone: bool
     for row, row_cells in enumerate(by_row):
         bottom = max(top - tall[row] / inner, 0.0)
         for cell in row_cells:
-            left = sum(widths[: cell.column]) * room + gap * cell.column
+            left, end = sum(widths[: cell.column]) * room + gap * cell.column, _end(cell)
+            right = left + widths[cell.column] * room
             x, y = _axes(cell, chart, placed, tall[row])
             if across and cell.column != columns // 2:
                 x.pop("title", None)
-            right, end = left + widths[cell.column] * room, _end(cell)
             layout[f"xaxis{end}"] = x | {"domain": [left, right], "anchor": f"y{end}"}
             layout[f"yaxis{end}"] = y | {"domain": [bottom, top], "anchor": f"x{end}"}
-            _write(layout, _title(cell.pane), left, top, "paper", "bottom", 12)
-            _write(layout, _text(cell.pane.note), 0.01, 0.99, f"{end} domain", "top", 11)
+            at = {"align": "left", "xanchor": "left", "x": left, "xref": "paper"}
+            above = at | {"y": top, "yref": "paper", "yanchor": "bottom"}
+            _annotate(layout, _title(cell.pane), above)
+            corner = {"x": 0.01, "xref": f"x{end} domain", "y": 0.99, "yref": f"y{end} domain"}
+            _annotate(layout, _text(cell.pane.note), at | corner | {"yanchor": "top"}, size=11)
         following = titles[row + 1] if row + 1 < len(by_row) else 0
         top = bottom - (below[row] + following) / inner
 
 
 def _rows_of(text: str) -> int:
     return text.count("<br>") + 1 if text else 0
-
-
-def _write(
-    layout: dict[str, Any], text: str, x: float, y: float, where: str, anchor: str, size: int
-) -> None:
-    """Text at the left, of the page or of a pane's axes."""
-    if not text:
-        return
-    references = ("paper", "paper") if where == "paper" else (f"x{where}", f"y{where}")
-    layout["annotations"].append({
-        "text": text, "showarrow": False, "align": "left", "x": x, "xref": references[0],
-        "xanchor": "left", "y": y, "yref": references[1], "yanchor": anchor, "font": {"size": size},
-    })  # fmt: skip
 
 
 def _title(pane: Pane) -> str:
@@ -375,18 +349,18 @@ def _axes(
             axis["range"] = [math.log10(value) for value in asked] if log else list(asked)
         if not pane.ticks:
             axis["showticklabels"] = False
+        if pane.heat is not None:
+            axis |= {"type": "category", "showgrid": False, "zeroline": False}
+    if pane.heat is not None:
+        y["autorange"] = "reversed"
     if cell.places:
-        chosen = cell.labelled()
+        chosen, ends = cell.labelled(), [-0.6, len(cell.places) - 0.4]
         x |= {"tickvals": chosen, "ticktext": [_text(cell.places[index]) for index in chosen]}
-        x |= {"range": [-0.6, len(cell.places) - 0.4], "zeroline": False}
+        x |= {"range": ends, "zeroline": False}
         if pane.horizontal:
-            x |= {"range": x["range"][::-1], "showgrid": False}
+            x |= {"range": ends[::-1], "showgrid": False}
         elif cell.slanted():
             x["tickangle"] = -45
-    if pane.heat is not None:
-        for axis in (x, y):
-            axis |= {"type": "category", "showgrid": False, "zeroline": False}
-        y["autorange"] = "reversed"
     if pane.horizontal:
         x, y = y, x
     if chart.share_x and cell.row:
@@ -409,20 +383,16 @@ def _height(cell: Cell, rows: int) -> float:
     if pane.heat is not None:
         return min(560.0, max(120.0, 26.0 * len(pane.heat.rows)))
     if pane.horizontal and cell.places:
-        lines = max(place.count("\n") + 1 for place in cell.places)
-        beside = any(shift for shift, _ in cell.bars().values())
-        groups = sum(marks.kind == "bars" for marks in pane.marks)
-        return 30 + len(cell.places) * max(14.0 + 15 * lines, 26.0 * groups * beside)
+        return 30 + len(cell.places) * cell.thickness(14.0, 15, 26.0)
     if pane.square and rows == 1:
         return 420.0
     return {1: 310.0, 2: 235.0}.get(rows, 165.0)
 
 
-def _below(pane: Pane, cell: Cell, hidden: bool) -> float:
+def _below(cell: Cell, hidden: bool) -> float:
     """Pixels below a pane for labels and the title of its axis."""
-    title = pane.y_title if pane.horizontal else pane.x_title
-    slanted = bool(cell.places) and not pane.horizontal and cell.slanted()
-    return 18.0 if hidden else 26.0 + 26.0 * bool(title) + 34.0 * slanted
+    slanted = bool(cell.places) and not cell.pane.horizontal and cell.slanted()
+    return 18.0 if hidden else 26.0 + 26.0 * bool(cell.titles[0]) + 34.0 * slanted
 
 
 def _end(cell: Cell) -> str:
@@ -437,11 +407,6 @@ def _text(text: str) -> str:
     """Plain text as plotly reads it, which knows some tags and decodes no named quotes."""
     marked = escape(text, quote=False).replace("\n", "<br>")
     return re.sub("\x02(.*?)\x03", r"<b>\1</b>", marked)
-
-
-def _faint(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def _on_any_page(figure: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,13 @@ class Cell:
                 found[index] = (shift, marks.width or 0.94 * width)
         return found
 
+    def thickness(self, least: float, line: float, bar: float) -> float:
+        """Room of a place down the side: ``least`` and its lines, or its bars side by side."""
+        lines = max(place.count("\n") + 1 for place in self.places)
+        bars = self.bars().values()
+        beside = any(shift for shift, _ in bars)
+        return max(least + line * lines, bar * len(bars) * beside)
+
     def slanted(self) -> bool:
         """Whether the names of the places are too long to stand side by side."""
         labels = [self.places[index] for index in self.labelled()]

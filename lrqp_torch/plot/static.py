@@ -87,10 +87,11 @@ def write_charts(charts: Mapping[str, Chart], folder: Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed.
         OutputError: a file cannot be written.
     """
-    paths = [folder / f"{name}.{suffix}" for name in charts for suffix in FORMATS]
+    written: list[Path] = []
     for name, chart in charts.items():
-        write_chart(chart, *(folder / f"{name}.{suffix}" for suffix in FORMATS))
-    return paths
+        written += (own := [folder / f"{name}.{suffix}" for suffix in FORMATS])
+        write_chart(chart, *own)
+    return written
 
 
 def write_chart(chart: Chart, *paths: Path) -> None:
@@ -133,12 +134,9 @@ def to_matplotlib(chart: Chart) -> "Figure":
         header = sum(0.02 * size + 0.01 for _, size, _ in heading) + 0.1 * bool(heading)
         keys = legend(placed, beside=True)
         per_row = _legend_columns([*keys.values()], width)
-        repeated = (
-            columns if chart.share_x else len(placed), rows if chart.share_y else len(placed)
-        )  # fmt: skip
         across, up = (
-            common_title([cell.titles[axis] for cell in placed], times)
-            for axis, times in enumerate(repeated)
+            common_title([cell.titles[axis] for cell in placed], own if shared else len(placed))
+            for axis, (shared, own) in enumerate(((chart.share_x, columns), (chart.share_y, rows)))
         )
         footer = 0.19 * -(-len(keys) // per_row) + 0.06 * bool(keys) + 0.22 * bool(across)
         height += 0.0 if chart.size else header + footer
@@ -278,17 +276,17 @@ def _limit(axes: "Axes", cell: Cell) -> None:
     pane = cell.pane
     if pane.heat is not None:
         return
-    set_x: Callable[..., Any] = axes.set_ylim if pane.horizontal else axes.set_xlim
-    set_y: Callable[..., Any] = axes.set_xlim if pane.horizontal else axes.set_ylim
+    setters: list[Callable[..., Any]] = [axes.set_xlim, axes.set_ylim]
+    set_places, set_values = reversed(setters) if pane.horizontal else setters
     if cell.places:
         ends = (-0.6, len(cell.places) - 0.4)
-        set_x(*(ends[::-1] if pane.horizontal else ends))
+        set_places(*(ends[::-1] if pane.horizontal else ends))
     elif pane.x_range is not None:
-        set_x(*pane.x_range)
+        set_places(*pane.x_range)
     if pane.y_range is not None:
-        set_y(*pane.y_range)
+        set_values(*pane.y_range)
     elif pane.names == "corner" and any(marks.kind == "bars" for marks in pane.marks):
-        set_y(0, 1.4 * max(y for marks in pane.marks for y in marks.y if y is not None))
+        set_values(0, 1.4 * max(y for marks in pane.marks for y in marks.y if y is not None))
     if pane.square:
         axes.set_aspect("equal", adjustable="box")
 
@@ -329,12 +327,13 @@ def _draw_marks(axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float]
     for place, value, upper, label in zip(
         x, y, marks.upper or [None] * len(x), marks.labels or (), strict=False
     ):
-        end = value if upper is None else max(value, upper)
+        at, away, level = (place, value), (4, 4), "bottom"
+        if pane.horizontal:
+            end = value if upper is None else max(value, upper)
+            at, away, level = (end, place), (5, 0), "center"
         axes.annotate(
-            label, (end, place) if pane.horizontal else (place, value), color=NOTE, fontsize=8.5,
-            xytext=(5, 0) if pane.horizontal else (4, 4), textcoords="offset points",
-            va="center" if pane.horizontal else "bottom",
-        )  # fmt: skip
+            label, at, xytext=away, textcoords="offset points", va=level, color=NOTE, fontsize=8.5
+        )
     return handle
 
 
@@ -480,10 +479,7 @@ def _room(cell: Cell) -> tuple[float, float]:
         width = (1.1 if pane.heat.bar else 0.4) + 0.42 * len(pane.heat.columns)
         return max(2.6, 0.6 + 0.095 * titled, width), 0.9 + 0.34 * len(pane.heat.rows)
     if pane.horizontal and cell.places:
-        lines = max(place.count("\n") + 1 for place in cell.places)
-        groups = sum(marks.kind == "bars" for marks in pane.marks)
-        beside = any(shift for shift, _ in cell.bars().values())
-        return 8.6, 0.8 + len(cell.places) * max(0.28 + 0.12 * lines, 0.32 * groups * beside)
+        return 8.6, 0.8 + len(cell.places) * cell.thickness(0.28, 0.12, 0.32)
     if cell.places:
         return min(12.5, max(7.5, 3.5 + 0.38 * len(cell.places))), 4.2
     return (6.8, 6.2) if pane.square else (7.0, 4.4)
