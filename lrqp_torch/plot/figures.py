@@ -14,16 +14,8 @@ from typing import Any
 
 from lrqp_torch.errors import MissingExtraError, SettingError
 from lrqp_torch.files import written_whole
+from lrqp_torch.plot import chart
 from lrqp_torch.plot.chart import (
-    CLEAN,
-    CONDITION_COLOURS,
-    CONTROL,
-    COUNTERFACTUAL,
-    INK,
-    NOTE,
-    ORANGE,
-    PROBE,
-    PURPLE,
     SHARES,
     Band,
     Chart,
@@ -356,9 +348,9 @@ def sweep_of(results: Any) -> Chart:
     names, found = list(sites), list(sites.values())
     used, classes = get(results, "used_sites", ()), get(results, "classes", ())
     effects = ("logit_difference", "preference", "divergence")
-    ceiling: dict[str, Any] = {"colour": ORANGE, "marker": "diamond", "dash": "dash"}
+    ceiling: dict[str, Any] = {"colour": chart.ORANGE, "marker": "diamond", "dash": "dash"}
     edits: dict[str, dict[str, Any]] = {
-        condition: {"colour": CONDITION_COLOURS[condition], "marker": marker}
+        condition: {"colour": chart.CONDITION_COLOURS[condition], "marker": marker}
         for condition, marker in CONDITIONS
     }
 
@@ -373,14 +365,15 @@ def sweep_of(results: Any) -> Chart:
                 yield marks_of(name, names, values, scale=scale, **looks)
 
     shares: Curves = {
-        "probe accuracy": (("probe_accuracy", "probe"), {"colour": PROBE}),
+        "probe accuracy": (("probe_accuracy", "probe"), {"colour": chart.PROBE}),
         "shuffled labels": (
-            ("shuffled_accuracy", "shuffled"), {"colour": NOTE, "marker": "cross", "stroke": 0.5}
+            ("shuffled_accuracy", "shuffled"),
+            {"colour": chart.NOTE, "marker": "cross", "stroke": 0.5},
         ),
         **{f"flipped, {name}": ((f"{name}.flipped",), own) for name, own in edits.items()},
         "flipped, interchange": (("interchange.flipped",), ceiling),
         "recovered share": (
-            ("recovered",), {"colour": PURPLE, "marker": "star", "kind": "points"}
+            ("recovered",), {"colour": chart.PURPLE, "marker": "star", "kind": "points"}
         ),
     }  # fmt: skip
     changes: Curves = {
@@ -405,7 +398,7 @@ def sweep_of(results: Any) -> Chart:
                 [*drawn(1.0, changes)],
                 rules=[
                     Rule(0, dash="solid"),
-                    *([] if clean is None else [Rule(clean, "y", "no edit", CLEAN, "dash")]),
+                    *([] if clean is None else [Rule(clean, "y", "no edit", chart.CLEAN, "dash")]),
                 ],
                 y_title=effect_in_words(results, "Mean "),
                 **by_site,
@@ -428,9 +421,9 @@ def histogram_of(results: Any, bins: int = 48) -> Chart:
     """What :func:`histogram` draws of a study's results."""
     site = best_site(results)
     looks = {
-        "clean": ("no edit", CLEAN),
-        f"{site}.control": ("control edit", CONTROL),
-        f"{site}.counterfactual": ("counterfactual edit", COUNTERFACTUAL),
+        "clean": ("no edit", chart.CLEAN),
+        f"{site}.control": ("control edit", chart.CONTROL),
+        f"{site}.counterfactual": ("counterfactual edit", chart.COUNTERFACTUAL),
     }
     columns = {key: answers_of(results, key) for key in looks}
     for key, (name, colour) in looks.items():
@@ -585,7 +578,10 @@ def _histograms(
     panes = []
     for key, values in lists.items():
         mean = sum(values) / len(values)
-        rules = [Rule(0, "x", colour=INK, dash="solid"), Rule(mean, "x", colour=INK, dash="dash")]
+        rules = [
+            Rule(0, "x", colour=chart.INK, dash="solid"),
+            Rule(mean, "x", colour=chart.INK, dash="dash"),
+        ]
         bars = counted(looks[key][0], values, limits, colour=looks[key][1])
         panes.append(
             Pane([bars], rules=rules, x_title=x_title, y_title="Held-out prompts", names="beside")

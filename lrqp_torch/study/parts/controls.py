@@ -3,20 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lrqp_torch.plot.chart import (
-    CLEAN,
-    CONTROL,
-    COUNTERFACTUAL,
-    NOTE,
-    PROBE,
-    Chart,
-    Marks,
-    Pane,
-    Panel,
-    Rule,
-    Table,
-    marks_of,
-)
+from lrqp_torch.plot import chart
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, Table, marks_of
 from lrqp_torch.study import illusions
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
@@ -34,7 +22,10 @@ from lrqp_torch.study.showing import (
 )
 from lrqp_torch.study.subspaces import ENERGY
 
-PLACES = {"inside": ("part inside the space", COUNTERFACTUAL), "outside": ("the rest", CONTROL)}
+PLACES = {
+    "inside": ("part inside the space", chart.COUNTERFACTUAL),
+    "outside": ("the rest", chart.CONTROL),
+}
 
 
 class Controls(Part[ControlsResult]):
@@ -328,12 +319,12 @@ def _own_edits(result: ControlsResult) -> list[tuple[str, EditOutcome, float, st
     halves = result.halves
     both = [] if halves is None else zip(halves.outcomes, halves.accuracy, strict=True)
     return [
-        ("the study's edit", result.counterfactual, result.probe_accuracy, COUNTERFACTUAL),
+        ("the study's edit", result.counterfactual, result.probe_accuracy, chart.COUNTERFACTUAL),
         *(
-            (f"edit from one half of the prompts, {number}", *half, COUNTERFACTUAL)
+            (f"edit from one half of the prompts, {number}", *half, chart.COUNTERFACTUAL)
             for number, half in enumerate(both, 1)
         ),
-        ("control edit", result.control, result.probe_accuracy, CONTROL),
+        ("control edit", result.control, result.probe_accuracy, chart.CONTROL),
     ]
 
 
@@ -365,10 +356,10 @@ def _split_chart(result: ControlsResult) -> Chart:
 def _site_chart(result: ControlsResult) -> Chart:
     moved = f"flipped by the edit of {result.site}, moved"
     curves: dict[str, tuple[str, dict[str, Any]]] = {
-        "probe accuracy there": ("probe_accuracy", {"colour": PROBE}),
-        moved: ("moved.flipped", {"colour": COUNTERFACTUAL, "marker": "square"}),
+        "probe accuracy there": ("probe_accuracy", {"colour": chart.PROBE}),
+        moved: ("moved.flipped", {"colour": chart.COUNTERFACTUAL, "marker": "square"}),
         "flipped by the edit fitted there": (
-            "fitted.flipped", {"colour": CONTROL, "marker": "triangle"}
+            "fitted.flipped", {"colour": chart.CONTROL, "marker": "triangle"}
         ),
     }  # fmt: skip
     names = [item.site for item in result.elsewhere]
@@ -378,7 +369,7 @@ def _site_chart(result: ControlsResult) -> Chart:
     ]
     flips = result.counterfactual.flipped.value
     here = f"flipped at {result.site}"
-    rules = [] if flips is None else [Rule(100 * flips, "y", here, CLEAN, "dash")]
+    rules = [] if flips is None else [Rule(100 * flips, "y", here, chart.CLEAN, "dash")]
     pane = by_site(marks, rules=rules, y_title="held-out prompts (%)")
     return Chart([pane], f"The edit of {result.site} at other sites")
 
@@ -388,7 +379,7 @@ def _chance_chart(result: ControlsResult) -> Chart:
         (label, outcome.flipped, colour, []) for label, outcome, _, colour in _own_edits(result)
     ]
     known += [
-        (item.kind, item.mean_flipped, NOTE, item.flipped)
+        (item.kind, item.mean_flipped, chart.NOTE, item.flipped)
         for item in result.chance
         if item.mean_flipped is not None
     ]
@@ -398,7 +389,7 @@ def _chance_chart(result: ControlsResult) -> Chart:
         number = [percent(share.value, 0)]
         marks.append(marks_of(label, [label], [share], scale=100, labels=number, **bar))
         if seeds:
-            tick: dict[str, Any] = {"kind": "points", "marker": "tick", "colour": CLEAN}
+            tick: dict[str, Any] = {"kind": "points", "marker": "tick", "colour": chart.CLEAN}
             at = [label] * len(seeds)
             marks.append(marks_of("seeds", at, seeds, scale=100, legend=False, **tick))
     pane = Pane(

@@ -13,22 +13,8 @@ a finding and not how they were chosen.
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.plot.chart import (
-    BLACK,
-    BLUE,
-    GREEN,
-    NOTE,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Chart,
-    Marker,
-    Marks,
-    Pane,
-    Panel,
-    Table,
-)
+from lrqp_torch.plot import chart
+from lrqp_torch.plot.chart import Chart, Marker, Marks, Pane, Panel, Table
 from lrqp_torch.plot.figures import DIRECT, LOOKS_WITHOUT, WRITES_WITHOUT, head_panes, heads_of
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
@@ -56,15 +42,15 @@ MOST_TESTED = 24
 
 NO_ROLE = "no role"
 ROLE_LOOKS: dict[str, tuple[str, Marker]] = {
-    Role.MOVER: (GREEN, "square"),
-    Role.NEGATIVE: (VERMILION, "down"),
-    Role.BACKUP: (ORANGE, "pentagon"),
-    Role.S_INHIBITION: (BLUE, "triangle"),
-    Role.INDUCTION: (PURPLE, "diamond"),
-    Role.DUPLICATE: (SKY, "cross"),
-    Role.PREVIOUS: (BLACK, "plus"),
-    Role.WRITER: (GREEN, "star"),
-    NO_ROLE: (NOTE, "circle"),
+    Role.MOVER: (chart.GREEN, "square"),
+    Role.NEGATIVE: (chart.VERMILION, "down"),
+    Role.BACKUP: (chart.ORANGE, "pentagon"),
+    Role.S_INHIBITION: (chart.BLUE, "triangle"),
+    Role.INDUCTION: (chart.PURPLE, "diamond"),
+    Role.DUPLICATE: (chart.SKY, "cross"),
+    Role.PREVIOUS: (chart.BLACK, "plus"),
+    Role.WRITER: (chart.GREEN, "star"),
+    NO_ROLE: (chart.NOTE, "circle"),
 }
 """Colour and shape of heads, by role."""
 
