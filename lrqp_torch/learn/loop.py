@@ -235,21 +235,13 @@ FILE = "learning.safetensors"
 
 @dataclass
 class State:
-    """Everything that the next epoch depends on.
+    """Everything that the next epoch depends on."""
 
-    Attributes:
-        now: free parameters.
-        best: those of the best epoch.
-        optimiser: moments of the optimiser, by flat names.
-        history: epochs so far, 0 included.
-        best_epoch: which is best.
-    """
-
-    now: dict[str, Tensor]
-    best: dict[str, Tensor]
-    optimiser: dict[str, Tensor]
-    history: list[Epoch]
-    best_epoch: int
+    now: dict[str, Tensor]  # free parameters
+    best: dict[str, Tensor]  # those of the best epoch
+    optimiser: dict[str, Tensor]  # moments of the optimiser, by flat names
+    history: list[Epoch]  # epochs so far, 0 included
+    best_epoch: int  # which is best
 
 
 class Checkpoint:

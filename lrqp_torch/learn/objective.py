@@ -129,19 +129,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits of a batch at the columns that the loss reads.
+    """Logits of a batch at the columns that the loss reads."""
 
-    Attributes:
-        logits: (B, k, vocabulary).
-        columns: (k,), rising.
-        prompts: the batch.
-        applied: what the edit did.
-    """
-
-    logits: Tensor
-    columns: Tensor
-    prompts: EditPrompts
-    applied: Applied
+    logits: Tensor  # (B, k, vocabulary)
+    columns: Tensor  # (k,), rising
+    prompts: EditPrompts  # the batch
+    applied: Applied  # what the edit did
 
     def at_read(self, logits: Tensor | None = None) -> Tensor:
         """Logits at ``read``, (B, vocabulary), of this run or of another at the same columns."""

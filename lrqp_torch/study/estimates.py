@@ -129,17 +129,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sample:
-    """Estimates over the same prompts, with intervals from the same resamples of them.
+    """Estimates over the same prompts, with intervals from the same resamples of them."""
 
-    Attributes:
-        seed: of the resampling.
-        groups: of all n prompts, (n,); None where they are independent.
-        rows: which of them count, BoolTensor (n,); None for all.
-    """
-
-    seed: int
-    groups: Tensor | None = None
-    rows: Tensor | None = None
+    seed: int  # of the resampling
+    groups: Tensor | None = None  # of all n prompts, (n,); None where they are independent
+    rows: Tensor | None = None  # which of them count, BoolTensor (n,); None for all
 
     def among(self, rows: Tensor) -> "Sample":
         """Those for which BoolTensor ``rows`` (n,) is true, and no others."""
