@@ -76,13 +76,12 @@ class Likeness:
 def interchange_of(
     clean: Columns, patch: Columns, known: Tensor, seed: int, groups: Tensor | None = None
 ) -> Interchange:
-    """Summarise an interchange.
+    """Summarise an interchange, of the prompts that have a twin (``known``, BoolTensor (n,)).
 
     Args:
-        clean: logit_difference and own_lead of the clean run; empty without
-            answers.
+        clean: logit_difference and own_lead of the clean run; empty without answers.
         patch: the same under the interchange, other_lead, divergence, and distance.
-        known: which prompts have a twin, BoolTensor (n,).
+        known: see above.
         seed: of the bootstrap.
         groups: of the prompts.
     """
@@ -106,9 +105,8 @@ def likenesses(
 ) -> dict[K, dict[str, Any]]:
     """The fields of :class:`Likeness` of edits that are shown together.
 
-    Args:
-        clean: as of :func:`interchange_of`, as are the three last.
-        pairs: each edit, with kl_to_interchange and distance, and its interchange.
+    ``pairs`` holds each edit, with kl_to_interchange and distance, and its interchange; the rest
+    as of :func:`interchange_of`.
     """
     own, answered = Sample(seed, groups, known), bool(clean)
 
@@ -205,15 +203,8 @@ def null_edits(
     """Displacements Σ (w_t − w_v) of shuffled probes, as long as asked for, (n, d) in float64.
 
     For two classes that is the direction of the probe's own least edit, but for the rounding of its
-    weights to bfloat16.
-
-    Args:
-        probes: linear ones, of shuffled labels.
-        metric: Σ, which also measures the length.
-        target: class t of each prompt, (n,).
-        source: class v that holds, (n,).
-        length: of each displacement, (n,).
-        turn: which probe each prompt meets, (n,).
+    weights to bfloat16. Σ is that of the metric, which also measures the ``length``, (n,); t is the
+    target and v the source of each prompt, (n,), and ``turn`` says which probe it meets, (n,).
     """
     # Rounded: the last bits of a fit differ with the number of ranks, and are not to decide.
     weights = torch.stack([cast(nn.Linear, probe).weight.bfloat16().double() for probe in probes])

@@ -45,12 +45,9 @@ def asked_of(
 ) -> Tensor:
     """The log α of each edit, (m,) float64 in nats; NaN for ``nats``, the edit's own rule.
 
-    Args:
-        dose: one of :data:`DOSES`.
-        probe: what the edit writes.
-        target: the class it writes, (m,).
-        twin: activations of twins, of a control edit the prompts' own, (m, d).
-        x: training activations, (n, d), with classes ``labels``, (n,).
+    ``probe`` is of what the edit writes, ``target`` the class that it writes, (m,), ``twin`` the
+    activations of twins, of a control edit the prompts' own, (m, d); x are training activations,
+    (n, d), with classes ``labels``, (n,).
     """
     if dose == "class":
         return class_readings(probe, x, labels)[target]

@@ -331,7 +331,7 @@ def apply(
     Args:
         model: the model that the edit was fitted on.
         tokenizer: its tokenizer.
-        edit: made by :func:`~.fitting.fit`.
+        edit: made by :func:`fit`.
         prompts: with the edit's classes in the edit's order, padded on the left.
         target: see :func:`targets_of`.
         labelled: whether the labels of ``prompts`` are known; else the probe's reading is taken.

@@ -480,10 +480,7 @@ def _chance(
 def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list[Chance]]:
     """Displacements of every kind of :data:`KINDS`, one for each seed.
 
-    Args:
-        here: the study's edit, whose metric and odds rule are used for all.
-        seeds: of what is drawn.
-        l2: penalty of the probes.
+    The metric and odds rule of the edit ``here`` are used for all.
     """
     edit, x_train, x = here.edit, here.x_train.double(), here.x.double()
     root = _inverse_root(edit.metric.covariance.to(x.device))

@@ -257,17 +257,9 @@ class Resampling:
     """Prompts drawn with replacement, the same ones for every measure.
 
     A mean over a resample is a weighted mean over the prompts, so differences and ratios between
-    edits are paired: both are read from the same prompts.
-
-    Args:
-        n: prompts.
-        generator: of the draws.
-        resamples: how many times n prompts are drawn.
-        groups: the group of each prompt, (n,); groups are then drawn, each with all its prompts.
-
-    Attributes:
-        n: as given.
-        weights: share of each prompt in each resample, (resamples, n).
+    edits are paired: both are read from the same prompts. Where there are groups, (n,), these are
+    drawn, each with all its prompts. ``weights`` holds the share of each prompt in each resample,
+    (resamples, n).
 
     Raises:
         StatisticsError: no prompts.

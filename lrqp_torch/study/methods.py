@@ -35,13 +35,7 @@ from lrqp_torch.study.prompts import PromptSet
 
 
 class LearnedLRQP(LeastEdit):
-    """LRQP with its learned probe, odds and metric, measured by the fitted one's.
-
-    Args:
-        reference: the edit as fitted.
-        learned: the edit as learned from it.
-        strength: see :class:`~lrqp_torch.baselines.Baseline`.
-    """
+    """LRQP with its learned probe, odds and metric, measured by those of the fitted one."""
 
     name: ClassVar[str] = "lrqp_learned"
     title: ClassVar[str] = "LRQP, learned"
@@ -52,12 +46,7 @@ class LearnedLRQP(LeastEdit):
 
 
 class DosedLRQP(LeastEdit):
-    """LRQP that asks for the same odds of every prompt: its own dose, instead of a strength.
-
-    Args:
-        reference: the edit as fitted.
-        log_alpha: log odds asked for, in nats.
-    """
+    """LRQP that asks for the same log odds of every prompt: its own dose, instead of a strength."""
 
     name: ClassVar[str] = "lrqp_dose"
     title: ClassVar[str] = "LRQP, by its odds"

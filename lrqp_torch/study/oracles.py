@@ -47,14 +47,8 @@ class OracleScore:
 class Oracles:
     """Probes of the class and of variables that do not depend on it, two of each.
 
-    Args:
-        x: clean activations of the held-out prompts, (n, d).
-        data: those prompts.
-        generator: of the split.
-
-    Attributes:
-        half: which half each prompt is in, (n,), 0 or 1.
-        scores: of each variable, the class first.
+    They are fitted to clean activations x of the held-out prompts, (n, d). ``half`` says which half
+    each prompt is in, (n,), 0 or 1; ``scores`` are those of each variable, the class first.
     """
 
     def __init__(self, x: Tensor, data: PromptSet, generator: torch.Generator) -> None:

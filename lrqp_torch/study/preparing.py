@@ -219,8 +219,7 @@ def find_sink(context: StudyContext) -> str | None:
 
         |x at the edited token|  >  20 · median over all tokens of |x|
 
-    Args:
-        context: the model and its prompts, of which the first 32 to fit on are looked at.
+    The first 32 prompts to fit on are looked at.
     """
     few = context.task.train[: min(LOOKED_AT, len(context.task.train))].trimmed()
     real = few.inputs["attention_mask"].bool()

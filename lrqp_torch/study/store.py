@@ -81,10 +81,8 @@ class Finished:
 class PartStore:
     """The finished parts of one output folder.
 
-    Args:
-        folder: the study's output folder.
-        fingerprint: everything that decides the numbers, as plain JSON values. Parts kept with
-            another one are never used.
+    ``fingerprint`` holds everything that decides the numbers, as plain JSON values: parts kept with
+    another one are never used.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
