@@ -235,6 +235,9 @@ def _rows(times: Mapping[tuple[int, str], list[tuple[float, float]]]) -> list[Ro
 
 KEYED, UNKEYED, UNREAD = "edits in the key (here)", "tokens alone", "edited requests do not read"
 """What the cache does about edits: what this package does, nothing, and what others do."""
+OFF = 0.1
+"""Nats of the answer's log-probability beyond which an answer counts as wrong; right ones are
+within 1e-3 of transformers."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,8 @@ class Asks:
     prompts: tuple[tuple[int, ...], ...]
     asked: tuple[Any, ...]
 
-    def __call__(self, engine: Any) -> tuple[list[int], int]:
-        """The tokens, and how many of the prompts' were taken from the cache."""
+    def __call__(self, engine: Any) -> tuple[list[tuple[int, float]], int]:
+        """Tokens and their log-probabilities; how many of the prompts' came from the cache."""
         from vllm import SamplingParams
 
         from lrqp_torch.serving import plugin
@@ -257,6 +260,7 @@ class Asks:
             SamplingParams(
                 max_tokens=1,
                 temperature=0.0,
+                logprobs=1,
                 extra_args=None if one is None else {"lrqp": json.dumps(one)},
                 skip_reading_prefix_cache=self.policy == UNREAD and one is not None,
             )
@@ -264,8 +268,9 @@ class Asks:
         ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in self.prompts]
         outputs = engine.generate(prompts, params, use_tqdm=False)
-        found = [output.outputs[0].token_ids for output in outputs]
-        return [ids[0] if ids else -1 for ids in found], sum(o.num_cached_tokens for o in outputs)
+        firsts = [(o.outputs[0].token_ids[0], o.outputs[0].logprobs[0]) for o in outputs]
+        found = [(token, steps[token].logprob) for token, steps in firsts]
+        return found, sum(output.num_cached_tokens for output in outputs)
 
 
 def cached(arguments: Namespace) -> None:
@@ -294,7 +299,7 @@ def cached(arguments: Namespace) -> None:
         )
 
     batches = [roles(turn) for turn in (0, 0, 1, 2)]
-    expected = [_expected(model, edit, prompts, asked) for asked in batches]
+    rights = [_expected(model, edit, prompts, asked) for asked in batches]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         edit.save(Path(folder) / NAME)
@@ -309,28 +314,32 @@ def cached(arguments: Namespace) -> None:
         for policy in (KEYED, UNKEYED, UNREAD):
             with _engine(pretrained_folder("organism"), folder, arguments, **options) as engine:
                 row: Row = {"known by": policy}
-                for number, (asked, right) in enumerate(zip(batches, expected, strict=True), 1):
+                for number, (asked, right) in enumerate(zip(batches, rights, strict=True), 1):
                     engine.send(Asks(policy, prompts, asked))
                     found, hits = engine.recv()
-                    wrong = [a != b for a, b in zip(found, right, strict=True)]
+                    wrong = [
+                        token != said or abs(value - expected) > OFF
+                        for (token, value), (said, expected) in zip(found, right, strict=True)
+                    ]
                     own = sum(w for w, one in zip(wrong, asked, strict=True) if one is not None)
                     row[f"batch {number}"] = f"{own} + {sum(wrong) - own}; {hits}"
                 rows.append(row)
-    title = f"Wrong answers of {count}, edited + unedited; tokens from the cache"
+    title = f"Wrong of {count} answers, edited + unedited; tokens from the cache"
     report(f"{title}; organism", rows, arguments)
 
 
 def _expected(
     model: Any, edit: LRQP, prompts: Sequence[Sequence[int]], asked: Sequence[Any]
-) -> list[int]:
-    """What transformers answers, one prompt at a time."""
+) -> list[tuple[int, float]]:
+    """What transformers answers, one prompt at a time, and with what log-probability."""
     found = []
     for ids, one in zip(prompts, asked, strict=True):
         with ExitStack() as stack, torch.no_grad():
             if one is not None:
                 where = torch.tensor(one["positions"])
                 stack.enter_context(edit.at(model, SITE, positions=where, target=one["target"]))
-            found.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            said = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            found.append((int(said.argmax()), float(said.max())))
     return found
 
 
