@@ -144,8 +144,9 @@ class MahalanobisQP(nn.Module):
                 margins at x, (b, m), and of the slice of the batch that these are.
             geometry: probe and metric, from :meth:`ProbeGeometry.build`.
             realise: what the model will hold when x' is put in place; default: x' in x's dtype.
-            live, skip: of what :meth:`fuses`, where ``target`` may be one for all, (1,), and out of
+            live: of what :meth:`fuses`, where ``target`` may be one for all, (1,), and out of
                 range: see :func:`.fused.solve`.
+            skip: likewise.
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
