@@ -53,7 +53,11 @@ BALANCED = 1e-5
 SETTLED = 1e-6
 # p ᵀ M p at or below this share of (Σ p √M_ll)² is a combination of normals that cancels.
 CANCELLED = 1e-12
+# A system that rounding makes indefinite is given this share of its diagonal more.
+RIDGE = 1e-13
 MAX_STEPS = 150
+# So often shares are taken from the last λ, and this residual is enough of what they end with.
+SHARE_ROUNDS, MET_BY_SHARES = 6, 1e-5
 MAX_HALVINGS = 40
 
 
@@ -259,7 +263,13 @@ def _solve_symmetric(
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor = root.unsqueeze(-1) * (identity - root.unsqueeze(-1) * root.unsqueeze(-2))
     pulled = factor.mT @ gram
-    factored, _ = torch.linalg.cholesky_ex(identity + weight[:, None, None] * (pulled @ factor))
+    system = identity + weight[:, None, None] * (pulled @ factor)
+    factored, failed = torch.linalg.cholesky_ex(system)
+    if bool((failed > 0).any()):
+        # Rounding of large terms outweighs the identity; a longer diagonal makes a shorter step.
+        rounding = RIDGE * system.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+        ridge = torch.where(failed > 0, rounding, 0.0)[:, None, None] * identity
+        factored, _ = torch.linalg.cholesky_ex(system + ridge)
     stacked = torch.stack(right, -1)
     inner = torch.cholesky_solve(pulled @ stacked, factored)
     return tuple((stacked - weight[:, None, None] * (factor @ inner)).unbind(-1))
@@ -286,9 +296,47 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
     result = search.result
     result.multipliers[search.index] = search.multipliers.clamp_min(0.0)
     result.weight[search.index] = search.weight
+    noise = noise / scale.unsqueeze(-1)
+    met = total_residual(unit, start, floor, result.multipliers)
+    lost = result.feasible & ~(result.converged & (met <= MET_BY_SHARES))
+    at = lost.nonzero().squeeze(-1)
+    if len(at):
+        found, now = _by_shares(unit[at], start[at], floor[at], noise[at])
+        better = ~(now >= met[at])
+        result.multipliers[at[better]] = found[better]
+        result.weight[at[better]] = found[better].sum(-1)
+        result.converged[at] |= now <= MET_BY_SHARES
     result.multipliers.div_(scale.unsqueeze(-1))
     result.weight.div_(scale)
     return result
+
+
+def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """λ by pairwise edits, (n, m), and its residual, of problems that Newton's method left.
+
+    For any shares p of the rivals the floors log α − log p_ℓ suffice, and where λ ∝ p the edit that
+    meets them is the least. So shares are those of the last λ, in turn. Where one rival is nearly
+    the target's equal it holds all but a billionth of λ, the system of a Newton step is lost to
+    rounding, and this is done in two or three rounds; elsewhere it may not end.
+    """
+    constraints = DenseConstraints(gram, noise, noise)
+    finite = torch.isfinite(start)
+    share = finite / finite.sum(-1, keepdim=True)
+    best, least = torch.zeros_like(start), torch.full_like(floor, torch.inf)
+    for _ in range(SHARE_ROUNDS):
+        gap = torch.where(finite, floor.unsqueeze(-1) - share.log() - start, -1.0)
+        found = solve_dual(constraints, gap).multipliers(constraints, gap)
+        met = total_residual(gram, start, floor, found)
+        better = met < least
+        best, least = (
+            torch.where(better.unsqueeze(-1), found, best),
+            torch.where(better, met, least),
+        )
+        loose = (floor.unsqueeze(-1) - start - matvec(gram, found)).exp()
+        total = found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+        share = torch.where(found > 0, found / total, loose).clamp(1e-300, 1.0)
+        share = share / share.sum(-1, keepdim=True)
+    return best, least
 
 
 @dataclass

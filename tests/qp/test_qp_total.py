@@ -15,7 +15,7 @@ import lrqp_torch as lrqp
 from lrqp_torch import MahalanobisQP, Solution, Status
 from lrqp_torch.errors import NonFiniteError, TargetError, WidthError
 from lrqp_torch.qp.geometry import ProbeGeometry
-from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds
+from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds, total_residual
 
 
 def geometry_of(problem: Problem) -> ProbeGeometry:
@@ -233,6 +233,25 @@ def test_hard_batches_converge() -> None:
         assert found.converged.all() and found.feasible.all()
         solution = solve(problem)
         assert (solution.status <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("apart", [1e-4, 1e-6, 1e-8, 1e-10])
+def test_a_rival_that_is_nearly_the_target_is_held_by_nearly_all_of_the_edit(apart: float) -> None:
+    """The multipliers are optimal; and the odds hold as far as float64 holds an edit that long."""
+    problem = random_problem(5, 24, 64, seed=3, condition=10)
+    noise = torch.randn(24, generator=torch.Generator().manual_seed(1)).double()
+    problem.weight[1] = problem.weight[0] + apart * noise
+    problem.bias[1] = problem.bias[0]
+    problem.target, problem.floor = torch.zeros_like(problem.target), problem.floor.abs() + 1
+    geometry = geometry_of(problem)
+    constraints = geometry.constraints(problem.target)
+    given = constraints.gram, geometry.margins(problem.x, problem.target), problem.floor
+    found = solve_total(*given, constraints.noise)
+    assert found.converged.all() and found.feasible.all()
+    assert (total_residual(*given, found.multipliers) <= 1e-5).all()
+    solution = solve(problem)
+    assert torch.isfinite(solution.x_new).all()
+    assert apart < 1e-8 or (solution.status == Status.SOLVED).all()
 
 
 def smooth_problem(n_classes: int) -> Problem:
