@@ -10,26 +10,34 @@ from torch import nn
 WIDTH, LAYERS = 32, 3
 TWO_STACKS = (
     "BartForConditionalGeneration",
+    "BigBirdPegasusForConditionalGeneration",
+    "BlenderbotSmallForConditionalGeneration",
     "BlenderbotForConditionalGeneration",
+    "LongT5ForConditionalGeneration",
     "M2M100ForConditionalGeneration",
     "MBartForConditionalGeneration",
     "MT5ForConditionalGeneration",
     "MarianMTModel",
+    "MvpForConditionalGeneration",
+    "NllbMoeForConditionalGeneration",
     "PLBartForConditionalGeneration",
     "PegasusForConditionalGeneration",
     "SwitchTransformersForConditionalGeneration",
     "T5ForConditionalGeneration",
+    "T5Gemma2ForConditionalGeneration",
+    "T5GemmaForConditionalGeneration",
     "UMT5ForConditionalGeneration",
 )
 """Encoder–decoders."""
 _SIZES: dict[int, str] = {
     WIDTH: """hidden_size d_model n_embd dim embedding_size attention_hidden_size lru_width
-        word_embed_proj_dim emb_dim mamba_d_ssm""",
+        word_embed_proj_dim emb_dim mamba_d_ssm embed_dim out_hidden_size
+        cross_attention_hidden_size""",
     64: """intermediate_size ffn_dim n_inner d_ff hidden_dim ffn_hidden_size encoder_ffn_dim
         decoder_ffn_dim intermediate_size_mlp block_ff_dim vocab_size max_position_embeddings
         n_positions max_seq_len vocab_size_per_layer_input""",
     LAYERS: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
-        conv_L_cache""",
+        conv_L_cache depth""",
     4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads
         decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts
         mamba_n_heads mamba_num_heads linear_num_value_heads time_step_rank rotary_dim
@@ -49,11 +57,19 @@ SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
 """What the classes call the sizes of their models."""
 
 
-def build_tiny(class_name: str, **changes: Any) -> nn.Module:
-    """A random model of a class, 32 wide with three blocks, in evaluation mode."""
+def build_tiny(class_name: str, text: dict[str, Any] | None = None, **changes: Any) -> nn.Module:
+    """A random model of a class, 32 wide with three blocks, in evaluation mode.
+
+    Args:
+        class_name: of transformers.
+        text: settings of the text tower alone, where there are several.
+        changes: other settings.
+    """
     kind = getattr(transformers, class_name)
     config = kind.config_class(**{**_small(kind.config_class()), **changes})
     _shrink(config, changes)
+    for name, value in (text or {}).items():
+        setattr(config.text_config, name, value)
     torch.manual_seed(0)
     return kind(config).eval()
 
@@ -81,7 +97,7 @@ def _shrink(config: Any, changes: dict[str, Any]) -> None:
             # Some are computed from others.
             with suppress(AttributeError):
                 setattr(config, name, value)
-    for part in ("text_config", "vision_config"):
+    for part in ("text_config", "vision_config", "encoder", "decoder"):
         inner = getattr(config, part, None)
-        if inner is not None and not isinstance(inner, dict):
+        if isinstance(inner, transformers.PreTrainedConfig):
             _shrink(inner, changes)

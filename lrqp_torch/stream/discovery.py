@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ class Stack:
         absolute_positions: whether the model adds learned position embeddings to columns of the
             input, so that a left-padded batch needs ``position_ids``.
         final: path, from the trunk, of the module after the last block whose output is the stream
-            that is read out, its last norm; None where that is the last block's output.
+            that is read out, its last norm; None where that is the last block's output, and empty
+            where that module runs more than once in a pass.
         padding: what padding does to other tokens; None where that was not tried.
     """
 
@@ -117,17 +118,21 @@ class _Call:
     stream: Tensor
     output: Tensor | None = None
     times: int = 1
+    carried: list[Tensor] = field(default_factory=list)
+    later: list[Tensor] = field(default_factory=list)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All that the block was called with, by name."""
+        named = inspect.signature(self.block.forward).parameters
+        return {**dict(zip(named, self.args, strict=False)), **self.kwargs}
 
     @property
     def crossed(self) -> list[Tensor]:
-        """What the block's cross-attention reads, if it has any."""
-        named = inspect.signature(self.block.forward).parameters
-        given = {**dict(zip(named, self.args, strict=False)), **self.kwargs}
-        return [
-            item
-            for name, item in given.items()
-            if name in CROSSED and isinstance(item, Tensor) and item is not self.stream
-        ]
+        """What the block reads of earlier blocks beside the stream, and by cross-attention."""
+        named = [item for name, item in self.given.items() if name in CROSSED]
+        found = [*named, *self.carried]
+        return [item for item in found if isinstance(item, Tensor) and item is not self.stream]
 
     def again(self, stream: Tensor, seed: int | None = None) -> Tensor:
         """The block's output, (B, T, d), for another input, and for another encoder's if a seed is
@@ -137,6 +142,8 @@ class _Call:
         def other(item: Any) -> Any:
             if item is self.stream:
                 return stream
+            if isinstance(item, list | tuple) and self.carried:
+                return type(item)(map(other, item))
             crossed = seed is not None and any(item is states for states in self.crossed)
             return _input_like(item, seed or 0) if crossed else item
 
@@ -190,11 +197,12 @@ def discover(model: nn.Module) -> list[Stack]:
         found = []
         for name, blocks in _lists_of_blocks(inner, calls):
             known: dict[object, BlockSites] = {}
+            _note_carried(inner, blocks, calls)
             for block in blocks:
-                kind = _kind(block)
+                kind = _kind(calls[block])
                 if kind not in known:
                     known[kind] = sites_of(calls[block], inner)
-            each = tuple(known[_kind(block)] for block in blocks)
+            each = tuple(known[_kind(calls[block])] for block in blocks)
             trunk = _trunk(name, given)
             last = _last_norm(name, blocks[-1], inner, calls)
             begin = len(trunk) + 1 if trunk else 0
@@ -203,6 +211,49 @@ def discover(model: nn.Module) -> list[Stack]:
         if not found:
             _refuse_shared(inner, calls)
     return found
+
+
+def _note_carried(model: nn.Module, blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> None:
+    """Note what blocks are given, beside the stream, that earlier blocks have read or computed:
+    what else is of its width, and what changes with the input of the first block.
+    """
+
+    first = calls[blocks[0]]
+
+    def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        new = [
+            x.flip(-1) if y is first.stream else x for x, y in zip(args, first.args, strict=True)
+        ]
+        named = {k: x.flip(-1) if first.kwargs[k] is first.stream else x for k, x in kwargs.items()}
+        return tuple(new), named
+
+    handle = blocks[0].register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        changed, _ = trial(model)
+    finally:
+        handle.remove()
+    for block in list(blocks)[1:]:
+        pairs = zip(_tensors(calls[block].given), _tensors(changed[block].given), strict=False)
+        calls[block].carried = [
+            one
+            for one, two in pairs
+            if one is not calls[block].stream
+            and one.is_floating_point()
+            and (_alike(one, calls[block].stream) or not torch.equal(one, two))
+        ]
+
+
+def _alike(one: Tensor, stream: Tensor) -> bool:
+    return one.shape[:2] == stream.shape[:2] and one.shape[-1] == stream.shape[-1]
+
+
+def _tensors(items: Any) -> Iterator[Tensor]:
+    """The tensors among some values, and in lists of them."""
+    if isinstance(items, Tensor):
+        yield items
+    elif isinstance(items, Mapping | list | tuple):
+        for item in items.values() if isinstance(items, Mapping) else items:
+            yield from _tensors(item)
 
 
 def _refuse_shared(model: nn.Module, calls: dict[nn.Module, _Call]) -> None:
@@ -219,18 +270,24 @@ def _refuse_shared(model: nn.Module, calls: dict[nn.Module, _Call]) -> None:
 def _last_norm(
     name: str, last: nn.Module, model: nn.Module, calls: dict[nn.Module, _Call]
 ) -> str | None:
-    """Path of the module beside a list of blocks that reads the output of the last of them."""
+    """Path of the module beside a list of blocks that reads the output of the last of them; empty
+    where it has run before in the pass.
+    """
     parent, stream = name.rpartition(".")[0], calls[last].output
     names: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
     assert stream is not None
-    for module in list(calls)[list(calls).index(last) + 1 :]:
-        path, call = names[module], calls[module]
+    found = None
+    for module, call in calls.items():
+        path = names[module]
         beside = path.startswith(f"{parent}.") if parent else True
         if not beside or path.startswith(f"{name}.") or call.output is None:
             continue
-        if torch.equal(call.stream, stream) and call.output.shape == stream.shape:
-            return path
-    return None
+        if call.output.shape == stream.shape:
+            if torch.equal(call.stream, stream):
+                found, stream = path, call.output  # and what reads it in turn
+            elif found is None and any(torch.equal(other, stream) for other in call.later):
+                return ""
+    return found
 
 
 def hold_to_proof(model: nn.Module, stack: Stack) -> None:
@@ -244,10 +301,11 @@ def hold_to_proof(model: nn.Module, stack: Stack) -> None:
         calls, _ = trial(model)
         blocks: Any = model.get_submodule(stack.trunk).get_submodule(stack.blocks)
         seen: set[object] = set()
+        _note_carried(model, blocks, calls)
         for layer, (block, places) in enumerate(zip(blocks, stack.each, strict=True)):
-            if _kind(block) in seen:
+            if _kind(calls[block]) in seen:
                 continue
-            seen.add(_kind(block))
+            seen.add(_kind(calls[block]))
             _hold_block_to_proof(calls[block], places, f"block {layer} of {type(model).__name__}")
 
 
@@ -302,9 +360,9 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
     )
 
 
-def _kind(block: nn.Module) -> object:
+def _kind(call: _Call) -> object:
     """Equal for blocks of the same modules and settings, which then have the same sites."""
-    return tuple(
+    return bool(call.carried), tuple(
         (
             name,
             type(module),
@@ -314,7 +372,7 @@ def _kind(block: nn.Module) -> object:
                 if isinstance(value, bool | float | str) and key != "training"
             ),
         )
-        for name, module in block.named_modules()
+        for name, module in call.block.named_modules()
     )
 
 
@@ -659,6 +717,7 @@ def trial(model: nn.Module) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
                 ]
                 if module in calls:
                     calls[module].times += 1
+                    calls[module].later += streams
                 elif streams:
                     named = kwargs.get("hidden_states")
                     stream = named if any(named is item for item in streams) else streams[0]

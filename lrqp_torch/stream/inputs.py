@@ -273,7 +273,7 @@ def vocabulary_of(model: nn.Module, trunk: Trunk | None = None) -> int:
     whole: Any = inner_model(model)
     part: Any = trunk.module if trunk is not None and trunk.stack else whole
     embedding = part.get_input_embeddings() or whole.get_input_embeddings()
-    return int(embedding.num_embeddings)
+    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk | None = None) -> None:

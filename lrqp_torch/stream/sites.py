@@ -506,6 +506,11 @@ def locate(model: nn.Module, name: str | Site) -> Located:
         last = len(layout.each) - 1
         raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
     if site.part == "final":
+        if layout.final == "":
+            raise SiteError(
+                f"{site}: in {kind} the module that reads the last block's output runs more than "
+                f"once in a pass, so it is no one place; use L{len(layout.each) - 1}.post"
+            )
         block = blocks_of(model, site.stack)[-1]
         norm = block if layout.final is None else descend(trunk.module, layout.final)
         return Located(site, trunk, norm)
@@ -606,5 +611,5 @@ def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[
                 "final": True,
             }
             names += [Site(p, layer, stack) for p in PARTS if p in parts and not lacking.get(p)]
-        names += [Site("final", stack=stack)] if "final" in parts else []
+        names += [Site("final", stack=stack)] if "final" in parts and layout.final != "" else []
     return [str(site) for site in names]
