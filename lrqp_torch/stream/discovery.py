@@ -217,7 +217,6 @@ def _note_carried(model: nn.Module, blocks: nn.ModuleList, calls: dict[nn.Module
     """Note what blocks are given, beside the stream, that earlier blocks have read or computed:
     what else is of its width, and what changes with the input of the first block.
     """
-
     first = calls[blocks[0]]
 
     def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
