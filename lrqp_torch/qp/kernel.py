@@ -34,7 +34,6 @@ INACCURATE = tl.constexpr(int(Status.INACCURATE))
 INVALID = tl.constexpr(int(Status.INVALID))
 TINY = tl.constexpr(2.2250738585072014e-308)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 # How often what was solved is held against M itself, and gone on with.
 POLISHES = tl.constexpr(3)
 
@@ -792,10 +791,10 @@ def edit_kernel(
             change = logits_last - z
             most = tl.max(tl.where(own_classes, change, -INFINITY), 0)
             most -= tl.min(tl.where(own_classes, change, INFINITY), 0)
-            tl.store(into + one * number_step, tl.where(writes, was, NAN))
+            tl.store(into + one * number_step, tl.where(writes, was, float("nan")))
             seen_is = tl.where(edited, seen_is, was)
-            tl.store(into + (V + one) * number_step, tl.where(writes, seen_is, NAN))
-            tl.store(into + (2 * V + one) * number_step, tl.where(writes, asked_is, NAN))
+            tl.store(into + (V + one) * number_step, tl.where(writes, seen_is, float("nan")))
+            tl.store(into + (2 * V + one) * number_step, tl.where(writes, asked_is, float("nan")))
             tl.store(into + (3 * V + 3 + one) * number_step, tl.where(edited, most, 0.0))
         into += (3 * V - 3) * number_step
     else:

@@ -23,7 +23,7 @@ from lrqp_torch.stream import following
 from lrqp_torch.stream.intervene import Placement
 from tests.qp.qp_reference import Problem, random_problem
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
@@ -347,6 +347,15 @@ def test_duals_of_any_matrix_have_the_same_active_sets(m: int, rank: int) -> Non
     some = ours.feasible
     found, expected = (one.multipliers(constraints, gap)[some] for one in (ours, other))
     assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_no_constant_of_the_kernel_differs_from_itself() -> None:
+    """Triton compares the constants that it compiled with at every launch: NaN would stop it."""
+    from lrqp_torch.qp import kernel
+
+    constants = [v for v in vars(kernel).values() if isinstance(v, triton.language.constexpr)]
+    assert len(constants) > 10
+    assert all(constant.value == constant.value for constant in constants)
 
 
 def test_joint_edits_are_the_same() -> None:
