@@ -21,6 +21,7 @@ from lrqp_torch.edits.joint import JointLRQP
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import ServingError, capturing
 from lrqp_torch.qp import Solution, Status
+from lrqp_torch.qp.fused import MOST_CLASSES
 from lrqp_torch.qp.stacked import FREE
 from lrqp_torch.serving.requests import NamedEdit, RequestEdit
 from lrqp_torch.stream.sites import Site
@@ -74,6 +75,11 @@ class Tables:
         self.applied = [item.edit.to(self.device) for item in self.named]
         # No edit of a server changes, so what a look would find is found once.
         self.geometries = [edit.geometry(self.device) for edit in self.applied]
+        # Edits that look at values while they solve cannot be recorded as a CUDA graph.
+        self.looking = [
+            isinstance(edit, LRQP) and (edit.odds == "total" or edit.n_classes > MOST_CLASSES)
+            for edit in self.applied
+        ]
         self.number = {item.name: place for place, item in enumerate(self.named)}
         self.variables = max(len(item.parts) for item in self.named)
         here = len(self.named), self.rows + 1  # the last row takes what is for none
@@ -196,7 +202,7 @@ class Tables:
         if len(x) > self.rows:
             raise ServingError(f"a batch of {len(x)} rows, and edits were armed for {self.rows}")
         for number in self.local[site]:
-            if on_host:
+            if on_host or self.looking[number]:
                 self.gathered(number, x, residual)
             else:
                 self.everywhere(number, x, residual)
@@ -205,7 +211,7 @@ class Tables:
         """Edit once where nothing is compiled later, as a CUDA graph is recorded, that could be."""
         for number, item in enumerate(self.named):
             x = torch.zeros(16, item.edit.metric.width, dtype=dtype, device=self.device)
-            if x.is_cuda:
+            if x.is_cuda and not self.looking[number]:
                 self.everywhere(number, x, torch.zeros_like(x))
             else:
                 self.gathered(number, x, None)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lrqp_torch.edits.failures import worst_allowed
 from lrqp_torch.errors import RequestError, ServingError
 from lrqp_torch.qp import Status
+from lrqp_torch.qp.fused import MOST_CLASSES
 from lrqp_torch.serving import operator
 from lrqp_torch.serving.http import wrap_server
 from lrqp_torch.serving.operator import CERTIFICATE, Scheduled, Tables
@@ -613,6 +614,13 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
     slack = 0 if speculative is None else 2 * (speculative.num_speculative_tokens + 1)
     tables = Tables(edits, max(runner.max_num_tokens, *sizes, 1), runner.device, slack)
     tables.arm(here)
+    looking = [item.name for n, item in enumerate(tables.named) if tables.looking[n]]
+    if looking and runner.device.type != "cpu" and not model_config.enforce_eager:
+        raise ServingError(
+            f"edits {', '.join(map(repr, looking))} of total odds or of more than "
+            f"{MOST_CLASSES} classes look at values while they solve, which a CUDA graph "
+            f"cannot: start with --enforce-eager, or save them with pairwise odds"
+        )
     for site, norm in here.items():
         norm.register_forward_pre_hook(_hook(str(site)))
     operator.activate(tables)
