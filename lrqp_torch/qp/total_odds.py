@@ -30,7 +30,7 @@ and where that has no finite value the target is unreachable.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ CANCELLED = 1e-12
 # A system that rounding makes indefinite is given this share of its diagonal more.
 RIDGE = 1e-13
 MAX_STEPS = 150
-# So often shares are taken from the last λ, and this residual is enough of what they end with.
-SHARE_ROUNDS, MET_BY_SHARES = 6, 1e-5
+# From such a residual on shares are taken from the last λ, so often; and this one is enough.
+FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
 MAX_HALVINGS = 40
 
 
@@ -288,31 +288,32 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
     # In units in which the longest normal has length 1.
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
     unit = gram / scale[:, None, None]
-    search = _Search.begin(unit, start, floor, noise / scale.unsqueeze(-1))
+    noise = noise / scale.unsqueeze(-1)
+    search = _Search.begin(unit, start, floor, noise)
+    result = search.result
+    # Where the search would begin very far off, as one rival is nearly the target's equal.
+    parts = search.gram, search.start, search.floor
+    far = (total_residual(*parts, search.multipliers) > FAR).nonzero().squeeze(-1)
+    if len(far):
+        found, met = _by_shares(*(part[far] for part in (*parts, search.noise)))
+        at, done = search.index[far], met <= MET_BY_SHARES
+        result.multipliers[at[done]] = found[done]
+        result.weight[at[done]] = found[done].sum(-1)
+        result.converged[at[done]] = True
+        search = search.rows((~result.converged[search.index]).nonzero().squeeze(-1))
     for _ in range(MAX_STEPS):
         if not len(search.index):
             break
         search = search.step()
-    result = search.result
     result.multipliers[search.index] = search.multipliers.clamp_min(0.0)
     result.weight[search.index] = search.weight
-    noise = noise / scale.unsqueeze(-1)
-    met = total_residual(unit, start, floor, result.multipliers)
-    lost = result.feasible & ~(result.converged & (met <= MET_BY_SHARES))
-    at = lost.nonzero().squeeze(-1)
-    if len(at):
-        found, now = _by_shares(unit[at], start[at], floor[at], noise[at])
-        better = ~(now >= met[at])
-        result.multipliers[at[better]] = found[better]
-        result.weight[at[better]] = found[better].sum(-1)
-        result.converged[at] |= now <= MET_BY_SHARES
     result.multipliers.div_(scale.unsqueeze(-1))
     result.weight.div_(scale)
     return result
 
 
 def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """λ by pairwise edits, (n, m), and its residual, of problems that Newton's method left.
+    """λ by pairwise edits, (n, m), and its residual, of problems that are far from solved.
 
     For any shares p of the rivals the floors log α − log p_ℓ suffice, and where λ ∝ p the edit that
     meets them is the least. So shares are those of the last λ, in turn. Where one rival is nearly
@@ -387,6 +388,11 @@ class _Search:
         index = needed.nonzero().squeeze(-1)
         parts = (gram, start, floor, noise, multipliers, weight, low, high)
         return cls(result, index, *(part[index] for part in parts))
+
+    def rows(self, rows: Tensor) -> "_Search":
+        """The search for some of its problems."""
+        names = [field.name for field in fields(_Search)[1:]]
+        return _Search(self.result, *(getattr(self, name)[rows] for name in names))
 
     def step(self) -> "_Search":
         """One Newton step of each problem: for λ while it is off, else for μ."""

@@ -238,7 +238,7 @@ def test_hard_batches_converge() -> None:
 @pytest.mark.parametrize("apart", [1e-4, 1e-6, 1e-8, 1e-10])
 def test_a_rival_that_is_nearly_the_target_is_held_by_nearly_all_of_the_edit(apart: float) -> None:
     """The multipliers are optimal; and the odds hold as far as float64 holds an edit that long."""
-    problem = random_problem(5, 24, 64, seed=3, condition=10)
+    problem = random_problem(5, 24, 16, seed=3, condition=10)
     noise = torch.randn(24, generator=torch.Generator().manual_seed(1)).double()
     problem.weight[1] = problem.weight[0] + apart * noise
     problem.bias[1] = problem.bias[0]
