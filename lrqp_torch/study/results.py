@@ -86,28 +86,21 @@ class ConditionResult:
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], key: str, seed: int) -> Self:
         """Summarise one edit of a sweep; ``key`` is ``SITE.CONDITION``."""
-        columns, clean, sample = (
-            columns_of(flat, key), columns_of(flat, "clean"), Sample(seed, flat.get("groups"))
-        )  # fmt: skip
+        columns, sample = columns_of(flat, key), Sample(seed, flat.get("groups"))
         difference, accuracy, _ = _answered(columns, sample)
-        counts = {
-            name: int((columns["status"] == int(status)).sum())
-            for name, status in (
-                ("skipped", Status.SATISFIED),
-                ("solved", Status.SOLVED),
-                ("infeasible", Status.INFEASIBLE),
-                ("inaccurate", Status.INACCURATE),
-            )
-        }
+        ended = columns["status"].tolist()
         return cls(
             logit_difference=difference,
             accuracy=accuracy,
-            flipped=None if difference is None else sample.flipped(clean, columns),
+            flipped=difference and sample.flipped(columns_of(flat, "clean"), columns),
             divergence=sample.mean(columns["divergence"]),
             distance=columns["distance"].mean().item(),
             euclidean=columns["euclidean"].mean().item(),
             worst_log_odds_margin=(columns["log_odds_after"] - columns["floor"]).min().item(),
-            **counts,
+            skipped=ended.count(Status.SATISFIED),
+            solved=ended.count(Status.SOLVED),
+            infeasible=ended.count(Status.INFEASIBLE),
+            inaccurate=ended.count(Status.INACCURATE),
         )
 
     @property

@@ -115,6 +115,14 @@ MEASURES = tuple(
 """In the order of the table."""
 
 
+COSTS = {
+    DIVERGENCE: ("KL {elsewhere}", _KL),
+    REST: ("the part of that KL beside {answers}", "KL {elsewhere} beside {answers} (nats)"),
+    UNSELECTIVE: ("lost selectivity under the independent probes", "1 − selectivity"),
+}
+"""What side effects are called in a sentence, and at an axis."""
+
+
 def _look(colour: str, marker: Marker = "circle", dash: Dash = "solid") -> dict[str, Any]:
     return {"colour": colour, "marker": marker, "dash": dash}
 
@@ -245,18 +253,12 @@ def _titled(result: CompareResult, title: str) -> str:
 
 def _side(result: CompareResult, cost: str) -> str:
     """A side effect in a sentence."""
-    return {
-        DIVERGENCE: f"KL {result.elsewhere}",
-        REST: f"the part of that KL beside {result.words.answers}",
-        UNSELECTIVE: "lost selectivity under the independent probes",
-    }[cost]
+    return _titled(result, COSTS[cost][0])
 
 
 def _axis(result: CompareResult, cost: str) -> str:
     """A side effect at an axis."""
-    kl, beside = f"KL {result.elsewhere}", f"beside {result.words.answers} (nats)"
-    axes = {DIVERGENCE: f"{kl} (nats)", REST: f"{kl} {beside}", UNSELECTIVE: "1 − selectivity"}
-    return axes[cost]
+    return _titled(result, COSTS[cost][1])
 
 
 def _built(site: SiteComparison) -> list[MethodResult]:
