@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Table, ends
+from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Table, ends, look, marks_of
 from lrqp_torch.plot.reading import get
 from lrqp_torch.plot.reading import task_in_words as task_in_words
 from lrqp_torch.study.estimates import Estimate
@@ -85,6 +85,16 @@ def by_site(marks: Sequence[Marks], title: str = "", **pane: Any) -> Pane:
     """Shares in per cent, or what ``pane`` says of its axis of values, site by site."""
     axes = {"x_title": SITES, "y_title": "Held-out prompts (%)", "y_range": SHARES}
     return Pane(marks, title=title, **axes | pane)
+
+
+def curves(
+    series: Mapping[str, Mapping[str, Any]], reading: Reading, *, scale: float = 100.0
+) -> list[Marks]:
+    """A curve for each of several tasks or variables, which have a record by site each."""
+    return [
+        marks_of(name, list(of), [reads(r, reading) for r in of.values()], scale=scale, **look(i))
+        for i, (name, of) in enumerate(series.items())
+    ]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.plot.chart import Chart, Panel, Table, look, marks_of
+from lrqp_torch.plot.chart import Chart, Panel, Table
 from lrqp_torch.plot.figures import histogram_of, scatter_of, sweep_of
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock
@@ -41,10 +41,10 @@ from lrqp_torch.study.showing import (
     Reading,
     between,
     by_site,
+    curves,
     in_ranges,
     known,
     percent,
-    reads,
     share_in_words,
     signed,
     table_of,
@@ -554,23 +554,14 @@ def sites_table(study: StudyResults) -> Table:
 
 def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
     """Probe accuracy and answers flipped, with and without a sentence before the prompt."""
-    panes = [
-        by_site(
-            [
-                marks_of(
-                    task_in_words(task.task), list(task.sites),
-                    [reads(site, path) for site in task.sites.values()], scale=100,
-                    dash="dash" if index else "solid", **look(index),
-                )
-                for index, task in enumerate((own, other))
-            ],
-            title,
-        )
-        for title, path in (
-            ("probe accuracy", "probe_accuracy"),
-            ("answers flipped by the counterfactual edit", "counterfactual.flipped"),
-        )
-    ]  # fmt: skip
+    series = {task_in_words(task.task): task.sites for task in (own, other)}
+    panes = []
+    for title, path in (
+        ("probe accuracy", "probe_accuracy"),
+        ("answers flipped by the counterfactual edit", "counterfactual.flipped"),
+    ):
+        solid, dashed = curves(series, path)
+        panes.append(by_site([solid, replace(dashed, dash="dash")], title))
     clean, answered = other.clean.logit_difference, other.clean.accuracy
     assert clean is not None and answered is not None
     return Panel(

@@ -17,7 +17,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from lrqp_torch.errors import LabelError
-from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, look, marks_of
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, look
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
@@ -26,11 +26,11 @@ from lrqp_torch.study.prompts import PromptSet, Words
 from lrqp_torch.study.showing import (
     Reading,
     by_site,
+    curves,
     headed,
     in_ranges,
     joined,
     percent,
-    reads,
     share_in_words,
     table_of,
     task_in_words,
@@ -405,16 +405,11 @@ def _plane(result: GeometryResult, name: str, site: str, title: str, large: bool
 def _by_site(result: GeometryResult, measure: str, title: str) -> Pane:
     """One measure by site, a curve a task."""
     scale = 100 if "(%)" in measure else 1
-    marks = [
-        marks_of(
-            task_in_words(name) or result.words.variable,
-            list(task.sites),
-            [reads(item, MEASURES[measure]) for item in task.sites.values()],
-            scale=scale,
-            **look(index),
-        )
-        for index, (name, task) in enumerate(result.tasks.items())
-    ]
+    series = {
+        task_in_words(name) or result.words.variable: task.sites
+        for name, task in result.tasks.items()
+    }
+    marks = curves(series, MEASURES[measure], scale=scale)
     rules = [Rule(scale / len(result.classes))] if measure == ACCURACY else []
     limits = (-0.04 * scale, 1.04 * scale)
     return by_site(marks, rules=rules, y_title=title, y_range=limits)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lrqp_torch.plot.chart import Chart, Pane, Panel, Table, look, marks_of
+from lrqp_torch.plot.chart import Chart, Pane, Panel, Table
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.joint import (
     CLASS,
@@ -43,6 +43,7 @@ from lrqp_torch.study.showing import (
     Reading,
     between,
     by_site,
+    curves,
     percent,
     reads,
     share_in_words,
@@ -277,12 +278,9 @@ def _panes(result: JointResult) -> list[Pane]:
         return []
 
     def pane(title: str, path: str) -> Pane:
-        marks = []
-        for index, name in enumerate(first):
-            values = [reads(found[name], path) for found in result.sites.values()]
-            if any(values):
-                marks.append(marks_of(name, list(result.sites), values, scale=100, **look(index)))
-        return by_site(marks, title, y_range=None)
+        series = {n: {site: v[n] for site, v in result.sites.items()} for n in first}
+        shown = [m for m in curves(series, path) if any(y is not None for y in m.y)]
+        return by_site(shown, title, y_range=None)
 
     flips = pane("answers flipped", "counterfactual.flipped")
     return [flips, pane("recovered of its interchange", "recovered")]
