@@ -633,7 +633,10 @@ def added(
 def twin(model: Any) -> Any:
     """The same model once more, with the same weights, for hooks of its own."""
     kept = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(part): part for part in kept})
+    made = copy.deepcopy(model, {id(part): part for part in kept})
+    # What transformers compiled for generation is the first model's own, also in its copy.
+    vars(made).pop("_compiled_call", None)
+    return made
 
 
 @contextmanager

@@ -463,7 +463,7 @@ def test_transforms_of_torch_func_go_through_an_edited_model(record: bool) -> No
     torch.testing.assert_close(slope, wanted.sum(), rtol=1e-3, atol=1e-3)
     if record:
         assert len(run.steps) == 3
-        torch.testing.assert_close(run.steps[0].distance, run.steps[1].distance, rtol=1e-9, atol=0)
+        torch.testing.assert_close(run.steps[0].distance, run.steps[1].distance, rtol=1e-5, atol=0)
     parameters = dict(model.named_parameters())
     with edit.at(model, "L1.mid", positions=torch.tensor([2]), **where):
         each = torch.func.vmap(torch.func.grad(of_one), (None, 0))(parameters, ids)
