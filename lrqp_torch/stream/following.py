@@ -1,17 +1,16 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
 import functools
-import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import PositionError, outside_transforms, readable
-from lrqp_torch.stream.passes import ForwardCall, Text
+from lrqp_torch.stream.passes import ForwardCall, Text, nothing, times_written
 from lrqp_torch.stream.positions import (
     Positions,
     check_fit,
@@ -22,32 +21,67 @@ from lrqp_torch.stream.positions import (
 )
 
 
-@dataclass(eq=False)
 class Rows:
     """The positions that a forward pass reaches, and where they are in it.
 
-    Attributes:
-        index: which of all pairs these are, (N,).
+    What a pass knows as numbers is made into tensors where somebody asks for them.
+
+    Args:
+        index: which of all pairs these are, (N,), or a range.
         example: row of the batch of each, (N,).
-        token: column of each, counted from the beginning of the text, (N,).
-        column: column of each in this call, (N,).
+        token: column of each, counted from the beginning of the text, (N,), or one for all.
+        column: column of each in this call, (N,), or one for all.
         request: in a scope, the request that each row of the batch belongs to, (N,).
         shown: which of them count, (N,) bool, where the attention mask is on a device that is not
             waited for; else all do.
         whole: whether they are all tokens of the call, row by row.
     """
 
-    index: Tensor
-    example: Tensor
-    token: Tensor
-    column: Tensor
-    request: Tensor | None = None
-    shown: Tensor | None = None
-    whole: bool = False
+    def __init__(
+        self,
+        index: Tensor | range,
+        example: Tensor,
+        token: Tensor | int,
+        column: Tensor | int,
+        request: Tensor | None = None,
+        shown: Tensor | None = None,
+        whole: bool = False,
+    ) -> None:
+        self._index, self.example, self._token, self._column = index, example, token, column
+        self.request, self.shown, self.whole = request, shown, whole
+        self._flat: tuple[int, Tensor] = -1, example
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Which of all pairs these are, (N,)."""
+        index = self._index
+        return index if isinstance(index, Tensor) else _counted(index, self.example.device)
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Column of each in the text, (N,)."""
+        return self._spread(self._token)
+
+    @cached_property
+    def column(self) -> Tensor:
+        """Column of each in this call, (N,)."""
+        return self._spread(self._column)
+
+    def _spread(self, value: Tensor | int) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        with outside_transforms(), torch.inference_mode(False):
+            return torch.full_like(self.example, value)
 
     def gather(self, stream: Tensor) -> Tensor:
         """Their activations, (N, d), in a stream (B, T, d); of all tokens a view."""
-        return stream.flatten(0, 1) if self.whole else stream[self.example, self.column]
+        if self.whole:
+            return stream.flatten(0, 1)
+        columns = stream.shape[1]
+        if self._flat[0] != columns:
+            with outside_transforms(), torch.inference_mode(False):
+                self._flat = columns, self.example * columns + self.column
+        return stream.flatten(0, 1).index_select(0, self._flat[1])
 
     def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
         """The stream in the dtype of the values, with these, (N, d), in their places."""
@@ -56,8 +90,23 @@ class Rows:
         return stream.to(values.dtype).index_put((self.example, self.column), values)
 
 
+_NUMBERS: dict[torch.device, Tensor] = {}
+
+
+def _counted(numbers: range, device: torch.device) -> Tensor:
+    """Consecutive numbers as a tensor: a view of some that are there already."""
+    held = _NUMBERS.get(device)
+    if held is None or len(held) < numbers.stop:
+        with outside_transforms(), torch.inference_mode(False):
+            held = _NUMBERS[device] = torch.arange(max(4096, 2 * numbers.stop), device=device)
+    return held[numbers.start : numbers.stop]
+
+
 class Follower:
     """Finds the tokens of some positions in the passes of a context, and what was missed."""
+
+    counts = False
+    """Whether it matters which texts there are."""
 
     def __init__(self, positions: Positions) -> None:
         self.positions = positions
@@ -88,7 +137,7 @@ class Follower:
         mask = call.mask
         key = call.batch, call.past, call.end, call.continues
         # Inputs that are run again and again are held against the positions once.
-        known, version = self._fits, _version(mask)
+        known, version = self._fits, times_written(mask)
         if known is not None and known[1]() is mask and (known[0], known[2]) == (key, version):
             return
         hidden = check_fit(self.positions, call)
@@ -98,7 +147,7 @@ class Follower:
             self._hidden[key[1:3]] = (
                 hidden if before is None else (example, token, before[2] & shown)
             )
-        self._fits = key, _nothing if mask is None else weakref.ref(mask), version
+        self._fits = key, nothing if mask is None else weakref.ref(mask), version
 
     def _check_turns(self, one: int, other: int) -> None:
         """Raise if a position is in one prompt, and past the other that takes turns with it."""
@@ -110,8 +159,15 @@ class Follower:
                 f"for each: 'prompt', 'last', a column from the end (-1) or a function"
             )
 
+    def step(self, call: ForwardCall) -> None:
+        """:meth:`see` for a call that is like the one before, or one token more of its text."""
+        if call.continues and call.past <= self.positions.span[1]:
+            self.see(call)
+
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The positions of a call on a device, or None; those of the last call are kept."""
+        if call.past > self.positions.span[1]:
+            return None
         key = (call.past, call.length, call.front, device)
         if self._rows is None or self._rows[0] != key:
             with outside_transforms(), torch.inference_mode(False):
@@ -164,17 +220,10 @@ class Follower:
         )
 
 
-def _nothing() -> None:
-    """In place of a reference to no mask."""
-
-
-def _version(mask: Tensor | None) -> float:
-    """How often a mask has been written to; NaN, which equals nothing, where that is not known."""
-    return 0 if mask is None else math.nan if mask.is_inference() else mask._version
-
-
 class ScopeFollower(Follower):
     """Finds a scope's tokens in each of the passes of a context."""
+
+    counts = True
 
     def __init__(self, positions: Positions) -> None:
         positions.clear()
@@ -212,6 +261,10 @@ class ScopeFollower(Follower):
             self._seen[number] = _Numbers(call.batch)
         if not self.scope.grows and number not in self._chosen:
             self._choose(call, number)
+
+    def step(self, call: ForwardCall) -> None:
+        """See :meth:`Follower.step`: what :meth:`see` asks of such a call is known to hold."""
+        self._last = call
 
     def _text(self, call: ForwardCall) -> Text:
         """The text that a call goes on with, or begins."""
@@ -291,8 +344,7 @@ class ScopeFollower(Follower):
             begin, end = self._region(call)
             if begin >= end:
                 return None
-            real = call.real()
-            shown = None if real is None else real[:, begin - call.past : end - call.past]
+            shown = call.real(begin, end)
             if shown is not None and readable(shown):
                 if not bool(shown.all()):
                     example, column = shown.nonzero(as_tuple=True)
@@ -302,21 +354,23 @@ class ScopeFollower(Follower):
                 shown = None
             # All tokens of all rows: what there is of them is known without a look.
             whole = call.front == 0 and (begin, end) == (call.past, call.end)
+            one, seen = end - begin == 1, self._seen[number]
             example, offset = self._grid(call.batch, end - begin, cpu)
             # A copy: the mask may be written over before it is looked at.
-            shown = None if shown is None else shown.flatten().clone()
-            if call.past < self._seen[number].end:
+            if shown is not None:
+                shown = shown.flatten() if call.square is None else shown.flatten().clone()
+            if call.past < seen.end:
                 return self._rows_of(call, device, number, example, offset + begin, shown, whole)
-            token = offset + begin
+            token = begin if one else offset + begin
             numbers = self.positions.add(example, token, number, shown)
-            self._seen[number].note(example, token, numbers, call.end)
+            seen.note(example, token, numbers, call.end)
             example, offset = self._grid(call.batch, end - begin, device)
             shift = begin - call.past + call.front
             return Rows(
-                torch.arange(numbers.start, numbers.stop, device=device),
+                numbers,
                 example,
-                offset + begin if begin else offset,
-                offset + shift if shift else offset,
+                begin if one else offset + begin if begin else offset,
+                shift if one and shift else offset + shift if shift else offset,
                 example if repeats == 1 else example // repeats,
                 None if shown is None else shown.to(device, non_blocking=True),
                 whole,
@@ -420,9 +474,9 @@ class _Numbers:
     def __init__(self, batch: int) -> None:
         self.end = 0
         self._table = torch.full((batch, 0), -1)
-        self._noted: list[tuple[Tensor, Tensor, Tensor | range]] = []
+        self._noted: list[tuple[Tensor, Tensor | int, Tensor | range]] = []
 
-    def note(self, example: Tensor, token: Tensor, index: Tensor | range, end: int) -> None:
+    def note(self, example: Tensor, token: Tensor | int, index: Tensor | range, end: int) -> None:
         """Keep the numbers of some pairs, of a call that ends at a column."""
         self.end = max(self.end, end)
         self._noted.append((example, token, index))

@@ -46,9 +46,12 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     """
     features, latest = located.features, dict[int, ForwardCall]()
     side, residuals = located.side, dict[int, Tensor]()
+    simple = features is None and located.site.path is None
 
     def within(tensor: Tensor, residual: Tensor | None, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call."""
+        if simple and tensor.ndim == 3:
+            return visit(tensor, residual, scale, call)
         if located.site.path is not None and not (call.again or in_backward()):
             # What was named by its path need not be a block, each of which runs once.
             if latest.get(threading.get_ident()) is call:
@@ -79,7 +82,8 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
             call = watch.call(stream, stream)
             if call is None:
                 return None
-            return with_stream(args, kwargs, within(stream, None, located.scale, call))
+            kept = within(stream, None, located.scale, call)
+            return None if kept is stream else with_stream(args, kwargs, kept, stream)
 
         hook(stack, located.module, before, traced=traced)
         return
@@ -101,7 +105,8 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         call = watch.call(stream, entered)
         if call is None:
             return None
-        return with_first(output, within(stream, residual, located.scale, call))
+        kept = within(stream, residual, located.scale, call)
+        return None if kept is stream else with_first(output, kept)
 
     hook_after(stack, located.module, after, traced=traced)
     if located.residual is None:

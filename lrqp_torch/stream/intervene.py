@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,19 @@ class EditContext:
     realise: Callable[[Tensor], Tensor]
     request: Tensor | None = None
     shown: Tensor | None = None
+
+
+class _Here(EditContext):
+    """Where some rows of a pass come from; made into tensors where somebody asks."""
+
+    def __init__(self, at: Rows, realise: Placement) -> None:
+        vars(self).update(_at=at, realise=realise, request=at.request, shown=at.shown)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("index", "example", "token"):
+            raise AttributeError(name)
+        found = vars(self)[name] = getattr(vars(self)["_at"], name)
+        return found
 
 
 class Edit(Protocol):
@@ -269,7 +282,7 @@ class _Applied:
         base = None if residual is None else at.gather(residual)
         x = scaled(written, scale) if base is None else base + scaled(written, scale)
         placement = Placement(base, scale, x.dtype)
-        context = EditContext(at.index, at.example, at.token, placement, at.request, at.shown)
+        context = _Here(at, placement)
         if self.certified:
             edited = self.item.edit(x, context)
         else:
@@ -279,16 +292,14 @@ class _Applied:
         self.places.mark(call)
         if self.record is not None and not call.again:
             self.record.end_step(context, self.passes - 1)
-        changed = at.shown
-        if base is not None or not self.certified:
-            if readable(x) and not in_transforms() and not edited.requires_grad:
-                if torch.equal(edited, x):
-                    return stream.to(x.dtype)
-                if len(x) > 1:
-                    changed = (edited != x).any(-1)
-            else:
-                differs = (edited != x).any(-1)
-                changed = differs if changed is None else changed & differs
+        changed, itself = at.shown, base is None and scale == 1
+        # What is put in its own place need not be told, row by row, from what is not.
+        seen = readable(x) and not in_transforms() and not edited.requires_grad
+        if seen and not (itself and self.certified) and torch.equal(edited, x):
+            return stream.to(x.dtype)
+        if not itself and (len(x) > 1 or not seen):
+            differs = (edited != x).any(-1)
+            changed = differs if changed is None else changed & differs
         kept = placement.place(edited)
         if changed is not None:
             # Under autocast the attention output is narrower than the sum that the stream will

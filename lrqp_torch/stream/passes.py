@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -204,8 +205,10 @@ class ForwardCall:
         """Tokens of the text so far."""
         return self.past + self.length
 
-    def real(self) -> Tensor | None:
+    def real(self, begin: int | None = None, end: int | None = None) -> Tensor | None:
         """Which tokens of this call are text and not padding, (B, length) bool; None if all are.
+
+        ``begin`` and ``end``: of which columns of the text; by default all of this call.
 
         In a four-dimensional mask, padding is what does not see itself.
 
@@ -226,10 +229,12 @@ class ForwardCall:
                 f"does not say what is padding: give the mask of past and present tokens, and do "
                 f"not use a static cache with a sliding window in a scope"
             )
+        begin, end = self.past if begin is None else begin, self.end if end is None else end
         if self.square is None:
-            return given[:, self.past : self.end].bool()
+            return given[:, begin:end].ne(0)
         own = given[:, 0, :, self.past : self.end].diagonal(dim1=-2, dim2=-1)
-        return (own if own.dtype == torch.bool else own > _HIDDEN).expand(self.batch, -1)
+        own = (own if own.dtype == torch.bool else own > _HIDDEN).expand(self.batch, -1)
+        return own[:, begin - self.past : end - self.past]
 
     def given(self, length: int) -> dict[str, Tensor]:
         """The first ``length`` tokens or embeddings of this call, as a model takes them.
@@ -243,6 +248,34 @@ class ForwardCall:
         return {name: self.tokens[:, self.front : self.front + length]}
 
 
+@dataclass(eq=False)
+class _Like:
+    """What a call was given, for calls that are given the same but for other tokens.
+
+    Attributes:
+        given: by name: what has to be the same object; ``Tensor`` where any tensor may stand.
+        tokens: the name and shape of the tokens.
+        mask: a weak reference to the attention mask, and how often it had been written to.
+        cache: the name of the cache and a weak reference to it, or None.
+        call: what the call was.
+    """
+
+    given: dict[str, Any]
+    tokens: tuple[str, torch.Size]
+    mask: tuple[Callable[[], Any], float]
+    cache: tuple[str, Callable[[], Any]] | None
+    call: ForwardCall
+
+
+def nothing() -> None:
+    """In place of a reference to no mask."""
+
+
+def times_written(mask: Tensor | None) -> float:
+    """How often a mask has been written to; NaN, which equals nothing, where that is not known."""
+    return 0 if mask is None else math.nan if mask.is_inference() else mask._version
+
+
 class Texts:
     """The texts that the passes of one context read, told apart by their caches or their tokens.
 
@@ -251,11 +284,15 @@ class Texts:
             and to warn of padding that it would count.
         has_adapter: whether an adapter puts tokens in front of every text.
         compares: whether texts without a cache must be told apart.
+        counts: whether it matters how many there are.
     """
 
-    def __init__(self, absolute_positions: bool, has_adapter: bool, compares: bool) -> None:
+    def __init__(
+        self, absolute_positions: bool, has_adapter: bool, compares: bool, counts: bool = True
+    ) -> None:
         self._absolute, self._has_adapter = absolute_positions, has_adapter
-        self._compares = compares
+        self._compares, self._counts = compares, counts
+        self._like: _Like | None = None
         self._known: list[Text] = []
         self.n_calls = self._n_texts = 0
         # What would have been said, had the device been waited for.
@@ -310,9 +347,62 @@ class Texts:
             self._look_for_left_padding(mask)
         meanwhile = [other for other in self._known if 0 <= text.last < other.began]
         rows, columns = tokens.shape[0], tokens.shape[1] - front
-        return ForwardCall(
+        call = ForwardCall(
             rows, columns, past, mask, square, continues, tokens, front, text, meanwhile
         )
+        self._remember(given, call, own)
+        return call
+
+    def _remember(self, given: Mapping[str, Any], call: ForwardCall, own: Any) -> None:
+        """Keep what a call was given, where a call like it can be known by that alone."""
+        mask, held, cache = given.get("attention_mask"), dict[str, Any](), None
+        name = "inputs_embeds" if given.get("input_ids") is None else "input_ids"
+        self._like = None
+        flat = call.square is None and given[name].ndim == (2 if name == "input_ids" else 3)
+        if not flat or self._has_adapter or call.front or (own is None) == call.continues:
+            return
+        for key, value in given.items():
+            if own is not None and value is own:
+                cache = key, weakref.ref(own)
+            elif isinstance(value, Tensor):
+                held[key] = Tensor
+            elif value is None or isinstance(value, bool | int | str):
+                held[key] = value
+            else:
+                return
+        known = (nothing if mask is None else weakref.ref(mask)), times_written(mask)
+        self._like = _Like(held, (name, given[name].shape), known, cache, call)
+
+    def like(self, given: Mapping[str, Any]) -> ForwardCall | None:
+        """The call of these arguments, if all but the tokens is as in the call before, or if they
+        are one token more of the same text; else, or where that is not certain, None.
+        """
+        like = self._like
+        if like is None or len(given) != len(like.given) + (like.cache is not None):
+            return None
+        for name, value in given.items():
+            old = like.given.get(name, like)
+            if value is old or (old is Tensor and isinstance(value, Tensor)):
+                continue
+            if like.cache is None or name != like.cache[0] or like.cache[1]() is not value:
+                return None
+        tokens, mask, call = given[like.tokens[0]], given.get("attention_mask"), like.call
+        if tokens.shape != like.tokens[1] or (mask is not None and mask.ndim != 2):
+            return None
+        again = object.__new__(ForwardCall)
+        if like.cache is None:
+            if self._counts or mask is not like.mask[0]() or times_written(mask) != like.mask[1]:
+                return None
+            vars(again).update(vars(call), tokens=tokens)
+            return again
+        text = call.text
+        if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
+            return None
+        held = _length_of(given[like.cache[0]])
+        if isinstance(held, Tensor) or held != text.end:
+            return None
+        vars(again).update(vars(call), past=held, mask=mask, tokens=tokens, meanwhile=[])
+        return again
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
         shown = mask[:, 0].all()
@@ -423,7 +513,8 @@ class Texts:
 
     def note(self, call: ForwardCall) -> None:
         """Take notice that a call is about to run."""
-        text, known = call.text, not call.continues and concrete(call.tokens)
+        text = call.text
+        known = self._compares and not call.continues and concrete(call.tokens)
         text.end, text.last = call.end, self.n_calls
         text.tokens = call.tokens.detach() if known else None
         self.n_calls += 1

@@ -116,7 +116,7 @@ class Positions:
         # What a scope has found: how many pairs, those that are not in the columns yet, and which
         # of all the attention mask shows, where that is not known before it is read.
         self._count = len(example)
-        self._found: list[tuple[Tensor, Tensor, int, Tensor | None]] = []
+        self._found: list[tuple[Tensor, Tensor | int, int, Tensor | None]] = []
         self._shown: Tensor | None = None
         self._shown_again: list[tuple[Tensor, Tensor]] = []
 
@@ -215,12 +215,14 @@ class Positions:
             self._example, self._token, self._text = _NONE, _NONE, _NONE
             self._count, self._found, self._shown, self._shown_again = 0, [], None, []
 
-    def add(self, example: Tensor, token: Tensor, text: int, shown: Tensor | None = None) -> range:
+    def add(
+        self, example: Tensor, token: Tensor | int, text: int, shown: Tensor | None = None
+    ) -> range:
         """Add pairs that a scope has found, on the CPU; their numbers. Constant time a pair.
 
         Args:
             example: row of each, (n,).
-            token: column of each, (n,).
+            token: column of each, (n,), or of all.
             text: which of the context's texts they are part of.
             shown: which of them count, (n,) bool, where that is on a device that is not waited
                 for; the others keep their numbers, and are no positions.
@@ -261,7 +263,11 @@ class Positions:
             known = torch.ones_like(self._example, dtype=torch.bool)
             self._shown = torch.cat([known if self._shown is None else self._shown, *parts])
         self._example = torch.cat([self._example, *(part[0] for part in found)])
-        self._token = torch.cat([self._token, *(part[1] for part in found)])
+        tokens = [
+            torch.full_like(part[0], part[1]) if isinstance(part[1], int) else part[1]
+            for part in found
+        ]
+        self._token = torch.cat([self._token, *tokens])
         self._text = torch.cat([self._text, *texts])
         for index, shown in self._shown_again:
             if self._shown is not None:

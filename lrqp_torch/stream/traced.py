@@ -349,16 +349,24 @@ def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[
 
 def stream_given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The stream that a module is given."""
-    stream = next(tensors_given(args, kwargs), None)
+    stream = kwargs.get("hidden_states")
+    if stream is None and args:
+        stream = args[0]
+    if not isinstance(stream, Tensor) or not stream.is_floating_point():
+        stream = next(tensors_given(args, kwargs), None)
     if stream is None:
         raise SiteError(f"{type(module).__name__} was called without a tensor of activations")
     return stream
 
 
-def with_stream(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> Any:
-    """The arguments of a module with another stream."""
-    old = next(tensors_given(args, kwargs))
+def with_stream(
+    args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor, old: Tensor | None = None
+) -> Any:
+    """The arguments of a module with another stream; ``old``: the one that it was given."""
+    old = next(tensors_given(args, kwargs)) if old is None else old
     put = [stream if item is old else item for item in args]
+    if not kwargs:
+        return tuple(put), kwargs
     return tuple(put), {name: stream if item is old else item for name, item in kwargs.items()}
 
 

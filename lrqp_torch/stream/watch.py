@@ -53,8 +53,15 @@ _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 class Follows(Protocol):
     """What is to see every call of a context, before it runs."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether it matters to it which texts there are."""
+
     def see(self, call: ForwardCall) -> None:
         """Take notice of a call, or refuse it."""
+
+    def step(self, call: ForwardCall) -> None:
+        """The same of one that is like the call before, or one token more of its text."""
 
 
 class _Added:
@@ -225,7 +232,13 @@ class Watch:
         self.model, self.trunk, self._plain = model, whose.module, whose.plain
         self._stack = whose.stack
         absolute = (warns or bool(follows)) and whose.absolute
-        self.texts = Texts(absolute, puts_tokens_in_front(model), compares=bool(follows))
+        self.texts = Texts(
+            absolute,
+            puts_tokens_in_front(model),
+            compares=bool(follows),
+            counts=any(item.counts for item in follows),
+        )
+        self._names = positional(self.trunk)
         self.others: set[str] = set()
         self._follows, self._reruns, self._closed = follows, reruns, False
         self._threads: set[int] = set()
@@ -388,24 +401,41 @@ class Watch:
         if self._plain:
             self._ran.setdefault(thread, []).append(False)
             return
-        given = arguments_of(module, args, kwargs)
+        call, transformed = None, in_transforms()
+        if not transformed and len(args) <= len(self._names):
+            given = dict(zip(self._names, args, strict=False))
+            given.update(kwargs)
+            call = self.texts.like(given)
+        if call is None:
+            call = self._read(module, args, kwargs, transformed)
+        else:
+            for item in self._follows:
+                item.step(call)
+            self._note(call)
+        self._under_way.setdefault(thread, []).append(call)
+
+    def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
+        """A call that is unlike the one before."""
+        thread, given = threading.get_ident(), arguments_of(module, args, kwargs)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         if self._stack and isinstance(prompt, Tensor):  # the encoder's come first
             count = cast(Any, self.model).active_peft_config.num_virtual_tokens
             prompt = prompt[:, :count] if self._stack == "encoder" else prompt[:, count:]
         # Transforms of torch.func must not see what is noted here.
-        if in_transforms():
+        if transformed:
             given = {name: _plain(value) for name, value in given.items()}
         with outside_transforms():
             if prompt is None and outer is not None:
                 prompt = self._in_front(given, outer)
-            call = self._see(self.texts.read(given, prompt))
-        self._under_way.setdefault(thread, []).append(call)
+            return self._see(self.texts.read(given, prompt))
 
     def _see(self, call: ForwardCall) -> ForwardCall:
         """Take notice of a call, unless it is refused."""
         for item in self._follows:
             item.see(call)
+        return self._note(call)
+
+    def _note(self, call: ForwardCall) -> ForwardCall:
         self.texts.note(call)
         self._latest = call
         return call
