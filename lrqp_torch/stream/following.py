@@ -87,7 +87,9 @@ class Rows:
         """The stream in the dtype of the values, with these, (N, d), in their places."""
         if self.whole:
             return values.reshape(stream.shape)
-        return stream.to(values.dtype).index_put((self.example, self.column), values)
+        if stream.dtype != values.dtype:
+            stream = stream.to(values.dtype)
+        return stream.index_put((self.example, self.column), values)
 
 
 _NUMBERS: dict[torch.device, Tensor] = {}

@@ -283,24 +283,26 @@ class _Applied:
         x = scaled(written, scale) if base is None else base + scaled(written, scale)
         placement = Placement(base, scale, x.dtype)
         context = _Here(at, placement)
+        # What can be looked at now is; all else is when the context closes.
+        seen = readable(x) and not in_transforms()
         if self.certified:
             edited = self.item.edit(x, context)
         else:
             # A copy, so that an edit which works in place is seen to have changed something.
             edited = self.item.edit(x.clone(), context)
-            self._check(x, edited, x.dtype)
+            self._check(x, edited, x.dtype, seen)
         self.places.mark(call)
         if self.record is not None and not call.again:
             self.record.end_step(context, self.passes - 1)
         changed, itself = at.shown, base is None and scale == 1
-        # What is put in its own place need not be told, row by row, from what is not.
-        seen = readable(x) and not in_transforms() and not edited.requires_grad
+        seen = seen and not edited.requires_grad
         if seen and not (itself and self.certified) and torch.equal(edited, x):
             return stream.to(x.dtype)
+        # What is put in its own place need not be told, row by row, from what is not.
         if not itself and (len(x) > 1 or not seen):
             differs = (edited != x).any(-1)
             changed = differs if changed is None else changed & differs
-        kept = placement.place(edited)
+        kept = edited if itself and edited.dtype == x.dtype else placement.place(edited)
         if changed is not None:
             # Under autocast the attention output is narrower than the sum that the stream will
             # hold.
@@ -309,7 +311,7 @@ class _Applied:
             kept = kept.clone()  # a tensor of the user's must not become the stream itself
         return at.scatter(stream, kept)
 
-    def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype) -> None:
+    def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype, seen: bool) -> None:
         site = self.located.site
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
@@ -317,7 +319,7 @@ class _Applied:
                 f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
             )
         values = edited.detach().to(dtype)
-        if readable(values):
+        if seen or readable(values):
             # A finite sum has finite terms, and is there sooner.
             if not math.isfinite(float(values.sum())):
                 self._raise_if_broken(values)

@@ -513,8 +513,7 @@ class Texts:
 
     def note(self, call: ForwardCall) -> None:
         """Take notice that a call is about to run."""
-        text = call.text
-        known = self._compares and not call.continues and concrete(call.tokens)
+        text, known = call.text, not call.continues and concrete(call.tokens)
         text.end, text.last = call.end, self.n_calls
         text.tokens = call.tokens.detach() if known else None
         self.n_calls += 1

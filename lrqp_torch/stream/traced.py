@@ -9,14 +9,14 @@ again, with edits, positions and targets of its own; outside of all contexts it 
 A graph that was made without these operators must not run within a context, nor one that was made
 for other sites, in whatever thread. Guards of ``torch.compile`` keep it so: a graph is guarded by
 the code of the ``forward`` of every module in it, and modules with hooks have one of their own,
-by model and by hooks (:func:`mark`).
+by model and by hooks (:func:`marked`).
 """
 
 import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from types import CodeType, MethodType
@@ -78,62 +78,37 @@ def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
 
 
-def mark(stack: ExitStack, module: nn.Module, name: str) -> None:
-    """Give a module another ``forward``, which does the same, until the stack closes.
+def marked(module: nn.Module, held: Any, names: tuple[str, ...]) -> Any:
+    """A ``forward`` for a module that does the same, for as long as it has some hooks.
 
     Every graph is guarded by the code of the ``forward`` of each module in it. So one that was made
     with other hooks there, or none, is not taken in any thread.
 
     Args:
-        stack: of the context.
-        module: one that has a hook.
-        name: of the hook.
+        module: one that has hooks.
+        held: the ``forward`` that it had of its own, or None.
+        names: of the hooks.
     """
-    own = vars(module)
+    made = _FORWARDS.get(names) if held is None else None
+    if made is None:
 
-    def become(more: Sequence[str], fewer: Sequence[str] = ()) -> None:
-        with _LOCK:
-            names, held = _MARKED.pop(module, (Counter[str](), own.get("forward")))
-            names = names + Counter(more) - Counter(fewer)
-            if names:
-                _MARKED[module] = names, held
-                held = MethodType(_forward(type(module), held, sorted(names.elements())), module)
-            if held is None:
-                del own["forward"]
-            else:
-                own["forward"] = held
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return type(self).forward(self, *args, **kwargs)
 
-    become([name])
-    stack.callback(become, [], [name])
+        def given(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return held(*args, **kwargs)
 
-
-def unmarked(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a copy of a module as they are without :func:`mark`."""
-    if module not in _MARKED:
-        return state
-    own = {} if (held := _MARKED[module][1]) is None else {"forward": held}
-    return {name: value for name, value in state.items() if name != "forward"} | own
+        made = forward if held is None else given
+        made.stands_for = held  # type: ignore[attr-defined]
+        key = (made.__name__, *names)
+        made.__code__ = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
+        if held is None:
+            _FORWARDS[names] = made
+    return MethodType(made, module)
 
 
-_MARKED: WeakKeyDictionary[nn.Module, tuple[Counter[str], Any]] = WeakKeyDictionary()
-"""The names of the hooks on a module, and the ``forward`` that it had of its own."""
 _CODES: dict[tuple[str, ...], CodeType] = {}
-
-
-def _forward(kind: type[nn.Module], held: Any, names: Iterable[str]) -> Callable[..., Any]:
-    inner = kind.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return inner(self, *args, **kwargs)
-
-    def given(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return held(*args, **kwargs)
-
-    made = forward if held is None else given
-    key = (made.__name__, *names)
-    made.stands_for = held  # type: ignore[attr-defined]
-    made.__code__ = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
-    return made
+_FORWARDS: dict[tuple[str, ...], Any] = {}
 
 
 def refuse_within_compilation() -> None:

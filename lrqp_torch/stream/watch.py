@@ -40,7 +40,7 @@ from lrqp_torch.stream.passes import (
     puts_tokens_in_front,
 )
 from lrqp_torch.stream.sites import Trunk
-from lrqp_torch.stream.traced import Traced, follow, mark, unmarked
+from lrqp_torch.stream.traced import Traced, follow, marked
 
 RAN_TWICE = (
     "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
@@ -116,14 +116,10 @@ def hook(
 
     ``traced``: what ``torch.compile`` is to follow in its place.
     """
-    replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
-    replace_method(stack, module, "_replicate_for_data_parallel", _replicate_plainly)
     added = _Added(function, traced=traced)
     handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
     tables = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-    stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
-    if traced is not None:
-        mark(stack, module, traced.name)
+    _keep(stack, module, handle, traced, tables)
 
 
 def hook_after(
@@ -135,8 +131,6 @@ def hook_after(
     traced: Traced | None = None,
 ) -> None:
     """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
-    replace_method(stack, module, "__reduce_ex__", _reduce_plainly)
-    replace_method(stack, module, "_replicate_for_data_parallel", _replicate_plainly)
     added = _Added(function, traced=traced)
     handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
     tables = (
@@ -144,9 +138,62 @@ def hook_after(
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
     )
-    stack.callback(handle.remove if traced is None else _renumber(handle.id, traced, tables))
-    if traced is not None:
-        mark(stack, module, traced.name)
+    _keep(stack, module, handle, traced, tables)
+
+
+_HOOKED: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
+"""The names of the hooks that contexts have on a module, and the ``forward`` of its own if any."""
+_LOCK = threading.Lock()
+
+
+def _keep(
+    stack: ExitStack, module: nn.Module, handle: Any, traced: Traced | None, tables: Any
+) -> None:
+    """Keep a hook until the stack closes, with what its module needs for as long: copies without
+    it, and a ``forward`` by which graphs are told apart.
+    """
+    own, name = vars(module), "" if traced is None else traced.name
+    remove = handle.remove if traced is None else _renumber(handle.id, traced, tables)
+
+    def mark(names: list[str], held: Any) -> None:
+        if kept := tuple(sorted(filter(None, names))):
+            own["forward"] = marked(module, held, kept)
+        elif held is not None:
+            own["forward"] = held
+        else:
+            own.pop("forward", None)
+
+    with _LOCK:
+        known = _HOOKED.get(module)
+        if known is None:
+            known = _HOOKED[module] = [], own.get("forward")
+            for method, change in _METHODS.items():
+                own[method] = _Added(change(module, getattr(module, method)), own.get(method))
+        known[0].append(name)
+        if name:
+            mark(*known)
+
+    def restore() -> None:
+        remove()
+        with _LOCK:
+            names, held = _HOOKED[module]
+            names.remove(name)
+            if name:
+                mark(names, held)
+            if not names:
+                del _HOOKED[module]
+                for method in _METHODS:
+                    before = own.pop(method).before
+                    if before is not None:
+                        own[method] = before
+
+    stack.callback(restore)
+
+
+def _unmarked(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a copy of a module with the ``forward`` that it had without hooks."""
+    own = {} if (held := _HOOKED[module][1]) is None else {"forward": held}
+    return {name: value for name, value in state.items() if name != "forward"} | own
 
 
 _HOOK_NUMBERS: dict[str, int] = {}
@@ -178,7 +225,7 @@ def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable
         if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
             return made
         state = {name: value for name, value in made[2].items() if not isinstance(value, _Added)}
-        state = unmarked(module, state)
+        state = _unmarked(module, state)
         kept = {
             key
             for name in ("_forward_hooks", "_forward_pre_hooks")
@@ -198,10 +245,17 @@ def _replicate_plainly(module: nn.Module, replicate: Callable[[], Any]) -> Calla
 
     def replicated() -> Any:
         made = replicate()
-        made.__dict__ = unmarked(module, vars(made))
+        made.__dict__ = _unmarked(module, vars(made))
         return made
 
     return replicated
+
+
+_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "__reduce_ex__": _reduce_plainly,
+    "_replicate_for_data_parallel": _replicate_plainly,
+}
+"""What makes copies of a module, and what does so in its place while it has hooks."""
 
 
 class Watch:
