@@ -20,7 +20,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SECOND = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-"""Whether vLLM's second model runner is meant, whose kernels are in Triton."""
+"""Whether vLLM's second model runner is meant, whose kernels are in Triton, and with it
+asynchronous scheduling: what vLLM does by default on a GPU, and can be led to on a CPU."""
 if SECOND:
     # There is a backend of Triton for CPUs, which no package has; its interpreter stands in for it.
     from types import SimpleNamespace
@@ -29,6 +30,16 @@ if SECOND:
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "the second runner needs it on a CPU"
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
+    from vllm.platforms.cpu import CpuPlatform
+
+    _configure = CpuPlatform.check_and_update_config.__func__
+
+    def _ahead(cls: Any, config: Any) -> None:
+        _configure(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(_ahead)
 
 BLOCK = 32
 Asked = dict[str, Any] | list[dict[str, Any]] | None
@@ -55,6 +66,8 @@ def serving(model: str | Path, edits: str | Path | None, **options: Any) -> Iter
     } | options
     try:
         engine = LLM(str(model), **options)
+        core = engine.llm_engine.engine_core.engine_core
+        assert core.async_scheduling == SECOND, "not as it was meant"
         try:
             yield engine
         finally:
