@@ -28,17 +28,14 @@ def card(
         lengths: numbers to draw as a histogram; none for no histogram.
         name: of these numbers.
     """
-    rows = [
-        f'<tr style="background:none"><th style="{_CELL};font-weight:normal;opacity:0.7">'
-        f'{escape(key)}</th><td style="{_CELL}">{escape(str(value))}</td></tr>'
-        for key, value in facts.items()
-        if value is not None
-    ]
+    shown = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     if lengths:
-        rows.append(
-            f'<tr style="background:none"><th style="{_CELL};font-weight:normal;opacity:0.7">'
-            f'{escape(name)}</th><td style="{_CELL}">{_histogram(lengths, name)}</td></tr>'
-        )
+        shown[name] = _histogram(lengths, name)
+    rows = (
+        f'<tr style="background:none"><th style="{_CELL};font-weight:normal;opacity:0.7">'
+        f'{escape(key)}</th><td style="{_CELL}">{value}</td></tr>'
+        for key, value in shown.items()
+    )
     return (
         f'<div class="lrqp"><strong>{escape(title)}</strong>'
         f'<table style="border:0;margin:0.2em 0">{"".join(rows)}</table></div>'

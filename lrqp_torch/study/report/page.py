@@ -151,19 +151,14 @@ class ShownTable:
 
 def cells_of(table: Table) -> ShownTable:
     """Texts of a table's cells; numbers of a column have as many decimals as its size asks for."""
-    columns = [[row[index] for row in table.rows] for index in range(len(table.columns))]
-    words = ["words" if any(isinstance(v, str) for v in column) else "" for column in columns]
-    shown = [
-        [
-            _cell(value, text, word)
-            for value, text in zip(column, as_text(column, heading), strict=True)
-        ]
-        for column, word, heading in zip(columns, words, table.columns, strict=True)
-    ]
-    return ShownTable(
-        [(heading, word) for heading, word in zip(table.columns, words, strict=True)],
-        [list(row) for row in zip(*shown, strict=True)],
-    )
+    head, shown = [], []
+    for index, heading in enumerate(table.columns):
+        column = [row[index] for row in table.rows]
+        word = "words" if any(isinstance(value, str) for value in column) else ""
+        texts = zip(column, as_text(column, heading), strict=True)
+        head.append((heading, word))
+        shown.append([_cell(value, text, word) for value, text in texts])
+    return ShownTable(head, [list(row) for row in zip(*shown, strict=True)])
 
 
 def _cell(value: Cell, text: str, word: str) -> dict[str, str | None]:
@@ -203,19 +198,12 @@ def as_text(column: Sequence[Cell], heading: str = "") -> list[str]:
 def chart_data(panels: Sequence[Panel]) -> dict[str, Any]:
     """Every chart, with its numbers as a table, by panel; long arrays stand in ``shared``."""
     shared: dict[str, int] = {}
-    charts = {
-        panel.name: [
-            {
-                "label": f"{panel.title}; {panel.choice or 'choice'} {key}"
-                if len(panel.charts) > 1
-                else panel.title,
-                **_share(_figure(chart), shared),
-            }
-            for key, chart in panel.charts.items()
-        ]
-        for panel in panels
-        if panel.charts
-    }
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for panel in panels:
+        for key, chart in panel.charts.items():
+            choice = f"; {panel.choice or 'choice'} {key}" if len(panel.charts) > 1 else ""
+            own = {"label": panel.title + choice, **_share(_figure(chart), shared)}
+            charts.setdefault(panel.name, []).append(own)
     return {"figures": charts, "shared": [json.loads(text) for text in shared]}
 
 
