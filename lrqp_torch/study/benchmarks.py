@@ -32,6 +32,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -286,7 +287,7 @@ def run_benchmark(
         HubError: neither a file nor to be had from the Hub.
         SiteError, UnknownFamilyError: no such site in this model.
     """
-    readers: dict[str, Callable[..., Iterator[BenchTask | tuple[str, str]]]] = {
+    readers: dict[str, Callable[[Path, _How], Iterator[Named]]] = {
         "causalgym": _causalgym, "ravel": _ravel, "mib": _mib,
     }  # fmt: skip
     if name not in readers:
@@ -298,9 +299,11 @@ def run_benchmark(
     how = _How(tokenizer, n, tuple(tasks), position, bos, seed)
     found: list[TaskScore] = []
     skipped: dict[str, str] = {}
-    for task in readers[name](folder, how):
-        if isinstance(task, tuple):
-            skipped[task[0]] = task[1]
+    for called, make in readers[name](folder, how):
+        try:
+            task = make()
+        except PromptError as error:
+            skipped[called] = str(error)
             continue
         advance = start(f"{name}: {task.name}", len(chosen))
         device = next(model.parameters()).device
@@ -324,6 +327,9 @@ def run_benchmark(
 
 
 # ---- reading -------------------------------------------------------------------------------------
+
+Named = tuple[str, Callable[[], BenchTask]]
+"""The name of a task, and what makes it; or raises :class:`PromptError` for why it cannot."""
 
 
 @dataclass(frozen=True)
@@ -370,19 +376,20 @@ class _How:
         """Prompts as tokens. Raises PromptError: there are none."""
         return PromptSet.encode(self.tokenizer, prompts, names, bos=bos)
 
-    def task(
-        self, name: str, train: Sequence[Prompt], test: Sequence[Prompt], log: RowLog
-    ) -> BenchTask | tuple[str, str]:
-        """A task, or its name and why it cannot be one."""
-        try:
-            kept, held, names, bos = self.halves(train, test, log)
-            train_set, test_set = (self.encode(half, names, bos) for half in (kept, held))
-        except PromptError as error:
-            return name, str(error)
+    def task(self, name: str, train: list[Any], test: list[Any]) -> BenchTask:
+        """A task of rows; those held out are divided where there are none to fit on.
+
+        Raises:
+            PromptError: too few that can be used.
+        """
+        log, columns = RowLog(), Columns(position=self.position)
+        halves = (train, test) if train else (test, [])
+        given = [prompts_of(own, columns, log, name) if own else [] for own in halves]
+        kept, held, names, bos = self.halves(given[0], given[1], log)
+        train_set, test_set = (self.encode(half, names, bos) for half in (kept, held))
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in CONTROL]
         known = all(len(own) == 1 and own[0] != self.tokenizer.unk_token_id for own in ids)
-        control = (ids[0][0], ids[1][0]) if known else None
-        return BenchTask(name, train_set, test_set, log, control)
+        return BenchTask(name, train_set, test_set, log, (ids[0][0], ids[1][0]) if known else None)
 
 
 def _limited(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
@@ -426,55 +433,34 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
+def _words(path: Path) -> list[str]:
+    """The words of a file's name."""
+    return path.stem.lower().replace("-", "_").replace(".", "_").split("_")
+
+
 def _side(path: Path) -> str:
     """Whether a file's rows are held out (``"test"``), fitted on (``"train"``), or either."""
-    stem = path.stem.lower()
-    words = {w for w in stem.replace("-", "_").replace(".", "_").split("_") if w}
-    if words & set(HOLDING):
-        return "test"
-    return "train" if words & set(FITTING) else ""
+    words = set(_words(path))
+    return "test" if words & set(HOLDING) else "train" if words & set(FITTING) else ""
 
 
-def _causalgym(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+def _causalgym(folder: Path, how: _How) -> Iterator[Named]:
     """Pairs by task, or files of prompts in this project's form, each a task."""
     rows: dict[str, dict[str, list[Any]]] = {}
-    columns = Columns(position=how.position)
     for path in _files(folder):
         every = list(rows_of(str(path)))
-        paired = [isinstance(row, Mapping) and all(k in row for k in CAUSALGYM) for row in every]
-        if not any(paired):
-            if how.wants(path.stem):
-                log = RowLog()
-                try:
-                    prompts = prompts_of(every, columns, log, str(path))
-                except PromptError as error:
-                    yield path.stem, str(error)
-                else:
-                    yield how.task(path.stem, prompts, [], log)
-            continue
+        paired = any(isinstance(row, Mapping) and all(k in row for k in CAUSALGYM) for row in every)
         for row in every:
-            name = str(row.get("task", path.stem)) if isinstance(row, Mapping) else path.stem
-            rows.setdefault(name, {}).setdefault(_side(path), []).append(row)
+            own = row.get("task") if paired and isinstance(row, Mapping) else None
+            sides = rows.setdefault(path.stem if own is None else str(own), {})
+            sides.setdefault(_side(path) if paired else "", []).append(row)
     for name, sides in rows.items():
         if how.wants(name):
-            log, train = RowLog(), [*sides.get("train", []), *sides.get("", [])]
-            yield _task_of(how, name, train, sides.get("test", []), log)
+            train = [*sides.get("train", []), *sides.get("", [])]
+            yield name, partial(how.task, name, train, sides.get("test", []))
 
 
-def _task_of(
-    how: _How, name: str, train: list[Any], test: list[Any], log: RowLog
-) -> BenchTask | tuple[str, str]:
-    """A task of rows; those held out are divided where there are none to fit on."""
-    train, test = (train, test) if train else (test, [])
-    columns = Columns(position=how.position)
-    try:
-        halves = [prompts_of(own, columns, log, name) if own else [] for own in (train, test)]
-    except PromptError as error:
-        return name, str(error)
-    return how.task(name, halves[0], halves[1], log)
-
-
-def _mib(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+def _mib(folder: Path, how: _How) -> Iterator[Named]:
     """Prompts with counterfactuals, a task for each kind of counterfactual."""
     rows: dict[str, list[Any]] = {"train": [], "test": []}
     for path in _files(folder):
@@ -496,9 +482,7 @@ def _mib(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
         )
     for name in names:
         if how.wants(name):
-            log = RowLog()
-            train, test = (_mib_pairs(own, name) for own in rows.values())
-            yield _task_of(how, name, train, test, log)
+            yield name, partial(how.task, name, *(_mib_pairs(own, name) for own in rows.values()))
 
 
 def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
@@ -512,7 +496,7 @@ def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
     return found
 
 
-def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
+def _ravel(folder: Path, how: _How) -> Iterator[Named]:
     """Entities by attribute: prompts that ask for it, and those that ask for the others."""
     folder = folder if folder.is_dir() else folder.parent
     whole = any(folder.rglob(f"*{RAVEL_FILES[0]}"))
@@ -531,7 +515,7 @@ def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
             train, test = (_ravel_prompts(tables, name, how, held) for held in (False, True))
             made[name] = how.halves(train, test, logs[name])
         except PromptError as error:
-            yield name, str(error)
+            yield name, partial(_fail, error)
     draws = random.Random(how.seed)
     for name, (train, test, names, bos) in made.items():
         every = [p for other in made.values() for p in other[0]]
@@ -556,21 +540,21 @@ def _ravel(folder: Path, how: _How) -> Iterator[BenchTask | tuple[str, str]]:
                     how.encode(kept, theirs, bos), source, (source + step) % len(names)
                 )
         sets = [how.encode(half, names, bos) for half in (train, test, fitted)]
-        yield BenchTask(
-            name, sets[0], sets[1], logs[name],
-            fitted=sets[2], attributes=attributes, others=others,
-        )  # fmt: skip
+        known: dict[str, Any] = {"fitted": sets[2], "attributes": attributes, "others": others}
+        yield name, partial(BenchTask, name, sets[0], sets[1], logs[name], **known)
+
+
+def _fail(error: PromptError) -> BenchTask:
+    raise error
 
 
 def _ravel_rows(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """The rows of all tables in a folder, each with the split that its file is named after."""
     found = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in KINDS:
-            words = path.stem.lower().replace("-", "_").split("_")
-            split_of = next((w for w in words if w in (*FITTING, *HOLDING)), "train")
-            rows = (row for row in rows_of(str(path)) if isinstance(row, Mapping))
-            found += [(split_of, row) for row in rows]
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in KINDS):
+        split_of = next((w for w in _words(path) if w in (*FITTING, *HOLDING)), "train")
+        rows = (row for row in rows_of(str(path)) if isinstance(row, Mapping))
+        found += [(split_of, row) for row in rows]
     return found
 
 
