@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -24,6 +25,7 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK_FILE = ".lock"
+_LENT: ContextVar[frozenset[Path]] = ContextVar("lent", default=frozenset())
 
 
 def prepare_folder(folder: Path) -> None:
@@ -74,15 +76,23 @@ def require_inside(folder: Path, part: Path, error: type[LRQPError]) -> None:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, *, lends: bool = False) -> Iterator[None]:
     """Make a folder, and let nobody else write to it for the length of a block.
 
     The lock is held by the system on the file ``.lock`` in it, so it ends with this process however
     that ends; the file says who has it.
 
+    Args:
+        folder: to write to.
+        lends: whether what saves to the folder within the block may do so under this lock.
+
     Raises:
         OutputError: another process, or another part of this one, writes there; or nobody can.
     """
+    lent, whole = _LENT.get(), folder.resolve()
+    if whole in lent and not lends:
+        yield
+        return
     prepare_folder(folder)
     path = folder / LOCK_FILE
     handle = _locked(path)
@@ -94,9 +104,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
             f"{owner} writes to {str(folder)!r}: wait for it to end, or "
             "choose another folder (on the command line with --out)."
         )
+    if lends:
+        _LENT.set(lent | {whole})
     try:
         yield
     finally:
+        if lends:
+            _LENT.set(lent)
         with suppress(OSError):
             path.unlink()
         os.close(handle)

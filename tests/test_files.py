@@ -76,6 +76,28 @@ def test_one_process_is_one_writer_too(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_is_lent_is_for_what_saves_within_it_alone(tmp_path: Path) -> None:
+    refused: list[OutputError] = []
+
+    def other() -> None:
+        try:
+            with sole_writer(tmp_path):
+                pytest.fail("two writers")
+        except OutputError as error:
+            refused.append(error)
+
+    with sole_writer(tmp_path, lends=True):
+        with sole_writer(tmp_path):
+            assert (tmp_path / LOCK_FILE).is_file()
+        assert (tmp_path / LOCK_FILE).is_file()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with pytest.raises(OutputError), sole_writer(tmp_path, lends=True):
+            pytest.fail("two runs")
+    assert len(refused) == 1 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_writers_that_wait_for_each_other_never_overlap(tmp_path: Path) -> None:
     inside, most, done = [0], [0], [0]

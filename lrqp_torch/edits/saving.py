@@ -26,7 +26,7 @@ from lrqp_torch.errors import (
     SolverError,
     all_finite,
 )
-from lrqp_torch.files import prepare_folder, read_json, require_inside, to_json, written_whole
+from lrqp_torch.files import read_json, require_inside, sole_writer, to_json, written_whole
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp.solvers import SOLVERS
@@ -185,14 +185,11 @@ def write_edit(edit: "LRQP", folder: Path, notes: dict[str, Any]) -> Path:
         "shrinkage": metric.shrinkage,
         "samples": metric.n_samples,
     }
-    prepare_folder(folder)
-    for name, data in (
-        (TENSORS_FILE, blob),
-        (JSON_FILE, text),
-        (CARD_FILE, model_card(folder.name, figures, edit.provenance).encode()),
-    ):
-        with written_whole(folder / name) as partial:
-            partial.write_bytes(data)
+    card = model_card(folder.name, figures, edit.provenance).encode()
+    with sole_writer(folder):
+        for name, data in ((TENSORS_FILE, blob), (JSON_FILE, text), (CARD_FILE, card)):
+            with written_whole(folder / name) as partial:
+                partial.write_bytes(data)
     return folder
 
 
@@ -296,11 +293,11 @@ def write_joint(folder: Path, edits: "Sequence[LRQP]", content: dict[str, Any]) 
         OutputError: the folder cannot be written, or the content is not JSON.
     """
     encode(JOINT_FORMAT, content)
-    prepare_folder(folder)
-    _remove_beyond(folder, len(edits))
-    for place, edit in enumerate(edits):
-        edit.save(folder / str(place))
-    write_content(folder / JOINT_FILE, JOINT_FORMAT, content)
+    with sole_writer(folder):
+        _remove_beyond(folder, len(edits))
+        for place, edit in enumerate(edits):
+            edit.save(folder / str(place))
+        write_content(folder / JOINT_FILE, JOINT_FORMAT, content)
     return folder
 
 

@@ -17,7 +17,7 @@ from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import LRQPError, OutputError, PromptError, SettingError
-from lrqp_torch.files import digest_model, sole_writer
+from lrqp_torch.files import digest_model
 from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.static import FORMATS, require_matplotlib, write_charts
 from lrqp_torch.probes.covariance import Shrinkage
@@ -87,7 +87,6 @@ def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> 
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(made_folder(settings.out))
-                stack.enter_context(sole_writer(settings.out))
         start = stack.enter_context(progress_bars(enabled=progress and ranks.is_main))
         clock = Clock()
         with ranks.together():

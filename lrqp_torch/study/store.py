@@ -20,7 +20,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError, SettingError
-from lrqp_torch.files import prepare_folder, read_json, write_json, written_whole
+from lrqp_torch.files import prepare_folder, read_json, sole_writer, write_json, written_whole
 from lrqp_torch.study.prompt_texts import TEXTS_FILE
 from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE
 
@@ -29,18 +29,20 @@ PARTS_FOLDER = "parts"
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` for a run, and remove it again if the run is refused before it writes.
+    """Make ``folder`` for a run, as its sole writer; remove it again if that is refused before it
+    has written anything.
 
     Folders that were there before, and those that hold anything, are kept.
 
     Raises:
-        OutputError: it cannot be created, is not a folder, or refuses a file.
+        OutputError: it cannot be created, is not a folder, refuses a file, or another run writes
+            to it.
     """
     # Unlike Path.exists, this is False and no error where nobody may look.
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        prepare_folder(folder)
-        yield
+        with sole_writer(folder, lends=True):
+            yield
     except LRQPError:
         with suppress(OSError):
             for path in made:

@@ -35,7 +35,7 @@ from lrqp_torch import models
 from lrqp_torch.baselines import DAS, DASLeast, LeastEdit, NoEdit
 from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import ModelError, SettingError
-from lrqp_torch.files import prepare_folder, write_json, written_whole
+from lrqp_torch.files import write_json, written_whole
 from lrqp_torch.models.organisms import ORGANISMS, organisms_here
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
@@ -68,6 +68,7 @@ from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import Trial, Trials, next_class, with_partners
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent
+from lrqp_torch.study.store import made_folder
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
 
 JSON_FILE, TABLE_FILE, FIGURE = "verdicts.json", "verdicts.csv", "verdicts"
@@ -283,36 +284,36 @@ def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResul
     """
     if settings.figures:
         require_matplotlib()
-    prepare_folder(settings.out)
-    truths = {name: _truth(name) for name in settings.model_names()}
-    clock, scores, problems = Clock(), list[SiteScores](), dict[str, str]()
-    device, seeds = choose_device(settings.device), range(settings.seeds)
-    with progress_bars(enabled=progress) as start:
-        for name, truth in truths.items():
-            label = Path(name).name
-            with clock.stage(label):
-                model, tokenizer = models.load(name, device=device)
-                advance = start(f"judging {label}", len(seeds))
-                for seed in (settings.seed + number for number in seeds):
-                    context = _drawn(settings, name, seed, model, tokenizer)
-                    found, missing = score_sites(context, truth, settings.method_names(), label)
-                    scores += found
-                    problems |= missing
-                    advance(1)
-    result = VerdictsResult(
-        settings={k: v for k, v in asdict(settings).items() if k not in ("out", "figures")},
-        command=settings.command(),
-        models={Path(name).name: ORGANISMS.get(name, "") for name in truths},
-        titles=titles(settings.method_names()),
-        problems=problems,
-        scores=scores,
-        counts=count_all(scores),
-        versions=package_versions(),
-        elapsed=clock.seconds(),
-    )
-    _write(result, settings.out)
-    if settings.figures:
-        write_charts({FIGURE: chart(result)}, settings.out)
+    with made_folder(settings.out):
+        truths = {name: _truth(name) for name in settings.model_names()}
+        clock, scores, problems = Clock(), list[SiteScores](), dict[str, str]()
+        device, seeds = choose_device(settings.device), range(settings.seeds)
+        with progress_bars(enabled=progress) as start:
+            for name, truth in truths.items():
+                label = Path(name).name
+                with clock.stage(label):
+                    model, tokenizer = models.load(name, device=device)
+                    advance = start(f"judging {label}", len(seeds))
+                    for seed in (settings.seed + number for number in seeds):
+                        context = _drawn(settings, name, seed, model, tokenizer)
+                        found, missing = score_sites(context, truth, settings.method_names(), label)
+                        scores += found
+                        problems |= missing
+                        advance(1)
+        result = VerdictsResult(
+            settings={k: v for k, v in asdict(settings).items() if k not in ("out", "figures")},
+            command=settings.command(),
+            models={Path(name).name: ORGANISMS.get(name, "") for name in truths},
+            titles=titles(settings.method_names()),
+            problems=problems,
+            scores=scores,
+            counts=count_all(scores),
+            versions=package_versions(),
+            elapsed=clock.seconds(),
+        )
+        _write(result, settings.out)
+        if settings.figures:
+            write_charts({FIGURE: chart(result)}, settings.out)
     return result
 
 
