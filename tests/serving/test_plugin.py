@@ -95,7 +95,9 @@ def check(outputs: Any, expected: Any, close: float = CLOSE) -> None:
         records = plugin.certificates(output)
         assert len(records) == len(runs)
         for record, run in zip(records, runs, strict=True):
-            found = torch.tensor(record["log_odds_after"], dtype=torch.float64).flatten()
+            odds = [row if isinstance(row, list) else [row] for row in record["log_odds_after"]]
+            flat = [torch.nan if odd is None else odd for row in odds for odd in row]
+            found = torch.tensor(flat, dtype=torch.float64)
             want = run.log_odds_after.flatten()
             torch.testing.assert_close(found, want, atol=1e-2, rtol=1e-3, equal_nan=True)
 
@@ -108,6 +110,35 @@ def test_a_mixed_batch_is_edited_as_in_transformers_cached_or_not_and_with_roles
         asked = [asked_of(number, s2, turn) for number, s2 in enumerate(where)]
         expected = [reference(model, *pair, edits) for pair in zip(ids, asked, strict=True)]
         check(answers(engine, ids, asked), expected)
+
+
+def test_the_form_of_the_operator_for_gpus_edits_the_same_inside_vllm(
+    engine: Any, organism: Any, edits: Library, prompts: Any, monkeypatch: Any
+) -> None:
+    (model, _), (ids, where) = organism, prompts
+    monkeypatch.setattr(operator.Tables, "gathered", operator.Tables.everywhere)
+    asked = [asked_of(number, s2) for number, s2 in enumerate(where[:9])]
+    asked[4] = [
+        {"edit": "five", "positions": [3, -2], "target": [4, 0], "source": 1},
+        {"edit": "joint", "positions": [3], "target": {"order": 1, "name": "keep"}},
+    ]
+    asked[8] = {"edit": "last", "scope": "all", "target": 1}
+    expected = [
+        reference(model, *pair, edits, tokens=3)
+        for pair in zip(ids, [one if one is None else swapped(one) for one in asked], strict=False)
+    ]
+    check(answers(engine, ids[:9], asked, max_tokens=3), expected)
+
+
+def swapped(asked: Any) -> Any:
+    """The same for ``edit.at``, which has a number for what is kept."""
+    if isinstance(asked, list):
+        return [swapped(one) for one in asked]
+    target = asked["target"]
+    if isinstance(target, dict):
+        words = {"keep": lrqp.JointLRQP.KEEP}
+        target = {name: words.get(value, value) for name, value in target.items()}
+    return asked | {"target": target}
 
 
 def test_every_token_may_be_edited_also_the_first_and_the_last_of_a_chunk(
