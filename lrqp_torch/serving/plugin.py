@@ -241,9 +241,9 @@ def _wrap_keys() -> None:
     name = "generate_block_hash_extra_keys"
     before = vars(kv_cache_utils)[name]
     _wrap(kv_cache_utils, name, _extra_keys)
-    # Whoever has imported it by its name calls the other else.
+    # Whoever has imported it by its name would call the other.
     for module in list(sys.modules.values()):
-        if vars(module).get(name) is before and getattr(module, "__name__", "").startswith("vllm."):
+        if getattr(module, "__dict__", {}).get(name) is before:
             setattr(module, name, vars(kv_cache_utils)[name])
     _wrap(VllmConfig, "compute_hash", _config_hash)
 
@@ -599,13 +599,15 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
     served = model_config.served_model_name or []
     named = [model_config.model, *([served] if isinstance(served, str) else served)]
     edits.check_model(model_config.hf_config, named)
-    refused = {
-        "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-    }
-    for what, asked in refused.items():
+    split, gone = "rows of the stream are split", "what the operator reads would be discarded"
+    refused = (
+        ("micro-batches (--enable-dbo, --ubatch-size)", parallel.use_ubatching, split),
+        ("prefill context parallelism", parallel.prefill_context_parallel_size > 1, split),
+        ("--enable-sleep-mode", model_config.enable_sleep_mode, gone),
+    )
+    for what, asked, why in refused:
         if asked:
-            raise ServingError(f"edits are not served with {what}: rows of the stream are split")
+            raise ServingError(f"edits are not served with {what}: {why}")
     model = runner.get_model()
     name = ", ".join(getattr(model_config.hf_config, "architectures", None) or [])
     here = Blocks.of(model, name).here({item.stream for item in edits.values()})
