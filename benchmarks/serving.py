@@ -1,8 +1,9 @@
 """What edits cost inside vLLM: time to the first token, and time per token after it.
 
-Two engines, one without the plugin and one with edits armed, answer the same random prompts in
-turns: without edits (idle), with one token of each prompt edited, with every token edited. The
-ratios are medians over rounds, each against the engine without the plugin in the same round.
+Engines without the plugin and with edits armed answer the same random prompts in turns: without
+edits (idle), with one token of each prompt edited, with every token edited. The ratios are medians
+over rounds, each against the engine without the plugin in the same round; a second one without it
+says how much two processes differ by themselves.
 
 ``--cache`` counts instead what goes wrong under the prefix cache where its blocks are not known by
 the edits inside them.
@@ -32,15 +33,16 @@ from lrqp_torch.models import load
 from lrqp_torch.models.load import pretrained_folder
 from lrqp_torch.serving.requests import FOLDERS_VARIABLE
 
-BARE, ARMED = "no plugin", "armed"
+BARE, AGAIN = "no plugin", "no plugin, another process"
 NAME, SITE, BLOCK = "edit", "L2.mid", 32
 ASKED: dict[str, Any] = {
     BARE: None,
+    AGAIN: None,
     "idle": None,
     "one position": {"positions": [-1]},
     "every token": {"scope": "all"},
 }
-"""What each request asks for, by the row of the table; the first is the engine without plugin."""
+"""What each request asks for, by the row of the table; the first two are without the plugin."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = pretrained_folder(arguments.model)
         _save_edit(arguments, source, Path(folder))
-        with _engine(source, None, arguments) as bare, _engine(source, folder, arguments) as armed:
+        with ExitStack() as stack:
+            bare, again, armed = (
+                stack.enter_context(_engine(source, edits, arguments))
+                for edits in (None, None, folder)
+            )
+            engines = {BARE: bare, AGAIN: again}
             for number in range(arguments.repeats + 1):
                 for batch in batches:
                     for name, asked in ASKED.items():
                         order = Round(
                             asked, batch, arguments.prompt, arguments.tokens, number, alone
                         )
-                        engine = bare if name == BARE else armed
+                        engine = engines.get(name, armed)
                         engine.send(order)
                         took = engine.recv()
                         if number:  # the first round warms up
@@ -97,7 +104,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="of the model, as vLLM takes it")
     parser.add_argument("--cache", action="store_true", help="what the prefix cache does to edits")
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs")
-    parser.add_argument("--memory", type=float, default=0.4, help="share of a GPU for an engine")
+    parser.add_argument("--memory", type=float, default=0.3, help="share of a GPU for an engine")
 
 
 def _facts(arguments: Namespace) -> str:
