@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -105,6 +107,31 @@ class Voice:
         console = Console(stderr=True, highlight=False, quiet=self.quiet) if aside else self.console
         for line in lines:
             console.print(line, markup=False, soft_wrap=True)
+
+    def foresee(
+        self, what: str, share: float, trial: Callable[[], Any], files: str, out: Path
+    ) -> None:
+        """Say what a command would do, and how long it would take as scaled from a trial of it.
+
+        Args:
+            what: it would do, in words.
+            share: of the whole that the trial is.
+            trial: a small part of it, which writes nothing.
+            files: that would be written.
+            out: where to.
+        """
+        from lrqp_torch.stream.progress import in_time
+
+        trial()  # what happens once is not counted
+        began = perf_counter()
+        trial()
+        seconds = round((perf_counter() - began) / share, 1)
+        self.say(
+            f"Would {what}.",
+            f"In all about {in_time(seconds)}, as scaled from a trial of {share:.2g} of it.",
+            f"Would write {files} to {out}; nothing is written now.",
+        )
+        self.give(lambda: {"would": what, "seconds": seconds, "files": files, "out": str(out)})
 
     def give(self, results: Callable[[], Any]) -> None:
         """With ``--json``, print the results, which are plain JSON values."""

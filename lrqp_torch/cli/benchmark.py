@@ -1,11 +1,15 @@
 """Other people's benchmarks: ``lrqp benchmark``."""
 
-from typing import Annotated
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import Voice, command
+
+if TYPE_CHECKING:
+    from lrqp_torch.study.benchmarks import BenchmarkResult
 
 
 @command(panel=given.OWN)
@@ -38,6 +42,7 @@ def benchmark(
     seed: given.Seed = 0,
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
+    dry_run: given.DryRun = False,
 ) -> None:
     """Score LRQP and other edits on a published benchmark, by the benchmark's own measures.
 
@@ -48,18 +53,32 @@ def benchmark(
     from lrqp_torch.stream.progress import progress_bars
     from lrqp_torch.study.benchmarks import run_benchmark
     from lrqp_torch.study.methods import Training
+    from lrqp_torch.study.preparing import choose_sites
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report.terminal import as_rich
     from lrqp_torch.study.store import made_folder
 
-    with made_folder(out):
-        loaded, tokenizer = given.load_model(model, device)
+    def run(at: str, prompts: int) -> "BenchmarkResult":
         with progress_bars(enabled=not voice.quiet) as start:
-            found = run_benchmark(
-                name, data, loaded, tokenizer, sites, n=n, position=position, bos=bos,
+            return run_benchmark(
+                name, data, loaded, tokenizer, at, n=prompts, position=position, bos=bos,
                 tasks=() if task is None else given.split_names(task, "task"),
                 batch_size=batch_size, seed=seed, training=Training(epochs=epochs), start=start,
             )  # fmt: skip
+
+    with nullcontext() if dry_run else made_folder(out):
+        loaded, tokenizer = given.load_model(model, device)
+        if dry_run:
+            every, few = choose_sites(loaded, sites), min(n, 40)
+            voice.foresee(
+                f"score the edits of {name} at {len(every)} sites, on {n} prompts a task at most",
+                few / n / len(every),
+                lambda: run(every[0], few),
+                "benchmark.json",
+                out,
+            )
+            return
+        found = run(sites, n)
         path = found.save(out)
     for title, table in found.tables().items():
         voice.console.print(as_rich(table, title))

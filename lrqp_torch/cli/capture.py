@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrqp_torch.cli.app import Voice, command
-from lrqp_torch.cli.options import OWN
+from lrqp_torch.cli.options import OWN, DryRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,7 @@ def capture(
         bool, typer.Option("--verify", help="Read the files back and compare their checksums.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Write the activations of a model at some sites to a folder, to fit probes on later.
 
@@ -82,11 +83,12 @@ def capture(
     from lrqp_torch.distributed import capture_to, joined
     from lrqp_torch.files import prepare_folder, write_json
     from lrqp_torch.models import load
+    from lrqp_torch.stream.capture import capture as read
     from lrqp_torch.study.preparing import choose_device, choose_sites
 
     with joined(device) as ranks:
         with ranks.together():
-            if ranks.is_main:
+            if ranks.is_main and not dry_run:
                 prepare_folder(out)
             loaded, tokenizer = load(model, device=choose_device(device))
             chosen = choose_sites(loaded, sites)
@@ -95,6 +97,18 @@ def capture(
                 if data is None
                 else _own(tokenizer, data, label, positions)
             )
+            if dry_run:
+                if ranks.is_main:
+                    size = min(batch_size, len(at))
+                    few = {name: rows[:size] for name, rows in inputs.items()}
+                    voice.foresee(
+                        f"capture {len(chosen)} sites of {model} on {len(at)} prompts",
+                        size / len(at) * ranks.size,
+                        lambda: read(loaded, few, chosen, at[:size], batch_tokens=batch_tokens),
+                        f"{-(-len(at) // shard_size)} files of activations and {LABELS_FILE}",
+                        out,
+                    )
+                return
         store = capture_to(
             out,
             loaded,

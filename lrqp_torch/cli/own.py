@@ -1,5 +1,7 @@
 """Prompts of your own: ``lrqp fit``, ``apply`` and ``example-task``."""
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +62,7 @@ def fit(
     seed: given.Seed = 0,
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
+    dry_run: given.DryRun = False,
 ) -> None:
     """Fit an edit to prompts of your own, and keep it in a folder.
 
@@ -75,11 +78,12 @@ def fit(
     from lrqp_torch.study.reading import Columns, RowLog
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report.terminal import print_fit
+    from lrqp_torch.study.run import first_of_each
     from lrqp_torch.study.store import made_folder
 
     shrunk = given.parse_shrinkage(shrinkage)
     labels = given.split_names(label, "label")
-    with made_folder(out):
+    with nullcontext() if dry_run else made_folder(out):
         how, log = (train_share, seed), RowLog(strict)
         read = {
             name: read_own(data, Columns(name, text, position, group, pair), *how, log)
@@ -93,6 +97,17 @@ def fit(
         found: dict[str, HeldOut] = {}
         for name, prompts in read.items():
             train, test, fronted = encode_own(tokenizer, prompts, *how, bos, log)
+            if dry_run:
+                few = first_of_each(train, batch_size), first_of_each(test, batch_size)
+                voice.foresee(
+                    f"fit {len(sites) * len(labels)} edits to {len(train)} prompts, and try them "
+                    f"on {len(test)} held out",
+                    sum(map(len, few)) / (len(train) + len(test)) / len(labels),
+                    partial(fit_sites, loaded, few[0], sites, few[1], batch_size=batch_size),
+                    "the library of edits" if several else "the edit",
+                    out,
+                )
+                return
             marked = "mark" if OPENING in prompts[0].text else "last"
             fitted, tried = fit_sites(
                 loaded, train, sites, test,

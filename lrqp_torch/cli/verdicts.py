@@ -1,5 +1,8 @@
 """``lrqp verdicts``: how often "used here" is right, on models of which the truth is known."""
 
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,9 +61,11 @@ def verdicts(
     batch_size: given.BatchSize = 64,
     device: given.Device = "auto",
     figures: given.Figures = None,
+    dry_run: given.DryRun = False,
 ) -> None:
     """Judge and report; bad input is one message and exit code 2."""
     from lrqp_torch.models.organisms import organisms_here
+    from lrqp_torch.study.preparing import choose_sites
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
 
@@ -78,6 +83,23 @@ def verdicts(
         device=device,
         figures=given.able(figures, "The figure is", "matplotlib", "plots", voice),
     )
+    if dry_run:
+        named, which = (
+            settings.model_names(),
+            choose_sites(given.load_model(settings.model_names()[0], device)[0], sites),
+        )
+        with TemporaryDirectory() as folder:
+            few = replace(
+                settings, out=Path(folder), models=named[0], seeds=1, sites=which[0], figures=False
+            )
+            voice.foresee(
+                f"judge {len(which)} sites of {', '.join(named)} on {seeds} draws of {n} prompts",
+                1 / (len(named) * len(which) * seeds),
+                lambda: judge(few),
+                "verdicts.json, verdicts.csv" + ", the figure as PNG and SVG" * settings.figures,
+                out,
+            )
+        return
     try:
         result = judge(settings, progress=not voice.quiet)
     except KeyboardInterrupt:

@@ -555,10 +555,10 @@ def _affordable(context: StudyContext) -> int:
 
 
 def _few(task: Task, count: int) -> Task:
-    return Task(task.name, _some(task.train, count), _some(task.test, count))
+    return Task(task.name, first_of_each(task.train, count), first_of_each(task.test, count))
 
 
-def _some(prompts: PromptSet, count: int) -> PromptSet:
+def first_of_each(prompts: PromptSet, count: int) -> PromptSet:
     """The first prompts of every class, ``count`` in all or two of each."""
     each = max(2, -(-count // len(prompts.classes)))
     rows = [(prompts.labels == label).nonzero()[:each, 0] for label in range(len(prompts.classes))]

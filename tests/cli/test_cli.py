@@ -280,6 +280,36 @@ def test_40_columns_are_enough_and_colour_can_be_refused(
     assert bool(re.search(r"\x1b\[[\d;]*3\dm", said.getvalue())) is colour
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("capture --sites L1.mid,L2.mid --n 20", "capture 2 sites of organism on 20 prompts"),
+        ("fit --data DATA --model organism --site L2.mid,L3.mid", "fit 2 edits to 20 prompts"),
+        (
+            "benchmark causalgym --data DATA --model organism --sites L2.mid,L3.mid --epochs 1",
+            "score the edits of causalgym at 2 sites",
+        ),
+        (
+            "verdicts --models organism-absent --methods lrqp --sites L1.mid,L2.mid --n 24",
+            "judge 2 sites of organism-absent on 3 draws of 24 prompts",
+        ),
+    ],
+)
+def test_other_long_commands_say_what_they_would_do(
+    command: str, said: str, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "own.jsonl", tmp_path / "out"
+    assert lrqp("example-task", "agreement", "--n", 40, "--out", data).exit_code == 0
+    words = [str(data) if word == "DATA" else word for word in command.split()]
+    result = lrqp(*words, "--out", out, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["would"].startswith(said) and found["seconds"] > 0 and found["out"] == str(out)
+    assert not out.exists()
+    wrong = [word.replace("L2.mid", "L99.mid") for word in words]
+    assert "L99.mid" in refused(lrqp(*wrong, "--out", out, "--dry-run"))
+
+
 def test_a_dry_run_writes_nothing_and_says_how_long(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--parts", "flipping,heads", "--n", 40, "--sites", "L1.mid,L2.pre", "--out", out)
