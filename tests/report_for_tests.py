@@ -10,10 +10,15 @@ from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import WORDS
 from lrqp_torch.study.known import PUBLISHED
 from lrqp_torch.study.parts import find_part
-from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.report import made, opening
 from lrqp_torch.study.report.page import Chapter, write_page
-from lrqp_torch.study.results import CleanResult, ConditionResult, SiteResult, StudyResults
+from lrqp_torch.study.results import (
+    CleanResult,
+    ConditionResult,
+    PromptTexts,
+    SiteResult,
+    StudyResults,
+)
 
 SITES = ("L0.pre", "L1.mid", "L2.pre")
 HOSTILE = (

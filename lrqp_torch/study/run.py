@@ -32,7 +32,6 @@ from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
 from lrqp_torch.study.parts.joint import JointResult
 from lrqp_torch.study.preparing import choose_sites, describe_model, digest_prompts, prepare
-from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.prompts import (
     PromptSet,
     majority_share,
@@ -46,6 +45,7 @@ from lrqp_torch.study.results import (
     PROMPTS_FILE,
     RESULTS_FILE,
     CleanResult,
+    PromptTexts,
     StudyResults,
     load_prompts,
     save_prompts,

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError, SettingError
 from lrqp_torch.files import prepare_folder, read_json, sole_writer, write_json, written_whole
-from lrqp_torch.study.prompt_texts import TEXTS_FILE
-from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE
+from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE, TEXTS_FILE
 
 PARTS_FOLDER = "parts"
 

@@ -32,11 +32,10 @@ from lrqp_torch.plot.chart import Chart, Heat, Marks, Pane, Panel, Table
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts import find_part
 from lrqp_torch.study.parts.flipping import sites_table
-from lrqp_torch.study.prompt_texts import PromptTexts
 from lrqp_torch.study.report import page as report_page
 from lrqp_torch.study.report import print_summary, words, write_report
 from lrqp_torch.study.report.page import Chapter, as_text, lead
-from lrqp_torch.study.results import GroundTruth, StudyResults
+from lrqp_torch.study.results import GroundTruth, PromptTexts, StudyResults
 from lrqp_torch.study.showing import signed
 
 
