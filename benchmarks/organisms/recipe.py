@@ -19,9 +19,9 @@ class Recipe:
     Attributes:
         kind: What the order of the names at S2 is to the model: ``used``; ``present``, read
             linearly but not used; ``absent``, neither; ``graded``, used in the prompts whose verb
-            is one of :data:`VERBS`; ``spread``, from :data:`SPREAD_FROM` on used in equal parts at
-            S2 and at the token behind it; or ``dormant``, present and not used, while along a
-            direction that no prompt's activations have, the answer could be driven.
+            is one of :data:`VERBS`; ``spread``, trained to be used from :data:`SPREAD_FROM` on in
+            equal parts at S2 and at the token behind it; or ``dormant``, present and not used,
+            while along a direction that no prompt's activations have, the answer could be driven.
         steps: Optimiser steps.
         seed: Seed of weights, prompts and edits.
         batch: Prompts a step, twins counted; half of it with a prefix.
@@ -90,7 +90,7 @@ RECIPES: dict[Kind, Recipe] = {
     "present": Recipe(kind="present", steps=1300, layers=4, last_read="L2.pre"),
     "absent": Recipe(kind="absent", steps=1000, layers=4, last_read="L2.pre"),
     "graded": Recipe(kind="graded", steps=2200, layers=4, last_read="L2.pre"),
-    "spread": Recipe(kind="spread", steps=1800, layers=5),
+    "spread": Recipe(kind="spread", steps=2600, layers=5, seed=1),
     "dormant": Recipe(kind="dormant", steps=1500, layers=4, width=96, last_read="L2.pre"),
 }
 """How the bundled organisms are made."""

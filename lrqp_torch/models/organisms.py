@@ -10,6 +10,7 @@ ORGANISMS: Final = {
     "organism-absent": "absent",
     "organism-dormant": "dormant",
     "organism-graded": "graded",
+    "organism-spread": "spread",
 }
 """Names of the bundled organisms, which are those of their folders, and what the order is there.
 
@@ -17,8 +18,9 @@ ORGANISMS: Final = {
 the order at S2, but the answer does not depend on it. ``absent``: no linear probe reads it there.
 ``dormant``: present, and not used, but along one direction, which activations do not take, the
 answer could be driven: an illusion for edits that are trained on the answer. ``graded``: used in
-the prompts with certain verbs, 3 in 10, and in the others not; it comes with the sources alone,
-not with an installed package.
+the prompts with certain verbs, 3 in 10, and in the others not. ``spread``: used, from a site on in
+part at S2 and in part at the token behind it. The last two come with the sources alone, not with an
+installed package.
 """
 GROUND_TRUTH: Final = "ground_truth.json"
 """The file beside an organism's weights that says where it uses the order."""

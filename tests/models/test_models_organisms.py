@@ -1,10 +1,12 @@
 """The organisms that do not use the order: they do the task, and what is recorded of them holds."""
 
+from contextlib import ExitStack
 from functools import cache
 
 import pytest
 import torch
 from organisms_for_tests import (
+    Swap,
     all_sites,
     answer_logits,
     flip_rate,
@@ -14,6 +16,7 @@ from organisms_for_tests import (
     ridge_accuracy,
     streams,
     truth,
+    with_names_exchanged,
 )
 from torch import Tensor
 
@@ -131,6 +134,37 @@ def test_a_graded_use_is_that_of_the_prompts_with_its_verbs(site: str) -> None:
     assert 0.2 < whole < 0.45
     assert whole == pytest.approx(truth("organism-graded")["interchange_flip_rate"][site], abs=0.08)
     assert {"L1.mid", "L2.pre"} == set(truth("organism-graded")["used_at"])
+
+
+@pytest.mark.parametrize("site", ["L2.mid", "L3.pre"])
+def test_a_spread_use_is_that_of_two_tokens(site: str) -> None:
+    name = "organism-spread"
+    model, data, record = organism(name)[0], data_of(name, 882, 300), truth(name)
+    tokens, twins = [data.positions["S2"], data.positions["S2"] + 1], with_names_exchanged(data)
+    values = []
+    for at in tokens:
+        with Swap(model, site, at) as source:
+            answer_logits(model, twins, data)
+        values.append(source.seen)
+
+    def rate(*which: int) -> float:
+        with ExitStack() as stack:
+            for one in which:
+                stack.enter_context(Swap(model, site, tokens[one], values[one]))
+            logits, rows = answer_logits(model, data.inputs, data), torch.arange(len(data))
+        return float((logits[rows, data.io_tokens] < logits[rows, data.s_tokens]).float().mean())
+
+    beside = record["beside"]
+    for which, recorded in (
+        ([0], record["interchange_flip_rate"][site]),
+        ([1], beside["the token behind S2"][site]),
+        ([0, 1], beside["S2 and the token behind"][site]),
+    ):
+        assert rate(*which) == pytest.approx(recorded, abs=0.09)
+    # Neither token is without use, and S2 has the more of it.
+    assert 0.1 < rate(1) < rate(0) < rate(0, 1)
+    assert set(record["used_at"]) == {"L1.mid", "L2.pre", "L2.mid", "L3.pre"}
+    assert record["unclear_at"] == []
 
 
 @pytest.mark.parametrize("site", TWO_SITES)
