@@ -38,8 +38,7 @@ from lrqp_torch import (
     Status,
 )
 from lrqp_torch.qp import ProbeGeometry, fused
-from lrqp_torch.qp.fused import Launcher, Shape
-from lrqp_torch.stream.following import Rows
+from lrqp_torch.qp.fused import Launcher, Shape, StreamRows
 from lrqp_torch.stream.sites import blocks_of
 
 DTYPES = {
@@ -177,13 +176,12 @@ def run_once(job: dict[str, Any]) -> None:
         edit.propose(x, target)
     else:
         rows = torch.arange(16, device="cuda")
-        at, record = Rows(rows, rows, rows, torch.zeros_like(rows)), torch.empty(16, 9).cuda()
+        record = torch.empty(16, 9, dtype=torch.float64, device="cuda"), 0, 0
         stream = x.unsqueeze(1).repeat(1, 2, 1)
         residual = None if flavour == "post" else stream.clone()
+        places = rows, torch.zeros_like(rows), rows, None, None
         with torch.no_grad():
-            edit.edit_stream(
-                stream, residual, 1.0, at, target, None, rows, (record.double(), 0, rows, 0)
-            )
+            edit.edit_stream(StreamRows(stream, residual, 1.0, *places, record), target, None)
     torch.cuda.synchronize()
 
 

@@ -21,9 +21,9 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Exact
 from lrqp_torch.qp import Solution
+from lrqp_torch.qp.fused import StreamRows
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
-from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.inputs import as_inputs
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
 from lrqp_torch.stream.positions import Positions, Where
@@ -182,29 +182,14 @@ class Edit(Exact, Shared, Generic[Asked]):
         return solve(x, target, source, realise=context.realise, examples=context.example, **given)
 
     def edit_stream(
-        self,
-        stream: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        at: Rows,
-        target: Tensor,
-        source: Tensor | None,
-        which: Tensor,
-        record: tuple[Tensor, int, Tensor, int],
-        **given: Any,
+        self, rows: StreamRows, target: Tensor, source: Tensor | None, **given: Any
     ) -> Tensor | None:
         """:meth:`edit_rows` and what surrounds it in one launch; None where there is no such thing.
 
         Args:
-            stream: what is written of the stream, (B, T, d), which is residual + scale · that.
-            residual: the block input at ``mid``, else None.
-            scale: see ``stream``.
-            at: the rows to edit.
+            rows: to edit, and where to record them.
             target: classes of all positions, of one request each, or one for all.
             source: likewise, or None.
-            which: of these, those of the rows, (N,).
-            record: a block of rows of the record, the first of them to write, the numbers of what
-                is edited, (N,), and the number of the pass.
             given: see :meth:`bind`.
 
         Returns:
@@ -290,7 +275,7 @@ def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     return floors.expand(shape)
 
 
-def floors_of(asked: Any, context: EditContext | Rows) -> Tensor:
+def floors_of(asked: Any, context: EditContext | StreamRows) -> Tensor:
     """The log α of the rows that an edit is given in a model, of one for all or one an example."""
     floors = torch.as_tensor(asked, device=context.example.device).double()
     which = context.example if context.request is None else context.request

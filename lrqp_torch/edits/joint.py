@@ -30,9 +30,9 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused
+from lrqp_torch.qp.fused import StreamRows
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
-from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 
@@ -281,33 +281,20 @@ class JointLRQP(Edit[Targets]):
 
     def edit_stream(
         self,
-        stream: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        at: Rows,
+        rows: StreamRows,
         target: Tensor,
         source: Tensor | None,
-        which: Tensor,
-        record: tuple[Tensor, int, Tensor, int],
         *,
         asked: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
-        edits = list(self._edits().values())
+        edits, stream = list(self._edits().values()), rows.stream
         floors = [edit.log_odds for edit in edits]
-        tensors = [stream, *floors, *([] if residual is None else [residual])]
         covariance, own = self.metric.covariance, self._tensors()
-        same = {part.dtype for part in own}
-        if (
-            given
-            or len(same) > 1
-            or any(part.device != stream.device for part in (covariance, *own, *floors))
-        ):
-            return None
-        if residual is not None and residual.stride(-1) != 1:
-            return None
-        if torch.is_grad_enabled() and any(part.requires_grad for part in (*tensors, *own)):
+        there = all(part.device == stream.device for part in (covariance, *own, *floors))
+        alike = len({part.dtype for part in own}) == 1
+        if given or not there or not alike or not rows.fits(*floors, *own):
             return None
         geometry = self._geometry.known(own, covariance, stream.device)
         if geometry is None and capturing(stream):
@@ -325,17 +312,13 @@ class JointLRQP(Edit[Targets]):
         )
         wanted = None
         if asked:
-            rows = {name: floors_of(value, at) for name, value in asked.items()}
-            wanted = self._wanted(rows, len(which), stream.device)
+            wishes = {name: floors_of(value, rows) for name, value in asked.items()}
+            wanted = self._wanted(wishes, len(rows.index), stream.device)
         return fused.edit_stream(
-            stream,
-            residual,
-            scale,
-            (at.example, at.column, which, at.shown),
+            rows,
             target,
             torch.stack(floors),
             geometry,
-            record,
             skip=self.on_infeasible == "skip",
             live=geometry.live(own[: len(edits)], own[len(edits) :]),
             variables=(rules, geometry.prepared(target, source), wanted),

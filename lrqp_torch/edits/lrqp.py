@@ -26,11 +26,10 @@ from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused
-from lrqp_torch.qp.fused import OddsRule
+from lrqp_torch.qp.fused import OddsRule, StreamRows
 from lrqp_torch.qp.geometry import probe_geometry
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
-from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 
 Rule = Literal["mirror", "fixed"]
@@ -238,49 +237,25 @@ class LRQP(Edit[Classes]):
 
     def edit_stream(
         self,
-        stream: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        at: Rows,
+        rows: StreamRows,
         target: Tensor,
         source: Tensor | None,
-        which: Tensor,
-        record: tuple[Tensor, int, Tensor, int],
         *,
         asked: Tensor | float | None = None,
         **given: Any,
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
-        probe, log_odds = self.probe, self.log_odds
-        live = probe.weight, probe.bias
+        stream, live = rows.stream, (self.probe.weight, self.probe.bias)
         geometry = self._geometry.known(live, self.metric.covariance, stream.device)
-        if geometry is None or given or not self._is_on(stream):
-            return None
-        if residual is not None and residual.stride(-1) != 1:
+        if geometry is None or given or not self._is_on(stream) or not rows.fits(self.log_odds):
             return None
         if not self.qp.fuses(stream, geometry):
             return None
-        if torch.is_grad_enabled() and (
-            stream.requires_grad
-            or log_odds.requires_grad
-            or (residual is not None and residual.requires_grad)
-        ):
-            return None
         floors: OddsRule | Tensor = self._odds_rule(target, source)
         if asked is not None:
-            floors = floors_of(asked, at).expand(len(which))
-        return fused.edit_stream(
-            stream,
-            residual,
-            scale,
-            (at.example, at.column, which, at.shown),
-            target,
-            floors,
-            geometry,
-            record,
-            skip=self.on_infeasible == "skip",
-            live=live,
-        )
+            floors = floors_of(asked, rows).expand(len(rows.index))
+        skip = self.on_infeasible == "skip"
+        return fused.edit_stream(rows, target, floors, geometry, skip=skip, live=live)
 
     def floors(
         self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool

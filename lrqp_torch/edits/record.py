@@ -158,11 +158,10 @@ class EditRun:
         self._place(stream.device)
         count = at.index.shape[0]
         block = self._rows.room(count, stream.device, len(self.names))
-        record = block.rows, block.count, at.index, forward_pass
-        which = at.index if at.request is None else at.request
-        whole = self.edit.edit_stream(
-            stream, residual, scale, at, self._target, self._source, which, record, **self.given
-        )
+        places = at.example, at.column, at.index, at.request, at.shown
+        record = block.rows, block.count, forward_pass
+        rows = fused.StreamRows(stream, residual, scale, *places, record)
+        whole = self.edit.edit_stream(rows, self._target, self._source, **self.given)
         if whole is not None:
             self._rows.wrote(block, count)
             self._dtype = whole.dtype

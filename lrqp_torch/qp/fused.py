@@ -495,15 +495,46 @@ def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor,
     return "each" if floors.ndim == 2 else "given", floors.to(device), None
 
 
+@dataclass(frozen=True)
+class StreamRows:
+    """Rows of a stream that an edit is to change within a model, and where it is recorded.
+
+    Attributes:
+        stream: what is written of the stream, (B, T, d), which is residual + scale · that.
+        residual: the block input at ``mid``, (B, T, d), else None.
+        scale: see ``stream``.
+        example, column: where in the stream each row is, (N,).
+        index: which of all positions each is, (N,).
+        request: in a scope, the request that each belongs to, (N,), else None.
+        shown: which rows count, (N,) bool, or None.
+        record: rows of numbers, the first of them to write, and the number of the pass; see
+            :class:`Launcher`.
+    """
+
+    stream: Tensor
+    residual: Tensor | None
+    scale: float
+    example: Tensor
+    column: Tensor
+    index: Tensor
+    request: Tensor | None
+    shown: Tensor | None
+    record: tuple[Tensor, int, int]
+
+    def fits(self, *numbers: Tensor) -> bool:
+        """Whether a kernel can read them, and no gradient is asked of them or of some numbers."""
+        rest = () if self.residual is None else (self.residual,)
+        if any(part.stride(-1) != 1 for part in rest):
+            return False
+        parts = self.stream, *rest, *numbers
+        return not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
+
+
 def edit_stream(
-    stream: Tensor,
-    residual: Tensor | None,
-    scale: float,
-    at: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    rows: StreamRows,
     target: Tensor,
     floors: OddsRule | Tensor,
     geometry: "ProbeGeometry | StackedGeometry",
-    record: tuple[Tensor, int, Tensor, int],
     *,
     skip: bool,
     live: tuple[Tensor, Tensor],
@@ -512,14 +543,10 @@ def edit_stream(
     """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
 
     Args:
-        stream: what is written of the stream, (B, T, d), which is residual + scale · that.
-        residual: (B, T, d), or None.
-        scale: see ``stream``.
-        at: example and column of each row, which of the classes is its own, and which rows count.
+        rows: which.
         target: classes, int64: (1,) for all, or (n,); of several variables a last axis of these.
         floors: log α by a rule, or (N,); of several variables the least of each, (V,).
         geometry: of the probe, or of several.
-        record: where to put what is to be remembered; see :class:`Launcher`.
         skip, live: see :func:`solve`.
         variables: of several: the rules of each, their constraints, and log α (N, V) in place of
             the rules'.
@@ -527,10 +554,7 @@ def edit_stream(
     Returns:
         A copy of the stream with edited rows in place.
     """
-    # The kernel goes by addresses: numbers of one type, which the launcher lays in a row.
-    rows, columns, which = (part.long() for part in at[:3])
-    shown = None if at[3] is None else at[3].bool()
-    record = record[0], record[1], record[2].long(), record[3]
+    stream, residual = rows.stream, rows.residual
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
     whole = stream.to(dtype, copy=True)
@@ -543,20 +567,22 @@ def edit_stream(
         rule, prepared, asked = variables
         given, source = floors, prepared.held
         more = {"prepared": prepared, "asked": None if asked is None else asked.contiguous()}
+    held, first, forward_pass = rows.record
+    # The kernel goes by addresses: numbers of one type, which the launcher lays in a row.
     launcher(geometry, rule, skip, live)(
         stream,
         whole,
         target,
-        count=rows.shape[0],
+        count=rows.index.shape[0],
         source=source,
         floors=given,
         base=residual,
-        scale=scale,
-        rows=rows,
-        columns=columns,
-        which=which,
-        shown=shown,
-        record=record,
+        scale=rows.scale,
+        rows=rows.example.long(),
+        columns=rows.column.long(),
+        which=(rows.index if rows.request is None else rows.request).long(),
+        shown=None if rows.shown is None else rows.shown.bool(),
+        record=(held, first, rows.index.long(), forward_pass),
         **more,
     )
     return whole

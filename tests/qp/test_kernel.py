@@ -197,15 +197,12 @@ def test_views_are_read_as_they_are_seen() -> None:
     shown = torch.ones(BATCH, 3, dtype=torch.bool, device=DEVICE)
     shown[0], shown[1, 0] = False, False
     record = torch.full((BATCH, 9), -1.0, dtype=torch.float64, device=DEVICE)
+    places = wide[:, 1], (0 * wide)[:, 2], wide[:, 0], None, shown[:, 1]
     edited = fused.edit_stream(
-        stream,
-        None,
-        1.0,
-        (wide[:, 1], (0 * wide)[:, 2], wide[:, 0], shown[:, 1]),
+        fused.StreamRows(stream, None, 1.0, *places, (record, 0, 5)),
         one.expand(BATCH),
         edit._odds_rule(one, None),
         edit.geometry(x.device),
-        (record, 0, wide[:, 2], 5),
         skip=True,
         live=(edit.probe.weight, edit.probe.bias),
     )
