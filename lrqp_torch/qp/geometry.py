@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import (
     NonFiniteError,
+    SolverError,
     WidthError,
     all_finite,
     check_classes,
@@ -34,6 +35,7 @@ TABLED = 7
 # Distances of classes come from their differences, all at once where there are few classes; else
 # from a Gram matrix, but for pairs of which it loses this share of the digits' size.
 DIRECT, NEAR = 64, 1e-2
+MOST_CLASSES = 10_000
 CHUNK_NUMBERS = 2_000_000
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
@@ -133,6 +135,7 @@ class ProbeGeometry:
 
         Raises:
             WidthError: the shapes do not fit together.
+            SolverError: more than :data:`MOST_CLASSES` classes.
             NonFiniteError: NaN or infinity in any of them.
         """
         if weight.ndim != 2 or weight.shape[0] < 2 or bias.shape != weight.shape[:1]:
@@ -141,6 +144,12 @@ class ProbeGeometry:
                 f"{tuple(weight.shape)} and bias {tuple(bias.shape)}"
             )
         n_classes, width = weight.shape
+        if n_classes > MOST_CLASSES:
+            raise SolverError(
+                f"a probe of {n_classes} classes has more than the {MOST_CLASSES:,} whose distances "
+                f"from each other, K² numbers several times over, are held; leave out classes that "
+                f"no edit is for and none can fall to: LinearProbe.from_weights(W[kept], b[kept])"
+            )
         if covariance.shape != (width, width):
             raise WidthError(
                 f"the probe reads width {width} but the covariance is "

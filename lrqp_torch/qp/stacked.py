@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.errors import (
+    SolverError,
     TargetError,
     WidthError,
     capturing,
@@ -26,6 +27,7 @@ KEEP = -2
 
 # A kept row of which the rows before it leave less than this share is a combination of them.
 DEPENDENT = 1e-13
+MOST_PAIRS = 16_384
 ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
@@ -110,6 +112,7 @@ class StackedGeometry:
 
         Raises:
             WidthError: the shapes do not fit together.
+            SolverError: more than :data:`MOST_PAIRS` pairs of classes.
         """
         width = covariance.shape[0]
         for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -121,6 +124,13 @@ class StackedGeometry:
                 )
         device = covariance.device
         sizes = tuple(len(weight) for weight in weights)
+        n_ordered = sum(size * (size - 1) for size in sizes)
+        if n_ordered > MOST_PAIRS:
+            raise SolverError(
+                f"variables of {', '.join(map(str, sizes))} classes have {n_ordered:,} ordered "
+                f"pairs, and the products of all with all are held: at most {MOST_PAIRS:,}, as of "
+                f"128 classes; leave classes out, or keep a variable by metric.keeping(probe)"
+            )
         weight = torch.cat([part.double() for part in weights])
         bias = torch.cat([part.double() for part in biases])
         covariance = covariance.double()

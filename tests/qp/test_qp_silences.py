@@ -9,7 +9,16 @@ import torch
 from qp_reference import Problem, objective, random_problem, reference_edit
 from torch import Tensor
 
-from lrqp_torch import MahalanobisQP, Solution, Status
+from lrqp_torch import (
+    LRQP,
+    JointLRQP,
+    LinearProbe,
+    Mahalanobis,
+    MahalanobisQP,
+    Solution,
+    Status,
+)
+from lrqp_torch.errors import SolverError
 from lrqp_torch.qp import ProbeGeometry, Solver, TotalOdds
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import DenseConstraints
@@ -172,6 +181,15 @@ def test_many_classes_are_solved_in_memory_for_their_distances() -> None:
     for i in range(2):
         best = objective(problem, i, reference_edit(problem, i))
         assert float(solution.distance[i]) == pytest.approx(best**0.5, rel=1e-9)
+
+
+def test_more_classes_than_memory_would_hold_are_named() -> None:
+    metric = Mahalanobis.euclidean(4)
+    with pytest.raises(SolverError, match="50000 classes has more than the 10,000"):
+        LRQP(LinearProbe(4, 50_000), metric)
+    both = JointLRQP({"a": LinearProbe(4, 600), "b": LinearProbe(4, 300)}, metric)
+    with pytest.raises(SolverError, match="of 600, 300 classes have 449,100 ordered pairs"):
+        both.solve(torch.zeros(1, 4), {"a": 1})
 
 
 def test_distances_of_many_classes_keep_the_digits_of_near_ones() -> None:
