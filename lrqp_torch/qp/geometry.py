@@ -148,7 +148,7 @@ class ProbeGeometry:
             raise SolverError(
                 f"a probe of {n_classes} classes has more than the {MOST_CLASSES:,} whose distances "
                 f"from each other, K² numbers several times over, are held; leave out classes that "
-                f"no edit is for and none can fall to: LinearProbe.from_weights(W[kept], b[kept])"
+                f"no edit is for: LinearProbe.from_weights(W[kept], b[kept])"
             )
         if covariance.shape != (width, width):
             raise WidthError(
