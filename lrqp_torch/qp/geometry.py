@@ -146,8 +146,8 @@ class ProbeGeometry:
         n_classes, width = weight.shape
         if n_classes > MOST_CLASSES:
             raise SolverError(
-                f"a probe of {n_classes} classes has more than the {MOST_CLASSES:,} whose distances "
-                f"from each other, K² numbers several times over, are held; leave out classes that "
+                f"a probe of {n_classes} classes has more than the {MOST_CLASSES:,} whose "
+                f"distances, K² numbers several times over, are held; leave out classes that "
                 f"no edit is for: LinearProbe.from_weights(W[kept], b[kept])"
             )
         if covariance.shape != (width, width):
