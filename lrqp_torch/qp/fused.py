@@ -90,12 +90,18 @@ class OddsRule:
 
 
 @functools.cache
+def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
 def kernels() -> ModuleType | None:
     """The module with the kernels; None where there is no Triton, or none that works.
 
     Warns with :class:`RuntimeWarning` of one that is there and does not: it needs a C compiler.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = _interpreted()
     if importlib.util.find_spec("triton") is None or not (interpreted or torch.version.cuda):
         return None
     try:
@@ -114,7 +120,7 @@ def kernels() -> ModuleType | None:
 
 def serves(x: Tensor, n_classes: int) -> bool:
     """Whether the kernels take such activations: on a GPU or interpreted, K ≤ 64, as they are."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or n_classes > MOST_CLASSES:
+    if not (x.is_cuda or _interpreted()) or n_classes > MOST_CLASSES:
         return False
     if torch.compiler.is_compiling() or in_transforms() or forward_ad._current_level >= 0:
         return False

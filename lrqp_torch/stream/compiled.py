@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import compress, repeat
 from operator import contains, itemgetter
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -146,18 +146,17 @@ _CENSUSES: WeakKeyDictionary[nn.Module, _Census] = WeakKeyDictionary()
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given, of the one that it returned."""
-    return cast(nn.Module, vars(module).get("_modules", {}).get("_orig_mod", module))
+    within: nn.Module = vars(module).get("_modules", {}).get("_orig_mod", module)
+    return within
 
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model itself, without compilation and adapters around it."""
     inner = unwrapped(model)
     # A model with adapters of peft names its tuner, and not its trunk, a base model.
-    return (
-        cast(nn.Module, cast(Any, inner).get_base_model())
-        if hasattr(type(inner), "get_base_model")
-        else inner
-    )
+    if hasattr(type(inner), "get_base_model"):
+        inner = inner.get_base_model()  # type: ignore[operator]
+    return inner
 
 
 def descend(module: nn.Module, path: str) -> nn.Module:

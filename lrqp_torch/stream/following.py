@@ -92,6 +92,7 @@ class Rows:
         return stream.index_put((self.example, self.column), values)
 
 
+_CPU = torch.device("cpu")
 _NUMBERS: dict[torch.device, Tensor] = {}
 
 
@@ -337,9 +338,13 @@ class ScopeFollower(Follower):
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The scope's tokens in a call, or None."""
+        if call.like and call.continues and self.scope.grows:
+            rows = self._next(call, device)
+            if rows is not None:
+                return rows
         with outside_transforms(), torch.inference_mode(False):
             number = self._text(call).number
-            cpu, repeats = torch.device("cpu"), self.scope.repeats
+            cpu, repeats = _CPU, self.scope.repeats
             if not self.scope.grows:
                 found = reached(self._chosen[number], call)[1:]
                 return self._rows_of(call, device, number, *found) if len(found[0]) else None
@@ -378,6 +383,30 @@ class ScopeFollower(Follower):
                 whole,
             )
 
+    def _next(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        """:meth:`rows` of one new token a row behind the prompt; None where that takes more."""
+        text, begin, mask, shown = call.text, call.past, call.mask, None
+        seen = self._seen[text.number]
+        border = self.scope.prompt_length or text.prompt
+        if begin < max(border, seen.end) or self.scope.region == "prompt":
+            return None
+        if mask is not None:
+            if mask.shape[1] <= begin:
+                return None
+            shown = mask[:, begin].ne(0)
+            if readable(shown):
+                if not bool(shown.all()):
+                    return None
+                shown = None
+            else:
+                shown = shown.to(device, non_blocking=True)
+        numbers = self.positions.add(self._grid(call.batch, 1, _CPU)[0], begin, text.number, shown)
+        example, column = self._grid(call.batch, 1, device)
+        seen.note(example, begin, numbers, begin + 1)
+        repeats = self.scope.repeats
+        request = example if repeats == 1 else example // repeats
+        return Rows(numbers, example, begin, column, request, shown, True)
+
     def _rows_of(
         self,
         call: ForwardCall,
@@ -403,11 +432,13 @@ class ScopeFollower(Follower):
         if (batch, count, device) not in self._grids:
             if len(self._grids) > 8:
                 self._grids.clear()
-            rows, columns = torch.arange(batch, device=device), torch.arange(count, device=device)
-            self._grids[batch, count, device] = (
-                rows.repeat_interleave(count) if count > 1 else rows,
-                columns.repeat(batch) if batch > 1 else columns,
-            )
+            with torch.inference_mode(False):
+                rows = torch.arange(batch, device=device)
+                columns = torch.arange(count, device=device)
+                self._grids[batch, count, device] = (
+                    rows.repeat_interleave(count) if count > 1 else rows,
+                    columns.repeat(batch) if batch > 1 else columns,
+                )
         return self._grids[batch, count, device]
 
     def _region(self, call: ForwardCall) -> tuple[int, int]:

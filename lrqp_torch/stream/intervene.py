@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
     readable,
     unwrapped,
 )
+from lrqp_torch.stream.compiled import modules_of
 from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
@@ -242,6 +243,15 @@ def intervene_once(model: nn.Module, item: Intervention, record: type[Record]) -
         yield edit
 
 
+def _is_learned(edit: Any) -> bool:
+    """Whether some parameter of an edit asks for a gradient."""
+    if not isinstance(edit, nn.Module):
+        parameters = getattr(edit, "parameters", tuple)
+        return any(parameter.requires_grad for parameter in parameters())
+    every = (part for module in modules_of(edit) for part in module._parameters.values())
+    return any(part is not None and part.requires_grad for part in every)
+
+
 class _Applied:
     """An intervention on a particular model, and what has come of it."""
 
@@ -252,8 +262,7 @@ class _Applied:
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)
-        parameters = getattr(getattr(edit, "edit", edit), "parameters", None)
-        self.trainable = parameters is not None and any(p.requires_grad for p in parameters())
+        self.trainable = _is_learned(getattr(edit, "edit", edit))
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.largest: list[Tensor] = []

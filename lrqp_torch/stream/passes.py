@@ -186,6 +186,7 @@ class ForwardCall:
         text: which text it reads.
         meanwhile: texts that began since the text's call before.
         again: whether it only computes once more what has been noted already.
+        like: whether it is like the call before; what it returns is then like that, too.
     """
 
     batch: int
@@ -199,6 +200,7 @@ class ForwardCall:
     text: Text
     meanwhile: list[Text]
     again: bool = False
+    like: bool = False
 
     @property
     def end(self) -> int:
@@ -393,7 +395,7 @@ class Texts:
         if like.cache is None:
             if self._counts or mask is not like.mask[0]() or times_written(mask) != like.mask[1]:
                 return None
-            vars(again).update(vars(call), tokens=tokens)
+            vars(again).update(vars(call), tokens=tokens, like=True)
             return again
         text = call.text
         if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
@@ -401,7 +403,7 @@ class Texts:
         held = _length_of(given[like.cache[0]])
         if isinstance(held, Tensor) or held != text.end:
             return None
-        vars(again).update(vars(call), past=held, mask=mask, tokens=tokens, meanwhile=[])
+        vars(again).update(vars(call), past=held, mask=mask, tokens=tokens, meanwhile=[], like=True)
         return again
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
@@ -520,7 +522,7 @@ class Texts:
 
     def note_result(self, call: ForwardCall, output: Any) -> None:
         """Take notice of what a call returns: it may be a cache that the model has made itself."""
-        if call.text.cache is not None or not isinstance(output, Mapping | tuple):
+        if call.like or call.text.cache is not None or not isinstance(output, Mapping | tuple):
             return
         values = output.values() if isinstance(output, Mapping) else output
         if all(value is None or isinstance(value, Tensor) for value in values):
