@@ -73,7 +73,7 @@ def solve(
     task = native.Task(batch, 1, target.data_ptr(), max_pivots=20 * m + 50, rounds=MAX_ROUNDS)
     if isinstance(floor, OddsRule):
         floors, source = columns[3], floor.source
-        task.ruled, task.log_odds, task.mirror = 1, float(floor.log_odds), floor.mirror
+        task.ruled, task.log_odds, task.mirror = 1, floor.log_odds.item(), floor.mirror
         if source is not None:
             source = source.contiguous()
             task.source = source.data_ptr()
