@@ -64,6 +64,8 @@ def serving(model: str | Path, edits: str | Path | None, **options: Any) -> Iter
         "seed": 0,
         "disable_log_stats": True,
     } | options
+    # What is left of an engine that did not start would end vLLM's groups of processes later.
+    gc.collect()
     try:
         engine = LLM(str(model), **options)
         core = engine.llm_engine.engine_core.engine_core

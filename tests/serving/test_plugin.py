@@ -212,6 +212,81 @@ def numbers(values: Any) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
+def test_a_certificate_is_found_with_the_block_that_an_earlier_request_computed(
+    engine: Any, prompts: Any, monkeypatch: Any
+) -> None:
+    ids = prompts[0][3][:3] + prompts[0][3]
+    asked = {"edit": "mid", "positions": [5, 20], "target": 1}
+    first, second = (answers(engine, [ids], [asked])[0] for _ in range(2))
+    assert second.num_cached_tokens == BLOCK
+    assert plugin.certificates(first) == plugin.certificates(second)
+    assert plugin.certificates(first)[0]["positions"] == [5, 20]
+    # Only so many are remembered; the block is as edited as before.
+    monkeypatch.setattr(plugin, "REMEMBERED", 0)
+    answers(engine, [ids[4:] + ids], [asked])
+    (third,) = answers(engine, [ids], [asked])
+    assert third.num_cached_tokens == BLOCK and third.outputs[0].finish_reason == "length"
+    (record,) = plugin.certificates(third)
+    assert record["status"] == ["CACHED"] * 2 and record["distance"] == [None] * 2
+
+
+def test_stop_strings_and_several_samples_keep_their_certificates(
+    engine: Any, organism: Any, prompts: Any
+) -> None:
+    ids, (_, tokenizer) = prompts[0][0], organism
+    asked = {"edit": "mid", "scope": "all", "target": 1}
+    (whole,) = answers(engine, [ids], [asked], max_tokens=6)
+    stop = tokenizer.decode(whole.outputs[0].token_ids[2])
+    (short,) = answers(engine, [ids], [asked], max_tokens=6, stop=[stop.strip()])
+    made = len(short.outputs[0].token_ids)
+    assert short.outputs[0].finish_reason == "stop" and made <= 3
+    (record,) = plugin.certificates(short)
+    assert record["positions"] == list(range(len(ids) + made - 1))
+    (both,) = answers(engine, [ids], [asked], max_tokens=3, n=2, temperature=1.0)
+    for one in both.outputs:
+        (record,) = plugin.certificates(one)
+        assert record["positions"] == list(range(len(ids) + 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('{"edit": "nope", "positions": [0], "target": 0}', "no edit 'nope'"),
+        ('{"edit": "mid", "positions": [99], "target": 0}', "out of reach"),
+        ('{"edit": "mid", "positions": [0], "target": 7}', "classes 0 to 1"),
+        ("{", "lrqp"),
+        ("[]", "empty list"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_it_is_scheduled(
+    engine: Any, prompts: Any, given: str, said: str
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, extra_args={"lrqp": given})
+    with pytest.raises(ValueError, match=said):
+        engine.generate([{"prompt_token_ids": prompts[0][0]}], params, use_tqdm=False)
+    settled = SamplingParams(max_tokens=1, extra_args={plugin.SETTLED: []})
+    with pytest.raises(RequestError, match="no argument"):
+        engine.generate([{"prompt_token_ids": prompts[0][0]}], settled, use_tqdm=False)
+
+
+def test_a_position_that_is_never_read_makes_the_request_an_error(
+    engine: Any, prompts: Any
+) -> None:
+    ids = prompts[0][0]
+    (whole,) = answers(engine, [ids], [None], max_tokens=3)
+    asked = {"edit": "mid", "positions": [3, len(ids) + 5], "target": 0}
+    stops = {"stop_token_ids": list(whole.outputs[0].token_ids), "max_tokens": 9}
+    (output,) = answers(engine, [ids], [asked], **stops)
+    assert output.outputs[0].finish_reason == "error"
+    assert f"'mid' never fired at position {len(ids) + 5}" in output.outputs[0].stop_reason
+    assert plugin.certificates(output)[0]["positions"] == [3]
+
+
+# Each from here on has an engine of its own, whose end may take vLLM's groups of processes along.
+
+
 def test_blocks_before_the_first_edit_are_shared_and_those_from_it_on_are_not(
     place: str, folder: Path, organism: Any, edits: Library
 ) -> None:
@@ -242,24 +317,6 @@ def test_blocks_before_the_first_edit_are_shared_and_those_from_it_on_are_not(
         outputs = answers(found, [longer], [None])
         check(outputs, [reference(model, longer, None, edits)])
         assert outputs[0].num_cached_tokens == 32
-
-
-def test_a_certificate_is_found_with_the_block_that_an_earlier_request_computed(
-    engine: Any, prompts: Any, monkeypatch: Any
-) -> None:
-    ids = prompts[0][3][:3] + prompts[0][3]
-    asked = {"edit": "mid", "positions": [5, 20], "target": 1}
-    first, second = (answers(engine, [ids], [asked])[0] for _ in range(2))
-    assert second.num_cached_tokens == BLOCK
-    assert plugin.certificates(first) == plugin.certificates(second)
-    assert plugin.certificates(first)[0]["positions"] == [5, 20]
-    # Only so many are remembered; the block is as edited as before.
-    monkeypatch.setattr(plugin, "REMEMBERED", 0)
-    answers(engine, [ids[4:] + ids], [asked])
-    (third,) = answers(engine, [ids], [asked])
-    assert third.num_cached_tokens == BLOCK and third.outputs[0].finish_reason == "length"
-    (record,) = plugin.certificates(third)
-    assert record["status"] == ["CACHED"] * 2 and record["distance"] == [None] * 2
 
 
 def test_preempted_requests_are_edited_anew(
@@ -328,24 +385,6 @@ def test_compiled_graphs_hold_the_operator(
         check(answers(found, ids[:12], asked, max_tokens=6), expected)
 
 
-def test_stop_strings_and_several_samples_keep_their_certificates(
-    engine: Any, organism: Any, prompts: Any
-) -> None:
-    ids, (_, tokenizer) = prompts[0][0], organism
-    asked = {"edit": "mid", "scope": "all", "target": 1}
-    (whole,) = answers(engine, [ids], [asked], max_tokens=6)
-    stop = tokenizer.decode(whole.outputs[0].token_ids[2])
-    (short,) = answers(engine, [ids], [asked], max_tokens=6, stop=[stop.strip()])
-    made = len(short.outputs[0].token_ids)
-    assert short.outputs[0].finish_reason == "stop" and made <= 3
-    (record,) = plugin.certificates(short)
-    assert record["positions"] == list(range(len(ids) + made - 1))
-    (both,) = answers(engine, [ids], [asked], max_tokens=3, n=2, temperature=1.0)
-    for one in both.outputs:
-        (record,) = plugin.certificates(one)
-        assert record["positions"] == list(range(len(ids) + 2))
-
-
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -363,6 +402,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32,
     },
 }  # fmt: skip
+
+
 SHAPE = {
     "vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
@@ -458,45 +499,6 @@ def test_smollm2_is_edited_as_in_transformers(tmp_path: Path) -> None:
     options = {"skip_tokenizer_init": True, "max_model_len": 64, "num_gpu_blocks_override": 40}
     with serving(tmp_path / "model", tmp_path / "edits", **options) as found:
         check(answers(found, ids, asked, max_tokens=4, detokenize=False), expected, close=5e-4)
-
-
-# Errors.
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ('{"edit": "nope", "positions": [0], "target": 0}', "no edit 'nope'"),
-        ('{"edit": "mid", "positions": [99], "target": 0}', "out of reach"),
-        ('{"edit": "mid", "positions": [0], "target": 7}', "classes 0 to 1"),
-        ("{", "lrqp"),
-        ("[]", "empty list"),
-    ],
-)
-def test_a_wrong_request_is_refused_before_it_is_scheduled(
-    engine: Any, prompts: Any, given: str, said: str
-) -> None:
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=1, extra_args={"lrqp": given})
-    with pytest.raises(ValueError, match=said):
-        engine.generate([{"prompt_token_ids": prompts[0][0]}], params, use_tqdm=False)
-    settled = SamplingParams(max_tokens=1, extra_args={plugin.SETTLED: []})
-    with pytest.raises(RequestError, match="no argument"):
-        engine.generate([{"prompt_token_ids": prompts[0][0]}], settled, use_tqdm=False)
-
-
-def test_a_position_that_is_never_read_makes_the_request_an_error(
-    engine: Any, prompts: Any
-) -> None:
-    ids = prompts[0][0]
-    (whole,) = answers(engine, [ids], [None], max_tokens=3)
-    asked = {"edit": "mid", "positions": [3, len(ids) + 5], "target": 0}
-    stops = {"stop_token_ids": list(whole.outputs[0].token_ids), "max_tokens": 9}
-    (output,) = answers(engine, [ids], [asked], **stops)
-    assert output.outputs[0].finish_reason == "error"
-    assert f"'mid' never fired at position {len(ids) + 5}" in output.outputs[0].stop_reason
-    assert plugin.certificates(output)[0]["positions"] == [3]
 
 
 def test_an_edit_that_fails_makes_its_request_alone_an_error(
