@@ -26,7 +26,7 @@ FINE = 1e-5
 # or four are usual in half precision, and the bound only guards against a loop without end.
 MAX_ROUNDS = 24
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
-BLIND_ROUNDS = 2
+BLIND_ROUNDS = 3
 
 
 def advance(precision: float, width: int) -> float:
