@@ -295,6 +295,7 @@ class Texts:
         self._absolute, self._has_adapter = absolute_positions, has_adapter
         self._compares, self._counts = compares, counts
         self._like: _Like | None = None
+        self._read: _Like | None = None
         self._known: list[Text] = []
         self.n_calls = self._n_texts = 0
         # What would have been said, had the device been waited for.
@@ -359,7 +360,7 @@ class Texts:
         """Keep what a call was given, where a call like it can be known by that alone."""
         mask, held, cache = given.get("attention_mask"), dict[str, Any](), None
         name = "inputs_embeds" if given.get("input_ids") is None else "input_ids"
-        self._like = None
+        self._like = self._read = None
         flat = call.square is None and given[name].ndim == (2 if name == "input_ids" else 3)
         if not flat or self._has_adapter or call.front or (own is None) == call.continues:
             return
@@ -373,7 +374,11 @@ class Texts:
             else:
                 return
         known = (nothing if mask is None else weakref.ref(mask)), times_written(mask)
-        self._like = _Like(held, (name, given[name].shape), known, cache, call)
+        self._read = _Like(held, (name, given[name].shape), known, cache, call)
+
+    def accept(self) -> None:
+        """Let what was read last stand for calls like it: nobody has refused it."""
+        self._like = self._read
 
     def like(self, given: Mapping[str, Any]) -> ForwardCall | None:
         """The call of these arguments, if all but the tokens is as in the call before, or if they

@@ -487,6 +487,7 @@ class Watch:
         """Take notice of a call, unless it is refused."""
         for item in self._follows:
             item.see(call)
+        self.texts.accept()
         return self._note(call)
 
     def _note(self, call: ForwardCall) -> ForwardCall:

@@ -548,3 +548,23 @@ def test_a_block_that_runs_again_is_that_of_its_own_pass(site: str, use_reentran
         found.append([point.grad for point in points])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@torch.no_grad()
+def test_a_pass_like_the_one_before_is_held_to_the_same() -> None:
+    """What was refused once is refused again; a mask that was written to is looked at again."""
+    model, inputs = build("gpt2"), Prompts.random([9, 6, 12, 7]).padded("right")
+    mask = inputs["attention_mask"]
+    at = mask.sum(1) - 1
+    with intervene(model, lrqp.Intervention("L1.pre", at, lambda x, context: x + 1)):
+        first = model(**inputs).logits
+        assert torch.equal(model(**inputs).logits, first)
+        mask[1, at[1]] = 0
+        for _ in range(3):
+            with pytest.raises(PositionError, match="1 positions lie on padding"):
+                model(**inputs)
+        mask[1, at[1]] = 1
+        assert torch.equal(model(**inputs).logits, first)
+        with pytest.raises(PositionError, match="positions are for"):
+            model(**{name: value[:2] for name, value in inputs.items()})
+        assert torch.equal(model(**inputs).logits, first)
