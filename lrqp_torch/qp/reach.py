@@ -26,7 +26,7 @@ FINE = 1e-5
 # or four are usual in half precision, and the bound only guards against a loop without end.
 MAX_ROUNDS = 24
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
-BLIND_ROUNDS = 3
+BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 4, 5
 
 
 def advance(precision: float, width: int) -> float:
@@ -95,7 +95,10 @@ class Headroom:
         error = torch.linalg.vector_norm(held.double() - edited, dim=-1, keepdim=True)
         enough = self.length * torch.maximum(self.precision * size, 4 * error)
         worst = short.amax(-1, keepdim=True)
-        return torch.where(worst > 0, torch.maximum(raised + 4 * worst, enough), raised)
+        # In the finer dtypes what is still missing is the reading's own rounding, which is another
+        # at every x' and so small that many times it is nothing.
+        times = 64 if self.precision < FINE else 4
+        return torch.where(worst > 0, torch.maximum(raised + times * worst, enough), raised)
 
 
 def sizes(x: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ def reach(
     """
     looking, rows = readable(needed), None
     if not looking:
-        rounds = BLIND_ROUNDS
+        rounds = BLIND_ROUNDS_FINE if headroom.precision < FINE else BLIND_ROUNDS_COARSE
     raised = headroom.in_advance(floor) if raised is None else raised
     total = attempt = step(floor + raised, None)
     after = torch.empty_like(raised)
