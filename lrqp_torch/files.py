@@ -1,6 +1,7 @@
 """Files written whole or not at all, by one writer a folder; strict JSON; digests of models."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -224,8 +225,7 @@ def digest_model(model: nn.Module) -> str:
         digest.update(repr(_settings(config.to_dict())).encode())
     for name, module in model.named_modules():
         digest.update(f"{name} {type(module).__qualname__} {_settings(vars(module))}".encode())
-        forward = vars(module).get("forward")  # put in the place of the class's
-        forward = getattr(forward, "stands_for", forward)  # by an open context, for this
+        forward = _own_forward(module)
         if forward is not None:
             digest.update(repr(_code(forward)).encode())
     # Tied weights are one; buffers that are not saved are computed with all the same.
@@ -269,6 +269,26 @@ def _settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, list) else [value])):
             found.append((name, value))
     return found
+
+
+_PLACING = ("accelerate.", "transformers.distributed.", "transformers.integrations.")
+"""Packages whose functions in place of a forward say where a module computes, and not what."""
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """What a module computes by in place of its class's forward; None for the class's."""
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "stands_for", forward)  # by an open context, for this
+    while forward is not None:
+        function = getattr(forward, "func", forward)
+        function = getattr(function, "__func__", function)
+        if function is type(module).forward:
+            return None
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(_PLACING):
+            return forward
+        held = inspect.getclosurevars(function).nonlocals if function.__closure__ else {}
+        forward = held.get("original_forward", vars(module).get("_old_forward"))
+    return None
 
 
 def _code(function: Any) -> Any:

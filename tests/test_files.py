@@ -280,3 +280,17 @@ def test_a_model_is_the_same_wherever_it_is_loaded_from(family: str, tmp_path: P
     model.save_pretrained(tmp_path / "folder")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert digest_model(model) == digest_model(again.eval()) == before
+
+
+def test_where_a_module_computes_is_not_what() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build_family("gpt2")
+    before = digest_model(model)
+    block = model.transformer.h[0]
+    hooks.add_hook_to_module(block, hooks.AlignDevicesHook("cpu"))
+    assert "forward" in vars(block) and digest_model(model) == before
+    hooks.remove_hook_from_module(block)
+    block.forward = lambda *args, **kwargs: args[0]
+    changed = digest_model(model)
+    hooks.add_hook_to_module(block, hooks.AlignDevicesHook("cpu"))
+    assert changed != before and digest_model(model) == changed

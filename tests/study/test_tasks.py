@@ -324,7 +324,7 @@ def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1.*no JSON object"),
         ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": 3}', "answers must be an object"),
         ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": {"b": 3}}', "must be text"),
-        ("a.txt", "hello", r"must end in \.csv or \.jsonl"),
+        ("a.txt", "hello", r"must end in \.csv, \.jsonl or \.parquet"),
     ],
 )
 def test_files_that_hold_no_prompts_are_named(
