@@ -81,16 +81,11 @@ class Voice:
     """What a command says, and where.
 
     Results go to standard output; progress, advice and errors to standard error.
-
-    Attributes:
-        quiet: only errors are said.
-        verbose: nothing is left out.
-        json: standard output is for the results as JSON alone.
     """
 
-    quiet: bool = False
-    verbose: bool = False
-    json: bool = False
+    quiet: bool = False  # only errors are said
+    verbose: bool = False  # nothing is left out
+    json: bool = False  # standard output is for the results as JSON alone
 
     @property
     def console(self) -> Console:

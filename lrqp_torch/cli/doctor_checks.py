@@ -36,19 +36,12 @@ SITE = "L2.mid"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was looked at."""
 
-    Attributes:
-        name: what.
-        usable: whether it works here.
-        detail: a version, a figure, or what to do about it.
-        required: whether the package is broken without it.
-    """
-
-    name: str
-    usable: bool
-    detail: str
-    required: bool = False
+    name: str  # what
+    usable: bool  # whether it works here
+    detail: str  # a version, a figure, or what to do about it
+    required: bool = False  # whether the package is broken without it
 
 
 def examine(model: str | None = None) -> dict[str, list[Finding]]:

@@ -36,27 +36,18 @@ class Step:
 
     Odds and floor have the variables of a joint edit as a last axis, and are NaN where a method
     promises none.
-
-    Attributes:
-        forward_pass: number of the pass within the context, from 0, among those that reach the
-            site; passes without a token to edit leave a gap.
-        example: row of the batch of each token, (n,), as rows were in this pass.
-        token: column of each, (n,), counted from the beginning of the text.
-        log_odds_before: log odds of the target before the edit, in nats.
-        log_odds_after: the same, read back from the values that the stream holds.
-        floor: log α that was asked for.
-        distance: Mahalanobis length of each edit, (n,).
-        status: :class:`~lrqp_torch.Status` of each, (n,).
     """
 
+    # Number of the pass within the context, from 0, among those that reach the site; passes without
+    # a token to edit leave a gap.
     forward_pass: int
-    example: Tensor
-    token: Tensor
-    log_odds_before: Tensor
-    log_odds_after: Tensor
-    floor: Tensor
-    distance: Tensor
-    status: Tensor
+    example: Tensor  # row of the batch of each token, (n,), as rows were in this pass
+    token: Tensor  # column of each, (n,), counted from the beginning of the text
+    log_odds_before: Tensor  # log odds of the target before the edit, in nats
+    log_odds_after: Tensor  # the same, read back from the values that the stream holds
+    floor: Tensor  # log α that was asked for
+    distance: Tensor  # Mahalanobis length of each edit, (n,)
+    status: Tensor  # `Status` of each, (n,)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -520,20 +511,13 @@ class _Rows:
 
 @dataclass
 class _Pass:
-    """What an edit stored in one pass, which no row has been made of yet.
+    """What an edit stored in one pass, which no row has been made of yet."""
 
-    Attributes:
-        solution: as it was returned, without the activations.
-        index: which pairs its rows are, (n,).
-        shown: which of them count, (n,) bool, or None.
-        number: of the pass.
-        captured: whether it is part of a CUDA graph, each replay of which writes it anew.
-    """
-
-    solution: Solution
-    index: Tensor
-    shown: Tensor | None
-    number: int = -1
+    solution: Solution  # as it was returned, without the activations
+    index: Tensor  # which pairs its rows are, (n,)
+    shown: Tensor | None  # which of them count, (n,) bool, or None
+    number: int = -1  # of the pass
+    # Whether it is part of a CUDA graph, each replay of which writes it anew.
     captured: bool = False
 
     def __post_init__(self) -> None:
@@ -575,19 +559,12 @@ def _values(passes: Sequence[_Pass], device: torch.device) -> dict[str, Tensor]:
 
 @dataclass
 class _Block:
-    """Rows that a kernel writes by itself, those of one pass after another.
+    """Rows that a kernel writes by itself, those of one pass after another."""
 
-    Attributes:
-        rows: (n, 9).
-        captured: as of a :class:`_Pass`.
-        count: how many are written.
-        variables: how many variables odds are of, 0 for one edit's own.
-    """
-
-    rows: Tensor
-    captured: bool = False
-    count: int = 0
-    variables: int = 0
+    rows: Tensor  # (n, 9)
+    captured: bool = False  # as of a `_Pass`
+    count: int = 0  # how many are written
+    variables: int = 0  # how many variables odds are of, 0 for one edit's own
 
     @property
     def places(self) -> dict[str, slice | int]:

@@ -55,30 +55,21 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a probe was fitted.
+    """How a probe was fitted."""
 
-    Attributes:
-        loss: the penalised loss at the optimum, in nats per example.
-        gradient_norm: Euclidean norm of its gradient there, before rounding to the probe's dtype.
-        relative_gradient_norm: the same over the norm at W = 0, b = 0; at most ``tolerance``, and
-            0 where the gradient is below its own rounding error.
-        iterations: Newton steps.
-        l2: the penalty that was used.
-        n_samples: examples fitted.
-        counts: examples of each class, by weight if they have any.
-        held_out: accuracy on examples that were not fitted; None if that was not asked for.
-        held_out_samples: how many these were.
-    """
-
-    loss: float
+    loss: float  # the penalised loss at the optimum, in nats per example
+    # Euclidean norm of its gradient there, before rounding to the probe's dtype.
     gradient_norm: float
+    # The same over the norm at W = 0, b = 0; at most `tolerance`, and 0 where the gradient is below
+    # its own rounding error.
     relative_gradient_norm: float
-    iterations: int
-    l2: float
-    n_samples: int
-    counts: tuple[float, ...] = ()
+    iterations: int  # Newton steps
+    l2: float  # the penalty that was used
+    n_samples: int  # examples fitted
+    counts: tuple[float, ...] = ()  # examples of each class, by weight if they have any
+    # Accuracy on examples that were not fitted; None if that was not asked for.
     held_out: float | None = None
-    held_out_samples: int = 0
+    held_out_samples: int = 0  # how many these were
 
     @property
     def chance(self) -> float:
@@ -111,21 +102,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Problem:
-    """Examples in memory, checked.
+    """Examples in memory, checked."""
 
-    Attributes:
-        x: activations, (n, d).
-        labels: their classes, (n,).
-        weights: what each counts, (n,), float64; None if each counts once.
-        counts: examples of each of the K classes, by weight, (K,).
-        classes: names of the classes, where they were given by name.
-    """
-
-    x: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    counts: Tensor
-    classes: tuple[str, ...] | None
+    x: Tensor  # activations, (n, d)
+    labels: Tensor  # their classes, (n,)
+    weights: Tensor | None  # what each counts, (n,), float64; None if each counts once
+    counts: Tensor  # examples of each of the K classes, by weight, (K,)
+    classes: tuple[str, ...] | None  # names of the classes, where they were given by name
 
     @classmethod
     def of(

@@ -40,16 +40,11 @@ PATIENCE = 8
 
 @dataclass(frozen=True)
 class Block:
-    """Some of the examples of all problems.
+    """Some of the examples of all problems."""
 
-    Attributes:
-        features: (S, m, p), float64; the last feature is 1.
-        targets: 1 where an example is of a class, else 0, (S, L, C, m), float64.
-        weights: of the examples, (S, L, 1, m), float64; None if each counts once.
-    """
-
-    features: Tensor
-    targets: Tensor
+    features: Tensor  # (S, m, p), float64; the last feature is 1
+    targets: Tensor  # 1 where an example is of a class, else 0, (S, L, C, m), float64
+    # Of the examples, (S, L, 1, m), float64; None if each counts once.
     weights: Tensor | None = None
 
     def weighed(self, values: Tensor) -> Tensor:
@@ -64,21 +59,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The likelihood at one setting of the parameters.
+    """The likelihood at one setting of the parameters."""
 
-    Attributes:
-        parameters: (S, L, C, p).
-        loss: in nats per example, penalty included, (S, L).
-        gradient: (S, L, C, p).
-        size: Euclidean norm of the gradient with respect to all K rows, (S, L).
-        probability: class probabilities (S, L, C, m) of each block; None where blocks are read
-            anew in every pass, and probabilities with them.
-    """
-
-    parameters: Tensor
-    loss: Tensor
-    gradient: Tensor
-    size: Tensor
+    parameters: Tensor  # (S, L, C, p)
+    loss: Tensor  # in nats per example, penalty included, (S, L)
+    gradient: Tensor  # (S, L, C, p)
+    size: Tensor  # Euclidean norm of the gradient with respect to all K rows, (S, L)
+    # Class probabilities (S, L, C, m) of each block; None where blocks are read anew in every pass,
+    # and probabilities with them.
     probability: list[Tensor] | None
 
     def each(self, change: Callable[..., Tensor], *others: "Evaluation") -> "Evaluation":
@@ -266,21 +254,13 @@ def _copies(rows: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where the search ended, for each problem of a stack; the statistics are on the CPU.
+    """Where the search ended, for each problem of a stack; the statistics are on the CPU."""
 
-    Attributes:
-        parameters: (S, L, C, p), float64.
-        loss: in nats per example, penalty included, (S, L).
-        gradient_norm: (S, L).
-        relative_gradient_norm: over the norm at zero; 0 below the rounding error, (S, L).
-        iterations: Newton steps, (S, L).
-    """
-
-    parameters: Tensor
-    loss: Tensor
-    gradient_norm: Tensor
-    relative_gradient_norm: Tensor
-    iterations: Tensor
+    parameters: Tensor  # (S, L, C, p), float64
+    loss: Tensor  # in nats per example, penalty included, (S, L)
+    gradient_norm: Tensor  # (S, L)
+    relative_gradient_norm: Tensor  # over the norm at zero; 0 below the rounding error, (S, L)
+    iterations: Tensor  # Newton steps, (S, L)
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,11 @@ from lrqp_torch.qp.pivots import find_active_sets
 
 @dataclass(frozen=True)
 class DualSolution(ActiveBlock):
-    """The active set of each problem, and what was found with it.
+    """The active set of each problem, and what was found with it."""
 
-    Attributes:
-        feasible: False where the dual is unbounded, so no activation meets the constraints, (B,).
-        converged: False where the pivots ran out, (B,).
-    """
-
+    # False where the dual is unbounded, so no activation meets the constraints, (B,).
     feasible: Tensor
-    converged: Tensor
+    converged: Tensor  # False where the pivots ran out, (B,)
 
 
 @torch.no_grad()

@@ -65,21 +65,14 @@ class Constraints(Protocol):
 
 @dataclass(frozen=True)
 class DenseConstraints:
-    """M of each example as it is; for few constraints, or where each example has its own.
+    """M of each example as it is; for few constraints, or where each example has its own."""
 
-    Attributes:
-        gram: M, (B, m, m).
-        noise: see :class:`Constraints`.
-        length: see :class:`Constraints`.
-        steering: A Σ² Aᵀ / s², (B, m, m), and s, so that ‖ΣAᵀλ‖² = sλᵀ(AΣ²Aᵀ/s²)sλ; or None.
-        table: see :class:`Constraints`.
-    """
-
-    gram: Tensor
-    noise: Tensor
-    length: Tensor
+    gram: Tensor  # M, (B, m, m)
+    noise: Tensor  # see `Constraints`
+    length: Tensor  # see `Constraints`
+    # A Σ² Aᵀ / s², (B, m, m), and s, so that ‖ΣAᵀλ‖² = sλᵀ(AΣ²Aᵀ/s²)sλ; or None.
     steering: tuple[Tensor, Tensor] | None = None
-    table: "tuple[ActiveSets, Tensor] | None" = None
+    table: "tuple[ActiveSets, Tensor] | None" = None  # see `Constraints`
 
     @property
     def diagonal(self) -> Tensor:
@@ -117,23 +110,15 @@ class DenseConstraints:
 
 @dataclass(frozen=True)
 class ClassConstraints:
-    """Those of a probe with many classes: D for all, and each example's target.
+    """Those of a probe with many classes: D for all, and each example's target."""
 
-    Attributes:
-        squared: D, (K, K).
-        steering: the same in Σ², (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s.
-        spread: rounding error of D, (K, K).
-        lengths: ‖w_k − w_l‖, (K, K).
-        target: t, (B,).
-        other: the classes other than the target, ascending, (B, m).
-    """
-
-    squared: Tensor
+    squared: Tensor  # D, (K, K)
+    # The same in Σ², (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s.
     steering: tuple[Tensor, Tensor]
-    spread: Tensor
-    lengths: Tensor
-    target: Tensor
-    other: Tensor
+    spread: Tensor  # rounding error of D, (K, K)
+    lengths: Tensor  # ‖w_k − w_l‖, (K, K)
+    target: Tensor  # t, (B,)
+    other: Tensor  # the classes other than the target, ascending, (B, m)
     table: None = None
 
     @property

@@ -137,20 +137,13 @@ def places(realise: Realise) -> TypeGuard[Placed]:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a program is laid out.
+    """How a program is laid out."""
 
-    Attributes:
-        columns: of the activation, at a time; a power of 2.
-        warps: of a program.
-        stages: so many steps along the activation are under way at once.
-        registers: of a thread, at most; None: as many as there are.
-        narrow: whether weights are fetched as the probe has them, and made float64 there.
-    """
-
-    columns: int
-    warps: int
-    stages: int = 1
-    registers: int | None = None
+    columns: int  # of the activation, at a time; a power of 2
+    warps: int  # of a program
+    stages: int = 1  # so many steps along the activation are under way at once
+    registers: int | None = None  # of a thread, at most; None: as many as there are
+    # Whether weights are fetched as the probe has them, and made float64 there.
     narrow: bool = False
 
 
@@ -505,21 +498,17 @@ def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor,
 class StreamRows:
     """Rows of a stream that an edit is to change within a model, and where it is recorded.
 
-    Attributes:
-        stream: what is written of the stream, (B, T, d), which is residual + scale · that.
-        residual: the block input at ``mid``, (B, T, d), else None.
-        scale: see ``stream``.
-        example, column: where in the stream each row is, (N,).
-        index: which of all positions each is, (N,).
-        request: in a scope, the request that each belongs to, (N,), else None.
-        shown: which rows count, (N,) bool, or None.
-        record: rows of numbers, the first of them to write, and the number of the pass; see
-            :class:`Launcher`.
+    example, column: where in the stream each row is, (N,).
+    index: which of all positions each is, (N,).
+    request: in a scope, the request that each belongs to, (N,), else None.
+    shown: which rows count, (N,) bool, or None.
+    record: rows of numbers, the first of them to write, and the number of the pass; see
+        :class:`Launcher`.
     """
 
-    stream: Tensor
-    residual: Tensor | None
-    scale: float
+    stream: Tensor  # what is written of the stream, (B, T, d), which is residual + scale · that
+    residual: Tensor | None  # the block input at `mid`, (B, T, d), else None
+    scale: float  # see `stream`
     example: Tensor
     column: Tensor
     index: Tensor

@@ -78,18 +78,13 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
 
 @dataclass(frozen=True)
 class ActiveBlock:
-    """The active set of each problem.
+    """The active set of each problem."""
 
-    Attributes:
-        index: which constraint each slot holds, (B, n), m where it is empty; None: slot i holds
-            constraint i.
-        held: which slots hold an active constraint, (B, n) bool.
-        inverse: M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n).
-    """
-
+    # Which constraint each slot holds, (B, n), m where it is empty; None: slot i holds constraint
+    # i.
     index: Tensor | None
-    held: Tensor
-    inverse: Tensor
+    held: Tensor  # which slots hold an active constraint, (B, n) bool
+    inverse: Tensor  # M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n)
 
     def multipliers(self, constraints: "Constraints", gap: Tensor) -> Tensor:
         """λ of these active sets, (B, m), differentiable in M and g; zero elsewhere."""
@@ -110,13 +105,9 @@ class ActiveBlock:
 
 @dataclass(frozen=True)
 class Ended(ActiveBlock):
-    """Where the solves of some activations ended.
+    """Where the solves of some activations ended."""
 
-    Attributes:
-        aims: floors of the last solve, raised for rounding, (B, m).
-    """
-
-    aims: Tensor
+    aims: Tensor  # floors of the last solve, raised for rounding, (B, m)
 
 
 class _Displaced(torch.autograd.Function):

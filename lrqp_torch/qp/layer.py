@@ -79,21 +79,13 @@ def make_layer(
 
 @dataclass(frozen=True)
 class _Form:
-    """How cvxpy wrote a dual of ours: where its numbers stand in the canonical data.
+    """How cvxpy wrote a dual of ours: where its numbers stand in the canonical data."""
 
-    Attributes:
-        size: m, how many variables.
-        quadratic: row and column of each number of P, (2, n).
-        variable: of each row of the constraints a λ_j ≥ 0, its j, (r,).
-        place: and where its a stands among the numbers of A, (r,).
-        first: whether the row is the first that bounds its variable, (r,) bool.
-    """
-
-    size: int
-    quadratic: Tensor
-    variable: Tensor
-    place: Tensor
-    first: Tensor
+    size: int  # m, how many variables
+    quadratic: Tensor  # row and column of each number of P, (2, n)
+    variable: Tensor  # of each row of the constraints a λ_j ≥ 0, its j, (r,)
+    place: Tensor  # and where its a stands among the numbers of A, (r,)
+    first: Tensor  # whether the row is the first that bounds its variable, (r,) bool
 
     @classmethod
     def of(cls, context: Any) -> "_Form":

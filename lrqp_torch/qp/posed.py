@@ -39,22 +39,14 @@ class Reduction:
     Where displacements are reduced and the mean μ is known, one more coordinate, each activation's
     own, runs along the part of x − μ that the basis leaves out: moving x' towards the mean is all
     that can be gained there.
-
-    Attributes:
-        directions: D = L Qᵀ, (d, k): ‖v‖ is the Mahalanobis length of D v.
-        rows: Q, (k, r), r the rank of Σ.
-        factor: L, (d, r).
-        whitening: V S^{-1/2}, (d, r), of Σ = V S Vᵀ: whitened coordinates are x times this.
-        mean: μ, (d,), or None.
-        complete: whether every displacement in the range of Σ is among them, k = r.
     """
 
-    directions: Tensor
-    rows: Tensor
-    factor: Tensor
-    whitening: Tensor
-    mean: Tensor | None
-    complete: bool
+    directions: Tensor  # D = L Qᵀ, (d, k): ‖v‖ is the Mahalanobis length of D v
+    rows: Tensor  # Q, (k, r), r the rank of Σ
+    factor: Tensor  # L, (d, r)
+    whitening: Tensor  # V S^{-1/2}, (d, r), of Σ = V S Vᵀ: whitened coordinates are x times this
+    mean: Tensor | None  # μ, (d,), or None
+    complete: bool  # whether every displacement in the range of Σ is among them, k = r
 
     @classmethod
     @torch.no_grad()

@@ -41,19 +41,12 @@ def advance(precision: float, width: int) -> float:
 
 @dataclass(frozen=True)
 class Headroom:
-    """What rounding to a dtype can take off what is read from some activations.
+    """What rounding to a dtype can take off what is read from some activations."""
 
-    Attributes:
-        precision: ε of the dtype.
-        length: ‖a‖ of each constraint, (B, m): no reading changes faster than by ‖a‖ ‖Δx‖.
-        size: ‖x‖, (B, 1).
-        width: d.
-    """
-
-    precision: float
-    length: Tensor
-    size: Tensor
-    width: int
+    precision: float  # ε of the dtype
+    length: Tensor  # ‖a‖ of each constraint, (B, m): no reading changes faster than by ‖a‖ ‖Δx‖
+    size: Tensor  # ‖x‖, (B, 1)
+    width: int  # d
 
     @classmethod
     def of(cls, x: Tensor, length: Tensor) -> "Headroom":
@@ -114,17 +107,13 @@ def sizes(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one round found for some examples.
+    """What one round found for some examples."""
 
-    Attributes:
-        edited: x' as it was solved for, (n, d), float64 or as precise as the stream.
-        open: False where it is of no use to ask again: no activation reaches the floor, or the
-            solver found no way, (n,) bool.
-        found: whatever else belongs to the solution; the first dimension of each is n.
-    """
-
-    edited: Tensor
+    edited: Tensor  # x' as it was solved for, (n, d), float64 or as precise as the stream
+    # False where it is of no use to ask again: no activation reaches the floor, or the solver found
+    # no way, (n,) bool.
     open: Tensor
+    # Whatever else belongs to the solution; the first dimension of each is n.
     found: tuple[Tensor, ...] = ()
 
     def replaced(self, rows: Tensor, other: "Attempt") -> "Attempt":

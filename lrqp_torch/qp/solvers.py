@@ -28,23 +28,16 @@ SOLVERS = (ACTIVE_SET, "DIFFCP", "MOREAU", "CUCLARABEL")
 
 @dataclass(frozen=True)
 class Found:
-    """What a solver found for some examples.
+    """What a solver found for some examples."""
 
-    Attributes:
-        multipliers: λ, (B, m), differentiable; zero where an example is not asked or not feasible.
-        active: constraints that bind, (B, m) bool.
-        feasible: False where no activation meets the floors, (B,) bool.
-        residual: largest scaled violation of the optimality conditions, (B,).
-        squared: λᵀMλ, the square of the edit's length in the metric, (B,); differentiable.
-        again: False where it is of no use to ask again for more, (B,) bool; default: everywhere of
-            use that is feasible.
-    """
-
+    # Λ, (B, m), differentiable; zero where an example is not asked or not feasible.
     multipliers: Tensor
-    active: Tensor
-    feasible: Tensor
-    residual: Tensor
-    squared: Tensor
+    active: Tensor  # constraints that bind, (B, m) bool
+    feasible: Tensor  # False where no activation meets the floors, (B,) bool
+    residual: Tensor  # largest scaled violation of the optimality conditions, (B,)
+    squared: Tensor  # λᵀMλ, the square of the edit's length in the metric, (B,); differentiable
+    # False where it is of no use to ask again for more, (B,) bool; default: everywhere of use that
+    # is feasible.
     again: Tensor | None = None
 
     @classmethod

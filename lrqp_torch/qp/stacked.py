@@ -33,16 +33,12 @@ ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a kernel is told of the constraints of some choices, n of them.
+    """What a kernel is told of the constraints of some choices, n of them."""
 
-    Attributes:
-        held: classes that hold now, negative where a variable's own reading counts, (n, V).
-        parts: of each slot its two classes and 1 for an inequality, 2 for one with a tolerance, 3
-            for an equation, 0 for none, −1 of a choice out of range, (n, 3, m) int32; the rounding
-            error of M' and ‖a‖, (n, 2, m); and M' with A' in the slots' rows, (n, 2, m, m).
-    """
-
-    held: Tensor
+    held: Tensor  # classes that hold now, negative where a variable's own reading counts, (n, V)
+    # Of each slot its two classes and 1 for an inequality, 2 for one with a tolerance, 3 for an
+    # equation, 0 for none, −1 of a choice out of range, (n, 3, m) int32; the rounding error of M'
+    # and ‖a‖, (n, 2, m); and M' with A' in the slots' rows, (n, 2, m, m).
     parts: tuple[Tensor, Tensor, Tensor]
 
 
@@ -61,10 +57,6 @@ class StackedGeometry:
     :func:`~.keeping.conditional_covariance` for each example its own, and never larger
     than m × m.
 
-    Attributes:
-        weight: all W stacked, (ΣK, d).
-        bias: all b, (ΣK,).
-        steering: W Σ, (ΣK, d).
         plus, minus: classes p and n of every ordered pair (p, n) of one probe, (R,).
         gram: (w_p − w_n)ᵀ Σ (w_q − w_r) for all pairs, (R, R).
         noise, length: rounding error of its diagonal, and ‖w_p − w_n‖, (R,).
@@ -76,9 +68,9 @@ class StackedGeometry:
         slots: how many slots each has.
     """
 
-    weight: Tensor
-    bias: Tensor
-    steering: Tensor
+    weight: Tensor  # all W stacked, (ΣK, d)
+    bias: Tensor  # all b, (ΣK,)
+    steering: Tensor  # W Σ, (ΣK, d)
     plus: Tensor
     minus: Tensor
     gram: Tensor

@@ -25,21 +25,13 @@ CHUNK_NUMBERS = 2_000_000
 
 @dataclass(frozen=True)
 class ActiveSets:
-    """The active sets of C problems of m constraints each.
+    """The active sets of C problems of m constraints each."""
 
-    Attributes:
-        members: which constraints each set holds, smaller sets first, (2^m, m) bool.
-        transforms: P_S transposed, for constraints of unit length, (C, m, 2^m, m).
-        inverses: M_SS⁻¹ padded with zeros, (C, 2^m, m, m).
-        dependent: sets whose constraints are linearly dependent, (C, 2^m) bool.
-        scale: 1/√M_ii, or 0 for a constraint without length, (C, m).
-    """
-
-    members: Tensor
-    transforms: Tensor
-    inverses: Tensor
-    dependent: Tensor
-    scale: Tensor
+    members: Tensor  # which constraints each set holds, smaller sets first, (2^m, m) bool
+    transforms: Tensor  # P_S transposed, for constraints of unit length, (C, m, 2^m, m)
+    inverses: Tensor  # M_SS⁻¹ padded with zeros, (C, 2^m, m, m)
+    dependent: Tensor  # sets whose constraints are linearly dependent, (C, 2^m) bool
+    scale: Tensor  # 1/√M_ii, or 0 for a constraint without length, (C, m)
 
     @classmethod
     @torch.no_grad()

@@ -116,19 +116,12 @@ class TotalOdds(Solver):
 
 @dataclass(frozen=True)
 class TotalSolution:
-    """Result of :func:`solve_total`.
+    """Result of :func:`solve_total`."""
 
-    Attributes:
-        multipliers: λ, (B, m), non-negative.
-        weight: μ = Σ λ, the multiplier of the one constraint, (B,).
-        feasible: False where no activation reaches the odds, (B,).
-        converged: False where the steps ran out, (B,).
-    """
-
-    multipliers: Tensor
-    weight: Tensor
-    feasible: Tensor
-    converged: Tensor
+    multipliers: Tensor  # λ, (B, m), non-negative
+    weight: Tensor  # μ = Σ λ, the multiplier of the one constraint, (B,)
+    feasible: Tensor  # False where no activation reaches the odds, (B,)
+    converged: Tensor  # False where the steps ran out, (B,)
 
 
 def total_log_odds(margins: Tensor) -> Tensor:
@@ -344,16 +337,13 @@ def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tup
 class _Search:
     """The problems still being solved, and the results of all.
 
-    Attributes:
-        result: where finished problems are put.
-        index: which they are, (n,).
-        gram, start, floor, noise: of each.
-        multipliers, weight: λ and μ so far.
-        low, high: the bracket of μ.
+    gram, start, floor, noise: of each.
+    multipliers, weight: λ and μ so far.
+    low, high: the bracket of μ.
     """
 
-    result: TotalSolution
-    index: Tensor
+    result: TotalSolution  # where finished problems are put
+    index: Tensor  # which they are, (n,)
     gram: Tensor
     start: Tensor
     floor: Tensor

@@ -37,37 +37,23 @@ CAME, CERTIFICATE = 3, 2
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Tokens of a request with edits that a step runs.
+    """Tokens of a request with edits that a step runs."""
 
-    Attributes:
-        request: its name.
-        edits: what it asks for.
-        start: the first of the tokens, or later, as far as the host knows.
-        count: how many they are, at most.
-    """
-
-    request: str
-    edits: tuple[RequestEdit, ...]
-    start: int
-    count: int
+    request: str  # its name
+    edits: tuple[RequestEdit, ...]  # what it asks for
+    start: int  # the first of the tokens, or later, as far as the host knows
+    count: int  # how many they are, at most
 
 
 @dataclass(eq=False)
 class Tables:
-    """What is asked of each row of a batch, by edit, and what came of it; never moved in memory.
+    """What is asked of each row of a batch, by edit, and what came of it; never moved in memory."""
 
-    Attributes:
-        edits: by name; the number of an edit is its place here.
-        rows: the most that a batch has.
-        device: of the model.
-        slack: by how many tokens the device may be behind what the host knows of a request.
-        local: numbers of the edits at each site that this rank has, by its name.
-    """
-
-    edits: Mapping[str, NamedEdit]
-    rows: int
-    device: torch.device
-    slack: int = 0
+    edits: Mapping[str, NamedEdit]  # by name; the number of an edit is its place here
+    rows: int  # the most that a batch has
+    device: torch.device  # of the model
+    slack: int = 0  # by how many tokens the device may be behind what the host knows of a request
+    # Numbers of the edits at each site that this rank has, by its name.
     local: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

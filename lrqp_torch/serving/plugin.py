@@ -357,21 +357,14 @@ def check_ranks(said: Sequence[Mapping[str, Any]], edits: Library) -> None:
 
 @dataclass(eq=False)
 class Entry:
-    """What is known of a request with edits: by edit and position its certificate.
+    """What is known of a request with edits: by edit and position its certificate."""
 
-    Attributes:
-        request: of vLLM's scheduler.
-        edits: what it asks for.
-        rows: certificates.
-        fresh: those that are not yet remembered with their blocks.
-        cached: so many of its first tokens were found in the cache.
-    """
-
-    request: Any
-    edits: tuple[RequestEdit, ...]
-    rows: dict[tuple[str, int], Sequence[float]] = field(default_factory=dict)
+    request: Any  # of vLLM's scheduler
+    edits: tuple[RequestEdit, ...]  # what it asks for
+    rows: dict[tuple[str, int], Sequence[float]] = field(default_factory=dict)  # certificates
+    # Those that are not yet remembered with their blocks.
     fresh: list[tuple[str, int]] = field(default_factory=list)
-    cached: int = 0
+    cached: int = 0  # so many of its first tokens were found in the cache
 
 
 class Ledger:
@@ -572,20 +565,15 @@ def _wrap_workers(inner: Callable[..., Any], worker: Any, *args: Any, **kwargs: 
 
 @dataclass(eq=False)
 class Armed:
-    """What a worker keeps of its edits.
+    """What a worker keeps of its edits."""
 
-    Attributes:
-        tables: of the operator.
-        digest: of the server's edits.
-        requests: what each running request asks for, those without edits left out.
-        step: the tokens of such requests in the step under way.
-        came: what came of it, and of the steps of other ranks, by rank of the pipeline.
-    """
-
-    tables: Tables
-    digest: str
+    tables: Tables  # of the operator
+    digest: str  # of the server's edits
+    # What each running request asks for, those without edits left out.
     requests: dict[str, tuple[RequestEdit, ...]] = field(default_factory=dict)
+    # The tokens of such requests in the step under way.
     step: list[Scheduled] = field(default_factory=list)
+    # What came of it, and of the steps of other ranks, by rank of the pipeline.
     came: Tensor | None = None
 
 

@@ -47,17 +47,11 @@ MISSING = "PPMissingLayer"
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one rank's model.
+    """The blocks of one rank's model."""
 
-    Attributes:
-        blocks: all of the model's, those of other ranks as stand-ins.
-        norms: names of the two norms of a block.
-        last: the last norm, or its stand-in.
-    """
-
-    blocks: nn.ModuleList
-    norms: tuple[str, str]
-    last: nn.Module
+    blocks: nn.ModuleList  # all of the model's, those of other ranks as stand-ins
+    norms: tuple[str, str]  # names of the two norms of a block
+    last: nn.Module  # the last norm, or its stand-in
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "") -> "Blocks":

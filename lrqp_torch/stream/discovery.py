@@ -38,18 +38,14 @@ WITHOUT_MID = (
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between a block's attention and its MLP, through which all goes that follows.
+    """A place between a block's attention and its MLP, through which all goes that follows."""
 
-    Attributes:
-        module: path, from the block, of the module whose output is (part of) the stream there.
-        scale: the stream is block input + scale · output, as in most families (where the scale is
-            1); None where the output itself is the stream (blocks that normalise after adding).
-        added_to: path of the module whose input is what the output is added to; None for the
-            block's first reader. Behind cross-attention, it is what that reads.
-    """
-
-    module: str
+    module: str  # path, from the block, of the module whose output is (part of) the stream there
+    # The stream is block input + scale · output, as in most families (where the scale is 1); None
+    # where the output itself is the stream (blocks that normalise after adding).
     scale: float | None = 1.0
+    # Path of the module whose input is what the output is added to; None for the block's first
+    # reader. Behind cross-attention, it is what that reads.
     added_to: str | None = None
 
     def __str__(self) -> str:
@@ -62,49 +58,37 @@ class Cut:
 
 @dataclass(frozen=True)
 class BlockSites:
-    """What a block's sites are read and written by; paths from the block.
+    """What a block's sites are read and written by; paths from the block."""
 
-    Attributes:
-        first_reader: the module that first reads the block's input; empty for the block itself.
-        cut: where ``mid`` is; None where the block has no such place.
-        projection: the module that maps the heads' outputs, side by side, back to the stream (W_O);
-            None where no module does.
-        without_mid: why there is no cut, or None where there is one.
-        attention: the module whose output, times a number, is what attention adds to the stream;
-            None where no module's is.
-        mlp: the same of the MLP, or of the experts in its place.
-    """
-
-    first_reader: str
-    cut: Cut | None
+    first_reader: str  # the module that first reads the block's input; empty for the block itself
+    cut: Cut | None  # where `mid` is; None where the block has no such place
+    # The module that maps the heads' outputs, side by side, back to the stream (W_O); None where no
+    # module does.
     projection: str | None
-    without_mid: str | None = None
+    without_mid: str | None = None  # why there is no cut, or None where there is one
+    # The module whose output, times a number, is what attention adds to the stream; None where no
+    # module's is.
     attention: Cut | None = None
-    mlp: Cut | None = None
+    mlp: Cut | None = None  # the same of the MLP, or of the experts in its place
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of blocks.
+    """A run of blocks."""
 
-    Attributes:
-        trunk: path, from the model, of the innermost module around the blocks that is given the
-            token ids in every forward pass.
-        blocks: path of the list of blocks, from the trunk.
-        each: the sites of every block.
-        absolute_positions: whether the model adds learned position embeddings to columns of the
-            input, so that a left-padded batch needs ``position_ids``.
-        final: path, from the trunk, of the module after the last block whose output is the stream
-            that is read out, its last norm; None where that is the last block's output, and empty
-            where that module runs more than once in a pass.
-        padding: what padding does to other tokens; None where that was not tried.
-    """
-
+    # Path, from the model, of the innermost module around the blocks that is given the token ids in
+    # every forward pass.
     trunk: str
-    blocks: str
-    each: tuple[BlockSites, ...]
+    blocks: str  # path of the list of blocks, from the trunk
+    each: tuple[BlockSites, ...]  # the sites of every block
+    # Whether the model adds learned position embeddings to columns of the input, so that a left-
+    # padded batch needs `position_ids`.
     absolute_positions: bool = False
+    # Path, from the trunk, of the module after the last block whose output is the stream that is
+    # read out, its last norm; None where that is the last block's output, and empty where that
+    # module runs more than once in a pass.
     final: str | None = None
+    # What padding does to other tokens; None where that was not tried.
     padding: "Padding | None" = None
 
 
@@ -559,36 +543,23 @@ def _mixes_tokens(call: _Call, cut: Cut) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Sum:
-    """A stream that a module reads, and the output that it may be made of.
+    """A stream that a module reads, and the output that it may be made of."""
 
-    Attributes:
-        cut: the output, its factor, and what it is added to.
-        stream: what is read, (B, T, d).
-        reader: who reads it.
-        before: how many outputs there were when it was read.
-    """
-
-    cut: Cut
-    stream: Tensor
-    reader: str
-    before: int
+    cut: Cut  # the output, its factor, and what it is added to
+    stream: Tensor  # what is read, (B, T, d)
+    reader: str  # who reads it
+    before: int  # how many outputs there were when it was read
 
 
 @dataclass
 class _Record:
-    """What the modules of a block read and returned in one run, in the order of the calls.
+    """What the modules of a block read and returned in one run, in the order of the calls."""
 
-    Attributes:
-        inputs: name, stream read, and how many outputs were there before.
-        outputs: name and output, reshaped to (B, T, d).
-        weights: names of the modules with a matrix of weights onto the stream's width.
-        result: the block's output.
-    """
-
+    # Name, stream read, and how many outputs were there before.
     inputs: list[tuple[str, Tensor, int]]
-    outputs: list[tuple[str, Tensor]]
-    weights: list[str]
-    result: Tensor
+    outputs: list[tuple[str, Tensor]]  # name and output, reshaped to (B, T, d)
+    weights: list[str]  # names of the modules with a matrix of weights onto the stream's width
+    result: Tensor  # the block's output
 
     @classmethod
     def of(cls, call: _Call, h: Tensor) -> "_Record":
@@ -783,18 +754,15 @@ def _carry_on(blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> bool:
 
 @dataclass(frozen=True)
 class Padding:
-    """What padding does to the other tokens of a model.
+    """What padding does to the other tokens of a model."""
 
-    Attributes:
-        counted: whether padding on the left moves the text to other learned positions, unless the
-            model is given ``position_ids``.
-        read: whether it changes what is computed in yet another way, on either side, so that it
-            must run as it was given.
-        token: the only token that may be put there, as the model tells padding by it; None for any.
-    """
-
+    # Whether padding on the left moves the text to other learned positions, unless the model is
+    # given `position_ids`.
     counted: bool = False
+    # Whether it changes what is computed in yet another way, on either side, so that it must run as
+    # it was given.
     read: bool = False
+    # The only token that may be put there, as the model tells padding by it; None for any.
     token: int | None = None
 
 

@@ -28,17 +28,11 @@ _OF_DECODER = {f"decoder_{name}": name for name in BY_TOKEN}
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Examples that run together, all over the same number of columns.
+    """Examples that run together, all over the same number of columns."""
 
-    Attributes:
-        examples: rows of the inputs in ascending order, LongTensor (b,).
-        first: the column of the input at which each of them begins to run, LongTensor (b,).
-        width: how many columns run, padding included.
-    """
-
-    examples: Tensor
-    first: Tensor
-    width: int
+    examples: Tensor  # rows of the inputs in ascending order, LongTensor (b,)
+    first: Tensor  # the column of the input at which each of them begins to run, LongTensor (b,)
+    width: int  # how many columns run, padding included
 
 
 def as_inputs(model: nn.Module, given: Any, tokenizer: Any = None) -> Any:

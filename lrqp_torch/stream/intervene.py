@@ -42,16 +42,11 @@ class Placement:
 
     At ``mid`` the stream is block input + scale · attention output, of which the latter is written;
     elsewhere it is scale · what is written, and the scale is 1 but where the model has another.
-
-    Attributes:
-        base: the block input at ``mid``, (N, d); else None.
-        scale: what the written tensor is multiplied by.
-        dtype: of the stream.
     """
 
-    base: Tensor | None
-    scale: float
-    dtype: torch.dtype
+    base: Tensor | None  # the block input at `mid`, (N, d); else None
+    scale: float  # what the written tensor is multiplied by
+    dtype: torch.dtype  # of the stream
 
     def place(self, values: Tensor) -> Tensor:
         """What to write so that the stream holds ``values``, as nearly as its dtype can."""

@@ -143,64 +143,39 @@ def _held(cache: Any, given: Mapping[str, Any]) -> int | None:
 
 @dataclass(eq=False)
 class Text:
-    """A text, or a batch of them, that one or more calls read from its beginning on.
+    """A text, or a batch of them, that one or more calls read from its beginning on."""
 
-    Attributes:
-        number: of the context's texts, from 0.
-        batch: rows.
-        prompt: tokens of the first call.
-        front: columns that an adapter put in front of it (prompt and prefix tuning).
-        began: number of the first call, among those of the context.
-        cache: a weak reference to its cache, if it has one.
-        after: without a cache, the text that has one token less, if it is a text of its own.
-        end: how far it has been read.
-        last: number of the latest call; -1 before the first.
-        tokens: of the latest call, where there is no cache.
-    """
-
-    number: int
-    batch: int
-    prompt: int
-    front: int
-    began: int
-    cache: Any = None
+    number: int  # of the context's texts, from 0
+    batch: int  # rows
+    prompt: int  # tokens of the first call
+    front: int  # columns that an adapter put in front of it (prompt and prefix tuning)
+    began: int  # number of the first call, among those of the context
+    cache: Any = None  # a weak reference to its cache, if it has one
+    # Without a cache, the text that has one token less, if it is a text of its own.
     after: "Text | None" = None
-    end: int = 0
-    last: int = -1
-    tokens: Tensor | None = None
+    end: int = 0  # how far it has been read
+    last: int = -1  # number of the latest call; -1 before the first
+    tokens: Tensor | None = None  # of the latest call, where there is no cache
 
 
 @dataclass(eq=False)
 class ForwardCall:
-    """What a forward pass was given, in columns of the caller's own text.
+    """What a forward pass was given, in columns of the caller's own text."""
 
-    Attributes:
-        batch: B; of inputs (B, choices, T), which models flatten, B · choices.
-        length: tokens in this call.
-        past: tokens before, which are in the KV cache.
-        mask: attention mask over past and present tokens, (B, past + length), or None.
-        square: a mask of queries and keys, as calls with a static cache have it, or None.
-        continues: whether the call fills a KV cache, so that later calls may bring further tokens.
-        tokens: the tokens, (B, front + length), or their embeddings.
-        front: columns of this call that an adapter put in front of the text.
-        text: which text it reads.
-        meanwhile: texts that began since the text's call before.
-        again: whether it only computes once more what has been noted already.
-        like: whether it is like the call before; what it returns is then like that, too.
-    """
-
-    batch: int
-    length: int
-    past: int
-    mask: Tensor | None
+    batch: int  # B; of inputs (B, choices, T), which models flatten, B · choices
+    length: int  # tokens in this call
+    past: int  # tokens before, which are in the KV cache
+    mask: Tensor | None  # attention mask over past and present tokens, (B, past + length), or None
+    # A mask of queries and keys, as calls with a static cache have it, or None.
     square: Tensor | None
+    # Whether the call fills a KV cache, so that later calls may bring further tokens.
     continues: bool
-    tokens: Tensor
-    front: int
-    text: Text
-    meanwhile: list[Text]
-    again: bool = False
-    like: bool = False
+    tokens: Tensor  # the tokens, (B, front + length), or their embeddings
+    front: int  # columns of this call that an adapter put in front of the text
+    text: Text  # which text it reads
+    meanwhile: list[Text]  # texts that began since the text's call before
+    again: bool = False  # whether it only computes once more what has been noted already
+    like: bool = False  # whether it is like the call before; what it returns is then like that, too
 
     @property
     def end(self) -> int:
@@ -252,21 +227,16 @@ class ForwardCall:
 
 @dataclass(eq=False)
 class _Like:
-    """What a call was given, for calls that are given the same but for other tokens.
+    """What a call was given, for calls that are given the same but for other tokens."""
 
-    Attributes:
-        given: by name: what has to be the same object; ``Tensor`` where any tensor may stand.
-        tokens: the name and shape of the tokens.
-        mask: a weak reference to the attention mask, and how often it had been written to.
-        cache: the name of the cache and a weak reference to it, or None.
-        call: what the call was.
-    """
-
+    # By name: what has to be the same object; `Tensor` where any tensor may stand.
     given: dict[str, Any]
-    tokens: tuple[str, torch.Size]
+    tokens: tuple[str, torch.Size]  # the name and shape of the tokens
+    # A weak reference to the attention mask, and how often it had been written to.
     mask: tuple[Callable[[], Any], float]
+    # The name of the cache and a weak reference to it, or None.
     cache: tuple[str, Callable[[], Any]] | None
-    call: ForwardCall
+    call: ForwardCall  # what the call was
 
 
 def nothing() -> None:

@@ -366,20 +366,13 @@ def _proven(model: nn.Module, row: Family) -> Stack:
 
 @dataclass(frozen=True, eq=False)
 class Trunk:
-    """Whose calls say which tokens a site is given.
+    """Whose calls say which tokens a site is given."""
 
-    Attributes:
-        module: what is given them.
-        stack: its name, for models that have several.
-        absolute: whether it counts columns where it is given no ``position_ids``.
-        padding: what padding does to other tokens; None where that was not tried.
-        plain: whether it is no language model, so that a site's own tensor says it all.
-    """
-
-    module: nn.Module
-    stack: str = ""
-    absolute: bool = False
-    plain: bool = False
+    module: nn.Module  # what is given them
+    stack: str = ""  # its name, for models that have several
+    absolute: bool = False  # whether it counts columns where it is given no `position_ids`
+    plain: bool = False  # whether it is no language model, so that a site's own tensor says it all
+    # What padding does to other tokens; None where that was not tried.
     padding: Padding | None = None
 
     @classmethod
@@ -395,24 +388,16 @@ class Located:
     """A site in a particular model: what a hook needs.
 
     The stream there is residual + scale · tensor, of which the hook sees the tensor.
-
-    Attributes:
-        site: its name.
-        trunk: what says which tokens are there.
-        module: whose input or output holds the tensor.
-        side: which of the two.
-        scale: what the tensor is multiplied by.
-        residual: the module whose input it is added to; None where it is the stream itself.
-        features: which of its last axis belong to the site, or None for all.
     """
 
-    site: Site
-    trunk: Trunk
-    module: nn.Module
-    side: Side = "output"
-    scale: float = 1.0
+    site: Site  # its name
+    trunk: Trunk  # what says which tokens are there
+    module: nn.Module  # whose input or output holds the tensor
+    side: Side = "output"  # which of the two
+    scale: float = 1.0  # what the tensor is multiplied by
+    # The module whose input it is added to; None where it is the stream itself.
     residual: nn.Module | None = None
-    features: slice | None = None
+    features: slice | None = None  # which of its last axis belong to the site, or None for all
 
     @property
     def passes(self) -> object:

@@ -69,23 +69,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """The checked content of an index.
+    """The checked content of an index."""
 
-    Attributes:
-        sites: names of the sites in every shard.
-        shape: shape of one row, such as (d,).
-        dtype: as in safetensors, such as ``"F32"``.
-        n_shards: how many there are in all when the capture is complete.
-        request: digests of what was captured, by name.
-        shards: those that are written, in order.
-    """
-
-    sites: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    n_shards: int
-    request: dict[str, str]
-    shards: tuple[Shard, ...]
+    sites: tuple[str, ...]  # names of the sites in every shard
+    shape: tuple[int, ...]  # shape of one row, such as (d,)
+    dtype: str  # as in safetensors, such as `"F32"`
+    n_shards: int  # how many there are in all when the capture is complete
+    request: dict[str, str]  # digests of what was captured, by name
+    shards: tuple[Shard, ...]  # those that are written, in order
 
     def write(self, folder: Path) -> None:
         """Write the index, whole or not at all.
