@@ -120,7 +120,7 @@ class Voice:
         trial()  # what happens once is not counted
         began = perf_counter()
         trial()
-        seconds = round((perf_counter() - began) / share, 1)
+        seconds = round((perf_counter() - began) / share, 3)
         self.say(
             f"Would {what}.",
             f"In all about {in_time(seconds)}, as scaled from a trial of {share:.2g} of it.",

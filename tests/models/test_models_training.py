@@ -172,7 +172,7 @@ def test_the_script_writes_a_model_that_loads(kind: Use, tmp_path: Path) -> None
     record = json.loads((out / "ground_truth.json").read_text(encoding="utf-8"))
     listed = {*record["used_at"], *record["not_used_at"], *record["unclear_at"]}
     assert listed == set(RECIPES[kind].sites) == set(record["interchange_flip_rate"])
-    assert f"--kind {kind} --steps 3 --seed 0" in record["command"]
+    assert f"--kind {kind} --steps 3 --seed {RECIPES[kind].seed}" in record["command"]
     assert record["kind"] == kind
     assert record["recipe"] == vars(replace(RECIPES[kind], steps=3, batch=8, pool=64))
     model, tokenizer = load(out)
