@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis
 from lrqp_torch.errors import ServingError
 from lrqp_torch.qp import Status
 from lrqp_torch.qp.stacked import FREE, KEEP
-from lrqp_torch.serving import operator
+from lrqp_torch.serving import operator, plugin
 from lrqp_torch.serving.operator import Scheduled, Tables
 from lrqp_torch.serving.plugin import _by_request
 from lrqp_torch.serving.requests import Library, RequestEdit
@@ -328,3 +329,30 @@ def test_a_site_is_the_norm_that_reads_it_where_its_block_lives() -> None:
 
 def test_what_is_kept_in_a_joint_edit_is_told_apart_from_what_is_free() -> None:
     assert KEEP != FREE and operator.OWN < 0
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("use_ubatching", "micro-batches"),
+        ("prefill_context_parallel_size", "prefill context parallelism"),
+        ("enable_sleep_mode", "--enable-sleep-mode"),
+    ],
+)
+def test_a_model_is_not_loaded_where_rows_are_split_or_discarded(
+    option: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = {"use_ubatching": False, "prefill_context_parallel_size": 1}
+    model = {
+        "enable_sleep_mode": False, "served_model_name": None, "model": "m", "hf_config": None
+    }  # fmt: skip
+    (parallel if option in parallel else model)[option] = 2
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(**parallel)
+    )
+    edits = SimpleNamespace(check_model=lambda *_: None)
+    monkeypatch.setattr(plugin, "library", lambda: edits)
+    loaded: list[Any] = []
+    with pytest.raises(ServingError, match=said):
+        plugin._load(loaded.append, SimpleNamespace(vllm_config=config))
+    assert len(loaded) == 1
