@@ -40,7 +40,7 @@ Values = Mapping[str, Tensor | float]
 MET = 1e-6
 # The floors are aimed at by this much more, so that what the solver leaves does not cost a round.
 AIM = 1e-8
-# An edit shorter than this, in standard deviations, of an activation that meets its floor is none:
+# An edit shorter than this, in units of the problem, of an activation that meets its floor is none:
 # solvers that pose a square as a cone know a length only to the root of their duality gap.
 NO_EDIT = 1e-5
 MAX_ROUNDS = 8
@@ -387,8 +387,7 @@ def _solve_posed(
     )
     edited, (moved,) = attempt.edited, attempt.found
     with torch.no_grad():
-        distance = torch.linalg.vector_norm(moved, dim=-1)
-        still = solved & held & (distance <= NO_EDIT)
+        still = solved & held & (torch.linalg.vector_norm(moved, dim=-1) <= NO_EDIT)
         reached = ((after >= bound) & torch.isfinite(after)).all(-1)
         status = torch.where(solved & ~reached, int(Status.INACCURATE), status)
         status = torch.where(still, int(Status.SATISFIED), status)
@@ -398,7 +397,7 @@ def _solve_posed(
         x_new=torch.where(edit.unsqueeze(-1), edited.to(x.dtype), x),
         multipliers=torch.zeros_like(after),
         active=edit.unsqueeze(-1) & (after <= bound + MET * (1 + bound.abs())),
-        squared_distance=moved.square().sum(-1) * edit,
+        squared_distance=(moved / basis.unit).square().sum(-1) * edit,
         squared_euclidean=(edited - wide).detach().square().sum(-1) * edit,
         floor=floor,
         log_odds_before=before,

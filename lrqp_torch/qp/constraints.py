@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor
 
+from lrqp_torch.errors import NonFiniteError, all_finite, readable
 from lrqp_torch.qp.implicit import matvec
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.table import ActiveSets
+
+ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
 class Constraints(Protocol):
@@ -180,6 +183,37 @@ class ClassConstraints:
         grown = squared[self.target] * total - towards
         grown = grown + towards.gather(-1, self.target.unsqueeze(-1))
         return grown.gather(-1, self.other) / 2
+
+
+def require_finite(squared: Tensor) -> None:
+    """Raise :class:`NonFiniteError` where distances aᵀΣa of classes overflow."""
+    if readable(squared) and not all_finite(squared):
+        raise NonFiniteError(
+            "distances of the probe's classes in the metric overflow float64; divide Σ by a "
+            "number: the edit is the same for every scale of Σ"
+        )
+
+
+class MetricSizes:
+    """Norms of what Σ makes, in units of its largest entry, of which no square overflows."""
+
+    def __init__(self, covariance: Tensor) -> None:
+        covariance = covariance.detach()
+        self.unit = covariance.abs().amax().clamp_min(torch.finfo(covariance.dtype).tiny)
+        self.spread = self.unit * torch.linalg.matrix_norm(covariance / self.unit)
+
+    def norm(self, steering: Tensor) -> Tensor:
+        """‖Σw‖ of some Σw, (..., d) → (...)."""
+        size: Tensor = self.unit * torch.linalg.vector_norm(steering.detach() / self.unit, dim=-1)
+        return size
+
+    def rounding(self, length: Tensor, terms: Tensor) -> Tensor:
+        """The rounding error of aᵀΣa for a = w − v, from ‖a‖ and ‖Σw‖ + ‖Σv‖, shaped alike.
+
+        Differences of steering directions round by their terms. A singular Σ has rounding errors of
+        its own norm's size in its null space, and WΣ there is nothing but rounding.
+        """
+        return ROUNDING * length * torch.maximum(terms, length * self.spread)
 
 
 def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:

@@ -23,7 +23,9 @@ from lrqp_torch.qp.constraints import (
     ClassConstraints,
     Constraints,
     DenseConstraints,
+    MetricSizes,
     other_classes,
+    require_finite,
 )
 from lrqp_torch.qp.native import Shared
 from lrqp_torch.qp.projection import project
@@ -164,23 +166,18 @@ class ProbeGeometry:
         centred = weight - weight.mean(0)
         steering = centred @ covariance
         squared = _pairwise(centred, steering)
+        require_finite(squared)
         with torch.no_grad():
             length = _pairwise(centred, centred).clamp_min(0.0).sqrt()
-            # A singular Σ has rounding errors of its own norm's size in its null space, and W Σ
-            # there is nothing but rounding.
-            # Norms are taken in units of Σ, of which no square overflows.
-            scale = covariance.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
-            unit = steering / scale
-            size = scale * torch.linalg.vector_norm(unit, dim=-1)
-            stretch = _pairwise(unit, unit), scale
-            spread = scale * torch.linalg.matrix_norm(covariance / scale)
-            noise = torch.maximum(size.unsqueeze(-1) + size, length * spread)
-            noise = 16 * torch.finfo(torch.float64).eps * length * noise
+            sizes = MetricSizes(covariance)
+            size, unit = sizes.norm(steering), steering / sizes.unit
+            stretch = _pairwise(unit, unit), sizes.unit
+            noise = sizes.rounding(length, size.unsqueeze(-1) + size)
         rows = weight, bias, steering
         if n_classes == 2:
             rows = weight[:1] - weight[1:], bias[:1] - bias[1:], steering[:1] - steering[1:]
         with torch.no_grad():
-            size = scale * torch.linalg.vector_norm(rows[2] / scale, dim=-1)
+            size = sizes.norm(rows[2])
             narrow = size, (rows[2] / torch.where(size > 0, size, 1.0).unsqueeze(-1)).float()
         gram = sets = None
         if 1 < n_classes - 1 <= TABLED:
@@ -190,7 +187,7 @@ class ProbeGeometry:
             along = steering.unsqueeze(1) - steering[other]
             grams = normals @ along.mT
             grams = (grams + grams.mT) / 2
-            along = (along / scale).detach()
+            along = (along / sizes.unit).detach()
             gram = grams, along @ along.mT
             sets = ActiveSets.build(grams, noise.gather(-1, other))
         return cls(

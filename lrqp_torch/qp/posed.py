@@ -1,8 +1,10 @@
 """The edit posed in cvxpy with constraints and penalties of the user's own.
 
 The variable is v, the displacement in an orthonormal basis of whitened coordinates: with
-Σ = L Lᵀ and D = L Qᵀ, x' = x + D v and the squared Mahalanobis length of the edit is ‖v‖². With
-Q = I that is every displacement in the range of Σ. Where the user's terms read x' only through rows
+Σ = u² L Lᵀ and D = L Qᵀ, x' = x + D v and the Mahalanobis length of the edit is ‖v‖ / u. The unit u
+is such that class differences have length 1 in L at most: then v is of the size of the log odds
+that it moves, whatever the scale of Σ, and the solver meets the same numbers at each. With Q = I
+that is every displacement in the range of Σ. Where the user's terms read x' only through rows
 F, or only through lengths, the optimum lies in the span of Σ Aᵀ, Σ Fᵀ and x − μ (any part of the
 edit outside lengthens it and changes nothing else), so that v needs K + n coordinates and not d.
 """
@@ -34,17 +36,19 @@ REWRITE = (
 
 @dataclass(frozen=True)
 class Reduction:
-    """An orthonormal basis Q of whitened displacements; with Σ = L Lᵀ, δ = L Qᵀ v.
+    """An orthonormal basis Q of whitened displacements; with Σ = u² L Lᵀ, δ = L Qᵀ v.
 
     Where displacements are reduced and the mean μ is known, one more coordinate, each activation's
     own, runs along the part of x − μ that the basis leaves out: moving x' towards the mean is all
     that can be gained there.
     """
 
-    directions: Tensor  # D = L Qᵀ, (d, k): ‖v‖ is the Mahalanobis length of D v
+    directions: Tensor  # D = L Qᵀ, (d, k): ‖v‖ / u is the Mahalanobis length of D v
     rows: Tensor  # Q, (k, r), r the rank of Σ
     factor: Tensor  # L, (d, r)
-    whitening: Tensor  # V S^{-1/2}, (d, r), of Σ = V S Vᵀ: whitened coordinates are x times this
+    # V S^{-1/2}, (d, r), of L Lᵀ = V S Vᵀ: whitened coordinates are x times this.
+    whitening: Tensor
+    unit: float  # u
     mean: Tensor | None  # μ, (d,), or None
     complete: bool  # whether every displacement in the range of Σ is among them, k = r
 
@@ -61,19 +65,23 @@ class Reduction:
             weight: the probe's W, (K, d).
             features: rows F, (n, d), n ≥ 0; None for the whole range.
         """
-        covariance = covariance.detach().cpu().double()
-        values, vectors = torch.linalg.eigh(covariance)
+        covariance, weight = (part.detach().cpu().double() for part in (covariance, weight))
+        largest = covariance.abs().amax().clamp_min(torch.finfo(covariance.dtype).tiny)
+        values, vectors = torch.linalg.eigh(covariance / largest)
         present = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        scale = values[present].sqrt()
+        scale, centred = values[present].sqrt(), weight - weight.mean(0)
+        length = torch.linalg.vector_norm(centred @ vectors[:, present] * scale, dim=-1).amax()
+        # A power of 2, by which nothing is rounded.
+        length = torch.exp2(length.log2().round()) if length > 0 else torch.ones_like(length)
+        unit, scale = float(largest.sqrt() * length), scale / length
         factor, whitening = vectors[:, present] * scale, vectors[:, present] / scale
         mean = None if mean is None else mean.detach().cpu().double()
         if features is None:
             identity = torch.eye(len(scale), dtype=torch.float64)
-            return cls(factor, identity, factor, whitening, mean, complete=True)
-        weight = weight.detach().cpu().double()
-        read = torch.cat([weight - weight.mean(0), features.detach().cpu().double()])
+            return cls(factor, identity, factor, whitening, unit, mean, complete=True)
+        read = torch.cat([centred, features.detach().cpu().double()])
         rows = orthonormal_basis(read @ factor)
-        return cls(factor @ rows.T, rows, factor, whitening, mean, complete=False)
+        return cls(factor @ rows.T, rows, factor, whitening, unit, mean, complete=False)
 
     @property
     def size(self) -> int:
@@ -87,6 +95,7 @@ class Reduction:
             self.rows.to(device),
             self.factor.to(device),
             self.whitening.to(device),
+            self.unit,
             None if self.mean is None else self.mean.to(device),
             self.complete,
         )
@@ -97,9 +106,9 @@ class Reduction:
         return torch.nn.functional.pad(slopes, (0, self.size - slopes.shape[-1]))
 
     def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The coordinates of x − μ, (B, size), whose norm is its radius; and the own direction.
+        """The coordinates of x − μ, (B, size), of norm u times its radius; and the own direction.
 
-        The latter, (B, d), has Mahalanobis length 1, or 0 where the basis leaves nothing out.
+        The latter, (B, d), has Mahalanobis length 1 / u, or 0 where the basis leaves nothing out.
         """
         assert self.mean is not None
         whitened = (x - self.mean) @ self.whitening
@@ -186,7 +195,7 @@ class Point:
     @property
     def distance(self) -> cp.Expression:
         """The Mahalanobis length √((x'−x)ᵀ Σ⁻¹ (x'−x)) of the edit, ()."""
-        length: cp.Expression = cp.norm(self._variable)
+        length: cp.Expression = cp.norm(self._variable) / self._reduction.unit
         return length
 
     @property
@@ -200,9 +209,8 @@ class Point:
                 "point.radius needs the mean of the activations: use a metric with one, such as "
                 "Mahalanobis.fit(x) makes"
             )
-        length: cp.Expression = cp.norm(
-            self._given("centred", self._reduction.size) + self._variable
-        )
+        centred = self._given("centred", self._reduction.size)
+        length: cp.Expression = cp.norm(centred + self._variable) / self._reduction.unit
         return length
 
     def _given(self, name: str, size: int) -> cp.Parameter:
@@ -210,7 +218,7 @@ class Point:
 
 
 class PosedProblem:
-    """Minimise ½‖v‖² + penalties subject to R v ≥ g and the user's constraints, as a layer.
+    """Minimise ½‖v‖² / u² + penalties subject to R v ≥ g and the user's constraints, as a layer.
 
     Args:
         function: maps a :class:`Point` to constraints and scalar convex penalties.
@@ -244,7 +252,9 @@ class PosedProblem:
         point = Point(self.variable, reduction, features, self.parameters)
         own, penalties = _sort(_call(function, point))
         self.own, self.penalties, self.given = own, penalties, point.given
-        objective = cp.sum_squares(self.variable) / 2 + sum(penalties, start=cp.Constant(0))
+        objective = cp.sum_squares(self.variable) / 2
+        if penalties:
+            objective = objective / reduction.unit**2 + sum(penalties)
         reached = self.rows @ self.variable >= self.gap
         self.problem = cp.Problem(cp.Minimize(objective), [reached, *own])
         self._check_atoms()

@@ -17,7 +17,13 @@ from lrqp_torch.errors import (
     in_transforms,
     readable,
 )
-from lrqp_torch.qp.constraints import Constraints, DenseConstraints, other_classes
+from lrqp_torch.qp.constraints import (
+    Constraints,
+    DenseConstraints,
+    MetricSizes,
+    other_classes,
+    require_finite,
+)
 from lrqp_torch.qp.implicit import matvec
 
 FREE = -1
@@ -28,7 +34,6 @@ KEEP = -2
 # A kept row of which the rows before it leave less than this share is a combination of them.
 DEPENDENT = 1e-13
 MOST_PAIRS = 16_384
-ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,10 @@ class StackedGeometry:
         normals, along = weight[p] - weight[n], steering[p] - steering[n]
         products = normals @ along.T
         length = torch.linalg.vector_norm(normals.detach(), dim=-1)
-        size_of = torch.linalg.vector_norm(steering.detach(), dim=-1)
-        # Differences of steering directions round by their terms; products by all of Σ.
-        spread = torch.linalg.matrix_norm(covariance.detach())
-        noise = ROUNDING * length * torch.maximum(size_of[p] + size_of[n], length * spread)
+        require_finite(products.diagonal())
+        sizes_in = MetricSizes(covariance)
+        size_of = sizes_in.norm(steering)
+        noise = sizes_in.rounding(length, size_of[p] + size_of[n])
         columns = [torch.tensor(column, device=device) for column in zip(*slots, strict=True)]
         return cls(
             weight=weight,

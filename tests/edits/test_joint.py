@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import lrqp_torch as lrqp
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Status
+from lrqp_torch.edits.base import Edit
 from lrqp_torch.edits.joint import JointLRQP
 from lrqp_torch.errors import (
     InfeasibleError,
@@ -500,3 +502,57 @@ def test_a_model_is_given_the_odds_of_each_example() -> None:
     with joint.at(model, "L0.post", positions=[1, 2, 3], target={"a": 1}, asked=given) as run:
         model(ids)
     assert torch.equal(run.floor[:, 0], asked.double())
+
+
+def _of_kind(kind: str, covariance: Tensor) -> Edit[Any]:
+    """An edit of three classes in a metric, with another variable beside them."""
+    metric = Mahalanobis(covariance, torch.zeros(len(covariance), dtype=covariance.dtype))
+    probe, other = probe_of(3, 1), probe_of(2, 2)
+    skips = {"on_infeasible": "skip"}
+    if kind == "joint":
+        return JointLRQP({"a": probe, "b": other}, metric, **skips)
+    if kind == "within":
+        return JointLRQP({"a": probe, "b": other}, metric, within={"b": 0.5}, **skips)
+    if kind in ("box", "radius"):
+        # What the radius is measured by has the scale of Σ.
+        unit = float(covariance.double().diagonal().mean().sqrt())
+        reads = torch.eye(len(covariance), dtype=torch.float64)[:2] if kind == "box" else "length"
+        return lrqp.ConstrainedLRQP(
+            probe,
+            metric,
+            lambda point: point.radius * unit <= 30 if kind == "radius" else point.features <= 9,
+            reads=reads,
+            log_odds=3.0,
+            **skips,
+        )
+    odds = "total" if kind == "total" else "pairwise"
+    metric = metric.keeping(other) if kind == "keeping" else metric
+    return LRQP(probe, metric, log_odds=3.0, odds=odds, **skips)
+
+
+@pytest.mark.parametrize("kind", ["joint", "within", "keeping", "total", "box", "radius"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_kind_of_edit_sees_the_scale_of_the_covariance(kind: str, dtype: torch.dtype) -> None:
+    x, covariance = normal(16, WIDTH, seed=9), metric_of(condition=30).covariance
+    a = torch.arange(16) % 3
+    wishes = {"joint": {"a": a, "b": a % 2}, "within": {"a": a, "b": KEEP}}
+    target = wishes.get(kind, a)
+    close = {"box": 1e-4, "radius": 1e-4}.get(kind, 1e-8)
+    here = _of_kind(kind, covariance.to(dtype)).solve(x, target)
+    assert (here.status == Status.SOLVED).sum() > 8
+    exponents = [-300, -150, -30, 150, 290, 300] if dtype == torch.float64 else [-36, 20, 36]
+    for exponent in exponents:
+        scaled = (covariance.to(dtype).double() * 10.0**exponent).to(dtype)
+        there = _of_kind(kind, scaled).solve(x, target)
+        assert torch.equal(here.status, there.status), exponent
+        loose = close if dtype == torch.float64 else max(close, 1e-5)
+        torch.testing.assert_close(there.x_new, here.x_new, rtol=loose, atol=loose)
+        units = there.distance * 10.0 ** (exponent / 2)
+        torch.testing.assert_close(units, here.distance, rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("kind", ["joint", "keeping", "total"])
+def test_a_covariance_of_which_distances_overflow_is_named(kind: str) -> None:
+    covariance = metric_of().covariance
+    with pytest.raises(NonFiniteError, match="overflow"):
+        _of_kind(kind, covariance / covariance.abs().amax() * 1.7e308)
