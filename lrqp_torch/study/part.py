@@ -21,6 +21,7 @@ from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts
 from lrqp_torch.study.records import from_json
 from lrqp_torch.study.results import StudyResults, told
 from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.showing import panel, said
 from lrqp_torch.study.sweep import Batches, fit_edits
 
 R = TypeVar("R")
@@ -134,6 +135,10 @@ class Part(ABC, Generic[R]):
     def figures(self, result: R, /) -> dict[str, Chart]:
         """Its figures on disk: file name without ending to chart."""
 
-    @abstractmethod
     def says(self, result: R, /) -> Sequence[str]:
         """What was found, a sentence or two each, for the report and the terminal."""
+        return said(self.name, "says", result=result)
+
+    def panel(self, name: str, result: R, /, *, shown: Mapping[str, Any], **known: Any) -> Panel:
+        """A panel with its words, see :func:`~.showing.panel`, which are given the result too."""
+        return panel(self.name, name, shown=shown, result=result, **known)

@@ -1,12 +1,17 @@
 """Estimates, sites and tasks as sentences, charts and tables show them."""
 
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Table, ends, look, marks_of
+from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Panel, Table, ends, look, marks_of
 from lrqp_torch.plot.reading import get
 from lrqp_torch.plot.reading import task_in_words as task_in_words
 from lrqp_torch.study.estimates import Estimate
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -34,6 +39,61 @@ UNTOLD = (
     "would be a share of next to no effect, stands a dash."
 )
 """What is said below a table with these columns."""
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def said(part: str, what: str, **known: Any) -> list[str]:
+    """What is said of a part's numbers, a paragraph each.
+
+    The words of a part are the macros of ``words/PART.jinja``, paragraphs apart by a blank line.
+
+    Args:
+        part: its name.
+        what: of these macros.
+        known: what it speaks of; a name that is used there and not given is an error.
+    """
+    module = _environment().get_template(f"{part}.jinja").make_module(known)
+    paragraphs = re.split(r"\n *\n", str(getattr(module, what)()))
+    # Not str.split: a number and its sign of per cent are not to be broken apart.
+    found = (re.sub(r"[ \n]+", " ", text).strip(" ") for text in paragraphs)
+    return [text for text in found if text]
+
+
+def panel(part: str, name: str, *, shown: Mapping[str, Any], **known: Any) -> Panel:
+    """A panel whose title and text are said of a part under its name, the title first.
+
+    ``shown`` are the other fields of the :class:`~lrqp_torch.plot.chart.Panel`; the other arguments
+    are those of :func:`said`.
+    """
+    title, *text = said(part, name.replace("-", "_"), **known)
+    return Panel(name, title, "\n\n".join(text), **shown)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("lrqp_torch.study", "words"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What another macro says is part of the paragraph in which it is called.
+        finalize=lambda value: value.strip("\n") if isinstance(value, str) else value,
+    )
+    made.filters |= {
+        "between": between, "capitalised": capitalised, "headed": headed, "in_ranges": in_ranges,
+        "listed": enumerated, "mean": mean_in_words, "percent": percent, "plural": plural,
+        "share": share_in_words, "shares": shares, "signed": signed, "task": task_in_words,
+        "written": format,
+    }  # fmt: skip
+    made.globals |= {"UNTOLD": UNTOLD}
+    return made
+
+
+# ---- tables and curves ---------------------------------------------------------------------------
 
 
 def reads(record: Any, reading: Reading) -> Any:
@@ -97,6 +157,9 @@ def curves(
     ]
 
 
+# ---- numbers and names ---------------------------------------------------------------------------
+
+
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Items by a key of each, in their order."""
     groups: dict[K, list[T]] = {}
@@ -115,6 +178,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{_minus(f'{100 * share:z.{digits}f}')}{NO_BREAK}%"
 
 
+def shares(values: Iterable[float | None]) -> str:
+    """Several shares: ``"95 % and 93 %"``."""
+    return " and ".join(percent(value, 0) for value in values)
+
+
 def signed(value: float, digits: int = 2) -> str:
     """A number with its sign: ``"+0.31"`` or ``"−0.20"``."""
     return _minus(f"{value:+z.{digits}f}")
@@ -131,6 +199,11 @@ def between(estimate: Estimate, digits: int = 2, scale: float = 1.0) -> str:
 def share_in_words(estimate: Estimate, digits: int = 1) -> str:
     """A share with its interval: ``"95.4 % (93.1 to 96.9)"``."""
     return f"{percent(estimate.value, digits)} ({between(estimate, digits, 100)})"
+
+
+def mean_in_words(estimate: Estimate, digits: int = 2) -> str:
+    """A mean with its interval: ``"+0.31 (0.22 to 0.42)"``."""
+    return f"{signed(estimate.known, digits)} ({between(estimate, digits)})"
 
 
 def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
@@ -162,6 +235,11 @@ def headed(name: str, words: str, mark: str = ": ") -> str:
 def capitalised(words: str) -> str:
     """Words with a capital first letter; ``str.capitalize`` would turn S1 into s1."""
     return words[:1].upper() + words[1:]
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Names in a sentence: ``"L1.mid, L2.pre and L3.mid"``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def plural(count: int, noun: str) -> str:

@@ -326,7 +326,7 @@ def test_a_dry_run_writes_nothing_and_says_how_long(tmp_path: Path) -> None:
 def test_without_the_libraries_of_pictures_the_numbers_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("matplotlib", "plotly", "jinja2"):
+    for name in ("matplotlib", "plotly"):
         for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, name, None)

@@ -12,7 +12,7 @@ from lrqp_torch.plot.reading import get, read
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.parts.flipping import PART, sites_table
 from lrqp_torch.study.results import told
-from lrqp_torch.study.showing import known, table_of
+from lrqp_torch.study.showing import known, said, table_of
 
 SHARE = Estimate(0.5, 0.25, 0.75, 4)
 
@@ -67,3 +67,15 @@ def test_what_is_recovered_is_told_where_the_site_is_used() -> None:
     found = PART.found(results)
     assert found is not None
     assert {n for n, site in found.own.sites.items() if site.recovered is not None} == yes
+
+
+def test_words_are_paragraphs_and_lack_nothing() -> None:
+    study = study_results()
+    given = {"study": study, "best": study.strongest}
+    title, text = said("flipping", "flipping_histogram", **given)
+    assert title == f"The answers under the edit at {study.best_site}"
+    assert "\n" not in text and "  " not in text
+    (strongest,) = said("flipping", "strongest", **given)
+    assert "\u00a0%" in strongest  # a number is not broken from its sign
+    with pytest.raises(Exception, match="'study' is undefined"):
+        said("flipping", "flipping_histogram")

@@ -1,6 +1,5 @@
 """Is the edit an illusion? The controls of :mod:`~lrqp_torch.study.illusions` and what they say."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from lrqp_torch.plot import chart
@@ -8,16 +7,16 @@ from lrqp_torch.plot.chart import Chart, Marks, Pane, Panel, Rule, Table, marks_
 from lrqp_torch.study import illusions
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.illusions import CARRIES, KINDS, SEPARATED, ControlsResult, EditOutcome, Split
+from lrqp_torch.study.illusions import CARRIES, KINDS, SEPARATED, ControlsResult, EditOutcome
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.showing import (
     UNKNOWN,
     Reading,
     by_site,
-    capitalised,
+    panel,
     percent,
     reads,
-    signed,
+    said,
     table_of,
 )
 from lrqp_torch.study.subspaces import ENERGY
@@ -61,9 +60,7 @@ class Controls(Part[ControlsResult]):
 
     def says(self, result: ControlsResult, /) -> list[str]:
         """Whether the signature is there, and what chance and halves do."""
-        readers = [split for split in result.splits if split.reads]
-        illusion = [_signature(readers)] if readers and result.counterfactual.effect else []
-        return [*illusion, *_chance_findings(result)[-1:], *_half_findings(result)]
+        return said(self.name, "says", **_known(result))
 
     def figures(self, result: ControlsResult, /) -> dict[str, Chart]:
         """Splits of an edit with an effect, other sites where there are any, and chance."""
@@ -76,175 +73,35 @@ class Controls(Part[ControlsResult]):
 
     def panels(self, result: ControlsResult, /) -> list[Panel]:
         """Splits, other sites, chance, and halves."""
-        charts, chance = self.figures(result), [*_chance_findings(result), *_half_findings(result)]
-        made = {
-            "splits": ("Which part of the edit carries its effect?", _split_findings(result),
-                       _split_table(result)),
-            "sites": ("The same edit at other sites", _site_findings(result), _site_table(result)),
-            "chance": (f"Edits that know nothing of the {result.words.value}, and edits from half "
-                       "of the prompts", chance, _chance_table(result)),
-        }  # fmt: skip
-        return [
-            Panel(
-                f"controls-{name}",
-                title,
-                " ".join(lines),
-                {"": charts[f"controls_{name}"]} if f"controls_{name}" in charts else {},
-                table=table,
-            )
-            for name, (title, lines, table) in made.items()
-            if name != "sites" or result.elsewhere
-        ]
+        charts, known = self.figures(result), _known(result)
+        tables = {"splits": _split_table, "sites": _site_table, "chance": _chance_table}
+        panels = []
+        for name, table in tables.items():
+            chart = charts.get(f"controls_{name}")
+            shown = {"charts": {} if chart is None else {"": chart}, "table": table(result)}
+            if name != "sites" or result.elsewhere:
+                panels.append(panel(self.name, f"controls-{name}", shown=shown, **known))
+        return panels
 
 
-# ---- in words ------------------------------------------------------------------------------------
-
-
-def _split_findings(result: ControlsResult) -> list[str]:
-    own, words = result.counterfactual, result.words
-    lines = [
-        f"The counterfactual edit δ at {result.site}, of mean Mahalanobis length "
-        f"{result.distance:.2f}, changes the mean of {words.preference} from "
-        f"{signed(result.clean.known)} to {signed(own.logit_difference.known)} {words.unit} and "
-        f"flips {percent(own.flipped.value, 0)} of the answers "
-        f"(control edit: {percent(result.control.flipped.value, 0)})."
-    ]
-    if result.interchange is not None and result.recovered is not None:
-        lines.append(
-            f"That is {percent(result.recovered.value, 0)} of what its interchange, the activation "
-            "of a twin, does to the preference."
-        )
-    if result.beyond:
-        lines.append(f"It is beyond its own patch: it {result.beyond}.")
-    if result.whole is not None:
-        lines.append(
-            f"Along its own direction the classes lie {result.whole.separation:.1f} standard "
-            f"deviations within a class apart; the edited activations lie "
-            f"{result.whole.position:.1f} standard deviations from the mean, the farthest natural "
-            f"one {result.whole.farthest:.1f}."
-        )
-    if result.unread:
-        lines.append(f"It was not split by what later parts read: {result.unread}.")
-    if own.effect is None:
-        lines.append(
-            "The 95 % interval of its mean effect includes 0, so there is none of which a part "
-            "could carry a share."
-        )
-        return lines
-    readers = [split for split in result.splits if split.reads]
-    if readers:
-        lines.append(
-            "Heads and MLP read the stream through weights that span nearly all of it; a space "
-            f"here is that of their leading directions with {100 * ENERGY:.0f} % of the weights' "
-            "squared Frobenius norm, norm folded in."
-        )
-    lines += [_carrier(split) for split in result.splits]
-    longest = max(max(s.inside.mahalanobis, s.outside.mahalanobis) for s in result.splits)
-    if longest > 1:
-        lines.append(
-            f"In the metric a part alone is up to {longest:.1f} times as long as the edit: cut in "
-            "two, it leaves the paths along which natural activations vary, so its run tells what "
-            "is read of the edit and not what the model would meet by itself."
-        )
-    return [*lines, _signature(readers)] if readers else lines
-
-
-def _signature(readers: Sequence[Split]) -> str:
-    suspect = [split.space for split in readers if split.illusory]
-    if suspect:
-        return (
-            "The illusion's signature is there: the part read carries the effect though the "
-            f"classes hardly differ along it (less than {SEPARATED:g} standard deviation), and "
-            f"they differ in the part that is not read. Space: {', '.join(suspect)}."
-        )
-    return (
-        "The illusion's signature, a part that carries the effect though the classes hardly differ "
-        f"along it (less than {SEPARATED:g} standard deviation) beside one that is not read though "
-        "they do, is not there."
-    )
-
-
-def _carrier(split: Split) -> str:
-    who = {
-        "inside": "the part inside carries the effect",
-        "outside": "the rest carries the effect",
-        "both": "either part alone would do",
-        "neither": "neither part alone carries the effect",
-    }[split.carrier]
-    inside, outside = (piece.outcome.effect for piece in (split.inside, split.outside))
-    assert inside is not None and outside is not None
-    return (
-        f"{capitalised(split.space)} ({split.dimensions} of {split.width} dimensions, "
-        f"{percent(split.inside.share, 0)} of ‖δ‖²): alone, the part inside brings about "
-        f"{percent(inside.value, 0)} of the effect and the rest {percent(outside.value, 0)}, so "
-        f"{who}."
-    )
-
-
-def _site_findings(result: ControlsResult) -> list[str]:
+def _known(result: ControlsResult) -> dict[str, Any]:
+    """What words are made from, beside the result."""
     accurate = [item for item in result.elsewhere if item.as_accurate]
-    lines = [
-        f"The displacement of {result.site} was added at {result.words.position} at other sites, "
-        f"and beside it the edit that was fitted there. At {result.site} the probe is right in "
-        f"{percent(result.probe_accuracy, 0)} of the held-out prompts, and "
-        f"{percent(result.counterfactual.flipped.value, 0)} of the answers flip. A displacement "
-        "added below that site is carried up to it by the stream, unless later layers change it."
-    ]
-    if not accurate:
-        return [*lines, "At no other site is the probe as accurate."]
     still = [item.site for item in accurate if (item.fitted.flipped.value or 0.0) >= CARRIES]
-    idle = [item.site for item in accurate if item.site not in still]
-    lines.append(
-        f"At {_listed([item.site for item in accurate])} the probe is as accurate, within a "
-        "percentage point."
-    )
-    if idle:
-        lines.append(
-            f"Of these, the edit fitted at {_listed(idle)} flips less than half of the answers: as "
-            "good a probe, and by the study's rule no use there of what it reads."
-        )
-    if still:
-        lines.append(f"The edit fitted at {_listed(still)} flips half or more as well.")
-    return lines
-
-
-def _chance_findings(result: ControlsResult) -> list[str]:
-    known = [(item, item.mean_flipped) for item in result.chance if item.mean_flipped is not None]
-    if not known:
-        return [f"No held-out prompt is answered with {result.words.held}, so none can be flipped."]
-    lines = [f"{capitalised(kind)}: {text}." for kind, text in KINDS.items()]
-    top, mean = max(known, key=lambda pair: pair[1].known)
-    assert mean.lower is not None and mean.upper is not None
-    lines.append(
-        f"Of these the {top.kind} flips most: {percent(mean.value)} of the answers over "
-        f"{len(top.flipped)} seeds (95 % interval {100 * mean.lower:.1f} to "
-        f"{100 * mean.upper:.1f}; single seeds {100 * min(top.flipped):.1f} to "
-        f"{100 * max(top.flipped):.1f}), beside {percent(result.counterfactual.flipped.value, 0)} "
-        "for the study's edit."
-    )
-    return lines
-
-
-def _half_findings(result: ControlsResult) -> list[str]:
-    halves, value = result.halves, result.words.value
-    if halves is None:
-        return [f"A half of the training prompts has too few of one {value} to fit an edit to."]
-
-    def both(shares: Sequence[float | None]) -> str:
-        return " and ".join(percent(share, 0) for share in shares)
-
-    return [
-        f"Two edits fitted to disjoint halves ({halves.prompts[0]} and {halves.prompts[1]} "
-        f"prompts; probes right in {both(halves.accuracy)}) have a cosine of {halves.cosine:.2f} "
-        f"({halves.cosine_mahalanobis:.2f} in the metric), flip "
-        f"{both([outcome.flipped.value for outcome in halves.outcomes])} of the answers and give "
-        f"the same answer to {percent(halves.same_answer, 0)} of the prompts. The other half's "
-        f"probe reads the {value} written after {both(halves.believed)} of them."
-    ]
-
-
-def _listed(sites: list[str]) -> str:
-    return sites[0] if len(sites) == 1 else f"{', '.join(sites[:-1])} and {sites[-1]}"
+    known = [(item, item.mean_flipped.known) for item in result.chance if item.mean_flipped]
+    parts = [part for split in result.splits for part in (split.inside, split.outside)]
+    return {
+        "result": result,
+        "readers": [split for split in result.splits if split.reads],
+        "longest": max((part.mahalanobis for part in parts), default=0.0),
+        "accurate": [item.site for item in accurate],
+        "still": still,
+        "idle": [item.site for item in accurate if item.site not in still],
+        "known": [item for item, _ in sorted(known, key=lambda pair: -pair[1])],
+        "kinds": KINDS,
+        "separated": SEPARATED,
+        "energy": ENERGY,
+    }
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ accuracy tells only that it is *knowable* there. See :mod:`~lrqp_torch.study.swe
 Source: the post "Intervening in the Residual Stream" (2023).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.doses import asked_at
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.prompts import Words, halves
+from lrqp_torch.study.prompts import halves
 from lrqp_torch.study.records import BESIDE
 from lrqp_torch.study.results import (
     CleanResult,
@@ -37,16 +38,12 @@ from lrqp_torch.study.results import (
 from lrqp_torch.study.running import Trials, displacements, flipped
 from lrqp_torch.study.showing import (
     HELD_AGAINST,
-    UNTOLD,
     Reading,
-    between,
     by_site,
     curves,
-    in_ranges,
     known,
-    percent,
-    share_in_words,
-    signed,
+    panel,
+    said,
     table_of,
     task_in_words,
 )
@@ -143,42 +140,25 @@ class Flipping(Part[FlippingResult]):
             tasks[read.own.task] = read.own
         return FlippingResult(tasks, study)
 
-    # ---- words -----------------------------------------------------------------------------------
-
     def says(self, result: FlippingResult, /) -> list[str]:
         """What can be read where, what is used where, and whether the edits kept their promise."""
-        study, best = result.shown_in, result.shown_in.strongest
-        words, sites = study.words, study.sites
-        readable = [n for n, site in sites.items() if (site.probe_accuracy.value or 0) >= KNOWABLE]
-        lines = [
-            f"Readable: a probe reads the {words.value} right on {percent(KNOWABLE, 0)} of the "
-            f"held-out prompts or more at {in_ranges(readable, list(sites))}; always naming the "
-            f"most frequent class is right on {percent(study.majority)}."
-        ]
-        assert best is not None
-        if study.answered is None:
-            lines += [
-                "The prompts have no answers, so no flip can be counted, and no site is said to be "
-                "used. The effect of an edit is how much it changes the next token.",
-                f"The counterfactual edit changes it most at {study.best_site}: by "
-                f"{_mean(best.counterfactual.divergence)} nats, where the control edit changes it "
-                f"by {_mean(best.control.divergence)}.",
-            ]
-        else:
-            count = round((study.answered.value or 0) * study.answered.n)
-            lines.insert(
-                0,
-                f"Without an edit, {study.model['name']} answers with {words.held} on {count} of "
-                f"{study.answered.n} held-out prompts "
-                f"({between(study.answered, 1, 100)} % with 95 % confidence).",
-            )
-            if not count:
-                lines.append("None is left whose answer could flip, so no site is said to be used.")
-            else:
-                lines += [_used(study), _strongest(study, best), *_beyond(study)]
-        return [*lines, *_truth(study), _promise(list(sites.values()))]
-
-    # ---- charts ----------------------------------------------------------------------------------
+        study = result.shown_in
+        sites, beyond = study.sites, {n: s.beyond for n, s in study.sites.items() if s.beyond}
+        return said(
+            self.name,
+            "says",
+            study=study,
+            best=study.strongest,
+            readable=[n for n, s in sites.items() if (s.probe_accuracy.value or 0) >= KNOWABLE],
+            tested=sum(site.null is not None for site in sites.values()),
+            more=[f"{name} ({why})" for name, why in beyond.items() if why.startswith("flips")],
+            longer=[name for name, why in beyond.items() if not why.startswith("flips")],
+            failed=sum(map(_failed, sites.values())),
+            margin=min(site.worst_log_odds_margin for site in sites.values()),
+            knowable=KNOWABLE,
+            probes=PROBES,
+            level=LEVEL,
+        )
 
     def figures(self, result: FlippingResult, /) -> dict[str, Chart]:
         """The sweep by site and, where there are answers, those at the best site."""
@@ -191,16 +171,21 @@ class Flipping(Part[FlippingResult]):
     def overview(self, result: FlippingResult, /) -> list[Panel]:
         """The sweep, and the answers at the site that flips most."""
         study = result.shown_in
-        answers = [] if study.answered is None else [_histogram_panel(study)]
-        return [_sweep_panel(study), *answers]
+        shown = {"flipping-sweep": {"charts": {"": sweep_of(study)}, "table": sites_table(study)}}
+        if study.answered is not None:
+            shown["flipping-histogram"] = {"charts": {"": histogram_of(study)}}
+        return [panel(self.name, name, shown=own, study=study) for name, own in shown.items()]
 
     def panels(self, result: FlippingResult, /) -> list[Panel]:
         """Every held-out prompt at each site, and the sweep beside that of the other task."""
         study = result.shown_in
-        panels = [] if study.answered is None else [_answers_panel(study)]
+        shown: dict[str, dict[str, Any]] = {}
+        if study.answered is not None:
+            shown["flipping-answers"] = {"charts": _answers_by_site(study), "choice": "site"}
         if result.other is not None:
-            panels.append(_tasks_panel(result.own, result.other, study.words))
-        return panels
+            shown["flipping-tasks"] = {"charts": {"": _tasks_chart(result.own, result.other)}}
+        known = {"study": study, "other": result.other, "most": MOST_POINTS}
+        return [panel(self.name, name, shown=own, **known) for name, own in shown.items()]
 
 
 # ---- computing -----------------------------------------------------------------------------------
@@ -380,141 +365,11 @@ def _put_beside(
     return found, told
 
 
-# ---- words ---------------------------------------------------------------------------------------
-
-
-def _mean(estimate: Estimate) -> str:
-    return f"{signed(estimate.known)} ({between(estimate)})"
-
-
-def _promise(sites: Sequence[SiteResult]) -> str:
-    """Whether the edits kept their promise: how many failed, and the worst log odds margin."""
-    failed = sum(map(_failed, sites))
-    margin = min(site.worst_log_odds_margin for site in sites)
-    if failed:
-        return f"{failed} edits were infeasible or inaccurate; see the table of sites."
-    if margin >= 0:
-        return (
-            "Every edit reached the odds asked of its probe, read back from the very numbers that "
-            "the model received."
-        )
-    return f"The worst edit missed the log odds asked of its probe by {-margin:.1g}."
+# ---- charts --------------------------------------------------------------------------------------
 
 
 def _failed(site: SiteResult) -> int:
     return site.control.failed + site.counterfactual.failed
-
-
-def _used(study: StudyResults) -> str:
-    """At which sites the class is used, and by which test."""
-    where = in_ranges(study.used_sites, list(study.sites))
-    tested = sum(site.null is not None for site in study.sites.values())
-    if not tested:
-        return f"Used, by the rule of version 0.3: {where}."
-    return (
-        f"Used: the counterfactual edit flips more answers than edits as long of {PROBES} probes "
-        f"of shuffled labels (exact paired test, P below {LEVEL:g} after Holm's correction for "
-        f"{tested} sites) at {where}."
-    )
-
-
-def _beyond(study: StudyResults) -> list[str]:
-    """Sites whose edit flips more than its own patch, and those where it is merely longer."""
-    marked = {name: site.beyond for name, site in study.sites.items() if site.beyond}
-    more = [f"{name} ({why})" for name, why in marked.items() if why.startswith("flips")]
-    longer = [name for name, why in marked.items() if not why.startswith("flips")]
-    lines = [f"flips more at {', '.join(more)}"] if more else []
-    lines += [f"is longer at {in_ranges(longer, list(study.sites))}"] if longer else []
-    if not lines:
-        return []
-    return [f"Beyond its own patch, so not by the natural way: the edit {'; it '.join(lines)}."]
-
-
-def _strongest(study: StudyResults, best: SiteResult) -> str:
-    clean, words, edit = study.clean.logit_difference, study.words, best.counterfactual
-    assert edit.logit_difference is not None and clean is not None
-    assert edit.flipped is not None and best.control.flipped is not None
-    line = (
-        f"The strongest edit, at {study.best_site}, flips {share_in_words(edit.flipped)} of the "
-        f"answers and takes the mean {words.preference} from {signed(clean.known)} to "
-        f"{_mean(edit.logit_difference)}. The control edit there, which writes the {words.value} "
-        f"that is true, flips {share_in_words(best.control.flipped)}."
-    )
-    patch = best.interchange
-    if patch is not None and patch.flipped is not None and best.agreement is not None:
-        line += (
-            f" Its ceiling, the activation of a twin that differs in {words.variable} alone, flips "
-            f"{share_in_words(patch.flipped)}"
-        )
-        if best.recovered is not None:
-            line += (
-                f"; the edit recovers {share_in_words(best.recovered, 0)} of that effect, with the "
-                f"same answer on {share_in_words(best.agreement, 0)} of the prompts"
-            )
-        line += "."
-    if study.best is not None:
-        line += (
-            f" The site was chosen by one half of the held-out prompts, and these numbers are of "
-            f"the other {study.best.probe_accuracy.n}."
-        )
-    published = study.published.get("position_inverted")
-    if published is not None:
-        line += (
-            " In GPT-2 small, inverting the position signal and keeping the names' tokens was "
-            f"published to give {signed(published.value)}."
-        )
-    return line
-
-
-def _truth(study: StudyResults) -> list[str]:
-    truth = study.ground_truth
-    if truth is None:
-        return []
-    verdict = "agrees with that" if truth.agrees else "DISAGREES with that"
-    line = (
-        f"This model was trained so that the truth is known: it uses {study.words.variable} at "
-        f"{in_ranges(truth.used_sites, list(study.sites))}. The study {verdict}."
-    )
-    if truth.unclear_sites:
-        line += f" Used in part, so not compared: {', '.join(truth.unclear_sites)}."
-    return [line]
-
-
-# ---- charts --------------------------------------------------------------------------------------
-
-
-def _sweep_panel(study: StudyResults) -> Panel:
-    words = study.words
-    above = (
-        f"and how many answers each edit turns from {words.held} to {words.other}; the ceiling is "
-        "the activation of a twin; sites that are used are shaded. Below: the mean "
-        f"{words.preference}; the dashed line is the model without an edit."
-        if study.answered is not None
-        else "for the prompts have no answers whose flips could be counted. Below: how much each "
-        "edit changes the distribution of the next token."
-    )
-    return Panel(
-        name="flipping-sweep",
-        title="What can be read, and what is used",
-        text=f"One site is edited at a time, at {words.position}, on prompts that neither the "
-        "probe nor the metric has seen. Above: how often the probe reads the "
-        f"{words.value} right, beside a probe fitted to labels in random order and the most "
-        f"frequent class (dotted), {above} The control edit writes the {words.value} that is "
-        "true, so it should change nothing. Bars are 95 % intervals."
-        f"{UNTOLD if any(site.recovered for site in study.sites.values()) else ''}",
-        charts={"": sweep_of(study)},
-        table=sites_table(study),
-    )
-
-
-def _histogram_panel(study: StudyResults) -> Panel:
-    words = study.words
-    return Panel(
-        name="flipping-histogram",
-        title=f"The answers under the edit at {study.best_site}",
-        text=f"Right of 0 the model answers {words.held}, left of it {words.other}.",
-        charts={"": histogram_of(study)},
-    )
 
 
 def sites_table(study: StudyResults) -> Table:
@@ -552,7 +407,7 @@ def sites_table(study: StudyResults) -> Table:
     return table_of(["site"], (([name], site) for name, site in told(study.sites).items()), columns)
 
 
-def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
+def _tasks_chart(own: TaskFlipping, other: TaskFlipping) -> Chart:
     """Probe accuracy and answers flipped, with and without a sentence before the prompt."""
     series = {task_in_words(task.task): task.sites for task in (own, other)}
     panes = []
@@ -562,19 +417,7 @@ def _tasks_panel(own: TaskFlipping, other: TaskFlipping, words: Words) -> Panel:
     ):
         solid, dashed = curves(series, path)
         panes.append(by_site([solid, replace(dashed, dash="dash")], title))
-    clean, answered = other.clean.logit_difference, other.clean.accuracy
-    assert clean is not None and answered is not None
-    return Panel(
-        name="flipping-tasks",
-        title="The same with and without a prefix",
-        text="Both tasks on the same axes, each with probes and metrics fitted to its own training "
-        "prompts. A sentence in front moves the names to positions that differ from prompt to "
-        "prompt, so a probe that had read the position instead of the order fails there. The other "
-        f"task ({task_in_words(other.task)}) has a mean {words.preference} of "
-        f"{signed(clean.known)} without an edit, and {percent(answered.value)} of its prompts are "
-        f"answered {words.held}.",
-        charts={"": Chart(panes, share_x=True)},
-    )
+    return Chart(panes, share_x=True)
 
 
 def _answers(study: StudyResults, site: str) -> Chart:
@@ -616,27 +459,13 @@ def _padded(values: Tensor) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _answers_panel(study: StudyResults) -> Panel:
-    """Every held-out prompt, before and after the edit, at the site that the reader chooses."""
-    words, best = study.words, str(study.best_site)
-    charts = {
+def _answers_by_site(study: StudyResults) -> dict[str, Chart]:
+    """Every held-out prompt, before and after the edit, by site, the one that flips most first."""
+    best = str(study.best_site)
+    return {
         f"{site} (flips most)" if site == best else site: _answers(study, site)
         for site in [best, *(name for name in study.sites if name != best)]
     }
-    fewer = (
-        f" The first {MOST_POINTS} prompts are drawn." if study.clean.prompts > MOST_POINTS else ""
-    )
-    return Panel(
-        name="flipping-answers",
-        title="Every held-out prompt, before and after the edit",
-        text=f"Each point is a prompt: its {words.preference} without an edit (across) and under "
-        f"the edit (up). Above 0 the model prefers {words.held}, below 0 {words.other}. Points on "
-        "the dashed diagonal did not change: the control edit should leave them there, and the "
-        "counterfactual edit should carry them below 0 where the model uses "
-        f"{words.variable}. Point at one to read its prompt.{fewer}",
-        charts=charts,
-        choice="site",
-    )
 
 
 PART = Flipping()

@@ -11,6 +11,7 @@ apart in GPT-2 small from L5.mid on for several layers.
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import torch
 from scipy.special import betaincinv
@@ -28,10 +29,9 @@ from lrqp_torch.study.showing import (
     by_site,
     curves,
     headed,
-    in_ranges,
     joined,
     percent,
-    share_in_words,
+    said,
     table_of,
     task_in_words,
 )
@@ -268,7 +268,8 @@ class GeometryPart(Part[GeometryResult]):
 
     def says(self, result: GeometryResult, /) -> list[str]:
         """Where the classes lie apart, for each version of the task."""
-        return [_finding(result, name) for name in result.tasks]
+        tasks = [_found(name, task) for name, task in result.tasks.items()]
+        return said(self.name, "says", result=result, tasks=tasks, apart=APART)
 
     def figures(self, result: GeometryResult, /) -> dict[str, Chart]:
         """A grid of all sites for each task, a large plot of the best one, and curves by site."""
@@ -294,7 +295,6 @@ class GeometryPart(Part[GeometryResult]):
 
     def panels(self, result: GeometryResult, /) -> list[Panel]:
         """A plot of the two directions at each site, and curves of how well they tell classes."""
-        first, words = next(iter(result.tasks.values())), result.words
         rows = [
             ((task_in_words(name) or "–", site), item)
             for name, task in result.tasks.items()
@@ -304,35 +304,17 @@ class GeometryPart(Part[GeometryResult]):
             "strongest of the first ten": "strongest",
             "its eta squared (%)": "strongest_eta_squared",
         }
+        first = next(iter(result.tasks.values()))
         sites = dict.fromkeys([result.best_site, *first.sites])
+        planes = {"charts": {site: _best(result, site) for site in sites}, "choice": "site"}
+        curves: dict[str, Any] = {
+            "charts": {key: Chart([_by_site(result, key, key)]) for key in MEASURES},
+            "choice": "measure",
+            "table": table_of(["task", "site"], rows, columns),
+        }
         return [
-            Panel(
-                name="geometry-directions",
-                title=f"The two largest directions of variation at {words.position}",
-                text=(
-                    f"Each point is a held-out prompt: its clean activation at {words.position}, "
-                    "centred and projected on the first two directions of a singular value "
-                    "decomposition of the training prompts' activations. No labels were used to "
-                    f"find the directions; colour and shape show the {words.value}. Signs are "
-                    f"arbitrary: {result.classes[-1]} is drawn on the higher side of "
-                    f"{result.classes[0]}. Above each plot: how much of direction 1's variance the "
-                    f"{words.value} explains. The list starts with the site whose first direction "
-                    f"the {words.value} explains most. Point at a prompt to read it."
-                ),
-                charts={site: _best(result, site) for site in sites},
-                choice="site",
-            ),
-            Panel(
-                name="geometry-by-site",
-                title=f"How much of the largest direction is {words.variable}",
-                text="Eta squared is the variance between classes over the total variance along a "
-                f"direction, on held-out prompts; a direction unrelated to the {words.value} stays "
-                f"below {first.eta_chance:.3f} in 95 % of cases. Bars on the accuracy are Wilson "
-                "95 % intervals.",
-                charts={key: Chart([_by_site(result, key, key)]) for key in MEASURES},
-                choice="measure",
-                table=table_of(["task", "site"], rows, columns),
-            ),
+            self.panel("geometry-directions", result, shown=planes),
+            self.panel("geometry-by-site", result, shown=curves, chance=first.eta_chance),
         ]
 
 
@@ -340,34 +322,18 @@ def _thresholds(result: GeometryResult) -> str:
     return "one threshold" if len(result.classes) == 2 else "thresholds"
 
 
-def _finding(result: GeometryResult, name: str) -> str:
-    """What was seen in one task, in some sentences."""
-    task, words = result.tasks[name], result.words
-    apart = [site for site, item in task.sites.items() if (item.accuracy.value or 0) >= APART]
+def _found(name: str, task: TaskGeometry) -> dict[str, Any]:
+    """What was seen in one version of the task, for words."""
     best, item = max(task.sites.items(), key=lambda pair: pair[1].eta_squared[0])
-    chance = " (within chance)" if item.eta_squared[0] < task.eta_chance else ""
-    two = len(result.classes) == 2
-    said = (
-        f"{'a threshold' if two else 'thresholds'} on the first direction alone "
-        f"{'tells' if two else 'tell'} at least {percent(APART, 0)} of the {task.test} held-out "
-        f"prompts at {in_ranges(apart, list(task.sites))}. The {words.value} explains that "
-        f"direction most at {best}: {percent(item.eta_squared[0])} of its variance{chance}, "
-        f"accuracy {share_in_words(item.accuracy)}, the direction itself "
-        f"{percent(item.variance[0])} of all variance."
-    )
+    apart = [site for site, item in task.sites.items() if (item.accuracy.value or 0) >= APART]
     lower = {
         site: item
         for site, item in task.sites.items()
         if item.strongest > 1
         and item.strongest_eta_squared > max(0.5, item.eta_squared[0], task.eta_chance)
     }
-    if lower:
-        where = ", ".join(
-            f"direction {item.strongest} at {site} ({percent(item.strongest_eta_squared, 0)})"
-            for site, item in lower.items()
-        )
-        said += f" Elsewhere it explains most of a lower direction: {where}."
-    return headed(name, said)
+    found = {"name": name, "task": task, "best": best, "item": item}
+    return found | {"apart": apart, "lower": lower}
 
 
 def _best(result: GeometryResult, site: str) -> Chart:
