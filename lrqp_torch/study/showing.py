@@ -64,10 +64,12 @@ def said(part: str, what: str, **known: Any) -> list[str]:
 def panel(part: str, name: str, *, shown: Mapping[str, Any], **known: Any) -> Panel:
     """A panel whose title and text are said of a part under its name, the title first.
 
+    A number behind the name, by which several panels of a kind are told apart, is left out there.
+
     ``shown`` are the other fields of the :class:`~lrqp_torch.plot.chart.Panel`; the other arguments
     are those of :func:`said`.
     """
-    title, *text = said(part, name.replace("-", "_"), **known)
+    title, *text = said(part, re.sub(r"-\d+$", "", name).replace("-", "_"), **known)
     return Panel(name, title, "\n\n".join(text), **shown)
 
 

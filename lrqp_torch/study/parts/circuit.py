@@ -12,7 +12,7 @@ Source: the post "Intervening in the Residual Stream" (2023).
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from lrqp_torch.plot.chart import (
     Pane,
     Panel,
     Rule,
-    Table,
     counted,
     edges,
 )
@@ -39,7 +38,12 @@ from lrqp_torch.study.heads import Role, parse_head
 from lrqp_torch.study.indirect_objects import named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import answers, attention_to, batches, put
-from lrqp_torch.study.showing import grouped, percent, signed, table_of
+from lrqp_torch.study.showing import (
+    grouped,
+    percent,
+    said,
+    table_of,
+)
 
 CONDITIONS = ("clean", "control", "counterfactual")
 KEYS = ("IO", "S1")
@@ -48,14 +52,6 @@ ALL = "all together"
 
 MOST_DRAWN = 8
 """Heads in the static figures; the interactive ones have them all."""
-
-NONE_FOUND = "No head with this role was found, so there is nothing to show."
-NO_MOVERS = (
-    " No name mover was found: no head with a large direct effect looks mainly at IO. These are "
-    "the heads with the largest direct effect, wherever they look. Such a model may read the names "
-    "from tokens to which they were copied, so that attention to IO and S1 themselves can "
-    "move either way; what counts for these heads is how much moved at all."
-)
 
 
 @dataclass(frozen=True)
@@ -179,12 +175,7 @@ class Circuit(Part[CircuitResult]):
 
     def says(self, result: CircuitResult, /) -> list[str]:
         """What the S-inhibition heads report of the edit."""
-        return [
-            "Read from the outputs of the S-inhibition heads, the order is the one that the "
-            f"counterfactual edit wrote in {percent(reading.reports.value)} of the prompts."
-            for reading in result.probes
-            if reading.head == ALL and reading.condition == "counterfactual"
-        ]
+        return said(self.name, "says", result=result, together=_together(result))
 
     def figures(self, result: CircuitResult, /) -> dict[str, Chart]:
         """What probes read, and attention before and after, where there are heads to show."""
@@ -215,7 +206,55 @@ class Circuit(Part[CircuitResult]):
 
     def panels(self, result: CircuitResult, /) -> list[Panel]:
         """What probes read from S-inhibition heads, and where name movers look."""
-        return [_probe_panel(result), _attention_panel(result)]
+        heads = {
+            f"{head} ({own['clean'].role})": Chart(
+                [_paired(own, "to_io"), _paired(own, "to_s1")], columns=2
+            )
+            for head, own in _by_head(result.attention).items()
+        }
+        probes = {
+            head: Chart([_histogram(readings, "")])
+            for head, readings in _by_head(result.probes).items()
+        }
+        read = {
+            "reads the order asked for (%)": "reports",
+            "mean log odds of the true order (nats)": "log_odds.mean",
+        }
+        looked = {"END → IO": "to_io.mean", "END → S1": "to_s1.mean", "moved": "moved.mean"}
+        return [
+            self.panel(
+                "circuit-probes",
+                result,
+                shown=_by_choice(probes, result.probes, read),
+                together=_together(result),
+            ),
+            self.panel(
+                "circuit-attention",
+                result,
+                shown=_by_choice(heads, result.attention, looked),
+                writers=Role.WRITER in result.roles,
+                changes=_changes(result),
+            ),
+        ]
+
+
+def _together(result: CircuitResult) -> list[ProbeReading]:
+    """What the probe of all heads reads in each condition."""
+    return [reading for reading in result.probes if reading.head == ALL]
+
+
+def _changes(result: CircuitResult) -> dict[str, list[float]]:
+    """By role, the counterfactual edit's mean change of its heads' attention to IO and to S1."""
+    by_role = grouped(_by_head(result.attention).values(), lambda own: own["clean"].role)
+
+    def change(heads: list[dict[str, AttentionReading]], key: str) -> float:
+        changes: list[float] = [
+            getattr(own["counterfactual"], key).mean.known - getattr(own["clean"], key).mean.known
+            for own in heads
+        ]
+        return sum(changes) / len(changes)
+
+    return {role: [change(own, key) for key in ("to_io", "to_s1")] for role, own in by_role.items()}
 
 
 def _fit_probes(
@@ -346,79 +385,15 @@ def _paired(readings: dict[str, AttentionReading], key: str, title: str = "") ->
     )
 
 
-def _origin(result: CircuitResult) -> str:
-    return "the published ones" if result.published else "those that the program found"
-
-
-def _probe_panel(result: CircuitResult) -> Panel:
-    name, title = "circuit-probes", "What S-inhibition heads report under the edit"
-    if not result.probes:
-        return Panel(name=name, title=title, text=f"{Role.S_INHIBITION}: {NONE_FOUND}")
-    summary = "; ".join(
-        f"{r.condition}: {percent(r.reports.value, 0)}" for r in result.probes if r.head == ALL
-    )
-    text = (
-        "A probe of the order is fitted to each S-inhibition head's output at END in clean "
-        "runs of the training prompts, and asked what it reads on the held-out ones while the "
-        f"belief at {result.site} is edited at S2. The heads are {_origin(result)}. Shares of "
-        "prompts for which the probe of all heads together reads the order asked for (the true one "
-        f"in the clean and control conditions, the other one in the counterfactual): {summary}. "
-        "One half would be chance."
-    )
-    heads = _by_head(result.probes).items()
-    charts = {head: Chart([_histogram(readings, "")]) for head, readings in heads}
-    columns = {
-        "reads the order asked for (%)": "reports",
-        "mean log odds of the true order (nats)": "log_odds.mean",
-    }
-    return Panel(name, title, text, charts, "head", _table(result.probes, columns))
-
-
-def _attention_panel(result: CircuitResult) -> Panel:
-    who = "answer writers" if Role.WRITER in result.roles else "name movers"
-    name, title = "circuit-attention", f"Where {who} look under the edit"
-    if not result.attention:
-        return Panel(name=name, title=title, text=NONE_FOUND)
-    heads = _by_head(result.attention)
-    changes = "; ".join(
-        f"{role}s: {_role_change([r for r in heads.values() if r['clean'].role == role])}"
-        for role in dict.fromkeys(reading.role for reading in result.attention)
-    )
-    text = (
-        "Each point is a held-out prompt: attention from END in the clean run against that "
-        f"under the edit at {result.site}. On the dashed line nothing changed. The heads are "
-        f"{_origin(result)}. Mean change under the counterfactual edit: {changes}. “Moved” in the "
-        "table is all attention that lies elsewhere than in the clean run, on whatever token."
-    )
-    charts = {
-        f"{head} ({own['clean'].role})": Chart(
-            [_paired(own, "to_io"), _paired(own, "to_s1")], columns=2
-        )
-        for head, own in heads.items()
-    }
-    columns = {"END → IO": "to_io.mean", "END → S1": "to_s1.mean", "moved": "moved.mean"}
-    text += NO_MOVERS if Role.WRITER in result.roles else ""
-    return Panel(name, title, text, charts, "head", _table(result.attention, columns))
-
-
-def _table(readings: list[Reading], columns: dict[str, str]) -> Table:
-    """A row for each head and condition."""
+def _by_choice(
+    charts: dict[str, Chart], readings: list[Reading], columns: dict[str, str]
+) -> dict[str, Any]:
+    """Charts by head, with a table of a row for each head and condition; nothing without heads."""
+    if not readings:
+        return {}
     keys = [name for name in ("head", "role", "condition") if hasattr(readings[0], name)]
     rows = [([getattr(reading, key) for key in keys], reading) for reading in readings]
-    return table_of(keys, rows, {**columns})
-
-
-def _role_change(heads: list[dict[str, AttentionReading]]) -> str:
-    """Mean over a role's heads of the counterfactual edit's change of attention to IO and S1."""
-
-    def change(key: str) -> str:
-        changes = [
-            getattr(r["counterfactual"], key).mean.known - getattr(r["clean"], key).mean.known
-            for r in heads
-        ]
-        return signed(sum(changes) / len(changes))
-
-    return f"to IO {change('to_io')}, to S1 {change('to_s1')}"
+    return {"charts": charts, "choice": "head", "table": table_of(keys, rows, {**columns})}
 
 
 PART = Circuit()

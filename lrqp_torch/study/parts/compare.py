@@ -4,6 +4,7 @@ All sentences are made from the numbers alone; "clearly" means beyond a 95 % int
 """
 
 from collections.abc import Sequence
+from functools import partial
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -38,12 +39,10 @@ from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.showing import (
     UNKNOWN,
     Reading,
-    between,
-    capitalised,
+    panel,
     percent,
     reads,
-    share_in_words,
-    signed,
+    said,
     table_of,
 )
 
@@ -184,7 +183,7 @@ class Compare(Part[CompareResult]):
     def says(self, result: CompareResult, /) -> list[str]:
         """Effect and sum, a site each."""
         sites = result.sites.values()
-        return [say(result, site) for site in sites for say in (_effects, _sum)]
+        return [line for s in sites for line in said(self.name, "says", **_known(result, s))]
 
     def figures(self, result: CompareResult, /) -> dict[str, Chart]:
         """Curves of effect against side effect, the table as dots, and costs at equal effect."""
@@ -201,36 +200,26 @@ class Compare(Part[CompareResult]):
         shown = []
         for number, site in enumerate(result.sites.values()):
             measures = [m for m in MEASURES if any(m.of(row) for row in _built(site))]
+            every: dict[str, Any] = {
+                "charts": {
+                    _titled(result, measure.title): Chart([_measured(result, site, measure)])
+                    for measure in measures
+                },
+                "choice": "measure",
+                "table": _table(result, site),
+            }
+            curves: dict[str, Any] = {
+                "charts": {
+                    _axis(result, cost): Chart([_plane(result, site, cost, intervals=True)])
+                    for cost in site.costs
+                },
+                "choice": "side effect",
+                "table": _points(result, site),
+            }
+            known = _known(result, site)
             shown += [
-                Panel(
-                    name=f"compare-{number}",
-                    title=f"Every method on the same flip, at {site.site}",
-                    text="\n\n".join([*reading(result, site), _method(result, site)]),
-                    charts={
-                        _titled(result, measure.title): Chart([_measured(result, site, measure)])
-                        for measure in measures
-                    },
-                    choice="measure",
-                    table=_table(result, site),
-                ),
-                Panel(
-                    name=f"compare-pareto-{number}",
-                    title=f"Effect against side effect at equal strength, at {site.site}",
-                    text=(
-                        f"Each curve is one method at rising strength s, x' = x + s (edit(x) − x), "
-                        f"on {site.sweep_prompts} held-out prompts; the larger marker is strength "
-                        "1, the method as it is. The dotted LRQP curve rises with the odds asked "
-                        f"for instead. Up and to the left is better: more fall of "
-                        f"{result.words.preference} for less change of all else. Shaded is what "
-                        "points of the Pareto front beat in both."
-                    ),
-                    charts={
-                        _axis(result, cost): Chart([_plane(result, site, cost, intervals=True)])
-                        for cost in site.costs
-                    },
-                    choice="side effect",
-                    table=_points(result, site),
-                ),
+                panel(self.name, f"compare-{number}", shown=every, **known),
+                panel(self.name, f"compare-pareto-{number}", shown=curves, **known),
             ]
         return shown
 
@@ -240,20 +229,44 @@ class Compare(Part[CompareResult]):
 
 def reading(result: CompareResult, site: SiteComparison) -> list[str]:
     """Sentences on one site: effect, belief, cost of the same effect, the front, and the sum."""
-    lines = [_effects(result, site), _reliability(result, site), _learned(result, site)]
-    lines += [_costs(result, site, cost) for cost in site.costs]
-    lines += [_front(result, site), _sum(result, site), *_cautions(result, site)]
-    return [line for line in lines if line]
+    return said("compare", "reading", **_known(result, site))
+
+
+def _known(result: CompareResult, site: SiteComparison) -> dict[str, Any]:
+    """What words on one site are made from."""
+    fitted, rivals = site.method(FITTED), _rivals(site)
+    done = {row.name: row.counterfactual for row in _built(site)}
+    scored = [row for row in (fitted, *rivals) if row.scores.get("reliability") is not None]
+    scored.sort(key=lambda row: -reads(row, "scores.reliability").known)
+    learned = (("Learned LRQP", done.get(LEARNED)), ("DAS", done.get("das")))
+
+    def above(rows: Sequence[MethodResult], path: str) -> list[MethodResult]:
+        """Those of the rows that lie clearly above LRQP."""
+        return [row for row in rows if _above(reads(row, path), reads(fitted, path))]
+
+    def below(rows: Sequence[MethodResult], path: str) -> list[MethodResult]:
+        return [row for row in rows if _above(reads(fitted, path), reads(row, path))]
+
+    return {
+        "result": result,
+        "site": site,
+        "rivals": rivals,
+        "above": above,
+        "below": below,
+        "scored": scored,
+        "place": 1 + scored.index(fitted) if fitted in scored else None,
+        "learned": [(title, effect) for title, effect in learned if effect is not None],
+        "compared": partial(_compared, site),
+        "front": partial(_front, site),
+        "side": lambda cost: _titled(result, COSTS[cost][0]),
+        "read": [score.variable for score in site.oracles[1:] if score.readable],
+        "often": OFTEN_SAID,
+    }
 
 
 def _titled(result: CompareResult, title: str) -> str:
     more = {"elsewhere": result.elsewhere, "texts": result.texts}
     return title.format(**vars(result.words) | more)
-
-
-def _side(result: CompareResult, cost: str) -> str:
-    """A side effect in a sentence."""
-    return _titled(result, COSTS[cost][0])
 
 
 def _axis(result: CompareResult, cost: str) -> str:
@@ -275,173 +288,38 @@ def _above(first: Estimate, second: Estimate) -> bool:
     return first.lower is not None and second.upper is not None and first.lower > second.upper
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
-
-
-def _effects(result: CompareResult, site: SiteComparison) -> str:
-    own, rivals = site.method(FITTED), _rivals(site)
-    mine, idle = reads(own, "counterfactual.flipped"), reads(own, "control.flipped")
-    if mine.value is None:
-        return (
-            f"The model answers no held-out prompt with {result.words.held}, so no answer can flip."
-        )
-    found = [(row.title, reads(row, "counterfactual.flipped")) for row in rivals]
-    back = [(row.title, reads(row, "control.flipped")) for row in rivals]
-    more = [title for title, share in found if _above(share, mine)]
-    fewer = [title for title, share in found if _above(mine, share)]
-    accidents = [f"{title} {percent(s.value, 0)}" for title, s in back if _above(s, idle)]
-    return (
-        f"Effect at {site.site}: LRQP flips {share_in_words(mine)} of {site.answered} answers, and "
-        f"{percent(idle.value)} under control. At their own dose these flip clearly more: "
-        f"{_listed(more)}; clearly fewer: {_listed(fewer)}; more by accident under control: "
-        f"{_listed(accidents)}."
-    )
-
-
-def _reliability(result: CompareResult, site: SiteComparison) -> str:
-    every = [site.method(FITTED), *_rivals(site)]
-    scored = [(row, row.scores.get("reliability")) for row in every]
-    known = sorted(
-        ((score, row) for row, score in scored if score is not None),
-        key=lambda pair: -pair[0].known,
-    )
-    if not known:
-        return (
-            f"Reliability: the independent probes read no variable but the {result.words.value}, "
-            "so none is given."
-        )
-    place, own = next((i, s) for i, (s, row) in enumerate(known, 1) if row.name == FITTED)
-    clear = [row.title for score, row in known if _above(score, own)]
-    top, best = known[0]
-    return (
-        f"Reliability under independent probes: LRQP is number {place} of {len(known)} with "
-        f"{own.known:.3f} ({between(own, 3)}); the highest is {best.title} with {top.known:.3f}. "
-        f"Clearly above LRQP: {_listed(clear)}."
-    )
-
-
-def _learned(result: CompareResult, site: SiteComparison) -> str:
-    done = {row.name: row.counterfactual for row in _built(site)}
-    words = [
-        f"{title} flips {percent(effect.flipped.value)} with KL {effect.divergence.known:.3f}"
-        for title, effect in (("Learned LRQP", done.get(LEARNED)), ("DAS", done.get("das")))
-        if effect is not None and effect.flipped.value is not None
-    ]
-    return f"{'; '.join(words)} {result.elsewhere}." if done.get(LEARNED) and words else ""
-
-
-def _compared(site: SiteComparison, cost: str) -> tuple[list[str], list[str], list[str], list[str]]:
+def _compared(site: SiteComparison, cost: str) -> dict[str, list[str]]:
     """Rivals that pay clearly less, clearly more, neither, or do not reach LRQP's effect."""
-    less, more, equal, never = (list[str]() for _ in range(4))
+    found: dict[str, list[str]] = {"less": [], "more": [], "equal": [], "never": []}
     for row in _rivals(site):
         ratio = row.relative.get(cost)
         if ratio is None or ratio.lower is None or ratio.upper is None:
-            never.append(row.title)
+            found["never"].append(row.title)
         elif ratio.lower <= 1 <= ratio.upper:
-            equal.append(row.title)
+            found["equal"].append(row.title)
         else:
-            (less if ratio.upper < 1 else more).append(f"{row.title} ({ratio.known:.2f} times)")
-    return less, more, equal, never
+            which = "less" if ratio.upper < 1 else "more"
+            found[which].append(f"{row.title} ({ratio.known:.2f} times)")
+    return found
 
 
-def _costs(result: CompareResult, site: SiteComparison, cost: str) -> str:
-    less, more, equal, never = _compared(site, cost)
-    return (
-        f"At the same effect as LRQP, {_side(result, cost)}: clearly less than LRQP: "
-        f"{_listed(less)}; clearly more: {_listed(more)}; not told apart: {_listed(equal)}"
-        + (f"; never reach its effect: {_listed(never)}." if never else ".")
-    )
-
-
-def _front(result: CompareResult, site: SiteComparison) -> str:
-    words = []
+def _front(site: SiteComparison, cost: str) -> dict[str, Any]:
+    """How many curves are on the Pareto front of a side effect, and what beats LRQP in both."""
     own = next(curve for curve in site.curves if curve.name == FITTED)
     at_one = next(point for point in own.points if point.dose == 1)
-    for cost in site.costs:
-        best = [c for c in site.curves if any(point.optimal[cost] for point in c.points)]
-        held = sum(point.optimal[cost] for point in own.points)
-        beaten = [
+    return {
+        "held": sum(point.optimal[cost] for point in own.points),
+        "strengths": len(own.points),
+        "touch": sum(any(point.optimal[cost] for point in c.points) for c in site.curves),
+        "beaten": [
             f"{curve.title} ({curve.dose} {point.dose:g})"
             for curve in site.curves
             if curve.name not in OWN
             for point in curve.points
             if point.effect.known >= at_one.effect.known
             and point.costs[cost].known < at_one.costs[cost].known
-        ]
-        words.append(
-            f"by {_side(result, cost)}, {held} of {len(own.points)} strengths of LRQP are on the "
-            f"front, which {len(best)} of {len(site.curves)} curves touch, and LRQP at strength 1 "
-            f"is beaten in both by {_listed(beaten)}"
-        )
-    return f"Pareto front: {'; '.join(words)}."
-
-
-def _sum(result: CompareResult, site: SiteComparison) -> str:
-    parts = []
-    for cost in site.costs:
-        less, more, equal, never = map(len, _compared(site, cost))
-        if less == more == 0:
-            word = "neither for nor against LRQP"
-        elif less == 0 or more == 0:
-            word = f"{'not ' if less else ''}in LRQP's favour"
-        else:
-            word = f"{'' if less < more else 'not '}more for LRQP than against it"
-        parts.append(
-            f"{_side(result, cost)}: {word} ({less} clearly better, {more} clearly worse, {equal} "
-            f"not told apart, {never} without LRQP's effect)"
-        )
-    return (
-        f"In sum, of {len(_rivals(site))} other methods at the same effect as LRQP, by "
-        f"{'; by '.join(parts)}."
-    )
-
-
-def _cautions(result: CompareResult, site: SiteComparison) -> list[str]:
-    lines, words = [], result.words
-    if site.said_elsewhere > OFTEN_SAID:
-        lines.append(
-            f"Caution: {result.elsewhere} the clean model already gives "
-            f"{percent(site.said_elsewhere, 0)} of its probability to {words.answers}, so KL there "
-            "is mostly the effect itself and not a side effect; its part beside them is the fairer "
-            "measure here."
-        )
-    missing = [f"{row.title} ({row.problem})" for row in site.methods if row.problem]
-    if missing:
-        lines.append(f"Not built: {'; '.join(missing)}.")
-    lines.append(
-        f"The independent probe reads the {words.value} from clean activations with accuracy "
-        f"{site.oracles[0].accuracy.known:.3f}; without an edit the mean of {words.preference} is "
-        f"{signed(site.clean.known)} {words.unit}."
-    )
-    return lines
-
-
-def _method(result: CompareResult, site: SiteComparison) -> str:
-    """How the table was made."""
-    value, others = result.words.value, [s.variable for s in site.oracles[1:] if s.readable]
-    lines = [
-        f"All methods are fitted to the training prompts and edit {result.position} of the same "
-        f"{site.prompts} held-out prompts at {site.site}, towards the other {value} "
-        f"(counterfactual) and the true one (control). A patch writes the same prompt with the "
-        f"other {value}, or where no such pairs are known a training prompt of it, and as a "
-        f"control another prompt of the same {value}.",
-        f"{capitalised(result.texts)} is the beginning of {site.texts} prompts, edited at a random "
-        f"token towards a random {value}."
-        if site.texts
-        else "",
-        "Independent probes are fitted to one half of the held-out prompts and read the other; "
-        f"selectivity is over {', '.join(others) or 'nothing, as they read nothing else'}.",
-        f"Attention is that of {len(site.watched)} heads ({site.role}s), END→IO less END→S1."
-        if site.watched
-        else "No heads were watched.",
-        "Shares of answers have Wilson 95 % intervals, all else bootstrap ones "
-        f"({result.resamples} resamples, seed {result.seed}); clearly means beyond such an "
-        f"interval, each taken by itself. LEACE erases the {value}, so its completeness is "
-        "measured against even odds.",
-    ]
-    trained = "; ".join(f"{row.title}: {row.settings}" for row in site.methods if row.settings)
-    return " ".join(filter(None, [*lines, trained and f"Trained through the model: {trained}."]))
+        ],
+    }
 
 
 # ---- tables --------------------------------------------------------------------------------------

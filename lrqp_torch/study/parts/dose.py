@@ -30,17 +30,7 @@ from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import Twinned, answers, batches, put
-from lrqp_torch.study.showing import (
-    HELD_AGAINST,
-    Reading,
-    capitalised,
-    headed,
-    known,
-    share_in_words,
-    signed,
-    table_of,
-    task_in_words,
-)
+from lrqp_torch.study.showing import HELD_AGAINST, Reading, known, table_of, task_in_words
 from lrqp_torch.study.sweep import columns
 
 LOG_ALPHAS = (-10.0, -5.0, 0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
@@ -194,25 +184,18 @@ class Dose(Part[DoseResult]):
             interchange=interchange,
         )
 
-    def says(self, result: DoseResult, /) -> list[str]:
-        """From which odds on answers flip, and what the mirror rule does."""
-        return [_finding(result, name) for name in result.tasks]
-
     def figures(self, result: DoseResult, /) -> dict[str, Chart]:
         """The dose curves: answers flipped, preference, and size of the edit."""
         return {"dose": dose_of(result)}
 
     def panels(self, result: DoseResult, /) -> list[Panel]:
         """The dose curves, with a table."""
-        words, measures = result.words, dose_measures(result)
+        measures = dose_measures(result)
         charts = {name: Chart([pane]) for name, pane in dose_panes(result).items()}
-        shares, flips = "", next(iter(measures))
-        if measures[flips][0] == "flipped":
+        flips = next(iter(measures))
+        shares = measures[flips][0] == "flipped"
+        if shares:
             charts["flips by size"] = Chart([dose_panes(result, "distance")[flips]])
-            shares = (
-                f" Shares are of the prompts answered {words.held} without an edit, with Wilson "
-                "95 % intervals."
-            )
         rows = [
             ((task_in_words(name) or "–", rule), edit)
             for name, task in result.tasks.items()
@@ -224,61 +207,9 @@ class Dose(Part[DoseResult]):
             "prompts changed (%)": "edited",
             **known([edit for _, edit in rows], HELD_AGAINST),
         }
-        return [
-            Panel(
-                name="dose",
-                title=f"How much belief it takes: odds against answers at {result.site}",
-                text=f"Each point of a curve is a counterfactual edit at {words.position} after "
-                f"which the probe's odds for the other {words.value} are at least α on every "
-                "held-out prompt; prompts whose odds suffice already stay as they are. Stars are "
-                f"the mirror rule towards the other {words.value}, at its mean log α, and open "
-                f"triangles the same towards the true {words.value}.{shares} Means have bootstrap "
-                "95 % intervals.",
-                charts=charts,
-                choice="measure",
-                table=table_of(["task", "rule"], rows, quantities),
-            )
-        ]
-
-
-def _finding(result: DoseResult, name: str) -> str:
-    task, words = result.tasks[name], result.words
-    start, mirror, control = f"at {result.site}, ", task.counterfactual, task.control
-    asked = (
-        f"the mirror rule, which asks for log α = {mirror.log_alpha:z.1f} on average, "
-        f"edits by a mean Mahalanobis length of {mirror.distance.known:.2f}"
-    )
-    if mirror.flipped is None or mirror.preference is None or task.clean is None:
-        change = f"{mirror.divergence.known:.2f} nats of the next token (KL) towards the other"
-        said = f"{asked} and moves {change} {words.value}, {control.divergence.known:.2f} towards"
-        return headed(name, f"{start}{said} the true one.")
-    if not task.answered:
-        said = f"the model answers no held-out prompt with {words.held}, so no answer can flip."
-        return headed(name, start + said)
-    half, last = task.half_dose(), task.doses[-1]
-    reached = (
-        "no dose of the sweep flips half of the answers"
-        if half is None
-        else f"half of the answers flip from log α = {half:g} on"
-    )
-    flips = [share_in_words(edit.flipped) for edit in (last, mirror, control) if edit.flipped]
-    unreached = sum(edit.unreached for _, edit in dosed(task))
-    ceiling = ""
-    if task.interchange is not None and task.interchange.flipped is not None:
-        ceiling = (
-            f" The ceiling, a twin's activation, flips {share_in_words(task.interchange.flipped)}"
-        )
-        past = [f"{dose.log_alpha:g}" for dose in task.doses if dose.beyond]
-        ceiling += f"; beyond their own patch go log α = {', '.join(past)}." if past else "."
-    return headed(
-        name,
-        f"{start}{reached}; at log α = {last.log_alpha:g}, {flips[0]} of {task.answered} do. "
-        f"{capitalised(asked)}; it flips {flips[1]} towards the other {words.value} (mean "
-        f"{words.preference} {signed(task.clean.known)} before, "
-        f"{signed(mirror.preference.known)} after), and {flips[2]} towards the true one."
-        + ceiling
-        + (f" {unreached} edits could not be solved." if unreached else ""),
-    )
+        table = table_of(["task", "rule"], rows, quantities)
+        shown = {"charts": charts, "choice": "measure", "table": table}
+        return [self.panel("dose", result, shown=shown, shares=shares)]
 
 
 PART = Dose()

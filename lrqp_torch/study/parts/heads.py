@@ -35,7 +35,12 @@ from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import attention_to, batches, put
-from lrqp_torch.study.showing import between, grouped, signed
+from lrqp_torch.study.showing import (
+    between,
+    grouped,
+    said,
+    signed,
+)
 
 MOST_TESTED = 24
 """At most this many heads are tested for S-inhibition, those that attend most to S2."""
@@ -124,13 +129,9 @@ class Heads(Part[HeadsResult]):
 
     def says(self, result: HeadsResult, /) -> list[str]:
         """How many heads have the roles on which the rest of the study builds."""
-        counts = {
-            role: len(result.members(role)) for role in (Role.S_INHIBITION, Role.MOVER, Role.WRITER)
-        }
-        said = ", ".join(f"{role}: {count}" for role, count in counts.items())
-        return [f"Heads by role, of {len(result.scores)} in all: {said}."] + (
-            [] if result.truth is None else [_truth_text(result.truth)]
-        )
+        roles = (Role.S_INHIBITION, Role.MOVER, Role.WRITER)
+        counts = [f"{role}: {len(result.members(role))}" for role in roles]
+        return said(self.name, "says", result=result, counts=counts)
 
     def figures(self, result: HeadsResult, /) -> dict[str, Chart]:
         """Every head's scores as maps of layer by head."""
@@ -138,31 +139,14 @@ class Heads(Part[HeadsResult]):
 
     def panels(self, result: HeadsResult, /) -> list[Panel]:
         """Maps of all scores, the direct effect against attention, and the roles."""
-        shares = ", ".join(f"{name} {signed(value)}" for name, value in result.parts.items())
+        scores = {name: Chart([pane]) for name, pane in head_panes(result).items()}
+        known = {"looks": LOOKS_WITHOUT, "writes": WRITES_WITHOUT}
+        movers = {"": Chart([_by_attention(result)])}
+        maps = {"charts": scores, "choice": "score"}
         return [
-            Panel(
-                name="head-scores",
-                title="What every attention head does",
-                text="Each cell is a head, its score a mean over "
-                f"{result.prompts} clean held-out prompts. The direct effect is what the head "
-                "itself adds to the logit difference IO − S at END, through the final norm with "
-                "its scale frozen; the parts of the model add up to the mean difference of "
-                f"{signed(result.logit_difference)} ({shares}). “{LOOKS_WITHOUT}” is the change of "
-                "their attention to IO less that to S1 when the head's output at END is set to its "
-                f"mean, and “{WRITES_WITHOUT}” that of what they write, in logits (of the answer "
-                "writers, in a model without name movers); heads without a value were not tested.",
-                charts={name: Chart([pane]) for name, pane in head_panes(result).items()},
-                choice="score",
-            ),
-            Panel(
-                name="head-movers",
-                title="Name movers: heads that look at IO and write it",
-                text="Name movers are far right and high, negative name movers far right and low. "
-                "Colours show the roles that the program found; a head with several roles has the "
-                "colour of the one nearest to the answer.",
-                charts={"": Chart([_by_attention(result)])},
-            ),
-            _role_panel(result),
+            self.panel("head-scores", result, shown=maps, **known),
+            self.panel("head-movers", result, shown={"charts": movers}),
+            self.panel("head-roles", result, shown={"table": _roles(result)}),
         ]
 
 
@@ -311,7 +295,8 @@ def _main_role(result: HeadsResult, head: str) -> str:
     return NO_ROLE
 
 
-def _role_panel(result: HeadsResult) -> Panel:
+def _roles(result: HeadsResult) -> Table:
+    """A row a role: its heads, those that were published for it, and its rule."""
     published = result.published
     columns = ["role", "heads found", "rule"]
     rows = []
@@ -322,27 +307,9 @@ def _role_panel(result: HeadsResult) -> Panel:
             known = published.get(role)
             row[2:2] = [", ".join(known), rules.overlap(found, known)] if known else ["–", "–"]
         rows.append(row)
-    text = "A role is given by the rule beside it, to as many heads as meet it, or to none."
     if published is not None:
         columns[2:2] = ["published", "published ones found"]
-        text += (
-            " The published heads (Wang et al. 2022) were found with other prompts and by removing "
-            "heads; the parts that follow use the published ones."
-        )
-    if result.truth is not None:
-        text += " " + _truth_text(result.truth)
-    return Panel("head-roles", "The roles of heads", text, table=Table(columns, rows))
-
-
-def _truth_text(truth: rules.TruthCheck) -> str:
-    known = (
-        "This model was trained so that the order is read from S2 by attention in layer "
-        f"{truth.first_layer} or above, and until layer {truth.last_layer} at the least"
-    )
-    if truth.agrees is None:
-        return f"{known}; no S-inhibition head was found to compare with that."
-    verdict = "agree" if truth.agrees else "DISAGREE"
-    return f"{known}; the S-inhibition heads found {verdict} with that."
+    return Table(columns, rows)
 
 
 PART = Heads()

@@ -19,6 +19,7 @@ patch, Makelov et al. 2023, arXiv 2311.17030.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -36,19 +37,9 @@ from lrqp_torch.study.joint import (
 from lrqp_torch.study.league import elsewhere
 from lrqp_torch.study.methods import Training
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.prompts import ALL, Words
+from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.results import StudyResults, VariableResult, told
-from lrqp_torch.study.showing import (
-    UNTOLD,
-    Reading,
-    between,
-    by_site,
-    curves,
-    percent,
-    reads,
-    share_in_words,
-    table_of,
-)
+from lrqp_torch.study.showing import Reading, between, by_site, curves, reads, table_of
 
 
 @dataclass(frozen=True)
@@ -152,45 +143,6 @@ class Joint(Part[JointResult]):
                 for r in result.methods]  # fmt: skip
         return replace(result, sites=sites, methods=rows)
 
-    def says(self, result: JointResult, /) -> list[str]:
-        """What each set of variables does at the best site, and whether that adds up."""
-        lines = []
-        if result.left_out:
-            lines.append(
-                f"{result.left_out} held-out prompts are left out, of a class that no two prompts "
-                f"to fit on have."
-            )
-        here = result.sites.get(result.site, {})
-        for name, found in here.items():
-            edit, patch = found.counterfactual, found.interchange
-            if edit.flipped is None:
-                continue
-            line = (
-                f"{_what(result, name)} written at {result.site}: "
-                f"{share_in_words(edit.flipped)} of the answers flip"
-            )
-            if patch is not None and patch.flipped is not None:
-                line += f", {percent(patch.flipped.value)} by the twin's own activation"
-            if found.recovered is not None and found.agreement is not None:
-                line += (
-                    f"; it recovers {share_in_words(found.recovered, 0)} of that effect, with the "
-                    f"same answer on {percent(found.agreement.value)} of the prompts"
-                )
-            lines.append(f"{line}, by an edit {edit.distance:.1f} sd long.")
-        added = result.additive.get(result.site)
-        if added is not None and added.edits is not None:
-            whole = "that of all together"
-            line = f"The effects of single edits sum to {share_in_words(added.edits, 0)} of {whole}"
-            if added.interchanges is not None:
-                line += f", those of interchanges to {share_in_words(added.interchanges, 0)}"
-            lines.append(line + ".")
-        beyond = [
-            f"{row.title} of {row.variables} {row.beyond}" for row in result.methods if row.beyond
-        ]
-        if beyond:
-            lines.append(f"Beyond their own patch: {'; '.join(beyond)}.")
-        return lines
-
     def figures(self, result: JointResult, /) -> dict[str, Chart]:
         """What flips at each site."""
         title = f"What each variable at {result.words.position} does, and all together"
@@ -200,17 +152,10 @@ class Joint(Part[JointResult]):
         """Edits and interchanges by site, the table of methods, and results by target."""
         if not result.sites:
             return []
-        panels = [
-            Panel(
-                name="joint",
-                title="Each variable alone, and all together",
-                text="Above: answers flipped by the least edit that writes these variables. "
-                "Below: the share of its own interchange's effect that it recovers, 100 % where "
-                f"it does what the twin's whole activation does. Bars are 95 % intervals.{UNTOLD}",
-                charts={"": Chart(_panes(result), share_x=True)} if _panes(result) else {},
-                table=_sites_table(result),
-            )
-        ]
+        charts = {"": Chart(_panes(result), share_x=True)} if _panes(result) else {}
+        shown: dict[str, dict[str, Any]] = {
+            "joint": {"charts": charts, "table": _sites_table(result)}
+        }
         if result.methods:
             columns: dict[str, Reading] = {
                 "flipped (%)": "flipped",
@@ -226,18 +171,7 @@ class Joint(Part[JointResult]):
                 "trained": "settings",
             }
             rows = (((row.variables, row.title), row) for row in result.methods)
-            panels.append(
-                Panel(
-                    name="joint-methods",
-                    title=f"The same, written in other ways at {result.site}",
-                    text="DAS is trained on the very answers; an edit that flips significantly "
-                    "more than its own patch, or is longer, is beyond it: it does what the "
-                    "variable does not do in the model by the natural way. Odds are those of the "
-                    "probes that LRQP promises: at how many prompts they are reached, and how far "
-                    "the reading is off what was asked, too low or too high.",
-                    table=table_of(["written", "by"], rows, columns),
-                )
-            )
+            shown["joint-methods"] = {"table": table_of(["written", "by"], rows, columns)}
         targets = [
             ((site, name, target), one)
             for (site, name), found in _by_variable(result)
@@ -250,26 +184,9 @@ class Joint(Part[JointResult]):
                 result.words.preference: "logit_difference",
                 "length, sd": "distance",
             }
-            panels.append(
-                Panel(
-                    name="joint-targets",
-                    title="By the class that was written",
-                    text="Each prompt is written to every class but its own that an answer or a "
-                    "twin goes with.",
-                    table=table_of(["site", "variable", "written"], targets, columns),
-                )
-            )
-        return panels
-
-
-# ---- words and charts ----------------------------------------------------------------------------
-
-
-def _what(result: JointResult, name: str) -> str:
-    if name == ALL:
-        return f"All of {', '.join(result.variables)}"
-    count = len(result.variables[name])
-    return f"The variable {name} ({count} classes)"
+            table = table_of(["site", "variable", "written"], targets, columns)
+            shown["joint-targets"] = {"table": table}
+        return [self.panel(name, result, shown=own) for name, own in shown.items()]
 
 
 def _panes(result: JointResult) -> list[Pane]:

@@ -52,12 +52,8 @@ from lrqp_torch.study.prompts import ALL, PromptSet, Words
 from lrqp_torch.study.running import Batch, Twinned, answers, batches, divergences, put
 from lrqp_torch.study.showing import (
     Reading,
-    between,
-    percent,
     plural,
     reads,
-    share_in_words,
-    signed,
     table_of,
 )
 
@@ -198,13 +194,6 @@ class Mediation(Part[MediationResult]):
         both = _Edited(study.data, partial(study.editing, site=site), twinned)
         return replace(result, together=_carried(given, both, sets, advance))
 
-    def says(self, result: MediationResult, /) -> list[str]:
-        """How much of the effect the first set of heads carries, of each edit."""
-        lines = [_finding(result, "counterfactual edit")]
-        if result.together is not None:
-            lines.append(_finding(result.together, "edit of all variables together"))
-        return lines
-
     def figures(self, result: MediationResult, /) -> dict[str, Chart]:
         """Shares of the effect, where the edit has one."""
         title = f"What attention from {result.words.end} carries of the edit at {result.site}"
@@ -212,11 +201,27 @@ class Mediation(Part[MediationResult]):
 
     def panels(self, result: MediationResult, /) -> list[Panel]:
         """Shares of each edit's effect that sets of attention patterns carry."""
-        panels = [_panel(result, "mediation", "the effect")]
-        if result.together is not None:
-            both = "the effect of all variables together"
-            panels.append(_panel(result.together, "mediation-together", both))
-        return panels
+        edits = {"mediation": result, "mediation-together": result.together}
+        return [self._panel(name, edit) for name, edit in edits.items() if edit is not None]
+
+    def _panel(self, name: str, result: MediationResult) -> Panel:
+        words = result.words
+        quantities: dict[str, Reading] = {
+            "restored (%)": "restored",
+            "induced (%)": "induced",
+            "answers restored (%)": "answers_restored",
+            "answers flipped (%)": "answers_flipped",
+            f"{words.preference}, restored": "preference_restored",
+            f"{words.preference}, induced": "preference_induced",
+            "heads": _listed,
+        }
+        rows = [([_label(group)], group) for group in result.groups]
+        shown = {
+            "charts": {"": Chart([_bars(result)])} if result.shown else {},
+            "table": table_of([f"attention from {words.end} of"], rows, quantities),
+        }
+        who = WRITERS if any(group.group == WRITERS for group in result.groups) else MOVERS
+        return self.panel(name, result, shown=shown, who=who)
 
 
 @dataclass(frozen=True)
@@ -444,61 +449,7 @@ def _summarise(
     )
 
 
-# ---- words and charts ----------------------------------------------------------------------------
-
-
-def _finding(result: MediationResult, edit: str) -> str:
-    """How much of an edit's effect the first set of heads carries."""
-    line = (
-        f"The {edit} at {result.site} changes the mean of {result.words.preference} from "
-        f"{signed(result.preference_clean)} to {signed(result.preference_edited)}"
-    )
-    if not result.shown:
-        return (
-            f"{line}; the 95 % interval of the change ({between(result.effect)}) includes 0, so "
-            "there is no effect of which a share could be told."
-        )
-    group, flips = result.shown[0], result.edit_flips
-    assert group.restored is not None and group.induced is not None
-    back, forth = share_in_words(group.restored, 0), share_in_words(group.induced, 0)
-    line += f" and flips {percent(flips.value, 0)} of the answers" if flips else ""
-    if result.recovered:
-        line += f", {share_in_words(result.recovered, 0)} of what its interchange does"
-    origin = "published" if result.published else "found by the program"
-    return (
-        f"{line}. Putting only the attention from {result.words.end} of "
-        f"{plural(len(group.heads), 'head')} ({group.group}, {origin}) back to the clean run's "
-        f"undoes {back} of its effect; putting their attention under the edit into a clean run "
-        f"brings about {forth} of it."
-    )
-
-
-def _panel(result: MediationResult, name: str, effect: str) -> Panel:
-    words = result.words
-    who = WRITERS if any(group.group == WRITERS for group in result.groups) else MOVERS
-    text = (
-        f"All heads above the site are the most that attention from {words.end} can carry; "
-        "sets of other heads, matched one by one in layer and in how much they attend to "
-        "anything but the first token, show what setting as many patterns does by itself. "
-        "The shares of different sets need not add up. Bars are bootstrap 95 % intervals."
-    )
-    quantities: dict[str, Reading] = {
-        "restored (%)": "restored",
-        "induced (%)": "induced",
-        "answers restored (%)": "answers_restored",
-        "answers flipped (%)": "answers_flipped",
-        f"{words.preference}, restored": "preference_restored",
-        f"{words.preference}, induced": "preference_induced",
-        "heads": _listed,
-    }
-    rows = [([_label(group)], group) for group in result.groups]
-    return Panel(
-        name=name,
-        title=f"Is {effect} carried by where the {who} look?",
-        text=text if result.shown else "The edit has no effect to share.",
-        charts={"": Chart([_bars(result)])} if result.shown else {},
-        table=table_of([f"attention from {words.end} of"], rows, quantities),
-    )
+# ---- charts --------------------------------------------------------------------------------------
 
 
 def _label(group: GroupMediation) -> str:

@@ -12,6 +12,7 @@ and IO can be read without a prefix but not with one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from lrqp_torch.study.showing import (
     grouped,
     joined,
     percent,
+    said,
     table_of,
     task_in_words,
 )
@@ -171,17 +173,13 @@ class Probing(Part[ProbingResult]):
 
     def says(self, result: ProbingResult, /) -> list[str]:
         """Which variables can be read where."""
-        sentences = []
+        tokens: dict[str, dict[str, list[str]]] = {}
         for position, here in grouped(result.variables, lambda item: item.position).items():
-            verdicts: dict[str, list[str]] = {}
+            verdicts = tokens.setdefault(_called(result, position), {})
             for variable, items in grouped(here, lambda item: item.variable).items():
                 items.sort(key=lambda item: item.task)
                 verdicts.setdefault(_verdict(items), []).append(f"{variable} ({_bests(items)})")
-            sentences += [
-                f"At {_called(result, position)}, {verdict}: {'; '.join(variables)}."
-                for verdict, variables in verdicts.items()
-            ]
-        return sentences
+        return said(self.name, "says", result=result, tokens=tokens)
 
     def figures(self, result: ProbingResult, /) -> dict[str, Chart]:
         """The accuracies by site, one figure a token with a pane a variable."""
@@ -206,16 +204,10 @@ class Probing(Part[ProbingResult]):
             result.variables,
             lambda item: joined(_called(result, item.position), task_in_words(item.task)),
         )
-        meanings = " ".join(
-            f"{capitalised(name)}: {MEANINGS.get(name, ' or '.join(items[0].classes))}."
+        meanings = {
+            name: MEANINGS.get(name, " or ".join(items[0].classes))
             for name, items in by_variable.items()
-        )
-        if len(by_variable) > 1:
-            meanings += (
-                "\n\nPositions are classes of their own while they take at most "
-                f"{result.bins} values, and are else cut at quantiles into at most {result.bins} "
-                f"ranges; of the names the {result.names} most frequent are told apart."
-            )
+        }
         rows = [
             (
                 (
@@ -237,28 +229,16 @@ class Probing(Part[ProbingResult]):
             "training prompts": "of.train",
             "held-out prompts": "of.test",
         }
+        tokens = {key: _token(result, items) for key, items in by_token.items()}
+        variables: dict[str, Any] = {
+            "charts": {name: _by_token(result, items) for name, items in by_variable.items()},
+            "choice": "variable",
+            "table": table_of(["token", "task", "variable", "site"], rows, columns),
+        }
+        together = {"charts": tokens, "choice": "token and task"}
         return [
-            Panel(
-                name="probing",
-                title="What can be read from the clean activations",
-                text="The shares are those of the best site. A variable counts as readable where "
-                f"the lower end of a Wilson 95 % interval lies more than {MARGIN} above that of "
-                "guessing, which is the share of the most frequent class among the held-out "
-                "prompts; that it can be read does not mean that the model uses it.",
-                charts={key: _token(result, items) for key, items in by_token.items()},
-                choice="token and task",
-            ),
-            Panel(
-                name="probing-variables",
-                title="Each variable beside its controls",
-                text=f"{meanings}\n\nCrosses are probes fitted to shuffled labels, which should be "
-                "no better than guessing; dotted lines show guessing: the share of the most "
-                "frequent class among the held-out prompts. Bars are Wilson 95 % intervals on "
-                "held-out prompts.",
-                charts={name: _by_token(result, items) for name, items in by_variable.items()},
-                choice="variable",
-                table=table_of(["token", "task", "variable", "site"], rows, columns),
-            ),
+            self.panel("probing", result, shown=together, margin=MARGIN),
+            self.panel("probing-variables", result, shown=variables, meanings=meanings),
         ]
 
 
