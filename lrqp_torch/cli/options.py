@@ -149,6 +149,13 @@ Refits = Annotated[
         "replacement, for the spread over fits."
     ),
 ]
+Methods = Annotated[
+    str,
+    typer.Option(
+        help="Edits that compare puts beside LRQP and no edit, with commas, such as "
+        "mean_difference,leace,full_patch; all trains some of them."
+    ),
+]
 Figures = Annotated[
     bool | None,
     typer.Option(

@@ -55,6 +55,7 @@ def options(
     l2: given.L2 = None,
     shrinkage: given.ShrinkageOf = "ledoit_wolf",
     refits: given.Refits = 0,
+    methods: given.Methods = "all",
     figures: given.Figures = None,
     report: given.Report = None,
     dry_run: given.DryRun = False,

@@ -468,7 +468,7 @@ class JointStudy:
         source, target = self.source.to(device), self.target.to(device)
 
         def least(beside: int) -> Tensor:
-            return self._least(site, one, beside).x_new.detach() - x
+            return self._least(site, one, beside).x_new.detach().double() - x
 
         found = {"lrqp": (least(JointLRQP.FREE), "")}
         if one != ALL and len(self.sets) > 1:
@@ -494,8 +494,12 @@ class JointStudy:
         return found
 
     def _least(self, site: str, one: str, beside: int) -> JointSolution:
-        """The least edit that writes a set of variables, with the others free or kept."""
-        x = self.x[site].double()
+        """The least edit that writes a set of variables, with the others free or kept.
+
+        In the dtype of the stream, as at every site: what it certifies is then what the model is
+        given, and not what rounding leaves of it.
+        """
+        x = self.x[site]
         choice = self.choice(one, self.target.to(x.device), beside)
         asked = self.asked(site, one, {"counterfactual": choice}, torch.arange(len(x)))
         own = None if asked is None else asked["counterfactual"]

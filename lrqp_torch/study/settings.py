@@ -9,7 +9,8 @@ from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.study.doses import check_dose
 from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
-from lrqp_torch.study.reading import FRONTS, Columns, label_columns
+from lrqp_torch.study.methods import check_names
+from lrqp_torch.study.reading import FRONTS, Columns, label_columns, listed
 
 OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
 """The settings that say which prompts of one's own are studied."""
@@ -61,6 +62,7 @@ class Settings:
     # How many times the edits of the sweep are fitted anew, to training prompts drawn with
     # replacement, for the spread over fits.
     refits: int = 0
+    methods: str = "all"  # of the part `compare`: `all`, or names separated by commas
     figures: bool = True  # whether to draw figures
     report: bool = True  # whether to write the interactive report
     parts: str = "all"  # `all`, or parts of the study separated by commas
@@ -73,7 +75,7 @@ class Settings:
         """Check what can be checked without a model.
 
         Raises:
-            SettingError: a number out of its range.
+            SettingError: a number out of its range, or a method that does not exist.
         """
         if not 0 < self.train_share < 1:
             raise SettingError(f"train_share must lie between 0 and 1, not {self.train_share}.")
@@ -83,6 +85,7 @@ class Settings:
                 "to fit on or to hold out; raise n."
             )
         check_dose(self.dose)
+        check_names(self.compared)
         if self.bos not in FRONTS:
             raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
         if self.refits < 0:
@@ -115,6 +118,11 @@ class Settings:
         return tuple(label_columns(self.label if self.data is not None else self.variables))
 
     @property
+    def compared(self) -> tuple[str, ...] | None:
+        """The methods of the league table; None for all."""
+        return None if self.methods == "all" else tuple(listed(self.methods))
+
+    @property
     def train_size(self) -> int:
         """Number of prompts about two names to fit on."""
         return round(self.n * self.train_share)
@@ -134,6 +142,7 @@ class Settings:
         """The settings as ``results.json`` keeps them: all that decides what it holds."""
         names, own = {"n", "prefixes", "variables", "names", "compare_task"}, set(OWN)
         left_out = {"out", "resume"} | (own if self.data is None else names)
+        left_out |= {"methods"} if self.compared is None else set()
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def deciding(self) -> dict[str, Any]:

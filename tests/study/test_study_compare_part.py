@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +206,10 @@ TINY = replace(SMALL, methods=("mean_difference", "full_patch"), sweep_prompts=8
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(league, "compute", partial(league.compute, options=TINY))
-    monkeypatch.setattr(league, "work", partial(league.work, options=TINY))
+    def options(names: tuple[str, ...] | None) -> CompareOptions:
+        return replace(TINY, methods=names or TINY.methods)
+
+    monkeypatch.setattr(league, "CompareOptions", options)
 
 
 def settings(out: Path, **changes: Any) -> Settings:
@@ -241,10 +243,15 @@ def test_a_stopped_study_goes_on_with_the_same_table(
 
 def test_the_command_writes_table_figures_and_report(tiny: None, tmp_path: Path) -> None:
     arguments = "compare --n 48 --prefixes bundled --sites L1.mid,L2.pre --batch-size 16"
-    answer = CliRunner().invoke(
-        app, [*arguments.split(), "--no-compare-task", "--out", str(tmp_path)]
-    )
+    arguments += " --methods mean_difference --no-compare-task --out"
+    answer = CliRunner().invoke(app, [*arguments.split(), str(tmp_path)])
     assert answer.exit_code == 0, answer.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = results["parts"]["compare"]["sites"][results["best_site"]]["methods"]
+    assert [row["name"] for row in rows] == ["none", "lrqp", "mean_difference"]
+    assert results["settings"]["methods"] == "mean_difference"
+    refused = CliRunner().invoke(app, ["compare", "--methods", "magic", "--out", str(tmp_path)])
+    assert refused.exit_code and "unknown method 'magic'" in refused.output
     names = {path.name for path in tmp_path.iterdir()}
     for stem in ("compare_pareto", "compare_table", "compare_equal_effect"):
         assert {f"{stem}.png", f"{stem}.svg"} <= names

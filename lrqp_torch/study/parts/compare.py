@@ -178,7 +178,10 @@ class Compare(Part[CompareResult]):
     def compute(self, given: Given, advance: Advance, /) -> CompareResult:
         """The table at the best site."""
         edits = {given.site: given.edit_at(given.site)}
-        return league.compute(given.context, edits, given.results.get("heads"), advance=advance)
+        options = league.CompareOptions(given.settings.compared)
+        heads = given.results.get("heads")
+        advance(league.work(given.context) - league.work(given.context, options))
+        return league.compute(given.context, edits, heads, options=options, advance=advance)
 
     def says(self, result: CompareResult, /) -> list[str]:
         """Effect and sum, a site each."""
