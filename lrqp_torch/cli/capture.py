@@ -33,8 +33,8 @@ def capture(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Prompts of your own: a .csv, .jsonl or .parquet file, or a data set of the Hub "
-            "as NAME or NAME:SPLIT, with the columns text and label.",
+            help="Prompts of your own: a .csv, .tsv, .jsonl or .parquet file, or a data set of the "
+            "Hub as NAME or NAME:SPLIT, with the columns text and label.",
             show_default="prompts about two names, as in lrqp reproduce",
         ),
     ] = None,

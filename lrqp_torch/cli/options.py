@@ -29,8 +29,8 @@ Model = Annotated[
     ),
 ]
 _DATA = (
-    "Prompts of your own: a .csv, .jsonl or .parquet file, or a data set of the Hub as NAME or "
-    "NAME:SPLIT. "
+    "Prompts of your own: a .csv, .tsv, .jsonl or .parquet file, or a data set of the Hub as "
+    "NAME or NAME:SPLIT. "
     f"Columns: text, with the words to edit marked as in {MARKED}; label; and, if there are any, "
     "answers for each class."
 )

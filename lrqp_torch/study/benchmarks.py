@@ -70,6 +70,8 @@ from lrqp_torch.study.published import (
 )
 from lrqp_torch.study.reading import (
     LEAST_OF_CLASS,
+    LINES,
+    TABLES,
     Columns,
     RowLog,
     answering,
@@ -92,7 +94,7 @@ HELD_OUT = ("val", "validation", "test")
 CONTROL = (" dog", " give")
 """The answers of CausalGym's control task, which no class has to do with."""
 
-KINDS = (".json", ".jsonl", ".csv", ".parquet")
+KINDS = (*TABLES, *LINES, ".parquet")
 """How the names of files of rows end."""
 
 HUB = {

@@ -15,6 +15,7 @@ from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.progress import Clock, Start, no_stages
 from lrqp_torch.stream.sites import Site, all_sites, locate
 from lrqp_torch.study.context import StudyContext, Task, evenly
+from lrqp_torch.study.estimates import FEWEST_GROUPS
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
 from lrqp_torch.study.reading import Columns, RowLog, front, listed, read_columns, screen
@@ -46,6 +47,13 @@ def prepare(
         if read is not None:
             train, test, _ = encode_own(tokenizer, read, *how, settings.bos, log)
             tasks = [Task("own", train, test)]
+            few = 0 if test.groups is None else len(test.groups.unique())
+            if 0 < few < FEWEST_GROUPS:
+                log.note(
+                    f"The held-out prompts are of {few} {'group' if few == 1 else 'groups'}; fewer "
+                    f"than {FEWEST_GROUPS} are too few for intervals over groups, so theirs take "
+                    f"prompts to be independent."
+                )
         else:
             versions = [settings, settings.other()] if settings.compares else [settings]
             tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]

@@ -1,4 +1,4 @@
-"""Prompts of your own from a file: CSV, JSON, JSONL, or a data set of the Hugging Face Hub.
+"""Prompts of your own from a file: CSV, TSV, JSON, JSONL, or a data set of the Hugging Face Hub.
 
 One prompt a row, with the columns
 
@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lrqp_torch.errors import MissingExtraError, PromptError, RowError, quoted
 from lrqp_torch.files import prepare_folder, written_whole
@@ -49,6 +49,9 @@ from lrqp_torch.study.published import is_published, unfolded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TABLES, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+"""How the names of files end that hold a table, and JSON."""
 
 ANSWERS = "answers"
 SEPARATOR = "|"
@@ -142,8 +145,10 @@ def read_prompts(
     """Read prompts.
 
     Args:
-        source: a file ending in ``.csv``, ``.jsonl`` or ``.json`` (a list, or one object a line),
-            or a data set of the Hub as ``name`` or ``name:split`` (extra ``datasets``).
+        source: a file ending in ``.csv`` or ``.tsv`` (columns apart by what the first line has: a
+            comma, a semicolon, a tab), ``.jsonl``, ``.ndjson`` or ``.json`` (a list, alone or in
+            an object, or one object a line), or a data set of the Hub as ``name`` or
+            ``name:split`` (extra ``datasets``).
         label: see :class:`Columns`, as for the others; or several with commas, the class first
             and then what the prompts' ``further`` variables are.
         text: likewise.
@@ -153,8 +158,9 @@ def read_prompts(
         log: what rows that cannot be used are counted in. By default the first one is an error, and
             answers are taken as they stand. With a log that is not strict, a text that ends in a
             space hands it to its answers, an answer that begins with a letter behind a text that
-            ends in one gets the space that a word needs, and classes with fewer than
-            :data:`LEAST_OF_CLASS` prompts are left out where at least two have as many.
+            ends in one gets the space that a word needs, a row that stands there twice counts
+            once, and classes with fewer than :data:`LEAST_OF_CLASS` prompts are left out where at
+            least two have as many.
 
     Raises:
         PromptError: nothing there, a file that is not UTF-8, a column named twice or that no row
@@ -282,9 +288,15 @@ def _usable(prompts: Sequence[Prompt], log: RowLog) -> list[Prompt]:
     few = {name for name in counts if name not in enough} if len(enough) > 1 else set()
     answered = sum(prompt.answers is not None for prompt in prompts)
     labels: dict[str, str] = {}
-    kept = []
+    kept, seen = [], set[str]()
     for row, prompt in enumerate(prompts):
         try:
+            if repr(prompt) in seen:
+                raise RowError(
+                    f"prompt {row}, {prompt.text!r}, says what an earlier one does",
+                    "a row that stands there twice",
+                )
+            seen.add(repr(prompt))
             if prompt.label in few:
                 raise RowError(
                     f"class {prompt.label!r} has {counts[prompt.label]} prompts",
@@ -377,22 +389,27 @@ def rows_of(source: str) -> Iterator[Mapping[str, Any] | RowError]:
             ``pyarrow``, which comes with it.
     """
     path = Path(source)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in TABLES:
         return _csv_rows(path)
-    if path.suffix.lower() in (".jsonl", ".json"):
+    if path.suffix.lower() in LINES:
         return _json_rows(path)
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path)
     if path.exists():
         raise PromptError(
-            f"{source!r}: the file must end in .csv, .jsonl or .parquet, or be a .json list"
+            f"{source!r}: the file must end in {', '.join((*TABLES, *LINES))} or .parquet"
         )
     return _dataset_rows(source)
 
 
 def _csv_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
     with _opened(path) as lines:
-        reader = csv.DictReader(lines, strict=True)
+        head = lines.readline()
+        lines.seek(0)
+        # What spreadsheets write where the comma is for decimals, or copy to the clipboard.
+        apart = next((mark for mark in (",", "\t", ";") if mark in head), ",")
+        apart = "\t" if path.suffix.lower() == ".tsv" else apart
+        reader = csv.DictReader(lines, strict=True, delimiter=apart)
         try:
             times = Counter(name for name in reader.fieldnames or () if name)
             twice = [name for name, count in times.items() if count > 1]
@@ -426,14 +443,17 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | RowError]:
             f"{place} of {str(path)!r} is no JSON object", "a line that is no JSON object"
         )
 
-    with _opened(path) as lines:
+    with _opened(path) as file:
+        lines: Iterable[str] = file
         if path.suffix.lower() == ".json":
-            lines = list(lines)
-            with suppress(ValueError, RecursionError):
-                listed = json.loads("".join(lines))
-                if isinstance(listed, list):
-                    yield from (checked(row, f"entry {i}") for i, row in enumerate(listed))
-                    return
+            lines = list(file)
+            with suppress(ValueError, TypeError, RecursionError):
+                whole = json.loads("".join(lines))
+                if not isinstance(whole, list):  # an object that holds one list of rows
+                    parts = [part for part in dict(whole).values() if isinstance(part, list)]
+                    (whole,) = [part for part in parts if part and isinstance(part[0], dict)]
+                yield from (checked(row, f"entry {i}") for i, row in enumerate(whole))
+                return
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -482,7 +502,7 @@ def _dataset_rows(source: str) -> Iterator[Mapping[str, Any] | RowError]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Iterable[str]]:
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield lines
@@ -569,6 +589,8 @@ def _words(number: int, column: str, value: Any) -> str:
 def _name(number: int, column: str, value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, bool):  # as JSON spells it, also where it is the name of an answer
+        value = str(value).lower()
     name = str(value).strip() if isinstance(value, str | int) else ""
     if not name:
         raise RowError(

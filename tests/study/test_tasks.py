@@ -1,5 +1,7 @@
 """Prompts of your own: marks, labels and answers become the right tokens, and errors name rows."""
 
+import csv
+import io
 import json
 import warnings
 from dataclasses import replace
@@ -293,6 +295,32 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     assert read_prompts(jsonl, label="number") == expected == read_prompts(csv, label="number")
 
 
+def test_tables_and_lists_come_in_many_forms(tmp_path: Path) -> None:
+    """Columns apart by tabs or semicolons, a mark before the first, lists within an object."""
+    lines = [
+        {"text": f'The [[{word}]]; no, "it"', "label": label, "answers": {"a": " x", "b": " y"}}
+        for word, label in (("key", "a"), ("keys", "b"))
+    ]
+    wanted = read_prompts(jsonl(tmp_path / "a.jsonl", lines))
+    flat = [[line["text"], line["label"], " x", " y"] for line in lines]
+    for name, apart, encoding, end in (
+        ("a.csv", ",", "utf-8", "\n"), ("b.csv", ";", "utf-8", "\n"),
+        ("c.csv", "\t", "utf-8", "\n"),
+        ("a.tsv", "\t", "utf-8-sig", "\r\n"), ("d.CSV", ";", "utf-8-sig", "\r\n"),
+    ):  # fmt: skip
+        out = io.StringIO()
+        rows = [["text", "label", "answers.a", "answers.b"], *flat]
+        csv.writer(out, delimiter=apart, lineterminator=end).writerows(rows)
+        (tmp_path / name).write_bytes(out.getvalue().encode(encoding))
+        assert read_prompts(tmp_path / name) == wanted, name
+    for name, whole in (("a.json", lines), ("b.json", {"version": [1], "data": lines})):
+        assert read_prompts(write(tmp_path / name, json.dumps(whole))) == wanted, name
+    assert read_prompts(jsonl(tmp_path / "a.ndjson", lines)) == wanted
+    with pytest.raises(PromptError, match="no 'text'; its columns are x, y"):
+        two = {"x": lines, "y": lines}
+        read_prompts(write(tmp_path / "c.json", json.dumps(two)))
+
+
 def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
     file = write(
         tmp_path / "a.csv", "text,label,who\nMary met [[John]] here,a,Mary\nPaul met Ann,b,Ann\n"
@@ -324,7 +352,7 @@ def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1.*no JSON object"),
         ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": 3}', "answers must be an object"),
         ("a.jsonl", '{"text": "[[a]]", "label": "b", "answers": {"b": 3}}', "must be text"),
-        ("a.txt", "hello", r"must end in \.csv, \.jsonl or \.parquet"),
+        ("a.txt", "hello", r"must end in \.csv, \.tsv, .* or \.parquet"),
     ],
 )
 def test_files_that_hold_no_prompts_are_named(
@@ -375,6 +403,9 @@ def test_labels_that_are_written_differently_are_one_class(tmp_path: Path) -> No
     ]
     found = read_prompts(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines))))
     assert [(p.label, p.answers) for p in found] == [("1", {"1": (" x",)})] * 3
+    line = {"text": "[[a]]", "label": True, "answers": {True: " x"}}
+    found = read_prompts(write(tmp_path / "b.jsonl", json.dumps(line)))
+    assert [(p.label, p.answers) for p in found] == [("true", {"true": (" x",)})]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +489,8 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tokenizer, tmp_path: 
     file = jsonl(tmp_path / "a.jsonl", [*good, *bad.values()])
     with file.open("a") as lines:
         lines.write("\n{not json\n")
-    bad["a line that is not valid JSON"] = {}
+        lines.write(json.dumps(good[2]))
+    bad |= {"a line that is not valid JSON": {}, "a row that stands there twice": {}}
     log = RowLog()
     kept = screen(tokenizer, read_prompts(file, log=log), log)
     assert [prompt.text for prompt in kept] == [row["text"] for row in good]
@@ -514,8 +546,8 @@ def test_answers_get_the_space_that_a_word_needs(tmp_path: Path) -> None:
 
 
 def test_without_marks_the_last_token_is_meant(tmp_path: Path) -> None:
-    file, log = jsonl(tmp_path / "a.jsonl", [{"text": "Mary went", "label": "a"}] * 2), RowLog()
-    assert [p.text for p in read_prompts(file, log=log)] == ["Mary went"] * 2
+    file, log = jsonl(tmp_path / "a.jsonl", [{"text": "Mary went", "label": "a"}]), RowLog()
+    assert [p.text for p in read_prompts(file, log=log)] == ["Mary went"]
     assert "marks no words" in log.notes[0]
     with pytest.raises(PromptError, match="marks no words"):
         read_prompts(file, position="mark")
