@@ -23,7 +23,10 @@ of prompts at which p*(y_s) > p*(y_b).
 mean over the other attributes; *disentangle* is the mean of both.
 
 **MIB** (Mueller et al. 2025, arXiv 2504.13151): interchange intervention accuracy, the share of
-prompts, of those that the model answers rightly, which it answers as their counterfactual.
+prompts, of those that the model answers rightly, which it answers as their counterfactual. Of its
+RAVEL, where the counterfactual is another entity in a prompt that may ask for another attribute, or
+for none, an attribute is edited to the value of that entity: prompts that ask for it are to say
+that value (*cause*), those that ask for another attribute are to stay as they are (*isolate*).
 
 A model says an answer if it would write it greedily, token by token.
 """
@@ -46,6 +49,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import HubError, LRQPError, PromptError, RowError, SettingError, quoted
 from lrqp_torch.files import prepare_folder, write_json
 from lrqp_torch.plot.chart import Table
+from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.progress import Clock, Start, no_stages
 from lrqp_torch.study.context import StudyContext, Task
@@ -64,6 +68,9 @@ from lrqp_torch.study.published import (
     CAUSALGYM,
     RAVEL_FILES,
     Ravel,
+    agree,
+    asked_attributes,
+    city_prompt,
     mib_rows,
     read_ravel,
     spoken,
@@ -96,6 +103,9 @@ CONTROL = (" dog", " give")
 
 KINDS = (*TABLES, *LINES, ".parquet")
 """How the names of files of rows end."""
+
+MOST_LOOKED_AT = 4
+"""Rows of an attribute that are looked at for each that a task may have."""
 
 HUB = {
     "causalgym": "aryaman/causalgym",
@@ -147,6 +157,8 @@ class Beside:
     prompts: PromptSet  # held out, with the answers of the attribute that they ask for
     source: Tensor  # the class that holds of the attribute that is edited, (n,)
     target: Tensor  # the one to write, (n,)
+    # Prompts whose activations the full patch writes into them; None for some of the target's.
+    patches: PromptSet | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,8 @@ class BenchTask:
     attributes: dict[str, Tensor] = field(default_factory=dict)
     # By the name of each other attribute, prompts that ask for it.
     others: dict[str, Beside] = field(default_factory=dict)
+    # Prompts whose activations the full patch writes into those held out; None for their twins'.
+    patches: PromptSet | None = None
 
 
 @dataclass(frozen=True)
@@ -366,12 +380,15 @@ class _How:
         kept, held = (_limited(half, self.n // 2, self.seed) for half in (kept, held))
         counts = Counter(p.label for p in kept)
         names = sorted(name for name, count in counts.items() if count > 1)
+        few = PromptError("fewer than two classes are both fitted on and held out")
+        if len(names) < 2:
+            raise few
         kept, held = (
             encodable(self.tokenizer, answering(own, names), names, log)
             for own in ([p for p in half if p.label in names] for half in (kept, held))
         )
-        if len(names) < 2 or len({p.label for p in held}) < 2:
-            raise PromptError("fewer than two classes are both fitted on and held out")
+        if len({p.label for p in held}) < 2:
+            raise few
         return kept, held, names, front(self.tokenizer, kept, self.bos, log)
 
     def encode(self, prompts: list[Prompt], names: list[str], bos: bool | None) -> PromptSet:
@@ -483,7 +500,10 @@ def _mib(folder: Path, how: _How) -> Iterator[Named]:
             f"counterfactual, and found {', '.join(seen) or 'none'}"
         )
     for name in names:
-        if how.wants(name):
+        attributes = asked_attributes(chain.from_iterable(rows.values()), name)
+        if attributes:
+            yield from _mib_cities(rows, name, attributes, how)
+        elif how.wants(name):
             yield name, partial(how.task, name, *(_mib_pairs(own, name) for own in rows.values()))
 
 
@@ -498,6 +518,45 @@ def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
     return found
 
 
+def _mib_cities(
+    rows: Mapping[str, list[Any]], kind: str, attributes: Sequence[str], how: _How
+) -> Iterator[Named]:
+    """Entities with a counterfactual entity each, a task for each attribute."""
+    values: dict[str, dict[str, str]] = {}
+    for row in chain.from_iterable(rows.values()):
+        for side in (row, row.get(kind)) if isinstance(row, Mapping) else ():
+            if isinstance(side, Mapping):
+                agree(values, side, str(side.get("entity") or ""), attributes)
+    sources: dict[str, tuple[str, str]] = {}
+    made, logs = dict[str, Divided](), {name: RowLog() for name in attributes}
+    for name in attributes:
+        sides: dict[str, list[Prompt]] = {}
+        for half, own in rows.items():
+            asking = [
+                row for row in own if not isinstance(row, Mapping) or row.get("attribute") == name
+            ]
+            draws = random.Random(how.seed)
+            # Of a hundred thousand rows no more are looked at than a task may need.
+            asking = draws.sample(asking, min(len(asking), MOST_LOOKED_AT * how.n))
+            sides[half] = []
+            for number, row in enumerate(asking):
+                key = f"{half}.{name}.{number}"
+                try:
+                    prompt, source = city_prompt(number, row, kind, name, values)
+                except RowError as error:
+                    logs[name].refuse(error)
+                else:
+                    sides[half].append(replace(prompt, pair=key))
+                    sources[key] = source
+        try:
+            made[name] = how.halves(sides["train"], sides["test"], logs[name])
+        except PromptError as error:
+            if how.wants(kind) or how.wants(name):
+                yield f"{name}:{kind}", partial(_fail, error)
+    wanted = [name for name in made if how.wants(kind) or how.wants(name)]
+    yield from _attribute_tasks(made, values, wanted, logs, how, sources, f":{kind}")
+
+
 def _ravel(folder: Path, how: _How) -> Iterator[Named]:
     """Entities by attribute: prompts that ask for it, and those that ask for the others."""
     folder = folder if folder.is_dir() else folder.parent
@@ -509,8 +568,7 @@ def _ravel(folder: Path, how: _How) -> Iterator[Named]:
             f"no attribute of RAVEL is asked for: looked for {', '.join(how.tasks)}; there are "
             f"{', '.join(tables.templates)}"
         )
-    made: dict[str, tuple[list[Prompt], list[Prompt], list[str], bool | None]] = {}
-    logs: dict[str, RowLog] = {}
+    made, logs = dict[str, Divided](), dict[str, RowLog]()
     for name in asked:
         logs[name] = RowLog()
         try:
@@ -518,10 +576,45 @@ def _ravel(folder: Path, how: _How) -> Iterator[Named]:
             made[name] = how.halves(train, test, logs[name])
         except PromptError as error:
             yield name, partial(_fail, error)
+    yield from _attribute_tasks(made, tables.values, list(made), logs, how)
+
+
+Divided = tuple[list[Prompt], list[Prompt], list[str], bool | None]
+"""Prompts to fit on and held out, their classes, and ``bos``; see :meth:`_How.halves`."""
+
+
+def _attribute_tasks(
+    made: Mapping[str, Divided],
+    values: Mapping[str, Mapping[str, str]],
+    wanted: Sequence[str],
+    logs: Mapping[str, RowLog],
+    how: _How,
+    sources: Mapping[str, tuple[str, str]] | None = None,
+    suffix: str = "",
+) -> Iterator[Named]:
+    """A task for each attribute that is wanted, of prompts by the attribute that they ask for.
+
+    What is written into prompts that ask for another attribute is drawn, or, where each prompt's
+    pair has a source, a marked text and its entity, what that entity has.
+    """
     draws = random.Random(how.seed)
     for name, (train, test, names, bos) in made.items():
+        if name not in wanted:
+            continue
         every = [p for other in made.values() for p in other[0]]
-        value = {e: own.get(name, "") for e, own in tables.values.items()}
+        value = {e: own.get(name, "") for e, own in values.items()}
+
+        def patches(
+            prompts: Sequence[Prompt],
+            names: list[str] = names,
+            bos: bool | None = bos,
+            value: Mapping[str, str] = value,
+        ) -> PromptSet | None:
+            if sources is None:
+                return None
+            own = [sources[p.pair or ""] for p in prompts]
+            return how.encode([Prompt(text, value[entity]) for text, entity in own], names, bos)
+
         fitted = [
             Prompt(p.text, value[p.group or ""], group=p.group)
             for p in every if value[p.group or ""] in names
@@ -530,20 +623,32 @@ def _ravel(folder: Path, how: _How) -> Iterator[Named]:
         for other, (_, asking, theirs, _) in made.items():
             if other == name:
                 continue
-            own = [tables.values[p.group or ""].get(other, "") for p in fitted]
+            own = [values[p.group or ""].get(other, "") for p in fitted]
             attributes[other] = torch.tensor(
                 [theirs.index(k) if k in theirs else len(theirs) for k in own]
             )
             kept = [p for p in asking if value[p.group or ""] in names]
+            if sources is not None:  # a counterfactual of the same value says nothing
+                become = [value[sources[p.pair or ""][1]] for p in kept]
+                pairs = [(p, to) for p, to in zip(kept, become, strict=True)
+                         if to in names and to != value[p.group or ""]]  # fmt: skip
+                kept, become = [p for p, _ in pairs], [to for _, to in pairs]
             if len({p.label for p in kept}) > 1:
                 source = torch.tensor([names.index(value[p.group or ""]) for p in kept])
-                step = torch.tensor([draws.randrange(1, len(names)) for _ in kept])
+                if sources is None:
+                    step = torch.tensor([draws.randrange(1, len(names)) for _ in kept])
+                    target = (source + step) % len(names)
+                else:
+                    target = torch.tensor([names.index(to) for to in become])
                 others[other] = Beside(
-                    how.encode(kept, theirs, bos), source, (source + step) % len(names)
-                )
+                    how.encode([replace(p, pair=None) for p in kept], theirs, bos),
+                    source, target, patches(kept),
+                )  # fmt: skip
         sets = [how.encode(half, names, bos) for half in (train, test, fitted)]
         known: dict[str, Any] = {"fitted": sets[2], "attributes": attributes, "others": others}
-        yield name, partial(BenchTask, name, sets[0], sets[1], logs[name], **known)
+        known["patches"] = patches(test)
+        called = f"{name}{suffix}"
+        yield called, partial(BenchTask, called, sets[0], sets[1], logs[name], **known)
 
 
 def _fail(error: PromptError) -> BenchTask:
@@ -635,13 +740,14 @@ class _Scoring:
     def scored(self, benchmark: str, notes: list[str]) -> TaskScore:
         """Every method's measures of a benchmark."""
         task, test = self.task, self.task.test
-        trials, done = self._run(self.edits, test, test.labels, test.other)
+        trials, done = self._run(self.edits, test, test.labels, test.other, task.patches)
         if benchmark == "causalgym":
             measured = self._odds_ratios(trials, done)
         else:
             right = _says(trials.clean, test.labels)
             turned = {key: _says(trial, test.other)[right] for key, trial in done.items()}
-            measured = self._isolated(turned) if benchmark == "ravel" else {
+            cities = benchmark == "ravel" or task.patches is not None
+            measured = self._isolated(turned) if cities else {
                 key: {
                     "interchange accuracy": Estimate.share(hit),
                     "of the two answers": Estimate.share(done[key]["logit_difference"] < 0),
@@ -667,12 +773,22 @@ class _Scoring:
         )
 
     def _run(
-        self, edits: Mapping[str, Baseline], prompts: PromptSet, source: Tensor, target: Tensor
+        self,
+        edits: Mapping[str, Baseline],
+        prompts: PromptSet,
+        source: Tensor,
+        target: Tensor,
+        patches: PromptSet | None = None,
     ) -> tuple[Trials, dict[str, Trial]]:
         """Every edit of prompts to a target, and the clean run."""
         wide, site = self.wide, self.site
         same = len(prompts.classes) == len(wide.task.train.classes)
-        if same and torch.equal(target.cpu(), prompts.other.cpu()):
+        if patches is not None:
+            size = self.context.batch_size
+            at = patches.position
+            found = capture(self.context.model, patches.inputs, [site], at, batch_size=size)
+            partners = found[site].float()
+        elif same and torch.equal(target.cpu(), prompts.other.cpu()):
             partners = counterparts(wide, prompts, [site])[site]
         else:
             partners = drawn(wide, [site], target)[site]
@@ -710,12 +826,21 @@ class _Scoring:
         stays: dict[str, list[Tensor]] = {key: [] for key in turned}
         for beside in self.task.others.values():
             asking = beside.prompts
-            trials, done = self._run(self.edits, asking, beside.source, beside.target)
+            how = beside.source, beside.target, beside.patches
+            trials, done = self._run(self.edits, asking, *how)
             right = _says(trials.clean, asking.labels)
             for key, trial in done.items():
                 stays[key].append(_says(trial, asking.labels)[right])
-        draws = self.context.generator
-        return {key: _disentangled(hit, stays[key], draws()) for key, hit in turned.items()}
+        draws, paired = self.context.generator, self.task.patches is not None
+        return {
+            key: _disentangled(hit, stays[key], draws())
+            | (
+                {"interchange accuracy": Estimate.share(torch.cat([hit, *stays[key]]))}
+                if paired
+                else {}
+            )
+            for key, hit in turned.items()
+        }
 
 
 def _controlled(prompts: PromptSet, tokens: tuple[int, int]) -> PromptSet:

@@ -759,7 +759,7 @@ def _check_answers(
                 raise RowError(
                     f"prompt {row}: an answer of class {classes[index]!r} is given twice, or "
                     f"begins one of another class, so it would speak for no class; give each class "
-                    f"answers of its own",
+                    f"answers of its own, or write both on to where they part, such as a full stop",
                     "an answer that two classes share",
                 )
 

@@ -6,13 +6,14 @@ arXiv 2402.17700; the files of ``explanare/ravel`` and the tables of ``hij/ravel
 al. 2025, arXiv 2504.13151; data sets of ``mib-bench``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrqp_torch.errors import PromptError, RowError
 from lrqp_torch.files import read_json
+from lrqp_torch.study.prompts import Prompt
 
 CAUSALGYM = ("base", "src", "base_type", "src_type", "base_label", "src_label")
 BLIMP = ("sentence_good", "sentence_bad")
@@ -189,9 +190,94 @@ def _mib_side(number: int, row: Mapping[str, Any], attribute: Any) -> tuple[str,
         )
     entity = row.get("entity")
     if isinstance(entity, str) and entity and entity in text:
-        before, _, after = text.rpartition(entity)
-        text = f"{before}[[{entity}]]{after}"
+        text = _entity_marked(text, entity)
     return text, spoken(text, str(said))
+
+
+def asked_attributes(rows: Iterable[Any], column: str) -> list[str]:
+    """The attributes that rows of MIB's RAVEL ask for and have values of; none for other rows.
+
+    Args:
+        rows: ``prompt``, ``entity``, ``attribute`` and a column an attribute.
+        column: name of the counterfactual, of the same form; its ``attribute`` may be another one,
+            or none that has values.
+    """
+    names = (
+        row.get("attribute")
+        for row in rows
+        if isinstance(row, Mapping)
+        and all(isinstance(s, Mapping) and "entity" in s for s in (row, row.get(column)))
+        and row.get(row.get("attribute"))
+    )
+    return list(dict.fromkeys(str(name) for name in names))
+
+
+def agree(
+    values: dict[str, dict[str, str]], row: Mapping[str, Any], entity: str, names: Iterable[str]
+) -> None:
+    """Add what a row says of an entity; where another says otherwise, that is not known of it.
+
+    Two entities of one name, which a prompt cannot tell apart, keep what they agree in.
+    """
+    own = {name: str(row.get(name) or "").strip() for name in names if name in row}
+    if entity:
+        seen = values.setdefault(entity, own)
+        values[entity] = {k: v for k, v in seen.items() if own.get(k) == v}
+
+
+def city_prompt(
+    number: int,
+    row: Mapping[str, Any] | RowError,
+    column: str,
+    name: str,
+    values: Mapping[str, Mapping[str, str]],
+) -> tuple[Prompt, tuple[str, str]]:
+    """A prompt of MIB's RAVEL that asks for an attribute, and its source: marked text and entity.
+
+    Args:
+        number: of the row.
+        row: see :func:`asked_attributes`.
+        column: name of the counterfactual.
+        name: of the attribute.
+        values: entity to attribute to value.
+
+    Raises:
+        RowError: no such counterfactual, an entity that is not in its prompt or of which the value
+            is not known, or both entities have the same.
+    """
+    if isinstance(row, RowError):
+        raise row
+    other = row.get(column)
+    if not isinstance(other, Mapping):
+        raise RowError(f"prompt {number} has no {column!r}", f"no {column}")
+    sides = []
+    for side in (row, other):
+        text, entity = side.get("prompt"), side.get("entity")
+        if not isinstance(text, str) or not isinstance(entity, str) or entity not in text:
+            raise RowError(
+                f"prompt {number}: entity {entity!r} is not in the prompt {text!r}",
+                "an entity that is not in its prompt",
+            )
+        sides.append((text, entity, values.get(entity, {}).get(name, "")))
+    (text, entity, own), (theirs, source, becomes) = sides
+    if not own or not becomes:
+        raise RowError(
+            f"prompt {number}: the {name} of {entity!r} and of {source!r} must be known",
+            f"an entity whose {name} is not known",
+        )
+    if own == becomes:
+        raise RowError(
+            f"prompt {number} and its {column} have the same answer",
+            "a counterfactual with the same answer",
+        )
+    answers = {value: (spoken(text, value),) for value in (own, becomes)}
+    prompt = Prompt(_entity_marked(text, entity), own, answers, group=entity, target=becomes)
+    return prompt, (_entity_marked(theirs, source), source)
+
+
+def _entity_marked(text: str, entity: str) -> str:
+    before, _, after = text.rpartition(entity)
+    return f"{before}[[{entity}]]{after}"
 
 
 def spoken(text: str, answer: str) -> str:
@@ -289,12 +375,9 @@ def _ravel_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Ravel | None:
             continue
         column = next(name for name in row if name not in (*RAVEL_KEYS, *attributes))
         entity = str(row[column] or "").strip()
-        own = {name: str(row[name] or "").strip() for name in attributes & set(row)}
-        if not entity:
-            continue
-        seen = values.setdefault(entity, own)
-        values[entity] = {k: v for k, v in seen.items() if own.get(k) == v}
-        entities.setdefault(entity, side)
+        agree(values, row, entity, attributes)
+        if entity:
+            entities.setdefault(entity, side)
     if not values or not templates:
         return None
     known = {entity: {k: v for k, v in own.items() if v} for entity, own in values.items()}

@@ -206,10 +206,17 @@ def prompts_of(
             f"The file marks no words with {OPENING} and {CLOSING}, so each prompt is edited at "
             f"its last token."
         )
-    prompts = []
+    prompts, seen = [], set[str]()
     for number, row in rows.items():
         try:
-            prompts.append(_prompt(number, row, found))
+            prompt = _prompt(number, row, found)
+            if not log.strict and repr(prompt) in seen:
+                raise RowError(
+                    f"prompt {number}, {prompt.text!r}, says what an earlier one does",
+                    "a row that stands there twice",
+                )
+            seen.add(repr(prompt))
+            prompts.append(prompt)
         except RowError as error:
             log.refuse(error)
     if not log.strict:
@@ -288,15 +295,9 @@ def _usable(prompts: Sequence[Prompt], log: RowLog) -> list[Prompt]:
     few = {name for name in counts if name not in enough} if len(enough) > 1 else set()
     answered = sum(prompt.answers is not None for prompt in prompts)
     labels: dict[str, str] = {}
-    kept, seen = [], set[str]()
+    kept = []
     for row, prompt in enumerate(prompts):
         try:
-            if repr(prompt) in seen:
-                raise RowError(
-                    f"prompt {row}, {prompt.text!r}, says what an earlier one does",
-                    "a row that stands there twice",
-                )
-            seen.add(repr(prompt))
             if prompt.label in few:
                 raise RowError(
                     f"class {prompt.label!r} has {counts[prompt.label]} prompts",

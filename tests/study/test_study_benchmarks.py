@@ -302,6 +302,47 @@ def test_mib_measures_interchange_accuracy(tmp_path: Path) -> None:
         run("mib", tmp_path / "other", "L0.pre")
 
 
+def test_the_cities_of_mib_are_edited_to_what_the_counterfactual_entity_has(tmp_path: Path) -> None:
+    """Its counterfactual asks for another attribute, or for nothing."""
+    known = single_token_names(organism()[1], NAMES)
+    names, friend = sorted(known)[:6], sorted(known)[10]
+    draws, asked = random.Random(0), {"name": "When", "also": "After"}
+    kinds = ("attribute_counterfactual", "wikipedia_counterfactual")
+
+    def side(entity: str, attribute: str) -> dict:
+        opening = asked.get(attribute, "While")
+        template = f"{opening} %s and {friend} went to the {draws.choice(PLACES)}, {friend} gave a"
+        own = {"entity": entity, "attribute": attribute, "name": entity, "also": entity}
+        return own | {"template": f"{template} book to", "prompt": f"{template % entity} book to"}
+
+    def row(attribute: str) -> dict:
+        base, source = draws.sample(names, 2)
+        other = next(name for name in asked if name != attribute)
+        sides = side(source, other), side(source, "wikipedia")
+        return side(base, attribute) | dict(zip(kinds, sides, strict=True))
+
+    bad = row("name") | {"prompt": "nobody is here"}
+    same = row("name")
+    same["attribute_counterfactual"] = side(same["entity"], "also")
+    for name, count in (("train", 160), ("test", 100)):
+        rows = [row([*asked][number % 2]) for number in range(count)]
+        dump(tmp_path / f"{name}.json", [*rows, bad, same])
+    result = run("mib", tmp_path, "L0.pre")
+    assert [t.task for t in result.tasks] == [f"{name}:{kind}" for kind in kinds for name in asked]
+    for number, task in enumerate(result.tasks):
+        found = by_method(result, number)
+        assert set(found) == {"lrqp", "joint", "mean_difference", "das", "full_patch"}
+        patch = found["full_patch"]
+        assert patch["cause"] > 0.9 and patch["isolate"] < 0.1
+        assert patch["disentangle"] == pytest.approx((patch["cause"] + patch["isolate"]) / 2)
+        assert patch["isolate"] < patch["interchange accuracy"] < patch["cause"]
+        if task.task.startswith("name"):
+            assert task.left_out["an entity that is not in its prompt"] == 2
+    assert result.tasks[0].left_out["a counterfactual with the same answer"] == 2
+    some = run("mib", tmp_path, "L0.pre", tasks=["also"])
+    assert [t.task for t in some.tasks] == [f"also:{kind}" for kind in kinds]
+
+
 def test_every_form_of_mib_says_its_answer() -> None:
     """Rows as its data sets have them: the answer is a choice, a label, a number, an attribute."""
     name = "x_counterfactual"
