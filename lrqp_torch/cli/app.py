@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,24 @@ from rich.console import Console
 INTERRUPTED = 130
 """Exit code of a command that the user stopped, as shells have it."""
 
+WIDE_ENOUGH = 60
+"""Columns from which options are shown as tables; their cells would be cut on fewer."""
+
+_columns = shutil.get_terminal_size().columns
+_narrow = _columns < WIDE_ENOUGH
+
 app = typer.Typer(
     name="lrqp",
     help="Change what a model believes at one place, by the least edit that its probe accepts, "
     "and see what it answers then.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # Brackets are what they are in Markdown, and line breaks of a docstring none.
+    rich_markup_mode=None if _narrow else "markdown",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "terminal_width": _columns if _narrow else None,
+    },
 )
 
 
@@ -169,7 +181,11 @@ def command(
         run.__annotations__ = {p.name: p.annotation for p in every}
         # Typer reads a command's options from here.
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        add_command: Callable[..., Any] = app.command(name, help=text, rich_help_panel=panel)
+        told = inspect.cleandoc(text or function.__doc__ or "")
+        brief = " ".join(told.split("\n\n")[0].split())  # whole, however narrow the terminal
+        add_command: Callable[..., Any] = app.command(
+            name, help=text, short_help=brief, rich_help_panel=panel
+        )
         add_command(run)
         return run
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 OWN = "Edits of your own"
 """Heading of the commands for prompts of one's own."""
 
-# Brackets are escaped, for rich would take them for markup.
-MARKED = r"'The \[\[keys]] to the cabinet'"
+MARKED = "'The [[keys]] to the cabinet'"
 
 Out = Annotated[Path, typer.Option(help="Folder for results and figures; made if needed.")]
 Model = Annotated[

@@ -1,7 +1,9 @@
 """The ``lrqp`` command: what it prints, what it leaves, and how it refuses."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -134,6 +136,18 @@ def test_every_part_is_a_command_with_the_same_options() -> None:
 def test_help_shows_how_words_are_marked() -> None:
     for command in ("fit", "study", "compare"):
         assert "[[keys]]" in lrqp(command, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", ["", "study"])
+def test_help_fits_into_40_columns_and_nothing_of_it_is_cut(arguments: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "lrqp_torch", *arguments.split(), "--help"],
+        env=os.environ | {"COLUMNS": "40"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert max(map(len, said.splitlines())) <= 40
+    assert "…" not in said and "..." not in said.replace("[ARGS]...", "")
+    words = " ".join(said.split())
+    assert ("[[keys]] to the cabinet" if arguments else "it trains some of them).") in words
 
 
 def test_a_part_that_is_unknown(tmp_path: Path) -> None:
