@@ -15,6 +15,7 @@ from lrqp_torch.plot.layout import (
     DIVERGING,
     RISING,
     Cell,
+    Spots,
     cells,
     common_title,
     distances,
@@ -29,6 +30,9 @@ ZERO = "rgba(128,128,128,0.6)"
 
 _WIDTH = 820
 """Pixels that a figure is taken to be wide where its legend is laid out."""
+
+_NARROW = 440
+"""Pixels of the narrowest page on which names of points and lines are to keep clear of the rest."""
 
 _SYMBOLS = {
     "triangle": "triangle-up", "cross": "x", "down": "triangle-down", "plus": "cross",
@@ -53,16 +57,20 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
     }  # fmt: skip
     _place(layout, chart, placed, alone)
     data: list[dict[str, Any]] = []
+    wide = max(260.0, _NARROW / (1 + max(cell.column for cell in placed)))
     for cell in placed:
+        spots = Spots(cell, wide / 6, _height(cell, placed[-1].row + 1) / 15)
         axes = {"xaxis": f"x{_end(cell)}", "yaxis": f"y{_end(cell)}"}
         if cell.pane.heat is not None:
             data.append(_map(cell.pane.heat, layout, cell) | axes)
         else:
             data += [
-                _trace(cell, marks, index) | axes | {"showlegend": (cell.number, index) in named}
+                _trace(cell, marks, index, spots)
+                | axes
+                | {"showlegend": (cell.number, index) in named}
                 for index, marks in enumerate(cell.pane.marks)
             ]
-        _rules_and_bands(layout, cell)
+        _rules_and_bands(layout, cell, spots)
     figure = {"data": data, "layout": layout}
     return _on_any_page(figure) if alone else figure
 
@@ -70,7 +78,7 @@ def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
 # ---- what is drawn -------------------------------------------------------------------------------
 
 
-def _trace(cell: Cell, marks: Marks, index: int) -> dict[str, Any]:
+def _trace(cell: Cell, marks: Marks, index: int, spots: Spots) -> dict[str, Any]:
     pane, bar = cell.pane, cell.bars().get(index)
     x, y = cell.at(marks), list(marks.y)
     if bar is not None:
@@ -98,7 +106,12 @@ def _trace(cell: Cell, marks: Marks, index: int) -> dict[str, Any]:
     else:
         trace |= _line_and_markers(marks, pane.horizontal)
     if marks.labels:
-        beside = "outside" if bar else "middle right" if pane.horizontal else "top right"
+        beside: Any = "outside" if bar else "middle right"
+        if not bar and not pane.horizontal:
+            texts = zip(marks.labels, x, y, strict=True)
+            beside = [
+                spots.beside(t, a, b) if t and b is not None else "top right" for t, a, b in texts
+            ]
         trace |= {"text": [_text(label) for label in marks.labels], "textposition": beside}
         trace["textfont"] = {"color": NOTE, "size": 11}
     return trace | ({"hoverinfo": "skip"} if marks.kind == "steps" else _hover(cell, marks))
@@ -215,7 +228,7 @@ def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
     return trace
 
 
-def _rules_and_bands(layout: dict[str, Any], cell: Cell) -> None:
+def _rules_and_bands(layout: dict[str, Any], cell: Cell, spots: Spots) -> None:
     pane, end = cell.pane, _end(cell)
     for band in pane.bands:
         look = {"type": "rect", "fillcolor": band.colour, "opacity": 0.11, "line": {"width": 0}}
@@ -225,12 +238,12 @@ def _rules_and_bands(layout: dict[str, Any], cell: Cell) -> None:
         line = {"color": rule.colour, "width": 1.4 if rule.dash == "dash" else 1, "dash": rule.dash}
         # Bars would cover it.
         layer = "above" if any(marks.kind == "bars" for marks in pane.marks) else "below"
-        shape, name = _rule(pane, rule, end)
+        shape, name = _rule(pane, rule, end, spots)
         layout["shapes"].append(shape | {"type": "line", "layer": layer, "line": line})
         _annotate(layout, _text(rule.name), name, rule.colour, 11)
 
 
-def _rule(pane: Pane, rule: Rule, end: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rule(pane: Pane, rule: Rule, end: str, spots: Spots) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where a rule is, and where its name."""
     if rule.axis == "diagonal":
         # Plotly has no endless lines: from corner to corner of what is shown.
@@ -244,11 +257,13 @@ def _rule(pane: Pane, rule: Rule, end: str) -> tuple[dict[str, Any], dict[str, A
         return here | ends, here | at
     # The axis of the page that the rule stands on, and the one along which it runs.
     on, along = ("y", "x") if (rule.axis == "y") != pane.horizontal else ("x", "y")
-    side = {"xanchor": "right", "yanchor": "bottom"} if on == "y" else {
-        "xanchor": "left", "yanchor": "top"
-    }  # fmt: skip
-    at = {f"{along}ref": f"{along}{end} domain", along: 1, f"{on}ref": f"{on}{end}", on: rule.at}
-    return _across(pane, rule.axis, rule.at, rule.at, end), at | side
+    level, side, far = "top", "left", 1
+    if on == "y":
+        where = spots.along(rule) if rule.name and not pane.horizontal else "top right"
+        level, side = "bottom" if "top" in where else "top", where.split()[1]
+        far = int(side == "right")
+    at = {f"{along}ref": f"{along}{end} domain", along: far, f"{on}ref": f"{on}{end}", on: rule.at}
+    return _across(pane, rule.axis, rule.at, rule.at, end), at | {"xanchor": side, "yanchor": level}
 
 
 def _across(pane: Pane, axis: str, low: float, high: float, end: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What both renderers ask of a chart: where named places stand, how bars share them, and words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lrqp_torch.plot.chart import Chart, Marks, Pane
+from lrqp_torch.plot.chart import Chart, Marks, Pane, Rule
 
 MOST_LABELLED = 26
 """Named places below an axis; of more, only the first of every few layers is labelled."""
@@ -85,6 +86,79 @@ class Cell:
         """Whether the names of the places are too long to stand side by side."""
         labels = [self.places[index] for index in self.labelled()]
         return sum(len(label) + 2 for label in labels) > 44
+
+
+CORNERS = ("top right", "bottom right", "top left", "bottom left")
+"""Where a text may stand at its point, the usual place first."""
+
+
+class Spots:
+    """Where texts fit into a pane: each takes the place at which it hides least.
+
+    Args:
+        cell: the pane.
+        wide: how many letters are as wide as it.
+        high: how many lines are as high.
+    """
+
+    def __init__(self, cell: Cell, wide: float, high: float) -> None:
+        pane = cell.pane
+        ends = (-0.6, len(cell.places) - 0.4) if cell.places else extent(pane, "x")
+        self._axes = [(*ends, pane.x_log, wide), (*extent(pane, "y"), pane.y_log, high)]
+        self._taken: list[tuple[float, float, float, float]] = []
+        self._points: list[tuple[float, float]] = []
+        for marks in pane.marks:
+            if marks.kind == "bars":
+                continue
+            known = [(x, y) for x, y in zip(cell.at(marks), marks.y, strict=True) if y is not None]
+            points = [self._at(x, y) for x, y in known if math.isfinite(x) and math.isfinite(y)]
+            self._points += points
+            if marks.kind != "points" and marks.dash != "none":
+                for (a, b), (c, d) in pairwise(points):
+                    steps = 1 + int(abs(c - a) + 2 * abs(d - b))
+                    shares = [step / steps for step in range(1, steps)]
+                    self._points += [(a + s * (c - a), b + s * (d - b)) for s in shares]
+
+    def _at(self, *point: float) -> tuple[float, float]:
+        """A point of the axes in letters from the left and lines from below."""
+        found = []
+        for value, (low, high, log, room) in zip(point, self._axes, strict=True):
+            if log and min(value, low) > 0:
+                value, low, high = (math.log10(number) for number in (value, low, high))
+            found.append(room * (value - low) / ((high - low) or 1.0))
+        return found[0], found[1]
+
+    def beside(self, text: str, x: float, y: float) -> str:
+        """The corner of a point, one of ``CORNERS``, at which its text stands best."""
+        return self._best([(self._at(x, y), corner) for corner in CORNERS], text)[1]
+
+    def along(self, rule: Rule) -> str:
+        """Which end of a line across the pane its name stands best at, and on which side."""
+        _, up = self._at(self._axes[0][0], rule.at)
+        (left, right) = (0.5, up), (self._axes[0][3] - 0.5, up)
+        ends = [(right, CORNERS[2]), (right, CORNERS[3]), (left, CORNERS[0]), (left, CORNERS[1])]
+        (across, _), corner = self._best(ends, rule.name)
+        return f"{corner.split()[0]} {'left' if across < 1 else 'right'}"
+
+    def _best(
+        self, places: Sequence[tuple[tuple[float, float], str]], text: str
+    ) -> tuple[tuple[float, float], str]:
+        (_, _, _, wide), (_, _, _, high) = self._axes
+        found = []
+        for (x, y), corner in places:
+            left = x + 0.6 if "right" in corner else x - 0.6 - len(text)
+            low = y + 0.15 if "top" in corner else y - 1.15
+            box = left, left + len(text), low, low + 1
+            hidden = sum(box[0] < a < box[1] and box[2] < b < box[3] for a, b in self._points)
+            over = sum(
+                box[0] < other[1] and other[0] < box[1] and box[2] < other[3] and other[2] < box[3]
+                for other in self._taken
+            )
+            outside = max(0.0, -left, box[1] - wide) + 4 * max(0.0, -low, box[3] - high)
+            found.append((hidden + 6 * over + 3 * outside, box))
+        best = min(range(len(found)), key=lambda index: found[index][0])
+        self._taken.append(found[best][1])
+        return places[best]
 
 
 def cells(chart: Chart) -> list[Cell]:

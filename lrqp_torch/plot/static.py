@@ -18,6 +18,7 @@ from lrqp_torch.plot.layout import (
     DIVERGING,
     RISING,
     Cell,
+    Spots,
     cells,
     common_title,
     distances,
@@ -207,13 +208,14 @@ def _draw(axes: "Axes", cell: Cell, height: float) -> dict[tuple[int, int], Any]
     for band in pane.bands:
         shade = axes.axhspan if pane.horizontal else axes.axvspan
         shade(*cell.band(band.start, band.end), color=band.colour, alpha=0.10, lw=0, zorder=0)
-    for rule in pane.rules:
-        _draw_rule(axes, rule, pane)
-    bars = cell.bars()
+    width = axes.get_window_extent().width / axes.figure.dpi  # in inches
+    spots, bars = Spots(cell, width / 0.08, height / 0.16), cell.bars()
     handles = {
-        (cell.number, index): _draw_marks(axes, cell, marks, bars.get(index))
+        (cell.number, index): _draw_marks(axes, cell, marks, bars.get(index), spots)
         for index, marks in enumerate(pane.marks)
     }
+    for rule in pane.rules:
+        _draw_rule(axes, rule, pane, spots)
     # Whatever was drawn, limits are those of the marks, not those of rules that cross the pane.
     _limit(axes, cell)
     if pane.title:
@@ -291,7 +293,9 @@ def _limit(axes: "Axes", cell: Cell) -> None:
         axes.set_aspect("equal", adjustable="box")
 
 
-def _draw_marks(axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float] | None) -> Any:
+def _draw_marks(
+    axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float] | None, spots: Spots
+) -> Any:
     """Draw one kind of marks; returns its handle in a legend."""
     pane = cell.pane
     x = cell.at(marks)
@@ -327,13 +331,17 @@ def _draw_marks(axes: "Axes", cell: Cell, marks: Marks, bar: tuple[float, float]
     for place, value, upper, label in zip(
         x, y, marks.upper or [None] * len(x), marks.labels or (), strict=False
     ):
-        at, away, level = (place, value), (4, 4), "bottom"
+        at, away, level, side = (place, value), (5.0, 0.0), "center", "left"
         if pane.horizontal:
-            end = value if upper is None else max(value, upper)
-            at, away, level = (end, place), (5, 0), "center"
+            at = (value if upper is None else max(value, upper), place)
+        elif label and value == value:
+            corner = spots.beside(label, place, value)
+            level, side = _aligned(corner)
+            away = (4 if side == "left" else -4), (4 if level == "bottom" else -4)
         axes.annotate(
-            label, at, xytext=away, textcoords="offset points", va=level, color=NOTE, fontsize=8.5
-        )
+            label, at, xytext=away, textcoords="offset points", va=level, ha=side, color=NOTE,
+            fontsize=8.5,
+        )  # fmt: skip
     return handle
 
 
@@ -367,7 +375,13 @@ def _draw_intervals(
     )  # fmt: skip
 
 
-def _draw_rule(axes: "Axes", rule: Rule, pane: Pane) -> None:
+def _aligned(corner: str) -> tuple[str, str]:
+    """How a text is aligned, up and across, so that it stands at that corner of its point."""
+    level, side = corner.split()
+    return ("bottom" if level == "top" else "top"), ("left" if side == "right" else "right")
+
+
+def _draw_rule(axes: "Axes", rule: Rule, pane: Pane, spots: Spots) -> None:
     style: dict[str, Any] = {"color": rule.colour, "ls": _DASHES[rule.dash], "zorder": 1}
     style["lw"] = {"dot": 0.9, "dash": 1.2}.get(rule.dash, 0.9)
     if rule.axis == "diagonal":
@@ -384,9 +398,13 @@ def _draw_rule(axes: "Axes", rule: Rule, pane: Pane) -> None:
     (axes.axhline if flat else axes.axvline)(rule.at, **style)
     if rule.name and pane.names != "ends":
         transform = axes.get_yaxis_transform() if flat else axes.get_xaxis_transform()
+        place, level, side = (rule.at, 0.98), "top", "left"
+        if flat:
+            where = "top right" if pane.horizontal else spots.along(rule)
+            level, side = _aligned(where)[0], where.split()[1]
+            place = (0.99 if side == "right" else 0.01), rule.at
         axes.text(
-            0.99 if flat else rule.at, rule.at if flat else 0.98, rule.name, transform=transform,
-            ha="right" if flat else "left", va="bottom" if flat else "top", color=rule.colour,
+            *place, rule.name, transform=transform, ha=side, va=level, color=rule.colour,
             fontsize=8.5,
         )  # fmt: skip
 

@@ -222,3 +222,18 @@ class Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.said += data
+
+
+def test_names_of_points_and_lines_keep_clear_of_what_is_drawn() -> None:
+    """Two points at one place are named apart, and a line where no curve runs."""
+    twins = Marks("", [0.5, 0.5], [0.5, 0.5], kind="points", labels=["L0.H0", "L0.H1"])
+    ends = Marks("", [0.0, 1.0], [0.0, 1.0], kind="points")
+    drawn = to_plotly(Chart([Pane([twins, ends])]))
+    assert drawn["data"][0]["textposition"] == ["top right", "bottom right"]
+    above = Marks("curve", [0.0, 5.0, 10.0], [52.0, 52.0, 52.0])
+    rules = [Rule(50, name="chance"), Rule(53, name="ceiling")]
+    chart = Chart([Pane([above], rules=rules, y_range=(0.0, 100.0))])
+    sides = [(note["text"], note["yanchor"]) for note in to_plotly(chart)["layout"]["annotations"]]
+    assert sides == [("chance", "top"), ("ceiling", "bottom")]
+    texts = {text.get_text(): text.get_va() for text in to_matplotlib(chart).axes[0].texts}
+    assert texts == {"chance": "top", "ceiling": "bottom"}

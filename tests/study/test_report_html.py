@@ -166,7 +166,7 @@ def test_what_is_not_asked_for_is_folded(page: Page) -> None:
     shown, rest = lead("First. Second one. " + "Third is long. " * 20)
     assert shown.startswith("First. Second one.") and len(shown) <= 240 and "Third" in rest
     assert lead("Short.") == ("Short.", "")
-    assert lead("One; two; three.", most=10) == ("One; two …", "three.")
+    assert lead("One; two; three.", most=10) == ("One; two …", "Three.")
 
 
 def test_no_text_becomes_markup(page: Page, data: dict[str, Any]) -> None:

@@ -127,15 +127,17 @@ def write_page(path: Path, opening: Opening, chapters: Sequence[Chapter], made: 
 
 def lead(text: str, most: int = LEAD) -> tuple[str, str]:
     """The first sentences of a long text, and the rest of it, which the page folds away."""
+    text = re.sub(r"(?<=\d) %", "\u00a0%", text)  # a number and its sign stay in one line
     first, *others = text.strip().split("\n\n")
     if len(text) <= most:
         return text, ""
     sentences, shown = re.split(r"(?<=[.?!]) (?=[A-Z“])|(?<=;) (?![^()]*\))", first), ""
     while sentences and (not shown or len(shown) + len(sentences[0]) < most):
         shown = f"{shown} {sentences.pop(0)}".strip()
+    rest = " ".join(sentences)
     if shown.endswith(";"):
-        shown = f"{shown[:-1]} …"
-    return shown, "\n\n".join(filter(None, [" ".join(sentences), *others]))
+        shown, rest = f"{shown[:-1]} …", rest[:1].upper() + rest[1:]
+    return shown, "\n\n".join(filter(None, [rest, *others]))
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@
     for (const title of (layout.annotations ?? []).filter(isPaneTitle)) {
       title.font = { size: narrow ? 12 : 14, ...title.font };
       if (narrow) title.font.size = Math.min(title.font.size, 12);
+      if (narrow && !(first && beside.matches) && title.text.length > 40) title.text = title.text.replace(/ · (?=[^·]*$)/, "<br>");
     }
     if (first && beside.matches && !("print" in root.dataset)) {
       layout.height = opened;
@@ -190,17 +191,19 @@
     const table = document.createElement("table");
     const cell = (row, kind, text) => {
       const made = document.createElement(kind);
-      made.textContent = text ?? "–";
+      const written = typeof text === "number" ? String(Number(text.toPrecision(4))).replace("-", "−") : text;
+      made.textContent = written ?? "–";
       if (kind === "th") made.scope = "col";
-      else if (typeof text === "string") made.className = "words";
       row.append(made);
+      return made;
     };
+    const words = columns.map((column) => column.some((value) => typeof value === "string"));
     const top = table.createTHead().insertRow();
-    for (const heading of head) cell(top, "th", heading);
+    head.forEach((heading, index) => cell(top, "th", heading).classList.toggle("words", words[index]));
     const body = table.createTBody();
     for (let index = 0; index < (columns[0]?.length ?? 0); index += 1) {
       const row = body.insertRow();
-      for (const column of columns) cell(row, "td", column[index]);
+      columns.forEach((column, at) => cell(row, "td", column[index]).classList.toggle("words", words[at]));
     }
     const scroll = document.createElement("div");
     Object.assign(scroll, { className: "scroll tall", tabIndex: 0 });
