@@ -4,7 +4,7 @@ import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -149,7 +149,11 @@ class Voice:
 
 
 def command(
-    name: str | None = None, *, panel: str | None = None, text: str | None = None
+    name: str | None = None,
+    *,
+    panel: str | None = None,
+    text: str | None = None,
+    options: Sequence[inspect.Parameter] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command to the program, with the options that all commands have.
 
@@ -160,6 +164,7 @@ def command(
         name: default that of the function.
         panel: heading under which it is listed.
         text: its help; default the docstring.
+        options: further ones, which what is decorated gets by keyword.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -174,7 +179,9 @@ def command(
 
         _, *own = inspect.signature(function).parameters.values()
         common = {"quiet": Quiet, "verbose": Verbose, "as_json": Json, "debug": Debug}
-        every = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
+        further = {p.name for p in options}
+        own = [p for p in own if p.kind != p.VAR_KEYWORD and p.name not in further]
+        every = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options)] + [
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
             for n, a in common.items()
         ]

@@ -1,15 +1,18 @@
 """The options that several commands have, described once, and how they are read."""
 
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from lrqp_torch.cli.app import Voice
+from lrqp_torch.study.settings import Settings
 
 if TYPE_CHECKING:
     from lrqp_torch.probes.covariance import Shrinkage
@@ -17,160 +20,49 @@ if TYPE_CHECKING:
 OWN = "Edits of your own"
 """Heading of the commands for prompts of one's own."""
 
-MARKED = "'The [[keys]] to the cabinet'"
+_FIELDS = {field.name: field for field in fields(Settings)}
 
-Out = Annotated[Path, typer.Option(help="Folder for results and figures; made if needed.")]
-Model = Annotated[
-    str,
-    typer.Option(
-        help="organism, organism-present, -absent, -dormant, -graded or -spread (bundled, ready in "
-        "seconds), smollm2, gpt2, or a folder or Hub name."
-    ),
-]
-_DATA = (
-    "Prompts of your own: a .csv, .tsv, .jsonl or .parquet file, or a data set of the Hub as "
-    "NAME or NAME:SPLIT. "
-    f"Columns: text, with the words to edit marked as in {MARKED}; label; and, if there are any, "
-    "answers for each class."
-)
-Data = Annotated[str | None, typer.Option(help=_DATA, show_default="prompts about two names")]
-RequiredData = Annotated[str, typer.Option(help=_DATA)]
-Label = Annotated[
-    str,
-    typer.Option(
-        help="Column of the class, with --data; or several with commas, the class first: each is "
-        "edited alone, with the others kept, and all together."
-    ),
-]
-Text = Annotated[str, typer.Option(help="Column of the prompt, with --data.")]
-Position = Annotated[
-    str,
-    typer.Option(
-        help="Where to read and edit, with --data: mark (the last token of the marked words, of "
-        "each where there are several), span (all of their tokens), last (the last token of the "
-        "prompt), a column that holds words of the prompt, or auto (mark where there are marks, "
-        "else last)."
-    ),
-]
-Group = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of what prompts have in common, such as an entity or a template: those of a "
-        "group are fitted on together or held out together.",
-        show_default="none",
-    ),
-]
-Pair = Annotated[
-    str,
-    typer.Option(
-        help="Column of pairs, if there is one: prompts of a pair are the same but for the class."
-    ),
-]
-Bos = Annotated[
-    str,
-    typer.Option(
-        help="Whether the token that begins a text stands in front of each prompt, with --data: "
-        "always, never, or auto (where prompts are edited at their first token, at which models "
-        "keep an attention sink)."
-    ),
-]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict",
-        help="Stop at the first row of --data that cannot be used, and take answers as they stand; "
-        "else such rows are left out and counted, and answers get the space that a word needs.",
-    ),
-]
-N = Annotated[int, typer.Option("--n", min=4, help="Prompts about two names, fitted and held out.")]
-Prefixes = Annotated[
-    str,
-    typer.Option(
-        help="Sentence before each prompt about two names: none, bundled, openwebtext, or a text "
-        "file with a sentence per line."
-    ),
-]
-Variables = Annotated[
-    str,
-    typer.Option(
-        help="What is edited in prompts about two names: order; or order,identity (which name it "
-        "is), each alone, with the other kept, and both together."
-    ),
-]
-Names = Annotated[
-    int | None,
-    typer.Option(
-        min=2, help="How many different names these prompts have.", show_default="all that fit"
-    ),
-]
-Sites = Annotated[
-    str,
-    typer.Option(
-        help="all (the stream before and within every block), or names such as L6.mid,L7.pre."
-    ),
-]
-CompareTask = Annotated[
-    bool | None,
-    typer.Option(
-        "--compare-task/--no-compare-task",
-        help="Run the prompts about two names with and without prefixes, side by side.",
-        show_default="where there are prefixes",
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with what a stopped run left in the folder.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-TrainShare = Annotated[
-    float, typer.Option(help="Share of the prompts to fit on; the others are held out.")
-]
-LogOdds = Annotated[float, typer.Option(help="Least log odds that an edit asks of the probe.")]
-Dose = Annotated[
-    str,
-    typer.Option(
-        help="How much belief an edit asks for: nats (--log-odds, or as certain as before); twin "
-        "(what the probe reads of the prompt's twin); class (what it reads of the median prompt "
-        "of the class written)."
-    ),
-]
-L2 = Annotated[
-    float | None, typer.Option(help="Penalty of the probe.", show_default="the probe's own")
-]
-ShrinkageOf = Annotated[
-    str, typer.Option(help="Of the covariance: ledoit_wolf, oas, or a number from 0 to 1.")
-]
-Refits = Annotated[
-    int,
-    typer.Option(
-        help="Fit the edits of the sweep so many times anew, to training prompts drawn with "
-        "replacement, for the spread over fits."
-    ),
-]
-Methods = Annotated[
-    str,
-    typer.Option(
-        help="Edits that compare puts beside LRQP and no edit, with commas, such as "
-        "mean_difference,leace,full_patch; all trains some of them."
-    ),
-]
-Figures = Annotated[
-    bool | None,
-    typer.Option(
-        "--figures/--no-figures",
-        help="Draw PNG and SVG figures.",
-        show_default="where matplotlib is installed",
-    ),
-]
-Report = Annotated[
-    bool | None,
-    typer.Option(
-        "--report/--no-report",
-        help="Write the interactive report.html.",
-        show_default="where plotly is installed",
-    ),
-]
+
+def _shown(name: str, **changed: Any) -> Any:
+    """The option of a setting."""
+    looks = {**_FIELDS[name].metadata, **changed}
+    looks.pop("kind", None)
+    return typer.Option(*looks.pop("flags"), **looks)
+
+
+def options_of(names: Iterable[str], **changed: Any) -> list[inspect.Parameter]:
+    """Options of a command for settings of a study, and ``--dry-run``.
+
+    Args:
+        names: of the settings.
+        changed: defaults that differ from those of the settings; ``...`` for an option that must be
+            given.
+    """
+    found = []
+    for name in names:
+        kind = _FIELDS[name].metadata.get("kind", _FIELDS[name].type)
+        default = changed.get(name, None if kind == bool | None else _FIELDS[name].default)
+        shown = _shown(name)
+        if default in (..., MISSING):
+            default, shown = inspect.Parameter.empty, _shown(name, show_default=True)
+            kind = get_args(kind)[0] if get_args(kind) else kind  # without None
+        found.append(_keyword(name, default, Annotated[kind, shown]))
+    return [*found, _keyword("dry_run", False, DryRun)]
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+Out = Annotated[Path, _shown("out")]
+Model = Annotated[str, _shown("model")]
+Position = Annotated[str, _shown("position")]
+Bos = Annotated[str, _shown("bos")]
+Seed = Annotated[int, _shown("seed")]
+BatchSize = Annotated[int, _shown("batch_size")]
+Device = Annotated[str, _shown("device")]
+Figures = Annotated[bool | None, _shown("figures")]
 DryRun = Annotated[
     bool,
     typer.Option(

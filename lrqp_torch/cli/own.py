@@ -1,14 +1,16 @@
 """Prompts of your own: ``lrqp fit``, ``apply`` and ``example-task``."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import Voice, command
+from lrqp_torch.study.settings import Settings
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.lrqp import LRQP
@@ -41,28 +43,25 @@ def example_task(
     voice.give(lambda: {"out": str(out), "prompts": n})
 
 
-@command(panel=given.OWN)
+@command(
+    panel=given.OWN,
+    options=given.options_of(
+        (
+            *("data", "model", "position", "text", "group", "pair", "bos", "strict", "train_share"),
+            *("log_odds", "l2", "shrinkage", "seed", "batch_size", "device"),
+        ),
+        data=...,
+    ),
+)
 def fit(
     voice: Voice,
-    data: given.RequiredData,
-    model: given.Model,
     site: Annotated[str, typer.Option(help="Such as L6.mid; several with commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the edit; made if needed.")],
     label: Annotated[str, typer.Option(help="Column of the class; several with commas.")] = "label",
-    position: given.Position = "auto",
-    text: given.Text = "text",
-    group: given.Group = None,
-    pair: given.Pair = "pair",
-    bos: given.Bos = "auto",
-    strict: given.Strict = False,
-    train_share: given.TrainShare = 0.5,
-    log_odds: given.LogOdds = 10.0,
-    l2: given.L2 = None,
-    shrinkage: given.ShrinkageOf = "ledoit_wolf",
-    seed: given.Seed = 0,
-    batch_size: given.BatchSize = 64,
-    device: given.Device = "auto",
-    dry_run: given.DryRun = False,
+    *,
+    dry_run: bool,
+    shrinkage: str,
+    **chosen: Any,
 ) -> None:
     """Fit an edit to prompts of your own, and keep it in a folder.
 
@@ -75,35 +74,35 @@ def fit(
     from lrqp_torch.study.editing import fit_sites
     from lrqp_torch.study.preparing import choose_sites, encode_own, read_own
     from lrqp_torch.study.prompts import OPENING, majority_share
-    from lrqp_torch.study.reading import Columns, RowLog
+    from lrqp_torch.study.reading import RowLog
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report.terminal import print_fit
     from lrqp_torch.study.run import first_of_each
     from lrqp_torch.study.store import made_folder
 
-    shrunk = given.parse_shrinkage(shrinkage)
     labels = given.split_names(label, "label")
+    asked = Settings(out=out, shrinkage=given.parse_shrinkage(shrinkage), **chosen)
+    data, size = str(asked.data), asked.batch_size
     with nullcontext() if dry_run else made_folder(out):
-        how, log = (train_share, seed), RowLog(strict)
+        how, log = (asked.train_share, asked.seed), RowLog(asked.strict)
         read = {
-            name: read_own(data, Columns(name, text, position, group, pair), *how, log)
-            for name in labels
+            name: read_own(data, replace(asked, label=name).columns, *how, log) for name in labels
         }
-        loaded, tokenizer = given.load_model(model, device)
+        loaded, tokenizer = given.load_model(asked.model, asked.device)
         sites = choose_sites(loaded, site)
         several = len(sites) * len(labels) > 1
         require_one_kind(out, several)
         edits: dict[str, LRQP] = {}
         found: dict[str, HeldOut] = {}
         for name, prompts in read.items():
-            train, test, fronted = encode_own(tokenizer, prompts, *how, bos, log)
+            train, test, fronted = encode_own(tokenizer, prompts, *how, asked.bos, log)
             if dry_run:
-                few = first_of_each(train, batch_size), first_of_each(test, batch_size)
+                few = first_of_each(train, size), first_of_each(test, size)
                 voice.foresee(
                     f"fit {len(sites) * len(labels)} edits to {len(train)} prompts, and try them "
                     f"on {len(test)} held out",
                     sum(map(len, few)) / (len(train) + len(test)) / len(labels),
-                    partial(fit_sites, loaded, few[0], sites, few[1], batch_size=batch_size),
+                    partial(fit_sites, loaded, few[0], sites, few[1], batch_size=size),
                     "the library of edits" if several else "the edit",
                     out,
                 )
@@ -111,9 +110,9 @@ def fit(
             marked = "mark" if OPENING in prompts[0].text else "last"
             fitted, tried = fit_sites(
                 loaded, train, sites, test,
-                l2=l2, shrinkage=shrunk, log_odds=log_odds, batch_size=batch_size,
-                task=Path(data).stem, variable=name, bos=fronted, seed=seed,
-                position=marked if position == "auto" else position,
+                l2=asked.l2, shrinkage=asked.shrinkage, log_odds=asked.log_odds, batch_size=size,
+                task=Path(data).stem, variable=name, bos=fronted, seed=asked.seed,
+                position=marked if asked.position == "auto" else asked.position,
             )  # fmt: skip
             named = {at: f"{name}.{at}" if len(labels) > 1 else at for at in fitted}
             edits |= {named[at]: edit for at, edit in fitted.items()}

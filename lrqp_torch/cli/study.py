@@ -1,7 +1,7 @@
 """The study: ``lrqp reproduce``, ``study`` and a command for each part; and ``lrqp report``."""
 
-import inspect
 from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,57 +10,12 @@ import typer
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import INTERRUPTED, Voice, command
 from lrqp_torch.study.parts import PARTS
+from lrqp_torch.study.settings import NAMES, OWN, Settings
 
 WRITES = (
     "Writes report.html, results.json, prompts.safetensors, prompts.json and the figures as PNG "
     "and SVG, and prints a summary."
 )
-OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
-NAMES = ("n", "prefixes", "variables", "names", "compare_task")
-
-
-def options(
-    voice: Voice,
-    *,
-    out: given.Out,
-    model: given.Model = "organism",
-    data: given.Data = None,
-    label: given.Label = "label",
-    position: given.Position = "auto",
-    text: given.Text = "text",
-    group: given.Group = None,
-    pair: given.Pair = "pair",
-    bos: given.Bos = "auto",
-    strict: given.Strict = False,
-    n: given.N = 1000,
-    prefixes: given.Prefixes = "none",
-    variables: given.Variables = "order",
-    names: given.Names = None,
-    sites: given.Sites = "all",
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="all that the prompts allow (without compare), or some of "
-            f"{', '.join(PARTS)}, with commas; what they need runs too."
-        ),
-    ] = "all",
-    compare_task: given.CompareTask = None,
-    resume: given.Resume = False,
-    seed: given.Seed = 0,
-    batch_size: given.BatchSize = 64,
-    device: given.Device = "auto",
-    train_share: given.TrainShare = 0.5,
-    log_odds: given.LogOdds = 10.0,
-    dose: given.Dose = "nats",
-    l2: given.L2 = None,
-    shrinkage: given.ShrinkageOf = "ledoit_wolf",
-    refits: given.Refits = 0,
-    methods: given.Methods = "all",
-    figures: given.Figures = None,
-    report: given.Report = None,
-    dry_run: given.DryRun = False,
-) -> None:
-    """The options of a study, of which each command has some."""
 
 
 def _command(
@@ -71,24 +26,18 @@ def _command(
     Args:
         name: of the command.
         text: its help.
-        without: options that it has not.
+        without: settings that are no options of it.
         panel: heading under which it is listed.
-        changed: defaults that differ, also of options that it has not.
+        changed: defaults that differ, also of settings that are no options of it.
     """
+    every = ["out", *(each.name for each in fields(Settings) if each.name != "out")]
+    changed = {"model": "organism", **changed}
+    shown = given.options_of((each for each in every if each not in without), **changed)
 
     def study(voice: Voice, **chosen: Any) -> None:
         _run(voice, **{k: value for k, value in changed.items() if k in without}, **chosen)
 
-    signature = inspect.signature(options)
-    shown = [
-        parameter.replace(default=changed.get(parameter.name, parameter.default))
-        for parameter in signature.parameters.values()
-        if parameter.name not in without
-    ]
-    if changed.get("data") is inspect.Parameter.empty:
-        shown = [p.replace(annotation=given.RequiredData) if p.name == "data" else p for p in shown]
-    study.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    command(name, panel=panel, text=text)(study)
+    command(name, panel=panel, text=text, options=shown)(study)
 
 
 def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
@@ -97,7 +46,6 @@ def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report import print_summary
     from lrqp_torch.study.run import plan, run
-    from lrqp_torch.study.settings import Settings
 
     figures = given.able(chosen["figures"], "Figures are", "matplotlib", "plots", voice)
     report = given.able(chosen["report"], "The report is", "plotly", "report", voice)
@@ -193,6 +141,6 @@ _command(
     NAMES,
     panel=given.OWN,
     parts="flipping",
-    data=inspect.Parameter.empty,
-    model=inspect.Parameter.empty,
+    data=...,
+    model=...,
 )

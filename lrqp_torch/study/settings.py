@@ -1,75 +1,164 @@
-"""What a study is asked to do."""
+"""What a study is asked to do: its settings, each of which is an option of the command too.
+
+The command reads its options from here, and its help is not to wait for torch: what is more than
+the standard library is imported where it is used.
+"""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrqp_torch.errors import SettingError
-from lrqp_torch.probes.covariance import Shrinkage
-from lrqp_torch.study.doses import check_dose
-from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
-from lrqp_torch.study.methods import check_names
-from lrqp_torch.study.reading import FRONTS, Columns, label_columns, listed
+from lrqp_torch.study.parts import PARTS
+
+if TYPE_CHECKING:
+    from lrqp_torch.probes.covariance import Shrinkage
+    from lrqp_torch.study.reading import Columns
 
 OWN = ("data", "label", "position", "text", "group", "pair", "bos", "strict")
 """The settings that say which prompts of one's own are studied."""
+NAMES = ("n", "prefixes", "variables", "names", "compare_task")
+"""Those of prompts about two names."""
+
+
+def option(default: Any, text: str, *flags: str, **looks: Any) -> Any:
+    """A field of a dataclass that is an option of the command.
+
+    Args:
+        default: the field's.
+        text: what it means, for the option's help.
+        flags: what the option is called, where that is not the field's name.
+        looks: of the option, as typer takes them; ``kind`` is its type where that is another one
+            than the field's, with None as its default.
+    """
+    return field(default=default, metadata={"help": text, "flags": flags, **looks})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study is asked to do."""
+    """What a study is asked to do; see each field's help."""
 
-    model: str  # `organism`, `smollm2`, `gpt2`, or a folder or Hub name
-    out: Path  # folder for the results; created if needed
-    # A file or data set of prompts of one's own, as `read_prompts` takes it, in place of prompts
-    # about two names.
-    data: str | None = None
-    # Its column of the class; or several columns with commas, the class first, whose variables are
-    # edited one by one and all together.
-    label: str = "label"
-    position: str = "auto"  # where its prompts are read and edited; see there
-    text: str = "text"  # its column of the prompt
-    # Its column of what prompts have in common, such as an entity or a template; those of a group
-    # are fitted on together or held out together. None for none.
-    group: str | None = None
-    pair: str = "pair"  # its column of pairs, whose prompts are each other's twins
-    # Whether the token that begins a text stands in front of each of its prompts: `auto` puts it
-    # there where prompts are edited at their first token, which is where models keep an attention
-    # sink; `always`, `never`.
-    bos: str = "auto"
-    # Whether a row of it that cannot be used is an error, and not left out and counted.
-    strict: bool = False
-    n: int = 1000  # number of prompts about two names, to fit on and held out together
-    # A sentence before each of these: `none`, `bundled`, `openwebtext`, or a text file with a
-    # sentence per line.
-    prefixes: str = "none"
-    # Which variables of these are edited, one by one and all together: `order`, or
-    # `order,identity`.
-    variables: str = ORDER
-    names: int | None = None  # how many different names they have; `None` for all
-    sites: str = "all"  # `all` (every pre and mid), or site names separated by commas
-    seed: int = 0  # of everything random: the prompts, and the resampling behind intervals
-    batch_size: int = 64  # prompts per forward pass
-    device: str = "auto"  # `auto`, or a torch device
-    train_share: float = 0.5  # share of the prompts to fit on; the others are held out
-    # Least log odds that an edit asks of the probe, where it is dosed by nats.
-    log_odds: float = 10.0
-    dose: str = "nats"  # how much belief an edit asks for, see `doses`: `nats`, `twin` or `class`
-    l2: float | None = None  # penalty of the probe; `None` for its own default
-    # Of the covariance: `ledoit_wolf`, `oas`, or a number from 0 to 1.
-    shrinkage: Shrinkage = "ledoit_wolf"
-    # How many times the edits of the sweep are fitted anew, to training prompts drawn with
-    # replacement, for the spread over fits.
-    refits: int = 0
-    methods: str = "all"  # of the part `compare`: `all`, or names separated by commas
-    figures: bool = True  # whether to draw figures
-    report: bool = True  # whether to write the interactive report
-    parts: str = "all"  # `all`, or parts of the study separated by commas
-    # Whether to run prompts about two names both without a prefix and with a bundled one; `None`
-    # does so where this study has prefixes.
-    compare_task: bool | None = None
-    resume: bool = False  # whether to go on with what an earlier run left in `out`
+    model: str = field(
+        metadata={
+            "help": "organism, organism-present, -absent, -dormant, -graded or -spread (bundled, "
+            "ready in seconds), smollm2, gpt2, or a folder or Hub name.",
+            "flags": (),
+        }
+    )
+    out: Path = field(
+        metadata={"help": "Folder for results and figures; made if needed.", "flags": ()}
+    )
+    data: str | None = option(
+        None,
+        "Prompts of your own: a .csv, .tsv, .jsonl or .parquet file, or a data set of the Hub as "
+        "NAME or NAME:SPLIT. Columns: text, with the words to edit marked as in 'The [[keys]] to "
+        "the cabinet'; label; and, if there are any, answers for each class.",
+        show_default="prompts about two names",
+    )
+    label: str = option(
+        "label",
+        "Column of the class, with --data; or several with commas, the class first: each is "
+        "edited alone, with the others kept, and all together.",
+    )
+    position: str = option(
+        "auto",
+        "Where to read and edit, with --data: mark (the last token of the marked words, of each "
+        "where there are several), span (all of their tokens), last (the last token of the "
+        "prompt), a column that holds words of the prompt, or auto (mark where there are marks, "
+        "else last).",
+    )
+    text: str = option("text", "Column of the prompt, with --data.")
+    group: str | None = option(
+        None,
+        "Column of what prompts have in common, such as an entity or a template: those of a group "
+        "are fitted on together or held out together.",
+        show_default="none",
+    )
+    pair: str = option(
+        "pair",
+        "Column of pairs, if there is one: prompts of a pair are the same but for the class.",
+    )
+    bos: str = option(
+        "auto",
+        "Whether the token that begins a text stands in front of each prompt, with --data: always, "
+        "never, or auto (where prompts are edited at their first token, at which models keep an "
+        "attention sink).",
+    )
+    strict: bool = option(
+        False,
+        "Stop at the first row of --data that cannot be used, and take answers as they stand; else "
+        "such rows are left out and counted, and answers get the space that a word needs.",
+        "--strict",
+    )
+    n: int = option(1000, "Prompts about two names, fitted and held out.", "--n", min=4)
+    prefixes: str = option(
+        "none",
+        "Sentence before each prompt about two names: none, bundled, openwebtext, or a text file "
+        "with a sentence per line.",
+    )
+    variables: str = option(
+        "order",
+        "What is edited in prompts about two names: order; or order,identity (which name it is), "
+        "each alone, with the other kept, and both together.",
+    )
+    names: int | None = option(
+        None, "How many different names these prompts have.", min=2, show_default="all that fit"
+    )
+    sites: str = option(
+        "all",
+        "all (the stream before and within every block), or names such as L6.mid,L7.pre.",
+    )
+    parts: str = option(
+        "all",
+        f"all that the prompts allow (without compare), or some of {', '.join(PARTS)}, with "
+        "commas; what they need runs too.",
+    )
+    compare_task: bool | None = option(
+        None,
+        "Run the prompts about two names with and without prefixes, side by side.",
+        "--compare-task/--no-compare-task",
+        show_default="where there are prefixes",
+    )
+    resume: bool = option(False, "Go on with what a stopped run left in the folder.", "--resume")
+    seed: int = option(0, "Seed of everything random.")
+    batch_size: int = option(64, "Prompts per forward pass.", min=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    train_share: float = option(0.5, "Share of the prompts to fit on; the others are held out.")
+    log_odds: float = option(10.0, "Least log odds that an edit asks of the probe.")
+    dose: str = option(
+        "nats",
+        "How much belief an edit asks for: nats (--log-odds, or as certain as before); twin (what "
+        "the probe reads of the prompt's twin); class (what it reads of the median prompt of the "
+        "class written).",
+    )
+    l2: float | None = option(None, "Penalty of the probe.", show_default="the probe's own")
+    shrinkage: "Shrinkage" = option(  # noqa: RUF009 -- a field, which is made anew
+        "ledoit_wolf", "Of the covariance: ledoit_wolf, oas, or a number from 0 to 1.", kind=str
+    )
+    refits: int = option(
+        0,
+        "Fit the edits of the sweep so many times anew, to training prompts drawn with "
+        "replacement, for the spread over fits.",
+    )
+    methods: str = option(
+        "all",
+        "Edits that compare puts beside LRQP and no edit, with commas, such as "
+        "mean_difference,leace,full_patch; all trains some of them.",
+    )
+    figures: bool = option(
+        True,
+        "Draw PNG and SVG figures.",
+        "--figures/--no-figures",
+        kind=bool | None,
+        show_default="where matplotlib is installed",
+    )
+    report: bool = option(
+        True,
+        "Write the interactive report.html.",
+        "--report/--no-report",
+        kind=bool | None,
+        show_default="where plotly is installed",
+    )
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.
@@ -77,6 +166,12 @@ class Settings:
         Raises:
             SettingError: a number out of its range, or a method that does not exist.
         """
+        from lrqp_torch.errors import SettingError
+        from lrqp_torch.study.doses import check_dose
+        from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
+        from lrqp_torch.study.methods import check_names
+        from lrqp_torch.study.reading import FRONTS
+
         if not 0 < self.train_share < 1:
             raise SettingError(f"train_share must lie between 0 and 1, not {self.train_share}.")
         if self.data is None and min(self.train_size, self.n - self.train_size) < 2:
@@ -105,8 +200,10 @@ class Settings:
             )
 
     @property
-    def columns(self) -> Columns:
+    def columns(self) -> "Columns":
         """Which columns of one's own prompts say what."""
+        from lrqp_torch.study.reading import Columns
+
         label, *further = self.variable_names
         return Columns(
             label, self.text, self.position, self.group, self.pair, further=tuple(further)
@@ -115,11 +212,15 @@ class Settings:
     @property
     def variable_names(self) -> tuple[str, ...]:
         """The variables that are edited, the class first."""
+        from lrqp_torch.study.reading import label_columns
+
         return tuple(label_columns(self.label if self.data is not None else self.variables))
 
     @property
     def compared(self) -> tuple[str, ...] | None:
         """The methods of the league table; None for all."""
+        from lrqp_torch.study.reading import listed
+
         return None if self.methods == "all" else tuple(listed(self.methods))
 
     @property
@@ -140,8 +241,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as ``results.json`` keeps them: all that decides what it holds."""
-        names, own = {"n", "prefixes", "variables", "names", "compare_task"}, set(OWN)
-        left_out = {"out", "resume"} | (own if self.data is None else names)
+        left_out = {"out", "resume", *(OWN if self.data is None else NAMES)}
         left_out |= {"methods"} if self.compared is None else set()
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
