@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -20,34 +20,40 @@ if TYPE_CHECKING:
 OWN = "Edits of your own"
 """Heading of the commands for prompts of one's own."""
 
-_FIELDS = {field.name: field for field in fields(Settings)}
 
-
-def _shown(name: str, **changed: Any) -> Any:
+def _shown(name: str, kind: type[Any] = Settings, **changed: Any) -> Any:
     """The option of a setting."""
-    looks = {**_FIELDS[name].metadata, **changed}
+    looks = {**_field(kind, name).metadata, **changed}
     looks.pop("kind", None)
     return typer.Option(*looks.pop("flags"), **looks)
 
 
-def options_of(names: Iterable[str], **changed: Any) -> list[inspect.Parameter]:
-    """Options of a command for settings of a study, and ``--dry-run``.
+def options_of(
+    names: Iterable[str], kind: type[Any] = Settings, **changed: Any
+) -> list[inspect.Parameter]:
+    """Options of a command for settings, and ``--dry-run``.
 
     Args:
         names: of the settings.
+        kind: whose they are.
         changed: defaults that differ from those of the settings; ``...`` for an option that must be
             given.
     """
     found = []
     for name in names:
-        kind = _FIELDS[name].metadata.get("kind", _FIELDS[name].type)
-        default = changed.get(name, None if kind == bool | None else _FIELDS[name].default)
-        shown = _shown(name)
+        known = _field(kind, name)
+        own = known.metadata.get("kind", known.type)
+        default = changed.get(name, None if own == bool | None else known.default)
+        shown = _shown(name, kind)
         if default in (..., MISSING):
-            default, shown = inspect.Parameter.empty, _shown(name, show_default=True)
-            kind = get_args(kind)[0] if get_args(kind) else kind  # without None
-        found.append(_keyword(name, default, Annotated[kind, shown]))
+            default, shown = inspect.Parameter.empty, _shown(name, kind, show_default=True)
+            own = get_args(own)[0] if get_args(own) else own  # without None
+        found.append(_keyword(name, default, Annotated[own, shown]))
     return [*found, _keyword("dry_run", False, DryRun)]
+
+
+def _field(kind: type[Any], name: str) -> Field[Any]:
+    return next(each for each in fields(kind) if each.name == name)
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

@@ -1,15 +1,16 @@
 """``lrqp verdicts``: how often "used here" is right, on models of which the truth is known."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
 from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import INTERRUPTED, Voice, command
+from lrqp_torch.study.settings import VerdictSettings
 
 if TYPE_CHECKING:
     from lrqp_torch.study.estimates import Estimate
@@ -22,72 +23,22 @@ if TYPE_CHECKING:
     "others use it in part, in two places, or could be driven by it along a direction that no "
     "prompt has. At every site, count how often LRQP and every other edit, the probe's accuracy "
     "alone and a patch from a paired prompt tell rightly whether the order is used.\n\n"
-    "Writes verdicts.json, verdicts.csv and the figure as PNG and SVG."
+    "Writes verdicts.json, verdicts.csv and the figure as PNG and SVG.",
+    options=given.options_of((each.name for each in fields(VerdictSettings)), VerdictSettings),
 )
-def verdicts(
-    voice: Voice,
-    out: given.Out,
-    models: Annotated[
-        str,
-        typer.Option(
-            help="all that are bundled, or names or folders of models with a ground_truth.json, "
-            "with commas."
-        ),
-    ] = "all",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="all, or names of edits, with commas; all leaves out those trained on the answers."
-        ),
-    ] = "all",
-    das: Annotated[
-        bool,
-        typer.Option(
-            "--das",
-            help="If all edits run, those trained on the answers too: DAS, what it reads written "
-            "by the least edit, and learned LRQP; takes minutes.",
-        ),
-    ] = False,
-    n: Annotated[int, typer.Option("--n", min=8, help="Prompts a draw; half are held out.")] = 200,
-    seeds: Annotated[int, typer.Option(min=1, help="Draws of prompts.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the first draw; the others follow.")] = 0,
-    prefixes: Annotated[
-        str,
-        typer.Option(help="Sentence before each prompt: none, bundled, openwebtext, or a file."),
-    ] = "none",
-    sites: Annotated[
-        str, typer.Option(help="all, or names that every model has, such as L1.mid,L2.pre.")
-    ] = "all",
-    batch_size: given.BatchSize = 64,
-    device: given.Device = "auto",
-    figures: given.Figures = None,
-    dry_run: given.DryRun = False,
-) -> None:
+def verdicts(voice: Voice, *, dry_run: bool, figures: bool | None, **chosen: Any) -> None:
     """Judge and report; bad input is one message and exit code 2."""
-    from lrqp_torch.models.organisms import organisms_here
     from lrqp_torch.study.preparing import choose_sites
     from lrqp_torch.study.records import to_json
-    from lrqp_torch.study.verdicts import VerdictSettings, findings, judge
+    from lrqp_torch.study.verdicts import findings, judge
 
-    settings = VerdictSettings(
-        out=out,
-        models=",".join(organisms_here()) if models == "all" else models,
-        methods=methods,
-        das=das,
-        n=n,
-        seeds=seeds,
-        seed=seed,
-        prefixes=prefixes,
-        sites=sites,
-        batch_size=batch_size,
-        device=device,
-        figures=given.able(figures, "The figure is", "matplotlib", "plots", voice),
-    )
+    drawn = given.able(figures, "The figure is", "matplotlib", "plots", voice)
+    settings = VerdictSettings(figures=drawn, **chosen)
+    n, seed, seeds, out = settings.n, settings.seed, settings.seeds, settings.out
     if dry_run:
-        named, which = (
-            settings.model_names(),
-            choose_sites(given.load_model(settings.model_names()[0], device)[0], sites),
-        )
+        named = settings.model_names()
+        model, _ = given.load_model(named[0], settings.device)
+        which = choose_sites(model, settings.sites)
         with TemporaryDirectory() as folder:
             few = replace(
                 settings, out=Path(folder), models=named[0], seeds=1, sites=which[0], figures=False

@@ -70,6 +70,8 @@ _ROWS = list(BASELINES.items())
 _OWN = 1 + list(BASELINES).index(FITTED)
 METHODS: dict[str, type[Baseline]] = dict([*_ROWS[:_OWN], (LEARNED, LearnedLRQP), *_ROWS[_OWN:]])
 """All edits that are compared, in the order of tables."""
+TRAINED = (DAS.name, DASLeast.name, LEARNED)
+"""Edits that are trained on the answers, through the model."""
 ERASING = (LEACE.name,)
 """Methods that remove the variable instead of writing a class of it."""
 

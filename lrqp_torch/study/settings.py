@@ -1,11 +1,11 @@
-"""What a study is asked to do: its settings, each of which is an option of the command too.
+"""What studies and verdicts are asked to do: settings, each of them an option of a command too.
 
 The command reads its options from here, and its help is not to wait for torch: what is more than
 the standard library is imported where it is used.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,3 +250,90 @@ class Settings:
         left_out = ("figures", "report", "parts", "compare_task")
         kept = {name: value for name, value in self.record().items() if name not in left_out}
         return kept | ({"compare_task": self.compares} if self.data is None else {})
+
+
+def _same(name: str) -> Any:
+    """The field of :class:`Settings` of that name."""
+    known = next(each for each in fields(Settings) if each.name == name)
+    return field(default=known.default, metadata=known.metadata)
+
+
+@dataclass(frozen=True)
+class VerdictSettings:
+    """What ``lrqp verdicts`` is asked for; see each field's help."""
+
+    out: Path = _same("out")  # noqa: RUF009 -- a field
+    models: str = option(
+        "all",
+        "all that are bundled, or names or folders of models with a ground_truth.json, with "
+        "commas.",
+    )
+    methods: str = option(
+        "all",
+        "all, or names of edits, with commas; all leaves out those trained on the answers.",
+    )
+    das: bool = option(
+        False,
+        "If all edits run, those trained on the answers too: DAS, what it reads written by the "
+        "least edit, and learned LRQP; takes minutes.",
+        "--das",
+    )
+    n: int = option(200, "Prompts a draw; half are held out.", "--n", min=8)
+    seeds: int = option(3, "Draws of prompts.", min=1)
+    seed: int = option(0, "Seed of the first draw; the others follow.")
+    prefixes: str = option(
+        "none", "Sentence before each prompt: none, bundled, openwebtext, or a file."
+    )
+    sites: str = option("all", "all, or names that every model has, such as L1.mid,L2.pre.")
+    batch_size: int = _same("batch_size")
+    device: str = _same("device")
+    figures: bool = _same("figures")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            SettingError: a number out of its range, a method that does not exist, or no model.
+        """
+        from lrqp_torch.errors import SettingError
+        from lrqp_torch.models.organisms import ORGANISMS, organisms_here
+        from lrqp_torch.study.methods import METHODS
+        from lrqp_torch.study.reading import listed
+
+        if self.models == "all":
+            object.__setattr__(self, "models", ",".join(organisms_here()))
+        for name, least in (("seeds", 1), ("batch_size", 1), ("n", 8)):
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if not self.model_names():
+            raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
+        unknown = [name for name in listed(self.methods) if name not in {*METHODS, "all"}]
+        if unknown or not self.method_names():
+            found = f"unknown method {unknown[0]!r}" if unknown else "no method given"
+            raise SettingError(f"{found}; choose from {', '.join(METHODS)}, or say all.")
+
+    def model_names(self) -> list[str]:
+        """The models asked for."""
+        from lrqp_torch.study.reading import listed
+
+        return listed(self.models)
+
+    def method_names(self) -> list[str]:
+        """The methods asked for, in the order of the table."""
+        from lrqp_torch.study.methods import METHODS, TRAINED
+        from lrqp_torch.study.reading import listed
+
+        named = listed(self.methods)
+        if "all" in named:
+            return [name for name in METHODS if name not in TRAINED or self.das]
+        return [name for name in METHODS if name in named]
+
+    def command(self) -> str:
+        """The command that gives these numbers, without the folder."""
+        left_out = ("out", "das", "device", "figures")
+        words = [
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in asdict(self).items()
+            if name not in left_out
+        ]
+        return f"lrqp verdicts {' '.join(words)}{' --das' if self.das else ''} --out DIR"

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from lrqp_torch import models
-from lrqp_torch.baselines import DAS, DASLeast, LeastEdit, NoEdit
+from lrqp_torch.baselines import LeastEdit, NoEdit
 from lrqp_torch.edits.provenance import package_versions
-from lrqp_torch.errors import ModelError, SettingError
+from lrqp_torch.errors import ModelError
 from lrqp_torch.files import write_json, written_whole
-from lrqp_torch.models.organisms import ORGANISMS, organisms_here
+from lrqp_torch.models.organisms import ORGANISMS
 from lrqp_torch.plot.chart import Chart, Heat, Pane
 from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.probes.linear import LinearProbe
@@ -57,16 +57,16 @@ from lrqp_torch.study.known import NOT_USED, UNCLEAR, USED, KnownSites, read_tru
 from lrqp_torch.study.methods import (
     LEARNED,
     METHODS,
+    TRAINED,
     Training,
     build_candidates,
     counterparts,
     others_alike,
 )
 from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
-from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import Trial, Trials, next_class, with_partners
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.settings import Settings, VerdictSettings
 from lrqp_torch.study.showing import between, percent
 from lrqp_torch.study.store import made_folder
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
@@ -82,69 +82,9 @@ PROBE = "probe_accuracy"
 TESTED, GUARDED = ":tested", ":guarded"
 """What is behind the name of an edit where it is judged by these rules; nothing for *half*."""
 IN_WORDS = {TESTED: ", tested", GUARDED: ", guarded"}
-TRAINED = (DAS.name, DASLeast.name, LEARNED)
-"""Edits that are trained on the answers, through the model."""
 
 ALL = "all models"
 """Name of the counts over all models together."""
-
-
-@dataclass(frozen=True)
-class VerdictSettings:
-    """What ``lrqp verdicts`` is asked for."""
-
-    out: Path  # folder for the results; made if needed
-    # Names of models, or folders, separated by commas; each needs its ground truth.
-    models: str = field(default_factory=lambda: ",".join(organisms_here()))
-    # `all` (without those in `TRAINED`), or names of edits separated by commas.
-    methods: str = "all"
-    # Whether these, which are trained through the model at every site, are among all.
-    das: bool = False
-    n: int = 200  # prompts of each draw, half to fit on and half held out
-    seeds: int = 3  # draws
-    seed: int = 0  # of the first; the others follow
-    prefixes: str = "none"  # as of the study
-    sites: str = "all"  # as of the study
-    batch_size: int = 64  # prompts a forward pass
-    device: str = "auto"  # `auto`, or a torch device
-    figures: bool = True  # whether to draw
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            SettingError: a number out of its range, a method that does not exist, or no model.
-        """
-        for name, least in (("seeds", 1), ("batch_size", 1), ("n", 8)):
-            if getattr(self, name) < least:
-                raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if not self.model_names():
-            raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
-        unknown = [name for name in listed(self.methods) if name not in {*METHODS, "all"}]
-        if unknown or not self.method_names():
-            found = f"unknown method {unknown[0]!r}" if unknown else "no method given"
-            raise SettingError(f"{found}; choose from {', '.join(METHODS)}, or say all.")
-
-    def model_names(self) -> list[str]:
-        """The models asked for."""
-        return listed(self.models)
-
-    def method_names(self) -> list[str]:
-        """The methods asked for, in the order of the table."""
-        named = listed(self.methods)
-        if "all" in named:
-            return [name for name in METHODS if name not in TRAINED or self.das]
-        return [name for name in METHODS if name in named]
-
-    def command(self) -> str:
-        """The command that gives these numbers, without the folder."""
-        left_out = ("out", "das", "device", "figures")
-        words = [
-            f"--{name.replace('_', '-')} {value}"
-            for name, value in asdict(self).items()
-            if name not in left_out
-        ]
-        return f"lrqp verdicts {' '.join(words)}{' --das' if self.das else ''} --out DIR"
 
 
 @dataclass(frozen=True)
