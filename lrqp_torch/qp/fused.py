@@ -132,6 +132,8 @@ def places(realise: Realise) -> TypeGuard[Placed]:
     own: Any = realise
     if not all(hasattr(own, name) for name in ("base", "scale", "dtype")):
         return False
+    if getattr(own, "beside", None) is not None:
+        return False
     return bool(own.scale == 1) if own.base is None else own.base.stride(-1) == 1
 
 

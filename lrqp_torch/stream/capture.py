@@ -17,7 +17,8 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.files import digest_model, digest_values
 from lrqp_torch.stream.compiled import input_device
-from lrqp_torch.stream.hooks import Visit, attach, scaled, warn_of_dropout
+from lrqp_torch.stream.discovery import added
+from lrqp_torch.stream.hooks import Residual, Visit, attach, warn_of_dropout
 from lrqp_torch.stream.inputs import (
     TokenBatch,
     as_inputs,
@@ -415,9 +416,7 @@ def _read(
     def keep(item: Located) -> Visit:
         name = str(item.site)
 
-        def read(
-            stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
-        ) -> Tensor:
+        def read(stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
             def pick(tensor: Tensor) -> Tensor:
                 if at is None:
                     return tensor[:, call.front :]
@@ -425,9 +424,10 @@ def _read(
                 rows = tensor[here.example, here.token + call.front]
                 return rows.reshape(*at.shape, tensor.shape[-1])
 
-            picked = scaled(pick(stream), scale)
-            if residual is not None:
-                picked = pick(residual) + picked
+            base, beside = residual if isinstance(residual, tuple) else (residual, None)
+            picked = added(pick(stream), scale, None if beside is None else pick(beside))
+            if base is not None:
+                picked = pick(base) + picked
             captured[name] = picked.detach()
             if once and len(captured) == len(located):
                 raise _StopForwardError
@@ -475,9 +475,7 @@ def _read_plainly(
         )
 
     def keep(item: Located) -> Visit:
-        def read(
-            stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
-        ) -> Tensor:
+        def read(stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
             parts[str(item.site)].append(stream.detach().clone())
             return stream
 

@@ -4,14 +4,18 @@ The place between attention and MLP, ``mid``, is a *cut* of a block: with the st
 one value, the block's output at that token is the same whatever the block's input was. That is what
 "both the skip path and the MLP see it" means, and running a block decides it, without knowing the
 model's family. What is found here is proven before it is used, and so is what a table says; where
-nothing is a cut (attention and MLP in parallel, state-space blocks), there is no ``mid``.
+nothing is a cut (attention and MLP in parallel, state-space blocks), there is no ``mid``. A block's
+input is all that it is given of the text: where it reads the token once more behind attention, as
+with per-layer embeddings, the stream there does not decide its output and is no ``mid`` either.
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +39,12 @@ WITHOUT_MID = (
 )
 """Why a block has no ``mid`` if none was found."""
 
+READS_ON = (
+    "reads the text once more behind its attention, beside the stream (as per-layer embeddings "
+    "of the tokens), so no place in the stream decides what it returns"
+)
+"""The same, where there would be one if that were held fixed."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -47,13 +57,43 @@ class Cut:
     # Path of the module whose input is what the output is added to; None for the block's first
     # reader. Behind cross-attention, it is what that reads.
     added_to: str | None = None
+    # Modules that ran before, and numbers: their outputs, times these, are added to scale · output
+    # before it all is added to the stream, as where attention and a state space run side by side.
+    beside: tuple[tuple[str, float], ...] = ()
+
+    def stream(self, outputs: Mapping[str, Tensor], base: Tensor) -> Tensor:
+        """The stream there, added to ``base`` and rounded as the model does it."""
+        own = outputs[self.module]
+        if self.scale is None:
+            return own
+        return base + added(own, self.scale, beside_of(self.beside, outputs))
 
     def __str__(self) -> str:
         if self.scale is None:
             return f"the output of {self.module!r} itself"
         times = "" if self.scale == 1 else f"{self.scale:g} times "
         base = "the block's input" if self.added_to is None else f"what {self.added_to!r} reads"
+        for name, scale in self.beside:
+            base += f" plus {scale:g} times the output of {name!r}"
         return f"{base} plus {times}the output of {self.module!r}"
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """Scale · tensor, rounded as the model rounds it; the tensor itself for a scale of 1."""
+    return tensor if scale == 1 else tensor * scale
+
+
+def added(tensor: Tensor, scale: float, beside: Tensor | None) -> Tensor:
+    """What is added to the stream: scale · tensor, and what is added to that first."""
+    return scaled(tensor, scale) if beside is None else beside + scaled(tensor, scale)
+
+
+def beside_of(beside: Sequence[tuple[Any, float]], outputs: Mapping[Any, Tensor]) -> Tensor | None:
+    """The sum of other modules' outputs, times their numbers; None of none."""
+    found: Tensor | None = None
+    for module, scale in beside:
+        found = added(outputs[module], scale, found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -118,6 +158,37 @@ class _Call:
         found = [*named, *self.carried]
         return [item for item in found if isinstance(item, Tensor) and item is not self.stream]
 
+    def wide(self) -> "_Call":
+        """The same of a copy of the block in float32, if it is in half precision: beside the stream
+        in that, some outputs are too small to be seen. Itself where it cannot be copied or run.
+        """
+        held = [*self.block.parameters(), *self.block.buffers()]
+        if torch.finfo(self.stream.dtype).eps < 1e-4 or not all(
+            type(item) in (Tensor, nn.Parameter, nn.Buffer)
+            and item.device == self.stream.device
+            and (item.element_size() > 1 or not item.is_floating_point())
+            for item in held
+        ):
+            return self
+        known: dict[int, Any] = {}
+
+        def widened(item: Any) -> Any:
+            if isinstance(item, Tensor) and item.is_floating_point():
+                return known.setdefault(id(item), item.float())
+            if isinstance(item, list | tuple):
+                return type(item)(map(widened, item))
+            return item
+
+        try:
+            block = copy.deepcopy(self.block).float()
+            named = {name: widened(item) for name, item in self.kwargs.items()}
+            call = _Call(block, widened(self.args), named, widened(self.stream))
+            call.carried = widened(self.carried)
+            call.again(call.stream)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+            return self
+        return call
+
     def again(self, stream: Tensor, seed: int | None = None) -> Tensor:
         """The block's output, (B, T, d), for another input, and for another encoder's if a seed is
         given: all that the block reads of other tokens is then made up from it.
@@ -129,7 +200,11 @@ class _Call:
             if isinstance(item, list | tuple) and self.carried:
                 return type(item)(map(other, item))
             crossed = seed is not None and any(item is states for states in self.crossed)
-            return _input_like(item, seed or 0) if crossed else item
+            if not crossed:
+                return item
+            if not item.is_floating_point():  # token ids, of which there are no others but these
+                return item.roll(seed or 0, -1)
+            return _input_like(item, seed or 0)
 
         output = first_tensor(
             self.block(*map(other, self.args), **{k: other(v) for k, v in self.kwargs.items()})
@@ -185,7 +260,7 @@ def discover(model: nn.Module) -> list[Stack]:
             for block in blocks:
                 kind = _kind(calls[block])
                 if kind not in known:
-                    known[kind] = sites_of(calls[block], inner)
+                    known[kind] = sites_of(calls[block].wide(), inner)
             each = tuple(known[_kind(calls[block])] for block in blocks)
             trunk = _trunk(name, given)
             last = _last_norm(name, blocks[-1], inner, calls)
@@ -198,31 +273,21 @@ def discover(model: nn.Module) -> list[Stack]:
 
 
 def _note_carried(model: nn.Module, blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> None:
-    """Note what blocks are given, beside the stream, that earlier blocks have read or computed:
-    what else is of its width, and what changes with the input of the first block.
+    """Note what blocks are given of the text beside the stream: what else is of its width, and what
+    changes with the tokens, be it of earlier blocks or of the tokens themselves.
     """
-    first = calls[blocks[0]]
-
-    def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        new = [
-            x.flip(-1) if y is first.stream else x for x, y in zip(args, first.args, strict=True)
-        ]
-        named = {k: x.flip(-1) if first.kwargs[k] is first.stream else x for k, x in kwargs.items()}
-        return tuple(new), named
-
-    handle = blocks[0].register_forward_pre_hook(change, with_kwargs=True)
-    try:
-        changed, _ = trial(model)
-    finally:
-        handle.remove()
-    for block in list(blocks)[1:]:
+    changed, _ = trial(model, seed=1)
+    for block in blocks:
         pairs = zip(_tensors(calls[block].given), _tensors(changed[block].given), strict=False)
         calls[block].carried = [
             one
             for one, two in pairs
             if one is not calls[block].stream
-            and one.is_floating_point()
-            and (_alike(one, calls[block].stream) or not torch.equal(one, two))
+            and one.dtype != torch.bool
+            and (
+                (block is not blocks[0] and _alike(one, calls[block].stream))
+                or not torch.equal(one, two)
+            )
         ]
 
 
@@ -289,7 +354,9 @@ def hold_to_proof(model: nn.Module, stack: Stack) -> None:
             if _kind(calls[block]) in seen:
                 continue
             seen.add(_kind(calls[block]))
-            _hold_block_to_proof(calls[block], places, f"block {layer} of {type(model).__name__}")
+            _hold_block_to_proof(
+                calls[block].wide(), places, f"block {layer} of {type(model).__name__}"
+            )
 
 
 def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
@@ -379,6 +446,11 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
                 break
             if base is None and call.crossed:
                 base = found.stream, found.reader
+    if cut is None:
+        for found in record.joint_sums(h, _mixing(call, record), constants):
+            if is_cut(call, found.cut):
+                cut, start = found.cut, found.before
+                break
     # Blocks that normalise after adding have a later cut, which both the skip path and the MLP
     # read. The last of all is the one between attention and MLP.
     for candidate, index in record.single_outputs(h, start, cut):
@@ -390,16 +462,26 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
     else:
         if attention is None:  # an output too small to be seen in the sum, in half precision
             earlier = [name for name, _ in record.outputs[:start]]
-            mixing = [name for name in earlier if _mixes_tokens(call, Cut(name, None))]
-            attention = _added(call, mixing, None, constants)
+            mixing = [name for name in _mixing(call, record) if name in earlier]
+            attention = None if cut.beside else _added(call, mixing, None, constants)
         mlp = _added(call, [name for name, _ in record.outputs[start:]], cut, constants)
-    reason = None if cut is not None else WITHOUT_MID
+    reason = None
+    if cut is None:
+        close = _tolerance(call.stream.dtype)
+        passes = (s.cut for s in record.sums(h, None, constants) if _mixes_tokens(call, s.cut))
+        apart = any(cut_difference(call, c, reads_on=False) <= close for c in passes)
+        reason = READS_ON if call.carried and apart else WITHOUT_MID
     matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
     projection = next(matrices, None)
     # An adapter around a matrix reads what the matrix reads, and adds to it.
     while projection is not None and projection.rpartition(".")[0] in record.weights:
         projection = projection.rpartition(".")[0]
     return BlockSites(first_reader, cut, projection, reason, attention, mlp)
+
+
+def _mixing(call: _Call, record: "_Record") -> list[str]:
+    """Modules whose outputs tell of earlier tokens, in the order in which they run."""
+    return [name for name, _ in record.outputs if _mixes_tokens(call, Cut(name, None))]
 
 
 def _added(
@@ -468,12 +550,23 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
     """Within this the stream at some cuts is a value (B, d) at the token, for the input h."""
     with ExitStack() as stack:
         for cut, value in forced:
-            base = [h]
+            base, others = [h], dict[str, Tensor]()
 
             def keep(module: nn.Module, args: Any, kwargs: Any, base: list[Tensor] = base) -> None:
                 read = stream_given(args, kwargs, base[0].shape)
                 assert read is not None
                 base[0] = read
+
+            def note(
+                module: nn.Module,
+                args: Any,
+                output: Any,
+                name: str,
+                others: dict[str, Tensor] = others,
+            ) -> None:
+                tensor = first_tensor(output)
+                assert tensor is not None
+                others[name] = tensor.view(h.shape)
 
             def force(
                 module: nn.Module,
@@ -482,11 +575,16 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
                 cut: Cut = cut,
                 value: Tensor = value,
                 base: list[Tensor] = base,
+                others: dict[str, Tensor] = others,
             ) -> Any:
                 tensor = first_tensor(output)
                 assert tensor is not None
                 shaped = tensor.clone().view(h.shape)
-                wanted = value if cut.scale is None else (value - base[0][:, TOKEN]) / cut.scale
+                wanted = value
+                if cut.scale is not None:
+                    beside = beside_of(cut.beside, others)
+                    held = base[0] if beside is None else base[0] + beside
+                    wanted = (value - held[:, TOKEN]) / cut.scale
                 shaped[:, TOKEN] = wanted.to(shaped.dtype)
                 return with_first(output, shaped.view(tensor.shape))
 
@@ -494,6 +592,9 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
                 reader = call.block.get_submodule(cut.added_to)
                 before = reader.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(before.remove)
+            for name, _ in cut.beside:
+                module = call.block.get_submodule(name)
+                stack.enter_context(_hooked(module, partial(note, name=name)))
             stack.enter_context(_hooked(call.block.get_submodule(cut.module), force))
         yield
 
@@ -506,22 +607,27 @@ def is_cut(call: _Call, cut: Cut) -> bool:
     return cut_difference(call, cut) <= _tolerance(call.stream.dtype)
 
 
-def cut_difference(call: _Call, cut: Cut) -> float:
-    """How far two runs differ whose stream at the cut is the same, relative to their output.
+def cut_difference(call: _Call, cut: Cut, reads_on: bool = True) -> float:
+    """How far two runs differ whose stream at the cut is the same, relative to their output, with
+    other text beside the stream unless ``reads_on`` is false.
 
     Inputs and the forced value are small multiples of 1/8, whose differences and sums every dtype
-    holds exactly, so that two runs through a cut with scale 1 agree bit for bit.
+    holds exactly, so that two runs through a cut with scale 1 agree bit for bit; and once more such
+    of 1/512, beside which no module's output is too small to be seen.
     """
-    value = _input_like(call.stream, seed=3)[:, TOKEN]
-    outputs = []
-    for seed in (1, 2):
-        h = _input_like(call.stream, seed)
-        with _forced(call, h, (cut, value)):
-            outputs.append(call.again(h, seed)[:, TOKEN].double())
-    size = float(outputs[0].abs().max())
-    if not size or not bool(torch.isfinite(torch.stack(outputs)).all()):
-        return float("inf")
-    return float((outputs[0] - outputs[1]).abs().max()) / size
+    worst = 0.0
+    for size in (1.0, SMALL):
+        value = _input_like(call.stream, seed=3, size=size)[:, TOKEN]
+        outputs = []
+        for seed in (1, 2):
+            h = _input_like(call.stream, seed, size)
+            with _forced(call, h, (cut, value)):
+                outputs.append(call.again(h, seed if reads_on else None)[:, TOKEN].double())
+        largest = float(outputs[0].abs().max())
+        if not largest or not bool(torch.isfinite(torch.stack(outputs)).all()):
+            return float("inf")
+        worst = max(worst, float((outputs[0] - outputs[1]).abs().max()) / largest)
+    return worst
 
 
 def _mixes_tokens(call: _Call, cut: Cut) -> bool:
@@ -618,8 +724,40 @@ class _Record:
                 scale = min(near, key=lambda c: abs(c - scale), default=scale)
                 rest = float((change - scale * wide).norm())
                 cut = Cut(name, scale, added_to)
-                if abs(scale) > 1e-3 and rest <= inexact * size and cut not in seen:
+                if abs(scale) <= 1e-3 or rest > inexact * size or cut in seen:
+                    continue
+                # In half precision what is nearly the same may be another sum.
+                if precision < 1e-4 or torch.equal(base + scaled(output, scale), x):
                     seen.add(cut)
+                    yield _Sum(cut, x, reader, before)
+
+    def joint_sums(
+        self, base: Tensor, names: Sequence[str], constants: Sequence[float]
+    ) -> Iterator[_Sum]:
+        """Outputs of several modules that, times numbers and together added to a stream, are what a
+        later module reads, to the last bit.
+
+        Args:
+            base: the stream, the block's input h.
+            names: the modules, in the order in which they run.
+            constants: numbers that the model may multiply by, to be exact to the last bit.
+        """
+        for reader, x, before in self.inputs:
+            outputs = dict(self.outputs[:before])
+            distinct: list[str] = []
+            for name in sorted(names, key=lambda n: n.count(".")):
+                if name in outputs and not any(
+                    torch.equal(outputs[name], outputs[n]) or name.startswith(f"{n}.")
+                    for n in distinct
+                ):
+                    distinct.append(name)
+            if len(distinct) < 2 or torch.equal(x, base):
+                continue
+            scales = _multiples((x - base).double(), [outputs[n] for n in distinct], constants)
+            if scales is not None:
+                found = sorted(zip(distinct, scales, strict=True), key=lambda s: names.index(s[0]))
+                cut = Cut(*found[-1], beside=tuple(found[:-1]))
+                if torch.equal(cut.stream(outputs, base), x):
                     yield _Sum(cut, x, reader, before)
 
     def single_outputs(self, h: Tensor, start: int, found: Cut | None) -> Iterator[tuple[Cut, int]]:
@@ -638,7 +776,7 @@ class _Record:
         if found is not None and found.scale is not None:
             read = dict((name, x) for name, x, _ in reversed(self.inputs))
             base = h if found.added_to is None else read[found.added_to]
-            known.append(base + found.scale * dict(self.outputs)[found.module])
+            known.append(found.stream(dict(self.outputs), base))
         close = 4 * _tolerance(h.dtype)
         tried: list[tuple[str, Tensor, int]] = []
         for index in range(len(self.outputs), start, -1):
@@ -663,11 +801,11 @@ def _constants(block: nn.Module, model: nn.Module) -> Iterator[float]:
                 yield 1 / value
 
 
-def trial(model: nn.Module) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
+def trial(model: nn.Module, seed: int = 0) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
     """One run of the model: every module given a stream, and who was given token ids."""
     calls: dict[nn.Module, _Call] = {}
     given: dict[str, bool] = {}
-    inputs = trial_inputs(model)
+    inputs = trial_inputs(model, seed)
     ids = inputs["input_ids"]
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -703,11 +841,11 @@ def trial(model: nn.Module) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
     return calls, given
 
 
-def trial_inputs(model: nn.Module) -> dict[str, Any]:
+def trial_inputs(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     """A few tokens, as keyword arguments of a model's forward."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(3, size - 1), size, (ROWS, TOKENS), generator=generator)
     ids = ids.to(input_device(model))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

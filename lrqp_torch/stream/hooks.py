@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import ModelError, PositionError, SiteError, warn
 from lrqp_torch.stream.compiled import modules_in_training, run_eagerly
-from lrqp_torch.stream.discovery import first_tensor, with_first
+from lrqp_torch.stream.discovery import beside_of, first_tensor, with_first
 from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.positions import Positions
@@ -32,9 +32,13 @@ from lrqp_torch.stream.sites import (
 from lrqp_torch.stream.traced import install, stream_given, tensors_given, with_stream
 from lrqp_torch.stream.watch import RAN_TWICE, Watch, hook, hook_after, in_backward
 
-Visit = Callable[[Tensor, Tensor | None, float, ForwardCall], Tensor]
-"""Called with a module's tensor, what it is added to (None where it is the stream itself), what it
-is multiplied by before, and the call that it is part of; gives the tensor to go on with."""
+Residual = Tensor | tuple[Tensor, Tensor] | None
+"""What a tensor is added to: a stream; that and what is added to the tensor first; or None where it
+is the stream itself."""
+
+Visit = Callable[[Tensor, Residual, float, ForwardCall], Tensor]
+"""Called with a module's tensor, what it is added to, what it is multiplied by before, and the call
+that it is part of; gives the tensor to go on with."""
 
 
 def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> None:
@@ -46,9 +50,10 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     """
     features, latest = located.features, dict[int, ForwardCall]()
     side, residuals = located.side, dict[int, Tensor]()
+    besides = dict[tuple[int, nn.Module], Tensor]()
     simple = features is None and located.site.path is None
 
-    def within(tensor: Tensor, residual: Tensor | None, scale: float, call: ForwardCall) -> Tensor:
+    def within(tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call."""
         if simple and tensor.ndim == 3:
             return visit(tensor, residual, scale, call)
@@ -105,7 +110,14 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         call = watch.call(stream, entered)
         if call is None:
             return None
-        kept = within(stream, residual, located.scale, call)
+        whole: Residual = residual
+        if residual is not None and located.beside:
+            thread = threading.get_ident()
+            others = {part: besides.pop((thread, part)) for part, _ in located.beside}
+            beside = beside_of(located.beside, others)
+            assert beside is not None
+            whole = residual, beside.reshape(residual.shape)
+        kept = within(stream, whole, located.scale, call)
         return None if kept is stream else with_first(output, kept)
 
     hook_after(stack, located.module, after, traced=traced)
@@ -119,10 +131,13 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
 
     hook(stack, located.residual, remember, traced=kept)
 
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        found = first_tensor(output)
+        assert found is not None  # as it was in the trial
+        besides[threading.get_ident(), module] = found
 
-def scaled(tensor: Tensor, scale: float) -> Tensor:
-    """Scale · tensor, rounded as the model rounds it; the tensor itself for a scale of 1."""
-    return tensor if scale == 1 else tensor * scale
+    for part, _ in located.beside:
+        hook_after(stack, part, note)
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -174,7 +189,7 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[tuple[list[
     """
     recorded: list[Tensor] = []
 
-    def keep(stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall) -> Tensor:
+    def keep(stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         recorded.append(stream[:, call.front + first_position :].detach().clone())
         return stream
 

@@ -22,8 +22,9 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.stream.compiled import modules_of
+from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.following import Follower, Rows
-from lrqp_torch.stream.hooks import attach, scaled, warn_of_checkpointing, warn_of_dropout
+from lrqp_torch.stream.hooks import Residual, attach, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
 from lrqp_torch.stream.positions import Positions, Where
 from lrqp_torch.stream.sites import Located, Site, locate
@@ -47,6 +48,7 @@ class Placement:
     base: Tensor | None  # the block input at `mid`, (N, d); else None
     scale: float  # what the written tensor is multiplied by
     dtype: torch.dtype  # of the stream
+    beside: Tensor | None = None  # what is added to scale · what is written before that
 
     def place(self, values: Tensor) -> Tensor:
         """What to write so that the stream holds ``values``, as nearly as its dtype can."""
@@ -55,12 +57,14 @@ class Placement:
         wide = values.double()
         if self.base is not None:
             wide = wide - self.base.double()
+        if self.beside is not None:
+            wide = wide - self.beside.double()
         return (wide if self.scale == 1 else wide / self.scale).to(self.dtype)
 
     def __call__(self, values: Tensor) -> Tensor:
         """What the stream holds, in float64, when float64 activations are put in place."""
         placed = self.place(values.to(self.dtype))  # edits return the stream's dtype
-        held = scaled(placed, self.scale)
+        held = added(placed, self.scale, self.beside)
         return (held if self.base is None else self.base + held).double()
 
 
@@ -208,7 +212,7 @@ def intervene(
     # a module that is no language model's.
     learned = any(item.trainable for item in applied)
     graphs = not (reruns or learned or puts_tokens_in_front(model)) and all(
-        not items[0].located.trunk.plain
+        not (items[0].located.trunk.plain or any(item.located.beside for item in items))
         and may_trace(items[0].located.trunk.module, [str(item.located.site) for item in items])
         for items in together.values()
     )
@@ -262,9 +266,7 @@ class _Applied:
         self.passes = 0
         self.largest: list[Tensor] = []
 
-    def apply(
-        self, stream: Tensor, residual: Tensor | None, scale: float, call: ForwardCall
-    ) -> Tensor:
+    def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.
 
         ``residual`` is the block input at ``mid``, where ``stream`` is the attention output and
@@ -277,15 +279,18 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
-        if self.streams is not None and (residual is not None or scale == 1):
+        residual, beside = residual if isinstance(residual, tuple) else (residual, None)
+        if self.streams is not None and beside is None and (residual is not None or scale == 1):
             whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
             if whole is not None:
                 self.places.mark(call)
                 return whole
         written = at.gather(stream)
         base = None if residual is None else at.gather(residual)
-        x = scaled(written, scale) if base is None else base + scaled(written, scale)
-        placement = Placement(base, scale, x.dtype)
+        beside = None if beside is None else at.gather(beside)
+        x = added(written, scale, beside)
+        x = x if base is None else base + x
+        placement = Placement(base, scale, x.dtype, beside)
         context = _Here(at, placement)
         # What can be looked at now is; all else is when the context closes.
         seen = readable(x) and not in_transforms()

@@ -397,6 +397,8 @@ class Located:
     scale: float = 1.0  # what the tensor is multiplied by
     # The module whose input it is added to; None where it is the stream itself.
     residual: nn.Module | None = None
+    # Modules whose outputs, times numbers, are added to scale · tensor before that.
+    beside: tuple[tuple[nn.Module, float], ...] = ()
     features: slice | None = None  # which of its last axis belong to the site, or None for all
 
     @property
@@ -512,8 +514,9 @@ def locate(model: nn.Module, name: str | Site) -> Located:
             )
         cut, reader = places.cut, places.cut.added_to or places.first_reader
         residual = None if cut.scale is None else descend(block, reader)
-        module = descend(block, cut.module)
-        return Located(site, trunk, module, scale=cut.scale or 1.0, residual=residual)
+        module, scale = descend(block, cut.module), cut.scale or 1.0
+        beside = tuple((descend(block, name), times) for name, times in cut.beside)
+        return Located(site, trunk, module, scale=scale, residual=residual, beside=beside)
     if site.part == "z":
         if places.attention is None:
             raise SiteError(f"{site}: {which} has no attention whose heads are added to the stream")

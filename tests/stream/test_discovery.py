@@ -17,6 +17,7 @@ from zoo_for_tests import LAYERS, OLDEST, TWO_STACKS, WIDTH, build_tiny
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import SiteError, UnknownFamilyError
+from lrqp_torch.stream.discovery import discover, hold_to_proof
 from lrqp_torch.stream.sites import PARTS, layout_of
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -25,8 +26,6 @@ PER_LAYER = {
     "head_dim": 8,
     "global_head_dim": 8,
     "num_key_value_heads": 2,
-    # Else each block reads the token once more, behind its MLP.
-    "hidden_size_per_layer_input": 0,
 }
 # Rotations by time, height and width.
 BY_PLACE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
@@ -206,7 +205,8 @@ WITH_MID: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": LATENT,
     "DeepseekV3ForCausalLM": LATENT,
     "FalconForCausalLM": {"parallel_attn": False, "new_decoder_architecture": False},
-    "Gemma4ForCausalLM": PER_LAYER,
+    "FalconH1ForCausalLM": {"ssm_out_multiplier": 0.3, "attention_out_multiplier": 0.7},
+    "Gemma4ForCausalLM": {**PER_LAYER, "hidden_size_per_layer_input": 0},
     "GraniteForCausalLM": {"residual_multiplier": 0.22},
     "GraniteMoeForCausalLM": {"residual_multiplier": 0.3},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -230,7 +230,6 @@ WITHOUT_MID: dict[str, dict[str, Any]] = {
     "CodeGenForCausalLM": {},
     "Cohere2ForCausalLM": {},
     "CohereForCausalLM": {},
-    "FalconH1ForCausalLM": {},
     "FalconMambaForCausalLM": {},
     "GPTJForCausalLM": {},
     "MambaForCausalLM": {},
@@ -318,6 +317,43 @@ def test_a_model_without_blocks_of_its_own_is_refused_by_name() -> None:
         lrqp.all_sites(build_tiny("Gemma3nForCausalLM"))
 
 
+def test_blocks_that_read_the_token_once_more_have_no_mid() -> None:
+    model = build_tiny("Gemma4ForCausalLM", **PER_LAYER)  # per-layer embeddings, behind the MLP
+    assert lrqp.all_sites(model) == [f"L{n}.pre" for n in range(LAYERS)]
+    with pytest.raises(SiteError, match=r"L1\.mid: block 1 .* reads the text once more behind its"):
+        lrqp.capture(model, inputs_of(0), "L1.mid")
+    row = lrqp.Family("layers", "input_layernorm", "post_attention_layernorm", "self_attn.o_proj")
+    with pytest.raises(UnknownFamilyError, match="it is no cut"):
+        hold_to_proof(model, row.stack(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_outputs_added_side_by_side_the_sum_is_rounded_as_the_model_rounds_it(
+    dtype: torch.dtype,
+) -> None:
+    changes = WITH_MID["FalconH1ForCausalLM"]
+    model, seen = build_tiny("FalconH1ForCausalLM", initializer_range=0.2, **changes).to(dtype), {}
+    reader = model.model.layers[1].pre_ff_layernorm
+    hook = reader.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].clone()))
+    at, inputs = torch.tensor([2, 4]), inputs_of(0)
+    model(**inputs)
+    clean = seen["x"]
+    assert torch.equal(lrqp.capture(model, inputs, "L1.mid")["L1.mid"], clean)
+    x = clean.flatten(0, 1).float()
+    probe = lrqp.LinearProbe(WIDTH, 2, dtype=torch.float64).requires_grad_(False)
+    edit = lrqp.LRQP(probe, lrqp.Mahalanobis.fit(x), log_odds=5.0)
+    with edit.at(model, "L1.mid", positions=at, target=1) as run:
+        model(**inputs)
+    hook.remove()
+    logits = edit.probe(seen["x"][[0, 1], at].double()).double()
+    margin = logits[:, 1] - logits[:, 0]
+    torch.testing.assert_close(margin, run.log_odds_after, rtol=1e-9, atol=1e-9)
+    assert (run.log_odds_after >= run.floor).all()
+    others = torch.arange(clean.shape[1]) != at[:, None]
+    assert torch.equal(seen["x"][others], clean[others])
+
+
 def test_what_earlier_blocks_hand_on_beside_the_stream_is_part_of_the_cut_test() -> None:
     model = build_tiny("ZayaForCausalLM", num_experts_per_tok=1)  # the states of its router
     assert lrqp.all_sites(model) == ["L0.pre", "L0.mid", "L1.pre", "L2.pre"]
@@ -346,10 +382,21 @@ def test_the_number_that_a_model_multiplies_by_is_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "BloomForCausalLM"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertForMaskedLM",
+        "BloomForCausalLM",
+        "FalconH1ForCausalLM",
+        "JetMoeForCausalLM",
+        "LlamaForCausalLM",
+        "Qwen3NextForCausalLM",
+    ],
+)
 def test_half_precision_finds_the_same_places(name: str, dtype: torch.dtype) -> None:
-    found = layout_of(build_tiny(name)).each
-    assert layout_of(build_tiny(name, initializer_range=0.03).to(dtype)).each == found
+    model = build_tiny(name, **WITH_MID[name])
+    found = layout_of(model).each
+    assert [stack.each for stack in discover(model.to(dtype))] == [found]
 
 
 def test_finding_changes_nothing_and_happens_once() -> None:
