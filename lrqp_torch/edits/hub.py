@@ -168,8 +168,10 @@ def fetched_folder(
             name, revision=revision, token=token, allow_patterns=PATTERNS
         )
     except _unreachable() as error:
+        why = " ".join(str(error).split())
         raise HubError(
-            f"{name!r} is no local folder and cannot be fetched from the Hub: {error}"
+            f"{name!r} is no local folder and cannot be fetched from the Hub: {why} Check the "
+            "spelling, if a folder is meant"
         ) from error
     return Path(fetched)
 

@@ -165,8 +165,9 @@ def sweep(
 
     Args:
         values: results of a study, the folder that holds them, or curve to one number a site;
-            (value, lower, upper) instead of a number gives it an interval. Numbers from 0 to 1
-            are taken for shares, and drawn in per cent, unless ``y_title`` is given.
+            (value, lower, upper) instead of a number gives it an interval; or the numbers of one
+            curve. Numbers from 0 to 1 are taken for shares, and drawn in per cent, unless
+            ``y_title`` is given.
         sites: names of the sites, in order.
         used: sites to shade.
         chance: where to draw a line, in the units of the values.
@@ -180,7 +181,7 @@ def sweep(
     results = results_of(values)
     if results is not None:
         return Figure(sweep_of(results))
-    curves = {name: listed(column) for name, column in values.items()}
+    curves = _curves(values)
     known = [v for column in curves.values() for v, *_ in map(ends, column) if v is not None]
     shares = not y_title and all(0 <= value <= 1 for value in known)
     scale = 100.0 if shares else 1.0
@@ -202,6 +203,17 @@ def sweep(
         names="ends",
     )
     return Figure(Chart([pane], title))
+
+
+def _curves(values: Any) -> dict[str, list[Any]]:
+    """The numbers of each curve by its name; one alone needs none."""
+    named = values.items() if isinstance(values, Mapping) else [("", values)]
+    for name, column in named:
+        if isinstance(column, int | float | str):
+            raise SettingError(
+                f"{name!r} is {column!r}: give a curve's numbers as a list or tensor"
+            )
+    return {name: listed(column) for name, column in named}
 
 
 def histogram(values: Any, *, bins: int = 48, title: str = "", x_title: str = "") -> Figure:
@@ -279,7 +291,7 @@ def dose(
 
     Args:
         values: results of a study in which ``dose`` ran, their folder, or curve to one number (or
-            value, lower and upper end) a dose.
+            value, lower and upper end) a dose, or the numbers of one curve.
         doses: where the values stand.
         title: of the figure of these numbers; that of a study's results has its own words.
         x_title: of the doses, with their unit.
@@ -292,9 +304,13 @@ def dose(
     results = results_of(values)
     if results is not None:
         return Figure(dose_of(part_of(results, "dose")))
-    x = listed(doses)
-    curves = enumerate(values.items())
-    marks = [marks_of(name, x, listed(column), **look(i)) for i, (name, column) in curves]
+    x, curves = listed(doses), _curves(values)
+    for name, column in curves.items():
+        if len(column) != len(x):
+            raise SettingError(f"{name!r} has {len(column)} values for {len(x)} doses")
+    marks = [
+        marks_of(name, x, column, **look(i)) for i, (name, column) in enumerate(curves.items())
+    ]
     return Figure(Chart([Pane(marks, x_title=x_title, y_title=y_title, names="ends")], title))
 
 

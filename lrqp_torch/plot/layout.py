@@ -155,7 +155,7 @@ class Spots:
                 for other in self._taken
             )
             outside = max(0.0, -left, box[1] - wide) + 4 * max(0.0, -low, box[3] - high)
-            found.append((hidden + 6 * over + 3 * outside, box))
+            found.append((hidden + 40 * over + 3 * outside, box))
         best = min(range(len(found)), key=lambda index: found[index][0])
         self._taken.append(found[best][1])
         return places[best]

@@ -71,9 +71,10 @@ def make_layer(
             solver_args=args,
         )
     except (ImportError, cp.error.SolverError) as error:
+        known = "with pip install 'lrqp_torch[moreau]'", "as cvxpylayers' pages say"
         raise SolverError(
-            f"solver {solver!r} cannot be used here ({error}); install it (for MOREAU: "
-            f"pip install 'lrqp_torch[moreau]'), choose another, or leave solver at its default"
+            f"solver {solver!r} cannot be used here ({str(error).rstrip('.')}); install it "
+            f"{known[solver != 'MOREAU']}, choose another, or leave solver at its default"
         ) from error
 
 

@@ -30,6 +30,10 @@ def test_everything_needed_works_here() -> None:
         assert f"yes  {check}" in text
     assert f"to {TESTED_TRANSFORMERS[-1]}" in text
     assert "pip install 'lrqp_torch[" in text or "no  datasets" not in text
+    for heading in ("Versions (needed)", "Extras (optional)", "Self-check (needed)"):
+        assert heading in text
+    for line in text.splitlines():
+        assert "moreau" not in line or "moreau" in line.lower().split()[1]  # advice at its line
 
 
 def test_a_solver_that_gives_something_else_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:

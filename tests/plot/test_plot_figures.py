@@ -164,3 +164,12 @@ def test_what_cannot_be_drawn_is_refused(folder: Path) -> None:
             draw(bare)
     with pytest.raises(SettingError, match="give the folder"):
         plot.histogram(raw())
+
+
+def test_one_curve_needs_no_name_and_a_number_is_none() -> None:
+    values = torch.tensor([0.1, 0.9])
+    assert plot.sweep(values).table.rows == plot.sweep({"": values}).table.rows
+    assert plot.dose(values, [1, 2]).table.rows == plot.dose({"": values}, [1, 2]).table.rows
+    for wrong in (lambda: plot.sweep({"a": 0.5}), lambda: plot.dose(values, [1.0])):
+        with pytest.raises(SettingError, match=r"numbers|2 values for 1 doses"):
+            wrong()
