@@ -1,10 +1,12 @@
 """What the penalty of the probe does to its edits: of the weights as they are, or standardised.
 
     python -m benchmarks.penalties --model smollm2 --n 1000 --prefixes FILE --sites L17.mid,L18.mid
+    python -m benchmarks.penalties --model smollm2 --data FILE,FILE --penalties default
 
-At each site the order of two names is read by probes of several penalties, fitted to activations
-as they are and to standardised ones, and written by the least edit, dosed by nats and by the twin.
-Each edit is held against the activation of the prompt's twin.
+At each site the order of two names, or the class of prompts of one's own, is read by probes of
+several penalties, fitted to activations as they are and to standardised ones, and written by the
+least edit, dosed by nats and by the twin. Each edit is held against the activation of the prompt's
+twin, or, where no prompt has one, of a prompt to fit on of the class that is written.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study import ceiling
 from lrqp_torch.study.doses import asked_of
 from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.methods import drawn
 from lrqp_torch.study.preparing import prepare
 from lrqp_torch.study.running import Trials, displacements
 from lrqp_torch.study.settings import Settings
@@ -34,7 +37,9 @@ COLUMNS = ("site", "standardised", "l2", "dose", "accuracy", *EFFECTS)
 
 
 @torch.no_grad()
-def rows_of(settings: Settings) -> Iterator[dict[str, Any]]:
+def rows_of(
+    settings: Settings, penalties: Sequence[float | None] = PENALTIES
+) -> Iterator[dict[str, Any]]:
     """One row an edit: what it does, over the held-out prompts."""
     context = prepare(settings)
     task = context.task
@@ -46,7 +51,8 @@ def rows_of(settings: Settings) -> Iterator[dict[str, Any]]:
         for values in (task.train.labels, task.test.labels, task.test.other)
     )
     found = context.twins(task)
-    assert found is not None
+    if found is None:
+        found = drawn(context, context.sites, target), torch.ones(len(target), dtype=torch.bool)
     twins, known = found
     trials, made = Trials(context, task.test), []
     for site in context.sites:
@@ -54,7 +60,7 @@ def rows_of(settings: Settings) -> Iterator[dict[str, Any]]:
         moved = twins[site].double() - x[site].double()
         patch = trials.add(site, moved)
         seen = {"distance": metric.distance(moved).cpu()}
-        for standardised, l2 in product((False, True), PENALTIES):
+        for standardised, l2 in product((False, True), penalties):
             probe = LinearProbe.fit_many(
                 {site: (fit[site], labels)}, l2=l2, standardise=standardised
             )[site]
@@ -91,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--model", default="organism")
     add("--n", type=int, default=400, help="prompts, half of them held out")
     add("--prefixes", default="none")
+    add("--data", default="", help="files of prompts of one's own in their place, with commas")
+    add("--penalties", default="all", help="all, or default")
     add("--sites", default="L3.pre")
     add("--seeds", default="0", help="one run each, with commas")
     add("--device", default="auto")
@@ -108,9 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compare_task=False,
     )
     rows = []
-    for seed in map(int, options.seeds.split(",")):
-        for row in rows_of(replace(settings, seed=seed)):
-            rows.append({"seed": seed, **row})
+    penalties = (None,) if options.penalties == "default" else PENALTIES
+    for seed, data in product(map(int, options.seeds.split(",")), options.data.split(",")):
+        named = {"data": Path(data).stem} if data else {}
+        for row in rows_of(replace(settings, seed=seed, data=data or None), penalties):
+            rows.append({"seed": seed, **named, **row})
             print("  ".join(_shown(name, value) for name, value in rows[-1].items()), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -33,6 +33,9 @@ Columns = Mapping[str, Tensor]
 
 LEVEL = 0.05
 """P values below this count."""
+ROUNDING = 1e-3
+"""What an edit may be longer than its patch, as a share: the patch itself, put in place by another
+way, is as long but for rounding."""
 PROBES = 20
 """Probes of shuffled labels behind the null: the least number of which none doing as much as the
 edit has a chance below :data:`LEVEL`, 1 / 21."""
@@ -132,7 +135,7 @@ def likenesses(
             more, most = (100 * (own.flipped(clean, one).value or 0.0) for one in (edit, patch))
             reasons.append(f"flips {more:.0f} %, its own patch {most:.0f} %")
         length, longest = (float(one["distance"][known].mean()) for one in (edit, patch))
-        if length > longest:
+        if length > longest * (1 + ROUNDING):
             reasons.append(f"is {length:.1f} sd long, its own patch {longest:.1f}")
         return " and ".join(reasons) or None
 

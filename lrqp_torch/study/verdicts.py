@@ -24,7 +24,7 @@ are narrower than those over new models would be.
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -163,10 +163,22 @@ class Count:
 
     @classmethod
     def of(cls, rule: str, model: str, scores: Sequence[SiteScores]) -> Self:
-        """Count the verdicts of a rule."""
+        """Count the verdicts of a rule; draws of prompts at one site are no sites of their own."""
+        places = {place: number for number, place in enumerate({(s.model, s.site) for s in scores})}
 
         def count(truth: str, said: bool) -> int:
             return sum(item.truth == truth and item.says_used(rule) == said for item in scores)
+
+        def rate(right: bool, *truths: str) -> Estimate:
+            own = [item for item in scores if item.truth in truths]
+            found = torch.tensor([item.right(rule) is right for item in own], dtype=torch.bool)
+            sites = torch.tensor([places[item.model, item.site] for item in own])
+            share = Estimate.share(found, sites)
+            if share.value in (0, 1):  # whose spread over sites is not known
+                few = len(sites.unique())
+                lower, upper = Estimate.count(round(share.value) * few, few).interval or (0.0, 1.0)
+                share = replace(share, lower=lower, upper=upper)
+            return share
 
         tp, fn = count(USED, True), count(USED, False)
         fp, tn = count(NOT_USED, True), count(NOT_USED, False)
@@ -178,9 +190,9 @@ class Count:
             true_negatives=tn,
             false_negatives=fn,
             unclear=len(scores) - (tp + fp + tn + fn),
-            right=Estimate.count(tp + tn, tp + fp + tn + fn),
-            false_positive_rate=Estimate.count(fp, fp + tn),
-            false_negative_rate=Estimate.count(fn, fn + tp),
+            right=rate(True, USED, NOT_USED),
+            false_positive_rate=rate(False, NOT_USED),
+            false_negative_rate=rate(False, USED),
         )
 
 

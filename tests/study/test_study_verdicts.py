@@ -32,6 +32,7 @@ from lrqp_torch.study.verdicts import (
     PROBE,
     UNCLEAR,
     USED,
+    Count,
     SiteScores,
     VerdictSettings,
     VerdictsResult,
@@ -68,6 +69,17 @@ def test_an_edit_says_used_where_half_of_the_answers_flip_beyond_the_control() -
     assert score(NOT_USED).right("lrqp") is False and score(USED).right("lrqp") is True
 
 
+def test_draws_at_one_site_are_no_sites_of_their_own() -> None:
+    """Ten sites right or wrong in all of six draws: the interval is that of ten."""
+    one = [replace(score(flips=float(k < 6)), site=f"L{k}.mid") for k in range(10)]
+    rate = Count.of("lrqp", "m", one * 6).right
+    assert (rate.value, rate.n) == (0.6, 60)
+    assert rate.interval == pytest.approx(Estimate.count(6, 10).interval, abs=0.02)
+    assert Count.of("lrqp", "m", one).right == Estimate.count(6, 10)
+    always = [replace(item, counterfactual={"lrqp": 1.0}) for item in one]
+    assert Count.of("lrqp", "m", always * 6).right.interval == Estimate.count(10, 10).interval
+
+
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
 
 
@@ -94,6 +106,7 @@ all_scores = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(all_scores, min_size=1, max_size=25))
 def test_counts_are_those_of_a_table_made_by_hand(scores: list[SiteScores]) -> None:
+    scores = [replace(item, site=f"L{number}.mid") for number, item in enumerate(scores)]
     counted = {(c.rule, c.model): c for c in count_all(scores)}
     names = [*{item.model for item in scores}, ALL]
     assert counted.keys() == {(rule, name) for rule in (PROBE, "lrqp") for name in names}
