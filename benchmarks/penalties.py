@@ -77,11 +77,12 @@ def rows_of(
     clean = trials.clean.found
     for what, trial, length, patch, seen in made:
         each = trial.found | length, patch.found | seen
-        like = ceiling.likenesses(clean, {0: each}, known, settings.seed, task.test.groups)[0]
+        like = ceiling.likenesses(clean, {0: each}, trials.sample.among(known))[0]
         edit = ceiling.interchange_of(
-            clean, each[0] | {"divergence": each[0]["kl_to_interchange"]}, known, settings.seed,
-            task.test.groups,
-        )  # fmt: skip
+            clean,
+            each[0] | {"divergence": each[0]["kl_to_interchange"]},
+            trials.sample.among(known),
+        )
         found = edit.flipped, like["recovered"], like["agreement"], like["kl_to_interchange"]
         values = (*what, *found, edit.distance)
         yield {

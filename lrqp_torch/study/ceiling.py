@@ -76,22 +76,18 @@ class Likeness:
     beyond: str | None = None  # why the edit is beyond its own patch; None where it is not
 
 
-def interchange_of(
-    clean: Columns, patch: Columns, known: Tensor, seed: int, groups: Tensor | None = None
-) -> Interchange:
-    """Summarise an interchange, of the prompts that have a twin (``known``, BoolTensor (n,)).
+def interchange_of(clean: Columns, patch: Columns, own: Sample) -> Interchange:
+    """Summarise an interchange.
 
     Args:
         clean: logit_difference and own_lead of the clean run; empty without answers.
         patch: the same under the interchange, other_lead, divergence, and distance.
-        known: see above.
-        seed: of the bootstrap.
-        groups: of the prompts.
+        own: the prompts that have a twin.
     """
-    own, answered = Sample(seed, groups, known), bool(clean)
-    distance = float(patch["distance"][known].mean())
+    answered, lengths = bool(clean), own.of(patch["distance"])
+    distance = float(lengths.mean())
     return Interchange(
-        prompts=int(known.sum()),
+        prompts=len(lengths),
         flipped=own.flipped(clean, patch) if answered else None,
         logit_difference=own.mean(patch["logit_difference"]) if answered else None,
         divergence=own.mean(patch["divergence"]),
@@ -102,16 +98,14 @@ def interchange_of(
 def likenesses(
     clean: Columns,
     pairs: Mapping[K, tuple[Columns, Columns]],
-    known: Tensor,
-    seed: int,
-    groups: Tensor | None = None,
+    own: Sample,
 ) -> dict[K, dict[str, Any]]:
     """The fields of :class:`Likeness` of edits that are shown together.
 
     ``pairs`` holds each edit, with kl_to_interchange and distance, and its interchange; the rest
     as of :func:`interchange_of`.
     """
-    own, answered = Sample(seed, groups, known), bool(clean)
+    answered = bool(clean)
 
     def of(edit: Columns, patch: Columns) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -127,14 +121,14 @@ def likenesses(
         same = [(edit[lead] > 0) == (patch[lead] > 0) for lead in ("own_lead", "other_lead")]
         return found | {"agreement": own.share(torch.stack(same).all(0))}
 
-    p_values = holm({k: excess(clean, *pair, known) for k, pair in pairs.items() if answered})
+    p_values = holm({k: excess(clean, *pair, own) for k, pair in pairs.items() if answered})
 
     def why(key: K, edit: Columns, patch: Columns) -> str | None:
         reasons = []
         if p_values.get(key, 1.0) < LEVEL:
             more, most = (100 * (own.flipped(clean, one).value or 0.0) for one in (edit, patch))
             reasons.append(f"flips {more:.0f} %, its own patch {most:.0f} %")
-        length, longest = (float(one["distance"][known].mean()) for one in (edit, patch))
+        length, longest = (float(own.of(one["distance"]).mean()) for one in (edit, patch))
         if length > longest * (1 + ROUNDING):
             reasons.append(f"is {length:.1f} sd long, its own patch {longest:.1f}")
         return " and ".join(reasons) or None
@@ -142,10 +136,10 @@ def likenesses(
     return {key: of(*pair) | {"beyond": why(key, *pair)} for key, pair in pairs.items()}
 
 
-def excess(clean: Columns, edit: Columns, patch: Columns, known: Tensor) -> float:
+def excess(clean: Columns, edit: Columns, patch: Columns, own: Sample) -> float:
     """P of so many more flips by the edit than by its interchange, if either were as likely."""
-    answered = known & (clean["own_lead"] > 0)
-    return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, patch)))
+    answered = own.among(clean["own_lead"] > 0)
+    return sign_test(*(answered.of(one["other_lead"] > 0) for one in (edit, patch)))
 
 
 # ---- the null ------------------------------------------------------------------------------------

@@ -141,16 +141,16 @@ class Sample:
 
     def mean(self, values: Tensor) -> Estimate:
         """See :meth:`Estimate.mean`; values (n,) are of all prompts, as below."""
-        return Estimate.mean(self._chosen(values), self._generator(), self._groups)
+        return Estimate.mean(self.of(values), self._generator(), self._groups)
 
     def ratio(self, above: Tensor, below: Tensor) -> Estimate:
         """See :meth:`Estimate.ratio`."""
-        above, below = self._chosen(above), self._chosen(below)
+        above, below = self.of(above), self.of(below)
         return Estimate.ratio(above, below, self._generator(), self._groups)
 
     def share(self, true: Tensor) -> Estimate:
         """See :meth:`Estimate.share`."""
-        return Estimate.share(self._chosen(true), self._groups)
+        return Estimate.share(self.of(true), self._groups)
 
     def flipped(self, clean: Mapping[str, Tensor], edited: Mapping[str, Tensor]) -> Estimate:
         """Of the prompts answered by the class that holds, the share then by the other one.
@@ -160,12 +160,13 @@ class Sample:
         """
         return self.among(clean["own_lead"] > 0).share(edited["other_lead"] > 0)
 
-    def _chosen(self, values: Tensor) -> Tensor:
+    def of(self, values: Tensor) -> Tensor:
+        """Those of values (n, ...) of all prompts that are of these."""
         return values if self.rows is None else values[self.rows]
 
     @property
     def _groups(self) -> Tensor | None:
-        return None if self.groups is None else self._chosen(self.groups.cpu())
+        return None if self.groups is None else self.of(self.groups.cpu())
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

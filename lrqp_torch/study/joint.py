@@ -363,8 +363,8 @@ class JointStudy:
         clean, own, patch = (
             columns_of(flat, name) for name in ("clean", f"{site}.{KEPT}", f"{site}.{INTERCHANGE}")
         )
-        how = flat["twins"].bool(), seed, groups
-        return KeptResult(edit=edit, **ceiling.likenesses(clean, {KEPT: (own, patch)}, *how)[KEPT])
+        twins = Sample(seed, groups, flat["twins"].bool())
+        return KeptResult(edit=edit, **ceiling.likenesses(clean, {KEPT: (own, patch)}, twins)[KEPT])
 
     def _by_target(
         self, site: str, one: str, flat: Mapping[str, Tensor]

@@ -166,7 +166,7 @@ class SiteResult(Likeness):
         patched, interchange, null = _patched(flat, site), None, None
         if patched is not None:
             clean, _, patch, known = patched
-            interchange = ceiling.interchange_of(clean, patch, known, seed, groups)
+            interchange = ceiling.interchange_of(clean, patch, Sample(seed, groups, known))
         if runs := null_runs(flat, site):
             clean, edit = columns_of(flat, "clean"), columns_of(flat, f"{site}.counterfactual")
             null = ceiling.null_of(clean, edit, runs, seed, groups)
@@ -264,8 +264,8 @@ def judged(
     likeness: dict[str, dict[str, Any]] = {}
     if patches:
         pairs = {name: (edit, patch) for name, (_, edit, patch, _) in patches.items()}
-        known = flat["twins"].bool()
-        likeness = ceiling.likenesses(clean, pairs, known, seed, groups)
+        twins = Sample(seed, groups, flat["twins"].bool())
+        likeness = ceiling.likenesses(clean, pairs, twins)
     nulls = {name: site.null for name, site in sites.items() if site.null is not None}
     p_values, needed = {}, {}
     for name in nulls:

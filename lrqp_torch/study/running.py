@@ -564,9 +564,9 @@ class Trials:
             return None, {}
         if patch is self.twinned:
             patch.found["divergence"] = patch["kl_at_end"]
-        clean, how = self.clean.found, (known, self._context.seed, self._prompts.groups)
+        clean, own = self.clean.found, self.sample.among(known)
         held = {name: (trial.found, patch.found) for name, trial in edits.items()}
-        return interchange_of(clean, patch.found, *how), likenesses(clean, held, *how)
+        return interchange_of(clean, patch.found, own), likenesses(clean, held, own)
 
     def write(
         self,

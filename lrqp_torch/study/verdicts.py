@@ -373,7 +373,6 @@ def _judge(
     made: Mapping[str, _Made], clean: Trial, turn: Sequence[Tensor], patches: Mapping[str, Trial]
 ) -> dict[str, dict[str, Any]]:
     """What is known of one edit at each site of a model."""
-    every = torch.ones(len(clean["own_lead"]), dtype=torch.bool)
     before = {name: clean[name] for name in ("logit_difference", "own_lead", "other_lead")}
     nulls, p_values, excesses = {}, {}, {}
     for site, (moved, _, runs) in made.items():
@@ -383,7 +382,7 @@ def _judge(
         ]
         nulls[site] = null_of(before, moved.found, met, 0)
         p_values[site] = against_null(before, moved.found, met[0])
-        excesses[site] = excess(before, moved.found, patches[site].found, every)
+        excesses[site] = excess(before, moved.found, patches[site].found, Sample(0))
     said, beyond = verdicts(p_values, nulls, dict.fromkeys(made)), holm(excesses)
     flips = {
         site: [Sample(0).flipped(before, trial.found).value for trial in runs[:2]]

@@ -27,6 +27,7 @@ from lrqp_torch.study.ceiling import (
 )
 from lrqp_torch.study.estimates import (
     Estimate,
+    Sample,
     bca,
     bootstrap_mean,
     holm,
@@ -62,7 +63,7 @@ def runs(n: int = 90) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
 def likeness(clean: dict, edit: dict, patch: dict, known: Tensor) -> dict:
     """Of one edit alone, as long as its interchange."""
     edit = {"distance": patch["distance"]} | edit
-    return likenesses(clean, {"edit": (edit, patch)}, known, 0)["edit"]
+    return likenesses(clean, {"edit": (edit, patch)}, Sample(0, rows=known))["edit"]
 
 
 def test_the_interchange_recovers_all_of_itself_and_the_clean_run_nothing() -> None:
@@ -72,7 +73,7 @@ def test_the_interchange_recovers_all_of_itself_and_the_clean_run_nothing() -> N
     assert found["recovered"].value == 1 and found["recovered"].interval == [1, 1]
     assert found["agreement"].value == 1 and found["agreement"].n == int(known.sum())
     assert found["kl_to_interchange"].value == 0 and found["beyond"] is None
-    assert excess(clean, patch, patch, known) == 1
+    assert excess(clean, patch, patch, Sample(0, rows=known)) == 1
     assert likeness(clean, clean, patch, known)["recovered"].value == 0
     half = columns((clean["logit_difference"] + patch["logit_difference"]) / 2)
     assert likeness(clean, half, patch, known)["recovered"].value == pytest.approx(0.5)
@@ -82,21 +83,21 @@ def test_an_interchange_without_effect_leaves_nothing_to_recover() -> None:
     clean, patch, known = runs()
     same = clean | {"distance": patch["distance"]}
     assert "recovered" not in likeness(clean, patch, same, known)
-    ceiling = interchange_of(clean, patch, known, 0)
+    ceiling = interchange_of(clean, patch, Sample(0, rows=known))
     answered = known & (clean["own_lead"] > 0)
     flips = (patch["other_lead"] > 0)[answered]
     assert ceiling.flipped == Estimate.share(flips)
     assert ceiling.distance == 2 and ceiling.prompts == int(known.sum())
-    assert interchange_of({}, patch, known, 0).flipped is None
+    assert interchange_of({}, patch, Sample(0, rows=known)).flipped is None
 
 
 def test_an_edit_beyond_its_own_patch_is_flagged_with_the_reason() -> None:
     clean, patch, known = runs()
     weak = columns(clean["logit_difference"] - 1, distance=patch["distance"])
     found = likeness(clean, patch, weak, known)
-    shares = [100 * interchange_of(clean, one | patch | one, known, 0).flipped.value
+    shares = [100 * interchange_of(clean, one | patch | one, Sample(0, rows=known)).flipped.value
               for one in (patch, weak)]  # fmt: skip
-    assert excess(clean, patch, weak, known) < 1e-3
+    assert excess(clean, patch, weak, Sample(0, rows=known)) < 1e-3
     assert found["beyond"] == "flips {:.0f} %, its own patch {:.0f} %".format(*shares)
     longer = patch | {"distance": patch["distance"] + 1}
     assert likeness(clean, longer, patch, known)["beyond"] == "is 3.0 sd long, its own patch 2.0"
@@ -104,8 +105,8 @@ def test_an_edit_beyond_its_own_patch_is_flagged_with_the_reason() -> None:
     few = {"other_lead": patch["other_lead"].clone()}
     few["other_lead"][known.nonzero().flatten()[:5]] = -1.0
     edge = patch | few
-    assert excess(clean, patch, edge, known) < 0.05
-    many = likenesses(clean, dict.fromkeys(range(60), (patch, edge)), known, 0)
+    assert excess(clean, patch, edge, Sample(0, rows=known)) < 0.05
+    many = likenesses(clean, dict.fromkeys(range(60), (patch, edge)), Sample(0, rows=known))
     assert not any(one["beyond"] for one in many.values())
 
 

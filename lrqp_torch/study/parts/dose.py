@@ -152,12 +152,12 @@ class Dose(Part[DoseResult]):
         sample = Sample(context.seed, task.test.groups)
         likeness, interchange = dict[int, dict[str, Any]](), None
         if twinned is not None:
-            how = (twinned.known, context.seed, task.test.groups)
+            twins = sample.among(twinned.known)
             patch["distance"] = twinned.distance
             # A control edit is not to do what the interchange does.
             own = {i: (c, patch) for i, c in enumerate(found) if edits[i][1] != "control"}
-            likeness = likenesses(clean, own, *how)
-            interchange = interchange_of(clean, patch, *how)
+            likeness = likenesses(clean, own, twins)
+            interchange = interchange_of(clean, patch, twins)
 
         *doses, control, counterfactual = (
             EditSummary(

@@ -43,7 +43,7 @@ from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import find_writers
 from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext
-from lrqp_torch.study.estimates import Estimate
+from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.joint import JointStudy
@@ -432,9 +432,9 @@ def _summarise(
             for run in ("clean", "edited", "patched")
         )
         patch["distance"] = twinned.distance
-        how = (twinned.known, context.seed, clusters)
-        likeness = likenesses(before, {given.site: (after, patch)}, *how)[given.site]
-        likeness["interchange"] = interchange_of(before, patch, *how)
+        twins = Sample(context.seed, clusters, twinned.known)
+        likeness = likenesses(before, {given.site: (after, patch)}, twins)[given.site]
+        likeness["interchange"] = interchange_of(before, patch, twins)
     return MediationResult(
         words=context.task.test.words,
         site=given.site,
