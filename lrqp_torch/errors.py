@@ -415,6 +415,15 @@ def all_finite(values: Tensor) -> bool:
     return finite or bool(torch.isfinite(values).all())
 
 
+def check_distances(squared: Tensor) -> None:
+    """Raise :class:`NonFiniteError` where distances of classes in a metric overflow."""
+    if readable(squared) and not all_finite(squared):
+        raise NonFiniteError(
+            "distances of the probe's classes in the metric overflow float64; divide Σ by a "
+            "number: the edit is the same for every scale of Σ"
+        )
+
+
 def check_finite(x: Tensor) -> None:
     """Raise :class:`NonFiniteError` naming the activations that hold NaN or infinity."""
     if all_finite(x):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, all_finite, readable
 from lrqp_torch.qp.implicit import matvec
 
 if TYPE_CHECKING:
@@ -122,6 +121,7 @@ class ClassConstraints:
     lengths: Tensor  # ‖w_k − w_l‖, (K, K)
     target: Tensor  # t, (B,)
     other: Tensor  # the classes other than the target, ascending, (B, m)
+    probe: tuple[Tensor, Tensor]  # W and WΣ, (K, d), up to one row that all share
     table: None = None
 
     @property
@@ -136,9 +136,11 @@ class ClassConstraints:
 
     @property
     def gram(self) -> Tensor:
-        """See :class:`Constraints`."""
-        every = torch.arange(self.other.shape[-1], device=self.other.device)
-        return self.block(every.expand_as(self.other))
+        """See :class:`Constraints`; from differences, once for each target that occurs."""
+        targets, which = self.target.unique(return_inverse=True)
+        # Their normals, (m, d) each, are as many numbers as all of a target's M.
+        grams = [class_grams(*self.probe, one, self.lengths) for one in targets.split(1)]
+        return torch.cat(grams).index_select(0, which)
 
     @property
     def diagonal(self) -> Tensor:
@@ -170,6 +172,7 @@ class ClassConstraints:
             self.lengths,
             self.target[rows],
             self.other[rows],
+            self.probe,
         )
 
     def _of(self, pairs: Tensor) -> Tensor:
@@ -183,15 +186,6 @@ class ClassConstraints:
         grown = squared[self.target] * total - towards
         grown = grown + towards.gather(-1, self.target.unsqueeze(-1))
         return grown.gather(-1, self.other) / 2
-
-
-def require_finite(squared: Tensor) -> None:
-    """Raise :class:`NonFiniteError` where distances aᵀΣa of classes overflow."""
-    if readable(squared) and not all_finite(squared):
-        raise NonFiniteError(
-            "distances of the probe's classes in the metric overflow float64; divide Σ by a "
-            "number: the edit is the same for every scale of Σ"
-        )
 
 
 class MetricSizes:
@@ -214,6 +208,28 @@ class MetricSizes:
         its own norm's size in its null space, and WΣ there is nothing but rounding.
         """
         return ROUNDING * length * torch.maximum(terms, length * self.spread)
+
+
+def class_grams(weight: Tensor, steering: Tensor, target: Tensor, length: Tensor) -> Tensor:
+    """M of some targets, (n, m, m): a_l · Σ a_m for a_l = w_t − w_l; differentiable.
+
+    Σ a is a difference of rows of WΣ, which rounds by their size, and a is exact where it is short.
+    So a product is taken with Σ a of the longer of the two, and keeps its digits where the target
+    and another class are nearly equal.
+
+    Args:
+        weight: W, (K, d).
+        steering: WΣ, (K, d), up to one row that all share.
+        target: t, (n,).
+        length: ‖w_k − w_l‖, (K, K).
+    """
+    other = other_classes(target, len(weight), target.device)
+    normals = weight[target].unsqueeze(1) - weight[other]
+    along = steering[target].unsqueeze(1) - steering[other]
+    products = normals @ along.mT
+    own = length[target].gather(-1, other)
+    share = ((own.unsqueeze(-2) - own.unsqueeze(-1)).sign() + 1) / 2
+    return products * share + products.mT * (1 - share)
 
 
 def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:

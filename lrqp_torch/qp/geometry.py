@@ -15,6 +15,7 @@ from lrqp_torch.errors import (
     WidthError,
     all_finite,
     check_classes,
+    check_distances,
     concrete,
     in_transforms,
     readable,
@@ -24,8 +25,8 @@ from lrqp_torch.qp.constraints import (
     Constraints,
     DenseConstraints,
     MetricSizes,
+    class_grams,
     other_classes,
-    require_finite,
 )
 from lrqp_torch.qp.native import Shared
 from lrqp_torch.qp.projection import project
@@ -166,7 +167,7 @@ class ProbeGeometry:
         centred = weight - weight.mean(0)
         steering = centred @ covariance
         squared = _pairwise(centred, steering)
-        require_finite(squared)
+        check_distances(squared)
         with torch.no_grad():
             length = _pairwise(centred, centred).clamp_min(0.0).sqrt()
             sizes = MetricSizes(covariance)
@@ -183,11 +184,8 @@ class ProbeGeometry:
         if 1 < n_classes - 1 <= TABLED:
             every = torch.arange(n_classes, device=weight.device)
             other = other_classes(every, n_classes, weight.device)
-            normals = centred.unsqueeze(1) - centred[other]
-            along = steering.unsqueeze(1) - steering[other]
-            grams = normals @ along.mT
-            grams = (grams + grams.mT) / 2
-            along = (along / sizes.unit).detach()
+            grams = class_grams(weight, steering, every, length)
+            along = unit.detach().unsqueeze(1) - unit.detach()[other]
             gram = grams, along @ along.mT
             sets = ActiveSets.build(grams, noise.gather(-1, other))
         return cls(
@@ -238,7 +236,8 @@ class ProbeGeometry:
         other = other_classes(target, self.n_classes, target.device)
         pairs = self.noise, self.length
         if self.gram is None:
-            return ClassConstraints(self.squared, self.stretch, *pairs, target, other)
+            probe = self.weight, self.steering
+            return ClassConstraints(self.squared, self.stretch, *pairs, target, other, probe)
         noise, length = (part.index_select(0, target).gather(-1, other) for part in pairs)
         return DenseConstraints(
             gram=self.gram[0].index_select(0, target),
@@ -292,18 +291,23 @@ class ProbeGeometry:
 
         Of two classes c is that of their one difference, (B, 1).
         """
-        if moved is None or x.dtype == torch.float64 or not self._narrows(x):
-            return _added(x.double(), coefficients, self.rows[2])
         length, unit = self.narrow
         scaled = coefficients * length
-        edited = _added(x.float(), scaled.float(), unit)
-        if self.n_classes > 2:
-            # Where terms cancel, as between nearly equal classes, float32 would lose what is left.
+        narrow = moved is not None and x.dtype != torch.float64 and self._narrows(x)
+        if narrow:
+            edited = _added(x.float(), scaled.float(), unit)
+        else:
+            edited = _added(x.double(), coefficients, self.rows[2])
+        if self.n_classes > 2 and moved is not None and readable(x) and not in_transforms():
+            # Where terms cancel, as between nearly equal classes, float32 would lose what is left;
+            # and a product, which rounds by its company, would decide what that is.
             lost = scaled.detach().abs().sum(-1).square() > CANCELLED**2 * moved
             rows = lost.nonzero().squeeze(-1)
             if len(rows):
-                wide = _added(x[rows].double(), coefficients[rows], self.rows[2])
-                edited = edited.index_copy(0, rows, wide.float())
+                wide = x[rows].double()
+                for part, row in zip(coefficients[rows].unbind(-1), self.rows[2], strict=True):
+                    wide = torch.addcmul(wide, part.unsqueeze(-1), row)
+                edited = edited.index_copy(0, rows, wide.to(edited.dtype))
         return edited
 
     def _narrows(self, x: Tensor) -> bool:

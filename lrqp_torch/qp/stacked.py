@@ -13,6 +13,7 @@ from lrqp_torch.errors import (
     TargetError,
     WidthError,
     capturing,
+    check_distances,
     concrete,
     in_transforms,
     readable,
@@ -22,7 +23,6 @@ from lrqp_torch.qp.constraints import (
     DenseConstraints,
     MetricSizes,
     other_classes,
-    require_finite,
 )
 from lrqp_torch.qp.implicit import matvec
 
@@ -147,7 +147,7 @@ class StackedGeometry:
         normals, along = weight[p] - weight[n], steering[p] - steering[n]
         products = normals @ along.T
         length = torch.linalg.vector_norm(normals.detach(), dim=-1)
-        require_finite(products.diagonal())
+        check_distances(products.diagonal())
         sizes_in = MetricSizes(covariance)
         size_of = sizes_in.norm(steering)
         noise = sizes_in.rounding(length, size_of[p] + size_of[n])

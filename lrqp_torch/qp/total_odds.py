@@ -37,7 +37,6 @@ from torch import Tensor
 
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints
-from lrqp_torch.qp.implicit import matvec
 from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver
 
 # A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
@@ -56,6 +55,7 @@ CANCELLED = 1e-12
 # A system that rounding makes indefinite is given this share of its diagonal more.
 RIDGE = 1e-13
 MAX_STEPS = 150
+ALIGNED = 8
 # From such a residual on shares are taken from the last λ, so often; and this one is enough.
 FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
 MAX_HALVINGS = 40
@@ -109,8 +109,8 @@ class TotalOdds(Solver):
             multipliers.detach() > 0,
             feasible,
             torch.where(edited, residual, 0.0),
-            (multipliers * matvec(gram, multipliers)).sum(-1),
-            again=found.converged,
+            (multipliers * _times(gram, multipliers)).sum(-1),
+            again=found.converged | (residual <= self.tolerance),
         )
 
 
@@ -168,11 +168,11 @@ def newton_step(
         multipliers: λ, (B, m).
         weight: μ, (B,).
     """
-    margins = start + matvec(gram, multipliers)
+    margins = start + _times(gram, multipliers)
     share = (-margins).softmax(-1)
     residual = multipliers - weight.unsqueeze(-1) * share
     back, along = solve_inner(gram, share, weight, residual, share)
-    slope = matvec(gram, share)
+    slope = _times(gram, share)
     missing = floor - total_log_odds(margins) + (slope * back).sum(-1)
     step = missing / (slope * along).sum(-1)
     return multipliers - back + step.unsqueeze(-1) * along, weight + step
@@ -222,13 +222,13 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
     second to 1 + the distance of f from log α before the edit. Where λ = 0 only f ≥ log α is asked.
     """
     tiny = torch.finfo(gram.dtype).tiny
-    moved = matvec(gram, multipliers)
+    moved = _times(gram, multipliers)
     margins = start + moved
     weight, share = multipliers.sum(-1), (-margins).softmax(-1)
     residual = multipliers - weight.unsqueeze(-1) * share
     length = (multipliers * moved).sum(-1).clamp_min(0.0).sqrt()
-    nat = (share * matvec(gram, share)).sum(-1).clamp_min(tiny).rsqrt()
-    unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0).sqrt()
+    nat = (share * _times(gram, share)).sum(-1).clamp_min(tiny).rsqrt()
+    unbalanced = (residual * _times(gram, residual)).sum(-1).clamp_min(0.0).sqrt()
     missing = floor - total_log_odds(margins)
     missing = torch.where(weight > 0, missing.abs(), missing.clamp_min(0.0))
     missing = missing / (1 + (floor - total_log_odds(start)).abs())
@@ -237,12 +237,30 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
 
 def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
     """(I + μ H M)⁻¹ r for each r, H = diag p − p pᵀ; it has no eigenvalue below 1."""
-    curvature = share.unsqueeze(-1) * (gram - matvec(gram, share).unsqueeze(-2))
+    curvature = share.unsqueeze(-1) * (gram - _times(gram, share).unsqueeze(-2))
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     system = identity + weight[:, None, None] * curvature
     # Where rounding makes it singular all the same, the result is not finite.
-    solved, _ = torch.linalg.solve_ex(system, torch.stack(right, -1))
-    return tuple(solved.unbind(-1))
+    solved, _ = torch.linalg.solve_ex(*_aligned(system, torch.stack(right, -1)))
+    return tuple(solved[:, : gram.shape[-1]].unbind(-1))
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The product of each matrix, symmetric, (B, m, m), with its vector, (B, m).
+
+    As sums, which round each example alike in any company; batched products of LAPACK's do not, and
+    where a rival is nearly the target's equal that would decide between statuses.
+    """
+    return (matrix * vector.unsqueeze(-2)).sum(-1)
+
+
+def _aligned(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same system with rows of 64 bytes, at which LAPACK rounds alike in any company."""
+    short = -right.shape[-2] % ALIGNED
+    pad = torch.nn.functional.pad
+    filled = system.new_zeros(system.shape[-1] + short)
+    filled[system.shape[-1] :] = 1.0
+    return pad(system, (0, short, 0, short)) + filled.diag(), pad(right, (0, 0, 0, short))
 
 
 def _solve_symmetric(
@@ -250,22 +268,28 @@ def _solve_symmetric(
 ) -> tuple[Tensor, ...]:
     """The same by a Cholesky factor, which is never singular; not differentiable at p = 0.
 
-    With H = S Sᵀ, S = diag √p (I − √p √pᵀ), it is r − μ S (I + μ SᵀMS)⁻¹ SᵀM r.
+    With H = S Sᵀ, S = diag √p Q and Q = I − √p √pᵀ, it is r − μ S (I + μ SᵀMS)⁻¹ SᵀM r.
     """
     root = share.sqrt()
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = root.unsqueeze(-1) * (identity - root.unsqueeze(-1) * root.unsqueeze(-2))
-    pulled = factor.mT @ gram
-    system = identity + weight[:, None, None] * (pulled @ factor)
+    wide = root.unsqueeze(-1)
+
+    def outside(columns: Tensor) -> Tensor:
+        """Q times columns, (B, m, n)."""
+        return columns - wide * (wide * columns).sum(-2, keepdim=True)
+
+    between = outside(outside(wide * gram * wide.mT).mT)
+    system = identity + weight[:, None, None] * ((between + between.mT) / 2)
     factored, failed = torch.linalg.cholesky_ex(system)
     if bool((failed > 0).any()):
         # Rounding of large terms outweighs the identity; a longer diagonal makes a shorter step.
         rounding = RIDGE * system.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
         ridge = torch.where(failed > 0, rounding, 0.0)[:, None, None] * identity
         factored, _ = torch.linalg.cholesky_ex(system + ridge)
-    stacked = torch.stack(right, -1)
-    inner = torch.cholesky_solve(pulled @ stacked, factored)
-    return tuple((stacked - weight[:, None, None] * (factor @ inner)).unbind(-1))
+    pulled = outside(wide * torch.stack([_times(gram, part) for part in right], -1))
+    factored, pulled = _aligned(factored, pulled)
+    inner = outside(torch.cholesky_solve(pulled, factored)[:, : gram.shape[-1]])
+    return tuple((torch.stack(right, -1) - weight[:, None, None] * wide * inner).unbind(-1))
 
 
 @torch.no_grad()
@@ -326,7 +350,7 @@ def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tup
             torch.where(better.unsqueeze(-1), found, best),
             torch.where(better, met, least),
         )
-        loose = (floor.unsqueeze(-1) - start - matvec(gram, found)).exp()
+        loose = (floor.unsqueeze(-1) - start - _times(gram, found)).exp()
         total = found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
         share = torch.where(found > 0, found / total, loose).clamp(1e-300, 1.0)
         share = share / share.sum(-1, keepdim=True)
@@ -357,25 +381,29 @@ class _Search:
     def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Search":
         """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
         needed = total_log_odds(start) < floor
-        enough = floor.unsqueeze(-1) + math.log(start.shape[-1])
-        gap = torch.where(needed.unsqueeze(-1) & torch.isfinite(start), enough - start, -1.0)
+        least = floor.unsqueeze(-1) - start
+        asked = needed.unsqueeze(-1) & torch.isfinite(start)
+        gap = torch.where(asked, least + math.log(start.shape[-1]), -1.0)
         constraints = DenseConstraints(gram, noise, noise)
         pairwise = solve_dual(constraints, gap)
+        # Pairwise odds of α are necessary: where they are out of reach, so are total odds.
+        unsure = asked & ~pairwise.feasible.unsqueeze(-1)
+        reachable = solve_dual(constraints, torch.where(unsure, least, -1.0)).feasible
         multipliers = pairwise.multipliers(constraints, gap)
         # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
         share = (-start).softmax(-1)
-        slope = (share * matvec(gram, share)).sum(-1)
+        slope = (share * _times(gram, share)).sum(-1)
         lowest = torch.finfo(gram.dtype).tiny
         guess = (floor - total_log_odds(start)) / slope.clamp_min(lowest)
         weight = torch.where(pairwise.feasible, multipliers.sum(-1), guess.clamp(0.0, 1e12))
         result = TotalSolution(
             torch.zeros_like(start),
             torch.zeros_like(floor),
-            torch.ones_like(needed),
-            ~needed,
+            reachable,
+            ~(needed & reachable),
         )
         low, high = torch.zeros_like(floor), torch.full_like(floor, torch.inf)
-        index = needed.nonzero().squeeze(-1)
+        index = (needed & reachable).nonzero().squeeze(-1)
         parts = (gram, start, floor, noise, multipliers, weight, low, high)
         return cls(result, index, *(part[index] for part in parts))
 
@@ -387,24 +415,24 @@ class _Search:
     def step(self) -> "_Search":
         """One Newton step of each problem: for λ while it is off, else for μ."""
         gram, weight = self.gram, self.weight
-        moved = matvec(gram, self.multipliers)
+        moved = _times(gram, self.multipliers)
         margins = self.start + moved
         share = (-margins).softmax(-1)
         residual = self.multipliers - weight.unsqueeze(-1) * share
         back, along = _solve_symmetric(gram, share, weight, residual, share)
-        pulled, slope = matvec(gram, back), matvec(gram, share)
+        pulled, slope = _times(gram, back), _times(gram, share)
         decrement = (residual * pulled).sum(-1).clamp_min(0.0)
         distance = (self.multipliers * moved).sum(-1).clamp_min(0.0)
 
         # Where λ has settled at its μ, f tells on which side of the bracket μ lies. Settled means
         # that what λ still has to go cannot change f by enough to change sides.
         missing = self.floor - total_log_odds(margins)
-        terms = self.start.abs() + matvec(gram.abs(), self.multipliers.abs())
+        terms = self.start.abs() + _times(gram.abs(), self.multipliers.abs())
         size = 1 + self.floor.abs() + torch.where(share > 0, share * terms, 0.0).sum(-1)
         pending = (slope * back).sum(-1).abs()
         settled = decrement <= SETTLED * (1 + distance)
         settled &= pending <= torch.maximum(missing.abs() / 10, 1e-13 * size)
-        unbalanced = (residual * matvec(gram, residual)).sum(-1).clamp_min(0.0)
+        unbalanced = (residual * _times(gram, residual)).sum(-1).clamp_min(0.0)
         done = settled & (missing.abs() <= MET * size)
         done &= unbalanced <= BALANCED**2 * (1 + distance)
         # Any p is a proof, settled or not.

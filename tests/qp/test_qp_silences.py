@@ -226,6 +226,56 @@ def test_total_odds_end_with_a_status_for_every_row() -> None:
     assert time.process_time() - start < 20
 
 
+def groups_of_near_equals(n_classes: int, size: int, apart: float, width: int) -> Problem:
+    """Classes in groups that are ``apart``, in a metric of rank 3."""
+    problem = random_problem(n_classes, width, 64, seed=2)
+    first = torch.arange(n_classes) // size * size
+    problem.weight = problem.weight[first] + apart * problem.weight * (
+        torch.arange(n_classes) % size > 0
+    ).unsqueeze(-1)
+    basis = torch.linalg.qr(torch.randn(width, 3, generator=torch.manual_seed(4)).double()).Q
+    problem.covariance = basis @ basis.T
+    problem.floor = torch.zeros_like(problem.floor)
+    return problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_total_odds_of_near_equal_triples_do_not_depend_on_company(dtype: torch.dtype) -> None:
+    """20 classes in triples, 1e-6 apart: the status is decided, and the edit the same, in any."""
+    problem = groups_of_near_equals(20, 3, 1e-6, 16)
+    problem.x = problem.x.to(dtype)
+    together = solve(problem, TotalOdds())
+    assert (together.status != Status.INACCURATE).all()
+    assert set(together.status.tolist()) >= {Status.SOLVED, Status.INFEASIBLE}
+    for rows in (*torch.arange(0, 64, 3).split(1), torch.arange(5, 42)):
+        own = replace(problem)
+        for name in ("x", "target", "floor"):
+            setattr(own, name, getattr(problem, name)[rows])
+        alone = solve(own, TotalOdds())
+        assert torch.equal(alone.status, together.status[rows])
+        close = 1e-7 if dtype == torch.float64 else 1e-4
+        for name in ("multipliers", "x_new"):
+            found, expected = getattr(alone, name), getattr(together, name)[rows]
+            torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+def test_total_odds_as_near_as_float64_tells_classes_apart() -> None:
+    """An edit along classes δ apart rounds others' margins by ε log α / δ²: 0.1 nats at 1e-7.
+
+    So far every row is decided. At 1e-9 that is a thousand nats, and no number of float64 holds
+    what is asked: rows end as INACCURATE, in bounded time, and none is SOLVED that is not.
+    """
+    for apart, decided in ((1e-6, True), (1e-7, True), (1e-9, False)):
+        problem = groups_of_near_equals(10, 2, apart, 8)
+        start = time.process_time()
+        solution = solve(problem, TotalOdds())
+        assert time.process_time() - start < 10
+        done = solution.status == Status.SOLVED
+        assert (solution.log_odds_after >= solution.floor)[done].all()
+        assert (solution.kkt_residual[done] <= TotalOdds.tolerance).all()
+        assert not decided or (solution.status != Status.INACCURATE).all()
+
+
 @pytest.mark.parametrize("exponent", [-30, 30])
 def test_total_odds_do_not_see_the_scale_of_the_covariance(exponent: int) -> None:
     problem = random_problem(6, 12, 60, seed=2, condition=100)
