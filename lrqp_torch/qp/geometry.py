@@ -337,19 +337,29 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
             for mine, yours in zip(left.split(rows), right.split(rows), strict=True)
         ]
         return torch.cat(parts)
-    products = left @ right.T
-    own = products.diagonal()
-    squared = own.unsqueeze(-1) + own - products - products.T
-    with torch.no_grad():
-        near = squared <= NEAR * (own.unsqueeze(-1) + own)
-        one, two = near.triu(1).nonzero(as_tuple=True)
-    parts = [
-        ((left[a] - left[b]) * (right[a] - right[b])).sum(-1)
-        for a, b in zip(one.split(rows), two.split(rows), strict=True)
-    ]
-    exact = torch.cat(parts)
-    squared = squared - squared.diagonal().diag()
-    return squared.index_put((one, two), exact).index_put((two, one), exact)
+    # Blocks of rows from the diagonal on, small enough to stay near the processor.
+    squared, own = left.new_zeros(n_classes, n_classes), (left * right).sum(-1)
+    block = max(1, CHUNK_NUMBERS // n_classes)
+    for begin in range(0, n_classes, block):
+        mine, yours = left[begin : begin + block], right[begin:]
+        products = mine @ yours.T
+        if left is not right:
+            products = (products + right[begin : begin + block] @ left[begin:].T) / 2
+        terms = own[begin : begin + block].unsqueeze(-1) + own[begin:]
+        part = terms - 2 * products
+        one, two = (part.detach() <= NEAR * terms.detach()).triu().nonzero(as_tuple=True)
+        one, two = one + begin, two + begin
+        exact = [
+            ((left[a] - left[b]) * (right[a] - right[b])).sum(-1)
+            for a, b in zip(one.split(rows), two.split(rows), strict=True)
+        ]
+        part = part.index_put((one - begin, two - begin), torch.cat(exact))
+        # Of the block's own square what is above the diagonal counts, and is 0 on it.
+        square = part[:, : len(part)].triu(1)
+        squared[begin : begin + block, begin:] = part
+        squared[begin : begin + block, begin : begin + block] = square + square.mT
+        squared[begin + block :, begin : begin + block] = part[:, len(part) :].mT
+    return squared
 
 
 class Trace:
