@@ -211,6 +211,29 @@ def test_rows_that_cannot_be_used_are_told_and_strict_stops(data: Path, tmp_path
     assert "always, never" in refused("study", *common, "--bos", "maybe", "--out", out)
 
 
+def test_few_groups_and_rows_that_stand_twice_are_told(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    both = tmp_path / "both.jsonl"
+    grouped = [row | {"place": f"p{number % 4}"} for number, row in enumerate(rows)]
+    both.write_text("\n".join(map(json.dumps, [*grouped, *grouped[:3]])))
+    common = (
+        "study",
+        "--data",
+        both,
+        "--model",
+        "organism",
+        "--sites",
+        "L2.pre",
+        "--group",
+        "place",
+    )
+    result = lrqp(*common, "--no-figures", "--no-report", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["left_out"] == {"a row that stands there twice": 3}
+    assert "are of 2 groups; fewer than 8 are too few" in " ".join(found["notes"])
+
+
 def test_a_benchmark_prints_its_table_and_keeps_its_numbers(tmp_path: Path) -> None:
     rows = [
         {"text": p.text, "label": p.label, "answers": p.answers} for p in names_task(60, seed=4)
