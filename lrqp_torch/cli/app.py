@@ -4,6 +4,7 @@ import inspect
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,8 +175,9 @@ def command(
                 raise typer.BadParameter("choose one of --quiet and --verbose")
             if not verbose:  # bars of libraries would run through ours
                 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            with messages(debug):
-                function(Voice(quiet, verbose, as_json), **given)
+            voice = Voice(quiet, verbose, as_json)
+            with messages(debug), warnings_of(voice):
+                function(voice, **given)
 
         _, *own = inspect.signature(function).parameters.values()
         common = {"quiet": Quiet, "verbose": Verbose, "as_json": Json, "debug": Debug}
@@ -197,6 +199,24 @@ def command(
         return run
 
     return add
+
+
+@contextmanager
+def warnings_of(voice: Voice) -> Iterator[None]:
+    """Say the package's warnings as advice, without the line of code that gave them."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if category.__module__.startswith("lrqp_torch"):
+            voice.say(f"Note: {message}", aside=True)
+        else:
+            shown(message, category, *where)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 @contextmanager

@@ -248,3 +248,14 @@ def test_a_benchmark_prints_its_table_and_keeps_its_numbers(tmp_path: Path) -> N
     raw = json.loads((out / "benchmark.json").read_text())
     assert raw["benchmark"] == "causalgym" and len(raw["tasks"]) == 1
     assert "no benchmark 'glue'" in refused("benchmark", "glue", *common, "--out", out)
+
+
+def test_a_warning_of_the_package_is_a_note_and_not_a_line_of_code(tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    assert lrqp("example-task", "agreement", "--n", 24, "--out", data).exit_code == 0
+    command = ("fit", "--data", data, "--model", "organism", "--site", "L2.mid", "--out")
+    result = lrqp(*command, tmp_path / "edit")
+    assert result.exit_code == 0, result.output
+    assert "Note: the tokenizer does not know a word" in result.stderr
+    assert "VocabularyWarning" not in result.stderr
+    assert lrqp(*command, tmp_path / "quiet", "--quiet").stderr == ""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table as Shown
 from rich.text import Text
 
@@ -52,7 +52,7 @@ def as_rich(
     bold: Sequence[str] = (),
     headings: Mapping[str, str] | None = None,
     wrapped: bool = False,
-) -> Shown:
+) -> Group:
     """A table for the terminal: its first column to the left, the others to the right.
 
     Args:
@@ -63,10 +63,7 @@ def as_rich(
         headings: shorter ones, which may have several lines.
         wrapped: whether cells may have several lines too.
     """
-    shown = Shown(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0),
-        pad_edge=False, caption=caption or None, caption_justify="left",
-    )  # fmt: skip
+    shown = Shown(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     columns = [as_text([row[i] for row in table.rows], h) for i, h in enumerate(table.columns)]
     for index, heading in enumerate(table.columns):
         justify: Any = "right" if index else "left"
@@ -76,10 +73,12 @@ def as_rich(
         )
     for cells in zip(*columns, strict=True):
         shown.add_row(*map(Text, cells), style="bold" if cells[0] in bold else "")
-    return shown
+    # Not the table's own title and caption, whose lines would be as short as its rows.
+    below = [Text(caption, style="italic dim")] if caption else []
+    return Group(Text(title, style="italic"), shown, *below)
 
 
-def fitting(console: Console, table: Table, title: str, caption: str = "", **looks: Any) -> Shown:
+def fitting(console: Console, table: Table, title: str, caption: str = "", **looks: Any) -> Group:
     """The table, or as many of its first columns as are as wide as the console.
 
     ``looks`` are those of :func:`as_rich`.
@@ -96,7 +95,7 @@ def fitting(console: Console, table: Table, title: str, caption: str = "", **loo
     return shown
 
 
-def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
+def _sweep(results: StudyResults, console: Console, most_rows: int) -> Group:
     """The main columns of the table of sites; of many sites those that flip or change most."""
     whole, words = sites_table(results), results.words
     preference, answered = f"{words.preference} ({words.unit})", results.answered is not None
@@ -117,9 +116,9 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Shown:
     kept = {name: whole.columns.index(name) for name in chosen if name in whole.columns}
     rows = [[row[index] for index in kept.values()] for row in whole.rows]
     caption = (
-        f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual;\n"
-        "ceiling: the activation of a twin; recovered: share of its effect on the answer,\n"
-        "a dash where the site is not used, and that a share of next to nothing;\n"
+        f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual; "
+        "ceiling: the activation of a twin; recovered: share of its effect on the answer, "
+        "a dash where the site is not used, and that a share of next to nothing; "
         "P: of no more flips than edits as long of shuffled probes, Holm-corrected"
     )
     if len(rows) > most_rows:
@@ -160,11 +159,11 @@ def print_fit(
     ]
     held_out = next(iter(tried.values())).prompts
     title = (
-        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always\n"
+        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always "
         f"naming the most frequent class is right on {percent(majority)}"
     )
     caption = (
-        "on prompts held out; edits are to the next class; margin: log odds read after the edit\n"
+        "on prompts held out; edits are to the next class; margin: log odds read after the edit "
         "minus those asked, worst prompt; length: Mahalanobis"
     )
     console.print(fitting(console, Table(columns, rows), title, caption))
