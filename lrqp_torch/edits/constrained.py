@@ -20,6 +20,8 @@ from lrqp_torch.errors import (
     WidthError,
     check_activations,
     check_finite,
+    in_transforms,
+    ordinary,
     quoted,
     require_concrete,
     row_classes,
@@ -165,7 +167,7 @@ class ConstrainedLRQP(Edit[Classes]):
 
         Raises:
             InfeasibleError: no activation meets all constraints, unless on_infeasible is "skip".
-            SolverError: the solver failed, unless on_infeasible is "skip"; or under ``vmap``.
+            SolverError: the solver failed, unless on_infeasible is "skip"; or in torch.func.
             ConstraintError: parameters that were not declared, or not given, or of another shape,
                 sign or kind; or an objective without a lower bound.
             WidthError, TargetError, NonFiniteError: bad input, named.
@@ -173,6 +175,11 @@ class ConstrainedLRQP(Edit[Classes]):
         given = dict(parameters or {})
         check_activations(x, self.probe.width)
         require_concrete("ConstrainedLRQP", x, target, source, self.probe.weight, *given.values())
+        if in_transforms():
+            raise SolverError(
+                "ConstrainedLRQP is solved by cvxpylayers, whose derivatives torch.func (grad, "
+                "jvp, vmap) cannot ask for: use torch.autograd, or LRQP or JointLRQP"
+            )
         geometry = self.edit.geometry(x.device)
         basis, problem = self._pose()
         basis = basis.to(x.device)
@@ -306,11 +313,11 @@ def _rows_read(reads: Reads, width: int) -> Tensor | None:
             )
         if not bool(torch.isfinite(reads).all()):
             raise NonFiniteError("reads holds NaN or infinity")
-        return reads.detach().cpu().double()
+        return ordinary(reads.detach().cpu().double())
     if reads == "activation":
         return None
     if reads == "length":
-        return torch.zeros(0, width, dtype=torch.float64)
+        return ordinary(torch.zeros(0, width, dtype=torch.float64))
     raise LRQPError(
         f"reads must be 'activation', 'length' or a tensor (n, {width}), got {quoted(reads)}"
     )

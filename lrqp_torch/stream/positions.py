@@ -132,6 +132,8 @@ class Positions:
             return positions
         if isinstance(positions, Scope):
             return cls(_NONE, _NONE, scope=positions)
+        if getattr(positions, "ndim", None) == 0 and "int" in str(getattr(positions, "dtype", "")):
+            positions = int(cast(Any, positions))  # one number of numpy's or torch's
         if isinstance(positions, str | int | slice) or callable(positions):
             return cls.parse(Scope(positions))
         if not isinstance(positions, Tensor):

@@ -78,10 +78,10 @@ class _Added:
     ) -> None:
         self.function, self.before, self.users, self.traced = function, before, 0, traced
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.traced is not None and torch.compiler.is_compiling():
             return self.traced(*args)
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
 
 def replace_method(

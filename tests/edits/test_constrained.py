@@ -451,3 +451,16 @@ def test_an_objective_without_a_lower_bound() -> None:
     edit = edit_of(lambda point: [1e12 * point.x[0]])
     with pytest.raises(ConstraintError, match="objective of example 0 has no lower bound"):
         edit(normal(2, WIDTH), 1)
+
+
+def test_made_in_inference_mode_or_in_transforms() -> None:
+    x, probe = normal(4, WIDTH, seed=3), probe_of()
+    with torch.inference_mode():
+        edit = ConstrainedLRQP(
+            probe, metric_of(), lambda point: [point.distance <= 1e3], reads="length", log_odds=3.0
+        )
+    leaf = x.clone().requires_grad_()
+    edit(leaf, 1).square().sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+    with pytest.raises(SolverError, match=r"torch\.func .* use torch\.autograd"):
+        torch.func.grad(lambda z: edit(z, 1).square().sum())(x)

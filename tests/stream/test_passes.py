@@ -7,7 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from lrqp_torch.errors import EditNeverFiredError, ModelError, PositionError
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
+from lrqp_torch.stream.watch import replace_method
 
 INPUTS = Prompts.random([7, 7, 7]).padded("right")
 IDS = INPUTS["input_ids"]
@@ -365,6 +366,18 @@ def test_adapters_of_peft_keep_the_columns_of_the_text(kind: str) -> None:
     with model.disable_adapter():
         plain = lrqp.capture(model, inputs, "L1.post", AT)["L1.post"]
     torch.testing.assert_close(plain, read(build("llama"), "L1.post", AT))
+
+
+def test_a_method_under_watch_takes_arguments_by_name() -> None:
+    class Adapter(nn.Module):
+        def get_prompt(self, batch_size: int, *, max_cache_len: int | None = None) -> object:
+            return batch_size, max_cache_len
+
+    owner = Adapter()
+    with ExitStack() as stack:
+        replace_method(stack, owner, "get_prompt", lambda owner, method: method)
+        assert owner.get_prompt(batch_size=3, max_cache_len=4) == (3, 4)
+    assert "get_prompt" not in vars(owner)
 
 
 # Texts

@@ -185,6 +185,8 @@ REAL = [(0, c) for c in range(6)] + [(1, c) for c in range(4)] + [(2, c) for c i
         ([[c < 2 for c in range(6)]] * 3, [(row, c) for row in range(3) for c in range(2)]),
         (2, [(0, 2), (1, 2), (2, 2)]),
         (-4, [(0, 2), (1, 2), (2, 2)]),
+        (torch.tensor(2), [(0, 2), (1, 2), (2, 2)]),
+        (torch.tensor(-4).numpy()[()], [(0, 2), (1, 2), (2, 2)]),
         (slice(1, 3), [(row, c) for row in range(3) for c in (1, 2)]),
         (slice(None, -3, 2), [(row, c) for row in range(3) for c in (0, 2)]),
         ("last", [(0, 5), (1, 3), (2, 4)]),
