@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Exact
 from lrqp_torch.qp import Solution
+from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import StreamRows
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
@@ -194,6 +195,12 @@ class Edit(Exact, Shared, Generic[Asked]):
 
         Returns:
             What is written of the stream, with edited rows in place.
+        """
+        return None
+
+    def line(self, known: Line | None) -> Line | None:
+        """What does :meth:`edit_stream` on the CPU, ``known`` if it still is that; None where there
+        is no such thing.
         """
         return None
 

@@ -25,7 +25,8 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused
+from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused, native
+from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import OddsRule, StreamRows
 from lrqp_torch.qp.geometry import probe_geometry
 from lrqp_torch.qp.reach import Realise
@@ -256,6 +257,22 @@ class LRQP(Edit[Classes]):
             floors = floors_of(asked, rows).expand(len(rows.index))
         skip = self.on_infeasible == "skip"
         return fused.edit_stream(rows, target, floors, geometry, skip=skip, live=live)
+
+    def line(self, known: Line | None) -> Line | None:
+        """See :meth:`Edit.line`; of pairwise odds by our solver, where there is a compiler."""
+        probe = self.probe.weight, self.probe.bias
+        traced = self.metric.covariance, self.log_odds
+        own = self.rule, self.qp, self.qp.solver
+        if known is not None and known.holds(probe, traced, own):
+            return known
+        if vars(self).keys() & {"solve", "edit_rows"}:  # replaced on this object
+            return None
+        if type(self) is not LRQP or not self.qp.is_direct or not probe[0].is_contiguous():
+            return None
+        if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probe, *traced)):
+            return None
+        geometry = self.geometry(probe[0].device)
+        return Line(geometry, probe, traced, own, self._odds_rule(probe[1], None))
 
     def floors(
         self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool

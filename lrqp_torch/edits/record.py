@@ -19,6 +19,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused
+from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
@@ -107,6 +108,7 @@ class EditRun:
         self._dtype = torch.float32
         self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
+        self._line: Line | None = None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
             next(kind for kind in type(edit).__mro__ if name in vars(kind))
@@ -127,13 +129,7 @@ class EditRun:
 
     def __call__(self, x: Tensor, context: EditContext) -> Tensor:
         """Edit the activations of some positions; called by the hook."""
-        which = context.index if context.request is None else context.request
-        # The hook gives the same rows again as long as the positions are the same.
-        if self._classes[0] is not which or self._classes[1].device != x.device:
-            self._place(x.device)
-            source = None if self._source is None else _chosen(self._source, which)
-            self._classes = which, _chosen(self._target, which), source
-        _, target, source = self._classes
+        _, target, source = self._classes_of(context, x.device)
         solution = self.edit.edit_rows(x, target, source, context, **self.given)
         if not self.paused:
             self._rows.append(solution, context.index, context.shown)
@@ -144,8 +140,10 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
-        if not self.certified or self.paused or not fused.serves(stream, self.edit.n_classes):
+        if not self.certified or self.paused:
             return None
+        if not fused.serves(stream, self.edit.n_classes):
+            return self._in_one_call(stream, residual, scale, at, forward_pass)
         self._place(stream.device)
         count = at.index.shape[0]
         block = self._rows.room(count, stream.device, len(self.names))
@@ -157,6 +155,39 @@ class EditRun:
             self._rows.wrote(block, count)
             self._dtype = whole.dtype
         return whole
+
+    def _in_one_call(
+        self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
+    ) -> Tensor | None:
+        """:meth:`edit_stream` on the CPU."""
+        if self.given or at.shown is not None or not stream.is_cpu or in_transforms():
+            return None
+        line = self._line = self.edit.line(self._line)
+        if line is None or not line.takes(stream, residual):
+            return None
+        _, target, source = self._classes_of(at, stream.device)
+        rows, record = None, None
+        if self._rows.kept:
+            rows = torch.empty(len(target), len(_WRITTEN), dtype=torch.float64)
+            record = rows, at.numbers, forward_pass
+        place = None if at.whole else at.flat(stream.shape[1])
+        whole = line(stream, residual, scale, place, target, source, record)
+        if whole is not None and rows is not None:
+            self._rows.wrote(_Block(rows), len(target))
+        self._dtype = stream.dtype
+        return whole
+
+    def _classes_of(
+        self, at: Rows | EditContext, device: torch.device
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Of which rows these are the classes, their targets and their sources."""
+        which = at.index if at.request is None else at.request
+        # The hook gives the same rows again as long as the positions are the same.
+        if self._classes[0] is not which or self._classes[1].device != device:
+            self._place(device)
+            source = None if self._source is None else _chosen(self._source, which)
+            self._classes = which, _chosen(self._target, which), source
+        return self._classes
 
     def _place(self, device: torch.device) -> None:
         """Keep the classes where they are wanted."""

@@ -4,6 +4,7 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 :mod:`~.problem` and :mod:`~.reach`.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lrqp_torch.errors import check_values, in_transforms, readable
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.fused import OddsRule
-from lrqp_torch.qp.geometry import ProbeGeometry
+from lrqp_torch.qp.geometry import ProbeGeometry, Trace
 from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
 from lrqp_torch.qp.solution import Solution
@@ -111,3 +112,132 @@ def solve(
     residual, squared, moved, _, before, after = columns
     parts = multipliers > 0, squared, moved, floors, before, after, residual, status
     return Solution(result, multipliers, *parts), ended
+
+
+class Line:
+    """Edits of rows of a stream within a model: gather, solve, read back, put in place and record
+    in one call a pass. What does not change from pass to pass is laid down once.
+
+    Args:
+        geometry: of the probe as it is now.
+        probe: its weight and bias; changes of their values are seen in the call.
+        traced: what else the edit is made of; a change that leaves a trace is seen.
+        own: and what it is compared with by itself.
+        rule: where floors come from; of its target and source nothing is kept.
+    """
+
+    def __init__(
+        self,
+        geometry: ProbeGeometry,
+        probe: tuple[Tensor, Tensor],
+        traced: tuple[Tensor, ...],
+        own: tuple[object, ...],
+        rule: OddsRule,
+    ) -> None:
+        self.probe, self.geometry, self.own = probe, geometry, own
+        self.trace = Trace(probe[0].device, *traced)
+        self._known = [part.detach().clone() for part in probe]
+        self._size = [(part.data_ptr(), part.nbytes) for part in probe]
+        (weight, weight_bytes), (bias, bias_bytes) = self._size
+        self._task = native.Task(each=1, ruled=1, within=1, mirror=rule.mirror, rounds=MAX_ROUNDS)
+        self._task.log_odds = rule.log_odds.item()
+        self._task.weight, self._task.bias = weight, bias
+        self._task.weight_bytes, self._task.bias_bytes = weight_bytes, bias_bytes
+        self._task.known_weight, self._task.known_bias = map(native.address, self._known)
+        self._task.max_pivots = 20 * geometry.n_constraints + 50
+        self._task.tolerance = ActiveSet.tolerance
+        self._kind: torch.dtype | None = None
+
+    def holds(
+        self,
+        probe: tuple[Tensor, Tensor],
+        traced: tuple[Tensor, ...],
+        own: tuple[object, ...],
+    ) -> bool:
+        """Whether this is still what edits by these."""
+        (weight, bias), trace = probe, self.trace
+        return (
+            weight is self.probe[0]
+            and bias is self.probe[1]
+            and own == self.own
+            and all(map(operator.is_, traced, trace.tensors))
+            and trace.holds()
+            and self._size == [(weight.data_ptr(), weight.nbytes), (bias.data_ptr(), bias.nbytes)]
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies have addresses of their own, and a record goes without.
+        return type(None), ()
+
+    def takes(self, stream: Tensor, residual: Tensor | None) -> bool:
+        """Whether such a stream can be edited here, and no derivative is asked for."""
+        parts = (stream,) if residual is None else (stream, residual)
+        if in_transforms() or torch.autograd.forward_ad._current_level >= 0:
+            return False
+        asked = torch.is_grad_enabled()
+        if asked and any(part.requires_grad for part in (*self.probe, *self.trace.tensors)):
+            return False
+        return stream.shape[-1] == self.geometry.width and all(
+            type(part) is Tensor
+            and part.is_cpu
+            and part.dtype == stream.dtype
+            and part.dtype in native.KINDS
+            and part.is_contiguous()
+            and not (asked and part.requires_grad)
+            for part in parts
+        )
+
+    def __call__(
+        self,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        place: Tensor | None,
+        target: Tensor,
+        source: Tensor | None,
+        record: tuple[Tensor, Tensor | int, int] | None,
+    ) -> Tensor | None:
+        """The stream with rows edited; itself where none is moved.
+
+        None: nothing is done or recorded, because a row is to raise or be skipped, or the probe has
+        changed.
+
+        Args:
+            stream: what is written of it, (B, T, d).
+            residual: what is added to scale · that, or None.
+            scale: see there; 1 without a residual.
+            place: which rows of (B · T, d) are edited, (N,), or None for all.
+            target: a class each, (N,) int64.
+            source: likewise, or None.
+            record: rows of numbers to write, (N, 9); what the edited rows are numbered, (N,) or the
+                first of them; and the number of the pass.
+        """
+        dtype, width = stream.dtype, stream.shape[-1]
+        if dtype != self._kind:
+            epsilon = torch.finfo(dtype).eps
+            self._task.epsilon, self._task.advance = epsilon, advance(epsilon, width)
+            self._task.kind, self._task.stride = native.KINDS[dtype], width
+            self._task.base_stride, self._kind = width, dtype
+        # Of its own, since threads may run the model at once.
+        task = native.Task.from_buffer_copy(self._task)
+        result = torch.empty_like(stream) if place is None else stream.clone()
+        task.count, task.all = target.numel(), stream.numel() // width
+        task.x, task.result = stream.data_ptr(), result.data_ptr()
+        target = target.contiguous()
+        task.target = target.data_ptr()
+        if source is not None:
+            source = source.contiguous()
+            task.source = source.data_ptr()
+        if place is not None:
+            task.place = place.data_ptr()
+        if residual is not None:
+            task.base, task.scale = residual.data_ptr(), scale
+        if record is not None:
+            rows, numbered, task.forward_pass = record
+            task.record = rows.data_ptr()
+            if isinstance(numbered, Tensor):
+                task.numbered = numbered.data_ptr()
+            else:
+                task.first = numbered
+        moved = native.edit_stream(self.geometry.shared, task)
+        return None if moved < 0 else result if moved else stream

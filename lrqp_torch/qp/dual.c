@@ -50,6 +50,16 @@ typedef struct {
     double advance;         /* times length * size + what is missing is aimed higher at first */
     double tolerance;       /* on the residual of an accurate solve */
     i64 rounds;
+    /* Of rows of a stream within a model: */
+    i64 within;             /* whether they are; then x and result are streams (R, d), */
+    i64 all;                /* R, x at mid is what is written beside the base, and what */
+    const i64 *place;       /* each of them is the row (B), or NULL: its own */
+    double *record;         /* follows is recorded, (B, 9) */
+    const i64 *numbered;    /* what each is numbered (B), or NULL: from */
+    i64 first, pass;        /* a number on; and the number of the pass */
+    const void *weight, *bias;   /* what the probe holds now */
+    const void *known_weight, *known_bias; /* and held when the geometry was computed, */
+    i64 weight_bytes, bias_bytes;
 } Task;
 
 enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
@@ -526,6 +536,8 @@ static void store(double *values, i64 kind, i64 n, void *into) {
         }
 }
 
+static i64 place_of(const Task *t, i64 b) { return t->place ? t->place[b] : b; }
+
 static i64 bytes_of(i64 kind) { return kind == FLOAT64 ? 8 : kind == FLOAT32 ? 4 : 2; }
 
 static Lanes lanes(const double *from) {
@@ -619,11 +631,22 @@ static void recall(const Shared *s, Work *w, i64 b, const Task *t) {
     }
 }
 
+/* base + scale * written, each step rounded to the dtype; memory is for one row of it. */
+static void add_base(const Task *t, i64 d, double *restrict written, const double *restrict base, void *memory) {
+    if (t->scale != 1) {
+        double scale = t->kind == FLOAT64 ? t->scale : (float)t->scale;
+        for (i64 j = 0; j < d; j++) written[j] *= scale;
+        store(written, t->kind, d, memory);
+    }
+    for (i64 j = 0; j < d; j++) written[j] += base[j];
+    store(written, t->kind, d, memory);
+}
+
 /* Edit a row, and leave in held what the stream holds of it when it is put in place. */
 static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x, double *held,
                  double *space) {
     i64 d = s->width;
-    char *result = (char *)t->result + b * d * bytes_of(t->kind);
+    char *result = (char *)t->result + place_of(t, b) * d * bytes_of(t->kind);
     recall(s, w, b, t);
     displace(s, w, x, held);
     store(held, t->kind, d, result);
@@ -631,18 +654,14 @@ static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x
     /* As Placement does: written = (x' - base) / scale, held = base + scale * written, each rounded
      * to the dtype. The result's memory serves for rounding and gets its values back. */
     double *restrict base = space, *restrict rounded = space + d;
-    load((const char *)t->base + b * t->base_stride * bytes_of(t->kind), t->kind, d, base);
+    load((const char *)t->base + place_of(t, b) * t->base_stride * bytes_of(t->kind), t->kind, d, base);
     memcpy(rounded, held, sizeof(double) * d);
     for (i64 j = 0; j < d; j++) held[j] = (held[j] - base[j]) / t->scale;
     store(held, t->kind, d, result);
-    if (t->scale != 1) {
-        double scale = t->kind == FLOAT64 ? t->scale : (float)t->scale;
-        for (i64 j = 0; j < d; j++) held[j] *= scale;
-        store(held, t->kind, d, result);
-    }
-    for (i64 j = 0; j < d; j++) held[j] += base[j];
-    store(held, t->kind, d, result);
-    store(rounded, t->kind, d, result);
+    /* In a stream it is what is written that stays there. */
+    char *memory = t->within ? (char *)(space + d) : result;
+    add_base(t, d, held, base, memory);
+    if (!t->within) store(rounded, t->kind, d, result);
 }
 
 /* Whether what is read afterwards keeps the promise; else, if asking again may help, how much higher
@@ -683,9 +702,18 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *a
 /* Rows from b on in float64: where they are, or copied into space; the last stands for missing ones. */
 static void load_block(const Shared *s, const Task *t, i64 b, i64 count, double *space, double **x) {
     for (i64 i = 0; i < BLOCK; i++) {
-        char *from = (char *)t->x + (b + i) * t->stride * bytes_of(t->kind);
-        x[i] = i >= count ? x[count - 1] : t->kind == FLOAT64 ? (double *)from : space + i * s->width;
-        if (i < count && t->kind != FLOAT64) load(from, t->kind, s->width, x[i]);
+        if (i >= count) {
+            x[i] = x[count - 1];
+            continue;
+        }
+        i64 bytes = bytes_of(t->kind), place = place_of(t, b + i), d = s->width, sum = t->within && t->base;
+        char *from = (char *)t->x + place * t->stride * bytes;
+        x[i] = t->kind == FLOAT64 && !sum ? (double *)from : space + i * d;
+        if (x[i] != (double *)from) load(from, t->kind, d, x[i]);
+        if (!sum) continue;
+        double *base = space + (BLOCK + i) * d;
+        load((const char *)t->base + place * t->base_stride * bytes, t->kind, d, base);
+        add_base(t, d, x[i], base, (char *)t->result + place * d * bytes);
     }
 }
 
@@ -700,8 +728,8 @@ static void read_rows(const Shared *s, const Task *t, double *space, i64 b, i64 
 /* Leave a row as it is, bit for bit. */
 static void keep(const Shared *s, const Task *t, i64 b) {
     i64 bytes = bytes_of(t->kind);
-    const char *from = (const char *)t->x + b * t->stride * bytes;
-    memcpy((char *)t->result + b * s->width * bytes, from, s->width * bytes);
+    const char *from = (const char *)t->x + place_of(t, b) * t->stride * bytes;
+    memcpy((char *)t->result + place_of(t, b) * s->width * bytes, from, s->width * bytes);
 }
 
 /* Edit a block of rows from b on; 0 without memory. Says where one is invalid, and the slots needed. */
@@ -715,7 +743,7 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
     read_block(s, x, before);
     for (i64 i = 0; i < count; i++) {
         int verdict;
-        held[i] = direct ? (double *)t->result + (b + i) * d : space + (BLOCK + i) * d;
+        held[i] = direct ? (double *)t->result + place_of(t, b + i) * d : space + (BLOCK + i) * d;
         size[i] = norm_of(x[i], NULL, d);
         i64 needs = solve_one(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
         if (!needs) return 0;
@@ -827,4 +855,45 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
         invalid |= parts[i].invalid;
     }
     return task->x && task->numbers ? 2 * slots + invalid : slots;
+}
+
+/* Edit rows of a stream within a model, put them in place and record them: how many were moved. -1
+ * without memory, -2 where a target or row is out of range, -3 where the probe has changed, and -4
+ * where a row is to raise or be skipped; then nothing is recorded. */
+i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
+    Task task = *given;
+    i64 count = task.count, moved = 0;
+    if (memcmp(task.weight, task.known_weight, task.weight_bytes)) return -3;
+    if (memcmp(task.bias, task.known_bias, task.bias_bytes)) return -3;
+    for (i64 b = 0; b < count; b++)
+        if (place_of(&task, b) < 0 || place_of(&task, b) >= task.all) return -2;
+    double *numbers = malloc(sizeof(double) * (count * (6 + shared->m) + 1));
+    i64 *status = malloc(sizeof(i64) * (count + 1));
+    if (numbers && status) {
+        task.numbers = numbers;
+        task.floor = numbers + 3 * count;
+        task.multipliers = numbers + 6 * count;
+        task.status = status;
+        i64 outcome = lrqp_solve(shared, &task, threads);
+        moved = outcome < 0 ? outcome : 0;
+        for (i64 b = 0; moved >= 0 && b < count; b++)
+            moved = status[b] > SOLVED ? -4 : moved + (status[b] == SOLVED);
+        for (i64 b = 0; moved >= 0 && task.record && b < count; b++) {
+            const double *own = numbers + b;
+            double *row = task.record + 9 * b;
+            row[0] = own[4 * count];
+            row[1] = own[5 * count];
+            row[2] = own[3 * count];
+            row[3] = sqrt(larger(own[count], 0));
+            row[4] = sqrt(larger(own[2 * count], 0));
+            row[5] = own[0];
+            row[6] = status[b];
+            row[7] = task.numbered ? task.numbered[b] : task.first + b;
+            row[8] = task.pass;
+        }
+    } else
+        moved = -1;
+    free(numbers);
+    free(status);
+    return moved;
 }

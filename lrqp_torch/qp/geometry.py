@@ -383,6 +383,10 @@ class Trace:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def holds(self) -> bool:
+        """Whether no change of its tensors has left a trace since."""
+        return Trace(self.device, *self.tensors).marks == self.marks
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is of copies.
         return Trace, (self.device,)

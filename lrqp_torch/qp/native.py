@@ -99,6 +99,11 @@ class Task(ctypes.Structure):
         *((name, _number) for name in ("kind", "stride", "base_stride")),
         *((name, ctypes.c_double) for name in ("epsilon", "advance", "tolerance")),
         ("rounds", _number),
+        *((name, _number) for name in ("within", "all")),
+        *((name, _address) for name in ("place", "record", "numbered")),
+        *((name, _number) for name in ("first", "forward_pass")),
+        *((name, _address) for name in ("weight", "bias", "known_weight", "known_bias")),
+        *((name, _number) for name in ("weight_bytes", "bias_bytes")),
     )
 
 
@@ -120,8 +125,8 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    loaded.lrqp_solve.restype = _number
-    loaded.lrqp_solve.argtypes = (_address, _address, _number)
+    for function in (loaded.lrqp_solve, loaded.lrqp_edit_stream):
+        function.restype, function.argtypes = _number, (_address, _address, _number)
     return loaded
 
 
@@ -167,16 +172,29 @@ def solve(shared: Shared, task: Task) -> int:
     Raises:
         MemoryError: there is none for a problem's active set.
     """
+    return _call("lrqp_solve", shared, task)
+
+
+def edit_stream(shared: Shared, task: Task) -> int:
+    """Edit rows of a stream: how many were moved, or below 0 where nothing was done; see dual.c.
+
+    Raises:
+        MemoryError: as :func:`solve`.
+    """
+    return _call("lrqp_edit_stream", shared, task)
+
+
+def _call(name: str, shared: Shared, task: Task) -> int:
     loaded = library()
     assert loaded is not None
     threads = 1
     if task.count > 1:
         numbers = task.count * (shared.m * shared.m + shared.rows * shared.width)
         threads = min(torch.get_num_threads(), numbers // THREAD_NUMBERS)
-    slots: int = loaded.lrqp_solve(ctypes.byref(shared), ctypes.byref(task), threads)
-    if slots == -1:
+    outcome: int = getattr(loaded, name)(ctypes.byref(shared), ctypes.byref(task), threads)
+    if outcome == -1:
         raise MemoryError("no memory for the active sets of a batch")
-    return slots
+    return outcome
 
 
 def read(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lrqp_torch.errors import (
     readable,
     require_concrete,
 )
-from lrqp_torch.qp import direct, fused
+from lrqp_torch.qp import direct, fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import displaced, valued
@@ -195,6 +195,12 @@ class MahalanobisQP(nn.Module):
             and geometry.squared.device == x.device
             and (realise is None or fused.places(realise))
         )
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether our solver solves it, in one call where there is a compiler."""
+        own = type(self) is MahalanobisQP and type(self.solver) is ActiveSet
+        return own and native.library() is not None
 
     def _route(
         self,

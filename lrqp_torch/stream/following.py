@@ -75,13 +75,20 @@ class Rows:
 
     def gather(self, stream: Tensor) -> Tensor:
         """Their activations, (N, d), in a stream (B, T, d); of all tokens a view."""
-        if self.whole:
-            return stream.flatten(0, 1)
-        columns = stream.shape[1]
+        rows = stream.flatten(0, 1)
+        return rows if self.whole else rows.index_select(0, self.flat(stream.shape[1]))
+
+    def flat(self, columns: int) -> Tensor:
+        """Which rows of (B · T, d) they are in streams of so many columns T, (N,)."""
         if self._flat[0] != columns:
             with outside_transforms(), torch.inference_mode(False):
                 self._flat = columns, self.example * columns + self.column
-        return stream.flatten(0, 1).index_select(0, self._flat[1])
+        return self._flat[1]
+
+    @property
+    def numbers(self) -> Tensor | int:
+        """:attr:`index`, or the first of consecutive ones."""
+        return self._index if isinstance(self._index, Tensor) else self._index.start
 
     def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
         """The stream in the dtype of the values, with these, (N, d), in their places."""

@@ -16,6 +16,9 @@ from lrqp_torch.errors import (
     NonFiniteError,
     TargetError,
 )
+from lrqp_torch.qp import native
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
 PROMPTS = Prompts.random([7, 4, 9, 6])
 TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
@@ -301,6 +304,110 @@ def test_a_class_that_does_not_exist_is_found_before_anything_runs() -> None:
             edit.on("L1.mid", positions=AT, **wrong)
 
 
+def by_operations(patch: pytest.MonkeyPatch) -> None:
+    """Let hooks edit by the operations that a pass takes where there is no compiler."""
+    patch.setattr(lrqp.LRQP, "line", lambda edit, known: None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("site", ["L1.pre", "L1.mid"])
+@pytest.mark.parametrize("n_classes", [2, 5])
+@torch.no_grad()
+def test_one_call_a_pass_writes_what_the_operations_write_bit_for_bit(
+    dtype: torch.dtype, site: str, n_classes: int
+) -> None:
+    model, inputs = build("gpt2", dtype=dtype), PROMPTS.padded("right")
+    edit = edit_of(model, site, n_classes, log_odds=1.0)
+    found = []
+    for operations in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            by_operations(patch) if operations else None
+            for positions, source in (([3, 2, 5, 1], None), ("all", 1)):
+                with edit.at(model, site, positions=positions, target=0, source=source) as run:
+                    logits = model(**inputs).logits
+                assert (run._line is None) == operations
+                record = [getattr(run, name) for name in RECORDED]
+                found.append((logits, run.example, run.token, *record))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(one[0], other[0])
+        torch.testing.assert_close(one[1:], other[1:], rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_changes_between_two_passes_is_seen() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    edit = edit_of(model, "L1.pre", 2)
+    mask = inputs["attention_mask"]
+
+    def halve(tensor: Tensor) -> None:
+        tensor.data = tensor.data / 2
+
+    changes = {
+        "nothing": lambda: None,
+        "weights in place": lambda: edit.probe.weight.mul_(1.5),
+        "weights through .data": lambda: edit.probe.weight.data.mul_(1.5),
+        "other weights": lambda: halve(edit.probe.weight),
+        "bias": lambda: edit.probe.bias.add_(0.5),
+        "a parameter of its own": lambda: setattr(
+            edit.probe, "weight", nn.Parameter(-edit.probe.weight, requires_grad=False)
+        ),
+        "precision": lambda: edit.probe.double(),
+        "covariance": lambda: edit.metric.covariance.mul_(3),
+        "another covariance": lambda: halve(edit.metric.covariance),
+        "least odds": lambda: edit.log_odds.fill_(4.0),
+        "rule": lambda: setattr(edit, "rule", "fixed"),
+        "the model's precision": lambda: model.double(),
+        "tokens": lambda: inputs["input_ids"].copy_(inputs["input_ids"].flip(0)),
+    }
+    with edit.at(model, "L1.pre", positions=[3, 2, 5, 1], target=1) as run:
+        for name, change in changes.items():
+            change()
+            seen, odds = model(**inputs).logits, run.log_odds_after
+            assert run._line is not None, name
+            with pytest.MonkeyPatch.context() as patch:
+                by_operations(patch)
+                assert torch.equal(model(**inputs).logits, seen), name
+            torch.testing.assert_close(run.log_odds_after, odds, rtol=1e-12, atol=1e-12)
+            assert bool((odds >= run.floor).all()), name
+        mask[1, 2:] = 0
+        with pytest.raises(lrqp.errors.PositionError, match="padding"):
+            model(**inputs)
+
+
+@needs_compiler
+def test_a_step_of_training_between_two_passes_goes_by_operations_and_back() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    edit = edit_of(model, "L1.pre", 2)
+    with edit.at(model, "L1.pre", positions=[3, 2, 5, 1], target=1) as run:
+        for _ in range(2):
+            with torch.no_grad():
+                held = model(**inputs).logits
+            trained = model(**inputs).logits
+            torch.testing.assert_close(trained, held)
+            trained.square().mean().backward()
+            with torch.no_grad():
+                for part in model.parameters():
+                    part.sub_(0.01 * part.grad)
+        assert [len(step) for step in run.steps] == [4, 4, 4, 4]
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_is_to_raise_or_be_skipped_is_so_with_one_call_too() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    edit = with_unreachable_class(model, "L1.pre")
+    with edit.at(model, "L1.pre", positions=[3, 2, 5, 1], target=0) as run:
+        model(**inputs)
+        assert run._line is not None
+    with (
+        pytest.raises(InfeasibleError, match="4 examples"),
+        edit.at(model, "L1.pre", positions=[3, 2, 5, 1], target=2),
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("record", [True, False])
 def test_keeping_a_step_waits_for_no_device(record: bool) -> None:
     """Nothing whose size or course depends on values, for which a GPU would have to stop."""
@@ -359,6 +466,7 @@ def test_hooks_wait_for_no_device(positions: Any, monkeypatch: pytest.MonkeyPatc
                 for module in (lrqp.stream.intervene, lrqp.stream.following, lrqp.edits.lrqp):
                     monkeypatch.setattr(module, "readable", lambda tensor: False)
                 monkeypatch.setattr(edit, "edit_rows", solved)
+                by_operations(monkeypatch)
                 monkeypatch.setattr(lrqp.stream.watch._Added, "__call__", guarded)
             logits = (
                 model(**given).logits
