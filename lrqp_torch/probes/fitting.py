@@ -294,13 +294,17 @@ def _fit_stack(
     for site, keys in enumerate(group):
         x = problems[keys[0]].x.double()
         mean = x.mean(0)
-        centred = x - mean
-        scale = centred.square().mean(0).sqrt() if options.standardise else torch.ones_like(mean)
-        # A coordinate that varies by rounding alone is not blown up.
-        scale = torch.where(scale > ROUNDING * mean.abs(), scale, 1.0)
-        centred = centred / scale
-        basis = torch.linalg.qr(centred.T).Q if size < x.shape[1] else None
-        features[site, :, :size] = centred if basis is None else centred @ basis
+        reduced = size < x.shape[1]
+        centred = torch.sub(x, mean, out=None if reduced else features[site, :, :size])
+        scale = torch.ones_like(mean)
+        if options.standardise:
+            spread = torch.linalg.vector_norm(centred, dim=0) / n**0.5
+            # A coordinate that varies by rounding alone is not blown up.
+            scale = torch.where(spread > ROUNDING * mean.abs(), spread, 1.0)
+            centred /= scale
+        basis = torch.linalg.qr(centred.T).Q if reduced else None
+        if basis is not None:
+            features[site, :, :size] = centred @ basis
         means.append(mean)
         scales.append(scale)
         bases.append(basis)

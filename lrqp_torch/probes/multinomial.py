@@ -10,14 +10,21 @@ the row of class 1 stands for both. Otherwise C = K.
 
 The minimum is found by a Newton–conjugate-gradient method. Each Newton step solves H s = −∇ by
 conjugate gradients to a tolerance that tightens with the gradient (Nocedal and Wright 2006,
-algorithm 7.1). The preconditioner is the Hessian of the average class as it was some steps ago: its
-factor, by far the dearest thing here, is renewed only for problems whose conjugate gradients have
-become long. At W = 0 all label sets share it.
+algorithm 7.1). The preconditioner is the Hessian of the
+average class as it was some steps ago: its factor, by far the dearest thing here, is made, and
+made anew, only for problems whose conjugate gradients have cost as much as it does. Until there is
+one, the spread of each feature takes its place; where it costs little, there is one from the
+start, which at W = 0 all label sets share.
+
+Loss and gradient are in float64. In memory on a CPU the products with the Hessian and the factor,
+which decide how fast and never where the search ends, are in float32, on features in units of their
+spread; what does not converge so goes on in float64.
 
 All problems of a stack move together, each with its own step length and its own end. On a GPU the
 host waits for the device a few times in a Newton step, never once for every conjugate gradient.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Final
@@ -33,9 +40,20 @@ ALONE: Final = Ranks()
 
 MAX_CG_STEPS = 500
 ARMIJO = 1e-4
+ENOUGH = 0.3
+"""What share of the goal a Newton step leaves by its conjugate gradients."""
 SHORTEST_STEP = 1e-10
 PATIENCE = 8
-"""Products with the Hessian before a factor is renewed; anything from 4 to 20 measures alike."""
+"""Products with the Hessian before a factor is renewed, where both are in float64; anything from 4
+to 20 measures alike."""
+FROM_THE_START = 16
+"""Products that a factor may cost to be made before it is known whether it is needed."""
+LONG = 2**18
+"""Numbers in a matrix of features from which on reading it costs more than calling."""
+CACHED = 2**22
+"""Numbers in float32 that a processor's cache holds, about."""
+NARROW_STEPS = 30
+"""Newton steps with products in float32; most searches take 10 to 20 in all."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +64,17 @@ class Block:
     targets: Tensor  # 1 where an example is of a class, else 0, (S, L, C, m), float64
     # Of the examples, (S, L, 1, m), float64; None if each counts once.
     weights: Tensor | None = None
+    # The features over their spread, for products with the Hessian, (S, m, p), float32.
+    narrow: Tensor | None = None
 
     def weighed(self, values: Tensor) -> Tensor:
         """Values of the examples, (S, L, C, m), times their weights."""
-        return values if self.weights is None else values * self.weights
+        return values if self.weights is None else values * self.weights.to(values.dtype)
 
     def keep(self, sites: Tensor) -> "Block":
         """The examples of some of the sites."""
-        weights = None if self.weights is None else self.weights[sites]
-        return Block(self.features[sites], self.targets[sites], weights)
+        optional = (part if part is None else part[sites] for part in (self.weights, self.narrow))
+        return Block(self.features[sites], self.targets[sites], *optional)
 
 
 @dataclass(frozen=True)
@@ -127,13 +147,45 @@ class MultinomialLoss:
         # The penalty belongs into the sum over ranks once.
         self.l2 = l2 if ranks.is_main else 0.0
         self._penalty: Tensor | None = None
+        self._spread: Tensor | None = None
+        self.narrow = False
 
     def keep(self, sites: Tensor) -> "MultinomialLoss":
         """The problems of some of the sites."""
-        blocks = [block.keep(sites) for block in self.blocks]
-        return MultinomialLoss(
-            blocks, total=self.total, l2=self.l2, in_memory=self.in_memory, ranks=self.ranks
-        )
+        kept = copy.copy(self)
+        kept.blocks = [block.keep(sites) for block in self.blocks]
+        kept._spread = None if self._spread is None else self._spread[sites]
+        return kept
+
+    def widen(self) -> None:
+        """Compute all products in float64 from now on."""
+        self.blocks = [replace(block, narrow=None) for block in self.blocks]
+        self.narrow = False
+
+    def measure(self, point: Evaluation) -> tuple[Tensor, Tensor]:
+        """Mean squares of the features, (S, 1, 1, p), and the rounding error of the gradient.
+
+        The latter is that of its terms, which may cancel, (S, L): over examples, by Cauchy's
+        inequality. From here on products are in float32 where that is faster.
+        """
+        squares = point.gradient.new_zeros(point.gradient.shape[0], 1, 1, point.gradient.shape[3])
+        terms = torch.zeros_like(point.loss)
+        for block, probability in self._examples(point):
+            ones = torch.ones_like(block.targets[:, :1, :1])
+            squares = squares + ones @ block.features.square().unsqueeze(1)
+            terms = terms + block.weighed(probability - block.targets).square().sum((2, 3))
+        squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
+        size = (_copies(point.gradient) * terms * squares.sum((2, 3)) / self.total).sqrt()
+        highest = torch.get_float32_matmul_precision() == "highest"
+        long = point.gradient.shape[3] * self.total > LONG
+        if self.in_memory and highest and long and not squares.is_cuda:
+            self._spread = torch.where(squares > 0, squares, 1.0).sqrt()
+            unit = self._spread.squeeze(1)
+            self.blocks = [
+                replace(block, narrow=(block.features / unit).float()) for block in self.blocks
+            ]
+            self.narrow = True
+        return squares, 8 * torch.finfo(size.dtype).eps * size
 
     def evaluate(self, parameters: Tensor) -> Evaluation:
         """Loss and gradient, in one pass over the blocks."""
@@ -161,15 +213,22 @@ class MultinomialLoss:
 
     def hessian(self, point: Evaluation, direction: Tensor) -> Tensor:
         """The Hessian times a direction, (S, L, C, p)."""
-        product = self._penalise(direction)
+        penalised = product = self._penalise(direction)
+        spread = self._spread if self.narrow else None
+        if spread is not None:
+            direction = (direction * spread).float()
+            product = torch.zeros_like(direction)
         for block, probability in self._examples(point):
-            change = _times(direction, block.features)
+            features, probability = self._read(block, probability)
+            change = _times(direction, features)
             if direction.shape[2] == 1:
                 change = 2 * probability * (1 - probability) * change
             else:
                 mean = (probability * change).sum(2, keepdim=True)
                 change = probability * (change - mean)
-            product = self._add(product, block.weighed(change), block.features)
+            product = self._add(product, block.weighed(change), features)
+        if spread is not None:
+            product = penalised + product.double() * spread
         return self.ranks.total(product)
 
     def average_hessian(self, point: Evaluation, problems: list[tuple[int, int]]) -> Tensor:
@@ -177,34 +236,72 @@ class MultinomialLoss:
 
         H̄ = (1/n) Σ_i ω_i c_i x_i x_iᵀ + l2 I,  c_i = Σ_k p_ik (1 − p_ik) / (K − 1)
 
+        in units of the features' spread where products are in float32.
+
         It is the Hessian itself for K = 2, and for any K where all classes are equally likely.
         """
         width = point.parameters.shape[3]
-        whole = point.parameters.new_zeros(len(problems), width, width)
+        dtype = torch.float32 if self.narrow else torch.float64
+        whole = point.parameters.new_zeros(len(problems), width, width, dtype=dtype)
         for block, probability in self._examples(point):
+            examples, probability = self._read(block, probability)
             for index, (site, label_set) in enumerate(problems):
                 p = probability[site, label_set]
                 spread = (p * (1 - p)).sum(0)
                 curvature = 2 * spread if len(p) == 1 else spread / (len(p) - 1)
                 if block.weights is not None:
-                    curvature = curvature * block.weights[site, label_set, 0]
-                features = block.features[site]
+                    curvature = curvature * block.weights[site, label_set, 0].to(dtype)
+                features = examples[site]
                 whole[index] += (features * curvature.unsqueeze(1)).T @ features
         whole /= self.total
-        whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2)
-        return self.ranks.total(whole)
+        if self._spread is None:
+            whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2)
+            return self.ranks.total(whole)
+        unit = self._spread[[site for site, _ in problems], 0, 0]
+        if not self.narrow:
+            whole /= unit.unsqueeze(2) * unit.unsqueeze(1)
+        whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2 / unit[:, :-1].square())
+        return whole
 
-    def rounding(self, point: Evaluation) -> Tensor:
-        """Rounding error of the gradient's norm: that of its terms, which may cancel, (S, L).
+    def precondition(self, factor: Tensor, rows: Tensor) -> Tensor:
+        """Rows (S, L, C, p) times the inverse of :meth:`average_hessian`, by its factor.
 
-        Over many ranks at most √(their number) times that of one.
+        Args:
+            factor: L⁻¹ of it, (S, L, p, p), or a diagonal inverse, (S, L, 1, p).
+            rows: of a gradient.
         """
-        terms = torch.zeros_like(point.gradient)
-        for block, probability in self._examples(point):
-            residual = block.weighed((probability - block.targets).abs())
-            terms = self._add(terms, residual, block.features.abs())
-        size = _copies(terms) ** 0.5 * _norm(terms)
-        return self.ranks.total(8 * torch.finfo(terms.dtype).eps * size)
+        if factor.shape[2] == 1:
+            return rows * factor
+        if self._spread is None:
+            return (rows @ factor.mT) @ factor
+        scaled = (rows / self._spread).to(factor.dtype)
+        return ((scaled @ factor.mT) @ factor).double() / self._spread
+
+    def curvature(self, squares: Tensor) -> Tensor:
+        """A diagonal Hessian, of whose likelihood these are the entries, (S, 1, 1, p)."""
+        return squares + self._penalise(torch.ones_like(squares))
+
+    def as_factor(self, inverse: Tensor) -> Tensor:
+        """A diagonal inverse, (S, L, 1, p), in the form of a factor."""
+        assert self._spread is not None
+        return (inverse.sqrt() * self._spread).float().squeeze(2).diag_embed()
+
+    def patience(self, rows: Tensor) -> float:
+        """Products with the Hessian, of rows (S, L, C, p), that cost what a factor does."""
+        if not self.narrow:
+            return PATIENCE
+        count, width = rows.shape[2:]
+        n = sum(block.features.shape[1] for block in self.blocks)
+        # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
+        # ones, with ten a half; beyond the processor's cache, half of that.
+        speed = (count + 1) / (count + 11) / (2 if n * width > CACHED else 1)
+        return width * (1 + width / (2 * n)) / (2 * count) * speed
+
+    def _read(self, block: Block, probability: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and probabilities as products with the Hessian read them."""
+        if block.narrow is None:
+            return block.features, probability
+        return block.narrow, probability.float()
 
     def _penalise(self, parameters: Tensor) -> Tensor:
         """Gradient of the penalty, which leaves the bias out."""
@@ -300,11 +397,12 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
         max_iterations: stop after as many Newton steps.
     """
     state = _begin(loss, zero, tolerance)
+    patience = loss.patience(zero)
     finished: list[tuple[Tensor, Minimum]] = []
     while True:
         running = (state.point.size > state.goal) & ~state.stuck
         running &= state.iterations < max_iterations
-        stale = running & (state.spent > PATIENCE)
+        stale = running & (state.spent > patience)
         open_sites, renew = _to_host(running.any(1), stale)
         if 2 * int(open_sites.sum()) <= len(open_sites):
             done = (~open_sites).nonzero().flatten().to(zero.device)
@@ -316,6 +414,9 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             renew = renew[open_sites]
         state = _renew(loss, state, [(s, k) for s, k in renew.nonzero().tolist()])
         state = _advance(loss, state, running)
+        if loss.narrow and bool((state.stuck | (state.iterations == NARROW_STEPS)).any()):
+            loss.widen()
+            state = replace(state, stuck=torch.zeros_like(state.stuck))
     order = torch.cat([sites for sites, _ in finished]).argsort()
     whole = {}
     for field in fields(Minimum):
@@ -328,10 +429,14 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
     point = loss.evaluate(zero)
     # Activations that say nothing about the labels have a gradient of rounding errors at zero,
     # which no step makes smaller; they are at their optimum there.
-    rounding = loss.rounding(point)
-    sites, label_sets = zero.shape[:2]
+    squares, rounding = loss.measure(point)
+    sites, label_sets, rows = zero.shape[:3]
     # With all classes equally likely the curvature does not depend on the labels.
-    shared = _factor(loss.average_hessian(point, [(site, 0) for site in range(sites)]))
+    if loss.patience(zero) > FROM_THE_START:
+        factor = 1 / loss.curvature(squares / max(2, rows))
+    else:
+        every = [(site, 0) for site in range(sites)]
+        factor = _factor(loss.average_hessian(point, every)).unsqueeze(1)
     return _State(
         site=torch.arange(sites, device=zero.device),
         point=point,
@@ -340,7 +445,7 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
         goal=torch.maximum(tolerance * point.size, rounding),
         iterations=torch.zeros_like(point.loss, dtype=torch.long),
         stuck=torch.zeros_like(point.loss, dtype=torch.bool),
-        factor=shared.unsqueeze(1).repeat(1, label_sets, 1, 1),
+        factor=factor.repeat(1, label_sets, 1, 1),
         spent=torch.zeros_like(point.loss, dtype=torch.long),
     )
 
@@ -387,10 +492,13 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     """−H⁻¹ ∇ by preconditioned conjugate gradients, and the products that it took, (S, L)."""
     point = state.point
     target = (point.size / state.start).sqrt().clamp_max(0.1)
+    if loss.narrow:
+        # What the goal does not ask for would be computed in vain.
+        target = torch.maximum(target, ENOUGH * state.goal / point.size)
     residual = -point.gradient
     target = target * _norm(residual)
     step = torch.zeros_like(residual)
-    solved = _precondition(state.factor, residual)
+    solved = loss.precondition(state.factor, residual)
     direction, product = solved, _dot(residual, solved)
     spent = torch.zeros_like(running, dtype=torch.long)
     for number in range(MAX_CG_STEPS):
@@ -406,10 +514,13 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
         length = torch.where(running, product / curvature, 0.0)[..., None, None]
         step = torch.addcmul(step, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
-        solved = _precondition(state.factor, residual)
+        solved = loss.precondition(state.factor, residual)
         before, product = product, _dot(residual, solved)
         ratio = torch.where(running, product / before, 0.0)[..., None, None]
         direction = torch.addcmul(solved, ratio, direction)
+    if loss.narrow and step.shape[2] > 1:
+        # A shift of all classes is nothing but rounding.
+        step = step - step.mean(2, keepdim=True)
     return step, spent
 
 
@@ -419,9 +530,11 @@ def _renew(loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]]) -
         return state
     where = tuple(torch.tensor(stale, device=state.spent.device).T)
     factor, spent = state.factor, state.spent.clone()
-    factor[where] = _factor(loss.average_hessian(state.point, stale))
+    if factor.shape[2] == 1:
+        factor = loss.as_factor(factor)
+    factor[where] = _factor(loss.average_hessian(state.point, stale)).to(factor.dtype)
     spent[where] = 0
-    return replace(state, spent=spent)
+    return replace(state, factor=factor, spent=spent)
 
 
 def _factor(matrices: Tensor) -> Tensor:
@@ -430,7 +543,8 @@ def _factor(matrices: Tensor) -> Tensor:
     L⁻ᵀ L⁻¹ is positive definite whatever the rounding, as a preconditioner must be.
     """
     diagonal = matrices.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-12 * diagonal.amax(1, keepdim=True))
+    ridge = 1e-12 if matrices.dtype == torch.float64 else 1e-6
+    diagonal.add_(ridge * diagonal.amax(1, keepdim=True))
     factor, failed = torch.linalg.cholesky_ex(matrices)
     scale = diagonal.clamp_min(1e-300).sqrt().diag_embed()
     factor = torch.where((failed > 0)[:, None, None], scale, factor)
@@ -438,10 +552,6 @@ def _factor(matrices: Tensor) -> Tensor:
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     # Triangular solves return columns in memory order; products are faster with rows.
     return inverse.contiguous()
-
-
-def _precondition(factor: Tensor, rows: Tensor) -> Tensor:
-    return (rows @ factor.mT) @ factor
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lrqp_torch.errors import (
     TargetError,
     WidthError,
 )
+from lrqp_torch.probes import multinomial
 
 
 def samples(
@@ -334,3 +335,28 @@ def test_bad_use_is_named() -> None:
         probe.log_odds(x, torch.zeros(5))
     with pytest.raises(TargetError, match=r"\(5,\).*\(4,\)"):
         probe.log_odds(x, torch.zeros(4).long())
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_products_in_float32_end_at_the_same_optimum(
+    monkeypatch: pytest.MonkeyPatch, n_classes: int
+) -> None:
+    """Large fits compute products with the Hessian in float32; what they reach is float64's."""
+    generator = torch.Generator().manual_seed(3)
+    y = torch.arange(1200) % n_classes
+    x = torch.randn(1200, 240, generator=generator, dtype=torch.float64)
+    x[:, :n_classes] += torch.nn.functional.one_hot(y, n_classes)
+    x[:, 7] *= 1e4
+    x[:, 9] *= 1e-4
+    narrow = LinearProbe.fit(x, y)
+    # One whose float32 products lead nowhere goes on in float64.
+    monkeypatch.setattr(multinomial, "NARROW_STEPS", 2)
+    widened = LinearProbe.fit(x, y)
+    monkeypatch.setattr(multinomial, "LONG", float("inf"))
+    wide = LinearProbe.fit(x, y)
+    assert wide.report is not None
+    for probe in (narrow, widened):
+        assert probe.report is not None
+        assert probe.report.relative_gradient_norm <= 1e-8
+        assert probe.report.loss == pytest.approx(wide.report.loss, rel=1e-11)
+        assert torch.allclose(probe(x), wide(x), rtol=0, atol=1e-4)
