@@ -2,6 +2,7 @@
 
 Activations have the falling spectrum and the one outsized dimension of a residual stream; at one
 third of the sites the classes overlap, at one third they nearly separate, at one third they do.
+Then :meth:`Covariance.update` against the product that it cannot avoid, by batch and width.
 """
 
 from argparse import Namespace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, medians, parse_arguments, report
-from lrqp_torch import LinearProbe
+from lrqp_torch import Covariance, LinearProbe
 
 LBFGS_STEPS, PEER_SITES = 500, 2
 
@@ -111,11 +112,34 @@ def measure(count: int, n: int, width: int, arguments: Namespace) -> list[Row]:
     ]
 
 
+def accumulating(batch: int, width: int, arguments: Namespace) -> Row:
+    """Adding a batch of float32 activations to a covariance, and its bare product in float64."""
+    x = torch.randn(batch, width, device=arguments.device)
+    wide, second = x.double(), torch.zeros(width, width, dtype=torch.float64, device=x.device)
+    found = Covariance(width, x.device).update(x)
+    ways = {
+        "bare": lambda: second.addmm_(wide.T, wide),
+        "update": lambda: found.update(x),
+    }
+    seconds = medians(ways, arguments.repeats, arguments.device, seconds=1.0)
+    return {
+        "width": width,
+        "batch": batch,
+        "addmm_, ms": 1e3 * seconds["bare"],
+        "update, ms": 1e3 * seconds["update"],
+        "update over addmm_": seconds["update"] / seconds["bare"],
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(__doc__ or "", argv)
     counts, n, width = ((1, 4), 500, 128) if arguments.small else ((1, 8, 24), 3000, 768)
     rows = [row for count in counts for row in measure(count, n, width, arguments)]
     report(f"Fitting probes to {n} x {width}, K = 2", rows, arguments)
+    widths = (576,) if arguments.small else (576, 2048, 4096)
+    batches = (1, 16, 64, 1024)
+    rows = [accumulating(batch, width, arguments) for width in widths for batch in batches]
+    report("Adding activations to a covariance", rows, arguments)
 
 
 if __name__ == "__main__":

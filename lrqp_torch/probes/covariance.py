@@ -23,6 +23,9 @@ from lrqp_torch.probes.keeping import class_differences, conditional_covariance,
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
 
+MOMENTS = ("mean", "second", "third", "fourth")
+# Which share of all squares may come from the distance of the mean to where moments are about.
+FAR = 0.75
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
 
@@ -225,9 +228,11 @@ class Covariance:
 
         n,  μ,  Σ y yᵀ,  Σ ‖y‖² y,  Σ ‖y‖⁴      with y = x − μ
 
-    The last two are what Ledoit and Wolf's shrinkage needs. Batches are merged by the shift
-    formulas of these moments (Chan, Golub and LeVeque 1983 for the second), so the result does not
-    depend on how the data were split, up to rounding.
+    The last two are what Ledoit and Wolf's shrinkage needs. Batches are added about the mean of
+    those before the last shift, in place, which costs one product each; when the mean has gone far
+    from there, and when anybody looks, all is shifted to it by the formulas of these moments (Chan,
+    Golub and LeVeque 1983 for the second). So the result does not depend on how the data were
+    split, up to rounding.
 
     Args:
         width: d.
@@ -240,15 +245,19 @@ class Covariance:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.n_samples = 0
-        self.mean = zeros(width)
-        self.second = zeros(width, width)
-        self.third = zeros(width)
-        self.fourth = zeros()
+        self._mean = zeros(width)
+        self._second = zeros(width, width)
+        self._third = zeros(width)
+        self._fourth = zeros()
+        # What was added since the last shift: how many, Σ y, and Σ ‖y‖² of all, about that mean.
+        self._added = 0
+        self._sum = zeros(width)
+        self._squares = zeros()
 
     @property
     def width(self) -> int:
         """The width d of the activations."""
-        return self.mean.shape[0]
+        return self._mean.shape[0]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -264,20 +273,27 @@ class Covariance:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
         if len(x) == 0:
             return self
-        given, x = x, x.to(self.mean)
-        apart = x.mean(0) - self.mean
-        # A finite sum has finite terms; one that is not may have overflowed.
-        if not bool(torch.isfinite(apart.sum())):
-            check_finite(given)
-        moved = self._move(apart, len(x))
-        # About the new mean; what the old one is off by is one row more, so that one product in
-        # place does it all.
-        rows = torch.cat([x - self.mean, moved.unsqueeze(0)])
-        y = rows[:-1]
+        y = x.to(self._mean, copy=True)
+        # Of nothing, another shift costs nothing.
+        about = self._mean if self.n_samples else y[0].clone()
+        y -= about
         squares = torch.linalg.vecdot(y, y)
-        self.second.addmm_(rows.T, rows)
-        self.third += squares @ y
-        self.fourth += squares.square().sum()
+        total, pulled = squares.sum(), y.sum(0)
+        gone = self._sum + pulled
+        n = self.n_samples + len(y)
+        # A finite sum has finite terms; one that is not may have overflowed.
+        finite, share = torch.stack(
+            [total, gone.square().sum() / n / (self._squares + total)]
+        ).cpu()
+        if not bool(finite.isfinite()):
+            check_finite(x)
+        self._second.addmm_(y.T, y)
+        self._third += squares @ y
+        self._fourth += squares.square().sum()
+        self._mean, self._sum, self._squares = about, gone, self._squares + total
+        self.n_samples, self._added = n, self._added + len(y)
+        if float(share) > FAR and self._added > 1:
+            self._settle()
         return self
 
     @torch.inference_mode(False)
@@ -288,41 +304,78 @@ class Covariance:
             raise WidthError(f"cannot merge widths {self.width} and {other.width}")
         if other.n_samples == 0:
             return self
-        moved = Covariance(0, device=self.mean.device)
-        moved.n_samples = other.n_samples
-        for name in ("mean", "second", "third", "fourth"):
-            setattr(moved, name, getattr(other, name).to(self.mean, copy=True))
-        apart = moved.mean - self.mean
-        for part, shift, count in ((self, apart, other.n_samples), (moved, -apart, self.n_samples)):
-            row = part._move(shift, count)
-            part.second.addr_(row, row)
-        self.second += moved.second
-        self.third, self.fourth = self.third + moved.third, self.fourth + moved.fourth
+        self._settle()
+        moved = Covariance(0, device=self._mean.device)
+        moved._take(other.n_samples, {name: getattr(other, name) for name in MOMENTS})
+        apart = moved._mean - self._mean
+        counts = self.n_samples, other.n_samples
+        self._move(apart * (counts[1] / sum(counts)), 1.0)
+        moved._move(-apart * (counts[0] / sum(counts)), 1.0)
+        self._second += moved._second
+        self._third, self._fourth = self._third + moved._third, self._fourth + moved._fourth
+        self._squares = self._squares + moved._squares
+        self.n_samples = sum(counts)
         return self
 
-    def _move(self, apart: Tensor, count: int) -> Tensor:
-        """Take up the mean of these and ``count`` more activations, whose mean is ``apart`` away.
+    def _take(self, n_samples: int, moments: dict[str, Tensor]) -> None:
+        """Hold copies of these moments about their mean."""
+        self.n_samples = n_samples
+        for name, value in moments.items():
+            setattr(self, f"_{name}", value.to(self._mean, copy=True))
+        self._sum = torch.zeros_like(self._mean)
+        self._squares = self._second.diagonal().sum()
 
-        All moments but the second are then about that mean, by shifting y to y − δ.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Shift all moments to the mean of what was added."""
+        if self._added:
+            delta, self._added = self._sum / self.n_samples, 0
+            self._sum = torch.zeros_like(self._sum)
+            self._move(delta, -1.0)
 
-        Returns:
-            √n δ, (d,), whose square is to be added to the second moment.
-        """
-        n, total = self.n_samples, self.n_samples + count
-        delta = apart * (count / total)
-        length, pulled = delta.square().sum(), self.second @ delta
-        trace = self.second.diagonal().sum()
-        self.fourth = (
-            self.fourth
-            - 4 * self.third @ delta
+    def _move(self, delta: Tensor, sign: float) -> None:
+        """Shift y to y − δ where Σ y is 0 (sign 1), or, as its mean is δ, becomes so (sign −1)."""
+        n = self.n_samples
+        length, pulled = delta.square().sum(), self._second @ delta
+        trace = self._second.diagonal().sum()
+        # Σ y adds −4 (δᵀ Σ y) ‖δ‖² to the fourth moment, and 2 δ δᵀ Σ y + ‖δ‖² Σ y to the third.
+        odd = 0.0 if sign > 0 else 1.0
+        self._fourth = (
+            self._fourth
+            - 4 * self._third @ delta
             + 4 * delta @ pulled
             + 2 * trace * length
-            + n * length.square()
+            + n * (1 - 4 * odd) * length.square()
         )
-        self.third = self.third - trace * delta - 2 * pulled - n * length * delta
-        self.mean, self.n_samples = self.mean + delta, total
-        row: Tensor = delta * n**0.5
-        return row
+        self._third = self._third - trace * delta - 2 * pulled - n * (1 - 3 * odd) * length * delta
+        self._second.addr_(delta, delta, alpha=sign * n)
+        self._mean = self._mean + delta
+        self._squares = self._second.diagonal().sum()
+
+    @property
+    def mean(self) -> Tensor:
+        """μ, (d,)."""
+        self._settle()
+        return self._mean
+
+    @property
+    def second(self) -> Tensor:
+        """Σ y yᵀ, (d, d)."""
+        self._settle()
+        return self._second
+
+    @property
+    def third(self) -> Tensor:
+        """Σ ‖y‖² y, (d,)."""
+        self._settle()
+        return self._third
+
+    @property
+    def fourth(self) -> Tensor:
+        """Σ ‖y‖⁴, ()."""
+        self._settle()
+        return self._fourth
 
     def over(self, ranks: Ranks) -> "Covariance":
         """The accumulators of all ranks, merged in rank order, with the same bits on every rank.
@@ -338,9 +391,9 @@ class Covariance:
         for rank, (width, n_samples) in enumerate(counts):
             part = self if rank == ranks.rank else Covariance(width, device=device)
             received = Covariance(width, device=device)
-            received.n_samples = n_samples
-            for name in ("mean", "second", "third", "fourth"):
-                setattr(received, name, ranks.send(getattr(part, name), rank))
+            received._take(
+                n_samples, {name: ranks.send(getattr(part, name), rank) for name in MOMENTS}
+            )
             merged.merge(received)
         return merged
 
