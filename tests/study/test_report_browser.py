@@ -281,6 +281,10 @@ def test_a_phone_needs_no_sideways_scrolling(read: Any) -> None:
         assert plot.evaluate("plot => plot._fullLayout.width") == pytest.approx(box["width"], abs=1)
         # A figure that took the finger's movement would trap the page.
         assert plot.evaluate("plot => plot._fullLayout.dragmode") is False
+    histogram = reader.plot("flipping-histogram")
+    edge = histogram.bounding_box()["x"] + histogram.bounding_box()["width"]
+    names = [name.bounding_box() for name in histogram.locator(".annotation-text").all()]
+    assert len(names) == 3 and all(name["x"] + name["width"] <= edge for name in names)
     assert reader.width() == 390
     assert "John went out" in reader.point_at("flipping-answers", trace=1, point=20)
 
