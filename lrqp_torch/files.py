@@ -206,8 +206,14 @@ def from_json(text: str | bytes, what: str, error: type[LRQPError]) -> Any:
             raise ValueError(f"it holds {number[:200]}, which is no finite number")
         return value
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("it names one value twice in an object")
+        return found
+
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite)
+        return json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=once)
     except (ValueError, RecursionError) as caught:
         raise error(f"{what} is not valid JSON ({caught})") from caught
 

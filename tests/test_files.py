@@ -163,6 +163,7 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
         "[1, Infinity]",
         "-Infinity",
         "1e999",
+        '{"a": 1, "a": 2}',
         '{"a": -1e400}',
         "[" * 10**5,
         "1" * 5000,
