@@ -6,10 +6,12 @@ forward pass of the model as it runs it; TransformerLens runs it with eager atte
 """
 
 import gc
+import statistics
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +32,14 @@ from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from lrqp_torch import LRQP, Intervention, capture, intervene
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.models import load
-from lrqp_torch.stream import intervene as intervention
-from lrqp_torch.stream.passes import Texts
+from lrqp_torch.stream import watch
 from lrqp_torch.stream.sites import blocks_of
 
 BARE = "bare forward pass"
 TRAIN = 256
 MODELS = ("gpt2-shape", "smollm2")
+PASSES = 25
+"""So many passes are timed for what hooks cost."""
 MOST_FOR_PEERS = 16
 """Larger batches are timed without other libraries: their passes take long and show no more."""
 
@@ -118,26 +121,26 @@ def measure(
         logits: Tensor = model(input_ids=tokens).logits
         return logits
 
-    def added() -> Tensor:
-        with intervene(model, [Intervention(site, column, lambda x, context: x + direction)]):
+    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "lrqp_torch, addition": lambda: intervene(
+            model, Intervention(site, column, lambda x, context: x + direction)
+        ),
+        "lrqp_torch, LRQP": lambda: edit.at(model, site, positions=positions, target=target),
+    }
+
+    def within(what: str) -> Tensor:
+        with contexts[what]():
             return bare()
 
-    def lrqp() -> Tensor:
-        with edit.at(model, site, positions=positions, target=target):
-            return bare()
-
-    reference = added()
+    reference = within("lrqp_torch, addition")
     if torch.equal(reference, bare()):
         raise AssertionError(f"the addition at {site} changed no logit")
-    runs: dict[str, Callable[[], Tensor]] = {
-        BARE: bare,
-        "lrqp_torch, addition": added,
-        "lrqp_torch, LRQP": lrqp,
-    }
+    runs: dict[str, Callable[[], Tensor]] = {BARE: bare}
+    runs |= {what: partial(within, what) for what in contexts}
     differences: dict[str, float | None] = {"lrqp_torch, addition": 0.0}
     rows = []
     seconds = medians(runs, arguments.repeats, device, seconds=arguments.seconds)
-    inside = {what: _inside(run) for what, run in runs.items() if what != BARE}
+    inside = {what: _inside(context(), bare) for what, context in contexts.items()}
     rows += [
         _row(what, name, batch, value, seconds[BARE], differences.get(what), inside.get(what))
         for what, value in seconds.items()
@@ -172,25 +175,25 @@ def measure(
     return rows
 
 
-def _inside(run: Callable[[], Tensor]) -> float:
-    """Seconds that one call spends in the hooks of an edit, apart from the noise of the pass."""
-    spent: list[float] = []
+def _inside(context: AbstractContextManager[Any], run: Callable[[], Tensor]) -> float:
+    """Seconds of its thread that a pass spends in the hooks of an open context, in the median.
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent.append(time.perf_counter() - start)
-            return result
+    Each hook begins with caches that the model's layers have filled with something else.
+    """
+    called, spent = watch._Added.__call__, [0.0]
 
-        return call
+    def timed(added: watch._Added, *args: Any) -> Any:
+        start = time.thread_time()
+        result = called(added, *args)
+        spent[-1] += time.thread_time() - start
+        return result
 
-    with (
-        patch.object(intervention._Applied, "apply", timed(intervention._Applied.apply)),
-        patch.object(Texts, "read", timed(Texts.read)),
-    ):
-        run()
-    return sum(spent)
+    with context, patch.object(watch._Added, "__call__", timed):
+        for _ in range(PASSES):
+            spent.append(0.0)
+            run()
+    # The first pass of a context finds out what the others go by.
+    return statistics.median(spent[2:])
 
 
 def _steering_vectors(
@@ -225,7 +228,7 @@ def _row(
         "B": batch,
         "milliseconds": None if seconds is None else seconds * 1e3,
         "over bare, %": None if seconds is None or bare is None else 100 * (seconds / bare - 1),
-        "in the hooks, % of bare": None if not inside or not bare else 100 * inside / bare,
+        "in the hooks, µs": None if not inside else 1e6 * inside,
         "largest logit difference": difference,
     }
 
