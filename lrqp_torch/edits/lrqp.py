@@ -263,10 +263,10 @@ class LRQP(Edit[Classes]):
         probe = self.probe.weight, self.probe.bias
         traced = self.metric.covariance, self.log_odds
         own = self.rule, self.qp, self.qp.solver
-        if known is not None and known.holds(probe, traced, own):
-            return known
         if vars(self).keys() & {"solve", "edit_rows"}:  # replaced on this object
             return None
+        if known is not None and known.holds(probe, traced, own):
+            return known
         if type(self) is not LRQP or not self.qp.is_direct or not probe[0].is_contiguous():
             return None
         if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probe, *traced)):

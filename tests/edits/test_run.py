@@ -1,6 +1,7 @@
 """The record of an edit: what was read before, what was written, and what the stream holds."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -371,6 +372,11 @@ def test_what_changes_between_two_passes_is_seen() -> None:
                 assert torch.equal(model(**inputs).logits, seen), name
             torch.testing.assert_close(run.log_odds_after, odds, rtol=1e-12, atol=1e-12)
             assert bool((odds >= run.floor).all()), name
+        with pytest.MonkeyPatch.context() as patch:
+            replaced = mock.Mock(side_effect=edit.solve)
+            patch.setattr(edit, "solve", replaced)
+            model(**inputs)
+            assert replaced.called and run._line is None
         mask[1, 2:] = 0
         with pytest.raises(lrqp.errors.PositionError, match="padding"):
             model(**inputs)
