@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from lrqp_torch.errors import quoted
 from lrqp_torch.study.estimates import Estimate
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
     if kind is Any or kind is object:
         return raw
     if kind is Estimate:
+        _require(raw, dict, where)
         return _estimate(raw.get("value"), raw.get("interval"), raw.get("n"), where)
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, raw, where)
@@ -87,10 +89,10 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
             raise ValueError(f"{where}: {len(each)} values wanted, {len(raw)} found")
         items = [_read(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(each, raw))]  # noqa: B905
         return tuple(items) if origin is tuple else items
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
+    if kind is float:
+        return _number(raw, where)
     if isinstance(kind, type):
-        if kind in (int, float) and isinstance(raw, bool):
+        if kind is int and isinstance(raw, bool):
             raise ValueError(f"{where}: a number wanted, {raw} found")
         _require(raw, kind, where)
     return raw
@@ -134,11 +136,18 @@ def _holds_estimate(hint: Any) -> bool:
 
 
 def _estimate(value: Any, interval: Any, n: Any, where: str) -> Estimate:
-    lower, upper = (None, None) if interval is None else interval
-    for item in (value, lower, upper):
-        if item is not None and (isinstance(item, bool) or not isinstance(item, int | float)):
-            raise ValueError(f"{where}: a number wanted, {item!r} found")
-    return Estimate(value, lower, upper, int(n or 0))
+    given = value, *((None, None) if interval is None else interval)
+    known = [None if item is None else _number(item, where) for item in given]
+    return Estimate(*known, int(n or 0))
+
+
+def _number(raw: Any, where: str) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        raise ValueError(f"{where}: a number wanted, {quoted(raw)} found")
+    try:
+        return float(raw)
+    except OverflowError as error:
+        raise ValueError(f"{where}: a number that float64 cannot hold") from error
 
 
 def _read_key(kind: Any, key: str) -> Any:
