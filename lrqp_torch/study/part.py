@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError
+from lrqp_torch.errors import OutputError, SettingError
 from lrqp_torch.plot.chart import Chart, Panel
 from lrqp_torch.study.context import ALONE, Advance, StudyContext, no_progress
 from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts
@@ -112,8 +112,18 @@ class Part(ABC, Generic[R]):
         """The part's numbers."""
 
     def read(self, raw: dict[str, Any], /) -> R:
-        """A result from the plain JSON values that :func:`~.records.to_json` made of it."""
-        return cast(R, from_json(self.result, raw))
+        """A result from the plain JSON values that :func:`~.records.to_json` made of it.
+
+        Raises:
+            OutputError: they are others.
+        """
+        try:
+            return cast(R, from_json(self.result, raw))
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"what a study keeps of its part {self.name!r} is not what this version writes "
+                f"({error}): run it anew, without --resume"
+            ) from error
 
     def found(self, study: StudyResults, /) -> R | None:
         """Its result in a finished study, to be shown; None if it did not run.

@@ -136,9 +136,11 @@ def _holds_estimate(hint: Any) -> bool:
 
 
 def _estimate(value: Any, interval: Any, n: Any, where: str) -> Estimate:
-    given = value, *((None, None) if interval is None else interval)
-    known = [None if item is None else _number(item, where) for item in given]
-    return Estimate(*known, int(n or 0))
+    lower, upper = (None, None) if interval is None else interval
+    value, lower, upper = (
+        None if item is None else _number(item, where) for item in (value, lower, upper)
+    )
+    return Estimate(value, lower, upper, int(n or 0))
 
 
 def _number(raw: Any, where: str) -> float:

@@ -16,7 +16,7 @@ from lrqp_torch import __version__
 from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.edits.provenance import package_versions
-from lrqp_torch.errors import LRQPError, OutputError, PromptError, SettingError
+from lrqp_torch.errors import LRQPError, PromptError, SettingError
 from lrqp_torch.files import digest_model
 from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.static import FORMATS, require_matplotlib, write_charts
@@ -297,14 +297,8 @@ def run_parts(
             if keeping is not None:
                 keeping.save(part.name, found)
         finished[part.name] = found
-        try:
-            # Read back also when just computed: what follows then never depends on a stop.
-            given.results[part.name] = result = part.read(found.raw)
-        except ValueError as error:
-            raise OutputError(
-                f"what is kept of the part {part.name!r} is not what this version writes "
-                f"({error}): leave out --resume to start anew."
-            ) from error
+        # Read back also when just computed: what follows then never depends on a stop.
+        given.results[part.name] = result = part.read(found.raw)
         if isinstance(result, FlippingResult):
             given = replace(given, best_site=result.own.best_site)
     ranks.leave()

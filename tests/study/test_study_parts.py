@@ -10,8 +10,10 @@ import torch
 
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
 from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.records import to_json
+from lrqp_torch.study.parts import find_part
+from lrqp_torch.study.records import from_json, to_json
 from lrqp_torch.study.run import run_parts
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.store import Finished, PartStore
@@ -23,6 +25,12 @@ SETTINGS = {"seed": 0, "n": 60, "model": "tiny"}
 class Count:
     total: float
     parts_before: list[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    share: Estimate
+    plain: float = 0.0
 
 
 class Counting(Part[Count]):
@@ -154,6 +162,25 @@ def test_a_damaged_part_is_reported(study: Study) -> None:
     path.write_text(whole.replace('"total"', '"sum"'))
     with pytest.raises(OutputError, match="'two' is not what this version writes"):
         study.run()
+
+
+def test_numbers_that_are_none_are_named() -> None:
+    """As in a report of results that somebody has changed: never an error without a name."""
+    part = find_part("geometry")
+    for raw in (
+        {},
+        {"tasks": {"own": 3}},
+        {"tasks": {"own": {"sites": 1}}},
+    ):
+        with pytest.raises(OutputError, match="'geometry' is not what this version writes"):
+            part.read(raw)
+    for value in ("x", [], {}, True, 10**400):
+        with pytest.raises(ValueError, match="number"):
+            from_json(Measured, {"share": value})
+        with pytest.raises(ValueError, match="number"):
+            from_json(Measured, {"share": 0.5, "share_interval": [0.1, value], "share_n": 3})
+        with pytest.raises(ValueError, match="number"):
+            from_json(Measured, {"share": 0.5, "plain": value})
 
 
 def test_batches_are_kept_until_the_part_is_finished(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class SiteGeometry:
     # training mean lies higher on direction 1, ties half; mean over pairs of classes.
     auc: float
     # Coordinates of the first held-out prompts on both directions, (points, 2).
-    points: list[list[float]]
+    points: list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def site_geometry(
         thresholds=thresholds,
         accuracy=Estimate.share(said == y_test),
         auc=area_under_curve(held_out[:, 0], y_test, order),
-        points=[[float(f"{value:.4g}") for value in row] for row in shown],
+        points=[(float(f"{one:.4g}"), float(f"{two:.4g}")) for one, two in shown],
     )
 
 
