@@ -263,11 +263,13 @@ class LRQP(Edit[Classes]):
         probe = self.probe.weight, self.probe.bias
         traced = self.metric.covariance, self.log_odds
         own = self.rule, self.qp, self.qp.solver
-        if vars(self).keys() & {"solve", "edit_rows"}:  # replaced on this object
+        kind = type(self)
+        # What stands for a solve, on this object or in its class, is to be called.
+        if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
         if known is not None and known.holds(probe, traced, own):
             return known
-        if type(self) is not LRQP or not self.qp.is_direct or not probe[0].is_contiguous():
+        if kind is not LRQP or not self.qp.is_direct or not probe[0].is_contiguous():
             return None
         if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probe, *traced)):
             return None
@@ -404,3 +406,7 @@ class LRQP(Edit[Classes]):
     @classmethod
     def _read(cls, folder: Path) -> Self:
         return read_edit(cls, folder)
+
+
+_SOLVES = LRQP.solve, LRQP.edit_rows
+"""What a hook on the CPU may do in one call in place of."""

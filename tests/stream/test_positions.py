@@ -36,7 +36,7 @@ def test_all_shapes_read_as_pairs() -> None:
     [
         ([[1], [2, 3]], "list"),
         (1.5, "float"),
-        (torch.tensor(3), r"\(batch,\)"),
+        (torch.tensor(3.0), r"\(batch,\)"),
         (torch.zeros(2, 2, 2, dtype=torch.long), r"\(2, 2, 2\)"),
         (torch.tensor([1.0, 2.0]), "float32"),
         (torch.tensor([True, False]), "bool"),
