@@ -68,7 +68,7 @@ TINY: dict[str, tuple[Size, tuple[int, ...]]] = {
 }
 REASONS = {
     "prompts": "before, calls of fixed cost take the time; from there n d of the products, or n d²",
-    "classes": "K³ d once for the Gram matrices of a probe, and B K² for every pivot",
+    "classes": "K² d once for the distances of classes, and B K for every pivot",
     "width": "d² and d³: products with Σ, and the Cholesky factor that checks it",
     "sites": "no count of operations says so: a busy machine, or data beyond the cache",
 }
