@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,30 +28,16 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused
-from lrqp_torch.qp.fused import StreamRows
+from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused, native
+from lrqp_torch.qp.direct import Line
+from lrqp_torch.qp.fused import StreamRows, VariableRules
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+from lrqp_torch.qp.stacked import FREE, KEEP, JointSolution, StackedGeometry, StackedRule
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 
 Targets = Mapping[str, Tensor | int] | Tensor
 """Name to class, ``KEEP`` or ``FREE``; or all of them as a tensor with V as a last axis."""
-
-
-@dataclass(frozen=True, repr=False)
-class JointSolution(Solution):
-    """What one problem did to several variables: a :class:`Solution` with V columns of odds.
-
-    ``floor``, ``log_odds_before`` and ``log_odds_after`` are (B, V), NaN where a variable was not
-    written; ``multipliers`` and ``active`` are those of all constraints together, (B, m).
-
-    Attributes:
-        moved: the largest change of any log odds z_j − z_k of a variable, read back, (B, V): for a
-            kept variable what rounding or its tolerance let through.
-    """
-
-    moved: Tensor
 
 
 class JointLRQP(Edit[Targets]):
@@ -240,25 +225,21 @@ class JointLRQP(Edit[Targets]):
         ``stale``, bool (), says whether the geometry is not that of the probes any more; where it
         is given, nothing that lies on a device is looked at.
         """
-        looks = stale is None
-        choice, sound = self._choice(target, len(x), geometry, "target", looks)
-        held, sound_source = self._choice(
-            {} if source is None else source, len(x), geometry, "source", looks
-        )
-        wanted = self._wanted(asked, len(x), x.device)
-
-        def floor(margins: Tensor, rows: slice) -> Tensor:
-            return self.slot_floors(geometry, margins, choice[rows], held[rows], wanted[rows])
-
-        solution = self.qp.solve(x, choice, floor, geometry, realise=realise)
-        if not looks or not concrete(choice) or not concrete(held):
-            wrong = ~(sound & sound_source)
-            if stale is not None:
-                wrong = wrong | stale | ~torch.isfinite(x.sum(-1))
-            solution = solution.invalidate(wrong, x)
+        looks, batch = stale is None, len(x)
+        choice, sound = self._choice(target, batch, geometry, "target", looks)
+        held = sound_source = None
+        if source is not None:
+            held, sound_source = self._choice(source, batch, geometry, "source", looks)
+        wanted = self._wanted(asked, batch, x.device) if asked else None
+        rule = self.rule(geometry, choice, held, wanted)
+        solution = self.qp.solve(x, choice, rule, geometry, realise=realise)
+        doubts = [~part for part in (sound, sound_source) if part is not None]
+        if stale is not None:
+            doubts += [stale, ~torch.isfinite(x.sum(-1))]
+        if doubts:
+            solution = solution.invalidate(reduce(torch.logical_or, doubts), x)
         solution = skipped(solution, x, self.on_infeasible)
-        joint = self._read_odds(geometry, solution, x, choice, held, wanted, realise)
-        return joint, choice
+        return rule.completed(solution, x, realise), choice
 
     def bind(
         self, run: EditRun, *, asked: Mapping[str, Any] | None = None, **given: Any
@@ -289,8 +270,7 @@ class JointLRQP(Edit[Targets]):
         **given: Any,
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
-        edits, stream = list(self._edits().values()), rows.stream
-        floors = [edit.log_odds for edit in edits]
+        floors, stream = self._floors(), rows.stream
         covariance, own = self.metric.covariance, self._tensors()
         there = all(part.device == stream.device for part in (covariance, *own, *floors))
         alike = len({part.dtype for part in own}) == 1
@@ -302,14 +282,6 @@ class JointLRQP(Edit[Targets]):
         geometry = self.geometry(stream.device) if geometry is None else geometry
         if max(len(geometry.weight), geometry.n_constraints) > fused.MOST_CLASSES:
             return None
-        rules = tuple(
-            (
-                float(edit.rule == "mirror"),
-                ODDS[edit.odds].surplus(edit.n_classes - 1),
-                self.within.get(name, 0.0),
-            )
-            for name, edit in self._edits().items()
-        )
         wanted = None
         if asked:
             wishes = {name: floors_of(value, rows) for name, value in asked.items()}
@@ -320,32 +292,37 @@ class JointLRQP(Edit[Targets]):
             torch.stack(floors),
             geometry,
             skip=self.on_infeasible == "skip",
-            live=geometry.live(own[: len(edits)], own[len(edits) :]),
-            variables=(rules, geometry.prepared(target, source), wanted),
+            live=geometry.live(own[: len(floors)], own[len(floors) :]),
+            variables=(self._rules(), geometry.prepared(target, source), wanted),
         )
 
-    def slot_floors(
+    def line(self, known: Line | None) -> Line | None:
+        """See :meth:`Edit.line`; by our solver, where there is a compiler."""
+        kind, probes, floors = type(self), tuple(self._tensors()), self._floors()
+        # What stands for a solve, on this object or in its class, is to be called.
+        if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
+            return None
+        traced, own = (self.metric.covariance, *floors), (self._rules(), self.qp, self.qp.solver)
+        if known is not None and known.holds(probes, traced, own):
+            return known
+        if kind is not JointLRQP or not self.qp.is_direct:
+            return None
+        if not all(part.is_contiguous() for part in probes):
+            return None
+        if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probes, *traced)):
+            return None
+        geometry = self.geometry(probes[0].device)
+        return Line(geometry, probes, traced, own, self.rule(geometry, geometry.plus))
+
+    def rule(
         self,
         geometry: StackedGeometry,
-        margins: Tensor,
         choice: Tensor,
-        held: Tensor,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """The floor of every slot: log α, the margin at x less τ, or what always holds; (b, m)."""
-        columns = []
-        parts = margins.split(geometry.slots, -1)
-        for place, ((name, edit), own) in enumerate(zip(self._edits().items(), parts, strict=True)):
-            given = None if wanted is None else wanted[:, place]
-            log_odds = _asked(edit, own, choice[:, place], held[:, place], given)
-            written, kept = choice[:, place] >= 0, choice[:, place] == KEEP
-            slot = torch.arange(own.shape[-1], device=own.device)
-            inside = written.unsqueeze(-1) & (slot < edit.n_classes - 1)
-            floor = torch.where(inside, log_odds.unsqueeze(-1), -1.0)
-            if name in self.within:
-                floor = torch.where(kept.unsqueeze(-1), own - self.within[name], floor)
-            columns.append(floor)
-        return torch.cat(columns, -1)
+        source: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> StackedRule:
+        """The floors of choices (B, V), with what else each variable's own odds rule reads."""
+        return StackedRule(geometry, self._rules(), self._floors(), choice, source, asked)
 
     def place(self, classes: Targets, what: str, positions: Positions) -> Tensor:
         """See :meth:`Edit.place`; ranges are checked where it is solved."""
@@ -369,6 +346,23 @@ class JointLRQP(Edit[Targets]):
     def geometry(self, device: torch.device) -> StackedGeometry:
         """What the solves share, on a device; computed anew only when probes or metric change."""
         return self._geometry.get(self._tensors(), self.metric.covariance, device)
+
+    def _floors(self) -> list[Tensor]:
+        """The least log α of each variable."""
+        return [edit.log_odds for edit in self._edits().values()]
+
+    def _rules(self) -> VariableRules:
+        """How floors of each variable come about. For total odds a sufficient number is added:
+        their exact form is not linear.
+        """
+        return tuple(
+            (
+                float(edit.rule == "mirror"),
+                ODDS[edit.odds].surplus(edit.n_classes - 1),
+                self.within.get(name, 0.0),
+            )
+            for name, edit in self._edits().items()
+        )
 
     def _peeked(self, x: Tensor) -> tuple[StackedGeometry, Tensor] | None:
         """The geometry and whether it is stale; None where that is to be looked at, or is new."""
@@ -457,88 +451,34 @@ class JointLRQP(Edit[Targets]):
         geometry: StackedGeometry,
         what: str,
         looks: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """The choices, (B, V), and which rows are in range, (B,); seen out of range, they raise."""
-        columns = []
-        for name, part in self._parts(targets, what).items():
-            if isinstance(part, int) and not isinstance(part, bool):
-                # A fill needs no copy from the host, for which a GPU would stop.
-                part = torch.full((batch,), part, device=geometry.weight.device)
-            column = as_classes(part, f"{what} of {name!r}").to(geometry.weight.device)
-            if column.dtype.is_floating_point or column.dtype == torch.bool:
-                raise TargetError(f"{what} of {name!r} must hold integers, got {column.dtype}")
-            if column.ndim and column.shape != (batch,):
-                raise TargetError(
-                    f"{what} of {name!r} must be one number or ({batch},), got "
-                    f"{tuple(column.shape)}"
-                )
-            columns.append(column.long().expand(batch))
-        choice = torch.stack(columns, -1)
-        if looks and concrete(choice):
-            geometry.check(choice, batch, what, self.names)
-        inside = geometry.in_range(choice)
-        return torch.where(inside, choice, FREE), inside.all(-1)
-
-    def _read_odds(
-        self,
-        geometry: StackedGeometry,
-        solution: Solution,
-        x: Tensor,
-        choice: Tensor,
-        held: Tensor,
-        wanted: Tensor,
-        realise: Realise | None,
-    ) -> JointSolution:
-        """The solution with the odds of each variable, read back from what the stream holds."""
-        with torch.no_grad():
-            edited = solution.x_new.detach().double()
-            stored = edited if realise is None else realise(edited)
-            unchanged = (solution.x_new == x).all(-1, keepdim=True)
-            stored = torch.where(unchanged, x.double(), stored)
-            logits_after = geometry.logits(stored)
-        logits_before = geometry.logits(x)
-        columns: dict[str, list[Tensor]] = {
-            name: [] for name in ("log_odds_before", "log_odds_after", "floor", "moved")
-        }
-        sizes = [edit.n_classes for edit in self._edits().values()]
-        logits = zip(logits_before.split(sizes, -1), logits_after.split(sizes, -1), strict=True)
-        for place, (edit, (before, after)) in enumerate(
-            zip(self._edits().values(), logits, strict=True)
-        ):
-            target, written = choice[:, place], choice[:, place] >= 0
-            margins = _margins(before, target)
-            values = {
-                "log_odds_before": margins.amin(-1),
-                "log_odds_after": _margins(after, target).amin(-1),
-                "floor": _asked(edit, margins, target, held[:, place], wanted[:, place]),
-            }
-            for name, column in values.items():
-                columns[name].append(torch.where(written, column, torch.nan))
-            change = after - before.detach()
-            columns["moved"].append(change.amax(-1) - change.amin(-1))
-        parts = {field.name: getattr(solution, field.name) for field in fields(Solution)}
-        return JointSolution(**parts | {n: torch.stack(c, -1) for n, c in columns.items()})
+    ) -> tuple[Tensor, Tensor | None]:
+        """The choices, (B, V), and which rows are in range, (B,); None: all, or else they raise."""
+        device = geometry.weight.device
+        shape, whole = (batch, len(self.names)), torch.int64
+        if isinstance(targets, Tensor) and (targets.shape, targets.dtype) == (shape, whole):
+            given = targets.to(device)
+        else:
+            parts = self._parts(targets, what).items()
+            columns = [_column(part, batch, device, f"{what} of {name!r}") for name, part in parts]
+            given = torch.stack(columns, -1)
+        if looks and concrete(given):
+            geometry.check(given, batch, what, self.names)
+            return given, None
+        inside = geometry.in_range(given)
+        return torch.where(inside, given, FREE), inside.all(-1)
 
 
-def _asked(
-    edit: LRQP, margins: Tensor, target: Tensor, held: Tensor, wanted: Tensor | None
-) -> Tensor:
-    """Log α of a variable, as wanted or, where that is NaN, by its own rule, (b,).
-
-    Any number where the variable is not written. For total odds a sufficient one: their exact form
-    is not linear.
-    """
-    margins = margins[:, : edit.n_classes - 1]
-    own = edit.floors(margins, target.clamp_min(0), held, sufficient=True)
-    return own if wanted is None else torch.where(wanted.isnan(), own, wanted)
-
-
-def _margins(logits: Tensor, target: Tensor) -> Tensor:
-    """z_t − z_ℓ over the other classes ascending, (B, K−1); t = 0 where there is no target."""
-    target = target.clamp_min(0).unsqueeze(-1)
-    index = torch.arange(logits.shape[-1] - 1, device=logits.device)
-    other = index + (index >= target).long()
-    return logits.gather(-1, target) - logits.gather(-1, other)
+def _column(part: Tensor | int, batch: int, device: torch.device, what: str) -> Tensor:
+    """The choices of one variable, (B,) int64."""
+    if isinstance(part, int) and not isinstance(part, bool):
+        # A fill needs no copy from the host, for which a GPU would stop.
+        return torch.full((batch,), part, device=device)
+    column = as_classes(part, what).to(device)
+    if column.dtype.is_floating_point or column.dtype == torch.bool:
+        raise TargetError(f"{what} must hold integers, got {column.dtype}")
+    if column.ndim and column.shape != (batch,):
+        raise TargetError(f"{what} must be one number or ({batch},), got {tuple(column.shape)}")
+    return column.long().expand(batch)
 
 
 def _name_edits(edits: Any, metric: Any) -> dict[str, LRQP | LinearProbe]:
@@ -604,3 +544,7 @@ def _check_within(within: Mapping[str, float], names: Sequence[str]) -> dict[str
                 f"{name!r}: {quoted(value)}; for exact keeping leave it out"
             )
     return checked
+
+
+_SOLVES = JointLRQP.solve, JointLRQP.edit_rows
+"""What a hook on the CPU may do in one call in place of."""

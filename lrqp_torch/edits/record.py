@@ -168,12 +168,12 @@ class EditRun:
         _, target, source = self._classes_of(at, stream.device)
         rows, record = None, None
         if self._rows.kept:
-            rows = torch.empty(len(target), len(_WRITTEN), dtype=torch.float64)
+            rows = torch.empty(len(target), _width(len(self.names)), dtype=torch.float64)
             record = rows, at.numbers, forward_pass
         place = None if at.whole else at.flat(stream.shape[1])
         whole = line(stream, residual, scale, place, target, source, record)
         if whole is not None and rows is not None:
-            self._rows.wrote(_Block(rows), len(target))
+            self._rows.wrote(_Block(rows, variables=len(self.names)), len(target))
         self._dtype = stream.dtype
         return whole
 
@@ -443,8 +443,7 @@ class _Rows:
             return last
         with torch.inference_mode(False):
             size = count if captured else max(BLOCK_ROWS, count)
-            columns = 4 * variables + 6 if variables else len(_WRITTEN)
-            held = torch.empty(size, columns, dtype=torch.float64, device=device)
+            held = torch.empty(size, _width(variables), dtype=torch.float64, device=device)
             return _Block(held, captured, variables=variables)
 
     def wrote(self, block: "_Block", count: int) -> None:
@@ -625,6 +624,13 @@ class _Block:
 
 
 _WRITTEN = (*RECORDED, "status", "index", "forward_pass")
+
+
+def _width(variables: int) -> int:
+    """How many numbers a row has."""
+    return 4 * variables + 6 if variables else len(_WRITTEN)
+
+
 BLOCK_ROWS = 512
 """So many rows a block has room for, or those of one pass."""
 WAITING, WAITING_ROWS = 64, 4096

@@ -5,6 +5,7 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
 from lrqp_torch.qp.solution import Solution
 from lrqp_torch.qp.solvers import ActiveSet
+from lrqp_torch.qp.stacked import JointSolution, StackedGeometry, StackedRule
 
 
 def serves(
-    x: Tensor, floor: Tensor | OddsRule | None, geometry: ProbeGeometry, realise: Realise | None
+    x: Tensor,
+    floor: Tensor | OddsRule | StackedRule | None,
+    geometry: ProbeGeometry | StackedGeometry,
+    realise: Realise | None,
 ) -> bool:
     """Whether a batch can be solved here, for such floors or any."""
     if not readable(x) or in_transforms() or native.library() is None:
@@ -31,8 +36,8 @@ def serves(
     # In forward mode any of them may carry a derivative.
     if torch.autograd.forward_ad._current_level >= 0 or not readable(geometry.steering):
         return False
-    given = floor.log_odds if isinstance(floor, OddsRule) else floor
-    return given is None or readable(given)
+    given = floor.log_odds if isinstance(floor, OddsRule | StackedRule) else floor
+    return all(map(readable, (given,) if isinstance(given, Tensor) else given or ()))
 
 
 def _places(realise: Realise, x: Tensor) -> bool:
@@ -46,8 +51,8 @@ def _places(realise: Realise, x: Tensor) -> bool:
 def solve(
     x: Tensor,
     target: Tensor,
-    floor: Tensor | OddsRule,
-    geometry: ProbeGeometry,
+    floor: Tensor | OddsRule | StackedRule,
+    geometry: ProbeGeometry | StackedGeometry,
     placing: Any,
     *,
     repeats: bool = False,
@@ -56,9 +61,9 @@ def solve(
 
     Args:
         x: activations, (B, d).
-        target: t, (B,) int64.
-        floor: log α, (B,) or (B, K−1) float64, or a rule.
-        geometry: probe and metric.
+        target: t, (B,) int64; of several variables (B, V).
+        floor: log α, (B,) or (B, K−1) float64, or a rule; of several variables theirs.
+        geometry: probe and metric, or several probes and metric.
         placing: what the model will hold; default x' in x's dtype.
         repeats: whether where they ended is wanted, for a derivative.
 
@@ -72,9 +77,13 @@ def solve(
     result, status = x.new_empty(x.shape), target.new_empty(batch)
     columns = numbers.unbind(0)
     task = native.Task(batch, 1, target.data_ptr(), max_pivots=20 * m + 50, rounds=MAX_ROUNDS)
-    if isinstance(floor, OddsRule):
+    odds: Sequence[Tensor] = ()
+    if isinstance(floor, OddsRule | StackedRule):
         floors, source = columns[3], floor.source
-        task.ruled, task.log_odds, task.mirror = 1, floor.log_odds.item(), floor.mirror
+        floor.told(task)
+        if isinstance(floor, StackedRule):
+            floors, stacked = like.new_empty(batch, m), like.new_empty(batch, 4, target.shape[1])
+            task.odds, odds = stacked.data_ptr(), stacked.unbind(1)
         if source is not None:
             source = source.contiguous()
             task.source = source.data_ptr()
@@ -107,10 +116,17 @@ def solve(
         ended = Ended(index, index < m, inverse, aims)
     if outcome == -2:
         geometry.check(target, batch)
+        if isinstance(geometry, StackedGeometry) and source is not None:
+            geometry.check(source, batch, "source")
     if outcome % 2:
-        check_values(x, columns[4], floors)
+        # Where nothing is written, no margin tells of an activation that is none.
+        check_values(x, x if odds else columns[4], floors)
     residual, squared, moved, _, before, after = columns
+    if odds:
+        before, after, floors, _ = odds
     parts = multipliers > 0, squared, moved, floors, before, after, residual, status
+    if odds:
+        return JointSolution(result, multipliers, *parts, odds[3]), ended
     return Solution(result, multipliers, *parts), ended
 
 
@@ -120,7 +136,8 @@ class Line:
 
     Args:
         geometry: of the probe as it is now.
-        probe: its weight and bias; changes of their values are seen in the call.
+        probe: its weight and bias, or all of several probes; changes of their values are seen in
+            the call.
         traced: what else the edit is made of; a change that leaves a trace is seen.
         own: and what it is compared with by itself.
         rule: where floors come from; of its target and source nothing is kept.
@@ -128,41 +145,38 @@ class Line:
 
     def __init__(
         self,
-        geometry: ProbeGeometry,
-        probe: tuple[Tensor, Tensor],
+        geometry: "ProbeGeometry | StackedGeometry",
+        probe: tuple[Tensor, ...],
         traced: tuple[Tensor, ...],
         own: tuple[object, ...],
-        rule: OddsRule,
+        rule: "OddsRule | StackedRule",
     ) -> None:
         self.probe, self.geometry, self.own = probe, geometry, own
         self.trace = Trace(probe[0].device, *traced)
         self._known = [part.detach().clone() for part in probe]
         self._size = [(part.data_ptr(), part.nbytes) for part in probe]
-        (weight, weight_bytes), (bias, bias_bytes) = self._size
-        self._task = native.Task(each=1, ruled=1, within=1, mirror=rule.mirror, rounds=MAX_ROUNDS)
-        self._task.log_odds = rule.log_odds.item()
-        self._task.weight, self._task.bias = weight, bias
-        self._task.weight_bytes, self._task.bias_bytes = weight_bytes, bias_bytes
-        self._task.known_weight, self._task.known_bias = map(native.address, self._known)
+        self._task = native.Task(within=1, rounds=MAX_ROUNDS)
+        rule.told(self._task)
+        self._watched = native.watch(self._task, probe, self._known)
         self._task.max_pivots = 20 * geometry.n_constraints + 50
         self._task.tolerance = ActiveSet.tolerance
         self._kind: torch.dtype | None = None
 
     def holds(
         self,
-        probe: tuple[Tensor, Tensor],
+        probe: tuple[Tensor, ...],
         traced: tuple[Tensor, ...],
         own: tuple[object, ...],
     ) -> bool:
         """Whether this is still what edits by these."""
-        (weight, bias), trace = probe, self.trace
+        trace = self.trace
         return (
-            weight is self.probe[0]
-            and bias is self.probe[1]
+            len(probe) == len(self.probe)
+            and all(map(operator.is_, probe, self.probe))
             and own == self.own
             and all(map(operator.is_, traced, trace.tensors))
             and trace.holds()
-            and self._size == [(weight.data_ptr(), weight.nbytes), (bias.data_ptr(), bias.nbytes)]
+            and self._size == [(part.data_ptr(), part.nbytes) for part in probe]
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -221,7 +235,7 @@ class Line:
         # Of its own, since threads may run the model at once.
         task = native.Task.from_buffer_copy(self._task)
         result = torch.empty_like(stream) if place is None else stream.clone()
-        task.count, task.all = target.numel(), stream.numel() // width
+        task.count, task.all = len(target), stream.numel() // width
         task.x, task.result = stream.data_ptr(), result.data_ptr()
         target = target.contiguous()
         task.target = target.data_ptr()

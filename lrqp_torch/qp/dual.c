@@ -21,6 +21,14 @@ typedef struct {
     const double *matrix, *noise, *length, *stretch, *weight, *bias, *steering;
     const double *grams; /* of few classes M itself for each target (K, K, K), with an empty row for it */
     double unit; /* of stretch */
+    /* Of several probes, each to be written, kept or left free (stacked.py): matrix, noise and length are
+     * those of all pairs of classes, (P, P), (P) and (P), and */
+    i64 variables, pairs; /* V, or 0, and P */
+    const i64 *plus, *minus; /* of a pair its two classes among all (P), */
+    const i64 *slots;        /* where the m constraints of each variable begin (V + 1), */
+    const i64 *begins;       /* its classes among all (V + 1), */
+    const i64 *first;        /* and its pairs (V), */
+    const i64 *tolerant;     /* whether it is kept within a tolerance (V). */
 } Shared;
 
 typedef struct {
@@ -57,14 +65,20 @@ typedef struct {
     double *record;         /* follows is recorded, (B, 9) */
     const i64 *numbered;    /* what each is numbered (B), or NULL: from */
     i64 first, pass;        /* a number on; and the number of the pass */
-    const void *weight, *bias;   /* what the probe holds now */
-    const void *known_weight, *known_bias; /* and held when the geometry was computed, */
-    i64 weight_bytes, bias_bytes;
+    i64 parts;              /* what probes hold now, and held when the geometry was computed: */
+    const void *const *live, *const *known;
+    const i64 *bytes;
+    /* Of several variables, where target and source are (B, V) and each is m: */
+    const double *rules;    /* of each: mirror, log_odds, what is added, and its tolerance (V, 4) */
+    const double *asked;    /* log odds in place of the rules' (B, V), NaN where there are none, or NULL */
+    double *odds;           /* (B, 4V): log odds before, after, floors, and how far each moved */
 } Task;
 
 enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
 enum { FRESH, RECOVER, LIVE }; /* where a solve begins */
 enum { UNMOVED, SOLVED, INFEASIBLE, INACCURATE, INVALID }; /* solution.Status */
+enum { KEEP = -2, FREE }; /* in place of a class, see stacked.py; */
+enum { NOTHING, WRITTEN, WITHIN, FIXED }; /* and what a constraint is for then */
 
 typedef struct {
     i64 n, cap; /* columns: constraints, or classes; room for active ones */
@@ -74,6 +88,10 @@ typedef struct {
     double *multipliers, *rate, *column, *right;
     i64 *held, k;
     const double *gram; /* of the target, where these are at hand */
+    /* Of several variables: what was chosen last (V), or -3; of each constraint its pair and what it is
+     * for; M', its noise and the lengths; and A' as combinations of rows where some are kept. */
+    i64 *chosen, *pair, *kind, kept;
+    double *own, *noise, *length, *combination;
 } Work;
 
 static inline double larger(double old, double other) { return other > old ? other : old; }
@@ -224,9 +242,14 @@ static void solve_active(Work *w, const double *right, double *multipliers) {
         for (i64 j = 0; j < k; j++) multipliers[i] += w->inverse[i * w->cap + j] * rest[j];
 }
 
-/* z_t - z_l of the other classes, ascending, from logits; of two classes from their difference. */
-static double margin(const Shared *s, i64 target, const double *readings, i64 l) {
+/* z_t - z_l of the other classes, ascending, from logits; of two classes from their difference; of
+ * several variables 0 where nothing is to be met. */
+static double margin(const Shared *s, const Work *w, i64 target, const double *readings, i64 l) {
     if (!s->weight) return readings[l];
+    if (s->variables) {
+        i64 pair = w->pair[l], asked = w->kind[l] == WRITTEN || w->kind[l] == WITHIN;
+        return asked ? readings[s->plus[pair]] - readings[s->minus[pair]] : 0;
+    }
     if (s->classes == 2) return target ? -readings[0] : readings[0];
     return readings[target] - readings[l + (l >= target)];
 }
@@ -329,16 +352,112 @@ static int run(const Shared *s, const double *own, Work *w, i64 max_pivots) {
     return FEASIBLE;
 }
 
-static double floor_of(const Shared *s, const Task *t, i64 b, const double *readings, double least) {
+/* By the odds rule of m margins, which begin at a place; the source is negative where it is read. */
+static double floor_of(i64 mirror, double log_odds, i64 m, i64 target, i64 source, const double *margins) {
+    double least = INFINITY;
+    if (!mirror) return log_odds;
+    for (i64 l = 0; l < m; l++)
+        if (!(margins[l] >= least)) least = margins[l];
     double belief = larger(-least, 0.0);
-    if (!t->mirror) return t->log_odds;
-    if (t->source && t->source[b] >= 0) {
-        i64 source = t->source[b], target = t->target[b];
+    if (source >= 0) {
         i64 rival = source - (source > target);
-        rival = rival < 0 ? 0 : rival >= s->m ? s->m - 1 : rival;
-        belief = source == target ? 0.0 : -margin(s, target, readings, rival);
+        rival = rival < 0 ? 0 : rival >= m ? m - 1 : rival;
+        belief = source == target ? 0.0 : -margins[rival];
     }
-    return larger(belief, t->log_odds);
+    return larger(belief, log_odds);
+}
+
+/* What an example is to write and keep: M' = A'SA'^T, its noise, lengths, and A', as stacked.py has it. */
+static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
+    i64 m = s->m;
+    const i64 *choice = t->target + b * s->variables;
+    if (!memcmp(w->chosen, choice, sizeof(i64) * s->variables)) return;
+    memcpy(w->chosen, choice, sizeof(i64) * s->variables);
+    w->kept = 0;
+    for (i64 v = 0; v < s->variables; v++)
+        for (i64 l = s->slots[v]; l < s->slots[v + 1]; l++) {
+            i64 offset = l - s->slots[v], rivals = s->begins[v + 1] - s->begins[v] - 1;
+            i64 kind = choice[v] == KEEP ? (s->tolerant[v] ? WITHIN : FIXED) : WRITTEN;
+            if (choice[v] == FREE || (kind != WITHIN && offset >= rivals)) kind = NOTHING;
+            w->kind[l] = kind;
+            w->pair[l] = s->first[v] + (kind ? offset + larger(choice[v], 0) * rivals : 0);
+            w->kept |= kind == FIXED;
+        }
+    double *own = w->own, *combination = w->combination;
+    for (i64 i = 0; i < m; i++) {
+        const double *from = s->matrix + w->pair[i] * s->pairs;
+        for (i64 j = 0; j < m; j++) own[i * m + j] = w->kind[i] && w->kind[j] ? from[w->pair[j]] : 0;
+        w->noise[i] = s->noise[w->pair[i]] + (w->kept ? COMBINED * own[i * m + i] : 0);
+        w->length[i] = s->length[w->pair[i]];
+    }
+    if (w->kept) memset(combination, 0, sizeof(double) * m * m);
+    for (i64 i = 0; w->kept && i < m; i++) combination[i * m + i] = 1;
+    for (i64 slot = 0; w->kept && slot < m; slot++) {
+        double pivot = own[slot * m + slot];
+        if (w->kind[slot] != FIXED || !(pivot > w->noise[slot])) continue;
+        const double *restrict row = own + slot * m, *restrict held = combination + slot * m;
+        for (i64 i = 0; i < m; i++) {
+            /* What was symmetric stays so: this is row i's part, too. */
+            double part = i == slot ? 0 : row[i] / pivot;
+            if (part == 0) continue;
+            double *restrict into = own + i * m, *restrict kept = combination + i * m;
+            for (i64 j = 0; j < m; j++) into[j] -= part * row[j];
+            for (i64 j = 0; j < m; j++) kept[j] -= part * held[j];
+        }
+        memset(own + slot * m, 0, sizeof(double) * m);
+        memset(combination + slot * m, 0, sizeof(double) * m);
+    }
+    for (i64 i = 0; i < m; i++) {
+        int asked = w->kind[i] == WRITTEN || w->kind[i] == WITHIN;
+        if (!asked) w->noise[i] = 1, w->length[i] = 0;
+        for (i64 j = 0; j <= i; j++) {
+            int both = asked && (w->kind[j] == WRITTEN || w->kind[j] == WITHIN);
+            own[i * m + j] = own[j * m + i] = both ? (own[i * m + j] + own[j * m + i]) / 2 : 0;
+        }
+    }
+}
+
+/* Floors of all constraints by the rules of their variables, and what is read of these before. */
+static void floors_of(const Shared *s, const Task *t, i64 b, const double *margins) {
+    i64 count = s->variables;
+    double *odds = t->odds + b * 4 * count;
+    for (i64 v = 0; v < count; v++) {
+        i64 at = s->slots[v], rivals = s->begins[v + 1] - s->begins[v] - 1, choice = t->target[b * count + v];
+        const double *rule = t->rules + 4 * v, *own = margins + at;
+        i64 source = t->source ? t->source[b * count + v] : FREE;
+        double floor = NAN, least = choice < 0 ? NAN : INFINITY;
+        if (choice >= 0) {
+            floor = floor_of(rule[0] > 0, rule[1], rivals, choice, source, own) + rule[2];
+            if (t->asked && !isnan(t->asked[b * count + v])) floor = t->asked[b * count + v];
+        }
+        for (i64 l = 0; l < s->slots[v + 1] - at; l++) {
+            double always = choice == KEEP && s->tolerant[v] ? own[l] - rule[3] : -1;
+            t->floor[b * s->m + at + l] = choice >= 0 && l < rivals ? floor : always;
+            if (choice >= 0 && l < rivals && !(own[l] >= least)) least = own[l];
+        }
+        odds[v] = odds[count + v] = least;
+        odds[2 * count + v] = floor;
+        odds[3 * count + v] = 0;
+    }
+}
+
+/* What is read of each variable afterwards, and how far its log odds moved. */
+static void odds_of(const Shared *s, const Task *t, const Work *w, i64 b, const double *before,
+                    const double *after) {
+    i64 count = s->variables;
+    double *odds = t->odds + b * 4 * count;
+    for (i64 v = 0; v < count; v++) {
+        double least = t->target[b * count + v] < 0 ? NAN : INFINITY, most = -INFINITY, fewest = INFINITY;
+        for (i64 l = s->slots[v]; l < s->slots[v + 1]; l++)
+            if (w->kind[l] == WRITTEN && !(margin(s, w, 0, after, l) >= least)) least = margin(s, w, 0, after, l);
+        for (i64 k = s->begins[v]; k < s->begins[v + 1]; k++) {
+            double change = after[k] - before[k];
+            if (!(change <= most)) most = change;
+            if (!(change >= fewest)) fewest = change;
+        }
+        odds[count + v] = least;
+        odds[3 * count + v] = most - fewest;
+    }
 }
 
 /* One problem of a task: solve it and certify. Returns the slots it needs + 1; 0 without memory.
@@ -349,23 +468,29 @@ static double floor_of(const Shared *s, const Task *t, i64 b, const double *read
 static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const double *readings,
                      double size, int again, int *verdict) {
     i64 m = s->m, n = w->n, target = s->classes ? t->target[b] : 0, all = t->count;
-    const double *own = s->matrix + (s->classes ? target * n : b * n * n);
-    const double *noise = s->noise + (s->classes ? target * n : b * n);
+    if (s->variables) stack(s, t, w, b);
+    const double *own = s->variables ? w->own : s->matrix + (s->classes ? target * n : b * n * n);
+    const double *noise = s->variables ? w->noise : s->noise + (s->classes ? target * n : b * n);
+    const double *length = s->variables ? w->length : s->length + target * n;
     double *multipliers = t->multipliers + b * m, *numbers = t->numbers + b;
     double *margins = w->grown, *floors = t->floor + b * t->each;
     w->gram = s->grams ? s->grams + target * n * n : NULL;
     double worst = -INFINITY, total = 0, least = INFINITY;
     int impossible = 0;
     for (i64 l = 0; l < m; l++) {
-        margins[l] = margin(s, target, readings, l);
+        margins[l] = margin(s, w, target, readings, l);
         if (!(margins[l] >= least)) least = margins[l];
     }
-    if (t->ruled && !again) floors[0] = floor_of(s, t, b, readings, least);
+    if (s->variables && !again) floors_of(s, t, b, margins);
+    if (t->ruled && !again)
+        floors[0] = floor_of(t->mirror, t->log_odds, m, target, t->source ? t->source[b] : FREE, margins);
     for (i64 l = 0; l < m; l++) {
         double missing = floors[t->each == 1 ? 0 : l] - margins[l];
         worst = larger(worst, missing);
         total += missing;
     }
+    /* Where nothing is written no margin tells of an activation that is none. */
+    if (s->variables) total += 0 * size;
     *verdict = isfinite(total) ? VALID | (worst > 0 ? NEEDED : 0) : 0;
     for (i64 part = 0; part < 3; part++) numbers[part * all] = 0;
     if (t->each > 1) numbers[3 * all] = floors[0];
@@ -390,7 +515,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
         if (again)
             raised = w->raised[l];
         else if (t->advance > 0)
-            raised = t->advance * (s->length[target * n + j] * size + larger(floor - margins[l], 0));
+            raised = t->advance * (length[j] * size + larger(floor - margins[l], 0));
         w->raised[l] = raised;
         if (t->aims) t->aims[b * m + l] = floor + raised;
         double gap = (floor + raised) - margins[l];
@@ -618,9 +743,24 @@ static void displace(const Shared *s, const Work *w, const double *restrict x, d
 
 /* The coefficients of an example's multipliers. */
 static void recall(const Shared *s, Work *w, i64 b, const Task *t) {
-    i64 target = t->target[b];
-    const double *multipliers = t->multipliers + b * s->m;
-    memset(w->coefficients, 0, sizeof(double) * w->n);
+    i64 target = t->target[b], m = s->m;
+    const double *multipliers = t->multipliers + b * m, *share = multipliers;
+    memset(w->coefficients, 0, sizeof(double) * (s->variables ? s->rows : w->n));
+    if (s->variables) {
+        if (w->kept) {
+            /* Multipliers of what is kept follow from those of the others. */
+            memset(w->grown, 0, sizeof(double) * m);
+            for (i64 l = 0; l < m; l++)
+                for (i64 j = 0; multipliers[l] != 0 && j < m; j++)
+                    w->grown[j] += multipliers[l] * w->combination[l * m + j];
+            share = w->grown;
+        }
+        for (i64 l = 0; l < m; l++) {
+            w->coefficients[s->plus[w->pair[l]]] += share[l];
+            w->coefficients[s->minus[w->pair[l]]] -= share[l];
+        }
+        return;
+    }
     if (s->classes == 2) {
         w->coefficients[0] = target ? -multipliers[0] : multipliers[0];
         return;
@@ -649,6 +789,10 @@ static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x
     char *result = (char *)t->result + place_of(t, b) * d * bytes_of(t->kind);
     recall(s, w, b, t);
     displace(s, w, x, held);
+    if (s->variables) {
+        double moved = norm_of(held, x, d);
+        t->numbers[2 * t->count + b] = moved * moved;
+    }
     store(held, t->kind, d, result);
     if (!t->base) return;
     /* As Placement does: written = (x' - base) / scale, held = base + scale * written, each rounded
@@ -666,18 +810,19 @@ static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x
 
 /* Whether what is read afterwards keeps the promise; else, if asking again may help, how much higher
  * to aim, as reach.py does. Returns 1 where it is to be asked again. */
-static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *after, double size,
-                 i64 number, const double *x, const double *held, double *space) {
+static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *before, const double *after,
+                 double size, i64 number, const double *x, const double *held, double *space) {
     i64 m = s->m, d = s->width, target = t->target[b];
     const double *floors = t->floor + b * t->each, *length = s->length + target * s->classes;
     double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0;
     for (i64 l = 0; l < m; l++) {
-        double seen = margin(s, target, after, l);
+        double seen = margin(s, w, target, after, l);
         if (!(seen >= least)) least = seen;
         total += seen;
         worst = larger(worst, floors[t->each == 1 ? 0 : l] - seen);
     }
     int sound = isfinite(total);
+    if (s->variables) odds_of(s, t, w, b, before, after);
     numbers[5 * t->count] = least;
     t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
     if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
@@ -689,8 +834,8 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *a
         enough = larger(t->epsilon * norm_of(space, NULL, d), 4 * norm_of(held, space, d));
     }
     for (i64 l = 0; l < m; l++) {
-        double own = length[l + (l >= target)];
-        double lack = floors[t->each == 1 ? 0 : l] - margin(s, target, after, l);
+        double own = s->variables ? w->length[l] : length[l + (l >= target)];
+        double lack = floors[t->each == 1 ? 0 : l] - margin(s, w, target, after, l);
         if (enough > 0)
             w->raised[l] = larger(w->raised[l] + 4 * worst, own * enough);
         else if (lack > 0)
@@ -766,14 +911,17 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
     for (i64 i = 0; i < count; i++) {
         double *seen = after + i * rows;
         if (!open[i]) continue;
+        if (s->variables) stack(s, t, w, b + i);
         memcpy(w->raised, raised + i * m, sizeof(double) * m);
         for (i64 number = 0;; number++) {
             int verdict;
-            if (!judge(s, t, w, b + i, seen, size[i], number, x[i], held[i], spare)) break;
-            i64 needs = solve_one(s, t, w, b + i, before + i * rows, size[i], number ? LIVE : RECOVER, &verdict);
+            const double *was = before + i * rows;
+            if (!judge(s, t, w, b + i, was, seen, size[i], number, x[i], held[i], spare)) break;
+            i64 needs = solve_one(s, t, w, b + i, was, size[i], number ? LIVE : RECOVER, &verdict);
             if (!needs) return 0;
             if (needs - 1 > *slots) *slots = needs - 1;
             if (!(verdict & FEASIBLE)) {
+                if (s->variables) odds_of(s, t, w, b + i, was, was);
                 t->status[b + i] = INFEASIBLE;
                 keep(s, t, b + i);
                 break;
@@ -799,10 +947,18 @@ static void *solve_part(void *given) {
     double **parts[] = {&w.scale, &w.error, &w.gap,   &w.unit,   &w.slack,       &w.tolerance,
                         &w.row,   &w.grown, &w.start, &w.raised, &w.coefficients};
     enum { VECTORS = sizeof parts / sizeof *parts };
-    double *vectors = malloc(sizeof(double) * w.n * VECTORS), *space = NULL;
+    i64 size = w.n > s->rows ? w.n : s->rows, stacked = s->variables > 0;
+    double *vectors = malloc(sizeof(double) * size * VECTORS), *space = NULL;
+    double *own = stacked ? malloc(sizeof(double) * s->m * (2 * s->m + 2)) : NULL;
+    i64 *chosen = stacked ? malloc(sizeof(i64) * (s->variables + 2 * s->m)) : NULL;
     if (t->x) space = calloc(1, sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
-    int sound = vectors && (space || !t->x) && grow(&w, 8);
-    for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * w.n;
+    int sound = vectors && (space || !t->x) && (!stacked || (own && chosen)) && grow(&w, 8);
+    for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * size;
+    if (sound && stacked) {
+        w.own = own, w.noise = own + s->m * s->m, w.length = w.noise + s->m, w.combination = w.length + s->m;
+        w.chosen = chosen, w.pair = chosen + s->variables, w.kind = w.pair + s->m;
+        chosen[0] = KEEP - 1;
+    }
     for (i64 b = part->from; sound && b < part->to; b += t->x ? BLOCK : 1) {
         if (!t->numbers) {
             read_rows(s, t, space, b, part->to - b < BLOCK ? part->to - b : BLOCK);
@@ -821,6 +977,8 @@ static void *solve_part(void *given) {
     }
     if (!sound) part->slots = -1;
     free(space);
+    free(own);
+    free(chosen);
     free(vectors);
     free(w.rows);
     free(w.inverse);
@@ -836,8 +994,13 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     pthread_t running[MOST];
     Part parts[MOST];
     i64 started = 0, slots = 0, invalid = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
-    for (i64 b = 0; task->target && b < count; b++)
-        if (task->target[b] < 0 || task->target[b] >= shared->classes) return -2;
+    i64 several = shared->variables;
+    for (i64 b = 0; task->target && b < count * (several ? several : 1); b++) {
+        const i64 *begins = several ? shared->begins + b % several : NULL;
+        i64 classes = several ? begins[1] - begins[0] : shared->classes, least = several ? KEEP : 0;
+        if (task->target[b] < least || task->target[b] >= classes) return -2;
+        if (several && task->source && (task->source[b] < least || task->source[b] >= classes)) return -2;
+    }
     threads = threads > MOST ? MOST : threads > blocks ? blocks : threads;
     threads = threads < 1 ? 1 : threads;
     for (i64 i = 0; i < threads; i++) {
@@ -858,21 +1021,25 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
 }
 
 /* Edit rows of a stream within a model, put them in place and record them: how many were moved. -1
- * without memory, -2 where a target or row is out of range, -3 where the probe has changed, and -4
+ * without memory, -2 where a target or row is out of range, -3 where a probe has changed, and -4
  * where a row is to raise or be skipped; then nothing is recorded. */
 i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
     Task task = *given;
-    i64 count = task.count, moved = 0;
-    if (memcmp(task.weight, task.known_weight, task.weight_bytes)) return -3;
-    if (memcmp(task.bias, task.known_bias, task.bias_bytes)) return -3;
+    i64 count = task.count, moved = 0, several = shared->variables, wide = several ? 4 * several + 6 : 9;
+    for (i64 i = 0; i < task.parts; i++)
+        if (memcmp(task.live[i], task.known[i], task.bytes[i])) return -3;
     for (i64 b = 0; b < count; b++)
         if (place_of(&task, b) < 0 || place_of(&task, b) >= task.all) return -2;
-    double *numbers = malloc(sizeof(double) * (count * (6 + shared->m) + 1));
+    double *numbers = malloc(sizeof(double) * (count * (6 + 2 * shared->m + 4 * several) + 1));
     i64 *status = malloc(sizeof(i64) * (count + 1));
     if (numbers && status) {
         task.numbers = numbers;
         task.floor = numbers + 3 * count;
         task.multipliers = numbers + 6 * count;
+        if (several) {
+            task.floor = task.multipliers + count * shared->m;
+            task.odds = task.floor + count * shared->m;
+        }
         task.status = status;
         i64 outcome = lrqp_solve(shared, &task, threads);
         moved = outcome < 0 ? outcome : 0;
@@ -880,16 +1047,20 @@ i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
             moved = status[b] > SOLVED ? -4 : moved + (status[b] == SOLVED);
         for (i64 b = 0; moved >= 0 && task.record && b < count; b++) {
             const double *own = numbers + b;
-            double *row = task.record + 9 * b;
-            row[0] = own[4 * count];
-            row[1] = own[5 * count];
-            row[2] = own[3 * count];
-            row[3] = sqrt(larger(own[count], 0));
-            row[4] = sqrt(larger(own[2 * count], 0));
-            row[5] = own[0];
-            row[6] = status[b];
-            row[7] = task.numbered ? task.numbered[b] : task.first + b;
-            row[8] = task.pass;
+            double *row = task.record + wide * b;
+            *row++ = own[4 * count];
+            *row++ = own[5 * count];
+            *row++ = own[3 * count];
+            if (several) row += 3 * (several - 1);
+            if (several) memcpy(row - 3 * several, task.odds + 4 * several * b, sizeof(double) * 3 * several);
+            *row++ = sqrt(larger(own[count], 0));
+            *row++ = sqrt(larger(own[2 * count], 0));
+            *row++ = own[0];
+            if (several) memcpy(row, task.odds + several * (4 * b + 3), sizeof(double) * several);
+            row += several;
+            *row++ = status[b];
+            *row++ = task.numbered ? task.numbered[b] : task.first + b;
+            *row++ = task.pass;
         }
     } else
         moved = -1;

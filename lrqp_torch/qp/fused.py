@@ -28,6 +28,7 @@ from lrqp_torch.qp.solution import Solution
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.geometry import ProbeGeometry
+    from lrqp_torch.qp.native import Task
     from lrqp_torch.qp.stacked import Prepared, StackedGeometry
 
 VariableRules = tuple[tuple[float, float, float], ...]
@@ -73,6 +74,11 @@ class OddsRule:
         """That of a slice of the batch."""
         source = None if self.source is None else self.source[rows]
         return replace(self, target=self.target[rows], source=source)
+
+    def told(self, task: "Task") -> None:
+        """Tell compiled code of the rule; of its target and source nothing."""
+        task.each, task.ruled = 1, 1
+        task.log_odds, task.mirror = self.log_odds.item(), self.mirror
 
     def __call__(self, margins: Tensor, rows: slice = slice(None)) -> Tensor:
         """Log α, (b,), from the margins z_t − z_ℓ of a slice of the batch, (b, K−1)."""

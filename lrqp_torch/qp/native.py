@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Shared(ctypes.Structure):
         *((name, _address) for name in ("matrix", "noise", "length", "stretch")),
         *((name, _address) for name in ("weight", "bias", "steering", "grams")),
         ("unit", ctypes.c_double),
+        *((name, _number) for name in ("variables", "pairs")),
+        *((name, _address) for name in ("plus", "minus", "slots", "begins", "first", "tolerant")),
     )
 
     @classmethod
@@ -52,6 +55,7 @@ class Shared(ctypes.Structure):
         noise: Tensor | None,
         *others: Tensor | None,
         unit: float = 0.0,
+        layout: Sequence[Tensor] = (),
     ) -> "Shared":
         """Of a probe or of problems of their own; tensors of float64.
 
@@ -62,22 +66,32 @@ class Shared(ctypes.Structure):
                 steering (R, d), see :class:`~.geometry.ProbeGeometry`; and of few classes M for
                 each target, (K, K, K), with an empty row and column for it.
             unit: of stretch.
+            layout: of several probes, of whose pairs of classes (P,) matrix, noise and length are:
+                the two classes of each pair, (P,); where the constraints of each variable begin,
+                (V + 1,), its classes, (V + 1,), and its pairs, (V,); and whether it is kept within
+                a tolerance, (V,); all int64.
         """
         owned = [None if t is None else t.detach().contiguous() for t in (matrix, noise, *others)]
         m = classes = 0
-        if matrix is not None:
+        if layout:
+            m = int(layout[2][-1])
+        elif matrix is not None:
             classes = len(matrix) if matrix.ndim == 2 else 0
             m = matrix.shape[-1] - (classes > 0)
         owned += [None] * (8 - len(owned))
         weight = owned[4]
         shape = (0, 0) if weight is None else weight.shape
         shared = cls(classes, m, shape[1], shape[0], *map(address, owned), unit)
-        shared.owned = owned
+        shared.owned, shared.layout = owned, tuple(layout)
+        if layout:
+            shared.variables, shared.pairs = len(layout[4]), len(layout[0])
+            shared.plus, shared.minus, shared.slots = map(address, layout[:3])
+            shared.begins, shared.first, shared.tolerant = map(address, layout[3:])
         return shared
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies have addresses of their own.
-        return partial(Shared.of, unit=self.unit), tuple(self.owned)
+        return partial(Shared.of, unit=self.unit, layout=self.layout), tuple(self.owned)
 
 
 class Task(ctypes.Structure):
@@ -102,9 +116,20 @@ class Task(ctypes.Structure):
         *((name, _number) for name in ("within", "all")),
         *((name, _address) for name in ("place", "record", "numbered")),
         *((name, _number) for name in ("first", "forward_pass")),
-        *((name, _address) for name in ("weight", "bias", "known_weight", "known_bias")),
-        *((name, _number) for name in ("weight_bytes", "bias_bytes")),
+        ("parts", _number),
+        *((name, _address) for name in ("live", "known", "bytes", "rules", "asked", "odds")),
     )
+
+
+def watch(task: Task, now: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[object, ...]:
+    """Let a task compare probes with what they held; returns what has to be kept meanwhile."""
+    count = len(known)
+    live, then = ((_address * count)(*map(address, parts)) for parts in (now, known))
+    sizes = (_number * count)(*(part.nbytes for part in known))
+    task.parts = count
+    task.live, task.known = ctypes.addressof(live), ctypes.addressof(then)
+    task.bytes = ctypes.addressof(sizes)
+    return live, then, sizes
 
 
 KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -142,7 +167,7 @@ def _compiled() -> Path:
     source = Path(__file__).with_name("dual.c")
     names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
     constants = {name: getattr(pivots, name) for name in names}
-    constants["TINY"] = sys.float_info.min
+    constants |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
     flags = [*FLAGS, *(f"-D{name}={value!r}" for name, value in constants.items())]
     # What -march=native means here: a home may be shared by machines of several kinds.
     machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])

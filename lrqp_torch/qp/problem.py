@@ -1,6 +1,6 @@
 """The LRQP quadratic program: the nearest activation at which a probe reads the target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from lrqp_torch.qp.implicit import displaced, valued
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
+from lrqp_torch.qp.stacked import StackedGeometry, StackedRule
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -158,9 +159,9 @@ class MahalanobisQP(nn.Module):
         route = self._route(x, floor, geometry, realise)
         repeats = False
         if route is not None:
-            assert isinstance(geometry, ProbeGeometry)
-            given = floor.log_odds if isinstance(floor, OddsRule) else floor
-            tensors = x, geometry.weight, geometry.bias, geometry.squared, given
+            assert isinstance(geometry, ProbeGeometry | StackedGeometry)
+            given = floor.log_odds if isinstance(floor, OddsRule | StackedRule) else floor
+            tensors = x, *geometry.rows, *(given if isinstance(given, Sequence) else (given,))
             repeats = torch.is_grad_enabled() and any(
                 isinstance(part, Tensor) and part.requires_grad for part in tensors
             )
@@ -171,7 +172,7 @@ class MahalanobisQP(nn.Module):
         def solve(x: Tensor, at: slice) -> Solution:
             if route is None:
                 return self._solve(x, target[at], floor, geometry, realise, at)
-            assert isinstance(geometry, ProbeGeometry)
+            assert isinstance(geometry, ProbeGeometry | StackedGeometry)
             return self._routed(route, x, target[at], floor, geometry, realise, at, repeats)
 
         chunk = max(1, CHUNK_NUMBERS // geometry.width) if x.device.type == "cpu" else batch
@@ -210,7 +211,14 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
     ) -> Any:
         """What solves a whole edit in one call, :mod:`~.fused` or :mod:`~.direct`; or None."""
-        if type(self.solver) is not ActiveSet or not isinstance(geometry, ProbeGeometry):
+        if type(self.solver) is not ActiveSet:
+            return None
+        if isinstance(geometry, StackedGeometry):
+            # The kernel takes several variables in a model only.
+            if not isinstance(floor, StackedRule) or fused.serves(x, 2):
+                return None
+            return direct.solve if direct.serves(x, floor, geometry, realise) else None
+        if not isinstance(geometry, ProbeGeometry):
             return None
         if self.fuses(x, geometry, realise):
             return fused.solve
@@ -223,7 +231,7 @@ class MahalanobisQP(nn.Module):
         x: Tensor,
         target: Tensor,
         log_odds: Tensor | Callable[[Tensor, slice], Tensor],
-        geometry: ProbeGeometry,
+        geometry: ProbeGeometry | StackedGeometry,
         realise: Realise | None,
         rows: slice,
         repeats: bool,
@@ -233,9 +241,10 @@ class MahalanobisQP(nn.Module):
         These begin at the active sets and floors that the route ended with, so that derivatives are
         as exact as those of :meth:`_solve`, to every order, and numbers those of the route.
         """
-        if isinstance(log_odds, OddsRule):
-            part = len(log_odds.target) > len(target)
-            floor: Tensor | OddsRule = log_odds.of(rows) if part else log_odds
+        floor: Tensor | OddsRule | StackedRule
+        if isinstance(log_odds, OddsRule | StackedRule):
+            whole = log_odds.target if isinstance(log_odds, OddsRule) else log_odds.choice
+            floor = log_odds.of(rows) if len(whole) > len(target) else log_odds
         elif isinstance(log_odds, Tensor):
             floor = log_odds[rows]
         else:
@@ -249,10 +258,16 @@ class MahalanobisQP(nn.Module):
         solution, ended = route(x, target, floor, geometry, realise, repeats=repeats)
         if not repeats:
             return solution
-        target = target.clamp(0, geometry.n_classes - 1).expand(len(x))
+        shown: dict[str, Tensor] = {}
+        if isinstance(geometry, ProbeGeometry):
+            target = target.clamp(0, geometry.n_classes - 1).expand(len(x))
         margins = geometry.margins(x, target)
-        if isinstance(floor, OddsRule):
+        if isinstance(floor, StackedRule):
+            shown = {"floor": floor.floors(margins), "log_odds_before": floor.least(margins)}
+            floor = floor(margins)
+        elif isinstance(floor, OddsRule):
             floor = replace(floor, target=target)(margins)
+        shown = shown or {"floor": floor, "log_odds_before": margins.amin(-1)}
         bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
         edit = solution.active.any(-1, keepdim=True)
         # How much rounding had the floors raised is no function of anything.
@@ -266,8 +281,7 @@ class MahalanobisQP(nn.Module):
             x_new=displaced(x, moved, geometry.rows[2], solution.x_new),
             multipliers=valued(found, solution.multipliers),
             squared_distance=valued(squared, solution.squared_distance),
-            floor=valued(floor, solution.floor),
-            log_odds_before=valued(margins.amin(-1), solution.log_odds_before),
+            **{name: valued(value, getattr(solution, name)) for name, value in shown.items()},
         )
 
     def _solve(

@@ -98,7 +98,11 @@ class Solution:
             active=self.active & ~failed.unsqueeze(-1),
             squared_distance=zero(self.squared_distance),
             squared_euclidean=zero(self.squared_euclidean),
-            log_odds_after=torch.where(failed, self.log_odds_before, self.log_odds_after),
+            log_odds_after=torch.where(
+                failed.reshape(-1, *[1] * (self.log_odds_after.ndim - 1)),
+                self.log_odds_before,
+                self.log_odds_after,
+            ),
         )
 
 

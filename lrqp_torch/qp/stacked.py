@@ -1,14 +1,17 @@
 """Constraints of several probes on one activation, each to write, to keep, or to leave alone."""
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import (
+    FEW,
     SolverError,
     TargetError,
     WidthError,
@@ -24,15 +27,18 @@ from lrqp_torch.qp.constraints import (
     MetricSizes,
     other_classes,
 )
+from lrqp_torch.qp.fused import OddsRule, VariableRules
 from lrqp_torch.qp.implicit import matvec
+from lrqp_torch.qp.native import Shared, Task, address
+from lrqp_torch.qp.pivots import DEPENDENT
+from lrqp_torch.qp.reach import Realise
+from lrqp_torch.qp.solution import Solution
 
 FREE = -1
 """In place of a target: the variable may move as it likes."""
 KEEP = -2
 """In place of a target: the variable's beliefs stay where they are."""
 
-# A kept row of which the rows before it leave less than this share is a combination of them.
-DEPENDENT = 1e-13
 MOST_PAIRS = 16_384
 
 
@@ -245,6 +251,21 @@ class StackedGeometry:
             vars(self)["ready"] = mark, ready
         return ready
 
+    @cached_property
+    def shared(self) -> Shared:
+        """What compiled solves need of it."""
+        counts = [0, *accumulate(self.slots)], [0, *accumulate(self.n_classes)]
+        at = torch.tensor(counts[0][:-1])
+        tables = (
+            self.plus,
+            self.minus,
+            *map(torch.tensor, counts),
+            self.first[at],
+            self.tolerant[at],
+        )
+        numbers = self.gram, self.noise, self.length, None, *self.rows
+        return Shared.of(*numbers, layout=[table.long().contiguous() for table in tables])
+
     def in_range(self, choice: Tensor) -> Tensor:
         """Which choices, (B, V), are a class of their variable, FREE or KEEP; (B, V) bool."""
         below = [own < size for own, size in zip(choice.unbind(-1), self.n_classes, strict=True)]
@@ -264,6 +285,12 @@ class StackedGeometry:
                 f"{what}s must be ({batch}, {n_variables}), one per activation and variable, got "
                 f"{tuple(choice.shape)}"
             )
+        if choice.numel() <= FEW and all(
+            KEEP <= value < size
+            for row in choice.tolist()
+            for value, size in zip(row, self.n_classes, strict=True)
+        ):
+            return
         outside = ~self.in_range(choice)
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
@@ -298,13 +325,16 @@ class StackedGeometry:
         self, x: Tensor, choice: Tensor, multipliers: Tensor, moved: Tensor | None = None
     ) -> Tensor:
         """X + Σ A'ᵀ λ, (B, d), in float64."""
+        return torch.addmm(x.double(), self.coefficients(choice, multipliers), self.steering)
+
+    def coefficients(self, choice: Tensor, multipliers: Tensor) -> Tensor:
+        """Class coefficients c of multipliers λ, (B, ΣK), by which edits move along c (WΣ)."""
         pair, _, _ = self._slots(choice)
         _, _, combination = self._eliminated(choice)
         share = matvec(combination.transpose(-1, -2), multipliers)
-        coefficients = share.new_zeros(len(x), len(self.weight))
+        coefficients = share.new_zeros(len(share), len(self.weight))
         coefficients = coefficients.scatter_add(-1, self.plus[pair], share)
-        coefficients = coefficients.scatter_add(-1, self.minus[pair], -share)
-        return torch.addmm(x.double(), coefficients, self.steering)
+        return coefficients.scatter_add(-1, self.minus[pair], -share)
 
     def _slots(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each slot: its pair, whether it is an inequality, and whether an equation; (B, m)."""
@@ -342,7 +372,8 @@ class StackedGeometry:
         identity = torch.eye(self.n_constraints, dtype=gram.dtype, device=gram.device)
         combination = identity.expand_as(gram)
         if not readable(fixed) or bool(fixed.any()):
-            noise = noise + DEPENDENT * diagonal
+            # Of each example by itself, so that it is the same in any company.
+            noise = noise + DEPENDENT * diagonal * fixed.any(-1, keepdim=True)
             for slot in range(self.n_constraints):
                 pivot = gram[:, slot, slot]
                 present = fixed[:, slot] & (pivot.detach() > noise[:, slot])
@@ -356,3 +387,113 @@ class StackedGeometry:
         both = wanted.unsqueeze(-1) & wanted.unsqueeze(-2)
         gram = torch.where(both, (gram + gram.transpose(-1, -2)) / 2, 0.0)
         return gram, noise, torch.where(wanted.unsqueeze(-1), combination, 0.0)
+
+
+@dataclass(frozen=True, repr=False)
+class JointSolution(Solution):
+    """What one problem did to several variables: a :class:`Solution` with V columns of odds.
+
+    ``floor``, ``log_odds_before`` and ``log_odds_after`` are (B, V), NaN where a variable was not
+    written; ``multipliers`` and ``active`` are those of all constraints together, (B, m).
+
+    Attributes:
+        moved: the largest change of any log odds z_j − z_k of a variable, read back, (B, V): for a
+            kept variable what rounding or its tolerance let through.
+    """
+
+    moved: Tensor
+
+    def revert(self, failed: Tensor, x: Tensor) -> Self:
+        """See :meth:`Solution.revert`."""
+        moved = torch.where(failed.unsqueeze(-1), 0.0, self.moved)
+        return replace(super().revert(failed, x), moved=moved)
+
+
+@dataclass(frozen=True, eq=False)
+class StackedRule:
+    """Log α of several variables by their odds rules; a floor for :meth:`~.MahalanobisQP.solve`.
+
+    Attributes:
+        geometry: the constraints that floors are of.
+        rules: of each variable.
+        log_odds: the least log α of each, () float64.
+        choice: what each example writes, keeps and leaves free, (B, V).
+        source: classes that hold now, (B, V), negative where a variable's own reading counts; None:
+            everywhere.
+        asked: log α in place of the rules', (B, V), NaN where there is none; or None.
+    """
+
+    geometry: StackedGeometry
+    rules: VariableRules
+    log_odds: Sequence[Tensor]
+    choice: Tensor
+    source: Tensor | None = None
+    asked: Tensor | None = None
+
+    def of(self, rows: slice) -> "StackedRule":
+        """That of a slice of the batch."""
+        own = (None if part is None else part[rows] for part in (self.source, self.asked))
+        return StackedRule(self.geometry, self.rules, self.log_odds, self.choice[rows], *own)
+
+    def told(self, task: Task) -> None:
+        """Tell compiled code of the rules, which the task then holds."""
+        each = zip(self.rules, self.log_odds, strict=True)
+        table = [(rule[0], log_odds.item(), *rule[1:]) for rule, log_odds in each]
+        rules = (ctypes.c_double * (4 * len(table)))(*(value for row in table for value in row))
+        asked = None if self.asked is None else self.asked.contiguous()
+        task.rules, task.asked = ctypes.addressof(rules), address(asked)
+        task.each, task.held = self.geometry.n_constraints, (rules, asked)
+
+    def __call__(self, margins: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The floor of every slot: log α, the margin at x less τ, or what always holds; (b, m)."""
+        own, columns = self.of(rows), []
+        parts = zip(margins.split(self.geometry.slots, -1), own._floors(margins), strict=True)
+        for place, (part, floor) in enumerate(parts):
+            chosen, (_, _, within) = own.choice[:, place].unsqueeze(-1), self.rules[place]
+            slot = torch.arange(part.shape[-1], device=part.device)
+            inside = (chosen >= 0) & (slot < self.geometry.n_classes[place] - 1)
+            column = torch.where(inside, floor.unsqueeze(-1), -1.0)
+            columns.append(torch.where(chosen == KEEP, part - within, column) if within else column)
+        return torch.cat(columns, -1)
+
+    def floors(self, margins: Tensor) -> Tensor:
+        """Log α of each variable, (B, V), NaN where it is not written."""
+        return torch.where(self.choice >= 0, torch.stack(self._floors(margins), -1), torch.nan)
+
+    def least(self, margins: Tensor) -> Tensor:
+        """The least margin of each variable that is written, (B, V), else NaN."""
+        parts = zip(margins.split(self.geometry.slots, -1), self.geometry.n_classes, strict=True)
+        least = torch.stack([part[:, : size - 1].amin(-1) for part, size in parts], -1)
+        return torch.where(self.choice >= 0, least, torch.nan)
+
+    def _floors(self, margins: Tensor) -> list[Tensor]:
+        """Log α of each, (B,): any number where the variable is not written."""
+        columns, geometry = [], self.geometry
+        for place, part in enumerate(margins.split(geometry.slots, -1)):
+            (mirror, surplus, _), target = self.rules[place], self.choice[:, place].clamp_min(0)
+            source = None if self.source is None else self.source[:, place]
+            rule = OddsRule(mirror > 0, self.log_odds[place], target, source)
+            own = rule(part[:, : geometry.n_classes[place] - 1]) + surplus
+            if self.asked is not None:
+                asked = self.asked[:, place]
+                own = torch.where(asked.isnan(), own, asked)
+            columns.append(own)
+        return columns
+
+    def completed(self, solution: Solution, x: Tensor, realise: Realise | None) -> JointSolution:
+        """The solution with the odds of each variable, read back from what the stream holds."""
+        if isinstance(solution, JointSolution):
+            return solution
+        geometry, choice = self.geometry, self.choice
+        with torch.no_grad():
+            edited = solution.x_new.detach().double()
+            stored = edited if realise is None else realise(edited)
+            unchanged = (solution.x_new == x).all(-1, keepdim=True)
+            stored = torch.where(unchanged, x.double(), stored)
+            change = (geometry.logits(stored) - geometry.logits(x)).split(geometry.n_classes, -1)
+            moved = torch.stack([part.amax(-1) - part.amin(-1) for part in change], -1)
+            after = self.least(geometry.margins(stored, choice))
+        margins = geometry.margins(x, choice)
+        parts = {field.name: getattr(solution, field.name) for field in fields(Solution)}
+        own = {"floor": self.floors(margins), "log_odds_before": self.least(margins)}
+        return JointSolution(**parts | own | {"log_odds_after": after, "moved": moved})

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.baselines import DASLeast
-from lrqp_torch.edits.joint import JointLRQP, JointSolution
+from lrqp_torch.edits.joint import JointLRQP
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
+from lrqp_torch.qp.stacked import JointSolution
 from lrqp_torch.study import ceiling
 from lrqp_torch.study.ceiling import Likeness
 from lrqp_torch.study.context import Advance

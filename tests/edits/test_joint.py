@@ -2,8 +2,10 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,11 @@ from lrqp_torch.errors import (
     TargetError,
     WidthError,
 )
+from lrqp_torch.qp import native
 from lrqp_torch.qp.stacked import FREE, KEEP, StackedGeometry
+from lrqp_torch.stream.intervene import Placement
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
 WIDTH = 16
 
@@ -278,9 +284,7 @@ def test_gradients_against_finite_differences() -> None:
             solution = joint.qp.solve(
                 x,
                 choice,
-                lambda margins, rows: joint.slot_floors(
-                    geometry, margins, choice[rows], torch.full_like(choice[rows], FREE)
-                ),
+                joint.rule(geometry, choice),
                 geometry,
             )
             return solution.x_new, solution.distance
@@ -556,3 +560,167 @@ def test_a_covariance_of_which_distances_overflow_is_named(kind: str) -> None:
     covariance = metric_of().covariance
     with pytest.raises(NonFiniteError, match="overflow"):
         _of_kind(kind, covariance / covariance.abs().amax() * 1.7e308)
+
+
+SIZES = (3, 2, 5, 9)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def joint_of_kind(kind: str, sizes: tuple[int, ...], seed: int, width: int = 24) -> JointLRQP:
+    """Of both rules and both odds; the third variable is kept within a tolerance."""
+    probes = [probe_of(size, seed + place, width) for place, size in enumerate(sizes)]
+    covariance = metric_of(width, 100.0).covariance
+    for size, probe in zip(sizes, probes, strict=True):
+        weight, odd = probe.weight, probe.weight[1::2]
+        if kind == "copies" and size > 2:
+            weight[1] = weight[2]
+        if kind == "nearly equal":
+            weight[1::2] = weight[::2][: len(odd)] + 1e-5 * torch.randn_like(odd)
+        if kind == "far apart":
+            weight *= torch.logspace(-2, 2, size).double()[:, None]
+        if kind == "weakly active":
+            probe.weight.copy_(weight.round()), probe.bias.copy_(probe.bias.round())
+    if kind == "dependent":
+        probes[-1].weight[:2] = probes[0].weight[:2]
+    if kind == "low rank":
+        basis = torch.linalg.qr(normal(width, 9, seed=seed)).Q
+        covariance = basis @ basis.T
+    metric = Mahalanobis(covariance * 1e20 if kind == "far apart" else covariance)
+    options = [
+        {"log_odds": 2.0, "rule": ("mirror", "fixed")[i % 2], "odds": ("pairwise", "total")[i // 2]}
+        for i in range(4)
+    ]
+    edits = {
+        str(i): LRQP(probe, metric, **own)
+        for i, (probe, own) in enumerate(zip(probes, options, strict=False))
+    }
+    within = {"2": 0.5} if len(sizes) > 2 else {}
+    return JointLRQP(edits, metric, within=within, on_infeasible="skip")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "copies", "nearly equal", "far apart", "weakly active", "dependent", "low rank"],
+)
+def test_every_path_gives_the_same_edit_and_the_same_verdict(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sizes in (SIZES[:2], SIZES):
+        joint, batch = joint_of_kind(kind, sizes, 3), 16
+        choices = [torch.randint(KEEP, size, (batch,)) for size in sizes]
+        source = [column.clamp_min(FREE).roll(1) for column in choices]
+        asked = torch.where(torch.arange(batch) % 2 > 0, torch.nan, 4.0)
+        x, base = (normal(batch, 24, seed=seed).to(dtype) for seed in (0, 8))
+        target, source = torch.stack(choices, -1), torch.stack(source, -1)
+
+        def solve(rows: slice = slice(None), joint: JointLRQP = joint, parts: Any = None) -> Any:
+            x, target, source, asked, base = (part[rows] for part in parts)
+            if len(joint.names) == 2:
+                return joint.solve(x, target)
+            placing = Placement(base, 0.3, dtype)
+            return joint.solve(x, target, source, asked={"0": asked}, realise=placing)
+
+        solve = partial(solve, joint=joint, parts=(x, target, source, asked, base))
+        found = solve()
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            other = solve()
+        # What fails may fail at its first aim or at a higher one.
+        worst = int(Status.INFEASIBLE)
+        assert torch.equal(found.status.clamp_max(worst), other.status.clamp_max(worst))
+        coarse = max(torch.finfo(dtype).eps, 1e-9) * (1e3 if kind == "nearly equal" else 1)
+        size = 1 + found.x_new.double().norm(dim=-1) + x.double().norm(dim=-1)
+        off = (found.x_new.double() - other.x_new.double()).norm(dim=-1) / size
+        assert bool((off <= 64 * coarse + 1e-8).all())
+        for name in ("floor", "log_odds_before", "distance", "euclidean"):
+            near = {"rtol": 256 * coarse, "atol": 64 * coarse, "equal_nan": True}
+            torch.testing.assert_close(getattr(found, name), getattr(other, name), **near)
+        done = found.status == Status.SOLVED
+        unwritten = found.log_odds_after.isnan()
+        assert torch.equal(unwritten, target < 0)
+        assert ((found.log_odds_after >= found.floor) | unwritten)[done].all()
+        assert torch.equal(found.x_new[~done], x[~done])
+        for i in (0, batch - 1):
+            alone = solve(slice(i, i + 1))
+            for name in ("x_new", "status", "moved", "multipliers"):
+                assert torch.equal(getattr(alone, name), getattr(found, name)[i : i + 1])
+
+
+@needs_compiler
+def test_numbers_are_the_same_with_and_without_gradients() -> None:
+    joint, x = joint_of(within={"c": 0.5}), normal(30, WIDTH)
+    wanted = targets(30) | {"c": torch.arange(30) % 3 - 2}
+    plain = joint.solve(x, wanted)
+    traced = joint.solve(x.clone().requires_grad_(), wanted)
+    assert traced.x_new.requires_grad and traced.floor.requires_grad
+    for name in vars(plain):
+        torch.testing.assert_close(
+            getattr(traced, name), getattr(plain, name), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("site", ["L1.pre", "L1.mid"])
+@torch.no_grad()
+def test_one_call_a_pass_writes_what_the_operations_write_bit_for_bit(
+    dtype: torch.dtype, site: str
+) -> None:
+    model = build("gpt2", dtype=dtype)
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) % VOCABULARY}
+    x = lrqp.capture(model, inputs, [site], "all")[site]
+    edits = {name: random_edit(x, size, seed=size) for name, size in (("a", 2), ("b", 3))}
+    metric = Mahalanobis.euclidean(x.shape[-1])
+    joint = JointLRQP(edits | {"c": probe_of(3, 5, x.shape[-1])}, metric)
+    found = []
+    for operations in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if operations:
+                patch.setattr(JointLRQP, "line", lambda edit, known: None)
+            for given in ({"target": {"a": 1, "b": 0}}, {"source": {"a": 0}}):
+                wanted = {"target": {"a": 1, "b": FREE, "c": FREE}} | given
+                for positions in ([3, 2], "all"):
+                    with joint.at(model, site, positions=positions, **wanted) as run:
+                        logits = model(**inputs).logits
+                    assert (run._line is None) == operations
+                    names = "log_odds_before", "log_odds_after", "floor", "moved", "status"
+                    lengths = "distance", "euclidean", "kkt_residual", "token"
+                    found.append([logits, *(getattr(run, name) for name in names + lengths)])
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert torch.equal(one[0], other[0])
+        near = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+        torch.testing.assert_close(one[1:], other[1:], **near)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_changes_between_two_passes_is_seen() -> None:
+    model = build("gpt2")
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) % VOCABULARY}
+    x = lrqp.capture(model, inputs, ["L1.pre"], "all")["L1.pre"]
+    edits = {name: random_edit(x, size, seed=size) for name, size in (("a", 2), ("b", 3))}
+    joint = JointLRQP(edits, edits["a"].metric)
+    a, b = joint.edits
+    changes = (
+        lambda: b.probe.weight.data.mul_(1.5),
+        lambda: a.probe.bias.add_(0.5),
+        lambda: joint.metric.covariance.mul_(3),
+        lambda: b.log_odds.fill_(4.0),
+        lambda: setattr(a, "rule", "fixed"),
+        lambda: a.probe.double(),
+    )
+    with joint.at(model, "L1.pre", positions=[3, 2], target={"a": 1, "b": 2}) as run:
+        for change in (lambda: None, *changes):
+            change()
+            seen, odds = model(**inputs).logits, run.log_odds_after
+            assert run._line is not None and (odds >= run.floor).all()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(JointLRQP, "line", lambda edit, known: None)
+                assert torch.equal(model(**inputs).logits, seen)
+        with pytest.MonkeyPatch.context() as patch:
+            replaced = mock.Mock(side_effect=joint.solve)
+            patch.setattr(joint, "solve", replaced)
+            model(**inputs)
+            assert replaced.called and run._line is None
