@@ -58,6 +58,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
     finally:
@@ -242,7 +244,7 @@ def digest_model(model: nn.Module) -> str:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             digest.update(f"{name} {whole.dtype} {tuple(whole.shape)};".encode())
             if whole.device.type != "meta":
-                data = _bytes(whole.detach())
+                data = bytes_of(whole.detach())
                 pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
                 several = pool.map if len(pieces) > 1 else map
                 for part in several(lambda piece: hashlib.sha256(piece).digest(), pieces):
@@ -331,13 +333,14 @@ def digest_values(values: Mapping[str, Any]) -> str:
         value = values[name]
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(_bytes(value.detach()))
+            digest.update(bytes_of(value.detach()))
         else:
             digest.update(f"{name} {value!r};".encode())
     return digest.hexdigest()[:16]
 
 
-def _bytes(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
+    """Its numbers as an array of bytes; those of a contiguous tensor on the CPU themselves."""
     flat = tensor.flatten().cpu().contiguous()
     # One number of a larger tensor counts as contiguous, whatever its stride.
     flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)

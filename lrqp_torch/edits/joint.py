@@ -100,7 +100,7 @@ class JointLRQP(Edit[Targets]):
         self.provenance = next(filter(None, origins), None)
         tolerant = [name in self.within for name in self.names]
         self._geometry = GeometryCache(partial(StackedGeometry.of_probes, tolerant))
-        geometry = self.geometry(self.metric.covariance.device)
+        geometry = self.geometry(self.metric.traced.device)
         self.qp = MahalanobisQP(geometry.n_constraints + 1)
 
     @classmethod
@@ -271,12 +271,12 @@ class JointLRQP(Edit[Targets]):
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         floors, stream = self._floors(), rows.stream
-        covariance, own = self.metric.covariance, self._tensors()
-        there = all(part.device == stream.device for part in (covariance, *own, *floors))
+        traced, own = self.metric.traced, self._tensors()
+        there = all(part.device == stream.device for part in (traced, *own, *floors))
         alike = len({part.dtype for part in own}) == 1
         if given or not there or not alike or not rows.fits(*floors, *own):
             return None
-        geometry = self._geometry.known(own, covariance, stream.device)
+        geometry = self._geometry.known(own, self.metric, stream.device)
         if geometry is None and capturing(stream):
             return None
         geometry = self.geometry(stream.device) if geometry is None else geometry
@@ -302,7 +302,7 @@ class JointLRQP(Edit[Targets]):
         # What stands for a solve, on this object or in its class, is to be called.
         if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
-        traced, own = (self.metric.covariance, *floors), (self._rules(), self.qp, self.qp.solver)
+        traced, own = (self.metric.traced, *floors), (self._rules(), self.qp, self.qp.solver)
         if known is not None and known.holds(probes, traced, own):
             return known
         if kind is not JointLRQP or not self.qp.is_direct:
@@ -345,7 +345,7 @@ class JointLRQP(Edit[Targets]):
 
     def geometry(self, device: torch.device) -> StackedGeometry:
         """What the solves share, on a device; computed anew only when probes or metric change."""
-        return self._geometry.get(self._tensors(), self.metric.covariance, device)
+        return self._geometry.get(self._tensors(), self.metric, device)
 
     def _floors(self) -> list[Tensor]:
         """The least log α of each variable."""
@@ -366,7 +366,7 @@ class JointLRQP(Edit[Targets]):
 
     def _peeked(self, x: Tensor) -> tuple[StackedGeometry, Tensor] | None:
         """The geometry and whether it is stale; None where that is to be looked at, or is new."""
-        given = self._tensors(), self.metric.covariance, x.device
+        given = self._tensors(), self.metric, x.device
         new = readable(x) or self._geometry.known(*given) is None
         return None if new else self._geometry.peek(*given)
 
@@ -513,7 +513,7 @@ def _common_metric(edits: Mapping[str, LRQP | LinearProbe]) -> Mahalanobis:
         raise LRQPError("give at least one LRQP, or probes and a metric")
     first_name, first = next(iter(metrics.items()))
     for name, metric in metrics.items():
-        if metric is not first and not torch.equal(metric.covariance, first.covariance):
+        if not metric.is_same(first):
             raise LRQPError(
                 f"{first_name!r} and {name!r} have different metrics, and one problem has one: "
                 f"pass metric=, for example that of the edit fitted on more activations"

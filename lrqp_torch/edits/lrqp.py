@@ -100,7 +100,7 @@ class LRQP(Edit[Classes]):
         if floor.ndim != 0 or not bool(torch.isfinite(floor)):
             raise NonFiniteError(f"log_odds must be one finite number, got {quoted(log_odds)}")
         device = probe.weight.device
-        if metric.covariance.device != device:
+        if metric.traced.device != device:
             metric = copy.deepcopy(metric).to(device)
         self.probe, self.metric = probe, metric
         self.register_buffer("log_odds", floor.to(device))
@@ -216,10 +216,10 @@ class LRQP(Edit[Classes]):
             geometry = self.geometry(x.device)
             return self._attempt(x, target, source, realise, geometry, asked=asked)
         live = self.probe.weight, self.probe.bias
-        known = self._geometry.known(live, self.metric.covariance, x.device)
+        known = self._geometry.known(live, self.metric, x.device)
         if known is not None and self._is_on(x) and self.qp.fuses(x, known, realise):
             return self._attempt(x, target, source, realise, known, asked=asked, live=live)
-        geometry, stale = self._geometry.peek(live, self.metric.covariance, x.device)
+        geometry, stale = self._geometry.peek(live, self.metric, x.device)
         return self._attempt(x, target, source, realise, geometry, stale, asked)
 
     def bind(self, run: EditRun, *, asked: Any = None, **given: Any) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class LRQP(Edit[Classes]):
     ) -> Tensor | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         stream, live = rows.stream, (self.probe.weight, self.probe.bias)
-        geometry = self._geometry.known(live, self.metric.covariance, stream.device)
+        geometry = self._geometry.known(live, self.metric, stream.device)
         if geometry is None or given or not self._is_on(stream) or not rows.fits(self.log_odds):
             return None
         if not self.qp.fuses(stream, geometry):
@@ -261,7 +261,7 @@ class LRQP(Edit[Classes]):
     def line(self, known: Line | None) -> Line | None:
         """See :meth:`Edit.line`; of pairwise odds by our solver, where there is a compiler."""
         probe = self.probe.weight, self.probe.bias
-        traced = self.metric.covariance, self.log_odds
+        traced = self.metric.traced, self.log_odds
         own = self.rule, self.qp, self.qp.solver
         kind = type(self)
         # What stands for a solve, on this object or in its class, is to be called.
@@ -312,7 +312,7 @@ class LRQP(Edit[Classes]):
     def geometry(self, device: torch.device) -> ProbeGeometry:
         """What the solves share, on a device; computed anew only when probe or metric change."""
         probe = self.probe
-        return self._geometry.get((probe.weight, probe.bias), self.metric.covariance, device)
+        return self._geometry.get((probe.weight, probe.bias), self.metric, device)
 
     def _facts(self) -> dict[str, object]:
         return {

@@ -1,10 +1,13 @@
 """Streaming moments, shrinkage, and the Mahalanobis metric made from them."""
 
 import copy
-from typing import Any, Literal, Self
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lrqp_torch.distributed.ranks import Ranks
 from lrqp_torch.errors import (
@@ -16,6 +19,7 @@ from lrqp_torch.errors import (
     as_numbers,
     check_finite,
     ordinary,
+    unwrapped,
 )
 from lrqp_torch.probes.fitting import BATCH
 from lrqp_torch.probes.judging import check_moments, check_sinks
@@ -95,9 +99,20 @@ class Mahalanobis(Exact):
         super().__init__()
         covariance = as_numbers(covariance, "a covariance")
         # What is computed here is symmetric and positive semidefinite by its formula.
-        _check_covariance(covariance, known=_known)
-        width = covariance.shape[0]
-        self.register_buffer("covariance", covariance.double())
+        check_covariance(covariance, known=_known)
+        self._hold(covariance.double(), len(covariance), mean, kept, shrinkage, n_samples)
+
+    def _hold(
+        self,
+        covariance: Tensor,
+        width: int,
+        mean: Any,
+        kept: Any,
+        shrinkage: float,
+        n_samples: int | None,
+        saved: "Saved | None" = None,
+    ) -> None:
+        self.register_buffer("covariance", covariance)
         for name, value, rank in (("mean", mean, 1), ("kept", kept, 2)):
             tensor = None if value is None else as_numbers(value, name)
             if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != width):
@@ -108,6 +123,7 @@ class Mahalanobis(Exact):
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
         self._eigenbasis: tuple[object, Tensor, Tensor] | None = None
+        self._saved = saved
 
     @classmethod
     def fit(
@@ -145,6 +161,34 @@ class Mahalanobis(Exact):
     def width(self) -> int:
         """The width d of the activations."""
         return self.covariance.shape[0]
+
+    @property
+    def traced(self) -> Tensor:
+        """A tensor on Σ's device in which every change of Σ can be seen: Σ, if it has been read."""
+        return self.covariance
+
+    def saved(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+        """W̄ Σ of some probes' weights, and the sizes of Σ, where its file keeps them; constants."""
+        kept = self._saved
+        if kept is None or not kept.holds(self.traced):
+            return None
+        found = [kept.steered(weight) for weight in weights]
+        known = [part for part in found if part is not None]
+        return (known, kept.sizes) if len(known) == len(found) else None
+
+    def is_same(self, other: "Mahalanobis") -> bool:
+        """Whether another has the same Σ; what files keep of it then serves both."""
+        if self is other:
+            return True
+        mine, yours = self._saved, other._saved
+        if mine is None or yours is None:
+            return torch.equal(self.covariance, other.covariance)
+        if not (mine.holds(self.traced) and yours.holds(other.traced)):
+            return torch.equal(self.covariance, other.covariance)
+        same = mine.sha256 == yours.sha256
+        if same:
+            mine.products = yours.products = [*mine.products, *yours.products]
+        return same
 
     @property
     def n_kept(self) -> int:
@@ -219,6 +263,137 @@ class Mahalanobis(Exact):
         noise = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(delta, dim=-1)
         outside = torch.where(present, 0.0, coordinates).abs().amax(-1) > noise
         return torch.where(outside, float("inf"), inside.sqrt())
+
+
+class Saved:
+    """What the file of an edit keeps of Σ: solves need no more of it.
+
+    Args:
+        sha256: of Σ's numbers.
+        sizes: the largest entry of Σ, and its Frobenius norm, (2,).
+        products: W and W̄ Σ of probes, (K, d) each, float64, with W̄ the weights W less their mean.
+    """
+
+    def __init__(self, sha256: str, sizes: Tensor, products: list[tuple[Tensor, Tensor]]) -> None:
+        self.sha256, self.sizes, self.products = sha256, sizes, products
+        self._read: tuple[Tensor, int, int] | None = None
+
+    def read(self, covariance: Tensor) -> None:
+        """Σ has been read; from now on it may change."""
+        self._read = covariance, covariance._version, covariance.data_ptr()
+
+    def holds(self, traced: Tensor) -> bool:
+        """Whether Σ is what it was in the file: not read yet, or unchanged since."""
+        read = self._read
+        if read is None:
+            return True
+        same = traced is read[0] and (traced._version, traced.data_ptr()) == read[1:]
+        return same and not (torch.is_grad_enabled() and traced.requires_grad)
+
+    def steered(self, weight: Tensor) -> Tensor | None:
+        """W̄ Σ of weights W; None if it is not kept, or a derivative may be asked for."""
+        if torch.compiler.is_compiling() or unwrapped(weight) is not weight or weight.is_meta:
+            return None
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return None
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
+            return None
+        for own, product in self.products:
+            if own.shape == weight.shape and torch.equal(own.to(weight.device), weight.double()):
+                return product.to(weight.device)
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Whether a copy of Σ is changed cannot be seen in what the copy was made of.
+        return (Saved, (self.sha256, self.sizes, self.products)) if self._read is None else _NOTHING
+
+
+_NOTHING = type(None), ()
+_READING = RLock()
+
+
+class StoredMahalanobis(Mahalanobis):
+    """A metric whose Σ stays in its file until somebody looks at it.
+
+    Whoever asks for ``covariance``, or for all buffers (``state_dict``, a pickle), makes it an
+    ordinary :class:`Mahalanobis`; copies and moves to another device leave Σ where it is.
+
+    Args:
+        read: gives Σ, (d, d), float64, checked; or raises.
+        width: d.
+        saved: what is known of Σ.
+        mean, kept, shrinkage, n_samples: see :class:`Mahalanobis`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Tensor],
+        width: int,
+        saved: Saved,
+        *,
+        mean: Tensor | None,
+        kept: Tensor | None,
+        shrinkage: float,
+        n_samples: int | None,
+    ) -> None:
+        nn.Module.__init__(self)
+        # In its place stands what tells its dtype and device.
+        place = torch.empty(0, dtype=torch.float64)
+        self._hold(place, width, mean, kept, shrinkage, n_samples, saved)
+        self._source: tuple[Callable[[], Tensor], int] = read, width
+
+    @property
+    def covariance(self) -> Tensor:  # type: ignore[override]
+        """Σ, (d, d), which is read now."""
+        return cast(Tensor, nn.Module.__getattr__(self.whole(), "covariance"))
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:
+        return cast(dict[str, Tensor | None], vars(self.whole())["_buffers"])
+
+    @_buffers.setter
+    def _buffers(self, buffers: dict[str, Tensor | None]) -> None:
+        vars(self)["_buffers"] = buffers
+
+    @property
+    def width(self) -> int:
+        """The width d of the activations."""
+        return self._source[1]
+
+    @property
+    def traced(self) -> Tensor:
+        """See :attr:`Mahalanobis.traced`."""
+        return cast(Tensor, vars(self)["_buffers"]["covariance"])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def whole(self) -> Mahalanobis:
+        """Itself, with Σ read."""
+        with _READING:
+            if "_source" in vars(self):
+                held, covariance = vars(self)["_buffers"], self._source[0]()
+                held["covariance"] = covariance.to(held["covariance"].device)
+                cast(Saved, self._saved).read(held["covariance"])
+                self.__class__ = Mahalanobis  # type: ignore[assignment]
+                del vars(self)["_source"]
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        held = vars(self)["_buffers"]
+        with torch.inference_mode(False):
+            for name, before in held.items():
+                if before is not None:
+                    after = fn(before)
+                    held[name] = after if after.dtype == before.dtype else before.to(after.device)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self.whole() if name == "covariance" else self, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy for elsewhere takes Σ with it.
+        return self.whole().__reduce_ex__(protocol)
 
 
 class Covariance:
@@ -445,7 +620,13 @@ class Covariance:
         return Mahalanobis(sample, self.mean.clone(), shrinkage=weight, n_samples=n, _known=True)
 
 
-def _check_covariance(covariance: Tensor, known: bool) -> None:
+def check_covariance(covariance: Tensor, known: bool) -> None:
+    """Raise unless Σ is a covariance; see :class:`Mahalanobis`.
+
+    Args:
+        covariance: Σ.
+        known: whether it is symmetric and positive semidefinite by its formula.
+    """
     square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
     if not square or covariance.numel() == 0:
         raise WidthError(f"a covariance must be square, got {tuple(covariance.shape)}")

@@ -9,12 +9,15 @@ so that one K × K matrix serves every target and M itself is formed only where 
 the digits of classes that nearly coincide, which a Gram matrix of the weights loses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from lrqp_torch.errors import NonFiniteError, all_finite, readable
+from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.implicit import matvec
 
 if TYPE_CHECKING:
@@ -189,12 +192,22 @@ class ClassConstraints:
 
 
 class MetricSizes:
-    """Norms of what Σ makes, in units of its largest entry, of which no square overflows."""
+    """Norms of what Σ makes, in units of its largest entry, of which no square overflows.
 
-    def __init__(self, covariance: Tensor) -> None:
+    Args:
+        unit: the largest entry of Σ, ().
+        spread: ‖Σ‖_F, ().
+    """
+
+    def __init__(self, unit: Tensor, spread: Tensor) -> None:
+        self.unit, self.spread = unit, spread
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> "MetricSizes":
+        """Those of Σ."""
         covariance = covariance.detach()
-        self.unit = covariance.abs().amax().clamp_min(torch.finfo(covariance.dtype).tiny)
-        self.spread = self.unit * torch.linalg.matrix_norm(covariance / self.unit)
+        unit = covariance.abs().amax().clamp_min(torch.finfo(covariance.dtype).tiny)
+        return cls(unit, unit * torch.linalg.matrix_norm(covariance / unit))
 
     def norm(self, steering: Tensor) -> Tensor:
         """‖Σw‖ of some Σw, (..., d) → (...)."""
@@ -208,6 +221,32 @@ class MetricSizes:
         its own norm's size in its null space, and WΣ there is nothing but rounding.
         """
         return ROUNDING * length * torch.maximum(terms, length * self.spread)
+
+
+def steered(
+    metric: Tensor | Mahalanobis, weights: Sequence[Tensor]
+) -> tuple[list[Tensor], MetricSizes]:
+    """W̄ Σ of some probes, (K, d) each, with W̄ their weights less the mean, and the sizes of Σ.
+
+    Differentiable. Where a metric that was saved has kept them, its Σ is not looked at.
+
+    Args:
+        metric: it, or Σ, (d, d).
+        weights: W of each probe, (K, d), float64.
+
+    Raises:
+        NonFiniteError: Σ holds NaN or infinity.
+    """
+    if isinstance(metric, Mahalanobis):
+        saved = metric.saved(weights)
+        if saved is not None:
+            return saved[0], MetricSizes(*saved[1].to(weights[0].device).clone().unbind())
+        metric = metric.covariance
+    if readable(metric) and not all_finite(metric):
+        raise NonFiniteError("the metric's covariance holds NaN or infinity; refit it")
+    covariance = metric.to(weights[0].device).double()
+    found = [(weight - weight.mean(0)) @ covariance for weight in weights]
+    return found, MetricSizes.of(covariance)
 
 
 def class_grams(weight: Tensor, steering: Tensor, target: Tensor, length: Tensor) -> Tensor:

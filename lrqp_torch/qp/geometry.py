@@ -20,13 +20,14 @@ from lrqp_torch.errors import (
     in_transforms,
     readable,
 )
+from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.constraints import (
     ClassConstraints,
     Constraints,
     DenseConstraints,
-    MetricSizes,
     class_grams,
     other_classes,
+    steered,
 )
 from lrqp_torch.qp.native import Shared
 from lrqp_torch.qp.projection import project
@@ -43,8 +44,9 @@ CHUNK_NUMBERS = 2_000_000
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
 
-
 Made = TypeVar("Made")
+Metric = Tensor | Mahalanobis
+"""A metric, or its Σ."""
 
 
 class Geometry(Protocol):
@@ -126,15 +128,17 @@ class ProbeGeometry:
     sets: ActiveSets | None
 
     @classmethod
-    def build(cls, weight: Tensor, bias: Tensor, covariance: Tensor) -> "ProbeGeometry":
+    def build(
+        cls, weight: Tensor, bias: Tensor, covariance: Tensor | Mahalanobis
+    ) -> "ProbeGeometry":
         """Compute the geometry; differentiable in all three arguments.
 
-        Cost: K d² for WΣ and K² d for the distances, once.
+        Cost: K d² for WΣ, unless a saved metric keeps it, and K² d for the distances, once.
 
         Args:
             weight: probe weights, (K, d), K ≥ 2.
             bias: probe biases, (K,).
-            covariance: Σ, (d, d), symmetric positive semidefinite.
+            covariance: Σ, (d, d), symmetric positive semidefinite; or the metric.
 
         Raises:
             WidthError: the shapes do not fit together.
@@ -153,24 +157,23 @@ class ProbeGeometry:
                 f"distances, K² numbers several times over, are held; leave out classes that "
                 f"no edit is for: LinearProbe.from_weights(W[kept], b[kept])"
             )
-        if covariance.shape != (width, width):
+        own = covariance.shape if isinstance(covariance, Tensor) else 2 * (covariance.width,)
+        if own != (width, width):
             raise WidthError(
-                f"the probe reads width {width} but the covariance is "
-                f"{tuple(covariance.shape)}; fit both on activations of the same site"
+                f"the probe reads width {width} but the covariance is {tuple(own)}; fit both on "
+                f"activations of the same site"
             )
-        for name, tensor in (("weight", weight), ("bias", bias), ("covariance", covariance)):
+        for name, tensor in (("weight", weight), ("bias", bias)):
             if readable(tensor) and not all_finite(tensor):
-                owner = "metric" if name == "covariance" else "probe"
-                raise NonFiniteError(f"the {owner}'s {name} holds NaN or infinity; refit it")
+                raise NonFiniteError(f"the probe's {name} holds NaN or infinity; refit it")
 
-        weight, bias, covariance = weight.double(), bias.double(), covariance.double()
+        weight, bias = weight.double(), bias.double()
         centred = weight - weight.mean(0)
-        steering = centred @ covariance
+        (steering,), sizes = steered(covariance, [weight])
         squared = _pairwise(centred, steering)
         check_distances(squared)
         with torch.no_grad():
             length = _pairwise(centred, centred).clamp_min(0.0).sqrt()
-            sizes = MetricSizes(covariance)
             size, unit = sizes.norm(steering), steering / sizes.unit
             stretch = _pairwise(unit, unit), sizes.unit
             noise = sizes.rounding(length, size.unsqueeze(-1) + size)
@@ -406,68 +409,71 @@ class GeometryCache(Generic[Made]):
     """The geometry of the probes and metric that were asked for last, on one device.
 
     Args:
-        build: computes it from the probes' tensors and Σ, all on its device.
+        build: computes it from the probes' tensors on its device, and the metric or Σ.
     """
 
-    def __init__(self, build: Callable[[list[Tensor], Tensor], Made]) -> None:
+    def __init__(self, build: Callable[[list[Tensor], Metric], Made]) -> None:
         self.build = build
         self._kept: _Kept[Made] | None = None
 
-    def get(self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device) -> Made:
+    def get(self, probes: Sequence[Tensor], metric: Metric, device: torch.device) -> Made:
         """The geometry on a device. On a GPU this waits for the device; :meth:`peek` does not."""
         given = [part if part.device == device else part.to(device) for part in probes]
-        if _needs_graph(*probes, covariance):
-            return self.build(given, covariance.to(device))
-        kept, metric, trace = self._kept, Trace(device, covariance), Trace(device, *probes)
+        traced = _traced(metric)
+        if _needs_graph(*probes, traced):
+            return self.build(given, metric)
+        kept, mark, trace = self._kept, Trace(device, traced), Trace(device, *probes)
         # Probes are small enough to compare by value, which sees every way of changing them:
         # .data, .double() and the like leave no trace in a tensor's version.
-        if kept is not None and kept.metric == metric and all(map(_same, kept.copies, given)):
+        if kept is not None and kept.metric == mark and all(map(_same, kept.copies, given)):
             if kept.probes != trace:
                 self._kept = replace(kept, probes=trace)
             return kept.geometry
         # What is kept may be differentiated through later, whatever the mode it was computed in.
         with torch.inference_mode(False), torch.no_grad():
             copies = [part.clone() for part in given]
-            geometry = self.build(copies, covariance.to(device))
-        self._kept = _Kept(metric, trace, copies, geometry)
+            geometry = self.build(copies, metric)
+        self._kept = _Kept(mark, trace, copies, geometry)
         return geometry
 
     def peek(
-        self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device
+        self, probes: Sequence[Tensor], metric: Metric, device: torch.device
     ) -> tuple[Made, Tensor]:
         """The geometry, and a bool () on the device that is true if it has become stale unseen.
 
         Changes that leave a trace are seen; others (``.data``) only by value, on the device.
         """
         kept = self._kept
-        if kept is None or self.known(probes, covariance, device) is None:
-            return self.get(probes, covariance, device), torch.zeros(
+        if kept is None or self.known(probes, metric, device) is None:
+            return self.get(probes, metric, device), torch.zeros(
                 (), dtype=torch.bool, device=device
             )
         changed = [(old != new).any() for old, new in zip(kept.copies, probes, strict=True)]
         return kept.geometry, reduce(torch.logical_or, changed)
 
-    def known(
-        self, probes: Sequence[Tensor], covariance: Tensor, device: torch.device
-    ) -> Made | None:
+    def known(self, probes: Sequence[Tensor], metric: Metric, device: torch.device) -> Made | None:
         """The geometry, unless there is none or a change of what it is of has left a trace."""
-        kept = self._kept
+        kept, traced = self._kept, _traced(metric)
         if (
             kept is None
-            or kept.metric != Trace(device, covariance)
+            or kept.metric != Trace(device, traced)
             or kept.probes != Trace(device, *probes)
             or any(part.device != device for part in probes)
             or any(old.dtype != new.dtype for old, new in zip(kept.copies, probes, strict=True))
-            or _needs_graph(*probes, covariance)
+            or _needs_graph(*probes, traced)
         ):
             return None
         return kept.geometry
 
 
-def probe_geometry(probe: list[Tensor], covariance: Tensor) -> ProbeGeometry:
+def probe_geometry(probe: list[Tensor], metric: Metric) -> ProbeGeometry:
     """That of W and b."""
     weight, bias = probe
-    return ProbeGeometry.build(weight, bias, covariance)
+    return ProbeGeometry.build(weight, bias, metric)
+
+
+def _traced(metric: Metric) -> Tensor:
+    return metric if isinstance(metric, Tensor) else metric.traced
 
 
 def _needs_graph(*tensors: Tensor) -> bool:

@@ -21,11 +21,12 @@ from lrqp_torch.errors import (
     in_transforms,
     readable,
 )
+from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.constraints import (
     Constraints,
     DenseConstraints,
-    MetricSizes,
     other_classes,
+    steered,
 )
 from lrqp_torch.qp.fused import OddsRule, VariableRules
 from lrqp_torch.qp.implicit import matvec
@@ -81,7 +82,7 @@ class StackedGeometry:
 
     weight: Tensor  # all W stacked, (ΣK, d)
     bias: Tensor  # all b, (ΣK,)
-    steering: Tensor  # W Σ, (ΣK, d)
+    steering: Tensor  # W̄ Σ of each, W̄ the weights less their mean, (ΣK, d)
     plus: Tensor
     minus: Tensor
     gram: Tensor
@@ -100,24 +101,25 @@ class StackedGeometry:
         cls,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
-        covariance: Tensor,
+        covariance: Tensor | Mahalanobis,
         tolerant: Sequence[bool],
     ) -> "StackedGeometry":
         """Compute the geometry; differentiable in weights, biases and covariance.
 
-        Cost: ΣK d² for WΣ and R² d for the Gram matrix, R = Σ K (K − 1), once.
+        Cost: ΣK d² for WΣ, unless a saved metric keeps it, and R² d for the Gram matrix,
+        R = Σ K (K − 1), once.
 
         Args:
             weights: W of each probe, (K_v, d).
             biases: b of each, (K_v,).
-            covariance: Σ, (d, d).
+            covariance: Σ, (d, d); or the metric.
             tolerant: for each, whether it is to be kept within a tolerance.
 
         Raises:
             WidthError: the shapes do not fit together.
             SolverError: more than :data:`MOST_PAIRS` pairs of classes.
         """
-        width = covariance.shape[0]
+        width = len(covariance) if isinstance(covariance, Tensor) else covariance.width
         for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
                 raise WidthError(
@@ -125,7 +127,7 @@ class StackedGeometry:
                     f"{tuple(bias.shape)}, the metric has width {width}; fit all on activations "
                     f"of the same site"
                 )
-        device = covariance.device
+        device = weights[0].device
         sizes = tuple(len(weight) for weight in weights)
         n_ordered = sum(size * (size - 1) for size in sizes)
         if n_ordered > MOST_PAIRS:
@@ -134,10 +136,10 @@ class StackedGeometry:
                 f"pairs, and the products of all with all are held: at most {MOST_PAIRS:,}, as of "
                 f"128 classes; leave classes out, or keep a variable by metric.keeping(probe)"
             )
-        weight = torch.cat([part.double() for part in weights])
-        bias = torch.cat([part.double() for part in biases])
-        covariance = covariance.double()
-        steering = weight @ covariance
+        each = [part.double() for part in weights]
+        weight, bias = torch.cat(each), torch.cat([part.double() for part in biases])
+        along_each, sizes_in = steered(covariance, each)
+        steering = torch.cat(along_each)
 
         plus, minus, first, slots = [], [], [], []
         n_pairs = n_stacked = 0
@@ -154,7 +156,6 @@ class StackedGeometry:
         products = normals @ along.T
         length = torch.linalg.vector_norm(normals.detach(), dim=-1)
         check_distances(products.diagonal())
-        sizes_in = MetricSizes(covariance)
         size_of = sizes_in.norm(steering)
         noise = sizes_in.rounding(length, size_of[p] + size_of[n])
         columns = [torch.tensor(column, device=device) for column in zip(*slots, strict=True)]
@@ -178,11 +179,11 @@ class StackedGeometry:
 
     @classmethod
     def of_probes(
-        cls, tolerant: Sequence[bool], probes: Sequence[Tensor], covariance: Tensor
+        cls, tolerant: Sequence[bool], probes: Sequence[Tensor], metric: Tensor | Mahalanobis
     ) -> "StackedGeometry":
         """:meth:`build` of the weights of all probes, then their biases."""
         count = len(tolerant)
-        return cls.build(probes[:count], probes[count:], covariance, tolerant)
+        return cls.build(probes[:count], probes[count:], metric, tolerant)
 
     @property
     def n_constraints(self) -> int:
