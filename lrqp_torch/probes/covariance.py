@@ -170,7 +170,7 @@ class Mahalanobis(Exact):
     def saved(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
         """W̄ Σ of some probes' weights, and the sizes of Σ, where its file keeps them; constants."""
         kept = self._saved
-        if kept is None or not kept.holds(self.traced):
+        if kept is None or torch.compiler.is_compiling() or not kept.holds(self.traced):
             return None
         found = [kept.steered(weight) for weight in weights]
         known = [part for part in found if part is not None]
@@ -292,7 +292,7 @@ class Saved:
 
     def steered(self, weight: Tensor) -> Tensor | None:
         """W̄ Σ of weights W; None if it is not kept, or a derivative may be asked for."""
-        if torch.compiler.is_compiling() or unwrapped(weight) is not weight or weight.is_meta:
+        if unwrapped(weight) is not weight or weight.is_meta:
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
@@ -365,7 +365,6 @@ class StoredMahalanobis(Mahalanobis):
         """See :attr:`Mahalanobis.traced`."""
         return cast(Tensor, vars(self)["_buffers"]["covariance"])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
     @torch.no_grad()
     def whole(self) -> Mahalanobis:

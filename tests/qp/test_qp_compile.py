@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, errors
-from lrqp_torch.qp import ProbeGeometry, direct, geometry, problem, reach
+from lrqp_torch.qp import ProbeGeometry, constraints, direct, geometry, problem, reach
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
@@ -32,7 +32,7 @@ class NoLooking(TorchDispatchMode):
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
-    for module in (errors, problem, reach, geometry, direct):
+    for module in (errors, problem, reach, constraints, geometry, direct):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
