@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrqp_torch.edits.failures import visible
 from lrqp_torch.edits.hub import Shared
 from lrqp_torch.edits.provenance import Provenance
-from lrqp_torch.edits.record import EditRun
+from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.errors import (
     SavedEditError,
     WidthError,
@@ -25,6 +25,7 @@ from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import StreamRows
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.inputs import as_inputs
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
 from lrqp_torch.stream.positions import Positions, Where
@@ -198,6 +199,10 @@ class Edit(Exact, Shared, Generic[Asked]):
         """
         return None
 
+    def asked_at(self, asked: Any, rows: EditContext | Rows | StreamRows) -> Tensor:
+        """Log α as :meth:`solve` is given it, of rows within a model; see :meth:`bind`."""
+        return floors_of(asked, rows)
+
     def line(self, known: Line | None) -> Line | None:
         """What does :meth:`edit_stream` on the CPU, ``known`` if it still is that; None where there
         is no such thing.
@@ -280,10 +285,3 @@ def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
             f"{tuple(floors.shape)}"
         )
     return floors.expand(shape)
-
-
-def floors_of(asked: Any, context: EditContext | StreamRows) -> Tensor:
-    """The log α of the rows that an edit is given in a model, of one for all or one an example."""
-    floors = torch.as_tensor(asked, device=context.example.device).double()
-    which = context.example if context.request is None else context.request
-    return floors[which] if floors.ndim else floors

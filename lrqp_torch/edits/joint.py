@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors, floors_of
+from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors
 from lrqp_torch.edits.failures import judged, skipped
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.edits.record import EditRun
+from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.edits.saving import read_joint, write_joint
 from lrqp_torch.errors import (
     LRQPError,
@@ -33,6 +33,7 @@ from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import StreamRows, VariableRules
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, JointSolution, StackedGeometry, StackedRule
+from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 
@@ -284,8 +285,7 @@ class JointLRQP(Edit[Targets]):
             return None
         wanted = None
         if asked:
-            wishes = {name: floors_of(value, rows) for name, value in asked.items()}
-            wanted = self._wanted(wishes, len(rows.index), stream.device)
+            wanted = self.asked_at(asked, rows)
         return fused.edit_stream(
             rows,
             target,
@@ -296,6 +296,11 @@ class JointLRQP(Edit[Targets]):
             variables=(self._rules(), geometry.prepared(target, source), wanted),
         )
 
+    def asked_at(self, asked: Mapping[str, Any], rows: EditContext | Rows | StreamRows) -> Tensor:
+        """See :meth:`Edit.asked_at`: (N, V), NaN where a variable keeps its own rule."""
+        wishes = {name: floors_of(value, rows) for name, value in asked.items()}
+        return self._wanted(wishes, len(rows.example), rows.example.device)
+
     def line(self, known: Line | None) -> Line | None:
         """See :meth:`Edit.line`; by our solver, where there is a compiler."""
         kind, probes, floors = type(self), tuple(self._tensors()), self._floors()
@@ -303,7 +308,7 @@ class JointLRQP(Edit[Targets]):
         if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
         traced, own = (self.metric.traced, *floors), (self._rules(), self.qp, self.qp.solver)
-        if known is not None and known.holds(probes, traced, own):
+        if known is not None and known.holds((*probes, *traced), own):
             return known
         if kind is not JointLRQP or not self.qp.is_direct:
             return None

@@ -1,6 +1,7 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
 import copy
+import operator
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,9 +9,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors, floors_of
+from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors
 from lrqp_torch.edits.failures import judged, skipped
-from lrqp_torch.edits.record import EditRun
+from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.edits.saving import read_edit, write_edit
 from lrqp_torch.errors import (
     NonFiniteError,
@@ -18,6 +19,7 @@ from lrqp_torch.errors import (
     check_activations,
     check_class_shape,
     check_option,
+    in_transforms,
     place_classes,
     quoted,
     readable,
@@ -25,7 +27,16 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.fitting import ClassWeight
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, GeometryCache, ProbeGeometry, Solution, Solver, fused, native
+from lrqp_torch.qp import (
+    ODDS,
+    GeometryCache,
+    ProbeGeometry,
+    Solution,
+    Solver,
+    Status,
+    fused,
+    native,
+)
 from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import OddsRule, StreamRows
 from lrqp_torch.qp.geometry import probe_geometry
@@ -74,6 +85,7 @@ class LRQP(Edit[Classes]):
 
     log_odds: Tensor
     certified = True
+    _line: Line | None = None
 
     def __init__(
         self,
@@ -191,9 +203,16 @@ class LRQP(Edit[Classes]):
             InfeasibleError: a target that no activation reaches, unless on_infeasible is "skip".
             SolverError: the odds read back fall short of α, unless on_infeasible is "skip".
         """
-        check_activations(x, self.probe.width)
-        geometry = self.geometry(x.device)
-        solution = self._attempt(x, target, source, realise, geometry, asked=asked)
+        found = self._in_one_call(x, target, source, asked, realise)
+        if found is not None:
+            solution, worst = found
+            if worst <= Status.SOLVED:
+                return solution
+            solution = skipped(solution, x, self.on_infeasible)
+        else:
+            check_activations(x, self.probe.width)
+            geometry = self.geometry(x.device)
+            solution = self._attempt(x, target, source, realise, geometry, asked=asked)
         return judged(self, solution, x, target, examples)
 
     def propose(
@@ -211,6 +230,9 @@ class LRQP(Edit[Classes]):
         device, so it can be captured in a CUDA graph. What is seen to be wrong without waiting
         still raises.
         """
+        found = self._in_one_call(x, target, source, asked, realise)
+        if found is not None:
+            return skipped(found[0], x, self.on_infeasible)
         check_activations(x, self.probe.width)
         if x.device.type == "cpu":
             geometry = self.geometry(x.device)
@@ -260,21 +282,53 @@ class LRQP(Edit[Classes]):
 
     def line(self, known: Line | None) -> Line | None:
         """See :meth:`Edit.line`; of pairwise odds by our solver, where there is a compiler."""
-        probe = self.probe.weight, self.probe.bias
-        traced = self.metric.traced, self.log_odds
-        own = self.rule, self.qp, self.qp.solver
-        kind = type(self)
         # What stands for a solve, on this object or in its class, is to be called.
-        if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
+        if "solve" in self.__dict__ or "edit_rows" in self.__dict__ or type(self) is not LRQP:
             return None
-        if known is not None and known.holds(probe, traced, own):
-            return known
-        if kind is not LRQP or not self.qp.is_direct or not probe[0].is_contiguous():
+        if LRQP.solve is not _SOLVE or LRQP.edit_rows is not _EDIT_ROWS:
             return None
-        if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probe, *traced)):
+        return self._own_line()
+
+    def _own_line(self) -> Line | None:
+        """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
+        # A module asks itself for its parts by a detour of a microsecond each.
+        modules: dict[str, Any] = self._modules
+        numbers, qp = modules["probe"]._parameters, modules["qp"]
+        # What its metric is traced by, see there; looking does not read Σ.
+        traced = vars(modules["metric"])["_buffers"].get("covariance")
+        parts = numbers.get("weight"), numbers.get("bias"), traced, self._buffers["log_odds"]
+        own = self.rule, qp, qp.solver
+        line = self._line
+        if line is not None and line.holds(parts, own):
+            return line if native.library() is not None else None
+        vars(self)["_line"] = line = self._new_line(parts, own)
+        return line
+
+    def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
+        probe = self.probe.weight, self.probe.bias
+        given = *probe, self.metric.traced, self.log_odds
+        if not self.qp.is_direct or not probe[0].is_contiguous() or not probe[1].is_contiguous():
+            return None
+        if not all(part.is_cpu and part.dtype in native.KINDS for part in given):
+            return None
+        # A probe may have its numbers made anew each time that it is asked for them.
+        if not all(map(operator.is_, given, parts)):
+            return None
+        if in_transforms() or (
+            torch.is_grad_enabled() and any(part.requires_grad for part in given)
+        ):
             return None
         geometry = self.geometry(probe[0].device)
-        return Line(geometry, probe, traced, own, self._odds_rule(probe[1], None))
+        return Line(geometry, probe, given[2:], own, self._odds_rule(probe[1], None))
+
+    def _in_one_call(
+        self, x: Tensor, target: Any, source: Any, asked: Any, realise: Realise | None
+    ) -> tuple[Solution, int] | None:
+        """Edited activations and the worst status, where one call does it; or None."""
+        if torch.compiler.is_compiling() or type(self) is not LRQP or in_transforms():
+            return None
+        line = self._own_line()
+        return None if line is None else line.solve(x, target, source, asked, realise)
 
     def floors(
         self, margins: Tensor, target: Tensor, source: Tensor | None, *, sufficient: bool
@@ -408,5 +462,5 @@ class LRQP(Edit[Classes]):
         return read_edit(cls, folder)
 
 
-_SOLVES = LRQP.solve, LRQP.edit_rows
+_SOLVE, _EDIT_ROWS = LRQP.solve, LRQP.edit_rows
 """What a hook on the CPU may do in one call in place of."""

@@ -18,7 +18,7 @@ from lrqp_torch.errors import (
     outside_transforms,
     unwrapped,
 )
-from lrqp_torch.qp import Solution, Status, fused
+from lrqp_torch.qp import Solution, Status, fused, native
 from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
@@ -109,6 +109,7 @@ class EditRun:
         self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
         self._line: Line | None = None
+        self._laid: tuple[Any, ...] | None = None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
             next(kind for kind in type(edit).__mro__ if name in vars(kind))
@@ -142,7 +143,8 @@ class EditRun:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
         if not self.certified or self.paused:
             return None
-        if not fused.serves(stream, self.edit.n_classes):
+        compiled = stream.is_cpu and not fused.interpreted()
+        if compiled or not fused.serves(stream, self.edit.n_classes):
             return self._in_one_call(stream, residual, scale, at, forward_pass)
         self._place(stream.device)
         count = at.index.shape[0]
@@ -160,22 +162,49 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """:meth:`edit_stream` on the CPU."""
-        if self.given or at.shown is not None or not stream.is_cpu or in_transforms():
+        given = self.given
+        if at.shown is not None or not stream.is_cpu or given.keys() - {"asked"}:
             return None
         line = self._line = self.edit.line(self._line)
         if line is None or not line.takes(stream, residual):
             return None
-        _, target, source = self._classes_of(at, stream.device)
-        rows, record = None, None
+        dtype, columns, asked = stream.dtype, stream.shape[1], given.get("asked")
+        if not (asked is None or isinstance(asked, float | int)):
+            # What it holds may have changed since the last pass.
+            asked = self.edit.asked_at(asked, at)
+            if line.differentiates(asked):
+                return None
+        laid = self._laid
+        if (
+            laid is None
+            or laid[:2] != (line, at)
+            or laid[2:4] != (dtype, columns)
+            or isinstance(asked, Tensor)
+        ):
+            laid = self._laid = line, at, dtype, columns, self._lay(line, at, dtype, columns, asked)
+        task, rows = laid[4], None
         if self._rows.kept:
-            rows = torch.empty(len(target), _width(len(self.names)), dtype=torch.float64)
-            record = rows, at.numbers, forward_pass
-        place = None if at.whole else at.flat(stream.shape[1])
-        whole = line(stream, residual, scale, place, target, source, record)
+            rows = _NUMBERS.new_empty(task.count, _width(len(self.names)))
+        whole = line(stream, residual, scale, task, rows, forward_pass)
         if whole is not None and rows is not None:
-            self._rows.wrote(_Block(rows, variables=len(self.names)), len(target))
-        self._dtype = stream.dtype
+            self._rows.wrote(_Block(rows, variables=len(self.names)), task.count)
+        self._dtype = dtype
         return whole
+
+    def _lay(
+        self, line: Line, at: Rows, dtype: torch.dtype, columns: int, asked: Tensor | float | None
+    ) -> native.Task:
+        """What a call is told of the rows of streams of so many columns."""
+        _, target, source = self._classes_of(at, _CPU)
+        task = line.task(dtype, target, source, asked)
+        place, numbers = None if at.whole else at.flat(columns), at.numbers
+        task.count, task.place = len(target), native.address(place)
+        if isinstance(numbers, Tensor):
+            task.numbered = numbers.data_ptr()
+        else:
+            task.first = numbers
+        task.owned = task.owned, place, numbers
+        return task
 
     def _classes_of(
         self, at: Rows | EditContext, device: torch.device
@@ -624,6 +653,7 @@ class _Block:
 
 
 _WRITTEN = (*RECORDED, "status", "index", "forward_pass")
+_CPU, _NUMBERS = torch.device("cpu"), torch.empty(0, dtype=torch.float64)
 
 
 def _width(variables: int) -> int:
@@ -663,6 +693,13 @@ def summarise(steps: Sequence[Step]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def floors_of(asked: Any, rows: EditContext | Rows | fused.StreamRows) -> Tensor:
+    """The log α of the rows that an edit is given in a model, of one for all or one an example."""
+    floors = torch.as_tensor(asked, device=rows.example.device).double()
+    which = rows.example if rows.request is None else rows.request
+    return floors[which] if floors.ndim else floors
 
 
 def _chosen(classes: Tensor, which: Tensor) -> Tensor:

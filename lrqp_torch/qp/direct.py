@@ -5,21 +5,28 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 """
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lrqp_torch.errors import check_values, in_transforms, readable
+from lrqp_torch.errors import check_classes, check_values, in_transforms, readable
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.fused import OddsRule
-from lrqp_torch.qp.geometry import ProbeGeometry, Trace
+from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
-from lrqp_torch.qp.solution import Solution
+from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.solvers import ActiveSet
 from lrqp_torch.qp.stacked import JointSolution, StackedGeometry, StackedRule
+
+# What a pass asks of tensors again and again, without a frame of Python each.
+_address, _version = Tensor.data_ptr, operator.attrgetter("_version")
+_nbytes, _asks = operator.attrgetter("nbytes"), operator.attrgetter("requires_grad")
+_transforms = torch._C._functorch.peek_interpreter_stack
+_TRUTHS, _CLASSES = torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.int64)
+_NUMBERS = torch.empty(0, dtype=torch.float64)
 
 
 def serves(
@@ -34,7 +41,7 @@ def serves(
     if x.dtype not in native.KINDS or not (realise is None or _places(realise, x)):
         return False
     # In forward mode any of them may carry a derivative.
-    if torch.autograd.forward_ad._current_level >= 0 or not readable(geometry.steering):
+    if forward_ad._current_level >= 0 or not readable(geometry.steering):
         return False
     given = floor.log_odds if isinstance(floor, OddsRule | StackedRule) else floor
     return all(map(readable, (given,) if isinstance(given, Tensor) else given or ()))
@@ -46,6 +53,24 @@ def _places(realise: Realise, x: Tensor) -> bool:
         return False
     base = realise.base
     return base is None or (base.dtype == x.dtype and readable(base))
+
+
+def _begun(geometry: ProbeGeometry | StackedGeometry, dtype: torch.dtype) -> native.Task:
+    """A call about activations of a dtype: what is the same in all that are about this probe."""
+    known = geometry.shared.tasks.get(dtype)
+    if known is None:
+        epsilon, width = torch.finfo(dtype).eps, geometry.width
+        known = geometry.shared.tasks[dtype] = native.Task(
+            max_pivots=20 * geometry.n_constraints + 50,
+            kind=native.KINDS[dtype],
+            stride=width,
+            base_stride=width,
+            epsilon=epsilon,
+            advance=advance(epsilon, width),
+            tolerance=ActiveSet.tolerance,
+            rounds=MAX_ROUNDS,
+        )
+    return native.Task.from_buffer_copy(known)
 
 
 def solve(
@@ -71,68 +96,96 @@ def solve(
         TargetError: a target out of range.
         NonFiniteError: NaN or infinity in activations or floors.
     """
-    batch, m = x.shape[0], geometry.n_constraints
-    x, target, like = native.rows_of(x.detach()), target.contiguous(), geometry.bias.detach()
-    numbers, multipliers = like.new_empty(6, batch), like.new_empty(batch, m)
-    result, status = x.new_empty(x.shape), target.new_empty(batch)
-    columns = numbers.unbind(0)
-    task = native.Task(batch, 1, target.data_ptr(), max_pivots=20 * m + 50, rounds=MAX_ROUNDS)
-    odds: Sequence[Tensor] = ()
+    x, target = x.detach(), target.contiguous()
+    task, floors, source = _begun(geometry, x.dtype), None, None
+    task.target = target.data_ptr()
     if isinstance(floor, OddsRule | StackedRule):
-        floors, source = columns[3], floor.source
+        source = None if floor.source is None else floor.source.contiguous()
+        task.source = native.address(source)
         floor.told(task)
-        if isinstance(floor, StackedRule):
-            floors, stacked = like.new_empty(batch, m), like.new_empty(batch, 4, target.shape[1])
-            task.odds, odds = stacked.data_ptr(), stacked.unbind(1)
-        if source is not None:
-            source = source.contiguous()
-            task.source = source.data_ptr()
-    elif floor.ndim == 1:
-        floors = columns[3].copy_(floor.detach())
     else:
-        floors, task.each = floor.detach().contiguous(), m
+        floors = floor.detach().contiguous()
+        if floors.ndim == 1:
+            task.each, task.ruled, task.asked = 1, 1, floors.data_ptr()
+        else:
+            task.each, task.floor = geometry.n_constraints, floors.data_ptr()
+    solution, ended, outcome = _solved(task, x, geometry, placing, repeats)
+    several = isinstance(geometry, StackedGeometry)
+    if not several and not task.ruled:
+        vars(solution)["floor"] = floors
+    if outcome == -2:
+        geometry.check(target, len(x))
+        if isinstance(geometry, StackedGeometry) and source is not None:
+            geometry.check(source, len(x), "source")
+    if outcome % 8 == Status.INVALID:
+        # Where nothing is written, no margin tells of an activation that is none.
+        check_values(x, x if several else solution.log_odds_before, solution.floor)
+    return solution, ended
+
+
+def _solved(
+    task: native.Task,
+    x: Tensor,
+    geometry: ProbeGeometry | StackedGeometry,
+    placing: Any,
+    repeats: bool = False,
+) -> tuple[Solution, Ended | None, int]:
+    """Do a task for activations: what comes of it, and what :func:`.native.solve` returns."""
+    batch, m, shared = x.shape[0], geometry.n_constraints, geometry.shared
+    kind: type[Solution] = Solution
+    x = native.rows_of(x)
+    numbers, multipliers = _NUMBERS.new_empty(6, batch), _NUMBERS.new_empty(batch, m)
+    active, status = _TRUTHS.new_empty(batch, m), _CLASSES.new_empty(batch)
+    result = x.new_empty(batch, x.shape[1])
+    residual, squared, moved, floors, before, after = numbers.unbind()
+    task.count, task.x, task.result = batch, x.data_ptr(), result.data_ptr()
+    task.stride = x.stride(0)
+    task.numbers, task.status = numbers.data_ptr(), status.data_ptr()
+    task.multipliers, task.active = multipliers.data_ptr(), active.data_ptr()
+    stored: dict[str, Tensor] = {}
+    if shared.variables:
+        odds, each = _NUMBERS.new_empty(batch, 4, shared.variables), multipliers.new_empty(batch, m)
+        task.odds, task.floor, kind = odds.data_ptr(), each.data_ptr(), JointSolution
+        before, after, floors, stored["moved"] = odds.unbind(1)
+    elif task.ruled:
+        task.floor = floors.data_ptr()
     if placing is not None and placing.base is not None:
         base = native.rows_of(placing.base.detach())
         task.base, task.base_stride, task.scale = base.data_ptr(), base.stride(0), placing.scale
-    task.floor, task.multipliers = floors.data_ptr(), multipliers.data_ptr()
-    task.numbers, task.status = numbers.data_ptr(), status.data_ptr()
-    task.x, task.result = x.data_ptr(), result.data_ptr()
-    task.kind, task.stride = native.KINDS[x.dtype], x.stride(0)
-    task.epsilon = epsilon = torch.finfo(x.dtype).eps
-    task.advance, task.tolerance = advance(epsilon, x.shape[1]), ActiveSet.tolerance
-    aims, room, ended = multipliers, min(m, native.FIRST_SLOTS), None
+    ended = None
     if repeats:
-        aims = like.new_empty(batch, m)
+        aims, room = torch.empty_like(multipliers), min(m, native.FIRST_SLOTS)
         task.aims = aims.data_ptr()
-    while True:
-        if repeats:
-            index, inverse = target.new_empty(batch, room), like.new_empty(batch, room, room)
+        while True:
+            index, inverse = _CLASSES.new_empty(batch, room), numbers.new_empty(batch, room, room)
             task.slots, task.index, task.inverse = room, index.data_ptr(), inverse.data_ptr()
-        outcome = native.solve(geometry.shared, task)
-        if not repeats or outcome // 2 <= room:
-            break
-        room = outcome // 2
-    if repeats:
+            outcome = native.solve(shared, task)
+            if outcome // 8 <= room:
+                break
+            room = outcome // 8
         ended = Ended(index, index < m, inverse, aims)
-    if outcome == -2:
-        geometry.check(target, batch)
-        if isinstance(geometry, StackedGeometry) and source is not None:
-            geometry.check(source, batch, "source")
-    if outcome % 2:
-        # Where nothing is written, no margin tells of an activation that is none.
-        check_values(x, x if odds else columns[4], floors)
-    residual, squared, moved, _, before, after = columns
-    if odds:
-        before, after, floors, _ = odds
-    parts = multipliers > 0, squared, moved, floors, before, after, residual, status
-    if odds:
-        return JointSolution(result, multipliers, *parts, odds[3]), ended
-    return Solution(result, multipliers, *parts), ended
+    else:
+        outcome = native.solve(shared, task)
+    solution = object.__new__(kind)
+    vars(solution).update(
+        x_new=result,
+        multipliers=multipliers,
+        active=active,
+        squared_distance=squared,
+        squared_euclidean=moved,
+        floor=floors,
+        log_odds_before=before,
+        log_odds_after=after,
+        kkt_residual=residual,
+        status=status,
+        **stored,
+    )
+    return solution, ended, outcome
 
 
 class Line:
-    """Edits of rows of a stream within a model: gather, solve, read back, put in place and record
-    in one call a pass. What does not change from pass to pass is laid down once.
+    """Edits by a probe, a metric and an odds rule, one call each: of activations, or of rows of a
+    stream within a model. What does not change from call to call is laid down once.
 
     Args:
         geometry: of the probe as it is now.
@@ -145,60 +198,156 @@ class Line:
 
     def __init__(
         self,
-        geometry: "ProbeGeometry | StackedGeometry",
+        geometry: ProbeGeometry | StackedGeometry,
         probe: tuple[Tensor, ...],
         traced: tuple[Tensor, ...],
         own: tuple[object, ...],
-        rule: "OddsRule | StackedRule",
+        rule: OddsRule | StackedRule,
     ) -> None:
-        self.probe, self.geometry, self.own = probe, geometry, own
-        self.trace = Trace(probe[0].device, *traced)
+        self.geometry, self.own, self.width = geometry, own, geometry.width
+        # They are held, so that no other tensor can be taken for one of them. One that was made in
+        # inference mode counts no versions, and cannot be changed in place.
+        self.probe, self.parts = probe, (*probe, *traced)
+        self._counted = [part for part in traced if not part.is_inference()]
+        self._marks = self._now()
         self._known = [part.detach().clone() for part in probe]
-        self._size = [(part.data_ptr(), part.nbytes) for part in probe]
-        self._task = native.Task(within=1, rounds=MAX_ROUNDS)
-        rule.told(self._task)
-        self._watched = native.watch(self._task, probe, self._known)
-        self._task.max_pivots = 20 * geometry.n_constraints + 50
-        self._task.tolerance = ActiveSet.tolerance
-        self._kind: torch.dtype | None = None
+        self._rule = rule
+        self._tasks: dict[torch.dtype, native.Task] = {}
+        # Where a class stands by itself.
+        self.n_classes = len(geometry.weight)
+        self._classes = torch.arange(self.n_classes)
 
-    def holds(
-        self,
-        probe: tuple[Tensor, ...],
-        traced: tuple[Tensor, ...],
-        own: tuple[object, ...],
-    ) -> bool:
-        """Whether this is still what edits by these."""
-        trace = self.trace
+    def _now(self) -> list[int]:
+        """What tells that the memory of a part is another, or was written to."""
+        places, sizes = map(_address, self.parts), map(_nbytes, self.probe)
+        return [*places, *sizes, *map(_version, self._counted)]
+
+    def holds(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> bool:
+        """Whether this is still what edits by these: the probe's parts and then what is traced."""
         return (
-            len(probe) == len(self.probe)
-            and all(map(operator.is_, probe, self.probe))
-            and own == self.own
-            and all(map(operator.is_, traced, trace.tensors))
-            and trace.holds()
-            and self._size == [(part.data_ptr(), part.nbytes) for part in probe]
+            own == self.own
+            and all(map(operator.is_, parts, self.parts))
+            and self._marks == self._now()
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies have addresses of their own, and a record goes without.
         return type(None), ()
 
+    def differentiates(self, *others: Tensor) -> bool:
+        """Whether a derivative in anything may be asked for."""
+        if forward_ad._current_level >= 0:
+            return True
+        return torch.is_grad_enabled() and any(map(_asks, (*others, *self.parts)))
+
+    def task(
+        self,
+        dtype: torch.dtype,
+        target: Tensor | int,
+        source: Tensor | int | None,
+        asked: Tensor | float | None = None,
+    ) -> native.Task:
+        """A call about activations of a dtype, of which it is told neither where nor how many.
+
+        Args:
+            dtype: one of :data:`.native.KINDS`.
+            target: a class each, (N,) int64, or one for all.
+            source: likewise, or None.
+            asked: log α in place of the rule's, (N,) or () or one for all, or None.
+        """
+        held = self._tasks.get(dtype)
+        if held is None:
+            held = _begun(self.geometry, dtype)
+            self._rule.told(held)
+            held.watched = native.watch(held, self.probe, self._known)
+            self._tasks[dtype] = held
+        task = native.Task.from_buffer_copy(held)
+        if isinstance(target, Tensor):
+            target = target.contiguous()
+            task.target = target.data_ptr()
+        else:
+            task.target, task.one_target = self._classes.data_ptr() + 8 * target, 1
+        if isinstance(source, Tensor):
+            source = source.contiguous()
+            task.source = source.data_ptr()
+        elif source is not None:
+            task.source, task.one_source = self._classes.data_ptr() + 8 * source, 1
+        if isinstance(asked, Tensor):
+            asked = asked.double().contiguous()
+            task.asked, task.one_asked = asked.data_ptr(), not asked.ndim
+        elif asked is not None:
+            task.log_odds, task.mirror = asked, 0
+        task.owned = target, source, asked
+        return task
+
+    def solve(
+        self,
+        x: Tensor,
+        target: Any,
+        source: Any = None,
+        asked: Any = None,
+        realise: Realise | None = None,
+    ) -> tuple[Solution, int] | None:
+        """:func:`solve` by these, and the worst status; None where it is to be done, or refused, by
+        :meth:`~.problem.MahalanobisQP.solve`.
+        """
+        if type(x) is not Tensor or _transforms() is not None or not x.is_cpu:
+            return None
+        shape, dtype = x.shape, x.dtype
+        if len(shape) != 2 or shape[1] != self.width or dtype not in native.KINDS:
+            return None
+        batch = shape[0]
+        if not batch or not self._is_choice(target, batch) or self.differentiates(x):
+            return None
+        if source is not None:
+            if not self._is_choice(source, batch):
+                return None
+            if isinstance(source, Tensor):
+                check_classes(source, batch, self.n_classes, "source")
+        if isinstance(asked, Tensor):
+            single = not asked.ndim or asked.shape == shape[:1]
+            if not single or not readable(asked) or self.differentiates(asked):
+                return None
+        elif asked is not None and type(asked) not in (float, int):
+            return None
+        if realise is not None:
+            if not _places(realise, x):
+                return None
+            base: Tensor | None = realise.base  # type: ignore[attr-defined]
+            if base is not None and self.differentiates(base):
+                return None
+        task = self.task(dtype, target, source, asked)
+        solution, _, outcome = _solved(task, x, self.geometry, realise)
+        worst = outcome % 8
+        return None if outcome < 0 or worst == Status.INVALID else (solution, worst)
+
+    def _is_choice(self, classes: Any, batch: int) -> bool:
+        """Whether it is a class for all, or one for each as they are wanted."""
+        if type(classes) is int:
+            return 0 <= classes < self.n_classes
+        return (
+            type(classes) is Tensor
+            and classes.dtype == torch.int64
+            and classes.is_cpu
+            and classes.shape == (batch,)
+        )
+
     def takes(self, stream: Tensor, residual: Tensor | None) -> bool:
         """Whether such a stream can be edited here, and no derivative is asked for."""
-        parts = (stream,) if residual is None else (stream, residual)
-        if in_transforms() or torch.autograd.forward_ad._current_level >= 0:
+        dtype, shape = stream.dtype, stream.shape
+        if _transforms() is not None or dtype not in native.KINDS or shape[-1] != self.width:
             return False
-        asked = torch.is_grad_enabled()
-        if asked and any(part.requires_grad for part in (*self.probe, *self.trace.tensors)):
+        if type(stream) is not Tensor or not (stream.is_cpu and stream.is_contiguous()):
             return False
-        return stream.shape[-1] == self.geometry.width and all(
-            type(part) is Tensor
-            and part.is_cpu
-            and part.dtype == stream.dtype
-            and part.dtype in native.KINDS
-            and part.is_contiguous()
-            and not (asked and part.requires_grad)
-            for part in parts
+        if residual is None:
+            return not self.differentiates(stream)
+        return (
+            type(residual) is Tensor
+            and residual.is_cpu
+            and residual.dtype == dtype
+            and residual.shape == shape
+            and residual.is_contiguous()
+            and not self.differentiates(stream, residual)
         )
 
     def __call__(
@@ -206,10 +355,9 @@ class Line:
         stream: Tensor,
         residual: Tensor | None,
         scale: float,
-        place: Tensor | None,
-        target: Tensor,
-        source: Tensor | None,
-        record: tuple[Tensor, Tensor | int, int] | None,
+        laid: native.Task,
+        record: Tensor | None,
+        forward_pass: int,
     ) -> Tensor | None:
         """The stream with rows edited; itself where none is moved.
 
@@ -220,38 +368,19 @@ class Line:
             stream: what is written of it, (B, T, d).
             residual: what is added to scale · that, or None.
             scale: see there; 1 without a residual.
-            place: which rows of (B · T, d) are edited, (N,), or None for all.
-            target: a class each, (N,) int64.
-            source: likewise, or None.
-            record: rows of numbers to write, (N, 9); what the edited rows are numbered, (N,) or the
-                first of them; and the number of the pass.
+            laid: from :meth:`task`, and what is told of rows: ``count``, ``place`` in (B · T, d) or
+                None for all, and what they are numbered.
+            record: rows of numbers to write, (N, 9), or None.
+            forward_pass: the number of the pass.
         """
-        dtype, width = stream.dtype, stream.shape[-1]
-        if dtype != self._kind:
-            epsilon = torch.finfo(dtype).eps
-            self._task.epsilon, self._task.advance = epsilon, advance(epsilon, width)
-            self._task.kind, self._task.stride = native.KINDS[dtype], width
-            self._task.base_stride, self._kind = width, dtype
+        result = stream.clone() if laid.place else torch.empty_like(stream)
         # Of its own, since threads may run the model at once.
-        task = native.Task.from_buffer_copy(self._task)
-        result = torch.empty_like(stream) if place is None else stream.clone()
-        task.count, task.all = len(target), stream.numel() // width
+        task = native.Task.from_buffer_copy(laid)
+        task.within, task.all = 1, stream.numel() // self.width
         task.x, task.result = stream.data_ptr(), result.data_ptr()
-        target = target.contiguous()
-        task.target = target.data_ptr()
-        if source is not None:
-            source = source.contiguous()
-            task.source = source.data_ptr()
-        if place is not None:
-            task.place = place.data_ptr()
+        if record is not None:
+            task.record, task.forward_pass = record.data_ptr(), forward_pass
         if residual is not None:
             task.base, task.scale = residual.data_ptr(), scale
-        if record is not None:
-            rows, numbered, task.forward_pass = record
-            task.record = rows.data_ptr()
-            if isinstance(numbered, Tensor):
-                task.numbered = numbered.data_ptr()
-            else:
-                task.first = numbered
         moved = native.edit_stream(self.geometry.shared, task)
         return None if moved < 0 else result if moved else stream

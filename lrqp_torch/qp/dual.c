@@ -72,6 +72,8 @@ typedef struct {
     const double *rules;    /* of each: mirror, log_odds, what is added, and its tolerance (V, 4) */
     const double *asked;    /* log odds in place of the rules' (B, V), NaN where there are none, or NULL */
     double *odds;           /* (B, 4V): log odds before, after, floors, and how far each moved */
+    i64 one_target, one_source, one_asked; /* whether the first of these is that of all */
+    uint8_t *active;        /* (B, m): which multipliers are positive, or NULL */
 } Task;
 
 enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
@@ -95,6 +97,8 @@ typedef struct {
 } Work;
 
 static inline double larger(double old, double other) { return other > old ? other : old; }
+
+static inline i64 target_of(const Task *t, i64 b) { return t->target[t->one_target ? 0 : b]; }
 
 static int grow(Work *w, i64 cap) {
     double *rows = realloc(w->rows, sizeof(double) * cap * w->n);
@@ -467,7 +471,7 @@ static void odds_of(const Shared *s, const Task *t, const Work *w, i64 b, const 
  * the one that is still in w. */
 static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const double *readings,
                      double size, int again, int *verdict) {
-    i64 m = s->m, n = w->n, target = s->classes ? t->target[b] : 0, all = t->count;
+    i64 m = s->m, n = w->n, target = s->classes ? target_of(t, b) : 0, all = t->count;
     if (s->variables) stack(s, t, w, b);
     const double *own = s->variables ? w->own : s->matrix + (s->classes ? target * n : b * n * n);
     const double *noise = s->variables ? w->noise : s->noise + (s->classes ? target * n : b * n);
@@ -482,8 +486,11 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
         if (!(margins[l] >= least)) least = margins[l];
     }
     if (s->variables && !again) floors_of(s, t, b, margins);
-    if (t->ruled && !again)
-        floors[0] = floor_of(t->mirror, t->log_odds, m, target, t->source ? t->source[b] : FREE, margins);
+    if (t->ruled && !again) {
+        i64 source = t->source ? t->source[t->one_source ? 0 : b] : FREE;
+        floors[0] = t->asked ? t->asked[t->one_asked ? 0 : b]
+                             : floor_of(t->mirror, t->log_odds, m, target, source, margins);
+    }
     for (i64 l = 0; l < m; l++) {
         double missing = floors[t->each == 1 ? 0 : l] - margins[l];
         worst = larger(worst, missing);
@@ -698,21 +705,25 @@ static inline __attribute__((always_inline)) void read_some(
         }
 }
 
-/* Logits of a block of rows: (BLOCK, R). */
-static void read_block(const Shared *s, double *const *x, double *logits) {
+/* Logits of one row. */
+static void read_row(const Shared *s, double *const *x, double *logits) {
     i64 k = 0;
+    for (; k + 4 <= s->rows; k += 4) read_some(s, x, logits, k, 1, 4);
+    for (; k < s->rows; k++) read_some(s, x, logits, k, 1, 1);
+}
+
+/* And of a block of rows, (BLOCK, R), of which so many count: each sum is added up in the same order. */
+static void read_block(const Shared *s, double *const *x, double *logits, i64 count) {
+    i64 k = 0;
+    if (count == 1) {
+        read_row(s, x, logits);
+        return;
+    }
 #ifdef __AVX512F__
     for (; k + 4 <= s->rows; k += 4) read_some(s, x, logits, k, BLOCK, 4);
 #endif
     for (; k + 2 <= s->rows; k += 2) read_some(s, x, logits, k, BLOCK, 2);
     for (; k < s->rows; k++) read_some(s, x, logits, k, BLOCK, 1);
-}
-
-/* And of one row. */
-static void read_row(const Shared *s, double *const *x, double *logits) {
-    i64 k = 0;
-    for (; k + 4 <= s->rows; k += 4) read_some(s, x, logits, k, 1, 4);
-    for (; k < s->rows; k++) read_some(s, x, logits, k, 1, 1);
 }
 
 static double norm_of(const double *restrict x, const double *restrict y, i64 d) {
@@ -743,7 +754,7 @@ static void displace(const Shared *s, const Work *w, const double *restrict x, d
 
 /* The coefficients of an example's multipliers. */
 static void recall(const Shared *s, Work *w, i64 b, const Task *t) {
-    i64 target = t->target[b], m = s->m;
+    i64 target = target_of(t, b), m = s->m;
     const double *multipliers = t->multipliers + b * m, *share = multipliers;
     memset(w->coefficients, 0, sizeof(double) * (s->variables ? s->rows : w->n));
     if (s->variables) {
@@ -812,7 +823,7 @@ static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x
  * to aim, as reach.py does. Returns 1 where it is to be asked again. */
 static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *before, const double *after,
                  double size, i64 number, const double *x, const double *held, double *space) {
-    i64 m = s->m, d = s->width, target = t->target[b];
+    i64 m = s->m, d = s->width, target = target_of(t, b);
     const double *floors = t->floor + b * t->each, *length = s->length + target * s->classes;
     double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0;
     for (i64 l = 0; l < m; l++) {
@@ -866,7 +877,7 @@ static void load_block(const Shared *s, const Task *t, i64 b, i64 count, double 
 static void read_rows(const Shared *s, const Task *t, double *space, i64 b, i64 count) {
     double *x[BLOCK], *logits = space + BLOCK * s->width;
     load_block(s, t, b, count, space, x);
-    read_block(s, x, logits);
+    read_block(s, x, logits, count);
     memcpy((double *)t->result + b * s->rows, logits, sizeof(double) * count * s->rows);
 }
 
@@ -877,15 +888,15 @@ static void keep(const Shared *s, const Task *t, i64 b) {
     memcpy((char *)t->result + place_of(t, b) * s->width * bytes, from, s->width * bytes);
 }
 
-/* Edit a block of rows from b on; 0 without memory. Says where one is invalid, and the slots needed. */
+/* Edit a block of rows from b on; 0 without memory. Says the slots needed. */
 static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i64 b, i64 count,
-                      i64 *invalid, i64 *slots) {
+                      i64 *slots) {
     i64 d = s->width, rows = s->rows, m = s->m;
     double *spare = space + 2 * BLOCK * d, *x[BLOCK], *held[BLOCK], size[BLOCK];
     double *before = spare + 2 * d, *after = before + BLOCK * rows, *raised = after + BLOCK * rows;
     int open[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
     load_block(s, t, b, count, space, x);
-    read_block(s, x, before);
+    read_block(s, x, before, count);
     for (i64 i = 0; i < count; i++) {
         int verdict;
         held[i] = direct ? (double *)t->result + place_of(t, b + i) * d : space + (BLOCK + i) * d;
@@ -901,13 +912,12 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
             continue;
         }
         t->status[b + i] = !(verdict & VALID) ? INVALID : verdict & FEASIBLE ? UNMOVED : INFEASIBLE;
-        if (!(verdict & VALID)) *invalid = 1;
         keep(s, t, b + i);
     }
     if (!some) return 1;
     for (i64 i = 0; i < BLOCK; i++)
         if (i >= count || !open[i]) held[i] = x[i];
-    read_block(s, held, after);
+    read_block(s, held, after, count);
     for (i64 i = 0; i < count; i++) {
         double *seen = after + i * rows;
         if (!open[i]) continue;
@@ -936,7 +946,7 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
 typedef struct {
     const Shared *shared;
     const Task *task;
-    i64 from, to, slots, invalid;
+    i64 from, to, slots;
 } Part;
 
 static void *solve_part(void *given) {
@@ -951,7 +961,7 @@ static void *solve_part(void *given) {
     double *vectors = malloc(sizeof(double) * size * VECTORS), *space = NULL;
     double *own = stacked ? malloc(sizeof(double) * s->m * (2 * s->m + 2)) : NULL;
     i64 *chosen = stacked ? malloc(sizeof(i64) * (s->variables + 2 * s->m)) : NULL;
-    if (t->x) space = calloc(1, sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
+    if (t->x) space = malloc(sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
     int sound = vectors && (space || !t->x) && (!stacked || (own && chosen)) && grow(&w, 8);
     for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * size;
     if (sound && stacked) {
@@ -966,7 +976,7 @@ static void *solve_part(void *given) {
         }
         if (t->x) {
             i64 count = part->to - b < BLOCK ? part->to - b : BLOCK;
-            sound = edit_block(s, t, &w, space, b, count, &part->invalid, &part->slots);
+            sound = edit_block(s, t, &w, space, b, count, &part->slots);
             continue;
         }
         int verdict;
@@ -987,15 +997,18 @@ static void *solve_part(void *given) {
     return NULL;
 }
 
-/* Solve all problems of a task: the most slots that one of them needs, of activations twice that and
- * 1 more if one is invalid; -1 without memory, -2 where a target is out of range. */
+/* Solve all problems of a task: the most slots that one of them needs, of activations eight times that
+ * and the worst status; -1 without memory, -2 where a target is out of range, and -3 where a probe that
+ * it is told of has changed. */
 i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     enum { MOST = 256 };
     pthread_t running[MOST];
     Part parts[MOST];
-    i64 started = 0, slots = 0, invalid = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
-    i64 several = shared->variables;
-    for (i64 b = 0; task->target && b < count * (several ? several : 1); b++) {
+    i64 started = 0, slots = 0, worst = 0, count = task->count, blocks = (count + BLOCK - 1) / BLOCK;
+    i64 several = shared->variables, targets = task->one_target ? 1 : count * (several ? several : 1);
+    for (i64 i = 0; i < task->parts; i++)
+        if (memcmp(task->live[i], task->known[i], task->bytes[i])) return -3;
+    for (i64 b = 0; task->target && b < targets; b++) {
         const i64 *begins = several ? shared->begins + b % several : NULL;
         i64 classes = several ? begins[1] - begins[0] : shared->classes, least = several ? KEEP : 0;
         if (task->target[b] < least || task->target[b] >= classes) return -2;
@@ -1005,7 +1018,7 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     threads = threads < 1 ? 1 : threads;
     for (i64 i = 0; i < threads; i++) {
         i64 from = blocks * i / threads * BLOCK, to = blocks * (i + 1) / threads * BLOCK;
-        parts[i] = (Part){shared, task, from, to < count ? to : count, 0, 0};
+        parts[i] = (Part){shared, task, from, to < count ? to : count, 0};
     }
     for (i64 i = 1; i < threads; i++, started++)
         if (pthread_create(&running[i], NULL, solve_part, &parts[i])) break;
@@ -1015,9 +1028,12 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
     for (i64 i = 0; i < threads; i++) {
         if (parts[i].slots < 0) return -1;
         if (parts[i].slots > slots) slots = parts[i].slots;
-        invalid |= parts[i].invalid;
     }
-    return task->x && task->numbers ? 2 * slots + invalid : slots;
+    if (!task->x || !task->numbers) return slots;
+    for (i64 b = 0; b < count; b++)
+        if (task->status[b] > worst) worst = task->status[b];
+    for (i64 i = 0; task->active && i < count * shared->m; i++) task->active[i] = task->multipliers[i] > 0;
+    return 8 * slots + worst;
 }
 
 /* Edit rows of a stream within a model, put them in place and record them: how many were moved. -1
@@ -1026,8 +1042,6 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
 i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
     Task task = *given;
     i64 count = task.count, moved = 0, several = shared->variables, wide = several ? 4 * several + 6 : 9;
-    for (i64 i = 0; i < task.parts; i++)
-        if (memcmp(task.live[i], task.known[i], task.bytes[i])) return -3;
     for (i64 b = 0; b < count; b++)
         if (place_of(&task, b) < 0 || place_of(&task, b) >= task.all) return -2;
     double *numbers = malloc(sizeof(double) * (count * (6 + 2 * shared->m + 4 * several) + 1));

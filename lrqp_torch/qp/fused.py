@@ -96,7 +96,7 @@ class OddsRule:
 
 
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -107,13 +107,12 @@ def kernels() -> ModuleType | None:
 
     Warns with :class:`RuntimeWarning` of one that is there and does not: it needs a C compiler.
     """
-    interpreted = _interpreted()
-    if importlib.util.find_spec("triton") is None or not (interpreted or torch.version.cuda):
+    if importlib.util.find_spec("triton") is None or not (interpreted() or torch.version.cuda):
         return None
     try:
         from lrqp_torch.qp import kernel
 
-        if not interpreted:
+        if not interpreted():
             kernel.trial_kernel[(1,)](torch.empty(1, device="cuda"))
     except Exception as error:
         warn(
@@ -126,7 +125,7 @@ def kernels() -> ModuleType | None:
 
 def serves(x: Tensor, n_classes: int) -> bool:
     """Whether the kernels take such activations: on a GPU or interpreted, K ≤ 64, as they are."""
-    if not (x.is_cuda or _interpreted()) or n_classes > MOST_CLASSES:
+    if not (x.is_cuda or interpreted()) or n_classes > MOST_CLASSES:
         return False
     if torch.compiler.is_compiling() or in_transforms() or forward_ad._current_level >= 0:
         return False

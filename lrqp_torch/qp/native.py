@@ -83,6 +83,8 @@ class Shared(ctypes.Structure):
         shape = (0, 0) if weight is None else weight.shape
         shared = cls(classes, m, shape[1], shape[0], *map(address, owned), unit)
         shared.owned, shared.layout = owned, tuple(layout)
+        # By the dtype of activations, what every call about them begins with: see direct.py.
+        shared.tasks = {}
         if layout:
             shared.variables, shared.pairs = len(layout[4]), len(layout[0])
             shared.plus, shared.minus, shared.slots = map(address, layout[:3])
@@ -118,6 +120,8 @@ class Task(ctypes.Structure):
         *((name, _number) for name in ("first", "forward_pass")),
         ("parts", _number),
         *((name, _address) for name in ("live", "known", "bytes", "rules", "asked", "odds")),
+        *((name, _number) for name in ("one_target", "one_source", "one_asked")),
+        ("active", _address),
     )
 
 
@@ -191,8 +195,8 @@ def _run(command: list[str]) -> bytes:
 
 
 def solve(shared: Shared, task: Task) -> int:
-    """Do a task: how many slots the largest active set needs; of activations twice as many, and 1
-    more where some are invalid; or −2 where a target is out of range.
+    """Do a task: how many slots the largest active set needs; of activations eight times as many,
+    and the worst status; or below 0 where nothing was done, see dual.c.
 
     Raises:
         MemoryError: there is none for a problem's active set.
@@ -210,13 +214,14 @@ def edit_stream(shared: Shared, task: Task) -> int:
 
 
 def _call(name: str, shared: Shared, task: Task) -> int:
-    loaded = library()
+    loaded, count, threads = library(), task.count, 1
     assert loaded is not None
-    threads = 1
-    if task.count > 1:
-        numbers = task.count * (shared.m * shared.m + shared.rows * shared.width)
-        threads = min(torch.get_num_threads(), numbers // THREAD_NUMBERS)
-    outcome: int = getattr(loaded, name)(ctypes.byref(shared), ctypes.byref(task), threads)
+    if count > 1:
+        numbers = count * (shared.m * shared.m + shared.rows * shared.width)
+        if numbers >= 2 * THREAD_NUMBERS:
+            threads = min(torch.get_num_threads(), numbers // THREAD_NUMBERS)
+    place = ctypes.addressof
+    outcome: int = getattr(loaded, name)(place(shared), place(task), threads)
     if outcome == -1:
         raise MemoryError("no memory for the active sets of a batch")
     return outcome
