@@ -75,7 +75,7 @@ class Rows:
 
     def gather(self, stream: Tensor) -> Tensor:
         """Their activations, (N, d), in a stream (B, T, d); of all tokens a view."""
-        rows = stream.flatten(0, 1)
+        rows = stream.view(-1, stream.shape[2]) if stream.is_contiguous() else stream.flatten(0, 1)
         return rows if self.whole else rows.index_select(0, self.flat(stream.shape[1]))
 
     def flat(self, columns: int) -> Tensor:
@@ -126,7 +126,7 @@ class Follower:
         self._there: dict[torch.device, list[Tensor]] = {}
         # The last call that they were held against: what it was, its mask, and whether that is as
         # it was then; and what masks on a GPU show, which is looked at when the context closes.
-        self._fits: tuple[tuple[int, int, int, bool], Callable[[], Any], float] | None = None
+        self._fits: tuple[tuple[int, int, int, bool], Callable[[], Any], int] | None = None
         self._hidden: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
@@ -148,7 +148,8 @@ class Follower:
         key = call.batch, call.past, call.end, call.continues
         # Inputs that are run again and again are held against the positions once.
         known, version = self._fits, times_written(mask)
-        if known is not None and known[1]() is mask and (known[0], known[2]) == (key, version):
+        same = known is not None and known[1]() is mask and (known[0], known[2]) == (key, version)
+        if same and version >= 0:
             return
         hidden = check_fit(self.positions, call)
         if hidden is not None:
@@ -178,11 +179,11 @@ class Follower:
         """The positions of a call on a device, or None; those of the last call are kept."""
         if call.past > self.positions.span[1]:
             return None
-        key = (call.past, call.length, call.front, device)
-        if self._rows is None or self._rows[0] != key:
+        key, known = (call.past, call.length, call.front, device), self._rows
+        if known is None or known[0] != key:
             with outside_transforms(), torch.inference_mode(False):
-                self._rows = (key, self._find(call, device))
-        return self._rows[1]
+                known = self._rows = key, self._find(call, device)
+        return known[1]
 
     def _find(self, call: ForwardCall, device: torch.device) -> Rows | None:
         known = self.positions
@@ -206,7 +207,7 @@ class Follower:
 
     def mark(self, call: ForwardCall) -> None:
         """Note that an edit ran."""
-        self._ran.add((call.past, call.end))
+        self._ran.add((call.past, call.past + call.length))
 
     def missed(self) -> str | None:
         """What to say of positions that never ran, if any.
@@ -245,6 +246,9 @@ class ScopeFollower(Follower):
         self._seen: dict[int, _Numbers] = {}
         self._grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._chosen: dict[int, Positions] = {}
+        # What one more token of each row has in common with the one before: how many rows, on what
+        # device; example there on the CPU; example, column and request on the device.
+        self._column: tuple[int, torch.device, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def see(self, call: ForwardCall) -> None:
         """Take notice of a forward pass that is about to run.
@@ -393,25 +397,27 @@ class ScopeFollower(Follower):
     def _next(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """:meth:`rows` of one new token a row behind the prompt; None where that takes more."""
         text, begin, mask, shown = call.text, call.past, call.mask, None
-        seen = self._seen[text.number]
+        seen, batch = self._seen[text.number], call.batch
         border = self.scope.prompt_length or text.prompt
-        if begin < max(border, seen.end) or self.scope.region == "prompt":
+        if begin < border or begin < seen.end or self.scope.region == "prompt":
             return None
         if mask is not None:
             if mask.shape[1] <= begin:
                 return None
-            shown = mask[:, begin].ne(0)
-            if readable(shown):
-                if not bool(shown.all()):
+            shown = mask.select(1, begin)
+            if shown.is_cpu:
+                if 0 in shown.tolist():
                     return None
                 shown = None
             else:
-                shown = shown.to(device, non_blocking=True)
-        numbers = self.positions.add(self._grid(call.batch, 1, _CPU)[0], begin, text.number, shown)
-        example, column = self._grid(call.batch, 1, device)
+                shown = shown.ne(0).to(device, non_blocking=True)
+        if self._column is None or self._column[:2] != (batch, device):
+            (example, column), repeats = self._grid(batch, 1, device), self.scope.repeats
+            request = example if repeats == 1 else example // repeats
+            self._column = batch, device, self._grid(batch, 1, _CPU)[0], example, column, request
+        _, _, here, example, column, request = self._column
+        numbers = self.positions.add(here, begin, text.number, shown)
         seen.note(example, begin, numbers, begin + 1)
-        repeats = self.scope.repeats
-        request = example if repeats == 1 else example // repeats
         return Rows(numbers, example, begin, column, request, shown, True)
 
     def _rows_of(

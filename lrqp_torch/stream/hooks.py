@@ -5,9 +5,9 @@ and written by changing the attention module's output, so that the skip path and
 the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -55,13 +55,11 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
 
     def within(tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call."""
-        if simple and tensor.ndim == 3:
-            return visit(tensor, residual, scale, call)
         if located.site.path is not None and not (call.again or in_backward()):
             # What was named by its path need not be a block, each of which runs once.
-            if latest.get(threading.get_ident()) is call:
+            if latest.get(get_ident()) is call:
                 raise PositionError(f"{located.site} {RAN_TWICE}")
-            latest[threading.get_ident()] = call
+            latest[get_ident()] = call
         # Some modules read and return all tokens in one row; others have one token an example.
         shape = (call.batch, call.front + call.length, -1)
         shaped = tensor if tensor.ndim == 3 else tensor.reshape(shape)
@@ -87,7 +85,8 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
             call = watch.call(stream, stream)
             if call is None:
                 return None
-            kept = within(stream, None, located.scale, call)
+            run = visit if simple and stream.ndim == 3 else within
+            kept = run(stream, None, located.scale, call)
             return None if kept is stream else with_stream(args, kwargs, kept, stream)
 
         hook(stack, located.module, before, traced=traced)
@@ -101,7 +100,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
                 f"which the first part is no tensor of activations"
             )
         # A pass of another thread may have begun before this was hooked.
-        residual = residuals.pop(threading.get_ident(), None)
+        residual = residuals.pop(get_ident(), None)
         if residual is None and located.residual is not None and not watch.acts():
             return None
         entered = residual
@@ -112,12 +111,13 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
             return None
         whole: Residual = residual
         if residual is not None and located.beside:
-            thread = threading.get_ident()
+            thread = get_ident()
             others = {part: besides.pop((thread, part)) for part, _ in located.beside}
             beside = beside_of(located.beside, others)
             assert beside is not None
             whole = residual, beside.reshape(residual.shape)
-        kept = within(stream, whole, located.scale, call)
+        run = visit if simple and stream.ndim == 3 else within
+        kept = run(stream, whole, located.scale, call)
         return None if kept is stream else with_first(output, kept)
 
     hook_after(stack, located.module, after, traced=traced)
@@ -127,14 +127,14 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     # The reader sees the stream as it is after all edits of it, in whatever order contexts were
     # nested; a pre-hook on the block might still see it before.
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        residuals[threading.get_ident()] = stream_given(module, args, kwargs)
+        residuals[get_ident()] = stream_given(module, args, kwargs)
 
     hook(stack, located.residual, remember, traced=kept)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         found = first_tensor(output)
         assert found is not None  # as it was in the trial
-        besides[threading.get_ident(), module] = found
+        besides[get_ident(), module] = found
 
     for part, _ in located.beside:
         hook_after(stack, part, note)
@@ -255,10 +255,10 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
     parent, _, name = path.rpartition(".")
     owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
 
-    thread = threading.get_ident()
+    thread = get_ident()
 
     def replace_stream(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
+        if get_ident() != thread:
             raise ModelError(
                 f"another thread is rerunning this model from block {layer} on, so it cannot be "
                 f"run as a whole meanwhile; give each thread a model of its own, or a lock"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import (
+    FEW,
     EditNeverFiredError,
     NonFiniteError,
     PositionError,
@@ -52,8 +53,12 @@ class Placement:
 
     def place(self, values: Tensor) -> Tensor:
         """What to write so that the stream holds ``values``, as nearly as its dtype can."""
-        if self.base is None and self.scale == 1:
-            return values.to(self.dtype)
+        if self.scale == 1 and self.beside is None:
+            if self.base is None:
+                return values.to(self.dtype)
+            if values.dtype == self.base.dtype == self.dtype:
+                # Rounded once, as what float64 gives is when it is rounded to these dtypes.
+                return values - self.base
         wide = values.double()
         if self.base is not None:
             wide = wide - self.base.double()
@@ -95,14 +100,18 @@ class EditContext:
 class _Here(EditContext):
     """Where some rows of a pass come from; made into tensors where somebody asks."""
 
-    def __init__(self, at: Rows, realise: Placement) -> None:
-        vars(self).update(_at=at, realise=realise, request=at.request, shown=at.shown)
+    def __init__(self, at: Rows, *put: Any) -> None:
+        vars(self).update(_at=at, _put=put, request=at.request, shown=at.shown)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("index", "example", "token"):
+        own = vars(self)
+        if name == "realise":
+            own[name] = Placement(*own["_put"])
+        elif name in ("index", "example", "token"):
+            own[name] = getattr(own["_at"], name)
+        else:
             raise AttributeError(name)
-        found = vars(self)[name] = getattr(vars(self)["_at"], name)
-        return found
+        return own[name]
 
 
 class Edit(Protocol):
@@ -265,6 +274,8 @@ class _Applied:
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         self.largest: list[Tensor] = []
+        # What an edit was told last of rows of the stream itself, which are the same pass for pass.
+        self.told: tuple[Rows, torch.dtype, _Here] | None = None
 
     def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.
@@ -279,58 +290,81 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None:
             return stream
-        residual, beside = residual if isinstance(residual, tuple) else (residual, None)
+        beside = None
+        if isinstance(residual, tuple):
+            residual, beside = residual
         if self.streams is not None and beside is None and (residual is not None or scale == 1):
             whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
             if whole is not None:
                 self.places.mark(call)
                 return whole
-        written = at.gather(stream)
-        base = None if residual is None else at.gather(residual)
-        beside = None if beside is None else at.gather(beside)
-        x = added(written, scale, beside)
-        x = x if base is None else base + x
-        placement = Placement(base, scale, x.dtype, beside)
-        context = _Here(at, placement)
+        itself = residual is None and scale == 1
+        written = x = at.gather(stream)
+        if itself:
+            told = self.told
+            if told is None or told[0] is not at or told[1] != x.dtype:
+                told = self.told = at, x.dtype, _Here(at, None, scale, x.dtype)
+            context = told[2]
+        else:
+            base = None if residual is None else at.gather(residual)
+            beside = None if beside is None else at.gather(beside)
+            x = added(written, scale, beside)
+            x = x if base is None else base + x
+            context = _Here(at, base, scale, x.dtype, beside)
         # What can be looked at now is; all else is when the context closes.
-        seen = readable(x) and not in_transforms()
+        seen = not in_transforms() and readable(x)
         if self.certified:
             edited = self.item.edit(x, context)
         else:
-            # A copy, so that an edit which works in place is seen to have changed something.
-            edited = self.item.edit(x.clone(), context)
-            self._check(x, edited, x.dtype, seen)
+            # A copy, so that an edit which works in place is seen to have changed something; what
+            # was gathered is one, and there to be gathered again.
+            copy = itself and not at.whole
+            edited = self.item.edit(x if copy else x.clone(), context)
+            self._check(x, edited, seen)
         self.places.mark(call)
         if self.record is not None and not call.again:
             self.record.end_step(context, self.passes - 1)
-        changed, itself = at.shown, base is None and scale == 1
-        seen = seen and not edited.requires_grad
-        if seen and not (itself and self.certified) and torch.equal(edited, x):
-            return stream.to(x.dtype)
-        # What is put in its own place need not be told, row by row, from what is not.
-        if not itself and (len(x) > 1 or not seen):
-            differs = (edited != x).any(-1)
-            changed = differs if changed is None else changed & differs
-        kept = edited if itself and edited.dtype == x.dtype else placement.place(edited)
+        changed, seen = at.shown, seen and not edited.requires_grad
+        if itself:
+            # What is put in its own place need not be told, row by row, from what is not.
+            if (
+                seen
+                and not self.certified
+                and torch.equal(edited, x)
+                and (at.whole or torch.equal(edited, at.gather(stream)))
+            ):
+                return stream
+            kept = edited if edited.dtype == x.dtype else edited.to(x.dtype)
+        else:
+            if len(x) > 1 or not seen:
+                differs = (edited != x).any(-1)
+                rows = differs.tolist() if seen and len(x) <= FEW else ()
+                if seen and not (any(rows) if rows else bool(differs.any())):
+                    return stream.to(x.dtype)
+                if not rows or not all(rows):
+                    changed = differs if changed is None else changed & differs
+            elif torch.equal(edited, x):
+                return stream.to(x.dtype)
+            kept = cast(Placement, context.realise).place(edited)
         if changed is not None:
             # Under autocast the attention output is narrower than the sum that the stream will
             # hold.
             kept = torch.where(changed.unsqueeze(-1), kept, written.to(x.dtype))
-        elif at.whole and not self.certified:
+        elif itself and at.whole and not self.certified:
             kept = kept.clone()  # a tensor of the user's must not become the stream itself
         return at.scatter(stream, kept)
 
-    def _check(self, x: Tensor, edited: Tensor, dtype: torch.dtype, seen: bool) -> None:
-        site = self.located.site
+    def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise WidthError(
-                f"the edit at {site} returned {shape} for activations {tuple(x.shape)}"
+                f"the edit at {self.located.site} returned {shape} for activations {tuple(x.shape)}"
             )
-        values = edited.detach().to(dtype)
+        values = edited.detach() if edited.requires_grad else edited
+        values = values if values.dtype == x.dtype else values.to(x.dtype)
         if seen or readable(values):
             # A finite sum has finite terms, and is there sooner.
-            if not math.isfinite(float(values.sum())):
+            if not math.isfinite(values.sum().item()):
                 self._raise_if_broken(values)
         elif concrete(values):
             # The largest of NaN or infinity is no finite number either; looked at in the end.

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -233,7 +232,7 @@ class _Like:
     given: dict[str, Any]
     tokens: tuple[str, torch.Size]  # the name and shape of the tokens
     # A weak reference to the attention mask, and how often it had been written to.
-    mask: tuple[Callable[[], Any], float]
+    mask: tuple[Callable[[], Any], int]
     # The name of the cache and a weak reference to it, or None.
     cache: tuple[str, Callable[[], Any]] | None
     call: ForwardCall  # what the call was
@@ -243,9 +242,9 @@ def nothing() -> None:
     """In place of a reference to no mask."""
 
 
-def times_written(mask: Tensor | None) -> float:
-    """How often a mask has been written to; NaN, which equals nothing, where that is not known."""
-    return 0 if mask is None else math.nan if mask.is_inference() else mask._version
+def times_written(mask: Tensor | None) -> int:
+    """How often a mask has been written to; −1 where that is not known."""
+    return 0 if mask is None else -1 if mask.is_inference() else mask._version
 
 
 class Texts:
@@ -368,9 +367,12 @@ class Texts:
             return None
         again = object.__new__(ForwardCall)
         if like.cache is None:
-            if self._counts or mask is not like.mask[0]() or times_written(mask) != like.mask[1]:
+            known, version = like.mask
+            if self._counts or mask is not known() or version < 0:
                 return None
-            vars(again).update(vars(call), tokens=tokens, like=True)
+            if mask is not None and mask._version != version:
+                return None
+            again.__dict__ = {**vars(call), "tokens": tokens, "like": True}
             return again
         text = call.text
         if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
@@ -378,7 +380,8 @@ class Texts:
         held = _length_of(given[like.cache[0]])
         if isinstance(held, Tensor) or held != text.end:
             return None
-        vars(again).update(vars(call), past=held, mask=mask, tokens=tokens, meanwhile=[], like=True)
+        new = {"past": held, "mask": mask, "tokens": tokens, "meanwhile": [], "like": True}
+        again.__dict__ = vars(call) | new
         return again
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
@@ -490,14 +493,16 @@ class Texts:
 
     def note(self, call: ForwardCall) -> None:
         """Take notice that a call is about to run."""
-        text, known = call.text, not call.continues and concrete(call.tokens)
-        text.end, text.last = call.end, self.n_calls
-        text.tokens = call.tokens.detach() if known else None
+        text, tokens = call.text, call.tokens
+        text.end, text.last = call.past + call.length, self.n_calls
+        text.tokens = None
+        if self._compares and not call.continues and (call.like or concrete(tokens)):
+            text.tokens = tokens.detach() if tokens.requires_grad else tokens
         self.n_calls += 1
 
     def note_result(self, call: ForwardCall, output: Any) -> None:
         """Take notice of what a call returns: it may be a cache that the model has made itself."""
-        if call.like or call.text.cache is not None or not isinstance(output, Mapping | tuple):
+        if call.text.cache is not None or not isinstance(output, Mapping | tuple):
             return
         values = output.values() if isinstance(output, Mapping) else output
         if all(value is None or isinstance(value, Tensor) for value in values):
@@ -511,7 +516,7 @@ class Texts:
         rows, columns = tokens.shape[:2]
         for text in reversed(self._known):
             before = text.tokens
-            if before is None or before.shape[:2] != (rows, columns - 1):
+            if before is None or before.shape[:2] != (rows, columns - 1) or before.is_meta:
                 continue
             if before.ndim != tokens.ndim or before.dtype != tokens.dtype or not concrete(tokens):
                 continue

@@ -339,10 +339,13 @@ def with_stream(
 ) -> Any:
     """The arguments of a module with another stream; ``old``: the one that it was given."""
     old = next(tensors_given(args, kwargs)) if old is None else old
-    put = [stream if item is old else item for item in args]
-    if not kwargs:
-        return tuple(put), kwargs
-    return tuple(put), {name: stream if item is old else item for name, item in kwargs.items()}
+    for place, item in enumerate(args):
+        if item is old:
+            args = (*args[:place], stream, *args[place + 1 :])
+    for name, item in kwargs.items():
+        if item is old:
+            kwargs = {**kwargs, name: stream}
+    return args, kwargs
 
 
 def _enter(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from threading import get_ident
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -372,7 +373,7 @@ class Watch:
         """
         if self._plain:
             return self._own_call(stream)
-        calls = self._under_way.get(threading.get_ident()) if known is None else [known]
+        calls = self._under_way.get(get_ident()) if known is None else [known]
         if calls:
             call = calls[-1]
         elif not self.acts():
@@ -382,8 +383,10 @@ class Watch:
             call = again or self.current()
         if calls and self._reruns and concrete(entered):
             self._entered[entered.data_ptr()] = call
-        rows, columns = call.batch, call.front + call.length
-        if stream.shape[:-1] not in ((rows, columns), (rows * columns,)):
+        rows, columns, shape = call.batch, call.front + call.length, stream.shape
+        if (len(shape) != 3 or shape[0] != rows or shape[1] != columns) and (
+            len(shape) != 2 or shape[0] != rows * columns
+        ):
             raise PositionError(
                 f"the stream is {tuple(stream.shape)}, but the model was given {call.batch} rows "
                 f"of {columns} tokens: it rearranges its inputs, so positions "
@@ -405,7 +408,7 @@ class Watch:
                 f"the module's tensor is {tuple(stream.shape)}; sites are (rows, features) or "
                 f"(rows, tokens, features)"
             )
-        ran = self._ran.get(threading.get_ident()) or [False]
+        ran = self._ran.get(get_ident()) or [False]
         if ran[-1]:
             raise PositionError(f"the module {RAN_TWICE}")
         whole = (stream[:, None] if stream.ndim == 2 else stream).detach()
@@ -422,7 +425,7 @@ class Watch:
         Raises:
             PositionError: there is none.
         """
-        calls = self._under_way.get(threading.get_ident())
+        calls = self._under_way.get(get_ident())
         if calls:
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
@@ -442,11 +445,11 @@ class Watch:
             )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        thread = threading.get_ident()
-        if not self.acts():
+        thread = get_ident()
+        if self not in _open.get() and not in_backward():
             self.others.add(threading.current_thread().name)
             return
-        if torch._C._is_tracing():
+        if _is_tracing():
             raise CompiledModelError(
                 "torch.jit.trace would keep what an edit did to the one example that it sees: "
                 "trace the model outside of the context, or use torch.compile"
@@ -465,12 +468,13 @@ class Watch:
         else:
             for item in self._follows:
                 item.step(call)
-            self._note(call)
+            self.texts.note(call)
+            self._latest = call
         self._under_way.setdefault(thread, []).append(call)
 
     def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
         """A call that is unlike the one before."""
-        thread, given = threading.get_ident(), arguments_of(module, args, kwargs)
+        thread, given = get_ident(), arguments_of(module, args, kwargs)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         if self._stack and isinstance(prompt, Tensor):  # the encoder's come first
             count = cast(Any, self.model).active_peft_config.num_virtual_tokens
@@ -498,9 +502,9 @@ class Watch:
     def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
         """A pass begins in a compiled graph, that goes on from ``held`` tokens in a cache."""
         if self.acts():
-            self._threads.add(threading.get_ident())
+            self._threads.add(get_ident())
             call = self._see(self.texts.read(given, held=held))
-            self._in_graph[threading.get_ident()] = call
+            self._in_graph[get_ident()] = call
         else:
             self.others.add(threading.current_thread().name)
 
@@ -527,24 +531,26 @@ class Watch:
             return stream
         known = None
         if ticket is not None:
-            known = self._in_graph.get(threading.get_ident(), self._latest)
+            known = self._in_graph.get(get_ident(), self._latest)
         call = self.call(stream, stream if residual is None else residual, known)
         if call is None:
             return stream
         return visit(stream, residual, scale, replace(call, again=True) if again else call)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls = self._under_way.get(threading.get_ident())
+        calls = self._under_way.get(get_ident())
         if calls:
-            self.texts.note_result(calls.pop(), output)
-        elif self._plain and self._ran.get(threading.get_ident()):
-            self._ran[threading.get_ident()].pop()
+            call = calls.pop()
+            if not call.like:
+                self.texts.note_result(call, output)
+        elif self._plain and self._ran.get(get_ident()):
+            self._ran[get_ident()].pop()
 
     def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._n_before[threading.get_ident()] = self.texts.n_calls
+        self._n_before[get_ident()] = self.texts.n_calls
 
     def _after_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before = self._n_before.pop(threading.get_ident(), None)
+        before = self._n_before.pop(get_ident(), None)
         if self.acts() and self.texts.n_calls == before:
             raise CompiledModelError(
                 f"the forward of {type(module).__name__} was replaced by one that does not run its "
@@ -554,7 +560,7 @@ class Watch:
 
     def _before_adapter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.acts():
-            self._outer[threading.get_ident()] = arguments_of(module, args, kwargs)
+            self._outer[get_ident()] = arguments_of(module, args, kwargs)
 
     def _in_front(self, given: Mapping[str, Any], outer: Mapping[str, Any]) -> Any:
         """What a wrapper has put in front of the text that it was given itself."""
@@ -576,7 +582,7 @@ class Watch:
     def _check_ended(self) -> None:
         """Raise if another thread of this context goes on with what it has begun."""
         frames = sys._current_frames()
-        for thread in self._threads - {threading.get_ident()}:
+        for thread in self._threads - {get_ident()}:
             frame = frames.get(thread)
             while frame is not None:
                 if any(frame.f_locals.get("self") is part for part in (self.model, self.trunk)):
@@ -594,7 +600,7 @@ def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[
         prompt = get_prompt(*args, **kwargs)
         for watch in _open.get():
             if watch.model is owner:
-                watch._prompts[threading.get_ident()] = prompt
+                watch._prompts[get_ident()] = prompt
         return prompt
 
     return noted
@@ -642,6 +648,9 @@ def opened() -> tuple[Watch, ...]:
 def _plain(value: Any) -> Any:
     """A value out of the transforms that it is wrapped in, if it has one."""
     return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
+
+
+_is_tracing = torch._C._is_tracing
 
 
 def in_backward() -> bool:
