@@ -5,6 +5,7 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lrqp_torch.errors import check_classes, check_values, in_transforms, readab
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import ProbeGeometry
-from lrqp_torch.qp.implicit import Ended
+from lrqp_torch.qp.implicit import Derivative, Ended
 from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
 from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.solvers import ActiveSet
@@ -181,6 +182,51 @@ def _solved(
         **stored,
     )
     return solution, ended, outcome
+
+
+def derivative(
+    ended: Ended,
+    x: Tensor,
+    target: Tensor,
+    floor: Tensor | OddsRule,
+    geometry: ProbeGeometry,
+) -> Derivative:
+    """The derivative of what :func:`solve` finds with respect to the activations, in one call.
+
+    Args:
+        ended: where the solves ended.
+        x: activations, (B, d).
+        target: t, (B,) int64.
+        floor: log α, (B,) or (B, K−1) float64, or a rule.
+        geometry: probe and metric.
+    """
+    assert ended.index is not None
+    begun = native.Gradient(len(x), 1, ended.index.shape[1], kind=native.KINDS[x.dtype])
+    held, source = (target.contiguous(), ended.index, ended.inverse), None
+    if isinstance(floor, OddsRule):
+        begun.ruled, begun.mirror, begun.log_odds = 1, floor.mirror, floor.log_odds.item()
+        source = None if floor.source is None else floor.source.expand(len(x)).contiguous()
+    elif floor.ndim == 2:
+        begun.each = floor.shape[1]
+
+    def call(known: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+        x, multipliers, floors = known
+        x, edited = native.rows_of(x), gradients[0]
+        others = [None if part is None else part.contiguous() for part in gradients[1:]]
+        task, result = native.Gradient.from_buffer_copy(begun), x.new_empty(x.shape)
+        task.target, task.index, task.inverse = map(native.address, held)
+        task.source, task.result = native.address(source), result.data_ptr()
+        task.x, task.stride = x.data_ptr(), x.stride(0)
+        task.multipliers, task.floor = multipliers.data_ptr(), floors.data_ptr()
+        if edited is not None:
+            edited = native.rows_of(edited)
+            task.gradient, task.gradient_stride = edited.data_ptr(), edited.stride(0)
+        places = map(native.address, others)
+        task.of_multipliers, task.of_squared, task.of_floor, task.of_before = places
+        native.gradient(geometry.shared, task)
+        return result
+
+    return call
 
 
 class Line:

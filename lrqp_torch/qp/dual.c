@@ -1082,3 +1082,138 @@ i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
     free(status);
     return moved;
 }
+
+/* What is asked of the derivative of edits with respect to their activations; names as in Task. */
+typedef struct {
+    i64 count, each, slots, ruled, mirror, kind, stride, gradient_stride;
+    double log_odds;
+    const i64 *target, *source, *index;
+    const double *inverse, *multipliers, *floor;
+    /* Of what is differentiated, gradients of edits (B, d), multipliers (B, m), and squared distances,
+     * floors and log odds before (B); each may be NULL. */
+    const void *gradient;
+    const double *of_multipliers, *of_squared, *of_floor, *of_before;
+    const void *x;
+    void *result; /* (B, d) */
+} Gradient;
+
+static double dot(const double *restrict x, const double *restrict y, i64 d) {
+    Lanes sums = {0};
+    double sum = 0;
+    i64 j = 0;
+    for (; j + 8 <= d; j += 8) sums += lanes(x + j) * lanes(y + j);
+    for (; j < d; j++) sum += x[j] * y[j];
+    return sum_of(sums) + sum;
+}
+
+/* M between constraints p and q of a target. */
+static double between(const Shared *s, i64 target, i64 p, i64 q) {
+    i64 n = s->classes;
+    p += p >= target;
+    q += q >= target;
+    if (s->grams) return s->grams[(target * n + p) * n + q];
+    return (s->matrix[target * n + p] + (s->matrix[target * n + q] - s->matrix[p * n + q])) / 2;
+}
+
+/* result = gradient - v'A with v = M_AA^-1 (A S gradient), and what floors depend on: see implicit.py.
+ * space is for d + 2 R + 3 slots numbers and what an activation is loaded into. */
+static void differentiate(const Shared *s, const Gradient *t, i64 b, double *space) {
+    i64 d = s->width, m = s->m, rows = s->rows, slots = t->slots, target = t->target[b], k = 0, edited = 0;
+    i64 bytes = bytes_of(t->kind);
+    const i64 *index = t->index + b * slots;
+    const double *inverse = t->inverse + b * slots * slots, *multipliers = t->multipliers + b * m;
+    double *g = space, *parts = g + d, *logits = parts + rows, *u = logits + rows, *v = u + slots;
+    double *rest = v + slots, *x = rest + slots, floors = t->of_floor ? t->of_floor[b] : 0;
+    double before = t->of_before ? t->of_before[b] : 0, sign = target ? -1 : 1, own = 0;
+    memset(g, 0, sizeof(double) * (d + rows));
+    if (t->gradient) load((const char *)t->gradient + b * t->gradient_stride * bytes, t->kind, d, g);
+    for (i64 l = 0; l < m; l++) edited |= multipliers[l] > 0;
+    while (edited && k < slots && index[k] < m) k++;
+    if (k && s->classes > 2 && t->gradient) own = dot(s->steering + target * d, g, d);
+    for (i64 i = 0; i < k; i++) {
+        i64 l = index[i];
+        u[i] = t->of_multipliers ? t->of_multipliers[b * m + l] : 0;
+        if (!t->gradient) continue;
+        if (s->classes == 2)
+            u[i] += sign * dot(s->steering, g, d);
+        else
+            u[i] += own - dot(s->steering + (l + (l >= target)) * d, g, d);
+    }
+    for (i64 i = 0; i < k; i++) v[i] = dot(inverse + i * slots, u, k);
+    for (i64 i = 0; i < k; i++) {
+        rest[i] = u[i];
+        for (i64 j = 0; j < k; j++) rest[i] -= between(s, target, index[i], index[j]) * v[j];
+    }
+    for (i64 i = 0; i < k; i++) {
+        double part = v[i] + dot(inverse + i * slots, rest, k);
+        if (t->of_squared) part += 2 * t->of_squared[b] * multipliers[index[i]];
+        if (t->each == 1) floors += part;
+        if (s->classes > 2) parts[index[i] + (index[i] >= target)] += part;
+        parts[s->classes > 2 ? target : 0] -= s->classes > 2 ? part : sign * part;
+    }
+    /* A mirrored floor is -(z_t - z_v) of the strongest rival v or a given one. */
+    int mirrored = t->ruled && t->mirror && floors != 0 && t->floor[b] > t->log_odds;
+    i64 source = mirrored && t->source ? t->source[b] : -1, rival = source;
+    if (before != 0 || (mirrored && source < 0)) {
+        load((const char *)t->x + b * t->stride * bytes, t->kind, d, x);
+        read_row(s, &x, logits);
+        if (s->classes > 2) {
+            i64 strongest = target == 0;
+            for (i64 c = 0; c < rows; c++)
+                if (c != target && logits[c] > logits[strongest]) strongest = c;
+            rival = source < 0 ? strongest : source;
+            parts[target] += before;
+            parts[strongest] -= before;
+        } else {
+            rival = source < 0 ? 1 - target : source;
+            parts[0] += sign * before;
+        }
+    }
+    if (mirrored && rival != target) {
+        if (s->classes > 2) parts[rival] += floors;
+        parts[s->classes > 2 ? target : 0] -= s->classes > 2 ? floors : sign * floors;
+    }
+    for (i64 c = 0; c < rows; c++) {
+        const double *restrict weight = s->weight + c * d;
+        double part = parts[c];
+        if (part != 0)
+            for (i64 j = 0; j < d; j++) g[j] += part * weight[j];
+    }
+    store(g, t->kind, d, (char *)t->result + b * d * bytes);
+}
+
+typedef struct {
+    const Shared *shared;
+    const Gradient *task;
+    i64 from, to;
+    int sound;
+} Share;
+
+static void *differentiate_share(void *given) {
+    Share *share = given;
+    const Shared *s = share->shared;
+    double *space = malloc(sizeof(double) * (2 * s->width + 2 * s->rows + 3 * share->task->slots));
+    share->sound = space != NULL;
+    for (i64 b = share->from; space && b < share->to; b++) differentiate(s, share->task, b, space);
+    free(space);
+    return NULL;
+}
+
+/* The derivative of edits: 0, or -1 without memory. */
+i64 lrqp_gradient(const Shared *shared, const Gradient *task, i64 threads) {
+    enum { MOST = 256 };
+    pthread_t running[MOST];
+    Share shares[MOST];
+    i64 started = 0, count = task->count;
+    threads = threads > MOST ? MOST : threads < 1 ? 1 : threads;
+    for (i64 i = 0; i < threads; i++)
+        shares[i] = (Share){shared, task, count * i / threads, count * (i + 1) / threads, 1};
+    for (i64 i = 1; i < threads; i++, started++)
+        if (pthread_create(&running[i], NULL, differentiate_share, &shares[i])) break;
+    differentiate_share(&shares[0]);
+    for (i64 i = started + 1; i < threads; i++) differentiate_share(&shares[i]);
+    for (i64 i = 1; i <= started; i++) pthread_join(running[i], NULL);
+    for (i64 i = 0; i < threads; i++)
+        if (!shares[i].sound) return -1;
+    return 0;
+}

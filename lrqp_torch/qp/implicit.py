@@ -10,11 +10,14 @@ Where a constraint is exactly weakly active (λ_i = 0 with zero slack) the solut
 result is then one element of the generalised Jacobian, the one of the reported active set.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lrqp_torch.errors import in_transforms
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.constraints import Constraints
@@ -129,6 +132,73 @@ class _Displaced(torch.autograd.Function):
 def displaced(x: Tensor, coefficients: Tensor, rows: Tensor, known: Tensor) -> Tensor:
     """``known``, (B, d) in x's dtype, with the derivatives of x + c P to every order."""
     result: Tensor = _Displaced.apply(x, coefficients, rows, known)  # type: ignore[no-untyped-call]
+    return result
+
+
+Derivative = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Tensor]
+"""From activations, multipliers and floors of some edits, and the gradients of what was found of
+them, of which some may be None, to the gradient of the activations."""
+
+
+class _Known(torch.autograd.Function):
+    """What was found of some edits, as functions of their activations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        found: tuple[Tensor, ...],
+        fixed: bool,
+        derivative: Derivative,
+        operations: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        _, multipliers, _, floors, _ = found
+        if fixed:
+            ctx.mark_non_differentiable(floors)
+        ctx.save_for_backward(x, multipliers, floors)
+        ctx.derivative, ctx.operations = derivative, operations
+        return found
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        known = ctx.saved_tensors
+        if all(part is None for part in gradients):
+            return None, None, None, None, None
+        if not (torch.is_grad_enabled() or in_transforms()):
+            return ctx.derivative(known, gradients), None, None, None, None
+        # Derivatives of the derivative, or many at once.
+        with torch.enable_grad():
+            x = known[0] if known[0].requires_grad else known[0].detach().requires_grad_()
+            computed = zip(ctx.operations(x), gradients, strict=True)
+            pairs = [
+                (one, part) for one, part in computed if part is not None and one.requires_grad
+            ]
+            outputs, parts = zip(*pairs, strict=True)
+            (found,) = torch.autograd.grad(outputs, x, parts, create_graph=True)
+        return found, None, None, None, None
+
+
+def known(
+    x: Tensor,
+    found: tuple[Tensor, ...],
+    derivative: Derivative,
+    operations: Callable[[Tensor], tuple[Tensor, ...]],
+    *,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
+    """What was found of some edits with its derivatives in their activations, to every order.
+
+    Args:
+        x: activations, (B, d).
+        found: x', multipliers, squared distance, floors and log odds before.
+        derivative: what first derivatives are computed by.
+        operations: what computes all of ``found`` from x, for further ones.
+        fixed: whether floors do not depend on x.
+    """
+    result: tuple[Tensor, ...] = _Known.apply(x, found, fixed, derivative, operations)  # type: ignore[no-untyped-call]
     return result
 
 

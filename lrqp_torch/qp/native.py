@@ -31,7 +31,7 @@ FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-share
 # So many numbers of M are worth a thread of their own.
 THREAD_NUMBERS = 20_000
 FEASIBLE, CONVERGED = 1, 2
-FIRST_SLOTS = 8
+FIRST_SLOTS = 16
 
 _number, _address = ctypes.c_int64, ctypes.c_void_p
 
@@ -136,6 +136,19 @@ def watch(task: Task, now: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[o
     return live, then, sizes
 
 
+class Gradient(ctypes.Structure):
+    """``Gradient`` of dual.c: one call for a derivative. Fields not given are 0 or NULL."""
+
+    _fields_ = (
+        *((name, _number) for name in ("count", "each", "slots", "ruled", "mirror", "kind")),
+        *((name, _number) for name in ("stride", "gradient_stride")),
+        ("log_odds", ctypes.c_double),
+        *((name, _address) for name in ("target", "source", "index", "inverse", "multipliers")),
+        *((name, _address) for name in ("floor", "gradient", "of_multipliers", "of_squared")),
+        *((name, _address) for name in ("of_floor", "of_before", "x", "result")),
+    )
+
+
 KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """``Kind`` of dual.c: the dtypes of activations that it takes."""
 
@@ -154,7 +167,7 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    for function in (loaded.lrqp_solve, loaded.lrqp_edit_stream):
+    for function in (loaded.lrqp_solve, loaded.lrqp_edit_stream, loaded.lrqp_gradient):
         function.restype, function.argtypes = _number, (_address, _address, _number)
     return loaded
 
@@ -213,7 +226,16 @@ def edit_stream(shared: Shared, task: Task) -> int:
     return _call("lrqp_edit_stream", shared, task)
 
 
-def _call(name: str, shared: Shared, task: Task) -> int:
+def gradient(shared: Shared, task: Gradient) -> None:
+    """The derivative of edits with respect to their activations.
+
+    Raises:
+        MemoryError: as :func:`solve`.
+    """
+    _call("lrqp_gradient", shared, task)
+
+
+def _call(name: str, shared: Shared, task: Task | Gradient) -> int:
     loaded, count, threads = library(), task.count, 1
     assert loaded is not None
     if count > 1:

@@ -20,7 +20,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.qp import direct, fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
-from lrqp_torch.qp.implicit import displaced, valued
+from lrqp_torch.qp.implicit import displaced, known, valued
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
@@ -157,15 +157,17 @@ class MahalanobisQP(nn.Module):
         target, batch = target.long(), len(x)
         whole = realise is not None
         route = self._route(x, floor, geometry, realise)
-        repeats = False
+        repeats = alone = False
         if route is not None:
             assert isinstance(geometry, ProbeGeometry | StackedGeometry)
             given = floor.log_odds if isinstance(floor, OddsRule | StackedRule) else floor
-            tensors = x, *geometry.rows, *(given if isinstance(given, Sequence) else (given,))
-            repeats = torch.is_grad_enabled() and any(
-                isinstance(part, Tensor) and part.requires_grad for part in tensors
-            )
-            whole = whole or not repeats
+            tensors = *geometry.rows, *(given if isinstance(given, Sequence) else (given,))
+            others = any(isinstance(part, Tensor) and part.requires_grad for part in tensors)
+            repeats = torch.is_grad_enabled() and (others or x.requires_grad)
+            alone = repeats and not others and route is direct.solve
+            alone = alone and isinstance(geometry, ProbeGeometry)
+            alone = alone and isinstance(floor, Tensor | OddsRule)
+            whole = whole or alone or not repeats
         if route is fused.solve:
             route = partial(route, live=live, skip=skip)
 
@@ -173,7 +175,7 @@ class MahalanobisQP(nn.Module):
             if route is None:
                 return self._solve(x, target[at], floor, geometry, realise, at)
             assert isinstance(geometry, ProbeGeometry | StackedGeometry)
-            return self._routed(route, x, target[at], floor, geometry, realise, at, repeats)
+            return self._routed(route, x, target[at], floor, geometry, realise, at, repeats, alone)
 
         chunk = max(1, CHUNK_NUMBERS // geometry.width) if x.device.type == "cpu" else batch
         # Autocast would take float32 products of edits in half precision.
@@ -235,11 +237,13 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
         rows: slice,
         repeats: bool,
+        alone: bool,
     ) -> Solution:
         """Solve by a route, and repeat the last solve in a few operations if it is differentiated.
 
         These begin at the active sets and floors that the route ended with, so that derivatives are
-        as exact as those of :meth:`_solve`, to every order, and numbers those of the route.
+        as exact as those of :meth:`_solve`, to every order, and numbers those of the route. Where
+        it is differentiated in x ``alone``, first derivatives are one call.
         """
         floor: Tensor | OddsRule | StackedRule
         if isinstance(log_odds, OddsRule | StackedRule):
@@ -258,31 +262,36 @@ class MahalanobisQP(nn.Module):
         solution, ended = route(x, target, floor, geometry, realise, repeats=repeats)
         if not repeats:
             return solution
-        shown: dict[str, Tensor] = {}
         if isinstance(geometry, ProbeGeometry):
             target = target.clamp(0, geometry.n_classes - 1).expand(len(x))
-        margins = geometry.margins(x, target)
-        if isinstance(floor, StackedRule):
-            shown = {"floor": floor.floors(margins), "log_odds_before": floor.least(margins)}
-            floor = floor(margins)
-        elif isinstance(floor, OddsRule):
-            floor = replace(floor, target=target)(margins)
-        shown = shown or {"floor": floor, "log_odds_before": margins.amin(-1)}
-        bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)
+        rule = replace(floor, target=target) if isinstance(floor, OddsRule) else floor
         edit = solution.active.any(-1, keepdim=True)
-        # How much rounding had the floors raised is no function of anything.
-        gap = torch.where(edit, bound + (ended.aims - bound.detach()) - margins, -1.0)
-        constraints = geometry.constraints(target)
-        found = ended.multipliers(constraints, gap)
-        squared = (found * constraints.apply(found)).sum(-1)
-        moved = geometry.coefficients(target, found)
-        return replace(
-            solution,
-            x_new=displaced(x, moved, geometry.rows[2], solution.x_new),
-            multipliers=valued(found, solution.multipliers),
-            squared_distance=valued(squared, solution.squared_distance),
-            **{name: valued(value, getattr(solution, name)) for name, value in shown.items()},
-        )
+
+        def operations(x: Tensor) -> tuple[Tensor, ...]:
+            margins = geometry.margins(x, target)
+            floors = rule if isinstance(rule, Tensor) else rule(margins)
+            shown = floors, margins.amin(-1)
+            if isinstance(rule, StackedRule):
+                shown = rule.floors(margins), rule.least(margins)
+            bound = floors if floors.ndim == 2 else floors.unsqueeze(-1)
+            # How much rounding had the floors raised is no function of anything.
+            gap = torch.where(edit, bound + (ended.aims - bound.detach()) - margins, -1.0)
+            constraints = geometry.constraints(target)
+            found = ended.multipliers(constraints, gap)
+            squared = (found * constraints.apply(found)).sum(-1)
+            moved = geometry.coefficients(target, found)
+            edited = displaced(x, moved, geometry.rows[2], x.detach())
+            return edited, found, squared, *shown
+
+        names = "x_new", "multipliers", "squared_distance", "floor", "log_odds_before"
+        values = tuple(getattr(solution, name) for name in names)
+        if alone and isinstance(geometry, ProbeGeometry) and not isinstance(floor, StackedRule):
+            derivative = direct.derivative(ended, x, target, floor, geometry)
+            fixed = not (isinstance(floor, OddsRule) and floor.mirror)
+            values = known(x, values, derivative, operations, fixed=fixed)
+        else:
+            values = tuple(map(valued, operations(x), values))
+        return replace(solution, **dict(zip(names, values, strict=True)))
 
     def _solve(
         self,

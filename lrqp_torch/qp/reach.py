@@ -72,7 +72,7 @@ class Headroom:
     def after_missing(self, raised: Tensor, short: Tensor, edited: Tensor, attempt: int) -> Tensor:
         """How much to aim above them after a round that left readings ``short``, (B, m)."""
         # Less than about one coordinate's rounding error would leave the rounded x' as it was.
-        size = torch.linalg.vector_norm(edited, dim=-1, keepdim=True)
+        size = sizes(edited)
         nudge = self.precision * self.length * torch.maximum(self.size, size) / self.width**0.5
         return raised + torch.where(short > 0, 2 * short + (attempt + 1) * nudge, 0.0)
 
@@ -84,7 +84,7 @@ class Headroom:
         constraints of an example aim higher, because raising one moves the others; and by some
         times what is missing from any, which may be rounding of the solve and not of x'.
         """
-        size = torch.linalg.vector_norm(edited, dim=-1, keepdim=True)
+        size = sizes(edited)
         error = torch.linalg.vector_norm(held.double() - edited, dim=-1, keepdim=True)
         enough = self.length * torch.maximum(self.precision * size, 4 * error)
         worst = short.amax(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from qp_reference import Problem, random_problem
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
 from lrqp_torch.qp import ProbeGeometry, native
+from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.stream.intervene import Placement
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -206,3 +208,31 @@ def test_a_copy_has_memory_of_its_own() -> None:
     own, theirs = (e.geometry(x.device).shared for e in (edit, other))
     assert own.matrix != theirs.matrix
     assert torch.equal(other.solve(x, 1).x_new, before.x_new)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mirror", [None, False, True])
+@pytest.mark.parametrize("n_classes", [2, 5, 40])
+@pytest.mark.parametrize("kind", ["plain", "copies"])
+def test_one_call_gives_the_derivatives_of_the_operations(
+    kind: str, n_classes: int, mirror: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = problem_of_kind(kind, n_classes, torch.float64)
+    source = torch.arange(len(task.x)) % (n_classes + 1) - 1
+    least = torch.tensor(2.0, dtype=torch.float64)
+    rule = None if mirror is None else OddsRule(mirror, least, task.target, source)
+    geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+    qp, x = MahalanobisQP(n_classes), task.x.clone().requires_grad_()
+    calls = mock.Mock(side_effect=native.gradient)
+    monkeypatch.setattr(native, "gradient", calls)
+    solution = qp.solve(x, task.target, task.floor if rule is None else rule, geometry)
+    names = ["x_new", "multipliers", "squared_distance", "floor", "log_odds_before"]
+    outputs = [getattr(solution, name) for name in names if getattr(solution, name).requires_grad]
+    assert len(outputs) == (5 if mirror else 4)
+    for chosen in (outputs, *([one] for one in outputs)):
+        weights = [torch.randn_like(one) for one in chosen]
+        (found,) = torch.autograd.grad(chosen, x, weights, retain_graph=True)
+        before = calls.call_count
+        (other,) = torch.autograd.grad(chosen, x, weights, create_graph=True)
+        assert before and calls.call_count == before
+        torch.testing.assert_close(found, other.detach(), rtol=1e-9, atol=1e-9)

@@ -6,7 +6,7 @@ from qp_reference import objective, random_problem
 from torch import Tensor
 
 from lrqp_torch import MahalanobisQP, Status
-from lrqp_torch.qp import ProbeGeometry
+from lrqp_torch.qp import ProbeGeometry, native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -136,3 +136,18 @@ def test_the_floor_holds_for_what_the_model_will_really_hold() -> None:
     edited = solution.status == Status.SOLVED
     assert torch.equal(held[~edited], stream[~edited].double())
     assert (solution.log_odds_after >= problem.floor).all()
+
+
+@pytest.mark.parametrize("path", ["compiled", "torch"])
+def test_an_edit_whose_square_overflows_float32_is_no_unreachable_target(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rounding can take off x' of size 1e20 is known all the same."""
+    problem = random_problem(5, 16, 64, seed=0)
+    problem.weight, problem.covariance = problem.weight * 1e-20, problem.covariance * 1e20
+    problem.x = problem.x.bfloat16()
+    if path == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    solution = problem.solve()
+    assert (solution.status <= Status.SOLVED).all()
+    assert solution.x_new.double().norm(dim=-1).max() > 1e19
