@@ -25,6 +25,7 @@ from lrqp_torch.qp.stacked import JointSolution, StackedGeometry, StackedRule
 # What a pass asks of tensors again and again, without a frame of Python each.
 _address, _version = Tensor.data_ptr, operator.attrgetter("_version")
 _nbytes, _asks = operator.attrgetter("nbytes"), operator.attrgetter("requires_grad")
+_whole = Tensor.is_contiguous
 _transforms = torch._C._functorch.peek_interpreter_stack
 _TRUTHS, _CLASSES = torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.int64)
 _NUMBERS = torch.empty(0, dtype=torch.float64)
@@ -256,7 +257,10 @@ class Line:
         self.probe, self.parts = probe, (*probe, *traced)
         self._counted = [part for part in traced if not part.is_inference()]
         self._marks = self._now()
-        self._known = [part.detach().clone() for part in probe]
+        odds = rule.log_odds if isinstance(rule, StackedRule) else (rule.log_odds,)
+        # Their values are looked at in the call: what is written through .data leaves no trace.
+        self._watched = (*probe, *odds)
+        self._known = [part.detach().clone() for part in self._watched]
         self._rule = rule
         self._tasks: dict[torch.dtype, native.Task] = {}
         # Where a class stands by itself.
@@ -273,6 +277,7 @@ class Line:
         return (
             own == self.own
             and all(map(operator.is_, parts, self.parts))
+            and all(map(_whole, self.probe))
             and self._marks == self._now()
         )
 
@@ -305,7 +310,7 @@ class Line:
         if held is None:
             held = _begun(self.geometry, dtype)
             self._rule.told(held)
-            held.watched = native.watch(held, self.probe, self._known)
+            held.watched = native.watch(held, self._watched, self._known)
             self._tasks[dtype] = held
         task = native.Task.from_buffer_copy(held)
         if isinstance(target, Tensor):
@@ -365,6 +370,8 @@ class Line:
         task = self.task(dtype, target, source, asked)
         solution, _, outcome = _solved(task, x, self.geometry, realise)
         worst = outcome % 8
+        if outcome == native.CHANGED:
+            self._marks = []
         return None if outcome < 0 or worst == Status.INVALID else (solution, worst)
 
     def _is_choice(self, classes: Any, batch: int) -> bool:
@@ -429,4 +436,6 @@ class Line:
         if residual is not None:
             task.base, task.scale = residual.data_ptr(), scale
         moved = native.edit_stream(self.geometry.shared, task)
+        if moved == native.CHANGED:
+            self._marks = []
         return None if moved < 0 else result if moved else stream

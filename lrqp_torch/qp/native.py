@@ -32,6 +32,8 @@ FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-share
 THREAD_NUMBERS = 20_000
 FEASIBLE, CONVERGED = 1, 2
 FIRST_SLOTS = 16
+CHANGED = -3
+"""What a call comes back with where a part that it watches is not what it was."""
 
 _number, _address = ctypes.c_int64, ctypes.c_void_p
 

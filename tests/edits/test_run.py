@@ -358,6 +358,7 @@ def test_what_changes_between_two_passes_is_seen() -> None:
         "covariance": lambda: edit.metric.covariance.mul_(3),
         "another covariance": lambda: halve(edit.metric.covariance),
         "least odds": lambda: edit.log_odds.fill_(4.0),
+        "least odds through .data": lambda: edit.log_odds.data.fill_(5.0),
         "rule": lambda: setattr(edit, "rule", "fixed"),
         "the model's precision": lambda: model.double(),
         "tokens": lambda: inputs["input_ids"].copy_(inputs["input_ids"].flip(0)),
