@@ -102,7 +102,7 @@ def solve(
     task, floors, source = _begun(geometry, x.dtype), None, None
     task.target = target.data_ptr()
     if isinstance(floor, OddsRule | StackedRule):
-        source = None if floor.source is None else floor.source.contiguous()
+        source = None if floor.source is None else floor.source.long().contiguous()
         task.source = native.address(source)
         floor.told(task)
     else:
@@ -206,7 +206,7 @@ def derivative(
     held, source = (target.contiguous(), ended.index, ended.inverse), None
     if isinstance(floor, OddsRule):
         begun.ruled, begun.mirror, begun.log_odds = 1, floor.mirror, floor.log_odds.item()
-        source = None if floor.source is None else floor.source.expand(len(x)).contiguous()
+        source = None if floor.source is None else floor.source.expand(len(x)).long().contiguous()
     elif floor.ndim == 2:
         begun.each = floor.shape[1]
 
@@ -314,12 +314,12 @@ class Line:
             self._tasks[dtype] = held
         task = native.Task.from_buffer_copy(held)
         if isinstance(target, Tensor):
-            target = target.contiguous()
+            target = target.long().contiguous()
             task.target = target.data_ptr()
         else:
             task.target, task.one_target = self._classes.data_ptr() + 8 * target, 1
         if isinstance(source, Tensor):
-            source = source.contiguous()
+            source = source.long().contiguous()
             task.source = source.data_ptr()
         elif source is not None:
             task.source, task.one_source = self._classes.data_ptr() + 8 * source, 1

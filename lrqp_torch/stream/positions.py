@@ -289,6 +289,7 @@ class Positions:
         classes: Tensor = as_classes(given, name).cpu()
         if classes.dtype.is_floating_point or classes.dtype == torch.bool:
             raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
+        classes = classes.long()  # compiled code reads them where they lie
         if self.scope is not None:
             if classes.ndim > 1 or (classes.ndim and self.requests not in (None, len(classes))):
                 known = "(B,)" if self.requests is None else f"({self.requests},)"

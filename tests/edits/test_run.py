@@ -599,3 +599,24 @@ def test_a_notebook_shows_what_an_edit_is_and_did() -> None:
     assert all(word in edit._repr_html_() for word in ("rule", "mirror", "shrinkage", ">K<"))
     for shown in (solved, run._repr_html_()):
         assert "worst margin" in shown and "before" in shown and "lengths of 4" in shown
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@torch.no_grad()
+def test_classes_of_any_integer_dtype_are_those_that_are_written(dtype: torch.dtype) -> None:
+    """Compiled code reads them as int64, of which there must be as many."""
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    edit = edit_of(model, "L1.mid", 2)
+    for positions in ([3, 2, 5, 1], "prompt"):
+        for target in ([1, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0]):
+            found = []
+            for kind in (torch.int64, dtype):
+                classes = torch.tensor([*target, 0, 0, 0, 0]).to(kind)[:4]
+                given = {"target": classes, "source": 1 - classes}
+                with edit.at(model, "L1.mid", positions=positions, **given) as run:
+                    assert run._target.dtype == run._source.dtype == torch.int64
+                    logits = model(**inputs).logits
+                found.append((logits, run.log_odds_before, run.log_odds_after, run.floor))
+            for one, other in zip(*found, strict=True):
+                assert torch.equal(one, other)
