@@ -34,6 +34,7 @@ from lrqp_torch.qp import (
     Solution,
     Solver,
     Status,
+    TotalOdds,
     fused,
     native,
 )
@@ -319,7 +320,8 @@ class LRQP(Edit[Classes]):
         ):
             return None
         geometry = self.geometry(probe[0].device)
-        return Line(geometry, probe, given[2:], own, self._odds_rule(probe[1], None))
+        total = type(self.qp.solver) is TotalOdds
+        return Line(geometry, probe, given[2:], own, self._odds_rule(probe[1], None), total)
 
     def _in_one_call(
         self, x: Tensor, target: Any, source: Any, asked: Any, realise: Realise | None

@@ -21,6 +21,7 @@ from lrqp_torch.qp.reach import MAX_ROUNDS, Realise, advance
 from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.solvers import ActiveSet
 from lrqp_torch.qp.stacked import JointSolution, StackedGeometry, StackedRule
+from lrqp_torch.qp.total_odds import TotalOdds
 
 # What a pass asks of tensors again and again, without a frame of Python each.
 _address, _version = Tensor.data_ptr, operator.attrgetter("_version")
@@ -57,19 +58,30 @@ def _places(realise: Realise, x: Tensor) -> bool:
     return base is None or (base.dtype == x.dtype and readable(base))
 
 
-def _begun(geometry: ProbeGeometry | StackedGeometry, dtype: torch.dtype) -> native.Task:
+def _shared(geometry: ProbeGeometry | StackedGeometry, total: bool | int) -> native.Shared:
+    """What calls about pairwise or total odds share."""
+    if total and isinstance(geometry, ProbeGeometry):
+        return geometry.shared_total
+    return geometry.shared
+
+
+def _begun(
+    geometry: ProbeGeometry | StackedGeometry, dtype: torch.dtype, total: bool = False
+) -> native.Task:
     """A call about activations of a dtype: what is the same in all that are about this probe."""
-    known = geometry.shared.tasks.get(dtype)
+    tasks = _shared(geometry, total).tasks
+    known = tasks.get(dtype)
     if known is None:
         epsilon, width = torch.finfo(dtype).eps, geometry.width
-        known = geometry.shared.tasks[dtype] = native.Task(
+        known = tasks[dtype] = native.Task(
             max_pivots=20 * geometry.n_constraints + 50,
             kind=native.KINDS[dtype],
             stride=width,
             base_stride=width,
             epsilon=epsilon,
             advance=advance(epsilon, width),
-            tolerance=ActiveSet.tolerance,
+            tolerance=(TotalOdds if total else ActiveSet).tolerance,
+            total=total,
             rounds=MAX_ROUNDS,
         )
     return native.Task.from_buffer_copy(known)
@@ -83,6 +95,7 @@ def solve(
     placing: Any,
     *,
     repeats: bool = False,
+    total: bool = False,
 ) -> tuple[Solution, Ended | None]:
     """The least edits, read back, and where the solves ended.
 
@@ -93,13 +106,15 @@ def solve(
         geometry: probe and metric, or several probes and metric.
         placing: what the model will hold; default x' in x's dtype.
         repeats: whether where they ended is wanted, for a derivative.
+        total: whether odds are total odds, without repeats and for up to ``geometry.DIRECT``
+            classes of one probe.
 
     Raises:
         TargetError: a target out of range.
         NonFiniteError: NaN or infinity in activations or floors.
     """
     x, target = x.detach(), target.contiguous()
-    task, floors, source = _begun(geometry, x.dtype), None, None
+    task, floors, source = _begun(geometry, x.dtype, total), None, None
     task.target = target.data_ptr()
     if isinstance(floor, OddsRule | StackedRule):
         source = None if floor.source is None else floor.source.long().contiguous()
@@ -133,7 +148,7 @@ def _solved(
     repeats: bool = False,
 ) -> tuple[Solution, Ended | None, int]:
     """Do a task for activations: what comes of it, and what :func:`.native.solve` returns."""
-    batch, m, shared = x.shape[0], geometry.n_constraints, geometry.shared
+    batch, m, shared = x.shape[0], geometry.n_constraints, _shared(geometry, task.total)
     kind: type[Solution] = Solution
     x = native.rows_of(x)
     numbers, multipliers = _NUMBERS.new_empty(6, batch), _NUMBERS.new_empty(batch, m)
@@ -241,6 +256,7 @@ class Line:
         traced: what else the edit is made of; a change that leaves a trace is seen.
         own: and what it is compared with by itself.
         rule: where floors come from; of its target and source nothing is kept.
+        total: whether odds are total odds.
     """
 
     def __init__(
@@ -250,6 +266,7 @@ class Line:
         traced: tuple[Tensor, ...],
         own: tuple[object, ...],
         rule: OddsRule | StackedRule,
+        total: bool = False,
     ) -> None:
         self.geometry, self.own, self.width = geometry, own, geometry.width
         # They are held, so that no other tensor can be taken for one of them. One that was made in
@@ -261,7 +278,7 @@ class Line:
         # Their values are looked at in the call: what is written through .data leaves no trace.
         self._watched = (*probe, *odds)
         self._known = [part.detach().clone() for part in self._watched]
-        self._rule = rule
+        self._rule, self._total = rule, total
         self._tasks: dict[torch.dtype, native.Task] = {}
         # Where a class stands by itself.
         self.n_classes = len(geometry.weight)
@@ -308,7 +325,7 @@ class Line:
         """
         held = self._tasks.get(dtype)
         if held is None:
-            held = _begun(self.geometry, dtype)
+            held = _begun(self.geometry, dtype, self._total)
             self._rule.told(held)
             held.watched = native.watch(held, self._watched, self._known)
             self._tasks[dtype] = held
@@ -435,7 +452,7 @@ class Line:
             task.record, task.forward_pass = record.data_ptr(), forward_pass
         if residual is not None:
             task.base, task.scale = residual.data_ptr(), scale
-        moved = native.edit_stream(self.geometry.shared, task)
+        moved = native.edit_stream(_shared(self.geometry, task.total), task)
         if moved == native.CHANGED:
             self._marks = []
         return None if moved < 0 else result if moved else stream

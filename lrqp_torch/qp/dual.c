@@ -20,6 +20,7 @@ typedef struct {
     i64 m, width, rows; /* rows: R */
     const double *matrix, *noise, *length, *stretch, *weight, *bias, *steering;
     const double *grams; /* of few classes M itself for each target (K, K, K), with an empty row for it */
+    const double *low;   /* where some classes are nearly equal: what to add to steering (K, d) */
     double unit; /* of stretch */
     /* Of several probes, each to be written, kept or left free (stacked.py): matrix, noise and length are
      * those of all pairs of classes, (P, P), (P) and (P), and */
@@ -74,6 +75,7 @@ typedef struct {
     double *odds;           /* (B, 4V): log odds before, after, floors, and how far each moved */
     i64 one_target, one_source, one_asked; /* whether the first of these is that of all */
     uint8_t *active;        /* (B, m): which multipliers are positive, or NULL */
+    i64 total;              /* whether odds are total odds, of a probe whose grams are at hand */
 } Task;
 
 enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
@@ -94,6 +96,7 @@ typedef struct {
      * for; M', its noise and the lengths; and A' as combinations of rows where some are kept. */
     i64 *chosen, *pair, *kind, kept;
     double *own, *noise, *length, *combination;
+    struct Total *total; /* of total odds, or NULL */
 } Work;
 
 static inline double larger(double old, double other) { return other > old ? other : old; }
@@ -371,6 +374,12 @@ static double floor_of(i64 mirror, double log_odds, i64 m, i64 target, i64 sourc
     return larger(belief, log_odds);
 }
 
+static double ruled(const Task *t, i64 b, i64 m, i64 target, const double *margins) {
+    i64 source = t->source ? t->source[t->one_source ? 0 : b] : FREE;
+    if (t->asked) return t->asked[t->one_asked ? 0 : b];
+    return floor_of(t->mirror, t->log_odds, m, target, source, margins);
+}
+
 /* What an example is to write and keep: M' = A'SA'^T, its noise, lengths, and A', as stacked.py has it. */
 static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
     i64 m = s->m;
@@ -487,9 +496,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     }
     if (s->variables && !again) floors_of(s, t, b, margins);
     if (t->ruled && !again) {
-        i64 source = t->source ? t->source[t->one_source ? 0 : b] : FREE;
-        floors[0] = t->asked ? t->asked[t->one_asked ? 0 : b]
-                             : floor_of(t->mirror, t->log_odds, m, target, source, margins);
+        floors[0] = ruled(t, b, m, target, margins);
     }
     for (i64 l = 0; l < m; l++) {
         double missing = floors[t->each == 1 ? 0 : l] - margins[l];
@@ -599,6 +606,389 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
         }
     }
     return k + 1;
+}
+
+/* One problem of total odds, see total_odds.py: of n classes, of which the target and those that nothing
+ * moves begin at infinity; in units in which the longest normal has length 1. */
+enum { TOTAL_VECTORS = 18 };
+typedef struct Total {
+    i64 n, most; /* and the rival of the largest share */
+    double floor, *gram, *system, *factor;
+    double *start, *noise, *found, *kept, *moved, *margins, *share, *residual, *back, *along, *pulled, *slope,
+        *root, *spare, *gap, *best, *next, *shares;
+} Total;
+
+static double sum_of_products(const double *restrict a, const double *restrict b, i64 n) {
+    double sum = 0;
+    for (i64 i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static void times(const Total *q, const double *vector, double *into) {
+    for (i64 i = 0; i < q->n; i++) into[i] = sum_of_products(q->gram + i * q->n, vector, q->n);
+}
+
+/* log sum exp(-s). */
+static double log_sum(const double *s, i64 n) {
+    double least = INFINITY, sum = 0;
+    for (i64 i = 0; i < n; i++)
+        if (!(s[i] >= least)) least = s[i];
+    if (!(least < INFINITY)) return -least;
+    for (i64 i = 0; i < n; i++) sum += exp(least - s[i]);
+    return log(sum) - least;
+}
+
+/* What is read where some multipliers are: M l, margins and the shares of rivals. */
+static void look(Total *q, const double *multipliers) {
+    times(q, multipliers, q->moved);
+    for (i64 i = 0; i < q->n; i++) q->margins[i] = q->start[i] + q->moved[i];
+    double most = log_sum(q->margins, q->n);
+    for (i64 i = 0; i < q->n; i++) q->share[i] = exp(-q->margins[i] - most);
+}
+
+/* total_residual. */
+static double residual_of(Total *q, const double *multipliers) {
+    i64 n = q->n;
+    double weight = 0, missing, *residual = q->residual;
+    look(q, multipliers);
+    for (i64 i = 0; i < n; i++) weight += multipliers[i];
+    for (i64 i = 0; i < n; i++) residual[i] = multipliers[i] - weight * q->share[i];
+    double length = sqrt(larger(sum_of_products(multipliers, q->moved, n), 0));
+    times(q, q->share, q->spare);
+    double nat = 1 / sqrt(larger(sum_of_products(q->share, q->spare, n), TINY));
+    times(q, residual, q->spare);
+    double unbalanced = sqrt(larger(sum_of_products(residual, q->spare, n), 0));
+    missing = q->floor + log_sum(q->margins, n);
+    missing = weight > 0 ? fabs(missing) : larger(missing, 0);
+    missing /= 1 + fabs(q->floor + log_sum(q->start, n));
+    unbalanced /= length + nat;
+    return unbalanced > missing || isnan(unbalanced) ? unbalanced : missing;
+}
+
+/* The multipliers of the least edit that pairwise floors need: verdict bits, or -1 without memory. */
+static int pairwise(const Shared *s, const Total *q, Work *w, i64 max_pivots, double *into) {
+    i64 n = q->n, impossible = 0;
+    double largest = -INFINITY;
+    for (i64 j = 0; j < n; j++) {
+        double diagonal = q->gram[j * n + j];
+        w->scale[j] = w->error[j] = 0;
+        w->gap[j] = w->unit[j] = -INFINITY;
+        impossible |= diagonal <= q->noise[j] && q->gap[j] > 0;
+        if (diagonal <= q->noise[j]) continue;
+        w->scale[j] = 1 / sqrt(diagonal);
+        w->error[j] = w->scale[j] * q->noise[j];
+        w->gap[j] = w->unit[j] = q->gap[j] * w->scale[j];
+        largest = larger(largest, w->unit[j]);
+    }
+    for (i64 j = 0; largest > 0 && j < n; j++) w->unit[j] /= largest;
+    begin(w);
+    w->gram = q->gram;
+    int found = impossible ? CONVERGED : run(s, NULL, w, max_pivots);
+    if (found < 0) return found;
+    memset(into, 0, sizeof(double) * n);
+    for (i64 i = 0; i < w->k; i++) w->column[i] = w->gap[w->held[i]];
+    solve_active(w, w->column, w->rate);
+    for (i64 i = 0; i < w->k; i++) into[w->held[i]] = larger(w->rate[i], 0) * w->scale[w->held[i]];
+    return found;
+}
+
+/* Times I - c v v', v the roots of the shares but the largest: the square root of I - v v'. */
+static void inside(const Total *q, double *column) {
+    double part = sum_of_products(q->root, column, q->n) / (1 + sqrt(q->share[q->most]));
+    for (i64 i = 0; i < q->n; i++) column[i] -= q->root[i] * part;
+}
+
+static int factored(const Total *q, double ridge) {
+    i64 n = q->n;
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j <= i; j++) {
+            double *row = q->factor + i * n, *other = q->factor + j * n;
+            double rest = q->system[i * n + j] + (i == j ? ridge : 0) - sum_of_products(row, other, j);
+            if (i == j && !(rest > 0)) return 0;
+            row[j] = i == j ? sqrt(rest) : rest / other[j];
+        }
+    return 1;
+}
+
+/* The factor by which systems of a Newton step at the shares are solved, see _solve_symmetric; 0 where
+ * rounding allows none. */
+static int prepare(Total *q, double weight) {
+    i64 n = q->n, r = 0;
+    double *system = q->system, largest = 0;
+    const double *gram = q->gram;
+    for (i64 i = 1; i < n; i++)
+        if (q->share[i] > q->share[r]) r = i;
+    q->most = r;
+    for (i64 i = 0; i < n; i++) q->root[i] = i == r ? 0 : sqrt(q->share[i]);
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j < n; j++) {
+            double apart = gram[i * n + j] - gram[i * n + r] - (gram[r * n + j] - gram[r * n + r]);
+            system[i * n + j] = q->root[i] * apart * q->root[j];
+        }
+    for (i64 i = 0; i < n; i++) inside(q, system + i * n);
+    memset(q->spare, 0, sizeof(double) * n);
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j < n; j++) q->spare[j] += q->root[i] * system[i * n + j];
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j < n; j++) system[i * n + j] -= q->root[i] * (q->spare[j] / (1 + sqrt(q->share[r])));
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j <= i; j++) {
+            double both = weight * ((system[i * n + j] + system[j * n + i]) / 2) + (i == j);
+            system[i * n + j] = system[j * n + i] = both;
+            if (i == j) largest = larger(largest, fabs(both));
+        }
+    /* Rounding of large terms outweighs the identity; a longer diagonal makes a shorter step. */
+    return factored(q, 0) || factored(q, RIDGE * largest);
+}
+
+static void solve_prepared(const Total *q, double weight, const double *right, double *into) {
+    i64 n = q->n;
+    double *own = q->spare;
+    times(q, right, own);
+    double most = own[q->most], total = 0;
+    for (i64 i = 0; i < n; i++) own[i] = q->root[i] * (own[i] - most);
+    inside(q, own);
+    for (i64 i = 0; i < n; i++) own[i] = (own[i] - sum_of_products(q->factor + i * n, own, i)) / q->factor[i * n + i];
+    for (i64 i = n - 1; i >= 0; i--) {
+        own[i] /= q->factor[i * n + i];
+        for (i64 j = 0; j < i; j++) own[j] -= q->factor[i * n + j] * own[i];
+    }
+    inside(q, own);
+    for (i64 i = 0; i < n; i++) {
+        double part = weight * q->root[i] * own[i];
+        into[i] = right[i] - part;
+        total += part;
+    }
+    into[q->most] += total;
+}
+
+/* _beyond_reach: whether the lower bound of the distance at the shares is infinite. */
+static int beyond_reach(const Total *q) {
+    double entropy = 0, reading = 0, lengths = 0, noises = 0, length = sum_of_products(q->share, q->slope, q->n);
+    for (i64 i = 0; i < q->n; i++) {
+        double share = q->share[i];
+        if (!(share > 0)) continue;
+        entropy -= share * log(share);
+        reading += share * q->start[i];
+        lengths += share * sqrt(larger(q->gram[i * q->n + i], 0));
+        noises += share * sqrt(q->noise[i]);
+    }
+    double resolved = larger(CANCELLED * lengths * lengths, noises * noises);
+    return q->floor - reading + entropy > 0 && length <= resolved;
+}
+
+/* _line_search: the first of 1, 1/2, ... at which the convex function falls enough. */
+static double stride_of(const Total *q, double weight, double decrement) {
+    i64 n = q->n;
+    double linear = sum_of_products(q->moved, q->back, n), square = sum_of_products(q->back, q->pulled, n), stride = 1;
+    double before = log_sum(q->margins, n);
+    for (i64 number = 0; number < MAX_HALVINGS; number++) {
+        for (i64 i = 0; i < n; i++) q->spare[i] = q->margins[i] - stride * q->pulled[i];
+        double fall = stride * linear - stride * stride * square / 2 - weight * (log_sum(q->spare, n) - before);
+        double rounding = 1e-14 * (1 + fabs(stride * linear) + weight * (1 + fabs(before)));
+        if (fall >= 1e-4 * stride * decrement - rounding) break;
+        stride /= 2;
+    }
+    return stride;
+}
+
+/* _Search: found holds the multipliers to begin with, and then those of the least edit. Returns verdict
+ * bits, and the weight of the one constraint. */
+static int search(Total *q, double *total) {
+    i64 n = q->n;
+    double low = 0, high = INFINITY, weight = *total, *found = q->found;
+    for (i64 number = 0; number < MAX_STEPS; number++) {
+        look(q, found);
+        for (i64 i = 0; i < n; i++) q->residual[i] = found[i] - weight * q->share[i];
+        if (!prepare(q, weight)) break;
+        solve_prepared(q, weight, q->residual, q->back);
+        solve_prepared(q, weight, q->share, q->along);
+        times(q, q->back, q->pulled);
+        times(q, q->share, q->slope);
+        double decrement = larger(sum_of_products(q->residual, q->pulled, n), 0), distance = larger(sum_of_products(found, q->moved, n), 0);
+        double missing = q->floor + log_sum(q->margins, n), size = 1 + fabs(q->floor);
+        for (i64 i = 0; i < n; i++) {
+            double terms = fabs(q->start[i]);
+            if (!(q->share[i] > 0)) continue;
+            for (i64 j = 0; j < n; j++) terms += fabs(q->gram[i * n + j]) * fabs(found[j]);
+            size += q->share[i] * terms;
+        }
+        double pending = sum_of_products(q->slope, q->back, n), rate = larger(sum_of_products(q->slope, q->along, n), TINY);
+        int settled = decrement <= SETTLED * (1 + distance);
+        settled &= fabs(pending) <= larger(fabs(missing) / 10, 1e-13 * size);
+        times(q, q->residual, q->spare);
+        double unbalanced = larger(sum_of_products(q->residual, q->spare, n), 0);
+        *total = weight;
+        if (settled && fabs(missing) <= MET * size && unbalanced <= BALANCED * BALANCED * (1 + distance))
+            return FEASIBLE | CONVERGED;
+        if (beyond_reach(q)) return CONVERGED;
+        if (settled && missing > 0) low = weight;
+        if (settled && missing <= 0) high = weight;
+        if (settled) {
+            double proposed = weight + (missing + pending) / rate, bounded = isfinite(high);
+            double limit = bounded ? high : GROWTH * weight;
+            double middle = bounded ? (low > 0 ? sqrt(low * high) : high / GROWTH) : limit;
+            double change = (proposed > low && proposed < limit ? proposed : middle) - weight;
+            for (i64 i = 0; i < n; i++) found[i] += change * q->along[i] - q->back[i];
+            weight += change;
+        } else {
+            double stride = stride_of(q, weight, decrement);
+            for (i64 i = 0; i < n; i++) found[i] -= stride * q->back[i];
+        }
+    }
+    *total = weight;
+    return FEASIBLE;
+}
+
+/* _by_shares: multipliers of pairwise edits whose floors are those of the last one's shares; their
+ * residual, or -1 without memory. */
+static double by_shares(const Shared *s, Total *q, Work *w, i64 max_pivots) {
+    i64 n = q->n, finite = 0;
+    double least = INFINITY;
+    for (i64 i = 0; i < n; i++) finite += isfinite(q->start[i]);
+    for (i64 i = 0; i < n; i++) q->shares[i] = isfinite(q->start[i]) ? 1.0 / finite : 0;
+    for (i64 number = 0; number < SHARE_ROUNDS; number++) {
+        double total = 0, sum = 0;
+        for (i64 i = 0; i < n; i++)
+            q->gap[i] = isfinite(q->start[i]) ? q->floor - log(q->shares[i]) - q->start[i] : -1;
+        if (pairwise(s, q, w, max_pivots, q->next) < 0) return -1;
+        double met = residual_of(q, q->next);
+        if (met < least) {
+            least = met;
+            memcpy(q->best, q->next, sizeof(double) * n);
+        }
+        for (i64 i = 0; i < n; i++) total += q->next[i];
+        for (i64 i = 0; i < n; i++) {
+            double share = q->next[i] > 0 ? q->next[i] / larger(total, TINY) : exp(q->floor - q->margins[i]);
+            q->shares[i] = share > 1 ? 1 : larger(1e-300, share);
+            sum += q->shares[i];
+        }
+        for (i64 i = 0; i < n; i++) q->shares[i] /= sum;
+    }
+    return least;
+}
+
+/* The multipliers of a problem and its verdict bits; -1 without memory. */
+static int solve_total(const Shared *s, Total *q, Work *w, i64 max_pivots, double *residual) {
+    i64 n = q->n, some = 0, others = 0;
+    double scale = TINY, weight = 0;
+    /* Rivals that nothing moves leave less for the others, whose floor rises. */
+    for (i64 i = 0; i < n; i++) q->spare[i] = INFINITY;
+    for (i64 i = 0; i < n; i++) {
+        if (!(q->start[i] < INFINITY)) continue;
+        int constant = q->gram[i * n + i] <= q->noise[i];
+        if (constant) q->spare[i] = q->start[i], q->start[i] = INFINITY;
+        some |= constant;
+        others |= !constant;
+    }
+    if (some) {
+        double share = q->floor + log_sum(q->spare, n);
+        if (!(share < 0) || !others) return CONVERGED;
+        q->floor -= log(-expm1(share));
+    }
+    for (i64 i = 0; i < n; i++) scale = larger(scale, q->gram[i * n + i]);
+    for (i64 i = 0; i < n * n; i++) q->gram[i] /= scale;
+    for (i64 i = 0; i < n; i++) q->noise[i] /= scale;
+
+    /* Begin at the edit that pairwise odds of (K - 1) alpha need, which is sufficient; where those of
+     * alpha are out of reach, so are total odds. */
+    for (i64 i = 0; i < n; i++)
+        q->gap[i] = isfinite(q->start[i]) ? q->floor - q->start[i] + log((double)(n - 1)) : -1;
+    int verdict = pairwise(s, q, w, max_pivots, q->found);
+    if (verdict >= 0 && !(verdict & FEASIBLE)) {
+        for (i64 i = 0; i < n; i++) q->gap[i] = isfinite(q->start[i]) ? q->floor - q->start[i] : -1;
+        verdict = pairwise(s, q, w, max_pivots, q->next);
+        if (verdict >= 0 && !(verdict & FEASIBLE)) return verdict;
+        memset(q->found, 0, sizeof(double) * n);
+        look(q, q->found);
+        times(q, q->share, q->slope);
+        weight = (q->floor + log_sum(q->start, n)) / larger(sum_of_products(q->share, q->slope, n), TINY);
+        weight = weight < 0 ? 0 : weight > 1e12 ? 1e12 : weight;
+    }
+    if (verdict < 0) return verdict;
+    for (i64 i = 0; i < n; i++) weight += q->found[i];
+    verdict = 0;
+    if (residual_of(q, q->found) > FAR) {
+        double met = by_shares(s, q, w, max_pivots);
+        if (met < 0) return -1;
+        if (met <= MET_BY_SHARES) verdict = FEASIBLE | CONVERGED;
+        /* Else it is a better place to begin at. */
+        weight = 0;
+        for (i64 i = 0; i < n; i++) weight += q->found[i] = q->best[i];
+    }
+    if (!verdict) verdict = search(q, &weight);
+    if (!(verdict & FEASIBLE)) return verdict;
+    for (i64 i = 0; i < n; i++) q->found[i] = larger(q->found[i], 0.0);
+
+    /* Two steps of Newton's for both polish what was found, unless rounding spoils them. */
+    *residual = residual_of(q, q->found);
+    memcpy(q->kept, q->found, sizeof(double) * n);
+    for (i64 number = 0; number < 2; number++) {
+        look(q, q->kept);
+        for (i64 i = 0; i < n; i++) q->residual[i] = q->kept[i] - weight * q->share[i];
+        if (!prepare(q, weight)) break;
+        solve_prepared(q, weight, q->residual, q->back);
+        solve_prepared(q, weight, q->share, q->along);
+        times(q, q->share, q->slope);
+        double missing = q->floor + log_sum(q->margins, n) + sum_of_products(q->slope, q->back, n);
+        double step = missing / sum_of_products(q->slope, q->along, n);
+        for (i64 i = 0; i < n; i++) q->kept[i] += step * q->along[i] - q->back[i];
+        weight += step;
+    }
+    double polished = residual_of(q, q->kept);
+    if (polished <= *residual) {
+        *residual = polished;
+        memcpy(q->found, q->kept, sizeof(double) * n);
+    }
+    for (i64 i = 0; i < n; i++) q->found[i] /= scale;
+    return verdict;
+}
+
+/* solve_one for total odds. */
+static i64 total_one(const Shared *s, const Task *t, Work *w, i64 b, const double *readings, double size,
+                     int again, int *verdict) {
+    i64 m = s->m, n = w->n, target = target_of(t, b), all = t->count;
+    double *multipliers = t->multipliers + b * m, *numbers = t->numbers + b, *floors = t->floor + b;
+    Total *q = w->total;
+    double longest = 0, residual = 0, squared = 0, moved = 0;
+    for (i64 l = 0; l < m; l++) {
+        w->grown[l] = q->start[l + (l >= target)] = margin(s, w, target, readings, l);
+        longest = larger(longest, s->length[target * n + l + (l >= target)]);
+    }
+    q->start[target] = INFINITY;
+    if (t->ruled && !again) *floors = ruled(t, b, m, target, w->grown);
+    double before = -log_sum(q->start, n), missing = *floors - before;
+    *verdict = isfinite(missing) ? VALID | (missing > 0 ? NEEDED : 0) : 0;
+    for (i64 part = 0; part < 3; part++) numbers[part * all] = 0;
+    numbers[4 * all] = numbers[5 * all] = before;
+    memset(multipliers, 0, sizeof(double) * m);
+    if (!(*verdict & NEEDED)) {
+        *verdict |= FEASIBLE | CONVERGED;
+        return 1;
+    }
+    if (!again) w->raised[0] = t->advance * (longest * size + larger(missing, 0));
+    q->floor = *floors + w->raised[0];
+    memcpy(q->gram, s->grams + target * n * n, sizeof(double) * n * n);
+    memcpy(q->noise, s->noise + target * n, sizeof(double) * n);
+    int found = solve_total(s, q, w, t->max_pivots, &residual);
+    if (found < 0) return 0;
+    *verdict |= found;
+    if (!(found & FEASIBLE)) return 1;
+    if (residual <= t->tolerance) *verdict |= CONVERGED;
+    const double *gram = s->grams + target * n * n, *from = s->stretch + target * n;
+    for (i64 i = 0; i < n; i++) {
+        double row = 0;
+        for (i64 j = 0; j < n; j++) {
+            row += gram[i * n + j] * q->found[j];
+            moved += q->found[i] * s->unit * (q->found[j] * s->unit) * (from[i] + from[j] - s->stretch[i * n + j]) / 2;
+        }
+        squared += q->found[i] * row;
+        if (i != target) multipliers[i - (i > target)] = q->found[i];
+    }
+    numbers[0] = residual;
+    numbers[all] = squared;
+    numbers[2 * all] = moved;
+    return 1;
 }
 
 /* Activations in the dtypes of torch, a block of rows at a time in float64. */
@@ -741,12 +1131,22 @@ static double norm_of(const double *restrict x, const double *restrict y, i64 d)
 
 /* edited = x + c W S. */
 static void displace(const Shared *s, const Work *w, const double *restrict x, double *restrict edited) {
-    i64 d = s->width, begun = 0;
+    i64 d = s->width, begun = 0, most = 0;
+    for (i64 k = 1; s->low && k < s->rows; k++)
+        if (w->coefficients[k] > w->coefficients[most]) most = k;
     for (i64 k = 0; k < s->rows; k++) {
         const double *restrict steering = s->steering + k * d;
         double part = w->coefficients[k];
         if (part == 0 && (begun || k + 1 < s->rows)) continue;
         const double *from = begun ? edited : x;
+        if (s->low) {
+            /* Coefficients add up to 0: along differences to the target, which keep their digits. */
+            const double *restrict target = s->steering + most * d, *restrict low = s->low + most * d;
+            for (i64 j = 0; j < d; j++)
+                edited[j] = from[j] + part * ((steering[j] - target[j]) + (s->low[k * d + j] - low[j]));
+            begun = 1;
+            continue;
+        }
         for (i64 j = 0; j < d; j++) edited[j] = from[j] + part * steering[j];
         begun = 1;
     }
@@ -825,12 +1225,18 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
                  double size, i64 number, const double *x, const double *held, double *space) {
     i64 m = s->m, d = s->width, target = target_of(t, b);
     const double *floors = t->floor + b * t->each, *length = s->length + target * s->classes;
-    double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0;
+    double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0, longest = 0;
     for (i64 l = 0; l < m; l++) {
         double seen = margin(s, w, target, after, l);
         if (!(seen >= least)) least = seen;
         total += seen;
         worst = larger(worst, floors[t->each == 1 ? 0 : l] - seen);
+        if (t->total) longest = larger(longest, length[l + (l >= target)]);
+        w->grown[l] = seen;
+    }
+    if (t->total) {
+        total = least = -log_sum(w->grown, m);
+        worst = larger(*floors - least, 0);
     }
     int sound = isfinite(total);
     if (s->variables) odds_of(s, t, w, b, before, after);
@@ -844,9 +1250,9 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
         displace(s, w, x, space);
         enough = larger(t->epsilon * norm_of(space, NULL, d), 4 * norm_of(held, space, d));
     }
-    for (i64 l = 0; l < m; l++) {
-        double own = s->variables ? w->length[l] : length[l + (l >= target)];
-        double lack = floors[t->each == 1 ? 0 : l] - margin(s, w, target, after, l);
+    for (i64 l = 0; l < (t->total ? 1 : m); l++) {
+        double own = t->total ? longest : s->variables ? w->length[l] : length[l + (l >= target)];
+        double lack = t->total ? worst : floors[t->each == 1 ? 0 : l] - margin(s, w, target, after, l);
         if (enough > 0)
             w->raised[l] = larger(w->raised[l] + 4 * worst, own * enough);
         else if (lack > 0)
@@ -894,18 +1300,22 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
     i64 d = s->width, rows = s->rows, m = s->m;
     double *spare = space + 2 * BLOCK * d, *x[BLOCK], *held[BLOCK], size[BLOCK];
     double *before = spare + 2 * d, *after = before + BLOCK * rows, *raised = after + BLOCK * rows;
-    int open[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
+    i64 (*solve)(const Shared *, const Task *, Work *, i64, const double *, double, int, int *) =
+        t->total ? total_one : solve_one;
+    int open[BLOCK] = {0}, ended[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
     load_block(s, t, b, count, space, x);
     read_block(s, x, before, count);
     for (i64 i = 0; i < count; i++) {
         int verdict;
         held[i] = direct ? (double *)t->result + place_of(t, b + i) * d : space + (BLOCK + i) * d;
         size[i] = norm_of(x[i], NULL, d);
-        i64 needs = solve_one(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
+        i64 needs = solve(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
         if (!needs) return 0;
         if (needs - 1 > *slots) *slots = needs - 1;
         memcpy(raised + i * m, w->raised, sizeof(double) * m);
         open[i] = (verdict & (NEEDED | FEASIBLE)) == (NEEDED | FEASIBLE);
+        /* Where the steps for total odds ran out, asking again is of no use. */
+        ended[i] = t->total && !(verdict & CONVERGED);
         some |= open[i];
         if (open[i]) {
             move(s, t, w, b + i, x[i], held[i], spare);
@@ -927,7 +1337,8 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
             int verdict;
             const double *was = before + i * rows;
             if (!judge(s, t, w, b + i, was, seen, size[i], number, x[i], held[i], spare)) break;
-            i64 needs = solve_one(s, t, w, b + i, was, size[i], number ? LIVE : RECOVER, &verdict);
+            if (ended[i]) break;
+            i64 needs = solve(s, t, w, b + i, was, size[i], number ? LIVE : RECOVER, &verdict);
             if (!needs) return 0;
             if (needs - 1 > *slots) *slots = needs - 1;
             if (!(verdict & FEASIBLE)) {
@@ -936,6 +1347,7 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
                 keep(s, t, b + i);
                 break;
             }
+            ended[i] = t->total && !(verdict & CONVERGED);
             move(s, t, w, b + i, x[i], held[i], spare);
             read_row(s, held + i, seen);
         }
@@ -960,10 +1372,21 @@ static void *solve_part(void *given) {
     i64 size = w.n > s->rows ? w.n : s->rows, stacked = s->variables > 0;
     double *vectors = malloc(sizeof(double) * size * VECTORS), *space = NULL;
     double *own = stacked ? malloc(sizeof(double) * s->m * (2 * s->m + 2)) : NULL;
+    double *total = t->total ? malloc(sizeof(double) * w.n * (3 * w.n + TOTAL_VECTORS)) : NULL;
     i64 *chosen = stacked ? malloc(sizeof(i64) * (s->variables + 2 * s->m)) : NULL;
     if (t->x) space = malloc(sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
-    int sound = vectors && (space || !t->x) && (!stacked || (own && chosen)) && grow(&w, 8);
+    int sound = vectors && (space || !t->x) && (!stacked || (own && chosen)) && (total || !t->total) && grow(&w, 8);
     for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * size;
+    Total problem = {.n = w.n, .gram = total};
+    if (sound && t->total) {
+        double **own[] = {&problem.start,  &problem.noise, &problem.found,  &problem.kept,   &problem.moved,
+                          &problem.margins, &problem.share, &problem.residual, &problem.back, &problem.along,
+                          &problem.pulled, &problem.slope, &problem.root,   &problem.spare,  &problem.gap,
+                          &problem.best,   &problem.next,  &problem.shares};
+        problem.system = total + w.n * w.n, problem.factor = problem.system + w.n * w.n;
+        for (i64 i = 0; i < TOTAL_VECTORS; i++) *own[i] = problem.factor + w.n * (w.n + i);
+        w.total = &problem;
+    }
     if (sound && stacked) {
         w.own = own, w.noise = own + s->m * s->m, w.length = w.noise + s->m, w.combination = w.length + s->m;
         w.chosen = chosen, w.pair = chosen + s->variables, w.kind = w.pair + s->m;
@@ -988,6 +1411,7 @@ static void *solve_part(void *given) {
     if (!sound) part->slots = -1;
     free(space);
     free(own);
+    free(total);
     free(chosen);
     free(vectors);
     free(w.rows);

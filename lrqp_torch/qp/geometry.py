@@ -41,6 +41,8 @@ TABLED = 7
 DIRECT, NEAR = 64, 1e-2
 MOST_CLASSES = 10_000
 CHUNK_NUMBERS = 2_000_000
+# Of classes nearer than this share of their size, steering holds what a difference would lose.
+NEARBY = 1e-4
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
 
@@ -113,6 +115,8 @@ class ProbeGeometry:
         gram: M_t[ℓ, j] = a_ℓᵀ Σ a_j for every target t, (K, K−1, K−1), and the same with Σ² / s²,
             where K is small, else None.
         sets: the active sets for every target where K is small, else None.
+        low: what to add to steering, (K, d), so that a difference of its rows keeps its digits
+            where classes are nearly equal; None where none are, or K is large.
     """
 
     weight: Tensor
@@ -126,6 +130,7 @@ class ProbeGeometry:
     narrow: tuple[Tensor, Tensor]
     gram: tuple[Tensor, Tensor] | None
     sets: ActiveSets | None
+    low: Tensor | None = None
 
     @classmethod
     def build(
@@ -177,7 +182,9 @@ class ProbeGeometry:
             size, unit = sizes.norm(steering), steering / sizes.unit
             stretch = _pairwise(unit, unit), sizes.unit
             noise = sizes.rounding(length, size.unsqueeze(-1) + size)
-        rows = weight, bias, steering
+        rows, low = (weight, bias, steering), None
+        if 2 < n_classes <= DIRECT and readable(weight):
+            low = _low_parts(weight, steering, covariance, length.detach())
         if n_classes == 2:
             rows = weight[:1] - weight[1:], bias[:1] - bias[1:], steering[:1] - steering[1:]
         with torch.no_grad():
@@ -192,21 +199,35 @@ class ProbeGeometry:
             gram = grams, along @ along.mT
             sets = ActiveSets.build(grams, noise.gather(-1, other))
         return cls(
-            weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets
+            weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets, low
         )
 
     @cached_property
     def shared(self) -> Shared:
         """What compiled solves need of it."""
+        return self._shared(None if self.gram is None else self.gram[0])
+
+    @cached_property
+    def shared_total(self) -> Shared:
+        """What those for total odds need: M of every target, of up to :data:`DIRECT` classes."""
+        if self.gram is not None:
+            return self._shared(self.gram[0])
+        with torch.no_grad():
+            # Their normals, (m, d) each, are as many numbers as all of a target's M.
+            every = torch.arange(self.n_classes).split(1)
+            parts = self.weight, self.steering
+            return self._shared(torch.cat([class_grams(*parts, t, self.length) for t in every]))
+
+    def _shared(self, gram: Tensor | None) -> Shared:
         pairs = self.squared, self.noise, self.length, self.stretch[0]
         grams = None
-        if self.gram is not None:
+        if gram is not None:
             every = torch.arange(self.n_classes)
             other = other_classes(every, self.n_classes, every.device)
-            grams = self.gram[0].new_zeros(3 * (self.n_classes,))
+            grams = gram.new_zeros(3 * (self.n_classes,))
             places = every[:, None, None], other[:, :, None], other[:, None]
-            grams[places] = self.gram[0].detach()
-        return Shared.of(*pairs, *self.rows, grams, unit=float(self.stretch[1]))
+            grams[places] = gram.detach()
+        return Shared.of(*pairs, *self.rows, grams, self.low, unit=float(self.stretch[1]))
 
     @property
     def n_classes(self) -> int:
@@ -307,8 +328,13 @@ class ProbeGeometry:
             lost = scaled.detach().abs().sum(-1).square() > CANCELLED**2 * moved
             rows = lost.nonzero().squeeze(-1)
             if len(rows):
-                wide = x[rows].double()
-                for part, row in zip(coefficients[rows].unbind(-1), self.rows[2], strict=True):
+                # Coefficients add up to 0: along differences to the target, if need be.
+                wide, own = x[rows].double(), coefficients[rows]
+                target = own.detach().argmax(-1)
+                low = torch.zeros_like(self.steering) if self.low is None else self.low
+                for part, row, rest in zip(own.unbind(-1), self.rows[2], low, strict=True):
+                    if self.low is not None:
+                        row = (row - self.rows[2][target]) + (rest - low[target])
                     wide = torch.addcmul(wide, part.unsqueeze(-1), row)
                 edited = edited.index_copy(0, rows, wide.to(edited.dtype))
         return edited
@@ -327,6 +353,35 @@ def _added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return torch.addcmul(x, coefficients, rows)
     return torch.addmm(x, coefficients, rows)
+
+
+@torch.no_grad()
+def _low_parts(
+    weight: Tensor, steering: Tensor, covariance: Tensor | Mahalanobis, length: Tensor
+) -> Tensor | None:
+    """What to add to WΣ, (K, d), so that differences of its rows are those of W times Σ, to as many
+    digits as these have; None where no two classes are near each other.
+
+    Along a tree of nearest neighbours: each class gets what its difference to the one before lacks.
+    """
+    size = torch.linalg.vector_norm(weight, dim=-1)
+    apart = length + torch.diag(torch.full_like(size, torch.inf))
+    if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
+        return None
+    if not isinstance(covariance, Tensor):
+        covariance = covariance.covariance
+    covariance = covariance.double()
+    low, nearest = torch.zeros_like(steering), apart[0].clone()
+    parent = torch.zeros_like(size, dtype=torch.long)
+    for _ in range(len(weight) - 1):
+        new = int(nearest.argmin())
+        old = int(parent[new])
+        own = (weight[new] - weight[old]) @ covariance
+        low[new] = low[old] + ((steering[old] - steering[new]) + own)
+        closer = (apart[new] < nearest) & (nearest < torch.inf)
+        nearest, parent = torch.where(closer, apart[new], nearest), torch.where(closer, new, parent)
+        nearest[new] = torch.inf
+    return low
 
 
 def _pairwise(left: Tensor, right: Tensor) -> Tensor:

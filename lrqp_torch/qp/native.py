@@ -44,7 +44,7 @@ class Shared(ctypes.Structure):
     _fields_ = (
         *((name, _number) for name in ("classes", "m", "width", "rows")),
         *((name, _address) for name in ("matrix", "noise", "length", "stretch")),
-        *((name, _address) for name in ("weight", "bias", "steering", "grams")),
+        *((name, _address) for name in ("weight", "bias", "steering", "grams", "low")),
         ("unit", ctypes.c_double),
         *((name, _number) for name in ("variables", "pairs")),
         *((name, _address) for name in ("plus", "minus", "slots", "begins", "first", "tolerant")),
@@ -66,7 +66,8 @@ class Shared(ctypes.Structure):
             noise: rounding error of it (K, K), or of M's diagonal (B, m).
             others: of a probe: length and stretch (K, K), the rows weight (R, d), bias (R,) and
                 steering (R, d), see :class:`~.geometry.ProbeGeometry`; and of few classes M for
-                each target, (K, K, K), with an empty row and column for it.
+                each target, (K, K, K), with an empty row and column for it; and what to add to
+                steering where classes are nearly equal.
             unit: of stretch.
             layout: of several probes, of whose pairs of classes (P,) matrix, noise and length are:
                 the two classes of each pair, (P,); where the constraints of each variable begin,
@@ -80,7 +81,7 @@ class Shared(ctypes.Structure):
         elif matrix is not None:
             classes = len(matrix) if matrix.ndim == 2 else 0
             m = matrix.shape[-1] - (classes > 0)
-        owned += [None] * (8 - len(owned))
+        owned += [None] * (9 - len(owned))
         weight = owned[4]
         shape = (0, 0) if weight is None else weight.shape
         shared = cls(classes, m, shape[1], shape[0], *map(address, owned), unit)
@@ -124,6 +125,7 @@ class Task(ctypes.Structure):
         *((name, _address) for name in ("live", "known", "bytes", "rules", "asked", "odds")),
         *((name, _number) for name in ("one_target", "one_source", "one_asked")),
         ("active", _address),
+        ("total", _number),
     )
 
 
@@ -187,6 +189,12 @@ def _compiled() -> Path:
     names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
     constants = {name: getattr(pivots, name) for name in names}
     constants |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
+    # Which imports this module by way of the solvers.
+    from lrqp_torch.qp import total_odds
+
+    own = "GROWTH", "MET", "BALANCED", "SETTLED", "CANCELLED", "RIDGE", "MAX_STEPS", "FAR"
+    more = "SHARE_ROUNDS", "MET_BY_SHARES", "MAX_HALVINGS"
+    constants |= {name: getattr(total_odds, name) for name in (*own, *more)}
     flags = [*FLAGS, *(f"-D{name}={value!r}" for name, value in constants.items())]
     # What -march=native means here: a home may be shared by machines of several kinds.
     machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])

@@ -19,12 +19,13 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import direct, fused, native
 from lrqp_torch.qp.fused import OddsRule
-from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
+from lrqp_torch.qp.geometry import DIRECT, Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import displaced, known, valued
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
 from lrqp_torch.qp.stacked import StackedGeometry, StackedRule
+from lrqp_torch.qp.total_odds import TotalOdds
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -157,19 +158,23 @@ class MahalanobisQP(nn.Module):
         target, batch = target.long(), len(x)
         whole = realise is not None
         route = self._route(x, floor, geometry, realise)
-        repeats = alone = False
+        repeats = alone = total = False
         if route is not None:
             assert isinstance(geometry, ProbeGeometry | StackedGeometry)
             given = floor.log_odds if isinstance(floor, OddsRule | StackedRule) else floor
             tensors = *geometry.rows, *(given if isinstance(given, Sequence) else (given,))
             others = any(isinstance(part, Tensor) and part.requires_grad for part in tensors)
             repeats = torch.is_grad_enabled() and (others or x.requires_grad)
-            alone = repeats and not others and route is direct.solve
+            total = type(self.solver) is TotalOdds
+            alone = repeats and not others and route is direct.solve and not total
             alone = alone and isinstance(geometry, ProbeGeometry)
             alone = alone and isinstance(floor, Tensor | OddsRule)
             whole = whole or alone or not repeats
         if route is fused.solve:
             route = partial(route, live=live, skip=skip)
+        elif total:
+            # Their derivatives come from the steps of the operations.
+            route = None if repeats else partial(direct.solve, total=True)
 
         def solve(x: Tensor, at: slice) -> Solution:
             if route is None:
@@ -202,8 +207,9 @@ class MahalanobisQP(nn.Module):
     @property
     def is_direct(self) -> bool:
         """Whether our solver solves it, in one call where there is a compiler."""
-        own = type(self) is MahalanobisQP and type(self.solver) is ActiveSet
-        return own and native.library() is not None
+        solver = type(self.solver)
+        own = solver is ActiveSet or (solver is TotalOdds and self.n_classes <= DIRECT)
+        return type(self) is MahalanobisQP and own and native.library() is not None
 
     def _route(
         self,
@@ -213,7 +219,8 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None,
     ) -> Any:
         """What solves a whole edit in one call, :mod:`~.fused` or :mod:`~.direct`; or None."""
-        if type(self.solver) is not ActiveSet:
+        own = type(self.solver)
+        if own not in (ActiveSet, TotalOdds):
             return None
         if isinstance(geometry, StackedGeometry):
             # The kernel takes several variables in a model only.
@@ -221,6 +228,8 @@ class MahalanobisQP(nn.Module):
                 return None
             return direct.solve if direct.serves(x, floor, geometry, realise) else None
         if not isinstance(geometry, ProbeGeometry):
+            return None
+        if own is TotalOdds and (geometry.n_classes > DIRECT or fused.serves(x, 2)):
             return None
         if self.fuses(x, geometry, realise):
             return fused.solve

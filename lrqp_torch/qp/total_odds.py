@@ -268,17 +268,22 @@ def _solve_symmetric(
 ) -> tuple[Tensor, ...]:
     """The same by a Cholesky factor, which is never singular; not differentiable at p = 0.
 
-    With H = S Sᵀ, S = diag √p Q and Q = I − √p √pᵀ, it is r − μ S (I + μ SᵀMS)⁻¹ SᵀM r.
+    With H = S Sᵀ it is r − μ S (I + μ SᵀMS)⁻¹ SᵀM r. In differences D to the rival of the largest
+    share, of which the others' v = √p say how far each counts, H = D diag v (I − v vᵀ) diag v Dᵀ,
+    and the root of I − v vᵀ is I − c v vᵀ, c = 1 / (1 + √p_max): no digits cancel where p_max → 1.
     """
-    root = share.sqrt()
+    most = share.argmax(-1, keepdim=True)
+    wide = share.sqrt().scatter(-1, most, 0.0).unsqueeze(-1)
+    part = 1 / (1 + share.gather(-1, most).sqrt()).unsqueeze(-1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    wide = root.unsqueeze(-1)
 
-    def outside(columns: Tensor) -> Tensor:
-        """Q times columns, (B, m, n)."""
-        return columns - wide * (wide * columns).sum(-2, keepdim=True)
+    def inside(columns: Tensor) -> Tensor:
+        """(I − c v vᵀ) times columns, (B, m, n)."""
+        return columns - wide * ((wide * columns).sum(-2, keepdim=True) * part)
 
-    between = outside(outside(wide * gram * wide.mT).mT)
+    across = gram.gather(-2, most.unsqueeze(-1).expand(-1, 1, gram.shape[-1]))
+    apart = gram - across.mT - (across - across.gather(-1, most.unsqueeze(-1)))
+    between = inside(inside(wide * apart * wide.mT).mT)
     system = identity + weight[:, None, None] * ((between + between.mT) / 2)
     factored, failed = torch.linalg.cholesky_ex(system)
     if bool((failed > 0).any()):
@@ -286,10 +291,14 @@ def _solve_symmetric(
         rounding = RIDGE * system.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
         ridge = torch.where(failed > 0, rounding, 0.0)[:, None, None] * identity
         factored, _ = torch.linalg.cholesky_ex(system + ridge)
-    pulled = outside(wide * torch.stack([_times(gram, part) for part in right], -1))
+    rises = torch.stack([_times(gram, one) for one in right], -1)
+    place = most.unsqueeze(-1).expand(-1, 1, len(right))
+    pulled = inside(wide * (rises - rises.gather(-2, place)))
     factored, pulled = _aligned(factored, pulled)
-    inner = outside(torch.cholesky_solve(pulled, factored)[:, : gram.shape[-1]])
-    return tuple((torch.stack(right, -1) - weight[:, None, None] * wide * inner).unbind(-1))
+    inner = inside(torch.cholesky_solve(pulled, factored)[:, : gram.shape[-1]])
+    along = weight[:, None, None] * wide * inner
+    along = along.scatter(-2, place, -along.sum(-2, keepdim=True))
+    return tuple((torch.stack(right, -1) - along).unbind(-1))
 
 
 @torch.no_grad()
@@ -317,6 +326,8 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
         result.multipliers[at[done]] = found[done]
         result.weight[at[done]] = found[done].sum(-1)
         result.converged[at[done]] = True
+        # Else it is a better place to begin at.
+        search.multipliers[far], search.weight[far] = found, found.sum(-1)
         search = search.rows((~result.converged[search.index]).nonzero().squeeze(-1))
     for _ in range(MAX_STEPS):
         if not len(search.index):

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import lrqp_torch as lrqp
-from lrqp_torch import MahalanobisQP, Solution, Status
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
 from lrqp_torch.errors import NonFiniteError, TargetError, WidthError
+from lrqp_torch.qp import native
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds, total_residual
 
@@ -374,3 +375,53 @@ def test_inside_a_model_the_total_odds_are_reached() -> None:
     assert (odds >= 6).all()
     assert float(odds.median()) < 6.5
     assert total_log_odds(geometry.margins(held, target)).tolist() == pytest.approx(odds.tolist())
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gap", [1.0, 1e-3, 0.0])
+@pytest.mark.parametrize("n_classes", [3, 9, 20])
+def test_the_compiled_call_gives_the_edit_of_the_operations(
+    n_classes: int, gap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(n_classes)
+    probe = LinearProbe(16, n_classes, dtype=torch.float64).requires_grad_(False)
+    probe.weight.normal_(generator=generator), probe.bias.normal_(generator=generator)
+    apart = torch.randn(n_classes // 2, 16, generator=generator, dtype=torch.float64)
+    probe.weight[1::2] = probe.weight[::2][: n_classes // 2] + gap * apart
+    x = torch.randn(30, 16, generator=generator).to(dtype)
+    target = torch.arange(30) % n_classes
+    edit = LRQP(probe, Mahalanobis.euclidean(16), log_odds=2.0, odds="total", on_infeasible="skip")
+    found = edit.solve(x, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        other = edit.solve(x, target)
+    coarse = max(torch.finfo(dtype).eps, 1e-9)
+    assert torch.equal(found.status, other.status)
+    size = 1 + other.x_new.double().norm(dim=-1)
+    off = (found.x_new.double() - other.x_new.double()).norm(dim=-1) / size
+    assert bool((off <= 64 * coarse + 1e-8).all())
+    for name in ("floor", "log_odds_before", "distance", "euclidean"):
+        near = {"rtol": 256 * coarse, "atol": 64 * coarse}
+        torch.testing.assert_close(getattr(found, name), getattr(other, name), **near)
+    assert (found.log_odds_after >= found.floor)[found.status == Status.SOLVED].all()
+    alone = [edit.solve(x[[row]], target[[row]]).x_new for row in (0, 29)]
+    assert torch.equal(torch.cat(alone), found.x_new[[0, 29]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rivals_one_part_in_a_billion_off_are_solved(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    generator = torch.Generator().manual_seed(0)
+    probe = LinearProbe(16, 10, dtype=torch.float64).requires_grad_(False)
+    probe.weight.normal_(generator=generator)
+    apart = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    probe.weight[1::2] = probe.weight[::2] + 1e-9 * apart
+    edit = LRQP(probe, Mahalanobis.euclidean(16), log_odds=2.0, odds="total", on_infeasible="skip")
+    x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    solution = edit.solve(x, torch.arange(64) % 10)
+    assert (solution.status <= Status.SOLVED).all()
