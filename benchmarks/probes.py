@@ -2,17 +2,19 @@
 
 Activations have the falling spectrum and the one outsized dimension of a residual stream; at one
 third of the sites the classes overlap, at one third they nearly separate, at one third they do.
-Then :meth:`Covariance.update` against the product that it cannot avoid, by batch and width.
+Then :meth:`Covariance.update` against the product that it cannot avoid, by batch and width, and
+loading a saved edit by width.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, medians, parse_arguments, report
-from lrqp_torch import Covariance, LinearProbe
+from lrqp_torch import LRQP, Covariance, LinearProbe, Mahalanobis
 
 LBFGS_STEPS, PEER_SITES = 500, 2
 
@@ -113,21 +115,49 @@ def measure(count: int, n: int, width: int, arguments: Namespace) -> list[Row]:
 
 
 def accumulating(batch: int, width: int, arguments: Namespace) -> Row:
-    """Adding a batch of float32 activations to a covariance, and its bare product in float64."""
-    x = torch.randn(batch, width, device=arguments.device)
-    wide, second = x.double(), torch.zeros(width, width, dtype=torch.float64, device=x.device)
+    """Adding 1,024 float32 activations in batches, and the bare products of these in float64."""
+    x = torch.randn(1024, width, device=arguments.device)
+    parts, second = x.split(batch), x.new_zeros(width, width, dtype=torch.float64)
+    wide = x.double().split(batch)
     found = Covariance(width, x.device).update(x)
-    ways = {
-        "bare": lambda: second.addmm_(wide.T, wide),
-        "update": lambda: found.update(x),
-    }
+
+    def bare() -> None:
+        for part in wide:
+            second.addmm_(part.T, part)
+
+    def update() -> None:
+        for part in parts:
+            found.update(part)
+
+    ways = {"bare": bare, "update": update}
     seconds = medians(ways, arguments.repeats, arguments.device, seconds=1.0)
     return {
         "width": width,
         "batch": batch,
-        "addmm_, ms": 1e3 * seconds["bare"],
-        "update, ms": 1e3 * seconds["update"],
+        "addmm_, ms": 1e3 * seconds["bare"] / len(parts),
+        "update, ms": 1e3 * seconds["update"] / len(parts),
         "update over addmm_": seconds["update"] / seconds["bare"],
+    }
+
+
+def loading(width: int, arguments: Namespace) -> Row:
+    """Loading a saved edit and its first solve; and reading Σ, which nothing of that needs."""
+    factor = torch.randn(width, width, dtype=torch.float64) / width**0.5
+    metric = Mahalanobis(factor @ factor.T + torch.eye(width, dtype=torch.float64))
+    x = torch.randn(1, width)
+    with TemporaryDirectory() as folder:
+        LRQP(torch.nn.Linear(width, 2), metric).save(folder)
+        ways = {
+            "load": lambda: LRQP.load(folder),
+            "solve": lambda: LRQP.load(folder).solve(x, 1),
+            "look": lambda: LRQP.load(folder).metric.covariance,
+        }
+        seconds = medians(ways, min(arguments.repeats, 3), "cpu")
+    return {
+        "width": width,
+        "load, ms": 1e3 * seconds["load"],
+        "load and solve, ms": 1e3 * seconds["solve"],
+        "load and look at Σ, ms": 1e3 * seconds["look"],
     }
 
 
@@ -139,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = (576,) if arguments.small else (576, 2048, 4096)
     batches = (1, 16, 64, 1024)
     rows = [accumulating(batch, width, arguments) for width in widths for batch in batches]
-    report("Adding activations to a covariance", rows, arguments)
+    report("Adding 1,024 activations to a covariance", rows, arguments)
+    rows = [loading(width, arguments) for width in widths]
+    report("Loading a saved edit, K = 2", rows, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Streaming moments, shrinkage, and the Mahalanobis metric made from them."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any, Literal, Self, cast
@@ -30,6 +31,8 @@ Shrinkage = Literal["ledoit_wolf", "oas"] | float
 MOMENTS = ("mean", "second", "third", "fourth")
 # Which share of all squares may come from the distance of the mean to where moments are about.
 FAR = 0.75
+# So few activations wait for more, and are added with them in one product.
+WAITING = 256
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
 
@@ -403,10 +406,10 @@ class Covariance:
         n,  μ,  Σ y yᵀ,  Σ ‖y‖² y,  Σ ‖y‖⁴      with y = x − μ
 
     The last two are what Ledoit and Wolf's shrinkage needs. Batches are added about the mean of
-    those before the last shift, in place, which costs one product each; when the mean has gone far
-    from there, and when anybody looks, all is shifted to it by the formulas of these moments (Chan,
-    Golub and LeVeque 1983 for the second). So the result does not depend on how the data were
-    split, up to rounding.
+    those before the last shift, in place, which costs one product each, small ones together; when
+    the mean has gone far from there, and when anybody looks, all is shifted to it by the formulas
+    of these moments (Chan, Golub and LeVeque 1983 for the second). So the result does not depend on
+    how the data were split, up to rounding.
 
     Args:
         width: d.
@@ -415,26 +418,26 @@ class Covariance:
 
     @torch.inference_mode(False)
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.n_samples = 0
-        self._mean = zeros(width)
-        self._second = zeros(width, width)
-        self._third = zeros(width)
-        self._fourth = zeros()
-        # What was added since the last shift: how many, Σ y, and Σ ‖y‖² of all, about that mean.
-        self._added = 0
-        self._sum = zeros(width)
-        self._squares = zeros()
+        self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        # One product of rows (y, 1, ‖y‖², 0, …) with themselves has all moments: Σ y yᵀ; below it
+        # Σ y, n and Σ ‖y‖²; below that Σ ‖y‖² y, … and Σ ‖y‖⁴. Products like their widths even.
+        wide = width + 2 + -(width + 2) % 8
+        self._moments = self._mean.new_zeros(wide, wide)
+        # How many are in the moments; and how many since the last shift, before which Σ y was 0.
+        self._counted = self._added = 0
+        # Rows for activations that wait, and how many do.
+        self._rows, self._waiting = self._mean.new_empty(0, wide), 0
 
     @property
     def width(self) -> int:
         """The width d of the activations."""
         return self._mean.shape[0]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @property
+    def n_samples(self) -> int:
+        """How many activations were added, n."""
+        return self._counted + self._waiting
+
     def update(self, x: Any) -> Self:
         """Add a batch of activations, (n, d), a tensor or an array. Returns self.
 
@@ -442,33 +445,60 @@ class Covariance:
             WidthError: another width.
             NonFiniteError: NaN or infinity; the accumulator is then as it was before.
         """
-        x = as_numbers(x, "activations")
+        x = as_numbers(x, "activations").detach()
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
-        if len(x) == 0:
-            return self
-        y = x.to(self._mean, copy=True)
+        begin, end = self._waiting, self._waiting + x.shape[0]
+        if end - begin >= WAITING:
+            self._add_waiting()
+            self._add(self._room(len(x)), x)
+        elif end > begin:
+            if end > self._rows.shape[0]:
+                self._add_waiting()
+                self._rows = self._rows if len(self._rows) else self._room(WAITING)
+                begin, end = 0, end - begin
+            rows = self._rows[begin:end, : self.width].copy_(x)
+            # A finite sum has finite terms; one that is not may have overflowed.
+            if not math.isfinite(rows.sum().item()):
+                check_finite(x)
+            self._waiting = end
+        return self
+
+    @torch.inference_mode(False)
+    def _room(self, count: int) -> Tensor:
+        """Rows for activations, (n, d + 2 or more), with what does not depend on them."""
+        rows, width = self._mean.new_empty(count, len(self._moments)), self.width
+        rows[:, width:] = 0
+        rows[:, width] = 1
+        return rows
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows, self._waiting = self._rows[: self._waiting], 0
+            self._add(rows)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _add(self, rows: Tensor, x: Tensor | None = None) -> None:
+        """Add activations that stand in rows, which are written over; or x, which is put there."""
+        width = self.width
+        y = rows[:, :width]
+        if x is not None:
+            y.copy_(x)
         # Of nothing, another shift costs nothing.
-        about = self._mean if self.n_samples else y[0].clone()
+        about = self._mean if self._counted else y[0].clone()
         y -= about
         squares = torch.linalg.vecdot(y, y)
-        total, pulled = squares.sum(), y.sum(0)
-        gone = self._sum + pulled
-        n = self.n_samples + len(y)
-        # A finite sum has finite terms; one that is not may have overflowed.
-        finite, share = torch.stack(
-            [total, gone.square().sum() / n / (self._squares + total)]
-        ).cpu()
-        if not bool(finite.isfinite()):
+        if x is not None and not math.isfinite(squares.sum().item()):
             check_finite(x)
-        self._second.addmm_(y.T, y)
-        self._third += squares @ y
-        self._fourth += squares.square().sum()
-        self._mean, self._sum, self._squares = about, gone, self._squares + total
-        self.n_samples, self._added = n, self._added + len(y)
-        if float(share) > FAR and self._added > 1:
-            self._settle()
-        return self
+        rows[:, width + 1] = squares
+        self._moments.addmm_(rows.T, rows)
+        self._mean = about
+        self._counted, self._added = self._counted + len(rows), self._added + len(rows)
+        gone = self._moments[width, :width]
+        share = gone.dot(gone) / self._counted / self._moments[width, width + 1]
+        if share.item() > FAR and self._added > 1:
+            self._shift()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -479,53 +509,58 @@ class Covariance:
         if other.n_samples == 0:
             return self
         self._settle()
-        moved = Covariance(0, device=self._mean.device)
+        moved = Covariance(self.width, device=self._mean.device)
         moved._take(other.n_samples, {name: getattr(other, name) for name in MOMENTS})
         apart = moved._mean - self._mean
-        counts = self.n_samples, other.n_samples
+        counts = self._counted, moved._counted
         self._move(apart * (counts[1] / sum(counts)), 1.0)
         moved._move(-apart * (counts[0] / sum(counts)), 1.0)
-        self._second += moved._second
-        self._third, self._fourth = self._third + moved._third, self._fourth + moved._fourth
-        self._squares = self._squares + moved._squares
-        self.n_samples = sum(counts)
+        self._moments += moved._moments
+        self._counted = sum(counts)
         return self
 
     def _take(self, n_samples: int, moments: dict[str, Tensor]) -> None:
-        """Hold copies of these moments about their mean."""
-        self.n_samples = n_samples
-        for name, value in moments.items():
-            setattr(self, f"_{name}", value.to(self._mean, copy=True))
-        self._sum = torch.zeros_like(self._mean)
-        self._squares = self._second.diagonal().sum()
+        """Hold copies of these moments about their mean; of nothing so far."""
+        self._counted, width = n_samples, self.width
+        self._mean = moments["mean"].to(self._mean, copy=True)
+        self._moments[:width, :width] = moments["second"]
+        self._moments[width + 1, :width] = moments["third"]
+        self._moments[width + 1, width + 1] = moments["fourth"]
+        self._moments[width, width + 1] = moments["second"].diagonal().sum()
+
+    def _settle(self) -> Tensor:
+        """The moments about the mean, with all that was given."""
+        self._add_waiting()
+        self._shift()
+        return self._moments
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _settle(self) -> None:
+    def _shift(self) -> None:
         """Shift all moments to the mean of what was added."""
         if self._added:
-            delta, self._added = self._sum / self.n_samples, 0
-            self._sum = torch.zeros_like(self._sum)
+            sums = self._moments[self.width, : self.width]
+            delta, self._added = sums / self._counted, 0
+            sums.zero_()
             self._move(delta, -1.0)
 
     def _move(self, delta: Tensor, sign: float) -> None:
         """Shift y to y − δ where Σ y is 0 (sign 1), or, as its mean is δ, becomes so (sign −1)."""
-        n = self.n_samples
-        length, pulled = delta.square().sum(), self._second @ delta
-        trace = self._second.diagonal().sum()
+        n, width, moments = self._counted, self.width, self._moments
+        second, third = moments[:width, :width], moments[width + 1, :width]
+        length, pulled, trace = delta.square().sum(), second @ delta, second.diagonal().sum()
         # Σ y adds −4 (δᵀ Σ y) ‖δ‖² to the fourth moment, and 2 δ δᵀ Σ y + ‖δ‖² Σ y to the third.
         odd = 0.0 if sign > 0 else 1.0
-        self._fourth = (
-            self._fourth
-            - 4 * self._third @ delta
-            + 4 * delta @ pulled
+        moments[width + 1, width + 1] += (
+            4 * delta @ pulled
+            - 4 * third @ delta
             + 2 * trace * length
             + n * (1 - 4 * odd) * length.square()
         )
-        self._third = self._third - trace * delta - 2 * pulled - n * (1 - 3 * odd) * length * delta
-        self._second.addr_(delta, delta, alpha=sign * n)
+        third -= trace * delta + 2 * pulled + n * (1 - 3 * odd) * length * delta
+        second.addr_(delta, delta, alpha=sign * n)
         self._mean = self._mean + delta
-        self._squares = self._second.diagonal().sum()
+        moments[width, width + 1] = second.diagonal().sum()
 
     @property
     def mean(self) -> Tensor:
@@ -536,20 +571,17 @@ class Covariance:
     @property
     def second(self) -> Tensor:
         """Σ y yᵀ, (d, d)."""
-        self._settle()
-        return self._second
+        return self._settle()[: self.width, : self.width]
 
     @property
     def third(self) -> Tensor:
         """Σ ‖y‖² y, (d,)."""
-        self._settle()
-        return self._third
+        return self._settle()[self.width + 1, : self.width]
 
     @property
     def fourth(self) -> Tensor:
         """Σ ‖y‖⁴, ()."""
-        self._settle()
-        return self._fourth
+        return self._settle()[self.width + 1, self.width + 1]
 
     def over(self, ranks: Ranks) -> "Covariance":
         """The accumulators of all ranks, merged in rank order, with the same bits on every rank.
