@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import os
+import shutil
 from unittest import mock
 
 import pytest
@@ -16,6 +18,15 @@ from lrqp_torch.stream.intervene import Placement
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 KINDS = ["plain", "copies", "nearly equal", "low rank", "far apart", "weakly active"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or os.environ.get(native.SWITCH) == "0" or shutil.which("cc") is None,
+    reason="no C compiler",
+)
+def test_where_there_is_a_compiler_the_source_compiles() -> None:
+    """Else all would go by torch's operations, and the tests of the compiled call be skipped."""
+    assert native.library() is not None
 
 
 def problem_of_kind(kind: str, n_classes: int, dtype: torch.dtype, batch: int = 40) -> Problem:
