@@ -43,6 +43,8 @@ ARMIJO = 1e-4
 ENOUGH = 0.3
 """What share of the goal a Newton step leaves by its conjugate gradients."""
 SHORTEST_STEP = 1e-10
+LEVEL = 1e-10
+"""Relative change of the loss that may be rounding."""
 PATIENCE = 8
 """Products with the Hessian before a factor is renewed, where both are in float64; anything from 4
 to 20 measures alike."""
@@ -473,9 +475,11 @@ def _line_search(
     while True:
         trial = loss.evaluate(point.parameters + length[..., None, None] * step)
         # Near the optimum the decrease is below the loss's rounding; there the full step is
-        # safe, and a smaller gradient is the progress that counts.
+        # safe, and a smaller gradient is the progress that counts. Elsewhere it is none: far out
+        # gradients are bounded, and may be smaller where the loss is a thousand times as large.
         enough = trial.loss <= point.loss + ARMIJO * length * slope
-        enough |= trial.size < 0.5 * point.size
+        level = trial.loss <= (1 + LEVEL) * point.loss
+        enough |= level & (trial.size < 0.5 * point.size)
         # A problem that has finished takes a step of zero.
         short = (waiting & ~enough & (length < SHORTEST_STEP)).any()
         settled, short = _to_host((enough | ~waiting).all(), short)

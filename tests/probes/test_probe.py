@@ -360,3 +360,16 @@ def test_products_in_float32_end_at_the_same_optimum(
         assert probe.report.relative_gradient_norm <= 1e-8
         assert probe.report.loss == pytest.approx(wide.report.loss, rel=1e-11)
         assert torch.allclose(probe(x), wide(x), rtol=0, atol=1e-4)
+
+
+def test_a_smaller_gradient_is_no_progress_where_the_loss_is_larger() -> None:
+    # One far example pulls harder than three near ones, which are wrong by far after the step.
+    features = torch.tensor([[10.0, 1], [1, 1], [1, 1], [1, 1]], dtype=torch.float64)
+    targets = multinomial.encode(torch.tensor([0, 1, 1, 1]), 2).view(1, 1, 1, 4)
+    block = multinomial.Block(features.unsqueeze(0), targets)
+    loss = multinomial.MultinomialLoss([block], total=4.0, l2=1e-6, in_memory=True)
+    start = loss.evaluate(torch.tensor([[[[1.0, 0]]]], dtype=torch.float64))
+    step = torch.tensor([[[[-1001.0, 0]]]], dtype=torch.float64)
+    assert bool(loss.evaluate(start.parameters + step).size < 0.5 * start.size)
+    found, moved = multinomial._line_search(loss, start, step, torch.tensor([[True]]))
+    assert bool(moved) and bool(found.loss < start.loss)
