@@ -12,10 +12,13 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from models_for_tests import Prompts, build, random_edit
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lrqp_torch import LRQP, EditLibrary, JointLRQP, Provenance
 from lrqp_torch.baselines import EuclideanLeastEdit, NoEdit
+from lrqp_torch.edits import saving
+from lrqp_torch.edits.saving import COVARIANCE_FILE, TENSORS_FILE
 from lrqp_torch.errors import (
     HubError,
     LRQPError,
@@ -309,6 +312,28 @@ def test_what_is_pushed_can_be_fetched(
     assert (tmp_path / "me/edit/README.md").is_file()
     library.push_to_hub("me/edits")
     assert list(EditLibrary.from_pretrained("me/edits")) == list(library)
+
+
+@pytest.mark.parametrize("damage", [COVARIANCE_FILE, TENSORS_FILE])
+def test_both_files_of_numbers_are_pushed(
+    edit: LRQP, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeHub(tmp_path, monkeypatch)
+    JointLRQP({"order": edit}).push_to_hub("me/joint")
+    edit.push_to_hub("me/edit")
+    # Σ is read when it is looked at, as that of a wide edit always is.
+    monkeypatch.setattr(saving, "READ_AT_ONCE", 0)
+    saved = edit.save(tmp_path / "saved")
+    for name in (TENSORS_FILE, COVARIANCE_FILE):
+        sent, own = (load_file(folder / name) for folder in (tmp_path / "me/edit", saved))
+        assert sent.keys() == own.keys() and own
+        assert all(torch.equal(sent[key], own[key]) for key in own)
+        assert (tmp_path / "me/joint/0" / name).is_file()
+    fetched = LRQP.from_pretrained("me/edit")
+    assert torch.equal(fetched.metric.covariance, edit.metric.covariance)
+    (tmp_path / "me/edit" / damage).unlink()
+    with pytest.raises(SavedEditError, match=damage):
+        LRQP.from_pretrained("me/edit").metric.covariance  # noqa: B018
 
 
 def test_an_edit_of_several_variables_is_shared_and_refuses_other_models_too(
