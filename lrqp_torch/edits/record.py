@@ -1,9 +1,10 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused, native
-from lrqp_torch.qp.direct import Line
+from lrqp_torch.qp.direct import FEW_NUMBERS, Line
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
@@ -109,7 +110,7 @@ class EditRun:
         self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
         self._line: Line | None = None
-        self._laid: tuple[Any, ...] | None = None
+        self._laid: _Laid | None = None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
             next(kind for kind in type(edit).__mro__ if name in vars(kind))
@@ -143,7 +144,7 @@ class EditRun:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
         if not self.certified or self.paused:
             return None
-        compiled = stream.is_cpu and not fused.interpreted()
+        compiled = stream.is_cpu and (self._laid is not None or not fused.interpreted())
         if compiled or not fused.serves(stream, self.edit.n_classes):
             return self._in_one_call(stream, residual, scale, at, forward_pass)
         self._place(stream.device)
@@ -162,49 +163,53 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """:meth:`edit_stream` on the CPU."""
-        given = self.given
-        if at.shown is not None or not stream.is_cpu or given.keys() - {"asked"}:
+        given, asked = self.given, None
+        if at.shown is not None or (given and given.keys() - {"asked"}):
             return None
         line = self._line = self.edit.line(self._line)
         if line is None or not line.takes(stream, residual):
             return None
-        dtype, columns, asked = stream.dtype, stream.shape[1], given.get("asked")
-        if not (asked is None or isinstance(asked, float | int)):
-            # What it holds may have changed since the last pass.
-            asked = self.edit.asked_at(asked, at)
-            if line.differentiates(asked):
-                return None
-        laid = self._laid
+        if given:
+            asked = given["asked"]
+            if not isinstance(asked, float | int):
+                # What it holds may have changed since the last pass.
+                asked = self.edit.asked_at(asked, at)
+                if line.differentiates(asked):
+                    return None
+        laid, dtype = self._laid, stream.dtype
         if (
             laid is None
-            or laid[:2] != (line, at)
-            or laid[2:4] != (dtype, columns)
+            or laid.line is not line
+            or laid.at is not at
+            or laid.dtype is not dtype
+            or laid.shape != stream.shape
             or isinstance(asked, Tensor)
         ):
-            laid = self._laid = line, at, dtype, columns, self._lay(line, at, dtype, columns, asked)
-        task, rows = laid[4], None
-        if self._rows.kept:
-            rows = _NUMBERS.new_empty(task.count, _width(len(self.names)))
-        whole = line(stream, residual, scale, task, rows, forward_pass)
+            laid = self._laid = self._lay(line, at, stream, asked)
+        rows = laid.table() if self._rows.kept else None
+        whole = line(stream, residual, scale, laid.task, laid.spare, rows, forward_pass)
         if whole is not None and rows is not None:
-            self._rows.wrote(_Block(rows, variables=len(self.names)), task.count)
+            self._rows.wrote(_Block(rows, False, 0, laid.variables), laid.n_rows)
         self._dtype = dtype
         return whole
 
-    def _lay(
-        self, line: Line, at: Rows, dtype: torch.dtype, columns: int, asked: Tensor | float | None
-    ) -> native.Task:
-        """What a call is told of the rows of streams of so many columns."""
+    def _lay(self, line: Line, at: Rows, stream: Tensor, asked: Tensor | float | None) -> "_Laid":
+        """What a call is told of the rows of such streams."""
         _, target, source = self._classes_of(at, _CPU)
-        task = line.task(dtype, target, source, asked)
-        place, numbers = None if at.whole else at.flat(columns), at.numbers
-        task.count, task.place = len(target), native.address(place)
+        task = line.task(stream.dtype, target, source, asked)
+        place, numbers = None if at.whole else at.flat(stream.shape[1]), at.numbers
+        count, task.place = len(target), native.address(place)
+        task.count = count
+        task.within, task.all = 1, stream.numel() // stream.shape[-1]
+        task.copies = place is not None and stream.numel() <= FEW_NUMBERS
         if isinstance(numbers, Tensor):
             task.numbered = numbers.data_ptr()
         else:
             task.first = numbers
         task.owned = task.owned, place, numbers
-        return task
+        variables = len(self.names)
+        table = ctypes.c_double * (count * _width(variables))
+        return _Laid(line, at, stream.dtype, stream.shape, task, [], table, count, variables)
 
     def _classes_of(
         self, at: Rows | EditContext, device: torch.device
@@ -501,7 +506,7 @@ class _Rows:
                 if kind is _Block:
                     blocks = cast(list[_Block], list(group))
                     self._places = self._places or blocks[0].places
-                    columns += [block.rows[: block.count].to(device) for block in blocks]
+                    columns += [block.written.to(device) for block in blocks]
                     continue
                 values, start = _values(cast(list[_Pass], list(group)), device), 0
                 for name, value in values.items():
@@ -616,11 +621,25 @@ def _values(passes: Sequence[_Pass], device: torch.device) -> dict[str, Tensor]:
     }
 
 
+class _Laid(NamedTuple):
+    """What a call on the CPU is told of the same rows of streams of one shape in each pass."""
+
+    line: Line
+    at: Rows
+    dtype: torch.dtype
+    shape: torch.Size
+    task: native.Task
+    spare: list[native.Task]  # copies that no thread uses just now
+    table: Callable[[], Any]  # makes memory for what a pass records: a tensor takes longer
+    n_rows: int
+    variables: int  # as of a `_Block`
+
+
 @dataclass
 class _Block:
     """Rows that a kernel writes by itself, those of one pass after another."""
 
-    rows: Tensor  # (n, 9)
+    rows: Any  # (n, 9); or as many numbers of compiled code, in a row
     captured: bool = False  # as of a `_Pass`
     count: int = 0  # how many are written
     variables: int = 0  # how many variables odds are of, 0 for one edit's own
@@ -639,21 +658,29 @@ class _Block:
         return places
 
     @property
+    def written(self) -> Tensor:
+        """Those that are written."""
+        if isinstance(self.rows, Tensor):
+            return self.rows[: self.count]
+        return torch.frombuffer(self.rows, dtype=torch.float64).reshape(self.count, -1)
+
+    @property
     def device(self) -> torch.device:
         """Where they are."""
-        return self.rows.device
+        return self.rows.device if isinstance(self.rows, Tensor) else _CPU
 
     def takes(self, more: int, device: torch.device) -> bool:
         """Whether so many more have room in it."""
         return (
-            not self.captured
+            isinstance(self.rows, Tensor)
+            and not self.captured
             and self.count + more <= self.rows.shape[0]
             and self.rows.device == device
         )
 
 
 _WRITTEN = (*RECORDED, "status", "index", "forward_pass")
-_CPU, _NUMBERS = torch.device("cpu"), torch.empty(0, dtype=torch.float64)
+_CPU = torch.device("cpu")
 
 
 def _width(variables: int) -> int:

@@ -4,6 +4,7 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 :mod:`~.problem` and :mod:`~.reach`.
 """
 
+import ctypes
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,8 @@ _whole = Tensor.is_contiguous
 _transforms = torch._C._functorch.peek_interpreter_stack
 _TRUTHS, _CLASSES = torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.int64)
 _NUMBERS = torch.empty(0, dtype=torch.float64)
+# So few numbers of a stream are copied in the call; of more torch copies several at once.
+FEW_NUMBERS = 32_768
 
 
 def serves(
@@ -410,7 +413,10 @@ class Line:
         if type(stream) is not Tensor or not (stream.is_cpu and stream.is_contiguous()):
             return False
         if residual is None:
-            return not self.differentiates(stream)
+            return not (
+                forward_ad._current_level >= 0
+                or (torch.is_grad_enabled() and self.differentiates(stream))
+            )
         return (
             type(residual) is Tensor
             and residual.is_cpu
@@ -426,7 +432,8 @@ class Line:
         residual: Tensor | None,
         scale: float,
         laid: native.Task,
-        record: Tensor | None,
+        spare: list[native.Task],
+        record: Any,
         forward_pass: int,
     ) -> Tensor | None:
         """The stream with rows edited; itself where none is moved.
@@ -438,21 +445,26 @@ class Line:
             stream: what is written of it, (B, T, d).
             residual: what is added to scale · that, or None.
             scale: see there; 1 without a residual.
-            laid: from :meth:`task`, and what is told of rows: ``count``, ``place`` in (B · T, d) or
-                None for all, and what they are numbered.
-            record: rows of numbers to write, (N, 9), or None.
+            laid: from :meth:`task`, and what is told of rows: ``count``, ``place`` in ``all`` of
+                (B · T, d) or None for each, and what they are numbered.
+            spare: copies of it, of which one is taken and given back: threads may run the model at
+                once.
+            record: memory for what is written of each row, (N, 9) float64, or None.
             forward_pass: the number of the pass.
         """
-        result = stream.clone() if laid.place else torch.empty_like(stream)
-        # Of its own, since threads may run the model at once.
-        task = native.Task.from_buffer_copy(laid)
-        task.within, task.all = 1, stream.numel() // self.width
+        alone = laid.copies or not laid.place
+        result = torch.empty_like(stream) if alone else stream.clone()
+        try:
+            task = spare.pop()
+        except IndexError:
+            task = native.Task.from_buffer_copy(laid)
         task.x, task.result = stream.data_ptr(), result.data_ptr()
         if record is not None:
-            task.record, task.forward_pass = record.data_ptr(), forward_pass
-        if residual is not None:
-            task.base, task.scale = residual.data_ptr(), scale
+            task.record, task.forward_pass = ctypes.addressof(record), forward_pass
+        task.base = None if residual is None else residual.data_ptr()
+        task.scale = scale
         moved = native.edit_stream(_shared(self.geometry, task.total), task)
+        spare.append(task)
         if moved == native.CHANGED:
             self._marks = []
         return None if moved < 0 else result if moved else stream

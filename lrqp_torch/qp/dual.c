@@ -76,6 +76,7 @@ typedef struct {
     i64 one_target, one_source, one_asked; /* whether the first of these is that of all */
     uint8_t *active;        /* (B, m): which multipliers are positive, or NULL */
     i64 total;              /* whether odds are total odds, of a probe whose grams are at hand */
+    i64 copies;             /* whether the result begins as a copy of the stream */
 } Task;
 
 enum { FEASIBLE = 1, CONVERGED = 2, NEEDED = 4, VALID = 8 };
@@ -1468,6 +1469,7 @@ i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads) {
     i64 count = task.count, moved = 0, several = shared->variables, wide = several ? 4 * several + 6 : 9;
     for (i64 b = 0; b < count; b++)
         if (place_of(&task, b) < 0 || place_of(&task, b) >= task.all) return -2;
+    if (task.copies) memcpy(task.result, task.x, task.all * shared->width * bytes_of(task.kind));
     double *numbers = malloc(sizeof(double) * (count * (6 + 2 * shared->m + 4 * several) + 1));
     i64 *status = malloc(sizeof(i64) * (count + 1));
     if (numbers && status) {

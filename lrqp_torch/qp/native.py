@@ -126,6 +126,7 @@ class Task(ctypes.Structure):
         *((name, _number) for name in ("one_target", "one_source", "one_asked")),
         ("active", _address),
         ("total", _number),
+        ("copies", _number),
     )
 
 

@@ -16,6 +16,7 @@ from lrqp_torch.errors import (
     LRQPError,
     NonFiniteError,
     TargetError,
+    WidthError,
 )
 from lrqp_torch.qp import native
 
@@ -333,6 +334,96 @@ def test_one_call_a_pass_writes_what_the_operations_write_bit_for_bit(
     for one, other in zip(found[:2], found[2:], strict=True):
         assert torch.equal(one[0], other[0])
         torch.testing.assert_close(one[1:], other[1:], rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_classes", [2, 5])
+@torch.no_grad()
+def test_floors_that_are_given_go_by_one_call_too(dtype: torch.dtype, n_classes: int) -> None:
+    """In a model and outside, bit for bit; what a tensor of them holds is read in each pass."""
+    model, inputs = build("gpt2", dtype=dtype), PROMPTS.padded("right")
+    edit, each = edit_of(model, "L1.mid", n_classes), torch.tensor([2.0, 3.5, 0.5, 4.0])
+    positions, target = torch.tensor([3, 2, 5, 1]), torch.tensor([0, 1, 1, 0])
+    x = lrqp.capture(model, inputs, ["L1.mid"], positions)["L1.mid"]
+    for asked in (3.0, each, each.double()[0], each.double()):
+        found = []
+        for operations in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                by_operations(patch) if operations else None
+                patch.setattr(lrqp.LRQP, "_own_line", lambda edit: None) if operations else None
+                solution = edit.solve(x, target, asked=asked)
+                where = {"positions": positions, "target": target}
+                with edit.at(model, "L1.mid", **where, asked=asked) as run:
+                    logits = [model(**inputs).logits]
+                    floor = run.floor
+                    if isinstance(asked, Tensor):
+                        asked.add_(1)
+                        logits.append(model(**inputs).logits)
+                        asked.sub_(1)
+                assert (run._line is None) == operations
+                torch.testing.assert_close(floor, torch.as_tensor(asked).double().expand(4))
+                found.append((torch.stack(logits), vars(solution), run.log_odds_after))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1]["x_new"], found[1][1]["x_new"])
+        torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_floors_that_are_wrong_raise_what_they_did() -> None:
+    edit, x = random_edit(torch.randn(40, 6), 3), torch.randn(4, 6)
+    for wrong in (torch.nan, torch.tensor([1.0, torch.inf, 1.0, 1.0])):
+        with pytest.raises(NonFiniteError):
+            edit.solve(x, 1, asked=wrong)
+    with pytest.raises(WidthError, match="asked"):
+        edit.solve(x, 1, asked=torch.ones(3))
+    for target, source in ((3, None), (0, 3), (torch.tensor([0, 1, 2, 3]), None)):
+        with pytest.raises(TargetError):
+            edit.solve(x, target, source)
+    with pytest.raises(TargetError):
+        edit.solve(x, 0, torch.tensor([0, -1, 1, 0]))
+    kept = edit.solve(x, 0, torch.tensor([0, 1, 1, 2]))
+    assert torch.equal(
+        kept.x_new,
+        edit.qp.solve(
+            x,
+            torch.zeros(4, dtype=torch.long),
+            edit._odds_rule(torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 1, 2])),
+            edit.geometry(x.device),
+        ).x_new,
+    )
+
+
+@needs_compiler
+def test_what_is_solved_follows_what_the_edit_holds() -> None:
+    """One call for as long as nothing changes: whatever does is seen by the next solve."""
+    edit, x = random_edit(torch.randn(40, 6), 3), torch.randn(4, 6)
+    changes = {
+        "weights through .data": lambda: edit.probe.weight.data.mul_(1.5),
+        "a bias of its own": lambda: setattr(
+            edit.probe, "bias", nn.Parameter(-edit.probe.bias, requires_grad=False)
+        ),
+        "covariance": lambda: edit.metric.covariance.diagonal().add_(torch.arange(6)),
+        "least odds": lambda: edit.log_odds.fill_(4.0),
+        "rule": lambda: setattr(edit, "rule", "fixed"),
+        "precision": lambda: edit.probe.double(),
+    }
+    before = edit.solve(x, 1).x_new
+    line = edit._line
+    assert line is not None and edit.solve(x, 1) and edit._line is line
+    for name, change in changes.items():
+        change()
+        found, fresh = edit.solve(x, 1).x_new, edit.like(edit.probe, edit.metric)
+        assert torch.equal(found, fresh.solve(x, 1).x_new), name
+        assert not torch.equal(found, before) or name == "precision", name
+        before = found
+    edit.probe.requires_grad_(True)
+    solved = edit.solve(x, 1)
+    assert solved.x_new.requires_grad and torch.equal(solved.x_new, before)
+    with torch.inference_mode():
+        assert torch.equal(edit.solve(x, 1).x_new, before)
+    assert torch.equal(torch.func.vmap(lambda row: edit(row[None], 1)[0])(x).detach(), before)
 
 
 @needs_compiler
