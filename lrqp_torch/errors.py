@@ -385,7 +385,7 @@ def row_classes(classes: Any, x: Tensor, n_classes: int, name: str) -> Tensor:
 def place_classes(
     classes: Any, batch: int, n_classes: int, device: torch.device, name: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Classes as (batch,) int64 on a device, and which of them are in range, (batch,) or None.
+    """Classes as (batch,) int64 on a device, and which are out of range, (batch,) bool or None.
 
     Where they can be looked at without waiting for a device, they are checked at once, and None
     says that all are in range. Others are brought into range, so that no lookup goes astray.
@@ -404,8 +404,8 @@ def place_classes(
         check_classes(tensor, batch, n_classes, name)
         return tensor.to(device).long(), None
     check_class_shape(tensor, batch, name)
-    inside = (tensor >= 0) & (tensor < n_classes)
-    return tensor.clamp(0, n_classes - 1).to(device).long(), inside.to(device)
+    inside = tensor.clamp(0, n_classes - 1)
+    return inside.to(device).long(), (inside != tensor).to(device)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -421,13 +421,13 @@ class LRQP(Edit[Classes]):
         probe ``live`` is given, one launch sees that, and classes out of range, by itself.
         """
         batch, device = len(x), x.device
-        wrong = [] if stale is None else [stale.expand(batch)]
+        wrong = [] if stale is None else [stale]
 
         def placed(classes: Classes, name: str) -> Tensor:
             if live is not None:
                 return self._beside(classes, x, name)
-            own, sound = place_classes(classes, batch, self.n_classes, device, name)
-            wrong.extend([] if sound is None else [~sound])
+            own, outside = place_classes(classes, batch, self.n_classes, device, name)
+            wrong.extend([] if outside is None else [outside])
             return own
 
         classes = placed(target, "target")
@@ -436,9 +436,10 @@ class LRQP(Edit[Classes]):
         if asked is not None:
             floor = as_floors(asked, (batch,), device)
         skip = self.on_infeasible == "skip"
-        solution = self.qp.solve(x, classes, floor, geometry, realise=realise, live=live, skip=skip)
-        if wrong:
-            solution = solution.invalidate(reduce(torch.logical_or, wrong), x)
+        invalid = reduce(torch.logical_or, wrong) if wrong else None
+        solution = self.qp.solve(
+            x, classes, floor, geometry, realise=realise, live=live, skip=skip, wrong=invalid
+        )
         return solution if live is not None else skipped(solution, x, self.on_infeasible)
 
     def _beside(self, classes: Classes, x: Tensor, name: str) -> Tensor:

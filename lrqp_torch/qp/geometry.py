@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
     readable,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.qp.blind import Blind
 from lrqp_torch.qp.constraints import (
     ClassConstraints,
     Constraints,
@@ -198,9 +199,17 @@ class ProbeGeometry:
             along = unit.detach().unsqueeze(1) - unit.detach()[other]
             gram = grams, along @ along.mT
             sets = ActiveSets.build(grams, noise.gather(-1, other))
-        return cls(
+        geometry = cls(
             weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets, low
         )
+        if not readable(weight) and not torch.compiler.is_compiling() and not in_transforms():
+            geometry.blind  # noqa: B018  # at once: nothing can be laid down while a graph is captured
+        return geometry
+
+    @cached_property
+    def blind(self) -> Blind | None:
+        """What solves need of it that look at no value; None where there are too many classes."""
+        return None if self.n_classes > 2 and self.sets is None else Blind.build(self)
 
     @cached_property
     def shared(self) -> Shared:
@@ -503,7 +512,8 @@ class GeometryCache(Generic[Made]):
             return self.get(probes, metric, device), torch.zeros(
                 (), dtype=torch.bool, device=device
             )
-        changed = [(old != new).any() for old, new in zip(kept.copies, probes, strict=True)]
+        # Lists of tensors in one operation each; a difference of NaN has a norm that is none.
+        changed = torch._foreach_norm(torch._foreach_sub(kept.copies, list(probes)), torch.inf)
         return kept.geometry, reduce(torch.logical_or, changed)
 
     def known(self, probes: Sequence[Tensor], metric: Metric, device: torch.device) -> Made | None:

@@ -17,7 +17,7 @@ from lrqp_torch.errors import (
     readable,
     require_concrete,
 )
-from lrqp_torch.qp import direct, fused, native
+from lrqp_torch.qp import blind, direct, fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import DIRECT, Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import displaced, known, valued
@@ -133,6 +133,7 @@ class MahalanobisQP(nn.Module):
         realise: Realise | None = None,
         live: tuple[Tensor, Tensor] | None = None,
         skip: bool = False,
+        wrong: Tensor | None = None,
     ) -> Solution:
         """Solve with a geometry computed before.
 
@@ -149,12 +150,14 @@ class MahalanobisQP(nn.Module):
             live: of what :meth:`fuses`, where ``target`` may be one for all, (1,), and out of
                 range: see :func:`.fused.solve`.
             skip: likewise.
+            wrong: examples that are INVALID whatever they are, bool, (B,) or ().
 
         Raises:
             WidthError, TargetError, NonFiniteError: bad input, named.
             SolverError: an external solver failed or cannot run on this device.
         """
         floor = self._check(x, None if live else target, log_odds, geometry)
+        chunk = max(1, CHUNK_NUMBERS // geometry.width) if x.device.type == "cpu" else len(x)
         target, batch = target.long(), len(x)
         whole = realise is not None
         route = self._route(x, floor, geometry, realise)
@@ -172,27 +175,34 @@ class MahalanobisQP(nn.Module):
             whole = whole or alone or not repeats
         if route is fused.solve:
             route = partial(route, live=live, skip=skip)
+        elif route is blind.solve and isinstance(geometry, ProbeGeometry):
+            chunk = blind.at_once(geometry)
+            whole = realise is not None or batch <= chunk
+            if whole:
+                route, wrong = partial(route, wrong=wrong), None
         elif total:
             # Their derivatives come from the steps of the operations.
             route = None if repeats else partial(direct.solve, total=True)
 
         def solve(x: Tensor, at: slice) -> Solution:
+            own = target if len(x) == batch else target[at]
             if route is None:
-                return self._solve(x, target[at], floor, geometry, realise, at)
+                return self._solve(x, own, floor, geometry, realise, at)
             assert isinstance(geometry, ProbeGeometry | StackedGeometry)
-            return self._routed(route, x, target[at], floor, geometry, realise, at, repeats, alone)
+            return self._routed(route, x, own, floor, geometry, realise, at, repeats, alone)
 
-        chunk = max(1, CHUNK_NUMBERS // geometry.width) if x.device.type == "cpu" else batch
         # Autocast would take float32 products of edits in half precision.
         kind = x.device.type
         off = kind == "meta" or not torch.is_autocast_enabled(kind)
         with nullcontext() if off else torch.autocast(kind, enabled=False):
             if whole or batch <= chunk:
-                return solve(x, slice(0, batch))
-            # Split, not sliced: the gradient of a slice is as large as all of x.
-            starts = range(0, batch, chunk)
-            parts = zip(x.split(chunk), starts, strict=True)
-            return join([solve(part, slice(start, start + len(part))) for part, start in parts])
+                solution = solve(x, slice(0, batch))
+            else:
+                # Split, not sliced: the gradient of a slice is as large as all of x.
+                starts = range(0, batch, chunk)
+                parts = zip(x.split(chunk), starts, strict=True)
+                solution = join([solve(p, slice(start, start + len(p))) for p, start in parts])
+        return solution if wrong is None else solution.invalidate(wrong.expand(batch), x)
 
     def fuses(self, x: Tensor, geometry: Geometry, realise: Realise | None = None) -> bool:
         """Whether the whole solve is one launch of a kernel; see :mod:`~.fused`."""
@@ -234,7 +244,9 @@ class MahalanobisQP(nn.Module):
         if self.fuses(x, geometry, realise):
             return fused.solve
         given = floor if isinstance(floor, Tensor | OddsRule) else None
-        return direct.solve if direct.serves(x, given, geometry, realise) else None
+        if direct.serves(x, given, geometry, realise):
+            return direct.solve
+        return blind.solve if own is ActiveSet and blind.serves(x, geometry) else None
 
     def _routed(
         self,
@@ -259,7 +271,7 @@ class MahalanobisQP(nn.Module):
             whole = log_odds.target if isinstance(log_odds, OddsRule) else log_odds.choice
             floor = log_odds.of(rows) if len(whole) > len(target) else log_odds
         elif isinstance(log_odds, Tensor):
-            floor = log_odds[rows]
+            floor = log_odds if len(log_odds) == len(x) else log_odds[rows]
         else:
             if readable(target):
                 geometry.check(target, len(x))

@@ -1,16 +1,20 @@
 """The path that never looks at a value: under a guard, on the meta device, and compiled."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from qp_reference import Problem, random_problem
+from test_qp_native import KINDS, problem_of_kind
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, errors
 from lrqp_torch.qp import ProbeGeometry, constraints, direct, geometry, problem, reach
+from lrqp_torch.stream.intervene import Placement
 
+blindly, edits = (import_module(f"lrqp_torch.{name}") for name in ("qp.blind", "edits.lrqp"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
 
@@ -32,7 +36,7 @@ class NoLooking(TorchDispatchMode):
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
-    for module in (errors, problem, reach, constraints, geometry, direct):
+    for module in (errors, problem, reach, constraints, geometry, direct, blindly, edits):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
@@ -63,15 +67,16 @@ def test_a_solve_looks_at_nothing_and_is_the_same(blind: None, n_classes: int) -
     torch.testing.assert_close(found.x_new, expected.x_new, rtol=1e-10, atol=1e-10)
 
 
-def seen(task: Problem) -> Solution:
+def seen(task: Problem, realise: Placement | None = None) -> Solution:
     """The solution by pivots, with values looked at."""
     from dataclasses import replace
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (problem, reach):
+        for module in (problem, reach, blindly):
             patch.setattr(module, "readable", lambda tensor: True)
         shape = replace(geometry_of(task), sets=None)
-        return MahalanobisQP(len(task.bias)).solve(task.x, task.target, task.floor, shape)
+        qp = MahalanobisQP(len(task.bias))
+        return qp.solve(task.x, task.target, task.floor, shape, realise=realise)
 
 
 def test_the_guard_sees_a_look() -> None:
@@ -79,6 +84,63 @@ def test_the_guard_sees_a_look() -> None:
     shape = geometry_of(task)
     with pytest.raises(AssertionError, match="looks at a value"), NoLooking():
         MahalanobisQP(3).solve(task.x, task.target, 1.0, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", range(2, 9))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("placed", ["plain", "sum"])
+def test_every_kind_of_problem_comes_out_as_where_values_are_seen(
+    blind: None, kind: str, n_classes: int, dtype: torch.dtype, placed: str
+) -> None:
+    task = problem_of_kind(kind, n_classes, dtype)
+    torch.manual_seed(n_classes)
+    base = (3 * torch.randn(task.x.shape)).to(dtype)
+    realise = None if placed == "plain" else Placement(base, 1.0, dtype)
+    shape, qp = geometry_of(task), MahalanobisQP(n_classes)
+    found = qp.solve(task.x, task.target, task.floor, shape, realise=realise)
+    expected = seen(task, realise)
+    assert torch.equal(found.status, expected.status)
+    done = found.status == Status.SOLVED
+    assert (found.log_odds_after >= found.floor)[done].all()
+    assert (found.kkt_residual[done] <= 1e-8).all()
+    coarse = max(torch.finfo(dtype).eps, 1e-9)
+    # Above the floors by what rounding needs, up to a factor: shorter is no fault.
+    longer = (found.distance / expected.distance)[done]
+    assert (longer <= 1 + 256 * coarse).all()
+    if dtype == torch.float64:
+        assert (longer >= 1 - 256 * coarse).all()
+    assert torch.equal(found.x_new[~done], task.x[~done]) or (found.status == 3).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", range(2, 9))
+@pytest.mark.parametrize("sourced", [False, True])
+def test_an_edit_takes_few_operations(
+    blind: None, n_classes: int, dtype: torch.dtype, sourced: bool
+) -> None:
+    """Views among them; classes as tensors on the device, and the probe held to what it was."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    task = random_problem(n_classes, 16, 20)
+    probe = LinearProbe.from_weights(task.weight, task.bias).requires_grad_(False)
+    edit = LRQP(probe, Mahalanobis(task.covariance))
+    x, source = task.x.to(dtype), (task.target + 1) % n_classes if sourced else None
+    live = edit.probe.weight, edit.probe.bias
+    assert edit.geometry(x.device).blind is not None
+    with Counting() as counting:
+        shape, stale = edit._geometry.peek(live, edit.metric.covariance, x.device)
+        solution = edit._attempt(x, task.target, source, None, shape, stale)
+    assert counting.count <= (60 if n_classes == 2 else 120)
+    assert (solution.status <= Status.SOLVED).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,420 @@
+"""Edits of a probe's activations where no value may be looked at, in few operations of torch.
+
+On a GPU without Triton, and on the meta device, where each operation is a launch. What rows have in
+common is tabled beforehand, once a geometry; and instead of one round of rounding and reading back
+after another, several aims above the floors are tried at once, of which each row takes the lowest
+that is read back at its floor. Rounding and reading err by a share of ‖a‖ ‖x'‖ that is known up to
+a factor, so aims that grow by factors find it. Statuses, active sets and certificate are those of
+:mod:`~.problem` and :mod:`~.reach`, which all other solves go through.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrqp_torch.errors import in_transforms, readable
+from lrqp_torch.qp import fused
+from lrqp_torch.qp.constraints import other_classes
+from lrqp_torch.qp.fused import OddsRule
+from lrqp_torch.qp.implicit import Ended
+from lrqp_torch.qp.pivots import SATISFIED
+from lrqp_torch.qp.reach import FINE, Realise, advance
+from lrqp_torch.qp.solution import Solution, Status
+from lrqp_torch.qp.table import FITS
+
+if TYPE_CHECKING:
+    from lrqp_torch.qp.geometry import ProbeGeometry
+
+# How far above the floors is aimed, in units of the first aim. In the finer dtypes that is twice
+# the bound on rounding to nearest, and what else may be missing is tiny and of any size; in half
+# precision it is what most errors stay below, and their bound is 2 √d times that.
+FINE_STEPS = (0.0, 1.0, 7.0, 60.0, 1e3, 3e4, 1e6, 1e8)
+COARSE_STEPS = (0.0, 1.0, 3.0, 7.0, 15.0, 50.0, 250.0, 2000.0)
+# A constraint without length is measured so much finer than the others that any gap is too large.
+EMPTY = 1e12
+# On the residual of an accurate solve, as in `solvers.ActiveSet`.
+TOLERANCE = 1e-8
+# So many numbers of all trials, 512 MB, are held at once.
+CHUNK_NUMBERS = 2**26
+
+
+def serves(x: Tensor, geometry: "ProbeGeometry") -> bool:
+    """Whether activations are solved here: few classes, and no value may be looked at."""
+    # These see through what `reach` does; and a compiler makes few launches of it.
+    if torch.compiler.is_compiling() or in_transforms() or readable(x):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and geometry.blind is not None
+
+
+def at_once(geometry: "ProbeGeometry") -> int:
+    """How many rows are solved together where they are very many."""
+    assert geometry.blind is not None
+    numbers = len(COARSE_STEPS) * max(geometry.width, geometry.blind.table.shape[-1])
+    return max(1, CHUNK_NUMBERS // numbers)
+
+
+@dataclass(frozen=True)
+class Blind:
+    """What solves of one geometry share. Steering, reading and trials are of R trials or of 1.
+
+    Attributes:
+        read: W transposed, (R, d, K); of two classes their difference.
+        bias: b, (K,).
+        steering: W̄Σ, (R, K, d).
+        own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
+            target with each source; see :meth:`build`.
+        table: P_S of all targets and sets, (K m, (S + 1) m), and a last set that stands for no
+            solution; see :mod:`~.table`. Of two classes empty, as the next.
+        inverses: M_SS⁻¹, (K, S + 1, m, m), zero for the last set.
+        constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
+            with 1 / M, and M, each (1, 1) or (1, 2).
+        steps: how far above the floors trials aim, of fine dtypes and of others, (R, 1, 1).
+        status: each :class:`Status`, (); what is asked for and not reached has that of ``failed``.
+        zero, one: these numbers, ().
+    """
+
+    read: dict[int, Tensor]
+    bias: Tensor
+    steering: dict[int, Tensor]
+    own: Tensor
+    sizes: list[int]
+    table: Tensor
+    inverses: Tensor
+    constants: tuple[Tensor, ...]
+    steps: dict[bool, Tensor]
+    status: tuple[Tensor, ...]
+    failed: Tensor
+    zero: Tensor
+    one: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, geometry: "ProbeGeometry") -> "Blind":
+        """Of two classes or of few."""
+        weight, bias, steering = (part.detach() for part in geometry.rows)
+        n, sets = geometry.n_classes, geometry.sets
+        status = torch.arange(len(Status), device=weight.device).unbind()
+        failed, table = status[Status.INACCURATE], weight.new_zeros(0)
+        inverses = table
+        constants: tuple[Tensor, ...] = ()
+        if sets is None:
+            squared, length = geometry.squared.detach()[:1, 1:], geometry.length[:1, 1:]
+            solvable = squared > geometry.noise.detach()[:1, 1:]
+            inverse = torch.where(solvable, 1 / squared, 0.0)
+            failed = torch.where(solvable, failed, status[Status.INFEASIBLE]).squeeze()
+            roots = torch.cat([squared, geometry.stretch[0][:1, 1:]], 1).clamp_min(0).sqrt()
+            unit = torch.stack([torch.ones_like(geometry.stretch[1]), geometry.stretch[1]])
+            stretched = length * inverse * geometry.narrow[0]
+            wrong = solvable * (torch.finfo(squared.dtype).eps + (squared * inverse - 1).abs())
+            constants = length, stretched, roots * unit, wrong, squared
+            # In row v + 3 t, v being −1 where it is the probe's own reading: sign of the target,
+            # that / M, and what z_v − z_t is held between.
+            free, held, top = [-torch.inf, torch.inf], [0.0, 0.0], [0.0, torch.inf]
+            bounds = weight.new_tensor([held, free, top, free, held, top])
+            sign = weight.new_tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0]).unsqueeze(1)
+            own, sizes = torch.cat([sign, sign * inverse, bounds], 1), [1, 1, 1, 1]
+        else:
+            assert geometry.gram is not None
+            m, count = n - 1, len(sets.members)
+            every = torch.arange(n, device=weight.device)
+            other = other_classes(every, n, weight.device)
+            longest = sets.scale.amax(-1, keepdim=True)
+            longest = EMPTY * torch.where(longest > 0, longest, 1.0)
+            scale = torch.where(sets.scale > 0, sets.scale, longest)
+            spread = weight.new_zeros(n, n, m)
+            spread[every, every] = scale
+            cap = torch.where(sets.dependent, -torch.inf, -SATISFIED)
+            cap = torch.nn.functional.pad(cap, (0, 1), value=-FITS)
+            # λ times these: how margins grow, how x moves, and coefficients.
+            towards = weight.new_zeros(n, m, n).scatter_(2, other.unsqueeze(-1), -1.0)
+            towards[every, :, every] = 1.0
+            packed = torch.cat([geometry.gram[0].detach(), geometry.gram[1], towards], -1)
+            packed[..., m : 2 * m] *= geometry.stretch[1].square()
+            length = geometry.length.gather(-1, other)
+            moved = geometry.stretch[0].gather(-1, other).clamp_min(0).sqrt() * geometry.stretch[1]
+            moved = moved * sets.scale.square()
+            parts = scale, length, moved, spread, cap, towards, packed
+            own = torch.cat([part.flatten(1) for part in parts], 1)
+            sizes = [m, m, m, n * m, count + 1, m * n, m * (2 * m + n)]
+            table = sets.transforms.reshape(n * m, count * m)
+            table = torch.nn.functional.pad(table, (0, m))
+            inverses = torch.nn.functional.pad(sets.inverses, (0, 0, 0, 0, 0, 1))
+        columns, kinds = weight.mT.contiguous(), ((True, FINE_STEPS), (False, COARSE_STEPS))
+        return cls(
+            read={count: columns.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
+            bias=bias,
+            steering={count: steering.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
+            own=own,
+            sizes=sizes,
+            table=table,
+            inverses=inverses,
+            constants=constants,
+            steps={fine: weight.new_tensor(kind).view(-1, 1, 1) for fine, kind in kinds},
+            status=status,
+            failed=failed,
+            zero=weight.new_zeros(()),
+            one=weight.new_ones(()),
+        )
+
+
+@torch.no_grad()
+def solve(
+    x: Tensor,
+    target: Tensor,
+    floor: Tensor | OddsRule,
+    geometry: "ProbeGeometry",
+    realise: Realise | None = None,
+    *,
+    repeats: bool = False,
+    wrong: Tensor | None = None,
+) -> tuple[Solution, Ended | None]:
+    """The least edits, read back, and where the solves ended.
+
+    Args:
+        x: activations, (B, d).
+        target: t, (B,) int64, in range.
+        floor: log α, (B,) or (B, K−1) float64, or a rule.
+        geometry: probe and metric.
+        realise: what the model will hold; default x' in x's dtype.
+        repeats: whether where they ended is wanted, for a derivative.
+        wrong: which are INVALID, whatever they are, bool, (B,) or ().
+    """
+    kind = _Two if geometry.n_classes == 2 else _Several
+    return kind(x, target, geometry, realise).solve(floor, repeats, wrong)
+
+
+class _Two:
+    """Two classes: one constraint, λ = g / M; coefficients and readings are their difference's."""
+
+    def __init__(
+        self, x: Tensor, target: Tensor, geometry: "ProbeGeometry", realise: Realise | None
+    ) -> None:
+        assert geometry.blind is not None
+        self.of, self.x, self.target = geometry.blind, x, target
+        self.plain = realise is None or _rounds(realise, x.dtype)
+        self.realise, self.precision = realise, torch.finfo(x.dtype).eps
+        self.share = advance(self.precision, x.shape[1])
+        self.wide = x.double()
+        self.rows = torch.arange(len(x), device=x.device)
+
+    def held(self, edited: Tensor) -> tuple[Tensor, Tensor]:
+        """Edited activations (R, B, d) in their dtype, and what will be held of them, float64."""
+        narrow = edited.to(self.x.dtype)
+        if self.plain:
+            return narrow, narrow.double()
+        assert self.realise is not None
+        return narrow, torch.stack([self.realise(one) for one in edited.unbind()])
+
+    def seen(self, units: Tensor, length: Tensor, edited: Tensor) -> Tensor:
+        """Units that are no less than how far the stream is seen to round."""
+        missed = torch.linalg.vector_norm(self.held(edited)[1] - edited, dim=-1, keepdim=True)
+        missed = torch.nan_to_num(missed.squeeze(0), nan=0.0, posinf=0.0)
+        return torch.maximum(units, missed * length / self.precision)
+
+    def trials(self, gap: Tensor, units: Tensor) -> Tensor:
+        """The gaps that are tried, (R, B, m)."""
+        return torch.addcmul(gap, units, self.of.steps[self.precision < FINE], value=self.share)
+
+    def solve(
+        self, floor: Tensor | OddsRule, repeats: bool, wrong: Tensor | None
+    ) -> tuple[Solution, Ended | None]:
+        """See :func:`solve`."""
+        of, wide = self.of, self.wide
+        length, stretched, roots, rounding, squared = of.constants
+        rule = floor if isinstance(floor, OddsRule) and floor.mirror else None
+        if rule is not None and rule.source is not None:
+            index = torch.add(rule.source.clamp_min(-1), self.target, alpha=3)
+        else:
+            index = 3 * self.target - 1
+        sign, inverse, *between = of.own[index].split(of.sizes, -1)
+        before = sign * torch.addmm(of.bias, wide, of.read[1][0])
+        if rule is not None:
+            floors = torch.maximum(torch.clamp(-before, *between), rule.log_odds)
+        else:
+            floors = _given(floor, before)
+        missing, valid, needed = _missing(floors - before, wrong)
+
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        units = torch.addcmul(missing, size, length)
+        gap = torch.add(missing, units, alpha=self.share)
+        units = torch.addcmul(units, missing, stretched)
+        if not self.plain:
+            edited = torch.addcmul(wide, inverse * gap, of.steering[1])
+            units = self.seen(units, length, edited)
+        found = inverse * self.trials(gap, units)
+        narrow, held = self.held(torch.addcmul(wide, found, of.steering[1]))
+        after = sign * torch.baddbmm(of.bias, held, of.read[len(held)])
+        reached, first = (_finite(after) >= floors).max(0)
+        first = first.squeeze(-1)
+
+        found, after = torch.cat([found, after], -1)[first, self.rows].split(1, -1)
+        multipliers = torch.where(needed, sign * found, of.zero)
+        active = multipliers > 0
+        after = torch.where(active, after, before)
+        columns = [(multipliers * roots).square(), active * rounding, before, after, floors]
+        distance, moved, residual, before, after, floors = torch.cat(columns, -1).unbind(-1)
+        status = torch.where(reached, of.status[Status.SOLVED], of.failed)
+        status = torch.where(needed, status, of.status[Status.SATISFIED])
+        status = torch.where(valid, status, of.status[Status.INVALID])
+        solution = Solution(
+            x_new=torch.where(active, narrow[first, self.rows], self.x),
+            multipliers=multipliers,
+            active=active,
+            squared_distance=distance,
+            squared_euclidean=moved,
+            floor=floor if isinstance(floor, Tensor) else floors,
+            log_odds_before=before,
+            log_odds_after=after,
+            kkt_residual=residual,
+            status=status.squeeze(-1),
+        )
+        if not repeats:
+            return solution, None
+        aims = before.unsqueeze(-1) + multipliers * squared
+        return solution, Ended(None, active, multipliers.unsqueeze(-1), aims)
+
+
+class _Several(_Two):
+    """Few classes: all active sets of a target are tried together."""
+
+    def solve(
+        self, floor: Tensor | OddsRule, repeats: bool, wrong: Tensor | None
+    ) -> tuple[Solution, Ended | None]:
+        """See :func:`solve`."""
+        of, wide = self.of, self.wide
+        batch, n = len(wide), len(of.bias)
+        m = n - 1
+        parts = of.own.index_select(0, self.target).split(of.sizes, -1)
+        scale, length, reach, spread, self.cap, towards, packed = parts
+        self.packed = packed.view(batch, m, -1)
+        logits = torch.addmm(of.bias, wide, of.read[1][0])
+        margins = torch.bmm(towards.view(batch, m, n), logits.unsqueeze(-1)).squeeze(-1)
+        before = margins.amin(-1, keepdim=True)
+        if isinstance(floor, OddsRule) and floor.mirror:
+            floors = torch.maximum(self.belief(floor.source, logits, before), floor.log_odds)
+        else:
+            floors = _given(floor, before)
+        missing = floors - margins
+        behind = missing.amax(-1, keepdim=True)
+        if floors.shape[-1] > 1:
+            # Of one floor, or of the logits, infinity or NaN is in all that is missing.
+            behind = behind + 0.0 * missing.sum(-1, keepdim=True)
+        _, valid, needed = _missing(behind, wrong)
+
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rise = missing.clamp_min(0.0)
+        gap = torch.add(missing, torch.addcmul(rise, length, size), alpha=self.share)
+        # About as long as x' is: x, and an edit for what is missing most.
+        units = torch.addcmul(rise, length, size + (rise * reach).amax(-1, keepdim=True))
+        largest = (gap * scale).amax(-1, keepdim=True)
+        self.spread, unit = spread / largest, scale / largest
+        if not self.plain:
+            units = self.seen(units, length, self.attempt(gap.unsqueeze(0))[0])
+        gaps = self.trials(gap, units)
+        edited, found, chosen, towards = self.attempt(gaps)
+        narrow, held = self.held(edited)
+        after = torch.baddbmm(of.bias, held, of.read[len(held)])
+        after = torch.bmm(after.view(-1, 1, n), towards.mT)
+        reached = (_finite(after.view(gaps.shape)) >= floors).all(-1, keepdim=True)
+        reached, first = reached.max(0)
+        first = first.squeeze(-1)
+
+        every = torch.cat([*found, after], -1).view(len(gaps), batch, -1)[first, self.rows]
+        gap, multipliers, grown, moved, _, after = every.split([m, m, m, m, n, m], -1)
+        multipliers = torch.where(needed, multipliers, of.zero)
+        active = multipliers > 0
+        edit = active.any(-1, keepdim=True)
+        behind = gap - grown
+        products = (torch.stack([grown, moved, behind], 1) * multipliers.unsqueeze(1)).sum(-1)
+        distance, moved, unbalanced = products.split(1, -1)
+        # As in `solution.kkt_residual`: what is short relative to the largest gap and its own.
+        short = (behind * unit / torch.hypot(gap * unit, of.one)).amax(-1, keepdim=True)
+        tiny = torch.finfo(torch.float64).tiny
+        residual = torch.maximum(unbalanced.abs() / distance.clamp_min(tiny), short)
+        residual = torch.where(edit, residual, of.zero)
+        accurate = reached & (residual <= TOLERANCE)
+        status = torch.where(accurate, of.status[Status.SOLVED], of.failed)
+        status = torch.where(edit, status, of.status[Status.INFEASIBLE])
+        status = torch.where(needed, status, of.status[Status.SATISFIED])
+        status = torch.where(valid, status, of.status[Status.INVALID])
+        after = torch.where(edit, after.amin(-1, keepdim=True), before)
+        columns = [distance, moved, residual, before, after, floors]
+        distance, moved, residual, before, after, *asked = torch.cat(columns, -1).unbind(-1)
+        solution = Solution(
+            x_new=torch.where(edit, narrow[first, self.rows], self.x),
+            multipliers=multipliers,
+            active=active,
+            squared_distance=distance,
+            squared_euclidean=moved,
+            floor=floor if isinstance(floor, Tensor) else asked[0],
+            log_odds_before=before,
+            log_odds_after=after,
+            kkt_residual=residual,
+            status=status.squeeze(-1),
+        )
+        if not repeats:
+            return solution, None
+        inverse = of.inverses[self.target, chosen[first, self.rows]]
+        inverse = torch.where(edit.unsqueeze(-1), inverse, of.zero)
+        bound = inverse.diagonal(dim1=-2, dim2=-1) > 0
+        return solution, Ended(None, bound, inverse, margins + gap)
+
+    def belief(self, source: Tensor | None, logits: Tensor, before: Tensor) -> Tensor:
+        """What the probe reads of the source, (B, 1), or of whatever it reads; z_v − z_t."""
+        if source is None:
+            return (-before).clamp_min(0.0)
+        source = source.unsqueeze(-1)
+        best = torch.where(source < 0, logits.amax(-1, True), logits.gather(1, source.clamp_min(0)))
+        return best - logits.gather(1, self.target.unsqueeze(-1))
+
+    def attempt(self, gaps: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        """Solve for gaps (R, B, m).
+
+        Returns:
+            x', (R, B, d); gaps, λ, and what λ comes to, each (R B, 1, …); which set each has,
+            (R, B); how margins come from logits, (R B, m, K).
+        """
+        of, (trials, batch, m), n = self.of, gaps.shape, len(self.of.bias)
+        packed = self.packed if trials == 1 else self.packed.repeat(trials, 1, 1)
+        gram, _, towards = packed.split([m, m, n], -1)
+        spread = (gaps.repeat(1, 1, n) * self.spread).view(trials * batch, -1)
+        fits = torch.mm(spread, of.table).view(trials, batch, -1, m).amin(-1)
+        _, chosen = torch.minimum(fits, self.cap).max(-1)
+        inverse = of.inverses[self.target, chosen].view(-1, m, m)
+        right = gaps.view(-1, 1, m)
+        found = torch.bmm(right, inverse)
+        left = torch.baddbmm(right, found, gram, alpha=-1)
+        found = torch.baddbmm(found, left, inverse).clamp_min(0.0)
+        grown = torch.bmm(found, packed)
+        coefficients = grown[..., 2 * m :].view(trials, batch, n)
+        edited = torch.baddbmm(self.wide, coefficients, of.steering[trials])
+        return edited, (right, found, grown), chosen, towards
+
+
+def _rounds(realise: Realise, dtype: torch.dtype) -> bool:
+    """Whether it only rounds to the stream's dtype."""
+    return fused.places(realise) and realise.base is None and realise.dtype == dtype
+
+
+def _given(floor: Tensor | OddsRule, like: Tensor) -> Tensor:
+    """Log α as it is given, (B, 1) or (B, m)."""
+    if isinstance(floor, OddsRule):
+        return floor.log_odds.expand_as(like)
+    return floor if floor.ndim == 2 else floor.unsqueeze(-1)
+
+
+def _finite(after: Tensor) -> Tensor:
+    """Readings, of which those of what the dtype cannot hold reach no floor."""
+    return torch.nan_to_num(after, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _missing(missing: Tensor, wrong: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What is missing, (B, 1), whether that is a number, and whether there is to be an edit."""
+    if wrong is not None:
+        missing = missing.masked_fill(wrong.unsqueeze(-1) if wrong.ndim else wrong, torch.nan)
+    finite = torch.nan_to_num(missing, nan=-1.0, posinf=-1.0, neginf=-1.0)
+    return finite, finite == missing, finite > 0
