@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # the bound on rounding to nearest, and what else may be missing is tiny and of any size; in half
 # precision it is what most errors stay below, and their bound is 2 √d times that.
 FINE_STEPS = (0.0, 1.0, 7.0, 60.0, 1e3, 3e4, 1e6, 1e8)
+# In float64 a product's own rounding, which hangs on its company, is of the first aim's size.
+DOUBLE_STEPS = (1.0, 3.0, *FINE_STEPS[2:])
 COARSE_STEPS = (0.0, 1.0, 3.0, 7.0, 15.0, 50.0, 250.0, 2000.0)
 # A constraint without length is measured so much finer than the others that any gap is too large.
 EMPTY = 1e12
@@ -72,7 +74,7 @@ class Blind:
         inverses: M_SS⁻¹, (K, S + 1, m, m), zero for the last set.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
-        steps: how far above the floors trials aim, of fine dtypes and of others, (R, 1, 1).
+        steps: how far above the floors trials aim, in float64, float32 and half, (R, 1, 1).
         status: each :class:`Status`, (); what is asked for and not reached has that of ``failed``.
         zero, one: these numbers, ().
     """
@@ -85,7 +87,7 @@ class Blind:
     table: Tensor
     inverses: Tensor
     constants: tuple[Tensor, ...]
-    steps: dict[bool, Tensor]
+    steps: list[Tensor]
     status: tuple[Tensor, ...]
     failed: Tensor
     zero: Tensor
@@ -143,7 +145,7 @@ class Blind:
             table = sets.transforms.reshape(n * m, count * m)
             table = torch.nn.functional.pad(table, (0, m))
             inverses = torch.nn.functional.pad(sets.inverses, (0, 0, 0, 0, 0, 1))
-        columns, kinds = weight.mT.contiguous(), ((True, FINE_STEPS), (False, COARSE_STEPS))
+        columns, kinds = weight.mT.contiguous(), (DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS)
         return cls(
             read={count: columns.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
             bias=bias,
@@ -153,7 +155,7 @@ class Blind:
             table=table,
             inverses=inverses,
             constants=constants,
-            steps={fine: weight.new_tensor(kind).view(-1, 1, 1) for fine, kind in kinds},
+            steps=[weight.new_tensor(kind).view(-1, 1, 1) for kind in kinds],
             status=status,
             failed=failed,
             zero=weight.new_zeros(()),
@@ -217,7 +219,8 @@ class _Two:
 
     def trials(self, gap: Tensor, units: Tensor) -> Tensor:
         """The gaps that are tried, (R, B, m)."""
-        return torch.addcmul(gap, units, self.of.steps[self.precision < FINE], value=self.share)
+        kind = 2 if self.precision >= FINE else int(self.x.dtype != torch.float64)
+        return torch.addcmul(gap, units, self.of.steps[kind], value=self.share)
 
     def solve(
         self, floor: Tensor | OddsRule, repeats: bool, wrong: Tensor | None

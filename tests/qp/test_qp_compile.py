@@ -93,8 +93,8 @@ def test_the_guard_sees_a_look() -> None:
 def test_every_kind_of_problem_comes_out_as_where_values_are_seen(
     blind: None, kind: str, n_classes: int, dtype: torch.dtype, placed: str
 ) -> None:
-    task = problem_of_kind(kind, n_classes, dtype)
     torch.manual_seed(n_classes)
+    task = problem_of_kind(kind, n_classes, dtype)
     base = (3 * torch.randn(task.x.shape)).to(dtype)
     realise = None if placed == "plain" else Placement(base, 1.0, dtype)
     shape, qp = geometry_of(task), MahalanobisQP(n_classes)
