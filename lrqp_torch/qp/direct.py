@@ -172,20 +172,14 @@ def _solved(
     if placing is not None and placing.base is not None:
         base = native.rows_of(placing.base.detach())
         task.base, task.base_stride, task.scale = base.data_ptr(), base.stride(0), placing.scale
-    ended = None
     if repeats:
-        aims, room = torch.empty_like(multipliers), min(m, native.FIRST_SLOTS)
-        task.aims = aims.data_ptr()
-        while True:
-            index, inverse = _CLASSES.new_empty(batch, room), numbers.new_empty(batch, room, room)
-            task.slots, task.index, task.inverse = room, index.data_ptr(), inverse.data_ptr()
-            outcome = native.solve(shared, task)
-            if outcome // 8 <= room:
-                break
-            room = outcome // 8
-        ended = Ended(index, index < m, inverse, aims)
-    else:
-        outcome = native.solve(shared, task)
+        aims, index = torch.empty_like(multipliers), _CLASSES.new_empty(batch, m)
+        task.aims, task.slots, task.index = aims.data_ptr(), m, index.data_ptr()
+    outcome, ended = native.solve(shared, task), None
+    if repeats:
+        # As many slots as the largest active set needs: all that a graph keeps of where it ended.
+        index = index[:, : max(outcome // 8, 1)].contiguous()
+        ended = Ended(index, index < m, None, aims)
     solution = object.__new__(kind)
     vars(solution).update(
         x_new=result,
@@ -221,7 +215,7 @@ def derivative(
     """
     assert ended.index is not None
     begun = native.Gradient(len(x), 1, ended.index.shape[1], kind=native.KINDS[x.dtype])
-    held, source = (target.contiguous(), ended.index, ended.inverse), None
+    held, source = (target.contiguous(), ended.index), None
     if isinstance(floor, OddsRule):
         begun.ruled, begun.mirror, begun.log_odds = 1, floor.mirror, floor.log_odds.item()
         source = None if floor.source is None else floor.source.expand(len(x)).long().contiguous()
@@ -233,7 +227,7 @@ def derivative(
         x, edited = native.rows_of(x), gradients[0]
         others = [None if part is None else part.contiguous() for part in gradients[1:]]
         task, result = native.Gradient.from_buffer_copy(begun), x.new_empty(x.shape)
-        task.target, task.index, task.inverse = map(native.address, held)
+        task.target, task.index = map(native.address, held)
         task.source, task.result = native.address(source), result.data_ptr()
         task.x, task.stride = x.data_ptr(), x.stride(0)
         task.multipliers, task.floor = multipliers.data_ptr(), floors.data_ptr()

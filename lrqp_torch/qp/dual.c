@@ -49,7 +49,7 @@ typedef struct {
     double *aims;           /* (B, m): floors that the last solve aimed at, or NULL */
     i64 slots;              /* room for the active sets, or 0 */
     i64 *index;             /* (B, slots), m where a slot is empty */
-    double *inverse;        /* (B, slots, slots) */
+    double *inverse;        /* (B, slots, slots), or NULL */
     const void *x;          /* activations (B, d), or NULL */
     void *result;           /* edited ones (B, d) */
     const void *base;       /* what the stream adds to scale * (what is written), (B, d), or NULL */
@@ -511,7 +511,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     if (t->each > 1) numbers[3 * all] = floors[0];
     numbers[4 * all] = numbers[5 * all] = least;
     for (i64 i = 0; i < t->slots; i++) t->index[b * t->slots + i] = m;
-    if (t->slots) memset(t->inverse + b * t->slots * t->slots, 0, sizeof(double) * t->slots * t->slots);
+    if (t->inverse) memset(t->inverse + b * t->slots * t->slots, 0, sizeof(double) * t->slots * t->slots);
     if (again) memcpy(w->start, multipliers, sizeof(double) * m);
     memset(multipliers, 0, sizeof(double) * m);
     if (!(*verdict & NEEDED)) {
@@ -601,7 +601,7 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
         for (i64 i = 0; i < k; i++) {
             i64 q = w->held[i];
             t->index[b * slots + i] = s->classes ? q - (q > target) : q;
-            for (i64 j = 0; j < k; j++)
+            for (i64 j = 0; t->inverse && j < k; j++)
                 t->inverse[(b * slots + i) * slots + j] =
                     w->inverse[i * w->cap + j] * w->scale[q] * w->scale[w->held[j]];
         }
@@ -1514,7 +1514,7 @@ typedef struct {
     i64 count, each, slots, ruled, mirror, kind, stride, gradient_stride;
     double log_odds;
     const i64 *target, *source, *index;
-    const double *inverse, *multipliers, *floor;
+    const double *multipliers, *floor;
     /* Of what is differentiated, gradients of edits (B, d), multipliers (B, m), and squared distances,
      * floors and log odds before (B); each may be NULL. */
     const void *gradient;
@@ -1541,15 +1541,48 @@ static double between(const Shared *s, i64 target, i64 p, i64 q) {
     return (s->matrix[target * n + p] + (s->matrix[target * n + q] - s->matrix[p * n + q])) / 2;
 }
 
+/* inverse = -M_AA^-1 of the constraints in k slots, (k, k), by sweeps from the largest pivot on; M_AA is
+ * taken in constraints of unit length. What depends on others to rounding is left out. */
+static void invert(const Shared *s, i64 target, const i64 *index, i64 k, double *restrict inverse,
+                   double *restrict scale) {
+    for (i64 i = 0; i < k; i++) scale[i] = 1 / sqrt(between(s, target, index[i], index[i]));
+    for (i64 i = 0; i < k; i++)
+        for (i64 j = 0; j <= i; j++)
+            inverse[i * k + j] = inverse[j * k + i] =
+                between(s, target, index[i], index[j]) * (scale[i] * scale[j]);
+    for (i64 step = 0; step < k; step++) {
+        /* What has been swept is negative. */
+        i64 at = 0;
+        for (i64 i = 1; i < k; i++)
+            if (inverse[i * (k + 1)] > inverse[at * (k + 1)]) at = i;
+        double pivot = inverse[at * (k + 1)], *restrict own = inverse + at * k;
+        if (!(pivot > EPSILON)) break;
+        for (i64 i = 0; i < k; i++) {
+            double *restrict row = inverse + i * k, part = own[i] / pivot;
+            if (i == at) continue;
+            for (i64 j = 0; j < k; j++) row[j] -= part * own[j];
+            row[at] = part;
+        }
+        for (i64 j = 0; j < k; j++) own[j] /= pivot;
+        own[at] = -1 / pivot;
+    }
+    for (i64 i = 0; i < k; i++)
+        for (i64 j = 0; j < k; j++) {
+            int swept = inverse[i * (k + 1)] < 0 && inverse[j * (k + 1)] < 0;
+            if (i != j) inverse[i * k + j] = swept ? inverse[i * k + j] * (scale[i] * scale[j]) : 0;
+        }
+    for (i64 i = 0; i < k; i++) inverse[i * (k + 1)] = fmin(inverse[i * (k + 1)], 0) * (scale[i] * scale[i]);
+}
+
 /* result = gradient - v'A with v = M_AA^-1 (A S gradient), and what floors depend on: see implicit.py.
- * space is for d + 2 R + 3 slots numbers and what an activation is loaded into. */
+ * space is for d + 2 R + (4 + slots) slots numbers and what an activation is loaded into. */
 static void differentiate(const Shared *s, const Gradient *t, i64 b, double *space) {
     i64 d = s->width, m = s->m, rows = s->rows, slots = t->slots, target = t->target[b], k = 0, edited = 0;
     i64 bytes = bytes_of(t->kind);
     const i64 *index = t->index + b * slots;
-    const double *inverse = t->inverse + b * slots * slots, *multipliers = t->multipliers + b * m;
+    const double *multipliers = t->multipliers + b * m;
     double *g = space, *parts = g + d, *logits = parts + rows, *u = logits + rows, *v = u + slots;
-    double *rest = v + slots, *x = rest + slots, floors = t->of_floor ? t->of_floor[b] : 0;
+    double *rest = v + slots, *scale = rest + slots, *inverse = scale + slots, *x = inverse + slots * slots, floors = t->of_floor ? t->of_floor[b] : 0;
     double before = t->of_before ? t->of_before[b] : 0, sign = target ? -1 : 1, own = 0;
     memset(g, 0, sizeof(double) * (d + rows));
     if (t->gradient) load((const char *)t->gradient + b * t->gradient_stride * bytes, t->kind, d, g);
@@ -1565,13 +1598,14 @@ static void differentiate(const Shared *s, const Gradient *t, i64 b, double *spa
         else
             u[i] += own - dot(s->steering + (l + (l >= target)) * d, g, d);
     }
-    for (i64 i = 0; i < k; i++) v[i] = dot(inverse + i * slots, u, k);
+    invert(s, target, index, k, inverse, scale);
+    for (i64 i = 0; i < k; i++) v[i] = -dot(inverse + i * k, u, k);
     for (i64 i = 0; i < k; i++) {
         rest[i] = u[i];
         for (i64 j = 0; j < k; j++) rest[i] -= between(s, target, index[i], index[j]) * v[j];
     }
     for (i64 i = 0; i < k; i++) {
-        double part = v[i] + dot(inverse + i * slots, rest, k);
+        double part = v[i] - dot(inverse + i * k, rest, k);
         if (t->of_squared) part += 2 * t->of_squared[b] * multipliers[index[i]];
         if (t->each == 1) floors += part;
         if (s->classes > 2) parts[index[i] + (index[i] >= target)] += part;
@@ -1618,7 +1652,8 @@ typedef struct {
 static void *differentiate_share(void *given) {
     Share *share = given;
     const Shared *s = share->shared;
-    double *space = malloc(sizeof(double) * (2 * s->width + 2 * s->rows + 3 * share->task->slots));
+    i64 slots = share->task->slots;
+    double *space = malloc(sizeof(double) * (2 * s->width + 2 * s->rows + (4 + slots) * slots));
     share->sound = space != NULL;
     for (i64 b = share->from; space && b < share->to; b++) differentiate(s, share->task, b, space);
     free(space);

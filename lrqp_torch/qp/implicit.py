@@ -79,6 +79,25 @@ def active_multipliers(gram: Tensor, gap: Tensor, inverse: Tensor, active: Tenso
     return result
 
 
+@torch.no_grad()
+def inverse_of(block: Tensor, held: Tensor) -> Tensor:
+    """M_AA⁻¹ of the constraints that are held, zero elsewhere; a pseudo-inverse if it has none.
+
+    Args:
+        block: M between the constraints in some slots, (B, n, n); any numbers where none is held.
+        held: which slots hold one, (B, n) bool.
+    """
+    both = held.unsqueeze(-1) & held.unsqueeze(-2)
+    scale = torch.where(held, block.diagonal(dim1=-2, dim2=-1), 1.0).rsqrt()
+    unit = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    apart = torch.where(both, block * unit, torch.eye(held.shape[-1]).to(block))
+    inverse, failed = torch.linalg.inv_ex(apart)
+    if not in_transforms() and bool(failed.any()):
+        rows = failed.nonzero().squeeze(-1)
+        inverse = inverse.index_copy(0, rows, torch.linalg.pinv(apart[rows], hermitian=True))
+    return torch.where(both, inverse * unit, 0.0)
+
+
 @dataclass(frozen=True)
 class ActiveBlock:
     """The active set of each problem."""
@@ -87,7 +106,8 @@ class ActiveBlock:
     # i.
     index: Tensor | None
     held: Tensor  # which slots hold an active constraint, (B, n) bool
-    inverse: Tensor  # M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n)
+    # M_AA⁻¹ of the slots' constraints and zero elsewhere, (B, n, n); None: from M when asked.
+    inverse: Tensor | None
 
     def multipliers(self, constraints: "Constraints", gap: Tensor) -> Tensor:
         """λ of these active sets, (B, m), differentiable in M and g; zero elsewhere."""
@@ -98,11 +118,13 @@ class ActiveBlock:
             held = self.held & (self.index == 0) if self.index is not None else self.held
             return torch.where(held, gap / torch.where(held, gram, 1.0), 0.0)
         if self.index is None:
+            assert self.inverse is not None
             found = active_multipliers(constraints.gram, gap, self.inverse, self.held)
             return found.clamp_min(0.0)
         right = gap.gather(-1, self.index.clamp_max(m - 1))
         block = constraints.block(self.index)
-        found = active_multipliers(block, right, self.inverse, self.held).clamp_min(0.0)
+        inverse = inverse_of(block, self.held) if self.inverse is None else self.inverse
+        found = active_multipliers(block, right, inverse, self.held).clamp_min(0.0)
         return gap.new_zeros(len(gap), m + 1).scatter(-1, self.index, found)[:, :m]
 
 

@@ -148,7 +148,7 @@ class Gradient(ctypes.Structure):
         *((name, _number) for name in ("count", "each", "slots", "ruled", "mirror", "kind")),
         *((name, _number) for name in ("stride", "gradient_stride")),
         ("log_odds", ctypes.c_double),
-        *((name, _address) for name in ("target", "source", "index", "inverse", "multipliers")),
+        *((name, _address) for name in ("target", "source", "index", "multipliers")),
         *((name, _address) for name in ("floor", "gradient", "of_multipliers", "of_squared")),
         *((name, _address) for name in ("of_floor", "of_before", "x", "result")),
     )

@@ -247,3 +247,34 @@ def test_one_call_gives_the_derivatives_of_the_operations(
         (other,) = torch.autograd.grad(chosen, x, weights, create_graph=True)
         assert before and calls.call_count == before
         torch.testing.assert_close(found, other.detach(), rtol=1e-9, atol=1e-9)
+
+
+@needs_compiler
+def test_many_active_constraints_are_solved_for_once_with_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = random_problem(60, 64, 24, seed=3, condition=3)
+    task.x, task.bias, task.floor = task.x / 9, task.bias / 9, task.floor + 8
+    geometry = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+    qp, calls = MahalanobisQP(60), mock.Mock(side_effect=native.solve)
+    monkeypatch.setattr(native, "solve", calls)
+    along = torch.randn(2, 64, dtype=torch.float64) / 100
+    rows = torch.arange(24)
+
+    def edit(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = qp.solve(task.x[rows] + part @ along, task.target[rows], task.floor[rows], geometry)
+        return found.x_new @ along.T, found.multipliers, found.squared_distance
+
+    part = torch.zeros(24, 2, dtype=torch.float64, requires_grad=True)
+    plain, (_, multipliers, _) = edit(part.detach()), edit(part)
+    assert calls.call_count == 2
+    counts = (multipliers > 0).sum(-1)
+    assert counts.max() > 16 and all(map(torch.equal, plain[1:], edit(part)[1:]))
+    rows = counts.topk(2).indices
+    part = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(edit, part) and torch.autograd.gradgradcheck(edit, part)
+    # Alone and in company the derivative has the same bits, and none is kept of other examples.
+    (own,) = torch.autograd.grad(edit(part)[0].sum(), part)
+    rows, whole = torch.arange(24), torch.zeros(24, 2, dtype=torch.float64, requires_grad=True)
+    (every,) = torch.autograd.grad(edit(whole)[0].sum(), whole)
+    assert torch.equal(own, every[counts.topk(2).indices])
