@@ -448,11 +448,14 @@ class Covariance:
         x = as_numbers(x, "activations").detach()
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
+        if x.shape[0] > WAITING:
+            # Before any part is added; and through rows that stay near the processor.
+            check_finite(x)
+            for part in x.split(WAITING):
+                self.update(part)
+            return self
         begin, end = self._waiting, self._waiting + x.shape[0]
-        if end - begin >= WAITING:
-            self._add_waiting()
-            self._add(self._room(len(x)), x)
-        elif end > begin:
+        if end > begin:
             if end > self._rows.shape[0]:
                 self._add_waiting()
                 self._rows = self._rows if len(self._rows) else self._room(WAITING)
@@ -479,18 +482,14 @@ class Covariance:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _add(self, rows: Tensor, x: Tensor | None = None) -> None:
-        """Add activations that stand in rows, which are written over; or x, which is put there."""
+    def _add(self, rows: Tensor) -> None:
+        """Add activations that stand in rows, which are written over."""
         width = self.width
         y = rows[:, :width]
-        if x is not None:
-            y.copy_(x)
         # Of nothing, another shift costs nothing.
         about = self._mean if self._counted else y[0].clone()
         y -= about
         squares = torch.linalg.vecdot(y, y)
-        if x is not None and not math.isfinite(squares.sum().item()):
-            check_finite(x)
         rows[:, width + 1] = squares
         self._moments.addmm_(rows.T, rows)
         self._mean = about
