@@ -115,8 +115,8 @@ def measure(count: int, n: int, width: int, arguments: Namespace) -> list[Row]:
 
 
 def accumulating(batch: int, width: int, arguments: Namespace) -> Row:
-    """Adding 1,024 float32 activations in batches, and the bare products of these in float64."""
-    x = torch.randn(1024, width, device=arguments.device)
+    """Adding float32 activations in batches, and the bare products of these in float64."""
+    x = torch.randn(max(batch, 1024), width, device=arguments.device)
     parts, second = x.split(batch), x.new_zeros(width, width, dtype=torch.float64)
     wide = x.double().split(batch)
     found = Covariance(width, x.device).update(x)
@@ -166,11 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts, n, width = ((1, 4), 500, 128) if arguments.small else ((1, 8, 24), 3000, 768)
     rows = [row for count in counts for row in measure(count, n, width, arguments)]
     report(f"Fitting probes to {n} x {width}, K = 2", rows, arguments)
-    widths = (576,) if arguments.small else (576, 2048, 4096)
-    batches = (1, 16, 64, 1024)
+    widths = (576,) if arguments.small else (256, 576, 1024, 2048, 4096)
+    batches = (1, 4, 16, 64, 256, 1024, 4096)
     rows = [accumulating(batch, width, arguments) for width in widths for batch in batches]
-    report("Adding 1,024 activations to a covariance", rows, arguments)
-    rows = [loading(width, arguments) for width in widths]
+    report("Adding activations to a covariance", rows, arguments)
+    rows = [loading(width, arguments) for width in widths[-3:]]
     report("Loading a saved edit, K = 2", rows, arguments)
 
 

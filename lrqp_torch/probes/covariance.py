@@ -31,8 +31,9 @@ Shrinkage = Literal["ledoit_wolf", "oas"] | float
 MOMENTS = ("mean", "second", "third", "fourth")
 # Which share of all squares may come from the distance of the mean to where moments are about.
 FAR = 0.75
-# So few activations wait for more, and are added with them in one product.
-WAITING = 256
+# So few activations wait for more, and are added with them in one product; on other devices than a
+# CPU, where asking costs more than computing.
+WAITING, ELSEWHERE = 256, 1024
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
 
@@ -448,17 +449,18 @@ class Covariance:
         x = as_numbers(x, "activations").detach()
         if x.ndim != 2 or x.shape[1] != self.width:
             raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
-        if x.shape[0] > WAITING:
+        room = WAITING if self._mean.device.type == "cpu" else ELSEWHERE
+        if x.shape[0] > room:
             # Before any part is added; and through rows that stay near the processor.
             check_finite(x)
-            for part in x.split(WAITING):
+            for part in x.split(room):
                 self.update(part)
             return self
         begin, end = self._waiting, self._waiting + x.shape[0]
         if end > begin:
             if end > self._rows.shape[0]:
                 self._add_waiting()
-                self._rows = self._rows if len(self._rows) else self._room(WAITING)
+                self._rows = self._rows if len(self._rows) else self._room(room)
                 begin, end = 0, end - begin
             rows = self._rows[begin:end, : self.width].copy_(x)
             # A finite sum has finite terms; one that is not may have overflowed.

@@ -74,6 +74,25 @@ def test_streaming_equals_one_batch(sizes: list[int]) -> None:
     assert_same_moments(accumulator, Covariance(6).update(x))
 
 
+@pytest.mark.parametrize("sizes", [[700], [1, 256, 257, 186], [255, 1, 444], [300, 400]])
+def test_more_activations_than_are_added_together(sizes: list[int]) -> None:
+    """By the moments' formulas; and nothing is added of a batch that ends in NaN."""
+    x, accumulator = sample(700, 6), Covariance(6)
+    for part in x.split(sizes):
+        accumulator.update(part)
+    broken = sample(700, 6)
+    broken[-1, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"1 of 700.*\[699\]"):
+        accumulator.update(broken)
+    y = x - x.mean(0)
+    squares = y.square().sum(1)
+    assert accumulator.n_samples == 700
+    assert torch.allclose(accumulator.mean, x.mean(0))
+    assert torch.allclose(accumulator.second, y.T @ y)
+    assert torch.allclose(accumulator.third, squares @ y)
+    assert torch.allclose(accumulator.fourth, squares.square().sum())
+
+
 def test_merging_is_associative_and_commutative() -> None:
     a, b, c = (sample(n, 5, seed) + seed for seed, n in enumerate((30, 50, 7)))
 
