@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from threading import RLock
 from typing import Any, Literal, Self, cast
 
@@ -34,6 +35,8 @@ FAR = 0.75
 # So few activations wait for more, and are added with them in one product; on other devices than a
 # CPU, where asking costs more than computing.
 WAITING, ELSEWHERE = 256, 1024
+# Into how many strips their product is cut, of which each is a product.
+STRIPS = 4
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
 
@@ -420,9 +423,12 @@ class Covariance:
     @torch.inference_mode(False)
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
-        # One product of rows (y, 1, ‖y‖², 0, …) with themselves has all moments: Σ y yᵀ; below it
-        # Σ y, n and Σ ‖y‖²; below that Σ ‖y‖² y, … and Σ ‖y‖⁴. Products like their widths even.
+        # One product of rows (y, 1, ‖y‖², 0, …) with themselves has all moments: Σ y yᵀ; beside it
+        # Σ y, n and Σ ‖y‖²; beside that Σ ‖y‖² y, … and Σ ‖y‖⁴. Products like their widths even.
+        # It is symmetric: strips of it are added from the diagonal on, and what is to the left of
+        # them is put there when the moments are shifted.
         wide = width + 2 + -(width + 2) % 8
+        self._strips = [wide * part // STRIPS // 8 * 8 for part in range(STRIPS)] + [wide]
         self._moments = self._mean.new_zeros(wide, wide)
         # How many are in the moments; and how many since the last shift, before which Σ y was 0.
         self._counted = self._added = 0
@@ -493,10 +499,11 @@ class Covariance:
         y -= about
         squares = torch.linalg.vecdot(y, y)
         rows[:, width + 1] = squares
-        self._moments.addmm_(rows.T, rows)
+        for begin, end in pairwise(self._strips):
+            self._moments[begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
         self._mean = about
         self._counted, self._added = self._counted + len(rows), self._added + len(rows)
-        gone = self._moments[width, :width]
+        gone = self._moments[:width, width]
         share = gone.dot(gone) / self._counted / self._moments[width, width + 1]
         if share.item() > FAR and self._added > 1:
             self._shift()
@@ -525,7 +532,7 @@ class Covariance:
         self._counted, width = n_samples, self.width
         self._mean = moments["mean"].to(self._mean, copy=True)
         self._moments[:width, :width] = moments["second"]
-        self._moments[width + 1, :width] = moments["third"]
+        self._moments[:width, width + 1] = moments["third"]
         self._moments[width + 1, width + 1] = moments["fourth"]
         self._moments[width, width + 1] = moments["second"].diagonal().sum()
 
@@ -540,7 +547,9 @@ class Covariance:
     def _shift(self) -> None:
         """Shift all moments to the mean of what was added."""
         if self._added:
-            sums = self._moments[self.width, : self.width]
+            for begin, end in pairwise(self._strips):
+                self._moments[end:, begin:end] = self._moments[begin:end, end:].T
+            sums = self._moments[: self.width, self.width]
             delta, self._added = sums / self._counted, 0
             sums.zero_()
             self._move(delta, -1.0)
@@ -548,7 +557,7 @@ class Covariance:
     def _move(self, delta: Tensor, sign: float) -> None:
         """Shift y to y − δ where Σ y is 0 (sign 1), or, as its mean is δ, becomes so (sign −1)."""
         n, width, moments = self._counted, self.width, self._moments
-        second, third = moments[:width, :width], moments[width + 1, :width]
+        second, third = moments[:width, :width], moments[:width, width + 1]
         length, pulled, trace = delta.square().sum(), second @ delta, second.diagonal().sum()
         # Σ y adds −4 (δᵀ Σ y) ‖δ‖² to the fourth moment, and 2 δ δᵀ Σ y + ‖δ‖² Σ y to the third.
         odd = 0.0 if sign > 0 else 1.0
@@ -577,7 +586,7 @@ class Covariance:
     @property
     def third(self) -> Tensor:
         """Σ ‖y‖² y, (d,)."""
-        return self._settle()[self.width + 1, : self.width]
+        return self._settle()[: self.width, self.width + 1]
 
     @property
     def fourth(self) -> Tensor:
