@@ -386,8 +386,9 @@ class Launcher:
         options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1}
         if shape.registers is not None:
             options["maxnreg"] = shape.registers
-        if out == torch.float64 and scale != 1:
-            # What the model rounds twice must not be fused into one operation.
+        if scale != 1:
+            # What the model rounds twice must not be fused into one operation; LLVM makes a
+            # product and a sum in float64 that are rounded to float32 operations of float32.
             options["enable_fp_fusion"] = False
         device, own = tensors[0].device, BEFORE_CONSTANTS
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
