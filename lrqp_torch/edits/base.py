@@ -22,7 +22,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.covariance import Exact
 from lrqp_torch.qp import Solution
 from lrqp_torch.qp.direct import Line
-from lrqp_torch.qp.fused import StreamRows
+from lrqp_torch.qp.fused import Laid, StreamRows
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.following import Rows
@@ -185,7 +185,7 @@ class Edit(Exact, Shared, Generic[Asked]):
 
     def edit_stream(
         self, rows: StreamRows, target: Tensor, source: Tensor | None, **given: Any
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Laid | None] | None:
         """:meth:`edit_rows` and what surrounds it in one launch; None where there is no such thing.
 
         Args:
@@ -195,8 +195,13 @@ class Edit(Exact, Shared, Generic[Asked]):
             given: see :meth:`bind`.
 
         Returns:
-            What is written of the stream, with edited rows in place.
+            What is written of the stream, with edited rows in place; and the launch, where it may
+            be done again as long as :meth:`made_of` stays what it is.
         """
+        return None
+
+    def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]] | None:
+        """The tensors that the edit is made of, and what else; None where that is not all."""
         return None
 
     def asked_at(self, asked: Any, rows: EditContext | Rows | StreamRows) -> Tensor:

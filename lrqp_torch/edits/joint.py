@@ -30,7 +30,7 @@ from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
 from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused, native
 from lrqp_torch.qp.direct import Line
-from lrqp_torch.qp.fused import StreamRows, VariableRules
+from lrqp_torch.qp.fused import Laid, StreamRows, VariableRules
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.stacked import FREE, KEEP, JointSolution, StackedGeometry, StackedRule
 from lrqp_torch.stream.following import Rows
@@ -269,7 +269,7 @@ class JointLRQP(Edit[Targets]):
         *,
         asked: Mapping[str, Any] | None = None,
         **given: Any,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Laid | None] | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         floors, stream = self._floors(), rows.stream
         traced, own = self.metric.traced, self._tensors()
@@ -286,7 +286,7 @@ class JointLRQP(Edit[Targets]):
         wanted = None
         if asked:
             wanted = self.asked_at(asked, rows)
-        return fused.edit_stream(
+        whole, _ = fused.edit_stream(
             rows,
             target,
             torch.stack(floors),
@@ -295,6 +295,8 @@ class JointLRQP(Edit[Targets]):
             live=geometry.live(own[: len(floors)], own[len(floors) :]),
             variables=(self._rules(), geometry.prepared(target, source), wanted),
         )
+        # Not to be done again: its weights are put together anew for each pass.
+        return whole, None
 
     def asked_at(self, asked: Mapping[str, Any], rows: EditContext | Rows | StreamRows) -> Tensor:
         """See :meth:`Edit.asked_at`: (N, V), NaN where a variable keeps its own rule."""

@@ -39,7 +39,7 @@ from lrqp_torch.qp import (
     native,
 )
 from lrqp_torch.qp.direct import Line
-from lrqp_torch.qp.fused import OddsRule, StreamRows
+from lrqp_torch.qp.fused import Laid, OddsRule, StreamRows
 from lrqp_torch.qp.geometry import probe_geometry
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
@@ -267,7 +267,7 @@ class LRQP(Edit[Classes]):
         *,
         asked: Tensor | float | None = None,
         **given: Any,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Laid | None] | None:
         """See :meth:`Edit.edit_stream`; where the kernel serves and no gradient is asked for."""
         stream, live = rows.stream, (self.probe.weight, self.probe.bias)
         geometry = self._geometry.known(live, self.metric, stream.device)
@@ -292,18 +292,22 @@ class LRQP(Edit[Classes]):
 
     def _own_line(self) -> Line | None:
         """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
-        # A module asks itself for its parts by a detour of a microsecond each.
-        modules: dict[str, Any] = self._modules
-        numbers, qp = modules["probe"]._parameters, modules["qp"]
-        # What its metric is traced by, see there; looking does not read Σ.
-        traced = vars(modules["metric"])["_buffers"].get("covariance")
-        parts = numbers.get("weight"), numbers.get("bias"), traced, self._buffers["log_odds"]
-        own = self.rule, qp, qp.solver
+        parts, own = self.made_of()
         line = self._line
         if line is not None and line.holds(parts, own):
             return line if native.library() is not None else None
         vars(self)["_line"] = line = self._new_line(parts, own)
         return line
+
+    def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
+        """See :meth:`Edit.made_of`; without looking at Σ."""
+        # A module asks itself for its parts by a detour of a microsecond each.
+        modules: dict[str, Any] = self._modules
+        numbers, qp = modules["probe"]._parameters, modules["qp"]
+        # What its metric is traced by, see there.
+        traced = vars(modules["metric"])["_buffers"].get("covariance")
+        parts = numbers.get("weight"), numbers.get("bias"), traced, self._buffers["log_odds"]
+        return parts, (self.rule, qp, qp.solver, self.on_infeasible)
 
     def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
         probe = self.probe.weight, self.probe.bias

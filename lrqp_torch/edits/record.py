@@ -1,6 +1,7 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
 import ctypes
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lrqp_torch.edits.failures import raise_failures, worst_allowed
 from lrqp_torch.errors import (
@@ -21,6 +23,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.qp import Solution, Status, fused, native
 from lrqp_torch.qp.direct import FEW_NUMBERS, Line
+from lrqp_torch.qp.geometry import Trace
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
@@ -111,6 +114,7 @@ class EditRun:
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
         self._line: Line | None = None
         self._laid: _Laid | None = None
+        self._launch: _Launch | None = None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
             next(kind for kind in type(edit).__mro__ if name in vars(kind))
@@ -147,16 +151,38 @@ class EditRun:
         compiled = stream.is_cpu and (self._laid is not None or not fused.interpreted())
         if compiled or not fused.serves(stream, self.edit.n_classes):
             return self._in_one_call(stream, residual, scale, at, forward_pass)
+        whole = self._once_more(stream, residual, scale, at, forward_pass)
+        if whole is not None:
+            return whole
         self._place(stream.device)
         count = at.index.shape[0]
         block = self._rows.room(count, stream.device, len(self.names))
         places = at.example, at.column, at.index, at.request, at.shown
         record = block.rows, block.count, forward_pass
         rows = fused.StreamRows(stream, residual, scale, *places, record)
-        whole = self.edit.edit_stream(rows, self._target, self._source, **self.given)
-        if whole is not None:
-            self._rows.wrote(block, count)
-            self._dtype = whole.dtype
+        found = self.edit.edit_stream(rows, self._target, self._source, **self.given)
+        if found is None:
+            return None
+        whole, laid = found
+        self._rows.wrote(block, count)
+        self._dtype = whole.dtype
+        self._launch = _Launch.of(laid, self, rows, at)
+        return whole
+
+    def _once_more(
+        self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
+    ) -> Tensor | None:
+        """:meth:`edit_stream` by the launch of the pass before, where little else is to be told."""
+        launch = self._launch
+        if launch is None or not launch.serves(self.edit, stream, residual, scale, at):
+            return None
+        count = launch.laid.count
+        block, whole = self._rows.room(count, stream.device, len(self.names)), stream.clone()
+        record = block.rows, block.count, forward_pass
+        if not launch.laid.again(stream, residual, whole, at.address, at.shown, record):
+            return None
+        self._rows.wrote(block, count)
+        self._dtype = stream.dtype
         return whole
 
     def _in_one_call(
@@ -633,6 +659,74 @@ class _Laid(NamedTuple):
     table: Callable[[], Any]  # makes memory for what a pass records: a tensor takes longer
     n_rows: int
     variables: int  # as of a `_Block`
+
+
+class _Launch(NamedTuple):
+    """A launch on a GPU, and all that has to be as it was when it is to be done again."""
+
+    laid: fused.Laid
+    trace: Trace  # of the tensors that the edit is made of
+    own: tuple[object, ...]  # and what else it is made of
+    at: Rows
+    shown: bool  # whether only some of them count
+    like: tuple[object, ...]  # see `_likeness`
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a run launches by itself.
+        return type(None), ()
+
+    @staticmethod
+    def of(
+        laid: fused.Laid | None, run: EditRun, rows: fused.StreamRows, at: Rows
+    ) -> "_Launch | None":
+        """That of an edit, or None where it is not to be done again."""
+        made = run.edit.made_of()
+        if laid is None or made is None or run.given or not rows.stream.is_contiguous():
+            return None
+        parts, own = made
+        sound = [part for part in parts if part is not None]
+        index, shown, whole = rows.index, at.shown, torch.int64
+        simple = index.dtype == whole and index.is_contiguous()
+        simple = simple and (shown is None or (shown.dtype == torch.bool and shown.is_contiguous()))
+        like = _likeness(rows.stream, rows.residual, rows.scale)
+        if len(sound) < len(parts) or like is None or not simple:
+            return None
+        return _Launch(laid, Trace(index.device, *sound), own, at, shown is not None, like)
+
+    def serves(
+        self, edit: "Edit[Any]", stream: Tensor, residual: Tensor | None, scale: float, at: Rows
+    ) -> bool:
+        """Whether it does for another pass."""
+        if at is not self.at:
+            # Tokens that are numbered one after another, at the same places of a stream.
+            numbered = isinstance(at.numbers, int) and isinstance(self.at.numbers, int)
+            if not numbered or not all(map(operator.is_, at.places, self.at.places)):
+                return False
+            if (at.shown is not None) != self.shown:
+                return False
+        if _likeness(stream, residual, scale) != self.like or forward_ad._current_level >= 0:
+            return False
+        parts, own = edit.made_of() or ((), ())
+        if own != self.own or not all(map(operator.is_, parts, self.trace.tensors)):
+            return False
+        if torch.is_grad_enabled():
+            given = (stream, *parts) if residual is None else (stream, residual, *parts)
+            if any(part is not None and part.requires_grad for part in given):
+                return False
+        return not in_transforms() and self.trace.holds()
+
+
+def _likeness(stream: Tensor, residual: Tensor | None, scale: float) -> tuple[object, ...] | None:
+    """What streams have in common that one launch serves; None where none does."""
+    if type(stream) is not Tensor or not stream.is_contiguous():
+        return None
+    kind = stream.dtype, stream.shape, stream.get_device(), residual is None, scale
+    if residual is not None:
+        alike = type(residual) is Tensor and residual.is_contiguous()
+        alike = alike and (residual.dtype, residual.shape) == kind[:2]
+        if not alike or residual.get_device() != kind[2]:
+            return None
+    return kind
 
 
 @dataclass

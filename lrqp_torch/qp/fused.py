@@ -236,7 +236,7 @@ class Launcher:
         record: tuple[Tensor, int, Tensor, int] | None = None,
         prepared: "Prepared | None" = None,
         asked: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> "Laid":
         """Edit ``count`` rows of ``stream`` into ``out``.
 
         Args:
@@ -265,8 +265,8 @@ class Launcher:
             asked: log α in place of the rules', (N, V), NaN where there is none.
 
         Returns:
-            Without a record the certificate: the first six of these, lengths squared, (6, N); and
-            the status, (N,) int64. Else whatever.
+            The launch, which has the certificate without a record: the first six of these, lengths
+            squared, (6, N); and the status, (N,) int64.
         """
         if record is None:
             certificate, first, forward_pass = self.constants[0].new_empty(6, count), 0, 0
@@ -274,8 +274,6 @@ class Launcher:
         else:
             certificate, first, index_of, forward_pass = record
             steps, statuses = (certificate.shape[1], 1), target
-        if not count:
-            return certificate, statuses
         # The kernel steps from one to the next, and a view such as a column of a mask does not.
         target, floors, index_of = target.contiguous(), floors.contiguous(), index_of.contiguous()
         source, rows, columns, which, shown = (
@@ -320,30 +318,10 @@ class Launcher:
             source is not None, copy, shown is not None, solution is not None, repeats,
             record is not None, asked is not None,
         )  # fmt: skip
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        # What was compiled relies on such addresses and strides, and runs on the current device.
-        a, b, c, d, e, f, *_ = numbers
-        steps_of = a | b | c | d | e | f
-        wide = not (pointers[0] | pointers[1] | pointers[2] | steps_of) & 15 and steps_of < 2**31
-        device = stream.get_device()
-        if any(tensor.get_device() != device for tensor in tensors):
-            raise ModelError("an edit's tensors are not all on the device of the activations")
-        held = self.compiled.get(flags) if wide else None
-        if held is None or torch._C._cuda_getDevice() != device:
-            self._first(tensors, numbers, flags, wide, count)
-        else:
-            # Numbers in place of tensors, which Triton would ask the driver about one by one.
-            run, function, metadata, fixed, constants = held
-            own = BEFORE_CONSTANTS
-            given = *pointers[:own], *fixed, *pointers[own:], *numbers, *constants
-            place = torch._C._cuda_getCurrentRawStream(device)
-            try:
-                run(count, 1, 1, place, function, metadata, None, None, None, *given)
-            except TypeError:  # another Triton, which launches in another way
-                self.prepares = False
-                self.compiled.clear()
-                self._first(tensors, numbers, flags, wide, count)
-        return certificate, statuses
+        laid = Laid(self, tensors, numbers, flags, count, certificate, statuses)
+        if count:
+            laid()
+        return laid
 
     def _first(
         self, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], flags: Any, wide: bool, n: int
@@ -402,6 +380,103 @@ class Launcher:
                 compiled.run, compiled.function, compiled.packed_metadata, fixed,
                 tuple(constants.values()),
             )  # fmt: skip
+
+
+class Laid:
+    """A launch laid down: done, and done again where little else than the stream differs.
+
+    Args:
+        launcher: what compiles it.
+        tensors, numbers, flags: as the kernel takes them; the tensors are held.
+        count: N.
+        certificate, statuses: what it writes, see :class:`Launcher`.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+        flags: Any,
+        count: int,
+        certificate: Tensor,
+        statuses: Tensor,
+    ) -> None:
+        self.launcher, self.tensors, self.numbers = launcher, tensors, numbers
+        self.flags, self.count = flags, count
+        self.certificate, self.statuses = certificate, statuses
+        self.device = tensors[0].get_device()
+        if any(tensor.get_device() != self.device for tensor in tensors):
+            raise ModelError("an edit's tensors are not all on the device of the activations")
+        self._pointers = [tensor.data_ptr() for tensor in tensors]
+        a, b, c, d, e, f, *_ = numbers
+        self._steps = a | b | c | d | e | f
+
+    def __call__(self) -> None:
+        """Launch."""
+        pointers, numbers = self._pointers, self.numbers
+        if not self._launched(pointers, numbers):
+            wide = self._is_wide(pointers)
+            self.launcher._first(self.tensors, numbers, self.flags, wide, self.count)
+        # Streams are large, and others the next time.
+        self.tensors = self.tensors[3:]
+
+    def again(
+        self,
+        stream: Tensor,
+        base: Tensor | None,
+        out: Tensor,
+        index: int,
+        shown: Tensor | None,
+        record: tuple[Tensor, int, int],
+    ) -> bool:
+        """Launch for a stream of the same shape, dtype and strides, and rows at the same places.
+
+        Args:
+            stream, base, out, shown: as a :class:`Launcher` is told, of the same kind.
+            index: the address of what each row is numbered, int64.
+            record: rows of numbers, the first of them to write, and the number of the pass.
+
+        Returns:
+            Whether it was launched; else nothing is done.
+        """
+        pointers = self._pointers.copy()
+        mine = stream if base is None else base
+        pointers[:3] = stream.data_ptr(), mine.data_ptr(), out.data_ptr()
+        if shown is not None:
+            pointers[_SHOWN] = shown.data_ptr()
+        pointers[_INDEX] = index
+        pointers[_CERTIFICATE] = record[0].data_ptr()
+        return self._launched(pointers, (*self.numbers[:-2], *record[1:]))
+
+    def _is_wide(self, pointers: list[int]) -> bool:
+        """Whether these have the addresses and strides that compiled code relies on."""
+        places = pointers[0] | pointers[1] | pointers[2] | self._steps
+        return not places & 15 and self._steps < 2**31
+
+    def _launched(self, pointers: list[int], numbers: tuple[int, ...]) -> bool:
+        """Launch what is compiled; False where nothing is for such arguments."""
+        launcher, device = self.launcher, self.device
+        held = launcher.compiled.get(self.flags)
+        # What was compiled runs on the current device.
+        if held is None or torch._C._cuda_getDevice() != device or not self._is_wide(pointers):
+            return False
+        # Numbers in place of tensors, which Triton would ask the driver about one by one.
+        run, function, metadata, fixed, constants = held
+        own = BEFORE_CONSTANTS
+        given = *pointers[:own], *fixed, *pointers[own:], *numbers, *constants
+        place = torch._C._cuda_getCurrentRawStream(device)
+        try:
+            run(self.count, 1, 1, place, function, metadata, None, None, None, *given)
+        except TypeError:  # another Triton, which launches in another way
+            launcher.prepares = False
+            launcher.compiled.clear()
+            return False
+        return True
+
+
+_SHOWN, _INDEX, _CERTIFICATE = 6, 7, -2
+"""Where some tensors come among those of a launch."""
 
 
 class _Launchers(dict[Any, Launcher]):
@@ -465,7 +540,7 @@ def solve(
     if realise is not None and places(realise):
         base, scale = realise.base, realise.scale
     with torch.no_grad():
-        certificate, status = launcher(geometry, rule, skip, live)(
+        done = launcher(geometry, rule, skip, live)(
             x.detach(),
             x_new,
             target,
@@ -478,7 +553,7 @@ def solve(
             solution=(multipliers, active, aims, inverse),
             repeats=repeats,
         )
-    before, after, floor, distance, moved, residual = certificate.unbind()
+    before, after, floor, distance, moved, residual = done.certificate.unbind()
     solution = Solution(
         x_new=x_new,
         multipliers=multipliers,
@@ -489,7 +564,7 @@ def solve(
         log_odds_before=before,
         log_odds_after=after,
         kkt_residual=residual,
-        status=status,
+        status=done.statuses,
     )
     return solution, Ended(None, active, inverse, aims)
 
@@ -542,7 +617,7 @@ def edit_stream(
     skip: bool,
     live: tuple[Tensor, Tensor],
     variables: "tuple[VariableRules, Prepared, Tensor | None] | None" = None,
-) -> Tensor:
+) -> tuple[Tensor, Laid]:
     """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
 
     Args:
@@ -555,7 +630,7 @@ def edit_stream(
             the rules'.
 
     Returns:
-        A copy of the stream with edited rows in place.
+        A copy of the stream with edited rows in place, and the launch, which may be done again.
     """
     stream, residual = rows.stream, rows.residual
     # Under autocast the attention output is narrower than the sum that the stream will hold.
@@ -572,7 +647,7 @@ def edit_stream(
         more = {"prepared": prepared, "asked": None if asked is None else asked.contiguous()}
     held, first, forward_pass = rows.record
     # The kernel goes by addresses: numbers of one type, which the launcher lays in a row.
-    launcher(geometry, rule, skip, live)(
+    laid = launcher(geometry, rule, skip, live)(
         stream,
         whole,
         target,
@@ -588,7 +663,7 @@ def edit_stream(
         record=(held, first, rows.index.long(), forward_pass),
         **more,
     )
-    return whole
+    return whole, laid
 
 
 @torch.no_grad()

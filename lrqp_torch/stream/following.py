@@ -55,7 +55,9 @@ class Rows:
     def index(self) -> Tensor:
         """Which of all pairs these are, (N,)."""
         index = self._index
-        return index if isinstance(index, Tensor) else _counted(index, self.example.device)
+        if isinstance(index, Tensor):
+            return index
+        return _consecutive(index.stop, self.example.device)[index.start : index.stop]
 
     @cached_property
     def token(self) -> Tensor:
@@ -66,6 +68,19 @@ class Rows:
     def column(self) -> Tensor:
         """Column of each in this call, (N,)."""
         return self._spread(self._column)
+
+    @property
+    def places(self) -> tuple[object, ...]:
+        """What says where they are: the same objects where they are at the same places."""
+        return self.example, self._column, self.request
+
+    @property
+    def address(self) -> int:
+        """Where :attr:`index` begins in memory: int64, one after another."""
+        index = self._index
+        if isinstance(index, Tensor):
+            return index.data_ptr()
+        return _consecutive(index.stop, self.example.device).data_ptr() + 8 * index.start
 
     def _spread(self, value: Tensor | int) -> Tensor:
         if isinstance(value, Tensor):
@@ -103,13 +118,13 @@ _CPU = torch.device("cpu")
 _NUMBERS: dict[torch.device, Tensor] = {}
 
 
-def _counted(numbers: range, device: torch.device) -> Tensor:
-    """Consecutive numbers as a tensor: a view of some that are there already."""
+def _consecutive(stop: int, device: torch.device) -> Tensor:
+    """0, 1, … up to a number at least: some that are there already."""
     held = _NUMBERS.get(device)
-    if held is None or len(held) < numbers.stop:
+    if held is None or len(held) < stop:
         with outside_transforms(), torch.inference_mode(False):
-            held = _NUMBERS[device] = torch.arange(max(4096, 2 * numbers.stop), device=device)
-    return held[numbers.start : numbers.stop]
+            held = _NUMBERS[device] = torch.arange(max(4096, 2 * stop), device=device)
+    return held
 
 
 class Follower:

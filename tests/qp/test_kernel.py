@@ -4,6 +4,7 @@ On a GPU where there is one; else through Triton's interpreter (``make test-kern
 small problems.
 """
 
+import copy
 import os
 from dataclasses import fields, replace
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lrqp_torch as lrqp
 from lrqp_torch import MahalanobisQP, Solution, Status
+from lrqp_torch.edits import record
 from lrqp_torch.qp import ProbeGeometry, fused
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import DenseConstraints
@@ -205,7 +207,7 @@ def test_views_are_read_as_they_are_seen() -> None:
     shown[0], shown[1, 0] = False, False
     record = torch.full((BATCH, 9), -1.0, dtype=torch.float64, device=DEVICE)
     places = wide[:, 1], (0 * wide)[:, 2], wide[:, 0], None, shown[:, 1]
-    edited = fused.edit_stream(
+    edited, _ = fused.edit_stream(
         fused.StreamRows(stream, None, 1.0, *places, (record, 0, 5)),
         one.expand(BATCH),
         edit._odds_rule(one, None),
@@ -313,6 +315,65 @@ def test_generated_tokens_are_edited_by_the_kernel() -> None:
             assert bool((run.log_odds_after >= run.floor).all())
             assert len(run.status) == 6
     assert tokens[0].tolist() == tokens[1].tolist()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing to launch again")
+@pytest.mark.parametrize("site", ["L1.pre", "L0.mid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_that_is_done_again_is_the_one_it_would_be(site: str, dtype: torch.dtype) -> None:
+    """And after each change of what it was laid down for there is another."""
+    p = random_problem(3, 24, 4, 13)
+    model = tiny_model(dtype)
+    texts = [
+        torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        for seed in range(3)
+    ]
+
+    def change_weight(edit: lrqp.LRQP) -> None:
+        with torch.no_grad():
+            edit.probe.weight.mul_(1.25)
+
+    def change_odds(edit: lrqp.LRQP) -> None:
+        edit.log_odds.fill_(3.0)
+
+    def change_bias(edit: lrqp.LRQP) -> None:
+        edit.probe.bias = torch.nn.Parameter(edit.probe.bias.detach() + 1)
+
+    def change_rule(edit: lrqp.LRQP) -> None:
+        edit.rule = "fixed"
+
+    def change_metric(edit: lrqp.LRQP) -> None:
+        edit.metric.covariance.mul_(2.0)
+
+    changes = change_weight, change_odds, change_bias, change_rule, change_metric
+    found = []
+    for repeats in (True, False):
+        edit = edit_of(p, on_infeasible="skip")
+        made = record._Launch.of if repeats else lambda *_: None
+        seen = mock.Mock(side_effect=fused.edit_stream)
+        streams = []
+        with (
+            mock.patch.object(record._Launch, "of", made),
+            mock.patch.object(fused, "edit_stream", seen),
+            edit.at(model, site, positions=torch.tensor([1, 4, 2]), target=1) as run,
+        ):
+            for ids in texts:
+                streams.append(lrqp.capture(model, {"input_ids": ids}, site)[site])
+            assert seen.call_count == (1 if repeats else 3)
+            for change in changes:
+                change(edit)
+                streams.append(lrqp.capture(model, {"input_ids": texts[0]}, site)[site])
+            streams.append(lrqp.capture(model, {"input_ids": texts[1][:, :5]}, site)[site])
+            double = copy.deepcopy(run)
+        assert len(double.steps) == len(run.steps) == len(streams)
+        steps = [torch.stack([step.distance, step.log_odds_after]) for step in run.steps]
+        with edit.at(model, site, positions="generated", target=1) as run:
+            tokens = model.generate(texts[0], max_new_tokens=6, do_sample=False)
+        steps.append(torch.stack([run.distance, run.log_odds_after]))
+        found.append((streams, steps, tokens, run.status))
+    (ours, numbers, tokens, status), (others, wanted, same, other_status) = found
+    assert all(map(torch.equal, ours, others)) and all(map(torch.equal, numbers, wanted))
+    assert torch.equal(tokens, same) and torch.equal(status, other_status)
 
 
 def test_a_static_cache_is_edited_as_a_growing_one() -> None:
