@@ -19,10 +19,9 @@ from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.implicit import Ended
-from lrqp_torch.qp.pivots import SATISFIED
 from lrqp_torch.qp.reach import FINE, Realise, advance
 from lrqp_torch.qp.solution import Solution, Status
-from lrqp_torch.qp.table import FITS
+from lrqp_torch.qp.table import ActiveSets
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.geometry import ProbeGeometry
@@ -34,8 +33,6 @@ FINE_STEPS = (0.0, 1.0, 7.0, 60.0, 1e3, 3e4, 1e6, 1e8)
 # In float64 a product's own rounding, which hangs on its company, is of the first aim's size.
 DOUBLE_STEPS = (1.0, 3.0, *FINE_STEPS[2:])
 COARSE_STEPS = (0.0, 1.0, 3.0, 7.0, 15.0, 50.0, 250.0, 2000.0)
-# A constraint without length is measured so much finer than the others that any gap is too large.
-EMPTY = 1e12
 # On the residual of an accurate solve, as in `solvers.ActiveSet`.
 TOLERANCE = 1e-8
 # So many numbers of all trials, 512 MB, are held at once.
@@ -55,23 +52,22 @@ def serves(x: Tensor, geometry: "ProbeGeometry") -> bool:
 def at_once(geometry: "ProbeGeometry") -> int:
     """How many rows are solved together where they are very many."""
     assert geometry.blind is not None
-    numbers = len(COARSE_STEPS) * max(geometry.width, geometry.blind.table.shape[-1])
+    sets = 0 if geometry.sets is None else geometry.sets.table.shape[1]
+    numbers = len(COARSE_STEPS) * max(geometry.width, sets)
     return max(1, CHUNK_NUMBERS // numbers)
 
 
 @dataclass(frozen=True)
 class Blind:
-    """What solves of one geometry share. Steering, reading and trials are of R trials or of 1.
+    """What solves of one geometry share. Steering is of R trials or of 1.
 
     Attributes:
-        read: W transposed, (R, d, K); of two classes their difference.
+        read: W transposed, of R trials (R, d, K), of one (d, K); of two classes their difference.
         bias: b, (K,).
         steering: W̄Σ, (R, K, d).
         own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
             target with each source; see :meth:`build`.
-        table: P_S of all targets and sets, (K m, (S + 1) m), and a last set that stands for no
-            solution; see :mod:`~.table`. Of two classes empty, as the next.
-        inverses: M_SS⁻¹, (K, S + 1, m, m), zero for the last set.
+        sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
         steps: how far above the floors trials aim, in float64, float32 and half, (R, 1, 1).
@@ -79,13 +75,12 @@ class Blind:
         zero, one: these numbers, ().
     """
 
-    read: dict[int, Tensor]
+    read: tuple[Tensor, Tensor]
     bias: Tensor
     steering: dict[int, Tensor]
     own: Tensor
     sizes: list[int]
-    table: Tensor
-    inverses: Tensor
+    sets: ActiveSets | None
     constants: tuple[Tensor, ...]
     steps: list[Tensor]
     status: tuple[Tensor, ...]
@@ -100,8 +95,7 @@ class Blind:
         weight, bias, steering = (part.detach() for part in geometry.rows)
         n, sets = geometry.n_classes, geometry.sets
         status = torch.arange(len(Status), device=weight.device).unbind()
-        failed, table = status[Status.INACCURATE], weight.new_zeros(0)
-        inverses = table
+        failed = status[Status.INACCURATE]
         constants: tuple[Tensor, ...] = ()
         if sets is None:
             squared, length = geometry.squared.detach()[:1, 1:], geometry.length[:1, 1:]
@@ -124,13 +118,8 @@ class Blind:
             m, count = n - 1, len(sets.members)
             every = torch.arange(n, device=weight.device)
             other = other_classes(every, n, weight.device)
-            longest = sets.scale.amax(-1, keepdim=True)
-            longest = EMPTY * torch.where(longest > 0, longest, 1.0)
-            scale = torch.where(sets.scale > 0, sets.scale, longest)
             spread = weight.new_zeros(n, n, m)
-            spread[every, every] = scale
-            cap = torch.where(sets.dependent, -torch.inf, -SATISFIED)
-            cap = torch.nn.functional.pad(cap, (0, 1), value=-FITS)
+            spread[every, every] = sets.scale
             # λ times these: how margins grow, how x moves, and coefficients.
             towards = weight.new_zeros(n, m, n).scatter_(2, other.unsqueeze(-1), -1.0)
             towards[every, :, every] = 1.0
@@ -139,21 +128,17 @@ class Blind:
             length = geometry.length.gather(-1, other)
             moved = geometry.stretch[0].gather(-1, other).clamp_min(0).sqrt() * geometry.stretch[1]
             moved = moved * sets.scale.square()
-            parts = scale, length, moved, spread, cap, towards, packed
+            parts = sets.scale, length, moved, spread, sets.cap, towards, packed
             own = torch.cat([part.flatten(1) for part in parts], 1)
-            sizes = [m, m, m, n * m, count + 1, m * n, m * (2 * m + n)]
-            table = sets.transforms.reshape(n * m, count * m)
-            table = torch.nn.functional.pad(table, (0, m))
-            inverses = torch.nn.functional.pad(sets.inverses, (0, 0, 0, 0, 0, 1))
+            sizes = [m, m, m, n * m, count, m * n, m * (2 * m + n)]
         columns, kinds = weight.mT.contiguous(), (DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS)
         return cls(
-            read={count: columns.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
+            read=(columns.expand(len(FINE_STEPS), -1, -1), columns),
             bias=bias,
             steering={count: steering.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
             own=own,
             sizes=sizes,
-            table=table,
-            inverses=inverses,
+            sets=sets,
             constants=constants,
             steps=[weight.new_tensor(kind).view(-1, 1, 1) for kind in kinds],
             status=status,
@@ -197,18 +182,22 @@ class _Two:
     ) -> None:
         assert geometry.blind is not None
         self.of, self.x, self.target = geometry.blind, x, target
-        self.plain = realise is None or _rounds(realise, x.dtype)
         self.realise, self.precision = realise, torch.finfo(x.dtype).eps
         self.share = advance(self.precision, x.shape[1])
         self.wide = x.double()
+        # How far the stream rounds is known where it only rounds, or takes a base off and adds it:
+        # the trials have room for one that is longer than x.
+        self.plain = realise is None or (fused.places(realise) and realise.dtype == x.dtype)
+        self.size = torch.linalg.vector_norm(self.wide, dim=-1, keepdim=True)
         self.rows = torch.arange(len(x), device=x.device)
 
     def held(self, edited: Tensor) -> tuple[Tensor, Tensor]:
         """Edited activations (R, B, d) in their dtype, and what will be held of them, float64."""
         narrow = edited.to(self.x.dtype)
-        if self.plain:
+        if self.realise is None:
             return narrow, narrow.double()
-        assert self.realise is not None
+        if self.plain:
+            return narrow, self.realise(narrow)
         return narrow, torch.stack([self.realise(one) for one in edited.unbind()])
 
     def seen(self, units: Tensor, length: Tensor, edited: Tensor) -> Tensor:
@@ -230,19 +219,18 @@ class _Two:
         length, stretched, roots, rounding, squared = of.constants
         rule = floor if isinstance(floor, OddsRule) and floor.mirror else None
         if rule is not None and rule.source is not None:
-            index = torch.add(rule.source.clamp_min(-1), self.target, alpha=3)
+            index = torch.add(rule.source, self.target, alpha=3)
         else:
             index = 3 * self.target - 1
         sign, inverse, *between = of.own[index].split(of.sizes, -1)
-        before = sign * torch.addmm(of.bias, wide, of.read[1][0])
+        before = sign * torch.addmm(of.bias, wide, of.read[1])
         if rule is not None:
             floors = torch.maximum(torch.clamp(-before, *between), rule.log_odds)
         else:
             floors = _given(floor, before)
         missing, valid, needed = _missing(floors - before, wrong)
 
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        units = torch.addcmul(missing, size, length)
+        units = torch.addcmul(missing, self.size, length)
         gap = torch.add(missing, units, alpha=self.share)
         units = torch.addcmul(units, missing, stretched)
         if not self.plain:
@@ -250,14 +238,13 @@ class _Two:
             units = self.seen(units, length, edited)
         found = inverse * self.trials(gap, units)
         narrow, held = self.held(torch.addcmul(wide, found, of.steering[1]))
-        after = sign * torch.baddbmm(of.bias, held, of.read[len(held)])
+        after = sign * torch.baddbmm(of.bias, held, of.read[0])
         reached, first = (_finite(after) >= floors).max(0)
         first = first.squeeze(-1)
 
-        found, after = torch.cat([found, after], -1)[first, self.rows].split(1, -1)
-        multipliers = torch.where(needed, sign * found, of.zero)
+        multipliers = torch.where(needed, sign * found[first, self.rows], of.zero)
         active = multipliers > 0
-        after = torch.where(active, after, before)
+        after = torch.where(active, after[first, self.rows], before)
         columns = [(multipliers * roots).square(), active * rounding, before, after, floors]
         distance, moved, residual, before, after, floors = torch.cat(columns, -1).unbind(-1)
         status = torch.where(reached, of.status[Status.SOLVED], of.failed)
@@ -289,12 +276,13 @@ class _Several(_Two):
     ) -> tuple[Solution, Ended | None]:
         """See :func:`solve`."""
         of, wide = self.of, self.wide
-        batch, n = len(wide), len(of.bias)
+        assert of.sets is not None
+        batch, n, self.sets = len(wide), len(of.bias), of.sets
         m = n - 1
         parts = of.own.index_select(0, self.target).split(of.sizes, -1)
         scale, length, reach, spread, self.cap, towards, packed = parts
         self.packed = packed.view(batch, m, -1)
-        logits = torch.addmm(of.bias, wide, of.read[1][0])
+        logits = torch.addmm(of.bias, wide, of.read[1])
         margins = torch.bmm(towards.view(batch, m, n), logits.unsqueeze(-1)).squeeze(-1)
         before = margins.amin(-1, keepdim=True)
         if isinstance(floor, OddsRule) and floor.mirror:
@@ -308,11 +296,10 @@ class _Several(_Two):
             behind = behind + 0.0 * missing.sum(-1, keepdim=True)
         _, valid, needed = _missing(behind, wrong)
 
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rise = missing.clamp_min(0.0)
-        gap = torch.add(missing, torch.addcmul(rise, length, size), alpha=self.share)
+        gap = torch.add(missing, torch.addcmul(rise, length, self.size), alpha=self.share)
         # About as long as x' is: x, and an edit for what is missing most.
-        units = torch.addcmul(rise, length, size + (rise * reach).amax(-1, keepdim=True))
+        units = torch.addcmul(rise, length, self.size + (rise * reach).amax(-1, keepdim=True))
         largest = (gap * scale).amax(-1, keepdim=True)
         self.spread, unit = spread / largest, scale / largest
         if not self.plain:
@@ -320,7 +307,7 @@ class _Several(_Two):
         gaps = self.trials(gap, units)
         edited, found, chosen, towards = self.attempt(gaps)
         narrow, held = self.held(edited)
-        after = torch.baddbmm(of.bias, held, of.read[len(held)])
+        after = torch.baddbmm(of.bias, held, of.read[0])
         after = torch.bmm(after.view(-1, 1, n), towards.mT)
         reached = (_finite(after.view(gaps.shape)) >= floors).all(-1, keepdim=True)
         reached, first = reached.max(0)
@@ -361,7 +348,7 @@ class _Several(_Two):
         )
         if not repeats:
             return solution, None
-        inverse = of.inverses[self.target, chosen[first, self.rows]]
+        inverse = self.sets.inverses[self.target, chosen[first, self.rows]]
         inverse = torch.where(edit.unsqueeze(-1), inverse, of.zero)
         bound = inverse.diagonal(dim1=-2, dim2=-1) > 0
         return solution, Ended(None, bound, inverse, margins + gap)
@@ -370,9 +357,10 @@ class _Several(_Two):
         """What the probe reads of the source, (B, 1), or of whatever it reads; z_v − z_t."""
         if source is None:
             return (-before).clamp_min(0.0)
-        source = source.unsqueeze(-1)
-        best = torch.where(source < 0, logits.amax(-1, True), logits.gather(1, source.clamp_min(0)))
-        return best - logits.gather(1, self.target.unsqueeze(-1))
+        # The last column is where −1 points to.
+        every = torch.cat([logits, logits.amax(-1, keepdim=True)], -1)
+        found = every[self.rows, source] - every[self.rows, self.target]
+        return found.unsqueeze(-1)
 
     def attempt(self, gaps: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         """Solve for gaps (R, B, m).
@@ -385,9 +373,8 @@ class _Several(_Two):
         packed = self.packed if trials == 1 else self.packed.repeat(trials, 1, 1)
         gram, _, towards = packed.split([m, m, n], -1)
         spread = (gaps.repeat(1, 1, n) * self.spread).view(trials * batch, -1)
-        fits = torch.mm(spread, of.table).view(trials, batch, -1, m).amin(-1)
-        _, chosen = torch.minimum(fits, self.cap).max(-1)
-        inverse = of.inverses[self.target, chosen].view(-1, m, m)
+        chosen = self.sets.choose(spread, self.cap)
+        inverse = self.sets.inverses[self.target, chosen].view(-1, m, m)
         right = gaps.view(-1, 1, m)
         found = torch.bmm(right, inverse)
         left = torch.baddbmm(right, found, gram, alpha=-1)
@@ -396,11 +383,6 @@ class _Several(_Two):
         coefficients = grown[..., 2 * m :].view(trials, batch, n)
         edited = torch.baddbmm(self.wide, coefficients, of.steering[trials])
         return edited, (right, found, grown), chosen, towards
-
-
-def _rounds(realise: Realise, dtype: torch.dtype) -> bool:
-    """Whether it only rounds to the stream's dtype."""
-    return fused.places(realise) and realise.base is None and realise.dtype == dtype
 
 
 def _given(floor: Tensor | OddsRule, like: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class OddsRule:
         mirror: whether it is max(z_v − z_t, log_odds), v the source; else it is log_odds.
         log_odds: the least log α, () float64.
         target: t, (B,).
-        source: v, (B,), negative where it is the probe's own reading; None: everywhere.
+        source: v, (B,), −1 where it is the probe's own reading; None: everywhere.
     """
 
     mirror: bool

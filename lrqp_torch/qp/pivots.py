@@ -69,10 +69,8 @@ class _Problems(ABC):
 
     def rounding(self, columns: Tensor, rates: Tensor) -> Tensor:
         """What rounding of M may add to ‖Σ r_i a_i‖², (n, 1)."""
-        size = rates.abs()
-        terms = (size * self.scale.gather(1, columns)).sum(1, keepdim=True)
-        errors = (size * self.error.gather(1, columns)).sum(1, keepdim=True)
-        return EPSILON * size.sum(1, keepdim=True).square() + NOISE * terms * errors
+        parts = (part.gather(1, columns).T for part in (self.scale, self.error))
+        return rounding(rates.abs().T, *parts).unsqueeze(1)
 
 
 class _Dense(_Problems):
@@ -377,6 +375,14 @@ def _pivot(
         state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked)
     else:
         results.put(index, state[3], state[5])
+
+
+def rounding(rates: Tensor, scale: Tensor, error: Tensor) -> Tensor:
+    """What rounding of M may add to ‖Σ r_i a_i‖², from |r_i|, 1/√M_ii and the error of M_ii times
+    that, each (c, ...): (...).
+    """
+    terms, errors = (rates * scale).sum(0), (rates * error).sum(0)
+    return EPSILON * rates.sum(0).square() + NOISE * terms * errors
 
 
 def _tolerance(gap: Tensor) -> Tensor:
