@@ -16,7 +16,6 @@ TRITON := 3.6.0
 SERVING := .venv-serving
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 SHORT := $(addprefix tests/stream/test_,generation.py passes.py replay.py tail.py hooks_cache.py attention.py)
-BENCHMARKS := $(subst /,.,$(basename $(shell grep -l __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix test-newest test-kernel test-serving lint bench docs notebooks clean
@@ -29,7 +28,8 @@ help:
 	@echo "make test-kernel  run those of the GPU kernel, through an interpreter where there is no GPU"
 	@echo "make test-serving run those of the edits inside vLLM, on the CPU, in an environment of its own"
 	@echo "make lint         check style, format, types and who imports whom"
-	@echo "make bench        run the benchmarks at a small size"
+	@echo "make bench        hold what an edit costs against aims (five minutes); python -m benchmarks.NAME"
+	@echo "                  --small runs any one of benchmarks/"
 	@echo "make docs         build the site of pages, notebooks and API into site/, links checked; then"
 	@echo "                  python -m http.server --directory site"
 	@echo "make notebooks    run the notebooks of docs/ anew, and keep their outputs"
@@ -105,7 +105,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module --small; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ratios
 
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --editable '.[docs]'

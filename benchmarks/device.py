@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.hook_peers import vector_hook
 from benchmarks.measure import Row, parse_arguments, synchronise
 from lrqp_torch import (
     LRQP,
@@ -39,7 +40,6 @@ from lrqp_torch import (
 )
 from lrqp_torch.qp import ProbeGeometry, fused
 from lrqp_torch.qp.fused import Launcher, Shape, StreamRows
-from lrqp_torch.stream.sites import blocks_of
 
 DTYPES = {
     "float64": torch.float64,
@@ -637,29 +637,6 @@ def twin(model: Any) -> Any:
     return made
 
 
-@contextmanager
-def vector_hook(model: Any, layer: int, width: int, positions: Tensor) -> Iterator[None]:
-    """A plain hook that adds a vector at one token of each example."""
-    parameter = next(model.parameters())
-    vector = torch.randn(width, device=parameter.device, dtype=parameter.dtype)
-    rows, columns = (
-        torch.arange(len(positions)).to(parameter.device),
-        positions.to(parameter.device),
-    )
-
-    def add(module: Any, given: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
-        changed = stream.clone()
-        changed[rows, columns] += vector
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = blocks_of(model)[layer].register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def model_passes(arguments: Namespace) -> list[Row]:
     gpu = arguments.device == "cuda"
     rows = passes_of(
@@ -695,7 +672,8 @@ def passes_of(
         {"model": name, "what": "bare, ms", "ms": in_turns({"bare": bare}, rounds, device)["bare"]},
         row("the twin itself"),
     ]
-    with vector_hook(other, layer, width, positions):
+    vector = torch.randn(width, device=device, dtype=model.dtype)
+    with vector_hook(other, layer, vector, positions):
         rows.append(row("a hook that adds a vector"))
     for n_classes in (2, 10):
         edit = edit_of(n_classes, width, device)

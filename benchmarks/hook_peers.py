@@ -8,7 +8,8 @@ import json
 import logging
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrqp_torch.stream.sites import layout_of
+from lrqp_torch.stream.sites import blocks_of, layout_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,31 @@ class Addition:
     layer: int
     column: int
     direction: Tensor
+
+
+def hooked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook as it is set; replaced where its time is taken."""
+    return hook
+
+
+@contextmanager
+def vector_hook(model: Any, layer: int, vector: Tensor, column: int | Tensor) -> Iterator[None]:
+    """A plain hook of torch that adds a vector at one token, or at one of each example, (B,)."""
+    at: tuple[Any, Any] = slice(None), column
+    if isinstance(column, Tensor):
+        at = torch.arange(len(column), device=vector.device), column.to(vector.device)
+
+    def add(module: Any, given: Any, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        changed = stream.clone()
+        changed[at] += vector
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = blocks_of(model)[layer].register_forward_hook(hooked(add))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

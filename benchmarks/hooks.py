@@ -11,7 +11,7 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.hook_peers import PEERS, Addition, copied, steering_vectors
+from benchmarks import hook_peers
+from benchmarks.hook_peers import PEERS, Addition, Peer, copied, steering_vectors, vector_hook
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from lrqp_torch import LRQP, Intervention, capture, intervene
 from lrqp_torch.errors import MissingExtraError
@@ -35,7 +36,10 @@ from lrqp_torch.models import load
 from lrqp_torch.stream import watch
 from lrqp_torch.stream.sites import blocks_of
 
-BARE = "bare forward pass"
+BARE, BARE_HOOK = "bare forward pass", "a bare hook, addition"
+ADDITION, OURS = "lrqp_torch, addition", "lrqp_torch, LRQP"
+CONTEXTS = (BARE_HOOK, ADDITION, OURS)
+AROUND = "opening and closing, µs"
 TRAIN = 256
 MODELS = ("gpt2-shape", "smollm2")
 PASSES = 25
@@ -97,6 +101,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     batch: int,
     arguments: Namespace,
+    peers: Sequence[Peer] = PEERS,
 ) -> list[Row]:
     """Time everything on one model and batch."""
     device = arguments.device
@@ -122,34 +127,37 @@ def measure(
         return logits
 
     contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "lrqp_torch, addition": lambda: intervene(
+        BARE_HOOK: lambda: vector_hook(model, layer, direction, addition.column),
+        ADDITION: lambda: intervene(
             model, Intervention(site, column, lambda x, context: x + direction)
         ),
-        "lrqp_torch, LRQP": lambda: edit.at(model, site, positions=positions, target=target),
+        OURS: lambda: edit.at(model, site, positions=positions, target=target),
     }
 
     def within(what: str) -> Tensor:
         with contexts[what]():
             return bare()
 
-    reference = within("lrqp_torch, addition")
+    reference = within(ADDITION)
     if torch.equal(reference, bare()):
         raise AssertionError(f"the addition at {site} changed no logit")
     runs: dict[str, Callable[[], Tensor]] = {BARE: bare}
     runs |= {what: partial(within, what) for what in contexts}
-    differences: dict[str, float | None] = {"lrqp_torch, addition": 0.0}
+    differences: dict[str, float | None] = {
+        what: float((within(what) - reference).abs().max()) for what in (BARE_HOOK, ADDITION)
+    }
     rows = []
     seconds = medians(runs, arguments.repeats, device, seconds=arguments.seconds)
-    inside = {what: _inside(context(), bare) for what, context in contexts.items()}
+    inside = {what: _inside(context, bare) for what, context in contexts.items()}
     rows += [
-        _row(what, name, batch, value, seconds[BARE], differences.get(what), inside.get(what))
+        _row(what, name, batch, value, seconds[BARE], differences.get(what), *inside.get(what, ()))
         for what, value in seconds.items()
     ]
-    if batch > MOST_FOR_PEERS:
+    if batch > MOST_FOR_PEERS or not peers:
         return rows
     # One library at a time, so that no more than one copy of the model is held; beside it the bare
     # forward pass, on the model as that library runs it.
-    for peer in PEERS:
+    for peer in peers:
         if find_spec(peer.package) is None:
             rows.append(
                 _row(f"{peer.name}: not installed: pip install {peer.install}", name, batch)
@@ -175,25 +183,38 @@ def measure(
     return rows
 
 
-def _inside(context: AbstractContextManager[Any], run: Callable[[], Tensor]) -> float:
-    """Seconds of its thread that a pass spends in the hooks of an open context, in the median.
+def _inside(
+    context: Callable[[], AbstractContextManager[Any]], one_pass: Callable[[], Tensor]
+) -> tuple[float, float]:
+    """Seconds of its thread that a pass spends in hooks, and that a context takes to come and go.
 
-    Each hook begins with caches that the model's layers have filled with something else.
+    Medians. Each hook begins with caches that the model's layers have filled with something else.
     """
-    called, spent = watch._Added.__call__, [0.0]
+    called, spent, around = watch._Added.__call__, [0.0], list[float]()
 
-    def timed(added: watch._Added, *args: Any) -> Any:
+    def timed(added: Any, *args: Any, **named: Any) -> Any:
+        run = partial(called, added) if isinstance(added, watch._Added) else added
         start = time.thread_time()
-        result = called(added, *args)
+        result = run(*args, **named)
         spent[-1] += time.thread_time() - start
         return result
 
-    with context, patch.object(watch._Added, "__call__", timed):
+    with (
+        patch.object(watch._Added, "__call__", timed),
+        patch.object(hook_peers, "hooked", lambda hook: partial(timed, hook)),
+    ):
         for _ in range(PASSES):
-            spent.append(0.0)
-            run()
-    # The first pass of a context finds out what the others go by.
-    return statistics.median(spent[2:])
+            start, stack = time.thread_time(), ExitStack()
+            stack.enter_context(context())
+            around.append(time.thread_time() - start)
+            with stack:
+                # The first pass of a context finds out what the second goes by.
+                for _ in range(2):
+                    spent.append(0.0)
+                    one_pass()
+                start = time.thread_time()
+            around[-1] += time.thread_time() - start
+    return statistics.median(spent[4::2]), statistics.median(around[1:])
 
 
 def _steering_vectors(
@@ -221,6 +242,7 @@ def _row(
     bare: float | None = None,
     difference: float | None = None,
     inside: float | None = None,
+    around: float | None = None,
 ) -> Row:
     return {
         "what": what,
@@ -229,6 +251,7 @@ def _row(
         "milliseconds": None if seconds is None else seconds * 1e3,
         "over bare, %": None if seconds is None or bare is None else 100 * (seconds / bare - 1),
         "in the hooks, µs": None if not inside else 1e6 * inside,
+        AROUND: None if around is None else 1e6 * around,
         "largest logit difference": difference,
     }
 

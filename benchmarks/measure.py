@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import platform
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -65,6 +66,7 @@ def medians(
     device: str,
     *,
     seconds: float = float("inf"),
+    calls: int = 1,
 ) -> dict[str, float]:
     """Median seconds of each alternative.
 
@@ -77,17 +79,18 @@ def medians(
         device: where they run; a GPU is waited for.
         seconds: an alternative that has taken this long in all sits out the remaining rounds. The
             first round then counts where there is no other.
+        calls: in a row that are timed as one, for what takes microseconds.
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(repeats + 1):
         for name, run in alternatives.items():
             if not times[name] or sum(times[name]) < seconds:
-                times[name].append(seconds_of(run, device))
+                times[name].append(seconds_of(run, device, calls))
     return {name: statistics.median(values[1:] or values) for name, values in times.items()}
 
 
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """How long one call takes; a GPU is waited for.
+def seconds_of(run: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """How long one call takes, of so many; a GPU is waited for.
 
     One thread is timed by the time that it ran, which others on a busy machine do not take from it.
     """
@@ -95,9 +98,10 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
     clock = time.process_time if alone else time.perf_counter
     synchronise(device)
     start = clock()
-    run()
+    for _ in range(calls):
+        run()
     synchronise(device)
-    return clock() - start
+    return (clock() - start) / calls
 
 
 def report(title: str, rows: list[Row], arguments: Namespace, **facts: Any) -> None:
@@ -109,13 +113,7 @@ def report(title: str, rows: list[Row], arguments: Namespace, **facts: Any) -> N
         arguments: of :func:`parse_arguments`.
         facts: further figures for the JSON file.
     """
-    where = arguments.device
-    if where != "cpu":
-        where = torch.cuda.get_device_name()
-    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-    table = Table(
-        title=f"{title} ({where}, {threads}, torch {torch.__version__})", title_justify="left"
-    )
+    table = Table(title=f"{title} ({hardware(arguments)})", title_justify="left")
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
@@ -124,7 +122,8 @@ def report(title: str, rows: list[Row], arguments: Namespace, **facts: Any) -> N
     if arguments.json is not None:
         content = {
             "title": title,
-            "device": where,
+            "device": arguments.device,
+            "hardware": hardware(arguments),
             "threads": arguments.threads,
             "cores": os.cpu_count(),
             "torch": torch.__version__,
@@ -133,6 +132,22 @@ def report(title: str, rows: list[Row], arguments: Namespace, **facts: Any) -> N
             **facts,
         }
         arguments.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def hardware(arguments: Namespace) -> str:
+    """What the figures of a run were made on."""
+    names = Path("/proc/cpuinfo")
+    found = [
+        line.partition(":")[2].strip()
+        for line in (names.read_text() if names.is_file() else "").splitlines()
+        if line.startswith("model name")
+    ]
+    named = found[0] if found else platform.processor() or platform.machine()
+    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
+    parts = [f"{named}, {os.cpu_count()} cores", threads, f"torch {torch.__version__}"]
+    if arguments.device != "cpu":
+        parts.insert(0, torch.cuda.get_device_name())
+    return ", ".join(parts)
 
 
 def version_of(package: str) -> str | None:

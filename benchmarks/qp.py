@@ -49,15 +49,21 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="at most, for each figure")
 
 
-def measure(batch: int, n_classes: int, slow: bool, arguments: Namespace) -> list[Row]:
-    """Every method on one size."""
+def measure(
+    batch: int,
+    n_classes: int,
+    slow: bool,
+    arguments: Namespace,
+    methods: Sequence[Method] = METHODS,
+) -> list[Row]:
+    """Every method on one size, ``slow`` those in d variables too."""
     device = arguments.device
     problem = QPProblem.random(batch, n_classes, arguments.width, device)
     exact = Exact.of(problem.first(CHECKED).to("cpu"))
     forward: dict[str, Callable[[], Any]] = {BARE: bare(problem)}
     both: dict[str, Callable[[], Any]] = {BARE: bare(problem, backward=True)}
     timed, errors, absent = {BARE: batch}, {}, {}
-    for method in METHODS:
+    for method in methods:
         if method.in_full_dimension and (not slow or n_classes > method.most_classes):
             continue
         if not all(find_spec(package) for package in method.packages):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, growth, hooks, penalties, qp, replay, serving
+from benchmarks import end_to_end, growth, hooks, penalties, qp, ratios, replay, serving
 from benchmarks.floor import BarePasses
 from benchmarks.measure import medians
 from benchmarks.qp_peers import OURS
@@ -102,7 +103,9 @@ def test_hooks(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPat
     rows = run(hooks.main, "--models", "tiny", "--batches", "2", "--length", "12")["rows"]
     positive([row for row in rows if row["milliseconds"] is not None], "milliseconds")
     names = [row["what"] for row in rows]
-    assert names[:3] == [hooks.BARE, "lrqp_torch, addition", "lrqp_torch, LRQP"]
+    assert names[:4] == [hooks.BARE, *hooks.CONTEXTS]
+    positive(rows[1:4], "in the hooks, µs", hooks.AROUND)
+    assert rows[1]["largest logit difference"] == 0  # both additions do the same
     assert sum("not installed: pip install" in name for name in names) == 3
     assert "--steering-vectors-python" in names[-1]
 
@@ -151,7 +154,7 @@ def test_growth(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "growth.png"
     rows = run(growth.main, "--tiny", "--plot", str(path))["rows"]
     positive(rows, "milliseconds", "value")
-    assert {row["axis"] for row in rows} == {"prompts", "sites"}
+    assert {row["axis"] for row in rows} == {"prompts", "classes", "tokens"}
     assert {row["step"] for row in rows} == set(growth.STEPS)
     assert all(row["peak memory, MiB"] >= 0 for row in rows)
     assert path.read_bytes()[:4] == b"\x89PNG"
@@ -167,6 +170,64 @@ def test_knees_are_where_time_begins_to_grow_faster() -> None:
     assert "prompts^1.00" in line and "steeper" not in line
 
 
+def test_ratios(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "find_spec", lambda name: None)
+    sections = "one at a time,models,half precision,metrics"
+    figures = run(ratios.main, "--small", "--sections", sections)
+    rows = {row["what"]: row for row in figures["rows"]}
+    assert figures["hardware"].endswith(f"1 thread, torch {torch.__version__}")
+    solve = rows["edit.solve, K = 2, B = 1"]
+    assert solve["aim"] == "≤ 1 ×" and solve["reached"] in ("yes", "no")
+    for row in rows.values():
+        if row["ours"] is None:
+            assert ": not installed: pip install " in row["against"] and row["reached"] is None
+        elif row["other"] is not None:
+            assert row["ratio"] == pytest.approx(row["ours"] / row["other"])
+
+
+def test_a_ratio_is_held_against_its_aim_and_a_figure_against_its_own() -> None:
+    def reached(**given: Any) -> Any:
+        return ratios.ratio("what", 3.0, "other", 2.0, **given)["reached"]
+
+    assert reached(aim=1.5) == "yes" and reached(aim=1.4) == "no" and reached() is None
+    assert reached(aim=3, over=False) == "yes" and reached(aim=2.9, over=False) == "no"
+
+
+def test_on_a_gpu_ratios_are_those_of_the_device_benchmark(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[dict[str, Any]]] = {
+        "models": [
+            {"model": "GPT-2 small", "what": "bare, ms", "ms": 10.0},
+            {
+                "model": "GPT-2 small",
+                "what": "in an open context, L6.mid",
+                "K": 10,
+                "added µs": 251,
+            },
+            {"model": "GPT-2 small", "what": "pass as a graph, L6.mid", "K": 10, "error": "no"},
+            {"model": "Llama-8B's shape", "what": "bare, ms", "ms": 38.0},
+            {"model": "Llama-8B's shape", "what": "in an open context", "K": 2, "added µs": 379},
+        ],
+        "generating": [{"what": "bare, ms a token", "ms": 9.0}, {"what": "added", "K": 2, "µs": 9}],
+        "proposing": [
+            {"K": 2, "B": b, "dtype": kind, "graph µs": 20.0 + n, "products in a graph µs": 7.0}
+            for b in (16, 1024, 16384)
+            for n, kind in enumerate(("float32", "bfloat16"))
+        ],
+        "probe fits": [{"together": 1.0, "one by one": 9.0, "ratio": 9.0}],
+    }
+    sections = {name: lambda arguments, rows=rows: rows for name, rows in found.items()}
+    monkeypatch.setattr(ratios.device, "SECTIONS", sections)
+    rows = ratios.on_a_gpu(Namespace(device="cuda"))
+    aims = [(row["aim"], row["reached"]) for row in rows]
+    assert aims[:3] == [("≤ 250 µs", "no"), ("≤ 380 µs", "yes"), ("≤ 150 µs", "yes")]
+    assert aims[3:] == [
+        ("≤ 1.5 ×", "yes"), ("≤ 25 µs", "yes"), ("≤ 1.5 ×", "yes"), ("≤ 3 ×", "yes"),
+        ("≤ 1.5 ×", "yes"), ("≤ 0.1 ×", "no"),
+    ]  # fmt: skip
+
+
 def test_alternatives_take_turns_and_slow_ones_sit_out() -> None:
     calls: list[str] = []
     alternatives = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
@@ -175,6 +236,9 @@ def test_alternatives_take_turns_and_slow_ones_sit_out() -> None:
     calls.clear()
     medians(alternatives, 5, "cpu", seconds=1e-12)
     assert calls == ["a", "b"]
+    calls.clear()
+    medians(alternatives, 1, "cpu", calls=2)
+    assert calls == ["a", "a", "b", "b"] * 2
 
 
 def test_serving_says_what_it_needs(
