@@ -245,7 +245,9 @@ def _send(sender: Any, prepare: Callable[[str], Run], arguments: Namespace) -> N
     sender.send(_point(prepare, arguments.device, budget))
 
 
-def _point(prepare: Callable[[str], Run], device: str, budget: float = BUDGET) -> tuple[float, float]:
+def _point(
+    prepare: Callable[[str], Run], device: str, budget: float = BUDGET
+) -> tuple[float, float]:
     run = prepare(device)
     gc.collect()
     synchronise(device)
