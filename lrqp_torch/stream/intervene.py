@@ -64,7 +64,10 @@ class Placement:
             wide = wide - self.base.double()
         if self.beside is not None:
             wide = wide - self.beside.double()
-        return (wide if self.scale == 1 else wide / self.scale).to(self.dtype)
+        if self.scale != 1:
+            # By a number a GPU multiplies with its reciprocal, which is not what a kernel does.
+            wide = wide / torch.full((), self.scale, dtype=wide.dtype, device=wide.device)
+        return wide.to(self.dtype)
 
     def __call__(self, values: Tensor) -> Tensor:
         """What the stream holds, in float64, when float64 activations are put in place."""

@@ -257,12 +257,12 @@ def test_a_probe_that_changed_unseen_and_classes_out_of_range_are_invalid() -> N
     assert edit.geometry(x.device) is edit._geometry.known(*tensors, x.device) is not geometry
 
 
-def tiny_model(dtype: torch.dtype) -> GPT2LMHeadModel:
+def tiny_model(dtype: torch.dtype, width: int = 24) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=50,
         n_positions=16,
-        n_embd=24,
+        n_embd=width,
         n_layer=2,
         n_head=2,
         bos_token_id=0,
@@ -322,8 +322,7 @@ def test_generated_tokens_are_edited_by_the_kernel() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_launch_that_is_done_again_is_the_one_it_would_be(site: str, dtype: torch.dtype) -> None:
     """And after each change of what it was laid down for there is another."""
-    p = random_problem(3, 24, 4, 13)
-    model = tiny_model(dtype)
+    p, model = random_problem(3, 32, 4, 13), tiny_model(dtype, 32)
     texts = [
         torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         for seed in range(3)
