@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.hook_peers import vector_hook
 from benchmarks.measure import Row, parse_arguments, synchronise
@@ -714,35 +714,37 @@ def replayed(
         return row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
+@torch.no_grad()
 def generating(arguments: Namespace) -> list[Row]:
-    """What an edit of every generated token adds to a token, 8 requests."""
-    gpu = arguments.device == "cuda"
-    model = gpt2(arguments.device) if gpu else gpt2("cpu", 2, 64)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    ids = torch.randint(1000, (8, 16), device=arguments.device)
-    mask, new, rows = torch.ones_like(ids), 48 if gpu else 4, []
-    other = twin(model)
+    """What an edit of every generated token adds to a token, 8 requests, token by token in turns
+    with a bare model's.
+    """
+    gpu, device = arguments.device == "cuda", arguments.device
+    model = gpt2(device) if gpu else gpt2("cpu", 2, 64)
+    rounds, width, layer = 150 if gpu else 4, model.config.hidden_size, model.config.n_layer // 2
+    prompt = torch.randint(1000, (8, 16), device=device)
+    new, other = prompt[:, -1:], twin(model)
+    assert 2 * (len(prompt[0]) + rounds) < model.config.n_positions
 
-    def run(one: Any) -> Callable[[], Any]:
-        return lambda: one.generate(ids, max_new_tokens=new, do_sample=False, attention_mask=mask)
+    def decoder(one: Any) -> Callable[[], Any]:
+        """Reads one token more each time, behind a prompt that it has read."""
+        cache = DynamicCache(config=one.config)
+        one(prompt, past_key_values=cache, use_cache=True)
+        return lambda: one(new, past_key_values=cache, use_cache=True)
 
-    bare = in_turns({"bare": run(model)}, 3 if gpu else 1, arguments.device)["bare"]
-    rows.append({"what": "bare, ms a token", "ms": bare / new})
+    def row(what: str, **more: Any) -> Row:
+        middle, quartiles = added(decoder(model), decoder(other), rounds, device)
+        return {"what": f"added a token, {what}", **more, "µs": middle, "of": quartiles}
+
+    bare = in_turns({"bare": decoder(model)}, rounds, device)["bare"]
+    rows: list[Row] = [{"what": "bare, ms a token", "ms": bare}]
+    with vector_hook(other, layer, torch.randn(width, device=device), 0):
+        rows.append(row("a hook that adds a vector"))
     for n_classes in (2, 10):
-        edit = edit_of(n_classes, model.config.hidden_size, arguments.device)
-        for site in ("post", "mid"):
-            place = f"L{model.config.n_layer // 2}.{site}"
-            with edit.at(other, place, positions="generated", target=1):
-                middle, quartiles = added(run(model), run(other), 5 if gpu else 2, arguments.device)
-            rows.append(
-                {
-                    "what": f"added a token, {place}",
-                    "K": n_classes,
-                    "µs": middle / new,
-                    "of (48 tokens)": quartiles,
-                }
-            )
+        edit = edit_of(n_classes, width, device)
+        for site in (f"L{layer}.post", f"L{layer}.mid"):
+            with edit.at(other, site, positions="generated", target=1):
+                rows.append(row(site, K=n_classes))
     return rows
 
 

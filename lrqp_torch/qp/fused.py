@@ -159,9 +159,14 @@ def shape_of(n_classes: int, width: int) -> Shape:
     chosen = SHAPES.get(n_classes)
     if chosen is not None:
         return chosen
+    # By the width alone: an edit is then the same bits in any batch. Of 16 rows of 4,096 numbers a
+    # warp each took an H100 36 µs for 2 classes and 386 for 10, four warps 8 and 163.
+    long = width >= 2048
     if n_classes == 2:
-        return Shape(128, 1)
-    return Shape(32, 1, narrow=True) if n_classes <= 16 else Shape(64, 4, narrow=True)
+        return Shape(512, 4) if long else Shape(128, 1)
+    if n_classes <= 16:
+        return Shape(128, 4, narrow=True) if long else Shape(32, 1, narrow=True)
+    return Shape(64, 4, narrow=True)
 
 
 SHAPES: dict[int, Shape] = {}
