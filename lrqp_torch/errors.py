@@ -269,6 +269,14 @@ def ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def trace(tensor: Tensor) -> tuple[int, int | None]:
+    """Where a tensor's numbers are, and how often they were written to: what changes with most ways
+    of changing it. What is written through ``.data`` or NumPy does not count; of a tensor that was
+    made in inference mode nothing does, and the count is None.
+    """
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
 def require_concrete(what: str, *inputs: Any) -> None:
     """Raise :class:`SolverError` where an input is inside a transform that hides its values.
 

@@ -242,13 +242,13 @@ class ConstrainedLRQP(Edit[Classes]):
     def _pose(self) -> tuple[Reduction, PosedProblem]:
         """The basis and the problem in it; posed anew only when probe or metric change."""
         metric, weight = self.metric, self.probe.weight
-        tensors = [metric.covariance, metric.mean, weight]
+        tensors = [metric.own(), metric.mean, weight]
         given = [tensor for tensor in tensors if tensor is not None]
         if self._posed:
             copies, basis, problem = self._posed[0]
             if all(torch.equal(old, new.cpu()) for old, new in zip(copies, given, strict=True)):
                 return basis, problem
-        basis = Reduction.build(metric.covariance, metric.mean, weight, self.features)
+        basis = Reduction.build(metric.own(), metric.mean, weight, self.features)
         problem = PosedProblem(
             self.constraints,
             basis,
@@ -280,7 +280,7 @@ class ConstrainedLRQP(Edit[Classes]):
                 + (f"{sorted(missing)} have no value" if missing else "")
             )
         if torch.is_grad_enabled() and (
-            self.metric.covariance.requires_grad
+            self.metric.own().requires_grad
             or (self.probe.weight.requires_grad and not basis.complete)
         ):
             raise ConstraintError(

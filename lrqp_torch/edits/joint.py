@@ -309,7 +309,8 @@ class JointLRQP(Edit[Targets]):
         # What stands for a solve, on this object or in its class, is to be called.
         if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
-        traced, own = (self.metric.traced, *floors), (self._rules(), self.qp, self.qp.solver)
+        traced = self.metric.traced, *floors
+        own = self._rules(), self.qp, self.qp.solver, self.metric.looks
         if known is not None and known.holds((*probes, *traced), own):
             return known
         if kind is not JointLRQP or not self.qp.is_direct:
@@ -319,7 +320,8 @@ class JointLRQP(Edit[Targets]):
         if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probes, *traced)):
             return None
         geometry = self.geometry(probes[0].device)
-        return Line(geometry, probes, traced, own, self.rule(geometry, geometry.plus))
+        metric, rule = self._geometry.snapshot(), self.rule(geometry, geometry.plus)
+        return Line(geometry, probes, traced, metric, own, rule)
 
     def rule(
         self,

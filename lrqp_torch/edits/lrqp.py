@@ -305,9 +305,10 @@ class LRQP(Edit[Classes]):
         modules: dict[str, Any] = self._modules
         numbers, qp = modules["probe"]._parameters, modules["qp"]
         # What its metric is traced by, see there.
-        traced = vars(modules["metric"])["_buffers"].get("covariance")
+        metric = modules["metric"]
+        traced = vars(metric)["_buffers"].get("covariance")
         parts = numbers.get("weight"), numbers.get("bias"), traced, self._buffers["log_odds"]
-        return parts, (self.rule, qp, qp.solver, self.on_infeasible)
+        return parts, (self.rule, qp, qp.solver, self.on_infeasible, metric.looks)
 
     def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
         probe = self.probe.weight, self.probe.bias
@@ -325,7 +326,8 @@ class LRQP(Edit[Classes]):
             return None
         geometry = self.geometry(probe[0].device)
         total = type(self.qp.solver) is TotalOdds
-        return Line(geometry, probe, given[2:], own, self._odds_rule(probe[1], None), total)
+        rule, metric = self._odds_rule(probe[1], None), self._geometry.snapshot()
+        return Line(geometry, probe, given[2:], metric, own, rule, total)
 
     def _in_one_call(
         self, x: Tensor, target: Any, source: Any, asked: Any, realise: Realise | None

@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
     as_numbers,
     check_finite,
     ordinary,
+    trace,
     unwrapped,
 )
 from lrqp_torch.probes.fitting import BATCH
@@ -37,6 +38,9 @@ FAR = 0.75
 WAITING, ELSEWHERE = 256, 1024
 # Into how many strips their product is cut, of which each is a product.
 STRIPS = 4
+# A matrix of so many columns is looked at as a whole; else so many neighbours at once, which share a
+# line of the processor's cache.
+WHOLE, NEIGHBOURS = 32, 8
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
 
@@ -71,6 +75,70 @@ class Exact(nn.Module):
         return copied
 
 
+class Snapshot:
+    """What a matrix is, so that one can see whether it still is that.
+
+    Another tensor, other memory, and whatever counts as writing is seen by that. What is written
+    through ``.data``, or memory that is shared with NumPy, is seen by value: :meth:`holds` looks at
+    an eighth of the diagonal, an entry of every column and some far from both, or at all of a matrix
+    of up to :data:`WHOLE` columns, and so sees another matrix, another scale or ridge, and another
+    row with its column; and, where it is to, at the sums of the bits of all rows and columns, and
+    so sees a single entry. Both are exact whatever the number of threads.
+
+    Args:
+        matrix: Σ, (d, d).
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        # It is held, so that no other tensor can be taken for it.
+        self.matrix, self.mark = matrix, trace(matrix)
+        # Of a Σ that is still in its file there is nothing to see.
+        read = matrix.numel() > 0
+        self.sums = _sums(matrix) if read else []
+        self.places = _places(matrix.detach()) if read else []
+        self.values = [place.clone() for place in self.places]
+
+    def is_of(self, matrix: Tensor) -> bool:
+        """Whether a matrix is this one, and no change of it has left a trace."""
+        return matrix is self.matrix and self.mark == trace(matrix)
+
+    def holds(self, matrix: Tensor, *, whole: bool = False) -> bool:
+        """Whether a matrix is this one and unchanged."""
+        if not self.is_of(matrix):
+            return False
+        if whole and not all(map(torch.equal, self.sums, _sums(matrix))):
+            return False
+        return all(map(torch.equal, self.places, self.values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is of other memory: this is what no matrix is.
+        return Snapshot, (torch.empty(0),)
+
+
+def _sums(matrix: Tensor) -> list[Tensor]:
+    """Sums of the bits of each column and each row, as numbers that wrap around."""
+    matrix = matrix.detach()
+    bits = matrix.view(torch.int64) if matrix.dtype == torch.float64 else matrix
+    return [bits.sum(0), bits.sum(1)]
+
+
+def _places(matrix: Tensor) -> list[Tensor]:
+    """The parts of a matrix that are looked at, as views: short rows of neighbours each."""
+    width = len(matrix)
+    if width <= WHOLE:
+        return [matrix]
+    # Along the diagonal to the last column; and, a quarter as many, where that runs to the left.
+    down, along = matrix.stride()
+    far, corner = 4 * NEIGHBOURS, matrix[NEIGHBOURS // 2 :, width - NEIGHBOURS :]
+    parts = (matrix, NEIGHBOURS, along), (corner, far, -along)
+    return [matrix[-1:, -NEIGHBOURS:]] + [
+        part.as_strided(
+            (width // apart, NEIGHBOURS), (apart * (down + step), along), part.storage_offset()
+        )
+        for part, apart, step in parts
+    ]
+
+
 class Mahalanobis(Exact):
     """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
 
@@ -92,6 +160,8 @@ class Mahalanobis(Exact):
     covariance: Tensor
     mean: Tensor | None
     kept: Tensor | None
+    looks = 0
+    """How often Σ was handed out: whoever has it may write to it."""
 
     def __init__(
         self,
@@ -129,8 +199,18 @@ class Mahalanobis(Exact):
             self.register_buffer(name, None if tensor is None else tensor.double())
         self.shrinkage = float(shrinkage)
         self.n_samples = n_samples
-        self._eigenbasis: tuple[object, Tensor, Tensor] | None = None
+        self._eigenbasis: tuple[Snapshot, Tensor, Tensor] | None = None
         self._saved = saved
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name == "covariance" and not torch.compiler.is_compiling():
+            vars(self)["looks"] = self.looks + 1
+        return found
+
+    def own(self) -> Tensor:
+        """Σ, for code that does not write to it."""
+        return cast(Tensor, nn.Module.__getattr__(self, "covariance"))
 
     @classmethod
     def fit(
@@ -167,12 +247,12 @@ class Mahalanobis(Exact):
     @property
     def width(self) -> int:
         """The width d of the activations."""
-        return self.covariance.shape[0]
+        return self.own().shape[0]
 
     @property
     def traced(self) -> Tensor:
         """A tensor on Σ's device in which every change of Σ can be seen: Σ, if it has been read."""
-        return self.covariance
+        return self.own()
 
     def saved(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
         """W̄ Σ of some probes' weights, and the sizes of Σ, where its file keeps them; constants."""
@@ -189,9 +269,9 @@ class Mahalanobis(Exact):
             return True
         mine, yours = self._saved, other._saved
         if mine is None or yours is None:
-            return torch.equal(self.covariance, other.covariance)
+            return torch.equal(self.own(), other.own())
         if not (mine.holds(self.traced) and yours.holds(other.traced)):
-            return torch.equal(self.covariance, other.covariance)
+            return torch.equal(self.own(), other.own())
         same = mine.sha256 == yours.sha256
         if same:
             mine.products = yours.products = [*mine.products, *yours.products]
@@ -256,12 +336,10 @@ class Mahalanobis(Exact):
             raise WidthError(
                 f"the metric has width {self.width}, the displacement {delta.shape[-1]}"
             )
-        delta = delta.to(self.covariance)
-        # A tensor made in inference mode counts no versions, and cannot be changed in place.
-        version = None if self.covariance.is_inference() else self.covariance._version
-        mark = (self.covariance.data_ptr(), version, self.covariance.device)
-        if self._eigenbasis is None or self._eigenbasis[0] != mark:
-            self._eigenbasis = (mark, *torch.linalg.eigh(self.covariance))
+        covariance = self.own()
+        delta = delta.to(covariance)
+        if self._eigenbasis is None or not self._eigenbasis[0].holds(covariance, whole=True):
+            self._eigenbasis = (Snapshot(covariance), *torch.linalg.eigh(covariance))
         _, values, vectors = self._eigenbasis
         present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
         coordinates = delta @ vectors
@@ -283,19 +361,19 @@ class Saved:
 
     def __init__(self, sha256: str, sizes: Tensor, products: list[tuple[Tensor, Tensor]]) -> None:
         self.sha256, self.sizes, self.products = sha256, sizes, products
-        self._read: tuple[Tensor, int, int] | None = None
+        self._read: Snapshot | None = None
 
     def read(self, covariance: Tensor) -> None:
         """Σ has been read; from now on it may change."""
-        self._read = covariance, covariance._version, covariance.data_ptr()
+        self._read = Snapshot(covariance)
 
     def holds(self, traced: Tensor) -> bool:
         """Whether Σ is what it was in the file: not read yet, or unchanged since."""
         read = self._read
         if read is None:
             return True
-        same = traced is read[0] and (traced._version, traced.data_ptr()) == read[1:]
-        return same and not (torch.is_grad_enabled() and traced.requires_grad)
+        asked = torch.is_grad_enabled() and traced.requires_grad
+        return not asked and read.holds(traced, whole=True)
 
     def steered(self, weight: Tensor) -> Tensor | None:
         """W̄ Σ of weights W; None if it is not kept, or a derivative may be asked for."""
@@ -352,7 +430,11 @@ class StoredMahalanobis(Mahalanobis):
     @property
     def covariance(self) -> Tensor:  # type: ignore[override]
         """Σ, (d, d), which is read now."""
-        return cast(Tensor, nn.Module.__getattr__(self.whole(), "covariance"))
+        return cast(Tensor, Mahalanobis.__getattr__(self.whole(), "covariance"))
+
+    def own(self) -> Tensor:
+        """See :meth:`Mahalanobis.own`."""
+        return Mahalanobis.own(self.whole())
 
     @property
     def _buffers(self) -> dict[str, Tensor | None]:

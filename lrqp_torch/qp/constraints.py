@@ -241,7 +241,7 @@ def steered(
         saved = metric.saved(weights)
         if saved is not None:
             return saved[0], MetricSizes(*saved[1].to(weights[0].device).clone().unbind())
-        metric = metric.covariance
+        metric = metric.own()
     if readable(metric) and not all_finite(metric):
         raise NonFiniteError("the metric's covariance holds NaN or infinity; refit it")
     covariance = metric.to(weights[0].device).double()

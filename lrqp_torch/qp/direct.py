@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lrqp_torch.errors import check_classes, check_values, in_transforms, readable
+from lrqp_torch.probes.covariance import Snapshot
 from lrqp_torch.qp import fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import ProbeGeometry
@@ -251,6 +252,7 @@ class Line:
         probe: its weight and bias, or all of several probes; changes of their values are seen in
             the call.
         traced: what else the edit is made of; a change that leaves a trace is seen.
+        metric: Σ as it was when the geometry was computed; what it looks at is seen in the call.
         own: and what it is compared with by itself.
         rule: where floors come from; of its target and source nothing is kept.
         total: whether odds are total odds.
@@ -261,6 +263,7 @@ class Line:
         geometry: ProbeGeometry | StackedGeometry,
         probe: tuple[Tensor, ...],
         traced: tuple[Tensor, ...],
+        metric: Snapshot | None,
         own: tuple[object, ...],
         rule: OddsRule | StackedRule,
         total: bool = False,
@@ -273,8 +276,8 @@ class Line:
         self._marks = self._now()
         odds = rule.log_odds if isinstance(rule, StackedRule) else (rule.log_odds,)
         # Their values are looked at in the call: what is written through .data leaves no trace.
-        self._watched = (*probe, *odds)
-        self._known = [part.detach().clone() for part in self._watched]
+        self._watched = (*probe, *odds, *(metric.places if metric is not None else ()))
+        self._known = [part.detach().contiguous().clone() for part in self._watched]
         self._rule, self._total = rule, total
         self._tasks: dict[torch.dtype, native.Task] = {}
         # Where a class stands by itself.

@@ -14,13 +14,15 @@ from lrqp_torch.errors import (
     SolverError,
     WidthError,
     all_finite,
+    capturing,
     check_classes,
     check_distances,
     concrete,
     in_transforms,
     readable,
+    trace,
 )
-from lrqp_torch.probes.covariance import Mahalanobis
+from lrqp_torch.probes.covariance import Mahalanobis, Snapshot
 from lrqp_torch.qp.blind import Blind
 from lrqp_torch.qp.constraints import (
     ClassConstraints,
@@ -378,7 +380,7 @@ def _low_parts(
     if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
         return None
     if not isinstance(covariance, Tensor):
-        covariance = covariance.covariance
+        covariance = covariance.own()
     covariance = covariance.double()
     low, nearest = torch.zeros_like(steering), apart[0].clone()
     parent = torch.zeros_like(size, dtype=torch.long)
@@ -435,10 +437,7 @@ class Trace:
     def __init__(self, device: torch.device, *tensors: Tensor) -> None:
         # They are held, so that no other tensor can be taken for one of them.
         self.device, self.tensors = device, tensors
-        # A tensor made in inference mode counts no versions, and cannot be changed in place.
-        self.marks = [
-            (None if one.is_inference() else one._version, one.data_ptr()) for one in tensors
-        ]
+        self.marks = [trace(one) for one in tensors]
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -463,7 +462,9 @@ class Trace:
 class _Kept(Generic[Made]):
     """A geometry, what it was computed from, and copies of the probes' tensors."""
 
-    metric: Trace
+    device: torch.device
+    metric: Snapshot
+    looks: int  # how often Σ had been handed out
     probes: Trace
     copies: list[Tensor]
     geometry: Made
@@ -483,21 +484,29 @@ class GeometryCache(Generic[Made]):
     def get(self, probes: Sequence[Tensor], metric: Metric, device: torch.device) -> Made:
         """The geometry on a device. On a GPU this waits for the device; :meth:`peek` does not."""
         given = [part if part.device == device else part.to(device) for part in probes]
-        traced = _traced(metric)
+        traced, looks = _traced(metric)
         if _needs_graph(*probes, traced):
             return self.build(given, metric)
-        kept, mark, trace = self._kept, Trace(device, traced), Trace(device, *probes)
+        kept, own = self._kept, Trace(device, *probes)
         # Probes are small enough to compare by value, which sees every way of changing them:
-        # .data, .double() and the like leave no trace in a tensor's version.
-        if kept is not None and kept.metric == mark and all(map(_same, kept.copies, given)):
-            if kept.probes != trace:
-                self._kept = replace(kept, probes=trace)
+        # .data, .double() and the like leave no trace in a tensor's version. All of Σ is compared
+        # once after it was handed out, and a part of it always.
+        if (
+            kept is not None
+            and kept.device == device
+            and kept.metric.holds(traced, whole=kept.looks != looks)
+            and all(map(_same, kept.copies, given))
+        ):
+            if kept.probes != own or kept.looks != looks:
+                self._kept = replace(kept, probes=own, looks=looks)
             return kept.geometry
         # What is kept may be differentiated through later, whatever the mode it was computed in.
         with torch.inference_mode(False), torch.no_grad():
             copies = [part.clone() for part in given]
+            # Of a Σ that is still in its file, the building may read it.
             geometry = self.build(copies, metric)
-        self._kept = _Kept(mark, trace, copies, geometry)
+            traced, looks = _traced(metric)
+            self._kept = _Kept(device, Snapshot(traced), looks, own, copies, geometry)
         return geometry
 
     def peek(
@@ -513,15 +522,25 @@ class GeometryCache(Generic[Made]):
                 (), dtype=torch.bool, device=device
             )
         # Lists of tensors in one operation each; a difference of NaN has a norm that is none.
-        changed = torch._foreach_norm(torch._foreach_sub(kept.copies, list(probes)), torch.inf)
+        then, now, seen = list(kept.copies), list(probes), kept.metric
+        if seen.matrix.device == device:
+            then, now = then + seen.values, now + seen.places
+        changed = torch._foreach_norm(torch._foreach_sub(then, now), torch.inf)
         return kept.geometry, reduce(torch.logical_or, changed)
+
+    def snapshot(self) -> Snapshot | None:
+        """What Σ was when the geometry was computed."""
+        return None if self._kept is None else self._kept.metric
 
     def known(self, probes: Sequence[Tensor], metric: Metric, device: torch.device) -> Made | None:
         """The geometry, unless there is none or a change of what it is of has left a trace."""
-        kept, traced = self._kept, _traced(metric)
+        kept, (traced, looks) = self._kept, _traced(metric)
         if (
             kept is None
-            or kept.metric != Trace(device, traced)
+            or kept.device != device
+            or not kept.metric.is_of(traced)
+            or (kept.looks != looks and not capturing(traced))
+            or (readable(traced) and not kept.metric.holds(traced))
             or kept.probes != Trace(device, *probes)
             or any(part.device != device for part in probes)
             or any(old.dtype != new.dtype for old, new in zip(kept.copies, probes, strict=True))
@@ -537,8 +556,9 @@ def probe_geometry(probe: list[Tensor], metric: Metric) -> ProbeGeometry:
     return ProbeGeometry.build(weight, bias, metric)
 
 
-def _traced(metric: Metric) -> Tensor:
-    return metric if isinstance(metric, Tensor) else metric.traced
+def _traced(metric: Metric) -> tuple[Tensor, int]:
+    """In what changes of Σ are seen, and how often it was handed out."""
+    return (metric, 0) if isinstance(metric, Tensor) else (metric.traced, metric.looks)
 
 
 def _needs_graph(*tensors: Tensor) -> bool:

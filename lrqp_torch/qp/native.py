@@ -9,6 +9,9 @@ or with ``LRQP_NATIVE=0`` in the environment, everything runs in torch.
 import ctypes
 import functools
 import hashlib
+import itertools
+import math
+import operator
 import os
 import shlex
 import shutil
@@ -131,14 +134,32 @@ class Task(ctypes.Structure):
 
 
 def watch(task: Task, now: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[object, ...]:
-    """Let a task compare probes with what they held; returns what has to be kept meanwhile."""
-    count = len(known)
-    live, then = ((_address * count)(*map(address, parts)) for parts in (now, known))
-    sizes = (_number * count)(*(part.nbytes for part in known))
+    """Let a task compare numbers with what they were; returns what has to be kept meanwhile.
+
+    Args:
+        task: the call.
+        now: tensors.
+        known: contiguous copies of what they were.
+    """
+    parts: list[tuple[int, int, int]] = []
+    for part, copy in zip(now, known, strict=True):
+        # In one piece, or as many pieces as there are rows, or numbers.
+        one, shape = part.element_size(), list(part.shape)
+        if part.is_contiguous():
+            shape = []
+        elif part.stride(-1) == 1:
+            shape = shape[:-1]
+        size, begin = copy.nbytes // math.prod(shape), copy.data_ptr()
+        for count, index in enumerate(itertools.product(*map(range, shape))):
+            ahead = sum(map(operator.mul, index, part.stride()))
+            parts.append((part.data_ptr() + ahead * one, begin + count * size, size))
+    count, places = len(parts), list(zip(*parts, strict=True))
+    live, held = ((_address * count)(*column) for column in places[:2])
+    sizes = (_number * count)(*places[2])
     task.parts = count
-    task.live, task.known = ctypes.addressof(live), ctypes.addressof(then)
+    task.live, task.known = ctypes.addressof(live), ctypes.addressof(held)
     task.bytes = ctypes.addressof(sizes)
-    return live, then, sizes
+    return live, held, sizes
 
 
 class Gradient(ctypes.Structure):
