@@ -123,7 +123,7 @@ class ConstrainedLRQP(Edit[Classes]):
         self.features = _rows_read(reads, self.probe.width)
         self.solver, self.solver_args = solver, dict(solver_args or {})
         # Not a submodule: what is posed can be neither copied nor saved, and follows from the rest.
-        self._posed: list[tuple[list[Tensor], Reduction, PosedProblem]] = []
+        self._posed: list[tuple[object, list[Tensor], Reduction, PosedProblem]] = []
         self._pose()
 
     @property
@@ -240,13 +240,21 @@ class ConstrainedLRQP(Edit[Classes]):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _pose(self) -> tuple[Reduction, PosedProblem]:
-        """The basis and the problem in it; posed anew only when probe or metric change."""
+        """The basis and the problem in it; posed anew only when what it is made of changes."""
         metric, weight = self.metric, self.probe.weight
-        tensors = [metric.own(), metric.mean, weight]
+        tensors = [metric.own(), weight, metric.mean, self.features]
         given = [tensor for tensor in tensors if tensor is not None]
+        told = (
+            [tensor is None for tensor in tensors],
+            self.constraints,
+            dict(self.declared),
+            self.solver,
+            dict(self.solver_args),
+        )
         if self._posed:
-            copies, basis, problem = self._posed[0]
-            if all(torch.equal(old, new.cpu()) for old, new in zip(copies, given, strict=True)):
+            before, copies, basis, problem = self._posed[0]
+            pairs = zip(copies, given, strict=False)
+            if before == told and all(torch.equal(old, new.cpu()) for old, new in pairs):
                 return basis, problem
         basis = Reduction.build(metric.own(), metric.mean, weight, self.features)
         problem = PosedProblem(
@@ -258,7 +266,8 @@ class ConstrainedLRQP(Edit[Classes]):
             self.solver,
             self.solver_args,
         )
-        self._posed = [([tensor.detach().cpu().clone() for tensor in given], basis, problem)]
+        copies = [tensor.detach().cpu().clone() for tensor in given]
+        self._posed = [(told, copies, basis, problem)]
         return basis, problem
 
     def _values(

@@ -214,6 +214,9 @@ class EditRun:
             laid = self._laid = self._lay(line, at, stream, asked)
         rows = laid.table() if self._rows.kept else None
         whole = line(stream, residual, scale, laid.task, laid.spare, rows, forward_pass)
+        if whole is None and self.edit.line(line) is not line:
+            # A change that left no trace was seen in the call.
+            return self._in_one_call(stream, residual, scale, at, forward_pass)
         if whole is not None and rows is not None:
             self._rows.wrote(_Block(rows, False, 0, laid.variables), laid.n_rows)
         self._dtype = dtype

@@ -38,8 +38,8 @@ FAR = 0.75
 WAITING, ELSEWHERE = 256, 1024
 # Into how many strips their product is cut, of which each is a product.
 STRIPS = 4
-# A matrix of so many columns is looked at as a whole; else so many neighbours at once, which share a
-# line of the processor's cache.
+# A matrix of so many columns is looked at as a whole; else so many neighbours at once, which share
+# a line of the processor's cache.
 WHOLE, NEIGHBOURS = 32, 8
 # Temporary matrices of so many numbers at most.
 CHUNK_NUMBERS = 2_000_000
@@ -76,14 +76,14 @@ class Exact(nn.Module):
 
 
 class Snapshot:
-    """What a matrix is, so that one can see whether it still is that.
+    """What Σ is, so that one can see whether it still is that.
 
     Another tensor, other memory, and whatever counts as writing is seen by that. What is written
-    through ``.data``, or memory that is shared with NumPy, is seen by value: :meth:`holds` looks at
-    an eighth of the diagonal, an entry of every column and some far from both, or at all of a matrix
-    of up to :data:`WHOLE` columns, and so sees another matrix, another scale or ridge, and another
-    row with its column; and, where it is to, at the sums of the bits of all rows and columns, and
-    so sees a single entry. Both are exact whatever the number of threads.
+    through ``.data``, or memory that is shared with NumPy, is seen by value. :meth:`holds` looks at
+    an eighth of the diagonal, an entry of every column and some far from both, or at all where
+    there are up to :data:`WHOLE` columns: it sees another matrix, another scale or ridge, and
+    another row with its column. Where it is to, it looks at the sums of the bits of all rows and
+    columns, and sees a single entry. Both are exact, whatever the number of threads.
 
     Args:
         matrix: Σ, (d, d).
@@ -128,6 +128,7 @@ def _places(matrix: Tensor) -> list[Tensor]:
     if width <= WHOLE:
         return [matrix]
     # Along the diagonal to the last column; and, a quarter as many, where that runs to the left.
+    matrix = matrix if matrix.stride(0) >= matrix.stride(1) else matrix.T
     down, along = matrix.stride()
     far, corner = 4 * NEIGHBOURS, matrix[NEIGHBOURS // 2 :, width - NEIGHBOURS :]
     parts = (matrix, NEIGHBOURS, along), (corner, far, -along)
@@ -141,6 +142,12 @@ def _places(matrix: Tensor) -> list[Tensor]:
 
 class Mahalanobis(Exact):
     """The metric ‖δ‖² = δᵀ Σ⁻¹ δ on activations, held by Σ alone; Σ⁻¹ is never formed.
+
+    Edits follow a Σ that changes, whichever way: in place, by loading, or through ``.data`` and
+    NumPy, which leave no trace and are seen by value (:class:`Snapshot`). One way is not seen:
+    single entries that are written through ``.data`` by who took ``covariance`` before the last
+    solve and does not ask for it again. Write them in place, under ``torch.no_grad()``. On a GPU,
+    where an edit in a model looks at nothing, what leaves no trace is seen by :meth:`LRQP.solve`.
 
     Args:
         covariance: Σ, (d, d), symmetric positive semidefinite, a tensor or an array; singular is
@@ -337,9 +344,9 @@ class Mahalanobis(Exact):
                 f"the metric has width {self.width}, the displacement {delta.shape[-1]}"
             )
         covariance = self.own()
-        delta = delta.to(covariance)
+        delta = delta.to(covariance.device, torch.float64)
         if self._eigenbasis is None or not self._eigenbasis[0].holds(covariance, whole=True):
-            self._eigenbasis = (Snapshot(covariance), *torch.linalg.eigh(covariance))
+            self._eigenbasis = (Snapshot(covariance), *torch.linalg.eigh(covariance.double()))
         _, values, vectors = self._eigenbasis
         present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
         coordinates = delta @ vectors

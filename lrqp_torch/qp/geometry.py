@@ -14,7 +14,6 @@ from lrqp_torch.errors import (
     SolverError,
     WidthError,
     all_finite,
-    capturing,
     check_classes,
     check_distances,
     concrete,
@@ -502,7 +501,8 @@ class GeometryCache(Generic[Made]):
             return kept.geometry
         # What is kept may be differentiated through later, whatever the mode it was computed in.
         with torch.inference_mode(False), torch.no_grad():
-            copies = [part.clone() for part in given]
+            # However they lie: what is computed of them is the same to the bit.
+            copies = [part.clone(memory_format=torch.contiguous_format) for part in given]
             # Of a Σ that is still in its file, the building may read it.
             geometry = self.build(copies, metric)
             traced, looks = _traced(metric)
@@ -539,8 +539,7 @@ class GeometryCache(Generic[Made]):
             kept is None
             or kept.device != device
             or not kept.metric.is_of(traced)
-            or (kept.looks != looks and not capturing(traced))
-            or (readable(traced) and not kept.metric.holds(traced))
+            or (readable(traced) and not kept.metric.holds(traced, whole=kept.looks != looks))
             or kept.probes != Trace(device, *probes)
             or any(part.device != device for part in probes)
             or any(old.dtype != new.dtype for old, new in zip(kept.copies, probes, strict=True))

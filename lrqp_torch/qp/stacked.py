@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lrqp_torch.errors import (
     concrete,
     in_transforms,
     readable,
+    trace,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.constraints import (
@@ -224,7 +225,9 @@ class StackedGeometry:
 
         Those of the last choices are kept, unless they are part of a CUDA graph.
         """
-        mark = choice, choice._version, held, 0 if held is None else held._version
+        # A tensor made in inference mode does not tell whether it was written to.
+        counts = [0 if part is None else trace(part)[1] for part in (choice, held)]
+        mark = choice, held, *(object() if count is None else count for count in counts)
         last = vars(self).get("ready")
         if last is not None and all(
             old is new or (isinstance(old, int) and old == new)
@@ -356,11 +359,17 @@ class StackedGeometry:
         """
         if not concrete(choice) or in_transforms():
             return self._eliminate(choice)
-        mode = choice._version if not choice.is_inference() else 0, torch.is_grad_enabled()
-        last = vars(self).get("last")
-        if last is None or last[0] is not choice or last[1] != mode:
-            last = vars(self)["last"] = choice, mode, self._eliminate(choice)
-        found: tuple[Tensor, Tensor, Tensor] = last[2]
+        mode = trace(choice), torch.is_grad_enabled()
+        last: Any = vars(self).get("last")
+        known = last is not None and last[0] is choice and last[1] == mode
+        if known and readable(choice):
+            # What is written through .data leaves no trace.
+            known = torch.equal(last[2], choice)
+        elif choice.is_inference():
+            known = False
+        if not known:
+            last = vars(self)["last"] = choice, mode, choice.clone(), self._eliminate(choice)
+        found: tuple[Tensor, Tensor, Tensor] = last[3]
         return found
 
     def _eliminate(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
