@@ -1,9 +1,10 @@
-"""The whole study against the forward passes that no program could avoid.
+"""The whole study by its stages, against its own forward passes and those that no program avoids.
 
-The floor is measured in the same run, before and after the study, with bare passes of its exact
-shapes: the training prompts once through the trunk, the held-out prompts once, and for each site
-and condition their suffix through the blocks from the edited one on. A pass from any block on is
-interpolated between those from the first and from the last block, since blocks are alike.
+The floor, of ``--parts flipping`` alone, is measured in the same run, before and after the study,
+with bare passes of its exact shapes: the training prompts once through the trunk, the held-out
+prompts once, and for each site and condition their suffix through the blocks from the edited one
+on. A pass from any block on is interpolated between those from the first and from the last block,
+since blocks are alike. With one thread all times are those of the processor.
 """
 
 import tempfile
@@ -18,9 +19,10 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from benchmarks.floor import BarePasses
-from benchmarks.measure import Row, parse_arguments, report, seconds_of
+from benchmarks.measure import Row, parse_arguments, report, seconds_of, synchronise
 from lrqp_torch import models
 from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.probes.covariance import Covariance
@@ -34,6 +36,9 @@ from lrqp_torch.study.sweep import CONDITIONS
 
 ADDED = ("covariance", "figures", "report")
 """Stages that the study does not time itself."""
+PASSES = "forward passes"
+IMPORTS = time.process_time()
+"""Seconds that this process took until here, for its imports."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,15 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             out=Path(folder) / "study",
             n=arguments.n or (64 if arguments.small else 1000),
             prefixes=arguments.prefixes,
+            sites=arguments.sites,
             parts=arguments.parts,
-            compare_task=False,
+            compare_task=arguments.compare_task,
             device=arguments.device,
         )
-        before = floor(settings, arguments.device)
-        stages, total = run(settings, arguments.device)
-        after = floor(settings, arguments.device)
+        bounded = settings.parts == "flipping" and not settings.compare_task
+        before = floor(settings, arguments.device) if bounded else {}
+        stages, passes, total = run(settings, arguments.device)
+        after = floor(settings, arguments.device) if bounded else {}
     least = {name: (before[name] + after[name]) / 2 for name in before}
-    bottom = sum(least.values())
+    bottom = sum(least.values()) if bounded else None
 
     def row(what: str, seconds: float, unavoidable: float | None = None) -> Row:
         return {
@@ -61,14 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             "share of the total, %": 100 * seconds / total,
             "unavoidable passes, seconds": unavoidable,
             "over unavoidable": None if unavoidable is None else seconds / unavoidable,
+            "over its own passes": seconds / passes,
         }
 
     rows = [row(name, seconds, least.get(name)) for name, seconds in stages.items()]
     rows.append(row("everything else", total - sum(stages.values())))
     rows.append(row("total", total, bottom))
+    rows.append(row("of it the model's forward passes", passes, bottom))
     report(
         f"lrqp reproduce --model {settings.model} --n {settings.n} --prefixes {settings.prefixes} "
-        f"--parts {settings.parts} --sites all",
+        f"--parts {settings.parts} --sites {settings.sites}",
         rows,
         arguments,
         floor={"before": before, "after": after},
@@ -79,15 +88,22 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2-shape", help="as for lrqp reproduce")
     parser.add_argument("--n", type=int, help="prompts, default 1000, 64 with --small")
     parser.add_argument("--prefixes", default="none", help="as for lrqp reproduce")
+    parser.add_argument("--sites", default="all", help="as for lrqp reproduce")
     parser.add_argument(
         "--parts", default="flipping", help="as for lrqp reproduce; the floor is flipping's"
     )
+    parser.add_argument("--compare-task", action="store_true", help="as for lrqp reproduce")
 
 
-def run(settings: Settings, device: str) -> tuple[dict[str, float], float]:
-    """Seconds of each stage of the study, and in all."""
+def run(settings: Settings, device: str) -> tuple[dict[str, float], float, float]:
+    """Seconds of each stage, of the model's forward passes within them, and in all with imports."""
     added: dict[str, float] = defaultdict(float)
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     with ExitStack() as stack:
+        # What the study says of its own stages.
+        stack.enter_context(patch.object(time, "perf_counter", clock))
+        stack.enter_context(_passes_timed(added, device))
         for name, owner, function in (
             ("covariance", Covariance, "update"),
             ("covariance", Covariance, "finish"),
@@ -95,13 +111,36 @@ def run(settings: Settings, device: str) -> tuple[dict[str, float], float]:
             ("report", study_report, "write_report"),
         ):
             stack.enter_context(_stopwatch(added, name, owner, function, device))
-        start = time.perf_counter()
+        start = clock()
         results = study.run(settings)
-        total = time.perf_counter() - start
+        total = clock() - start
     stages = {name: seconds for name, seconds in results.elapsed.items() if name != "total"}
     # Fitted inside the stage that the study calls "fit".
     stages["probe fits"] = stages.pop("fit") - added["covariance"]
-    return stages | {name: added[name] for name in ADDED}, total
+    stages |= {name: added[name] for name in ADDED}
+    return {"imports": IMPORTS} | stages, added[PASSES], IMPORTS + total
+
+
+@contextmanager
+def _passes_timed(times: dict[str, float], device: str) -> Iterator[None]:
+    """Add up the seconds of the model's own forward passes, of which some end at a site."""
+    called, depth = nn.Module.__call__, [0]
+
+    def timed(model: nn.Module, *args: Any, **named: Any) -> Any:
+        if depth[0]:  # the trunk within its model
+            return called(model, *args, **named)
+        found: list[Any] = []
+        depth[0], start = 1, time.perf_counter()
+        try:
+            found.append(called(model, *args, **named))
+            synchronise(device)
+        finally:
+            depth[0] = 0
+            times[PASSES] += time.perf_counter() - start
+        return found[0]
+
+    with patch.object(PreTrainedModel, "__call__", timed):
+        yield
 
 
 @contextmanager

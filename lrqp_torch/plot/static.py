@@ -56,6 +56,12 @@ _STYLE: dict[Any, Any] = {
     # A fixed salt makes the same chart give the same file.
     "svg.hashsalt": "lrqp_torch",
 }
+_LAID_OUT: dict[Any, Any] = {
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+    "savefig.bbox": None,
+}
+"""Settings under which a figure without a layout engine stays as it is."""
 _MARKERS = {
     "circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "x", "star": "*",
     "pentagon": "p", "down": "v", "plus": "P", "tick": "|", "none": "",
@@ -105,14 +111,17 @@ def write_chart(chart: Chart, *paths: Path) -> None:
     figure = to_matplotlib(chart)
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | _LAID_OUT):
+        # Once for all formats: a figure with a layout of its own is drawn twice for each file.
+        figure.set_dpi(RESOLUTION)
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+        figure.set_layout_engine(None)
         for path in paths:
             # The date and the version of matplotlib would make equal charts differ.
             metadata = {".svg": {"Date": None}, ".png": {"Software": None}}.get(path.suffix)
             with written_whole(path) as temporary:
                 figure.savefig(temporary, dpi=RESOLUTION, metadata=metadata)
-            # The layout that was found holds for the other formats too.
-            figure.set_layout_engine("none")
 
 
 def to_matplotlib(chart: Chart) -> "Figure":
