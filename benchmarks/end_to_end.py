@@ -1,10 +1,11 @@
 """The whole study by its stages, against its own forward passes and those that no program avoids.
 
 The floor, of ``--parts flipping`` alone, is measured in the same run, before and after the study,
-with bare passes of its exact shapes: the training prompts once through the trunk, the held-out
-prompts once, and for each site and condition their suffix through the blocks from the edited one
-on. A pass from any block on is interpolated between those from the first and from the last block,
-since blocks are alike. With one thread all times are those of the processor.
+with bare passes of its exact shapes: the prompts to fit on, those held out and the twins of these
+once up to the last site, the held-out ones once to the end, and for each site and run (two edits,
+the interchange and the null) their suffix through the blocks from the edited one on. A pass from
+any block on is interpolated between those from the first and from the last block, since blocks are
+alike. With one thread all times are those of the processor.
 """
 
 import tempfile
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.floor import BarePasses
+from benchmarks.floor import BarePasses, only_blocks
 from benchmarks.measure import Row, parse_arguments, report, seconds_of, synchronise
 from lrqp_torch import models
 from lrqp_torch.ioi import IOIDataset
@@ -32,11 +33,13 @@ from lrqp_torch.study import run as study
 from lrqp_torch.study.preparing import choose_sites, make_prompts
 from lrqp_torch.study.running import in_batches
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.sweep import CONDITIONS
+from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL
 
 ADDED = ("covariance", "figures", "report")
 """Stages that the study does not time itself."""
 PASSES = "forward passes"
+RUNS = len((*CONDITIONS, INTERCHANGE, NULL))
+"""Of each prompt at each site."""
 IMPORTS = time.process_time()
 """Seconds that this process took until here, for its imports."""
 
@@ -165,11 +168,14 @@ def floor(settings: Settings, device: str) -> dict[str, float]:
     model, tokenizer = models.load(settings.model, device=device)
     train, test = make_prompts(tokenizer, settings)
     layers = [Site.parse(site).layer for site in choose_sites(model, settings.sites)]
-    times = {"capture": 0.0, "sweep": 0.0}
+    times = {"capture": 0.0, "interchange": 0.0, "sweep": 0.0}
     trunk_of(model)(**train[:4].to(device).inputs)
-    for rows in in_batches(torch.arange(len(train)), settings.batch_size):
-        inputs = train[rows].to(device).inputs
-        times["capture"] += seconds_of(lambda inputs=inputs: trunk_of(model)(**inputs), device)
+    # Prompts to fit on, those held out, and the twins of these.
+    for name, prompts in (("capture", train), ("capture", test), ("interchange", test)):
+        for rows in in_batches(torch.arange(len(prompts)), settings.batch_size):
+            inputs = prompts[rows].to(device).inputs
+            with only_blocks(model, end=max(layers) + 1):
+                times[name] += seconds_of(lambda inputs=inputs: trunk_of(model)(**inputs), device)
     # Making the bare passes of a batch has run it once, so they are warm.
     order = torch.argsort(test.positions["S2"], stable=True)
     for rows in in_batches(order, settings.batch_size):
@@ -183,7 +189,7 @@ def _sweep_floor(model: nn.Module, batch: IOIDataset, layers: list[int], device:
     whole = seconds_of(lambda: bare.suffix(0), device)
     last = seconds_of(lambda: bare.suffix(top), device)
     passes = sum(last + (whole - last) * (top - layer) / max(1, top) for layer in layers)
-    return seconds_of(bare.clean, device) + len(CONDITIONS) * passes
+    return seconds_of(bare.clean, device) + RUNS * passes
 
 
 if __name__ == "__main__":

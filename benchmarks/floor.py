@@ -47,7 +47,7 @@ class BarePasses:
             if name in self.inputs
         }
         arguments: dict[str, Any] = {**self.inputs, **suffix}
-        with upper_blocks(self.model, first_layer):
+        with only_blocks(self.model, first_layer):
             logits: Tensor = self.model(
                 **arguments,
                 past_key_values=self._cache,
@@ -66,11 +66,11 @@ class BarePasses:
 
 
 @contextmanager
-def upper_blocks(model: nn.Module, first_layer: int) -> Iterator[None]:
-    """Take the blocks below ``first_layer`` out of the model for as long as the context lasts."""
+def only_blocks(model: nn.Module, first: int = 0, end: int | None = None) -> Iterator[None]:
+    """Take the other blocks out of the model for as long as the context lasts."""
     parent, _, name = layout_of(model).blocks.rpartition(".")
     owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
-    setattr(owner, name, blocks[first_layer:])
+    setattr(owner, name, blocks[first:end])
     try:
         yield
     finally:

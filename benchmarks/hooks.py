@@ -30,7 +30,14 @@ from transformers import (
 from benchmarks import hook_peers
 from benchmarks.hook_peers import PEERS, Addition, Peer, copied, steering_vectors, vector_hook
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
-from lrqp_torch import LRQP, Intervention, capture, intervene
+from lrqp_torch import (
+    LRQP,
+    Intervention,
+    JointLRQP,
+    LinearProbe,
+    capture,
+    intervene,
+)
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.models import load
 from lrqp_torch.stream import watch
@@ -38,7 +45,8 @@ from lrqp_torch.stream.sites import blocks_of
 
 BARE, BARE_HOOK = "bare forward pass", "a bare hook, addition"
 ADDITION, OURS = "lrqp_torch, addition", "lrqp_torch, LRQP"
-CONTEXTS = (BARE_HOOK, ADDITION, OURS)
+JOINT = "lrqp_torch, JointLRQP of two variables"
+CONTEXTS = (BARE_HOOK, ADDITION, OURS, JOINT)
 AROUND = "opening and closing, µs"
 TRAIN = 256
 MODELS = ("gpt2-shape", "smollm2")
@@ -116,7 +124,9 @@ def measure(
     site = f"L{layer}.post"
     last = torch.full((TRAIN,), 7, device=device)
     x = capture(model, {"input_ids": draw(vocabulary, TRAIN, 8)}, site, last)[site]
-    edit = LRQP.fit(x, torch.arange(TRAIN, device=device) % 2)
+    labels = torch.arange(TRAIN, device=device)
+    edit = LRQP.fit(x, labels % 2)
+    joint = JointLRQP({"first": edit, "second": LinearProbe.fit(x, labels // 2 % 2)})
     direction = torch.randn(x.shape[1], generator=generator).to(x)
     addition = Addition(layer, arguments.length // 2, direction)
     positions, target = draw(arguments.length, batch), draw(2, batch)
@@ -132,6 +142,9 @@ def measure(
             model, Intervention(site, column, lambda x, context: x + direction)
         ),
         OURS: lambda: edit.at(model, site, positions=positions, target=target),
+        JOINT: lambda: joint.at(
+            model, site, positions=positions, target={"first": target, "second": 1 - target}
+        ),
     }
 
     def within(what: str) -> Tensor:

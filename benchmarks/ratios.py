@@ -22,7 +22,7 @@ from benchmarks import device, growth, hooks, probes, qp, replay
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from benchmarks.qp_peers import METHODS, OURS, Method
 from benchmarks.qp_problem import LOG_ODDS, QPProblem
-from lrqp_torch import LRQP, LinearProbe, Mahalanobis
+from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis
 
 SIZES = [(k, b) for k in (2, 10, 20, 50, 100) for b in (1, 32, 1024, 16384)]
 SMALL_SIZES = [(2, 8), (3, 8)]
@@ -138,6 +138,17 @@ def one_at_a_time(arguments: Namespace) -> list[Row]:
         ours, addition, *others = (1e6 * value for value in times.values())
         rows.append(ratio(what, ours, list(ways)[1], addition, aim=aim, over=False))
         rows += [ratio(what, ours, list(ways)[2], other, aim=1) for other in others]
+    # The last two problems have one Σ.
+    parts = {"first": edit_of(QPProblem.random(1, 2, 768, "cpu")), "second": edit.probe}
+    joint, targets = JointLRQP(parts), {"first": 1, "second": target}
+    alone = parts["first"]
+    ways = {
+        "both": lambda: joint.solve(x, targets),
+        "alone": lambda: alone.solve(x, 1),
+    }
+    times = medians(ways, arguments.repeats, "cpu", calls=5 if arguments.small else 100)
+    both, one = (1e6 * value for value in times.values())
+    rows.append(ratio("JointLRQP of K = 2 and 10, solve, B = 1", both, "K = 2 alone", one))
     return rows
 
 
@@ -157,6 +168,7 @@ def in_a_model(arguments: Namespace) -> list[Row]:
         where, inside, around = f", {name}, 4 × 8 tokens", "in the hooks, µs", hooks.AROUND
         plain = "a bare hook that adds a vector"
         rows += [
+            ratio(f"hook of JointLRQP, 2 × 2{where}", by[hooks.JOINT][inside], plain, bare[inside]),
             ratio(
                 f"hook K = 2{where}", lrqp[inside], plain, bare[inside], aim=80.0, over=False
             ),

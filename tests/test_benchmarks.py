@@ -103,8 +103,8 @@ def test_hooks(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPat
     rows = run(hooks.main, "--models", "tiny", "--batches", "2", "--length", "12")["rows"]
     positive([row for row in rows if row["milliseconds"] is not None], "milliseconds")
     names = [row["what"] for row in rows]
-    assert names[:4] == [hooks.BARE, *hooks.CONTEXTS]
-    positive(rows[1:4], "in the hooks, µs", hooks.AROUND)
+    assert names[:5] == [hooks.BARE, *hooks.CONTEXTS]
+    positive(rows[1:5], "in the hooks, µs", hooks.AROUND)
     assert rows[1]["largest logit difference"] == 0  # both additions do the same
     assert sum("not installed: pip install" in name for name in names) == 3
     assert "--steering-vectors-python" in names[-1]
