@@ -110,6 +110,17 @@ class Snapshot:
             return False
         return all(map(torch.equal, self.places, self.values))
 
+    @property
+    def lines(self) -> list[Tensor]:
+        """The diagonal and the other one, as views; nothing of a Σ that is still in its file."""
+        matrix = self.matrix.detach()
+        if not matrix.numel():
+            return []
+        width, (down, along) = len(matrix), matrix.stride()
+        corner = matrix[:, -1] if down > along else matrix[-1]
+        other = corner.as_strided((width,), (abs(down - along),), corner.storage_offset())
+        return [matrix.diagonal(), other]
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is of other memory: this is what no matrix is.
         return Snapshot, (torch.empty(0),)

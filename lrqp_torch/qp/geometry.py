@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -467,6 +467,7 @@ class _Kept(Generic[Made]):
     probes: Trace
     copies: list[Tensor]
     geometry: Made
+    lines: tuple[list[Tensor], list[Tensor]] | None  # see `_lines`
 
 
 class GeometryCache(Generic[Made]):
@@ -497,7 +498,8 @@ class GeometryCache(Generic[Made]):
             and all(map(_same, kept.copies, given))
         ):
             if kept.probes != own or kept.looks != looks:
-                self._kept = replace(kept, probes=own, looks=looks)
+                lines = _lines(probes, kept.copies, kept.metric)
+                self._kept = replace(kept, probes=own, looks=looks, lines=lines)
             return kept.geometry
         # What is kept may be differentiated through later, whatever the mode it was computed in.
         with torch.inference_mode(False), torch.no_grad():
@@ -506,27 +508,26 @@ class GeometryCache(Generic[Made]):
             # Of a Σ that is still in its file, the building may read it.
             geometry = self.build(copies, metric)
             traced, looks = _traced(metric)
-            self._kept = _Kept(device, Snapshot(traced), looks, own, copies, geometry)
+            seen = Snapshot(traced)
+            lines = _lines(probes, copies, seen)
+            self._kept = _Kept(device, seen, looks, own, copies, geometry, lines)
         return geometry
 
     def peek(
         self, probes: Sequence[Tensor], metric: Metric, device: torch.device
     ) -> tuple[Made, Tensor]:
-        """The geometry, and a bool () on the device that is true if it has become stale unseen.
+        """The geometry, and a number () on the device that is not 0 if it has become stale unseen.
 
         Changes that leave a trace are seen; others (``.data``) only by value, on the device.
         """
         kept = self._kept
-        if kept is None or self.known(probes, metric, device) is None:
+        if kept is None or kept.lines is None or self.known(probes, metric, device) is None:
             return self.get(probes, metric, device), torch.zeros(
                 (), dtype=torch.bool, device=device
             )
-        # Lists of tensors in one operation each; a difference of NaN has a norm that is none.
-        then, now, seen = list(kept.copies), list(probes), kept.metric
-        if seen.matrix.device == device:
-            then, now = then + seen.values, now + seen.places
-        changed = torch._foreach_norm(torch._foreach_sub(then, now), torch.inf)
-        return kept.geometry, reduce(torch.logical_or, changed)
+        changed = torch.cat(torch._foreach_sub(*kept.lines))
+        # A difference of NaN has a norm that is none.
+        return kept.geometry, torch.linalg.vector_norm(changed, torch.inf)
 
     def snapshot(self) -> Snapshot | None:
         """What Σ was when the geometry was computed."""
@@ -547,6 +548,22 @@ class GeometryCache(Generic[Made]):
         ):
             return None
         return kept.geometry
+
+
+def _lines(
+    probes: Sequence[Tensor], copies: list[Tensor], metric: Snapshot
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """What probes and some of Σ were and are, as lines: what is compared where nothing waits.
+
+    Views that are kept, since each would be an operation. None where values can be looked at, or
+    weights are not contiguous.
+    """
+    if readable(probes[0]) or not all(part.is_contiguous() for part in probes):
+        return None
+    now, then = ([part.detach().view(-1) for part in side] for side in (probes, copies))
+    if metric.matrix.device == probes[0].device:
+        now, then = now + metric.lines, then + [line.clone() for line in metric.lines]
+    return then, now
 
 
 def probe_geometry(probe: list[Tensor], metric: Metric) -> ProbeGeometry:

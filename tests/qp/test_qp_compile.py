@@ -249,7 +249,13 @@ def test_a_kept_geometry_is_compared_on_the_device(blind: None) -> None:
     with NoLooking():
         _, stale = kept.peek(probe, metric, weight.device)
     assert stale
-    assert kept.get(probe, metric, weight.device) is not first
+    second = kept.get(probe, metric, weight.device)
+    assert second is not first
+    metric.data[0, 3] = metric.data[3, 0] = 0.5
+    with NoLooking():
+        again, stale = kept.peek(probe, metric, weight.device)
+    assert again is second and stale
+    assert kept.get(probe, metric, weight.device) is not second
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10])
