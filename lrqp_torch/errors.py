@@ -7,6 +7,7 @@ Each message says what is wrong, where, and how to mend it. All derive from
 """
 
 import inspect
+import math
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -419,7 +420,7 @@ def place_classes(
 def all_finite(values: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     # A finite sum has finite terms, and costs a fraction of looking at each of them.
-    finite = bool(torch.isfinite(values.detach().sum()))
+    finite = math.isfinite(values.detach().sum().item())
     return finite or bool(torch.isfinite(values).all())
 
 

@@ -208,9 +208,9 @@ class Edit(Exact, Shared, Generic[Asked]):
         """Log α as :meth:`solve` is given it, of rows within a model; see :meth:`bind`."""
         return floors_of(asked, rows)
 
-    def line(self, known: Line | None) -> Line | None:
-        """What does :meth:`edit_stream` on the CPU, ``known`` if it still is that; None where there
-        is no such thing.
+    def line(self) -> Line | None:
+        """What does :meth:`edit_stream` on the CPU, the same for as long as nothing of the edit
+        changes; None where there is no such thing.
         """
         return None
 

@@ -1,10 +1,11 @@
 """Several variables edited at one site in one problem: every odds holds at the end."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from lrqp_torch.errors import (
     check_activations,
     check_finite,
     concrete,
+    in_transforms,
     quoted,
     readable,
 )
 from lrqp_torch.probes.covariance import Mahalanobis, Shrinkage
 from lrqp_torch.probes.linear import LinearProbe, as_probe
-from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, fused, native
+from lrqp_torch.qp import ODDS, GeometryCache, MahalanobisQP, Solution, Status, fused, native
 from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import Laid, StreamRows, VariableRules
 from lrqp_torch.qp.reach import Realise
@@ -79,6 +81,7 @@ class JointLRQP(Edit[Targets]):
     FREE = FREE
     KEEP = KEEP
     certified = True
+    _line: Line | None = None
 
     def __init__(
         self,
@@ -192,8 +195,15 @@ class JointLRQP(Edit[Targets]):
         # Where nothing is written no constraint reads x, and none would tell.
         if concrete(x):
             check_finite(x)
-        geometry = self.geometry(x.device)
-        joint, choice = self._attempt(x, target, source, asked or {}, realise, geometry)
+        found = self._in_one_call(x, target, source, asked, realise)
+        if found is not None:
+            joint, choice, worst = found
+            if worst <= Status.SOLVED:
+                return joint
+            joint = skipped(joint, x, self.on_infeasible)
+        else:
+            geometry = self.geometry(x.device)
+            joint, choice = self._attempt(x, target, source, asked or {}, realise, geometry)
         return judged(self, joint, x, choice, examples)
 
     def propose(
@@ -207,6 +217,9 @@ class JointLRQP(Edit[Targets]):
     ) -> JointSolution:
         """:meth:`solve` without a look at the outcome, which is left in the status."""
         check_activations(x, self.metric.width)
+        solved = self._in_one_call(x, target, source, asked, realise)
+        if solved is not None:
+            return skipped(solved[0], x, self.on_infeasible)
         found = self._peeked(x)
         known = (self.geometry(x.device),) if found is None else found
         return self._attempt(x, target, source, asked or {}, realise, *known)[0]
@@ -303,25 +316,79 @@ class JointLRQP(Edit[Targets]):
         wishes = {name: floors_of(value, rows) for name, value in asked.items()}
         return self._wanted(wishes, len(rows.example), rows.example.device)
 
-    def line(self, known: Line | None) -> Line | None:
+    def line(self) -> Line | None:
         """See :meth:`Edit.line`; by our solver, where there is a compiler."""
-        kind, probes, floors = type(self), tuple(self._tensors()), self._floors()
+        kind = type(self)
         # What stands for a solve, on this object or in its class, is to be called.
         if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
-        traced = self.metric.traced, *floors
-        own = self._rules(), self.qp, self.qp.solver, self.metric.looks
-        if known is not None and known.holds((*probes, *traced), own):
-            return known
-        if kind is not JointLRQP or not self.qp.is_direct:
+        return self._own_line() if kind is JointLRQP else None
+
+    def _own_line(self) -> Line | None:
+        """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
+        # A module asks itself for its parts by a detour of a microsecond each.
+        modules: dict[str, Any] = self._modules
+        weights, biases, floors, own = [], [], [], []
+        for edit in modules["edits"]._modules.values():
+            probe = edit._modules["probe"]._parameters
+            weights.append(probe.get("weight"))
+            biases.append(probe.get("bias"))
+            floors.append(edit._buffers["log_odds"])
+            own += [edit.rule, edit.odds]
+        qp, metric = modules["qp"], modules["metric"]
+        traced = vars(metric)["_buffers"].get("covariance")
+        parts = *weights, *biases, traced, *floors
+        mine = *own, *self.within.items(), qp, qp.solver, metric.looks
+        line = self._line
+        if line is not None and line.holds(parts, mine):
+            return line if native.library() is not None else None
+        vars(self)["_line"] = line = self._new_line(parts, mine)
+        return line
+
+    def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
+        probes, traced = tuple(self._tensors()), (self.metric.traced, *self._floors())
+        given = *probes, *traced
+        if not self.qp.is_direct or not all(part.is_contiguous() for part in probes):
             return None
-        if not all(part.is_contiguous() for part in probes):
+        if not all(part.is_cpu and part.dtype in native.KINDS for part in given):
             return None
-        if not all(part.is_cpu and part.dtype in native.KINDS for part in (*probes, *traced)):
+        # A probe may have its numbers made anew each time that it is asked for them.
+        if in_transforms() or not all(map(operator.is_, given, parts)):
+            return None
+        if torch.is_grad_enabled() and any(part.requires_grad for part in given):
             return None
         geometry = self.geometry(probes[0].device)
         metric, rule = self._geometry.snapshot(), self.rule(geometry, geometry.plus)
         return Line(geometry, probes, traced, metric, own, rule)
+
+    def _in_one_call(
+        self, x: Tensor, target: Targets, source: Any, asked: Any, realise: Realise | None
+    ) -> tuple[JointSolution, Tensor, int] | None:
+        """Edited activations, choices and the worst status, where one call does it; or None."""
+        if fused.interpreted():  # the kernel stands in for it
+            return None
+        if torch.compiler.is_compiling() or type(self) is not JointLRQP or in_transforms():
+            return None
+        line = self._own_line()
+        if line is None or type(x) is not Tensor or not x.is_cpu or x.ndim != 2:
+            return None
+        geometry, batch = cast(StackedGeometry, line.geometry), len(x)
+        choice = self._whole(target, batch)
+        if choice is None:
+            choice = self._choice(target, batch, geometry, "target")[0]
+        held = None if source is None else self._choice(source, batch, geometry, "source")[0]
+        wanted = self._wanted(asked, batch, x.device) if asked else None
+        found = line.solve(x, choice, held, wanted, realise)
+        return None if found is None else (cast(JointSolution, found[0]), choice, found[1])
+
+    def _whole(self, targets: Targets, batch: int) -> Tensor | None:
+        """Choices of numbers for all, (B, V); None where they are others."""
+        if type(targets) is not dict or targets.keys() != set(self.names):
+            return None
+        row = [targets[name] for name in self.names]
+        if not all(type(part) is int for part in row):
+            return None
+        return torch.tensor([row]).expand(batch, -1)
 
     def rule(
         self,

@@ -281,7 +281,7 @@ class LRQP(Edit[Classes]):
         skip = self.on_infeasible == "skip"
         return fused.edit_stream(rows, target, floors, geometry, skip=skip, live=live)
 
-    def line(self, known: Line | None) -> Line | None:
+    def line(self) -> Line | None:
         """See :meth:`Edit.line`; of pairwise odds by our solver, where there is a compiler."""
         # What stands for a solve, on this object or in its class, is to be called.
         if "solve" in self.__dict__ or "edit_rows" in self.__dict__ or type(self) is not LRQP:

@@ -1,8 +1,7 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
-import ctypes
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -22,7 +21,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused, native
-from lrqp_torch.qp.direct import FEW_NUMBERS, Line
+from lrqp_torch.qp.direct import Laid, Line
 from lrqp_torch.qp.geometry import Trace
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream.following import Rows
@@ -113,7 +112,7 @@ class EditRun:
         self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
         self._line: Line | None = None
-        self._laid: _Laid | None = None
+        self._laid: Laid | None = None
         self._launch: _Launch | None = None
         # A kind of edit answers for its own solve, not for what replaces it.
         owners = [
@@ -189,56 +188,55 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """:meth:`edit_stream` on the CPU."""
-        given, asked = self.given, None
-        if at.shown is not None or (given and given.keys() - {"asked"}):
+        line = self._line = self.edit.line()
+        if line is None:
             return None
-        line = self._line = self.edit.line(self._line)
-        if line is None or not line.takes(stream, residual):
-            return None
-        if given:
-            asked = given["asked"]
-            if not isinstance(asked, float | int):
-                # What it holds may have changed since the last pass.
-                asked = self.edit.asked_at(asked, at)
-                if line.differentiates(asked):
-                    return None
-        laid, dtype = self._laid, stream.dtype
+        laid = self._laid
         if (
             laid is None
             or laid.line is not line
             or laid.at is not at
-            or laid.dtype is not dtype
+            or laid.dtype is not stream.dtype
             or laid.shape != stream.shape
-            or isinstance(asked, Tensor)
+            or not line.is_plain(stream, residual)
         ):
-            laid = self._laid = self._lay(line, at, stream, asked)
-        rows = laid.table() if self._rows.kept else None
-        whole = line(stream, residual, scale, laid.task, laid.spare, rows, forward_pass)
-        if whole is None and self.edit.line(line) is not line:
+            given, asked = self.given, self.given.get("asked")
+            if at.shown is not None or given.keys() - {"asked"}:
+                return None
+            if not line.takes(stream, residual):
+                return None
+            kept = asked is None or isinstance(asked, float | int)
+            if not kept:
+                # What it holds may have changed since the last pass.
+                asked = self.edit.asked_at(asked, at)
+                if line.differentiates(asked):
+                    return None
+            laid = self._lay(line, at, stream, scale, asked)
+            self._laid = laid if kept else None
+        table = laid.table() if self._rows.kept else None
+        whole = laid.edit(stream, residual, table, forward_pass)
+        if whole is None and self.edit.line() is not line:
             # A change that left no trace was seen in the call.
             return self._in_one_call(stream, residual, scale, at, forward_pass)
-        if whole is not None and rows is not None:
-            self._rows.wrote(_Block(rows, False, 0, laid.variables), laid.n_rows)
-        self._dtype = dtype
+        if whole is not None and table is not None:
+            self._rows.wrote_in(laid, table, len(self.names))
         return whole
 
-    def _lay(self, line: Line, at: Rows, stream: Tensor, asked: Tensor | float | None) -> "_Laid":
-        """What a call is told of the rows of such streams."""
+    def _lay(
+        self, line: Line, at: Rows, stream: Tensor, scale: float, asked: Tensor | float | None
+    ) -> Laid:
+        """What edits rows of such streams."""
         _, target, source = self._classes_of(at, _CPU)
         task = line.task(stream.dtype, target, source, asked)
         place, numbers = None if at.whole else at.flat(stream.shape[1]), at.numbers
-        count, task.place = len(target), native.address(place)
-        task.count = count
-        task.within, task.all = 1, stream.numel() // stream.shape[-1]
-        task.copies = place is not None and stream.numel() <= FEW_NUMBERS
+        task.count, task.place, task.scale = len(target), native.address(place), scale
         if isinstance(numbers, Tensor):
             task.numbered = numbers.data_ptr()
         else:
             task.first = numbers
         task.owned = task.owned, place, numbers
-        variables = len(self.names)
-        table = ctypes.c_double * (count * _width(variables))
-        return _Laid(line, at, stream.dtype, stream.shape, task, [], table, count, variables)
+        self._dtype = stream.dtype
+        return line.laid(at, task, stream, _width(len(self.names)))
 
     def _classes_of(
         self, at: Rows | EditContext, device: torch.device
@@ -518,6 +516,17 @@ class _Rows:
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
 
+    def wrote_in(self, laid: Laid, table: Any, variables: int) -> None:
+        """Note what one compiled call has written of a pass."""
+        last = self._passes[-1] if self._passes else None
+        if type(last) is not _Block or last.laid is not laid:
+            last = _Block([], variables=variables, laid=laid)
+            self._passes.append(last)
+        last.rows.append(table)
+        self._waiting += laid.n_rows
+        if max(len(last.rows), len(self._passes)) >= WAITING or self._waiting >= WAITING_ROWS:
+            self._settle()
+
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
         stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
@@ -650,20 +659,6 @@ def _values(passes: Sequence[_Pass], device: torch.device) -> dict[str, Tensor]:
     }
 
 
-class _Laid(NamedTuple):
-    """What a call on the CPU is told of the same rows of streams of one shape in each pass."""
-
-    line: Line
-    at: Rows
-    dtype: torch.dtype
-    shape: torch.Size
-    task: native.Task
-    spare: list[native.Task]  # copies that no thread uses just now
-    table: Callable[[], Any]  # makes memory for what a pass records: a tensor takes longer
-    n_rows: int
-    variables: int  # as of a `_Block`
-
-
 class _Launch(NamedTuple):
     """A launch on a GPU, and all that has to be as it was when it is to be done again."""
 
@@ -736,10 +731,11 @@ def _likeness(stream: Tensor, residual: Tensor | None, scale: float) -> tuple[ob
 class _Block:
     """Rows that a kernel writes by itself, those of one pass after another."""
 
-    rows: Any  # (n, 9); or as many numbers of compiled code, in a row
+    rows: Any  # (n, 9); or memory of compiled code for those of each pass
     captured: bool = False  # as of a `_Pass`
-    count: int = 0  # how many are written
+    count: int = 0  # how many are written, of a tensor
     variables: int = 0  # how many variables odds are of, 0 for one edit's own
+    laid: Laid | None = None  # what compiled code was told
 
     @property
     def places(self) -> dict[str, slice | int]:
@@ -759,7 +755,9 @@ class _Block:
         """Those that are written."""
         if isinstance(self.rows, Tensor):
             return self.rows[: self.count]
-        return torch.frombuffer(self.rows, dtype=torch.float64).reshape(self.count, -1)
+        assert self.laid is not None
+        rows = torch.cat([torch.frombuffer(one, dtype=torch.float64) for one in self.rows])
+        return rows.reshape(self.laid.n_rows * len(self.rows), -1)
 
     @property
     def device(self) -> torch.device:

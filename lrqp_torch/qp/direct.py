@@ -6,8 +6,8 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 
 import ctypes
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -273,30 +273,36 @@ class Line:
         # inference mode counts no versions, and cannot be changed in place.
         self.probe, self.parts = probe, (*probe, *traced)
         self._counted = [part for part in traced if not part.is_inference()]
-        self._marks = self._now()
+        self._ids, self._marks = [*map(id, self.parts)], self._now()
         odds = rule.log_odds if isinstance(rule, StackedRule) else (rule.log_odds,)
         # Their values are looked at in the call: what is written through .data leaves no trace.
         self._watched = (*probe, *odds, *(metric.places if metric is not None else ()))
         self._known = [part.detach().contiguous().clone() for part in self._watched]
         self._rule, self._total = rule, total
         self._tasks: dict[torch.dtype, native.Task] = {}
+        self._variables = (len(rule.log_odds),) if isinstance(rule, StackedRule) else ()
         # Where a class stands by itself.
         self.n_classes = len(geometry.weight)
         self._classes = torch.arange(self.n_classes)
 
     def _now(self) -> list[int]:
         """What tells that the memory of a part is another, or was written to."""
-        places, sizes = map(_address, self.parts), map(_nbytes, self.probe)
-        return [*places, *sizes, *map(_version, self._counted)]
+        probe = self.probe
+        return [
+            *map(_address, self.parts),
+            *map(_nbytes, probe),
+            *map(_whole, probe),
+            *map(_version, self._counted),
+        ]
 
     def holds(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> bool:
         """Whether this is still what edits by these: the probe's parts and then what is traced."""
-        return (
-            own == self.own
-            and all(map(operator.is_, parts, self.parts))
-            and all(map(_whole, self.probe))
-            and self._marks == self._now()
-        )
+        # Parts are held, so that no other object has the number of one.
+        return [*map(id, parts)] == self._ids and own == self.own and self._marks == self._now()
+
+    def forget(self) -> None:
+        """Hold no longer: what a call watches has changed."""
+        self._marks = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies have addresses of their own, and a record goes without.
@@ -364,17 +370,18 @@ class Line:
         shape, dtype = x.shape, x.dtype
         if len(shape) != 2 or shape[1] != self.width or dtype not in native.KINDS:
             return None
-        batch = shape[0]
-        if not batch or not self._is_choice(target, batch) or self.differentiates(x):
+        batch, each = shape[0], (*shape[:1], *self._variables)
+        if not batch or not self._is_choice(target, each) or self.differentiates(x):
             return None
         if source is not None:
-            if not self._is_choice(source, batch):
+            if not self._is_choice(source, each):
                 return None
-            if isinstance(source, Tensor):
+            if isinstance(source, Tensor) and not self._variables:
                 check_classes(source, batch, self.n_classes, "source")
         if isinstance(asked, Tensor):
-            single = not asked.ndim or asked.shape == shape[:1]
-            if not single or not readable(asked) or self.differentiates(asked):
+            if asked.ndim and asked.shape != each:
+                return None
+            if not readable(asked) or self.differentiates(asked):
                 return None
         elif asked is not None and type(asked) not in (float, int):
             return None
@@ -388,50 +395,88 @@ class Line:
         solution, _, outcome = _solved(task, x, self.geometry, realise)
         worst = outcome % 8
         if outcome == native.CHANGED:
-            self._marks = []
+            self.forget()
         return None if outcome < 0 or worst == Status.INVALID else (solution, worst)
 
-    def _is_choice(self, classes: Any, batch: int) -> bool:
-        """Whether it is a class for all, or one for each as they are wanted."""
-        if type(classes) is int:
+    def _is_choice(self, classes: Any, each: tuple[int, ...]) -> bool:
+        """Whether it is a class for all, or those of each as they are wanted."""
+        if type(classes) is int and not self._variables:
             return 0 <= classes < self.n_classes
         return (
             type(classes) is Tensor
             and classes.dtype == torch.int64
             and classes.is_cpu
-            and classes.shape == (batch,)
+            and classes.shape == each
         )
 
     def takes(self, stream: Tensor, residual: Tensor | None) -> bool:
         """Whether such a stream can be edited here, and no derivative is asked for."""
-        dtype, shape = stream.dtype, stream.shape
-        if _transforms() is not None or dtype not in native.KINDS or shape[-1] != self.width:
+        here = stream.dtype in native.KINDS and stream.shape[-1] == self.width
+        return here and self.is_plain(stream, residual)
+
+    def is_plain(self, stream: Tensor, residual: Tensor | None) -> bool:
+        """Whether a call may read and write them where they lie: without derivatives."""
+        if type(stream) is not Tensor or not stream.is_cpu or not stream.is_contiguous():
             return False
-        if type(stream) is not Tensor or not (stream.is_cpu and stream.is_contiguous()):
+        if _transforms() is not None or forward_ad._current_level >= 0:
             return False
         if residual is None:
-            return not (
-                forward_ad._current_level >= 0
-                or (torch.is_grad_enabled() and self.differentiates(stream))
-            )
+            return not (torch.is_grad_enabled() and self.differentiates(stream))
         return (
             type(residual) is Tensor
             and residual.is_cpu
-            and residual.dtype == dtype
-            and residual.shape == shape
+            and residual.dtype == stream.dtype
+            and residual.shape == stream.shape
             and residual.is_contiguous()
-            and not self.differentiates(stream, residual)
+            and not (torch.is_grad_enabled() and self.differentiates(stream, residual))
         )
 
-    def __call__(
-        self,
-        stream: Tensor,
-        residual: Tensor | None,
-        scale: float,
-        laid: native.Task,
-        spare: list[native.Task],
-        record: Any,
-        forward_pass: int,
+    def laid(self, at: object, task: native.Task, stream: Tensor, record: int) -> "Laid":
+        """What edits rows of streams like one, (B, T, d).
+
+        Args:
+            at: what says which rows they are.
+            task: from :meth:`task`, and what is told of rows: ``count``, ``place`` in (B · T, d) or
+                None for each, and what they are numbered.
+            stream: such a stream.
+            record: how many numbers are written of each row, 9 or more.
+        """
+        task.within, task.all = 1, stream.numel() // self.width
+        task.copies = task.place is not None and stream.numel() <= FEW_NUMBERS
+        shared = _shared(self.geometry, task.total)
+        return Laid(
+            self,
+            at,
+            stream.dtype,
+            stream.shape,
+            bool(task.copies or not task.place),
+            native.threads_for(shared, task.count),
+            native.edit_stream(shared, task),
+            task.count,
+            ctypes.c_double * (task.count * record),
+            (shared, task),
+        )
+
+
+class Laid(NamedTuple):
+    """What one compiled call is told of the same rows of like streams: see :meth:`Line.laid`."""
+
+    line: Line
+    at: object  # what says which rows
+    dtype: torch.dtype  # of the streams
+    shape: torch.Size
+    copies: bool  # whether all that is written is written in the call
+    threads: int  # at most
+    call: Callable[..., int]
+    n_rows: int
+    table: Callable[[], Any]  # memory for what a pass records; a tensor would take longer
+    owned: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # as a line
+
+    def edit(
+        self, stream: Tensor, residual: Tensor | None, record: Any, forward_pass: int
     ) -> Tensor | None:
         """The stream with rows edited; itself where none is moved.
 
@@ -439,29 +484,21 @@ class Line:
         changed.
 
         Args:
-            stream: what is written of it, (B, T, d).
-            residual: what is added to scale · that, or None.
-            scale: see there; 1 without a residual.
-            laid: from :meth:`task`, and what is told of rows: ``count``, ``place`` in ``all`` of
-                (B · T, d) or None for each, and what they are numbered.
-            spare: copies of it, of which one is taken and given back: threads may run the model at
-                once.
-            record: memory for what is written of each row, (N, 9) float64, or None.
+            stream: what is written of it, (B, T, d); see :meth:`Line.is_plain`.
+            residual: what is added to the task's scale · that, or None.
+            record: memory for what is written of each row, as :attr:`table` makes it, or None.
             forward_pass: the number of the pass.
         """
-        alone = laid.copies or not laid.place
-        result = torch.empty_like(stream) if alone else stream.clone()
-        try:
-            task = spare.pop()
-        except IndexError:
-            task = native.Task.from_buffer_copy(laid)
-        task.x, task.result = stream.data_ptr(), result.data_ptr()
-        if record is not None:
-            task.record, task.forward_pass = ctypes.addressof(record), forward_pass
-        task.base = None if residual is None else residual.data_ptr()
-        task.scale = scale
-        moved = native.edit_stream(_shared(self.geometry, task.total), task)
-        spare.append(task)
+        threads = self.threads
+        if threads > 1:
+            threads = min(threads, torch.get_num_threads())
+        result = torch.empty_like(stream) if self.copies else stream.clone()
+        base = None if residual is None else residual.data_ptr()
+        moved = self.call(threads, stream.data_ptr(), result.data_ptr(), base, record, forward_pass)
+        if moved > 0:
+            return result
         if moved == native.CHANGED:
-            self._marks = []
-        return None if moved < 0 else result if moved else stream
+            self.line.forget()
+        elif moved == -1:
+            raise MemoryError("no memory for the active sets of a batch")
+        return None if moved else stream

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,8 +193,11 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    for function in (loaded.lrqp_solve, loaded.lrqp_edit_stream, loaded.lrqp_gradient):
-        function.restype, function.argtypes = _number, (_address, _address, _number)
+    given = _address, _address, _number
+    for function in (loaded.lrqp_solve, loaded.lrqp_gradient):
+        function.restype, function.argtypes = _number, given
+    stream = loaded.lrqp_edit_stream
+    stream.restype, stream.argtypes = _number, (*given, *[_address] * 4, _number)
     return loaded
 
 
@@ -249,13 +252,24 @@ def solve(shared: Shared, task: Task) -> int:
     return _call("lrqp_solve", shared, task)
 
 
-def edit_stream(shared: Shared, task: Task) -> int:
-    """Edit rows of a stream: how many were moved, or below 0 where nothing was done; see dual.c.
+def edit_stream(shared: Shared, task: Task) -> Callable[..., int]:
+    """What edits rows of streams: how many were moved, −1 without memory, or further below 0 where
+    nothing was done; see dual.c. It keeps neither of its arguments.
 
-    Raises:
-        MemoryError: as :func:`solve`.
+    It is called with how many threads, and where are: the stream, what comes of it, what that is
+    added to or None, and the record or None; and with the number of the pass.
     """
-    return _call("lrqp_edit_stream", shared, task)
+    loaded, place = library(), ctypes.addressof
+    assert loaded is not None
+    return partial(loaded.lrqp_edit_stream, _address(place(shared)), _address(place(task)))
+
+
+def threads_for(shared: Shared, count: int) -> int:
+    """So many threads at most have work in so many problems."""
+    if count < 2:
+        return 1
+    numbers = count * (shared.m * shared.m + shared.rows * shared.width)
+    return numbers // THREAD_NUMBERS if numbers >= 2 * THREAD_NUMBERS else 1
 
 
 def gradient(shared: Shared, task: Gradient) -> None:
@@ -268,12 +282,10 @@ def gradient(shared: Shared, task: Gradient) -> None:
 
 
 def _call(name: str, shared: Shared, task: Task | Gradient) -> int:
-    loaded, count, threads = library(), task.count, 1
+    loaded, threads = library(), threads_for(shared, task.count)
     assert loaded is not None
-    if count > 1:
-        numbers = count * (shared.m * shared.m + shared.rows * shared.width)
-        if numbers >= 2 * THREAD_NUMBERS:
-            threads = min(torch.get_num_threads(), numbers // THREAD_NUMBERS)
+    if threads > 1:
+        threads = min(torch.get_num_threads(), threads)
     place = ctypes.addressof
     outcome: int = getattr(loaded, name)(place(shared), place(task), threads)
     if outcome == -1:

@@ -30,7 +30,16 @@ from lrqp_torch.stream.sites import (
     trunk_of,
 )
 from lrqp_torch.stream.traced import install, stream_given, tensors_given, with_stream
-from lrqp_torch.stream.watch import RAN_TWICE, Watch, hook, hook_after, in_backward
+from lrqp_torch.stream.watch import (
+    RAN_TWICE,
+    Hook,
+    Watch,
+    compiler,
+    hook,
+    hook_after,
+    in_backward,
+    traces,
+)
 
 Residual = Tensor | tuple[Tensor, Tensor] | None
 """What a tensor is added to: a stream; that and what is added to the tensor first; or None where it
@@ -51,7 +60,8 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     features, latest = located.features, dict[int, ForwardCall]()
     side, residuals = located.side, dict[int, Tensor]()
     besides = dict[tuple[int, nn.Module], Tensor]()
-    simple = features is None and located.site.path is None
+    if located.site.path is not None:
+        watch.texts.distinct = True
 
     def within(tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call."""
@@ -78,49 +88,12 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         traced, kept = install(
             stack, watch.key, where, side == "input", added, located.scale, watch, within
         )
+    visits = within if located.site.path is not None or features is not None else visit
     if side == "input":
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            stream = stream_given(module, args, kwargs)
-            call = watch.call(stream, stream)
-            if call is None:
-                return None
-            run = visit if simple and stream.ndim == 3 else within
-            kept = run(stream, None, located.scale, call)
-            return None if kept is stream else with_stream(args, kwargs, kept, stream)
-
-        hook(stack, located.module, before, traced=traced)
+        hook(stack, located.module, _Input(watch, located, visits, within, traced), traced=traced)
         return
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        stream = first_tensor(output)
-        if stream is None or not stream.is_floating_point():
-            raise SiteError(
-                f"{located.site}: {type(module).__name__} returns {type(output).__name__}, of "
-                f"which the first part is no tensor of activations"
-            )
-        # A pass of another thread may have begun before this was hooked.
-        residual = residuals.pop(get_ident(), None)
-        if residual is None and located.residual is not None and not watch.acts():
-            return None
-        entered = residual
-        if entered is None:
-            entered = next(tensors_given(args, kwargs), stream)
-        call = watch.call(stream, entered)
-        if call is None:
-            return None
-        whole: Residual = residual
-        if residual is not None and located.beside:
-            thread = get_ident()
-            others = {part: besides.pop((thread, part)) for part, _ in located.beside}
-            beside = beside_of(located.beside, others)
-            assert beside is not None
-            whole = residual, beside.reshape(residual.shape)
-        run = visit if simple and stream.ndim == 3 else within
-        kept = run(stream, whole, located.scale, call)
-        return None if kept is stream else with_first(output, kept)
-
-    hook_after(stack, located.module, after, traced=traced)
+    at = _Output(watch, located, visits, within, traced, residuals, besides)
+    hook_after(stack, located.module, at, traced=traced)
     if located.residual is None:
         return
 
@@ -138,6 +111,102 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
 
     for part, _ in located.beside:
         hook_after(stack, part, note)
+
+
+class _Input(Hook):
+    """Before the module whose input a site is.
+
+    Args:
+        watch: whose passes these are.
+        located: the site.
+        visit: what is called with streams (B, T, d).
+        within: and with others.
+        traced: see :func:`~.watch.hook`.
+    """
+
+    def __init__(
+        self, watch: Watch, located: Located, visit: Visit, within: Visit, traced: Any
+    ) -> None:
+        super().__init__(visit, traced=traced)
+        self.watch, self.located, self.scale = watch, located, located.scale
+        self.within, self.under_way = within, watch.under_way
+        # A call that is known to have streams of a shape.
+        self.known: tuple[ForwardCall | None, torch.Size] = None, torch.Size()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.traced is not None and (traces() or compiler._is_compiling_flag):
+            return self.traced(module, args, kwargs)
+        stream = stream_given(module, args, kwargs)
+        calls, known = self.under_way.get(get_ident()), self.known
+        call = calls[-1] if calls else None
+        if call is not known[0] or call is None or stream.shape != known[1]:
+            call = self.called(stream, stream)
+            if call is None:
+                return None
+        run = self.function if stream.ndim == 3 else self.within
+        kept = run(stream, None, self.scale, call)
+        return None if kept is stream else with_stream(args, kwargs, kept, stream)
+
+    def called(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
+        """The call in which the module has a stream."""
+        call = self.watch.call(stream, entered)
+        # What runs once more in a backward pass is to be known then.
+        self.known = None if self.watch.reruns else call, stream.shape
+        return call
+
+
+class _Output(_Input):
+    """After the module whose output a site is, or what is added to it.
+
+    Args:
+        residuals: by thread, what it is added to.
+        besides: by thread and module, what is added to it before.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        located: Located,
+        visit: Visit,
+        within: Visit,
+        traced: Any,
+        residuals: dict[int, Tensor],
+        besides: dict[tuple[int, nn.Module], Tensor],
+    ) -> None:
+        super().__init__(watch, located, visit, within, traced)
+        self.residuals, self.besides = residuals, besides
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        if self.traced is not None and (traces() or compiler._is_compiling_flag):
+            return self.traced(module, args, kwargs, output)
+        stream, located, thread = first_tensor(output), self.located, get_ident()
+        if stream is None or not stream.is_floating_point():
+            raise SiteError(
+                f"{located.site}: {type(module).__name__} returns {type(output).__name__}, of "
+                f"which the first part is no tensor of activations"
+            )
+        # A pass of another thread may have begun before this was hooked.
+        residual = self.residuals.pop(thread, None)
+        if residual is None and located.residual is not None and not self.watch.acts():
+            return None
+        calls, known = self.under_way.get(thread), self.known
+        call = calls[-1] if calls else None
+        if call is not known[0] or call is None or stream.shape != known[1]:
+            entered = residual
+            if entered is None:
+                entered = next(tensors_given(args, kwargs), stream)
+            call = self.called(stream, entered)
+            if call is None:
+                return None
+        whole: Residual = residual
+        if residual is not None and located.beside:
+            others = {part: self.besides.pop((thread, part)) for part, _ in located.beside}
+            beside = beside_of(located.beside, others)
+            assert beside is not None
+            whole = residual, beside.reshape(residual.shape)
+        run = self.function if stream.ndim == 3 else self.within
+        kept = run(stream, whole, self.scale, call)
+        return None if kept is stream else with_first(output, kept)
 
 
 def warn_of_dropout(model: nn.Module) -> None:

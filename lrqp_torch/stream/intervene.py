@@ -276,6 +276,8 @@ class _Applied:
         self.trainable = _is_learned(getattr(edit, "edit", edit))
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
+        # A call that is one object for all that are like it, and its rows on the CPU.
+        self.known: tuple[ForwardCall, Rows] | None = None
         self.largest: list[Tensor] = []
         # What an edit was told last of rows of the stream itself, which are the same pass for pass.
         self.told: tuple[Rows, torch.dtype, _Here] | None = None
@@ -290,7 +292,9 @@ class _Applied:
             self.passes += 1
         if self.record is not None:
             self.record.paused = call.again
-        at = self.places.rows(call, stream.device)
+        known = self.known
+        marked = known is not None and known[0] is call and stream.is_cpu
+        at = known[1] if known is not None and marked else self.places.rows(call, stream.device)
         if at is None:
             return stream
         beside = None
@@ -299,7 +303,8 @@ class _Applied:
         if self.streams is not None and beside is None and (residual is not None or scale == 1):
             whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
             if whole is not None:
-                self.places.mark(call)
+                if not marked:
+                    self._mark(call, at, stream)
                 return whole
         itself = residual is None and scale == 1
         written = x = at.gather(stream)
@@ -324,7 +329,8 @@ class _Applied:
             copy = itself and not at.whole
             edited = self.item.edit(x if copy else x.clone(), context)
             self._check(x, edited, seen)
-        self.places.mark(call)
+        if not marked:
+            self._mark(call, at, stream)
         if self.record is not None and not call.again:
             self.record.end_step(context, self.passes - 1)
         changed, seen = at.shown, seen and not edited.requires_grad
@@ -356,6 +362,12 @@ class _Applied:
         elif itself and at.whole and not self.certified:
             kept = kept.clone()  # a tensor of the user's must not become the stream itself
         return at.scatter(stream, kept)
+
+    def _mark(self, call: ForwardCall, at: Rows, stream: Tensor) -> None:
+        """Note that the edit has run."""
+        self.places.mark(call)
+        if call.like and not call.continues and stream.is_cpu:
+            self.known = call, at
 
     def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,6 +238,18 @@ class _Like:
     call: ForwardCall  # what the call was
 
 
+class _Same(NamedTuple):
+    """What a call without a cache was given, for calls that are given the same objects but tokens:
+    they are told by the objects' numbers, so the objects are held.
+    """
+
+    names: list[str]  # of those that were given by name, which are behind the others
+    numbers: list[int]  # of the objects; 0 in place of the tokens
+    held: list[Any]
+    place: int  # of the tokens
+    call: ForwardCall  # what such a call is
+
+
 def nothing() -> None:
     """In place of a reference to no mask."""
 
@@ -265,6 +277,9 @@ class Texts:
         self._compares, self._counts = compares, counts
         self._like: _Like | None = None
         self._read: _Like | None = None
+        self._same: _Same | None = None
+        # Whether each call must be an object of its own, also one like the call before.
+        self.distinct = False
         self._known: list[Text] = []
         self.n_calls = self._n_texts = 0
         # What would have been said, had the device been waited for.
@@ -329,7 +344,7 @@ class Texts:
         """Keep what a call was given, where a call like it can be known by that alone."""
         mask, held, cache = given.get("attention_mask"), dict[str, Any](), None
         name = "inputs_embeds" if given.get("input_ids") is None else "input_ids"
-        self._like = self._read = None
+        self._like = self._read = self._same = None
         flat = call.square is None and given[name].ndim == (2 if name == "input_ids" else 3)
         if not flat or self._has_adapter or call.front or (own is None) == call.continues:
             return
@@ -349,9 +364,11 @@ class Texts:
         """Let what was read last stand for calls like it: nobody has refused it."""
         self._like = self._read
 
-    def like(self, given: Mapping[str, Any]) -> ForwardCall | None:
+    def like(self, given: Mapping[str, Any], by_place: int = 0) -> ForwardCall | None:
         """The call of these arguments, if all but the tokens is as in the call before, or if they
         are one token more of the same text; else, or where that is not certain, None.
+
+        ``by_place``: how many of them were given by position, the first ones.
         """
         like = self._like
         if like is None or len(given) != len(like.given) + (like.cache is not None):
@@ -373,6 +390,14 @@ class Texts:
             if mask is not None and mask._version != version:
                 return None
             again.__dict__ = {**vars(call), "tokens": tokens, "like": True}
+            if self.distinct:
+                return again
+            names, values = [*given], [*given.values()]
+            place = names.index(like.tokens[0])
+            values[place] = None
+            numbers = [*map(id, values)]
+            numbers[place] = 0
+            self._same = _Same(names[by_place:], numbers, values, place, again)
             return again
         text = call.text
         if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
@@ -383,6 +408,25 @@ class Texts:
         new = {"past": held, "mask": mask, "tokens": tokens, "meanwhile": [], "like": True}
         again.__dict__ = vars(call) | new
         return again
+
+    def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall | None:
+        """The call before, noted once more, where these arguments are the same objects but for
+        other tokens, and :meth:`like` has said that they may be; else None.
+        """
+        same = self._same
+        values: list[Any] = [*args, *kwargs.values()]
+        if same is None or len(values) != len(same.held) or [*kwargs] != same.names:
+            return None
+        tokens, like = values[same.place], self._like
+        numbers = [*map(id, values)]
+        numbers[same.place] = 0
+        if numbers != same.numbers or like is None or not isinstance(tokens, Tensor):
+            return None
+        mask = like.mask[0]()
+        if tokens.shape != like.tokens[1] or (mask is not None and mask._version != like.mask[1]):
+            return None
+        self.note(same.call, tokens)
+        return same.call
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
         shown = mask[:, 0].all()
@@ -491,9 +535,9 @@ class Texts:
         texts = (text for text in reversed(self._known) if text.cache is not None)
         return next((text for text in texts if text.cache() is cache), None)
 
-    def note(self, call: ForwardCall) -> None:
-        """Take notice that a call is about to run."""
-        text, tokens = call.text, call.tokens
+    def note(self, call: ForwardCall, tokens: Tensor) -> None:
+        """Take notice that a call is about to run, with these tokens."""
+        text = call.text
         text.end, text.last = call.past + call.length, self.n_calls
         text.tokens = None
         if self._compares and not call.continues and (call.like or concrete(tokens)):

@@ -48,6 +48,8 @@ RAN_TWICE = (
     "name a module that runs once"
 )
 
+compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
+_is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
 
@@ -80,9 +82,15 @@ class _Added:
         self.function, self.before, self.users, self.traced = function, before, 0, traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.traced is not None and torch.compiler.is_compiling():
+        if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(*args)
         return self.function(*args, **kwargs)
+
+
+class Hook(_Added):
+    """A hook whose ``__call__`` is what it does: on a pass that is like the one before, the calls
+    of functions are most of what it takes. What it does else is its ``function``.
+    """
 
 
 def replace_method(
@@ -115,9 +123,9 @@ def hook(
 ) -> None:
     """Call ``function(module, args, kwargs)`` before a module runs, until the stack closes.
 
-    ``traced``: what ``torch.compile`` is to follow in its place.
+    ``traced``: what ``torch.compile`` is to follow in its place; a :class:`Hook` has its own.
     """
-    added = _Added(function, traced=traced)
+    added = function if isinstance(function, Hook) else _Added(function, traced=traced)
     handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
     tables = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     _keep(stack, module, handle, traced, tables)
@@ -132,7 +140,7 @@ def hook_after(
     traced: Traced | None = None,
 ) -> None:
     """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
-    added = _Added(function, traced=traced)
+    added = function if isinstance(function, Hook) else _Added(function, traced=traced)
     handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
     tables = (
         module._forward_hooks,
@@ -271,6 +279,8 @@ class Watch:
 
     Attributes:
         texts: what is read in it.
+        reruns: whether blocks run again in the backward pass.
+        under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
     """
 
@@ -295,11 +305,11 @@ class Watch:
         )
         self._names = positional(self.trunk)
         self.others: set[str] = set()
-        self._follows, self._reruns, self._closed = follows, reruns, False
+        self._follows, self.reruns, self._closed = follows, reruns, False
         self._threads: set[int] = set()
-        # By thread: the calls under way, one within another; whether a plain module's site ran in
-        # them; and what an adapter is about to do.
-        self._under_way: dict[int, list[ForwardCall]] = {}
+        # By thread: whether a plain module's site ran in the calls under way; and what an adapter
+        # is about to do.
+        self.under_way: dict[int, list[ForwardCall]] = {}
         self._ran: dict[int, list[bool]] = {}
         self._prompts: dict[int, Any] = {}
         self._outer: dict[int, dict[str, Any]] = {}
@@ -329,8 +339,9 @@ class Watch:
                 self.key, entered, left = follow(stack, self.trunk, self, *names)
             else:
                 stack.enter_context(run_eagerly(self.model))
-            hook(stack, self.trunk, self._before, traced=entered)
-            hook_after(stack, self.trunk, self._after, always=True, traced=left)
+            before, after = _Before(self, entered), _After(self, left)
+            hook(stack, self.trunk, before, traced=entered)
+            hook_after(stack, self.trunk, after, always=True, traced=left)
             kind = type(unwrapped_module(self.model))
             if hasattr(kind, "get_prompt"):
                 replace_method(stack, self.model, "get_prompt", _note_prompts)
@@ -373,15 +384,15 @@ class Watch:
         """
         if self._plain:
             return self._own_call(stream)
-        calls = self._under_way.get(get_ident()) if known is None else [known]
+        calls = self.under_way.get(get_ident()) if known is None else [known]
         if calls:
             call = calls[-1]
         elif not self.acts():
             return None
         else:
-            again = self._entered.get(entered.data_ptr()) if self._reruns else None
+            again = self._entered.get(entered.data_ptr()) if self.reruns else None
             call = again or self.current()
-        if calls and self._reruns and concrete(entered):
+        if calls and self.reruns and concrete(entered):
             self._entered[entered.data_ptr()] = call
         rows, columns, shape = call.batch, call.front + call.length, stream.shape
         if (len(shape) != 3 or shape[0] != rows or shape[1] != columns) and (
@@ -425,7 +436,7 @@ class Watch:
         Raises:
             PositionError: there is none.
         """
-        calls = self._under_way.get(get_ident())
+        calls = self.under_way.get(get_ident())
         if calls:
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
@@ -462,15 +473,15 @@ class Watch:
         if not transformed and len(args) <= len(self._names):
             given = dict(zip(self._names, args, strict=False))
             given.update(kwargs)
-            call = self.texts.like(given)
+            call = self.texts.like(given, len(args))
         if call is None:
             call = self._read(module, args, kwargs, transformed)
         else:
             for item in self._follows:
                 item.step(call)
-            self.texts.note(call)
+            self.texts.note(call, call.tokens)
             self._latest = call
-        self._under_way.setdefault(thread, []).append(call)
+        self.under_way.setdefault(thread, []).append(call)
 
     def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
         """A call that is unlike the one before."""
@@ -495,7 +506,7 @@ class Watch:
         return self._note(call)
 
     def _note(self, call: ForwardCall) -> ForwardCall:
-        self.texts.note(call)
+        self.texts.note(call, call.tokens)
         self._latest = call
         return call
 
@@ -536,15 +547,6 @@ class Watch:
         if call is None:
             return stream
         return visit(stream, residual, scale, replace(call, again=True) if again else call)
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls = self._under_way.get(get_ident())
-        if calls:
-            call = calls.pop()
-            if not call.like:
-                self.texts.note_result(call, output)
-        elif self._plain and self._ran.get(get_ident()):
-            self._ran[get_ident()].pop()
 
     def _before_whole(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._n_before[get_ident()] = self.texts.n_calls
@@ -591,6 +593,44 @@ class Watch:
                         "it does from now on is not edited. Wait for it within the context"
                     )
                 frame = frame.f_back
+
+
+class _Before(Hook):
+    """A pass begins."""
+
+    def __init__(self, watch: Watch, traced: Traced | None) -> None:
+        super().__init__(watch._before, traced=traced)
+        self.watch, self.under_way, self.again = watch, watch.under_way, watch.texts.again
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.traced is not None and (traces() or compiler._is_compiling_flag):
+            return self.traced(module, args, kwargs)
+        if self.watch in _open.get() and not _is_tracing() and _transforms() is None:
+            calls = self.under_way.get(get_ident())
+            if calls is not None and (call := self.again(args, kwargs)) is not None:
+                calls.append(call)
+                return None
+        return self.function(module, args, kwargs)
+
+
+class _After(Hook):
+    """A pass is over."""
+
+    def __init__(self, watch: Watch, traced: Traced | None) -> None:
+        super().__init__(watch._before, traced=traced)
+        self.watch, self.under_way = watch, watch.under_way
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.traced is not None and (traces() or compiler._is_compiling_flag):
+            return self.traced(module, args, kwargs, output)
+        calls = self.under_way.get(get_ident())
+        if calls:
+            call = calls.pop()
+            if not call.like:
+                self.watch.texts.note_result(call, output)
+        elif self.watch._plain and (ran := self.watch._ran.get(get_ident())):
+            ran.pop()
+        return None
 
 
 def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[..., Any]:
@@ -648,9 +688,6 @@ def opened() -> tuple[Watch, ...]:
 def _plain(value: Any) -> Any:
     """A value out of the transforms that it is wrapped in, if it has one."""
     return unwrapped(value) if isinstance(value, Tensor) and concrete(value) else value
-
-
-_is_tracing = torch._C._is_tracing
 
 
 def in_backward() -> bool:

@@ -1,5 +1,6 @@
 """Several variables in one problem: least, all odds hold at the end, kept ones stay."""
 
+import copy
 import json
 import math
 from functools import partial
@@ -678,7 +679,7 @@ def test_one_call_a_pass_writes_what_the_operations_write_bit_for_bit(
     for operations in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if operations:
-                patch.setattr(JointLRQP, "line", lambda edit, known: None)
+                patch.setattr(JointLRQP, "line", lambda edit: None)
             for given in ({"target": {"a": 1, "b": 0}}, {"source": {"a": 0}}):
                 wanted = {"target": {"a": 1, "b": FREE, "c": FREE}} | given
                 for positions in ([3, 2], "all"):
@@ -717,10 +718,55 @@ def test_what_changes_between_two_passes_is_seen() -> None:
             seen, odds = model(**inputs).logits, run.log_odds_after
             assert run._line is not None and (odds >= run.floor).all()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(JointLRQP, "line", lambda edit, known: None)
+                patch.setattr(JointLRQP, "line", lambda edit: None)
                 assert torch.equal(model(**inputs).logits, seen)
         with pytest.MonkeyPatch.context() as patch:
             replaced = mock.Mock(side_effect=joint.solve)
             patch.setattr(joint, "solve", replaced)
             model(**inputs)
             assert replaced.called and run._line is None
+
+
+@needs_compiler
+def test_solving_is_one_call_and_follows_what_the_edit_holds() -> None:
+    """Bit for bit what the general way finds, for every form of target; changes are seen."""
+    joint = joint_of(within={"c": 0.5}, on_infeasible="skip")
+    x, n = torch.randn(5, joint.metric.width), joint.n_classes
+    targets = (
+        {"a": 1, "b": 0, "c": KEEP},
+        {"a": 1, "b": FREE, "c": FREE},
+        {"a": torch.arange(5) % 2, "b": KEEP, "c": 1},
+        torch.tensor([[1, KEEP, FREE]] * 5),
+    )
+    asked, source = {"a": 3.0, "b": torch.arange(5.0)}, {"a": 0, "b": torch.arange(5) % 2}
+    changes = {
+        "nothing": lambda: None,
+        "weights through .data": lambda: joint.edits[1].probe.weight.data.mul_(1.5),
+        "least odds": lambda: joint.edits[0].log_odds.fill_(4.0),
+        "rule": lambda: setattr(joint.edits[0], "rule", "fixed"),
+        "tolerance": lambda: joint.within.update(c=0.25),
+        "covariance": lambda: joint.metric.covariance.mul_(2.0),
+    }
+    for change in changes.values():
+        change()
+        for target in targets:
+            for given in ({}, {"asked": asked}, {"source": source}):
+                found = joint.solve(x, target, **given), joint.propose(x, target, **given)
+                assert joint._line is not None
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(JointLRQP, "_own_line", lambda edit: None)
+                    general = joint.solve(x, target, **given)
+                for name, value in vars(general).items():
+                    for one in found:
+                        same = getattr(one, name).nan_to_num(), value.nan_to_num()
+                        assert torch.equal(*same), name
+    line = joint._line
+    assert joint.solve(x, targets[0]) and joint._line is line
+    for wrong in ({"a": n, "b": 0, "c": 0}, {"a": -3, "b": 0, "c": 0}, {"a": 1}):
+        with pytest.raises(TargetError):
+            joint.solve(x, wrong)
+    with pytest.raises(NonFiniteError):
+        joint.solve(x * torch.nan, {"a": FREE, "b": FREE, "c": FREE})
+    joint.edits[0].probe.requires_grad_(True)
+    assert joint.solve(x, targets[0]).x_new.requires_grad
+    assert copy.deepcopy(joint).solve(x, targets[0]).x_new.requires_grad

@@ -308,7 +308,7 @@ def test_a_class_that_does_not_exist_is_found_before_anything_runs() -> None:
 
 def by_operations(patch: pytest.MonkeyPatch) -> None:
     """Let hooks edit by the operations that a pass takes where there is no compiler."""
-    patch.setattr(lrqp.LRQP, "line", lambda edit, known: None)
+    patch.setattr(lrqp.LRQP, "line", lambda edit: None)
 
 
 @needs_compiler
