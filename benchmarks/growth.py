@@ -29,7 +29,7 @@ from lrqp_torch import LRQP, LinearProbe, Mahalanobis
 STEEPER = 0.35
 """A slope that differs this much from the one before it is a knee."""
 
-BUDGET = 0.3
+BUDGET = 0.8
 """Seconds to repeat a point for, where one run takes less."""
 
 
@@ -340,7 +340,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     continue
                 panel.plot(
                     [row["value"] for row in curve],
-                    [max(row[quantity], 0.1) for row in curve],
+                    # What is below the resolution of memory has no logarithm.
+                    [max(row[quantity], 0.1 if line else 0.0) for row in curve],
                     marker="o",
                     label=step,
                     color=f"C{number}",

@@ -43,6 +43,8 @@ TABLED = 7
 DIRECT, NEAR = 64, 1e-2
 MOST_CLASSES = 10_000
 CHUNK_NUMBERS = 2_000_000
+# On a CPU differences of rows that stay near the processor take a tenth of the time.
+NEAR_NUMBERS = 50_000
 # Of classes nearer than this share of their size, steering holds what a difference would lose.
 NEARBY = 1e-4
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
@@ -399,7 +401,8 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
     n_classes, width = left.shape
     rows = max(1, CHUNK_NUMBERS // width)
     if n_classes <= DIRECT or not readable(left):
-        rows = max(1, rows // n_classes)
+        most = NEAR_NUMBERS if left.device.type == "cpu" else CHUNK_NUMBERS
+        rows = max(1, most // (width * n_classes))
         parts = [
             ((mine.unsqueeze(1) - left) * (yours.unsqueeze(1) - right)).sum(-1)
             for mine, yours in zip(left.split(rows), right.split(rows), strict=True)
