@@ -36,11 +36,6 @@ class Addition:
     direction: Tensor
 
 
-def hooked(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook as it is set; replaced where its time is taken."""
-    return hook
-
-
 @contextmanager
 def vector_hook(model: Any, layer: int, vector: Tensor, column: int | Tensor) -> Iterator[None]:
     """A plain hook of torch that adds a vector at one token, or at one of each example, (B,)."""
@@ -54,7 +49,7 @@ def vector_hook(model: Any, layer: int, vector: Tensor, column: int | Tensor) ->
         changed[at] += vector
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = blocks_of(model)[layer].register_forward_hook(hooked(add))
+    handle = blocks_of(model)[layer].register_forward_hook(add)
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks import hook_peers
 from benchmarks.hook_peers import PEERS, Addition, Peer, copied, steering_vectors, vector_hook
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from lrqp_torch import (
@@ -40,7 +38,6 @@ from lrqp_torch import (
 )
 from lrqp_torch.errors import MissingExtraError
 from lrqp_torch.models import load
-from lrqp_torch.stream import watch
 from lrqp_torch.stream.sites import blocks_of
 
 BARE, BARE_HOOK = "bare forward pass", "a bare hook, addition"
@@ -161,7 +158,7 @@ def measure(
     }
     rows = []
     seconds = medians(runs, arguments.repeats, device, seconds=arguments.seconds)
-    inside = {what: _inside(context, bare) for what, context in contexts.items()}
+    inside = {what: _inside(model, context, bare) for what, context in contexts.items()}
     rows += [
         _row(what, name, batch, value, seconds[BARE], differences.get(what), *inside.get(what, ()))
         for what, value in seconds.items()
@@ -197,36 +194,36 @@ def measure(
 
 
 def _inside(
-    context: Callable[[], AbstractContextManager[Any]], one_pass: Callable[[], Tensor]
+    model: torch.nn.Module,
+    context: Callable[[], AbstractContextManager[Any]],
+    one_pass: Callable[[], Tensor],
 ) -> tuple[float, float]:
     """Seconds of its thread that a pass spends in hooks, and that a context takes to come and go.
 
     Medians. Each hook begins with caches that the model's layers have filled with something else.
     """
-    called, spent, around = watch._Added.__call__, [0.0], list[float]()
+    spent, around = [0.0], list[float]()
 
-    def timed(added: Any, *args: Any, **named: Any) -> Any:
-        run = partial(called, added) if isinstance(added, watch._Added) else added
+    def timed(hook: Callable[..., Any], *args: Any) -> Any:
         start = time.thread_time()
-        result = run(*args, **named)
+        result = hook(*args)
         spent[-1] += time.thread_time() - start
         return result
 
-    with (
-        patch.object(watch._Added, "__call__", timed),
-        patch.object(hook_peers, "hooked", lambda hook: partial(timed, hook)),
-    ):
-        for _ in range(PASSES):
-            start, stack = time.thread_time(), ExitStack()
-            stack.enter_context(context())
-            around.append(time.thread_time() - start)
-            with stack:
-                # The first pass of a context finds out what the second goes by.
-                for _ in range(2):
-                    spent.append(0.0)
-                    one_pass()
-                start = time.thread_time()
-            around[-1] += time.thread_time() - start
+    for _ in range(PASSES):
+        start, stack = time.thread_time(), ExitStack()
+        stack.enter_context(context())
+        around.append(time.thread_time() - start)
+        with stack:
+            for module in model.modules():
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    hooks.update({key: partial(timed, hook) for key, hook in hooks.items()})
+            # The first pass of a context finds out what the second goes by.
+            for _ in range(2):
+                spent.append(0.0)
+                one_pass()
+            start = time.thread_time()
+        around[-1] += time.thread_time() - start
     return statistics.median(spent[4::2]), statistics.median(around[1:])
 
 

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
 
-from benchmarks import device, growth, hooks, probes, qp, replay
+from benchmarks import device, end_to_end, growth, hooks, probes, qp, replay
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from benchmarks.qp_peers import METHODS, OURS, Method
 from benchmarks.qp_problem import LOG_ODDS, QPProblem
 from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis
+from lrqp_torch.errors import MissingExtraError
+from lrqp_torch.study.settings import Settings
 
 SIZES = [(k, b) for k in (2, 10, 20, 50, 100) for b in (1, 32, 1024, 16384)]
 SMALL_SIZES = [(2, 8), (3, 8)]
@@ -337,6 +341,33 @@ def replaying(arguments: Namespace) -> list[Row]:
     return [ratio(what, mine, "its forward pass, bare", floor, aim=1.3, unit="ms")]
 
 
+def whole_commands(arguments: Namespace) -> list[Row]:
+    """The study of a model of known size, and that of ``make demo``, by their stages."""
+    flipping: dict[str, Any] = {
+        "model": "smollm2", "n": 200, "sites": "L10.mid,L14.mid,L18.mid", "parts": "flipping",
+    }  # fmt: skip
+    demo: dict[str, Any] = {"model": "organism", "n": 1000, "prefixes": "bundled"}
+    rows = []
+    for chosen in (flipping, demo):
+        if arguments.small:
+            chosen |= {"model": "organism", "n": 24, "parts": "flipping", "sites": "all"}
+        what = f"lrqp reproduce {' '.join(f'--{k} {v}' for k, v in chosen.items())}"
+        with TemporaryDirectory() as folder:
+            settings = Settings(**chosen | {"out": Path(folder), "device": "cpu"})
+            try:
+                stages, passes, total = end_to_end.run(settings, "cpu")
+            except MissingExtraError as error:
+                rows.append(ratio(what, against=str(error)))
+                continue
+        aim = None if chosen is demo else 2.0
+        rows.append(ratio(what, total, "its forward passes", passes, aim=aim, unit="s"))
+        if chosen is demo:
+            part = sum(stages.get(name, 0.0) for name in ("probing", "figures", "report"))
+            said = "of it probing, figures and report"
+            rows.append(ratio(said, part, "the whole", total, aim=0.5, unit="s"))
+    return rows
+
+
 def on_a_gpu(arguments: Namespace) -> list[Row]:
     """The lines of ``benchmarks.device`` that have aims."""
 
@@ -396,6 +427,7 @@ SECTIONS: dict[str, Callable[[Namespace], list[Row]]] = {
     "half precision": narrow,
     "metrics": metrics,
     "replay": replaying,
+    "whole commands": whole_commands,
 }
 
 if __name__ == "__main__":
