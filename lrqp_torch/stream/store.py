@@ -7,7 +7,8 @@
     shard-00001.safetensors
 
 Shards are named by their number, so an index cannot point anywhere else. Opening a store reads the
-index and the shards' headers; activations are read, memory-mapped, when they are asked for.
+index and the shards' headers; activations are read, memory-mapped, when they are asked for, and a
+shard is held against its checksum when it is read for the first time, or has been written to.
 """
 
 import hashlib
@@ -138,6 +139,18 @@ class Index:
             )
         return index
 
+    def verify(self, folder: Path, number: int) -> None:
+        """Compare the checksum of a shard.
+
+        Raises:
+            ActivationStoreError: it has changed since it was written.
+        """
+        path = shard_path(folder, number)
+        if checksum(path) != self.shards[number].sha256:
+            raise ActivationStoreError(
+                f"{path} does not match its checksum; capture the activations again"
+            )
+
     def _check(self, path: Path, shard: Shard) -> None:
         if not path.is_file():
             raise ActivationStoreError(f"{path} is missing; capture the activations again")
@@ -202,6 +215,8 @@ class ActivationStore(Mapping[str, "StoredActivations"]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.index = Index.read(self.folder)
+        # Of shards that were held against their checksums, when they were written.
+        self._sound: dict[int, int] = {}
         missing = self.index.n_shards - len(self.index.shards)
         if missing:
             raise ActivationStoreError(
@@ -219,7 +234,7 @@ class ActivationStore(Mapping[str, "StoredActivations"]):
         site = site if site in self.index.sites else str(Site.parse(site))
         if site not in self.index.sites:
             raise SiteError(f"{site!r} is not stored in {str(self.folder)!r}, only {self.sites}")
-        return StoredActivations(self.folder, self.index, site)
+        return StoredActivations(self.folder, self.index, site, self._sound)
 
     def __contains__(self, site: object) -> bool:
         return site in self.index.sites
@@ -237,12 +252,8 @@ class ActivationStore(Mapping[str, "StoredActivations"]):
         Raises:
             ActivationStoreError: a shard has changed since it was written.
         """
-        for number, shard in enumerate(self.index.shards):
-            path = shard_path(self.folder, number)
-            if checksum(path) != shard.sha256:
-                raise ActivationStoreError(
-                    f"{path} does not match its checksum; capture the activations again"
-                )
+        for number in range(len(self.index.shards)):
+            self.index.verify(self.folder, number)
 
 
 class StoredActivations:
@@ -257,8 +268,8 @@ class StoredActivations:
         dtype: the stream's.
     """
 
-    def __init__(self, folder: Path, index: Index, site: str) -> None:
-        self._folder, self._index, self.site = folder, index, site
+    def __init__(self, folder: Path, index: Index, site: str, sound: dict[int, int]) -> None:
+        self._folder, self._index, self.site, self._sound = folder, index, site, sound
         rows = torch.tensor([shard.rows for shard in index.shards])
         self._ends = rows.cumsum(0)
         self._starts = self._ends - rows
@@ -332,7 +343,12 @@ class StoredActivations:
         return result
 
     def _part(self, number: int, begin: int, end: int) -> Tensor:
-        with open_shard(shard_path(self._folder, number)) as file:
+        path = shard_path(self._folder, number)
+        with open_shard(path) as file:
+            written = path.stat().st_mtime_ns
+            if self._sound.get(number) != written:
+                self._index.verify(self._folder, number)
+                self._sound[number] = written
             part: Tensor = file.get_slice(self.site)[begin:end]
             return part
 
