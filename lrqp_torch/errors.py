@@ -312,6 +312,10 @@ def as_numbers(values: Any, what: str, error: type[LRQPError] = WidthError) -> T
         ) from caught
 
 
+ACTIVATIONS = torch.float32, torch.float64, torch.bfloat16, torch.float16
+"""Dtypes that activations may have."""
+
+
 def check_activations(x: Any, width: int) -> None:
     """Raise :class:`WidthError` unless ``x`` is a floating tensor (B, width)."""
     if not isinstance(x, Tensor):
@@ -321,8 +325,11 @@ def check_activations(x: Any, width: int) -> None:
         )
     if x.ndim != 2 or x.shape[1] != width:
         raise WidthError(f"activations must be (B, {width}), got {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise WidthError(f"activations must be floating point, got {x.dtype}; use .float()")
+    if x.dtype not in ACTIVATIONS or x.layout != torch.strided:
+        raise WidthError(
+            f"activations must be dense and floating point, of 16 bits at least, got {x.dtype} "
+            f"{x.layout}; use .float() and .to_dense()"
+        )
 
 
 def as_classes(classes: Any, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.errors import (
     SavedEditError,
     WidthError,
+    as_numbers,
     check_classes,
     check_option,
 )
@@ -283,7 +284,7 @@ def as_floors(asked: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     if isinstance(asked, float | int):
         # A fill needs no copy from the host, for which a GPU would stop.
         return torch.full(shape, asked, dtype=torch.float64, device=device)
-    floors = torch.as_tensor(asked, device=device).double()
+    floors = as_numbers(asked, "asked").to(device, torch.float64)
     if floors.ndim and floors.shape != shape:
         raise WidthError(
             f"asked must be one number or {shape}, one for each activation, got "

@@ -231,7 +231,7 @@ def _check_examples(x: Tensor, y: Any, weights: Any = None) -> tuple[Tensor, Ten
     y, classes = read_labels(y)
     if classes is not None:
         raise LabelError("labels of batches must be numbers, since no batch knows all the names")
-    if x.ndim != 2 or not x.dtype.is_floating_point:
+    if x.ndim != 2 or not x.dtype.is_floating_point or not x.shape[1]:
         raise WidthError(f"activations must be floating (n, d), got {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1]:
         raise LabelError(f"labels must be ({len(x)},), one per activation, got {tuple(y.shape)}")

@@ -365,7 +365,7 @@ class Line:
         """:func:`solve` by these, and the worst status; None where it is to be done, or refused, by
         :meth:`~.problem.MahalanobisQP.solve`.
         """
-        if type(x) is not Tensor or _transforms() is not None or not x.is_cpu:
+        if type(x) is not Tensor or _transforms() is not None or not x.is_cpu or x.is_sparse:
             return None
         shape, dtype = x.shape, x.dtype
         if len(shape) != 2 or shape[1] != self.width or dtype not in native.KINDS:

@@ -1,16 +1,13 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
 import functools
-import weakref
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.errors import PositionError, outside_transforms, readable
-from lrqp_torch.stream.passes import ForwardCall, Text, nothing, times_written
+from lrqp_torch.stream.passes import ForwardCall, SeenMask, Text
 from lrqp_torch.stream.positions import (
     Positions,
     check_fit,
@@ -141,7 +138,7 @@ class Follower:
         self._there: dict[torch.device, list[Tensor]] = {}
         # The last call that they were held against: what it was, its mask, and whether that is as
         # it was then; and what masks on a GPU show, which is looked at when the context closes.
-        self._fits: tuple[tuple[int, int, int, bool], Callable[[], Any], int] | None = None
+        self._fits: tuple[tuple[int, int, int, bool], SeenMask] | None = None
         self._hidden: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
@@ -162,9 +159,8 @@ class Follower:
         mask = call.mask
         key = call.batch, call.past, call.end, call.continues
         # Inputs that are run again and again are held against the positions once.
-        known, version = self._fits, times_written(mask)
-        same = known is not None and known[1]() is mask and (known[0], known[2]) == (key, version)
-        if same and version >= 0:
+        known = self._fits
+        if known is not None and known[0] == key and known[1].is_still(mask):
             return
         hidden = check_fit(self.positions, call)
         if hidden is not None:
@@ -173,7 +169,7 @@ class Follower:
             self._hidden[key[1:3]] = (
                 hidden if before is None else (example, token, before[2] & shown)
             )
-        self._fits = key, nothing if mask is None else weakref.ref(mask), version
+        self._fits = key, SeenMask(mask)
 
     def _check_turns(self, one: int, other: int) -> None:
         """Raise if a position is in one prompt, and past the other that takes turns with it."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import PositionError, concrete, warn
+from lrqp_torch.errors import PositionError, concrete, readable, trace, warn
 from lrqp_torch.stream.compiled import inner_model, unwrapped
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -231,8 +231,7 @@ class _Like:
     # By name: what has to be the same object; `Tensor` where any tensor may stand.
     given: dict[str, Any]
     tokens: tuple[str, torch.Size]  # the name and shape of the tokens
-    # A weak reference to the attention mask, and how often it had been written to.
-    mask: tuple[Callable[[], Any], int]
+    mask: "SeenMask"
     # The name of the cache and a weak reference to it, or None.
     cache: tuple[str, Callable[[], Any]] | None
     call: ForwardCall  # what the call was
@@ -250,13 +249,29 @@ class _Same(NamedTuple):
     call: ForwardCall  # what such a call is
 
 
+class SeenMask:
+    """An attention mask, or none, as it was: told by its values where these can be looked at, which
+    sees what NumPy and ``.data`` write to it; else by how often it was written to.
+    """
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.given: Callable[[], Tensor | None] = nothing if mask is None else weakref.ref(mask)
+        self._copy = self._count = None
+        if mask is not None:
+            self._count = trace(mask)[1]
+            self._copy = mask.clone() if readable(mask) else None
+
+    def is_still(self, mask: Tensor | None) -> bool:
+        """Whether a mask is that one, and unchanged as far as one can know."""
+        if mask is None or mask is not self.given():
+            return mask is None and self.given is nothing
+        if self._copy is not None:
+            return torch.equal(self._copy, mask)
+        return self._count is not None and trace(mask)[1] == self._count
+
+
 def nothing() -> None:
     """In place of a reference to no mask."""
-
-
-def times_written(mask: Tensor | None) -> int:
-    """How often a mask has been written to; −1 where that is not known."""
-    return 0 if mask is None else -1 if mask.is_inference() else mask._version
 
 
 class Texts:
@@ -357,8 +372,7 @@ class Texts:
                 held[key] = value
             else:
                 return
-        known = (nothing if mask is None else weakref.ref(mask)), times_written(mask)
-        self._read = _Like(held, (name, given[name].shape), known, cache, call)
+        self._read = _Like(held, (name, given[name].shape), SeenMask(mask), cache, call)
 
     def accept(self) -> None:
         """Let what was read last stand for calls like it: nobody has refused it."""
@@ -384,10 +398,7 @@ class Texts:
             return None
         again = object.__new__(ForwardCall)
         if like.cache is None:
-            known, version = like.mask
-            if self._counts or mask is not known() or version < 0:
-                return None
-            if mask is not None and mask._version != version:
+            if self._counts or not like.mask.is_still(mask):
                 return None
             again.__dict__ = {**vars(call), "tokens": tokens, "like": True}
             if self.distinct:
@@ -422,8 +433,7 @@ class Texts:
         numbers[same.place] = 0
         if numbers != same.numbers or like is None or not isinstance(tokens, Tensor):
             return None
-        mask = like.mask[0]()
-        if tokens.shape != like.tokens[1] or (mask is not None and mask._version != like.mask[1]):
+        if tokens.shape != like.tokens[1] or not like.mask.is_still(like.mask.given()):
             return None
         self.note(same.call, tokens)
         return same.call

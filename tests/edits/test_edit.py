@@ -562,6 +562,23 @@ def test_targets_that_are_no_classes_are_refused_by_name() -> None:
             edit(torch.randn(4, 3), target)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("x", "asked", "message"),
+    [
+        (torch.randn(4, 3).to_sparse(), None, "dense"),
+        (torch.randn(4, 3).to(torch.float8_e4m3fn), None, "16 bits"),
+        (torch.randn(4, 3), "ten", "asked must be numbers"),
+    ],
+)
+def test_what_is_no_numbers_is_refused_by_name(x: Tensor, asked: str | None, message: str) -> None:
+    edit = LRQP.fit(torch.randn(20, 3), torch.arange(20) % 2)
+    for solve in (edit.solve, edit.propose, edit):
+        with pytest.raises(WidthError, match=message):
+            solve(x, 1, asked=asked)  # type: ignore[arg-type]
+    with pytest.raises(WidthError, match="floating"):
+        LRQP.fit(torch.randn(20, 0), torch.arange(20) % 2)
+
+
 def test_a_solution_prints_one_line() -> None:
     x = torch.randn(20, 3)
     edit = LRQP.fit(x, torch.arange(20) % 2)

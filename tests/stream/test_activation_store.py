@@ -317,14 +317,20 @@ def test_damage_is_named(folder: Path, damage: str) -> None:
             store_of(folder)
 
 
-def test_numbers_that_changed_on_disk_are_found_by_verify(folder: Path) -> None:
+@pytest.mark.parametrize("opened", ["before", "after"])
+def test_numbers_that_changed_on_disk_are_found(folder: Path, opened: str) -> None:
     file = folder / "shard-00001.safetensors"
     blob = bytearray(file.read_bytes())
+    store = ActivationStore(folder)
+    first = store["L1.mid"].load()[0]
     blob[-5] ^= 1
     file.write_bytes(blob)
-    store = ActivationStore(folder)  # sizes and headers are as they were
-    with pytest.raises(ActivationStoreError, match=r"00001.*does not match its checksum"):
-        store.verify()
+    if opened == "after":
+        store = ActivationStore(folder)  # sizes and headers are as they were
+    assert torch.equal(store["L1.mid"][0], first)
+    for read in (store.verify, store["L1.mid"].load):
+        with pytest.raises(ActivationStoreError, match=r"does not match its checksum"):
+            read()
 
 
 def test_two_captures_never_write_one_folder(tmp_path: Path) -> None:

@@ -68,6 +68,19 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
     return found[0]
 
 
+@pytest.mark.parametrize("route", ["NumPy", ".data", "in place"])
+@torch.no_grad()
+def test_a_mask_that_was_written_over_is_looked_at_again(route: str) -> None:
+    model, mask = build("llama"), torch.ones_like(INPUTS["input_ids"])
+    given = {"input_ids": INPUTS["input_ids"], "attention_mask": mask}
+    at = torch.ones(len(mask), dtype=torch.long)
+    with pytest.raises(PositionError, match="padding"), intervene(model, turn(at)):
+        for _ in range(3):
+            model(**given)
+        {"NumPy": mask.numpy(), ".data": mask.data, "in place": mask}[route][0, :3] = 0
+        model(**given)
+
+
 # Threads
 
 
