@@ -21,6 +21,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 
 from benchmarks import device, end_to_end, growth, hooks, probes, qp, replay
+from benchmarks.hook_peers import PEERS as PEERS_IN_MODELS
 from benchmarks.measure import Row, medians, parse_arguments, report, version_of
 from benchmarks.qp_peers import METHODS, OURS, Method
 from benchmarks.qp_problem import LOG_ODDS, QPProblem
@@ -143,9 +144,10 @@ def one_at_a_time(arguments: Namespace) -> list[Row]:
         rows.append(ratio(what, ours, list(ways)[1], addition, aim=aim, over=False))
         rows += [ratio(what, ours, list(ways)[2], other, aim=1) for other in others]
     # The last two problems have one Σ.
-    parts = {"first": edit_of(QPProblem.random(1, 2, 768, "cpu")), "second": edit.probe}
-    joint, targets = JointLRQP(parts), {"first": 1, "second": target}
-    alone = parts["first"]
+    alone = edit_of(QPProblem.random(1, 2, 768, "cpu"))
+    parts: dict[str, Any] = {"first": alone, "second": edit.probe}
+    joint = JointLRQP(parts)
+    targets: dict[str, Any] = {"first": 1, "second": target}
     ways = {
         "both": lambda: joint.solve(x, targets),
         "alone": lambda: alone.solve(x, 1),
@@ -165,7 +167,7 @@ def in_a_model(arguments: Namespace) -> list[Row]:
         own = _with(arguments, length=8, seconds=8.0, steering_vectors_python=None)
         own.repeats = 2 if arguments.small else repeats * min(arguments.repeats, 7)
         # What a context adds to a pass of 150 ms is less than its noise.
-        peers = hooks.PEERS if name == "tiny" else ()
+        peers = PEERS_IN_MODELS if name == "tiny" else ()
         found = hooks.measure(name, *hooks._load(name, "cpu"), 4, own, peers)
         by = {row["what"]: row for row in found}
         bare, lrqp, added = by[hooks.BARE_HOOK], by[hooks.OURS], by[hooks.ADDITION]
