@@ -1,14 +1,21 @@
-"""Files written whole or not at all, by one writer a folder; strict JSON; digests of models."""
+"""Files written whole or not at all, by one writer a folder; strict JSON; digests of models; C code
+compiled for this machine.
+"""
 
+import ctypes
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -345,3 +352,60 @@ def bytes_of(tensor: Tensor) -> Any:
     # One number of a larger tensor counts as contiguous, whatever its stride.
     flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy()
+
+
+SWITCH = "LRQP_NATIVE"
+"""Set to 0 in the environment, this keeps to torch."""
+FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+
+
+def load_compiled(
+    source: Path, constants: Callable[[], Mapping[str, float]] = dict
+) -> ctypes.CDLL | None:
+    """C code compiled for this machine; None where that is not to be had or not wanted.
+
+    Args:
+        source: the file.
+        constants: names of the source to numbers.
+    """
+    if os.environ.get(SWITCH, "1") == "0" or os.name != "posix":
+        return None
+    try:
+        return ctypes.CDLL(str(compiled(source, constants())))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def compiled(source: Path, constants: Mapping[str, float]) -> Path:
+    """The shared library in the user's cache, compiled now if it is not there.
+
+    Raises:
+        OSError, SubprocessError, ValueError: no compiler, or it failed.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError("no C compiler")
+    flags = [*FLAGS, *(f"-D{name}={value!r}" for name, value in constants.items())]
+    parts = source.read_bytes(), _machine(*compiler), " ".join([*compiler, *flags]).encode()
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrqp_torch"
+    built = cache / f"{source.stem}-{key}.so"
+    if not built.exists():
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            fresh = Path(folder) / built.name
+            _run([*compiler, *flags, "-o", str(fresh), str(source), "-lm", "-lpthread"])
+            # Others may be compiling it too: whoever is last leaves the same file.
+            os.replace(fresh, built)
+    return built
+
+
+@functools.cache
+def _machine(*compiler: str) -> bytes:
+    """What -march=native means here: a home may be shared by machines of several kinds."""
+    return _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
+
+
+def _run(command: list[str]) -> bytes:
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    return done.stdout

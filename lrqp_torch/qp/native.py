@@ -8,16 +8,10 @@ or with ``LRQP_NATIVE=0`` in the environment, everything runs in torch.
 
 import ctypes
 import functools
-import hashlib
 import itertools
 import math
 import operator
-import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrqp_torch.files import load_compiled
 from lrqp_torch.qp import pivots
 
-SWITCH = "LRQP_NATIVE"
-"""Set to 0 in the environment, this keeps to torch."""
-FLAGS = "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+SOURCE = Path(__file__).with_name("dual.c")
 # So many numbers of M are worth a thread of their own.
 THREAD_NUMBERS = 20_000
 FEASIBLE, CONVERGED = 1, 2
@@ -187,11 +180,8 @@ def address(tensor: Tensor | None) -> int | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled solver, or None where there is none to be had."""
-    if os.environ.get(SWITCH, "1") == "0" or os.name != "posix":
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError, ValueError):
+    loaded = load_compiled(SOURCE, constants)
+    if loaded is None:
         return None
     given = _address, _address, _number
     for function in (loaded.lrqp_solve, loaded.lrqp_gradient):
@@ -201,45 +191,17 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _compiled() -> Path:
-    """The shared library in the user's cache, compiled now if it is not there.
-
-    Raises:
-        OSError, SubprocessError, ValueError: no compiler, or it failed.
-    """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise OSError("no C compiler")
-    source = Path(__file__).with_name("dual.c")
+def constants() -> dict[str, float]:
+    """What dual.c has in common with the operations of torch."""
     names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
-    constants = {name: getattr(pivots, name) for name in names}
-    constants |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
+    known = {name: getattr(pivots, name) for name in names}
+    known |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
     # Which imports this module by way of the solvers.
     from lrqp_torch.qp import total_odds
 
     own = "GROWTH", "MET", "BALANCED", "SETTLED", "CANCELLED", "RIDGE", "MAX_STEPS", "FAR"
     more = "SHARE_ROUNDS", "MET_BY_SHARES", "MAX_HALVINGS"
-    constants |= {name: getattr(total_odds, name) for name in (*own, *more)}
-    flags = [*FLAGS, *(f"-D{name}={value!r}" for name, value in constants.items())]
-    # What -march=native means here: a home may be shared by machines of several kinds.
-    machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
-    parts = source.read_bytes(), machine, " ".join([*compiler, *flags]).encode()
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrqp_torch"
-    built = cache / f"dual-{key}.so"
-    if not built.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            fresh = Path(folder) / built.name
-            _run([*compiler, *flags, "-o", str(fresh), str(source), "-lm", "-lpthread"])
-            # Others may be compiling it too: whoever is last leaves the same file.
-            os.replace(fresh, built)
-    return built
-
-
-def _run(command: list[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
-    return done.stdout
+    return known | {name: getattr(total_odds, name) for name in (*own, *more)}
 
 
 def solve(shared: Shared, task: Task) -> int:

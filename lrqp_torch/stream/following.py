@@ -1,12 +1,18 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
+import ctypes
 import functools
+from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lrqp_torch.errors import PositionError, outside_transforms, readable
+from lrqp_torch.files import load_compiled
 from lrqp_torch.stream.passes import ForwardCall, SeenMask, Text
 from lrqp_torch.stream.positions import (
     Positions,
@@ -109,6 +115,50 @@ class Rows:
         if stream.dtype != values.dtype:
             stream = stream.to(values.dtype)
         return stream.index_put((self.example, self.column), values)
+
+    def put(self, stream: Tensor, values: Tensor) -> Tensor | None:
+        """:meth:`scatter` in one compiled call on the CPU; the stream itself where no value is new.
+
+        None: nothing is done, because that is not to be had, a derivative is asked for, or a value
+        is not finite.
+        """
+        call, kind = _put_rows(), _KINDS.get(values.dtype)
+        if call is None or kind is None or type(stream) is not Tensor or type(values) is not Tensor:
+            return None
+        if stream.dtype is not values.dtype or not (stream.is_cpu and values.is_cpu):
+            return None
+        if not (stream.is_contiguous() and values.is_contiguous()):
+            return None
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and (stream.requires_grad or values.requires_grad)
+        ):
+            return None
+        numbers, (count, width) = stream.numel(), values.shape
+        # Of more torch copies several at once.
+        few = numbers <= 32_768
+        if self.whole and not few:
+            return None
+        result = torch.empty_like(stream) if few else stream.clone()
+        places = stream.data_ptr(), result.data_ptr(), values.data_ptr()
+        at = None if self.whole else self.flat(stream.shape[1]).data_ptr()
+        outcome = call(*places, at, count, numbers // width, width, kind, few)
+        return None if outcome < 0 else result if outcome else stream
+
+
+_KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""``Kind`` of rows.c."""
+
+
+@functools.cache
+def _put_rows() -> Callable[..., int] | None:
+    """The function of rows.c, or None where there is no compiler."""
+    loaded = load_compiled(Path(__file__).with_name("rows.c"))
+    if loaded is None:
+        return None
+    function: Any = loaded.lrqp_put_rows
+    function.restype = ctypes.c_int64
+    function.argtypes = *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 5
+    return cast(Callable[..., int], function)
 
 
 _CPU = torch.device("cpu")

@@ -319,20 +319,23 @@ class _Applied:
             x = added(written, scale, beside)
             x = x if base is None else base + x
             context = _Here(at, base, scale, x.dtype, beside)
-        # What can be looked at now is; all else is when the context closes.
-        seen = not in_transforms() and readable(x)
         if self.certified:
             edited = self.item.edit(x, context)
+            seen = not in_transforms() and readable(x)
         else:
             # A copy, so that an edit which works in place is seen to have changed something; what
             # was gathered is one, and there to be gathered again.
             copy = itself and not at.whole
             edited = self.item.edit(x if copy else x.clone(), context)
+            if itself and at.shown is None and type(edited) is Tensor and edited.shape == x.shape:
+                whole = None if in_transforms() else at.put(stream, edited)
+                if whole is not None:
+                    self._ended(call, at, stream, marked, context)
+                    return whole
+            # What can be looked at now is; all else is when the context closes.
+            seen = not in_transforms() and readable(x)
             self._check(x, edited, seen)
-        if not marked:
-            self._mark(call, at, stream)
-        if self.record is not None and not call.again:
-            self.record.end_step(context, self.passes - 1)
+        self._ended(call, at, stream, marked, context)
         changed, seen = at.shown, seen and not edited.requires_grad
         if itself:
             # What is put in its own place need not be told, row by row, from what is not.
@@ -368,6 +371,15 @@ class _Applied:
         self.places.mark(call)
         if call.like and not call.continues and stream.is_cpu:
             self.known = call, at
+
+    def _ended(
+        self, call: ForwardCall, at: Rows, stream: Tensor, marked: bool, context: EditContext
+    ) -> None:
+        """Note that the edit of some rows is done."""
+        if not marked:
+            self._mark(call, at, stream)
+        if self.record is not None and not call.again:
+            self.record.end_step(context, self.passes - 1)
 
     def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from qp_reference import Problem, random_problem
 
-from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, files
 from lrqp_torch.qp import ProbeGeometry, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.stream.intervene import Placement
@@ -21,7 +21,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.skipif(
-    os.name != "posix" or os.environ.get(native.SWITCH) == "0" or shutil.which("cc") is None,
+    os.name != "posix" or os.environ.get(files.SWITCH) == "0" or shutil.which("cc") is None,
     reason="no C compiler",
 )
 def test_where_there_is_a_compiler_the_source_compiles() -> None:
@@ -194,7 +194,7 @@ def test_without_a_compiler_it_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("CC", "false")
     assert fresh() is None
     monkeypatch.delenv("CC")
-    monkeypatch.setenv(native.SWITCH, "0")
+    monkeypatch.setenv(files.SWITCH, "0")
     assert fresh() is None
 
 
@@ -203,9 +203,12 @@ def test_it_is_compiled_once_into_the_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native._compiled()
+    first = files.compiled(native.SOURCE, native.constants())
     stamp = first.stat().st_mtime_ns
-    assert native._compiled() == first and first.stat().st_mtime_ns == stamp
+    assert (
+        files.compiled(native.SOURCE, native.constants()) == first
+        and first.stat().st_mtime_ns == stamp
+    )
     assert [path.name for path in first.parent.iterdir()] == [first.name]
     assert ctypes.CDLL(str(first)).lrqp_solve
 

@@ -21,9 +21,12 @@ from torch import Tensor
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
+from lrqp_torch.errors import PositionError
+from lrqp_torch.stream import following
 
 PROMPTS = Prompts.random([7, 4, 9, 6])
 TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
+needs_compiler = pytest.mark.skipif(following._put_rows() is None, reason="no C compiler")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DIRECTION = torch.linspace(-2, 2, WIDTH)
 
@@ -218,3 +221,89 @@ def test_what_an_edit_is_told(name: str) -> None:
         assert context.example.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         assert context.token.tolist() == at.flatten().tolist()
         assert torch.equal(x, lrqp.capture(model, inputs, [site], at)[site].flatten(0, 1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_rows_put_by_one_call_are_rows_scattered(dtype: torch.dtype, whole: bool) -> None:
+    stream, index = torch.randn(3, 5, 9).to(dtype), torch.arange(15 if whole else 3)
+    stream[1, 2, 4] = 0.0
+    example, column = (index // 5, index % 5) if whole else (index, torch.tensor([4, 2, 0]))
+    at = following.Rows(index, example, column, column, whole=whole)
+    held = at.gather(stream).clone()
+    assert at.put(stream, held) is stream
+    assert at.put(stream, torch.where(held == 0, -held, held)) is stream
+    for row, place in itertools.product((0, 1, 2), (0, 8)):
+        values = held.clone()
+        values[row, place] += 1
+        found = at.put(stream, values)
+        assert found is not None and torch.equal(found, at.scatter(stream, values))
+        for broken in (torch.nan, torch.inf, -torch.inf):
+            values[row, place] = broken
+            assert at.put(stream, values) is None
+    far = following.Rows(index, example, column + 15, column + 15)
+    assert far.put(stream, held) is None
+    with torch.enable_grad():
+        assert at.put(stream, (held + 1).requires_grad_()) is None
+        assert at.put(stream.clone().requires_grad_(), held + 1) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("site", ["L1.pre", "L1.post"])
+@torch.no_grad()
+def test_a_function_in_one_call_is_the_function_by_operations(site: str) -> None:
+    """Also where it works in place, keeps some rows or all, and in passes like the first."""
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    at, bare = torch.tensor([3, 2, 5, 1]), build("gpt2")(**PROMPTS.padded("right")).logits
+    edits: list[Callable[[Tensor, object], Tensor]] = [
+        lambda x, context: x + DIRECTION,
+        lambda x, context: x.add_(DIRECTION),
+        lambda x, context: x.index_fill(0, torch.tensor([1]), 2.0),
+        lambda x, context: x.clone(),
+        lambda x, context: (x + DIRECTION).double(),
+    ]
+    for number, edit in enumerate(edits):
+        for positions in (at, "all"):
+            found = []
+            for operations in (False, True):
+                with pytest.MonkeyPatch.context() as patch:
+                    if operations:
+                        patch.setattr(following, "_put_rows", lambda: None)
+                    with intervene(model, Intervention(site, positions, edit)):
+                        found += [model(**inputs).logits for _ in range(3)]
+            assert all(torch.equal(found[0], one) for one in found[1:])
+            assert torch.equal(found[0], bare) == (number == 3)
+
+
+@torch.no_grad()
+def test_passes_like_the_one_before_are_told_from_others() -> None:
+    """The same objects but other tokens are one pass; what else changes is seen."""
+    model, inputs = build("gpt2"), PROMPTS.padded("right")
+    given = {"use_cache": False, **inputs}
+    tokens, mask = given.pop("input_ids"), given["attention_mask"]
+    others = [tokens.flip(0), tokens.clone(), tokens]
+    at, seen = torch.tensor([3, 2, 5, 1]), []
+    alone = []
+    for other in others:
+        with intervene(model, Intervention("L1.pre", at, lambda x, context: x + DIRECTION)):
+            alone.append(model(other, **given).logits)
+    with intervene(model, Intervention("L1.pre", at, lambda x, c: seen.append(x) or x + DIRECTION)):
+        for _ in range(2):
+            for other, logits in zip(others, alone, strict=True):
+                assert torch.equal(model(other, **given).logits, logits)
+                assert torch.equal(model(input_ids=other, **given).logits, logits)
+        assert len(seen) == 12
+        with pytest.raises(PositionError):
+            model(tokens[:2], **given)
+        with pytest.raises(PositionError):
+            model(tokens[:2], use_cache=False)
+        model(tokens, **given)
+        mask[0, 3] = 0
+        with pytest.raises(PositionError, match="padding"):
+            model(tokens, **given)
+        mask[0, 3] = 1
+        assert torch.equal(model(tokens, **given).logits, alone[2])
+        with torch.no_grad(), pytest.raises(PositionError):
+            model(torch.cat([tokens, tokens]), **given)
