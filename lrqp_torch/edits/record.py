@@ -195,7 +195,7 @@ class EditRun:
         if (
             laid is None
             or laid.line is not line
-            or laid.at is not at
+            or not at.is_like(laid.at)
             or laid.dtype is not stream.dtype
             or laid.shape != stream.shape
             or not line.is_plain(stream, residual)
@@ -214,7 +214,9 @@ class EditRun:
             laid = self._lay(line, at, stream, scale, asked)
             self._laid = laid if kept else None
         table = laid.table() if self._rows.kept else None
-        whole = laid.edit(stream, residual, table, forward_pass)
+        first = at.numbers
+        first = 0 if isinstance(first, Tensor) else first
+        whole = laid.edit(stream, residual, table, forward_pass, first)
         if whole is None and self.edit.line() is not line:
             # A change that left no trace was seen in the call.
             return self._in_one_call(stream, residual, scale, at, forward_pass)
@@ -232,8 +234,6 @@ class EditRun:
         task.count, task.place, task.scale = len(target), native.address(place), scale
         if isinstance(numbers, Tensor):
             task.numbered = numbers.data_ptr()
-        else:
-            task.first = numbers
         task.owned = task.owned, place, numbers
         self._dtype = stream.dtype
         return line.laid(at, task, stream, _width(len(self.names)))
@@ -666,7 +666,6 @@ class _Launch(NamedTuple):
     trace: Trace  # of the tensors that the edit is made of
     own: tuple[object, ...]  # and what else it is made of
     at: Rows
-    shown: bool  # whether only some of them count
     like: tuple[object, ...]  # see `_likeness`
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -689,19 +688,14 @@ class _Launch(NamedTuple):
         like = _likeness(rows.stream, rows.residual, rows.scale)
         if len(sound) < len(parts) or like is None or not simple:
             return None
-        return _Launch(laid, Trace(index.device, *sound), own, at, shown is not None, like)
+        return _Launch(laid, Trace(index.device, *sound), own, at, like)
 
     def serves(
         self, edit: "Edit[Any]", stream: Tensor, residual: Tensor | None, scale: float, at: Rows
     ) -> bool:
         """Whether it does for another pass."""
-        if at is not self.at:
-            # Tokens that are numbered one after another, at the same places of a stream.
-            numbered = isinstance(at.numbers, int) and isinstance(self.at.numbers, int)
-            if not numbered or not all(map(operator.is_, at.places, self.at.places)):
-                return False
-            if (at.shown is not None) != self.shown:
-                return False
+        if not at.is_like(self.at):
+            return False
         if _likeness(stream, residual, scale) != self.like or forward_ad._current_level >= 0:
             return False
         parts, own = edit.made_of() or ((), ())

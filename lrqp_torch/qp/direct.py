@@ -476,7 +476,12 @@ class Laid(NamedTuple):
         return type(None), ()  # as a line
 
     def edit(
-        self, stream: Tensor, residual: Tensor | None, record: Any, forward_pass: int
+        self,
+        stream: Tensor,
+        residual: Tensor | None,
+        record: Any,
+        forward_pass: int,
+        first: int,
     ) -> Tensor | None:
         """The stream with rows edited; itself where none is moved.
 
@@ -488,13 +493,16 @@ class Laid(NamedTuple):
             residual: what is added to the task's scale · that, or None.
             record: memory for what is written of each row, as :attr:`table` makes it, or None.
             forward_pass: the number of the pass.
+            first: what the first row is numbered, where the task does not say it of each.
         """
         threads = self.threads
         if threads > 1:
             threads = min(threads, torch.get_num_threads())
         result = torch.empty_like(stream) if self.copies else stream.clone()
         base = None if residual is None else residual.data_ptr()
-        moved = self.call(threads, stream.data_ptr(), result.data_ptr(), base, record, forward_pass)
+        moved = self.call(
+            threads, stream.data_ptr(), result.data_ptr(), base, record, forward_pass, first
+        )
         if moved > 0:
             return result
         if moved == native.CHANGED:

@@ -1465,13 +1465,14 @@ i64 lrqp_solve(const Shared *shared, const Task *task, i64 threads) {
  * without memory, -2 where a target or row is out of range, -3 where a probe has changed, and -4
  * where a row is to raise or be skipped; then nothing is recorded. */
 i64 lrqp_edit_stream(const Shared *shared, const Task *given, i64 threads, const void *x, void *result,
-                     const void *base, double *record, i64 pass) {
+                     const void *base, double *record, i64 pass, i64 first) {
     Task task = *given;
     task.x = x;
     task.result = result;
     task.base = base;
     task.record = record;
     task.pass = pass;
+    task.first = first;
     i64 count = task.count, moved = 0, several = shared->variables, wide = several ? 4 * several + 6 : 9;
     for (i64 b = 0; b < count; b++)
         if (place_of(&task, b) < 0 || place_of(&task, b) >= task.all) return -2;

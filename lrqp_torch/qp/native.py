@@ -187,7 +187,7 @@ def library() -> ctypes.CDLL | None:
     for function in (loaded.lrqp_solve, loaded.lrqp_gradient):
         function.restype, function.argtypes = _number, given
     stream = loaded.lrqp_edit_stream
-    stream.restype, stream.argtypes = _number, (*given, *[_address] * 4, _number)
+    stream.restype, stream.argtypes = _number, (*given, *[_address] * 4, _number, _number)
     return loaded
 
 
@@ -219,7 +219,8 @@ def edit_stream(shared: Shared, task: Task) -> Callable[..., int]:
     nothing was done; see dual.c. It keeps neither of its arguments.
 
     It is called with how many threads, and where are: the stream, what comes of it, what that is
-    added to or None, and the record or None; and with the number of the pass.
+    added to or None, and the record or None; with the number of the pass, and what the first
+    row is numbered, where the task does not say it of each.
     """
     loaded, place = library(), ctypes.addressof
     assert loaded is not None

@@ -72,10 +72,19 @@ class Rows:
         """Column of each in this call, (N,)."""
         return self._spread(self._column)
 
-    @property
-    def places(self) -> tuple[object, ...]:
-        """What says where they are: the same objects where they are at the same places."""
-        return self.example, self._column, self.request
+    def is_like(self, other: Any) -> bool:
+        """Whether they are others, or others of a scope at the same places of a stream, of which
+        both are numbered one after another: one more token of each row.
+        """
+        return self is other or (
+            isinstance(self._index, range)
+            and isinstance(other._index, range)
+            and self.example is other.example
+            and self._column is other._column
+            and self.request is other.request is not None
+            and self.whole == other.whole
+            and (self.shown is None) == (other.shown is None)
+        )
 
     @property
     def address(self) -> int:
