@@ -288,6 +288,9 @@ class Follower:
         at = self.positions
         for example, token, shown in self._hidden.values():
             raise_on_padding(example, token, shown.cpu())
+        first, last = at.span
+        if any(past <= first and last < end for past, end in self._ran):
+            return None
         missed = torch.ones(len(at), dtype=torch.bool)
         for past, end in self._ran:
             missed &= (at.token < past) | (at.token >= end)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import PositionError, TargetError, as_classes, concrete, quoted
+from lrqp_torch.errors import FEW, PositionError, TargetError, as_classes, concrete, quoted
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.text import TextInputs
 
@@ -178,7 +178,11 @@ class Positions:
     @functools.cached_property
     def span(self) -> tuple[int, int]:
         """Of known positions, the smallest column and the largest."""
-        least, most = self.token.aminmax()
+        token = self.token
+        if len(token) <= FEW:
+            numbers = token.tolist()
+            return min(numbers), max(numbers)
+        least, most = token.aminmax()
         return int(least), int(most)
 
     @property
