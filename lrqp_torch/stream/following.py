@@ -125,11 +125,16 @@ class Rows:
             stream = stream.to(values.dtype)
         return stream.index_put((self.example, self.column), values)
 
-    def put(self, stream: Tensor, values: Tensor) -> Tensor | None:
+    def put(self, stream: Tensor, values: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """:meth:`scatter` in one compiled call on the CPU; the stream itself where no value is new.
 
         None: nothing is done, because that is not to be had, a derivative is asked for, or a value
         is not finite.
+
+        Args:
+            stream: what is written of it, (B, T, d).
+            values: of the stream at these rows, (N, d).
+            residual: what is added to what is written, (B, T, d), or None.
         """
         call, kind = _put_rows(), _KINDS.get(values.dtype)
         if call is None or kind is None or type(stream) is not Tensor or type(values) is not Tensor:
@@ -142,13 +147,21 @@ class Rows:
             torch.is_grad_enabled() and (stream.requires_grad or values.requires_grad)
         ):
             return None
+        base = None
+        if residual is not None:
+            alike = type(residual) is Tensor and residual.shape == stream.shape
+            if not alike or residual.dtype is not stream.dtype or not residual.is_contiguous():
+                return None
+            if torch.is_grad_enabled() and residual.requires_grad:
+                return None
+            base = residual.data_ptr()
         numbers, (count, width) = stream.numel(), values.shape
         # Of more torch copies several at once.
         few = numbers <= 32_768
-        if self.whole and not few:
+        if (self.whole and not few) or (base is not None and kind > 1):
             return None
         result = torch.empty_like(stream) if few else stream.clone()
-        places = stream.data_ptr(), result.data_ptr(), values.data_ptr()
+        places = stream.data_ptr(), base, result.data_ptr(), values.data_ptr()
         at = None if self.whole else self.flat(stream.shape[1]).data_ptr()
         outcome = call(*places, at, count, numbers // width, width, kind, few)
         return None if outcome < 0 else result if outcome else stream
@@ -166,7 +179,7 @@ def _put_rows() -> Callable[..., int] | None:
         return None
     function: Any = loaded.lrqp_put_rows
     function.restype = ctypes.c_int64
-    function.argtypes = *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 5
+    function.argtypes = *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5
     return cast(Callable[..., int], function)
 
 

@@ -327,8 +327,9 @@ class _Applied:
             # was gathered is one, and there to be gathered again.
             copy = itself and not at.whole
             edited = self.item.edit(x if copy else x.clone(), context)
-            if itself and at.shown is None and type(edited) is Tensor and edited.shape == x.shape:
-                whole = None if in_transforms() else at.put(stream, edited)
+            plain = scale == 1 and beside is None and at.shown is None
+            if plain and type(edited) is Tensor and edited.shape == x.shape:
+                whole = None if in_transforms() else at.put(stream, edited, residual)
                 if whole is not None:
                     self._ended(call, at, stream, marked, context)
                     return whole

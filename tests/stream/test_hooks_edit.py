@@ -243,6 +243,16 @@ def test_rows_put_by_one_call_are_rows_scattered(dtype: torch.dtype, whole: bool
         for broken in (torch.nan, torch.inf, -torch.inf):
             values[row, place] = broken
             assert at.put(stream, values) is None
+    base = torch.randn(3, 5, 9).to(dtype)
+    sums, left = at.gather(base) + held, held.clone()
+    if dtype.itemsize > 2:
+        assert at.put(stream, sums, base) is stream
+        sums[1, 3] += 0.25
+        left[1] = sums[1] - at.gather(base)[1]
+        found = at.put(stream, sums, base)
+        assert found is not None and torch.equal(found, at.scatter(stream, left))
+        sums[2, 8] = torch.inf
+    assert at.put(stream, sums, base) is None
     far = following.Rows(index, example, column + 15, column + 15)
     assert far.put(stream, held) is None
     with torch.enable_grad():
@@ -251,18 +261,22 @@ def test_rows_put_by_one_call_are_rows_scattered(dtype: torch.dtype, whole: bool
 
 
 @needs_compiler
-@pytest.mark.parametrize("site", ["L1.pre", "L1.post"])
+@pytest.mark.parametrize("site", ["L1.pre", "L1.post", "L1.mid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @torch.no_grad()
-def test_a_function_in_one_call_is_the_function_by_operations(site: str) -> None:
+def test_a_function_in_one_call_is_the_function_by_operations(
+    site: str, dtype: torch.dtype
+) -> None:
     """Also where it works in place, keeps some rows or all, and in passes like the first."""
-    model, inputs = build("gpt2"), PROMPTS.padded("right")
-    at, bare = torch.tensor([3, 2, 5, 1]), build("gpt2")(**PROMPTS.padded("right")).logits
+    model, inputs = build("gpt2", dtype=dtype), PROMPTS.padded("right")
+    at, bare = torch.tensor([3, 2, 5, 1]), model(**inputs).logits
     edits: list[Callable[[Tensor, object], Tensor]] = [
-        lambda x, context: x + DIRECTION,
+        lambda x, context: x + DIRECTION.to(dtype),
         lambda x, context: x.add_(DIRECTION),
         lambda x, context: x.index_fill(0, torch.tensor([1]), 2.0),
         lambda x, context: x.clone(),
         lambda x, context: (x + DIRECTION).double(),
+        lambda x, context: x.mul_(torch.arange(len(x))[:, None] % 2),
     ]
     for number, edit in enumerate(edits):
         for positions in (at, "all"):
