@@ -52,8 +52,14 @@ class Constraints(Protocol):
         None: pivots find them.
         """
 
-    def apply(self, multipliers: Tensor) -> Tensor:
-        """M λ, (B, m): how much each margin grows; differentiable."""
+    def apply(self, multipliers: Tensor, index: Tensor | None = None) -> Tensor:
+        """M λ, (B, m): how much each margin grows; differentiable.
+
+        Args:
+            multipliers: λ, (B, m).
+            index: outside of which λ is zero, (B, n), m standing for none; then M's own entries are
+                added up, in which those of nearly equal classes differ by less than they round.
+        """
 
     def block(self, index: Tensor) -> Tensor:
         """M between some constraints of each example, (B, n) → (B, n, n); differentiable.
@@ -84,7 +90,7 @@ class DenseConstraints:
         """See :class:`Constraints`."""
         return self.gram.detach().diagonal(dim1=-2, dim2=-1)
 
-    def apply(self, multipliers: Tensor) -> Tensor:
+    def apply(self, multipliers: Tensor, index: Tensor | None = None) -> Tensor:
         """See :class:`Constraints`."""
         return matvec(self.gram, multipliers)
 
@@ -150,9 +156,16 @@ class ClassConstraints:
         """See :class:`Constraints`."""
         return self._of(self.squared.detach())
 
-    def apply(self, multipliers: Tensor) -> Tensor:
+    def apply(self, multipliers: Tensor, index: Tensor | None = None) -> Tensor:
         """See :class:`Constraints`."""
-        return self._apply(self.squared, multipliers)
+        if index is None:
+            return self._apply(self.squared, multipliers)
+        chosen = self.other.gather(-1, index.clamp_max(self.other.shape[-1] - 1))
+        weights = torch.nn.functional.pad(multipliers, (0, 1)).gather(-1, index)
+        own = self.squared[self.target]
+        entries = own.unsqueeze(1) + (own.gather(-1, chosen).unsqueeze(-1) - self.squared[chosen])
+        grown = (weights.unsqueeze(1) @ entries).squeeze(1)
+        return grown.gather(-1, self.other) / 2
 
     def block(self, index: Tensor) -> Tensor:
         """See :class:`Constraints`."""

@@ -91,7 +91,7 @@ typedef struct {
     double *rows;    /* of the held, (cap, n) */
     double *inverse; /* (cap, cap) */
     double *multipliers, *rate, *column, *right;
-    i64 *held, k;
+    i64 *held, k, doubt; /* whether some of the held nearly depend on the others */
     const double *gram; /* of the target, where these are at hand */
     /* Of several variables: what was chosen last (V), or -3; of each constraint its pair and what it is
      * for; M', its noise and the lengths; and A' as combinations of rows where some are kept. */
@@ -150,21 +150,7 @@ static void row_of(const Shared *s, const double *own, const Work *w, i64 q, dou
     }
 }
 
-/* rate = inverse column, in the order of pivots.py; returns the curvature 1 - rate column. */
-static double rates(Work *w) {
-    i64 k = w->k;
-    double curvature = 1.0;
-    for (i64 i = 0; i < k; i++) {
-        const double *inverse = w->inverse + i * w->cap;
-        double sum = 0;
-        for (i64 j = 0; j < k; j++) sum += inverse[j] * w->column[j];
-        w->rate[i] = sum;
-        curvature -= sum * w->column[i];
-    }
-    return curvature;
-}
-
-/* The same without what earlier exchanges left of rounding in the inverse. */
+/* Rates and curvature without what earlier exchanges left of rounding in the inverse. */
 static double checked(Work *w, i64 q) {
     i64 k = w->k;
     double curvature = 1.0, size = 1.0;
@@ -190,11 +176,26 @@ static double checked(Work *w, i64 q) {
     return curvature > EPSILON * size * size + NOISE * terms * errors ? curvature : 0.0;
 }
 
+/* rate = inverse column, in the order of pivots.py; returns the curvature 1 - rate column. */
+static double rates(Work *w, i64 q) {
+    i64 k = w->k;
+    double curvature = 1.0;
+    for (i64 i = 0; i < k; i++) {
+        const double *inverse = w->inverse + i * w->cap;
+        double sum = 0;
+        for (i64 j = 0; j < k; j++) sum += inverse[j] * w->column[j];
+        w->rate[i] = sum;
+        curvature -= sum * w->column[i];
+    }
+    return curvature < SUSPECT || w->doubt ? checked(w, q) : curvature;
+}
+
 /* Constraint q, of which row and rate are at hand, joins the active set; 0 without memory. */
 static int join(Work *w, i64 q, double curvature, double multiplier) {
     i64 k = w->k;
     if (k == w->cap && !grow(w, 2 * w->cap)) return 0;
     double share = 1 / curvature;
+    w->doubt |= curvature < SUSPECT;
     for (i64 i = 0; i < k; i++) {
         double *inverse = w->inverse + i * w->cap, part = w->rate[i] * share;
         for (i64 j = 0; j < k; j++) inverse[j] += part * w->rate[j];
@@ -227,7 +228,7 @@ static void leave(Work *w, i64 slot) {
 }
 
 static void begin(Work *w) {
-    w->k = 0;
+    w->k = w->doubt = 0;
     for (i64 j = 0; j < w->n; j++) {
         w->slack[j] = -w->unit[j];
         w->tolerance[j] = SATISFIED * (1 + fabs(w->unit[j]));
@@ -271,8 +272,7 @@ static int recover(const Shared *s, const double *own, Work *w, const double *st
         if (!(w->unit[q] > -INFINITY)) continue;
         row_of(s, own, w, q, w->row);
         for (i64 i = 0; i < w->k; i++) w->column[i] = w->row[w->held[i]];
-        double curvature = rates(w);
-        if (curvature < SUSPECT) curvature = checked(w, q);
+        double curvature = rates(w, q);
         if (curvature > SUSPECT && !join(w, q, curvature, 0)) return 0;
     }
     return 1;
@@ -317,8 +317,7 @@ static int run(const Shared *s, const double *own, Work *w, i64 max_pivots) {
         }
         i64 k = w->k, leaving = -1;
         for (i64 i = 0; i < k; i++) w->column[i] = w->row[w->held[i]];
-        double curvature = rates(w);
-        if (curvature < SUSPECT) curvature = checked(w, q);
+        double curvature = rates(w, q);
         double full = curvature > DEPENDENT ? -w->slack[q] / curvature : INFINITY;
         double block = INFINITY, largest = 0;
         for (i64 i = 0; i < k; i++) largest = larger(largest, fabs(w->rate[i]));
@@ -546,9 +545,9 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     }
     if (largest > 0)
         for (i64 j = 0; j < n; j++) w->unit[j] /= largest;
-    i64 live = again == LIVE ? w->k : 0;
+    i64 live = again == LIVE ? w->k : 0, doubt = again == LIVE && w->doubt;
     begin(w);
-    w->k = live;
+    w->k = live, w->doubt = doubt;
     int found = CONVERGED;
     if (!impossible) {
         if (again == RECOVER && !recover(s, own, w, w->start, target)) return 0;
@@ -1245,7 +1244,7 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
     t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
     if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
     double enough = 0, nudge = (double)(number + 1) * t->epsilon / sqrt((double)d);
-    nudge *= larger(size, sqrt(larger(numbers[2 * t->count], 0)));
+    nudge *= larger(size, norm_of(held, NULL, d));
     if (number + 2 == t->rounds) {
         recall(s, w, b, t);
         displace(s, w, x, space);
@@ -1255,7 +1254,7 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
         double own = t->total ? longest : s->variables ? w->length[l] : length[l + (l >= target)];
         double lack = t->total ? worst : floors[t->each == 1 ? 0 : l] - margin(s, w, target, after, l);
         if (enough > 0)
-            w->raised[l] = larger(w->raised[l] + 4 * worst, own * enough);
+            w->raised[l] = larger(w->raised[l] + (t->epsilon < FINE ? MANY_TIMES : SOME_TIMES) * worst, own * enough);
         else if (lack > 0)
             w->raised[l] += 2 * lack + nudge * own;
     }

@@ -177,12 +177,11 @@ class ProbeGeometry:
                 raise NonFiniteError(f"the probe's {name} holds NaN or infinity; refit it")
 
         weight, bias = weight.double(), bias.double()
-        centred = weight - weight.mean(0)
         (steering,), sizes = steered(covariance, [weight])
-        squared = _pairwise(centred, steering)
+        squared = _pairwise(weight, steering)
         check_distances(squared)
         with torch.no_grad():
-            length = _pairwise(centred, centred).clamp_min(0.0).sqrt()
+            length = _pairwise(weight, weight).clamp_min(0.0).sqrt()
             size, unit = sizes.norm(steering), steering / sizes.unit
             stretch = _pairwise(unit, unit), sizes.unit
             noise = sizes.rounding(length, size.unsqueeze(-1) + size)
@@ -408,6 +407,10 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
             for mine, yours in zip(left.split(rows), right.split(rows), strict=True)
         ]
         return torch.cat(parts)
+    # Centred, a Gram matrix loses least; differences themselves are exact without.
+    exact = left, left if left is right else right
+    left = left - left.mean(0)
+    right = left if exact[1] is exact[0] else right
     # Blocks of rows from the diagonal on, small enough to stay near the processor.
     squared, own = left.new_zeros(n_classes, n_classes), (left * right).sum(-1)
     block = max(1, CHUNK_NUMBERS // n_classes)
@@ -420,11 +423,11 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
         part = terms - 2 * products
         one, two = (part.detach() <= NEAR * terms.detach()).triu().nonzero(as_tuple=True)
         one, two = one + begin, two + begin
-        exact = [
-            ((left[a] - left[b]) * (right[a] - right[b])).sum(-1)
+        found = [
+            reduce(torch.mul, [own[a] - own[b] for own in exact]).sum(-1)
             for a, b in zip(one.split(rows), two.split(rows), strict=True)
         ]
-        part = part.index_put((one - begin, two - begin), torch.cat(exact))
+        part = part.index_put((one - begin, two - begin), torch.cat(found))
         # Of the block's own square what is above the diagonal counts, and is 0 on it.
         square = part[:, : len(part)].triu(1)
         squared[begin : begin + block, begin:] = part

@@ -140,6 +140,7 @@ def pivoted(
     feasible = tl.full([], 1, tl.int32)
     running = tl.full([], 1, tl.int32)
     blocked = tl.full([], 0, tl.int32)
+    doubt = tl.full([], 0, tl.int32)
     entering = tl.full([], 0, tl.int32)
     share = tl.full([], 0.0, tl.float64)
     while running == 1:
@@ -148,6 +149,7 @@ def pivoted(
             values = -gap
             active = tl.zeros([NP], dtype=tl.int32)
             blocked = blocked * 0
+            doubt = doubt * 0
             share = share * 0.0
         fresh = fresh * 0
         tolerance = SATISFIED * (1.0 + tl.abs(gap))
@@ -161,7 +163,7 @@ def pivoted(
             here = k == entering
             column = tl.sum(tl.where(here[None, :], tableau, 0.0), 1)
             curvature = tl.sum(tl.where(here, column, 0.0), 0)
-            if curvature < SUSPECT:
+            if (curvature < SUSPECT) | (doubt == 1):
                 # Rates without the tableau's rounding, and ‖a_q − Σ r_i a_i‖² from M itself, which
                 # is exact to the second order in what is still wrong with them.
                 gram = unit_gram(matrix, target, scale, N, NP, CLASSES)
@@ -201,6 +203,7 @@ def pivoted(
                 )
                 share += step
                 joins = t_full <= t_block
+                doubt = tl.where(joins & (curvature < SUSPECT), 1, doubt)
                 gone = tl.where(joins, entering, tl.argmin(ends, 0))
                 pivot = k == gone
                 sign = tl.where(joins, 1.0, -1.0).to(tl.float64)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lrqp_torch.files import load_compiled
-from lrqp_torch.qp import pivots
+from lrqp_torch.qp import pivots, reach
 
 SOURCE = Path(__file__).with_name("dual.c")
 # So many numbers of M are worth a thread of their own.
@@ -196,6 +196,7 @@ def constants() -> dict[str, float]:
     names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
     known = {name: getattr(pivots, name) for name in names}
     known |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
+    known |= {name: getattr(reach, name) for name in ("FINE", "MANY_TIMES", "SOME_TIMES")}
     # Which imports this module by way of the solvers.
     from lrqp_torch.qp import total_odds
 

@@ -20,7 +20,8 @@ from lrqp_torch.qp.solution import unit_scale
 # depends linearly on the active ones. Well above the rounding of a pivot (1e-16), well below
 # the 1e-10 at which distinct but nearly parallel constraints still solve accurately.
 DEPENDENT = 1e-13
-# Below this one, what earlier exchanges left of rounding in the inverse is taken out of it first.
+# Below this one, and once one below it has entered, what earlier exchanges left of rounding in the
+# inverse is taken out of it first.
 SUSPECT = 1e-6
 # A constraint counts as satisfied within this share of the largest gap and its own.
 SATISFIED = 1e-13
@@ -282,11 +283,12 @@ def _pivot(
     entering = torch.zeros(len(gap), 1, dtype=torch.long, device=device)
     share = gap.new_zeros(len(gap), 1)
     blocked = torch.zeros(len(gap), 1, dtype=torch.bool, device=device)
-    state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked)
+    doubt = blocked
+    state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked, doubt)
 
     for number in range(max_pivots + 1):
         # 1. The entering constraint: the most violated one, or the one whose step was blocked.
-        gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked = state
+        gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked, doubt = state
         worst, violated = (slack + tolerance).min(1, keepdim=True)
         entering = torch.where(blocked, entering, violated)
         done = ~blocked & (worst >= 0)
@@ -299,11 +301,13 @@ def _pivot(
             results.converged[index[at]] = True
             keep = (~done).squeeze(1).nonzero().squeeze(1)
             problems, index = problems.take(keep), index[keep]
-            state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked)
+            state = (*state[:6], entering, share, blocked, doubt)
             state = tuple(part[keep] for part in state)  # type: ignore[assignment]
             if not len(index):
                 break
-            gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked = state
+            gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked, doubt = (
+                state
+            )
             done = done[keep]
         if number >= held.shape[1] and bool(held.amax(1).min() < none):
             more = min(none, 2 * held.shape[1]) - held.shape[1]
@@ -315,7 +319,7 @@ def _pivot(
         column = problems.block(held, entering).squeeze(2)
         rate = matvec(inverse, column)
         curvature = 1 - (rate * column).sum(1, keepdim=True)
-        suspect = (curvature < SUSPECT) & ~done
+        suspect = ((curvature < SUSPECT) | doubt) & ~done
         if bool(suspect.any()):
             rows = suspect.squeeze(1).nonzero().squeeze(1)
             rate, curvature = _checked(
@@ -342,6 +346,7 @@ def _pivot(
             multipliers = torch.where(endless, 0.0, multipliers)
             inverse = torch.where(endless.unsqueeze(2), 0.0, inverse)
             share, blocked = torch.where(endless, 0.0, share), blocked & ~endless
+            doubt = doubt & ~endless
             done, step = done | endless, torch.where(endless, 0.0, step)
 
         # 4. Move: active multipliers fall along the column, inactive slacks rise along it.
@@ -372,7 +377,8 @@ def _pivot(
         multipliers = multipliers.scatter(1, slot, mine)
         slack = slack.scatter(1, held, 0.0)
         share = torch.where(blocked, share, 0.0)
-        state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked)
+        doubt = doubt | (joins & (curvature < SUSPECT))
+        state = (gap, slack, tolerance, held, multipliers, inverse, entering, share, blocked, doubt)
     else:
         results.put(index, state[3], state[5])
 

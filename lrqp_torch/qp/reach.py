@@ -25,6 +25,9 @@ FINE = 1e-5
 # Rounds of solving and reading back. Where values can be looked at, until nothing is missing: three
 # or four are usual in half precision, and the bound only guards against a loop without end.
 MAX_ROUNDS = 24
+# The last round aims by so many times what is missing: in the finer dtypes that is the reading's
+# own rounding, which is another at every x' and so small that many times it is nothing.
+MANY_TIMES, SOME_TIMES = 64, 4
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
 BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 4, 5
 
@@ -88,9 +91,7 @@ class Headroom:
         error = torch.linalg.vector_norm(held.double() - edited, dim=-1, keepdim=True)
         enough = self.length * torch.maximum(self.precision * size, 4 * error)
         worst = short.amax(-1, keepdim=True)
-        # In the finer dtypes what is still missing is the reading's own rounding, which is another
-        # at every x' and so small that many times it is nothing.
-        times = 64 if self.precision < FINE else 4
+        times = MANY_TIMES if self.precision < FINE else SOME_TIMES
         return torch.where(worst > 0, torch.maximum(raised + times * worst, enough), raised)
 
 

@@ -48,9 +48,12 @@ class Found:
         multipliers: Tensor,
         feasible: Tensor,
         active: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Self:
-        """What some multipliers come to; active by default where they are positive."""
-        grown, found = constraints.apply(multipliers), multipliers.detach()
+        """What some multipliers, zero outside ``index`` if it is given, come to; active by default
+        where they are positive.
+        """
+        grown, found = constraints.apply(multipliers, index), multipliers.detach()
         residual = kkt_residual(
             constraints.diagonal, grown.detach(), gap.detach(), found, constraints.noise
         )
@@ -124,7 +127,8 @@ class ActiveSet(Solver):
         if gap.shape[-1] == 1:
             return _closed_form(constraints, gap)
         found = solve_dual(constraints, gap)
-        return Found.of(constraints, gap, found.multipliers(constraints, gap), found.feasible)
+        multipliers = found.multipliers(constraints, gap)
+        return Found.of(constraints, gap, multipliers, found.feasible, index=found.index)
 
     def layer(self, n_constraints: int) -> "CvxpyLayer":
         """See :meth:`Solver.layer`."""

@@ -13,6 +13,7 @@ from qp_reference import Problem, random_problem
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, files
 from lrqp_torch.qp import ProbeGeometry, native
 from lrqp_torch.qp.fused import OddsRule
+from lrqp_torch.qp.pivots import find_active_sets
 from lrqp_torch.stream.intervene import Placement
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -281,3 +282,40 @@ def test_many_active_constraints_are_solved_for_once_with_a_graph(
     rows, whole = torch.arange(24), torch.zeros(24, 2, dtype=torch.float64, requires_grad=True)
     (every,) = torch.autograd.grad(edit(whole)[0].sum(), whole)
     assert torch.equal(own, every[counts.topk(2).indices])
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_classes", [9, 20, 33])
+@pytest.mark.parametrize("apart", [1e-6, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pairs_of_near_equals_end_alike(
+    n_classes: int, apart: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residuals are measured with M as it was solved with: then rounding of it decides nothing."""
+    task = random_problem(n_classes, 17, 256, seed=n_classes, condition=100)
+    generator = torch.Generator().manual_seed(n_classes)
+    odd = task.weight[1::2]
+    noise = torch.randn(odd.shape, generator=generator, dtype=torch.float64)
+    task.weight[1::2] = task.weight[::2][: len(odd)] + apart * noise
+    task.x = task.x.to(dtype)
+    found, other = (solve(task, path, monkeypatch) for path in ("compiled", "torch"))
+    # A residual may still lie at the tolerance itself.
+    assert (found.status != other.status).sum() <= 2
+    assert (found.status == Status.SOLVED).sum() > 100
+
+
+def test_a_table_tells_dependent_constraints_as_pivots_do() -> None:
+    """In three dimensions any four constraints are dependent; what is out of reach has a proof."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(1118 + 28 * seed)
+        task = random_problem(8, 12, 200, seed=seed, condition=100)
+        normal = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(normal).Q
+        geometry = ProbeGeometry.build(task.weight, task.bias, basis @ basis.T)
+        assert geometry.sets is not None
+        constraints = geometry.constraints(task.target)
+        gap = task.floor.unsqueeze(-1) - geometry.margins(task.x, task.target)
+        tabled = geometry.sets.solve(task.target, gap)
+        matrix, noise = constraints.gram, constraints.noise
+        _, _, feasible, _ = find_active_sets(matrix, noise, task.target, gap, 0, 200)
+        assert torch.equal(tabled.feasible, feasible)
