@@ -424,7 +424,7 @@ def _pairwise(left: Tensor, right: Tensor) -> Tensor:
         one, two = (part.detach() <= NEAR * terms.detach()).triu().nonzero(as_tuple=True)
         one, two = one + begin, two + begin
         found = [
-            reduce(torch.mul, [own[a] - own[b] for own in exact]).sum(-1)
+            torch.mul(*(own[a] - own[b] for own in exact)).sum(-1)
             for a, b in zip(one.split(rows), two.split(rows), strict=True)
         ]
         part = part.index_put((one - begin, two - begin), torch.cat(found))
