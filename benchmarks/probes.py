@@ -1,22 +1,125 @@
-"""Fitting the probes of many sites: together, one after another, and with torch.optim.LBFGS.
+"""Fitting probes to a model's activations, beside scikit-learn; the probes of many sites: together,
+one after another, and with torch.optim.LBFGS; and what else is made of activations.
 
-Activations have the falling spectrum and the one outsized dimension of a residual stream; at one
-third of the sites the classes overlap, at one third they nearly separate, at one third they do.
+With --sentences FILE, lines of text, SmolLM2's activations are what a probe is fitted to: whether a
+token begins a word (K = 2), and how many characters it has (K = 10). Each of scikit-learn's solvers
+has the loosest tolerance with which its loss is at most one part in a million above ours.
+
+Elsewhere activations have the falling spectrum and the one outsized dimension of a residual stream;
+at one third of the sites the classes overlap, at one third they nearly separate, at one third they
+do.
 Then :meth:`Covariance.update` against the product that it cannot avoid, by batch and width, and
 loading a saved edit by width.
 """
 
-from argparse import Namespace
-from collections.abc import Sequence
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, medians, parse_arguments, report
+from benchmarks.measure import Row, medians, parse_arguments, report, seconds_of
 from lrqp_torch import LRQP, Covariance, LinearProbe, Mahalanobis
+from lrqp_torch.models import load
 
 LBFGS_STEPS, PEER_SITES = 500, 2
+SOLVERS, TOLERANCES = ("lbfgs", "newton-cg", "newton-cholesky"), (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+# Relative difference of losses that counts as none; seconds after which no stricter tolerance is
+# tried.
+EQUAL, LONG = 1e-6, 60.0
+TOKENS, TOKENS_A_SENTENCE, BLOCK = 20_000, 48, 18
+
+
+@torch.no_grad()
+def of_model(sentences: Path) -> tuple[Tensor, dict[int, Tensor]]:
+    """SmolLM2's stream behind block 18 at 20,000 tokens, in random order; and labels by K."""
+    model, tokenizer = load("smollm2")
+    tokenizer.padding_side = "right"
+    lines, rows, tokens = sentences.read_text().splitlines(), [], []
+    for start in range(0, len(lines), 32):
+        batch = tokenizer(
+            lines[start : start + 32],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=TOKENS_A_SENTENCE,
+        )
+        kept = batch["attention_mask"].bool()
+        kept[:, 0] = False  # an attention sink
+        rows.append(model(**batch, output_hidden_states=True).hidden_states[BLOCK][kept])
+        tokens.append(batch["input_ids"][kept])
+        if sum(map(len, rows)) >= TOKENS:
+            break
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+    texts = [tokenizer.decode([token]) for token in torch.cat(tokens)[:TOKENS][order].tolist()]
+    labels = {
+        2: torch.tensor([text.startswith(" ") for text in texts]).long(),
+        10: torch.tensor([min(len(text.strip()), 9) for text in texts]),
+    }
+    return torch.cat(rows)[:TOKENS][order], labels
+
+
+def beside_peers(x: Tensor, labels: Tensor, arguments: Namespace) -> list[Row]:
+    """A fit, and scikit-learn's solvers, to float64 activations (n, d)."""
+    n, n_classes, l2 = len(x), int(labels.max()) + 1, 1 / len(x)
+    results: dict[str, tuple[float, float]] = {}
+    numbers, targets = x.numpy(), labels.numpy()
+
+    def loss(weight: Tensor, bias: Tensor) -> float:
+        likelihood = torch.nn.functional.cross_entropy(x @ weight.T + bias, labels)
+        return float(likelihood + l2 / 2 * weight.square().sum())
+
+    def ours(values: list[float]) -> None:
+        probe = LinearProbe.fit(x, labels)
+        values.append(loss(probe.weight.detach(), probe.bias.detach()))
+
+    def peer(solver: str, tolerance: float, values: list[float]) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        # Of two classes it penalises the difference of the rows, which is twice as long as each.
+        scale = 2.0 if n_classes == 2 else 1.0
+        found = LogisticRegression(C=scale, solver=solver, tol=tolerance, max_iter=3000)
+        found.fit(numbers, targets)
+        weight, bias = torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)
+        if n_classes == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        values.append(loss(weight, bias))
+
+    own: list[float] = []
+    ways: dict[str, Callable[[], Any]] = {"LinearProbe.fit": partial(ours, own)}
+    ours(own)
+    best = own[0]
+    results["LinearProbe.fit"] = (0.0, best)
+    for solver in SOLVERS if find_spec("sklearn") else ():
+        if solver == "newton-cholesky" and n_classes > 2 and not arguments.all:
+            continue
+        for tolerance in TOLERANCES:
+            values: list[float] = []
+            run = partial(peer, solver, tolerance, values)
+            taken, name = seconds_of(run, "cpu"), f"scikit-learn {solver}, tol = {tolerance:.0e}"
+            if values[0] <= (1 + EQUAL) * best:
+                ways[name] = run
+            if name in ways or taken > LONG or tolerance == TOLERANCES[-1]:
+                results[name] = (taken, values[0])
+                break
+    seconds = medians(ways, 1 if n > 1000 else arguments.repeats, "cpu", seconds=LONG)
+    return [
+        {
+            "n": n,
+            "K": n_classes,
+            "fitted": name,
+            "ms": 1e3 * seconds.get(name, taken),
+            "loss above ours": value / best - 1,
+            "time over ours": seconds.get(name, taken) / seconds["LinearProbe.fit"],
+        }
+        for name, (taken, value) in results.items()
+    ]
 
 
 def activations(sites: int, n: int, width: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -164,7 +267,21 @@ def loading(width: int, arguments: Namespace) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(__doc__ or "", argv)
+    def more(parser: ArgumentParser) -> None:
+        parser.add_argument("--sentences", type=Path, help="lines of text for SmolLM2")
+        parser.add_argument("--all", action="store_true", help="also newton-cholesky for K = 10")
+
+    arguments = parse_arguments(__doc__ or "", argv, more)
+    warnings.filterwarnings("ignore", module="lrqp_torch|sklearn")
+    if arguments.sentences is not None:
+        x, labels = of_model(arguments.sentences)
+        rows = [
+            row
+            for n in ((200,) if arguments.small else (1000, TOKENS))
+            for classes in labels.values()
+            for row in beside_peers(x[:n].double(), classes[:n], arguments)
+        ]
+        report(f"Fitting a probe to SmolLM2's activations, d = {x.shape[1]}", rows, arguments)
     counts, n, width = ((1, 4), 500, 128) if arguments.small else ((1, 8, 24), 3000, 768)
     rows = [row for count in counts for row in measure(count, n, width, arguments)]
     report(f"Fitting probes to {n} x {width}, K = 2", rows, arguments)

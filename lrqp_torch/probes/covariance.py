@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from threading import RLock
 from typing import Any, Literal, Self, cast
 
@@ -27,6 +26,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.probes.fitting import BATCH
 from lrqp_torch.probes.judging import check_moments, check_sinks
 from lrqp_torch.probes.keeping import class_differences, conditional_covariance, orthonormal_basis
+from lrqp_torch.probes.multinomial import add_symmetric, mirror
 
 Shrinkage = Literal["ledoit_wolf", "oas"] | float
 
@@ -36,8 +36,6 @@ FAR = 0.75
 # So few activations wait for more, and are added with them in one product; on other devices than a
 # CPU, where asking costs more than computing.
 WAITING, ELSEWHERE = 256, 1024
-# Into how many strips their product is cut, of which each is a product.
-STRIPS = 4
 # A matrix of so many columns is looked at as a whole; else so many neighbours at once, which share
 # a line of the processor's cache.
 WHOLE, NEIGHBOURS = 32, 8
@@ -525,10 +523,8 @@ class Covariance:
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
         # One product of rows (y, 1, ‖y‖², 0, …) with themselves has all moments: Σ y yᵀ; beside it
         # Σ y, n and Σ ‖y‖²; beside that Σ ‖y‖² y, … and Σ ‖y‖⁴. Products like their widths even.
-        # It is symmetric: strips of it are added from the diagonal on, and what is to the left of
-        # them is put there when the moments are shifted.
+        # It is symmetric, and mirrored when the moments are shifted.
         wide = width + 2 + -(width + 2) % 8
-        self._strips = [wide * part // STRIPS // 8 * 8 for part in range(STRIPS)] + [wide]
         self._moments = self._mean.new_zeros(wide, wide)
         # How many are in the moments; and how many since the last shift, before which Σ y was 0.
         self._counted = self._added = 0
@@ -599,8 +595,7 @@ class Covariance:
         y -= about
         squares = torch.linalg.vecdot(y, y)
         rows[:, width + 1] = squares
-        for begin, end in pairwise(self._strips):
-            self._moments[begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
+        add_symmetric(self._moments, rows, rows)
         self._mean = about
         self._counted, self._added = self._counted + len(rows), self._added + len(rows)
         gone = self._moments[:width, width]
@@ -647,8 +642,7 @@ class Covariance:
     def _shift(self) -> None:
         """Shift all moments to the mean of what was added."""
         if self._added:
-            for begin, end in pairwise(self._strips):
-                self._moments[end:, begin:end] = self._moments[begin:end, end:].T
+            mirror(self._moments)
             sums = self._moments[: self.width, self.width]
             delta, self._added = sums / self._counted, 0
             sums.zero_()

@@ -261,7 +261,9 @@ def fit_in_memory(
     for group in _groups(problems):
         first = problems[group[0][0]]
         n, size = len(first.x), _size(first.x)
-        per_site = 8 * size * (3 * n + 3 * size * len(group[0]))
+        # Factors of each class, where they are no larger than the activations.
+        wide = rows_of(len(first.counts)) * (size + 1)
+        per_site = 8 * size * (3 * n + 3 * (wide if wide <= n else size) * len(group[0]))
         limit = memory if first.x.is_cuda else min(memory, CACHE)
         sites = max(1, limit // per_site)
         for start in range(0, len(group), sites):

@@ -10,14 +10,18 @@ the row of class 1 stands for both. Otherwise C = K.
 
 The minimum is found by a Newton–conjugate-gradient method. Each Newton step solves H s = −∇ by
 conjugate gradients to a tolerance that tightens with the gradient (Nocedal and Wright 2006,
-algorithm 7.1). The preconditioner is the Hessian of the
-average class as it was some steps ago: its factor, by far the dearest thing here, is made, and
-made anew, only for problems whose conjugate gradients have cost as much as it does. Until there is
-one, the spread of each feature takes its place; where it costs little, there is one from the
-start, which at W = 0 all label sets share.
+algorithm 7.1). The preconditioner is the Hessian of each
+class, or where these would be larger than the data that of the average class, as it was some steps
+ago; at first at W = 0, where all classes and label sets share it and it is the Hessian itself. Its
+factor, by far the dearest thing here, is made anew only for problems whose conjugate gradients have
+cost as much as it does.
 
-Loss and gradient are in float64. In memory on a CPU the products with the Hessian and the factor,
-which decide how fast and never where the search ends, are in float32, on features in units of their
+In memory a step is as long as is best along it, which costs no product with the features: the
+logits change by as much of its own. Classes that nearly separate have their optimum far out, where
+steps of length 1 would gain a factor of e each.
+
+Loss and gradient are in float64. In memory on a CPU conjugate gradients and the factor, which
+decide how fast and never where the search ends, are in float32, on features in units of their
 spread; what does not converge so goes on in float64.
 
 All problems of a stack move together, each with its own step length and its own end. On a GPU the
@@ -27,6 +31,7 @@ host waits for the device a few times in a Newton step, never once for every con
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -45,17 +50,24 @@ ENOUGH = 0.3
 SHORTEST_STEP = 1e-10
 LEVEL = 1e-10
 """Relative change of the loss that may be rounding."""
+LENGTHS, CLOSE = 8, 0.03
+"""Lengths of a step that are tried for the best one, and how near it is near enough."""
+SETTLED = 1e-9
+"""Slope along a Newton step, over the loss, below which its length is 1."""
+FORCING = 0.3
+"""Conjugate gradients in float32 leave this share of a gradient at most, and this power of what
+share of the gradient at zero it is: of large problems more exact steps cost more than they gain."""
 PATIENCE = 8
 """Products with the Hessian before a factor is renewed, where both are in float64; anything from 4
 to 20 measures alike."""
-FROM_THE_START = 16
-"""Products that a factor may cost to be made before it is known whether it is needed."""
 LONG = 2**18
 """Numbers in a matrix of features from which on reading it costs more than calling."""
+STRIPS, STRIPED = 4, 256
+"""In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
 """Numbers in float32 that a processor's cache holds, about."""
-NARROW_STEPS = 30
-"""Newton steps with products in float32; most searches take 10 to 20 in all."""
+NARROW_STEPS = 60
+"""Newton steps with products in float32; most searches take 10 to 25 in all."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ class Block:
     targets: Tensor  # 1 where an example is of a class, else 0, (S, L, C, m), float64
     # Of the examples, (S, L, 1, m), float64; None if each counts once.
     weights: Tensor | None = None
-    # The features over their spread, for products with the Hessian, (S, m, p), float32.
+    # The features over their spread, for products with the Hessian, (S, m, p), float32; in memory
+    # examples come last, which is up to twice as fast.
     narrow: Tensor | None = None
 
     def weighed(self, values: Tensor) -> Tensor:
@@ -87,20 +100,21 @@ class Evaluation:
     loss: Tensor  # in nats per example, penalty included, (S, L)
     gradient: Tensor  # (S, L, C, p)
     size: Tensor  # Euclidean norm of the gradient with respect to all K rows, (S, L)
-    # Class probabilities (S, L, C, m) of each block; None where blocks are read anew in every pass,
-    # and probabilities with them.
-    probability: list[Tensor] | None
+    # Logits and class probabilities (S, L, C, m) of each block; None where blocks are read anew in
+    # every pass, and these with them.
+    examples: list[tuple[Tensor, Tensor]] | None
 
     def each(self, change: Callable[..., Tensor], *others: "Evaluation") -> "Evaluation":
         """Every tensor changed, together with those of other points."""
         points = (self, *others)
-        held = [point.probability for point in points if point.probability is not None]
+        held = [point.examples for point in points if point.examples is not None]
         changed = {
             name: change(*(getattr(point, name) for point in points))
             for name in ("parameters", "loss", "gradient", "size")
         }
-        kept = [change(*blocks) for blocks in zip(*held, strict=True)] if held else None
-        return Evaluation(**changed, probability=kept)
+        blocks = zip(*held, strict=True)
+        kept = [(change(*z), change(*p)) for z, p in (zip(*b, strict=True) for b in blocks)]
+        return Evaluation(**changed, examples=kept if held else None)
 
     def where(self, chosen: Tensor, other: "Evaluation") -> "Evaluation":
         """This point for the chosen problems, (S, L), the other one elsewhere."""
@@ -149,26 +163,32 @@ class MultinomialLoss:
         # The penalty belongs into the sum over ranks once.
         self.l2 = l2 if ranks.is_main else 0.0
         self._penalty: Tensor | None = None
-        self._spread: Tensor | None = None
-        self.narrow = False
+        # The spread of the features, (S, 1, 1, p), where products are in float32 and its units.
+        self.unit: Tensor | None = None
 
     def keep(self, sites: Tensor) -> "MultinomialLoss":
         """The problems of some of the sites."""
         kept = copy.copy(self)
         kept.blocks = [block.keep(sites) for block in self.blocks]
-        kept._spread = None if self._spread is None else self._spread[sites]
+        kept.unit = None if self.unit is None else self.unit[sites]
         return kept
 
-    def widen(self) -> None:
-        """Compute all products in float64 from now on."""
+    def widen(self, factor: Tensor) -> Tensor:
+        """Compute all products in float64 from now on, on features as they are.
+
+        Returns a factor of average Hessians for these.
+        """
+        assert self.unit is not None
+        wide = factor.double() / self.unit.unsqueeze(2)
         self.blocks = [replace(block, narrow=None) for block in self.blocks]
-        self.narrow = False
+        self.unit = None
+        return wide
 
-    def measure(self, point: Evaluation) -> tuple[Tensor, Tensor]:
-        """Mean squares of the features, (S, 1, 1, p), and the rounding error of the gradient.
+    def measure(self, point: Evaluation) -> Tensor:
+        """The rounding error of the gradient's terms, which may cancel, (S, L).
 
-        The latter is that of its terms, which may cancel, (S, L): over examples, by Cauchy's
-        inequality. From here on products are in float32 where that is faster.
+        Over examples, by Cauchy's inequality. From here on products are in float32 where that is
+        faster.
         """
         squares = point.gradient.new_zeros(point.gradient.shape[0], 1, 1, point.gradient.shape[3])
         terms = torch.zeros_like(point.loss)
@@ -181,30 +201,36 @@ class MultinomialLoss:
         highest = torch.get_float32_matmul_precision() == "highest"
         long = point.gradient.shape[3] * self.total > LONG
         if self.in_memory and highest and long and not squares.is_cuda:
-            self._spread = torch.where(squares > 0, squares, 1.0).sqrt()
-            unit = self._spread.squeeze(1)
+            self.unit = torch.where(squares > 0, squares, 1.0).sqrt()
+            unit = self.unit.squeeze(1).mT
             self.blocks = [
-                replace(block, narrow=(block.features / unit).float()) for block in self.blocks
+                replace(block, narrow=(block.features.mT / unit).float().contiguous())
+                for block in self.blocks
             ]
-            self.narrow = True
-        return squares, 8 * torch.finfo(size.dtype).eps * size
+        return 8 * torch.finfo(size.dtype).eps * size
 
-    def evaluate(self, parameters: Tensor) -> Evaluation:
-        """Loss and gradient, in one pass over the blocks."""
+    def logits(self, parameters: Tensor) -> list[Tensor] | None:
+        """Those of each block, (S, L, C, m); None where they are not kept."""
+        if not self.in_memory:
+            return None
+        return [_times(parameters, block.features) for block in self.blocks]
+
+    def evaluate(self, parameters: Tensor, logits: list[Tensor] | None = None) -> Evaluation:
+        """Loss and gradient, in one pass over the blocks, whose logits may be known."""
         copies = _copies(parameters)
         penalised = self._penalise(parameters)
         loss = copies * (parameters * penalised).sum((2, 3)) / 2
         gradient = penalised
-        kept: list[Tensor] = []
-        for block in self.blocks:
-            logits = _times(parameters, block.features)
-            probability = _probability(logits)
-            likelihood = block.weighed(_negative_log_likelihood(logits, block.targets))
+        kept: list[tuple[Tensor, Tensor]] = []
+        for number, block in enumerate(self.blocks):
+            z = _times(parameters, block.features) if logits is None else logits[number]
+            probability = _probability(z)
+            likelihood = block.weighed(_negative_log_likelihood(z, block.targets))
             loss = loss + likelihood.sum((2, 3)) / self.total
             residual = block.weighed(probability - block.targets)
             gradient = self._add(gradient, residual, block.features)
             if self.in_memory:
-                kept.append(probability)
+                kept.append((z, probability))
         loss, gradient = self.ranks.total(loss), self.ranks.total(gradient)
         size = copies**0.5 * _norm(gradient)
         return Evaluation(parameters, loss, gradient, size, kept if self.in_memory else None)
@@ -213,97 +239,113 @@ class MultinomialLoss:
         """Derivative of the loss along a direction, (S, L)."""
         return _copies(direction) * _dot(point.gradient, direction)
 
-    def hessian(self, point: Evaluation, direction: Tensor) -> Tensor:
-        """The Hessian times a direction, (S, L, C, p)."""
-        penalised = product = self._penalise(direction)
-        spread = self._spread if self.narrow else None
-        if spread is not None:
-            direction = (direction * spread).float()
-            product = torch.zeros_like(direction)
-        for block, probability in self._examples(point):
-            features, probability = self._read(block, probability)
-            change = _times(direction, features)
-            if direction.shape[2] == 1:
-                change = 2 * probability * (1 - probability) * change
-            else:
-                mean = (probability * change).sum(2, keepdim=True)
-                change = probability * (change - mean)
-            product = self._add(product, block.weighed(change), features)
-        if spread is not None:
-            product = penalised + product.double() * spread
-        return self.ranks.total(product)
-
-    def average_hessian(self, point: Evaluation, problems: list[tuple[int, int]]) -> Tensor:
-        """Hessian of the average class of some problems, (len(problems), p, p).
-
-        H̄ = (1/n) Σ_i ω_i c_i x_i x_iᵀ + l2 I,  c_i = Σ_k p_ik (1 − p_ik) / (K − 1)
-
-        in units of the features' spread where products are in float32.
-
-        It is the Hessian itself for K = 2, and for any K where all classes are equally likely.
-        """
-        width = point.parameters.shape[3]
-        dtype = torch.float32 if self.narrow else torch.float64
-        whole = point.parameters.new_zeros(len(problems), width, width, dtype=dtype)
-        for block, probability in self._examples(point):
-            examples, probability = self._read(block, probability)
-            for index, (site, label_set) in enumerate(problems):
-                p = probability[site, label_set]
-                spread = (p * (1 - p)).sum(0)
-                curvature = 2 * spread if len(p) == 1 else spread / (len(p) - 1)
-                if block.weights is not None:
-                    curvature = curvature * block.weights[site, label_set, 0].to(dtype)
-                features = examples[site]
-                whole[index] += (features * curvature.unsqueeze(1)).T @ features
-        whole /= self.total
-        if self._spread is None:
-            whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2)
-            return self.ranks.total(whole)
-        unit = self._spread[[site for site, _ in problems], 0, 0]
-        if not self.narrow:
-            whole /= unit.unsqueeze(2) * unit.unsqueeze(1)
-        whole.diagonal(dim1=1, dim2=2)[:, :-1].add_(self.l2 / unit[:, :-1].square())
-        return whole
-
-    def precondition(self, factor: Tensor, rows: Tensor) -> Tensor:
-        """Rows (S, L, C, p) times the inverse of :meth:`average_hessian`, by its factor.
+    def best_length(self, point: Evaluation, step: Tensor, changes: list[Tensor]) -> Tensor:
+        """About what multiple of a step has the least loss, (S, L), by Newton's method from 1.
 
         Args:
-            factor: L⁻¹ of it, (S, L, p, p), or a diagonal inverse, (S, L, 1, p).
-            rows: of a gradient.
+            point: where the step starts.
+            step: (S, L, C, p).
+            changes: of the logits along it.
         """
-        if factor.shape[2] == 1:
-            return rows * factor
-        if self._spread is None:
-            return (rows @ factor.mT) @ factor
-        scaled = (rows / self._spread).to(factor.dtype)
-        return ((scaled @ factor.mT) @ factor).double() / self._spread
+        assert point.examples is not None
+        penalised, length = self._penalise(step), torch.ones_like(point.loss)
+        start, bend = _dot(penalised, point.parameters), _dot(penalised, step)
+        # At the optimum the slope is below its rounding, and the full step the best.
+        waiting = self.slope(point, step).abs() > SETTLED * point.loss
+        for number in range(LENGTHS):
+            first, second = start + length * bend, bend
+            for block, (z, _), change in zip(self.blocks, point.examples, changes, strict=True):
+                p = _probability(torch.addcmul(z, length[..., None, None], change))
+                part = block.weighed(change) / self.total
+                first = first + _dot(part, p - block.targets)
+                second = second + _dot(part, _bend(p) * _reduced(p, change))
+            longer = (-first / second).nan_to_num(0.0).clamp(-length / 2, 2 * length)
+            length = torch.where(waiting, length + longer, length)
+            waiting = waiting & (longer.abs() > CLOSE * length)
+            if (number & (number + 1) == 0 or not step.is_cuda) and not bool(waiting.any()):
+                break
+        return length
 
-    def curvature(self, squares: Tensor) -> Tensor:
-        """A diagonal Hessian, of whose likelihood these are the entries, (S, 1, 1, p)."""
-        return squares + self._penalise(torch.ones_like(squares))
+    def hessian(self, point: Evaluation) -> Callable[[Tensor], Tensor]:
+        """What multiplies rows (S, L, C, p) by the Hessian at a point, both in units."""
+        penalty = self._unit_penalty(point)
+        kept = None if point.examples is None else list(self._bends(point))
 
-    def as_factor(self, inverse: Tensor) -> Tensor:
-        """A diagonal inverse, (S, L, 1, p), in the form of a factor."""
-        assert self._spread is not None
-        return (inverse.sqrt() * self._spread).float().squeeze(2).diag_embed()
+        def times(rows: Tensor) -> Tensor:
+            product = penalty * rows
+            for block, features, probability, bend in kept or self._bends(point):
+                change = bend * _reduced(probability, _times(rows, features))
+                product = self._add(product, block.weighed(change), features)
+            return self.ranks.total(product)
 
-    def patience(self, rows: Tensor) -> float:
-        """Products with the Hessian, of rows (S, L, C, p), that cost what a factor does."""
-        if not self.narrow:
-            return PATIENCE
+        return times
+
+    def parts(self, rows: Tensor) -> int:
+        """R, how many Hessians stand for that of rows (S, L, C, p).
+
+        Each class's own, C, where they hold no more numbers than the features; else their average.
+        """
         count, width = rows.shape[2:]
-        n = sum(block.features.shape[1] for block in self.blocks)
+        return int(count) if self.in_memory and count * width <= self._count() else 1
+
+    def class_hessians(
+        self, point: Evaluation, problems: list[tuple[int, int]], parts: int
+    ) -> Tensor:
+        """Hessians of the classes of some problems, in units, (len(problems), R, p, p).
+
+        H_k = (1/n) Σ_i ω_i c_ik x_i x_iᵀ + l2 I,  c_ik = K/(K − 1) p_ik (1 − p_ik)
+
+        of each class, or of their average for R = 1. It is the Hessian itself for K = 2, and for
+        any K where all classes are equally likely.
+        """
+        rows, width = point.parameters.shape[2:]
+        whole: Tensor | None = None
+        for block, examples, probability, bend in self._bends(point):
+            if rows > 1:
+                bend = bend * (1 - probability) * (rows / (rows - 1))
+                bend = bend if parts > 1 else bend.mean(2, keepdim=True)
+            curvature = block.weighed(bend)
+            pairs = [
+                _gram(examples[site], curvature[site, label_set]) for site, label_set in problems
+            ]
+            whole = torch.stack(pairs) if whole is None else whole.add_(torch.stack(pairs))
+        if whole is None:
+            whole = point.parameters.new_zeros(len(problems), parts, width, width)
+        whole /= self.total
+        penalty = self._unit_penalty(point)[[site for site, _ in problems], 0, 0]
+        whole.diagonal(dim1=2, dim2=3).add_(penalty.unsqueeze(1))
+        return self.ranks.total(whole)
+
+    def in_units(self, rows: Tensor) -> Tensor:
+        """Rows of a gradient (S, L, C, p) in the units, and the dtype, of products."""
+        return rows if self.unit is None else (rows / self.unit).float()
+
+    def patience(self, factor: Tensor, rows: Tensor) -> float:
+        """Products with the Hessian, of rows (S, L, C, p), that cost what a factor does."""
+        if self.unit is None:
+            return PATIENCE * factor.shape[2]
+        count, width = rows.shape[2:]
+        n = self._count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
         # ones, with ten a half; beyond the processor's cache, half of that.
         speed = (count + 1) / (count + 11) / (2 if n * width > CACHED else 1)
-        return width * (1 + width / (2 * n)) / (2 * count) * speed
+        return factor.shape[2] * width * (1 + width / (2 * n)) / (2 * count) * speed
 
-    def _read(self, block: Block, probability: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and probabilities as products with the Hessian read them."""
-        if block.narrow is None:
-            return block.features, probability
-        return block.narrow, probability.float()
+    def _count(self) -> int:
+        """How many examples there are, in memory."""
+        return sum(block.features.shape[1] for block in self.blocks)
+
+    def _unit_penalty(self, point: Evaluation) -> Tensor:
+        """What the penalty adds to the diagonal of the Hessian, in units, (S, 1, 1, p)."""
+        penalty = self._penalise(torch.ones_like(point.parameters[:, :1, :1]))
+        return self.in_units(penalty if self.unit is None else penalty / self.unit)
+
+    def _bends(self, point: Evaluation) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+        """Each block, and its features, probabilities and bends as products read them."""
+        for block, probability in self._examples(point):
+            features = block.features if block.narrow is None else block.narrow.mT
+            dtype = features.dtype
+            yield block, features, probability.to(dtype), _bend(probability).to(dtype)
 
     def _penalise(self, parameters: Tensor) -> Tensor:
         """Gradient of the penalty, which leaves the bias out."""
@@ -320,11 +362,38 @@ class MultinomialLoss:
         return total.view_as(rows)
 
     def _examples(self, point: Evaluation) -> Iterator[tuple[Block, Tensor]]:
-        if point.probability is not None:
-            yield from zip(self.blocks, point.probability, strict=True)
+        if point.examples is not None:
+            yield from zip(self.blocks, (p for _, p in point.examples), strict=True)
             return
         for block in self.blocks:
             yield block, _probability(_times(point.parameters, block.features))
+
+
+def _gram(features: Tensor, weights: Tensor) -> Tensor:
+    """Xᵀ diag(c) X of features (m, p) for each row c of weights (R, m): (R, p, p)."""
+    result = features.new_zeros(len(weights), features.shape[1], features.shape[1])
+    for matrix, row in zip(result, weights, strict=True):
+        add_symmetric(matrix, features * row.unsqueeze(1), features)
+        mirror(matrix)
+    return result
+
+
+def add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right, (p, p), which is symmetric, from the diagonal on; see :func:`mirror`."""
+    for begin, end in _strips(len(total)):
+        total[begin:end, begin:].addmm_(left[:, begin:end].T, right[:, begin:])
+
+
+def mirror(total: Tensor) -> None:
+    """Put what :func:`add_symmetric` left out in its place."""
+    for begin, end in _strips(len(total)):
+        total[end:, begin:end] = total[begin:end, end:].T
+
+
+def _strips(width: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix, of which each strip is a product from the diagonal on."""
+    parts = STRIPS if width >= STRIPED else 1
+    return pairwise([width * part // parts // 8 * 8 for part in range(parts)] + [width])
 
 
 def _times(rows: Tensor, features: Tensor) -> Tensor:
@@ -336,6 +405,18 @@ def _times(rows: Tensor, features: Tensor) -> Tensor:
 def _probability(logits: Tensor) -> Tensor:
     # With one row, z_1 − z_0 is twice that of class 1.
     return torch.sigmoid(2 * logits) if logits.shape[2] == 1 else logits.softmax(2)
+
+
+def _bend(probability: Tensor) -> Tensor:
+    """What a change of the logits, reduced, is multiplied by to give that of the probabilities."""
+    return 2 * probability * (1 - probability) if probability.shape[2] == 1 else probability
+
+
+def _reduced(probability: Tensor, change: Tensor) -> Tensor:
+    """A change of the logits less its mean over the classes, by their probability."""
+    if change.shape[2] == 1:
+        return change
+    return change - (probability * change).sum(2, keepdim=True)
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
@@ -373,8 +454,9 @@ class _State:
     goal: Tensor
     iterations: Tensor
     stuck: Tensor
-    factor: Tensor
     spent: Tensor
+    # Of the Hessians of the classes, in units, (S, L, R, p, p); see _factor.
+    factor: Tensor
 
     def keep(self, sites: Tensor) -> "_State":
         kept = {f.name: getattr(self, f.name)[sites] for f in fields(self) if f.name != "point"}
@@ -399,12 +481,11 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
         max_iterations: stop after as many Newton steps.
     """
     state = _begin(loss, zero, tolerance)
-    patience = loss.patience(zero)
     finished: list[tuple[Tensor, Minimum]] = []
     while True:
         running = (state.point.size > state.goal) & ~state.stuck
         running &= state.iterations < max_iterations
-        stale = running & (state.spent > patience)
+        stale = running & (state.spent > loss.patience(state.factor, zero))
         open_sites, renew = _to_host(running.any(1), stale)
         if 2 * int(open_sites.sum()) <= len(open_sites):
             done = (~open_sites).nonzero().flatten().to(zero.device)
@@ -416,9 +497,11 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             renew = renew[open_sites]
         state = _renew(loss, state, [(s, k) for s, k in renew.nonzero().tolist()])
         state = _advance(loss, state, running)
-        if loss.narrow and bool((state.stuck | (state.iterations == NARROW_STEPS)).any()):
-            loss.widen()
-            state = replace(state, stuck=torch.zeros_like(state.stuck))
+        slow = state.stuck | (state.iterations == NARROW_STEPS)
+        if loss.unit is not None and bool(slow.any()):
+            state = replace(
+                state, stuck=torch.zeros_like(state.stuck), factor=loss.widen(state.factor)
+            )
     order = torch.cat([sites for sites, _ in finished]).argsort()
     whole = {}
     for field in fields(Minimum):
@@ -431,14 +514,10 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
     point = loss.evaluate(zero)
     # Activations that say nothing about the labels have a gradient of rounding errors at zero,
     # which no step makes smaller; they are at their optimum there.
-    squares, rounding = loss.measure(point)
-    sites, label_sets, rows = zero.shape[:3]
-    # With all classes equally likely the curvature does not depend on the labels.
-    if loss.patience(zero) > FROM_THE_START:
-        factor = 1 / loss.curvature(squares / max(2, rows))
-    else:
-        every = [(site, 0) for site in range(sites)]
-        factor = _factor(loss.average_hessian(point, every)).unsqueeze(1)
+    rounding = loss.measure(point)
+    sites, label_sets = zero.shape[:2]
+    # With all classes equally likely the curvature does not depend on them, nor on the labels.
+    made = _factor(loss.class_hessians(point, [(site, 0) for site in range(sites)], parts=1))
     return _State(
         site=torch.arange(sites, device=zero.device),
         point=point,
@@ -447,8 +526,8 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
         goal=torch.maximum(tolerance * point.size, rounding),
         iterations=torch.zeros_like(point.loss, dtype=torch.long),
         stuck=torch.zeros_like(point.loss, dtype=torch.bool),
-        factor=factor.repeat(1, label_sets, 1, 1),
         spent=torch.zeros_like(point.loss, dtype=torch.long),
+        factor=made.unsqueeze(1).expand(-1, label_sets, loss.parts(zero), -1, -1),
     )
 
 
@@ -468,12 +547,23 @@ def _advance(loss: MultinomialLoss, state: _State, running: Tensor) -> _State:
 def _line_search(
     loss: MultinomialLoss, point: Evaluation, step: Tensor, running: Tensor
 ) -> tuple[Evaluation, Tensor]:
-    """The point after the longest of the steps 1, ½, ¼, … that makes progress, and who found it."""
+    """The point after a step that makes progress, and who found it.
+
+    Of the lengths 1, ½, ¼, … it has the longest that does; in memory, with the best in place of 1.
+    """
     slope = loss.slope(point, step)
     length = torch.ones_like(point.loss)
+    changes = loss.logits(step)
+    if changes is not None:
+        length = loss.best_length(point, step, changes)
     waiting, found = running, point
     while True:
-        trial = loss.evaluate(point.parameters + length[..., None, None] * step)
+        scale = length[..., None, None]
+        logits = None
+        if changes is not None and point.examples is not None:
+            pairs = zip(point.examples, changes, strict=True)
+            logits = [torch.addcmul(z, scale, change) for (z, _), change in pairs]
+        trial = loss.evaluate(torch.addcmul(point.parameters, scale, step), logits)
         # Near the optimum the decrease is below the loss's rounding; there the full step is
         # safe, and a smaller gradient is the progress that counts. Elsewhere it is none: far out
         # gradients are bounded, and may be smaller where the loss is a thousand times as large.
@@ -494,38 +584,53 @@ def _line_search(
 
 def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple[Tensor, Tensor]:
     """−H⁻¹ ∇ by preconditioned conjugate gradients, and the products that it took, (S, L)."""
-    point = state.point
-    target = (point.size / state.start).sqrt().clamp_max(0.1)
-    if loss.narrow:
-        # What the goal does not ask for would be computed in vain.
-        target = torch.maximum(target, ENOUGH * state.goal / point.size)
-    residual = -point.gradient
-    target = target * _norm(residual)
-    step = torch.zeros_like(residual)
-    solved = loss.precondition(state.factor, residual)
+    point, unit = state.point, loss.unit
+    target, left = point.size / state.start, ENOUGH * state.goal / point.size
+    # In float32 what the goal does not ask for would be computed in vain.
+    target = (
+        target.sqrt().clamp_max(0.1)
+        if unit is None
+        else torch.maximum(target.pow(FORCING).clamp_max(FORCING), left)
+    )
+    target = target * _norm(point.gradient)
+    residual = _centred(-loss.in_units(point.gradient))
+    step, spread = torch.zeros_like(residual), None if unit is None else unit.to(residual.dtype)
+    times = loss.hessian(point)
+    solved = _precondition(state.factor, residual)
     direction, product = solved, _dot(residual, solved)
     spent = torch.zeros_like(running, dtype=torch.long)
     for number in range(MAX_CG_STEPS):
-        running = running & (_norm(residual) > target)
+        running = running & (_norm(residual if spread is None else residual * spread) > target)
         # Asking whether all have finished makes the host wait for a GPU, so ask it ever more
         # rarely: after 1, 2, 4, … products.
         if (number & (number - 1) == 0 or not residual.is_cuda) and not bool(running.any()):
             break
-        curved = loss.hessian(point, direction)
+        curved = _centred(times(direction))
         curvature = _dot(direction, curved)
         running = running & (curvature > 0)
         spent += running
         length = torch.where(running, product / curvature, 0.0)[..., None, None]
         step = torch.addcmul(step, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
-        solved = loss.precondition(state.factor, residual)
+        solved = _precondition(state.factor, residual)
         before, product = product, _dot(residual, solved)
         ratio = torch.where(running, product / before, 0.0)[..., None, None]
         direction = torch.addcmul(solved, ratio, direction)
-    if loss.narrow and step.shape[2] > 1:
-        # A shift of all classes is nothing but rounding.
-        step = step - step.mean(2, keepdim=True)
-    return step, spent
+    return step if unit is None else step.double() / unit, spent
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Rows (S, L, C, p) less their mean over the classes, which is nothing but rounding.
+
+    Left where it is it grows, and is never below what conjugate gradients are to leave.
+    """
+    return rows if rows.shape[2] == 1 else rows - rows.mean(2, keepdim=True)
+
+
+def _precondition(factor: Tensor, rows: Tensor) -> Tensor:
+    """Rows (S, L, C, p), in units, times about the inverse of the Hessian; see _factor."""
+    parts = rows.unflatten(2, (factor.shape[2], -1))
+    return _centred(((parts @ factor.mT) @ factor).flatten(2, 3))
 
 
 def _renew(loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]]) -> _State:
@@ -533,10 +638,10 @@ def _renew(loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]]) -
     if not stale:
         return state
     where = tuple(torch.tensor(stale, device=state.spent.device).T)
-    factor, spent = state.factor, state.spent.clone()
-    if factor.shape[2] == 1:
-        factor = loss.as_factor(factor)
-    factor[where] = _factor(loss.average_hessian(state.point, stale)).to(factor.dtype)
+    made = _factor(loss.class_hessians(state.point, stale, state.factor.shape[2]))
+    # At the start it is one for many.
+    factor, spent = state.factor.contiguous(), state.spent.clone()
+    factor[where] = made.to(factor.dtype)
     spent[where] = 0
     return replace(state, factor=factor, spent=spent)
 
@@ -546,16 +651,30 @@ def _factor(matrices: Tensor) -> Tensor:
 
     L⁻ᵀ L⁻¹ is positive definite whatever the rounding, as a preconditioner must be.
     """
-    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-12 if matrices.dtype == torch.float64 else 1e-6
-    diagonal.add_(ridge * diagonal.amax(1, keepdim=True))
+    diagonal.add_(ridge * diagonal.amax(-1, keepdim=True))
     factor, failed = torch.linalg.cholesky_ex(matrices)
     scale = diagonal.clamp_min(1e-300).sqrt().diag_embed()
-    factor = torch.where((failed > 0)[:, None, None], scale, factor)
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    # Triangular solves return columns in memory order; products are faster with rows.
-    return inverse.contiguous()
+    factor = torch.where((failed > 0)[..., None, None], scale, factor)
+    return _inverse(factor)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """L⁻¹ of triangular matrices (..., p, p), by halves: products are faster than solves."""
+    width = factor.shape[-1]
+    if width < 2 * STRIPED:
+        identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
+        identity = identity.expand_as(factor)
+        solved: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        # Triangular solves return columns in memory order; products are faster with rows.
+        return solved.contiguous()
+    half = width // 2
+    inverse = torch.zeros_like(factor)
+    first, second = _inverse(factor[..., :half, :half]), _inverse(factor[..., half:, half:])
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
+    inverse[..., half:, :half] = second @ (factor[..., half:, :half] @ first).neg_()
+    return inverse
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -373,3 +373,125 @@ def test_a_smaller_gradient_is_no_progress_where_the_loss_is_larger() -> None:
     assert bool(loss.evaluate(start.parameters + step).size < 0.5 * start.size)
     found, moved = multinomial._line_search(loss, start, step, torch.tensor([[True]]))
     assert bool(moved) and bool(found.loss < start.loss)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_one_example_a_class(n_classes: int) -> None:
+    x = torch.randn(n_classes, 6, dtype=torch.float64)
+    probe = LinearProbe.fit(x, torch.arange(n_classes), l2=1e-6)
+    assert relative_gradient(probe, x, torch.arange(n_classes), 1e-6) <= 1e-7
+    assert torch.equal(probe(x).argmax(1), torch.arange(n_classes))
+
+
+@pytest.mark.parametrize(("n", "width"), [(400, 3), (60, 90)])
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_next_to_no_penalty(n: int, width: int, n_classes: int) -> None:
+    """Separable classes have their optimum far out, at |W| in the order of log 1/l2."""
+    x, y = samples(n, width, n_classes, separation=30.0)
+    probe = LinearProbe.fit(x, y, l2=1e-12)
+    assert relative_gradient(probe, x, y, 1e-12) <= 1e-7
+    assert probe.report is not None and probe.report.loss < 1e-7
+
+
+def uneven(n: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four overlapping classes, the smallest a hundredth of all, with a weight for each example."""
+    y = torch.bucketize(torch.arange(n) % 100, torch.tensor([0, 20, 50]))
+    x = torch.randn(n, width, dtype=torch.float64)
+    x[:, :4] += 2 * torch.nn.functional.one_hot(y, 4)
+    x[:, 6] = x[:, 6] * 300 + 100
+    x[:, 8] = 1.0
+    return x, y, 0.1 + torch.rand(n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_large_fits_of_classes_with_a_factor_each(
+    monkeypatch: pytest.MonkeyPatch, weighed: bool
+) -> None:
+    """In float32, then widened; certified by autograd and by scipy from where it ended."""
+    x, y, weights = uneven(1500, 200)
+    scale = weights if weighed else torch.ones(1500, dtype=torch.float64)
+    l2 = 1 / float(scale.sum())
+
+    def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        flat = torch.from_numpy(parameters).requires_grad_()
+        weight, bias = flat[:800].view(4, 200), flat[800:]
+        nll = torch.nn.functional.cross_entropy(x @ weight.T + bias, y, reduction="none")
+        value = (scale * nll).sum() / scale.sum() + l2 / 2 * weight.square().sum()
+        (gradient,) = torch.autograd.grad(value, flat)
+        return float(value), gradient.numpy()
+
+    found = []
+    for steps in (multinomial.NARROW_STEPS, 2):
+        monkeypatch.setattr(multinomial, "NARROW_STEPS", steps)
+        probe = LinearProbe.fit(x, y, sample_weight=weights if weighed else None)
+        found.append(torch.cat([probe.weight.flatten(), probe.bias]).detach())
+        value, gradient = loss_and_gradient(found[-1].numpy())
+        _, start = loss_and_gradient(np.zeros(804))
+        assert np.linalg.norm(gradient) <= 2e-8 * np.linalg.norm(start)
+        better = minimize(loss_and_gradient, found[-1].numpy(), jac=True, options={"maxiter": 50})
+        assert value <= (1 + 1e-11) * better.fun
+    assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+def stacked(n_classes: int) -> tuple[multinomial.MultinomialLoss, multinomial.Evaluation]:
+    x, y = samples(60, 5, n_classes)
+    features = torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], 1).unsqueeze(0)
+    targets = multinomial.encode(y, n_classes).view(1, 1, -1, 60)
+    weights = torch.rand(1, 1, 1, 60, dtype=torch.float64)
+    block = multinomial.Block(features, targets, weights)
+    total = float(weights.sum())
+    loss = multinomial.MultinomialLoss([block], total=total, l2=0.01, in_memory=True)
+    parameters = 0.3 * torch.randn(1, 1, multinomial.rows_of(n_classes), 6, dtype=torch.float64)
+    return loss, loss.evaluate(parameters)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_hessians_are_second_derivatives(n_classes: int) -> None:
+    loss, point = stacked(n_classes)
+    rows, copies = multinomial.rows_of(n_classes), 2 if n_classes == 2 else 1
+    whole = torch.autograd.functional.jacobian(
+        lambda w: loss.evaluate(w.view(1, 1, rows, 6)).gradient.flatten(),
+        point.parameters.flatten(),
+    )
+    direction = torch.randn(1, 1, rows, 6, dtype=torch.float64)
+    product = loss.hessian(point)(direction).flatten()
+    assert torch.allclose(product, whole @ direction.flatten())
+    parts = loss.class_hessians(point, [(0, 0)], rows)[0]
+    penalty = torch.diag(torch.tensor([0.01] * 5 + [0.0], dtype=torch.float64))
+    scale = 1.0 if copies == 2 else n_classes / (n_classes - 1)
+    for row, part in enumerate(parts):
+        own = whole.view(rows, 6, rows, 6)[row, :, row]
+        assert torch.allclose(part - penalty, scale * (own - penalty))
+    average = loss.class_hessians(point, [(0, 0)], 1)[0]
+    assert torch.allclose(average[0], parts.mean(0))
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_a_step_is_as_long_as_is_best(n_classes: int) -> None:
+    loss, point = stacked(n_classes)
+    for size in (0.01, 1.0, 100.0):
+        step = -size * point.gradient
+        changes = loss.logits(step)
+        assert changes is not None
+        length = loss.best_length(point, step, changes)[..., None, None]
+        found = loss.evaluate(point.parameters + length * step)
+        best = loss.evaluate(point.parameters + length * (1 + 0.05) * step).loss
+        best = torch.minimum(
+            best, loss.evaluate(point.parameters + length * (1 - 0.05) * step).loss
+        )
+        assert bool(found.loss < point.loss)
+        if size > 0.01:  # From 0.01 the best may be further than is looked for.
+            assert bool(found.loss <= best + 1e-12)
+
+
+def test_inverses_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multinomial, "STRIPED", 8)
+    x = torch.randn(2, 3, 90, 45, dtype=torch.float64)
+    matrices = x.mT @ x
+    inverse = multinomial._factor(matrices.clone())
+    assert torch.allclose(inverse.mT @ inverse, torch.linalg.inv(matrices), rtol=1e-6)
+    assert torch.equal(inverse, inverse.tril())
+    weights = torch.rand(3, 90, dtype=torch.float64)
+    gram = multinomial._gram(x[0, 0], weights)
+    assert torch.allclose(gram, (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0])
+    assert torch.allclose(gram, gram.mT)
