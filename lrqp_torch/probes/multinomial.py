@@ -10,19 +10,17 @@ the row of class 1 stands for both. Otherwise C = K.
 
 The minimum is found by a Newton–conjugate-gradient method. Each Newton step solves H s = −∇ by
 conjugate gradients to a tolerance that tightens with the gradient (Nocedal and Wright 2006,
-algorithm 7.1). The preconditioner is the Hessian of each
-class, or where these would be larger than the data that of the average class, as it was some steps
-ago; at first at W = 0, where all classes and label sets share it and it is the Hessian itself. Its
-factor, by far the dearest thing here, is made anew only for problems whose conjugate gradients have
-cost as much as it does.
+algorithm 7.1). The preconditioner is the Hessian of the
+average class, or of large problems with more examples than parameters that of each class, as it was
+some steps ago; at first at W = 0, where all classes and label sets share it and it is the Hessian
+itself. Its factor, by far the dearest thing here, is made anew only for problems whose conjugate
+gradients have cost as much as it does.
 
-In memory a step is as long as is best along it, which costs no product with the features: the
-logits change by as much of its own. Classes that nearly separate have their optimum far out, where
-steps of length 1 would gain a factor of e each.
-
-Loss and gradient are in float64. In memory on a CPU conjugate gradients and the factor, which
-decide how fast and never where the search ends, are in float32, on features in units of their
-spread; what does not converge so goes on in float64.
+Loss and gradient are in float64. Of large problems in memory on a CPU conjugate gradients and the
+factor, which decide how fast and never where the search ends, are in float32, on features in units
+of their spread; what does not converge so goes on in float64. A step is then as long as is best
+along it, which costs no product with the features: the logits change by as much of its own. Classes
+that nearly separate have their optimum far out, where steps of length 1 gain a factor of e each.
 
 All problems of a stack move together, each with its own step length and its own end. On a GPU the
 host waits for the device a few times in a Newton step, never once for every conjugate gradient.
@@ -199,8 +197,8 @@ class MultinomialLoss:
         squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
         size = (_copies(point.gradient) * terms * squares.sum((2, 3)) / self.total).sqrt()
         highest = torch.get_float32_matmul_precision() == "highest"
-        long = point.gradient.shape[3] * self.total > LONG
-        if self.in_memory and highest and long and not squares.is_cuda:
+        long = self.in_memory and point.gradient.shape[3] * self._count() > LONG
+        if highest and long and not squares.is_cuda:
             self.unit = torch.where(squares > 0, squares, 1.0).sqrt()
             unit = self.unit.squeeze(1).mT
             self.blocks = [
@@ -210,8 +208,8 @@ class MultinomialLoss:
         return 8 * torch.finfo(size.dtype).eps * size
 
     def logits(self, parameters: Tensor) -> list[Tensor] | None:
-        """Those of each block, (S, L, C, m); None where they are not kept."""
-        if not self.in_memory:
+        """Those of each block, (S, L, C, m); None where products are in float64."""
+        if self.unit is None:
             return None
         return [_times(parameters, block.features) for block in self.blocks]
 
@@ -283,10 +281,13 @@ class MultinomialLoss:
     def parts(self, rows: Tensor) -> int:
         """R, how many Hessians stand for that of rows (S, L, C, p).
 
-        Each class's own, C, where they hold no more numbers than the features; else their average.
+        Each class's own, C, of large problems, and where they hold no more numbers than the
+        features; else their average.
         """
         count, width = rows.shape[2:]
-        return int(count) if self.in_memory and count * width <= self._count() else 1
+        if not self.in_memory or width * self._count() <= LONG or count * width > self._count():
+            return 1
+        return int(count)
 
     def class_hessians(
         self, point: Evaluation, problems: list[tuple[int, int]], parts: int
@@ -549,7 +550,7 @@ def _line_search(
 ) -> tuple[Evaluation, Tensor]:
     """The point after a step that makes progress, and who found it.
 
-    Of the lengths 1, ½, ¼, … it has the longest that does; in memory, with the best in place of 1.
+    Of the lengths 1, ½, ¼, … it has the longest that does; in float32, with the best in place of 1.
     """
     slope = loss.slope(point, step)
     length = torch.ones_like(point.loss)

@@ -193,6 +193,7 @@ def test_streamed_is_in_memory(n_classes: int, separation: float) -> None:
     assert same(streamed, whole)
     assert relative_gradient(streamed, x, y, 1 / 150) <= 1e-7
     assert streamed.report is not None and whole.report is not None
+    assert streamed.report.iterations == whole.report.iterations
     assert streamed.report.loss == pytest.approx(whole.report.loss, rel=1e-9)
     assert streamed.report.n_samples == 150
     assert same(LinearProbe.fit(Stored(x), y), whole)
