@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -412,17 +413,27 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
 
 def _kind(call: _Call) -> object:
     """Equal for blocks of the same modules and settings, which then have the same sites."""
-    return bool(call.carried), tuple(
+    return bool(call.carried), built(call.block)
+
+
+def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """What a module computes by: its modules with their classes, what stands in place of their
+    forward, and settings.
+    """
+    return tuple(
         (
             name,
-            type(module),
+            type(part),
+            type(part).forward,
+            # accelerate's hooks move tensors alone.
+            None if hasattr(part, "_hf_hook") else vars(part).get("forward"),
             tuple(
                 (key, value)
-                for key, value in vars(module).items()
+                for key, value in vars(part).items()
                 if isinstance(value, bool | float | str) and key != "training"
             ),
         )
-        for name, module in call.block.named_modules()
+        for name, part in module.named_modules()
     )
 
 
@@ -590,7 +601,7 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
 
             if cut.added_to is not None:
                 reader = call.block.get_submodule(cut.added_to)
-                before = reader.register_forward_pre_hook(keep, with_kwargs=True)
+                before = reader.register_forward_pre_hook(_ours(keep), with_kwargs=True)
                 stack.callback(before.remove)
             for name, _ in cut.beside:
                 module = call.block.get_submodule(name)
@@ -690,8 +701,9 @@ class _Record:
                             record.weights.append(name)
                         record.outputs.append((name, x.detach().view(h.shape).clone()))
 
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after).remove)
+                handle = module.register_forward_pre_hook(_ours(before), with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(_ours(after)).remove)
             record.result = call.again(h).detach()
         return record
 
@@ -835,8 +847,9 @@ def trial(model: nn.Module, seed: int = 0) -> tuple[dict[nn.Module, _Call], dict
                 if module in calls and calls[module].output is None:
                     calls[module].output = first_tensor(output)
 
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            handle = module.register_forward_pre_hook(_ours(before), with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.callback(module.register_forward_hook(_ours(after)).remove)
         model(**inputs)
     return calls, given
 
@@ -974,9 +987,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for passes of this thread alone: other threads may run the model meanwhile."""
+    thread = get_ident()
+    return lambda *args: hook(*args) if get_ident() == thread else None
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(_ours(hook))
     try:
         yield
     finally:

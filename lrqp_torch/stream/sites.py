@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import RLock
 from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,15 @@ from lrqp_torch.errors import (
     quoted,
 )
 from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
-from lrqp_torch.stream.discovery import BlockSites, Cut, Padding, Stack, discover, hold_to_proof
+from lrqp_torch.stream.discovery import (
+    BlockSites,
+    Cut,
+    Padding,
+    Stack,
+    built,
+    discover,
+    hold_to_proof,
+)
 from lrqp_torch.stream.passes import forward_of
 
 Part = Literal["pre", "z", "attn_out", "mid", "mlp_out", "post", "final"]
@@ -227,9 +236,11 @@ Stacks = Mapping[str, Stack]
 _LAYOUTS: dict[tuple[object, ...], Stacks] = {}
 """What was found and proven in this process."""
 
-_OF_MODELS: WeakKeyDictionary[nn.Module, tuple[Family | None, dict[str, Any], Stacks]] = (
-    WeakKeyDictionary()
-)
+_OF_MODELS: WeakKeyDictionary[
+    nn.Module, tuple[Family | None, dict[str, Any], Stacks, list[object]]
+] = WeakKeyDictionary()
+_FINDING = RLock()
+"""Held where a model is run on a few tokens, and out of its training mode meanwhile."""
 _ATTENTION = "_attn_implementation_internal"
 
 
@@ -268,15 +279,20 @@ def stacks_of(model: nn.Module) -> Stacks:
     row = FAMILIES.get(model_type)
     # What a context asks for over and over is kept by model, for as long as its settings stay.
     known = _OF_MODELS.get(inner)
-    if known is not None and known[0] is row:
+    if known is not None and known[0] is row and known[3] == _parts(inner, known[2]):
         # Of the settings, contexts themselves change how attention is computed.
         settings = vars(config)
         if settings == known[1] or {**settings, _ATTENTION: known[1].get(_ATTENTION)} == known[1]:
             return known[2]
-    key = (type(inner), json.dumps(config.to_dict(), sort_keys=True, default=str), row)
-    if key not in _LAYOUTS:
+    kind = built(inner)
+    settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    # What stands in place of a forward may hold the model, and no other model has it.
+    key = None if any(part[3] for part in kind) else (kind, settings, row)
+    with _FINDING:
+        stacks = None if key is None else _LAYOUTS.get(key)
         try:
-            _LAYOUTS[key] = _found(inner) if row is None else {"": _proven(inner, row)}
+            if stacks is None:
+                stacks = _found(inner) if row is None else {"": _proven(inner, row)}
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             if isinstance(error, UnknownFamilyError | ModelError):
                 raise
@@ -285,8 +301,25 @@ def stacks_of(model: nn.Module) -> Stacks:
                 f"could not be found or proven ({type(error).__name__}: {quoted(str(error))})"
                 f"{_wrapped(inner)}"
             ) from error
-    _OF_MODELS[inner] = (row, dict(vars(config)), _LAYOUTS[key])
-    return _LAYOUTS[key]
+        if key is not None:
+            _LAYOUTS[key] = stacks
+    _OF_MODELS[inner] = (row, dict(vars(config)), stacks, _parts(inner, stacks))
+    return stacks
+
+
+def _parts(model: nn.Module, stacks: Stacks) -> list[object]:
+    """What the blocks of a model are and are made of, by number: what replaces one has another."""
+    found: list[object] = []
+    for stack in stacks.values():
+        try:
+            blocks = descend(descend(model, stack.trunk), stack.blocks)
+        except AttributeError:
+            return []
+        for block in blocks.children():
+            own = vars(block)
+            found += [id(block), type(block).forward, id(own.get("forward"))]
+            found += map(id, own["_modules"].values())
+    return found
 
 
 def layout_of(model: nn.Module, stack: str = "") -> Stack:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,12 @@ from models_for_tests import (
     forward_by_hand,
     hook_count,
 )
-from torch import nn
+from torch import Tensor, nn
 from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import SiteError, UnknownFamilyError
+from lrqp_torch.stream import sites
 from lrqp_torch.stream.sites import (
     Family,
     Site,
@@ -30,6 +32,8 @@ from lrqp_torch.stream.sites import (
     locate,
     register_family,
 )
+
+PROMPTS = Prompts.random([7, 4, 9])
 
 
 def test_names_parse_and_print() -> None:
@@ -152,3 +156,83 @@ def test_a_module_that_is_no_transformers_model_is_named() -> None:
         lrqp.capture(wrapper, {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
     with pytest.raises(UnknownFamilyError, match="Linear has no config"):
         lrqp.capture(nn.Linear(WIDTH, 2), {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
+
+
+# Models that are not what their class says
+
+
+class Parallel(nn.Module):
+    """A block whose attention and MLP read the same stream: it has no `mid`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name in ("ln_1", "attn", "ln_2", "mlp"):
+            setattr(self, name, getattr(block, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        own: Any = self
+        attended = own.attn(own.ln_1(hidden_states), **given)[0]
+        return hidden_states + attended + own.mlp(own.ln_2(hidden_states))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("change", ["a block", "a forward", "the class's forward"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_block_that_was_put_in_is_proven_by_itself(
+    change: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a class that was seen before, and of a model that was itself."""
+    first = build("gpt2")
+    lrqp.capture(first, PROMPTS.padded("right"), "L1.mid")
+    model: Any = first if known else build("gpt2")
+    blocks = model.transformer.h
+    block = blocks[1]
+    if change == "a block":
+        blocks[1] = Parallel(block)
+    else:
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            return Parallel.forward(block, *given[change != "a forward" :], **named)
+
+        monkeypatch.setattr(block if change == "a forward" else type(block), "forward", forward)
+    with pytest.raises(SiteError, match=r"L1\.mid"):
+        lrqp.capture(model, PROMPTS.padded("right"), "L1.mid")
+    lrqp.capture(model, PROMPTS.padded("right"), "L1.post")
+
+
+def test_blocks_that_were_taken_out_are_no_sites() -> None:
+    model: Any = build("gpt2")
+    lrqp.capture(model, PROMPTS.padded("right"), "L2.mid")
+    model.transformer.h = model.transformer.h[:2]
+    with pytest.raises(SiteError, match="2 blocks"):
+        lrqp.capture(model, PROMPTS.padded("right"), "L2.mid")
+
+
+def test_a_model_is_found_while_other_threads_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites, "_LAYOUTS", {})
+    model, given = build("llama"), PROMPTS.padded("right")
+    with torch.no_grad():
+        clean = model(**given).logits
+    seen: list[bool] = []
+    found: list[Any] = []
+    begin = threading.Barrier(4)
+
+    def run() -> None:
+        begin.wait()
+        with torch.no_grad():
+            while len(found) < 2:
+                seen.append(torch.equal(model(**given).logits, clean))
+
+    def use() -> None:
+        begin.wait()
+        try:
+            found.append(lrqp.capture(model, given, "L1.mid"))
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=work) for work in (run, run, use, use)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen and all(seen)
+    assert torch.equal(found[0]["L1.mid"], found[1]["L1.mid"])
