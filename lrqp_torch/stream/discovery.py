@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError
-from lrqp_torch.stream.compiled import input_device, run_eagerly, unwrapped
+from lrqp_torch.stream.compiled import input_device, own_forward, run_eagerly, unwrapped
 
 ROWS, TOKENS, TOKEN = 2, 6, 4
 """Size of the inputs that blocks are tried on, and the token at which a cut is forced."""
@@ -426,7 +426,7 @@ def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
             type(part),
             type(part).forward,
             # accelerate's hooks move tensors alone.
-            None if hasattr(part, "_hf_hook") else vars(part).get("forward"),
+            None if hasattr(part, "_hf_hook") else own_forward(part),
             tuple(
                 (key, value)
                 for key, value in vars(part).items()

@@ -32,7 +32,7 @@ from lrqp_torch.errors import (
     UnknownFamilyError,
     quoted,
 )
-from lrqp_torch.stream.compiled import descend, inner_model, modules_of, unwrapped
+from lrqp_torch.stream.compiled import descend, inner_model, modules_of, own_forward, unwrapped
 from lrqp_torch.stream.discovery import (
     BlockSites,
     Cut,
@@ -316,9 +316,8 @@ def _parts(model: nn.Module, stacks: Stacks) -> list[object]:
         except AttributeError:
             return []
         for block in blocks.children():
-            own = vars(block)
-            found += [id(block), type(block).forward, id(own.get("forward"))]
-            found += map(id, own["_modules"].values())
+            found += [id(block), type(block).forward, id(own_forward(block))]
+            found += map(id, block._modules.values())
     return found
 
 
