@@ -216,7 +216,10 @@ class _Call:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The tensor that a module returned, or the first of several; None where it is none."""
-    if isinstance(output, Mapping):
+    if isinstance(output, Tensor):
+        return output
+    # An abstract class takes longer to ask than these, which most modules return.
+    if type(output) is not tuple and isinstance(output, Mapping):
         output = next(iter(output.values()), None)
     if isinstance(output, tuple | list) and output:
         output = output[0]
@@ -1006,6 +1009,8 @@ def with_first(output: Any, tensor: Tensor) -> Any:
     """A module's output with its (first) tensor replaced."""
     if isinstance(output, Tensor):
         return tensor
+    if type(output) is tuple:
+        return tensor, *output[1:]
     if isinstance(output, Mapping):
         return type(output)({**output, next(iter(output)): tensor})  # type: ignore[call-arg]
     return type(output)([tensor, *output[1:]])
