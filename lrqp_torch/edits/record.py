@@ -290,6 +290,8 @@ class EditRun:
         Raises:
             InfeasibleError, SolverError, NonFiniteError: as the edit's ``solve``.
         """
+        if self._rows.sound:
+            return
         rows = self._rows.read(self.positions)
         if not len(rows):
             return
@@ -459,6 +461,8 @@ class _Rows:
         self._count = len(self._buffer)
         self._passes: list[_Pass | _Block] = []
         self._waiting = 0
+        # Whether all were written by compiled code on the CPU, which records no failure.
+        self.sound = True
 
     def __len__(self) -> int:
         return self._count
@@ -477,7 +481,7 @@ class _Rows:
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
         self._buffer, self._count = self._buffer[:0], 0
-        self._passes, self._waiting = [], 0
+        self._passes, self._waiting, self.sound = [], 0, True
 
     def append(self, solution: Solution, index: Tensor, shown: Tensor | None = None) -> None:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
@@ -491,6 +495,7 @@ class _Rows:
             for name, value in stored.items():
                 if isinstance(value, Tensor):
                     stored[name] = unwrapped(value).detach()
+        self.sound = False
         self._passes.append(_Pass(bare, index, shown))
         self._waiting += len(index)
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
@@ -509,6 +514,7 @@ class _Rows:
 
     def wrote(self, block: "_Block", count: int) -> None:
         """Note that the next rows are written in a block that :meth:`room` gave."""
+        self.sound = False
         if not self._passes or self._passes[-1] is not block:
             self._passes.append(block)
         block.count += count
