@@ -329,6 +329,20 @@ def metrics(arguments: Namespace) -> list[Row]:
     return rows
 
 
+def fits(arguments: Namespace) -> list[Row]:
+    """A probe's fit over scikit-learn's fastest that reaches the same loss."""
+    n, width = (60, 8) if arguments.small else (1000, 576)
+    found, labels = probes.activations(2, n, width, "cpu")
+    own = _with(arguments, all=False, repeats=min(arguments.repeats, 5))
+    ours, *others = probes.beside_peers(found["L1.mid"], labels, own)
+    what = f"LinearProbe.fit, K = 2, n = {n:,}, d = {width}"
+    if not find_spec("sklearn"):
+        return [ratio(what, against="scikit-learn: not installed: pip install scikit-learn")]
+    equal = [row for row in others if row["loss above ours"] <= probes.EQUAL]
+    best = min(equal, key=lambda row: float(row["ms"]), default={"fitted": "none of its solvers"})
+    return [ratio(what, ours["ms"], best["fitted"], best.get("ms"), aim=1, unit="ms")]
+
+
 def replaying(arguments: Namespace) -> list[Row]:
     """A replayed edit over the passes that no program could avoid."""
     name = "tiny" if arguments.small else "gpt2-small"
@@ -428,6 +442,7 @@ SECTIONS: dict[str, Callable[[Namespace], list[Row]]] = {
     "batches": batches,
     "half precision": narrow,
     "metrics": metrics,
+    "fits": fits,
     "replay": replaying,
     "whole commands": whole_commands,
 }

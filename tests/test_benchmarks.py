@@ -173,7 +173,7 @@ def test_knees_are_where_time_begins_to_grow_faster() -> None:
 
 def test_ratios(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "find_spec", lambda name: None)
-    sections = "one at a time,models,half precision,metrics,whole commands"
+    sections = "one at a time,models,half precision,metrics,fits,whole commands"
     figures = run(ratios.main, "--small", "--sections", sections)
     rows = {row["what"]: row for row in figures["rows"]}
     assert figures["hardware"].endswith(f"1 thread, torch {torch.__version__}")
