@@ -17,6 +17,7 @@ from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.capture import capture_batches
 from lrqp_torch.stream.inputs import by_length, in_order, is_watched, real_spans, wasted_share
 from lrqp_torch.stream.passes import LeftPaddingWarning
+from lrqp_torch.stream.sites import locate
 
 LENGTHS = [7, 3, 9, 6, 3, 8, 2, 9]
 PROMPTS = Prompts.random(LENGTHS)
@@ -101,6 +102,7 @@ def test_embeddings_and_shared_position_ids_are_cut_too(side: str) -> None:
 def shapes_run(model: torch.nn.Module) -> list[tuple[int, ...]]:
     """The shapes of the token ids that the base model is given from now on."""
     shapes: list[tuple[int, ...]] = []
+    locate(model, "L0.mid")  # which runs a new model on a few tokens
     forward = model.base_model.forward
 
     def watch(*args: object, **kwargs: object) -> object:
