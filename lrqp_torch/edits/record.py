@@ -684,12 +684,12 @@ class _Launch(NamedTuple):
     ) -> "_Launch | None":
         """That of an edit, or None where it is not to be done again."""
         made = run.edit.made_of()
-        if laid is None or made is None or run.given or not rows.stream.is_contiguous():
+        if laid is None or made is None or run.given:
             return None
         parts, own = made
         sound = [part for part in parts if part is not None]
-        index, shown, whole = rows.index, at.shown, torch.int64
-        simple = index.dtype == whole and index.is_contiguous()
+        index, shown = rows.index, at.shown
+        simple = index.dtype == torch.int64 and index.is_contiguous()
         simple = simple and (shown is None or (shown.dtype == torch.bool and shown.is_contiguous()))
         like = _likeness(rows.stream, rows.residual, rows.scale)
         if len(sound) < len(parts) or like is None or not simple:

@@ -617,7 +617,7 @@ class _After(Hook):
     """A pass is over."""
 
     def __init__(self, watch: Watch, traced: Traced | None) -> None:
-        super().__init__(watch._before, traced=traced)
+        super().__init__(watch.texts.note_result, traced=traced)
         self.watch, self.under_way = watch, watch.under_way
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -627,7 +627,7 @@ class _After(Hook):
         if calls:
             call = calls.pop()
             if not call.like:
-                self.watch.texts.note_result(call, output)
+                self.function(call, output)
         elif self.watch._plain and (ran := self.watch._ran.get(get_ident())):
             ran.pop()
         return None
