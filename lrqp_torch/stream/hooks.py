@@ -37,7 +37,6 @@ from lrqp_torch.stream.watch import (
     compiler,
     hook,
     hook_after,
-    in_backward,
     traces,
 )
 
@@ -65,7 +64,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
 
     def within(tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call."""
-        if located.site.path is not None and not (call.again or in_backward()):
+        if located.site.path is not None and not call.again:
             # What was named by its path need not be a block, each of which runs once.
             if latest.get(get_ident()) is call:
                 raise PositionError(f"{located.site} {RAN_TWICE}")

@@ -48,6 +48,9 @@ RAN_TWICE = (
     "name a module that runs once"
 )
 
+KEPT = 64
+"""So many calls are known when a backward pass runs them again."""
+
 compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
@@ -315,6 +318,9 @@ class Watch:
         self._outer: dict[int, dict[str, Any]] = {}
         self._n_before: dict[int, int] = {}
         self._latest: ForwardCall | None = None
+        # By where their tokens lie, calls that a backward pass may run again; and by what they were
+        # given, their blocks.
+        self._noted: dict[int | None, ForwardCall] = {}
         self._entered: dict[int, ForwardCall] = {}
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
@@ -365,8 +371,10 @@ class Watch:
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
-        # A backward pass that runs blocks again does so in threads of its own.
-        return self in _open.get() or in_backward()
+        # On a device a backward pass runs in threads of its own, which know of no context.
+        return self in _open.get() or (
+            in_backward() and isinstance(threading.current_thread(), threading._DummyThread)
+        )
 
     def call(
         self, stream: Tensor, entered: Tensor, known: ForwardCall | None = None
@@ -391,7 +399,7 @@ class Watch:
             return None
         else:
             again = self._entered.get(entered.data_ptr()) if self.reruns else None
-            call = again or self.current()
+            call = replace(again or self.current(), again=True)
         if calls and self.reruns and concrete(entered):
             self._entered[entered.data_ptr()] = call
         rows, columns, shape = call.batch, call.front + call.length, stream.shape
@@ -420,13 +428,13 @@ class Watch:
                 f"(rows, tokens, features)"
             )
         ran = self._ran.get(get_ident()) or [False]
-        if ran[-1]:
+        if ran[-1] and not in_backward():
             raise PositionError(f"the module {RAN_TWICE}")
         whole = (stream[:, None] if stream.ndim == 2 else stream).detach()
         if not concrete(whole):  # of what vmap hides the shape is enough
             whole = torch.empty(whole.shape, device="meta")
         with outside_transforms():
-            call = self._see(self.texts.read({"inputs_embeds": _plain(whole)}))
+            call = self._see({"inputs_embeds": _plain(whole)})
         ran[-1] = True
         return call
 
@@ -457,7 +465,7 @@ class Watch:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = get_ident()
-        if self not in _open.get() and not in_backward():
+        if not self.acts():
             self.others.add(threading.current_thread().name)
             return
         if _is_tracing():
@@ -470,7 +478,7 @@ class Watch:
             self._ran.setdefault(thread, []).append(False)
             return
         call, transformed = None, in_transforms()
-        if not transformed and len(args) <= len(self._names):
+        if not transformed and len(args) <= len(self._names) and not in_backward():
             given = dict(zip(self._names, args, strict=False))
             given.update(kwargs)
             call = self.texts.like(given, len(args))
@@ -496,25 +504,43 @@ class Watch:
         with outside_transforms():
             if prompt is None and outer is not None:
                 prompt = self._in_front(given, outer)
-            return self._see(self.texts.read(given, prompt))
+            return self._see(given, prompt)
 
-    def _see(self, call: ForwardCall) -> ForwardCall:
-        """Take notice of a call, unless it is refused."""
+    def _see(
+        self, given: dict[str, Any], prompt: Any = None, held: Tensor | int | None = None
+    ) -> ForwardCall:
+        """Take notice of a call, unless it is refused: see :meth:`~.passes.Texts.read`.
+
+        What a backward pass runs, to know what it has not kept, is a call that was noted before.
+        """
+        again, ids = in_backward(), given.get("input_ids")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        place = tokens.data_ptr() if isinstance(tokens, Tensor) and concrete(tokens) else None
+        if again and isinstance(tokens, Tensor):
+            known = self._latest if self._plain else self._noted.get(place)
+            if known is not None and (known.batch, known.length) == tokens.shape[:2]:
+                return replace(known, again=True)
+        call = self.texts.read(given, prompt, held=held)
         for item in self._follows:
             item.see(call)
         self.texts.accept()
-        return self._note(call)
-
-    def _note(self, call: ForwardCall) -> ForwardCall:
         self.texts.note(call, call.tokens)
         self._latest = call
+        if again:
+            return replace(call, again=True)
+        if place is not None:
+            # Without the tokens, whose embeddings may hold a graph.
+            self._noted.pop(place, None)
+            self._noted[place] = replace(call, tokens=call.tokens.new_empty(0))
+            if len(self._noted) > KEPT:
+                del self._noted[next(iter(self._noted))]
         return call
 
     def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
         """A pass begins in a compiled graph, that goes on from ``held`` tokens in a cache."""
         if self.acts():
             self._threads.add(get_ident())
-            call = self._see(self.texts.read(given, held=held))
+            call = self._see(given, held=held)
             self._in_graph[get_ident()] = call
         else:
             self.others.add(threading.current_thread().name)
@@ -553,7 +579,7 @@ class Watch:
 
     def _after_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before = self._n_before.pop(get_ident(), None)
-        if self.acts() and self.texts.n_calls == before:
+        if self.acts() and self.texts.n_calls == before and not in_backward():
             raise CompiledModelError(
                 f"the forward of {type(module).__name__} was replaced by one that does not run its "
                 f"{type(self.trunk).__name__}, such as a graph that was captured before "
@@ -605,7 +631,8 @@ class _Before(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
-        if self.watch in _open.get() and not _is_tracing() and _transforms() is None:
+        plain = not (_is_tracing() or in_backward()) and _transforms() is None
+        if plain and self.watch in _open.get():
             calls = self.under_way.get(get_ident())
             if calls is not None and (call := self.again(args, kwargs)) is not None:
                 calls.append(call)

@@ -337,6 +337,7 @@ def test_gradient_checkpointing_runs_edits_twice_and_changes_nothing(
             logits = model(inputs_embeds=embeddings, **rest).logits
             logits.square().mean().backward()
         record = run.log_odds_before, run.log_odds_after, run.distance, run.status
+        assert len(run.steps) == 1
         gradients = [parameter.grad for parameter in model.parameters()]
         found.append((logits.detach(), record, gradients, calls))
     (logits, record, gradients, once), (again, record_again, gradients_again, twice) = found

@@ -3,12 +3,13 @@
 import asyncio
 import contextvars
 import copy
+import functools
 import io
 import pickle
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import transformers
 from models_for_tests import POST_MODELS, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
@@ -574,6 +576,49 @@ def test_a_block_that_runs_again_is_that_of_its_own_pass(site: str, use_reentran
         found.append([point.grad for point in points])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("where", [AT, "last", "all"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_pass_that_runs_again_in_a_backward_pass_is_recorded_once(
+    where: Any, use_reentrant: bool
+) -> None:
+    edit, found = edit_of(build("llama")), []
+    for whole in (False, True):
+        model: Any = build("llama")
+        points = [model.get_input_embeddings()(ids).detach() for ids in (IDS, IDS.flip(0))]
+
+        def run_model(point: Tensor, model: Any = model) -> Tensor:
+            return model(inputs_embeds=point, use_cache=False).logits
+
+        with edit.at(model, SITE, positions=where, target=1) as run:
+            for point in map(Tensor.requires_grad_, points):
+                once = functools.partial(checkpoint, run_model, use_reentrant=use_reentrant)
+                result = (once if whole else run_model)(point)
+                result.square().mean().backward()
+        found.append((*(point.grad for point in points), run.log_odds_after))
+        assert [step.forward_pass for step in run.steps] == [0, 1]
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.filterwarnings("ignore:gradient checkpointing runs")
+def test_blocks_that_run_again_for_another_thread_are_left_alone() -> None:
+    edit, model = edit_of(build("llama")), cast(Any, build("llama").train())
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    embedded = model.get_input_embeddings()(IDS).detach()
+
+    def slope() -> Tensor:
+        point = embedded.clone().requires_grad_()
+        model(inputs_embeds=point, use_cache=False).logits.square().mean().backward()
+        return point.grad
+
+    plain = slope()
+    with edit.at(model, SITE, positions=AT, target=1) as run:
+        edited = slope()
+        assert torch.equal(in_a_thread(slope), plain)
+    assert not torch.equal(edited, plain)
+    assert len(run.steps) == 1
 
 
 @torch.no_grad()
