@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrqp_torch.qp.table import ActiveSets
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
+GRAM_NUMBERS = 2_000_000
 
 
 class Constraints(Protocol):
@@ -147,9 +148,7 @@ class ClassConstraints:
     def gram(self) -> Tensor:
         """See :class:`Constraints`; from differences, once for each target that occurs."""
         targets, which = self.target.unique(return_inverse=True)
-        # Their normals, (m, d) each, are as many numbers as all of a target's M.
-        grams = [class_grams(*self.probe, one, self.lengths) for one in targets.split(1)]
-        return torch.cat(grams).index_select(0, which)
+        return class_grams(targets, *self.probe, self.lengths).index_select(0, which)
 
     @property
     def diagonal(self) -> Tensor:
@@ -262,7 +261,15 @@ def steered(
     return found, MetricSizes.of(covariance)
 
 
-def class_grams(weight: Tensor, steering: Tensor, target: Tensor, length: Tensor) -> Tensor:
+def class_grams(
+    target: Tensor,
+    weight: Tensor,
+    steering: Tensor,
+    length: Tensor,
+    low: Tensor | None = None,
+    *,
+    unit: Tensor | None = None,
+) -> Tensor:
     """M of some targets, (n, m, m): a_l · Σ a_m for a_l = w_t − w_l; differentiable.
 
     Σ a is a difference of rows of WΣ, which rounds by their size, and a is exact where it is short.
@@ -270,18 +277,31 @@ def class_grams(weight: Tensor, steering: Tensor, target: Tensor, length: Tensor
     and another class are nearly equal.
 
     Args:
+        target: t, (n,).
         weight: W, (K, d).
         steering: WΣ, (K, d), up to one row that all share.
-        target: t, (n,).
         length: ‖w_k − w_l‖, (K, K).
+        low: what to add to ``steering``, (K, d), so that its differences keep their digits.
+        unit: s, for the products Σa_l · Σa_m / s² instead, not differentiable.
     """
-    other = other_classes(target, len(weight), target.device)
-    normals = weight[target].unsqueeze(1) - weight[other]
-    along = steering[target].unsqueeze(1) - steering[other]
-    products = normals @ along.mT
-    own = length[target].gather(-1, other)
-    share = ((own.unsqueeze(-2) - own.unsqueeze(-1)).sign() + 1) / 2
-    return products * share + products.mT * (1 - share)
+    n_classes, width = weight.shape
+    grams = []
+    # Normals, (m, d) each, are many numbers where there are many classes.
+    for targets in target.split(max(1, GRAM_NUMBERS // (n_classes * width))):
+        other = other_classes(targets, n_classes, target.device)
+        along = steering[targets].unsqueeze(1) - steering[other]
+        if low is not None:
+            along = along + (low[targets].unsqueeze(1) - low[other])
+        if unit is not None:
+            along = along.detach() / unit
+            grams.append(along @ along.mT)
+            continue
+        normals = weight[targets].unsqueeze(1) - weight[other]
+        products = normals @ along.mT
+        own = length[targets].gather(-1, other)
+        share = ((own.unsqueeze(-2) - own.unsqueeze(-1)).sign() + 1) / 2
+        grams.append(products * share + products.mT * (1 - share))
+    return grams[0] if len(grams) == 1 else torch.cat(grams)
 
 
 def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:

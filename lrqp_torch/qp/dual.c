@@ -777,6 +777,27 @@ static int beyond_reach(const Total *q) {
     return q->floor - reading + entropy > 0 && length <= resolved;
 }
 
+/* _cancel: whether shares are found that prove a target out of reach; -1 without memory. */
+static int cancel(const Shared *s, Total *q, Work *w, i64 max_pivots) {
+    i64 n = q->n, finite = 0, lost = 0;
+    for (i64 i = 0; i < n; i++) finite += isfinite(q->start[i]);
+    for (i64 i = 0; i < n; i++) q->share[i] = isfinite(q->start[i]) ? 1.0 / finite : 0;
+    for (i64 i = 0; i < n; i++) q->kept[i] = q->gram[i * n + i];
+    for (i64 number = 0; number < PROOFS && lost == 0; number++) {
+        double total = 0;
+        for (i64 i = 0; i < n; i++)
+            q->gap[i] = isfinite(q->start[i]) ? q->floor - log(larger(1e-300, q->share[i])) - q->start[i] : -1;
+        for (i64 i = 0; i < n; i++) q->gram[i * n + i] += LENT * q->kept[i];
+        if (pairwise(s, q, w, max_pivots, q->next) < 0) return -1;
+        for (i64 i = 0; i < n; i++) q->gram[i * n + i] = q->kept[i];
+        for (i64 i = 0; i < n; i++) total += q->next[i];
+        for (i64 i = 0; i < n; i++) q->share[i] = q->next[i] / larger(total, TINY);
+        times(q, q->share, q->slope);
+        lost = beyond_reach(q);
+    }
+    return lost;
+}
+
 /* _line_search: the first of 1, 1/2, ... at which the convex function falls enough. */
 static double stride_of(const Total *q, double weight, double decrement) {
     i64 n = q->n;
@@ -899,6 +920,8 @@ static int solve_total(const Shared *s, Total *q, Work *w, i64 max_pivots, doubl
         for (i64 i = 0; i < n; i++) q->gap[i] = isfinite(q->start[i]) ? q->floor - q->start[i] : -1;
         verdict = pairwise(s, q, w, max_pivots, q->next);
         if (verdict >= 0 && !(verdict & FEASIBLE)) return verdict;
+        int lost = verdict < 0 ? 0 : cancel(s, q, w, max_pivots);
+        if (lost) return lost < 0 ? lost : CONVERGED;
         memset(q->found, 0, sizeof(double) * n);
         look(q, q->found);
         times(q, q->share, q->slope);

@@ -117,7 +117,7 @@ class ProbeGeometry:
         narrow: length and float32 direction of each of these W̄Σ: no scale of Σ is too large or
             small for them.
         gram: M_t[ℓ, j] = a_ℓᵀ Σ a_j for every target t, (K, K−1, K−1), and the same with Σ² / s²,
-            where K is small, else None.
+            where K is small or classes are nearly equal, else None.
         sets: the active sets for every target where K is small, else None.
         low: what to add to steering, (K, d), so that a difference of its rows keeps its digits
             where classes are nearly equal; None where none are, or K is large.
@@ -178,31 +178,39 @@ class ProbeGeometry:
 
         weight, bias = weight.double(), bias.double()
         (steering,), sizes = steered(covariance, [weight])
-        squared = _pairwise(weight, steering)
-        check_distances(squared)
+        low = None
         with torch.no_grad():
             length = _pairwise(weight, weight).clamp_min(0.0).sqrt()
-            size, unit = sizes.norm(steering), steering / sizes.unit
-            stretch = _pairwise(unit, unit), sizes.unit
+            if n_classes <= DIRECT and readable(weight):
+                low = _low_parts(weight, steering, covariance, length)
+        squared = _pairwise(weight, steering, low)
+        check_distances(squared)
+        with torch.no_grad():
+            size, unit = sizes.norm(steering), sizes.unit
+            if low is not None:
+                size = torch.zeros_like(size)
+            along = steering / unit
+            stretch = _pairwise(along, along, None if low is None else low / unit)
             noise = sizes.rounding(length, size.unsqueeze(-1) + size)
-        rows, low = (weight, bias, steering), None
-        if 2 < n_classes <= DIRECT and readable(weight):
-            low = _low_parts(weight, steering, covariance, length.detach())
+        rows = weight, bias, steering
         if n_classes == 2:
             rows = weight[:1] - weight[1:], bias[:1] - bias[1:], steering[:1] - steering[1:]
+            if low is not None:
+                rows, low = (*rows[:2], rows[2] + (low[:1] - low[1:])), None
         with torch.no_grad():
             size = sizes.norm(rows[2])
             narrow = size, (rows[2] / torch.where(size > 0, size, 1.0).unsqueeze(-1)).float()
         gram = sets = None
-        if 1 < n_classes - 1 <= TABLED:
+        if 1 < n_classes - 1 <= TABLED or low is not None:
             every = torch.arange(n_classes, device=weight.device)
+            each = every, weight, steering, length, low
+            gram = class_grams(*each), class_grams(*each, unit=unit)
+        if gram is not None and n_classes - 1 <= TABLED:
             other = other_classes(every, n_classes, weight.device)
-            grams = class_grams(weight, steering, every, length)
-            along = unit.detach().unsqueeze(1) - unit.detach()[other]
-            gram = grams, along @ along.mT
-            sets = ActiveSets.build(grams, noise.gather(-1, other))
+            sets = ActiveSets.build(gram[0], noise.gather(-1, other))
+        stretched = stretch, unit
         geometry = cls(
-            weight, bias, steering, squared, noise, length, stretch, rows, narrow, gram, sets, low
+            weight, bias, steering, squared, noise, length, stretched, rows, narrow, gram, sets, low
         )
         if not readable(weight) and not torch.compiler.is_compiling() and not in_transforms():
             geometry.blind  # noqa: B018  # at once: nothing can be laid down while a graph is captured
@@ -224,10 +232,8 @@ class ProbeGeometry:
         if self.gram is not None:
             return self._shared(self.gram[0])
         with torch.no_grad():
-            # Their normals, (m, d) each, are as many numbers as all of a target's M.
-            every = torch.arange(self.n_classes).split(1)
-            parts = self.weight, self.steering
-            return self._shared(torch.cat([class_grams(*parts, t, self.length) for t in every]))
+            every = torch.arange(self.n_classes)
+            return self._shared(class_grams(every, self.weight, self.steering, self.length))
 
     def _shared(self, gram: Tensor | None) -> Shared:
         pairs = self.squared, self.noise, self.length, self.stretch[0]
@@ -379,34 +385,41 @@ def _low_parts(
     apart = length + torch.diag(torch.full_like(size, torch.inf))
     if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
         return None
-    if not isinstance(covariance, Tensor):
-        covariance = covariance.own()
-    covariance = covariance.double()
-    low, nearest = torch.zeros_like(steering), apart[0].clone()
+    nearest, tree = apart[0].clone(), []
     parent = torch.zeros_like(size, dtype=torch.long)
     for _ in range(len(weight) - 1):
-        new = int(nearest.argmin())
-        old = int(parent[new])
-        own = (weight[new] - weight[old]) @ covariance
-        low[new] = low[old] + ((steering[old] - steering[new]) + own)
-        closer = (apart[new] < nearest) & (nearest < torch.inf)
-        nearest, parent = torch.where(closer, apart[new], nearest), torch.where(closer, new, parent)
-        nearest[new] = torch.inf
+        at = int(nearest.argmin())
+        tree.append((int(parent[at]), at))
+        closer = (apart[at] < nearest) & (nearest < torch.inf)
+        nearest, parent = torch.where(closer, apart[at], nearest), torch.where(closer, at, parent)
+        nearest[at] = torch.inf
+    covariance = covariance if isinstance(covariance, Tensor) else covariance.own()
+    old, new = torch.tensor(tree).unbind(-1)
+    lacking = (weight[new] - weight[old]) @ covariance.double() - (steering[new] - steering[old])
+    low = torch.zeros_like(steering)
+    for (before, after), own in zip(tree, lacking, strict=True):
+        low[after] = low[before] + own
     return low
 
 
-def _pairwise(left: Tensor, right: Tensor) -> Tensor:
-    """The products (u_k − u_l)·(v_k − v_l) of rows u of ``left`` and v of ``right``, (K, K)."""
+def _pairwise(left: Tensor, right: Tensor, low: Tensor | None = None) -> Tensor:
+    """The products (u_k − u_l)·(v_k − v_l) of rows u of ``left`` and v of ``right``, (K, K).
+
+    ``low`` is what to add to v, of up to :data:`DIRECT` rows, and to u where both are the same.
+    """
     n_classes, width = left.shape
     rows = max(1, CHUNK_NUMBERS // width)
     if n_classes <= DIRECT or not readable(left):
         most = NEAR_NUMBERS if left.device.type == "cpu" else CHUNK_NUMBERS
         rows = max(1, most // (width * n_classes))
-        parts = [
-            ((mine.unsqueeze(1) - left) * (yours.unsqueeze(1) - right)).sum(-1)
-            for mine, yours in zip(left.split(rows), right.split(rows), strict=True)
-        ]
-        return torch.cat(parts)
+
+        def apart(side: Tensor, rest: Tensor | None, at: slice) -> Tensor:
+            own = side[at].unsqueeze(1) - side
+            return own if rest is None else own + (rest[at].unsqueeze(1) - rest)
+
+        parts = [slice(start, start + rows) for start in range(0, n_classes, rows)]
+        sides = (left, low if left is right else None), (right, low)
+        return torch.cat([torch.mul(*(apart(*side, at) for side in sides)).sum(-1) for at in parts])
     # Centred, a Gram matrix loses least; differences themselves are exact without.
     exact = left, left if left is right else right
     left = left - left.mean(0)

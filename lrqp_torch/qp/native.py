@@ -201,7 +201,7 @@ def constants() -> dict[str, float]:
     from lrqp_torch.qp import total_odds
 
     own = "GROWTH", "MET", "BALANCED", "SETTLED", "CANCELLED", "RIDGE", "MAX_STEPS", "FAR"
-    more = "SHARE_ROUNDS", "MET_BY_SHARES", "MAX_HALVINGS"
+    more = "SHARE_ROUNDS", "MET_BY_SHARES", "MAX_HALVINGS", "LENT", "PROOFS"
     return known | {name: getattr(total_odds, name) for name in (*own, *more)}
 
 

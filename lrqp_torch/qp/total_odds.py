@@ -52,6 +52,9 @@ BALANCED = 1e-5
 SETTLED = 1e-6
 # p ᵀ M p at or below this share of (Σ p √M_ll)² is a combination of normals that cancels.
 CANCELLED = 1e-12
+# Where an edit is out of reach, the shares of the least one with so much of M's diagonal beside M
+# are those of normals that cancel, to the square of this; so often, at floors by the last shares.
+LENT, PROOFS = 1e-10, 3
 # A system that rounding makes indefinite is given this share of its diagonal more.
 RIDGE = 1e-13
 MAX_STEPS = 150
@@ -301,6 +304,35 @@ def _solve_symmetric(
     return tuple((torch.stack(right, -1) - along).unbind(-1))
 
 
+def _beyond_reach(
+    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, share: Tensor
+) -> Tensor:
+    """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    reading = torch.where(share > 0, share * start, 0.0).sum(-1)
+    length = (share * _times(gram, share)).sum(-1)
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    resolved = CANCELLED * (share * scale).sum(-1).square()
+    resolved = torch.maximum(resolved, (share * noise.sqrt()).sum(-1).square())
+    result: Tensor = (floor - reading + entropy > 0) & (length <= resolved)
+    return result
+
+
+def _cancel(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> Tensor:
+    """Whether shares are found that prove a target out of reach, (n,) bool."""
+    lent = DenseConstraints(
+        gram + LENT * gram.diagonal(dim1=-2, dim2=-1).diag_embed(), noise, noise
+    )
+    finite, lost = torch.isfinite(start), torch.zeros_like(floor, dtype=torch.bool)
+    share = finite / finite.sum(-1, keepdim=True)
+    for _ in range(PROOFS):
+        gap = torch.where(finite, floor.unsqueeze(-1) - share.clamp_min(1e-300).log() - start, -1.0)
+        found = solve_dual(lent, gap).multipliers(lent, gap)
+        share = found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+        lost = lost | _beyond_reach(gram, start, floor, noise, share)
+    return lost
+
+
 @torch.no_grad()
 def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
     """Solve a batch of total-odds problems; where f(s⁰) ≥ log α already, λ = 0.
@@ -400,6 +432,10 @@ class _Search:
         # Pairwise odds of α are necessary: where they are out of reach, so are total odds.
         unsure = asked & ~pairwise.feasible.unsqueeze(-1)
         reachable = solve_dual(constraints, torch.where(unsure, least, -1.0)).feasible
+        doubtful = (unsure.any(-1) & reachable).nonzero().squeeze(-1)
+        if len(doubtful):
+            lost = _cancel(*(part[doubtful] for part in (gram, start, floor, noise)))
+            reachable = reachable.index_copy(0, doubtful, ~lost)
         multipliers = pairwise.multipliers(constraints, gap)
         # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
         share = (-start).softmax(-1)
@@ -447,7 +483,7 @@ class _Search:
         done = settled & (missing.abs() <= MET * size)
         done &= unbalanced <= BALANCED**2 * (1 + distance)
         # Any p is a proof, settled or not.
-        lost = ~done & self._beyond_reach(share, slope)
+        lost = ~done & _beyond_reach(gram, self.start, self.floor, self.noise, share)
         low = torch.where(settled & (missing > 0), weight, self.low)
         high = torch.where(settled & (missing <= 0), weight, self.high)
         rate = (slope * along).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -480,18 +516,6 @@ class _Search:
         constant = (self.index, gram, self.start, self.floor, self.noise)
         moving = (next_multipliers, weight + change, low, high)
         return _Search(self.result, *(part[keep] for part in (*constant, *moving)))
-
-    def _beyond_reach(self, share: Tensor, slope: Tensor) -> Tensor:
-        """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""
-        entropy = -torch.special.xlogy(share, share).sum(-1)
-        reading = torch.where(share > 0, share * self.start, 0.0).sum(-1)
-        gap = self.floor - reading + entropy
-        length = (share * slope).sum(-1)
-        scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-        resolved = CANCELLED * (share * scale).sum(-1).square()
-        resolved = torch.maximum(resolved, (share * self.noise.sqrt()).sum(-1).square())
-        result: Tensor = (gap > 0) & (length <= resolved)
-        return result
 
     def _line_search(
         self, margins: Tensor, moved: Tensor, back: Tensor, pulled: Tensor, decrement: Tensor

@@ -1,6 +1,8 @@
 """Random edit problems, and their solution in full dimension by solvers that are not ours."""
 
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
 
 import numpy as np
 import quadprog
@@ -104,3 +106,43 @@ def reachable(rows: Tensor, right: Tensor, directions: Tensor) -> bool:
     )
     assert result.status == 0, result.message
     return bool(result.fun < 1e-7)
+
+
+def _solved(rows: list[list[Fraction]]) -> list[Fraction] | None:
+    """The solution of M λ = g by elimination in fractions, from rows [M | g]; None: singular."""
+    rows = [row[:] for row in rows]
+    for i in range(len(rows)):
+        pivot = next((k for k in range(i, len(rows)) if rows[k][i]), None)
+        if pivot is None:
+            return None
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for k in range(len(rows)):
+            if k != i:
+                rows[k] = [a - rows[k][i] * b for a, b in zip(rows[k], rows[i], strict=True)]
+    return [row[-1] for row in rows]
+
+
+def exact_distance(problem: Problem, i: int) -> float | None:
+    """The least distance of example i without any rounding; None where there is no solution.
+
+    Every active set is tried in fractions: λ ≥ 0 and s ≥ 0 prove the optimum.
+    """
+    fractions = np.vectorize(Fraction, otypes=[object])
+    weight, bias = fractions(problem.weight.numpy()), fractions(problem.bias.numpy())
+    x, floor = fractions(problem.x[i].double().numpy()), Fraction(float(problem.floor[i]))
+    t = int(problem.target[i])
+    others = [k for k in range(len(bias)) if k != t]
+    normals, offsets = weight[t] - weight[others], bias[t] - bias[others]
+    gap = floor - offsets - normals.dot(x)
+    gram = normals.dot(fractions(problem.covariance.numpy())).dot(normals.T)
+    if all(missing <= 0 for missing in gap):
+        return 0.0
+    for size in range(1, len(others) + 1):
+        for held in map(list, combinations(range(len(others)), size)):
+            found = _solved([[*gram[k, held], gap[k]] for k in held])
+            if found is None or min(found) < 0:
+                continue
+            if all(gram[:, held].dot(found) >= gap):
+                return float(sum(a * gap[k] for a, k in zip(found, held, strict=True))) ** 0.5
+    return None

@@ -6,11 +6,18 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from qp_reference import Problem, objective, random_problem, reachable, reference_edit
+from qp_reference import (
+    Problem,
+    exact_distance,
+    objective,
+    random_problem,
+    reachable,
+    reference_edit,
+)
 from torch import Tensor
 
 from lrqp_torch import MahalanobisQP, Solution, Status
-from lrqp_torch.qp import ProbeGeometry
+from lrqp_torch.qp import ProbeGeometry, native
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -212,6 +219,32 @@ def test_target_nearly_equal_to_a_rival(n_classes: int, relative: float) -> None
     for i in range(60):
         best = objective(problem, i, reference_edit(problem, i))
         assert objective(problem, i, solution.x_new[i]) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("apart", [1e-7, 1e-9, 1e-11])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lengths_of_near_equal_classes_are_exact(
+    apart: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pairs: the target's own rival, and two rivals of another; fractions are the judge.
+
+    Products of differences keep their digits; logits that are subtracted round by their size.
+    """
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    for n_classes in (4, 9):
+        problem = random_problem(n_classes, 5, 8, condition=10)
+        near = torch.randn(2, 5, generator=torch.Generator().manual_seed(3)).double()
+        problem.weight[1:4:2] = problem.weight[0:3:2] + apart * near
+        problem.bias[1:4:2] = problem.bias[0:3:2]
+        # Those that are far away change nothing, and leave few active sets to try.
+        problem.bias[4:] = -1e30
+        problem.target, problem.floor = problem.target % 4, problem.floor.abs() + 1
+        own = replace(problem, weight=problem.weight[:4], bias=problem.bias[:4])
+        solution = problem.solve()
+        assert (solution.status == Status.SOLVED).all()
+        for i, ours in enumerate(solution.distance.tolist()):
+            assert ours == pytest.approx(exact_distance(own, i), rel=1e-15 / apart + 1e-9)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5, 10])
