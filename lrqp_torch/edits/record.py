@@ -4,7 +4,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from lrqp_torch.errors import (
     concrete,
     in_transforms,
     outside_transforms,
+    trace,
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused, native
 from lrqp_torch.qp.direct import Laid, Line
-from lrqp_torch.qp.geometry import Trace
 from lrqp_torch.qp.solution import in_words, outcome
-from lrqp_torch.stream.following import Rows
+from lrqp_torch.stream.following import Rows, consecutive
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions, Where
 
@@ -147,41 +147,27 @@ class EditRun:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
         if not self.certified or self.paused:
             return None
+        launch = self._launch
+        if launch is not None:
+            whole = launch.again(self, stream, residual, scale, at, forward_pass)
+            if whole is not None:
+                return whole
         compiled = stream.is_cpu and (self._laid is not None or not fused.interpreted())
         if compiled or not fused.serves(stream, self.edit.n_classes):
             return self._in_one_call(stream, residual, scale, at, forward_pass)
-        whole = self._once_more(stream, residual, scale, at, forward_pass)
-        if whole is not None:
-            return whole
         self._place(stream.device)
-        count = at.index.shape[0]
+        count, index = at.index.shape[0], at.index
         block = self._rows.room(count, stream.device, len(self.names))
-        places = at.example, at.column, at.index, at.request, at.shown
+        places = at.example, at.column, index, at.request, at.shown
         record = block.rows, block.count, forward_pass
-        rows = fused.StreamRows(stream, residual, scale, *places, record)
+        rows = fused.StreamRows(stream, residual, scale, *places, record, at.whole)
         found = self.edit.edit_stream(rows, self._target, self._source, **self.given)
         if found is None:
             return None
         whole, laid = found
-        self._rows.wrote(block, count)
+        block.count += count
         self._dtype = whole.dtype
-        self._launch = _Launch.of(laid, self, rows, at)
-        return whole
-
-    def _once_more(
-        self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
-    ) -> Tensor | None:
-        """:meth:`edit_stream` by the launch of the pass before, where little else is to be told."""
-        launch = self._launch
-        if launch is None or not launch.serves(self.edit, stream, residual, scale, at):
-            return None
-        count = launch.laid.count
-        block, whole = self._rows.room(count, stream.device, len(self.names)), stream.clone()
-        record = block.rows, block.count, forward_pass
-        if not launch.laid.again(stream, residual, whole, at.address, at.shown, record):
-            return None
-        self._rows.wrote(block, count)
-        self._dtype = stream.dtype
+        self._launch = None if laid is None else _Launch.of(laid, self, block, rows, at)
         return whole
 
     def _in_one_call(
@@ -481,6 +467,7 @@ class _Rows:
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
         self._buffer, self._count = self._buffer[:0], 0
+        self._close(self._passes)
         self._passes, self._waiting, self.sound = [], 0, True
 
     def append(self, solution: Solution, index: Tensor, shown: Tensor | None = None) -> None:
@@ -502,25 +489,23 @@ class _Rows:
             self._settle()
 
     def room(self, count: int, device: torch.device, variables: int = 0) -> "_Block":
-        """A block in which the next rows may be written, of a solution of so many variables."""
+        """A block in which the next rows may be written, of a solution of so many variables: its
+        ``count`` is to say so.
+        """
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         last = self._passes[-1] if self._passes else None
-        if isinstance(last, _Block) and not captured and last.takes(count, device):
+        if type(last) is _Block and not captured and last.takes(count) and last.device == device:
             return last
+        if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
+            self._settle()
         with torch.inference_mode(False):
             size = count if captured else max(BLOCK_ROWS, count)
             held = torch.empty(size, _width(variables), dtype=torch.float64, device=device)
-            return _Block(held, captured, variables=variables)
-
-    def wrote(self, block: "_Block", count: int) -> None:
-        """Note that the next rows are written in a block that :meth:`room` gave."""
+            block = _Block(held, captured, 0 if captured else size, variables=variables)
+        self._passes.append(block)
+        self._waiting += size
         self.sound = False
-        if not self._passes or self._passes[-1] is not block:
-            self._passes.append(block)
-        block.count += count
-        self._waiting += count
-        if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
-            self._settle()
+        return block
 
     def wrote_in(self, laid: Laid, table: Any, variables: int) -> None:
         """Note what one compiled call has written of a pass."""
@@ -537,9 +522,17 @@ class _Rows:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
         stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
         passes, self._passes = self._passes[:stays], self._passes[stays:]
+        self._close(passes)
         self._waiting = 0
         if passes:
             self._append(self._made(passes))
+
+    @staticmethod
+    def _close(passes: "Sequence[_Pass | _Block]") -> None:
+        """Let nothing more be written to passes that are settled, or forgotten."""
+        for one in passes:
+            if type(one) is _Block:
+                one.size = 0
 
     def _made(self, passes: "Sequence[_Pass | _Block]") -> Tensor:
         """The rows of some passes, (n, columns)."""
@@ -665,14 +658,31 @@ def _values(passes: Sequence[_Pass], device: torch.device) -> dict[str, Tensor]:
     }
 
 
-class _Launch(NamedTuple):
-    """A launch on a GPU, and all that has to be as it was when it is to be done again."""
+class _Launch:
+    """A launch on a GPU, and all that has to be as it was when it is to be done again.
 
-    laid: fused.Laid
-    trace: Trace  # of the tensors that the edit is made of
-    own: tuple[object, ...]  # and what else it is made of
-    at: Rows
-    like: tuple[object, ...]  # see `_likeness`
+    Args:
+        laid: the launch.
+        parts, own: what the edit is made of; see :meth:`Edit.made_of`.
+        at: the rows that it was of.
+        kind: of the streams; see :func:`_kind`.
+        block: where it was recorded.
+    """
+
+    def __init__(
+        self,
+        laid: fused.Laid,
+        parts: tuple[Tensor, ...],
+        own: tuple[object, ...],
+        at: Rows,
+        kind: tuple[object, ...],
+        block: "_Block",
+    ) -> None:
+        self.laid, self.parts, self.own, self.at, self.kind = laid, parts, own, at, kind
+        self.block, self.marks = block, [*map(trace, parts)]
+        # Where numbers lie of which those of other rows are some.
+        self.numbers = consecutive(1, at.example.device)
+        self.begin, self.most = self.numbers.data_ptr(), len(self.numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a run launches by itself.
@@ -680,51 +690,67 @@ class _Launch(NamedTuple):
 
     @staticmethod
     def of(
-        laid: fused.Laid | None, run: EditRun, rows: fused.StreamRows, at: Rows
+        laid: fused.Laid, run: EditRun, block: "_Block", rows: fused.StreamRows, at: Rows
     ) -> "_Launch | None":
         """That of an edit, or None where it is not to be done again."""
-        made = run.edit.made_of()
-        if laid is None or made is None or run.given:
+        made, index, shown = run.edit.made_of(), rows.index, at.shown
+        if made is None or run.given:
             return None
-        parts, own = made
-        sound = [part for part in parts if part is not None]
-        index, shown = rows.index, at.shown
+        parts = tuple(part for part in made[0] if part is not None)
+        plain = all(type(one) is Tensor for one in (rows.stream, rows.residual) if one is not None)
         simple = index.dtype == torch.int64 and index.is_contiguous()
         simple = simple and (shown is None or (shown.dtype == torch.bool and shown.is_contiguous()))
-        like = _likeness(rows.stream, rows.residual, rows.scale)
-        if len(sound) < len(parts) or like is None or not simple:
+        if len(parts) < len(made[0]) or not plain or not simple:
             return None
-        return _Launch(laid, Trace(index.device, *sound), own, at, like)
+        kind = _kind(rows.stream, rows.residual, rows.scale)
+        return _Launch(laid, parts, made[1], at, kind, block)
 
-    def serves(
-        self, edit: "Edit[Any]", stream: Tensor, residual: Tensor | None, scale: float, at: Rows
-    ) -> bool:
-        """Whether it does for another pass."""
-        if not at.is_like(self.at):
-            return False
-        if _likeness(stream, residual, scale) != self.like or forward_ad._current_level >= 0:
-            return False
-        parts, own = edit.made_of() or ((), ())
-        if own != self.own or not all(map(operator.is_, parts, self.trace.tensors)):
-            return False
+    def again(
+        self,
+        run: EditRun,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        at: Rows,
+        forward_pass: int,
+    ) -> Tensor | None:
+        """:meth:`EditRun.edit_stream` by the same launch; None where that does not do."""
+        if not at.is_like(self.at) or _kind(stream, residual, scale) != self.kind:
+            return None
+        parts, own = run.edit.made_of() or ((), ())
+        if own != self.own or not all(map(operator.is_, parts, self.parts)):
+            return None
+        if [*map(trace, self.parts)] != self.marks:
+            return None
+        if in_transforms() or forward_ad._current_level >= 0:
+            return None
         if torch.is_grad_enabled():
-            given = (stream, *parts) if residual is None else (stream, residual, *parts)
-            if any(part is not None and part.requires_grad for part in given):
-                return False
-        return not in_transforms() and self.trace.holds()
+            given = (stream, *self.parts) if residual is None else (stream, residual, *self.parts)
+            if any(part.requires_grad for part in given):
+                return None
+        block, first, index = self.block, at.numbers, None
+        count = self.laid.count
+        if not isinstance(first, Tensor):
+            if first + count > self.most:
+                return None
+            index = self.begin + 8 * first
+        if not block.takes(count) or capturing(stream):
+            block = self.block = run._rows.room(count, stream.device, len(run.names))
+        record = block.rows, block.count, forward_pass
+        whole = self.laid.again(stream, residual, index, at.shown, record)
+        if whole is not None:
+            block.count += count
+            run._dtype = whole.dtype
+        return whole
 
 
-def _likeness(stream: Tensor, residual: Tensor | None, scale: float) -> tuple[object, ...] | None:
-    """What streams have in common that one launch serves; None where none does."""
-    if type(stream) is not Tensor or not stream.is_contiguous():
-        return None
-    kind = stream.dtype, stream.shape, stream.get_device(), residual is None, scale
-    if residual is not None:
-        alike = type(residual) is Tensor and residual.is_contiguous()
-        alike = alike and (residual.dtype, residual.shape) == kind[:2]
-        if not alike or residual.get_device() != kind[2]:
-            return None
-    return kind
+def _kind(stream: Tensor, residual: Tensor | None, scale: float) -> tuple[object, ...]:
+    """What streams have in common that one launch serves."""
+    own = type(stream), stream.dtype, stream.shape, stream.stride(), stream.get_device(), scale
+    if residual is None:
+        return own
+    given = type(residual), residual.dtype, residual.shape, residual.stride()
+    return *own, *given, residual.get_device()
 
 
 @dataclass
@@ -733,7 +759,8 @@ class _Block:
 
     rows: Any  # (n, 9); or memory of compiled code for those of each pass
     captured: bool = False  # as of a `_Pass`
-    count: int = 0  # how many are written, of a tensor
+    size: int = 0  # how many may be written, of a tensor
+    count: int = 0  # how many are
     variables: int = 0  # how many variables odds are of, 0 for one edit's own
     laid: Laid | None = None  # what compiled code was told
 
@@ -764,14 +791,9 @@ class _Block:
         """Where they are."""
         return self.rows.device if isinstance(self.rows, Tensor) else _CPU
 
-    def takes(self, more: int, device: torch.device) -> bool:
+    def takes(self, more: int) -> bool:
         """Whether so many more have room in it."""
-        return (
-            isinstance(self.rows, Tensor)
-            and not self.captured
-            and self.count + more <= self.rows.shape[0]
-            and self.rows.device == device
-        )
+        return self.count + more <= self.size
 
 
 _WRITTEN = (*RECORDED, "status", "index", "forward_pass")

@@ -11,7 +11,9 @@ Elsewhere the same is done by the operations of :meth:`~.problem.MahalanobisQP.s
 import functools
 import importlib.util
 import math
+import operator
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -414,15 +416,19 @@ class Laid:
         if any(tensor.get_device() != self.device for tensor in tensors):
             raise ModelError("an edit's tensors are not all on the device of the activations")
         self._pointers = [tensor.data_ptr() for tensor in tensors]
-        a, b, c, d, e, f, *_ = numbers
-        self._steps = a | b | c | d | e | f
+        # What launches it once it is compiled, with numbers in place of tensors, which Triton would
+        # ask the driver about one by one; and where among these the certificate is.
+        self._ready: tuple[Any, Any, Any, list[Any], int] | None = None
+        self.before: Callable[[], Any] | None = None
+        """What has to be done before each further launch."""
 
     def __call__(self) -> None:
         """Launch."""
-        pointers, numbers = self._pointers, self.numbers
-        if not self._launched(pointers, numbers):
-            wide = self._is_wide(pointers)
-            self.launcher._first(self.tensors, numbers, self.flags, wide, self.count)
+        ready = self._prepared()
+        if ready is None or not self._launched(ready[3]):
+            first, second, third, *_ = self._pointers
+            wide = self._is_wide(first | second | third)
+            self.launcher._first(self.tensors, self.numbers, self.flags, wide, self.count)
         # Streams are large, and others the next time.
         self.tensors = self.tensors[3:]
 
@@ -430,58 +436,77 @@ class Laid:
         self,
         stream: Tensor,
         base: Tensor | None,
-        out: Tensor,
-        index: int,
+        index: int | None,
         shown: Tensor | None,
         record: tuple[Tensor, int, int],
-    ) -> bool:
+    ) -> Tensor | None:
         """Launch for a stream of the same shape, dtype and strides, and rows at the same places.
 
         Args:
-            stream, base, out, shown: as a :class:`Launcher` is told, of the same kind.
-            index: the address of what each row is numbered, int64.
+            stream, base, shown: as a :class:`Launcher` is told, of the same kind.
+            index: the address of what each row is numbered, int64; None: where it was.
             record: rows of numbers, the first of them to write, and the number of the pass.
 
         Returns:
-            Whether it was launched; else nothing is done.
+            Where edited rows are put; None where it was not launched.
         """
-        pointers = self._pointers.copy()
-        mine = stream if base is None else base
-        pointers[:3] = stream.data_ptr(), mine.data_ptr(), out.data_ptr()
+        ready = self._ready or self._prepared()
+        if ready is None:
+            return None
+        # A copy, as another thread may launch it meanwhile.
+        given, place = ready[3].copy(), ready[4]
+        own, out = stream.data_ptr(), out_for(stream, self.flags[2], self.flags[8])
+        given[:3] = own, own if base is None else base.data_ptr(), out.data_ptr()
         if shown is not None:
-            pointers[_SHOWN] = shown.data_ptr()
-        pointers[_INDEX] = index
-        pointers[_CERTIFICATE] = record[0].data_ptr()
-        return self._launched(pointers, (*self.numbers[:-2], *record[1:]))
+            given[_SHOWN] = shown.data_ptr()
+        if index is not None:
+            given[_INDEX] = index
+        given[place], further = record[0].data_ptr(), place + len(self.numbers)
+        given[further : further + 2] = record[1:]
+        if self.before is not None:
+            self.before()
+        return out if self._launched(given) else None
 
-    def _is_wide(self, pointers: list[int]) -> bool:
+    def _is_wide(self, places: int) -> bool:
         """Whether these have the addresses and strides that compiled code relies on."""
-        places = pointers[0] | pointers[1] | pointers[2] | self._steps
-        return not places & 15 and self._steps < 2**31
+        steps = functools.reduce(operator.or_, self.numbers[:6], places)
+        return not steps & 15 and max(self.numbers[:6]) < 2**31
 
-    def _launched(self, pointers: list[int], numbers: tuple[int, ...]) -> bool:
-        """Launch what is compiled; False where nothing is for such arguments."""
-        launcher, device = self.launcher, self.device
-        held = launcher.compiled.get(self.flags)
-        # What was compiled runs on the current device.
-        if held is None or torch._C._cuda_getDevice() != device or not self._is_wide(pointers):
+    def _prepared(self) -> tuple[Any, Any, Any, list[Any], int] | None:
+        """What launches it, where it is compiled."""
+        held = self.launcher.compiled.get(self.flags)
+        if held is None or not self._is_wide(0):
+            return None
+        (run, function, metadata, fixed, constants), own = held, BEFORE_CONSTANTS
+        pointers = *self._pointers[:own], *fixed, *self._pointers[own:]
+        given = [*pointers, *self.numbers, *constants]
+        self._ready = run, function, metadata, given, len(pointers) - 2
+        return self._ready
+
+    def _launched(self, given: list[Any]) -> bool:
+        """Launch what is compiled; False where it is for other arguments, or another device."""
+        assert self._ready is not None
+        run, function, metadata, *_ = self._ready
+        device = self.device
+        if (given[0] | given[1] | given[2]) & 15 or torch._C._cuda_getDevice() != device:
             return False
-        # Numbers in place of tensors, which Triton would ask the driver about one by one.
-        run, function, metadata, fixed, constants = held
-        own = BEFORE_CONSTANTS
-        given = *pointers[:own], *fixed, *pointers[own:], *numbers, *constants
         place = torch._C._cuda_getCurrentRawStream(device)
         try:
             run(self.count, 1, 1, place, function, metadata, None, None, None, *given)
         except TypeError:  # another Triton, which launches in another way
-            launcher.prepares = False
-            launcher.compiled.clear()
+            self.launcher.prepares, self._ready = False, None
+            self.launcher.compiled.clear()
             return False
         return True
 
 
-_SHOWN, _INDEX, _CERTIFICATE = 6, 7, -2
+_SHOWN, _INDEX = 6, 7
 """Where some tensors come among those of a launch."""
+
+
+def out_for(stream: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
+    """A copy of a stream in a dtype; where its ``whole`` is written, only the room for it."""
+    return torch.empty_like(stream, dtype=dtype) if whole else stream.to(dtype, copy=True)
 
 
 class _Launchers(dict[Any, Launcher]):
@@ -592,6 +617,7 @@ class StreamRows:
     shown: which rows count, (N,) bool, or None.
     record: rows of numbers, the first of them to write, and the number of the pass; see
         :class:`Launcher`.
+    whole: whether they are all rows of the stream.
     """
 
     stream: Tensor  # what is written of the stream, (B, T, d), which is residual + scale · that
@@ -603,6 +629,7 @@ class StreamRows:
     request: Tensor | None
     shown: Tensor | None
     record: tuple[Tensor, int, int]
+    whole: bool = False
 
     def fits(self, *numbers: Tensor) -> bool:
         """Whether a kernel can read them, and no gradient is asked of them or of some numbers."""
@@ -640,7 +667,7 @@ def edit_stream(
     stream, residual = rows.stream, rows.residual
     # Under autocast the attention output is narrower than the sum that the stream will hold.
     dtype = stream.dtype if residual is None else torch.result_type(stream, residual)
-    whole = stream.to(dtype, copy=True)
+    whole = out_for(stream, dtype, rows.whole)
     rule: str | VariableRules
     more: dict[str, Any] = {}
     if variables is None:
@@ -665,6 +692,7 @@ def edit_stream(
         columns=rows.column.long(),
         which=(rows.index if rows.request is None else rows.request).long(),
         shown=None if rows.shown is None else rows.shown.bool(),
+        copy=rows.whole,
         record=(held, first, rows.index.long(), forward_pass),
         **more,
     )

@@ -38,6 +38,8 @@ class Rows:
         shown: which of them count, (N,) bool, where the attention mask is on a device that is not
             waited for; else all do.
         whole: whether they are all tokens of the call, row by row.
+        like: the same object for rows that are others at the same places of a stream, of the same
+            requests, numbered one after another: one more token of each row.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Rows:
         request: Tensor | None = None,
         shown: Tensor | None = None,
         whole: bool = False,
+        like: object = None,
     ) -> None:
         self._index, self.example, self._token, self._column = index, example, token, column
-        self.request, self.shown, self.whole = request, shown, whole
+        self.request, self.shown, self.whole, self.like = request, shown, whole, like
         self._flat: tuple[int, Tensor] = -1, example
 
     @cached_property
@@ -60,7 +63,7 @@ class Rows:
         index = self._index
         if isinstance(index, Tensor):
             return index
-        return _consecutive(index.stop, self.example.device)[index.start : index.stop]
+        return consecutive(index.stop, self.example.device)[index.start : index.stop]
 
     @cached_property
     def token(self) -> Tensor:
@@ -73,26 +76,12 @@ class Rows:
         return self._spread(self._column)
 
     def is_like(self, other: Any) -> bool:
-        """Whether they are others, or others of a scope at the same places of a stream, of which
-        both are numbered one after another: one more token of each row.
-        """
+        """Whether they are others, or others at the same places."""
         return self is other or (
-            isinstance(self._index, range)
-            and isinstance(other._index, range)
-            and self.example is other.example
-            and self._column is other._column
-            and self.request is other.request is not None
-            and self.whole == other.whole
+            self.like is not None
+            and self.like is other.like
             and (self.shown is None) == (other.shown is None)
         )
-
-    @property
-    def address(self) -> int:
-        """Where :attr:`index` begins in memory: int64, one after another."""
-        index = self._index
-        if isinstance(index, Tensor):
-            return index.data_ptr()
-        return _consecutive(index.stop, self.example.device).data_ptr() + 8 * index.start
 
     def _spread(self, value: Tensor | int) -> Tensor:
         if isinstance(value, Tensor):
@@ -183,11 +172,13 @@ def _put_rows() -> Callable[..., int] | None:
     return cast(Callable[..., int], function)
 
 
+_Step = tuple[int, torch.device, Tensor, Tensor, Tensor, Tensor]
+"""How many rows, on what device; example of each on the CPU; example, column and request there."""
 _CPU = torch.device("cpu")
 _NUMBERS: dict[torch.device, Tensor] = {}
 
 
-def _consecutive(stop: int, device: torch.device) -> Tensor:
+def consecutive(stop: int, device: torch.device) -> Tensor:
     """0, 1, … up to a number at least: some that are there already."""
     held = _NUMBERS.get(device)
     if held is None or len(held) < stop:
@@ -332,9 +323,9 @@ class ScopeFollower(Follower):
         self._seen: dict[int, _Numbers] = {}
         self._grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._chosen: dict[int, Positions] = {}
-        # What one more token of each row has in common with the one before: how many rows, on what
-        # device; example there on the CPU; example, column and request on the device.
-        self._column: tuple[int, torch.device, Tensor, Tensor, Tensor, Tensor] | None = None
+        # Whether it has one more token of each row in calls of one; what these have in common.
+        self._steps = self.scope.grows and self.scope.region != "prompt"
+        self._step: _Step | None = None
 
     def see(self, call: ForwardCall) -> None:
         """Take notice of a forward pass that is about to run.
@@ -435,10 +426,39 @@ class ScopeFollower(Follower):
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The scope's tokens in a call, or None."""
-        if call.like and call.continues and self.scope.grows:
-            rows = self._next(call, device)
-            if rows is not None:
-                return rows
+        text, begin, mask, shown = call.text, call.past, call.mask, None
+        # One new token a row behind the prompt, of a call like the one before: all of it is known.
+        seen = self._seen[text.number] if call.like and call.continues and self._steps else None
+        if seen is None or begin < seen.end or begin < (self.scope.prompt_length or text.prompt):
+            return self._rows_in(call, device)
+        if mask is not None:
+            if mask.shape[1] <= begin:
+                return self._rows_in(call, device)
+            shown = mask.select(1, begin)
+            if not shown.is_cpu:
+                # A copy: the mask may be written over before it is looked at.
+                shown = shown.ne(0)
+                shown = shown if shown.device == device else shown.to(device, non_blocking=True)
+            elif 0 in shown.tolist():
+                return self._rows_in(call, device)
+            else:
+                shown = None
+        step = self._step
+        if step is None or step[:2] != (call.batch, device):
+            step = self._step = self._new_step(call.batch, device)
+        _, _, here, example, column, request = step
+        numbers = self.positions.add(here, begin, text.number, shown)
+        seen.end = begin + 1
+        seen.noted.append((here, begin, numbers))
+        return Rows(numbers, example, begin, column, request, shown, True, step)
+
+    def _new_step(self, batch: int, device: torch.device) -> "_Step":
+        (example, column), repeats = self._grid(batch, 1, device), self.scope.repeats
+        request = example if repeats == 1 else example // repeats
+        return batch, device, self._grid(batch, 1, _CPU)[0], example, column, request
+
+    def _rows_in(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        """:meth:`rows` of any call."""
         with outside_transforms(), torch.inference_mode(False):
             number = self._text(call).number
             cpu, repeats = _CPU, self.scope.repeats
@@ -470,6 +490,7 @@ class ScopeFollower(Follower):
             seen.note(example, token, numbers, call.end)
             example, offset = self._grid(call.batch, end - begin, device)
             shift = begin - call.past + call.front
+            like = None if shift or repeats > 1 else self._grid(call.batch, end - begin, device)
             return Rows(
                 numbers,
                 example,
@@ -478,33 +499,8 @@ class ScopeFollower(Follower):
                 example if repeats == 1 else example // repeats,
                 None if shown is None else shown.to(device, non_blocking=True),
                 whole,
+                like,
             )
-
-    def _next(self, call: ForwardCall, device: torch.device) -> Rows | None:
-        """:meth:`rows` of one new token a row behind the prompt; None where that takes more."""
-        text, begin, mask, shown = call.text, call.past, call.mask, None
-        seen, batch = self._seen[text.number], call.batch
-        border = self.scope.prompt_length or text.prompt
-        if begin < border or begin < seen.end or self.scope.region == "prompt":
-            return None
-        if mask is not None:
-            if mask.shape[1] <= begin:
-                return None
-            shown = mask.select(1, begin)
-            if shown.is_cpu:
-                if 0 in shown.tolist():
-                    return None
-                shown = None
-            else:
-                shown = shown.ne(0).to(device, non_blocking=True)
-        if self._column is None or self._column[:2] != (batch, device):
-            (example, column), repeats = self._grid(batch, 1, device), self.scope.repeats
-            request = example if repeats == 1 else example // repeats
-            self._column = batch, device, self._grid(batch, 1, _CPU)[0], example, column, request
-        _, _, here, example, column, request = self._column
-        numbers = self.positions.add(here, begin, text.number, shown)
-        seen.note(example, begin, numbers, begin + 1)
-        return Rows(numbers, example, begin, column, request, shown, True)
 
     def _rows_of(
         self,
@@ -601,17 +597,18 @@ class _Numbers:
 
     Attributes:
         end: how far the text has been numbered.
+        noted: pairs and their numbers that are not in the table yet.
     """
 
     def __init__(self, batch: int) -> None:
         self.end = 0
         self._table = torch.full((batch, 0), -1)
-        self._noted: list[tuple[Tensor, Tensor | int, Tensor | range]] = []
+        self.noted: list[tuple[Tensor, Tensor | int, Tensor | range]] = []
 
     def note(self, example: Tensor, token: Tensor | int, index: Tensor | range, end: int) -> None:
         """Keep the numbers of some pairs, of a call that ends at a column."""
         self.end = max(self.end, end)
-        self._noted.append((example, token, index))
+        self.noted.append((example, token, index))
 
     def find(self, example: Tensor, token: Tensor) -> Tensor:
         """The numbers of pairs; −1 of those that have none."""
@@ -620,7 +617,7 @@ class _Numbers:
             wider = torch.full((len(self._table), 2 * max(room, self.end)), -1)
             wider[:, : self._table.shape[1]] = self._table
             self._table = wider
-        for rows, columns, numbers in self._noted:
+        for rows, columns, numbers in self.noted:
             self._table[rows, columns] = torch.as_tensor(numbers)
-        self._noted.clear()
+        self.noted.clear()
         return self._table[example, token]

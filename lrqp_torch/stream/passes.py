@@ -238,15 +238,19 @@ class _Like:
 
 
 class _Same(NamedTuple):
-    """What a call without a cache was given, for calls that are given the same objects but tokens:
-    they are told by the objects' numbers, so the objects are held.
+    """What a call was given, for calls that are given the same objects but tokens, or one token
+    more of the same text: told by the objects' numbers, so the objects are held.
     """
 
     names: list[str]  # of those that were given by name, which are behind the others
-    numbers: list[int]  # of the objects; 0 in place of the tokens
+    numbers: list[int]  # of the objects; 0 in place of those that may be others
     held: list[Any]
     place: int  # of the tokens
-    call: ForwardCall  # what such a call is
+    call: ForwardCall  # what such a call is; of a text that goes on, that of the latest token
+    # Of a text that goes on: its cache, places where any tensor may stand, and that of the mask.
+    cache: Callable[[], Any] | None = None
+    others: tuple[int, ...] = ()
+    mask: int | None = None
 
 
 class SeenMask:
@@ -401,14 +405,7 @@ class Texts:
             if self._counts or not like.mask.is_still(mask):
                 return None
             again.__dict__ = {**vars(call), "tokens": tokens, "like": True}
-            if self.distinct:
-                return again
-            names, values = [*given], [*given.values()]
-            place = names.index(like.tokens[0])
-            values[place] = None
-            numbers = [*map(id, values)]
-            numbers[place] = 0
-            self._same = _Same(names[by_place:], numbers, values, place, again)
+            self._keep(given, by_place, like, again)
             return again
         text = call.text
         if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
@@ -418,25 +415,64 @@ class Texts:
             return None
         new = {"past": held, "mask": mask, "tokens": tokens, "meanwhile": [], "like": True}
         again.__dict__ = vars(call) | new
+        self._keep(given, by_place, like, again)
         return again
 
+    def _keep(
+        self, given: Mapping[str, Any], by_place: int, like: _Like, call: ForwardCall
+    ) -> None:
+        """Keep what a call was given that is like the one before, for :meth:`again`."""
+        if self.distinct:
+            return
+        names, values, cache = [*given], [*given.values()], like.cache
+        place, others = names.index(like.tokens[0]), tuple[int, ...]()
+        numbers = [*map(id, values)]
+        numbers[place], values[place] = 0, None
+        if cache is not None:
+            # It is held as weakly as elsewhere, and other tensors come with each token.
+            values[names.index(cache[0])] = None
+            others = tuple(n for n, value in enumerate(values) if isinstance(value, Tensor))
+            for other in others:
+                numbers[other], values[other] = 0, None
+        mask = names.index("attention_mask") if given.get("attention_mask") is not None else None
+        alive = None if cache is None else cache[1]
+        self._same = _Same(names[by_place:], numbers, values, place, call, alive, others, mask)
+
     def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall | None:
-        """The call before, noted once more, where these arguments are the same objects but for
-        other tokens, and :meth:`like` has said that they may be; else None.
+        """The call before, with other tokens or one token more of its text, where these arguments
+        are the same objects otherwise and :meth:`like` has said that they may be; else None.
         """
         same = self._same
         values: list[Any] = [*args, *kwargs.values()]
         if same is None or len(values) != len(same.held) or [*kwargs] != same.names:
             return None
-        tokens, like = values[same.place], self._like
-        numbers = [*map(id, values)]
-        numbers[same.place] = 0
-        if numbers != same.numbers or like is None or not isinstance(tokens, Tensor):
+        place, call = same.place, same.call
+        tokens, numbers = values[place], [*map(id, values)]
+        numbers[place] = 0
+        for other in same.others:
+            numbers[other] = 0
+            if not isinstance(values[other], Tensor):
+                return None
+        if numbers != same.numbers or not isinstance(tokens, Tensor):
             return None
-        if tokens.shape != like.tokens[1] or not like.mask.is_still(like.mask.given()):
+        if tokens.shape != call.tokens.shape:
             return None
-        self.note(same.call, tokens)
-        return same.call
+        if same.cache is None:
+            like = self._like
+            if like is None or not like.mask.is_still(like.mask.given()):
+                return None
+            call.tokens = tokens
+            return call
+        # An object of the same number is the same one as long as that one is there.
+        cache, text = same.cache(), call.text
+        mask = None if same.mask is None else values[same.mask]
+        if cache is None or text.last != self.n_calls - 1 or (mask is not None and mask.ndim != 2):
+            return None
+        held = _length_of(cache)
+        if type(held) is not int or held != text.end:
+            return None
+        call.past, call.mask, call.tokens = held, mask, tokens
+        return call
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
         shown = mask[:, 0].all()

@@ -306,6 +306,8 @@ class Watch:
             compares=bool(follows),
             counts=any(item.counts for item in follows),
         )
+        # What runs once more in a backward pass is to be known then.
+        self.texts.distinct = reruns
         self._names = positional(self.trunk)
         self.others: set[str] = set()
         self._follows, self.reruns, self._closed = follows, reruns, False
@@ -626,7 +628,8 @@ class _Before(Hook):
 
     def __init__(self, watch: Watch, traced: Traced | None) -> None:
         super().__init__(watch._before, traced=traced)
-        self.watch, self.under_way, self.again = watch, watch.under_way, watch.texts.again
+        self.watch, self.under_way, self.follows = watch, watch.under_way, watch._follows
+        self.again, self.note = watch.texts.again, watch.texts.note
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
@@ -635,6 +638,9 @@ class _Before(Hook):
         if plain and self.watch in _open.get():
             calls = self.under_way.get(get_ident())
             if calls is not None and (call := self.again(args, kwargs)) is not None:
+                for item in self.follows:
+                    item.step(call)
+                self.note(call, call.tokens)
                 calls.append(call)
                 return None
         return self.function(module, args, kwargs)
