@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
@@ -28,7 +27,7 @@ from lrqp_torch.qp.reach import Realise
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.inputs import as_inputs
-from lrqp_torch.stream.intervene import EditContext, Intervention, intervene_once
+from lrqp_torch.stream.intervene import EditContext, Editing, Intervention
 from lrqp_torch.stream.positions import Positions, Where
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.stream.text import Span
@@ -112,7 +111,7 @@ class Edit(Exact, Shared, Generic[Asked]):
         texts: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         **given: Any,
-    ) -> AbstractContextManager[EditRun]:
+    ) -> Editing[EditRun]:
         """Edit ``model`` at a site in every forward pass within the context.
 
             with edit.at(model, "L6.mid", positions=s2, target=1 - labels) as run:
@@ -152,8 +151,8 @@ class Edit(Exact, Shared, Generic[Asked]):
         )
         cast(EditRun, item.edit).inputs = inputs
         if self.provenance is not None:
-            self.provenance.check(model, str(Site.parse(site)))
-        return intervene_once(model, item, EditRun)
+            self.provenance.check(model, site)
+        return Editing(model, item, EditRun)
 
     def on(
         self,

@@ -91,6 +91,12 @@ class Provenance:
             SiteError, UnknownFamilyError: no such site in this model.
             ProvenanceError: a field that does not exist, or of a wrong type.
         """
+        facts = cls._here(model, site) | {"versions": package_versions()}
+        return cls.from_json(facts | known)
+
+    @staticmethod
+    def _here(model: nn.Module, site: str | Site) -> dict[str, Any]:
+        """What is asked of a model and a site each time that the edit is used there."""
         name = str(locate(model, site).site)
         config: Any = getattr(model, "config", None)
         if getattr(config, "model_type", None) is None:
@@ -99,16 +105,14 @@ class Provenance:
                 f"models, and an edit of another module has none"
             )
         text = config.get_text_config()
-        facts = {
+        return {
             "site": name,
             "model_type": config.model_type,
             "width": int(text.hidden_size),
             "layers": int(text.num_hidden_layers),
             "model": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
-            "versions": package_versions(),
         }
-        return cls.from_json(facts | known)
 
     @classmethod
     def from_json(cls, raw: Any) -> Self:
@@ -141,7 +145,7 @@ class Provenance:
             known["classes"] = list(self.classes)
         return known
 
-    def check(self, model: nn.Module, site: str) -> None:
+    def check(self, model: nn.Module, site: str | Site) -> None:
         """Refuse a model that the edit cannot be meant for, and warn of one that it may not be.
 
         Raises:
@@ -150,7 +154,7 @@ class Provenance:
         Warns:
             RevisionWarning: another name, revision or site.
         """
-        self.compare(Provenance.of(model, str(Site.parse(site))))
+        self.compare(Provenance(**self._here(model, site)))
 
     def compare(self, here: "Provenance") -> None:
         """:meth:`check` against the record that a model would be given here."""

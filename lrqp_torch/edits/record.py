@@ -1,5 +1,6 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -114,12 +115,10 @@ class EditRun:
         self._line: Line | None = None
         self._laid: Laid | None = None
         self._launch: _Launch | None = None
-        # A kind of edit answers for its own solve, not for what replaces it.
-        owners = [
-            next(kind for kind in type(edit).__mro__ if name in vars(kind))
-            for name in ("solve", "edit_rows", "edit_stream")
-        ]
-        self.certified = all(edit.certified and "certified" in vars(kind) for kind in owners)
+        kind = type(edit)
+        self.certified = edit.certified and _answers(
+            kind, kind.solve, kind.edit_rows, kind.edit_stream
+        )
 
     @property
     def nbytes(self) -> int:
@@ -424,6 +423,17 @@ class EditRun:
         return self._rows
 
 
+@functools.cache
+def _answers(kind: type, *methods: Any) -> bool:
+    """Whether a kind of edit answers for its own methods, not for what replaces them."""
+    names = "solve", "edit_rows", "edit_stream"
+    owners = [next(one for one in kind.__mro__ if name in vars(one)) for name in names]
+    return all("certified" in vars(one) for one in owners)
+
+
+_NO_ROWS = torch.zeros(0, 0, dtype=torch.float64)
+
+
 class _Rows:
     """A row of numbers for each application of an edit to a token, in the order of application.
 
@@ -443,8 +453,8 @@ class _Rows:
         held: Tensor | None = None,
     ) -> None:
         self.kept, self._places = kept, places or {}
-        self._buffer = torch.zeros(0, 0, dtype=torch.float64) if held is None else held
-        self._count = len(self._buffer)
+        self._buffer = _NO_ROWS if held is None else held
+        self._count = 0 if held is None else len(held)
         self._passes: list[_Pass | _Block] = []
         self._waiting = 0
         # Whether all were written by compiled code on the CPU, which records no failure.
@@ -466,8 +476,8 @@ class _Rows:
 
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
-        self._buffer, self._count = self._buffer[:0], 0
         self._close(self._passes)
+        self._buffer, self._count = _NO_ROWS, 0
         self._passes, self._waiting, self.sound = [], 0, True
 
     def append(self, solution: Solution, index: Tensor, shown: Tensor | None = None) -> None:

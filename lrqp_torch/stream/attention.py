@@ -67,7 +67,7 @@ def visit_patterns(
     try:
         if previous != NAME:
             _show(model, previous)
-        with watch.open():
+        with watch:
             yield
     finally:
         for module in modules.values():

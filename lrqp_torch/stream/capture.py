@@ -16,7 +16,7 @@ from lrqp_torch.errors import (
     ordinary,
 )
 from lrqp_torch.files import digest_model, digest_values
-from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.compiled import Census, input_device
 from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.hooks import Residual, Visit, attach, warn_of_dropout
 from lrqp_torch.stream.inputs import (
@@ -263,7 +263,7 @@ class Reading:
         if self.places is not None:
             check_fit(self.places.positions, call)
         self._within = opened()
-        warn_of_dropout(model)
+        warn_of_dropout(Census.of(model).in_training(model))
 
     @staticmethod
     def _check_alike(located: list[Located]) -> None:
@@ -439,9 +439,9 @@ def _read(
         return read
 
     watch = Watch(model, trunk=located[0].trunk)
-    with watch.open() as stack:
+    with watch:
         for item in sorted(located, key=lambda item: item.site):
-            attach(stack, watch, item, keep(item))
+            attach(watch, item, keep(item))
         with suppress(_StopForwardError):
             model(**inputs)
     _check_reached(located, captured)
@@ -481,14 +481,13 @@ def _read_plainly(
 
         return read
 
-    warn_of_dropout(model)
+    warn_of_dropout(Census.of(model).in_training(model))
     home = input_device(model)
     for batch in in_order(1, range(n_examples), batch_size, None):
         part = take(given, batch, n_examples)
         with ExitStack() as stack:
             for item in located:
-                watch = Watch(model, trunk=item.trunk)
-                attach(stack.enter_context(watch.open()), watch, item, keep(item))
+                attach(stack.enter_context(Watch(model, trunk=item.trunk)), item, keep(item))
             if isinstance(part, Mapping):
                 model(**{k: x.to(home) if isinstance(x, Tensor) else x for k, x in part.items()})
             else:

@@ -9,8 +9,8 @@ process, and the graphs made before are used again once it has closed.
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import compress, repeat
 from operator import contains, itemgetter
 from typing import Any
@@ -51,8 +51,7 @@ class _Eager:
 _EAGER = _Eager()
 
 
-@contextmanager
-def run_eagerly(model: nn.Module) -> Iterator[None]:
+class run_eagerly:  # noqa: N801
     """Run what is compiled without its graphs, so that every hook on the model fires.
 
     Warns with :class:`CompiledModelWarning` when the model, or a part of it, is compiled. A
@@ -61,14 +60,21 @@ def run_eagerly(model: nn.Module) -> Iterator[None]:
     Raises:
         CompiledModelError: the context is opened inside a function that is being compiled.
     """
-    compiled = is_compiled(model)
-    if compiled:
-        _warn(model)
-    with _EAGER:
-        yield
-    # Generation with a static cache compiles the model by itself, at its first token.
-    if not compiled and _generates_compiled(model):
-        _warn(model)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._compiled = model, False
+
+    def __enter__(self) -> None:
+        self._compiled = is_compiled(self._model)
+        if self._compiled:
+            _warn(self._model)
+        _EAGER.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        _EAGER.__exit__()
+        # Generation with a static cache compiles the model by itself, at its first token.
+        if kind is None and not self._compiled and _generates_compiled(self._model):
+            _warn(self._model)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -77,7 +83,7 @@ def is_compiled(model: nn.Module) -> bool:
     """
     if _generates_compiled(model):
         return True
-    census = _Census.of(model)
+    census = Census.of(model)
     if census.wraps_compiled:
         return True
     every = [vars(model), *census.attributes]
@@ -94,27 +100,19 @@ def _forwards_compiled(own: dict[str, Any]) -> bool:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()``, in a fraction of the time; contexts look through them when they open."""
-    return [model, *_Census.of(model).below]
+    """``model.modules()``, in a fraction of the time."""
+    return [model, *Census.of(model).below]
 
 
-def modules_in_training(model: nn.Module) -> list[nn.Module]:
-    """Those of ``model.modules()`` that are in training mode."""
-    census = _Census.of(model)
-    own, modules = census.attributes, census.below
-    if census.wraps_compiled:  # what torch.compile returned asks the module that it was given
-        modules = [module for module in modules if "training" in vars(module)]
-        own = [vars(module) for module in modules]
-    trained = list(compress(modules, map(itemgetter("training"), own)))
-    return [model, *trained] if model.training else trained
-
-
-class _Census:
+class Census:
     """What is below a model, listed once and looked through anew only when modules have changed.
+
+    It does not hold the model itself, which is freed as ever.
 
     Attributes:
         below: all its modules but itself.
         attributes: of each, those that it has itself.
+        parameters: of the model and of each.
         wraps_compiled: whether the model or one of them is what ``torch.compile`` returned.
     """
 
@@ -127,34 +125,56 @@ class _Census:
                     found.append(child)
         self.below = found[1:]
         self.attributes = [vars(module) for module in self.below]
+        self.parameters = [module._parameters for module in found]
         self._children = [module._modules for module in found]
         self._held = [dict(children) for children in self._children]
         self.wraps_compiled = any("_orig_mod" in children for children in self._held)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Census":
+    def of(cls, model: nn.Module) -> "Census":
         """That of a model as it is now."""
         known = _CENSUSES.get(model)
-        # Modules are compared as objects, so this takes microseconds.
-        if known is None or known._children != known._held:
+        if known is None or not known.holds(model):
             known = _CENSUSES[model] = cls(model)
         return known
 
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model still has the same modules."""
+        # Modules are compared as objects, so this takes microseconds.
+        children = self._children
+        return model._modules is children[0] and children == self._held
 
-_CENSUSES: WeakKeyDictionary[nn.Module, _Census] = WeakKeyDictionary()
+    def in_training(self, model: nn.Module) -> list[nn.Module]:
+        """Those of ``model.modules()`` that are in training mode."""
+        own, modules = self.attributes, self.below
+        if self.wraps_compiled:  # what torch.compile returned asks the module that it was given
+            modules = [module for module in modules if "training" in vars(module)]
+            own = [vars(module) for module in modules]
+        if not model.training and not any(map(_training, own)):
+            return []
+        trained = list(compress(modules, map(_training, own)))
+        return [model, *trained] if model.training else trained
+
+
+_training = itemgetter("training")
+_CENSUSES: WeakKeyDictionary[nn.Module, Census] = WeakKeyDictionary()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given, of the one that it returned."""
-    within: nn.Module = vars(module).get("_modules", {}).get("_orig_mod", module)
-    return within
+    children = vars(module).get("_modules")
+    return children.get("_orig_mod", module) if children else module
+
+
+has: Callable[[Any, str], bool] = functools.cache(hasattr)
+"""Whether a class has an attribute, as those of adapters do: asked at every opening."""
 
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model itself, without compilation and adapters around it."""
     inner = unwrapped(model)
     # A model with adapters of peft names its tuner, and not its trunk, a base model.
-    if hasattr(type(inner), "get_base_model"):
+    if has(type(inner), "get_base_model"):
         inner = inner.get_base_model()  # type: ignore[operator]
     return inner
 

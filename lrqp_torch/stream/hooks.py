@@ -6,7 +6,7 @@ the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import ModelError, PositionError, SiteError, warn
-from lrqp_torch.stream.compiled import modules_in_training, run_eagerly
+from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.discovery import beside_of, first_tensor, with_first
 from lrqp_torch.stream.following import Follower
 from lrqp_torch.stream.passes import ForwardCall
@@ -29,14 +29,13 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
-from lrqp_torch.stream.traced import install, stream_given, tensors_given, with_stream
+from lrqp_torch.stream.traced import stream_given, tensors_given, with_stream
 from lrqp_torch.stream.watch import (
     RAN_TWICE,
     Hook,
+    Hooks,
     Watch,
     compiler,
-    hook,
-    hook_after,
     traces,
 )
 
@@ -49,7 +48,7 @@ Visit = Callable[[Tensor, Residual, float, ForwardCall], Tensor]
 that it is part of; gives the tensor to go on with."""
 
 
-def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> None:
+def attach(watch: Watch, located: Located, visit: Visit) -> None:
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
     The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
@@ -82,17 +81,15 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
 
     traced, kept = None, None
-    if watch.key is not None:
+    if watch.followed is not None:
         where, added = str(located.site), located.residual is not None
-        traced, kept = install(
-            stack, watch.key, where, side == "input", added, located.scale, watch, within
-        )
+        traced, kept = watch.followed.install(where, side == "input", added, located.scale, within)
     visits = within if located.site.path is not None or features is not None else visit
     if side == "input":
-        hook(stack, located.module, _Input(watch, located, visits, within, traced), traced=traced)
+        watch.before(located.module, _Input(watch, located, visits, within, traced), traced=traced)
         return
     at = _Output(watch, located, visits, within, traced, residuals, besides)
-    hook_after(stack, located.module, at, traced=traced)
+    watch.after(located.module, at, traced=traced)
     if located.residual is None:
         return
 
@@ -101,7 +98,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
         residuals[get_ident()] = stream_given(module, args, kwargs)
 
-    hook(stack, located.residual, remember, traced=kept)
+    watch.before(located.residual, remember, traced=kept)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         found = first_tensor(output)
@@ -109,7 +106,7 @@ def attach(stack: ExitStack, watch: Watch, located: Located, visit: Visit) -> No
         besides[get_ident(), module] = found
 
     for part, _ in located.beside:
-        hook_after(stack, part, note)
+        watch.after(part, note)
 
 
 class _Input(Hook):
@@ -208,8 +205,8 @@ class _Output(_Input):
         return None if kept is stream else with_first(output, kept)
 
 
-def warn_of_dropout(model: nn.Module) -> None:
-    """Warn when a model is in training mode and drops out activations."""
+def warn_of_dropout(trained: Sequence[nn.Module]) -> None:
+    """Warn when a model's modules that are in training mode drop out activations."""
 
     def rate(module: nn.Module) -> Any:
         # Attention functions draw their own masks at a rate that the attention module names.
@@ -217,22 +214,22 @@ def warn_of_dropout(model: nn.Module) -> None:
             module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
         )
 
-    rates = map(rate, modules_in_training(model))
-    if any(isinstance(value, int | float) and value > 0 for value in rates):
+    if any(isinstance(value, int | float) and value > 0 for value in map(rate, trained)):
         warn(
             UserWarning,
             "the model is in training mode and drops out activations at random; call model.eval()",
         )
 
 
-def warn_of_checkpointing(model: nn.Module) -> bool:
+def warn_of_checkpointing(trained: Sequence[nn.Module]) -> bool:
     """Whether blocks run once more in the backward pass; warn if torch would not notice a change.
 
     Without ``use_reentrant`` torch itself raises where the second run differs from the first.
+
+    Args:
+        trained: a model's modules that are in training mode.
     """
-    if not torch.is_grad_enabled():
-        return False
-    for module in modules_in_training(model):
+    for module in trained if torch.is_grad_enabled() else ():
         if not getattr(module, "gradient_checkpointing", False):
             continue
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
@@ -262,9 +259,9 @@ def record_stream(model: nn.Module, first_position: int) -> Iterator[tuple[list[
         return stream
 
     watch = Watch(model)
-    with watch.open() as stack:
+    with watch:
         for layer in range(len(blocks_of(model))):
-            attach(stack, watch, locate(model, Site("pre", layer)), keep)
+            attach(watch, locate(model, Site("pre", layer)), keep)
         yield recorded, watch
 
 
@@ -300,10 +297,10 @@ def record_heads(
 
         return keep
 
-    with watch.open() as stack:
+    with watch:
         for layer in layers:
             projection = projection_of(model, locate(model, f"L{layer}.pre").site.layer)
-            hook(stack, projection, keeper(layer))
+            watch.before(projection, keeper(layer))
         yield recorded
 
 
@@ -333,11 +330,13 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
             )
         return with_stream(args, kwargs, stream)
 
-    with run_eagerly(model), ExitStack() as stack:
+    with run_eagerly(model):
+        hooks = Hooks()
         # Prepended: edits of this block's input must find the stream already in place.
-        hook(stack, blocks[layer], replace_stream, first=True)
+        hooks.before(blocks[layer], replace_stream, first=True)
         setattr(owner, name, blocks[layer:])
         try:
             yield
         finally:
             setattr(owner, name, blocks)
+            hooks.remove()

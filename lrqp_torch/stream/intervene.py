@@ -1,10 +1,10 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrqp_torch.errors import (
     FEW,
     EditNeverFiredError,
+    LRQPError,
     NonFiniteError,
     PositionError,
     SiteError,
@@ -22,7 +23,7 @@ from lrqp_torch.errors import (
     readable,
     unwrapped,
 )
-from lrqp_torch.stream.compiled import modules_of
+from lrqp_torch.stream.compiled import Census
 from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import Residual, attach, warn_of_checkpointing, warn_of_dropout
@@ -171,10 +172,9 @@ class Intervention:
     edit: Edit
 
 
-@contextmanager
 def intervene(
     model: nn.Module, interventions: Intervention | Sequence[Intervention]
-) -> Iterator[list[Edit]]:
+) -> "Editing[list[Edit]]":
     """Apply edits to every forward pass of ``model`` within the context.
 
     Edits at one site run in the order given. The model itself is not changed: when the context
@@ -203,64 +203,103 @@ def intervene(
         EditNeverFiredError: on closing, when positions never ran through the model, or a scope
             had no token.
     """
-    refuse_within_compilation()
-    if isinstance(interventions, Intervention):
-        interventions = [interventions]
-    wrong = [item for item in interventions if not isinstance(item, Intervention)]
-    if wrong:
-        raise SiteError(
-            f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
-            f"{type(wrong[0]).__name__}"
+    return Editing(model, interventions, list)
+
+
+class Editing(ContextDecorator, Generic[Record]):
+    """The context of :func:`intervene`: what it does when it opens, and when it closes.
+
+    Args:
+        model: the model.
+        interventions: one, or a list of at least one.
+        yields: ``list`` for the edits, or what the only one is, to be given as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interventions: Intervention | Sequence[Intervention],
+        yields: type[Record],
+    ) -> None:
+        self._given = model, interventions, yields
+        self._watches: list[tuple[Watch, list[_Applied]]] = []
+
+    def _recreate_cm(self) -> "Editing[Record]":
+        return Editing(*self._given)
+
+    def __enter__(self) -> Record:
+        refuse_within_compilation()
+        model, interventions, yields = self._given
+        if self._watches:
+            raise LRQPError("this context is open already; open another one for the same edit")
+        if isinstance(interventions, Intervention):
+            interventions = [interventions]
+        for item in interventions:
+            if not isinstance(item, Intervention):
+                raise SiteError(
+                    f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
+                    f"{type(item).__name__}"
+                )
+        applied = [_Applied(item, locate(model, item.site)) for item in interventions]
+        if not applied:
+            raise PositionError("no interventions were given: nothing would be edited")
+        trained, reruns = Census.of(model).in_training(model), False
+        if trained:
+            warn_of_dropout(trained)
+            reruns = warn_of_checkpointing(trained)
+        together: dict[object, list[_Applied]] = {}
+        for each in applied:
+            together.setdefault(each.located.passes, []).append(each)
+        graphs = not (reruns or puts_tokens_in_front(model)) and all(
+            map(_fit_graphs, together.values())
         )
-    applied = [_Applied(item, locate(model, item.site)) for item in interventions]
-    if not applied:
-        raise PositionError("no interventions were given: nothing would be edited")
-    warn_of_dropout(model)
-    reruns = warn_of_checkpointing(model)
-    together: dict[object, list[_Applied]] = {}
-    for item in applied:
-        together.setdefault(item.located.passes, []).append(item)
-    # What a graph cannot hold: blocks that run twice, tokens put in front, an edit that is learned,
-    # a module that is no language model's.
-    learned = any(item.trainable for item in applied)
-    graphs = not (reruns or learned or puts_tokens_in_front(model)) and all(
-        not (items[0].located.trunk.plain or any(item.located.beside for item in items))
-        and may_trace(items[0].located.trunk.module, [str(item.located.site) for item in items])
-        for items in together.values()
-    )
-    watches = []
-    with ExitStack() as opened:
-        for items in together.values():
-            trunk, follows = items[0].located.trunk, [item.places for item in items]
-            watch = Watch(model, follows, trunk=trunk, reruns=reruns)
-            watches.append((watch, items))
-            stack = opened.enter_context(watch.open(compiled=graphs))
-            for item in sorted(items, key=lambda item: item.located.site):
-                attach(stack, watch, item.located, item.apply)
-                if item.record is not None:
-                    item.record.begin()
-        yield [item.edit for item in interventions]
-    # Reached only when the body did not raise: its own error says more than this one would.
-    for watch, items in watches:
-        for item in items:
-            item.close(watch)
+        try:
+            for items in together.values():
+                trunk, follows = items[0].located.trunk, [each.places for each in items]
+                watch = Watch(model, follows, trunk=trunk, reruns=reruns, graphs=graphs)
+                watch.__enter__()
+                self._watches.append((watch, items))
+                for each in sorted(items, key=_site_of) if len(items) > 1 else items:
+                    attach(watch, each.located, each.apply)
+                    if each.record is not None:
+                        each.record.begin()
+        except BaseException as error:
+            self._leave(type(error), error, error.__traceback__)
+            raise
+        edits = [each.item.edit for each in applied]
+        return cast(Record, edits if yields is list else edits[0])
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        watches = [*self._watches]
+        self._leave(kind, *raised)
+        # An error of the body says more than these would.
+        for watch, items in watches if kind is None else ():
+            for item in items:
+                item.close(watch)
+
+    def _leave(self, *raised: Any) -> None:
+        """Close what is open, the last first, whatever one of them raises."""
+        while self._watches:
+            watch, _ = self._watches.pop()
+            try:
+                watch.__exit__(*raised)
+            except BaseException as error:
+                self._leave(type(error), error, error.__traceback__)
+                raise
 
 
-@contextmanager
-def intervene_once(model: nn.Module, item: Intervention, record: type[Record]) -> Iterator[Record]:
-    """Apply one edit within the context, and yield it as the ``record`` of what it did."""
-    with intervene(model, item) as (edit,):
-        assert isinstance(edit, record)
-        yield edit
+def _site_of(applied: "_Applied") -> Site:
+    return applied.located.site
 
 
-def _is_learned(edit: Any) -> bool:
-    """Whether some parameter of an edit asks for a gradient."""
-    if not isinstance(edit, nn.Module):
-        parameters = getattr(edit, "parameters", tuple)
-        return any(parameter.requires_grad for parameter in parameters())
-    every = (part for module in modules_of(edit) for part in module._parameters.values())
-    return any(part is not None and part.requires_grad for part in every)
+def _fit_graphs(applied: Sequence["_Applied"]) -> bool:
+    """Whether a graph can hold edits of one trunk: not one that is learned, nor of a module that is
+    no language model's. (Nor can it hold blocks that run twice, or tokens put in front.)
+    """
+    trunk, sites = applied[0].located.trunk, [str(each.located.site) for each in applied]
+    if trunk.plain or any([each.located.beside or each.is_learned() for each in applied]):
+        return False
+    return may_trace(trunk.module, sites)
 
 
 class _Applied:
@@ -273,7 +312,6 @@ class _Applied:
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)
-        self.trainable = _is_learned(getattr(edit, "edit", edit))
         self.places = Follower.of(Positions.parse(item.positions))
         self.passes = 0
         # A call that is one object for all that are like it, and its rows on the CPU.
@@ -281,6 +319,18 @@ class _Applied:
         self.largest: list[Tensor] = []
         # What an edit was told last of rows of the stream itself, which are the same pass for pass.
         self.told: tuple[Rows, torch.dtype, _Here] | None = None
+
+    def is_learned(self) -> bool:
+        """Whether some parameter of the edit asks for a gradient."""
+        edit: Any = getattr(self.item.edit, "edit", self.item.edit)
+        if not isinstance(edit, nn.Module):
+            parameters = getattr(edit, "parameters", tuple)
+            return any(parameter.requires_grad for parameter in parameters())
+        for own in Census.of(edit).parameters:
+            for part in own.values():
+                if part is not None and part.requires_grad:
+                    return True
+        return False
 
     def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.

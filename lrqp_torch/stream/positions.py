@@ -1,6 +1,5 @@
 """Token positions: every way to say them, parsed once, and which of them a forward pass reaches."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union, cast
@@ -8,7 +7,16 @@ from typing import Any, TypeAlias, Union, cast
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import FEW, PositionError, TargetError, as_classes, concrete, quoted
+from lrqp_torch.errors import (
+    FEW,
+    PositionError,
+    TargetError,
+    as_classes,
+    concrete,
+    in_transforms,
+    outside_transforms,
+    quoted,
+)
 from lrqp_torch.stream.passes import ForwardCall
 from lrqp_torch.stream.text import TextInputs
 
@@ -94,7 +102,8 @@ class Positions:
 
     Args:
         example: row of the batch of each pair, (N,).
-        token: column of each, (N,).
+        token: column of each, (N,); of one position an example this may be a list, and ``example``
+            None: they are made into tensors where somebody asks.
         batch: B, or None where a scope finds the pairs.
         scope: what finds them.
         grid: shape of the positions as they were said: (B,), (B, n), or (B, T) for a mask.
@@ -103,19 +112,22 @@ class Positions:
 
     def __init__(
         self,
-        example: Tensor,
-        token: Tensor,
+        example: Tensor | None,
+        token: Tensor | list[int],
         batch: int | None = None,
         scope: Scope | None = None,
         grid: tuple[int, ...] = (),
         is_mask: bool = False,
     ) -> None:
-        self._example, self._token, self._text = example, token, torch.zeros_like(example)
+        # Of one position an example, where they are few.
+        self.each = token if isinstance(token, list) else None
+        self._token = None if isinstance(token, list) else token
+        self._example, self._text, self._span = example, _NONE, cast(tuple[int, int] | None, None)
         self.batch, self.scope, self.grid, self.is_mask = batch, scope, grid, is_mask
         self.requests: int | None = None
         # What a scope has found: how many pairs, those that are not in the columns yet, and which
         # of all the attention mask shows, where that is not known before it is read.
-        self._count = len(example)
+        self._count = len(token)
         self._found: list[tuple[Tensor, Tensor | int, int, Tensor | None]] = []
         self._shown: Tensor | None = None
         self._shown_again: list[tuple[Tensor, Tensor]] = []
@@ -144,7 +156,10 @@ class Positions:
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
                     f"scope, got {type(positions).__name__}: {quoted(positions)}"
                 ) from error
-        # Positions are looked at on the host; of a GPU that is the one wait for them.
+        # Positions are looked at on the host; of a GPU that is the one wait for them. They are kept
+        # as a copy, which does not change with the tensor that was given.
+        if positions.ndim == 1 and positions.dtype == torch.long and 0 < len(positions) <= FEW:
+            return cls(None, positions.tolist(), len(positions), grid=(len(positions),))._checked()
         positions = positions.cpu()
         is_mask, grid = positions.dtype == torch.bool, tuple(positions.shape)
         if positions.dtype.is_floating_point or len(grid) not in ((2,) if is_mask else (1, 2)):
@@ -160,45 +175,53 @@ class Positions:
             _check_distinct(positions)
             example = torch.arange(len(positions))
             example, token = example.repeat_interleave(grid[1]), positions.flatten()
-        # A copy, which does not change with the tensor that was given.
         token = token.clone() if token.dtype == torch.long else token.long()
-        result = cls(example, token, len(positions), grid=grid, is_mask=is_mask)
-        if not len(result):
+        return cls(example, token, len(positions), grid=grid, is_mask=is_mask)._checked()
+
+    def _checked(self) -> "Positions":
+        if not len(self):
             raise PositionError("no positions: nothing would be edited or captured")
-        if result.span[0] < 0:
+        if self.span[0] < 0:
             raise PositionError(
-                f"position {result.span[0]} is negative: count from 0 at the start of the padded "
+                f"position {self.span[0]} is negative: count from 0 at the start of the padded "
                 f"input"
             )
-        return result
+        return self
 
     def __len__(self) -> int:
-        return len(self.example)
+        return len(self.each or self.example)
 
-    @functools.cached_property
+    @property
     def span(self) -> tuple[int, int]:
         """Of known positions, the smallest column and the largest."""
-        token = self.token
-        if len(token) <= FEW:
-            numbers = token.tolist()
-            return min(numbers), max(numbers)
-        least, most = token.aminmax()
-        return int(least), int(most)
+        if self._span is None:
+            numbers, token = self.each, self._token
+            if numbers is None:
+                assert token is not None
+                numbers = token.tolist() if len(token) <= FEW else [*map(int, token.aminmax())]
+            self._span = min(numbers), max(numbers)
+        return self._span
 
     @property
     def example(self) -> Tensor:
         """Row of the batch of each pair, (N,)."""
-        return self._pairs("_example")
+        if self._example is None:
+            assert self.each is not None
+            self._example = whole_numbers(range(len(self.each)))
+        return self._example if self.scope is None else self._pairs("_example")
 
     @property
     def token(self) -> Tensor:
         """Column of each, (N,)."""
-        return self._pairs("_token")
+        if self._token is None:
+            assert self.each is not None
+            self._token = whole_numbers(self.each)
+        return self._token if self.scope is None else self._pairs("_token")
 
     @property
     def generation(self) -> Tensor:
         """In a scope, which of the context's texts each is part of, from 0, (N,)."""
-        return self._pairs("_text")
+        return torch.zeros_like(self.example) if self.scope is None else self._pairs("_text")
 
     @property
     def request(self) -> Tensor:
@@ -266,8 +289,10 @@ class Positions:
                 torch.ones_like(example, dtype=torch.bool) if shown is None else shown.cpu()
                 for example, _, _, shown in found
             ]
-            known = torch.ones_like(self._example, dtype=torch.bool)
+            known = torch.ones_like(self._text, dtype=torch.bool)
             self._shown = torch.cat([known if self._shown is None else self._shown, *parts])
+        assert self._example is not None
+        assert self._token is not None
         self._example = torch.cat([self._example, *(part[0] for part in found)])
         tokens = [
             torch.full_like(part[0], part[1]) if isinstance(part[1], int) else part[1]
@@ -283,6 +308,8 @@ class Positions:
     def classes(self, given: Any, name: str) -> Tensor:
         """A class for each pair, (N,), on the CPU; in a scope for each request, (B,), or (1,).
 
+        They are a copy, which does not change with what was given.
+
         Args:
             given: integers: one for all, (B,) one an example or request, or one a position.
             name: what they are, for messages.
@@ -290,10 +317,14 @@ class Positions:
         Raises:
             TargetError: another shape or dtype, or another number of requests than before.
         """
-        classes: Tensor = as_classes(given, name).cpu()
-        if classes.dtype.is_floating_point or classes.dtype == torch.bool:
-            raise TargetError(f"{name} must hold integer classes, got {classes.dtype}; use .long()")
-        classes = classes.long()  # compiled code reads them where they lie
+        classes = as_classes(given, name)
+        if classes.dtype != torch.long:
+            if classes.dtype.is_floating_point or classes.dtype == torch.bool:
+                raise TargetError(
+                    f"{name} must hold integer classes, got {classes.dtype}; use .long()"
+                )
+            classes = classes.long()  # compiled code reads them where they lie
+        classes = classes.cpu()
         if self.scope is not None:
             if classes.ndim > 1 or (classes.ndim and self.requests not in (None, len(classes))):
                 known = "(B,)" if self.requests is None else f"({self.requests},)"
@@ -302,14 +333,16 @@ class Positions:
                     f"give one number, or {known} for one class a request"
                 )
             self.requests = len(classes) if classes.ndim else self.requests
-            return classes.reshape(-1)
-        example, token = self.example.cpu(), self.token.cpu()
+            return classes.reshape(-1).clone()
         if classes.ndim == 0:
-            return classes.expand(len(example)).clone()
+            return classes.expand(len(self)).clone()
+        if len(self.grid) == 1 and classes.shape == self.grid:
+            return classes.clone(memory_format=torch.contiguous_format)
+        example, token = self.example.cpu(), self.token.cpu()
         if classes.shape == (self.batch,):
             return classes[example]
         if classes.shape == self.grid:
-            return classes[example, token] if self.is_mask else classes.flatten()
+            return classes[example, token] if self.is_mask else classes.flatten().clone()
         raise TargetError(
             f"{name} has shape {tuple(classes.shape)}; give one number, ({self.batch},) for one "
             f"class an example, or {self.grid} for one a position"
@@ -329,6 +362,15 @@ class Positions:
 
 
 _NONE = torch.zeros(0, dtype=torch.long)
+
+
+def whole_numbers(numbers: Sequence[int]) -> Tensor:
+    """Numbers as a tensor on the CPU that may be used anywhere, wherever it is made."""
+    if not (torch.is_inference_mode_enabled() or in_transforms()):
+        return torch.tensor(numbers, device="cpu")
+    with outside_transforms(), torch.inference_mode(False):
+        made = torch.tensor(numbers, device="cpu")
+    return made
 
 
 def _check_distinct(table: Tensor) -> None:

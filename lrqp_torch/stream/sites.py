@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import RLock
 from typing import Any, Literal, Self, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -32,7 +32,14 @@ from lrqp_torch.errors import (
     UnknownFamilyError,
     quoted,
 )
-from lrqp_torch.stream.compiled import descend, inner_model, modules_of, own_forward, unwrapped
+from lrqp_torch.stream.compiled import (
+    Census,
+    descend,
+    inner_model,
+    modules_of,
+    own_forward,
+    unwrapped,
+)
 from lrqp_torch.stream.discovery import (
     BlockSites,
     Cut,
@@ -134,6 +141,10 @@ class Site:
         return cls("final", path=path, side=side)
 
     def __str__(self) -> str:
+        return self._name
+
+    @cached_property
+    def _name(self) -> str:
         if self.path is not None:
             return f"{self.path}:{self.side}"
         return f"{self.stack}.{self.bare}" if self.stack else self.bare
@@ -236,9 +247,6 @@ Stacks = Mapping[str, Stack]
 _LAYOUTS: dict[tuple[object, ...], Stacks] = {}
 """What was found and proven in this process."""
 
-_OF_MODELS: WeakKeyDictionary[
-    nn.Module, tuple[Family | None, dict[str, Any], Stacks, list[object]]
-] = WeakKeyDictionary()
 _FINDING = RLock()
 """Held where a model is run on a few tokens, and out of its training mode meanwhile."""
 _ATTENTION = "_attn_implementation_internal"
@@ -259,6 +267,71 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
+class _Known:
+    """What is known of a model, and what that rests on: what contexts ask for over and over.
+
+    It does not hold the model itself, which is freed as ever.
+
+    Attributes:
+        stacks: of the model.
+        places: sites that were located, by the names that were given.
+    """
+
+    def __init__(self, model: nn.Module, row: Family | None, stacks: Stacks) -> None:
+        inner = inner_model(model)
+        self.stacks, self.places = stacks, dict[str | Site, Located]()
+        self._inner, self._row, self._census = ref(inner), row, Census(model)
+        config: Any = inner.config
+        self._config, self._type, self._settings = config, config.model_type, dict(vars(config))
+        self._blocks: list[nn.Module] = []
+        for stack in stacks.values():
+            blocks = descend(descend(inner, stack.trunk), stack.blocks)
+            self._blocks += blocks.children()
+        self._own = [vars(block) for block in self._blocks]
+        self._computed = [type(block).forward for block in self._blocks]
+        # What stands in place of a forward may hold the model.
+        self._replaced = [_reference(own_forward(block)) for block in self._blocks]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model is still what it was found to be."""
+        inner = self._inner()
+        if inner is None or inner is not inner_model(model) or not self._census.holds(model):
+            return False
+        if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
+            return False
+        if [type(block).forward for block in self._blocks] != self._computed:
+            return False
+        if any(self._replaced) or any(map(_has_forward, self._own)):
+            for block, replaced in zip(self._blocks, self._replaced, strict=True):
+                if own_forward(block) is not (replaced and replaced()):
+                    return False
+        # Of the settings, contexts themselves change how attention is computed.
+        settings, known = vars(self._config), self._settings
+        return settings == known or {**settings, _ATTENTION: known.get(_ATTENTION)} == known
+
+    def keep(self, name: str | Site, found: "Located", model: nn.Module) -> "Located":
+        """Remember a site that was located."""
+        whole = model, self._inner()
+        if found.module not in whole and found.trunk.module not in whole:
+            self.places[name] = found
+        return found
+
+
+def _has_forward(own: dict[str, Any]) -> bool:
+    return "forward" in own
+
+
+def _reference(held: Any) -> Callable[[], Any] | None:
+    """A weak reference to what may be None."""
+    try:
+        return None if held is None else ref(held)
+    except TypeError:
+        return lambda: None  # and so never the same
+
+
+_OF_MODELS: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
 def stacks_of(model: nn.Module) -> Stacks:
     """A model's stacks of blocks and where their sites are, found and proven on its first use.
 
@@ -268,6 +341,14 @@ def stacks_of(model: nn.Module) -> Stacks:
         UnknownFamilyError: the model is not from transformers, cannot be run on a few tokens, or
             has no run of blocks; or its family's row does not pass the cut test.
     """
+    return _known(model).stacks
+
+
+def _known(model: nn.Module) -> _Known:
+    """What is known of a model as it is now; see :func:`stacks_of`."""
+    known = _OF_MODELS.get(model)
+    if known is not None and known.holds(model):
+        return known
     inner = inner_model(model)
     config: Any = getattr(inner, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -276,15 +357,7 @@ def stacks_of(model: nn.Module) -> Stacks:
             f"{type(model).__name__} has no config.model_type; pass a transformers model, or name "
             f"its modules: Site.module(path, 'output'){_wrapped(inner)}"
         )
-    row = FAMILIES.get(model_type)
-    # What a context asks for over and over is kept by model, for as long as its settings stay.
-    known = _OF_MODELS.get(inner)
-    if known is not None and known[0] is row and known[3] == _parts(inner, known[2]):
-        # Of the settings, contexts themselves change how attention is computed.
-        settings = vars(config)
-        if settings == known[1] or {**settings, _ATTENTION: known[1].get(_ATTENTION)} == known[1]:
-            return known[2]
-    kind = built(inner)
+    row, kind = FAMILIES.get(model_type), built(inner)
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     # What stands in place of a forward may hold the model, and no other model has it.
     key = None if any(part[3] for part in kind) else (kind, settings, row)
@@ -303,22 +376,8 @@ def stacks_of(model: nn.Module) -> Stacks:
             ) from error
         if key is not None:
             _LAYOUTS[key] = stacks
-    _OF_MODELS[inner] = (row, dict(vars(config)), stacks, _parts(inner, stacks))
-    return stacks
-
-
-def _parts(model: nn.Module, stacks: Stacks) -> list[object]:
-    """What the blocks of a model are and are made of, by number: what replaces one has another."""
-    found: list[object] = []
-    for stack in stacks.values():
-        try:
-            blocks = descend(descend(model, stack.trunk), stack.blocks)
-        except AttributeError:
-            return []
-        for block in blocks.children():
-            found += [id(block), type(block).forward, id(own_forward(block))]
-            found += map(id, block._modules.values())
-    return found
+    known = _OF_MODELS[model] = _Known(model, row, stacks)
+    return known
 
 
 def layout_of(model: nn.Module, stack: str = "") -> Stack:
@@ -512,10 +571,19 @@ def locate(model: nn.Module, name: str | Site) -> Located:
         SiteError: bad name, layer out of range, or a place that the block does not have.
         UnknownFamilyError: see :func:`stacks_of` and :func:`layout_of`.
     """
+    known = _OF_MODELS.get(model) if isinstance(name, str | Site) else None
+    if known is not None and name in known.places and known.holds(model):
+        return known.places[name]
     site = Site.parse(name)
-    if site.path is not None:
-        return _locate_module(model, site)
-    stacks, kind = stacks_of(model), type(inner_model(model)).__name__
+    if site.path is None:
+        known = _known(model)
+        return known.keep(name, _locate(model, site, known.stacks), model)
+    found, known = _locate_module(model, site), _OF_MODELS.get(model)
+    return found if known is None or found.trunk.plain else known.keep(name, found, model)
+
+
+def _locate(model: nn.Module, site: Site, stacks: Stacks) -> Located:
+    kind = type(inner_model(model)).__name__
     if site.stack not in stacks:
         names = " or ".join(f"'{f'{name}.{site.bare}'.lstrip('.')}'" for name in stacks)
         raise SiteError(f"{site}: of {kind}, which has {KINDS[len(stacks) > 1]}, write {names}")

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import count
 from types import CodeType, MethodType
 from typing import Any, Protocol, cast
@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lrqp_torch.errors import CompiledModelError, EditNeverFiredError, SiteError
 from lrqp_torch.stream.discovery import first_tensor, with_first
@@ -54,7 +55,8 @@ _NUMBERS = count()
 _LOCK = threading.Lock()
 _PASSES: dict[int, list[tuple[int, Passes]]] = {}
 _VISITS: dict[str, tuple[Passes, Visit]] = {}
-_TRACED: dict[str, "Traced"] = {}
+_TRACED: dict[str, "_Visit"] = {}
+_ENDS: dict[tuple[int, int], tuple["Traced", "Traced"]] = {}
 
 _INSTALLED: dict[int, str] = {}
 """Of each trunk the names of its sites with an edit: what a graph of it was traced for."""
@@ -70,10 +72,11 @@ def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     Not where it could not be told from graphs made outside of it, nor where graphs for so many
     other sites were made that torch would soon refuse to make another.
     """
-    made = _MADE.get(key_of(trunk), set())
+    key = key_of(trunk)
+    made = _MADE.get(key)
     if not made or "torch._dynamo" not in sys.modules:
         return True
-    key, counts = key_of(trunk), Counter(sites)
+    counts = Counter(sites)
     names = sorted(f"{key}/{site}#{n}" for site, times in counts.items() for n in range(times))
     return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
 
@@ -113,8 +116,13 @@ _FORWARDS: dict[tuple[str, ...], Any] = {}
 
 def refuse_within_compilation() -> None:
     """Raise :class:`CompiledModelError` inside a function that is being compiled."""
-    if "torch._dynamo" in sys.modules:
+    if torch.compiler.is_dynamo_compiling() or _compiles():
         _refuse()()
+
+
+def _compiles() -> bool:
+    frames = sys.modules.get("torch._C._dynamo.eval_frame")
+    return frames is not None and frames.get_eval_frame_callback() not in (None, False)
 
 
 @functools.cache
@@ -124,13 +132,18 @@ def _refuse() -> Any:
 
 
 def _refuse_within_compilation() -> None:
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    if get_eval_frame_callback() not in (None, False):
+    if _compiles():
         raise CompiledModelError(
             "a model cannot be edited inside a function that torch.compile compiles: open the "
             "context around that function, or mark it with torch.compiler.disable"
         )
+
+
+def next_number() -> int:
+    """A number that no hook of torch has or will have."""
+    number = RemovableHandle.next_id
+    RemovableHandle.next_id = number + 1
+    return number
 
 
 class Traced:
@@ -139,10 +152,16 @@ class Traced:
     Args:
         key: of the trunk.
         name: of the hook.
+
+    Attributes:
+        number: that of every hook in whose place it is traced: a graph is guarded by the numbers of
+            the hooks that it was made with.
+        mark: what a module with the hook is known by; empty where it has another hook besides.
     """
 
     def __init__(self, key: int, name: str) -> None:
         self.key, self.name, self.ticket = key, name, f"ticket {key}"
+        self.number, self.mark = next_number(), name
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
         """As a hook."""
@@ -191,6 +210,10 @@ class _Enter(Traced):
 class _Leave(Traced):
     """Where a trunk returns: the pass is over."""
 
+    def __init__(self, key: int, name: str) -> None:
+        super().__init__(key, name)
+        self.mark = ""
+
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         _PENDING.pop(self.ticket, None)
 
@@ -227,92 +250,85 @@ class _Remember(Traced):
 
 def key_of(trunk: nn.Module) -> int:
     """A number for a trunk, for as long as it lives."""
-    with _LOCK:
-        if trunk not in _KEYS:
-            _KEYS[trunk] = next(_NUMBERS)
-        return _KEYS[trunk]
+    key = _KEYS.get(trunk)
+    if key is None:
+        with _LOCK:
+            key = _KEYS.setdefault(trunk, next(_NUMBERS))
+    return key
 
 
-def follow(
-    stack: ExitStack,
-    trunk: nn.Module,
-    passes: Passes,
-    names: tuple[str, ...],
-    caches: tuple[str, ...],
-) -> tuple[int, Traced, Traced]:
-    """Tell ``passes`` of every pass of a trunk in a graph, until the stack closes.
+class Followed:
+    """What graphs of a trunk are told of one context, until it closes.
 
     Args:
-        stack: of the context.
         trunk: the module.
-        passes: what is told.
+        passes: what is told of every pass of it.
         names: what the trunk takes by position.
         caches: names that caches have.
 
-    Returns:
-        The trunk's key, and what is to be traced in place of hooks before and after it.
+    Attributes:
+        entered, left: what is to be traced in place of hooks before and after the trunk.
     """
-    key = key_of(trunk)
-    with _LOCK:
-        every = _PASSES.setdefault(key, [])
-        order = next(n for n in count() if n not in [number for number, _ in every])
-        every.append((order, passes))
-        _INSTALLED.setdefault(key, "")
-        enter, leave = f"{key} enter#{order}", f"{key} leave#{order}"
-        entered = _TRACED.setdefault(enter, _Enter(key, enter, names, caches))
-        left = _TRACED.setdefault(leave, _Leave(key, leave))
 
-    def remove() -> None:
+    def __init__(
+        self, trunk: nn.Module, passes: Passes, names: tuple[str, ...], caches: tuple[str, ...]
+    ) -> None:
+        self.key, self.passes, self._names = key_of(trunk), passes, list[str]()
         with _LOCK:
-            every.remove((order, passes))
+            every = _PASSES.setdefault(self.key, [])
+            taken = [number for number, _ in every]
+            order = next(n for n in count() if n not in taken) if taken else 0
+            every.append((order, passes))
+            _INSTALLED.setdefault(self.key, "")
+            self._order, known = order, _ENDS.get((self.key, order))
+            if known is None:
+                known = (
+                    _Enter(self.key, f"{self.key} enter#{order}", names, caches),
+                    _Leave(self.key, f"{self.key} leave#{order}"),
+                )
+                _ENDS[self.key, order] = known
+        self.entered, self.left = known
 
-    stack.callback(remove)
-    return key, entered, left
+    def install(
+        self, site: str, before: bool, added: bool, scale: float, visit: Visit
+    ) -> tuple[Traced, Traced]:
+        """Let ``visit`` run at a site in every graph of the trunk.
 
+        Args:
+            site: its name.
+            before: whether the tensor is what a module is given, not what it returns.
+            added: whether it is added to the input of a module that ran before.
+            scale: what it is multiplied by.
+            visit: called with tensor, what it is added to, scale and call; gives what stands for
+                it.
 
-def install(
-    stack: ExitStack,
-    key: int,
-    site: str,
-    before: bool,
-    added: bool,
-    scale: float,
-    passes: Passes,
-    visit: Visit,
-) -> tuple[Traced, Traced]:
-    """Let ``visit`` run at a site in every graph of a trunk, until the stack closes.
-
-    Args:
-        stack: of the context.
-        key: of the trunk.
-        site: its name.
-        before: whether the tensor is what a module is given, not what it returns.
-        added: whether it is added to the input of a module that ran before.
-        scale: what it is multiplied by.
-        passes: whose passes these are.
-        visit: called with tensor, what it is added to, scale and call; gives what stands for it.
-
-    Returns:
-        What is to be traced in place of the hook there, and of that which keeps the input.
-    """
-    with _LOCK:
-        name = next(w for w in (f"{key}/{site}#{n}" for n in count()) if w not in _VISITS)
-        _VISITS[name] = passes, visit
-        _list(key)
-        traced = _TRACED.setdefault(name, _Visit(key, name, before, added, scale))
-        assert isinstance(traced, _Visit)
-
-    def remove() -> None:
+        Returns:
+            What is to be traced in place of the hook there, and of that which keeps the input.
+        """
         with _LOCK:
-            del _VISITS[name]
+            number, key = 0, self.key
+            while (name := f"{key}/{site}#{number}") in _VISITS:
+                number += 1
+            _VISITS[name] = self.passes, visit
             _list(key)
+            self._names.append(name)
+            traced = _TRACED.get(name)
+            if traced is None:
+                traced = _TRACED[name] = _Visit(key, name, before, added, scale)
+        return traced, traced.remember
 
-    stack.callback(remove)
-    return traced, traced.remember
+    def close(self) -> None:
+        """Tell no more."""
+        with _LOCK:
+            for name in self._names:
+                del _VISITS[name]
+            _list(self.key)
+            _PASSES[self.key].remove((self._order, self.passes))
 
 
 def _list(key: int) -> None:
-    _INSTALLED[key] = " ".join(sorted(w for w in _VISITS if w.startswith(f"{key}/")))
+    start = f"{key}/"
+    _INSTALLED[key] = " ".join(sorted([w for w in _VISITS if w.startswith(start)]))
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -8,12 +8,12 @@ until it closes. Passes of other threads stay untouched, and are named where an 
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from threading import get_ident
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +29,7 @@ from lrqp_torch.errors import (
     unwrapped,
     warn,
 )
-from lrqp_torch.stream.compiled import CompiledModelWarning, inner_model, run_eagerly
+from lrqp_torch.stream.compiled import CompiledModelWarning, has, inner_model, run_eagerly
 from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
     CACHES,
@@ -41,7 +41,7 @@ from lrqp_torch.stream.passes import (
     puts_tokens_in_front,
 )
 from lrqp_torch.stream.sites import Trunk
-from lrqp_torch.stream.traced import Traced, follow, marked
+from lrqp_torch.stream.traced import Followed, Traced, marked, next_number
 
 RAN_TWICE = (
     "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
@@ -96,148 +96,170 @@ class Hook(_Added):
     """
 
 
-def replace_method(
-    stack: ExitStack, owner: nn.Module, name: str, change: Callable[..., Callable[..., Any]]
-) -> None:
-    """Let ``change(owner, method)`` stand for a method of one object until the stack closes."""
-    own = vars(owner)
-    held = own.get(name)
-    if not isinstance(held, _Added):
-        held = own[name] = _Added(change(owner, getattr(owner, name)), held)
-    held.users += 1
+class Hooks:
+    """Hooks that one context has on modules, and what stands in place of methods, until it closes.
 
-    def restore(added: _Added = held) -> None:
-        added.users -= 1
-        if not added.users:
-            del own[name]
-            if added.before is not None:
-                own[name] = added.before
-
-    stack.callback(restore)
-
-
-def hook(
-    stack: ExitStack,
-    module: nn.Module,
-    function: Callable[..., Any],
-    *,
-    first: bool = False,
-    traced: Traced | None = None,
-) -> None:
-    """Call ``function(module, args, kwargs)`` before a module runs, until the stack closes.
-
-    ``traced``: what ``torch.compile`` is to follow in its place; a :class:`Hook` has its own.
+    They are put where torch keeps them, in the modules' own tables.
     """
-    added = function if isinstance(function, Hook) else _Added(function, traced=traced)
-    handle = module.register_forward_pre_hook(added, prepend=first, with_kwargs=True)
-    tables = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-    _keep(stack, module, handle, traced, tables)
 
+    def __init__(self) -> None:
+        self._hooks: list[tuple[_Kept, int, str, tuple[dict[int, Any], ...]]] = []
+        self._methods: list[tuple[dict[str, Any], str]] = []
 
-def hook_after(
-    stack: ExitStack,
-    module: nn.Module,
-    function: Callable[..., Any],
-    *,
-    always: bool = False,
-    traced: Traced | None = None,
-) -> None:
-    """Call ``function(module, args, kwargs, output)`` after it has run, until the stack closes."""
-    added = function if isinstance(function, Hook) else _Added(function, traced=traced)
-    handle = module.register_forward_hook(added, with_kwargs=True, always_call=always)
-    tables = (
-        module._forward_hooks,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-    )
-    _keep(stack, module, handle, traced, tables)
+    def before(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        first: bool = False,
+        traced: Traced | None = None,
+    ) -> None:
+        """Call ``function(module, args, kwargs)`` before a module runs.
 
+        ``traced``: what ``torch.compile`` is to follow in its place; a :class:`Hook` has its own.
+        """
+        table = module._forward_pre_hooks
+        number = self._add(module, function, traced, (table, module._forward_pre_hooks_with_kwargs))
+        if first:
+            cast(OrderedDict[int, Any], table).move_to_end(number, last=False)
 
-_HOOKED: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
-"""The names of the hooks that contexts have on a module, and the ``forward`` of its own if any."""
-_LOCK = threading.Lock()
+    def after(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        always: bool = False,
+        traced: Traced | None = None,
+    ) -> None:
+        """Call ``function(module, args, kwargs, output)`` after it has run."""
+        some = module._forward_hooks, module._forward_hooks_with_kwargs
+        tables = (*some, module._forward_hooks_always_called) if always else some
+        self._add(module, function, traced, tables)
 
-
-def _keep(
-    stack: ExitStack, module: nn.Module, handle: Any, traced: Traced | None, tables: Any
-) -> None:
-    """Keep a hook until the stack closes, with what its module needs for as long: copies without
-    it, and a ``forward`` by which graphs are told apart.
-    """
-    own, name = vars(module), "" if traced is None else traced.name
-    remove = handle.remove if traced is None else _renumber(handle.id, traced, tables)
-
-    def mark(names: list[str], held: Any) -> None:
-        if kept := tuple(sorted(filter(None, names))):
-            own["forward"] = marked(module, held, kept)
-        elif held is not None:
-            own["forward"] = held
-        else:
-            own.pop("forward", None)
-
-    with _LOCK:
-        known = _HOOKED.get(module)
-        if known is None:
-            known = _HOOKED[module] = [], own.get("forward")
-            for method, change in _METHODS.items():
-                own[method] = _Added(change(module, getattr(module, method)), own.get(method))
-        known[0].append(name)
-        if name:
-            mark(*known)
-
-    def restore() -> None:
-        remove()
+    def _add(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        traced: Traced | None,
+        tables: tuple[dict[int, Any], ...],
+    ) -> int:
+        added = function if isinstance(function, Hook) else _Added(function, traced=traced)
+        own, hooks = vars(module), tables[0]
         with _LOCK:
-            names, held = _HOOKED[module]
-            names.remove(name)
+            kept = own.get(_REDUCE)
+            if type(kept) is not _Kept or kept.module is not module:
+                kept = _Kept(module)
+            if traced is None or traced.number in hooks:
+                number, name = next_number(), "" if traced is None else traced.mark
+            else:
+                number, name = traced.number, traced.mark
+            self._hooks.append((kept, number, name, tables))
+            kept.count += 1
             if name:
-                mark(names, held)
-            if not names:
-                del _HOOKED[module]
-                for method in _METHODS:
-                    before = own.pop(method).before
-                    if before is not None:
-                        own[method] = before
+                kept.names.append(name)
+                kept.mark()
+            for table in tables:
+                table[number] = added if table is hooks else True
+        return number
 
-    stack.callback(restore)
+    def replace(
+        self, owner: nn.Module, name: str, change: Callable[..., Callable[..., Any]]
+    ) -> None:
+        """Let ``change(owner, method)`` stand for a method of one object."""
+        own = vars(owner)
+        held = own.get(name)
+        if not isinstance(held, _Added):
+            held = own[name] = _Added(change(owner, getattr(owner, name)), held)
+        held.users += 1
+        self._methods.append((own, name))
+
+    def remove(self) -> None:
+        """Leave the modules as they were."""
+        while self._hooks:
+            kept, number, name, tables = self._hooks.pop()
+            for table in tables:
+                table.pop(number, None)
+            with _LOCK:
+                kept.count -= 1
+                if name:
+                    kept.names.remove(name)
+                if not kept.count:
+                    kept.leave()
+                elif name:
+                    kept.mark()
+        while self._methods:
+            own, name = self._methods.pop()
+            added = own[name]
+            added.users -= 1
+            if not added.users:
+                _put(own, name, added.before)
 
 
-def _unmarked(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a copy of a module with the ``forward`` that it had without hooks."""
-    own = {} if (held := _HOOKED[module][1]) is None else {"forward": held}
-    return {name: value for name, value in state.items() if name != "forward"} | own
+_LOCK = threading.Lock()
+_REDUCE, _REPLICATE = "__reduce_ex__", "_replicate_for_data_parallel"
+"""The methods that make copies of a module: deepcopy and pickle, and ``DataParallel``."""
 
 
-_HOOK_NUMBERS: dict[str, int] = {}
+def _put(own: dict[str, Any], name: str, value: Any) -> None:
+    """Give an object an attribute of its own, or None."""
+    if value is None:
+        own.pop(name, None)
+    else:
+        own[name] = value
 
 
-def _renumber(number: int, traced: Traced, tables: Sequence[dict[int, Any]]) -> Callable[[], None]:
-    """Let a hook that was just registered have the number of what is traced in its place: a graph
-    is guarded by the numbers of the hooks that it was made with. What removes it again.
+class _Kept:
+    """What a module has of its own for as long as it has hooks of contexts, in place of what makes
+    copies of it: those are without hooks; and a ``forward`` by which graphs are told apart.
+
+    Attributes:
+        module: whose this is.
+        names: of the hooks that graphs are told apart by.
+        count: how many hooks there are.
     """
-    known = _HOOK_NUMBERS.setdefault(traced.name, number)
-    if known != number and known not in tables[0]:
-        for table in tables:
-            if number in table:
-                table[known] = table.pop(number)
-        number = known
 
-    def remove() -> None:
-        for table in tables:
-            table.pop(number, None)
+    __slots__ = "_before", "_forward", "_marked", "count", "module", "names"
 
-    return remove
+    def __init__(self, module: nn.Module) -> None:
+        own = vars(module)
+        self.module, self.count, self.names = module, 0, list[str]()
+        self._forward: Any = None
+        self._marked: Any = None
+        self._before = own.get(_REDUCE), own.get(_REPLICATE)
+        own[_REDUCE], own[_REPLICATE] = self, self.replicate
 
+    def mark(self) -> None:
+        """Let the module have the ``forward`` that belongs to its hooks."""
+        own, names = vars(self.module), self.names
+        held = own.get("forward")
+        if held is None or held is not self._marked:
+            self._forward = held
+        self._marked = marked(self.module, self._forward, tuple(sorted(names))) if names else None
+        _put(own, "forward", self._marked or self._forward)
 
-def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable[[int], Any]:
-    """What copies a module, without what contexts have added."""
+    def leave(self) -> None:
+        """Give the module back what it had."""
+        own = vars(self.module)
+        self.unmark(own)
+        _put(own, _REDUCE, self._before[0])
+        _put(own, _REPLICATE, self._before[1])
 
-    def plain(protocol: int) -> Any:
-        made = reduce(protocol)
+    def unmark(self, own: dict[str, Any]) -> None:
+        """Let attributes have the ``forward`` that the module has without hooks."""
+        if self._marked is not None and own.get("forward") is self._marked:
+            _put(own, "forward", self._forward)
+
+    def __call__(self, protocol: int) -> Any:
+        """What copies the module, without what contexts have added."""
+        before, replicate = self._before
+        copied = type(self.module).__reduce_ex__
+        made = copied(self.module, protocol) if before is None else before(protocol)
         if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
             return made
         state = {name: value for name, value in made[2].items() if not isinstance(value, _Added)}
-        state = _unmarked(module, state)
+        self.unmark(state)
+        _put(state, _REDUCE, before)
+        _put(state, _REPLICATE, replicate)
         kept = {
             key
             for name in ("_forward_hooks", "_forward_pre_hooks")
@@ -249,28 +271,15 @@ def _reduce_plainly(module: nn.Module, reduce: Callable[[int], Any]) -> Callable
                 state[name] = type(value)((k, v) for k, v in value.items() if k in kept)
         return (*made[:2], state, *made[3:])
 
-    return plain
-
-
-def _replicate_plainly(module: nn.Module, replicate: Callable[[], Any]) -> Callable[[], Any]:
-    """What ``DataParallel`` runs elsewhere: with the hooks, and a ``forward`` of its own."""
-
-    def replicated() -> Any:
-        made = replicate()
-        made.__dict__ = _unmarked(module, vars(made))
+    def replicate(self) -> Any:
+        """What ``DataParallel`` runs elsewhere: with the hooks, and a ``forward`` of its own."""
+        copied: Any = type(self.module)._replicate_for_data_parallel
+        made = copied(self.module) if self._before[1] is None else self._before[1]()
+        self.unmark(vars(made))
         return made
 
-    return replicated
 
-
-_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
-    "__reduce_ex__": _reduce_plainly,
-    "_replicate_for_data_parallel": _replicate_plainly,
-}
-"""What makes copies of a module, and what does so in its place while it has hooks."""
-
-
-class Watch:
+class Watch(Hooks):
     """The forward passes of a model that belong to one context.
 
     Args:
@@ -279,12 +288,19 @@ class Watch:
         trunk: whose calls say which tokens are read; by default, that of the model's one stack.
         reruns: whether blocks run again in the backward pass (gradient checkpointing).
         warns: whether to warn of padding that the model takes for text also without them.
+        graphs: whether graphs of ``torch.compile`` may run within it, with what they hold in place
+            of the hooks; else all runs eagerly.
 
     Attributes:
         texts: what is read in it.
         reruns: whether blocks run again in the backward pass.
         under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
+        followed: what graphs are told of it, where they may run.
+
+    Raises:
+        EditNeverFiredError: on closing without an error, while another thread of this context is
+            still running the model.
     """
 
     def __init__(
@@ -295,7 +311,9 @@ class Watch:
         trunk: Trunk | None = None,
         reruns: bool = False,
         warns: bool = False,
+        graphs: bool = False,
     ) -> None:
+        super().__init__()
         whose = trunk or Trunk.of(model)
         self.model, self.trunk, self._plain = model, whose.module, whose.plain
         self._stack = whose.stack
@@ -326,50 +344,56 @@ class Watch:
         self._entered: dict[int, ForwardCall] = {}
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
-        self.key: int | None = None
+        self._graphs, self.followed = graphs, cast(Followed | None, None)
+        self._eagerly: run_eagerly | None = None
 
-    @contextmanager
-    def open(self, compiled: bool = False) -> Iterator[ExitStack]:
-        """Watch until the block ends; hooks go on the stack that this yields.
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
 
-        Args:
-            compiled: whether graphs of ``torch.compile`` may run within it, with what they hold in
-                place of the hooks; else all runs eagerly.
+    def _open(self) -> None:
+        model, trunk, entered, left = self.model, self.trunk, None, None
+        if self._graphs:
+            followed = self.followed = Followed(trunk, self, self._names, CACHES)
+            entered, left = followed.entered, followed.left
+        else:
+            eagerly = run_eagerly(model)
+            eagerly.__enter__()
+            self._eagerly = eagerly
+        self.before(trunk, _Before(self, entered), traced=entered)
+        self.after(trunk, _After(self, left), always=True, traced=left)
+        kind = type(unwrapped_module(model))
+        if has(kind, "get_prompt"):
+            self.replace(model, "get_prompt", _note_prompts)
+        if model is not trunk and has(kind, "get_base_model"):
+            self.before(model, self._before_adapter)
+        if self._stack != "encoder":
+            for outer in {model, inner_model(model)} - {trunk}:
+                # Its own forward may be a captured graph, which runs no module within.
+                if "forward" in vars(outer):
+                    self.before(outer, self._before_whole)
+                    self.after(outer, self._after_whole)
+        _watch_cuda_graphs()
+        _open.set((*_open.get(), self))
 
-        Raises:
-            EditNeverFiredError: on closing without an error, while another thread of this context
-                is still running the model.
-        """
-        with ExitStack() as stack:
-            entered, left = None, None
-            if compiled:
-                names = positional(self.trunk), CACHES
-                self.key, entered, left = follow(stack, self.trunk, self, *names)
-            else:
-                stack.enter_context(run_eagerly(self.model))
-            before, after = _Before(self, entered), _After(self, left)
-            hook(stack, self.trunk, before, traced=entered)
-            hook_after(stack, self.trunk, after, always=True, traced=left)
-            kind = type(unwrapped_module(self.model))
-            if hasattr(kind, "get_prompt"):
-                replace_method(stack, self.model, "get_prompt", _note_prompts)
-            if self.model is not self.trunk and hasattr(kind, "get_base_model"):
-                hook(stack, self.model, self._before_adapter)
-            if self._stack != "encoder":
-                for outer in {self.model, inner_model(self.model)} - {self.trunk}:
-                    # Its own forward may be a captured graph, which runs no module within.
-                    if "forward" in vars(outer):
-                        hook(stack, outer, self._before_whole)
-                        hook_after(stack, outer, self._after_whole)
-            _watch_cuda_graphs()
-            _open.set((*_open.get(), self))
-            try:
-                yield stack
-            finally:
-                self._closed = True
-                _open.set(tuple(watch for watch in _open.get() if watch is not self))
-        self._check_ended()
-        self.texts.finish()
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        self._leave()
+        if self._eagerly is not None:
+            self._eagerly.__exit__(kind, *raised)
+        if kind is None:
+            self._check_ended()
+            self.texts.finish()
+
+    def _leave(self) -> None:
+        self._closed = True
+        _open.set(tuple([watch for watch in _open.get() if watch is not self]))
+        self.remove()
+        if self.followed is not None:
+            self.followed.close()
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""

@@ -8,7 +8,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -25,7 +25,7 @@ from lrqp_torch.errors import EditNeverFiredError, ModelError, PositionError
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
-from lrqp_torch.stream.watch import replace_method
+from lrqp_torch.stream.watch import Hooks
 
 INPUTS = Prompts.random([7, 7, 7]).padded("right")
 IDS = INPUTS["input_ids"]
@@ -389,9 +389,10 @@ def test_a_method_under_watch_takes_arguments_by_name() -> None:
             return batch_size, max_cache_len
 
     owner = Adapter()
-    with ExitStack() as stack:
-        replace_method(stack, owner, "get_prompt", lambda owner, method: method)
-        assert owner.get_prompt(batch_size=3, max_cache_len=4) == (3, 4)
+    hooks = Hooks()
+    hooks.replace(owner, "get_prompt", lambda owner, method: method)
+    assert owner.get_prompt(batch_size=3, max_cache_len=4) == (3, 4)
+    hooks.remove()
     assert "get_prompt" not in vars(owner)
 
 
