@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrqp_torch.study.estimates import bootstrap_mean, resampled_sums
+from lrqp_torch.study.estimates import bootstrap, resampled_sums
 
 Draw = Callable[[int, torch.Generator], Tensor]
 TEMPLATES, APART = 18, 0.15
@@ -50,7 +50,7 @@ def coverage(draw: Draw, mean: float, n: int, runs: int) -> tuple[float, float]:
     generator, held = torch.Generator().manual_seed(0), [0, 0]
     for _ in range(runs):
         values = draw(n, generator)
-        for index, interval in enumerate((bootstrap_mean, percentiles)):
+        for index, interval in enumerate((bootstrap, percentiles)):
             lower, upper = interval(values, generator)
             held[index] += lower <= mean <= upper
     return held[0] / runs, held[1] / runs
@@ -64,7 +64,7 @@ def over_templates(n: int, runs: int) -> tuple[float, float]:
         shares = 0.5 + APART * torch.randn(TEMPLATES, generator=generator, dtype=torch.float64)
         values = (torch.rand(n, generator=generator) < shares[groups]).double()
         for index, given in enumerate((groups, None)):
-            lower, upper = bootstrap_mean(values, generator, groups=given)
+            lower, upper = bootstrap(values, generator, groups=given)
             held[index] += lower <= 0.5 <= upper
     return held[0] / runs, held[1] / runs
 

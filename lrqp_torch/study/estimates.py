@@ -105,7 +105,7 @@ class Estimate:
         """
         if values.shape == (0,) or bool(values.isposinf().any()):
             return cls(None, None, None, len(values))
-        ends = bootstrap_mean(values, generator, groups=groups)
+        ends = bootstrap(values, generator, groups=groups)
         return cls(values.double().mean().item(), *ends, len(values))
 
     @classmethod
@@ -122,7 +122,7 @@ class Estimate:
         """
         below = denominator.double().mean().item()
         value = numerator.double().mean().item() / below if below else None
-        ends = bootstrap_ratio(numerator, denominator, generator, groups=groups)
+        ends = bootstrap(numerator, generator, over=denominator, groups=groups)
         lower, upper = (end if math.isfinite(end) else None for end in ends)
         return cls(value, lower, upper, len(numerator))
 
@@ -200,49 +200,49 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     )
 
 
-def bootstrap_mean(
+def bootstrap(
     values: Tensor,
     generator: torch.Generator,
     resamples: int = 1000,
     groups: Tensor | None = None,
+    over: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Both ends of the 95 % BCa bootstrap interval (see :func:`bca`) of the mean of values (n,).
+    """Both ends of the 95 % BCa interval (see :func:`bca`) of a mean, or of a ratio of two means.
 
     Args:
         values: (n,), one a prompt.
         generator: of the resampling; the same seed gives the same interval.
         resamples: how many times n prompts are drawn with replacement.
         groups: of each prompt, (n,); groups are then drawn, each with all its prompts.
+        over: values of the same prompts, by whose mean that of the former is divided, (n,). Where
+            that changes sign between resamples the ends are wide or infinite: the ratio is then not
+            determined by the data.
 
     Raises:
-        WidthError: not one dimension.
+        WidthError: not one dimension, or other prompts.
         StatisticsError: no values.
         NonFiniteError: NaN or infinity.
     """
-    wide = _checked(values, "values")
-    return _ratio_ends(wide, torch.ones_like(wide), generator, resamples, groups)
-
-
-def bootstrap_ratio(
-    numerator: Tensor,
-    denominator: Tensor,
-    generator: torch.Generator,
-    resamples: int = 1000,
-    groups: Tensor | None = None,
-) -> tuple[float, float]:
-    """Both ends of the BCa interval of mean(numerator) / mean(denominator), (n,) each.
-
-    Arguments and errors as of :func:`bootstrap_mean`; both are of the same resampled prompts. Where
-    the denominator's mean changes sign between resamples the ends are wide or infinite: the ratio
-    is then not determined by the data.
-    """
-    above, below = _checked(numerator, "numerator"), _checked(denominator, "denominator")
+    above = _checked(values, "values" if over is None else "numerator")
+    below = torch.ones_like(above) if over is None else _checked(over, "denominator")
     if len(above) != len(below):
         raise WidthError(
             f"numerator has {len(above)} prompts and denominator {len(below)}; give one value of "
             "each for the same prompts"
         )
-    return _ratio_ends(above, below, generator, resamples, groups)
+    units = units_of(groups, len(above))
+    if units is not None:  # drawn whole; a mean is a sum over counts
+        above, below = _sums(above, units), _sums(below, units)
+    sums = resampled_sums(torch.stack([above, below], dim=1), generator, resamples)
+    # 0 / 0 says nothing about the ratio; such resamples are left out.
+    ratios = sums[:, 0] / sums[:, 1]
+    known = ratios[~ratios.isnan()]
+    if not len(known):
+        return -math.inf, math.inf
+    if len(above) == 1:
+        return known[0].item(), known[0].item()
+    left_out = (above.sum() - above) / (below.sum() - below)
+    return bca(float(above.sum() / below.sum()), known, left_out)
 
 
 def bca(value: float, resampled: Tensor, left_out: Tensor) -> tuple[float, float]:
@@ -319,29 +319,6 @@ def prompts_to_tell(numerator: Tensor, denominator: Tensor, apart: float = 0.5) 
 
 
 # ---- resampling ----------------------------------------------------------------------------------
-
-
-def _ratio_ends(
-    above: Tensor,
-    below: Tensor,
-    generator: torch.Generator,
-    resamples: int,
-    groups: Tensor | None,
-) -> tuple[float, float]:
-    """The interval of sum(above) / sum(below), units drawn whole; a mean is one over counts."""
-    units = units_of(groups, len(above))
-    if units is not None:
-        above, below = _sums(above, units), _sums(below, units)
-    sums = resampled_sums(torch.stack([above, below], dim=1), generator, resamples)
-    # 0 / 0 says nothing about the ratio; such resamples are left out.
-    ratios = sums[:, 0] / sums[:, 1]
-    known = ratios[~ratios.isnan()]
-    if not len(known):
-        return -math.inf, math.inf
-    if len(above) == 1:
-        return known[0].item(), known[0].item()
-    left_out = (above.sum() - above) / (below.sum() - below)
-    return bca(float(above.sum() / below.sum()), known, left_out)
 
 
 def units_of(groups: Tensor | None, n: int) -> Tensor | None:

@@ -29,7 +29,7 @@ from lrqp_torch.study.estimates import (
     Estimate,
     Sample,
     bca,
-    bootstrap_mean,
+    bootstrap,
     holm,
     prompts_to_tell,
     sign_test,
@@ -152,10 +152,10 @@ def test_intervals_over_groups_are_those_of_the_groups() -> None:
     groups = torch.arange(400) % 20
     effect = torch.randn(20, generator=seeded(7), dtype=torch.float64)
     values = effect[groups] + 0.01 * torch.randn(400, generator=seeded(8), dtype=torch.float64)
-    alone = bootstrap_mean(values, seeded())
-    together = bootstrap_mean(values, seeded(), groups=groups)
+    alone = bootstrap(values, seeded())
+    together = bootstrap(values, seeded(), groups=groups)
     assert together[1] - together[0] > 3 * (alone[1] - alone[0])
-    assert bootstrap_mean(values, seeded(), groups=torch.arange(400)) == alone
+    assert bootstrap(values, seeded(), groups=torch.arange(400)) == alone
     share = Estimate.share(values > 0, groups)
     hits = int((values > 0).sum())
     wide, narrow = share.interval, wilson(hits, 400)

@@ -18,7 +18,7 @@ from lrqp_torch.baselines import BASELINES, DAS, Behaviour, answer_loss
 from lrqp_torch.errors import StatisticsError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
-from lrqp_torch.study.estimates import bootstrap_mean
+from lrqp_torch.study.estimates import bootstrap
 from lrqp_torch.study.league import (
     LEAST_TOKENS,
     Resampling,
@@ -115,7 +115,7 @@ def test_resamples_are_those_of_the_bootstrap() -> None:
     assert torch.allclose(draws.weights.sum(1), torch.ones(4000).double())
     mean = draws.mean(values)
     assert mean.value == float(values.mean())
-    lower, upper = bootstrap_mean(values, torch.Generator().manual_seed(2), 4000)
+    lower, upper = bootstrap(values, torch.Generator().manual_seed(2), 4000)
     assert mean.lower == pytest.approx(lower, abs=0.01)
     assert mean.upper == pytest.approx(upper, abs=0.01)
     assert draws.means(values[:, None])[:, 0].quantile(0.5) == pytest.approx(mean.value, abs=0.01)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, StatisticsError, WidthError
 from lrqp_torch.study import estimates
-from lrqp_torch.study.estimates import NORMAL_QUANTILE, bootstrap_mean, bootstrap_ratio, wilson
+from lrqp_torch.study.estimates import NORMAL_QUANTILE, bootstrap, wilson
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -55,15 +55,15 @@ def test_wilson_says_nothing_of_no_prompts_and_refuses_impossible_counts() -> No
 
 def test_bootstrap_repeats_by_seed() -> None:
     values = torch.randn(80, generator=seeded(5))
-    first = bootstrap_mean(values, seeded(1))
-    assert bootstrap_mean(values, seeded(1)) == first
-    assert bootstrap_mean(values, seeded(2)) != first
-    assert bootstrap_mean(values.float(), seeded(1)) == first
+    first = bootstrap(values, seeded(1))
+    assert bootstrap(values, seeded(1)) == first
+    assert bootstrap(values, seeded(2)) != first
+    assert bootstrap(values.float(), seeded(1)) == first
 
 
 def test_bootstrap_of_a_mean_has_the_width_of_its_standard_error() -> None:
     values = torch.randn(400, generator=seeded(3), dtype=torch.float64) * 2 + 7
-    lower, upper = bootstrap_mean(values, seeded(), resamples=4000)
+    lower, upper = bootstrap(values, seeded(), resamples=4000)
     expected = 2 * NORMAL_QUANTILE * values.std(correction=0) / len(values) ** 0.5
     assert upper - lower == pytest.approx(float(expected), rel=0.06)
     assert (lower + upper) / 2 == pytest.approx(float(values.mean()), abs=0.02)
@@ -75,9 +75,9 @@ def test_bootstrap_covers_the_true_mean_and_ratio_nineteen_times_in_twenty() -> 
     for _ in range(runs):
         x = torch.rand(60, generator=generator, dtype=torch.float64)
         y = x + 2 * torch.rand(60, generator=generator, dtype=torch.float64)
-        lower, upper = bootstrap_mean(x, generator, resamples=300)
+        lower, upper = bootstrap(x, generator, resamples=300)
         covered_mean += lower <= 0.5 <= upper
-        lower, upper = bootstrap_ratio(x, y, generator, resamples=300)
+        lower, upper = bootstrap(x, generator, over=y, resamples=300)
         covered_ratio += lower <= 0.5 / 1.5 <= upper
     # Four standard errors of a binomial share are 0.044; the bootstrap itself is a little short.
     assert 0.895 < covered_mean / runs < 0.99
@@ -86,24 +86,24 @@ def test_bootstrap_covers_the_true_mean_and_ratio_nineteen_times_in_twenty() -> 
 
 def test_ratio_resamples_the_same_prompts_for_both() -> None:
     below = torch.rand(50, generator=seeded(2), dtype=torch.float64) + 0.1
-    assert bootstrap_ratio(3 * below, below, seeded()) == pytest.approx((3, 3), rel=1e-12)
+    assert bootstrap(3 * below, seeded(), over=below) == pytest.approx((3, 3), rel=1e-12)
 
 
 def test_ratio_of_an_undetermined_denominator_is_unbounded() -> None:
     zeros, ones = torch.zeros(5), torch.ones(5)
-    assert bootstrap_ratio(ones, zeros, seeded()) == (math.inf, math.inf)
-    assert bootstrap_ratio(zeros, zeros, seeded()) == (-math.inf, math.inf)
+    assert bootstrap(ones, seeded(), over=zeros) == (math.inf, math.inf)
+    assert bootstrap(zeros, seeded(), over=zeros) == (-math.inf, math.inf)
 
 
 def test_one_value_is_its_own_interval() -> None:
-    assert bootstrap_mean(torch.tensor([2.5]), seeded()) == (2.5, 2.5)
+    assert bootstrap(torch.tensor([2.5]), seeded()) == (2.5, 2.5)
 
 
 def test_drawing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(64, generator=seeded(4), dtype=torch.float64)
-    whole = bootstrap_mean(values, seeded(9), resamples=100)
+    whole = bootstrap(values, seeded(9), resamples=100)
     monkeypatch.setattr(estimates, "_MOST_DRAWS", 64 * 16)
-    assert bootstrap_mean(values, seeded(9), resamples=100) == whole
+    assert bootstrap(values, seeded(9), resamples=100) == whole
 
 
 @pytest.mark.parametrize(
@@ -117,16 +117,16 @@ def test_drawing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_bad_values_are_named(values: Tensor, error: type[Exception]) -> None:
     with pytest.raises(error, match="values"):
-        bootstrap_mean(values, seeded())
+        bootstrap(values, seeded())
     with pytest.raises(error, match="numerator"):
-        bootstrap_ratio(values, values, seeded())
+        bootstrap(values, seeded(), over=values)
 
 
 def test_unequal_lengths_and_no_resamples_are_refused() -> None:
     with pytest.raises(WidthError, match="3 prompts and denominator 4"):
-        bootstrap_ratio(torch.ones(3), torch.ones(4), seeded())
+        bootstrap(torch.ones(3), seeded(), over=torch.ones(4))
     with pytest.raises(StatisticsError, match="at least 1"):
-        bootstrap_mean(torch.ones(3), seeded(), resamples=0)
+        bootstrap(torch.ones(3), seeded(), resamples=0)
 
 
 def test_the_mean_of_lengths_outside_of_a_metric_has_no_value() -> None:
