@@ -10,7 +10,7 @@ from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import WORDS
 from lrqp_torch.study.known import PUBLISHED
 from lrqp_torch.study.parts import find_part
-from lrqp_torch.study.report import made, opening
+from lrqp_torch.study.report import about
 from lrqp_torch.study.report.page import Chapter, write_page
 from lrqp_torch.study.results import (
     CleanResult,
@@ -145,5 +145,5 @@ def chapters() -> list[Chapter]:
 def write(folder: Path, *others: Chapter, results: StudyResults | None = None) -> Path:
     """The report of the study, with the chapters above or others."""
     path, shown = folder / "report.html", results or study_results()
-    write_page(path, opening(shown), list(others) or chapters(), made(shown, folder))
+    write_page(path, list(others) or chapters(), **about(shown, folder))
     return path

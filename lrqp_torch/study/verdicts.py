@@ -37,7 +37,7 @@ from lrqp_torch.edits.provenance import package_versions
 from lrqp_torch.errors import ModelError
 from lrqp_torch.files import write_json, written_whole
 from lrqp_torch.models.organisms import ORGANISMS
-from lrqp_torch.plot.chart import Chart, Heat, Pane
+from lrqp_torch.plot.chart import Chart, Heat, Pane, Table
 from lrqp_torch.plot.static import require_matplotlib, write_charts
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock, progress_bars
@@ -51,7 +51,7 @@ from lrqp_torch.study.ceiling import (
     turns,
     verdicts,
 )
-from lrqp_torch.study.context import StudyContext, Task, no_progress
+from lrqp_torch.study.context import StudyContext, no_progress
 from lrqp_torch.study.estimates import Estimate, Sample, holm
 from lrqp_torch.study.known import NOT_USED, UNCLEAR, USED, KnownSites, read_truth
 from lrqp_torch.study.methods import (
@@ -63,11 +63,11 @@ from lrqp_torch.study.methods import (
     counterparts,
     others_alike,
 )
-from lrqp_torch.study.preparing import choose_device, choose_sites, make_prompts, name_task
+from lrqp_torch.study.preparing import choose_device, choose_sites, named_task
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.running import Trial, Trials, next_class, with_partners
 from lrqp_torch.study.settings import Settings, VerdictSettings
-from lrqp_torch.study.showing import between, percent
+from lrqp_torch.study.showing import said
 from lrqp_torch.study.store import made_folder
 from lrqp_torch.study.sweep import USED_THRESHOLD, fit_edits
 
@@ -161,6 +161,12 @@ class Count:
     false_positive_rate: Estimate  # of the sites that are not used, those said to be
     false_negative_rate: Estimate  # of the sites that are used, those said not to be
 
+    @property
+    def in_short(self) -> str:
+        """The four counts, the right ones first of each pair."""
+        said = (self.true_positives, self.false_positives, self.true_negatives)
+        return "/".join(map(str, (*said, self.false_negatives)))
+
     @classmethod
     def of(cls, rule: str, model: str, scores: Sequence[SiteScores]) -> Self:
         """Count the verdicts of a rule; draws of prompts at one site are no sites of their own."""
@@ -223,6 +229,36 @@ class VerdictsResult:
     def count(self, rule: str, model: str = ALL) -> Count:
         """The counts of one rule."""
         return next(c for c in self.counts if (c.rule, c.model) == (rule, model))
+
+    def tables(self) -> dict[str, Table]:
+        """Counts by model, and rates over all models, of each way to judge, by title."""
+        found, models = {}, list(dict.fromkeys(count.model for count in self.counts))
+        for by, rules in ((by, self.judged_by(by)) for by in ("", *IN_WORDS)):
+            if not rules:
+                continue
+            how, head, counts, rates = IN_WORDS.get(by, ""), ["verdict by"], [], []
+            for model in models:
+                kind, unclear = self.models.get(model), self.count(rules[0], model).unclear
+                note = f"\n{unclear} unclear left out" if unclear else ""
+                head.append((f"{model}\norder {kind}" if kind else model) + note)
+            for rule in rules:
+                title, total = self.titles[rule].removesuffix(how), self.count(rule)
+                counts.append([title, *(self.count(rule, model).in_short for model in models)])
+                shares = (total.right, total.false_positive_rate, total.false_negative_rate)
+                rates.append([title, *map(_percent, shares)])
+            legend = "rightly used/wrongly used/rightly not/wrongly not"
+            found[f"Sites by verdict{how}: {legend}"] = Table(head, counts)
+            found[f"Over all models{how}, in % with 95 % intervals"] = Table(
+                ["verdict by", "right", "wrongly used", "wrongly not"], rates
+            )
+        return found
+
+
+def _percent(rate: Estimate) -> str:
+    if rate.value is None or rate.interval is None:
+        return "–"
+    low, high = rate.interval
+    return f"{100 * rate.value:.0f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def judge(settings: VerdictSettings, *, progress: bool = False) -> VerdictsResult:
@@ -291,7 +327,7 @@ def _drawn(
 ) -> StudyContext:
     """A model with one draw of prompts."""
     study = Settings(name, settings.out, n=settings.n, prefixes=settings.prefixes, seed=seed)
-    task = Task(name_task(study), *make_prompts(tokenizer, study))
+    task = named_task(tokenizer, study)
     sites, device = choose_sites(model, settings.sites), next(model.parameters()).device
     return StudyContext(model, task, None, sites, settings.batch_size, seed, device)
 
@@ -416,38 +452,19 @@ def findings(result: VerdictsResult) -> list[str]:
     if not result.counts:
         return []
     totals = {rule: result.count(rule) for rule in result.rules}
-    told = [f"lrqp{by}" for by in ("", *IN_WORDS)]
-    lines = [_in_words(result, rule) for rule in (told[0], PROBE, *told[1:]) if rule in totals]
-    for by in ("", *IN_WORDS):
-        kind = {rule: totals[rule] for rule in result.judged_by(by)}
-        if not kind:
-            continue
-        best = max(count.right.value or 0.0 for count in kind.values())
-        leaders = [result.titles[r] for r, c in kind.items() if (c.right.value or 0.0) == best]
-        lines.append(f"Most often right, in {percent(best)} of the sites: {', '.join(leaders)}.")
-    silent = [r for r, c in totals.items() if c.true_positives + c.false_positives == 0]
-    silent = [rule for rule in silent if not _split(rule)[1]]
-    if silent:
-        names = ", ".join(result.titles[rule] for rule in silent)
-        lines.append(f"Never say that a site is used, and so are right where none is: {names}.")
-    misled = [
-        f"{result.titles[rule]} ({count.false_positives} of {count.false_positive_rate.n})"
+    best = []
+    for rules in filter(None, map(result.judged_by, ("", *IN_WORDS))):
+        right = {result.titles[rule]: totals[rule].right.value or 0.0 for rule in rules}
+        most = max(right.values())
+        best.append((most, [title for title, share in right.items() if share == most]))
+    silent = [
+        result.titles[rule]
         for rule, count in totals.items()
-        if count.false_positives
+        if count.true_positives + count.false_positives == 0 and not _split(rule)[1]
     ]
-    if misled:
-        return [*lines, f"Sites said to be used that are not: {', '.join(misled)}."]
-    return [*lines, "No rule says of a site that it is used when it is not."]
-
-
-def _in_words(result: VerdictsResult, rule: str) -> str:
-    count = result.count(rule)
-    right = count.right
-    return (
-        f"{result.titles[rule]}: right in {count.true_positives + count.true_negatives} of "
-        f"{right.n} verdicts ({percent(right.value)}, 95 % interval {between(right, 1, 100)}), "
-        f"false positives: {count.false_positives}, false negatives: {count.false_negatives}."
-    )
+    told = ["lrqp", PROBE, *(f"lrqp{by}" for by in IN_WORDS)]
+    known: dict[str, Any] = {"totals": totals, "told": told, "best": best, "silent": silent}
+    return said("verdicts", "says", result=result, **known)
 
 
 def chart(result: VerdictsResult) -> Chart:

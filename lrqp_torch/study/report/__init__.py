@@ -9,28 +9,18 @@ from rich.console import Console
 from lrqp_torch.study.part import Part
 from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.report import words
-from lrqp_torch.study.report.page import (
-    REPORT_FILE,
-    Chapter,
-    Made,
-    Opening,
-    lead,
-    require_plotly,
-    write_page,
-)
+from lrqp_torch.study.report.page import REPORT_FILE, Chapter, lead, require_plotly, write_page
 from lrqp_torch.study.report.terminal import print_study
 from lrqp_torch.study.results import StudyResults
+from lrqp_torch.study.showing import said
 
 __all__ = ["REPORT_FILE", "print_summary", "require_plotly", "write_report"]
 
 
 def write_report(path: Path, results: StudyResults) -> None:
-    """Write the report of a study as one self-contained HTML file.
+    """Write the report of a study as one self-contained HTML file, whole or not at all.
 
-    Args:
-        path: the file, such as ``DIR/report.html``; written whole or not at all. The folder is
-            named as given here in the command that the report shows.
-        results: of the study, with what is beside ``results.json``.
+    The folder is named as given here in the command that the report shows.
 
     Raises:
         MissingExtraError: plotly is not installed.
@@ -46,33 +36,32 @@ def write_report(path: Path, results: StudyResults) -> None:
         )
         for part, result in _found(results)
     ]
-    write_page(path, opening(results), chapters, made(results, path.parent))
+    write_page(path, chapters, **about(results, path.parent))
 
 
-def opening(results: StudyResults) -> Opening:
-    """The first screen of a study's report."""
-    return Opening(
-        title=words.title(results),
-        subtitle=words.subtitle(results),
-        panels=[panel for part, result in _found(results) for panel in part.overview(result)],
-        tiles=words.key_figures(results),
-        says=_says(results),
-        question=words.question(results),
+def about(results: StudyResults, folder: Path) -> dict[str, Any]:
+    """What a study's report, which lies in a folder, says before and behind its chapters."""
+    title, subtitle, question = (
+        "\n\n".join(said("study", what, results=results))
+        for what in ("title", "subtitle", "question")
     )
-
-
-def made(results: StudyResults, folder: Path) -> Made:
-    """The end of a study's report, which lies in a folder."""
-    return Made(
-        command=words.command(results, folder),
-        files="results.json, parts/ and prompts.safetensors",
-        tables={
+    return {
+        "title": title,
+        "subtitle": subtitle,  # model and data in a line
+        "question": question,  # what the study asks, for a reader who has not met the task
+        # The charts that answer it, side by side; key figures; answers of one sentence.
+        "panels": [panel for part, result in _found(results) for panel in part.overview(result)],
+        "tiles": words.key_figures(results),
+        "says": _says(results),
+        "command": words.command(results, folder),
+        # What the numbers depend on, as name and value.
+        "tables": {
             "Settings": results.settings,
             "Model": results.model,
             "Versions": results.versions,
             "Seconds": {stage: f"{time:.1f}" for stage, time in results.elapsed.items()},
         },
-    )
+    }
 
 
 def print_summary(results: StudyResults, console: Console, *, whole: bool = False) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -51,28 +51,6 @@ class Chapter:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
-@dataclass(frozen=True)
-class Opening:
-    """The first screen: what was seen, and what it says."""
-
-    title: str  # of the page
-    subtitle: str  # model and data in a line
-    panels: Sequence[Panel]  # the charts that answer the study's question, side by side
-    tiles: Sequence[tuple[str, str, str]]  # key figures: the number, what it is, and a note on it
-    says: Sequence[str]  # one-sentence answers
-    question: str  # what the study asks, for a reader who has not met the task
-
-
-@dataclass(frozen=True)
-class Made:
-    """How the numbers came about."""
-
-    command: str  # writes them again
-    files: str  # where the numbers behind the charts are, in words
-    # Title to what the numbers depend on, as name and value.
-    tables: Mapping[str, Mapping[str, object]]
-
-
 def require_plotly() -> None:
     """Raise :class:`MissingExtraError` if plotly is not installed."""
     if find_spec("plotly") is None:
@@ -82,14 +60,10 @@ def require_plotly() -> None:
         )
 
 
-def write_page(path: Path, opening: Opening, chapters: Sequence[Chapter], made: Made) -> None:
+def write_page(path: Path, chapters: Sequence[Chapter], **about: Any) -> None:
     """Write the report as one self-contained HTML file, whole or not at all.
 
-    Args:
-        path: the file.
-        opening: the first screen.
-        chapters: what follows.
-        made: the end.
+    ``about`` is what stands before and behind the chapters, by the names in ``report.html``.
 
     Raises:
         MissingExtraError: plotly is not installed.
@@ -110,11 +84,10 @@ def write_page(path: Path, opening: Opening, chapters: Sequence[Chapter], made: 
     environment.filters |= {
         "cells": cells_of, "lead": lead, "paragraphs": lambda text: text.split("\n\n"),
     }  # fmt: skip
-    panels = [*opening.panels, *(panel for chapter in chapters for panel in chapter.panels)]
+    panels = [*about["panels"], *(panel for chapter in chapters for panel in chapter.panels)]
     text = environment.from_string(page).render(
-        opening=opening,
+        about,
         chapters=chapters,
-        made=made,
         css=css,
         script=f"\n{script}",
         hashes=[_hash(f"\n{script}"), _hash(plotly)],

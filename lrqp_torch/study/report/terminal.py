@@ -24,13 +24,8 @@ MOST_ROWS = 30
 def print_study(
     results: StudyResults, says: Sequence[str], console: Console, *, whole: bool = False
 ) -> None:
-    """Print the key figures and the sweep as two tables, then what was found.
-
-    Args:
-        results: of a study.
-        says: a sentence or two each.
-        console: where to print.
-        whole: whether to show all sites, however many.
+    """Print the key figures and the sweep as two tables, then what was found; ``whole`` for all
+    sites.
     """
     rows = [[what, own, note] for own, what, note in key_figures(results)]
     head = ["quantity", str(results.model["name"]), ""]
@@ -55,13 +50,8 @@ def as_rich(
 ) -> Group:
     """A table for the terminal: its first column to the left, the others to the right.
 
-    Args:
-        table: what is shown.
-        title: above it.
-        caption: below it.
-        bold: rows that stand out, by their first cell.
-        headings: shorter ones, which may have several lines.
-        wrapped: whether cells may have several lines too.
+    Rows whose first cell is among ``bold`` stand out; ``headings`` are shorter ones, which may have
+    several lines, as cells may if ``wrapped``.
     """
     shown = Shown(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     columns = [as_text([row[i] for row in table.rows], h) for i, h in enumerate(table.columns)]

@@ -1,4 +1,4 @@
-"""What is said of a whole study: its title, its question, its key numbers, and its command."""
+"""The key numbers of a whole study, and its command; other words are in ``words/study.jinja``."""
 
 import shlex
 from dataclasses import fields
@@ -9,44 +9,12 @@ from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import between, percent, signed
 
 
-def title(results: StudyResults) -> str:
-    """The report's title."""
-    what = results.words.variable if results.published else " / ".join(results.classes)
-    name = str(results.model["name"])
-    return f"Where {'the ' if name.startswith('organism') else ''}{name} uses {what}"
-
-
-def subtitle(results: StudyResults) -> str:
-    """Size of the model and of the data, in one line."""
-    words = [
-        f"{results.model['class']}, {_size(results.model['parameters'])} parameters",
-        f"{results.data['train']} prompts fitted, {results.data['test']} held out",
-        {"plain": "no prefix", "prefixed": "a sentence before each prompt"}.get(results.task, ""),
-        f"seed {results.settings['seed']}",
-    ]
-    return "; ".join(filter(None, words))
-
-
-def question(results: StudyResults) -> str:
-    """What the study asks, for a reader who has not met the task."""
-    if results.words.question:
-        return results.words.question
-    return (
-        f"Each prompt has one of the classes {', '.join(results.classes)}. A probe shows where it "
-        "can be read at the marked token. But what can be read need not be used. So the activation "
-        "there is moved to the nearest point, in Mahalanobis distance, at which the probe believes "
-        "another class, and the model goes on from there: where it uses the class, its answer "
-        "follows."
-    )
-
-
 def key_figures(results: StudyResults) -> list[tuple[str, str, str]]:
     """The numbers of the clean run and of the strongest edit, as they are shown.
 
     Each is the number, what it is, and a note on it: the published one, or its interval.
     """
-    clean, words = results.clean, results.words
-    best = results.strongest
+    clean, words, best = results.clean, results.words, results.strongest
     edited = None if best is None else best.counterfactual
     rows = [
         ("logit_difference", f"mean {words.preference}", clean.logit_difference, False),
@@ -54,9 +22,8 @@ def key_figures(results: StudyResults) -> list[tuple[str, str, str]]:
         ("io_probability", f"mean probability of {words.held}", clean.io_probability, True),
     ]
     if edited is not None and edited.logit_difference is None:
-        rows.append(
-            ("", f"nats of change, edited at {results.best_site}", edited.divergence, False)
-        )
+        name = f"nats of change, edited at {results.best_site}"
+        rows.append(("", name, edited.divergence, False))
     elif edited is not None:
         name = f"mean {words.preference}, edited at {results.best_site}"
         rows.append(("position_inverted", name, edited.logit_difference, False))
@@ -89,10 +56,3 @@ def command(results: StudyResults, folder: Path) -> str:
         else:
             words += [option, shlex.quote(str(value))]
     return " ".join([*words, "--out", shlex.quote(str(folder))])
-
-
-def _size(parameters: int) -> str:
-    for unit, name in ((1_000_000_000, " billion"), (1_000_000, " million")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{name}"
-    return f"{parameters:,}"
