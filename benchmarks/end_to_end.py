@@ -30,7 +30,7 @@ from lrqp_torch.probes.covariance import Covariance
 from lrqp_torch.stream.sites import Site, blocks_of, trunk_of
 from lrqp_torch.study import report as study_report
 from lrqp_torch.study import run as study
-from lrqp_torch.study.preparing import choose_sites, make_prompts
+from lrqp_torch.study.preparing import choose_sites, named_task
 from lrqp_torch.study.running import in_batches
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL
@@ -166,7 +166,8 @@ def _stopwatch(
 def floor(settings: Settings, device: str) -> dict[str, float]:
     """Seconds of the passes that capture and sweep cannot avoid."""
     model, tokenizer = models.load(settings.model, device=device)
-    train, test = make_prompts(tokenizer, settings)
+    task = named_task(tokenizer, settings)
+    train, test = task.train, task.test
     layers = [Site.parse(site).layer for site in choose_sites(model, settings.sites)]
     times = {"capture": 0.0, "interchange": 0.0, "sweep": 0.0}
     trunk_of(model)(**train[:4].to(device).inputs)

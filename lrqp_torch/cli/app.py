@@ -106,11 +106,8 @@ class Voice:
         return Console(highlight=False, quiet=self.quiet or self.json)
 
     def say(self, *lines: str, aside: bool = False) -> None:
-        """Print lines as they are, however long.
-
-        Args:
-            lines: each a sentence or two.
-            aside: whether they are advice, for standard error.
+        """Print lines as they are, however long; ``aside`` for advice, which goes to standard
+        error.
         """
         console = Console(stderr=True, highlight=False, quiet=self.quiet) if aside else self.console
         for line in lines:
@@ -121,12 +118,8 @@ class Voice:
     ) -> None:
         """Say what a command would do, and how long it would take as scaled from a trial of it.
 
-        Args:
-            what: it would do, in words.
-            share: of the whole that the trial is.
-            trial: a small part of it, which writes nothing.
-            files: that would be written.
-            out: where to.
+        ``trial`` runs a ``share`` of the whole and writes nothing; ``files`` would be written to
+        ``out``.
         """
         from lrqp_torch.stream.progress import in_time
 

@@ -45,13 +45,9 @@ class Finding:
 
 
 def examine(model: str | None = None) -> dict[str, list[Finding]]:
-    """Look at everything; takes some ten seconds.
+    """Look at everything, and at the sites of a model that is named; takes some ten seconds.
 
-    Args:
-        model: name or folder of a model whose sites are to be shown too.
-
-    Returns:
-        Heading to findings, in the order in which to read them.
+    The findings stand by heading, in the order in which to read them.
     """
     return {
         "Versions": _versions(),

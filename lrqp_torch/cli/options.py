@@ -31,13 +31,10 @@ def _shown(name: str, kind: type[Any] = Settings, **changed: Any) -> Any:
 def options_of(
     names: Iterable[str], kind: type[Any] = Settings, **changed: Any
 ) -> list[inspect.Parameter]:
-    """Options of a command for settings, and ``--dry-run``.
+    """Options of a command for settings of these names, and ``--dry-run``.
 
-    Args:
-        names: of the settings.
-        kind: whose they are.
-        changed: defaults that differ from those of the settings; ``...`` for an option that must be
-            given.
+    ``changed`` are defaults that differ from those of the settings; ``...`` for an option that must
+    be given.
     """
     found = []
     for name in names:
@@ -106,12 +103,8 @@ def load_model(model: str, device: str) -> tuple[Any, Any]:
 def able(wanted: bool | None, what: str, package: str, extra: str, voice: Voice) -> bool:
     """Whether to make figures or report; where their library is missing, says how to get it.
 
-    Args:
-        wanted: what the user asked for; None for nothing, which is wherever it is possible.
-        what: is left out, in words.
-        package: that makes it.
-        extra: of this package, which brings it.
-        voice: says so.
+    ``wanted`` is what the user asked for, None for wherever it is possible; ``what`` is left out,
+    in words, without the ``package``, which comes with an ``extra`` of this one.
     """
     if wanted is not None or find_spec(package) is not None:
         return wanted is not False
@@ -125,11 +118,7 @@ def able(wanted: bool | None, what: str, package: str, extra: str, voice: Voice)
 
 
 def split_names(text: str, what: str) -> Sequence[str]:
-    """Names separated by commas.
-
-    Raises:
-        PromptError: there is none.
-    """
+    """Names separated by commas. Raises PromptError: there is none."""
     from lrqp_torch.errors import PromptError
 
     names = [part.strip() for part in text.split(",") if part.strip()]

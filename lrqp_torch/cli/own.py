@@ -84,10 +84,8 @@ def fit(
     asked = Settings(out=out, shrinkage=given.parse_shrinkage(shrinkage), **chosen)
     data, size = str(asked.data), asked.batch_size
     with nullcontext() if dry_run else made_folder(out):
-        how, log = (asked.train_share, asked.seed), RowLog(asked.strict)
-        read = {
-            name: read_own(data, replace(asked, label=name).columns, *how, log) for name in labels
-        }
+        log = RowLog(asked.strict)
+        read = {name: read_own(replace(asked, label=name), log) for name in labels}
         loaded, tokenizer = given.load_model(asked.model, asked.device)
         sites = choose_sites(loaded, site)
         several = len(sites) * len(labels) > 1
@@ -95,7 +93,7 @@ def fit(
         edits: dict[str, LRQP] = {}
         found: dict[str, HeldOut] = {}
         for name, prompts in read.items():
-            train, test, fronted = encode_own(tokenizer, prompts, *how, asked.bos, log)
+            train, test, fronted = encode_own(tokenizer, prompts, asked, log)
             if dry_run:
                 few = first_of_each(train, size), first_of_each(test, size)
                 voice.foresee(

@@ -23,12 +23,8 @@ def _command(
 ) -> None:
     """Add a command that runs a study.
 
-    Args:
-        name: of the command.
-        text: its help.
-        without: settings that are no options of it.
-        panel: heading under which it is listed.
-        changed: defaults that differ, also of settings that are no options of it.
+    ``without`` are settings that are no options of it; ``changed`` defaults that differ, also of
+    these.
     """
     every = ["out", *(each.name for each in fields(Settings) if each.name != "out")]
     changed = {"model": "organism", **changed}

@@ -17,16 +17,11 @@ def card(
     lengths: Sequence[float] = (),
     name: str = "lengths",
 ) -> str:
-    """HTML of an object: its name, its numbers, and how many others are distributed.
+    """HTML of an object: its name, its facts but for those that are None, and a histogram of
+    numbers.
 
     Colours are those of the page, so that it can be read on a dark one; nothing is fetched, no
-    script runs, and every text is escaped.
-
-    Args:
-        title: of the object.
-        facts: name to value; those that are None are left out.
-        lengths: numbers to draw as a histogram; none for no histogram.
-        name: of these numbers.
+    script runs, and every text is escaped. ``name`` is what the numbers, ``lengths``, are called.
     """
     shown = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     if lengths:

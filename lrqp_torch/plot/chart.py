@@ -252,12 +252,9 @@ def marks_of(
 ) -> Marks:
     """Numbers, with their intervals where they have any, as marks.
 
-    Args:
-        name: in the legend.
-        x: where each stands.
-        values: as :func:`ends` takes them; None leaves a gap.
-        scale: what they are multiplied by, such as 100 for per cent.
-        looks: any other fields of :class:`Marks`.
+    ``x`` says where each stands; the values, as :func:`ends` takes them, are multiplied by
+    ``scale``, such as 100 for per cent, and None leaves a gap. ``looks`` are other fields of
+    :class:`Marks`.
     """
     y, lower, upper = (
         [None if end is None else scale * end for end in column]
@@ -277,12 +274,9 @@ def edges(values: Sequence[float], bins: int = 40) -> list[float]:
 def counted(name: str, values: Sequence[float], limits: Sequence[float], **style: Any) -> Marks:
     """The histogram of values as bars.
 
-    Args:
-        name: of the marks.
-        values: each is counted in one bin; a limit belongs to the bin above it, the last one to
-            the last bin.
-        limits: of equally wide bins, as :func:`edges` gives them.
-        style: further fields of :class:`Marks`.
+    Each is counted in one of the bins between ``limits``, as :func:`edges` gives them; a limit
+    belongs to the bin above it, the last one to the last bin. ``style`` are further fields of
+    :class:`Marks`.
     """
     counts = [0] * (len(limits) - 1)
     for value in values:

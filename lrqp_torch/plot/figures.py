@@ -460,13 +460,10 @@ def histogram_of(results: Any, bins: int = 48) -> Chart:
 def scatter_of(
     results: Any, site: str | None = None, most: int | None = None, **texts: Any
 ) -> Chart:
-    """What :func:`scatter` draws of a study's results.
+    """What :func:`scatter` draws of a study's results: ``most`` prompts, at the best site by
+    default.
 
-    Args:
-        results: of the study.
-        site: which; default the best one.
-        most: prompts that are drawn; default all.
-        texts: ``texts`` and ``notes`` of the marks, and limits of the pane.
+    ``texts`` are the ``texts`` and ``notes`` of the marks, and limits of the pane.
     """
     site = site or best_site(results)
     columns, names = {}, {}

@@ -44,10 +44,8 @@ _SYMBOLS = {
 def to_plotly(chart: Chart, *, alone: bool = True) -> dict[str, Any]:
     """The chart as plotly's figure: plain lists and dictionaries of ``data`` and ``layout``.
 
-    Args:
-        chart: what is drawn.
-        alone: whether it carries its title, and colours that can be seen on any background, as a
-            notebook needs; the report's page has both itself.
+    If ``alone`` it carries its title, and colours that can be seen on any background, as a notebook
+    needs; the report's page has both itself.
     """
     placed = cells(chart)
     named = legend(placed, beside=False)

@@ -93,12 +93,9 @@ CORNERS = ("top right", "bottom right", "top left", "bottom left")
 
 
 class Spots:
-    """Where texts fit into a pane: each takes the place at which it hides least.
+    """Where texts fit into a pane, ``wide`` letters wide and ``high`` lines high.
 
-    Args:
-        cell: the pane.
-        wide: how many letters are as wide as it.
-        high: how many lines are as high.
+    Each takes the place at which it hides least.
     """
 
     def __init__(self, cell: Cell, wide: float, high: float) -> None:
@@ -182,9 +179,7 @@ def cells(chart: Chart) -> list[Cell]:
 def legend(placed: Sequence[Cell], *, beside: bool) -> dict[tuple[int, int], str]:
     """Names in the legend, by number of pane and marks; what looks the same is named once.
 
-    Args:
-        placed: the panes.
-        beside: whether names that are to stand at the ends of curves or in a corner go there.
+    ``beside`` says whether names that are to stand at the ends of curves or in a corner go there.
     """
     found: dict[tuple[int, int], str] = {}
     looks: set[tuple[object, ...]] = set()

@@ -68,11 +68,7 @@ def read(record: Any, *paths: str) -> tuple[float | None, float | None, float | 
 
 
 def part_of(results: Any, name: str) -> Any:
-    """The result of a part that ran.
-
-    Raises:
-        SettingError: it did not.
-    """
+    """The result of a part that ran. Raises SettingError: it did not."""
     parts = get(results, "parts", {})
     if name not in parts:
         raise SettingError(f"these results do not hold the part {name}: run it with --parts {name}")
@@ -96,11 +92,7 @@ def answers_of(results: Any, key: str) -> list[float]:
 
 
 def best_site(results: Any) -> str:
-    """The site whose edit flips most.
-
-    Raises:
-        SettingError: no site was swept.
-    """
+    """The site whose edit flips most. Raises SettingError: no site was swept."""
     site = get(results, "best_site", None)
     if site is None:
         raise SettingError("these results hold no sweep over sites; run the part flipping")

@@ -81,14 +81,7 @@ def require_matplotlib() -> None:
 
 
 def write_charts(charts: Mapping[str, Chart], folder: Path) -> list[Path]:
-    """Write each chart as PNG and SVG.
-
-    Args:
-        charts: file name without ending to what is drawn.
-        folder: an existing folder.
-
-    Returns:
-        The files written.
+    """Write each chart as PNG and SVG under its name into an existing folder; returns the files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

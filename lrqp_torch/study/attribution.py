@@ -97,13 +97,9 @@ def attribute(
 ) -> HeadAttribution:
     """Split what pulls towards an answer into shares of embedding, heads and MLPs.
 
-    Args:
-        model: a transformers causal language model.
-        streams: the stream at one token an example, (B, d) each: ``Ln.pre`` of every block, then
-            ``post`` of the last.
-        z: layer to the heads' outputs before W_O at the same token, (B, heads, head width), for
-            every layer; see :func:`~lrqp_torch.stream.hooks.record_heads`.
-        pull: the logits that count.
+    The streams are those at one token an example, (B, d) each: ``Ln.pre`` of every block, then
+    ``post`` of the last. ``z`` has for every layer the heads' outputs before W_O at the same token,
+    (B, heads, head width); see :func:`~lrqp_torch.stream.hooks.record_heads`.
 
     Raises:
         WidthError: not one stream more than blocks, or a layer's heads missing.
@@ -164,10 +160,8 @@ def score(
     """Run clean prompts, which have answers, once, and score every head on each.
 
     ``attentions`` maps a name to the positions of a query and a key, from which and to which
-    attention is read; ``advance`` is called with the number of prompts after each batch.
-
-    Raises:
-        UnknownFamilyError: the model's attention or final norm is of an unknown form.
+    attention is read; ``advance`` is called with the number of prompts after each batch. Raises
+    UnknownFamilyError: the model's attention or final norm is of an unknown form.
     """
     model, kept = context.model, dict[str, Tensor]()
     layers = range(len(blocks_of(model)))

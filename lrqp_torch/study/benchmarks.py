@@ -124,10 +124,7 @@ METHODS = ("lrqp", "joint", "mean_difference", "das", "full_patch")
 class KeptLRQP(LearnedLRQP):
     """LRQP of one variable that keeps the readings of all others: C δ = 0 for their probes.
 
-    Args:
-        reference: LRQP of the variable.
-        joint: the same with the other variables, each of which is kept unless it is told to change.
-        name_of: the variable.
+    ``joint`` has the variable, ``name_of``, and the others, each kept unless it is told to change.
     """
 
     name: ClassVar[str] = "joint"
@@ -368,10 +365,8 @@ class _How:
     ) -> tuple[list[Prompt], list[Prompt], list[str], bool | None]:
         """Prompts to fit on and held out, at most n in all, their classes, and ``bos``.
 
-        Those of ``train`` are divided where none is held out.
-
-        Raises:
-            PromptError: too few that this tokenizer knows.
+        Those of ``train`` are divided where none is held out. Raises PromptError: too few that this
+        tokenizer knows.
         """
         kept = screen(self.tokenizer, train, log)
         held = list(test)

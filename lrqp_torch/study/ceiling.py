@@ -77,12 +77,10 @@ class Likeness:
 
 
 def interchange_of(clean: Columns, patch: Columns, own: Sample) -> Interchange:
-    """Summarise an interchange.
+    """Summarise an interchange of the prompts that have a twin, ``own``.
 
-    Args:
-        clean: logit_difference and own_lead of the clean run; empty without answers.
-        patch: the same under the interchange, other_lead, divergence, and distance.
-        own: the prompts that have a twin.
+    Of the clean run logit_difference and own_lead are known, nothing without answers; of the patch
+    these, other_lead, divergence, and distance.
     """
     answered, lengths = bool(clean), own.of(patch["distance"])
     distance = float(lengths.mean())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,31 +72,33 @@ class StudyContext:
     ) -> dict[str, Tensor]:
         """Clean activations by site, (n, d) each in float32 on the model's device; kept.
 
-        Args:
-            task: one of the two tasks.
-            split: ``"train"`` or ``"test"``.
-            position: a key of ``PromptSet.positions``, such as ``"mark"`` or ``"end"``.
-            sites: which; default all of the study's.
-            advance: called with the number of prompts after each batch that had to be run.
-            ranks: the processes among which batches are shared, all of which make this call.
+        They are of the ``"train"`` or the ``"test"`` prompts, at one of ``PromptSet.positions``;
+        of all sites of the study by default. ``advance`` is called with the number of prompts after
+        each batch that had to be run; all of ``ranks``, which share the batches, make this call.
         """
-        wanted = list(self.sites if sites is None else sites)
         data: PromptSet = getattr(task, split)
         at = data.positions[position]
         # One token may have several names, such as mark and S2.
         name = next(name for name, columns in data.positions.items() if torch.equal(columns, at))
+        return self._kept(data, name, data.inputs, at, sites, advance, ranks)
+
+    def _kept(
+        self,
+        data: PromptSet,
+        name: str,
+        inputs: dict[str, Tensor],
+        at: Tensor,
+        sites: Sequence[str] | None,
+        advance: Advance,
+        ranks: Ranks,
+    ) -> dict[str, Tensor]:
+        """What is kept under a name of some prompts, captured where it is missing."""
+        wanted = list(self.sites if sites is None else sites)
         _, kept = self._activations.setdefault((id(data), name), (data, {}))
         missing = [site for site in wanted if site not in kept]
         if missing:
-            found = capture(
-                self.model,
-                data.inputs,
-                missing,
-                at,
-                ranks=ranks,
-                batch_size=self.batch_size,
-                progress=advance,
-            )
+            how: dict[str, Any] = {"batch_size": self.batch_size, "progress": advance}
+            found = capture(self.model, inputs, missing, at, ranks=ranks, **how)
             kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}
 
@@ -117,19 +120,12 @@ class StudyContext:
         found = data.twins(variable)
         if found is None:
             return None
-        wanted = list(self.sites if sites is None else sites)
         if found.rows is not None:
-            own = self.activations(task, split, "mark", wanted, ranks=ranks)
+            own = self.activations(task, split, "mark", sites, ranks=ranks)
             rows = found.rows.to(self.device)
             return {site: x[rows] for site, x in own.items()}, found.known.cpu()
-        _, kept = self._activations.setdefault((id(data), f"twins {variable}"), (data, {}))
-        missing = [site for site in wanted if site not in kept]
-        if missing:
-            size, at = self.batch_size, found.prompts.position
-            inputs = found.prompts.inputs
-            new = capture(self.model, inputs, missing, at, ranks=ranks, batch_size=size)
-            kept.update({site: new.pop(site).float() for site in missing})
-        return {site: kept[site] for site in wanted}, found.known.cpu()
+        name, (inputs, at) = f"twins {variable}", (found.prompts.inputs, found.prompts.position)
+        return self._kept(data, name, inputs, at, sites, no_progress, ranks), found.known.cpu()
 
     def half(self, which: int) -> "StudyContext":
         """The same study of one half of the held-out prompts, see :func:`~.prompts.halves`.
@@ -162,11 +158,10 @@ class StudyContext:
             found = self.activations(task, "train", "mark", sites) if sites else {}
             return found, data.labels.to(self.device)
         rows = data.spans.nonzero()[:, 0]
-        found = (
-            capture(self.model, data.inputs, list(sites), data.spans, batch_size=self.batch_size)
-            if sites
-            else {}
-        )
+        found = {}
+        if sites:
+            at, size = data.spans, self.batch_size
+            found = capture(self.model, data.inputs, list(sites), at, batch_size=size)
         return {site: x.float() for site, x in found.items()}, data.labels[rows].to(self.device)
 
     @property

@@ -62,10 +62,8 @@ def asked_at(
     """The log α of the control and the counterfactual edit of each held-out prompt, by site.
 
     Nothing is asked for by ``nats``; a prompt without a twin is dosed by its target class. All of
-    ``ranks``, which share the captures, make this call.
-
-    Raises:
-        SettingError: ``twin`` where no prompt has one.
+    ``ranks``, which share the captures, make this call. Raises SettingError: ``twin`` where no
+    prompt has one.
     """
     if dose == "nats":
         return {}

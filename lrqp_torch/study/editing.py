@@ -136,13 +136,9 @@ def fit_sites(
     batch_size: int = 64,
     **known: Any,
 ) -> tuple[dict[str, LRQP], dict[str, HeldOut]]:
-    """Fit an edit at each of several sites, as :func:`fit` does with these arguments.
+    """Fit an edit at each of several sites, as :func:`fit` does, whose errors it raises.
 
-    Returns:
-        The edits by site, and what each does to the held-out prompts, if there are any.
-
-    Raises:
-        SiteError, UnknownFamilyError, PromptError: as :func:`fit`.
+    Returns the edits by site, and what each does to the held-out prompts, if there are any.
     """
     require_every_class(prompts)
     if held_out is not None:
@@ -178,11 +174,8 @@ def fit_sites(
 
 
 def load_one(name_or_path: str, name: str | None = None) -> LRQP:
-    """The edit of a folder or a name on the Hub.
-
-    Args:
-        name_or_path: holds one edit, or a library of several.
-        name: which of several.
+    """The edit of a folder or a name on the Hub, which holds one, or a library of several with
+    ``name``.
 
     Raises:
         HubError: neither a folder nor to be had from the Hub.
@@ -292,13 +285,8 @@ def typed_prompts(
 def targets_of(name: str, prompts: PromptSet) -> Tensor:
     """The class to write into each prompt, (n,).
 
-    Args:
-        name: of a class; or ``"own"`` for the class that holds, or ``"other"`` for the
-            counterfactual one, where no class has that name.
-        prompts: with their classes.
-
-    Raises:
-        TargetError: no such class.
+    It is that of the name; or, where no class has it, with ``"own"`` the class that holds, and with
+    ``"other"`` the counterfactual one. Raises TargetError: no such class.
     """
     labels, classes = prompts.labels, prompts.classes
     if name in classes:

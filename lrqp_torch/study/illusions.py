@@ -235,16 +235,15 @@ def compute(
     seeds: int = SEEDS,
     advance: Advance = no_progress,
 ) -> ControlsResult:
-    """Run the controls of the counterfactual edit at one site.
+    """Run the controls of the counterfactual edit at one site, at the marked token of prompts with
+    answers.
 
     Args:
-        context: the model and its prompts, which have answers.
-        site: where the edit acts, at the marked token.
-        edit: fitted to the training prompts at that site, as by :func:`~.sweep.fit_edits`.
-        heads: the heads and their roles; None where the prompts have none, see
-            :func:`~.subspaces.readers_of`.
-        l2: penalty of the probes that are fitted here.
-        shrinkage: of the covariances that are estimated here.
+        context: the model and its prompts.
+        site: where the edit acts.
+        edit: fitted to the training prompts there, as by :func:`~.sweep.fit_edits`.
+        heads: the heads and their roles; None where the prompts have none.
+        l2: penalty of the probes that are fitted here; ``shrinkage`` of the covariances.
         seeds: how often each kind of chance is drawn; at least 1.
         advance: called with the number of prompts after each batch.
     """

@@ -115,17 +115,11 @@ class IOIPrompts(PromptSet):
     ) -> Twins[Self] | None:
         """Each prompt's minimal pair, which differs in what S2 tells of one variable alone.
 
-        Args:
-            variable: ``"order"`` (default): the names of the first clause change places;
-                ``"identity"``: the two people change roles; ``"all"``: both, so that S2 is the
-                other name and nothing else differs.
-            target: order of each twin, (n,); default the other one.
-
-        Returns:
-            None where no prompt has one, or the answers are not the names in the prompts.
-
-        Raises:
-            SettingError: another variable.
+        In ``"order"`` (default) the names of the first clause change places; in ``"identity"`` the
+        two people change roles; in ``"all"`` both, so that S2 is the other name and nothing else
+        differs. ``target`` is the order of each twin, (n,); default the other one. None where no
+        prompt has one, or the answers are not the names in the prompts. Raises SettingError:
+        another variable.
         """
         if variable not in (None, *self.variables):
             raise SettingError(

@@ -56,10 +56,7 @@ def read_truth(name: str) -> KnownSites | None:
     """The known sites of a model, from the ``ground_truth.json`` beside its weights.
 
     ``name`` is a bundled organism, such as ``organism``, or a model's folder; None for a model
-    without such a file.
-
-    Raises:
-        ModelError: the file is damaged.
+    without such a file. Raises ModelError: the file is damaged.
     """
     folder = organism_folder(name) if name in ORGANISMS else Path(name)
     file = folder / GROUND_TRUTH

@@ -219,15 +219,10 @@ def compute(
 ) -> CompareResult:
     """Put all methods to the same test: write the next class at the marked token, held out.
 
-    All are fitted to the training prompts; what they did is read on the held-out ones by the model,
-    and by probes that share no prompt with any of them.
-
-    Args:
-        context: the model and its prompts, which have answers.
-        edits: site to the study's LRQP there.
-        heads: the heads and their roles, for the attention of the name movers; None leaves it out.
-        options: what to run.
-        advance: called with units of :func:`work`.
+    All are fitted to the training prompts, which have answers; what they did is read on the
+    held-out ones by the model, and by probes that share no prompt with any of them. ``edits`` are
+    the study's LRQP by site; without ``heads`` the attention of the name movers is left out;
+    ``advance`` is called with units of :func:`work`.
 
     Raises:
         SettingError: no site.
@@ -259,10 +254,7 @@ class Resampling:
     A mean over a resample is a weighted mean over the prompts, so differences and ratios between
     edits are paired: both are read from the same prompts. Where there are groups, (n,), these are
     drawn, each with all its prompts. ``weights`` holds the share of each prompt in each resample,
-    (resamples, n).
-
-    Raises:
-        StatisticsError: no prompts.
+    (resamples, n). Raises StatisticsError: no prompts.
     """
 
     def __init__(

@@ -235,10 +235,8 @@ def shortest(data: PromptSet, most: int) -> PromptSet:
 def behaviour(context: StudyContext, site: str, data: PromptSet, batch_size: int) -> Behaviour:
     """The model that should answer in the sense of the next class once prompts are edited.
 
-    The loss is −log P(an answer of that class) at the last column, in nats.
-
-    Raises:
-        PromptError: the prompts have no answers.
+    The loss is −log P(an answer of that class) at the last column, in nats. Raises PromptError: the
+    prompts have no answers.
     """
     if data.answers is None:
         raise PromptError("these prompts have no answers, so no edit can be trained to change them")
@@ -332,10 +330,7 @@ def train_learned(
 def counterfactual_prompts(data: PromptSet) -> EditPrompts:
     """Prompts whose edit writes the next class, so that its answer wins over that which holds.
 
-    The first answer of a class stands for it.
-
-    Raises:
-        PromptError: the prompts have no answers.
+    The first answer of a class stands for it. Raises PromptError: the prompts have no answers.
     """
     if data.answers is None:
         raise PromptError("these prompts have no answers, so no edit can be learned from them")

@@ -58,9 +58,7 @@ class Given:
         self, found: Mapping[str, Tensor], labels: Tensor, advance: Advance = no_progress
     ) -> dict[str, LRQP]:
         """Edits by site as the settings ask for them, see :func:`~.sweep.fit_edits`."""
-        asked = self.settings
-        how: dict[str, Any] = {"l2": asked.l2, "shrinkage": asked.shrinkage}
-        return fit_edits(found, labels, log_odds=asked.log_odds, advance=advance, **how)
+        return fit_edits(found, labels, advance=advance, **self.settings.fitting)
 
 
 class Part(ABC, Generic[R]):
@@ -109,7 +107,13 @@ class Part(ABC, Generic[R]):
 
     @abstractmethod
     def compute(self, given: Given, advance: Advance, /) -> R:
-        """The part's numbers."""
+        """The part's numbers.
+
+        Raises:
+            NonFiniteError: the model's logits are NaN or infinite.
+            UnknownFamilyError: the model's attention or final norm is of an unknown form, where
+                heads are looked at.
+        """
 
     def read(self, raw: dict[str, Any], /) -> R:
         """A result from the plain JSON values that :func:`~.records.to_json` made of it.

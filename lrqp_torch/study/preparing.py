@@ -18,7 +18,7 @@ from lrqp_torch.study.context import StudyContext, Task, evenly
 from lrqp_torch.study.estimates import FEWEST_GROUPS
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
-from lrqp_torch.study.reading import Columns, RowLog, front, listed, read_columns, screen
+from lrqp_torch.study.reading import RowLog, front, listed, prompts_of, rows_of, screen
 from lrqp_torch.study.settings import Settings
 
 
@@ -27,15 +27,12 @@ def prepare(
 ) -> StudyContext:
     """Read or write the prompts of a study, and load its model.
 
-    ``start`` opens progress bars, ``clock`` counts the stages ``model`` and ``prompts``.
-
-    Raises:
-        LRQPError: a model, site, device or file that is not there, or cannot be used.
+    ``start`` opens progress bars, ``clock`` counts the stages ``model`` and ``prompts``. Raises
+    LRQPError: a model, site, device or file that is not there, or cannot be used.
     """
     clock = clock or Clock()
-    log, read, how = RowLog(settings.strict), None, (settings.train_share, settings.seed)
-    if settings.data is not None:
-        read = read_own(settings.data, settings.columns, *how, log)
+    log = RowLog(settings.strict)
+    read = None if settings.data is None else read_own(settings, log)
     with clock.stage("model"):
         advance = start("loading the model", 1)
         device = choose_device(settings.device)
@@ -45,7 +42,7 @@ def prepare(
     with clock.stage("prompts"):
         advance = start("writing prompts", 1)
         if read is not None:
-            train, test, _ = encode_own(tokenizer, read, *how, settings.bos, log)
+            train, test, _ = encode_own(tokenizer, read, settings, log)
             tasks = [Task("own", train, test)]
             few = 0 if test.groups is None else len(test.groups.unique())
             if 0 < few < FEWEST_GROUPS:
@@ -56,7 +53,7 @@ def prepare(
                 )
         else:
             versions = [settings, settings.other()] if settings.compares else [settings]
-            tasks = [Task(name_task(s), *make_prompts(tokenizer, s)) for s in versions]
+            tasks = [named_task(tokenizer, version) for version in versions]
         advance(1)
     context = StudyContext(
         model=model,
@@ -112,10 +109,8 @@ def choose_device(name: str) -> torch.device:
 def choose_sites(model: Any, names: str) -> list[str]:
     """Sites to sweep, in order of computation, by names separated by commas.
 
-    ``all`` stands for every pre and mid.
-
-    Raises:
-        SiteError: a name that is no place in this model's stream, or no name at all.
+    ``all`` stands for every pre and mid. Raises SiteError: a name that is no place in this model's
+    stream, or no name at all.
     """
     chosen: set[Site] = set()
     for name in listed(names):
@@ -126,34 +121,32 @@ def choose_sites(model: Any, names: str) -> list[str]:
     return [str(site) for site in sorted(chosen)]
 
 
-def read_own(
-    data: str, columns: Columns, train_share: float, seed: int, log: RowLog
-) -> list[Prompt]:
+def read_own(settings: Settings, log: RowLog) -> list[Prompt]:
     """The prompts of one's own file, which can be divided into some to fit on and some held out.
 
     Raises:
         PromptError: see :func:`~.reading.read_prompts` and :func:`~.prompts.split`.
     """
-    prompts = read_columns(data, columns, log)
+    data = str(settings.data)
+    prompts = prompts_of(rows_of(data), settings.columns, log, data)
     try:
-        split(prompts, train_share, seed)
+        split(prompts, settings.train_share, settings.seed)
     except PromptError as error:
         raise PromptError(" ".join([f"{error}.", *log.says()])) from error
     return prompts
 
 
 def encode_own(
-    tokenizer: Any, prompts: list[Prompt], train_share: float, seed: int, bos: str, log: RowLog
+    tokenizer: Any, prompts: list[Prompt], settings: Settings, log: RowLog
 ) -> tuple[PromptSet, PromptSet, bool | None]:
     """Those of them that this tokenizer knows, to fit on and held out, with the classes of both.
 
-    The third value is what :meth:`PromptSet.encode` was told of ``bos``.
-
-    Raises:
-        PromptError: see :func:`~.reading.screen` and :func:`~.prompts.split`.
+    The third value is what :meth:`PromptSet.encode` was told of ``bos``. Raises PromptError: see
+    :func:`~.reading.screen` and :func:`~.prompts.split`.
     """
     kept = screen(tokenizer, prompts, log)
-    halves, first = split(kept, train_share, seed), front(tokenizer, kept, bos, log)
+    first = front(tokenizer, kept, settings.bos, log)
+    halves = split(kept, settings.train_share, settings.seed)
     classes = sorted({prompt.label for prompt in kept})
     further = {name: sorted({prompt.further[name] for prompt in kept}) for name in kept[0].further}
     train, test = (
@@ -163,23 +156,19 @@ def encode_own(
     return train, test, first
 
 
-def make_prompts(tokenizer: Any, settings: Settings) -> tuple[IOIPrompts, IOIPrompts]:
+def named_task(tokenizer: Any, settings: Settings) -> Task:
     """Prompts about two names, to fit on and held out, without a prompt in common."""
+    plain = settings.prefixes == "none"
     drawn = IOIDataset.generate(
         tokenizer,
         settings.n,
         seed=settings.seed,
-        prefixes=None if settings.prefixes == "none" else settings.prefixes,
+        prefixes=None if plain else settings.prefixes,
         names=settings.names,
         padding_side="left",
     )
-    data = IOIPrompts.of(drawn)
-    return data[: settings.train_size], data[settings.train_size :]
-
-
-def name_task(settings: Settings) -> str:
-    """``"plain"`` without a prefix, ``"prefixed"`` with one."""
-    return "plain" if settings.prefixes == "none" else "prefixed"
+    data, size = IOIPrompts.of(drawn), settings.train_size
+    return Task("plain" if plain else "prefixed", data[:size], data[size:])
 
 
 def describe_model(model: Any, name: str) -> dict[str, Any]:

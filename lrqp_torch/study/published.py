@@ -137,17 +137,11 @@ def _alike(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def mib_rows(number: int, row: Mapping[str, Any], column: str) -> Iterator[Mapping[str, Any]]:
-    """A prompt of MIB and its counterfactual, as two rows of a pair.
+    """A prompt of MIB and its counterfactual, which stands in a column of the row, as two rows of a
+    pair.
 
-    The class is the answer; each row has the answers of both, and the other one to become.
-
-    Args:
-        number: of the row.
-        row: ``prompt``, its answer, and ``column``, an object of the same form.
-        column: name of the counterfactual.
-
-    Raises:
-        RowError: no such counterfactual, or one with the same answer.
+    The class is the answer; each row has the answers of both, and the other one to become. Raises
+    RowError: no such counterfactual, or one with the same answer.
     """
     other = row.get(column)
     if not isinstance(other, Mapping):
@@ -197,10 +191,8 @@ def _mib_side(number: int, row: Mapping[str, Any], attribute: Any) -> tuple[str,
 def asked_attributes(rows: Iterable[Any], column: str) -> list[str]:
     """The attributes that rows of MIB's RAVEL ask for and have values of; none for other rows.
 
-    Args:
-        rows: ``prompt``, ``entity``, ``attribute`` and a column an attribute.
-        column: name of the counterfactual, of the same form; its ``attribute`` may be another one,
-            or none that has values.
+    A row has ``prompt``, ``entity``, ``attribute`` and a column an attribute; so has its
+    counterfactual, of which ``attribute`` may be another one, or none that has values.
     """
     names = (
         row.get("attribute")
@@ -234,16 +226,10 @@ def city_prompt(
 ) -> tuple[Prompt, tuple[str, str]]:
     """A prompt of MIB's RAVEL that asks for an attribute, and its source: marked text and entity.
 
-    Args:
-        number: of the row.
-        row: see :func:`asked_attributes`.
-        column: name of the counterfactual.
-        name: of the attribute.
-        values: entity to attribute to value.
-
-    Raises:
-        RowError: no such counterfactual, an entity that is not in its prompt or of which the value
-            is not known, or both entities have the same.
+    ``row`` is as of :func:`asked_attributes`, ``column`` names its counterfactual and ``name`` the
+    attribute; ``values`` are by entity and attribute. Raises RowError: no such counterfactual, an
+    entity that is not in its prompt or of which the value is not known, or both entities have the
+    same.
     """
     if isinstance(row, RowError):
         raise row
@@ -313,13 +299,10 @@ RAVEL_KEYS = ("ID", "URL")
 def read_ravel(folder: Path, rows: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Ravel:
     """RAVEL's tables, from the files of its repository (``ravel_city_entity_attributes.json`` …).
 
-    Args:
-        folder: of the files, or one above it; of several kinds of entity the first by name.
-        rows: of the tables of ``hij/ravel`` with the split they are of, where it holds those.
-
-    Raises:
-        PromptError: files that are not there, or of another form; the message names those that
-            were looked for.
+    They lie in the folder, or within it, of several kinds of entity the first by name. ``rows`` are
+    of the tables of ``hij/ravel``, with the split they are of, where it holds those. Raises
+    PromptError: files that are not there, or of another form; the message names those that were
+    looked for.
     """
     tabled = _ravel_of(rows)
     if tabled is not None:

@@ -171,14 +171,8 @@ def read_prompts(
     """
     label, *further = label_columns(label)
     columns = Columns(label, text, position, group, pair, further=tuple(further))
-    return read_columns(source, columns, log)
-
-
-def read_columns(source: str | Path, columns: Columns, log: RowLog | None = None) -> list[Prompt]:
-    """:func:`read_prompts` with its columns as one argument."""
-    return prompts_of(
-        rows_of(str(source)), columns, RowLog(strict=True) if log is None else log, str(source)
-    )
+    log = RowLog(strict=True) if log is None else log
+    return prompts_of(rows_of(str(source)), columns, log, str(source))
 
 
 def prompts_of(
@@ -655,10 +649,8 @@ def agreement(n: int, seed: int = 0) -> list[Prompt]:
         The keys near the cabinet …        plural, although the nearest noun is singular
 
     The noun in between has the other number in half of the prompts. Source: Linzen, Dupoux and
-    Goldberg 2016 (arXiv 1611.01368), with words of our own.
-
-    Raises:
-        PromptError: n is not within what these words give.
+    Goldberg 2016 (arXiv 1611.01368), with words of our own. Raises PromptError: n is not within
+    what these words give.
     """
     answers = {"singular": (" is", " was", " has"), "plural": (" are", " were", " have")}
     choices = itertools.product(OPENINGS, SUBJECTS, PREPOSITIONS, ATTRACTORS, range(2), range(2))
@@ -677,10 +669,7 @@ def greater_than(n: int, seed: int = 0) -> list[Prompt]:
     A model that knows order puts the next digit above the first year's: an early one goes with the
     digits just above it, a late one with the digits above the late one's. For tokenizers that split
     numbers into digits. Source: Hanna, Liu and Variengien 2023 (arXiv 2305.00586), with words of
-    our own.
-
-    Raises:
-        PromptError: n is not within what these words give.
+    our own. Raises PromptError: n is not within what these words give.
     """
     years = [(tens, units) for tens in (1, 2, 3, 6, 7) for units in range(2, 9)]
     answers = {"early": ("2", "3", "4"), "late": ("7", "8", "9")}

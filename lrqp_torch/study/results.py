@@ -56,12 +56,7 @@ class CleanResult:
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], seed: int) -> Self:
-        """Summarise the clean run of a sweep.
-
-        Args:
-            flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
-            seed: of the bootstrap.
-        """
+        """Summarise the clean run of a sweep, as :func:`~.sweep.sweep` returns it."""
         sample = Sample(seed, flat.get("groups"))
         return cls(len(flat["labels"]), *_answered(columns_of(flat, "clean"), sample))
 
@@ -227,13 +222,10 @@ class VariableResult(SiteResult):
 def told(record: T, used: bool = True) -> T:
     """The same results without shares of a ceiling where the variable is not used.
 
-    There the interchange has next to no effect on the answer, and a share of that says nothing.
-    A site says of itself, and of all within it, whether it is used: by its verdict, or, where it
-    has none, by whether the counterfactual edit flips clearly more answers than the control edit.
-
-    Args:
-        record: dataclasses, or lists and dictionaries of them.
-        used: what holds of records that are no sites, and lie in none.
+    There the interchange has next to no effect on the answer, and a share of that says nothing. A
+    site says of itself, and of all within it, whether it is used: by its verdict, or, where it has
+    none, by whether the counterfactual edit flips clearly more answers than the control edit.
+    ``used`` holds of records that are no sites, and lie in none.
     """
     if isinstance(record, Mapping):
         return cast(T, {key: told(value, used) for key, value in record.items()})
@@ -252,12 +244,8 @@ def told(record: T, used: bool = True) -> T:
 def judged(
     sites: Mapping[str, SiteResult], flat: Mapping[str, Tensor], seed: int
 ) -> dict[str, SiteResult]:
-    """The sites with what takes all of them: verdicts, and likeness to the interchange.
-
-    Args:
-        sites: all that were swept.
-        flat: numbers of each prompt, as :func:`~.sweep.sweep` returns them.
-        seed: of the bootstrap.
+    """The sites that were swept with what takes all of them: verdicts, and likeness to the
+    interchange.
     """
     clean, groups = columns_of(flat, "clean"), flat.get("groups")
     patches = {name: found for name in sites if (found := _patched(flat, name)) is not None}
@@ -314,11 +302,8 @@ def best_site(flat: Mapping[str, Tensor], sites: Sequence[str]) -> str:
     """The site that flips most beyond its null; among equals, the one that changes most.
 
     What changes is the mean logit difference, or without answers the distribution of the next token
-    beyond what the control edit does to it.
-
-    Args:
-        flat: numbers of the prompts by which it is chosen, as :func:`~.sweep.sweep` returns them.
-        sites: names.
+    beyond what the control edit does to it. ``flat`` is of the prompts by which it is chosen, as
+    :func:`~.sweep.sweep` returns it.
     """
     answered = flat["clean.own_lead"] > 0 if "clean.own_lead" in flat else None
 

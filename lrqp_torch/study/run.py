@@ -62,19 +62,12 @@ def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> 
     Each part is kept as soon as it is finished. A run that was stopped goes on from there with
     ``settings.resume``, and gives the same numbers as one that was not.
 
-    Many processes, all of which make this call, share the parts that are ``shared``: captures and
-    held-out prompts batch by batch, probes and covariances site by site. The numbers are those of
-    one process. The other parts, figures and report are made by rank 0 alone, after
-    ``ranks.leave()``; it alone reads and writes ``settings.out``.
-
-    Args:
-        settings: what to run, the same on every rank.
-        ranks: this process among the others, from :func:`lrqp_torch.distributed.joined`.
-        progress: whether rank 0 shows progress bars on standard error.
-
-    Returns:
-        The results, as written to ``results.json``, on rank 0; None on the others, which return as
-        soon as the shared parts are done.
+    Many processes, all of which make this call with the same settings, share the parts that are
+    ``shared``: captures and held-out prompts batch by batch, probes and covariances site by site.
+    The numbers are those of one process. The other parts, figures and report are made by rank 0
+    alone, after ``ranks.leave()``; it alone shows progress, reads and writes ``settings.out``, and
+    returns the results, as written to ``results.json``. The others return None as soon as the
+    shared parts are done.
 
     Raises:
         LRQPError: any bad input, on the first rank where it happens; the message says what, where,
@@ -217,11 +210,8 @@ def choose(names: str, context: StudyContext) -> list[str]:
     """Parts to run, in order, with those that they need.
 
     ``names`` are part names separated by commas; ``all`` stands for every part that runs on these
-    prompts, but for those that run only when they are named.
-
-    Raises:
-        SettingError: a name that is no part, no name at all, or a part that does not run on these
-            prompts.
+    prompts, but for those that run only when they are named. Raises SettingError: a name that is no
+    part, no name at all, or a part that does not run on these prompts.
     """
     asked = set(listed(names))
     unknown = sorted(asked - {"all", *PARTS})
@@ -255,18 +245,12 @@ def run_parts(
     store: PartStore | None = None,
     start: Start = no_stages,
 ) -> dict[str, Finished] | None:
-    """Compute each part, or take it from the store, and keep it as soon as it is finished.
+    """Compute each part, or take it from the store, and keep it there as soon as it is finished.
 
-    Args:
-        given: what the parts build on; their results are added to ``given.results``.
-        parts: in the order in which they run, each after those that it needs, the shared first.
-        store: where rank 0 keeps them; :meth:`PartStore.clear` it first to compute all anew. None
-            to keep nothing.
-        start: opens a progress bar.
-
-    Returns:
-        Part name to its finished result on rank 0, None on the others, which end after the last
-        shared part.
+    Parts run in their order, each after those that it needs, the shared first; their results are
+    added to ``given.results``. Rank 0 keeps them in the store, which is to be cleared before to
+    compute all anew; None keeps nothing. Finished parts by name on rank 0, None on the others,
+    which end after the last shared part.
 
     Raises:
         SettingError: a part in the store was made with other settings.
@@ -411,13 +395,7 @@ def edits_of(context: StudyContext, settings: Settings) -> Callable[[str], LRQP]
 
     @cache
     def edit_at(site: str) -> LRQP:
-        fitted = fit_edits(
-            *context.examples(context.task, [site]),
-            l2=settings.l2,
-            shrinkage=settings.shrinkage,
-            log_odds=settings.log_odds,
-        )
-        return fitted[site]
+        return fit_edits(*context.examples(context.task, [site]), **settings.fitting)[site]
 
     return edit_at
 
@@ -484,21 +462,18 @@ def plan(settings: Settings, *, progress: bool = False) -> Plan:
     """Load the model and the prompts of a study, and try each of its parts on few of them.
 
     The time of a part is that of the trial times the work that it has on all prompts and sites, in
-    the units of its progress bar.
-
-    Raises:
-        LRQPError: what :func:`~.run.run` would refuse before it began.
+    the units of its progress bar. Raises LRQPError: what :func:`~.run.run` would refuse before it
+    began.
     """
     with progress_bars(enabled=progress) as start:
         context = prepare(settings, start)
-        names = choose(settings.parts, context)
-        count = _affordable(context)
-        few = replace(
-            context,
-            task=_few(context.task, count),
-            other_task=None if context.other_task is None else _few(context.other_task, count),
-            sites=evenly(context.sites, TRIED_SITES),
-        )
+        names, count = choose(settings.parts, context), _affordable(context)
+        tasks = [
+            Task(task.name, first_of_each(task.train, count), first_of_each(task.test, count))
+            for task in context.tasks
+        ]
+        sites, other = evenly(context.sites, TRIED_SITES), tasks[1] if len(tasks) > 1 else None
+        few = replace(context, task=tasks[0], other_task=other, sites=sites)
         advance = start("trying the parts", len(names))
         parts = dict.fromkeys(names) | _try(few, context, settings, names)
         advance(len(names))
@@ -546,10 +521,6 @@ def _affordable(context: StudyContext) -> int:
     context.model(**inputs)
     each = (time.perf_counter() - began) / len(inputs["input_ids"])
     return max(FEWEST, min(context.batch_size, int(PATIENCE / PASSES / max(each, 1e-9))))
-
-
-def _few(task: Task, count: int) -> Task:
-    return Task(task.name, first_of_each(task.train, count), first_of_each(task.test, count))
 
 
 def first_of_each(prompts: PromptSet, count: int) -> PromptSet:

@@ -115,9 +115,7 @@ class Batch(Generic[P]):
         """Logits of the last column under the contexts that are open, (copies · B, vocabulary).
 
         ``first_layer`` is the lowest that any of them touches; ``where`` is what they do, in words.
-
-        Raises:
-            NonFiniteError: the logits hold NaN or infinity.
+        Raises NonFiniteError: the logits hold NaN or infinity.
         """
         return finite(self.replay.run(first_layer), where)
 
@@ -261,20 +259,12 @@ def _floors(
 def batches(
     model: Any, prompts: P, size: int, *, start: str = "mark", copies: int = 1
 ) -> Iterator[Batch[P]]:
-    """The prompts in batches, in the order in which replaying them is cheapest.
+    """The prompts, padded on the left, in batches of ``size`` at most, cheapest to replay first.
 
     Padding on the left puts the end in the last column, so a later start means a shorter suffix to
-    run again; prompts of like suffixes share a batch.
-
-    Args:
-        model: a transformers causal language model in evaluation mode.
-        prompts: padded on the left.
-        size: prompts a batch, at most.
-        start: the token, one of ``prompts.positions``, before which no edit acts.
-        copies: how many targets of each edit run side by side.
-
-    Raises:
-        PromptError: prompts that do not end in the last column.
+    run again; prompts of like suffixes share a batch. No edit acts before the token ``start``, one
+    of ``prompts.positions``; ``copies`` targets of each edit run side by side. Raises PromptError:
+    prompts that do not end in the last column.
     """
     if not bool((prompts.end == prompts.inputs["input_ids"].shape[1] - 1).all()):
         raise PromptError(
@@ -409,10 +399,8 @@ def finite(logits: Tensor, where: str) -> Tensor:
 class Trial:
     """One edit of every prompt, and what it did once it has run.
 
-    Args:
-        site: where it acts; None for no edit.
-        place: gives the edit of the prompts ``rows``, (B,), at columns ``at``, (B,).
-        patch: the trial, added before, that it is held against.
+    It acts at a site, None for no edit; ``place`` gives the edit of the prompts ``rows``, (B,), at
+    columns ``at``, (B,); it is held against the trial ``patch``, added before.
     """
 
     def __init__(
@@ -498,10 +486,8 @@ class Trials:
         """Add a displacement to the stream of each prompt, (n, d); the clean run where all are 0.
 
         ``patch`` is as of :class:`Trial`; what changes nothing is not held against it. With a
-        metric the trial has the ``distance``, (n,).
-
-        Raises:
-            WidthError: not one displacement for each prompt.
+        metric the trial has the ``distance``, (n,). Raises WidthError: not one displacement for
+        each prompt.
         """
         n = len(self._prompts)
         if delta.ndim != 2 or len(delta) != n:
@@ -526,11 +512,8 @@ class Trials:
     def ceiling(self, site: str, metric: Mahalanobis) -> None:
         """Put the activation of each prompt's twin in the place of its own, where there are twins.
 
-        Add it before all edits, which are then held against it.
-
-        Args:
-            site: where.
-            metric: in which the distance of both is measured.
+        Add it before all edits, which are then held against it; the metric measures the distance of
+        both.
         """
         task = Task("", self._context.task.train, self._prompts)
         item = Twinned.of(self._context, task, site, metric.distance)
@@ -549,15 +532,10 @@ class Trials:
         patch: Trial | None = None,
         known: Tensor | None = None,
     ) -> tuple[Interchange | None, dict[str, dict[str, Any]]]:
-        """The ceiling, and how edits that are shown together compare with it.
+        """The ceiling, and how edits that are shown together compare with it; None without twins.
 
-        Args:
-            edits: of which each knows its ``distance``, (n,).
-            patch: another ceiling than that of :meth:`ceiling`.
-            known: which prompts have a twin by it, (n,).
-
-        Returns:
-            None, and nothing, where no prompt has a twin.
+        Each edit knows its ``distance``, (n,). ``patch`` is another ceiling than that of
+        :meth:`ceiling`, and ``known`` says which prompts have a twin by it, (n,).
         """
         patch, known = patch or self.twinned, self.known if known is None else known
         if patch is None:
@@ -576,14 +554,10 @@ class Trials:
         source: Tensor | None = None,
         partners: Tensor | None = None,
     ) -> Trial:
-        """Make an edit of each prompt.
+        """Make an edit, at the strength wanted, of each prompt.
 
-        Args:
-            site: where it acts.
-            edit: at the strength wanted.
-            target: class to write, (n,).
-            source: class that holds, (n,); None for the reference probe's own reading.
-            partners: what a method that patches writes, (n, d).
+        It writes the class ``target``, (n,), where ``source`` holds, (n,), by default the reference
+        probe's own reading; ``partners`` are what a method that patches writes, (n, d).
         """
 
         def place(rows: Tensor, at: Tensor) -> Intervention:
@@ -599,14 +573,9 @@ class Trials:
         """Run every prompt clean and under every edit.
 
         The clean run goes the way of the edits, from the lowest site's layer on, so that an edit
-        there which changes nothing leaves every bit as it is.
-
-        Args:
-            trial_done: called with the number of prompts after each trial of a batch.
-            batch_done: the same after each batch.
-
-        Raises:
-            NonFiniteError: a displacement or the model's logits hold NaN or infinity.
+        there which changes nothing leaves every bit as it is. ``trial_done`` is called with the
+        number of prompts after each trial of a batch, ``batch_done`` after each batch. Raises
+        NonFiniteError: a displacement or the model's logits hold NaN or infinity.
         """
         model, n = self._context.model, len(self._prompts)
         sites = [trial.site for trial in self._trials if trial.site]
@@ -637,11 +606,7 @@ class Trials:
 
 
 class _Seen:
-    """What is seen of one batch, clean and under each edit.
-
-    Attributes:
-        clean: of the clean run, by the names in :class:`Trials`.
-    """
+    """What is seen of one batch, ``clean`` and under each edit, by the names in :class:`Trials`."""
 
     def __init__(
         self, trials: Trials, batch: Batch[PromptSet], lowest: int, patterns: dict[int, Tensor]

@@ -22,14 +22,11 @@ NAMES = ("n", "prefixes", "variables", "names", "compare_task")
 
 
 def option(default: Any, text: str, *flags: str, **looks: Any) -> Any:
-    """A field of a dataclass that is an option of the command.
+    """A field of a dataclass that is an option of the command, with what it means.
 
-    Args:
-        default: the field's.
-        text: what it means, for the option's help.
-        flags: what the option is called, where that is not the field's name.
-        looks: of the option, as typer takes them; ``kind`` is its type where that is another one
-            than the field's, with None as its default.
+    ``flags`` are what it is called, where that is not the field's name, and ``looks`` as typer
+    takes them; ``kind`` is its type where that is another one than the field's, with None as its
+    default.
     """
     return field(default=default, metadata={"help": text, "flags": flags, **looks})
 
@@ -198,6 +195,11 @@ class Settings:
             raise SettingError(
                 f"l2 must be above 0 and finite, not {self.l2}; leave it out for the default."
             )
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """How probes and edits are fitted, as :func:`~.sweep.fit_edits` takes it."""
+        return {"l2": self.l2, "shrinkage": self.shrinkage, "log_odds": self.log_odds}
 
     @property
     def columns(self) -> "Columns":

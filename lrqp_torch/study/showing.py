@@ -45,14 +45,11 @@ UNTOLD = (
 
 
 def said(part: str, what: str, **known: Any) -> list[str]:
-    """What is said of a part's numbers, a paragraph each.
+    """What is said of a part's numbers, a paragraph each, by one of the macros of
+    ``words/PART.jinja``.
 
-    The words of a part are the macros of ``words/PART.jinja``, paragraphs apart by a blank line.
-
-    Args:
-        part: its name.
-        what: of these macros.
-        known: what it speaks of; a name that is used there and not given is an error.
+    Paragraphs are apart by a blank line. ``known`` is what is spoken of; a name that is used there
+    and not given is an error.
     """
     module = _environment().get_template(f"{part}.jinja").make_module(known)
     paragraphs = re.split(r"\n *\n", str(getattr(module, what)()))
@@ -117,14 +114,11 @@ def table_of(
     rows: Iterable[tuple[Sequence[Cell], Any]],
     columns: Mapping[str, Reading],
 ) -> Table:
-    """A table of records: a row each, with what names it in front.
+    """A table of records: a row each, with what names it in front, under the headings ``keys``.
 
-    Args:
-        keys: headings of the first columns.
-        rows: what stands there, and the record.
-        columns: heading to how it is read. Estimates have their ends in two columns behind theirs;
-            columns with ``(%)`` in their heading are given as shares and shown in per cent; truth
-            is written as yes or no.
+    ``columns`` are by heading how they are read. Estimates have their ends in two columns behind
+    theirs; columns with ``(%)`` in their heading are given as shares and shown in per cent; truth
+    is written as yes or no.
     """
     named = [(list(names), record) for names, record in rows]
     headings, shown = list(keys), [list(column) for column in zip(*(n for n, _ in named))]  # noqa: B905
@@ -209,11 +203,8 @@ def mean_in_words(estimate: Estimate, digits: int = 2) -> str:
 
 
 def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
-    """Sites in words, neighbours joined: "L1.mid to L3.pre, L4.mid"; "no site" for none.
-
-    Args:
-        chosen: the sites to name.
-        order: all sites, in order of computation.
+    """Some of all sites in words, neighbours joined: "L1.mid to L3.pre, L4.mid"; "no site" for
+    none.
     """
     runs: list[list[str]] = []
     broken = True

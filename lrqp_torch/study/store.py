@@ -31,11 +31,8 @@ def made_folder(folder: Path) -> Iterator[None]:
     """Make ``folder`` for a run, as its sole writer; remove it again if that is refused before it
     has written anything.
 
-    Folders that were there before, and those that hold anything, are kept.
-
-    Raises:
-        OutputError: it cannot be created, is not a folder, refuses a file, or another run writes
-            to it.
+    Folders that were there before, and those that hold anything, are kept. Raises OutputError: it
+    cannot be created, is not a folder, refuses a file, or another run writes to it.
     """
     # Unlike Path.exists, this is False and no error where nobody may look.
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
@@ -53,10 +50,7 @@ def forget(folder: Path) -> None:
     """Remove the files of an earlier run, so that new files never stand beside old ones.
 
     These are its results, its prompts, and the files that its results name; its parts are in
-    :class:`PartStore`.
-
-    Raises:
-        OutputError: a file cannot be removed.
+    :class:`PartStore`. Raises OutputError: a file cannot be removed.
     """
     try:
         named = read_json(folder / RESULTS_FILE, OutputError)["files"]

@@ -117,10 +117,8 @@ def top_space(name: str, weights: Tensor, *, energy: float = ENERGY) -> Space:
 def reader_spaces(model: nn.Module, site: str, role: str, heads: Sequence[str]) -> list[Space]:
     """What heads above a site read of it, and what the next MLP reads.
 
-    ``role`` is that of the heads, for the names of the spaces; no heads leave out theirs.
-
-    Raises:
-        UnknownFamilyError: the model has no row in :data:`READING`, so its weights cannot be told.
+    ``role`` is that of the heads, for the names of the spaces; no heads leave out theirs. Raises
+    UnknownFamilyError: the model has no row in :data:`READING`, so its weights cannot be told.
     """
     spaces = []
     if heads:
@@ -143,10 +141,7 @@ def readers_of(
 
     S-inhibition heads; without them above the site, name movers take their place, or answer
     writers. These are found by their direct effect where the prompts have no names (``heads`` is
-    None).
-
-    Raises:
-        UnknownFamilyError: the model's final norm is of an unknown form.
+    None). Raises UnknownFamilyError: the model's final norm is of an unknown form.
     """
     if heads is None:
         roles = [("answer writers", find_writers(context, no_progress))]
@@ -170,10 +165,8 @@ def next_mlp(site: str) -> int:
 def head_weights(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """The reading weights of a head's keys and values, (head width, d) each, norm folded in.
 
-    Heads that share keys and values (grouped queries) give the same ones.
-
-    Raises:
-        UnknownFamilyError: the family has no row, or its modules have other shapes.
+    Heads that share keys and values (grouped queries) give the same ones. Raises
+    UnknownFamilyError: the family has no row, or its modules have other shapes.
     """
     layer, head = parse_head(name)
     modules, block = _modules(model), blocks_of(model)[layer]
@@ -252,10 +245,7 @@ class Along:
 def split(delta: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of displacements (n, d) inside and outside a subspace of orthonormal rows (r, d).
 
-    Both in float64; their sum is ``delta``.
-
-    Raises:
-        WidthError: other widths.
+    Both in float64; their sum is ``delta``. Raises WidthError: other widths.
     """
     if delta.ndim != 2 or basis.ndim != 2 or delta.shape[1] != basis.shape[1]:
         raise WidthError(

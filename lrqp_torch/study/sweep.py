@@ -49,19 +49,12 @@ def fit_edits(
     log_odds: float = 10.0,
     advance: Advance = no_progress,
 ) -> dict[str, LRQP]:
-    """Fit one edit per site to the training prompts alone.
+    """Fit one edit per site to the training prompts alone: (n, d) activations of classes (n,).
 
-    Args:
-        activations: site name to activations (n, d) at the marked token.
-        labels: class of each prompt, (n,).
-        l2: penalty of the probe; ``None`` for its own default.
-        shrinkage: of the covariance.
-        log_odds: least log odds of the ``mirror`` rule, log α = max(z_v − z_k, ``log_odds``), with
-            v the true class and k the target, as in the post.
-        advance: called with the number of probes fitted, one a site in all.
-
-    Returns:
-        Site name to edit, in the order given.
+    ``l2`` is the penalty of the probe, None for its own default, and ``log_odds`` the least log
+    odds of the ``mirror`` rule, log α = max(z_v − z_k, ``log_odds``), with v the true class and k
+    the target, as in the post. ``advance`` is called with the number of probes fitted, one a site
+    in all.
     """
     problems = {site: (x, labels) for site, x in activations.items()}
     probes = LinearProbe.fit_many(problems, l2=l2, advance=advance)
@@ -170,12 +163,9 @@ def sweep(
 def columns(
     batch: Batch[PromptSet], edited: Edited, patch: Edited | None = None
 ) -> dict[str, Tensor]:
-    """What is kept of a run of a batch, (B,) by name, as :func:`sweep` names it.
+    """What is kept of a run of a batch under an edit, (B,) by name, as :func:`sweep` names it.
 
-    Args:
-        batch: with its clean run.
-        edited: what it did under an edit.
-        patch: the interchange that this is held against.
+    ``patch`` is the interchange that it is held against.
     """
     found = answers(batch.prompts, edited.logits, edited.rest) | edited.record
     found["divergence"] = divergences(batch.clean, edited.logits)

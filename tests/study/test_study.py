@@ -21,6 +21,7 @@ from lrqp_torch.ioi import IOIDataset
 from lrqp_torch.study import part
 from lrqp_torch.study import preparing as stages
 from lrqp_torch.study import sweep as sweeping
+from lrqp_torch.study.context import Task
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.known import read_truth
@@ -197,10 +198,15 @@ def test_the_seed_decides_everything(tiny: Path, tmp_path: Path) -> None:
     assert all(torch.equal(numbers[0][key], numbers[1][key]) for key in numbers[0])
 
 
+def halves(tokenizer: Any, chosen: Settings) -> tuple[Any, Any]:
+    task = stages.named_task(tokenizer, chosen)
+    return task.train, task.test
+
+
 def test_training_and_held_out_prompts_are_disjoint(tiny: Path, tmp_path: Path) -> None:
     _, tokenizer = models.load(tiny)
     chosen = settings(tiny, tmp_path, n=50, train_share=0.3, prefixes="bundled")
-    train, test = stages.make_prompts(tokenizer, chosen)
+    train, test = halves(tokenizer, chosen)
     assert (len(train), len(test)) == (15, 35)
     assert not set(train.prompts) & set(test.prompts)
     assert all(train.data.prefixes)
@@ -211,7 +217,7 @@ def test_held_out_prompts_do_not_reach_the_fit(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tokenizer = models.load(tiny)
-    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    train, test = halves(tokenizer, settings(tiny, tmp_path))
     other = IOIPrompts.of(IOIDataset.generate(tokenizer, 40, seed=9, padding_side="left"))
     original, fitted = part.fit_edits, []
 
@@ -221,8 +227,9 @@ def test_held_out_prompts_do_not_reach_the_fit(
 
     monkeypatch.setattr(part, "fit_edits", record)
     results = []
-    for halves in ((train, test), (train, other), (other, test)):
-        monkeypatch.setattr(stages, "make_prompts", lambda tokenizer, settings, h=halves: h)
+    for both in ((train, test), (train, other), (other, test)):
+        drawn = Task("plain", *both)
+        monkeypatch.setattr(stages, "named_task", lambda tokenizer, settings, t=drawn: t)
         results.append(reproduce(settings(tiny, tmp_path)))
     same, changed_test, changed_train = (
         {
@@ -245,7 +252,7 @@ def test_replay_gives_what_the_whole_forward_pass_gives(
 ) -> None:
     model, tokenizer = models.load(tiny)
     chosen = settings(tiny, tmp_path, prefixes=prefixes)
-    train, test = stages.make_prompts(tokenizer, chosen)
+    train, test = halves(tokenizer, chosen)
     sites = stages.choose_sites(model, "all,L2.post")
     activations = capture(model, train.inputs, sites, positions=train.positions["S2"])
     edits = sweeping.fit_edits(activations, train.labels)
@@ -300,7 +307,7 @@ def test_probe_accuracy_is_that_of_held_out_activations(
 ) -> None:
     results, _ = run
     model, tokenizer = models.load(tiny)
-    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    train, test = halves(tokenizer, settings(tiny, tmp_path))
     sites = list(results.sites)
     read = {
         half: capture(model, data.inputs, sites, positions=data.positions["S2"])
@@ -449,7 +456,7 @@ def test_numbers_that_are_not_finite_are_refused(
 
 def test_a_model_that_returns_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = models.load(tiny)
-    train, test = stages.make_prompts(tokenizer, settings(tiny, tmp_path))
+    train, test = halves(tokenizer, settings(tiny, tmp_path))
     activations = capture(model, train.inputs, ["L0.mid"], positions=train.positions["S2"])
     edits = sweeping.fit_edits(activations, train.labels)
     with torch.no_grad():

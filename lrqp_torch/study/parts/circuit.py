@@ -134,11 +134,7 @@ class Circuit(Part[CircuitResult]):
 
     @torch.no_grad()
     def compute(self, given: Given, advance: Advance, /) -> CircuitResult:
-        """Edit the belief at one site, and read S-inhibition heads and name movers downstream.
-
-        Raises:
-            NonFiniteError: the model's logits are NaN or infinite.
-        """
+        """Edit the belief at one site, and read S-inhibition heads and name movers downstream."""
         context, heads = given.context, given.results["heads"]
         movers, readers = heads.attending(), heads.members(Role.S_INHIBITION)
         probes = _fit_probes(context, readers, advance)
@@ -289,10 +285,9 @@ def _run(
 ) -> dict[tuple[str, ...], Tensor]:
     """Run the held-out prompts in all conditions, and record heads at END.
 
-    Returns:
-        A row a prompt: ``("preference", condition)``; ``("IO", condition, head)`` and ``("S1",
-        condition, head)``, the attention of the attending heads; ``("moved", condition, head)``;
-        and ``("outputs", condition)`` of all writing heads, (n, heads, head width).
+    A row a prompt: ``("preference", condition)``; ``("IO", condition, head)`` and ``("S1",
+    condition, head)``, the attention of the attending heads; ``("moved", condition, head)``; and
+    ``("outputs", condition)`` of all writing heads, (n, heads, head width).
     """
     context, site, edit = given.context, given.site, given.edit_at(given.site)
     model, data = context.model, named(context.task.test)

@@ -86,14 +86,7 @@ class DoseResult:
 
 
 class Dose(Part[DoseResult]):
-    """Edits of rising odds at the best site.
-
-    Args:
-        log_alphas: rising log odds of the sweep, in nats.
-
-    Raises:
-        SettingError: log_alphas are empty or do not rise.
-    """
+    """Edits of rising log odds, in nats, at the best site; SettingError where they do not rise."""
 
     name = "dose"
     title = "How much belief it takes"
@@ -118,11 +111,7 @@ class Dose(Part[DoseResult]):
         return sum(len(task) + edits * len(task.test) for task in context.tasks)
 
     def compute(self, given: Given, advance: Advance, /) -> DoseResult:
-        """Sweep the odds at one site, in each version of the task.
-
-        Raises:
-            NonFiniteError: the model's logits are NaN or infinite.
-        """
+        """Sweep the odds at one site, in each version of the task."""
         tasks = {task.name: self._task(given, task, advance) for task in given.context.tasks}
         words = given.context.task.test.words
         return DoseResult(words, given.site, given.settings.log_odds, tasks)

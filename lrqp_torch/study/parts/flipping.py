@@ -111,11 +111,7 @@ class Flipping(Part[FlippingResult]):
         )
 
     def compute(self, given: Given, advance: Advance, /) -> FlippingResult:
-        """Sweep each version of the task.
-
-        Raises:
-            NonFiniteError: the model's logits are NaN or infinite.
-        """
+        """Sweep each version of the task."""
         found, batches = {}, 0
         for task in given.context.tasks:
             kept = None if given.batches is None else _Behind(batches, given.batches)

@@ -110,19 +110,12 @@ class GeometryResult:
 def site_geometry(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
 ) -> SiteGeometry:
-    """The first two directions of the training activations, measured on held-out ones.
+    """The first two directions of the training activations, (n, d), measured on held-out ones, (m,
+    d).
 
     The sign of a direction is arbitrary; it is chosen so that in the training prompts the mean of
-    the last class is above that of the first.
-
-    Args:
-        train: activations, (n, d) with n, d ≥ 2.
-        train_labels: (n,).
-        test: held-out activations, (m, d).
-        test_labels: (m,).
-
-    Raises:
-        LabelError: one class only in either split.
+    the last class is above that of the first. n and d are 2 or more. Raises LabelError: one class
+    only in either split.
     """
     y_train, y_test = train_labels.cpu(), test_labels.cpu()
     for labels, split in ((y_train, "training"), (y_test, "held-out")):

@@ -78,11 +78,7 @@ class Heads(Part[HeadsResult]):
         return 2 * len(context.task.test)
 
     def compute(self, given: Given, advance: Advance, /) -> HeadsResult:
-        """Score all heads on the clean held-out prompts, and give them their roles.
-
-        Raises:
-            UnknownFamilyError: the model's attention or final norm is of an unknown form.
-        """
+        """Score all heads on the clean held-out prompts, and give them their roles."""
         context = given.context
         clean = score(context, context.task.test, ATTENTIONS, advance)
         generator = context.generator()
@@ -157,21 +153,15 @@ def effects_on_movers(
     movers: list[str],
     advance: Advance,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the name movers do without each head that attends from END to S2.
+    """What the name movers do without each head that attends from END to S2, below the highest of
+    them.
 
-    "Without" means that the head's output at END is its mean over the held-out prompts.
+    "Without" means that the head's output at END is its mean over the held-out prompts, of which
+    ``clean`` are the heads' scores and ``attention`` the means by the keys of
+    :data:`~.attribution.ATTENTIONS`. An effect is measured on the movers in layers above the head.
 
-    Args:
-        context: the model and its prompts.
-        clean: the heads' scores on the same prompts.
-        attention: head to mean attention by the keys of :data:`~.attribution.ATTENTIONS`.
-        movers: the name movers; a head's effect is measured on those in layers above it.
-        advance: called with the number of prompts after each batch.
-
-    Returns:
-        For heads that attend from END to S2 below the highest name mover, (n,) each: the change of
-        the movers' mean attention END→IO less END→S1, and of their summed direct effect; see
-        :class:`~.heads.InhibitionTest`.
+    By head, (n,) each: the change of the movers' mean attention END→IO less END→S1, and of their
+    summed direct effect; see :class:`~.heads.InhibitionTest`.
     """
     model, data = context.model, named(context.task.test)
     top = max((parse_head(name)[0] for name in movers), default=0)
@@ -209,17 +199,11 @@ def effects_on_movers(
 
 
 def shift_head(model: nn.Module, layer: int, head: int, shift: Tensor, end: Tensor) -> Intervention:
-    """An intervention that adds ``shift``, (B, head width), to a head's output before W_O.
+    """An intervention that adds ``shift``, (B, head width), to a head's output before W_O at END,
+    (B,).
 
     What W_O makes of the shift is added to the stream after attention, which is the same thing.
     Where attention and MLP run in parallel, that place is the end of the block.
-
-    Args:
-        model: a transformers model.
-        layer: of the head.
-        head: its number.
-        shift: what to add.
-        end: the token of each example, (B,).
     """
     weight, _ = output_projection(model, layer)
     width = shift.shape[-1]

@@ -104,7 +104,6 @@ class Joint(Part[JointResult]):
         """Write every set of variables at every site, and at the best one in other ways.
 
         Raises:
-            NonFiniteError: the model's logits are NaN or infinite.
             PromptError: a variable of which no two classes have training prompts.
         """
         done, total = 0, self.work(given.context)

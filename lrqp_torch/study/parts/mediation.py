@@ -160,12 +160,7 @@ class Mediation(Part[MediationResult]):
 
     @torch.no_grad()
     def compute(self, given: Given, advance: Advance, /) -> MediationResult:
-        """Edit the belief, set attention patterns from the end, and measure the answer.
-
-        Raises:
-            UnknownFamilyError: the model's attention or final norm is of an unknown form.
-            NonFiniteError: the model's logits are NaN or infinite.
-        """
+        """Edit the belief, set attention patterns from the end, and measure the answer."""
         context, site, chosen = given.context, given.site, self.groups
         if chosen is None:
             heads: HeadsResult | None = given.results.get("heads")
@@ -237,17 +232,13 @@ class _Edited:
 def head_groups(
     context: StudyContext, site: str, roles: Mapping[str, list[str]]
 ) -> dict[str, list[str]]:
-    """The sets of heads that the study compares; sets without heads are left out.
+    """The sets of heads that the study compares, of those by role; sets without heads are left out.
 
     Name movers alone, with negative, with backup name movers, and with both; answer writers where
     there are no name movers; S-inhibition heads, which look at S2 whatever it says, so that what
     they carry should be in what they read there and not in their patterns; all heads above the
-    site; and sets of others, in none of these roles, that are matched with the first set.
-
-    Args:
-        context: the model, and the training prompts by whose attention heads are matched.
-        site: where the edit acts.
-        roles: role to heads.
+    site; and sets of others, in none of these roles, that are matched with the first set by their
+    attention in the training prompts.
     """
     movers, negative, backup = (
         roles.get(role, []) for role in (Role.MOVER, Role.NEGATIVE, Role.BACKUP)

@@ -130,10 +130,7 @@ class Probing(Part[ProbingResult]):
         """Probe every variable at both tokens in each version of the task.
 
         The label is probed at every site, other variables at twelve sites evenly spaced, and
-        shuffled labels at six.
-
-        Raises:
-            ConvergenceError: a probe did not converge.
+        shuffled labels at six. Raises ConvergenceError: a probe did not converge.
         """
         context, entries = given.context, []
         generator = context.generator()
