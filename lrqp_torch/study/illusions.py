@@ -253,8 +253,8 @@ def compute(
     here, *there = _places(context, site, edit, others, fit)
     spaces, unread = _spaces(context, here, heads)
     trials = Trials(context, test)
-    trials.ceiling(site, edit.metric)
-    own = trials.add(site, here.delta, metric=edit.metric)
+    patch = trials.ceiling(site, edit.metric)
+    own = trials.add(site, here.delta, patch, edit.metric)
     back = trials.add(site, displacements(edit, here.x, here.y, here.y))
     # Each reads its trials once they have run.
     splits = _splits(trials, here, spaces)
@@ -262,8 +262,8 @@ def compute(
     chance = _chance(trials, here, [context.seed + index for index in range(seeds)], l2)
     halves = _halves(trials, here, fit, context.seed)
     trials.run(batch_done=advance)
-    interchange, likeness = trials.likenesses({site: own})
-    measuring = Measuring(trials, own)
+    interchange, likeness = trials.likenesses({site: own}, patch)
+    measuring = Measuring(trials, own, patch)
     return ControlsResult(
         site=site,
         prompts=len(test),
@@ -290,13 +290,13 @@ def compute(
 class Measuring:
     """Turns trials into outcomes, beside the clean run and the study's own edit."""
 
-    def __init__(self, trials: Trials, own: Trial) -> None:
+    def __init__(self, trials: Trials, own: Trial, patch: Trial | None) -> None:
         self.trials, self.sample = trials, trials.sample
         effect = self._change(own)
         self._effect = effect if self.sample.mean(effect).certain else None
         self._most: tuple[Sample, Tensor] | None = None
-        if trials.twinned is not None:
-            most, known = self._change(trials.twinned), self.sample.among(trials.known)
+        if patch is not None and patch.known is not None:
+            most, known = self._change(patch), self.sample.among(patch.known)
             self._most = (known, most) if known.mean(most).certain else None
 
     def _change(self, trial: Trial) -> Tensor:

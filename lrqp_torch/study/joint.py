@@ -19,7 +19,7 @@ from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp.stacked import JointSolution
 from lrqp_torch.study import ceiling
-from lrqp_torch.study.ceiling import Likeness
+from lrqp_torch.study.ceiling import Likeness, interchange_of
 from lrqp_torch.study.context import Advance
 from lrqp_torch.study.doses import asked_of
 from lrqp_torch.study.estimates import Estimate, Sample
@@ -425,26 +425,24 @@ class JointStudy:
         context, metric, x = self.given.context, self.edits[site].metric, self.x[site]
         trials = Trials(context, self.data, elsewhere=elsewhere(self.data)[0])
         rows, made = list[MethodRow](), dict[str, dict[str, tuple[Trial, str, Tensor]]]()
-        for one, (at, _) in self.twins.items():
+        for one, (at, known) in self.twins.items():
             moved = at[site].double() - x.double()
             floor = self._least(site, one, JointLRQP.FREE).floor
             patch = trials.add(site, moved, metric=metric)
+            patch.known = known
             made[one] = {"patch": (patch, "", self._short(site, floor, moved))}
             for name, (delta, settings) in self._deltas(site, one, training).items():
                 trial = trials.add(site, delta, patch, metric)
                 made[one][name] = trial, settings, self._short(site, floor, delta)
         trials.run(advance)
         for one, ways in made.items():
-            known, patch = self.twins[one][1], ways["patch"][0]
+            sample = trials.sample.among(self.twins[one][1])
             others = {name: trial for name, (trial, *_) in ways.items() if name != "patch"}
-            likeness, sample = (
-                trials.likenesses(others, patch, known)[1],
-                trials.sample.among(known),
-            )
+            likeness = trials.likenesses(others, ways["patch"][0])[1]
             for name in (name for name in METHODS if name in ways):
                 trial, settings, short = ways[name]
-                own, _ = trials.likenesses({}, trial, known)
-                assert own and own.flipped is not None and own.logit_difference is not None
+                own = interchange_of(trials.clean.found, trial.found, sample)
+                assert own.flipped is not None and own.logit_difference is not None
                 rows.append(
                     MethodRow(
                         variables=one,

@@ -28,7 +28,7 @@ from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.methods import DOSED, ERASING, FITTED, NOTHING, DosedLRQP, Training
 from lrqp_torch.study.oracles import Oracles, OracleScore, completeness, nullified, reliability
 from lrqp_torch.study.prompts import PromptSet, Words
-from lrqp_torch.study.running import Trial, Trials, flipped, with_partners
+from lrqp_torch.study.running import Trial, Trials, with_partners
 
 DIVERGENCE, REST, UNSELECTIVE = "divergence", "rest", "unselective"
 """Side effects of the curves: KL elsewhere, its part beside the answers, and lost selectivity; the
@@ -440,10 +440,10 @@ class _Site:
         trials = Trials(
             context, data, elsewhere=self.beside, watched=self.watched, keys=keys, activations=True
         )
-        trials.ceiling(self.site, self.reference.metric)
+        patch = trials.ceiling(self.site, self.reference.metric)
         control, counterfactual = (
             {
-                name: trials.write(self.site, edit, target, self.labels, partners)
+                name: trials.write(self.site, edit, target, self.labels, partners, patch)
                 for name, edit in self.edits.items()
             }
             for target, partners in ((self.labels, x[alike]), (self.target, pairs))
@@ -467,7 +467,7 @@ class _Site:
             done.found["euclidean"] = moved.norm(dim=-1)
             distance = self.reference.metric.distance(moved.to(context.device))
             done.found["distance"] = distance.cpu()
-        interchange, likeness = trials.likenesses(counterfactual)
+        interchange, likeness = trials.likenesses(counterfactual, patch)
         of_texts = Resampling(texts, context.generator()) if texts else None
         relative = relative_costs(swept, FITTED, of_swept)
 
@@ -522,7 +522,7 @@ class _Site:
             curves[DOSED] = {a: add(DosedLRQP(self.reference, a)) for a in self.options.log_alphas}
         trials.run(self.advance)
         titles = {item.name: item.title for item in self.candidates} | {DOSED: DosedLRQP.title}
-        before, lead = self.clean["logit_difference"][:few], self.clean["own_lead"][:few]
+        before, right = self.clean["logit_difference"][:few], self.clean["own_lead"][:few] > 0
         swept = []
         for name, by_dose in curves.items():
             doses = sorted(by_dose)
@@ -543,7 +543,7 @@ class _Site:
                     titles[name],
                     "log α" if name == DOSED else "strength",
                     doses,
-                    [flipped(lead, trial["other_lead"][:few]).value for trial in done],
+                    [Estimate.share(t["other_lead"][:few][right] > 0).value for t in done],
                     torch.stack(
                         [before - trial["logit_difference"][:few] for trial in done], dim=-1
                     ),

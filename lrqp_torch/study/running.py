@@ -22,7 +22,7 @@ from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.ceiling import Interchange, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
-from lrqp_torch.study.estimates import Estimate, Sample
+from lrqp_torch.study.estimates import Sample
 from lrqp_torch.study.heads import parse_head
 from lrqp_torch.study.prompts import PromptSet
 
@@ -400,7 +400,8 @@ class Trial:
     """One edit of every prompt, and what it did once it has run.
 
     It acts at a site, None for no edit; ``place`` gives the edit of the prompts ``rows``, (B,), at
-    columns ``at``, (B,); it is held against the trial ``patch``, added before.
+    columns ``at``, (B,); it is held against the trial ``patch``, added before, of which ``known``
+    says which prompts have a twin, BoolTensor (n,).
     """
 
     def __init__(
@@ -408,8 +409,9 @@ class Trial:
         site: str | None,
         place: Callable[[Tensor, Tensor], Intervention] | None,
         patch: "Trial | None" = None,
+        known: Tensor | None = None,
     ) -> None:
-        self.site, self.place, self.patch = site, place, patch
+        self.site, self.place, self.patch, self.known = site, place, patch, known
         self.found: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -424,7 +426,7 @@ class Trials:
         moved = trials.add("L6.mid", delta)
         written = trials.write("L7.pre", edit, target)
         trials.run()
-        flipped(trials.clean["own_lead"], moved["other_lead"]), written["logit_difference"]
+        trials.sample.flipped(trials.clean.found, moved.found), written["logit_difference"]
 
     Where the prompts have answers every trial has ``logit_difference``, ``own_lead`` and
     ``other_lead`` of :func:`answers`, and ``said`` of :meth:`PromptSet.said`, (n, K); and where it
@@ -438,9 +440,8 @@ class Trials:
     - ``attention``, the change of the watched heads' attention from the last column to the first
       key less that to the second, mean over heads; missing where all lie below the edits;
     - ``activations`` that the stream holds at the marked token after the edit, (n, d);
-    - ``kl_to_interchange``, KL(interchange ‖ edited) of the token at the end, in nats, where there
-      is an :meth:`ceiling`, or the trial has a patch of its own; the interchange has
-      ``kl_at_end``, KL(clean ‖ interchange) there.
+    - ``kl_to_interchange``, KL(patch ‖ edited) of the token at the end, in nats, where it is held
+      against a patch, such as the :meth:`ceiling`; that has ``kl_at_end``, KL(clean ‖ patch) there.
 
     Args:
         context: the model, and how many prompts a batch has.
@@ -454,8 +455,6 @@ class Trials:
     Attributes:
         clean: the trial without an edit.
         sample: estimates over the prompts, from the study's seed.
-        twinned: the ceiling, see :meth:`ceiling`; None where no prompt has a twin.
-        known: which prompts have one, BoolTensor (n,).
     """
 
     def __init__(
@@ -472,8 +471,6 @@ class Trials:
         self.elsewhere, self.keys, self.activations = elsewhere, keys, activations
         self.watched = [] if keys is None else [parse_head(name) for name in watched]
         self.clean, self.sample = Trial(None, None), Sample(context.seed, prompts.groups)
-        self.twinned: Trial | None = None
-        self.known = torch.zeros(len(prompts), dtype=torch.bool)
         self._trials: list[Trial] = []
 
     def add(
@@ -509,42 +506,36 @@ class Trials:
             made.found["distance"] = metric.distance(delta).cpu()
         return made
 
-    def ceiling(self, site: str, metric: Mahalanobis) -> None:
-        """Put the activation of each prompt's twin in the place of its own, where there are twins.
+    def ceiling(self, site: str, metric: Mahalanobis) -> Trial | None:
+        """The activation of each prompt's twin in the place of its own; None without twins.
 
-        Add it before all edits, which are then held against it; the metric measures the distance of
-        both.
+        Add it before the edits that are held against it; the metric measures the distance of both.
         """
         task = Task("", self._context.task.train, self._prompts)
         item = Twinned.of(self._context, task, site, metric.distance)
         if item is None:
-            return
+            return None
 
         def place(rows: Tensor, at: Tensor) -> Intervention:
             return Intervention(site, at, placed(_rows(item.x, rows, at)))
 
-        self.twinned, self.known = self._added(Trial(site, place)), item.known
-        self.twinned.found["distance"] = item.distance
+        made = self._added(Trial(site, place, known=item.known))
+        made.found["distance"] = item.distance
+        return made
 
     def likenesses(
-        self,
-        edits: Mapping[str, Trial],
-        patch: Trial | None = None,
-        known: Tensor | None = None,
+        self, edits: Mapping[str, Trial], patch: Trial | None
     ) -> tuple[Interchange | None, dict[str, dict[str, Any]]]:
-        """The ceiling, and how edits that are shown together compare with it; None without twins.
+        """A ceiling, and how edits that are shown together compare with it; None without one.
 
-        Each edit knows its ``distance``, (n,). ``patch`` is another ceiling than that of
-        :meth:`ceiling`, and ``known`` says which prompts have a twin by it, (n,).
+        Each edit, and the patch, knows its ``distance``, (n,).
         """
-        patch, known = patch or self.twinned, self.known if known is None else known
-        if patch is None:
+        if patch is None or patch.known is None:
             return None, {}
-        if patch is self.twinned:
-            patch.found["divergence"] = patch["kl_at_end"]
-        clean, own = self.clean.found, self.sample.among(known)
-        held = {name: (trial.found, patch.found) for name, trial in edits.items()}
-        return interchange_of(clean, patch.found, own), likenesses(clean, held, own)
+        clean, own = self.clean.found, self.sample.among(patch.known)
+        there = patch.found | {"divergence": patch["kl_at_end"]}
+        held = {name: (trial.found, there) for name, trial in edits.items()}
+        return interchange_of(clean, there, own), likenesses(clean, held, own)
 
     def write(
         self,
@@ -553,8 +544,9 @@ class Trials:
         target: Tensor,
         source: Tensor | None = None,
         partners: Tensor | None = None,
+        patch: Trial | None = None,
     ) -> Trial:
-        """Make an edit, at the strength wanted, of each prompt.
+        """Make an edit, at the strength wanted, of each prompt, held against a patch.
 
         It writes the class ``target``, (n,), where ``source`` holds, (n,), by default the reference
         probe's own reading; ``partners`` are what a method that patches writes, (n, d).
@@ -566,7 +558,7 @@ class Trials:
             wanted = _rows(target, rows, at)
             return own.on(site, positions=at, target=wanted, source=holds, record=False)
 
-        return self._added(Trial(site, place))
+        return self._added(Trial(site, place, patch))
 
     @torch.no_grad()
     def run(self, trial_done: Advance = no_progress, batch_done: Advance = no_progress) -> None:
@@ -644,13 +636,11 @@ class _Seen:
         with intervene(self._batch.model, [item, reader] if self._trials.activations else [item]):
             logits = self._run(Site.parse(trial.site).layer, f"an edit at {trial.site}")
         found |= self._answers(logits)
-        if trial is self._trials.twinned:
-            found["kl_at_end"] = divergences(self._end, logits[:, -1])
-        if trial is self._trials.twinned or trial in self._trials.patches:
+        if trial in self._trials.patches:
             self._ends[trial] = logits[:, -1]
-        patch = self._trials.twinned if trial.patch is None else trial.patch
-        if patch in self._ends:
-            found["kl_to_interchange"] = divergences(self._ends[patch], logits[:, -1])
+            found["kl_at_end"] = divergences(self._end, logits[:, -1])
+        if trial.patch is not None:
+            found["kl_to_interchange"] = divergences(self._ends[trial.patch], logits[:, -1])
         if self._trials.elsewhere is not None:
             found |= self._divergences(logits.float().log_softmax(-1))
         if self._heads:
@@ -700,14 +690,6 @@ class _Seen:
         first, second = _rows(self._trials.keys, self._batch.rows, self._batch.prompts.end).T
         rows = [(self._patterns[layer][:, [head]]) for layer, head in self._heads]
         return torch.cat([attention_to(p, first) - attention_to(p, second) for p in rows], dim=-1)
-
-
-def flipped(own_lead: Tensor, other_lead: Tensor) -> Estimate:
-    """Of the prompts answered by the class that holds, the share then answered by the next one.
-
-    By the lead of the one in the clean run and of the other under an edit, (n,) each.
-    """
-    return Sample(0).flipped({"own_lead": own_lead}, {"other_lead": other_lead})
 
 
 def displacements(

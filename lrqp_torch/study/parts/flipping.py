@@ -35,7 +35,7 @@ from lrqp_torch.study.results import (
     judged,
     told,
 )
-from lrqp_torch.study.running import Trials, displacements, flipped
+from lrqp_torch.study.running import Trials, displacements
 from lrqp_torch.study.showing import (
     HELD_AGAINST,
     Reading,
@@ -300,11 +300,11 @@ def _refitted(
             }
         )
     trials.run()
-    clean, before = flat["clean.logit_difference"], flat["clean.own_lead"]
+    clean, right = flat["clean.logit_difference"], flat["clean.own_lead"] > 0
 
     def of(site: str) -> Refits:
         ran = [one[site] for one in made]
-        shares = [flipped(before, trial["other_lead"]).value for trial in ran]
+        shares = [Estimate.share(trial["other_lead"][right] > 0).value for trial in ran]
         patch, twins = flat.get(f"{site}.{INTERCHANGE}.logit_difference"), flat.get("twins")
         recovered = []
         if patch is not None and twins is not None:
