@@ -35,7 +35,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -312,11 +311,9 @@ def run_benchmark(
     how = _How(tokenizer, n, tuple(tasks), position, bos, seed)
     found: list[TaskScore] = []
     skipped: dict[str, str] = {}
-    for called, make in readers[name](folder, how):
-        try:
-            task = make()
-        except PromptError as error:
-            skipped[called] = str(error)
+    for called, task in readers[name](folder, how):
+        if isinstance(task, PromptError):
+            skipped[called] = str(task)
             continue
         advance = start(f"{name}: {task.name}", len(chosen))
         device = next(model.parameters()).device
@@ -341,8 +338,19 @@ def run_benchmark(
 
 # ---- reading -------------------------------------------------------------------------------------
 
-Named = tuple[str, Callable[[], BenchTask]]
-"""The name of a task, and what makes it; or raises :class:`PromptError` for why it cannot."""
+Named = tuple[str, BenchTask | PromptError]
+"""The name of a task, and the task, or why it cannot be made."""
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Prompts that ask for one thing, at most n in all."""
+
+    train: list[Prompt]  # to fit on
+    test: list[Prompt]  # held out
+    classes: list[str]
+    bos: bool | None  # what encoding them is told of it
+    log: RowLog  # what became of the rows
 
 
 @dataclass(frozen=True)
@@ -356,17 +364,14 @@ class _How:
     bos: str
     seed: int
 
-    def wants(self, name: str) -> bool:
-        """Whether a task is asked for."""
-        return not self.tasks or name in self.tasks
+    def wants(self, *names: str) -> bool:
+        """Whether a task is asked for, by any of its names."""
+        return not self.tasks or any(name in self.tasks for name in names)
 
-    def halves(
-        self, train: Sequence[Prompt], test: Sequence[Prompt], log: RowLog
-    ) -> tuple[list[Prompt], list[Prompt], list[str], bool | None]:
-        """Prompts to fit on and held out, at most n in all, their classes, and ``bos``.
+    def divided(self, train: Sequence[Prompt], test: Sequence[Prompt], log: RowLog) -> _Divided:
+        """Prompts to fit on, and those held out or, where there are none, some of the former.
 
-        Those of ``train`` are divided where none is held out. Raises PromptError: too few that this
-        tokenizer knows.
+        Raises PromptError: too few that this tokenizer knows.
         """
         kept = screen(self.tokenizer, train, log)
         held = list(test)
@@ -384,26 +389,28 @@ class _How:
         )
         if len({p.label for p in held}) < 2:
             raise few
-        return kept, held, names, front(self.tokenizer, kept, self.bos, log)
+        return _Divided(kept, held, names, front(self.tokenizer, kept, self.bos, log), log)
 
     def encode(self, prompts: list[Prompt], names: list[str], bos: bool | None) -> PromptSet:
         """Prompts as tokens. Raises PromptError: there are none."""
         return PromptSet.encode(self.tokenizer, prompts, names, bos=bos)
 
-    def task(self, name: str, train: list[Any], test: list[Any]) -> BenchTask:
-        """A task of rows; those held out are divided where there are none to fit on.
-
-        Raises:
-            PromptError: too few that can be used.
-        """
+    def task(self, name: str, train: list[Any], test: list[Any]) -> Named:
+        """A task of rows; those held out are divided where there are none to fit on."""
         log, columns = RowLog(), Columns(position=self.position)
         halves = (train, test) if train else (test, [])
-        given = [prompts_of(own, columns, log, name) if own else [] for own in halves]
-        kept, held, names, bos = self.halves(given[0], given[1], log)
-        train_set, test_set = (self.encode(half, names, bos) for half in (kept, held))
+        try:
+            given = [prompts_of(own, columns, log, name) if own else [] for own in halves]
+            own = self.divided(given[0], given[1], log)
+            train_set, test_set = (
+                self.encode(half, own.classes, own.bos) for half in (own.train, own.test)
+            )
+        except PromptError as error:
+            return name, error
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in CONTROL]
         known = all(len(own) == 1 and own[0] != self.tokenizer.unk_token_id for own in ids)
-        return BenchTask(name, train_set, test_set, log, (ids[0][0], ids[1][0]) if known else None)
+        control = (ids[0][0], ids[1][0]) if known else None
+        return name, BenchTask(name, train_set, test_set, log, control)
 
 
 def _limited(prompts: Sequence[Prompt], most: int, seed: int) -> list[Prompt]:
@@ -471,7 +478,7 @@ def _causalgym(folder: Path, how: _How) -> Iterator[Named]:
     for name, sides in rows.items():
         if how.wants(name):
             train = [*sides.get("train", []), *sides.get("", [])]
-            yield name, partial(how.task, name, train, sides.get("test", []))
+            yield how.task(name, train, sides.get("test", []))
 
 
 def _mib(folder: Path, how: _How) -> Iterator[Named]:
@@ -479,27 +486,25 @@ def _mib(folder: Path, how: _How) -> Iterator[Named]:
     rows: dict[str, list[Any]] = {"train": [], "test": []}
     for path in _files(folder):
         rows[_side(path) or "train"] += list(rows_of(str(path)))
-    names = dict.fromkeys(
+    every = [*rows["train"], *rows["test"]]
+    fields = [item for row in every if isinstance(row, Mapping) for item in row.items()]
+    kinds = [
         name
-        for row in chain.from_iterable(rows.values())
-        if isinstance(row, Mapping)
-        for name, value in row.items()
+        for name, value in fields
         if name.endswith("counterfactual") and isinstance(value, Mapping)
-    )
-    if not names:
-        seen = dict.fromkeys(
-            str(k) for r in chain.from_iterable(rows.values()) if isinstance(r, Mapping) for k in r
-        )
+    ]
+    if not kinds:
+        seen = dict.fromkeys(str(name) for name, _ in fields)
         raise PromptError(
             f"{str(folder)!r} holds no rows of MIB; looked for fields whose names end in "
             f"counterfactual, and found {', '.join(seen) or 'none'}"
         )
-    for name in names:
-        attributes = asked_attributes(chain.from_iterable(rows.values()), name)
+    for name in dict.fromkeys(kinds):
+        attributes = asked_attributes(every, name)
         if attributes:
             yield from _mib_cities(rows, name, attributes, how)
         elif how.wants(name):
-            yield name, partial(how.task, name, *(_mib_pairs(own, name) for own in rows.values()))
+            yield how.task(name, *(_mib_pairs(own, name) for own in rows.values()))
 
 
 def _mib_pairs(rows: list[Any], name: str) -> list[Any]:
@@ -522,10 +527,9 @@ def _mib_cities(
         for side in (row, row.get(kind)) if isinstance(row, Mapping) else ():
             if isinstance(side, Mapping):
                 agree(values, side, str(side.get("entity") or ""), attributes)
-    sources: dict[str, tuple[str, str]] = {}
-    made, logs = dict[str, Divided](), {name: RowLog() for name in attributes}
+    made, sources = dict[str, _Divided](), dict[str, tuple[str, str]]()
     for name in attributes:
-        sides: dict[str, list[Prompt]] = {}
+        sides, log = list[list[Prompt]](), RowLog()
         for half, own in rows.items():
             asking = [
                 row for row in own if not isinstance(row, Mapping) or row.get("attribute") == name
@@ -533,23 +537,21 @@ def _mib_cities(
             draws = random.Random(how.seed)
             # Of a hundred thousand rows no more are looked at than a task may need.
             asking = draws.sample(asking, min(len(asking), MOST_LOOKED_AT * how.n))
-            sides[half] = []
+            sides.append([])
             for number, row in enumerate(asking):
                 key = f"{half}.{name}.{number}"
                 try:
-                    prompt, source = city_prompt(number, row, kind, name, values)
+                    prompt, sources[key] = city_prompt(number, row, kind, name, values)
+                    sides[-1].append(replace(prompt, pair=key))
                 except RowError as error:
-                    logs[name].refuse(error)
-                else:
-                    sides[half].append(replace(prompt, pair=key))
-                    sources[key] = source
+                    log.refuse(error)
         try:
-            made[name] = how.halves(sides["train"], sides["test"], logs[name])
+            made[name] = how.divided(sides[0], sides[1], log)
         except PromptError as error:
-            if how.wants(kind) or how.wants(name):
-                yield f"{name}:{kind}", partial(_fail, error)
-    wanted = [name for name in made if how.wants(kind) or how.wants(name)]
-    yield from _attribute_tasks(made, values, wanted, logs, how, sources, f":{kind}")
+            if how.wants(kind, name):
+                yield f"{name}:{kind}", error
+    wanted = [name for name in made if how.wants(kind, name)]
+    yield from _attribute_tasks(made, values, wanted, how, sources, f":{kind}")
 
 
 def _ravel(folder: Path, how: _How) -> Iterator[Named]:
@@ -563,26 +565,20 @@ def _ravel(folder: Path, how: _How) -> Iterator[Named]:
             f"no attribute of RAVEL is asked for: looked for {', '.join(how.tasks)}; there are "
             f"{', '.join(tables.templates)}"
         )
-    made, logs = dict[str, Divided](), dict[str, RowLog]()
+    made = dict[str, _Divided]()
     for name in asked:
-        logs[name] = RowLog()
         try:
             train, test = (_ravel_prompts(tables, name, how, held) for held in (False, True))
-            made[name] = how.halves(train, test, logs[name])
+            made[name] = how.divided(train, test, RowLog())
         except PromptError as error:
-            yield name, partial(_fail, error)
-    yield from _attribute_tasks(made, tables.values, list(made), logs, how)
-
-
-Divided = tuple[list[Prompt], list[Prompt], list[str], bool | None]
-"""Prompts to fit on and held out, their classes, and ``bos``; see :meth:`_How.halves`."""
+            yield name, error
+    yield from _attribute_tasks(made, tables.values, list(made), how)
 
 
 def _attribute_tasks(
-    made: Mapping[str, Divided],
+    made: Mapping[str, _Divided],
     values: Mapping[str, Mapping[str, str]],
     wanted: Sequence[str],
-    logs: Mapping[str, RowLog],
     how: _How,
     sources: Mapping[str, tuple[str, str]] | None = None,
     suffix: str = "",
@@ -593,61 +589,67 @@ def _attribute_tasks(
     pair has a source, a marked text and its entity, what that entity has.
     """
     draws = random.Random(how.seed)
-    for name, (train, test, names, bos) in made.items():
-        if name not in wanted:
+    for name in (name for name in made if name in wanted):
+        yield f"{name}{suffix}", _attribute_task(name, suffix, made, values, how, draws, sources)
+
+
+def _attribute_task(
+    name: str,
+    suffix: str,
+    made: Mapping[str, _Divided],
+    values: Mapping[str, Mapping[str, str]],
+    how: _How,
+    draws: random.Random,
+    sources: Mapping[str, tuple[str, str]] | None,
+) -> BenchTask:
+    own = made[name]
+    names, bos = own.classes, own.bos
+    value = {entity: known.get(name, "") for entity, known in values.items()}
+
+    def has(prompt: Prompt) -> str:
+        return value[prompt.group or ""]
+
+    def becomes(prompt: Prompt) -> str:
+        return value[sources[prompt.pair or ""][1]] if sources else ""
+
+    def patches(prompts: Sequence[Prompt]) -> PromptSet | None:
+        if sources is None:
+            return None
+        pairs = [sources[p.pair or ""] for p in prompts]
+        return how.encode([Prompt(text, value[entity]) for text, entity in pairs], names, bos)
+
+    every = [p for each in made.values() for p in each.train]
+    fitted = [Prompt(p.text, has(p), group=p.group) for p in every if has(p) in names]
+    attributes, others = {}, {}
+    for other, asking in made.items():
+        if other == name:
             continue
-        every = [p for other in made.values() for p in other[0]]
-        value = {e: own.get(name, "") for e, own in values.items()}
-
-        def patches(
-            prompts: Sequence[Prompt],
-            names: list[str] = names,
-            bos: bool | None = bos,
-            value: Mapping[str, str] = value,
-        ) -> PromptSet | None:
-            if sources is None:
-                return None
-            own = [sources[p.pair or ""] for p in prompts]
-            return how.encode([Prompt(text, value[entity]) for text, entity in own], names, bos)
-
-        fitted = [
-            Prompt(p.text, value[p.group or ""], group=p.group)
-            for p in every if value[p.group or ""] in names
-        ]  # fmt: skip
-        attributes, others = {}, {}
-        for other, (_, asking, theirs, _) in made.items():
-            if other == name:
-                continue
-            own = [values[p.group or ""].get(other, "") for p in fitted]
-            attributes[other] = torch.tensor(
-                [theirs.index(k) if k in theirs else len(theirs) for k in own]
-            )
-            kept = [p for p in asking if value[p.group or ""] in names]
-            if sources is not None:  # a counterfactual of the same value says nothing
-                become = [value[sources[p.pair or ""][1]] for p in kept]
-                pairs = [(p, to) for p, to in zip(kept, become, strict=True)
-                         if to in names and to != value[p.group or ""]]  # fmt: skip
-                kept, become = [p for p, _ in pairs], [to for _, to in pairs]
-            if len({p.label for p in kept}) > 1:
-                source = torch.tensor([names.index(value[p.group or ""]) for p in kept])
-                if sources is None:
-                    step = torch.tensor([draws.randrange(1, len(names)) for _ in kept])
-                    target = (source + step) % len(names)
-                else:
-                    target = torch.tensor([names.index(to) for to in become])
-                others[other] = Beside(
-                    how.encode([replace(p, pair=None) for p in kept], theirs, bos),
-                    source, target, patches(kept),
-                )  # fmt: skip
-        sets = [how.encode(half, names, bos) for half in (train, test, fitted)]
-        known: dict[str, Any] = {"fitted": sets[2], "attributes": attributes, "others": others}
-        known["patches"] = patches(test)
-        called = f"{name}{suffix}"
-        yield called, partial(BenchTask, called, sets[0], sets[1], logs[name], **known)
-
-
-def _fail(error: PromptError) -> BenchTask:
-    raise error
+        theirs = {label: number for number, label in enumerate(asking.classes)}
+        held = [theirs.get(values[p.group or ""].get(other, ""), len(theirs)) for p in fitted]
+        attributes[other] = torch.tensor(held)
+        kept = [p for p in asking.test if has(p) in names]
+        if sources is not None:  # a counterfactual of the same value says nothing
+            kept = [p for p in kept if becomes(p) in names and becomes(p) != has(p)]
+        if len({p.label for p in kept}) < 2:
+            continue
+        source = torch.tensor([names.index(has(p)) for p in kept])
+        if sources is None:
+            step = torch.tensor([draws.randrange(1, len(names)) for _ in kept])
+            target = (source + step) % len(names)
+        else:
+            target = torch.tensor([names.index(becomes(p)) for p in kept])
+        prompts = how.encode([replace(p, pair=None) for p in kept], asking.classes, bos)
+        others[other] = Beside(prompts, source, target, patches(kept))
+    return BenchTask(
+        f"{name}{suffix}",
+        how.encode(own.train, names, bos),
+        how.encode(own.test, names, bos),
+        own.log,
+        fitted=how.encode(fitted, names, bos),
+        attributes=attributes,
+        others=others,
+        patches=patches(own.test),
+    )
 
 
 def _ravel_rows(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
