@@ -7,9 +7,9 @@ alone; it is moved to other sites; edits that know nothing of the variable are p
 edits from disjoint halves of the prompts are compared.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch.nn.functional import cosine_similarity
 from lrqp_torch.baselines import RandomDirection
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
-from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.ceiling import Interchange, Likeness, scaled
-from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
+from lrqp_torch.study.context import Advance, StudyContext, evenly
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
+from lrqp_torch.study.part import Given
 from lrqp_torch.study.prompts import Words
 from lrqp_torch.study.running import Trial, Trials, displacements, next_class
 from lrqp_torch.study.subspaces import (
@@ -37,7 +37,6 @@ from lrqp_torch.study.subspaces import (
     readers_of,
     split,
 )
-from lrqp_torch.study.sweep import fit_edits
 
 SEEDS = 5
 """Draws of everything that is drawn by chance."""
@@ -67,10 +66,6 @@ KINDS = {
     "drawn from a standard normal distribution: true of the activations, and without a meaning",
 }
 """Kinds of edits that know nothing of the class, with what they are."""
-
-Fit = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, LRQP]]
-"""Fits edits by name to activations by name, (n, d) each, and their classes, (n,)."""
-
 
 # ---- results -------------------------------------------------------------------------------------
 
@@ -224,43 +219,25 @@ class ControlsResult(Likeness):
 
 
 @torch.no_grad()
-def compute(
-    context: StudyContext,
-    site: str,
-    edit: LRQP,
-    heads: HeadsResult | None,
-    *,
-    l2: float | None = None,
-    shrinkage: Shrinkage = "ledoit_wolf",
-    seeds: int = SEEDS,
-    advance: Advance = no_progress,
-) -> ControlsResult:
-    """Run the controls of the counterfactual edit at one site, at the marked token of prompts with
-    answers.
+def compute(given: Given, advance: Advance, *, seeds: int = SEEDS) -> ControlsResult:
+    """Run the controls of the counterfactual edit at the best site, of prompts with answers.
 
-    Args:
-        context: the model and its prompts.
-        site: where the edit acts.
-        edit: fitted to the training prompts there, as by :func:`~.sweep.fit_edits`.
-        heads: the heads and their roles; None where the prompts have none.
-        l2: penalty of the probes that are fitted here; ``shrinkage`` of the covariances.
-        seeds: how often each kind of chance is drawn; at least 1.
-        advance: called with the number of prompts after each batch.
+    Each kind of chance is drawn so many times; ``advance`` is called with the number of prompts
+    after each batch.
     """
-    test = context.task.test
-    others = [name for name in evenly(context.sites, MOST_SITES) if name != site]
-    fit = partial(fit_edits, l2=l2, shrinkage=shrinkage, log_odds=float(edit.log_odds))
-    here, *there = _places(context, site, edit, others, fit)
-    spaces, unread = _spaces(context, here, heads)
-    trials = Trials(context, test)
+    context, site, test = given.context, given.site, given.context.task.test
+    here, *there = _places(given)
+    spaces, unread = _spaces(context, here, given.results.get("heads"))
+    trials, edit = Trials(context, test), here.edit
     patch = trials.ceiling(site, edit.metric)
     own = trials.add(site, here.delta, patch, edit.metric)
     back = trials.add(site, displacements(edit, here.x, here.y, here.y))
+    drawn = [context.seed + index for index in range(seeds)]
     # Each reads its trials once they have run.
     splits = _splits(trials, here, spaces)
     elsewhere = _elsewhere(trials, here, there)
-    chance = _chance(trials, here, [context.seed + index for index in range(seeds)], l2)
-    halves = _halves(trials, here, fit, context.seed)
+    chance = _chance(trials, here, drawn, given.settings.l2)
+    halves = _halves(trials, here, given)
     trials.run(batch_done=advance)
     interchange, likeness = trials.likenesses({site: own}, patch)
     measuring = Measuring(trials, own, patch)
@@ -371,15 +348,15 @@ class Place:
         return None if direction is None else along(direction, self.x, delta, self.y)
 
 
-def _places(
-    context: StudyContext, site: str, edit: LRQP, others: list[str], fit: Fit
-) -> list[Place]:
-    """The edit's own site, then the others with edits of their own."""
-    task, wanted = context.task, [site, *others]
+def _places(given: Given) -> list[Place]:
+    """The edit's own site, then others with edits of their own."""
+    context, task, site = given.context, given.context.task, given.site
+    others = [name for name in evenly(context.sites, MOST_SITES) if name != site]
+    wanted = [site, *others]
     train, test = (context.activations(task, half, "mark", wanted) for half in ("train", "test"))
     y_train, y = (data.labels.to(context.device).long() for data in (task.train, task.test))
-    edits = dict(fit({name: train[name] for name in others}, y_train)) if others else {}
-    edits[site] = edit
+    edits = given.fit({name: train[name] for name in others}, y_train) if others else {}
+    edits[site] = given.edit_at(site)
     return [Place(name, edits[name], train[name], y_train, test[name], y) for name in wanted]
 
 
@@ -449,27 +426,24 @@ def _elsewhere(
 # ---- edits that know nothing of the variable -----------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chance:
-    """Displacements of one kind for one seed."""
-
-    delta: Tensor  # of the held-out activations, (n, d)
-    # Of the probe on held-out labels of the kind that it was fitted to; None without.
-    accuracy: float | None
+Chance = tuple[Tensor, float | None]
+"""Displacements of held-out activations, (n, d), by one kind of chance and one seed; and how often
+its probe, where it has one, is right on held-out labels of the kind that it was fitted to."""
 
 
 def _chance(
     trials: Trials, here: Place, seeds: list[int], l2: float | None
 ) -> Callable[[Measuring], list[ByChance]]:
     drawn = by_chance(here, seeds, l2)
-    added = {k: [trials.add(here.site, one.delta) for one in draws] for k, draws in drawn.items()}
+    added = {k: [trials.add(here.site, delta) for delta, _ in draws] for k, draws in drawn.items()}
 
     def found(measuring: Measuring, kind: str) -> ByChance:
-        known = [one.accuracy for one in drawn[kind] if one.accuracy is not None]
+        deltas, accuracies = zip(*drawn[kind], strict=True)
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
         return measuring.by_chance(
             kind,
             added[kind],
-            length=here.length(torch.cat([one.delta for one in drawn[kind]])),
+            length=here.length(torch.cat(deltas)),
             accuracy=sum(known) / len(known) if known else None,
         )
 
@@ -502,16 +476,16 @@ def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list
     found: dict[str, list[Chance]] = {kind: [] for kind in KINDS}
     for seed in seeds:
         random = RandomDirection(edit, seed=seed)(x, here.target, here.y)
-        found[RANDOM].append(Chance(random - x, None))
+        found[RANDOM].append((random - x, None))
         shuffled, feature_probe = probes[SHUFFLED, seed], probes[FEATURE, seed]
         moved = here.displaced(_with_probe(edit, shuffled))
         accuracy = shuffled.accuracy(here.x, held_out[SHUFFLED, seed])
-        found[SHUFFLED].append(Chance(moved, accuracy))
-        found[SHUFFLED_SCALED].append(Chance(scaled(edit.metric, moved, length), accuracy))
+        found[SHUFFLED].append((moved, accuracy))
+        found[SHUFFLED_SCALED].append((scaled(edit.metric, moved, length), accuracy))
         read = feature_probe(here.x).argmax(-1)
         moved = displacements(_with_probe(edit, feature_probe), here.x, 1 - read, read)
         accuracy = feature_probe.accuracy(here.x, held_out[FEATURE, seed])
-        found[FEATURE].append(Chance(moved, accuracy))
+        found[FEATURE].append((moved, accuracy))
     return found
 
 
@@ -528,10 +502,8 @@ def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
 # ---- edits from half of the prompts --------------------------------------------------------------
 
 
-def _halves(
-    trials: Trials, here: Place, fit: Fit, seed: int
-) -> Callable[[Measuring], Halves | None]:
-    halves = half_edits(here.x_train, here.y_train, fit, seed)
+def _halves(trials: Trials, here: Place, given: Given) -> Callable[[Measuring], Halves | None]:
+    halves = half_edits(here.x_train, here.y_train, given)
     if not halves:
         return lambda measuring: None
     x, y, target = here.x, here.y, here.target
@@ -557,14 +529,13 @@ def _halves(
     )
 
 
-def half_edits(x: Tensor, y: Tensor, fit: Fit, seed: int) -> list[tuple[int, LRQP]]:
+def half_edits(x: Tensor, y: Tensor, given: Given) -> list[tuple[int, LRQP]]:
     """Number of prompts and edit of two disjoint halves, each with its own probe and metric.
 
     Both halves of the activations x, (n, d), hold as many of each of the classes y, (n,), within
     one. Empty where a half would have fewer than two of a class.
     """
-    generator = torch.Generator().manual_seed(seed)
-    halves: list[list[Tensor]] = [[], []]
+    generator, halves = given.context.generator(), list[list[Tensor]](([], []))
     for label in y.unique().tolist():
         rows = (y.cpu() == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -573,7 +544,7 @@ def half_edits(x: Tensor, y: Tensor, fit: Fit, seed: int) -> list[tuple[int, LRQ
     if min(len(rows) for half in halves for rows in half) < 2:
         return []
     chosen = [torch.cat(half).to(x.device) for half in halves]
-    return [(len(rows), fit({"half": x[rows]}, y[rows])["half"]) for rows in chosen]
+    return [(len(rows), given.fit({"half": x[rows]}, y[rows])["half"]) for rows in chosen]
 
 
 def _cosine(first: Tensor, second: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,17 @@ def context() -> StudyContext:
 def result(context: StudyContext) -> ControlsResult:
     edit = fitted(context, SITE)
     given_heads = with_roles(context, S_inhibition=[HEAD])
-    return illusions.compute(context, SITE, edit, given_heads, seeds=2)
+    return controlled(context, SITE, edit, given_heads, seeds=2)
+
+
+def controlled(
+    context: StudyContext, site: str, edit: LRQP, heads: Any, seeds: int = 1
+) -> ControlsResult:
+    """The controls of an edit, beside others that ask for the same odds."""
+    own = given_to(context, site, {"heads": heads})
+    asked = replace(own.settings, log_odds=float(edit.log_odds))
+    own = replace(own, edit_at=lambda _: edit, settings=asked)
+    return illusions.compute(own, lambda _: None, seeds=seeds)
 
 
 def fitted(context: StudyContext, site: str) -> LRQP:
@@ -236,7 +245,7 @@ def planted(direction: str) -> tuple[StudyContext, LRQP, ControlsResult]:
     return (
         context,
         edit,
-        illusions.compute(context, SITE, edit, with_roles(context, S_inhibition=[HEAD]), seeds=1),
+        controlled(context, SITE, edit, with_roles(context, S_inhibition=[HEAD])),
     )
 
 
@@ -350,28 +359,29 @@ def test_chance_is_as_long_as_it_says_and_drawn_anew_for_each_seed(context: Stud
     assert drawn.keys() == KINDS.keys()
     length = edit.metric.distance(here.delta)
     for kind, draws in drawn.items():
-        assert len(draws) == 2 and not torch.equal(draws[0].delta, draws[1].delta)
-        own = edit.metric.distance(draws[0].delta)
+        assert len(draws) == 2 and not torch.equal(draws[0][0], draws[1][0])
+        own = edit.metric.distance(draws[0][0])
         if "same length" in kind:
             moved = own > 0
             torch.testing.assert_close(own[moved], length[moved])
-        assert (draws[0].accuracy is None) == (kind == RANDOM)
+        assert (draws[0][1] is None) == (kind == RANDOM)
     again = by_chance(here, [3], None)
     for kind in KINDS:
-        assert torch.equal(again[kind][0].delta, drawn[kind][0].delta)
+        assert torch.equal(again[kind][0][0], drawn[kind][0][0])
 
 
 def test_halves_are_disjoint_and_balanced() -> None:
     x, y = normal(41, 5), (torch.arange(41) % 2).long()
-    fit = partial(fit_edits, log_odds=3.0)
-    halves = half_edits(x, y, fit, seed=0)
+    own = given_to(study_of("gpt2", n=8), SITE)
+    own = replace(own, settings=replace(own.settings, log_odds=3.0))
+    halves = half_edits(x, y, own)
     assert [count for count, _ in halves] == [21, 20]
     # Each row marks itself in the mean of the half that it is in.
     means = [half.metric.mean for _, half in halves]
     assert means[0] is not None and means[1] is not None
     torch.testing.assert_close(21 * means[0] + 20 * means[1], x.sum(0))
     assert all(float(half.log_odds) == 3.0 for _, half in halves)
-    assert half_edits(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]), fit, seed=0) == []
+    assert half_edits(x[:6], torch.tensor([0, 0, 0, 1, 1, 1]), own) == []
 
 
 def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) -> None:
@@ -400,7 +410,7 @@ def test_trials_add_displacements_at_s2_and_nowhere_else(context: StudyContext) 
 def test_a_model_whose_readers_are_unknown_is_split_by_the_class_alone() -> None:
     context = study_of("gpt_neox", n=32)
     edit = fitted(context, "L1.pre")
-    result = illusions.compute(context, "L1.pre", edit, with_roles(context), seeds=1)
+    result = controlled(context, "L1.pre", edit, with_roles(context))
     assert [item.space for item in result.splits] == ["differences of class means"]
     assert "'gpt_neox'" in result.unread
     assert "not split by what later parts read" in PART.panels(result)[0].text

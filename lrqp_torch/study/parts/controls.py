@@ -48,15 +48,7 @@ class Controls(Part[ControlsResult]):
 
     def compute(self, given: Given, advance: Advance, /) -> ControlsResult:
         """The controls of the edit at the best site."""
-        return illusions.compute(
-            given.context,
-            given.site,
-            given.edit_at(given.site),
-            given.results.get("heads"),
-            l2=given.settings.l2,
-            shrinkage=given.settings.shrinkage,
-            advance=advance,
-        )
+        return illusions.compute(given, advance)
 
     def says(self, result: ControlsResult, /) -> list[str]:
         """Whether the signature is there, and what chance and halves do."""
