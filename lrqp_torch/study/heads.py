@@ -4,7 +4,7 @@ Source of the roles: Wang et al. 2022, "Interpretability in the Wild" (arXiv 221
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -104,6 +104,11 @@ def parse_head(name: str) -> tuple[int, int]:
     if match is None:
         raise SiteError(f"{name!r} is no head; write L<layer>.H<head>, as in 'L9.H6'")
     return int(match[1]), int(match[2])
+
+
+def layers_of(heads: Iterable[str]) -> list[int]:
+    """The layers of some heads, the lowest first."""
+    return sorted({parse_head(name)[0] for name in heads})
 
 
 def published_heads(config: Any) -> dict[str, list[str]] | None:

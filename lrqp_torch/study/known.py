@@ -87,38 +87,29 @@ class PublishedFigure:
     source: str  # authors, year and arXiv number
 
 
-PUBLISHED: dict[str, PublishedFigure] = {
-    "logit_difference": PublishedFigure("mean logit difference IO − S", 3.56, WANG),
-    "accuracy": PublishedFigure("share of prompts with IO above S", 0.993, WANG),
-    "io_probability": PublishedFigure("mean probability of IO", 0.49, WANG),
-    "logit_difference_long_prefix": PublishedFigure(
-        "mean logit difference, S-inhibition heads patched from sentences with a longer prefix",
-        3.57,
-        WANG,
+_MEAN, _PATCHED = "mean logit difference", "mean logit difference, S-inhibition outputs patched"
+_FULL, _ADDED = "full patch at END after layer 8", "mean difference ABB − BAB at END after layer 8"
+_WANG = {
+    "logit_difference": (f"{_MEAN} IO − S", 3.56),
+    "accuracy": ("share of prompts with IO above S", 0.993),
+    "io_probability": ("mean probability of IO", 0.49),
+    "logit_difference_long_prefix": (
+        f"{_MEAN}, S-inhibition heads patched from sentences with a longer prefix", 3.57
     ),
-    "inhibition_patched": PublishedFigure(
-        "mean logit difference, S-inhibition outputs patched, both signals kept", 3.55, WANG
-    ),
-    "position_inverted": PublishedFigure(
-        "mean logit difference, S-inhibition outputs patched, position signal inverted", -0.99, WANG
-    ),
-    "position_and_token_inverted": PublishedFigure(
-        "mean logit difference, S-inhibition outputs patched, both signals inverted", -3.16, WANG
-    ),
-    "logit_difference_makelov": PublishedFigure(
-        "mean logit difference on their prompts, no edit", 3.364, MAKELOV
-    ),
-    "full_patch": PublishedFigure(
-        "mean logit difference, full patch at END after layer 8", -0.723, MAKELOV
-    ),
-    "full_patch_flipped": PublishedFigure(
-        "share of answers flipped, full patch at END after layer 8", 0.544, MAKELOV
-    ),
-    "mean_difference": PublishedFigure(
-        "mean logit difference, mean difference ABB − BAB at END after layer 8", -0.650, MAKELOV
-    ),
-    "mean_difference_flipped": PublishedFigure(
-        "share of answers flipped, mean difference ABB − BAB at END after layer 8", 0.523, MAKELOV
-    ),
+    "inhibition_patched": (f"{_PATCHED}, both signals kept", 3.55),
+    "position_inverted": (f"{_PATCHED}, position signal inverted", -0.99),
+    "position_and_token_inverted": (f"{_PATCHED}, both signals inverted", -3.16),
+}  # fmt: skip
+_MAKELOV = {
+    "logit_difference_makelov": (f"{_MEAN} on their prompts, no edit", 3.364),
+    "full_patch": (f"{_MEAN}, {_FULL}", -0.723),
+    "full_patch_flipped": (f"share of answers flipped, {_FULL}", 0.544),
+    "mean_difference": (f"{_MEAN}, {_ADDED}", -0.650),
+    "mean_difference_flipped": (f"share of answers flipped, {_ADDED}", 0.523),
+}
+PUBLISHED = {
+    key: PublishedFigure(*figure, source)
+    for source, figures in ((WANG, _WANG), (MAKELOV, _MAKELOV))
+    for key, figure in figures.items()
 }
 """Published figures of GPT-2 small, by a short key."""

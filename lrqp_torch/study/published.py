@@ -112,19 +112,15 @@ def _apart(base: str, source: str) -> tuple[list[str], list[str]]:
     words = [text.split(" ") for text in (base, source)]
     front = _alike(*words)
     back = _alike(*(side[front:][::-1] for side in words))
-    cuts = [(side[:front], side[front : len(side) - back], side[len(side) - back :])
-            for side in words]  # fmt: skip
-    found = []
-    for parts in cuts:
-        texts = [" ".join(part) for part in parts]
-        found.append(
-            [
-                texts[0],
-                (" " if parts[0] and parts[1] else "") + texts[1],
-                (" " if (parts[0] or parts[1]) and parts[2] else "") + texts[2],
-            ]
-        )
-    return found[0], found[1]
+
+    def cut(side: list[str]) -> list[str]:
+        end = len(side) - back
+        first, own, last = (" ".join(part) for part in (side[:front], side[front:end], side[end:]))
+        # A part that follows another begins with the space between them.
+        own = f" {own}" if front and end > front else own
+        return [first, own, f" {last}" if end and back else last]
+
+    return cut(words[0]), cut(words[1])
 
 
 def _alike(one: Sequence[str], other: Sequence[str]) -> int:
@@ -143,25 +139,33 @@ def mib_rows(number: int, row: Mapping[str, Any], column: str) -> Iterator[Mappi
     The class is the answer; each row has the answers of both, and the other one to become. Raises
     RowError: no such counterfactual, or one with the same answer.
     """
-    other = row.get(column)
-    if not isinstance(other, Mapping):
-        raise RowError(f"prompt {number} has no {column!r}", f"no {column}")
     asked = row.get("attribute")
-    sides = [_mib_side(number, side, asked) for side in (row, other)]
-    answers = {said: said for _, said in sides}
-    if len(answers) < 2:
-        raise RowError(
-            f"prompt {number} and its {column} have the same answer",
-            "a counterfactual with the same answer",
-        )
+    sides = [_mib_side(number, side, asked) for side in _both(number, row, column)]
+    if sides[0][1] == sides[1][1]:
+        raise _same_answer(number, column)
     for (text, own), (_, becomes) in zip(sides, sides[::-1], strict=True):
         yield {
             "text": text,
             "label": own.strip(),
-            "answers": {name.strip(): text for name, text in answers.items()},
+            "answers": {said.strip(): said for _, said in sides},
             "pair": str(number),
             "target": becomes.strip(),
         }
+
+
+def _both(number: int, row: Mapping[str, Any], column: str) -> tuple[Mapping[str, Any], ...]:
+    """A row and its counterfactual."""
+    other = row.get(column)
+    if not isinstance(other, Mapping):
+        raise RowError(f"prompt {number} has no {column!r}", f"no {column}")
+    return row, other
+
+
+def _same_answer(number: int, column: str) -> RowError:
+    return RowError(
+        f"prompt {number} and its {column} have the same answer",
+        "a counterfactual with the same answer",
+    )
 
 
 def _mib_side(number: int, row: Mapping[str, Any], attribute: Any) -> tuple[str, str]:
@@ -233,11 +237,8 @@ def city_prompt(
     """
     if isinstance(row, RowError):
         raise row
-    other = row.get(column)
-    if not isinstance(other, Mapping):
-        raise RowError(f"prompt {number} has no {column!r}", f"no {column}")
     sides = []
-    for side in (row, other):
+    for side in _both(number, row, column):
         text, entity = side.get("prompt"), side.get("entity")
         if not isinstance(text, str) or not isinstance(entity, str) or entity not in text:
             raise RowError(
@@ -252,10 +253,7 @@ def city_prompt(
             f"an entity whose {name} is not known",
         )
     if own == becomes:
-        raise RowError(
-            f"prompt {number} and its {column} have the same answer",
-            "a counterfactual with the same answer",
-        )
+        raise _same_answer(number, column)
     answers = {value: (spoken(text, value),) for value in (own, becomes)}
     prompt = Prompt(_entity_marked(text, entity), own, answers, group=entity, target=becomes)
     return prompt, (_entity_marked(theirs, source), source)

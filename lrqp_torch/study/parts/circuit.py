@@ -34,7 +34,7 @@ from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import Role, parse_head
+from lrqp_torch.study.heads import Role, layers_of, parse_head
 from lrqp_torch.study.indirect_objects import named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import answers, attention_to, batches, put
@@ -258,7 +258,7 @@ def _fit_probes(
 ) -> dict[str, LinearProbe]:
     """A probe of the order for each head's output at END, and one for all, from clean runs."""
     model, data = context.model, context.task.train
-    layers = sorted({parse_head(name)[0] for name in readers})
+    layers = layers_of(readers)
     kept: dict[str, Tensor] = {}
     for batch in batches(model, data, context.batch_size, start="end"):
         if readers:
@@ -291,7 +291,7 @@ def _run(
     """
     context, site, edit = given.context, given.site, given.edit_at(given.site)
     model, data = context.model, named(context.task.test)
-    layers = sorted({parse_head(name)[0] for name in (*attending, *writing)})
+    layers = layers_of((*attending, *writing))
     first = Site.parse(site).layer
     above = [layer for layer in layers if layer >= first]
     kept: dict[tuple[str, ...], Tensor] = {}

@@ -30,7 +30,14 @@ from lrqp_torch.study.attribution import (
 )
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
-from lrqp_torch.study.heads import HeadScore, HeadsResult, InhibitionTest, Role, parse_head
+from lrqp_torch.study.heads import (
+    HeadScore,
+    HeadsResult,
+    InhibitionTest,
+    Role,
+    layers_of,
+    parse_head,
+)
 from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
@@ -171,8 +178,7 @@ def effects_on_movers(
         if attention[name]["END→S2"] >= rules.ATTENTION and parse_head(name)[0] < top
     ][:MOST_TESTED]
     kept: dict[tuple[str, int], Tensor] = {}
-    layers = sorted({parse_head(name)[0] for name in movers})
-    mean = clean.z.mean(0)
+    layers, mean = layers_of(movers), clean.z.mean(0)
     for batch in batches(model, data, context.batch_size, start="end"):
         end = batch.prompts.end
         direction = clean.direction[batch.rows].to(context.device)
@@ -182,7 +188,7 @@ def effects_on_movers(
             layer, head = parse_head(name)
             shift = (mean[layer, head] - clean.z[batch.rows, layer, head]).to(context.device)
             above = [mover for mover in movers if parse_head(mover)[0] > layer]
-            reached = sorted({parse_head(mover)[0] for mover in above})
+            reached = layers_of(above)
             with (
                 record_patterns(model, reached, end) as after,
                 record_heads(model, reached, end) as z_after,

@@ -44,7 +44,14 @@ from lrqp_torch.study.attribution import find_writers
 from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate, Sample
-from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, parse_head
+from lrqp_torch.study.heads import (
+    HeadsResult,
+    Role,
+    first_reader,
+    head_name,
+    layers_of,
+    parse_head,
+)
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.joint import JointStudy
 from lrqp_torch.study.part import Given, Part
@@ -177,7 +184,7 @@ class Mediation(Part[MediationResult]):
         own = given.edit_at(site)
         twinned = Twinned.of(context, context.task, site, own.metric.distance)
         editing = partial(Batch.editing, site=site, edit=own)
-        result = _carried(given, _Edited(context.task.test, editing, twinned), sets, advance)
+        result = _carried(given, sets, _Edited(context.task.test, editing, twinned), advance)
         if len(context.variables) < 2:
             return result
         study = JointStudy(given)
@@ -187,7 +194,7 @@ class Mediation(Part[MediationResult]):
             x = twinned.x[rows.to(twinned.x.device)]
             twinned = Twinned(site, x, twinned.known[rows], twinned.distance[rows])
         both = _Edited(study.data, partial(study.editing, site=site), twinned)
-        return replace(result, together=_carried(given, both, sets, advance))
+        return replace(result, together=_carried(given, sets, both, advance))
 
     def figures(self, result: MediationResult, /) -> dict[str, Chart]:
         """Shares of the effect, where the edit has one."""
@@ -279,8 +286,7 @@ def attention_awake(context: StudyContext, heads: Sequence[str]) -> dict[str, fl
     Over the first training prompts, :data:`MATCHED_BY` at most.
     """
     data = context.task.train[: min(MATCHED_BY, len(context.task.train))]
-    layers = sorted({parse_head(head)[0] for head in heads})
-    total, model = dict.fromkeys(heads, 0.0), context.model
+    layers, total, model = layers_of(heads), dict.fromkeys(heads, 0.0), context.model
     for batch in batches(model, data, context.batch_size):
         real = batch.prompts.inputs["attention_mask"].cumsum(1)
         start = ((real == 1).int().argmax(1)).view(-1, 1, 1)
@@ -317,17 +323,6 @@ def matched(
     return sets
 
 
-def _carried(
-    given: Given, edit: _Edited, sets: Mapping[str, list[str]], advance: Advance
-) -> MediationResult:
-    """What the sets of heads carry of one edit."""
-    context, kept = given.context, dict[tuple[str, str], Tensor]()
-    for batch in batches(context.model, edit.data, context.batch_size):
-        put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
-        advance(len(batch))
-    return _summarise(given, sets, kept, edit)
-
-
 def _run(
     given: Given, batch: Batch[Any], sets: Mapping[str, list[str]], edited_by: _Edited
 ) -> dict[tuple[str, str], Tensor]:
@@ -338,7 +333,7 @@ def _run(
     """
     prompts, twinned, model = batch.prompts, edited_by.twinned, batch.model
     end, first = prompts.end, Site.parse(given.site).layer
-    layers = sorted({parse_head(head)[0] for members in sets.values() for head in members})
+    layers = layers_of(head for members in sets.values() for head in members)
     found: dict[tuple[str, str], Tensor] = {}
 
     def keep(run: str, condition: str, first_layer: int) -> Tensor:
@@ -376,14 +371,15 @@ def _run(
     return found
 
 
-def _summarise(
-    given: Given,
-    sets: Mapping[str, list[str]],
-    kept: Mapping[tuple[str, str], Tensor],
-    edit: _Edited,
+def _carried(
+    given: Given, sets: Mapping[str, list[str]], edit: _Edited, advance: Advance
 ) -> MediationResult:
-    context, generator = given.context, given.context.generator()
-    clusters, twinned = edit.data.groups, edit.twinned
+    """What the sets of heads carry of one edit."""
+    context, kept = given.context, dict[tuple[str, str], Tensor]()
+    for batch in batches(context.model, edit.data, context.batch_size):
+        put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
+        advance(len(batch))
+    generator, clusters, twinned = context.generator(), edit.data.groups, edit.twinned
     clean, edited = (kept[run, "logit_difference"] for run in ("clean", "edited"))
     effect = Estimate.mean(clean - edited, generator, clusters)
 
@@ -455,16 +451,9 @@ def _listed(group: GroupMediation) -> str:
 def _bars(result: MediationResult) -> Pane:
     """Shares of the effect by set of heads."""
     names, heads = ([of(group) for group in result.shown] for of in (_label, _listed))
+    looks: dict[str, Any] = {"scale": 100.0, "kind": "bars", "notes": heads}
     marks = [
-        marks_of(
-            label,
-            names,
-            [reads(group, kind) for group in result.shown],
-            scale=100.0,
-            kind="bars",
-            colour=colour,
-            notes=heads,
-        )
+        marks_of(label, names, [reads(g, kind) for g in result.shown], colour=colour, **looks)
         for kind, (label, colour) in KINDS.items()
     ]
     title = f"Share of the edit's effect on {result.words.preference} (%)"
