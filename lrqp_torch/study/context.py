@@ -106,22 +106,20 @@ class StudyContext:
         self,
         task: Task,
         sites: Sequence[str] | None = None,
-        split: str = "test",
         variable: str | None = None,
         ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Tensor], Tensor] | None:
-        """Clean activations of the prompts' twins at the marked token, by site, and who has one.
+        """Clean activations of held-out prompts' twins at the mark, by site, and who has one.
 
         (n, d) each in float32 on the model's device, a prompt's own where it has no twin, and which
         have one, BoolTensor (n,) on the CPU; None where no prompt has one. ``variable`` is that in
         which twins differ, as :meth:`.PromptSet.twins` takes it; the rest as :meth:`activations`.
         """
-        data: PromptSet = getattr(task, split)
-        found = data.twins(variable)
+        data, found = task.test, task.test.twins(variable)
         if found is None:
             return None
         if found.rows is not None:
-            own = self.activations(task, split, "mark", sites, ranks=ranks)
+            own = self.activations(task, "test", "mark", sites, ranks=ranks)
             rows = found.rows.to(self.device)
             return {site: x[rows] for site, x in own.items()}, found.known.cpu()
         name, (inputs, at) = f"twins {variable}", (found.prompts.inputs, found.prompts.position)

@@ -35,19 +35,12 @@ _MOST_DRAWS = 4_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number measured on prompts, with its 95 % interval.
+    """A number measured on prompts, with its 95 % interval."""
 
-    Attributes:
-        value: the number; None where no prompt says anything about it.
-        lower: lower end of the interval; None where it is not known or not finite.
-        upper: upper end.
-        n: prompts that it was measured on.
-    """
-
-    value: float | None
-    lower: float | None
-    upper: float | None
-    n: int
+    value: float | None  # the number; None where no prompt says anything about it
+    lower: float | None  # lower end of the interval; None where it is not known or not finite
+    upper: float | None  # upper end
+    n: int  # prompts that it was measured on
 
     @property
     def interval(self) -> list[float] | None:
@@ -303,10 +296,10 @@ def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     return found
 
 
-def prompts_to_tell(numerator: Tensor, denominator: Tensor, apart: float = 0.5) -> int | None:
-    """How many prompts it takes to tell a ratio of means from one that far ``apart``.
+def prompts_to_tell(numerator: Tensor, denominator: Tensor) -> int | None:
+    """How many prompts it takes to tell a ratio of means from one that is ½ apart.
 
-    n = (z₀.₉₇₅ + z₀.₈)² Var(u − r v) / (mean(v) · apart)², u the numerator and v the denominator of
+    n = (z₀.₉₇₅ + z₀.₈)² Var(u − r v) / (mean(v) / 2)², u the numerator and v the denominator of
     each prompt, (n,): a two-sided test at 5 % then finds the difference in 80 % of samples. None
     where the mean of v is 0, or there are fewer than two prompts.
     """
@@ -314,7 +307,7 @@ def prompts_to_tell(numerator: Tensor, denominator: Tensor, apart: float = 0.5) 
     if len(u) < 2 or not float(v.mean()):
         return None
     left = u - u.mean() / v.mean() * v
-    needed = (NORMAL_QUANTILE + POWER_QUANTILE) ** 2 * left.var() / (v.mean() * apart).square()
+    needed = (NORMAL_QUANTILE + POWER_QUANTILE) ** 2 * left.var() / (v.mean() * 0.5).square()
     return max(2, math.ceil(float(needed))) if math.isfinite(float(needed)) else None
 
 

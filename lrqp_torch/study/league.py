@@ -11,6 +11,7 @@ equal effect.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -198,15 +199,15 @@ class CompareResult:
     texts: str  # what the unrelated texts are
 
 
-def work(context: StudyContext, /, options: CompareOptions = DEFAULTS, sites: int = 1) -> int:
-    """Units that :func:`compute` advances: texts run under each edit, and methods built."""
+def work(context: StudyContext, /, options: CompareOptions = DEFAULTS) -> int:
+    """Units that :func:`compute` advances a site: texts under each edit, and methods built."""
     methods = len(options.names)
     few = min(len(context.task.test), options.sweep_prompts)
     found = unrelated(context, options.texts)
     each = 2 * len(context.task.test) + (0 if found is None else len(found[0]))
     strengths = (methods - 1) * (len(options.strengths) - 1)
     patched = len(context.task.test) if context.task.test.twins() is not None else 0
-    return sites * (patched + methods * (1 + each) + few * (len(options.log_alphas) + strengths))
+    return patched + methods * (1 + each) + few * (len(options.log_alphas) + strengths)
 
 
 def compute(
@@ -603,21 +604,19 @@ class _Site:
         return seconds_per_text(with_partners(edit, pairs), x, target, source)
 
 
-def seconds_per_text(
-    edit: Baseline, x: Tensor, target: Tensor, source: Tensor, repeats: int = 3
-) -> float:
-    """Time of the edit alone, outside the model, a text: the median of some passes over all.
+def seconds_per_text(edit: Baseline, x: Tensor, target: Tensor, source: Tensor) -> float:
+    """Time of the edit alone, outside the model, a text: the median of three passes over all.
 
     A pass more comes first and is not counted; x (n, d), target and source (n,).
     """
     taken = []
-    for _ in range(repeats + 1):
+    for _ in range(4):
         began = time.perf_counter()
         edit(x, target, source)
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])[repeats // 2] / len(x)
+    return median(taken[1:]) / len(x)
 
 
 def elsewhere(data: PromptSet) -> tuple[Tensor, str]:

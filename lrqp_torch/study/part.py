@@ -62,33 +62,21 @@ class Given:
 
 
 class Part(ABC, Generic[R]):
-    """One part of the study.
+    """One part of the study."""
 
-    Attributes:
-        name: on the command line and of its file; letters only.
-        title: of its chapter in the report, and of its progress bar.
-        question: what the chapter asks, in plain words.
-        result: the dataclass of its result: plain values, :class:`~.estimates.Estimate` and
-            dataclasses of these, which :mod:`~.records` writes and reads.
-        needs: names of the parts that run before, those that can run on the prompts.
-        by_name_only: whether it runs only when it is named, and not as one of all.
-        spans: whether it runs where prompts are edited at several tokens each.
-        shared: whether all ranks compute it together, and not rank 0 alone; such parts come first.
-        prompts: which of the held-out prompts it sees: all; those by which something is chosen; or
-            the others, on which what was chosen, such as the best site, is reported.
-        asks: whether prompts must have answers, or be about two names.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    question: ClassVar[str]
+    name: ClassVar[str]  # on the command line and of its file; letters only
+    title: ClassVar[str]  # of its chapter in the report, and of its progress bar
+    question: ClassVar[str]  # what the chapter asks, in plain words
+    # The dataclass of its result, which :mod:`~.records` writes and reads.
     result: ClassVar[type]
-    needs: ClassVar[tuple[str, ...]] = ()
-    by_name_only: ClassVar[bool] = False
-    shared: ClassVar[bool] = False
-    spans: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()  # parts that run before, if they can on the prompts
+    by_name_only: ClassVar[bool] = False  # whether it is not one of all
+    shared: ClassVar[bool] = False  # whether all ranks compute it together; such parts come first
+    spans: ClassVar[bool] = False  # whether it runs where prompts are edited at several tokens each
+    # Which held-out prompts it sees: all; those by which something is chosen; or the others, on
+    # which what was chosen, such as the best site, is reported.
     prompts: ClassVar[Literal["all", "choosing", "reporting"]] = "all"
-    asks: ClassVar[Literal["nothing", "answers", "names"]] = "nothing"
+    asks: ClassVar[Literal["nothing", "answers", "names"]] = "nothing"  # of the prompts
 
     def scope(self, context: StudyContext, /) -> StudyContext:
         """The study of the prompts that it sees."""

@@ -68,30 +68,20 @@ have as many."""
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file say what.
+    """Which columns of a file say what."""
 
-    Attributes:
-        label: of the class.
-        text: of the prompt.
-        position: ``"mark"`` for the last token of the words between [[ and ]], which every prompt
-            must then have, of each where there are several; ``"span"`` for all of their tokens;
-            ``"last"`` for the last token of each prompt; ``"auto"`` for ``"mark"`` where any row
-            has marks and ``"last"`` where none has; or the name of a column that holds words of the
-            prompt, found once in it as whole words.
-        group: of the group, such as an entity or a template; None for none.
-        pair: of the pair: rows of one pair are each other's twins; a column of this name is
-            optional.
-        target: of the class to write; a column of this name is optional.
-        further: of other variables than the class.
-    """
-
-    label: str = "label"
-    text: str = "text"
+    label: str = "label"  # the class
+    text: str = "text"  # the prompt
+    # ``"mark"`` for the last token of the words between [[ and ]], which every prompt must then
+    # have, of each where there are several; ``"span"`` for all of their tokens; ``"last"`` for the
+    # last token of each prompt; ``"auto"`` for ``"mark"`` where any row has marks and ``"last"``
+    # where none has; or the name of a column that holds words of the prompt, found once in it as
+    # whole words.
     position: str = AUTO
-    group: str | None = None
-    pair: str = "pair"
-    target: str = "target"
-    further: tuple[str, ...] = ()
+    group: str | None = None  # the group, such as an entity or a template; None for none
+    pair: str = "pair"  # if it is there: rows of one pair are each other's twins
+    target: str = "target"  # the class to write, if it is there
+    further: tuple[str, ...] = ()  # other variables than the class
 
 
 @dataclass

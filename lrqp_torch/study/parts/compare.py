@@ -54,17 +54,11 @@ LEAST_SHOWN = 1e-5
 
 
 class Measure(NamedTuple):
-    """One column of the table.
+    """One column of the table."""
 
-    Attributes:
-        title: with units and the task's words in braces.
-        path: where a method's result has it.
-        head: its heading among the dots, if it is drawn there; a control's is its measure's.
-    """
-
-    title: str
-    path: str
-    head: str = ""
+    title: str  # with units and the task's words in braces
+    path: str  # where a method's result has it
+    head: str = ""  # among the dots, if it is drawn there; a control's is its measure's
 
     def of(self, row: MethodResult) -> Estimate | None:
         """The measure of a method; None where it was not built."""

@@ -41,7 +41,7 @@ from lrqp_torch.study.variables import MEANINGS, Variable, label_name, variables
 MARGIN = 0.1
 """A variable counts as readable where the interval lies above the baseline by more than this."""
 
-MOST_SITES, CONTROL_SITES = 12, 6
+MOST_SITES, CONTROL_SITES, BINS = 12, 6, 8
 TOLERANCE = 1e-4
 """Relative gradient norm of the probes: accuracies do not move below it, and it halves the time."""
 
@@ -100,10 +100,8 @@ class ProbingResult:
 class Probing(Part[ProbingResult]):
     """Probes of every variable at two tokens.
 
-    Args:
-        names: how many names are told apart at most, the most frequent in the training prompts;
-            prompts with others are left out of the probes of names.
-        bins: into how many ranges positions are cut at most.
+    At most ``names`` names are told apart, the most frequent in the training prompts; prompts with
+    others are left out of the probes of names. Positions are cut into ``BINS`` ranges at most.
     """
 
     name = "probing"
@@ -114,8 +112,8 @@ class Probing(Part[ProbingResult]):
     )
     result = ProbingResult
 
-    def __init__(self, names: int = 20, bins: int = 8) -> None:
-        self.names, self.bins = names, bins
+    def __init__(self, names: int = 20) -> None:
+        self.names = names
 
     def work(self, context: StudyContext, /) -> int:
         """Prompts to capture, and probes to fit."""
@@ -155,12 +153,12 @@ class Probing(Part[ProbingResult]):
                     if variable.name in repeated:
                         entries.append(replace(entry, variable=repeated[variable.name]))
         words = context.task.test.words
-        return ProbingResult(words, list(context.sites), self.names, self.bins, entries)
+        return ProbingResult(words, list(context.sites), self.names, BINS, entries)
 
     def _probed(self, context: StudyContext, task: Task) -> tuple[list[Variable], dict[str, str]]:
         """Variables to probe, and which of them stand for a second one that is the same here."""
         plain = next((task for task in context.tasks if _plain(task.train)), None)
-        made = variables_of(task, plain, names=self.names, bins=self.bins)
+        made = variables_of(task, plain, names=self.names, bins=BINS)
         if task is not plain:
             return made, {}
         # Where words differ in length, the position in the clause is that of the template; without
