@@ -240,10 +240,11 @@ class Editing(ContextDecorator, Generic[Record]):
                     f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
                     f"{type(item).__name__}"
                 )
-        applied = [_Applied(item, locate(model, item.site)) for item in interventions]
+        census = Census.of(model)
+        applied = [_Applied(item, locate(model, item.site, census)) for item in interventions]
         if not applied:
             raise PositionError("no interventions were given: nothing would be edited")
-        trained, reruns = Census.of(model).in_training(model), False
+        trained, reruns = census.in_training(model), False
         if trained:
             warn_of_dropout(trained)
             reruns = warn_of_checkpointing(trained)

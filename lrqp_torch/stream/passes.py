@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -82,6 +82,9 @@ def arguments_of(
     return given
 
 
+_NO_CACHE = bool, Tensor
+
+
 def cache_among(given: Mapping[str, Any]) -> Any:
     """The cache among named arguments or results of a model, whatever its name; or None.
 
@@ -90,7 +93,7 @@ def cache_among(given: Mapping[str, Any]) -> Any:
     """
     found = {}
     for name, value in given.items():
-        if value is None or isinstance(value, bool | Tensor):
+        if value is None or isinstance(value, _NO_CACHE):
             continue
         if name in CACHES or hasattr(value, "get_seq_length") or _kind(value).endswith("Cache"):
             found[id(value)] = value
@@ -331,7 +334,17 @@ class Texts:
         lead = found.ndim - (3 if ids is None else 2)
         tokens = found.flatten(0, lead) if lead > 0 else found
         front = prompt.shape[1] if isinstance(prompt, Tensor) and ids is None else 0
-        cache = cache_among(given)
+        held_alike = dict[str, Any]()
+        others = dict[str, Any]()
+        for name, value in given.items():
+            kind = type(value)
+            if kind is Tensor:
+                held_alike[name] = Tensor
+            elif value is None or kind is bool or kind is int or kind is str:
+                held_alike[name] = value
+            else:
+                others[name] = value
+        cache = cache_among(others) if others else None
         own = None if cache is prompt else cache
         continues = given.get("use_cache") is True or own is not None
         if held is None:
@@ -356,23 +369,30 @@ class Texts:
         call = ForwardCall(
             rows, columns, past, mask, square, continues, tokens, front, text, meanwhile
         )
-        self._remember(given, call, own)
+        self._remember(given, call, own, held_alike, others)
         return call
 
-    def _remember(self, given: Mapping[str, Any], call: ForwardCall, own: Any) -> None:
+    def _remember(
+        self,
+        given: Mapping[str, Any],
+        call: ForwardCall,
+        own: Any,
+        held: dict[str, Any],
+        others: Mapping[str, Any],
+    ) -> None:
         """Keep what a call was given, where a call like it can be known by that alone."""
-        mask, held, cache = given.get("attention_mask"), dict[str, Any](), None
+        mask, cache = given.get("attention_mask"), None
         name = "inputs_embeds" if given.get("input_ids") is None else "input_ids"
         self._like = self._read = self._same = None
         flat = call.square is None and given[name].ndim == (2 if name == "input_ids" else 3)
         if not flat or self._has_adapter or call.front or (own is None) == call.continues:
             return
-        for key, value in given.items():
+        for key, value in others.items():
             if own is not None and value is own:
                 cache = key, weakref.ref(own)
             elif isinstance(value, Tensor):
                 held[key] = Tensor
-            elif value is None or isinstance(value, bool | int | str):
+            elif isinstance(value, int | str):
                 held[key] = value
             else:
                 return
@@ -592,13 +612,16 @@ class Texts:
 
     def note_result(self, call: ForwardCall, output: Any) -> None:
         """Take notice of what a call returns: it may be a cache that the model has made itself."""
-        if call.text.cache is not None or not isinstance(output, Mapping | tuple):
+        if call.text.cache is not None:
             return
-        values = output.values() if isinstance(output, Mapping) else output
-        if all(value is None or isinstance(value, Tensor) for value in values):
+        if isinstance(output, dict | Mapping):
+            parts: Iterable[tuple[Any, Any]] = output.items()
+        elif isinstance(output, tuple):
+            parts = enumerate(output)
+        else:
             return
-        parts = output.items() if isinstance(output, Mapping) else enumerate(output)
-        cache = cache_among({str(name): value for name, value in parts})
+        others = {str(k): v for k, v in parts if v is not None and type(v) is not Tensor}
+        cache = cache_among(others) if others else None
         call.text.cache = None if cache is None else weakref.ref(cache)
 
     def _extended_by(self, tokens: Tensor) -> Iterator[Text]:

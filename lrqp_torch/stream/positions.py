@@ -142,6 +142,11 @@ class Positions:
         """
         if isinstance(positions, cls):
             return positions
+        # They are kept as a copy, which does not change with the tensor that was given.
+        if type(positions) is Tensor and positions.ndim == 1 and positions.dtype == torch.long:
+            count = positions.shape[0]
+            if 0 < count <= FEW:
+                return cls(None, positions.tolist(), count, grid=(count,))._checked()
         if isinstance(positions, Scope):
             return cls(_NONE, _NONE, scope=positions)
         if getattr(positions, "ndim", None) == 0 and "int" in str(getattr(positions, "dtype", "")):
@@ -156,10 +161,7 @@ class Positions:
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
                     f"scope, got {type(positions).__name__}: {quoted(positions)}"
                 ) from error
-        # Positions are looked at on the host; of a GPU that is the one wait for them. They are kept
-        # as a copy, which does not change with the tensor that was given.
-        if positions.ndim == 1 and positions.dtype == torch.long and 0 < len(positions) <= FEW:
-            return cls(None, positions.tolist(), len(positions), grid=(len(positions),))._checked()
+        # Positions are looked at on the host; of a GPU that is the one wait for them.
         positions = positions.cpu()
         is_mask, grid = positions.dtype == torch.bool, tuple(positions.shape)
         if positions.dtype.is_floating_point or len(grid) not in ((2,) if is_mask else (1, 2)):

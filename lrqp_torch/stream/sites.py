@@ -280,7 +280,7 @@ class _Known:
     def __init__(self, model: nn.Module, row: Family | None, stacks: Stacks) -> None:
         inner = inner_model(model)
         self.stacks, self.places = stacks, dict[str | Site, Located]()
-        self._inner, self._row, self._census = ref(inner), row, Census(model)
+        self._inner, self._row, self._census = ref(inner), row, Census.of(model)
         config: Any = inner.config
         self._config, self._type, self._settings = config, config.model_type, dict(vars(config))
         self._blocks: list[nn.Module] = []
@@ -292,10 +292,12 @@ class _Known:
         # What stands in place of a forward may hold the model.
         self._replaced = [_reference(own_forward(block)) for block in self._blocks]
 
-    def holds(self, model: nn.Module) -> bool:
-        """Whether the model is still what it was found to be."""
+    def holds(self, model: nn.Module, census: Census | None = None) -> bool:
+        """Whether the model is still what it was found to be; ``census``: that of it now."""
         inner = self._inner()
-        if inner is None or inner is not inner_model(model) or not self._census.holds(model):
+        if inner is None or inner is not inner_model(model):
+            return False
+        if (Census.of(model) if census is None else census) is not self._census:
             return False
         if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
             return False
@@ -564,15 +566,17 @@ def _heads_of(located: Located, model: nn.Module, block: nn.Module) -> tuple[int
     )
 
 
-def locate(model: nn.Module, name: str | Site) -> Located:
+def locate(model: nn.Module, name: str | Site, census: Census | None = None) -> Located:
     """Find a site's modules in a model.
+
+    ``census``: that of the model as it is now, where that is known.
 
     Raises:
         SiteError: bad name, layer out of range, or a place that the block does not have.
         UnknownFamilyError: see :func:`stacks_of` and :func:`layout_of`.
     """
     known = _OF_MODELS.get(model) if isinstance(name, str | Site) else None
-    if known is not None and name in known.places and known.holds(model):
+    if known is not None and name in known.places and known.holds(model, census):
         return known.places[name]
     site = Site.parse(name)
     if site.path is None:

@@ -144,22 +144,24 @@ class Hooks:
         tables: tuple[dict[int, Any], ...],
     ) -> int:
         added = function if isinstance(function, Hook) else _Added(function, traced=traced)
-        own, hooks = vars(module), tables[0]
+        hooks, name = tables[0], ""
         with _LOCK:
-            kept = own.get(_REDUCE)
+            kept = vars(module).get(_REDUCE)
             if type(kept) is not _Kept or kept.module is not module:
                 kept = _Kept(module)
-            if traced is None or traced.number in hooks:
-                number, name = next_number(), "" if traced is None else traced.mark
+            kept.count += 1
+            if traced is None:
+                number = next_number()
             else:
                 number, name = traced.number, traced.mark
+                number = next_number() if number in hooks else number
             self._hooks.append((kept, number, name, tables))
-            kept.count += 1
             if name:
                 kept.names.append(name)
                 kept.mark()
-            for table in tables:
-                table[number] = added if table is hooks else True
+            hooks[number] = added
+            for table in tables[1:]:
+                table[number] = True
         return number
 
     def replace(
@@ -175,11 +177,12 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the modules as they were."""
-        while self._hooks:
-            kept, number, name, tables = self._hooks.pop()
-            for table in tables:
-                table.pop(number, None)
-            with _LOCK:
+        hooks = self._hooks
+        with _LOCK:
+            while hooks:
+                kept, number, name, tables = hooks.pop()
+                for table in tables:
+                    table.pop(number, None)
                 kept.count -= 1
                 if name:
                     kept.names.remove(name)
@@ -218,14 +221,16 @@ class _Kept:
         count: how many hooks there are.
     """
 
-    __slots__ = "_before", "_forward", "_marked", "count", "module", "names"
+    count = 0
+    _before: tuple[Any, Any] = None, None
+    _forward: Any = None
+    _marked: Any = None
 
     def __init__(self, module: nn.Module) -> None:
         own = vars(module)
-        self.module, self.count, self.names = module, 0, list[str]()
-        self._forward: Any = None
-        self._marked: Any = None
-        self._before = own.get(_REDUCE), own.get(_REPLICATE)
+        self.module, self.names = module, list[str]()
+        if _REDUCE in own or _REPLICATE in own:
+            self._before = own.get(_REDUCE), own.get(_REPLICATE)
         own[_REDUCE], own[_REPLICATE] = self, self.replicate
 
     def mark(self) -> None:
@@ -234,15 +239,19 @@ class _Kept:
         held = own.get("forward")
         if held is None or held is not self._marked:
             self._forward = held
-        self._marked = marked(self.module, self._forward, tuple(sorted(names))) if names else None
-        _put(own, "forward", self._marked or self._forward)
+        if names:
+            known = tuple(names) if len(names) == 1 else tuple(sorted(names))
+            own["forward"] = self._marked = marked(self.module, self._forward, known)
+        else:
+            _put(own, "forward", self._forward)
+            self._marked = None
 
     def leave(self) -> None:
         """Give the module back what it had."""
-        own = vars(self.module)
+        own, before = vars(self.module), self._before
         self.unmark(own)
-        _put(own, _REDUCE, self._before[0])
-        _put(own, _REPLICATE, self._before[1])
+        _put(own, _REDUCE, before[0])
+        _put(own, _REPLICATE, before[1])
 
     def unmark(self, own: dict[str, Any]) -> None:
         """Let attributes have the ``forward`` that the module has without hooks."""
@@ -316,6 +325,7 @@ class Watch(Hooks):
         super().__init__()
         whose = trunk or Trunk.of(model)
         self.model, self.trunk, self._plain = model, whose.module, whose.plain
+        self._inner = inner_model(model)
         self._stack = whose.stack
         absolute = (warns or bool(follows)) and whose.absolute
         self.texts = Texts(
@@ -366,19 +376,22 @@ class Watch(Hooks):
             self._eagerly = eagerly
         self.before(trunk, _Before(self, entered), traced=entered)
         self.after(trunk, _After(self, left), always=True, traced=left)
-        kind = type(unwrapped_module(model))
-        if has(kind, "get_prompt"):
-            self.replace(model, "get_prompt", _note_prompts)
-        if model is not trunk and has(kind, "get_base_model"):
-            self.before(model, self._before_adapter)
+        inner = self._inner
+        if inner is not model:
+            kind = type(unwrapped_module(model))
+            if has(kind, "get_prompt"):
+                self.replace(model, "get_prompt", _note_prompts)
+            if model is not trunk and has(kind, "get_base_model"):
+                self.before(model, self._before_adapter)
         if self._stack != "encoder":
-            for outer in {model, inner_model(model)} - {trunk}:
+            for outer in (model,) if inner is model else (model, inner):
                 # Its own forward may be a captured graph, which runs no module within.
-                if "forward" in vars(outer):
+                if outer is not trunk and "forward" in vars(outer):
                     self.before(outer, self._before_whole)
                     self.after(outer, self._after_whole)
         _watch_cuda_graphs()
-        _open.set((*_open.get(), self))
+        open_already = _open.get()
+        _open.set((*open_already, self) if open_already else (self,))
 
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
         self._leave()
@@ -504,7 +517,9 @@ class Watch(Hooks):
             self._ran.setdefault(thread, []).append(False)
             return
         call, transformed = None, in_transforms()
-        if not transformed and len(args) <= len(self._names) and not in_backward():
+        if self.texts.n_calls and not (
+            transformed or len(args) > len(self._names) or in_backward()
+        ):
             given = dict(zip(self._names, args, strict=False))
             given.update(kwargs)
             call = self.texts.like(given, len(args))
@@ -555,11 +570,14 @@ class Watch(Hooks):
         if again:
             return replace(call, again=True)
         if place is not None:
-            # Without the tokens, whose embeddings may hold a graph.
-            self._noted.pop(place, None)
-            self._noted[place] = replace(call, tokens=call.tokens.new_empty(0))
-            if len(self._noted) > KEPT:
-                del self._noted[next(iter(self._noted))]
+            noted = self._noted
+            if noted:
+                noted.pop(place, None)
+            # Without embeddings, which are large and may hold a graph.
+            known = call if ids is not None else replace(call, tokens=call.tokens.new_empty(0))
+            noted[place] = known
+            if len(noted) > KEPT:
+                del noted[next(iter(noted))]
         return call
 
     def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
