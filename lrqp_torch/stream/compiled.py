@@ -162,7 +162,7 @@ _CENSUSES: WeakKeyDictionary[nn.Module, Census] = WeakKeyDictionary()
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given, of the one that it returned."""
-    children = vars(module).get("_modules")
+    children = module.__dict__.get("_modules")
     return children.get("_orig_mod", module) if children else module
 
 

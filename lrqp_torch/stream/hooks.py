@@ -29,7 +29,7 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
-from lrqp_torch.stream.traced import stream_given, tensors_given, with_stream
+from lrqp_torch.stream.traced import Traced, stream_given, tensors_given, with_stream
 from lrqp_torch.stream.watch import (
     RAN_TWICE,
     Hook,
@@ -55,58 +55,18 @@ def attach(watch: Watch, located: Located, visit: Visit) -> None:
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
     head width).
     """
-    features, latest = located.features, dict[int, ForwardCall]()
-    side, residuals = located.side, dict[int, Tensor]()
-    besides = dict[tuple[int, nn.Module], Tensor]()
-    if located.site.path is not None:
-        watch.texts.distinct = True
-
-    def within(tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
-        """What stands in for a tensor of a call."""
-        if located.site.path is not None and not call.again:
-            # What was named by its path need not be a block, each of which runs once.
-            if latest.get(get_ident()) is call:
-                raise PositionError(f"{located.site} {RAN_TWICE}")
-            latest[get_ident()] = call
-        # Some modules read and return all tokens in one row; others have one token an example.
-        shape = (call.batch, call.front + call.length, -1)
-        shaped = tensor if tensor.ndim == 3 else tensor.reshape(shape)
-        part = shaped if features is None else shaped[..., features]
-        kept = visit(part, residual, scale, call)
-        if kept is part:
-            return tensor
-        if features is not None:
-            before, behind = shaped[..., : features.start], shaped[..., features.stop :]
-            kept = torch.cat([before, kept.to(tensor.dtype), behind], -1)
-        return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
-
-    traced, kept = None, None
-    if watch.followed is not None:
-        where, added = str(located.site), located.residual is not None
-        traced, kept = watch.followed.install(where, side == "input", added, located.scale, within)
-    visits = within if located.site.path is not None or features is not None else visit
-    if side == "input":
-        watch.before(located.module, _Input(watch, located, visits, within, traced), traced=traced)
+    if located.side == "input":
+        watch.before(located.module, _Input(watch, located, visit))
         return
-    at = _Output(watch, located, visits, within, traced, residuals, besides)
-    watch.after(located.module, at, traced=traced)
+    at = _Output(watch, located, visit)
+    watch.after(located.module, at)
     if located.residual is None:
         return
-
     # The reader sees the stream as it is after all edits of it, in whatever order contexts were
     # nested; a pre-hook on the block might still see it before.
-    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        residuals[get_ident()] = stream_given(module, args, kwargs)
-
-    watch.before(located.residual, remember, traced=kept)
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        found = first_tensor(output)
-        assert found is not None  # as it was in the trial
-        besides[get_ident(), module] = found
-
+    watch.before(located.residual, at.remember, traced=at.remembered)
     for part, _ in located.beside:
-        watch.after(part, note)
+        watch.after(part, at.note)
 
 
 class _Input(Hook):
@@ -115,19 +75,49 @@ class _Input(Hook):
     Args:
         watch: whose passes these are.
         located: the site.
-        visit: what is called with streams (B, T, d).
-        within: and with others.
-        traced: see :func:`~.watch.hook`.
+        visit: see :func:`attach`.
     """
 
-    def __init__(
-        self, watch: Watch, located: Located, visit: Visit, within: Visit, traced: Any
-    ) -> None:
-        super().__init__(visit, traced=traced)
+    def __init__(self, watch: Watch, located: Located, visit: Visit) -> None:
         self.watch, self.located, self.scale = watch, located, located.scale
-        self.within, self.under_way = within, watch.under_way
-        # A call that is known to have streams of a shape.
-        self.known: tuple[ForwardCall | None, torch.Size] = None, torch.Size()
+        self.visit, self.under_way = visit, watch.under_way
+        # What graphs follow in place of this hook, and of that which keeps what is added to.
+        self.traced: Traced | None = None
+        self.remembered: Traced | None = None
+        # A call that is known to have streams of a shape; and, by thread, the latest call.
+        self.known: tuple[ForwardCall | None, torch.Size | None] = None, None
+        self.latest: dict[int, ForwardCall] | None = None
+        if located.site.path is not None:
+            watch.texts.distinct, self.latest = True, {}
+        plain = self.latest is None and located.features is None
+        self.function = visit if plain else self.within
+        if watch.followed is not None:
+            self.traced, self.remembered = watch.followed.install(
+                str(located.site),
+                located.side == "input",
+                located.residual is not None,
+                located.scale,
+                self.within,
+            )
+
+    def within(self, tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
+        """What stands in for a tensor of a call, in whatever shape."""
+        if self.latest is not None and not call.again:
+            # What was named by its path need not be a block, each of which runs once.
+            if self.latest.get(get_ident()) is call:
+                raise PositionError(f"{self.located.site} {RAN_TWICE}")
+            self.latest[get_ident()] = call
+        # Some modules read and return all tokens in one row; others have one token an example.
+        shape, features = (call.batch, call.front + call.length, -1), self.located.features
+        shaped = tensor if tensor.ndim == 3 else tensor.reshape(shape)
+        part = shaped if features is None else shaped[..., features]
+        kept = self.visit(part, residual, scale, call)
+        if kept is part:
+            return tensor
+        if features is not None:
+            before, behind = shaped[..., : features.start], shaped[..., features.stop :]
+            kept = torch.cat([before, kept.to(tensor.dtype), behind], -1)
+        return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
@@ -152,25 +142,23 @@ class _Input(Hook):
 
 
 class _Output(_Input):
-    """After the module whose output a site is, or what is added to it.
+    """After the module whose output a site is, or what is added to it."""
 
-    Args:
-        residuals: by thread, what it is added to.
-        besides: by thread and module, what is added to it before.
-    """
+    def __init__(self, watch: Watch, located: Located, visit: Visit) -> None:
+        super().__init__(watch, located, visit)
+        # By thread, what it is added to; by thread and module, what is added to it before.
+        self.residuals: dict[int, Tensor] = {}
+        self.besides: dict[tuple[int, nn.Module], Tensor] = {}
 
-    def __init__(
-        self,
-        watch: Watch,
-        located: Located,
-        visit: Visit,
-        within: Visit,
-        traced: Any,
-        residuals: dict[int, Tensor],
-        besides: dict[tuple[int, nn.Module], Tensor],
-    ) -> None:
-        super().__init__(watch, located, visit, within, traced)
-        self.residuals, self.besides = residuals, besides
+    def remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the module that reads what is added to."""
+        self.residuals[get_ident()] = stream_given(module, args, kwargs)
+
+    def note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After a module whose output is added to the tensor first."""
+        found = first_tensor(output)
+        assert found is not None  # as it was in the trial
+        self.besides[get_ident(), module] = found
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):

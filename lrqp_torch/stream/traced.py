@@ -15,6 +15,7 @@ by model and by hooks (:func:`marked`).
 import functools
 import sys
 import threading
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,8 @@ _ENDS: dict[tuple[int, int], tuple["Traced", "Traced"]] = {}
 
 _INSTALLED: dict[int, str] = {}
 """Of each trunk the names of its sites with an edit: what a graph of it was traced for."""
+_NAMES: dict[int, list[str]] = {}
+"""The same one by one, in order."""
 _MADE: dict[int, set[str]] = {}
 """Of each trunk, what graphs of it that have run were traced for."""
 _PENDING: dict[str, Any] = {}
@@ -273,20 +276,22 @@ class Followed:
     def __init__(
         self, trunk: nn.Module, passes: Passes, names: tuple[str, ...], caches: tuple[str, ...]
     ) -> None:
-        self.key, self.passes, self._names = key_of(trunk), passes, list[str]()
+        self.passes, self._names = passes, list[str]()
+        key = self.key = key_of(trunk)
         with _LOCK:
-            every = _PASSES.setdefault(self.key, [])
-            taken = [number for number, _ in every]
-            order = next(n for n in count() if n not in taken) if taken else 0
+            every = _PASSES.get(key)
+            if every is None:
+                every, _NAMES[key], _INSTALLED[key] = _PASSES.setdefault(key, []), [], ""
+            order = 0
+            while any([number == order for number, _ in every]):
+                order += 1
             every.append((order, passes))
-            _INSTALLED.setdefault(self.key, "")
-            self._order, known = order, _ENDS.get((self.key, order))
+            self._order, known = order, _ENDS.get((key, order))
             if known is None:
-                known = (
-                    _Enter(self.key, f"{self.key} enter#{order}", names, caches),
-                    _Leave(self.key, f"{self.key} leave#{order}"),
+                known = _ENDS[key, order] = (
+                    _Enter(key, f"{key} enter#{order}", names, caches),
+                    _Leave(key, f"{key} leave#{order}"),
                 )
-                _ENDS[self.key, order] = known
         self.entered, self.left = known
 
     def install(
@@ -310,7 +315,8 @@ class Followed:
             while (name := f"{key}/{site}#{number}") in _VISITS:
                 number += 1
             _VISITS[name] = self.passes, visit
-            _list(key)
+            insort(_NAMES[key], name)
+            _INSTALLED[key] = " ".join(_NAMES[key])
             self._names.append(name)
             traced = _TRACED.get(name)
             if traced is None:
@@ -319,16 +325,13 @@ class Followed:
 
     def close(self) -> None:
         """Tell no more."""
+        key = self.key
         with _LOCK:
             for name in self._names:
                 del _VISITS[name]
-            _list(self.key)
-            _PASSES[self.key].remove((self._order, self.passes))
-
-
-def _list(key: int) -> None:
-    start = f"{key}/"
-    _INSTALLED[key] = " ".join(sorted([w for w in _VISITS if w.startswith(start)]))
+                _NAMES[key].remove(name)
+            _INSTALLED[key] = " ".join(_NAMES[key])
+            _PASSES[key].remove((self._order, self.passes))
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -76,13 +76,16 @@ class _Added:
     Copies of the module, made by ``deepcopy`` or ``pickle``, are without it.
     """
 
+    before: Any = None
+    users = 0
+
     def __init__(
         self,
         function: Callable[..., Any],
         before: Any = None,
         traced: Traced | None = None,
     ) -> None:
-        self.function, self.before, self.users, self.traced = function, before, 0, traced
+        self.function, self.before, self.traced = function, before, traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
@@ -143,7 +146,11 @@ class Hooks:
         traced: Traced | None,
         tables: tuple[dict[int, Any], ...],
     ) -> int:
-        added = function if isinstance(function, Hook) else _Added(function, traced=traced)
+        added: _Added
+        if isinstance(function, Hook):
+            added, traced = function, function.traced
+        else:
+            added = _Added(function, traced=traced)
         hooks, name = tables[0], ""
         with _LOCK:
             kept = vars(module).get(_REDUCE)
@@ -374,8 +381,8 @@ class Watch(Hooks):
             eagerly = run_eagerly(model)
             eagerly.__enter__()
             self._eagerly = eagerly
-        self.before(trunk, _Before(self, entered), traced=entered)
-        self.after(trunk, _After(self, left), always=True, traced=left)
+        self.before(trunk, _Before(self, entered))
+        self.after(trunk, _After(self, left), always=True)
         inner = self._inner
         if inner is not model:
             kind = type(unwrapped_module(model))
@@ -669,7 +676,7 @@ class _Before(Hook):
     """A pass begins."""
 
     def __init__(self, watch: Watch, traced: Traced | None) -> None:
-        super().__init__(watch._before, traced=traced)
+        self.function, self.traced = watch._before, traced
         self.watch, self.under_way, self.follows = watch, watch.under_way, watch._follows
         self.again, self.note = watch.texts.again, watch.texts.note
 
@@ -692,7 +699,7 @@ class _After(Hook):
     """A pass is over."""
 
     def __init__(self, watch: Watch, traced: Traced | None) -> None:
-        super().__init__(watch.texts.note_result, traced=traced)
+        self.function, self.traced = watch.texts.note_result, traced
         self.watch, self.under_way = watch, watch.under_way
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
