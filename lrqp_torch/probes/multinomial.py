@@ -10,17 +10,18 @@ the row of class 1 stands for both. Otherwise C = K.
 
 The minimum is found by a Newton–conjugate-gradient method. Each Newton step solves H s = −∇ by
 conjugate gradients to a tolerance that tightens with the gradient (Nocedal and Wright 2006,
-algorithm 7.1). The preconditioner is the Hessian of the
-average class, or of large problems with more examples than parameters that of each class, as it was
-some steps ago; at first at W = 0, where all classes and label sets share it and it is the Hessian
-itself. Its factor, by far the dearest thing here, is made anew only for problems whose conjugate
-gradients have cost as much as it does.
+algorithm 7.1). Their preconditioner is the Hessian's diagonal, about: that of the average class
+with the average curvature. Where classes separate this is the best there is, since most examples
+have no curvature left and the penalty is most of the Hessian. Where it is not, a factor pays, of
+the Hessian of the average class, or of large problems with more examples than parameters of that of
+each class: it is made, and made anew, when conjugate gradients have cost as much as it does, so
+that neither a factor that is not needed nor one that is missed ever doubles the cost.
 
 Loss and gradient are in float64. Of large problems in memory on a CPU conjugate gradients and the
-factor, which decide how fast and never where the search ends, are in float32, on features in units
-of their spread; what does not converge so goes on in float64. A step is then as long as is best
-along it, which costs no product with the features: the logits change by as much of its own. Classes
-that nearly separate have their optimum far out, where steps of length 1 gain a factor of e each.
+factor, which decide how fast and never where the search ends, are in float32; what does not
+converge so goes on in float64. A step is then as long as is best along it, which costs no product
+with the features: the logits change by as much of its own. Classes that nearly separate have their
+optimum far out, where steps of length 1 gain a factor of e each.
 
 All problems of a stack move together, each with its own step length and its own end. On a GPU the
 host waits for the device a few times in a Newton step, never once for every conjugate gradient.
@@ -56,14 +57,15 @@ FORCING = 0.3
 """Conjugate gradients in float32 leave this share of a gradient at most, and this power of what
 share of the gradient at zero it is: of large problems more exact steps cost more than they gain."""
 PATIENCE = 8
-"""Products with the Hessian before a factor is renewed, where both are in float64; anything from 4
-to 20 measures alike."""
+"""Products with the Hessian before a factor is made, or made anew, at least."""
 LONG = 2**18
 """Numbers in a matrix of features from which on reading it costs more than calling."""
 STRIPS, STRIPED = 4, 256
 """In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
 """Numbers in float32 that a processor's cache holds, about."""
+HUGE = 1e30
+"""Mean square of a feature from which on float32 may not hold what is made of it."""
 NARROW_STEPS = 60
 """Newton steps with products in float32; most searches take 10 to 25 in all."""
 
@@ -76,8 +78,8 @@ class Block:
     targets: Tensor  # 1 where an example is of a class, else 0, (S, L, C, m), float64
     # Of the examples, (S, L, 1, m), float64; None if each counts once.
     weights: Tensor | None = None
-    # The features over their spread, for products with the Hessian, (S, m, p), float32; in memory
-    # examples come last, which is up to twice as fast.
+    # The features for products with the Hessian, (S, p, m), float32; examples come last, which is
+    # up to twice as fast.
     narrow: Tensor | None = None
 
     def weighed(self, values: Tensor) -> Tensor:
@@ -98,6 +100,7 @@ class Evaluation:
     loss: Tensor  # in nats per example, penalty included, (S, L)
     gradient: Tensor  # (S, L, C, p)
     size: Tensor  # Euclidean norm of the gradient with respect to all K rows, (S, L)
+    curvature: Tensor  # of the likelihood in the logits, on average, (S, L)
     # Logits and class probabilities (S, L, C, m) of each block; None where blocks are read anew in
     # every pass, and these with them.
     examples: list[tuple[Tensor, Tensor]] | None
@@ -108,7 +111,7 @@ class Evaluation:
         held = [point.examples for point in points if point.examples is not None]
         changed = {
             name: change(*(getattr(point, name) for point in points))
-            for name in ("parameters", "loss", "gradient", "size")
+            for name in ("parameters", "loss", "gradient", "size", "curvature")
         }
         blocks = zip(*held, strict=True)
         kept = [(change(*z), change(*p)) for z, p in (zip(*b, strict=True) for b in blocks)]
@@ -161,26 +164,21 @@ class MultinomialLoss:
         # The penalty belongs into the sum over ranks once.
         self.l2 = l2 if ranks.is_main else 0.0
         self._penalty: Tensor | None = None
-        # The spread of the features, (S, 1, 1, p), where products are in float32 and its units.
-        self.unit: Tensor | None = None
+        # The features' mean squares, (S, 1, 1, p), and whether products with them are in float32.
+        self.squares = torch.zeros(0)
+        self.narrow = False
 
     def keep(self, sites: Tensor) -> "MultinomialLoss":
         """The problems of some of the sites."""
         kept = copy.copy(self)
         kept.blocks = [block.keep(sites) for block in self.blocks]
-        kept.unit = None if self.unit is None else self.unit[sites]
+        kept.squares = self.squares[sites]
         return kept
 
-    def widen(self, factor: Tensor) -> Tensor:
-        """Compute all products in float64 from now on, on features as they are.
-
-        Returns a factor of average Hessians for these.
-        """
-        assert self.unit is not None
-        wide = factor.double() / self.unit.unsqueeze(2)
+    def widen(self) -> None:
+        """Compute all products in float64 from now on."""
         self.blocks = [replace(block, narrow=None) for block in self.blocks]
-        self.unit = None
-        return wide
+        self.narrow = False
 
     def measure(self, point: Evaluation) -> Tensor:
         """The rounding error of the gradient's terms, which may cancel, (S, L).
@@ -194,22 +192,21 @@ class MultinomialLoss:
             ones = torch.ones_like(block.targets[:, :1, :1])
             squares = squares + ones @ block.features.square().unsqueeze(1)
             terms = terms + block.weighed(probability - block.targets).square().sum((2, 3))
-        squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
-        size = (_copies(point.gradient) * terms * squares.sum((2, 3)) / self.total).sqrt()
+        self.squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
+        size = (_copies(point.gradient) * terms * self.squares.sum((2, 3)) / self.total).sqrt()
         highest = torch.get_float32_matmul_precision() == "highest"
         long = self.in_memory and point.gradient.shape[3] * self._count() > LONG
-        if highest and long and not squares.is_cuda:
-            self.unit = torch.where(squares > 0, squares, 1.0).sqrt()
-            unit = self.unit.squeeze(1).mT
+        if highest and long and not squares.is_cuda and bool((squares < HUGE).all()):
+            self.narrow = True
             self.blocks = [
-                replace(block, narrow=(block.features.mT / unit).float().contiguous())
+                replace(block, narrow=block.features.mT.float().contiguous())
                 for block in self.blocks
             ]
         return 8 * torch.finfo(size.dtype).eps * size
 
     def logits(self, parameters: Tensor) -> list[Tensor] | None:
         """Those of each block, (S, L, C, m); None where products are in float64."""
-        if self.unit is None:
+        if not self.narrow:
             return None
         return [_times(parameters, block.features) for block in self.blocks]
 
@@ -218,7 +215,7 @@ class MultinomialLoss:
         copies = _copies(parameters)
         penalised = self._penalise(parameters)
         loss = copies * (parameters * penalised).sum((2, 3)) / 2
-        gradient = penalised
+        gradient, curvature = penalised, torch.zeros_like(loss)
         kept: list[tuple[Tensor, Tensor]] = []
         for number, block in enumerate(self.blocks):
             z = _times(parameters, block.features) if logits is None else logits[number]
@@ -227,11 +224,15 @@ class MultinomialLoss:
             loss = loss + likelihood.sum((2, 3)) / self.total
             residual = block.weighed(probability - block.targets)
             gradient = self._add(gradient, residual, block.features)
+            curvature = curvature + block.weighed(_curvature(probability)).sum((2, 3))
             if self.in_memory:
                 kept.append((z, probability))
-        loss, gradient = self.ranks.total(loss), self.ranks.total(gradient)
+        curvature = curvature / (self.total * parameters.shape[2])
+        loss, curvature = self.ranks.total(torch.stack([loss, curvature]))
+        gradient = self.ranks.total(gradient)
         size = copies**0.5 * _norm(gradient)
-        return Evaluation(parameters, loss, gradient, size, kept if self.in_memory else None)
+        examples = kept if self.in_memory else None
+        return Evaluation(parameters, loss, gradient, size, curvature, examples)
 
     def slope(self, point: Evaluation, direction: Tensor) -> Tensor:
         """Derivative of the loss along a direction, (S, L)."""
@@ -265,12 +266,11 @@ class MultinomialLoss:
         return length
 
     def hessian(self, point: Evaluation) -> Callable[[Tensor], Tensor]:
-        """What multiplies rows (S, L, C, p) by the Hessian at a point, both in units."""
-        penalty = self._unit_penalty(point)
+        """What multiplies rows (S, L, C, p) by the Hessian at a point."""
         kept = None if point.examples is None else list(self._bends(point))
 
         def times(rows: Tensor) -> Tensor:
-            product = penalty * rows
+            product = self._penalise(rows)
             for block, features, probability, bend in kept or self._bends(point):
                 change = bend * _reduced(probability, _times(rows, features))
                 product = self._add(product, block.weighed(change), features)
@@ -292,20 +292,18 @@ class MultinomialLoss:
     def class_hessians(
         self, point: Evaluation, problems: list[tuple[int, int]], parts: int
     ) -> Tensor:
-        """Hessians of the classes of some problems, in units, (len(problems), R, p, p).
+        """Hessians of the classes of some problems, (len(problems), R, p, p).
 
         H_k = (1/n) Σ_i ω_i c_ik x_i x_iᵀ + l2 I,  c_ik = K/(K − 1) p_ik (1 − p_ik)
 
         of each class, or of their average for R = 1. It is the Hessian itself for K = 2, and for
         any K where all classes are equally likely.
         """
-        rows, width = point.parameters.shape[2:]
+        width = point.parameters.shape[3]
         whole: Tensor | None = None
-        for block, examples, probability, bend in self._bends(point):
-            if rows > 1:
-                bend = bend * (1 - probability) * (rows / (rows - 1))
-                bend = bend if parts > 1 else bend.mean(2, keepdim=True)
-            curvature = block.weighed(bend)
+        for block, examples, probability, _ in self._bends(point):
+            bend = _curvature(probability)
+            curvature = block.weighed(bend if parts > 1 else bend.mean(2, keepdim=True))
             pairs = [
                 _gram(examples[site], curvature[site, label_set]) for site, label_set in problems
             ]
@@ -313,33 +311,29 @@ class MultinomialLoss:
         if whole is None:
             whole = point.parameters.new_zeros(len(problems), parts, width, width)
         whole /= self.total
-        penalty = self._unit_penalty(point)[[site for site, _ in problems], 0, 0]
-        whole.diagonal(dim1=2, dim2=3).add_(penalty.unsqueeze(1))
+        whole.diagonal(dim1=2, dim2=3).add_(self._penalise(torch.ones_like(whole[0, 0, 0])))
         return self.ranks.total(whole)
 
-    def in_units(self, rows: Tensor) -> Tensor:
-        """Rows of a gradient (S, L, C, p) in the units, and the dtype, of products."""
-        return rows if self.unit is None else (rows / self.unit).float()
+    def diagonal(self, point: Evaluation) -> Tensor:
+        """About that of the Hessian at a point, of an average class and example, (S, L, 1, p)."""
+        penalty = self._penalise(torch.ones_like(self.squares))
+        return torch.addcmul(penalty, point.curvature[..., None, None], self.squares)
 
-    def patience(self, factor: Tensor, rows: Tensor) -> float:
-        """Products with the Hessian, of rows (S, L, C, p), that cost what a factor does."""
-        if self.unit is None:
-            return PATIENCE * factor.shape[2]
+    def patience(self, rows: Tensor, parts: int) -> float:
+        """Products with the Hessian, of rows (S, L, C, p), that cost what R factors do."""
+        if not self.in_memory:
+            return PATIENCE * parts
         count, width = rows.shape[2:]
         n = self._count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
         # ones, with ten a half; beyond the processor's cache, half of that.
         speed = (count + 1) / (count + 11) / (2 if n * width > CACHED else 1)
-        return factor.shape[2] * width * (1 + width / (2 * n)) / (2 * count) * speed
+        cost = width * (1 + width / (2 * n)) / (2 * count) * speed
+        return parts * max(PATIENCE, cost)
 
     def _count(self) -> int:
         """How many examples there are, in memory."""
         return sum(block.features.shape[1] for block in self.blocks)
-
-    def _unit_penalty(self, point: Evaluation) -> Tensor:
-        """What the penalty adds to the diagonal of the Hessian, in units, (S, 1, 1, p)."""
-        penalty = self._penalise(torch.ones_like(point.parameters[:, :1, :1]))
-        return self.in_units(penalty if self.unit is None else penalty / self.unit)
 
     def _bends(self, point: Evaluation) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
         """Each block, and its features, probabilities and bends as products read them."""
@@ -350,7 +344,7 @@ class MultinomialLoss:
 
     def _penalise(self, parameters: Tensor) -> Tensor:
         """Gradient of the penalty, which leaves the bias out."""
-        if self._penalty is None:
+        if self._penalty is None or self._penalty.dtype != parameters.dtype:
             self._penalty = parameters.new_full((parameters.shape[-1],), self.l2)
             self._penalty[-1] = 0.0
         return self._penalty * parameters
@@ -413,6 +407,12 @@ def _bend(probability: Tensor) -> Tensor:
     return 2 * probability * (1 - probability) if probability.shape[2] == 1 else probability
 
 
+def _curvature(probability: Tensor) -> Tensor:
+    """Of each class's likelihood in its logit, K/(K − 1) p (1 − p)."""
+    rows = probability.shape[2]
+    return (2 if rows == 1 else rows / (rows - 1)) * probability * (1 - probability)
+
+
 def _reduced(probability: Tensor, change: Tensor) -> Tensor:
     """A change of the logits less its mean over the classes, by their probability."""
     if change.shape[2] == 1:
@@ -456,8 +456,9 @@ class _State:
     iterations: Tensor
     stuck: Tensor
     spent: Tensor
-    # Of the Hessians of the classes, in units, (S, L, R, p, p); see _factor.
+    # Of the Hessians of the classes, (S, L, R, p, p), see _factor, of the problems that have one.
     factor: Tensor
+    made: Tensor
 
     def keep(self, sites: Tensor) -> "_State":
         kept = {f.name: getattr(self, f.name)[sites] for f in fields(self) if f.name != "point"}
@@ -481,12 +482,13 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             its own rounding error.
         max_iterations: stop after as many Newton steps.
     """
-    state = _begin(loss, zero, tolerance)
+    state, parts = _begin(loss, zero, tolerance), loss.parts(zero)
+    patience = loss.patience(zero, parts)
     finished: list[tuple[Tensor, Minimum]] = []
     while True:
         running = (state.point.size > state.goal) & ~state.stuck
         running &= state.iterations < max_iterations
-        stale = running & (state.spent > loss.patience(state.factor, zero))
+        stale = running & (state.spent > patience)
         open_sites, renew = _to_host(running.any(1), stale)
         if 2 * int(open_sites.sum()) <= len(open_sites):
             done = (~open_sites).nonzero().flatten().to(zero.device)
@@ -496,12 +498,13 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             left = open_sites.nonzero().flatten().to(zero.device)
             loss, state, running = loss.keep(left), state.keep(left), running[left]
             renew = renew[open_sites]
-        state = _renew(loss, state, [(s, k) for s, k in renew.nonzero().tolist()])
+        state = _renew(loss, state, [(s, k) for s, k in renew.nonzero().tolist()], parts)
         state = _advance(loss, state, running)
         slow = state.stuck | (state.iterations == NARROW_STEPS)
-        if loss.unit is not None and bool(slow.any()):
+        if loss.narrow and bool(slow.any()):
+            loss.widen()
             state = replace(
-                state, stuck=torch.zeros_like(state.stuck), factor=loss.widen(state.factor)
+                state, stuck=torch.zeros_like(state.stuck), factor=state.factor.double()
             )
     order = torch.cat([sites for sites, _ in finished]).argsort()
     whole = {}
@@ -516,11 +519,8 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
     # Activations that say nothing about the labels have a gradient of rounding errors at zero,
     # which no step makes smaller; they are at their optimum there.
     rounding = loss.measure(point)
-    sites, label_sets = zero.shape[:2]
-    # With all classes equally likely the curvature does not depend on them, nor on the labels.
-    made = _factor(loss.class_hessians(point, [(site, 0) for site in range(sites)], parts=1))
     return _State(
-        site=torch.arange(sites, device=zero.device),
+        site=torch.arange(len(zero), device=zero.device),
         point=point,
         start=point.size,
         rounding=rounding,
@@ -528,7 +528,8 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
         iterations=torch.zeros_like(point.loss, dtype=torch.long),
         stuck=torch.zeros_like(point.loss, dtype=torch.bool),
         spent=torch.zeros_like(point.loss, dtype=torch.long),
-        factor=made.unsqueeze(1).expand(-1, label_sets, loss.parts(zero), -1, -1),
+        factor=zero.new_zeros(*zero.shape[:2], 0),
+        made=torch.zeros_like(point.loss, dtype=torch.bool),
     )
 
 
@@ -585,23 +586,22 @@ def _line_search(
 
 def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple[Tensor, Tensor]:
     """−H⁻¹ ∇ by preconditioned conjugate gradients, and the products that it took, (S, L)."""
-    point, unit = state.point, loss.unit
+    point, dtype = state.point, torch.float32 if loss.narrow else torch.float64
     target, left = point.size / state.start, ENOUGH * state.goal / point.size
     # In float32 what the goal does not ask for would be computed in vain.
     target = (
-        target.sqrt().clamp_max(0.1)
-        if unit is None
-        else torch.maximum(target.pow(FORCING).clamp_max(FORCING), left)
+        torch.maximum(target.pow(FORCING).clamp_max(FORCING), left)
+        if loss.narrow
+        else target.sqrt().clamp_max(0.1)
     )
     target = target * _norm(point.gradient)
-    residual = _centred(-loss.in_units(point.gradient))
-    step, spread = torch.zeros_like(residual), None if unit is None else unit.to(residual.dtype)
-    times = loss.hessian(point)
-    solved = _precondition(state.factor, residual)
-    direction, product = solved, _dot(residual, solved)
-    spent = torch.zeros_like(running, dtype=torch.long)
+    residual = _centred(-point.gradient.to(dtype))
+    step, times = torch.zeros_like(residual), loss.hessian(point)
+    precondition = _preconditioner(state, loss.diagonal(point).to(dtype))
+    direction = solved = precondition(residual)
+    product, spent = _dot(residual, solved), torch.zeros_like(state.spent)
     for number in range(MAX_CG_STEPS):
-        running = running & (_norm(residual if spread is None else residual * spread) > target)
+        running = running & (_norm(residual) > target)
         # Asking whether all have finished makes the host wait for a GPU, so ask it ever more
         # rarely: after 1, 2, 4, … products.
         if (number & (number - 1) == 0 or not residual.is_cuda) and not bool(running.any()):
@@ -610,14 +610,15 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
         curvature = _dot(direction, curved)
         running = running & (curvature > 0)
         spent += running
+        # A problem that has finished stays where it is.
         length = torch.where(running, product / curvature, 0.0)[..., None, None]
         step = torch.addcmul(step, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
-        solved = _precondition(state.factor, residual)
+        solved = precondition(residual)
         before, product = product, _dot(residual, solved)
         ratio = torch.where(running, product / before, 0.0)[..., None, None]
         direction = torch.addcmul(solved, ratio, direction)
-    return step if unit is None else step.double() / unit, spent
+    return step.double(), spent
 
 
 def _centred(rows: Tensor) -> Tensor:
@@ -628,54 +629,63 @@ def _centred(rows: Tensor) -> Tensor:
     return rows if rows.shape[2] == 1 else rows - rows.mean(2, keepdim=True)
 
 
-def _precondition(factor: Tensor, rows: Tensor) -> Tensor:
-    """Rows (S, L, C, p), in units, times about the inverse of the Hessian; see _factor."""
-    parts = rows.unflatten(2, (factor.shape[2], -1))
-    return _centred(((parts @ factor.mT) @ factor).flatten(2, 3))
+def _preconditioner(state: _State, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies rows (S, L, C, p) by about the inverse of the Hessian.
+
+    Args:
+        state: with factors of the problems that have some.
+        diagonal: of all Hessians, (S, L, 1, p), for the others.
+    """
+    inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
+    factor = state.factor
+
+    def times(rows: Tensor) -> Tensor:
+        if factor.ndim < 5:
+            return _centred(inverse * rows)
+        parts = rows.unflatten(2, (factor.shape[2], -1))
+        solved = (
+            (parts @ factor.mT) @ factor
+            if rows.is_cuda
+            else torch.cholesky_solve(parts.mT, factor).mT
+        )
+        return _centred(
+            torch.where(state.made[..., None, None], solved.flatten(2, 3), inverse * rows)
+        )
+
+    return times
 
 
-def _renew(loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]]) -> _State:
-    """Preconditioners of the stale problems from where they are now."""
+def _renew(
+    loss: MultinomialLoss, state: _State, stale: list[tuple[int, int]], parts: int
+) -> _State:
+    """Factors of the stale problems from where they are now."""
     if not stale:
         return state
     where = tuple(torch.tensor(stale, device=state.spent.device).T)
-    made = _factor(loss.class_hessians(state.point, stale, state.factor.shape[2]))
-    # At the start it is one for many.
-    factor, spent = state.factor.contiguous(), state.spent.clone()
+    made = _factor(loss.class_hessians(state.point, stale, parts))
+    factor, spent, known = state.factor, state.spent.clone(), state.made.clone()
+    if factor.ndim < 5:
+        identity = torch.eye(made.shape[-1], dtype=made.dtype, device=made.device)
+        factor = identity.repeat(*spent.shape, parts, 1, 1)
     factor[where] = made.to(factor.dtype)
-    spent[where] = 0
-    return replace(state, factor=factor, spent=spent)
+    spent[where], known[where] = 0, True
+    return replace(state, factor=factor, spent=spent, made=known)
 
 
 def _factor(matrices: Tensor) -> Tensor:
-    """L⁻¹ of symmetric matrices L Lᵀ: two products with it cost less than two triangular solves.
-
-    L⁻ᵀ L⁻¹ is positive definite whatever the rounding, as a preconditioner must be.
-    """
+    """L of symmetric matrices L Lᵀ; on a GPU L⁻¹, with which products are faster than solves."""
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    ridge = 1e-12 if matrices.dtype == torch.float64 else 1e-6
-    diagonal.add_(ridge * diagonal.amax(-1, keepdim=True))
+    scale = diagonal.clamp_min(torch.finfo(matrices.dtype).tiny).rsqrt()
+    matrices *= scale.unsqueeze(-1)
+    matrices *= scale.unsqueeze(-2)
+    diagonal.add_(1e-12 if matrices.dtype == torch.float64 else 1e-6)
     factor, failed = torch.linalg.cholesky_ex(matrices)
-    scale = diagonal.clamp_min(1e-300).sqrt().diag_embed()
-    factor = torch.where((failed > 0)[..., None, None], scale, factor)
-    return _inverse(factor)
-
-
-def _inverse(factor: Tensor) -> Tensor:
-    """L⁻¹ of triangular matrices (..., p, p), by halves: products are faster than solves."""
-    width = factor.shape[-1]
-    if width < 2 * STRIPED:
-        identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
-        identity = identity.expand_as(factor)
-        solved: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-        # Triangular solves return columns in memory order; products are faster with rows.
-        return solved.contiguous()
-    half = width // 2
-    inverse = torch.zeros_like(factor)
-    first, second = _inverse(factor[..., :half, :half]), _inverse(factor[..., half:, half:])
-    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
-    inverse[..., half:, :half] = second @ (factor[..., half:, :half] @ first).neg_()
-    return inverse
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    factor = torch.where((failed > 0)[..., None, None], identity, factor)
+    factor = factor / scale.unsqueeze(-1)
+    if factor.is_cuda:
+        factor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return factor
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -483,14 +483,21 @@ def test_a_step_is_as_long_as_is_best(n_classes: int) -> None:
             assert bool(found.loss <= best + 1e-12)
 
 
-def test_inverses_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multinomial, "STRIPED", 8)
-    x = torch.randn(2, 3, 90, 45, dtype=torch.float64)
+    x = torch.randn(2, 3, 90, 45, dtype=torch.float64) * torch.logspace(-9, 9, 45).double()
     matrices = x.mT @ x
-    inverse = multinomial._factor(matrices.clone())
-    assert torch.allclose(inverse.mT @ inverse, torch.linalg.inv(matrices), rtol=1e-6)
-    assert torch.equal(inverse, inverse.tril())
+    factor = multinomial._factor(matrices.clone())
+    diagonal = matrices.diagonal(dim1=2, dim2=3).sqrt()
+    units = diagonal.unsqueeze(3) * diagonal.unsqueeze(2)
+    assert torch.allclose(factor @ factor.mT / units, matrices / units, rtol=0, atol=1e-10)
+    # What has no factor gets that of its diagonal.
+    indefinite = torch.tensor([[4.0, 30.0], [30.0, 9.0]], dtype=torch.float64)
+    assert torch.allclose(
+        multinomial._factor(indefinite), torch.diag(torch.tensor([2.0, 3.0])).double()
+    )
     weights = torch.rand(3, 90, dtype=torch.float64)
     gram = multinomial._gram(x[0, 0], weights)
-    assert torch.allclose(gram, (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0])
-    assert torch.allclose(gram, gram.mT)
+    expected = (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0]
+    assert torch.allclose(gram / units[0, 0], expected / units[0, 0], rtol=0, atol=1e-10)
+    assert torch.allclose(gram / units[0, 0], gram.mT / units[0, 0], rtol=0, atol=1e-12)
