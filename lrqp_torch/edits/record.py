@@ -213,7 +213,11 @@ class EditRun:
         self, line: Line, at: Rows, stream: Tensor, scale: float, asked: Tensor | float | None
     ) -> Laid:
         """What edits rows of such streams."""
-        _, target, source = self._classes_of(at, _CPU)
+        if at.every:
+            self._place(_CPU)
+            target, source = self._target, self._source
+        else:
+            _, target, source = self._classes_of(at, _CPU)
         task = line.task(stream.dtype, target, source, asked)
         place, numbers = None if at.whole else at.flat(stream.shape[1]), at.numbers
         task.count, task.place, task.scale = len(target), native.address(place), scale

@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from functools import cached_property
+from operator import add
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from lrqp_torch.stream.positions import (
     chosen,
     raise_on_padding,
     reached,
+    whole_numbers,
     wrong_batch,
 )
 
@@ -40,7 +42,13 @@ class Rows:
         whole: whether they are all tokens of the call, row by row.
         like: the same object for rows that are others at the same places of a stream, of the same
             requests, numbered one after another: one more token of each row.
+
+    Attributes:
+        every: whether they are all positions of the context, in their order.
     """
+
+    every = False
+    _flat: tuple[int, Tensor | None] = -1, None
 
     def __init__(
         self,
@@ -55,7 +63,6 @@ class Rows:
     ) -> None:
         self._index, self.example, self._token, self._column = index, example, token, column
         self.request, self.shown, self.whole, self.like = request, shown, whole, like
-        self._flat: tuple[int, Tensor] = -1, example
 
     @cached_property
     def index(self) -> Tensor:
@@ -99,7 +106,7 @@ class Rows:
         if self._flat[0] != columns:
             with outside_transforms(), torch.inference_mode(False):
                 self._flat = columns, self.example * columns + self.column
-        return self._flat[1]
+        return cast(Tensor, self._flat[1])
 
     @property
     def numbers(self) -> Tensor | int:
@@ -154,6 +161,37 @@ class Rows:
         at = None if self.whole else self.flat(stream.shape[1]).data_ptr()
         outcome = call(*places, at, count, numbers // width, width, kind, few)
         return None if outcome < 0 else result if outcome else stream
+
+
+class _Each(Rows):
+    """All positions of a context, of which there is one an example, in a pass on the CPU."""
+
+    every = True
+
+    def __init__(self, positions: Positions, call: ForwardCall) -> None:
+        assert positions.each is not None
+        self._positions, self._each = positions, positions.each
+        self._index, self._shift = range(len(self._each)), call.front - call.past
+        self.request = self.shown = self.like = None
+        self.whole = call.front + call.length == 1
+
+    @cached_property
+    def example(self) -> Tensor:  # type: ignore[override]
+        return self._positions.example
+
+    @cached_property
+    def token(self) -> Tensor:
+        return self._positions.token
+
+    @cached_property
+    def column(self) -> Tensor:
+        return whole_numbers([token + self._shift for token in self._each])
+
+    def flat(self, columns: int) -> Tensor:
+        if self._flat[0] != columns:
+            places = range(self._shift, self._shift + len(self._each) * columns, columns)
+            self._flat = columns, whole_numbers([*map(add, places, self._each)])
+        return cast(Tensor, self._flat[1])
 
 
 _KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -255,8 +293,13 @@ class Follower:
             return None
         key, known = (call.past, call.length, call.front, device), self._rows
         if known is None or known[0] != key:
-            with outside_transforms(), torch.inference_mode(False):
-                known = self._rows = key, self._find(call, device)
+            (first, last), each = self.positions.span, self.positions.each
+            if each is not None and device.type == "cpu" and call.past <= first and last < call.end:
+                known = key, _Each(self.positions, call)
+            else:
+                with outside_transforms(), torch.inference_mode(False):
+                    known = key, self._find(call, device)
+            self._rows = known
         return known[1]
 
     def _find(self, call: ForwardCall, device: torch.device) -> Rows | None:

@@ -83,6 +83,7 @@ def arguments_of(
 
 
 _NO_CACHE = bool, Tensor
+_PLAIN = frozenset((type(None), bool, int, str))
 
 
 def cache_among(given: Mapping[str, Any]) -> Any:
@@ -334,16 +335,12 @@ class Texts:
         lead = found.ndim - (3 if ids is None else 2)
         tokens = found.flatten(0, lead) if lead > 0 else found
         front = prompt.shape[1] if isinstance(prompt, Tensor) and ids is None else 0
-        held_alike = dict[str, Any]()
-        others = dict[str, Any]()
-        for name, value in given.items():
-            kind = type(value)
+        held_alike, others = dict(given), dict[str, Any]()
+        for name, kind in zip(given, map(type, given.values()), strict=True):
             if kind is Tensor:
                 held_alike[name] = Tensor
-            elif value is None or kind is bool or kind is int or kind is str:
-                held_alike[name] = value
-            else:
-                others[name] = value
+            elif kind not in _PLAIN:
+                others[name] = held_alike.pop(name)
         cache = cache_among(others) if others else None
         own = None if cache is prompt else cache
         continues = given.get("use_cache") is True or own is not None

@@ -444,8 +444,10 @@ def check_fit(positions: Positions, call: ForwardCall) -> tuple[Tensor, Tensor, 
             f"position {int(positions.token[worst])} of example {int(positions.example[worst])} is "
             f"out of range: the input has {call.end} tokens"
         )
+    if call.mask is None or not concrete(call.mask):
+        return None
     _, example, token = reached(positions, call)
-    if call.mask is None or not len(token) or not concrete(call.mask):
+    if not len(token):
         return None
     if call.mask.shape[1] < call.end:
         example, token = (part[token < call.mask.shape[1]] for part in (example, token))
