@@ -19,7 +19,7 @@ from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.implicit import Ended
-from lrqp_torch.qp.reach import FINE, Realise, advance
+from lrqp_torch.qp.reach import FINE, LONGER, ROOM, Realise, advance
 from lrqp_torch.qp.solution import Solution, Status
 from lrqp_torch.qp.table import ActiveSets
 
@@ -319,12 +319,18 @@ class _Several(_Two):
         active = multipliers > 0
         edit = active.any(-1, keepdim=True)
         behind = gap - grown
-        products = (torch.stack([grown, moved, behind], 1) * multipliers.unsqueeze(1)).sum(-1)
-        distance, moved, unbalanced = products.split(1, -1)
+        terms = torch.stack([grown, moved, behind, after - floors, length], 1)
+        products = (terms * multipliers.unsqueeze(1)).sum(-1)
+        distance, moved, *_ = products.split(1, -1)
+        shares = products / distance.clamp_min(torch.finfo(torch.float64).tiny)
+        _, _, unbalanced, surplus, bound = shares.split(1, -1)
         # As in `solution.kkt_residual`: what is short relative to the largest gap and its own.
         short = (behind * unit / torch.hypot(gap * unit, of.one)).amax(-1, keepdim=True)
-        tiny = torch.finfo(torch.float64).tiny
-        residual = torch.maximum(unbalanced.abs() / distance.clamp_min(tiny), short)
+        residual = torch.maximum(unbalanced.abs(), short)
+        # And as in `reach.excess`.
+        bound = bound * torch.addcmul(self.size, (1 - surplus).clamp_min(0.0), moved.sqrt())
+        longer = torch.sub(surplus - LONGER, bound, alpha=ROOM * self.precision)
+        residual = torch.maximum(residual, longer)
         residual = torch.where(edit, residual, of.zero)
         accurate = reached & (residual <= TOLERANCE)
         status = torch.where(accurate, of.status[Status.SOLVED], of.failed)

@@ -1242,6 +1242,32 @@ static void move(const Shared *s, const Task *t, Work *w, i64 b, const double *x
     if (!t->within) store(rounded, t->kind, d, result);
 }
 
+/* reach.excess: by how much more than rounding explains an edit may be longer than the least. */
+static double excess_of(const Shared *s, const Task *t, Work *w, i64 b, const double *after, double least,
+                        double size, const double *x, const double *held, double *space) {
+    i64 m = s->m, d = s->width, target = target_of(t, b);
+    const double *multipliers = t->multipliers + b * m, *floors = t->floor + b * t->each;
+    const double *length = s->length + target * s->classes;
+    double squared = larger(t->numbers[t->count + b], TINY), gap = 0, reach = 0, longest = 0, weight = 0;
+    /* What is read of two classes is their one difference, of which the edit is the least. */
+    if (s->classes == 2) return 0;
+    for (i64 l = 0; l < m; l++) {
+        double own = s->variables ? w->length[l] : length[l + (l >= target)];
+        longest = larger(longest, own), weight += multipliers[l];
+        if (!(multipliers[l] > 0) || t->total) continue;
+        gap += multipliers[l] * (margin(s, w, target, after, l) - floors[t->each == 1 ? 0 : l]);
+        reach += multipliers[l] * own;
+    }
+    if (t->total) gap = weight * (least - *floors), reach = weight * longest;
+    gap /= squared, reach /= squared;
+    if (!(gap > LONGER)) return 0;
+    recall(s, w, b, t);
+    displace(s, w, x, space);
+    double share = larger(t->epsilon, 4 * norm_of(held, space, d) / larger(norm_of(space, NULL, d), TINY));
+    double room = ROOM * share * reach * (size + larger(1 - gap, 0) * norm_of(space, x, d));
+    return larger(gap - room - LONGER, 0);
+}
+
 /* Whether what is read afterwards keeps the promise; else, if asking again may help, how much higher
  * to aim, as reach.py does. Returns 1 where it is to be asked again. */
 static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *before, const double *after,
@@ -1264,6 +1290,8 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
     int sound = isfinite(total);
     if (s->variables) odds_of(s, t, w, b, before, after);
     numbers[5 * t->count] = least;
+    if (sound && worst <= 0)
+        numbers[0] = larger(numbers[0], excess_of(s, t, w, b, after, least, size, x, held, space));
     t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
     if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
     double enough = 0, nudge = (double)(number + 1) * t->epsilon / sqrt((double)d);

@@ -213,10 +213,14 @@ class Launcher:
         parts: tuple[Tensor, ...] = *rows[:2], *now, *then, rows[2]
         if isinstance(rule, str):
             self.slots, self.variables = self.n_classes, 0
-            parts = *parts, geometry.squared, geometry.noise, geometry.length, *rows[:2]
+            grams = None if self.two else geometry.grams
+            self.grams = grams is not None
+            squared = geometry.squared if grams is None else grams
+            parts = *parts, squared, geometry.noise, geometry.length, *rows[:2]
         else:
             self.slots, self.variables = geometry.n_constraints, len(rule)
-            table = torch.tensor(rule, dtype=torch.float64).to(geometry.weight.device)
+            self.grams, table = False, torch.tensor(rule, dtype=torch.float64)
+            table = table.to(geometry.weight.device)
             parts = *parts, *rows, table, geometry.layout
         self.constants = tuple(part.detach().contiguous() for part in parts)
         self.compiled: dict[Any, Any] = {}
@@ -344,6 +348,7 @@ class Launcher:
             "NP": 1 if self.two else power_of_2(self.slots),
             "V": variables,
             "TWO": self.two,
+            "GRAMS": self.grams,
             "ASKED": flags[-1],
             "D": width,
             "BD": shape.columns,

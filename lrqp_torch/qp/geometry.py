@@ -222,28 +222,34 @@ class ProbeGeometry:
         return None if self.n_classes > 2 and self.sets is None else Blind.build(self)
 
     @cached_property
+    def grams(self) -> Tensor | None:
+        """M of every target with an empty row and column for it, (K, K, K), where it is held."""
+        return None if self.gram is None else self._filled(self.gram[0])
+
+    @cached_property
     def shared(self) -> Shared:
         """What compiled solves need of it."""
-        return self._shared(None if self.gram is None else self.gram[0])
+        return self._shared(self.grams)
 
     @cached_property
     def shared_total(self) -> Shared:
         """What those for total odds need: M of every target, of up to :data:`DIRECT` classes."""
-        if self.gram is not None:
-            return self._shared(self.gram[0])
+        if self.grams is not None:
+            return self._shared(self.grams)
         with torch.no_grad():
             every = torch.arange(self.n_classes)
-            return self._shared(class_grams(every, self.weight, self.steering, self.length))
+            grams = class_grams(every, self.weight, self.steering, self.length)
+            return self._shared(self._filled(grams))
 
-    def _shared(self, gram: Tensor | None) -> Shared:
+    def _filled(self, gram: Tensor) -> Tensor:
+        every = torch.arange(self.n_classes, device=gram.device)
+        other = other_classes(every, self.n_classes, every.device)
+        grams = gram.new_zeros(3 * (self.n_classes,))
+        grams[every[:, None, None], other[:, :, None], other[:, None]] = gram.detach()
+        return grams
+
+    def _shared(self, grams: Tensor | None) -> Shared:
         pairs = self.squared, self.noise, self.length, self.stretch[0]
-        grams = None
-        if gram is not None:
-            every = torch.arange(self.n_classes)
-            other = other_classes(every, self.n_classes, every.device)
-            grams = gram.new_zeros(3 * (self.n_classes,))
-            places = every[:, None, None], other[:, :, None], other[:, None]
-            grams[places] = gram.detach()
         return Shared.of(*pairs, *self.rows, grams, self.low, unit=float(self.stretch[1]))
 
     @property

@@ -26,6 +26,8 @@ PROVEN = tl.constexpr(pivots.PROVEN / pivots.SATISFIED)
 EPSILON = tl.constexpr(pivots.EPSILON)
 NOISE = tl.constexpr(pivots.NOISE)
 MAX_ROUNDS = tl.constexpr(reach.MAX_ROUNDS)
+LONGER = tl.constexpr(reach.LONGER)
+ROOM = tl.constexpr(reach.ROOM)
 TOLERANCE = tl.constexpr(ActiveSet.tolerance)
 SOLVED = tl.constexpr(int(Status.SOLVED))
 SATISFIED_STATUS = tl.constexpr(int(Status.SATISFIED))
@@ -384,6 +386,7 @@ def edit_kernel(
     NP: tl.constexpr,
     V: tl.constexpr,
     TWO: tl.constexpr,
+    GRAMS: tl.constexpr,
     ASKED: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -412,7 +415,8 @@ def edit_kernel(
 
     TWO classes have one row to read by and one to move along, w_0 − w_1, and a dual in closed form.
     Where NARROW the probe's own weights are read by, of which ``weight`` is the same in float64.
-    Of a probe the constraints are its classes but the target; of V variables they are N slots with
+    Of a probe the constraints are its classes but the target: M from distances, or where GRAMS
+    M of each target with an empty row for it. Of V variables they are N slots with
     a pair of classes each, prepared by :class:`~.stacked.Prepared`, and what is kept is eliminated
     from their M.
     """
@@ -514,7 +518,11 @@ def edit_kernel(
     else:
         rival = inside & (k != t)
         margin = tl.where(rival, tl.sum(tl.where(k == t, z, 0.0), 0) - z, 0.0)
-        diagonal = tl.load(distances + t * K + k, mask=rival, other=0.0)
+        if GRAMS:
+            matrix = distances + t * (K * K)
+            diagonal = tl.load(matrix + k * (K + 1), mask=rival, other=0.0)
+        else:
+            diagonal = tl.load(distances + t * K + k, mask=rival, other=0.0)
         rounding = tl.load(noise + t * K + k, mask=rival, other=0.0)
         reach_of = tl.load(length + t * K + k, mask=rival, other=0.0)
         slot = k - (k > t).to(tl.int32)
@@ -615,7 +623,7 @@ def edit_kernel(
                 fresh = fresh * 0 + 1
             tableau, active, found, grown, feasible, converged = solved(
                 tableau, active, aim, scale, error, matrix, t, fresh,
-                N, NP, V == 0, 20 * N + 50,
+                N, NP, (V == 0) & (not GRAMS), 20 * N + 50,
             )  # fmt: skip
             feasible = tl.where(impossible == 1, 0, feasible)
             found = tl.where(feasible == 1, found, 0.0)
@@ -708,6 +716,16 @@ def edit_kernel(
             after = tl.where(whole, after, sum_of)
             behind = tl.max(tl.where(rival, bound - seen, -INFINITY), 0)
             reached = tl.where(whole & (behind <= 0.0), 1, 0)
+            if not TWO:
+                # As reach.excess.
+                squared = tl.maximum(distance, TINY)
+                surplus = tl.sum(tl.where(rival, lam * (seen - bound), 0.0), 0) / squared
+                by_room = ROOM * tl.sum(tl.where(rival, lam * reach_of, 0.0), 0) / squared
+                edited_size = tl.maximum(tl.sqrt(tl.sum(edited_square, 0)), TINY)
+                by_room *= tl.maximum(4.0 * tl.sqrt(tl.sum(apart, 0)) / edited_size, EPS)
+                by_room *= size + tl.maximum(1.0 - surplus, 0.0) * tl.sqrt(moved)
+                longer = tl.where(reached == 1, surplus - by_room - LONGER, 0.0)
+                residual = tl.maximum(residual, longer)
             changed = tl.where(tl.sum(moved_by, 0) > 0, 1, 0)
             written = written * 0 + 1
             short = tl.where(rival & ((seen - seen) == 0.0), tl.maximum(bound - seen, 0.0), 0.0)

@@ -196,7 +196,10 @@ def constants() -> dict[str, float]:
     names = "DEPENDENT", "SUSPECT", "SATISFIED", "NO_DIRECTION", "PROVEN", "EPSILON", "NOISE"
     known = {name: getattr(pivots, name) for name in names}
     known |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
-    known |= {name: getattr(reach, name) for name in ("FINE", "MANY_TIMES", "SOME_TIMES")}
+    known |= {
+        name: getattr(reach, name)
+        for name in ("FINE", "MANY_TIMES", "SOME_TIMES", "LONGER", "ROOM")
+    }
     # Which imports this module by way of the solvers.
     from lrqp_torch.qp import total_odds
 

@@ -21,7 +21,7 @@ from lrqp_torch.qp import blind, direct, fused, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.geometry import DIRECT, Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import displaced, known, valued
-from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, reach
+from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, excess, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
 from lrqp_torch.qp.stacked import StackedGeometry, StackedRule
@@ -371,6 +371,14 @@ class MahalanobisQP(nn.Module):
         edit = needed & feasible
         least = (after - bound.detach()).amin(-1)
         reached = (least >= 0) & torch.isfinite(after.sum(-1))
+        if multipliers.shape[-1] > 1 and self.solver.least:
+            held = realise or (lambda edited: edited.to(x.dtype).double())
+            weight = multipliers.detach()
+            weight = weight.sum(-1, keepdim=True) if after.shape[-1] == 1 else weight
+            surplus = torch.where((edit & reached).unsqueeze(-1), after - bound.detach(), 0.0)
+            own = headroom, x.detach(), attempt.edited.detach()
+            longer = excess(weight, surplus, squared.detach(), *own, held)
+            residual = torch.maximum(residual, longer)
         accurate = reached & (residual <= self.solver.tolerance)
         before = reading.amin(-1)
         return Solution(

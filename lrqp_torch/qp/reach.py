@@ -28,6 +28,10 @@ MAX_ROUNDS = 24
 # The last round aims by so many times what is missing: in the finer dtypes that is the reading's
 # own rounding, which is another at every x' and so small that many times it is nothing.
 MANY_TIMES, SOME_TIMES = 64, 4
+# By duality an edit with multipliers λ and readings r has a square that is at most λᵀ(r − floors)
+# above that of the least. It counts as the least where that is below this share of its own, or
+# readings above their floors are what so many times the rounding of the stream explains.
+LONGER, ROOM = 1e-3, 4.0
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
 BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 4, 5
 
@@ -93,6 +97,40 @@ class Headroom:
         worst = short.amax(-1, keepdim=True)
         times = MANY_TIMES if self.precision < FINE else SOME_TIMES
         return torch.where(worst > 0, torch.maximum(raised + times * worst, enough), raised)
+
+
+def excess(
+    weight: Tensor,
+    surplus: Tensor,
+    squared: Tensor,
+    headroom: Headroom,
+    x: Tensor,
+    edited: Tensor,
+    hold: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """By how much more of its squared length than rounding explains an edit may be longer than the
+    least, (B,): 0 where it is the least.
+
+    Args:
+        weight: multipliers of what is read, (B, m) or (B, 1).
+        surplus: how far above their floors readings are, of the same shape.
+        squared: λᵀMλ, (B,).
+        headroom: of the activations.
+        x, edited: before, and after but not rounded, (B, d).
+        hold: what is held of the edited ones, float64.
+    """
+    squared = squared.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-1)
+    gap = (weight * surplus).sum(-1, keepdim=True) / squared
+    if readable(gap) and not bool((gap > LONGER).any()):
+        return torch.zeros_like(gap).squeeze(-1)
+    # An edit that rounding made far too long does not excuse itself by its own length.
+    edited, x = edited.double(), x.double()
+    size, tiny = sizes(edited), torch.finfo(torch.float64).tiny
+    share = (4 * sizes(hold(edited) - edited) / size.clamp_min(tiny)).clamp_min(headroom.precision)
+    least = headroom.size + (1 - gap).clamp_min(0.0) * sizes(edited - x)
+    reach = (weight * headroom.length).sum(-1, keepdim=True) / squared
+    found: Tensor = (gap - ROOM * share * reach * least - LONGER).clamp_min(0.0).squeeze(-1)
+    return found
 
 
 def sizes(x: Tensor) -> Tensor:

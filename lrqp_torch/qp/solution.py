@@ -15,7 +15,8 @@ class Status(IntEnum):
     SATISFIED = 0
     """The odds already reached α; the activation is unchanged, bit for bit."""
     SOLVED = 1
-    """Edited; the KKT conditions hold and the odds read back reach α."""
+    """Edited; the odds read back reach α, and the KKT conditions hold with what was read back: by
+    duality no edit is shorter by more than 0.1 % and what the stream's dtype rounds."""
     INFEASIBLE = 2
     """No activation reaches the target (say, two classes with equal weights); unchanged."""
     INACCURATE = 3
@@ -41,7 +42,8 @@ class Solution:
         log_odds_before: min over ℓ of z_t − z_ℓ at x, (B,): the log odds of the target against
             its strongest rival.
         log_odds_after: the same, read back from the realised activation, (B,).
-        kkt_residual: largest scaled violation of the optimality conditions, (B,).
+        kkt_residual: largest scaled violation of the optimality conditions, (B,); those of the last
+            solve, and of what was read back beyond what SOLVED allows.
         status: :class:`Status` of each example, (B,) integer.
     """
 

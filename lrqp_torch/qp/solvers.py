@@ -70,12 +70,15 @@ class Solver(ABC):
         tolerance: on the residual of an accurate solve.
         looks: what is said to look at values, where that is so and transforms are refused.
         one_floor: whether an example has one floor, not one for each constraint.
+        least: whether edits that are longer than the least for their floors are inaccurate; False
+            for one that aims elsewhere on purpose.
     """
 
     name: str
     tolerance: float
     looks: str | None = None
     one_floor: bool = False
+    least: bool = True
 
     def __init__(self) -> None:
         self.args: dict[str, Any] = {}

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lrqp_torch import MahalanobisQP, Solution, Status
 from lrqp_torch.qp import ProbeGeometry, native
+from lrqp_torch.qp.constraints import Constraints
+from lrqp_torch.qp.solvers import ActiveSet, Found
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -245,6 +247,48 @@ def test_lengths_of_near_equal_classes_are_exact(
         assert (solution.status == Status.SOLVED).all()
         for i, ours in enumerate(solution.distance.tolist()):
             assert ours == pytest.approx(exact_distance(own, i), rel=1e-15 / apart + 1e-9)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_is_solved_is_the_least_where_readings_only_round(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of an edit along classes 1e-14 apart round by nats; aims rise, and edits with them."""
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    problem = random_problem(5, 5, 64, condition=10)
+    near = torch.randn(2, 5, generator=torch.Generator().manual_seed(3)).double()
+    problem.weight[1::2] = problem.weight[:4:2] + 1e-14 * near
+    problem.bias[1::2] = problem.bias[:4:2]
+    problem.floor = problem.floor.abs() + 0.1
+    solution = problem.solve()
+    solved = solution.status == Status.SOLVED
+    assert 10 < solved.sum() < 60
+    for i in solved.nonzero().squeeze(-1).tolist():
+        best = exact_distance(problem, i)
+        assert best is not None and float(solution.distance[i]) <= 1.01 * best
+
+
+class TooFar(ActiveSet):
+    """Multipliers of another support, with floors reached and a residual that says it is right."""
+
+    def solve(self, constraints: Constraints, *given: Tensor) -> Found:
+        found = super().solve(constraints, *given)
+        other = 2 * found.multipliers + found.multipliers.roll(1, -1)
+        squared = (other * constraints.apply(other)).sum(-1)
+        return replace(found, multipliers=other, squared=squared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_edit_that_reaches_its_floors_but_is_not_the_least_is_not_solved(
+    dtype: torch.dtype,
+) -> None:
+    problem = random_problem(6, 16, 100, condition=10)
+    problem.x, problem.floor = problem.x.to(dtype), problem.floor.abs() + 20
+    assert (problem.solve().status == Status.SOLVED).all()
+    solution = problem.solve(TooFar())
+    reached = solution.log_odds_after >= solution.floor
+    assert reached.sum() > 50 and (solution.status == Status.INACCURATE)[reached].all()
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5, 10])

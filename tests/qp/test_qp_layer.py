@@ -289,6 +289,9 @@ def test_a_solver_is_an_object_that_is_passed_in() -> None:
 
     problem = random_problem(4, 8, 30)
     problem.floor = problem.floor.abs() + 1
+    # It aims elsewhere, and has to say so.
+    assert (problem.solve(Doubled()).status != Status.SOLVED).all()
+    Doubled.least = False
     doubled = problem.solve(Doubled())
     problem.floor = 2 * problem.floor
     expected = problem.solve()
