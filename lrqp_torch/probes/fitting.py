@@ -260,7 +260,7 @@ def fit_in_memory(
     """
     for group in _groups(problems):
         first = problems[group[0][0]]
-        n, size = len(first.x), _size(first.x)
+        n, size = first.x.shape
         # Factors of each class, where they are no larger than the activations.
         wide = rows_of(len(first.counts)) * (size + 1)
         per_site = 8 * size * (3 * n + 3 * (wide if wide <= n else size) * len(group[0]))
@@ -290,80 +290,72 @@ def _fit_stack(
 ) -> dict[Key, Fitted]:
     """Fit the label sets of some sites of one shape, all with the same number of classes."""
     first = problems[group[0][0]]
-    n, size, n_classes = len(first.x), _size(first.x), len(first.counts)
-    means, scales, bases = [], [], []
-    features = torch.empty(len(group), n, size + 1, dtype=torch.float64, device=first.x.device)
+    (n, width), n_classes = first.x.shape, len(first.counts)
+    features = torch.empty(len(group), n, width + 1, dtype=torch.float64, device=first.x.device)
+    x, scale = features[..., :width], None
     for site, keys in enumerate(group):
-        x = problems[keys[0]].x.double()
-        mean = x.mean(0)
-        reduced = size < x.shape[1]
-        centred = torch.sub(x, mean, out=None if reduced else features[site, :, :size])
-        scale = torch.ones_like(mean)
-        if options.standardise:
-            spread = torch.linalg.vector_norm(centred, dim=0) / n**0.5
-            # A coordinate that varies by rounding alone is not blown up.
-            scale = torch.where(spread > ROUNDING * mean.abs(), spread, 1.0)
-            centred /= scale
-        basis = torch.linalg.qr(centred.T).Q if reduced else None
-        if basis is not None:
-            features[site, :, :size] = centred @ basis
-        means.append(mean)
-        scales.append(scale)
-        bases.append(basis)
-    features[..., -1] = 1.0
+        x[site] = problems[keys[0]].x
+    features[..., width] = 1.0
+    mean = x.mean(1)
+    x -= mean.unsqueeze(1)
+    if options.standardise:
+        spread = torch.linalg.vector_norm(x, dim=1) / n**0.5
+        # A coordinate that varies by rounding alone is not blown up.
+        scale = torch.where(spread > ROUNDING * mean.abs(), spread, 1.0)
+        x /= scale.unsqueeze(1)
     labels = torch.stack([torch.stack([problems[k].labels for k in keys]) for keys in group])
     weights = None if first.weights is None else first.weights.view(1, 1, 1, n)
     total = float(n if weights is None else weights.sum())
     l2 = options.penalty(total)
     block = Block(features, encode(labels, n_classes), weights)
     loss = MultinomialLoss([block], total=total, l2=l2, in_memory=True)
-    zero = features.new_zeros(*labels.shape[:2], rows_of(n_classes), size + 1)
+    zero = features.new_zeros(*labels.shape[:2], rows_of(n_classes), width + 1)
     minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
+    rows = [[(problems[key].counts, n) for key in keys] for keys in group]
+    fitted = _unpack(minimum, mean, scale, l2, rows)
     found = {
-        key: _unpack(
-            minimum, site, label_set, means[site], scales[site], bases[site], l2, n, problems[key]
-        )
-        for site, keys in enumerate(group)
-        for label_set, key in enumerate(keys)
+        key: one
+        for keys, some in zip(group, fitted, strict=True)
+        for key, one in zip(keys, some, strict=True)
     }
     _check_convergence(found, options.tolerance)
     return found
 
 
-def _size(x: Tensor) -> int:
-    """Dimensions to solve in.
-
-    By the representer theorem W lies in the span of the centred activations. With few examples an
-    orthonormal basis of it costs less than it saves.
-    """
-    n, width = x.shape
-    return n if 2 * n <= width else width
-
-
 def _unpack(
     minimum: Minimum,
-    site: int,
-    label_set: int,
     mean: Tensor,
-    scale: Tensor | float,
-    basis: Tensor | None,
+    scale: Tensor | None,
     l2: float,
-    n_samples: int,
-    data: "Problem | Passes",
-) -> Fitted:
-    """One probe in the coordinates of its activations."""
-    parameters = minimum.parameters[site, label_set]
-    if len(parameters) == 1:
-        parameters = torch.cat([-parameters, parameters])
-    weight, bias = parameters[:, :-1], parameters[:, -1]
-    weight = (weight if basis is None else weight @ basis.T) / scale
+    data: Sequence[Sequence[tuple[Tensor, int]]],
+) -> list[list[Fitted]]:
+    """Probes in the coordinates of their activations, by site and label set.
+
+    Args:
+        minimum: what was found, of features less their mean and over their scale.
+        mean, scale: (S, d).
+        l2: the penalty.
+        data: examples of each class, and the number of all, of each.
+    """
+    parameters = minimum.parameters
+    if parameters.shape[2] == 1:
+        parameters = torch.cat([-parameters, parameters], 2)
+    weight, bias = parameters[..., :-1], parameters[..., -1]
+    weight = weight if scale is None else weight / scale[:, None, None]
     # The softmax ignores a shift of all biases; take the one with mean zero.
-    bias = bias - bias.mean() - weight @ mean
-    statistics = (minimum.loss, minimum.gradient_norm, minimum.relative_gradient_norm)
-    loss, size, relative = (float(value[site, label_set]) for value in statistics)
-    steps, counts = int(minimum.iterations[site, label_set]), tuple(data.counts.tolist())
-    report = FitReport(loss, size, relative, steps, l2, n_samples, counts)
-    return weight, bias, report
+    bias = bias - bias.mean(2, keepdim=True) - (weight * mean[:, None, None]).sum(3)
+    names = "loss", "gradient_norm", "relative_gradient_norm", "iterations"
+    columns = {name: getattr(minimum, name).tolist() for name in names}
+
+    def report(site: int, label_set: int) -> FitReport:
+        counts, n_samples = data[site][label_set]
+        found = {name: values[site][label_set] for name, values in columns.items()}
+        return FitReport(**found, l2=l2, n_samples=n_samples, counts=tuple(counts.tolist()))
+
+    return [
+        [(weight[s, k], bias[s, k], report(s, k)) for k in range(len(row))]
+        for s, row in enumerate(data)
+    ]
 
 
 def _check_convergence(found: Mapping[Key, Fitted], tolerance: float) -> None:
@@ -386,7 +378,9 @@ def fit_passes(data: "Passes", options: Options) -> Fitted:
     loss = MultinomialLoss(data, total=data.total, l2=l2, in_memory=False, ranks=data.ranks)
     zero = data.mean.new_zeros(1, 1, rows_of(len(data.counts)), data.width + 1)
     minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
-    found = _unpack(minimum, 0, 0, data.mean, 1.0, None, l2, data.n_samples, data)
+    ((found,),) = _unpack(
+        minimum, data.mean.unsqueeze(0), None, l2, [[(data.counts, data.n_samples)]]
+    )
     _check_convergence({"streamed probe": found}, options.tolerance)
     return found
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,13 @@ def check_sinks(x: Tensor) -> None:
         return
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     sample = x[:: math.ceil(len(x) / LOOKED_AT)]
-    centre = sample.median(0).values
+    if sample.device.type == "cpu":
+        # Up to ten times as fast as torch's median.
+        middle = (len(sample) - 1) // 2
+        columns = np.partition(sample.T.contiguous().numpy(), middle, axis=1)
+        centre = torch.from_numpy(columns[:, middle])
+    else:
+        centre = sample.median(0).values
     rows = torch.linalg.vector_norm(x - centre, dim=1).square()
     far = rows > FAR**2 * rows.median()
     share = float(rows[far].sum() / rows.sum())

@@ -679,10 +679,10 @@ def _factor(matrices: Tensor) -> Tensor:
     matrices *= scale.unsqueeze(-1)
     matrices *= scale.unsqueeze(-2)
     diagonal.add_(1e-12 if matrices.dtype == torch.float64 else 1e-6)
-    factor, failed = torch.linalg.cholesky_ex(matrices)
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    factor = torch.where((failed > 0)[..., None, None], identity, factor)
-    factor = factor / scale.unsqueeze(-1)
+    found, failed = torch.linalg.cholesky_ex(matrices)
+    identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
+    found = torch.where((failed > 0)[..., None, None], identity, found)
+    factor: Tensor = found / scale.unsqueeze(-1)
     if factor.is_cuda:
         factor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return factor

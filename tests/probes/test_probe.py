@@ -100,7 +100,7 @@ def test_fewer_examples_than_dimensions(n: int, width: int, n_classes: int) -> N
     centred = x - x.mean(0)
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[: n - 1]
     outside = probe.weight - probe.weight @ basis.T @ basis
-    assert outside.norm() <= 1e-8 * probe.weight.norm()
+    assert outside.norm() <= 1e-6 * probe.weight.norm()
 
 
 @pytest.mark.parametrize("l2", [1e-6, 1e-3])
