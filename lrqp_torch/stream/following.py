@@ -419,7 +419,7 @@ class ScopeFollower(Follower):
                 f"the prompt of {length} tokens is read in several calls, so {region!r} cannot be "
                 f"found in it: give positions by number, or read it in one call"
             )
-        real = call.real()
+        real = None if isinstance(region, int | slice) else call.real()
         real = None if real is None else real[:, :length]
         given = functools.partial(call.given, length)
         found = chosen(region, call.batch, length, real, given).to("cpu")

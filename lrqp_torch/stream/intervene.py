@@ -1,13 +1,15 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lrqp_torch.errors import (
     FEW,
@@ -23,7 +25,7 @@ from lrqp_torch.errors import (
     readable,
     unwrapped,
 )
-from lrqp_torch.stream.compiled import Census
+from lrqp_torch.stream.compiled import Census, modules_of
 from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.following import Follower, Rows
 from lrqp_torch.stream.hooks import Residual, attach, warn_of_checkpointing, warn_of_dropout
@@ -252,7 +254,7 @@ class Editing(ContextDecorator, Generic[Record]):
         for each in applied:
             together.setdefault(each.located.passes, []).append(each)
         graphs = not (reruns or puts_tokens_in_front(model)) and all(
-            map(_fit_graphs, together.values())
+            [_fit_graphs(model, items) for items in together.values()]
         )
         try:
             for items in together.values():
@@ -293,14 +295,49 @@ def _site_of(applied: "_Applied") -> Site:
     return applied.located.site
 
 
-def _fit_graphs(applied: Sequence["_Applied"]) -> bool:
+def _fit_graphs(model: nn.Module, applied: Sequence["_Applied"]) -> bool:
     """Whether a graph can hold edits of one trunk: not one that is learned, nor of a module that is
     no language model's. (Nor can it hold blocks that run twice, or tokens put in front.)
     """
     trunk, sites = applied[0].located.trunk, [str(each.located.site) for each in applied]
-    if trunk.plain or any([each.located.beside or each.is_learned() for each in applied]):
+    edits = [getattr(each.item.edit, "edit", each.item.edit) for each in applied]
+    if trunk.plain or any([_is_learned(edit, model) for edit in edits]):
         return False
-    return may_trace(trunk.module, sites)
+    return not any([each.located.beside for each in applied]) and may_trace(trunk.module, sites)
+
+
+def _is_learned(edit: Any, model: nn.Module) -> bool:
+    """Whether some parameter of an edit asks for a gradient; of a function, what it refers to."""
+    if isinstance(edit, nn.Module):
+        for own in Census.of(edit).parameters:
+            for part in own.values():
+                if part is not None and part.requires_grad:
+                    return True
+        return False
+    if hasattr(edit, "parameters"):
+        return any(parameter.requires_grad for parameter in edit.parameters())
+    return torch.is_grad_enabled() and any(
+        part.requires_grad
+        if isinstance(part, Tensor)
+        else isinstance(part, nn.Module)
+        and not any(part is own for own in modules_of(model))
+        and _is_learned(part, model)
+        for part in _referred_to(edit)
+    )
+
+
+def _referred_to(function: Any) -> list[Any]:
+    """What a function, a method or an object that is called has at hand itself."""
+    if isinstance(function, functools.partial):
+        return [*_referred_to(function.func), *function.args, *function.keywords.values()]
+    owner, code = getattr(function, "__self__", None), getattr(function, "__code__", None)
+    if code is None:
+        return [*getattr(function, "__dict__", {}).values()]
+    known = [*map(function.__globals__.get, code.co_names)]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # of a name that has no value yet
+            known.append(cell.cell_contents)
+    return [*known, owner, *getattr(owner, "__dict__", {}).values()]
 
 
 class _Applied:
@@ -320,18 +357,6 @@ class _Applied:
         self.largest: list[Tensor] = []
         # What an edit was told last of rows of the stream itself, which are the same pass for pass.
         self.told: tuple[Rows, torch.dtype, _Here] | None = None
-
-    def is_learned(self) -> bool:
-        """Whether some parameter of the edit asks for a gradient."""
-        edit: Any = getattr(self.item.edit, "edit", self.item.edit)
-        if not isinstance(edit, nn.Module):
-            parameters = getattr(edit, "parameters", tuple)
-            return any(parameter.requires_grad for parameter in parameters())
-        for own in Census.of(edit).parameters:
-            for part in own.values():
-                if part is not None and part.requires_grad:
-                    return True
-        return False
 
     def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.
@@ -388,7 +413,9 @@ class _Applied:
             seen = not in_transforms() and readable(x)
             self._check(x, edited, seen)
         self._ended(call, at, stream, marked, context)
-        changed, seen = at.shown, seen and not edited.requires_grad
+        # Also what leaves a row as it is may have a derivative: a learned vector that is still 0.
+        learns = edited.requires_grad or forward_ad._current_level >= 0
+        changed, seen = at.shown, seen and not learns
         if itself:
             # What is put in its own place need not be told, row by row, from what is not.
             if (
@@ -400,16 +427,21 @@ class _Applied:
                 return stream
             kept = edited if edited.dtype == x.dtype else edited.to(x.dtype)
         else:
+            differs = None
             if len(x) > 1 or not seen:
                 differs = (edited != x).any(-1)
                 rows = differs.tolist() if seen and len(x) <= FEW else ()
                 if seen and not (any(rows) if rows else bool(differs.any())):
                     return stream.to(x.dtype)
-                if not rows or not all(rows):
-                    changed = differs if changed is None else changed & differs
+                differs = None if rows and all(rows) else differs
             elif torch.equal(edited, x):
                 return stream.to(x.dtype)
             kept = cast(Placement, context.realise).place(edited)
+            if differs is not None and not self.certified and (learns or in_transforms()):
+                same = written.to(x.dtype).detach() + (kept - kept.detach())
+                kept = torch.where(differs.unsqueeze(-1), kept, same)
+            elif differs is not None:
+                changed = differs if changed is None else changed & differs
         if changed is not None:
             # Under autocast the attention output is narrower than the sum that the stream will
             # hold.

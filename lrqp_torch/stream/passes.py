@@ -265,7 +265,7 @@ class SeenMask:
     def __init__(self, mask: Tensor | None) -> None:
         self.given: Callable[[], Tensor | None] = nothing if mask is None else weakref.ref(mask)
         self._copy = self._count = None
-        if mask is not None:
+        if mask is not None and concrete(mask):
             self._count = trace(mask)[1]
             self._copy = mask.clone() if readable(mask) else None
 
@@ -352,7 +352,9 @@ class Texts:
         # Models with several kinds of attention take a mask for each.
         if isinstance(mask, Mapping):
             mask = mask.get("full_attention", next(iter(mask.values()), None))
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and not concrete(mask):  # which transforms keep for themselves
+            mask, square = (mask, None) if mask.ndim == 2 else (None, mask)
+        elif isinstance(mask, Tensor):
             mask = mask.flatten(0, lead) if lead > 0 and mask.ndim == 2 + lead else mask
             # Masks of queries and keys may be the caller's own, and need say nothing of padding.
             square = mask if mask.ndim == 4 else mask[:, None] if mask.ndim == 3 else None

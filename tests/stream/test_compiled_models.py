@@ -252,10 +252,11 @@ def test_gradients_of_an_edit_in_a_graph() -> None:
         assert len(run.steps) == 1
     torch.testing.assert_close(*slopes)
     assert slopes[0].abs().max() > 0.1
-    learned = torch.ones(24, requires_grad=True)
+    # What a function reaches only through others is seen in the backward pass.
+    learned = {"vector": torch.ones(24, requires_grad=True)}
     with (
         pytest.raises(CompiledModelError, match="being learned"),
-        intervene(model, lrqp.Intervention("L1.mid", AT, lambda x, context: x + learned)),
+        intervene(model, lrqp.Intervention("L1.mid", AT, lambda x, context: x + learned["vector"])),
     ):
         model(inputs_embeds=start.requires_grad_(), **mask).logits.square().mean().backward()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models_for_tests import POST_MODELS, Prompts, build, in_double, random_edit
+from models_for_tests import POST_MODELS, WIDTH, Prompts, build, in_double, random_edit
 from torch import Tensor
 
 import lrqp_torch as lrqp
@@ -102,3 +102,47 @@ def test_training_a_parameter_through_an_edit_lowers_the_loss() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
+
+
+class _Steer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = torch.nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor, context: object) -> Tensor:
+        return x + self.vector
+
+
+@pytest.mark.parametrize("site", ["L1.pre", "L1.mid", "L1.post"])
+@pytest.mark.parametrize("where", ["last", "all"])
+@pytest.mark.parametrize("kind", ["module", "function", "method", "transform", "compiled"])
+def test_a_vector_that_is_still_zero_has_a_derivative(site: str, where: str, kind: str) -> None:
+    """Steering vectors are learned from zero on, where the edit changes nothing yet."""
+    model, inputs = in_double(build("llama")).requires_grad_(False), PROMPTS.padded("right")
+    runs = torch.compile(model, backend="aot_eager") if kind == "compiled" else model
+    learned = _Steer()
+
+    def loss(vector: Tensor = learned.vector) -> Tensor:
+        edits = {"module": learned, "method": learned.forward}
+        edit = edits.get(kind, lambda x, context: x + vector)
+        with lrqp.intervene(runs, lrqp.Intervention(site, where, edit)):
+            return runs(**inputs, use_cache=False).logits.square().sum()
+
+    direction = torch.randn(WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got, wanted = slope(loss, learned.vector, direction)
+    if kind == "transform":
+        got = float(torch.func.grad(loss)(torch.zeros_like(direction)) @ direction)
+    assert abs(wanted) > 0.1
+    assert got == pytest.approx(wanted, rel=1e-4)
+    with torch.no_grad():
+        assert torch.equal(loss(), runs(**inputs, use_cache=False).logits.square().sum())
+
+
+def test_forward_derivatives_pass_an_edit_that_changes_nothing_yet() -> None:
+    module, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()), torch.randn(5, 3)
+    site, ahead = lrqp.Site.module("0", "output"), torch.randn(4)
+    with torch.autograd.forward_ad.dual_level():
+        vector = torch.autograd.forward_ad.make_dual(torch.zeros(4), ahead)
+        with lrqp.intervene(module, lrqp.Intervention(site, 0, lambda y, context: y + vector)):
+            found = torch.autograd.forward_ad.unpack_dual(module(x)).tangent
+    torch.testing.assert_close(found, (1 - module(x).square()) * ahead)

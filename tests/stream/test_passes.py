@@ -548,6 +548,25 @@ def test_transforms_go_through_an_edited_model() -> None:
             with edit.at(model, SITE, positions=one, target=1):
                 (alone,) = torch.autograd.grad(of_one({}, ids), model.get_parameter(name))
             torch.testing.assert_close(each[name][row], alone, rtol=1e-3, atol=1e-6)
+    # Masks that vmap hides say nothing of padding, whatever their shape.
+    mask, causal = torch.ones_like(IDS), torch.ones(IDS.shape[1], IDS.shape[1]).tril().bool()
+    for positions, one in ((AT[:1].expand(3), AT[:1]), (4, 4), (slice(2, 4), slice(2, 4))):
+        with edit.at(model, SITE, positions=positions, target=1):
+            together = model(IDS).logits.detach()
+        for square in (False, True):
+
+            def masked(row: Tensor, shown: Tensor, square: bool = square) -> Tensor:
+                hidden = torch.where(causal & shown.bool(), 0.0, -1e9)
+                mask = hidden[None, None] if square else shown[None]
+                return model(row[None], attention_mask=mask, use_cache=False).logits[0]
+
+            with edit.at(model, SITE, positions=one, target=1):
+                torch.testing.assert_close(vmap(masked)(IDS, mask).detach(), together)
+            with (
+                pytest.raises(PositionError, match="vmap hides the attention mask"),
+                edit.at(model, SITE, positions="last", target=1),
+            ):
+                vmap(masked)(IDS, mask)
     with (
         pytest.raises(PositionError, match="vmap hides the tokens"),
         edit.at(model, SITE, positions=lambda given: given["input_ids"] > 9, target=1),
