@@ -238,7 +238,10 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def in_transforms() -> bool:
     """Whether a transform of :mod:`torch.func` is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _under_way() is not None
+
+
+_under_way = torch._C._functorch.peek_interpreter_stack
 
 
 def outside_transforms() -> AbstractContextManager[object]:

@@ -19,7 +19,6 @@ from lrqp_torch.errors import (
     concrete,
     in_transforms,
     outside_transforms,
-    trace,
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused, native
@@ -693,7 +692,9 @@ class _Launch:
         block: "_Block",
     ) -> None:
         self.laid, self.parts, self.own, self.at, self.kind = laid, parts, own, at, kind
-        self.block, self.marks = block, [*map(trace, parts)]
+        # A tensor that was made in inference mode does not count how often it was written to.
+        self.block, self.counted = block, [part for part in parts if not part.is_inference()]
+        self.marks = [*map(_PLACE, parts), *map(_COUNT, self.counted)]
         # Where numbers lie of which those of other rows are some.
         self.numbers = consecutive(1, at.example.device)
         self.begin, self.most = self.numbers.data_ptr(), len(self.numbers)
@@ -734,7 +735,7 @@ class _Launch:
         parts, own = run.edit.made_of() or ((), ())
         if own != self.own or not all(map(operator.is_, parts, self.parts)):
             return None
-        if [*map(trace, self.parts)] != self.marks:
+        if [*map(_PLACE, parts), *map(_COUNT, self.counted)] != self.marks:
             return None
         if in_transforms() or forward_ad._current_level >= 0:
             return None
@@ -756,6 +757,10 @@ class _Launch:
             block.count += count
             run._dtype = whole.dtype
         return whole
+
+
+# Functions of C, which a list of tensors goes through without a frame of Python.
+_PLACE, _COUNT = Tensor.data_ptr, operator.attrgetter("_version")
 
 
 def _kind(stream: Tensor, residual: Tensor | None, scale: float) -> tuple[object, ...]:

@@ -396,10 +396,6 @@ class ScopeFollower(Follower):
         if not self.scope.grows and number not in self._chosen:
             self._choose(call, number)
 
-    def step(self, call: ForwardCall) -> None:
-        """See :meth:`Follower.step`: what :meth:`see` asks of such a call is known to hold."""
-        self._last = call
-
     def _text(self, call: ForwardCall) -> Text:
         """The text that a call goes on with, or begins."""
         text = call.text

@@ -258,7 +258,7 @@ class Positions:
             shown: which of them count, (n,) bool, where that is on a device that is not waited
                 for; the others keep their numbers, and are no positions.
         """
-        begin, self._count = self._count, self._count + len(example)
+        begin, self._count = self._count, self._count + example.shape[0]
         self._found.append((example, token, text, shown))
         return range(begin, self._count)
 

@@ -53,6 +53,7 @@ KEPT = 64
 
 compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+_backward_pass = torch._C._current_graph_task_id
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
 
@@ -67,7 +68,9 @@ class Follows(Protocol):
         """Take notice of a call, or refuse it."""
 
     def step(self, call: ForwardCall) -> None:
-        """The same of one that is like the call before, or one token more of its text."""
+        """The same of one that is like the call before, or one token more of its text; of which
+        one is not told to whom it matters which texts there are.
+        """
 
 
 class _Added:
@@ -346,6 +349,7 @@ class Watch(Hooks):
         self._names = positional(self.trunk)
         self.others: set[str] = set()
         self._follows, self.reruns, self._closed = follows, reruns, False
+        self.steps = [item.step for item in follows if not item.counts]
         self._threads: set[int] = set()
         # By thread: whether a plain module's site ran in the calls under way; and what an adapter
         # is about to do.
@@ -533,8 +537,8 @@ class Watch(Hooks):
         if call is None:
             call = self._read(module, args, kwargs, transformed)
         else:
-            for item in self._follows:
-                item.step(call)
+            for step in self.steps:
+                step(call)
             self.texts.note(call, call.tokens)
             self._latest = call
         self.under_way.setdefault(thread, []).append(call)
@@ -677,18 +681,18 @@ class _Before(Hook):
 
     def __init__(self, watch: Watch, traced: Traced | None) -> None:
         self.function, self.traced = watch._before, traced
-        self.watch, self.under_way, self.follows = watch, watch.under_way, watch._follows
+        self.watch, self.under_way, self.steps = watch, watch.under_way, watch.steps
         self.again, self.note = watch.texts.again, watch.texts.note
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
-        plain = not (_is_tracing() or in_backward()) and _transforms() is None
+        plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1
         if plain and self.watch in _open.get():
             calls = self.under_way.get(get_ident())
             if calls is not None and (call := self.again(args, kwargs)) is not None:
-                for item in self.follows:
-                    item.step(call)
+                for step in self.steps:
+                    step(call)
                 self.note(call, call.tokens)
                 calls.append(call)
                 return None
@@ -774,4 +778,4 @@ def _plain(value: Any) -> Any:
 
 def in_backward() -> bool:
     """Whether this is part of a backward pass, which runs checkpointed blocks again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(_backward_pass() != -1)
