@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
 GRAM_NUMBERS = 2_000_000
+# Of classes nearer than this share of their size, steering holds what a difference would lose.
+NEARBY = 1e-4
 
 
 class Constraints(Protocol):
@@ -259,6 +261,36 @@ def steered(
     covariance = metric.to(weights[0].device).double()
     found = [(weight - weight.mean(0)) @ covariance for weight in weights]
     return found, MetricSizes.of(covariance)
+
+
+@torch.no_grad()
+def low_parts(
+    weight: Tensor, steering: Tensor, covariance: Tensor | Mahalanobis, length: Tensor
+) -> Tensor | None:
+    """What to add to WΣ, (K, d), so that differences of its rows are those of W times Σ, to as many
+    digits as these have; None where no two classes are near each other.
+
+    Along a tree of nearest neighbours: each class gets what its difference to the one before lacks.
+    """
+    size = torch.linalg.vector_norm(weight, dim=-1)
+    apart = length + torch.diag(torch.full_like(size, torch.inf))
+    if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
+        return None
+    nearest, tree = apart[0].clone(), []
+    parent = torch.zeros_like(size, dtype=torch.long)
+    for _ in range(len(weight) - 1):
+        at = int(nearest.argmin())
+        tree.append((int(parent[at]), at))
+        closer = (apart[at] < nearest) & (nearest < torch.inf)
+        nearest, parent = torch.where(closer, apart[at], nearest), torch.where(closer, at, parent)
+        nearest[at] = torch.inf
+    covariance = covariance if isinstance(covariance, Tensor) else covariance.own()
+    old, new = torch.tensor(tree).unbind(-1)
+    lacking = (weight[new] - weight[old]) @ covariance.double() - (steering[new] - steering[old])
+    low = torch.zeros_like(steering)
+    for (before, after), own in zip(tree, lacking, strict=True):
+        low[after] = low[before] + own
+    return low
 
 
 def class_grams(

@@ -97,6 +97,7 @@ typedef struct {
      * for; M', its noise and the lengths; and A' as combinations of rows where some are kept. */
     i64 *chosen, *pair, *kind, kept;
     double *own, *noise, *length, *combination;
+    const double *share; /* multipliers of all slots, also of what is kept */
     struct Total *total; /* of total odds, or NULL */
 } Work;
 
@@ -393,7 +394,9 @@ static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
             i64 kind = choice[v] == KEEP ? (s->tolerant[v] ? WITHIN : FIXED) : WRITTEN;
             if (choice[v] == FREE || (kind != WITHIN && offset >= rivals)) kind = NOTHING;
             w->kind[l] = kind;
-            w->pair[l] = s->first[v] + (kind ? offset + larger(choice[v], 0) * rivals : 0);
+            /* Equations compare neighbours, of which near-equal ones have a short row of their own. */
+            i64 block = kind == FIXED ? offset : choice[v] < 0 ? 0 : choice[v];
+            w->pair[l] = s->first[v] + (kind ? offset + block * rivals : 0);
             w->kept |= kind == FIXED;
         }
     double *own = w->own, *combination = w->combination;
@@ -562,11 +565,12 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     for (i64 i = 0; i < k; i++) w->column[i] = w->gap[w->held[i]];
     solve_active(w, w->column, w->rate);
     memset(w->grown, 0, sizeof(double) * n);
-    double grown = 0, balance = 0, moved = 0;
+    double grown = 0, balance = 0, moved = 0, rounds = 0;
     for (i64 i = 0; i < k; i++) {
         i64 q = w->held[i];
         double part = larger(w->rate[i], 0.0);
         w->rate[i] = part;
+        rounds += EPSILON * part;
         multipliers[s->classes ? q - (q > target) : q] = part * w->scale[q];
         const double *restrict row = w->rows + i * n;
         for (i64 j = 0; j < n; j++) w->grown[j] += part * row[j];
@@ -580,8 +584,8 @@ static i64 solve_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     largest = larger(largest, TINY);
     for (i64 j = 0; j < n; j++)
         if (w->scale[j] > 0)
-            residual = larger(residual, (w->gap[j] - w->grown[j]) / (largest + fabs(w->gap[j])));
-    residual = larger(residual, fabs(balance) / larger(fabs(grown), TINY));
+            residual = larger(residual, (w->gap[j] - w->grown[j] - rounds) / (largest + fabs(w->gap[j])));
+    residual = larger(residual, (fabs(balance) - rounds * rounds / EPSILON) / larger(fabs(grown), TINY));
     if (s->stretch) {
         const double *from = s->stretch + target * n;
         for (i64 i = 0; i < k; i++)
@@ -1155,6 +1159,17 @@ static double norm_of(const double *restrict x, const double *restrict y, i64 d)
 /* edited = x + c W S. */
 static void displace(const Shared *s, const Work *w, const double *restrict x, double *restrict edited) {
     i64 d = s->width, begun = 0, most = 0;
+    if (s->variables && s->low) {
+        /* Along the difference of each slot's pair. */
+        memcpy(edited, x, sizeof(double) * d);
+        for (i64 l = 0; l < s->m; l++) {
+            i64 p = s->plus[w->pair[l]] * d, n = s->minus[w->pair[l]] * d;
+            double part = w->share[l];
+            for (i64 j = 0; part != 0 && j < d; j++)
+                edited[j] += part * ((s->steering[p + j] - s->steering[n + j]) + (s->low[p + j] - s->low[n + j]));
+        }
+        return;
+    }
     for (i64 k = 1; s->low && k < s->rows; k++)
         if (w->coefficients[k] > w->coefficients[most]) most = k;
     for (i64 k = 0; k < s->rows; k++) {
@@ -1189,6 +1204,7 @@ static void recall(const Shared *s, Work *w, i64 b, const Task *t) {
                     w->grown[j] += multipliers[l] * w->combination[l * m + j];
             share = w->grown;
         }
+        w->share = share;
         for (i64 l = 0; l < m; l++) {
             w->coefficients[s->plus[w->pair[l]]] += share[l];
             w->coefficients[s->minus[w->pair[l]]] -= share[l];

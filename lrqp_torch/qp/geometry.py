@@ -28,6 +28,7 @@ from lrqp_torch.qp.constraints import (
     Constraints,
     DenseConstraints,
     class_grams,
+    low_parts,
     other_classes,
     steered,
 )
@@ -45,8 +46,6 @@ MOST_CLASSES = 10_000
 CHUNK_NUMBERS = 2_000_000
 # On a CPU differences of rows that stay near the processor take a tenth of the time.
 NEAR_NUMBERS = 50_000
-# Of classes nearer than this share of their size, steering holds what a difference would lose.
-NEARBY = 1e-4
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
 
@@ -182,7 +181,7 @@ class ProbeGeometry:
         with torch.no_grad():
             length = _pairwise(weight, weight).clamp_min(0.0).sqrt()
             if n_classes <= DIRECT and readable(weight):
-                low = _low_parts(weight, steering, covariance, length)
+                low = low_parts(weight, steering, covariance, length)
         squared = _pairwise(weight, steering, low)
         check_distances(squared)
         with torch.no_grad():
@@ -376,36 +375,6 @@ def _added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return torch.addcmul(x, coefficients, rows)
     return torch.addmm(x, coefficients, rows)
-
-
-@torch.no_grad()
-def _low_parts(
-    weight: Tensor, steering: Tensor, covariance: Tensor | Mahalanobis, length: Tensor
-) -> Tensor | None:
-    """What to add to WΣ, (K, d), so that differences of its rows are those of W times Σ, to as many
-    digits as these have; None where no two classes are near each other.
-
-    Along a tree of nearest neighbours: each class gets what its difference to the one before lacks.
-    """
-    size = torch.linalg.vector_norm(weight, dim=-1)
-    apart = length + torch.diag(torch.full_like(size, torch.inf))
-    if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
-        return None
-    nearest, tree = apart[0].clone(), []
-    parent = torch.zeros_like(size, dtype=torch.long)
-    for _ in range(len(weight) - 1):
-        at = int(nearest.argmin())
-        tree.append((int(parent[at]), at))
-        closer = (apart[at] < nearest) & (nearest < torch.inf)
-        nearest, parent = torch.where(closer, apart[at], nearest), torch.where(closer, at, parent)
-        nearest[at] = torch.inf
-    covariance = covariance if isinstance(covariance, Tensor) else covariance.own()
-    old, new = torch.tensor(tree).unbind(-1)
-    lacking = (weight[new] - weight[old]) @ covariance.double() - (steering[new] - steering[old])
-    low = torch.zeros_like(steering)
-    for (before, after), own in zip(tree, lacking, strict=True):
-        low[after] = low[before] + own
-    return low
 
 
 def _pairwise(left: Tensor, right: Tensor, low: Tensor | None = None) -> Tensor:

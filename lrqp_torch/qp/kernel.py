@@ -631,9 +631,10 @@ def edit_kernel(
             # As kkt_residual, in units.
             rises = tl.where(long, unit, 0.0)
             slack = tl.where(long, grown - rises, 0.0)
-            short = tl.where(long, -slack / (1.0 + tl.abs(rises)), 0.0)
+            rounds = EPSILON * tl.sum(found, 0)
+            short = tl.where(long, (-slack - rounds) / (1.0 + tl.abs(rises)), 0.0)
             longest = tl.abs(tl.sum(found * grown, 0))
-            unbalanced = tl.abs(tl.sum(found * slack, 0))
+            unbalanced = tl.abs(tl.sum(found * slack, 0)) - rounds * rounds / EPSILON
             unbalanced = unbalanced / tl.where(longest > 0.0, longest, 1.0)
             residual = tl.maximum(tl.maximum(tl.max(short, 0), unbalanced), 0.0)
             sum_of = tl.sum(found, 0) + unbalanced

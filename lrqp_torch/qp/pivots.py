@@ -14,7 +14,7 @@ from torch import Tensor
 from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.implicit import matvec
-from lrqp_torch.qp.solution import unit_scale
+from lrqp_torch.qp.solution import ROUNDING, unit_scale
 
 # A Schur complement below this share of its diagonal entry means that the entering constraint
 # depends linearly on the active ones. Well above the rounding of a pivot (1e-16), well below
@@ -30,7 +30,7 @@ NO_DIRECTION = 1e-13
 # A ray u with M u = 0 proves that there is no solution where gᵀu is above this share of the terms
 # that it is made of.
 PROVEN = 1e-9
-EPSILON = 4 * torch.finfo(torch.float64).eps
+EPSILON = ROUNDING
 # The rounding error of M's diagonal is a bound, of which so much is seen.
 NOISE = 1 / 16
 # Slots for active constraints at first; more are added where a problem needs them.

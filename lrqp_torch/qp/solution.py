@@ -8,6 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+# Mλ of constraints of unit length rounds by no more than this share of Σλ.
+ROUNDING = 4 * torch.finfo(torch.float64).eps
+
 
 class Status(IntEnum):
     """Outcome of one example's quadratic program."""
@@ -159,7 +162,8 @@ def kkt_residual(
     length √M_ii, and those without length, which do not depend on the activation, left out. s is
     relative to the largest gap and its own, λ to the largest multiplier, and λᵀs to λᵀMλ, the
     square of the distance: by duality that is the share of it that an edit could at most be
-    shorter. So no scale of M or g, nor a constraint that holds by far, hides a violation.
+    shorter. So no scale of M or g, nor a constraint that holds by far, hides a violation. What Mλ
+    rounds by, a share of Σλ, is none: where near-equal constraints bind their terms cancel.
 
     Args:
         diagonal: of M, (B, m).
@@ -172,10 +176,11 @@ def kkt_residual(
     unit, slack = gap * scale, grown - gap
     tiny = torch.finfo(gap.dtype).tiny
     largest = unit.amax(-1, keepdim=True).clamp_min(tiny)
-    short = (-slack * scale / (largest + unit.abs())).amax(-1)
     scaled = multipliers * diagonal * scale
+    rounding = ROUNDING * scaled.abs().sum(-1, keepdim=True)
+    short = ((-slack * scale - rounding) / (largest + unit.abs())).amax(-1)
     negative = -scaled.amin(-1) / scaled.amax(-1).clamp_min(tiny)
-    unbalanced = (multipliers * slack).sum(-1).abs()
+    unbalanced = (multipliers * slack).sum(-1).abs() - rounding.squeeze(-1).square() / ROUNDING
     unbalanced = unbalanced / (multipliers * grown).sum(-1).abs().clamp_min(tiny)
     return torch.maximum(torch.maximum(short, negative), unbalanced).clamp_min(0.0)
 

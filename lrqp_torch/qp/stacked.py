@@ -26,6 +26,7 @@ from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.constraints import (
     Constraints,
     DenseConstraints,
+    low_parts,
     other_classes,
     steered,
 )
@@ -42,6 +43,8 @@ KEEP = -2
 """In place of a target: the variable's beliefs stay where they are."""
 
 MOST_PAIRS = 16_384
+# The other modes of torch's distances take them from products, which lose those of near classes.
+DIFFERENCES = "donot_use_mm_for_euclid_dist"
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class StackedGeometry:
     """Constraints of V probes stacked, in one metric; all floating tensors float64.
 
     Variable v with K_v classes has K_v − 1 constraints z_t − z_ℓ for a target t, others ascending;
-    none for :data:`FREE`; and for :data:`KEEP` either C δ = 0 with C its class differences, or,
-    where it has a tolerance, all K_v (K_v − 1) ordered differences as inequalities. So that all
+    none for :data:`FREE`; and for :data:`KEEP` either C δ = 0 with C the differences of neighbours,
+    or, where it has a tolerance, all K_v (K_v − 1) ordered differences as inequalities. So that all
     examples have one shape, a variable owns as many slots as it can need; in a slot that it does
     not need stands a constraint of no length that reads 0.
 
@@ -79,6 +82,8 @@ class StackedGeometry:
         tolerant: whether a slot's variable is kept within a tolerance, (m,) bool.
         n_classes: K_v of each variable.
         slots: how many slots each has.
+        low: what to add to steering, (ΣK, d), so that differences of a variable's rows keep their
+            digits where classes are nearly equal; None where none are.
     """
 
     weight: Tensor  # all W stacked, (ΣK, d)
@@ -96,6 +101,7 @@ class StackedGeometry:
     tolerant: Tensor
     n_classes: tuple[int, ...]
     slots: tuple[int, ...]
+    low: Tensor | None = None
 
     @classmethod
     def build(
@@ -154,10 +160,14 @@ class StackedGeometry:
             n_pairs, n_stacked = n_pairs + size * (size - 1), n_stacked + size
         p, n = torch.cat(plus), torch.cat(minus)
         normals, along = weight[p] - weight[n], steering[p] - steering[n]
-        products = normals @ along.T
         length = torch.linalg.vector_norm(normals.detach(), dim=-1)
+        low, size_of = None, sizes_in.norm(steering)
+        if readable(weight):
+            low = _low_parts(each, along_each, covariance)
+        if low is not None:
+            along, size_of = along + (low[p] - low[n]), torch.zeros_like(size_of)
+        products = normals @ along.T
         check_distances(products.diagonal())
-        size_of = sizes_in.norm(steering)
         noise = sizes_in.rounding(length, size_of[p] + size_of[n])
         columns = [torch.tensor(column, device=device) for column in zip(*slots, strict=True)]
         return cls(
@@ -175,6 +185,7 @@ class StackedGeometry:
             rivals=columns[3],
             tolerant=columns[4],
             n_classes=sizes,
+            low=low,
             slots=tuple(k * (k - 1) if w else k - 1 for k, w in zip(sizes, tolerant, strict=True)),
         )
 
@@ -267,7 +278,7 @@ class StackedGeometry:
             self.first[at],
             self.tolerant[at],
         )
-        numbers = self.gram, self.noise, self.length, None, *self.rows
+        numbers = self.gram, self.noise, self.length, None, *self.rows, None, self.low
         return Shared.of(*numbers, layout=[table.long().contiguous() for table in tables])
 
     def in_range(self, choice: Tensor) -> Tensor:
@@ -329,16 +340,29 @@ class StackedGeometry:
         self, x: Tensor, choice: Tensor, multipliers: Tensor, moved: Tensor | None = None
     ) -> Tensor:
         """X + Σ A'ᵀ λ, (B, d), in float64."""
-        return torch.addmm(x.double(), self.coefficients(choice, multipliers), self.steering)
+        if self.low is None:
+            return torch.addmm(x.double(), self.coefficients(choice, multipliers), self.steering)
+        edited, (pair, _, _) = x.double(), self._slots(choice)
+        for at, part in zip(
+            pair.unbind(-1), self._shares(choice, multipliers).unbind(-1), strict=True
+        ):
+            p, n = self.plus[at], self.minus[at]
+            along = (self.steering[p] - self.steering[n]) + (self.low[p] - self.low[n])
+            edited = torch.addcmul(edited, part.unsqueeze(-1), along)
+        return edited
 
     def coefficients(self, choice: Tensor, multipliers: Tensor) -> Tensor:
         """Class coefficients c of multipliers λ, (B, ΣK), by which edits move along c (WΣ)."""
         pair, _, _ = self._slots(choice)
-        _, _, combination = self._eliminated(choice)
-        share = matvec(combination.transpose(-1, -2), multipliers)
+        share = self._shares(choice, multipliers)
         coefficients = share.new_zeros(len(share), len(self.weight))
         coefficients = coefficients.scatter_add(-1, self.plus[pair], share)
         return coefficients.scatter_add(-1, self.minus[pair], -share)
+
+    def _shares(self, choice: Tensor, multipliers: Tensor) -> Tensor:
+        """Multipliers of all slots' pairs, (B, m): those of what is kept follow from the others."""
+        _, _, combination = self._eliminated(choice)
+        return matvec(combination.transpose(-1, -2), multipliers)
 
     def _slots(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each slot: its pair, whether it is an inequality, and whether an equation; (B, m)."""
@@ -347,7 +371,9 @@ class StackedGeometry:
         within = self.offset < self.rivals
         wanted = (written & within) | (kept & self.tolerant)
         fixed = kept & within & ~self.tolerant
-        start = torch.where(written, chosen * self.rivals, 0)
+        # Equations compare neighbours, of which near-equal ones have a short row of their own.
+        block = torch.where(fixed, self.offset, torch.where(written, chosen, 0))
+        start = block * self.rivals
         pair = self.first + torch.where(wanted | fixed, start + self.offset, 0)
         return pair, wanted, fixed
 
@@ -397,6 +423,20 @@ class StackedGeometry:
         both = wanted.unsqueeze(-1) & wanted.unsqueeze(-2)
         gram = torch.where(both, (gram + gram.transpose(-1, -2)) / 2, 0.0)
         return gram, noise, torch.where(wanted.unsqueeze(-1), combination, 0.0)
+
+
+def _low_parts(
+    weights: Sequence[Tensor], steering: Sequence[Tensor], covariance: Tensor | Mahalanobis
+) -> Tensor | None:
+    """What differences lack in WΣ of several probes, (ΣK, d); None where no classes are near."""
+    found = []
+    for weight, along in zip(weights, steering, strict=True):
+        length = torch.cdist(weight.detach(), weight.detach(), compute_mode=DIFFERENCES)
+        found.append(low_parts(weight, along, covariance, length))
+    if all(low is None for low in found):
+        return None
+    pairs = zip(found, steering, strict=True)
+    return torch.cat([torch.zeros_like(along) if low is None else low for low, along in pairs])
 
 
 @dataclass(frozen=True, repr=False)

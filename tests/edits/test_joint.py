@@ -631,21 +631,14 @@ def test_every_path_gives_the_same_edit_and_the_same_verdict(
         # What fails may fail at its first aim or at a higher one.
         worst = int(Status.INFEASIBLE)
         alike = found.status.clamp_max(worst) == other.status.clamp_max(worst)
-        if kind == "nearly equal":
-            # Edits 1e5 times as long as the activations, whose KKT residual is as large as the
-            # bound that it is held to: a row may be on either side of that.
-            assert int((~alike).sum()) <= 1
-            larger = torch.maximum(found.kkt_residual, other.kkt_residual)
-            assert bool((larger > 1e-8)[~alike].all())
-        else:
-            assert bool(alike.all())
+        assert bool(alike.all())
         coarse = max(torch.finfo(dtype).eps, 1e-9) * (1e3 if kind == "nearly equal" else 1)
         size = 1 + found.x_new.double().norm(dim=-1) + x.double().norm(dim=-1)
         off = (found.x_new.double() - other.x_new.double()).norm(dim=-1) / size
-        assert bool((off <= 64 * coarse + 1e-8)[alike].all())
+        assert bool((off <= 64 * coarse + 1e-8).all())
         for name in ("floor", "log_odds_before", "distance", "euclidean"):
             near = {"rtol": 256 * coarse, "atol": 64 * coarse, "equal_nan": True}
-            mine, yours = (getattr(each, name)[alike] for each in (found, other))
+            mine, yours = getattr(found, name), getattr(other, name)
             torch.testing.assert_close(mine, yours, **near)
         done = found.status == Status.SOLVED
         unwritten = found.log_odds_after.isnan()
