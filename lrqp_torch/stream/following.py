@@ -1,11 +1,8 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
-import ctypes
 import functools
-from collections.abc import Callable
 from functools import cached_property
 from operator import add
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +10,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lrqp_torch.errors import PositionError, outside_transforms, readable
-from lrqp_torch.files import load_compiled
 from lrqp_torch.stream.passes import ForwardCall, SeenMask, Text
 from lrqp_torch.stream.positions import (
     Positions,
@@ -24,6 +20,7 @@ from lrqp_torch.stream.positions import (
     whole_numbers,
     wrong_batch,
 )
+from lrqp_torch.stream.repeats import library
 
 
 class Rows:
@@ -132,8 +129,13 @@ class Rows:
             values: of the stream at these rows, (N, d).
             residual: what is added to what is written, (B, T, d), or None.
         """
-        call, kind = _put_rows(), _KINDS.get(values.dtype)
-        if call is None or kind is None or type(stream) is not Tensor or type(values) is not Tensor:
+        loaded, kind = library(), KINDS.get(values.dtype)
+        if (
+            loaded is None
+            or kind is None
+            or type(stream) is not Tensor
+            or type(values) is not Tensor
+        ):
             return None
         if stream.dtype is not values.dtype or not (stream.is_cpu and values.is_cpu):
             return None
@@ -159,7 +161,7 @@ class Rows:
         result = torch.empty_like(stream) if few else stream.clone()
         places = stream.data_ptr(), base, result.data_ptr(), values.data_ptr()
         at = None if self.whole else self.flat(stream.shape[1]).data_ptr()
-        outcome = call(*places, at, count, numbers // width, width, kind, few)
+        outcome = loaded.lrqp_put_rows(*places, at, count, numbers // width, width, kind, few)
         return None if outcome < 0 else result if outcome else stream
 
 
@@ -194,20 +196,8 @@ class _Each(Rows):
         return cast(Tensor, self._flat[1])
 
 
-_KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """``Kind`` of rows.c."""
-
-
-@functools.cache
-def _put_rows() -> Callable[..., int] | None:
-    """The function of rows.c, or None where there is no compiler."""
-    loaded = load_compiled(Path(__file__).with_name("rows.c"))
-    if loaded is None:
-        return None
-    function: Any = loaded.lrqp_put_rows
-    function.restype = ctypes.c_int64
-    function.argtypes = *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5
-    return cast(Callable[..., int], function)
 
 
 _Step = tuple[int, torch.device, Tensor, Tensor, Tensor, Tensor]

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import PositionError, concrete, readable, trace, warn
+from lrqp_torch.stream import repeats
 from lrqp_torch.stream.compiled import inner_model, unwrapped
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -179,6 +181,7 @@ class ForwardCall:
     meanwhile: list[Text]  # texts that began since the text's call before
     again: bool = False  # whether it only computes once more what has been noted already
     like: bool = False  # whether it is like the call before; what it returns is then like that, too
+    same: "ForwardCall | None" = None  # what stands for all calls that are like this one
 
     @property
     def end(self) -> int:
@@ -242,19 +245,18 @@ class _Like:
 
 
 class _Same(NamedTuple):
-    """What a call was given, for calls that are given the same objects but tokens, or one token
-    more of the same text: told by the objects' numbers, so the objects are held.
+    """What a call was given that read one token more of a text, for calls that read one more again:
+    told by the objects' numbers, so the objects are held.
     """
 
     names: list[str]  # of those that were given by name, which are behind the others
     numbers: list[int]  # of the objects; 0 in place of those that may be others
     held: list[Any]
     place: int  # of the tokens
-    call: ForwardCall  # what such a call is; of a text that goes on, that of the latest token
-    # Of a text that goes on: its cache, places where any tensor may stand, and that of the mask.
-    cache: Callable[[], Any] | None = None
-    others: tuple[int, ...] = ()
-    mask: int | None = None
+    call: ForwardCall  # that of the latest token
+    cache: Callable[[], Any]
+    others: tuple[int, ...]  # where any tensor may stand
+    mask: int | None  # where it is
 
 
 class SeenMask:
@@ -264,18 +266,18 @@ class SeenMask:
 
     def __init__(self, mask: Tensor | None) -> None:
         self.given: Callable[[], Tensor | None] = nothing if mask is None else weakref.ref(mask)
-        self._copy = self._count = None
+        self.copy = self.count = None
         if mask is not None and concrete(mask):
-            self._count = trace(mask)[1]
-            self._copy = mask.clone() if readable(mask) else None
+            self.count = trace(mask)[1]
+            self.copy = mask.clone() if readable(mask) else None
 
     def is_still(self, mask: Tensor | None) -> bool:
         """Whether a mask is that one, and unchanged as far as one can know."""
         if mask is None or mask is not self.given():
             return mask is None and self.given is nothing
-        if self._copy is not None:
-            return torch.equal(self._copy, mask)
-        return self._count is not None and trace(mask)[1] == self._count
+        if self.copy is not None:
+            return torch.equal(self.copy, mask)
+        return self.count is not None and trace(mask)[1] == self.count
 
 
 def nothing() -> None:
@@ -301,10 +303,12 @@ class Texts:
         self._like: _Like | None = None
         self._read: _Like | None = None
         self._same: _Same | None = None
+        # A call that compiled code notes, how often it has, and the tokens of the latest.
+        self._begun: tuple[ForwardCall, repeats.Begin, list[Tensor]] | None = None
         # Whether each call must be an object of its own, also one like the call before.
         self.distinct = False
         self._known: list[Text] = []
-        self.n_calls = self._n_texts = 0
+        self._n_calls = self._n_texts = 0
         # What would have been said, had the device been waited for.
         self._padded_left: Tensor | None = None
         self._elsewhere: Tensor | None = None
@@ -327,6 +331,7 @@ class Texts:
         Raises:
             PositionError: one cannot say what the call reads.
         """
+        self._settle()
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         found = embeddings if ids is None else ids
         if not isinstance(found, Tensor):
@@ -395,7 +400,15 @@ class Texts:
                 held[key] = value
             else:
                 return
+        if cache is None and not self._counts:
+            call.same = self._same_as(call)
         self._read = _Like(held, (name, given[name].shape), SeenMask(mask), cache, call)
+
+    def _same_as(self, call: ForwardCall) -> ForwardCall:
+        """What stands for calls like this one."""
+        same = object.__new__(ForwardCall)
+        same.__dict__ = {**vars(call), "like": True, "same": None if self.distinct else same}
+        return same
 
     def accept(self) -> None:
         """Let what was read last stand for calls like it: nobody has refused it."""
@@ -407,6 +420,7 @@ class Texts:
 
         ``by_place``: how many of them were given by position, the first ones.
         """
+        self._settle()
         like = self._like
         if like is None or len(given) != len(like.given) + (like.cache is not None):
             return None
@@ -419,47 +433,50 @@ class Texts:
         tokens, mask, call = given[like.tokens[0]], given.get("attention_mask"), like.call
         if tokens.shape != like.tokens[1] or (mask is not None and mask.ndim != 2):
             return None
-        again = object.__new__(ForwardCall)
         if like.cache is None:
             if self._counts or not like.mask.is_still(mask):
                 return None
-            again.__dict__ = {**vars(call), "tokens": tokens, "like": True}
-            self._keep(given, by_place, like, again)
-            return again
+            same = self._same_as(call) if self.distinct else call.same
+            if same is not None:
+                same.tokens = tokens
+            return same
         text = call.text
-        if tokens.shape[1] != 1 or text.last != self.n_calls - 1:
+        if tokens.shape[1] != 1 or text.last != self._n_calls - 1:
             return None
         held = _length_of(given[like.cache[0]])
         if isinstance(held, Tensor) or held != text.end:
             return None
+        again = object.__new__(ForwardCall)
         new = {"past": held, "mask": mask, "tokens": tokens, "meanwhile": [], "like": True}
         again.__dict__ = vars(call) | new
-        self._keep(given, by_place, like, again)
+        self._keep(given, by_place, like.tokens[0], like.cache, again)
         return again
 
     def _keep(
-        self, given: Mapping[str, Any], by_place: int, like: _Like, call: ForwardCall
+        self,
+        given: Mapping[str, Any],
+        by_place: int,
+        tokens: str,
+        cache: tuple[str, Callable[[], Any]],
+        call: ForwardCall,
     ) -> None:
-        """Keep what a call was given that is like the one before, for :meth:`again`."""
+        """Keep what a call was given that read one token more, for :meth:`again`."""
         if self.distinct:
             return
-        names, values, cache = [*given], [*given.values()], like.cache
-        place, others = names.index(like.tokens[0]), tuple[int, ...]()
-        numbers = [*map(id, values)]
-        numbers[place], values[place] = 0, None
-        if cache is not None:
-            # It is held as weakly as elsewhere, and other tensors come with each token.
-            values[names.index(cache[0])] = None
-            others = tuple(n for n, value in enumerate(values) if isinstance(value, Tensor))
-            for other in others:
-                numbers[other], values[other] = 0, None
+        names, values = [*given], [*given.values()]
+        # The cache is held as weakly as elsewhere, and other tensors come with each token.
+        values[names.index(cache[0])] = None
+        numbers = [*map(id, given.values())]
+        others = tuple(n for n, value in enumerate(values) if isinstance(value, Tensor))
+        for other in others:
+            numbers[other], values[other] = 0, None
         mask = names.index("attention_mask") if given.get("attention_mask") is not None else None
-        alive = None if cache is None else cache[1]
-        self._same = _Same(names[by_place:], numbers, values, place, call, alive, others, mask)
+        place = names.index(tokens)
+        self._same = _Same(names[by_place:], numbers, values, place, call, cache[1], others, mask)
 
     def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall | None:
-        """The call before, with other tokens or one token more of its text, where these arguments
-        are the same objects otherwise and :meth:`like` has said that they may be; else None.
+        """The call before with one token more of its text, where these arguments are the same
+        objects otherwise and :meth:`like` has said that they may be; else None.
         """
         same = self._same
         values: list[Any] = [*args, *kwargs.values()]
@@ -467,7 +484,6 @@ class Texts:
             return None
         place, call = same.place, same.call
         tokens, numbers = values[place], [*map(id, values)]
-        numbers[place] = 0
         for other in same.others:
             numbers[other] = 0
             if not isinstance(values[other], Tensor):
@@ -476,12 +492,6 @@ class Texts:
             return None
         if tokens.shape != call.tokens.shape:
             return None
-        if same.cache is None:
-            like = self._like
-            if like is None or not like.mask.is_still(like.mask.given()):
-                return None
-            call.tokens = tokens
-            return call
         # An object of the same number is the same one as long as that one is there.
         cache, text = same.cache(), call.text
         mask = None if same.mask is None else values[same.mask]
@@ -493,6 +503,66 @@ class Texts:
             return None
         call.past, call.mask, call.tokens = held, mask, tokens
         return call
+
+    def repeated(
+        self,
+        call: ForwardCall,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        **whose: Any,
+    ) -> repeats.Function | None:
+        """A function that notes a call like this one once more, and that it is under way, where
+        these arguments are the same objects but for other tokens; else None, or it gives None.
+
+        Args:
+            call: under way, and accepted.
+            args: of the trunk.
+            kwargs: of the trunk.
+            whose: the objects that ``rows.c`` needs to know whose pass it is: ``open``, ``watch``,
+                ``calls``.
+        """
+        self._settle()
+        if self._begun is not None:
+            self._begun[1].place, self._begun = -1, None
+        like, same = self._like, call.same
+        if like is None or same is None or not repeats.available():
+            return None
+        values, mask, copy = [*args, *kwargs.values()], like.mask.given(), like.mask.copy
+        places = [place for place, value in enumerate(values) if value is call.tokens]
+        own = repeats.Begin(thread=get_ident(), version=-1)
+        if len(places) != 1 or not repeats.see(call.tokens, own.tokens):
+            return None
+        if mask is not None and copy is None:
+            if like.mask.count is None:
+                return None
+            own.version = like.mask.count
+        elif mask is not None and copy is not None:
+            if not (
+                mask.is_contiguous() and copy.is_contiguous() and repeats.see(mask, own.masked)
+            ):
+                return None
+            own.copy, own.bytes = copy.data_ptr(), copy.nbytes
+        own.place, latest = places[0], [call.tokens]
+        held = whose | {"call": same, "names": (*kwargs,), "values": (*values,), "mask": mask}
+        held["latest"] = latest
+        for name, value in held.items():
+            setattr(own, name, None if value is None else id(value))
+        self._begun = same, own, latest
+        return repeats.bound("begin", own, held, like.mask)
+
+    @property
+    def n_calls(self) -> int:
+        """How many calls there were."""
+        self._settle()
+        return self._n_calls
+
+    def _settle(self) -> None:
+        """Take notice of calls that were noted by compiled code."""
+        if self._begun is not None and self._begun[1].count:
+            call, begun, latest = self._begun
+            self._n_calls += begun.count - 1
+            begun.count = 0
+            self.note(call, latest[0])
 
     def _look_for_left_padding(self, mask: Tensor) -> None:
         shown = mask[:, 0].all()
@@ -569,7 +639,7 @@ class Texts:
     ) -> Text:
         """A further text."""
         columns = tokens.shape[1] if columns is None else columns
-        text = Text(self._n_texts, len(tokens), columns, front, self.n_calls, after=after)
+        text = Text(self._n_texts, len(tokens), columns, front, self._n_calls, after=after)
         # Of texts without a cache two take turns in guidance; those whose cache is gone have ended.
         if self._known:
             alive = [text for text in self._known if text.cache is not None and text.cache()]
@@ -604,11 +674,11 @@ class Texts:
     def note(self, call: ForwardCall, tokens: Tensor) -> None:
         """Take notice that a call is about to run, with these tokens."""
         text = call.text
-        text.end, text.last = call.past + call.length, self.n_calls
+        text.end, text.last = call.past + call.length, self._n_calls
         text.tokens = None
         if self._compares and not call.continues and (call.like or concrete(tokens)):
             text.tokens = tokens.detach() if tokens.requires_grad else tokens
-        self.n_calls += 1
+        self._n_calls += 1
 
     def note_result(self, call: ForwardCall, output: Any) -> None:
         """Take notice of what a call returns: it may be a cache that the model has made itself."""

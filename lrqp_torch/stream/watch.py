@@ -40,6 +40,7 @@ from lrqp_torch.stream.passes import (
     positional,
     puts_tokens_in_front,
 )
+from lrqp_torch.stream.repeats import Function
 from lrqp_torch.stream.sites import Trunk
 from lrqp_torch.stream.traced import Followed, Traced, marked, next_number
 
@@ -359,6 +360,8 @@ class Watch(Hooks):
         self._outer: dict[int, dict[str, Any]] = {}
         self._n_before: dict[int, int] = {}
         self._latest: ForwardCall | None = None
+        # What notes a call that is like the one before; see Texts.repeated.
+        self.repeat: Function | None = None
         # By where their tokens lie, calls that a backward pass may run again; and by what they were
         # given, their blocks.
         self._noted: dict[int | None, ForwardCall] = {}
@@ -413,7 +416,7 @@ class Watch(Hooks):
             self.texts.finish()
 
     def _leave(self) -> None:
-        self._closed = True
+        self._closed, self.repeat = True, None
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
         self.remove()
         if self.followed is not None:
@@ -534,6 +537,7 @@ class Watch(Hooks):
             given = dict(zip(self._names, args, strict=False))
             given.update(kwargs)
             call = self.texts.like(given, len(args))
+        self.repeat, calls = None, self.under_way.setdefault(thread, [])
         if call is None:
             call = self._read(module, args, kwargs, transformed)
         else:
@@ -541,7 +545,10 @@ class Watch(Hooks):
                 step(call)
             self.texts.note(call, call.tokens)
             self._latest = call
-        self.under_way.setdefault(thread, []).append(call)
+        if not (transformed or call.again):
+            whose = {"open": _open, "watch": self, "calls": calls}
+            self.repeat = self.texts.repeated(call, args, kwargs, **whose)
+        calls.append(call)
 
     def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
         """A call that is unlike the one before."""
@@ -572,6 +579,7 @@ class Watch(Hooks):
             known = self._latest if self._plain else self._noted.get(place)
             if known is not None and (known.batch, known.length) == tokens.shape[:2]:
                 return replace(known, again=True)
+        self.repeat = None
         call = self.texts.read(given, prompt, held=held)
         for item in self._follows:
             item.see(call)
@@ -687,6 +695,9 @@ class _Before(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
+        repeat = self.watch.repeat
+        if repeat is not None and repeat(args, kwargs) is not None:
+            return None
         plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1
         if plain and self.watch in _open.get():
             calls = self.under_way.get(get_ident())

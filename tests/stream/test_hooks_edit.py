@@ -26,7 +26,7 @@ from lrqp_torch.stream import following
 
 PROMPTS = Prompts.random([7, 4, 9, 6])
 TOKENS = torch.tensor([[0, 3], [1, 3], [2, 8], [5, 3]])
-needs_compiler = pytest.mark.skipif(following._put_rows() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(following.library() is None, reason="no C compiler")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DIRECTION = torch.linspace(-2, 2, WIDTH)
 
@@ -284,7 +284,7 @@ def test_a_function_in_one_call_is_the_function_by_operations(
             for operations in (False, True):
                 with pytest.MonkeyPatch.context() as patch:
                     if operations:
-                        patch.setattr(following, "_put_rows", lambda: None)
+                        patch.setattr(following, "library", lambda: None)
                     with intervene(model, Intervention(site, positions, edit)):
                         found += [model(**inputs).logits for _ in range(3)]
             assert all(torch.equal(found[0], one) for one in found[1:])

@@ -1,0 +1,194 @@
+"""Passes that are like the one before, recognised and edited in calls of compiled code.
+
+A pass of a loop is mostly like the last one: the same arguments but for the tokens, the same
+shapes, the same edit. The functions of ``rows.c`` that :func:`bound` gives look at all that may
+have changed, and give None where anything has: then, and wherever there is no compiler, what Python
+does for any pass is done. They are functions of the interpreter's own kind, as a call through
+ctypes costs a microsecond an argument.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lrqp_torch.files import load_compiled
+
+_number, _address = ctypes.c_int64, ctypes.c_void_p
+AXES = 4
+
+Function = Callable[..., Any]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of rows.c, or None where there is no compiler."""
+    loaded = load_compiled(Path(__file__).with_name("rows.c"))
+    if loaded is not None:
+        put: Any = loaded.lrqp_put_rows
+        put.restype, put.argtypes = _number, (*[_address] * 5, *[_number] * 5)
+    return loaded
+
+
+@functools.cache
+def _python() -> ctypes.PyDLL | None:
+    """Those that know of Python's objects; None where torch does not tell C of its tensors."""
+    loaded = library()
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if loaded is None or exchange is None:
+        return None
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = _address, (ctypes.py_object, ctypes.c_char_p)
+    begin = pointer(exchange, b"dlpack_exchange_api")
+    # Two numbers of the version, an older table, and functions, of which the fourth is wanted.
+    version, *_, look, _ = (_address * 7).from_address(begin)
+    if (version or 0) & 0xFFFFFFFF != 1 or not look:
+        return None
+    python = ctypes.PyDLL(loaded._name)
+    python.lrqp_bound.restype = ctypes.py_object
+    python.lrqp_bound.argtypes = _number, ctypes.py_object
+    python.lrqp_see.restype = python.lrqp_holds.restype = _number
+    python.lrqp_see.argtypes, python.lrqp_holds.argtypes = (
+        (ctypes.py_object, _address),
+        (_address, _number),
+    )
+    python.lrqp_know((_address * (1 + len(_KNOWN)))(look, *map(id, _KNOWN)))
+    return python
+
+
+_KNOWN = (
+    *(None, False, -1, Tensor, tuple, torch._C._is_tracing, torch._C._current_graph_task_id),
+    *(torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled),
+    *(torch.empty_like, torch.clone, "requires_grad", "_version", "__dict__", "hidden_states"),
+)
+"""What rows.c asks of any pass, in its order."""
+
+
+class Seen(ctypes.Structure):
+    """What a tensor was: ``Seen`` of rows.c."""
+
+    _fields_ = (
+        *(("data", _address), ("device", _number), ("kind", _number), ("axes", _number)),
+        *(("shape", _number * AXES), ("strides", _number * AXES)),
+    )
+
+
+class Begin(ctypes.Structure):
+    """What a trunk was given: ``Begin`` of rows.c."""
+
+    _fields_ = (
+        *((name, _address) for name in ("open", "watch", "calls", "call", "names", "values")),
+        *((name, _address) for name in ("latest", "mask", "copy")),
+        *((name, _number) for name in ("bytes", "version", "thread", "place", "count")),
+        *(("tokens", Seen), ("masked", Seen)),
+    )
+
+
+class Site(ctypes.Structure):
+    """A site in a pass, and what is done there: ``Site`` of rows.c."""
+
+    _fields_ = (
+        ("thread", _number),
+        *((name, _address) for name in ("calls", "call", "residuals", "key", "parts", "guards")),
+        *(("n_guards", _number), ("stream", Seen), ("copies", _number), ("passes", _address)),
+        *((name, _address) for name in ("solve", "shared", "task")),
+        *(("threads", _number), ("first", _number), ("record", _address)),
+        *((name, _number) for name in ("numbers", "used", "room")),
+        *(("rows", _address), ("row", Seen), ("place", _address)),
+        *((name, _number) for name in ("count", "all", "width", "kind")),
+    )
+
+
+class _Guard(ctypes.Structure):
+    _fields_ = (
+        *((name, _address) for name in ("of", "key", "is_")),
+        *(("kind", _number), ("version", _number), ("seen", Seen)),
+    )
+
+
+_ITEM, _OWN, _NAMED, _PART = range(4)
+_ABSENT = object()
+
+
+def bound(name: str, own: Begin | Site, *held: Any) -> Function:
+    """A function of rows.c for what a structure says; it keeps that, and what is given besides."""
+    python = _python()
+    assert python is not None
+    which = ("begin", "edit", "gather", "put").index(name)
+    function: Function = python.lrqp_bound(which, (ctypes.addressof(own), own, *held))
+    return function
+
+
+def available() -> bool:
+    """Whether there are such functions."""
+    return _python() is not None
+
+
+def see(tensor: Tensor, into: Seen) -> bool:
+    """Note what a tensor is, with up to :data:`AXES` axes; whether that can be told."""
+    python = _python()
+    return python is not None and bool(python.lrqp_see(tensor, ctypes.addressof(into)))
+
+
+def part_of(owner: Any, name: str) -> Any:
+    """What a dictionary, or the attributes of an object or a class by themselves, have by a name;
+    or None. What an edit is made of is found by this, or by :class:`Guards` in its place.
+    """
+    return _own(owner).get(name)
+
+
+def _own(owner: Any) -> Mapping[str, Any]:
+    return owner if isinstance(owner, Mapping) else vars(owner)
+
+
+class Guards:
+    """That parts are where they were, each found by a name: for a compiled call to look."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[int, Any, Any, Any, int]] = []
+        self._laid: Any = None
+        self(vars(forward_ad), "_current_level")
+
+    def __call__(self, owner: Any, name: str) -> Any:
+        """As :func:`part_of`, and note it."""
+        found = _own(owner).get(name, _ABSENT)
+        if isinstance(owner, type):
+            self.named(owner, name)
+        else:
+            kind = _ITEM if isinstance(owner, dict) else _OWN
+            self._noted.append((kind, owner, name, found, -1))
+        return None if found is _ABSENT else found
+
+    def named(self, owner: Any, name: str) -> None:
+        """That an attribute is this object."""
+        self._noted.append((_NAMED, owner, name, getattr(owner, name), -1))
+
+    def part(self, tensor: Tensor, counts: bool) -> None:
+        """That a tensor is of the same memory, and, if it ``counts``, was not written to."""
+        version = tensor._version if counts and not tensor.is_inference() else -1
+        self._noted.append((_PART, tensor, "", None, version))
+
+    def told(self, site: Site) -> bool:
+        """Let a site ask this; False where it does not hold, or cannot be asked.
+
+        Whatever is asked is kept by this object, and this has to be kept with the site.
+        """
+        python, count = _python(), len(self._noted)
+        if python is None:
+            return False
+        if self._laid is None:
+            self._laid = (_Guard * count)()
+            for guard, (kind, owner, name, found, version) in zip(
+                self._laid, self._noted, strict=True
+            ):
+                guard.of, guard.key, guard.kind, guard.version = id(owner), id(name), kind, version
+                guard.is_ = None if found is _ABSENT else id(found)
+                if kind == _PART and not see(owner, guard.seen):
+                    return False
+        site.guards, site.n_guards = ctypes.addressof(self._laid), count
+        return bool(python.lrqp_holds(site.guards, count))
