@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from lrqp_torch.errors import CompiledModelError, ModelError
+from lrqp_torch.errors import CompiledModelError, ModelError, UnknownFamilyError
 
 
 class CompiledModelWarning(UserWarning):
@@ -104,6 +104,27 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return [model, *Census.of(model).below]
 
 
+def require_module(model: Any) -> None:
+    """Raise :class:`UnknownFamilyError` unless a model is a module, as no pipeline is."""
+    if not isinstance(model, nn.Module):
+        raise UnknownFamilyError(
+            f"the model must be an nn.Module, such as a transformers model, got "
+            f"{type(model).__name__}{wrapped(model)}"
+        )
+
+
+def wrapped(model: Any) -> str:
+    """What to say of a wrapper, such as nnsight's or the bridge of TransformerLens."""
+    own = getattr(model, "__dict__", {})
+    for name, part in {**own, **own.get("_modules", {})}.items():
+        if isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), "model_type"):
+            return (
+                f". It wraps a {type(part).__name__}: give that, .{name}; an edit of it acts "
+                f"on what runs through the wrapper too"
+            )
+    return ""
+
+
 class Census:
     """What is below a model, listed once and looked through anew only when modules have changed.
 
@@ -133,6 +154,7 @@ class Census:
     @classmethod
     def of(cls, model: nn.Module) -> "Census":
         """That of a model as it is now."""
+        require_module(model)
         known = _CENSUSES.get(model)
         if known is None or not known.holds(model):
             known = _CENSUSES[model] = cls(model)

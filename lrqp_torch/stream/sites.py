@@ -38,7 +38,9 @@ from lrqp_torch.stream.compiled import (
     inner_model,
     modules_of,
     own_forward,
+    require_module,
     unwrapped,
+    wrapped,
 )
 from lrqp_torch.stream.discovery import (
     BlockSites,
@@ -348,6 +350,7 @@ def stacks_of(model: nn.Module) -> Stacks:
 
 def _known(model: nn.Module) -> _Known:
     """What is known of a model as it is now; see :func:`stacks_of`."""
+    require_module(model)
     known = _OF_MODELS.get(model)
     if known is not None and known.holds(model):
         return known
@@ -357,7 +360,7 @@ def _known(model: nn.Module) -> _Known:
     if model_type is None:
         raise UnknownFamilyError(
             f"{type(model).__name__} has no config.model_type; pass a transformers model, or name "
-            f"its modules: Site.module(path, 'output'){_wrapped(inner)}"
+            f"its modules: Site.module(path, 'output'){wrapped(inner)}"
         )
     row, kind = FAMILIES.get(model_type), built(inner)
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
@@ -374,7 +377,7 @@ def _known(model: nn.Module) -> _Known:
             raise UnknownFamilyError(
                 f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
                 f"could not be found or proven ({type(error).__name__}: {quoted(str(error))})"
-                f"{_wrapped(inner)}"
+                f"{wrapped(inner)}"
             ) from error
         if key is not None:
             _LAYOUTS[key] = stacks
@@ -404,18 +407,6 @@ def layout_of(model: nn.Module, stack: str = "") -> Stack:
         f"behind {known}, as in '{max(stacks)}.L0.mid'; what runs on the whole model, "
         f"as replay and attention patterns, is for models of one stack"
     )
-
-
-def _wrapped(model: nn.Module) -> str:
-    """What to say of a wrapper, such as nnsight's or the bridge of TransformerLens."""
-    held = {**vars(model), **vars(model).get("_modules", {})}
-    for name, part in held.items():
-        if isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), "model_type"):
-            return (
-                f". It wraps a {type(part).__name__}: give that, .{name}; an edit of it acts "
-                f"on what runs through the wrapper too"
-            )
-    return ""
 
 
 def _found(model: nn.Module) -> Stacks:
@@ -575,6 +566,7 @@ def locate(model: nn.Module, name: str | Site, census: Census | None = None) -> 
         SiteError: bad name, layer out of range, or a place that the block does not have.
         UnknownFamilyError: see :func:`stacks_of` and :func:`layout_of`.
     """
+    require_module(model)
     known = _OF_MODELS.get(model) if isinstance(name, str | Site) else None
     if known is not None and name in known.places and known.holds(model, census):
         return known.places[name]

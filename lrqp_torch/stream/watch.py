@@ -186,14 +186,15 @@ class Hooks:
         held.users += 1
         self._methods.append((own, name))
 
-    def remove(self) -> None:
-        """Leave the modules as they were."""
-        hooks = self._hooks
+    def remove(self) -> bool:
+        """Leave the modules as they were; whether the hooks had been there until now."""
+        hooks, there = self._hooks, True
         with _LOCK:
             while hooks:
                 kept, number, name, tables = hooks.pop()
                 for table in tables:
-                    table.pop(number, None)
+                    if table.pop(number, None) is None:
+                        there = False
                 kept.count -= 1
                 if name:
                     kept.names.remove(name)
@@ -207,6 +208,7 @@ class Hooks:
             added.users -= 1
             if not added.users:
                 _put(own, name, added.before)
+        return there
 
 
 _LOCK = threading.Lock()
@@ -320,7 +322,7 @@ class Watch(Hooks):
 
     Raises:
         EditNeverFiredError: on closing without an error, while another thread of this context is
-            still running the model.
+            still running the model, or when others have removed its hooks.
     """
 
     def __init__(
@@ -408,19 +410,26 @@ class Watch(Hooks):
         _open.set((*open_already, self) if open_already else (self,))
 
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
-        self._leave()
+        there = self._leave()
         if self._eagerly is not None:
             self._eagerly.__exit__(kind, *raised)
         if kind is None:
+            if not there:
+                raise EditNeverFiredError(
+                    f"something has removed all hooks of {type(self.model).__name__} while this "
+                    f"context was open, as a call of pyvene's IntervenableModel does, so what ran "
+                    f"after that was not edited or read: give it a copy of the model"
+                )
             self._check_ended()
             self.texts.finish()
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
         self._closed, self.repeat = True, None
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
-        self.remove()
+        there = self.remove()
         if self.followed is not None:
             self.followed.close()
+        return there
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""

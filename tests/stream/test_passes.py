@@ -659,3 +659,20 @@ def test_a_pass_like_the_one_before_is_held_to_the_same() -> None:
         with pytest.raises(PositionError, match="positions are for"):
             model(**{name: value[:2] for name, value in inputs.items()})
         assert torch.equal(model(**inputs).logits, first)
+
+
+@torch.no_grad()
+def test_hooks_that_others_have_removed_are_missed() -> None:
+    """As pyvene does at each call: what runs after that is not edited."""
+    edit, model = edit_of(build("llama")), build("llama")
+    with (
+        pytest.raises(EditNeverFiredError, match="has removed all hooks of LlamaForCausalLM"),
+        edit.at(model, SITE, positions=AT, target=1),
+    ):
+        model(**INPUTS)
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+    assert hook_count(model) == 0
+    with edit.at(model, SITE, positions=AT, target=1):
+        model(**INPUTS)

@@ -4,6 +4,7 @@ import random
 import re
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,9 +152,15 @@ def test_registering_twice_is_fine_only_with_the_same_row() -> None:
 
 
 def test_a_module_that_is_no_transformers_model_is_named() -> None:
+    turn = lrqp.Intervention("L0.pre", 0, lambda x, context: x)
     wrapper = nn.Sequential(build("gpt2"))
     with pytest.raises(UnknownFamilyError, match=r"It wraps a GPT2LMHeadModel: give that, \.0;"):
         lrqp.capture(wrapper, {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
+    pipeline = SimpleNamespace(model=build("gpt2"))  # and what wraps it without being a module
+    for given, said in ((pipeline, "got SimpleNamespace. It wraps a GPT2LM"), ("gpt2", "got str")):
+        for use in (lrqp.all_sites, lambda model: lrqp.intervene(model, [turn]).__enter__()):
+            with pytest.raises(UnknownFamilyError, match=said):
+                use(given)
     with pytest.raises(UnknownFamilyError, match="Linear has no config"):
         lrqp.capture(nn.Linear(WIDTH, 2), {"input_ids": torch.zeros(1, 1)}, ["L0.pre"])
 
