@@ -154,8 +154,7 @@ class Rows:
                 return None
             base = residual.data_ptr()
         numbers, (count, width) = stream.numel(), values.shape
-        # Of more torch copies several at once.
-        few = numbers <= 32_768
+        few = numbers <= FEW_NUMBERS
         if (self.whole and not few) or (base is not None and kind > 1):
             return None
         result = torch.empty_like(stream) if few else stream.clone()
@@ -198,6 +197,8 @@ class _Each(Rows):
 
 KINDS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """``Kind`` of rows.c."""
+FEW_NUMBERS = 32_768
+"""So few numbers of a stream are copied in a call; of more torch copies several at once."""
 
 
 _Step = tuple[int, torch.device, Tensor, Tensor, Tensor, Tensor]

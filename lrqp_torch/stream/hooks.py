@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.errors import ModelError, PositionError, SiteError, warn
+from lrqp_torch.stream import repeats
 from lrqp_torch.stream.compiled import run_eagerly
 from lrqp_torch.stream.discovery import beside_of, first_tensor, with_first
 from lrqp_torch.stream.following import Follower
@@ -48,17 +49,22 @@ Visit = Callable[[Tensor, Residual, float, ForwardCall], Tensor]
 that it is part of; gives the tensor to go on with."""
 
 
-def attach(watch: Watch, located: Located, visit: Visit) -> None:
+Offer = Callable[[repeats.Site, Tensor, Residual, float, ForwardCall], repeats.Function | None]
+"""Called with a site of ``rows.c``, which knows of a pass and its stream, and with what a visit was
+called with; gives what visits it in passes like that one, or None."""
+
+
+def attach(watch: Watch, located: Located, visit: Visit, offer: Offer | None = None) -> None:
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
     The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
-    head width).
+    head width). ``offer`` may give what does the same in passes like the one before.
     """
     if located.side == "input":
-        watch.before(located.module, _Input(watch, located, visit))
+        watch.before(located.module, _Input(watch, located, visit, offer))
         return
-    at = _Output(watch, located, visit)
+    at = _Output(watch, located, visit, offer)
     watch.after(located.module, at)
     if located.residual is None:
         return
@@ -75,10 +81,12 @@ class _Input(Hook):
     Args:
         watch: whose passes these are.
         located: the site.
-        visit: see :func:`attach`.
+        visit, offer: see :func:`attach`.
     """
 
-    def __init__(self, watch: Watch, located: Located, visit: Visit) -> None:
+    def __init__(
+        self, watch: Watch, located: Located, visit: Visit, offer: Offer | None = None
+    ) -> None:
         self.watch, self.located, self.scale = watch, located, located.scale
         self.visit, self.under_way = visit, watch.under_way
         # What graphs follow in place of this hook, and of that which keeps what is added to.
@@ -91,6 +99,10 @@ class _Input(Hook):
             watch.texts.distinct, self.latest = True, {}
         plain = self.latest is None and located.features is None
         self.function = visit if plain else self.within
+        # What is offered for passes that are like the one before, and given.
+        self.offer = offer if plain and not located.beside and not watch.reruns else None
+        self.repeat: repeats.Function | None = None
+        self.residuals: dict[int, Tensor] = {}
         if watch.followed is not None:
             self.traced, self.remembered = watch.followed.install(
                 str(located.site),
@@ -122,6 +134,10 @@ class _Input(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
+        if self.repeat is not None:
+            again = self.repeat(args, kwargs)
+            if again is not None:
+                return None if again is args else (again, kwargs)
         stream = stream_given(module, args, kwargs)
         calls, known = self.under_way.get(get_ident()), self.known
         call = calls[-1] if calls else None
@@ -131,7 +147,28 @@ class _Input(Hook):
                 return None
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, None, self.scale, call)
+        if self.offer is not None and call.same is not None:
+            self.repeat = self.offered(self.offer, stream, None, call)
         return None if kept is stream else with_stream(args, kwargs, kept, stream)
+
+    def offered(
+        self, offer: Offer, stream: Tensor, residual: Residual, call: ForwardCall
+    ) -> repeats.Function | None:
+        """What does in passes like this one what was just done."""
+        thread = get_ident()
+        calls, same = self.under_way.get(thread), call.same
+        if call.again or not calls or type(stream) is not Tensor or stream.ndim != 3:
+            return None
+        if not (stream.is_cpu and stream.is_contiguous()):
+            return None
+        site = repeats.Site(thread, id(calls), id(same))
+        site.held = [calls, same]
+        if residual is not None:
+            site.residuals, site.key = id(self.residuals), id(thread)
+            site.held += [self.residuals, thread]
+        if not repeats.see(stream, site.stream):
+            return None
+        return offer(site, stream, residual, self.scale, call)
 
     def called(self, stream: Tensor, entered: Tensor) -> ForwardCall | None:
         """The call in which the module has a stream."""
@@ -144,10 +181,11 @@ class _Input(Hook):
 class _Output(_Input):
     """After the module whose output a site is, or what is added to it."""
 
-    def __init__(self, watch: Watch, located: Located, visit: Visit) -> None:
-        super().__init__(watch, located, visit)
-        # By thread, what it is added to; by thread and module, what is added to it before.
-        self.residuals: dict[int, Tensor] = {}
+    def __init__(
+        self, watch: Watch, located: Located, visit: Visit, offer: Offer | None = None
+    ) -> None:
+        super().__init__(watch, located, visit, offer)
+        # What it is added to is kept by thread; by thread and module, what is added to it before.
         self.besides: dict[tuple[int, nn.Module], Tensor] = {}
 
     def remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -163,6 +201,10 @@ class _Output(_Input):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs, output)
+        if self.repeat is not None:
+            again = self.repeat(output)
+            if again is not None:
+                return None if again is output else again
         stream, located, thread = first_tensor(output), self.located, get_ident()
         if stream is None or not stream.is_floating_point():
             raise SiteError(
@@ -190,6 +232,8 @@ class _Output(_Input):
             whole = residual, beside.reshape(residual.shape)
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, whole, self.scale, call)
+        if self.offer is not None and call.same is not None:
+            self.repeat = self.offered(self.offer, stream, whole, call)
         return None if kept is stream else with_first(output, kept)
 
 

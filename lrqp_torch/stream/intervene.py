@@ -1,5 +1,6 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -25,9 +26,10 @@ from lrqp_torch.errors import (
     readable,
     unwrapped,
 )
+from lrqp_torch.stream import repeats
 from lrqp_torch.stream.compiled import Census, modules_of
 from lrqp_torch.stream.discovery import added
-from lrqp_torch.stream.following import Follower, Rows
+from lrqp_torch.stream.following import FEW_NUMBERS, KINDS, Follower, Rows
 from lrqp_torch.stream.hooks import Residual, attach, warn_of_checkpointing, warn_of_dropout
 from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
 from lrqp_torch.stream.positions import Positions, Where
@@ -39,6 +41,7 @@ Record = TypeVar("Record")
 
 MANY = 64
 """So many numbers that nobody has waited for are kept, before they are put together."""
+_IN_NO_GRADIENT = repeats.Guards()
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +266,7 @@ class Editing(ContextDecorator, Generic[Record]):
                 watch.__enter__()
                 self._watches.append((watch, items))
                 for each in sorted(items, key=_site_of) if len(items) > 1 else items:
-                    attach(watch, each.located, each.apply)
+                    attach(watch, each.located, each.apply, each.offer)
                     if each.record is not None:
                         each.record.begin()
         except BaseException as error:
@@ -351,7 +354,9 @@ class _Applied:
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)
         self.places = Follower.of(Positions.parse(item.positions))
-        self.passes = 0
+        self._passes = ctypes.c_int64()
+        # What a function gave for a stream, which compiled code could not put in place.
+        self.given: tuple[Tensor, Any] | None = None
         # A call that is one object for all that are like it, and its rows on the CPU.
         self.known: tuple[ForwardCall, Rows] | None = None
         self.largest: list[Tensor] = []
@@ -364,8 +369,9 @@ class _Applied:
         ``residual`` is the block input at ``mid``, where ``stream`` is the attention output and
         the activation is block input + scale · attention output; elsewhere None.
         """
+        given, self.given = self.given, None
         if not call.again:
-            self.passes += 1
+            self._passes.value += 1
         if self.record is not None:
             self.record.paused = call.again
         known = self.known
@@ -377,7 +383,7 @@ class _Applied:
         if isinstance(residual, tuple):
             residual, beside = residual
         if self.streams is not None and beside is None and (residual is not None or scale == 1):
-            whole: Tensor | None = self.streams(stream, residual, scale, at, self.passes - 1)
+            whole: Tensor | None = self.streams(stream, residual, scale, at, self._passes.value - 1)
             if whole is not None:
                 if not marked:
                     self._mark(call, at, stream)
@@ -402,7 +408,10 @@ class _Applied:
             # A copy, so that an edit which works in place is seen to have changed something; what
             # was gathered is one, and there to be gathered again.
             copy = itself and not at.whole
-            edited = self.item.edit(x if copy else x.clone(), context)
+            if given is not None and given[0] is stream:
+                edited = given[1]
+            else:
+                edited = self.item.edit(x if copy else x.clone(), context)
             plain = scale == 1 and beside is None and at.shown is None
             if plain and type(edited) is Tensor and edited.shape == x.shape:
                 whole = None if in_transforms() else at.put(stream, edited, residual)
@@ -450,6 +459,56 @@ class _Applied:
             kept = kept.clone()  # a tensor of the user's must not become the stream itself
         return at.scatter(stream, kept)
 
+    def offer(
+        self,
+        site: repeats.Site,
+        stream: Tensor,
+        residual: Residual,
+        scale: float,
+        call: ForwardCall,
+    ) -> repeats.Function | None:
+        """What does this in passes like the one that is under way; see :func:`~.hooks.attach`."""
+        if torch.is_grad_enabled() and stream.requires_grad:
+            return None
+        at = self.places.rows(call, stream.device)
+        if at is None or at.shown is not None or isinstance(residual, tuple):
+            return None
+        site.passes = ctypes.addressof(self._passes)
+        site.held += [self, at]
+        if self.streams is not None:
+            offer = getattr(self.item.edit, "offer", None)
+            return None if offer is None else offer(site, stream, residual, scale, at)
+        kind = KINDS.get(stream.dtype)
+        if residual is not None or scale != 1 or self.record is not None or kind is None:
+            return None
+        rows = stream.new_empty(len(at.index), stream.shape[2])
+        place, parts = None if at.whole else at.flat(stream.shape[1]), ()
+        site.held += [rows, place, parts]
+        if not repeats.see(rows, site.row) or not _IN_NO_GRADIENT.told(site):
+            return None
+        site.rows, site.parts, site.count = id(rows), id(parts), len(rows)
+        site.place = None if place is None else place.data_ptr()
+        site.width, site.kind = stream.shape[2], kind
+        site.all, site.copies = stream.numel() // stream.shape[2], stream.numel() <= FEW_NUMBERS
+        gather, put = repeats.bound("gather", site), repeats.bound("put", site)
+        told = self.told
+        context = told[2] if told is not None and told[0] is at else _Here(at, None, 1, rows.dtype)
+        edit = self.item.edit
+
+        def repeat(given: Any, *named: Any) -> Any:
+            x = gather(given, *named)
+            if x is None:
+                return None
+            edited = edit(x, context)
+            kept = put(given, edited)
+            if kept is None:
+                # The rest is for :meth:`apply`, which counts the pass again.
+                self._passes.value -= 1
+                self.given = given if isinstance(given, Tensor) else given[0], edited
+            return kept
+
+        return repeat
+
     def _mark(self, call: ForwardCall, at: Rows, stream: Tensor) -> None:
         """Note that the edit has run."""
         self.places.mark(call)
@@ -463,7 +522,7 @@ class _Applied:
         if not marked:
             self._mark(call, at, stream)
         if self.record is not None and not call.again:
-            self.record.end_step(context, self.passes - 1)
+            self.record.end_step(context, self._passes.value - 1)
 
     def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:

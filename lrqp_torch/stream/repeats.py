@@ -92,6 +92,9 @@ class Begin(ctypes.Structure):
 class Site(ctypes.Structure):
     """A site in a pass, and what is done there: ``Site`` of rows.c."""
 
+    held: list[Any]
+    """What it says the addresses of."""
+
     _fields_ = (
         ("thread", _number),
         *((name, _address) for name in ("calls", "call", "residuals", "key", "parts", "guards")),
@@ -176,7 +179,7 @@ class Guards:
     def told(self, site: Site) -> bool:
         """Let a site ask this; False where it does not hold, or cannot be asked.
 
-        Whatever is asked is kept by this object, and this has to be kept with the site.
+        What is asked is kept with the site.
         """
         python, count = _python(), len(self._noted)
         if python is None:
@@ -191,4 +194,5 @@ class Guards:
                 if kind == _PART and not see(owner, guard.seen):
                     return False
         site.guards, site.n_guards = ctypes.addressof(self._laid), count
+        site.held.append(self)
         return bool(python.lrqp_holds(site.guards, count))

@@ -416,7 +416,10 @@ static Object *gather(Object *held, Object *const *given, Index n) {
         fits = at >= 0 && at < own->all;
         if (fits) memcpy((char *)there.data + b * size, (const char *)now.data + at * size, size);
     }
-    if (fits) return x;
+    if (fits) {
+        ++*own->passes;
+        return x;
+    }
     Py_DecRef(x);
     return nothing();
 }
