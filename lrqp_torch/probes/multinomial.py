@@ -23,21 +23,28 @@ converge so goes on in float64. A step is then as long as is best along it, whic
 with the features: the logits change by as much of its own. Classes that nearly separate have their
 optimum far out, where steps of length 1 gain a factor of e each.
 
+The conjugate gradients of one problem of two classes are compiled where there is a C compiler
+(conjugate.c): they read the features once in a product, where torch's two products read them twice.
+
 All problems of a stack move together, each with its own step length and its own end. On a GPU the
 host waits for the device a few times in a Newton step, never once for every conjugate gradient.
 """
 
 import copy
+import ctypes
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from lrqp_torch.distributed.ranks import Ranks
+from lrqp_torch.files import load_compiled
 
 ALONE: Final = Ranks()
 """A run of one process."""
@@ -198,9 +205,12 @@ class MultinomialLoss:
         long = self.in_memory and point.gradient.shape[3] * self._count() > LONG
         if highest and long and not squares.is_cuda and bool((squares < HUGE).all()):
             self.narrow = True
+            # The compiled search reads them as they are.
+            by_rows = point.gradient.shape[2] == 1 and bool(_searches())
             self.blocks = [
-                replace(block, narrow=block.features.mT.float().contiguous())
+                replace(block, narrow=x.float().mT if by_rows else x.mT.float().contiguous())
                 for block in self.blocks
+                for x in [block.features]
             ]
         return 8 * torch.finfo(size.dtype).eps * size
 
@@ -267,11 +277,11 @@ class MultinomialLoss:
 
     def hessian(self, point: Evaluation) -> Callable[[Tensor], Tensor]:
         """What multiplies rows (S, L, C, p) by the Hessian at a point."""
-        kept = None if point.examples is None else list(self._bends(point))
+        kept = None if point.examples is None else list(self.bends(point))
 
         def times(rows: Tensor) -> Tensor:
             product = self._penalise(rows)
-            for block, features, probability, bend in kept or self._bends(point):
+            for block, features, probability, bend in kept or self.bends(point):
                 change = bend * _reduced(probability, _times(rows, features))
                 product = self._add(product, block.weighed(change), features)
             return self.ranks.total(product)
@@ -301,7 +311,7 @@ class MultinomialLoss:
         """
         width = point.parameters.shape[3]
         whole: Tensor | None = None
-        for block, examples, probability, _ in self._bends(point):
+        for block, examples, probability, _ in self.bends(point):
             bend = _curvature(probability)
             curvature = block.weighed(bend if parts > 1 else bend.mean(2, keepdim=True))
             pairs = [
@@ -326,8 +336,9 @@ class MultinomialLoss:
         count, width = rows.shape[2:]
         n = self._count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
-        # ones, with ten a half; beyond the processor's cache, half of that.
-        speed = (count + 1) / (count + 11) / (2 if n * width > CACHED else 1)
+        # ones, compiled two fifths, with ten a half; beyond the processor's cache, half of that.
+        speed = 0.4 if count == 1 and _searches() else (count + 1) / (count + 11)
+        speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
         return parts * max(PATIENCE, cost)
 
@@ -335,7 +346,7 @@ class MultinomialLoss:
         """How many examples there are, in memory."""
         return sum(block.features.shape[1] for block in self.blocks)
 
-    def _bends(self, point: Evaluation) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+    def bends(self, point: Evaluation) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
         """Each block, and its features, probabilities and bends as products read them."""
         for block, probability in self._examples(point):
             features = block.features if block.narrow is None else block.narrow.mT
@@ -595,9 +606,12 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
         else target.sqrt().clamp_max(0.1)
     )
     target = target * _norm(point.gradient)
-    residual = _centred(-point.gradient.to(dtype))
+    residual, diagonal = _centred(-point.gradient.to(dtype)), loss.diagonal(point).to(dtype)
+    found = _compiled_step(loss, state, diagonal, residual, target)
+    if found is not None:
+        return found
     step, times = torch.zeros_like(residual), loss.hessian(point)
-    precondition = _preconditioner(state, loss.diagonal(point).to(dtype))
+    precondition = _preconditioner(state, diagonal)
     direction = solved = precondition(residual)
     product, spent = _dot(residual, solved), torch.zeros_like(state.spent)
     for number in range(MAX_CG_STEPS):
@@ -621,6 +635,47 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     return step.double(), spent
 
 
+def _compiled_step(
+    loss: MultinomialLoss, state: _State, diagonal: Tensor, residual: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """What follows in :func:`_newton_step`, of one problem of two classes; else None."""
+    search, point = _searches().get(residual.dtype), state.point
+    alone = residual.shape[:3] == (1, 1, 1) and residual.device.type == "cpu"
+    if search is None or point.examples is None or not alone:
+        return None
+    ((block, features, _, bend),) = loss.bends(point)
+    (n, width), curvature = features.shape[1:], block.weighed(bend) / loss.total
+    # It has one thread.
+    many = torch.get_num_threads() > 1 and n * width > CACHED
+    if many or not features.is_contiguous():
+        return None
+    step, room = torch.zeros_like(residual), residual.new_empty(4, width)
+    factor = state.factor.contiguous() if bool(state.made) else None
+    inverse = _inverse(diagonal)
+    parts = features, curvature.contiguous(), inverse, factor, residual.contiguous(), step, room
+    places = (None if part is None else part.data_ptr() for part in parts)
+    spent = search(*places, n, width, loss.l2, float(target), MAX_CG_STEPS)
+    return step.double(), torch.full_like(state.spent, spent)
+
+
+@functools.cache
+def _searches() -> dict[torch.dtype, Callable[..., int]]:
+    """The compiled search by dtype; none where there is no compiler."""
+    loaded = load_compiled(Path(__file__).with_name("conjugate.c"))
+    found: dict[torch.dtype, Any] = {}
+    if loaded is not None:
+        found = {torch.float32: loaded.lrqp_search_float, torch.float64: loaded.lrqp_search_double}
+    for function in found.values():
+        function.restype = ctypes.c_int64
+        numbers = ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_double, ctypes.c_int64
+        function.argtypes = *[ctypes.c_void_p] * 7, *numbers
+    return found
+
+
+def _inverse(diagonal: Tensor) -> Tensor:
+    return diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
+
+
 def _centred(rows: Tensor) -> Tensor:
     """Rows (S, L, C, p) less their mean over the classes, which is nothing but rounding.
 
@@ -636,8 +691,7 @@ def _preconditioner(state: _State, diagonal: Tensor) -> Callable[[Tensor], Tenso
         state: with factors of the problems that have some.
         diagonal: of all Hessians, (S, L, 1, p), for the others.
     """
-    inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
-    factor = state.factor
+    inverse, factor = _inverse(diagonal), state.factor
 
     def times(rows: Tensor) -> Tensor:
         if factor.ndim < 5:

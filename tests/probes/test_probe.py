@@ -1,6 +1,8 @@
 """LinearProbe: the optimum of its documented objective, certified independently."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -501,3 +503,36 @@ def test_factors_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0]
     assert torch.allclose(gram / units[0, 0], expected / units[0, 0], rtol=0, atol=1e-10)
     assert torch.allclose(gram / units[0, 0], gram.mT / units[0, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize(("n", "width"), [(203, 37), (1201, 245)], ids=["float64", "float32"])
+def test_compiled_steps_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, n: int, width: int, factored: bool
+) -> None:
+    """Conjugate gradients of one problem of two classes, of weighed examples and odd sizes."""
+    if not multinomial._searches():
+        pytest.skip("no C compiler")
+    x = torch.randn(n, width, dtype=torch.float64) * torch.logspace(-2, 2, width).double()
+    y = (x[:, 3] + x[:, 3].std() * torch.randn(n) > 0).long()
+    weights = torch.rand(n, dtype=torch.float64) + 0.1
+    if factored:
+        monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_: 4.0)
+    taken = []
+
+    def counted(*arguments: object, search: Callable[..., int]) -> int:
+        taken.append(search(*arguments))
+        return taken[-1]
+
+    known = multinomial._searches().items()
+    counting = {dtype: partial(counted, search=search) for dtype, search in known}
+    monkeypatch.setattr(multinomial, "_searches", lambda: counting)
+    compiled = LinearProbe.fit(x, y, sample_weight=weights)
+    assert compiled.report is not None and len(taken) == compiled.report.iterations > 2
+    monkeypatch.setattr(multinomial, "_searches", dict)
+    plain = LinearProbe.fit(x, y, sample_weight=weights)
+    assert plain.report is not None and plain.report.relative_gradient_norm <= 1e-8
+    assert compiled.report.loss == pytest.approx(plain.report.loss, rel=1e-12)
+    assert compiled.report.relative_gradient_norm <= 1e-8
+    assert abs(compiled.report.iterations - plain.report.iterations) <= 1
+    assert torch.allclose(compiled(x), plain(x), rtol=0, atol=1e-4)
