@@ -186,15 +186,8 @@ def sweep(
     shares = not y_title and all(0 <= value <= 1 for value in known)
     scale = 100.0 if shares else 1.0
     names = list(sites or map(str, range(max(map(len, curves.values())))))
-    marks = []
-    for index, (name, column) in enumerate(curves.items()):
-        if len(column) != len(names):
-            raise SettingError(
-                f"{name!r} has {len(column)} values for {len(names)} sites; give one a site"
-            )
-        marks.append(marks_of(name, names, column, scale=scale, **look(index)))
     pane = Pane(
-        marks,
+        _marks(curves, names, "sites; give one a site", scale),
         rules=[] if chance is None else [Rule(scale * chance, name="chance")],
         bands=[Band(site, site) for site in used],
         x_title=_BY_SITE,
@@ -214,6 +207,17 @@ def _curves(values: Any) -> dict[str, list[Any]]:
                 f"{name!r} is {column!r}: give a curve's numbers as a list or tensor"
             )
     return {name: listed(column) for name, column in named}
+
+
+def _marks(
+    curves: Mapping[str, list[Any]], x: list[Any], where: str, scale: float = 1.0
+) -> list[Marks]:
+    """Curves over the same x, such as sites."""
+    for name, column in curves.items():
+        if len(column) != len(x):
+            raise SettingError(f"{name!r} has {len(column)} values for {len(x)} {where}")
+    named = enumerate(curves.items())
+    return [marks_of(name, x, column, scale=scale, **look(i)) for i, (name, column) in named]
 
 
 def histogram(values: Any, *, bins: int = 48, title: str = "", x_title: str = "") -> Figure:
@@ -304,13 +308,7 @@ def dose(
     results = results_of(values)
     if results is not None:
         return Figure(dose_of(part_of(results, "dose")))
-    x, curves = listed(doses), _curves(values)
-    for name, column in curves.items():
-        if len(column) != len(x):
-            raise SettingError(f"{name!r} has {len(column)} values for {len(x)} doses")
-    marks = [
-        marks_of(name, x, column, **look(i)) for i, (name, column) in enumerate(curves.items())
-    ]
+    marks = _marks(_curves(values), listed(doses), "doses")
     return Figure(Chart([Pane(marks, x_title=x_title, y_title=y_title, names="ends")], title))
 
 

@@ -273,24 +273,18 @@ def run_benchmark(
     training: Training | None = None,
     start: Start = no_stages,
 ) -> BenchmarkResult:
-    """Score all methods on a benchmark's published files.
+    """Score all methods on the published files of ``"causalgym"``, ``"ravel"`` or ``"mib"``.
 
     Args:
-        name: ``"causalgym"``, ``"ravel"`` or ``"mib"``.
         data: folder or file with the published files, or a data set of the Hub; None for the
             benchmark's own. For CausalGym also files of prompts in this project's form, each of
             which is a task.
-        model: a transformers causal language model in evaluation mode.
-        tokenizer: its tokenizer.
         sites: names separated by commas.
         n: prompts of a task at most, half of them held out.
         tasks: names of tasks, attributes or counterfactuals; all if empty.
         position: where prompts are edited; see :class:`~.reading.Columns`.
         bos: see :func:`~.reading.front`.
-        batch_size: prompts a forward pass.
-        seed: of what is drawn at random.
         training: of DAS.
-        start: shows progress.
 
     Raises:
         SettingError: no such benchmark.

@@ -55,6 +55,8 @@ class StudyContext:
     left_out: dict[str, int] = field(default_factory=dict)
     # What a reader of the results should know of the prompts, a sentence each.
     notes: list[str] = field(default_factory=list)
+    # The processes that share what is captured, all of which then ask for it.
+    ranks: Ranks = field(default=ALONE, init=False, repr=False)
     # By the prompts themselves, which are kept with them: names may be the same for others.
     _activations: dict[tuple[int, str], tuple[PromptSet, dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False
@@ -68,19 +70,18 @@ class StudyContext:
         position: str,
         sites: Sequence[str] | None = None,
         advance: Advance = no_progress,
-        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """Clean activations by site, (n, d) each in float32 on the model's device; kept.
 
         They are of the ``"train"`` or the ``"test"`` prompts, at one of ``PromptSet.positions``;
         of all sites of the study by default. ``advance`` is called with the number of prompts after
-        each batch that had to be run; all of ``ranks``, which share the batches, make this call.
+        each batch that had to be run.
         """
         data: PromptSet = getattr(task, split)
         at = data.positions[position]
         # One token may have several names, such as mark and S2.
         name = next(name for name, columns in data.positions.items() if torch.equal(columns, at))
-        return self._kept(data, name, data.inputs, at, sites, advance, ranks)
+        return self._kept(data, name, data.inputs, at, sites, advance)
 
     def _kept(
         self,
@@ -90,7 +91,6 @@ class StudyContext:
         at: Tensor,
         sites: Sequence[str] | None,
         advance: Advance,
-        ranks: Ranks,
     ) -> dict[str, Tensor]:
         """What is kept under a name of some prompts, captured where it is missing."""
         wanted = list(self.sites if sites is None else sites)
@@ -98,7 +98,7 @@ class StudyContext:
         missing = [site for site in wanted if site not in kept]
         if missing:
             how: dict[str, Any] = {"batch_size": self.batch_size, "progress": advance}
-            found = capture(self.model, inputs, missing, at, ranks=ranks, **how)
+            found = capture(self.model, inputs, missing, at, ranks=self.ranks, **how)
             kept.update({site: found.pop(site).float() for site in missing})
         return {site: kept[site] for site in wanted}
 
@@ -107,7 +107,6 @@ class StudyContext:
         task: Task,
         sites: Sequence[str] | None = None,
         variable: str | None = None,
-        ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Tensor], Tensor] | None:
         """Clean activations of held-out prompts' twins at the mark, by site, and who has one.
 
@@ -119,11 +118,11 @@ class StudyContext:
         if found is None:
             return None
         if found.rows is not None:
-            own = self.activations(task, "test", "mark", sites, ranks=ranks)
+            own = self.activations(task, "test", "mark", sites)
             rows = found.rows.to(self.device)
             return {site: x[rows] for site, x in own.items()}, found.known.cpu()
         name, (inputs, at) = f"twins {variable}", (found.prompts.inputs, found.prompts.position)
-        return self._kept(data, name, inputs, at, sites, no_progress, ranks), found.known.cpu()
+        return self._kept(data, name, inputs, at, sites, no_progress), found.known.cpu()
 
     def half(self, which: int) -> "StudyContext":
         """The same study of one half of the held-out prompts, see :func:`~.prompts.halves`.
@@ -173,7 +172,6 @@ class StudyContext:
         position: str,
         advance: Advance,
         sites: Sequence[str] | None = None,
-        ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Clean activations of the training and of the held-out prompts; see :meth:`activations`.
 
@@ -189,7 +187,7 @@ class StudyContext:
                 counted += done
                 advance(done)
 
-            halves.append(self.activations(task, split, position, sites, count, ranks))
+            halves.append(self.activations(task, split, position, sites, count))
             advance(len(getattr(task, split)) - counted)
         return halves[0], halves[1]
 

@@ -15,11 +15,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError, quoted
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.study.context import ALONE, StudyContext, Task
+from lrqp_torch.study.context import StudyContext, Task
 
 Dose = Literal["nats", "twin", "class"]
 DOSES: tuple[Dose, ...] = get_args(Dose)
@@ -57,23 +56,23 @@ def asked_of(
 
 @torch.no_grad()
 def asked_at(
-    context: StudyContext, task: Task, dose: str, edits: Mapping[str, LRQP], ranks: Ranks = ALONE
+    context: StudyContext, task: Task, dose: str, edits: Mapping[str, LRQP]
 ) -> dict[str, dict[str, Tensor]]:
     """The log α of the control and the counterfactual edit of each held-out prompt, by site.
 
-    Nothing is asked for by ``nats``; a prompt without a twin is dosed by its target class. All of
-    ``ranks``, which share the captures, make this call. Raises SettingError: ``twin`` where no
-    prompt has one.
+    Nothing is asked for by ``nats``; a prompt without a twin is dosed by its target class. Raises
+    SettingError: ``twin`` where no prompt has one.
     """
     if dose == "nats":
         return {}
-    twins = context.twins(task, list(edits), ranks=ranks) if dose == "twin" else None
+    twins = context.twins(task, list(edits)) if dose == "twin" else None
     if dose == "twin" and twins is None:
         raise SettingError("these prompts have no twins to dose by; use --dose class or nats.")
     own, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
     y, found = task.train.labels.to(context.device), dict[str, dict[str, Tensor]]()
-    train = context.activations(task, "train", "mark", list(edits), ranks=ranks)
-    test = context.activations(task, "test", "mark", list(edits), ranks=ranks)
+    train, test = (
+        context.activations(task, half, "mark", list(edits)) for half in ("train", "test")
+    )
     for site, edit in edits.items():
         by_class = class_readings(edit.probe, train[site], y)
         found[site] = {"control": by_class[own], "counterfactual": by_class[target]}

@@ -202,14 +202,10 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Both ends of the 95 % BCa interval (see :func:`bca`) of a mean, or of a ratio of two means.
 
-    Args:
-        values: (n,), one a prompt.
-        generator: of the resampling; the same seed gives the same interval.
-        resamples: how many times n prompts are drawn with replacement.
-        groups: of each prompt, (n,); groups are then drawn, each with all its prompts.
-        over: values of the same prompts, by whose mean that of the former is divided, (n,). Where
-            that changes sign between resamples the ends are wide or infinite: the ratio is then not
-            determined by the data.
+    The values, (n,), are one a prompt, and n of them are drawn with replacement so many times; of
+    ``groups``, (n,), whole ones. ``over`` are values of the same prompts, (n,), by whose mean that
+    of the former is divided: where that changes sign between resamples the ends are wide or
+    infinite, for the ratio is then not determined by the data.
 
     Raises:
         WidthError: not one dimension, or other prompts.

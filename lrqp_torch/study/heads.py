@@ -59,28 +59,6 @@ EFFECT = 0.01
 WRITING_EFFECT = 0.02
 """In a model without name movers: the answer writers' direct effect falls by this share of it."""
 
-RULES: dict[str, str] = {
-    Role.PREVIOUS: f"attention S1+1 → S1 at least {ATTENTION}",
-    Role.DUPLICATE: f"attention S2 → S1 at least {ATTENTION}",
-    Role.INDUCTION: f"attention S2 → S1+1 at least {ATTENTION}",
-    Role.S_INHIBITION: f"attention END → S2 at least {ATTENTION}, and without the head (its output "
-    "at END set to its mean over prompts) the name movers' attention to IO less that to S1 falls "
-    f"by at least {EFFECT}, with the whole interval below 0; in a model without name movers, the "
-    f"answer writers' direct effect falls instead, by at least {100 * WRITING_EFFECT:.0f} % of it",
-    Role.MOVER: f"attention END → IO at least {ATTENTION} and {SELECTIVE:g} times that to S1, and "
-    f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest among heads with "
-    f"such attention and {100 * STRONG / 2:.0f} % of the strongest of all (direct effects by the "
-    "end of their 95 % interval nearer to 0)",
-    Role.NEGATIVE: "the same attention, and such a direct effect against IO",
-    Role.BACKUP: f"attention END → IO at least {BACKUP_ATTENTION} and {SELECTIVE:g} times that to "
-    f"S1, a direct effect for IO of at least {100 * WEAK:.0f} % of the strongest head's, in the "
-    "layers from the lowest name mover on, and no name mover itself: candidates only, since a "
-    "backup shows itself when name movers are removed, which is not done here",
-    Role.WRITER: f"a direct effect for IO of at least {100 * STRONG:.0f} % of the strongest "
-    "head's, whatever the head attends to",
-}
-"""What the program asks of a head before it gives it a role, in words."""
-
 _PUBLISHED: dict[str, str] = {
     Role.PREVIOUS: "2.2 4.11",
     Role.DUPLICATE: "0.1 3.0 0.10",

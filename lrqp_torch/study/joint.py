@@ -3,7 +3,7 @@
 See :mod:`lrqp_torch.study.parts.joint`, the part that runs them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +36,7 @@ from lrqp_torch.study.results import (
     judged,
 )
 from lrqp_torch.study.running import Batch, Trial, Trials, answers, batches, put, with_partners
-from lrqp_torch.study.sweep import INTERCHANGE, columns
+from lrqp_torch.study.sweep import INTERCHANGE, edited_columns
 from lrqp_torch.study.variables import FEWEST
 
 COPIES = 4
@@ -234,7 +234,7 @@ class JointStudy:
             put(clean, {f"clean.{name}": v for name, v in own.items()}, batch.rows, n)
             advance(len(batch))
             for site, one in keys:
-                put(kept[site, one], dict(self._ran(batch, site, one)), batch.rows, n)
+                put(kept[site, one], self._ran(batch, site, one), batch.rows, n)
                 advance(COPIES * len(batch))
         beside = {"labels": self.data.labels.cpu(), **clean}
         if self.data.groups is not None:
@@ -250,7 +250,7 @@ class JointStudy:
                 kept[site, one][f"{site}.{INTERCHANGE}.distance"] = length
         return kept
 
-    def _ran(self, batch: Batch[PromptSet], site: str, one: str) -> Iterator[tuple[str, Tensor]]:
+    def _ran(self, batch: Batch[PromptSet], site: str, one: str) -> dict[str, Tensor]:
         """What a batch answers under the edits of one set of variables at one site, by name."""
         rows, device = batch.rows, batch.prompts.labels.device
         source = self.source[rows].to(device)
@@ -264,27 +264,25 @@ class JointStudy:
         beside = {} if patch is None else {INTERCHANGE: patch[0][site][rows.to(device)]}
         if patch is None:
             targets["again"] = targets[KEPT]
-        asked = self.asked(site, one, targets, rows)
-        ran = batch.edited(site, self.edits[site], targets, beside, source=source, asked=asked)
-        for name, edited in ran.items():
-            if name == "again":
-                continue
-            own = columns(batch, edited, ran.get(INTERCHANGE) if name in targets else None)
-            yield from ((f"{site}.{name}.{key}", value) for key, value in own.items())
-        shifts = self._shifts(one)
+        edit, asked = self.edits[site], self.asked(site, one, targets, rows)
+        found = edited_columns(batch, site, edit, targets, beside, source=source, asked=asked)
+        found = {name: v for name, v in found.items() if not name.startswith(f"{site}.again.")}
+        shifts = self._shifts(one)  # of the class, which stands first
         for start in range(0, len(shifts), COPIES):
-            some = shifts[start : start + COPIES]
-            moved = {f"to {shift}": self._shifted(batch, one, shift) for shift in some}
+            some, rest = shifts[start : start + COPIES], source[:, 1:]
+            moved = {
+                f"to {shift}": torch.cat([(source[:, :1] + shift) % self._size(one), rest], -1)
+                for shift in some
+            }
             # As many as there are copies.
             moved |= {f"spare {i}": moved[f"to {some[0]}"] for i in range(COPIES - len(some))}
             choices = {name: self.choice(one, to) for name, to in moved.items()}
-            ran = batch.edited(site, self.edits[site], choices, source=source)
-            for shift in some:
-                name = f"to {shift}"
-                there = replace(batch.prompts, targets=moved[name][:, 0])
-                edited = ran[name]
+            ran = batch.edited(site, edit, choices, source=source)
+            for name in (f"to {shift}" for shift in some):
+                there, edited = replace(batch.prompts, targets=moved[name][:, 0]), ran[name]
                 own = answers(there, edited.logits, edited.rest) | edited.record
-                yield from ((f"{site}.{name}.{key}", value) for key, value in own.items())
+                found |= {f"{site}.{name}.{key}": value for key, value in own.items()}
+        return found
 
     def _shifts(self, one: str) -> list[int]:
         """How far behind its own class another is written: 1 to K − 1; none for twins' alone.
@@ -296,13 +294,6 @@ class JointStudy:
         if one != first or variable is None or len(variable.classes) < 3 or variable.twins:
             return []
         return list(range(1, len(variable.classes)))
-
-    def _shifted(self, batch: Batch[PromptSet], one: str, shift: int) -> Tensor:
-        place = list(self.variables).index(one)
-        source = self.source[batch.rows].to(batch.prompts.labels.device)
-        moved = source.clone()
-        moved[:, place] = (source[:, place] + shift) % len(self.variables[one].classes)
-        return moved
 
     def asked(
         self, site: str, one: str, targets: Mapping[str, Tensor], rows: Tensor

@@ -48,34 +48,16 @@ REACHED = 0.975
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What the table runs.
-
-    Raises:
-        SettingError: a method that does not exist, strengths without 1 or not above 0, or fewer
-            than two prompts or texts.
-    """
+    """What the table runs."""
 
     # Names; None for all. No edit, and LRQP as fitted, always run.
     methods: tuple[str, ...] | None = None
     strengths: tuple[float, ...] = STRENGTHS  # of the curves; 1 must be among them
     log_alphas: tuple[float, ...] = LOG_ALPHAS  # odds of LRQP's curve by its own dose, in nats
-    sweep_prompts: int = 128  # held-out prompts of the curves, the first ones
-    texts: int = 64  # unrelated texts, at most
+    sweep_prompts: int = 128  # held-out prompts of the curves, the first ones; 2 or more
+    texts: int = 64  # unrelated texts, at most; 2 or more
     # Of methods that are trained through the model.
     training: Training = field(default_factory=Training)
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
-        methods.check_names(self.methods)
-        if 1.0 not in self.strengths or min(self.strengths) <= 0:
-            raise SettingError(
-                f"strengths must be above 0, and 1 among them, got {list(self.strengths)}"
-            )
-        if min(self.sweep_prompts, self.texts) < 2:
-            raise SettingError(
-                f"sweep_prompts and texts must be at least 2, got {self.sweep_prompts} and "
-                f"{self.texts}"
-            )
 
     @property
     def names(self) -> list[str]:
@@ -642,9 +624,8 @@ def unrelated(context: StudyContext, most: int) -> tuple[PromptSet, Tensor, Tens
     stands before the marked token. The edited token is neither the first one nor the last, and is
     drawn with the study's seed, as is the class written there.
 
-    Returns:
-        The texts; the columns behind the edited one, BoolTensor (n, T); and the classes to write,
-        (n,). None where fewer than two texts have :data:`LEAST_TOKENS` tokens.
+    The texts; the columns behind the edited one, BoolTensor (n, T); and the classes to write, (n,).
+    None where fewer than two texts have :data:`LEAST_TOKENS` tokens.
     """
     data = next((t.test for t in context.tasks if t.name == "prefixed"), context.task.test)
     until = data.positions["first"] if isinstance(data, IOIPrompts) else data.position

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from torch import Tensor
 
-from lrqp_torch.distributed import Ranks
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import OutputError, SettingError
 from lrqp_torch.plot.chart import Chart, Panel
-from lrqp_torch.study.context import ALONE, Advance, StudyContext, no_progress
+from lrqp_torch.study.context import Advance, StudyContext, no_progress
 from lrqp_torch.study.indirect_objects import NAMES_NEEDED, IOIPrompts
 from lrqp_torch.study.records import from_json
 from lrqp_torch.study.results import StudyResults, told
@@ -41,7 +40,6 @@ class Given:
     edit_at: Callable[[str], LRQP]  # the study's edit at a site
     # Results of the parts that ran before, by name.
     results: dict[str, Any] = field(default_factory=dict)
-    ranks: Ranks = ALONE  # the processes that all compute this part, for parts that are ``shared``
     # Where the part may keep batches until it is finished; None to keep none.
     batches: Batches | None = None
     # Keeps numbers of each held-out prompt, (n,) by name, beside the results.
@@ -66,7 +64,6 @@ class Part(ABC, Generic[R]):
 
     name: ClassVar[str]  # on the command line and of its file; letters only
     title: ClassVar[str]  # of its chapter in the report, and of its progress bar
-    question: ClassVar[str]  # what the chapter asks, in plain words
     # The dataclass of its result, which :mod:`~.records` writes and reads.
     result: ClassVar[type]
     needs: ClassVar[tuple[str, ...]] = ()  # parts that run before, if they can on the prompts
@@ -77,6 +74,11 @@ class Part(ABC, Generic[R]):
     # which what was chosen, such as the best site, is reported.
     prompts: ClassVar[Literal["all", "choosing", "reporting"]] = "all"
     asks: ClassVar[Literal["nothing", "answers", "names"]] = "nothing"  # of the prompts
+
+    @property
+    def question(self) -> str:
+        """What the chapter asks, in plain words."""
+        return said(self.name, "question")[0]
 
     def scope(self, context: StudyContext, /) -> StudyContext:
         """The study of the prompts that it sees."""

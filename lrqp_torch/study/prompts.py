@@ -273,8 +273,7 @@ class PromptSet(Rows):
         Raises:
             PromptError: the task has no answers, or ``rest`` is missing.
         """
-        chosen = logits.double().gather(-1, self._first(logits).clamp_min(0).flatten(1))
-        return self._each(chosen, rest)[..., 0].logsumexp(-1)
+        return self._each(logits.double(), rest)[..., 0].logsumexp(-1)
 
     def said(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
         """Whether a greedy model would write one of the answers of each class, BoolTensor (n, K).
@@ -282,8 +281,7 @@ class PromptSet(Rows):
         Arguments as of :meth:`scores`.
         """
         back = logits.double() - logits.double().amax(-1, keepdim=True)
-        chosen = back.gather(-1, self._first(logits).clamp_min(0).flatten(1))
-        return (self._each(chosen, rest).amin(-1) >= 0).any(-1)
+        return (self._each(back, rest).amin(-1) >= 0).any(-1)
 
     def preference(self, logits: Tensor, against: Tensor, rest: Tensor | None = None) -> Tensor:
         """Score of the class that holds minus that of another, (n,): positive where answered so.
@@ -297,11 +295,9 @@ class PromptSet(Rows):
 
     def probability(self, logits: Tensor, rest: Tensor | None = None) -> Tensor:
         """Probability of the answers of the class that holds, (n,), float64; see :meth:`scores`."""
-        first = logits.double().log_softmax(-1)
-        chosen = first.gather(-1, self._first(logits).clamp_min(0).flatten(1))
         rows = torch.arange(len(self), device=logits.device)
-        said = self._each(chosen, rest)[rows, self.labels.to(logits.device)]
-        return said[..., 0].exp().sum(-1)
+        every = self._each(logits.double().log_softmax(-1), rest)
+        return every[rows, self.labels.to(logits.device), :, 0].exp().sum(-1)
 
     @property
     def edited(self) -> Tensor:
@@ -477,22 +473,20 @@ class PromptSet(Rows):
         example = f", e.g. {self.prompts[0]!r}" if self.prompts else ""
         return f"PromptSet(n={len(self)}, classes={', '.join(self.classes)}{example})"
 
-    def _first(self, like: Tensor) -> Tensor:
+    def _each(self, values: Tensor, rest: Tensor | None) -> Tensor:
+        """Of all answers, (n, K, A, 2), from what holds of tokens, (n, vocabulary).
+
+        The first of both is the value of an answer's first token plus the log probability of the
+        rest, the second the least of it and of what the rest lies back; −∞ where there is no
+        answer.
+        """
         if self.answers is None:
             raise PromptError(
                 "these prompts have no answers, so what the model says cannot be scored; give "
                 "each prompt the answers of every class"
             )
-        return self.answers.to(like.device)
-
-    def _each(self, first: Tensor, rest: Tensor | None) -> Tensor:
-        """Of all answers, (n, K, A, 2), from what holds of their first tokens, (n, K · A).
-
-        The first of both is ``first`` plus the log probability of the rest, the second the least of
-        ``first`` and of what the rest lies back; −∞ where there is no answer.
-        """
-        tokens = self._first(first)
-        start = first.view(tokens.shape)
+        tokens = self.answers.to(values.device)
+        start = values.gather(-1, tokens.clamp_min(0).flatten(1)).view(tokens.shape)
         scores = torch.stack([start, start], -1)
         if self.continued is not None:
             if rest is None:

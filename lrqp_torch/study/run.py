@@ -256,7 +256,7 @@ def run_parts(
         SettingError: a part in the store was made with other settings.
         LRQPError: whatever a part raises; the parts before it are kept.
     """
-    ranks, finished = given.ranks, {}
+    ranks, finished = given.context.ranks, {}
     shared = [part.name for part in parts if part.shared]
     with ranks.together():
         kept = [name for name in shared if ranks.is_main and store and store.load(name)]
@@ -264,13 +264,10 @@ def run_parts(
     for part in parts:
         if not part.shared:
             ranks.leave()
+            given.context.ranks = ALONE
         if not ranks.is_main and (not part.shared or part.name in kept):
             continue
-        given = replace(
-            given,
-            ranks=ranks if part.shared else ALONE,
-            batches=None if store is None else store.batches(part.name),
-        )
+        given = replace(given, batches=None if store is None else store.batches(part.name))
         keeping = store if ranks.is_main else None
         found = None if keeping is None else keeping.load(part.name)
         if found is None:
@@ -308,9 +305,8 @@ def _compute(
         if store is not None and ranks.is_main:
             save_prompts(flat, settings.out)
 
-    given = Given(
-        context, settings, None, edits_of(context, settings), ranks=ranks, keep_prompts=keep
-    )
+    context.ranks = ranks
+    given = Given(context, settings, None, edits_of(context, settings), keep_prompts=keep)
     finished = run_parts(given, [find_part(name) for name in names], store, start)
     if finished is None:
         return None

@@ -131,18 +131,13 @@ class Batch(Generic[P]):
     ) -> dict[str, Edited]:
         """What an edit at one site does, and what other activations there do, in one pass.
 
-        Args:
-            site: its name.
-            edit: acts at the marked token, or at each of several.
-            targets: name to the class to write, (B,), of an edit of several variables (B, V).
-            beside: name to what is put at the marked token instead, (B, d); with the targets as
-                many as there are copies. Where there are several, the others move as it does.
-            source: class that holds, in the same shape; default the prompts' labels.
-            asked: name of a target to the log α of each variable that is written, (B,), in place of
-                the edit's own rule; of an edit of one variable under the name ``""``.
-
-        Raises:
-            NonFiniteError: the model's logits under an edit are NaN or infinite.
+        It acts at the marked token, or at each of several. ``targets`` are by name the class to
+        write, (B,), of an edit of several variables (B, V); ``beside`` what is put at the marked
+        token instead, (B, d), in as many runs as are left of the copies: where there are several
+        tokens, the others move as it does. ``source`` is the class that holds, by default the
+        prompts' labels; ``asked`` has by name of a target and by variable the log α, (B,), in place
+        of the edit's own rule, of one variable under the name ``""``. Raises NonFiniteError: the
+        model's logits under an edit are NaN or infinite.
         """
         count, others = len(self), beside or {}
         copies = len(targets) + len(others)

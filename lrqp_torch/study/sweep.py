@@ -82,20 +82,15 @@ def sweep(
     asked: Mapping[str, Mapping[str, Tensor]] | None = None,
     advance: Advance = no_progress,
 ) -> dict[str, Tensor]:
-    """Run every edit, towards both targets, on held-out prompts.
+    """Run every edit, by site, towards both targets, on held-out prompts padded on the left.
 
     Each batch runs clean once; each edit then reruns only what it can change. Prompts with like
     suffixes behind the marked token share a batch. The batches that are not done yet are run in
     rounds, one a rank, and kept as soon as a round ends, so a stopped sweep goes on with any number
-    of ranks. The numbers are those of one process.
+    of ranks. The numbers are those of one process; model, prompts and edits are the same on every
+    rank.
 
     Args:
-        model: a transformers causal language model in evaluation mode; on every rank the same, like
-            the prompts and the edits.
-        prompts: held-out prompts, padded on the left.
-        edits: site name to edit.
-        batch_size: prompts a batch.
-        ranks: this process among the others, all of which make this call.
         kept: keeps batches; read and written by rank 0 alone.
         beside: site to what is put at the marked token in further runs, (n, d) by name: the same
             names at every site, such as :data:`INTERCHANGE` and :data:`NULL`.
@@ -103,20 +98,18 @@ def sweep(
         advance: called with the number of prompts run, ``(1 + runs · len(edits)) · len(prompts)``
             in all on every rank, with a run for each condition and each name beside.
 
-    Returns:
-        One number a prompt, (n,), on the CPU, in the order of ``prompts``:
+    One number a prompt, (n,), on the CPU, in the order of ``prompts``:
 
-        - ``labels`` and ``other``: the class that holds and the counterfactual one; ``groups``
-          where the prompts have groups;
-        - ``clean.NAME``, with the names of :func:`~.running.answers` and ``io_probability``, the
-          probability of the answers of the class that holds;
-        - ``SITE.CONDITION.NAME``, with the names of :func:`~.running.answers`, those of
-          :data:`~.running.RECORD`, and ``divergence``, KL(clean ‖ edited) of the next token in
-          nats;
-        - ``SITE.NAME_BESIDE.NAME``, the same without a record; and where there is an interchange,
-          ``SITE.CONDITION.kl_to_interchange``, KL(interchange ‖ edited).
+    - ``labels`` and ``other``: the class that holds and the counterfactual one; ``groups``
+      where the prompts have groups;
+    - ``clean.NAME``, with the names of :func:`~.running.answers` and ``io_probability``, the
+      probability of the answers of the class that holds;
+    - ``SITE.CONDITION.NAME``, with the names of :func:`~.running.answers`, those of
+      :data:`~.running.RECORD`, and ``divergence``, KL(clean ‖ edited) of the next token in nats;
+    - ``SITE.NAME_BESIDE.NAME``, the same without a record; and where there is an interchange,
+      ``SITE.CONDITION.kl_to_interchange``, KL(interchange ‖ edited).
 
-        Tasks without answers have neither those names nor ``io_probability``.
+    Tasks without answers have neither those names nor ``io_probability``.
 
     Raises:
         PromptError: prompts that do not end in the last column.
@@ -174,6 +167,17 @@ def columns(
     return found
 
 
+def edited_columns(
+    batch: Batch[Any], site: str, edit: Any, targets: Mapping[str, Tensor], *beside: Any, **how: Any
+) -> dict[str, Tensor]:
+    """All :func:`columns` of the runs of :meth:`.Batch.edited`, by their names in :func:`sweep`."""
+    ran, found = batch.edited(site, edit, targets, *beside, **how), dict[str, Tensor]()
+    for name, edited in ran.items():
+        own = columns(batch, edited, ran.get(INTERCHANGE) if name in targets else None)
+        found |= {f"{site}.{name}.{key}": values for key, values in own.items()}
+    return found
+
+
 @torch.no_grad()
 def _sweep_batch(
     batch: Batch[PromptSet],
@@ -194,9 +198,6 @@ def _sweep_batch(
             condition: {"": floors[batch.rows.to(floors.device)]}
             for condition, floors in asked.get(site, {}).items()
         }
-        ran = batch.edited(site, edit, targets, here, asked=doses or None)
-        for name, edited in ran.items():
-            own = columns(batch, edited, ran.get(INTERCHANGE) if name in targets else None)
-            found |= {f"{site}.{name}.{key}": values for key, values in own.items()}
-        advance(count * len(ran))
+        found |= edited_columns(batch, site, edit, targets, here, asked=doses or None)
+        advance(count * len([*targets, *here]))
     return found

@@ -180,20 +180,6 @@ def test_words_follow_the_figures() -> None:
     assert "neither for nor against LRQP" in with_rivals(0.9, 1.1)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"methods": ("sorcery",)},
-        {"strengths": (0.5, 2.0)},
-        {"strengths": (-1.0, 1.0)},
-        {"sweep_prompts": 1},
-    ],
-)
-def test_bad_options_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(SettingError):
-        CompareOptions(**changes)
-
-
 def test_a_table_needs_a_site() -> None:
     with pytest.raises(SettingError, match="no site"):
         league.compute(few(), {})

@@ -7,7 +7,6 @@ import torch
 from contexts_for_tests import TEST, TRAIN, Count, check, computed, context, own_context
 
 from lrqp_torch import LRQP
-from lrqp_torch.errors import SettingError
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.parts.dose import PART, Dose, DoseResult, EditSummary
 
@@ -193,9 +192,3 @@ def test_progress_adds_up_and_the_seed_decides() -> None:
     first = computed(part, one, SITE, count)
     assert count.total == part.work(one) == TRAIN + TEST + 3 * TEST
     assert computed(part, one, SITE) == first
-
-
-@pytest.mark.parametrize("alphas", [[], [1.0, 1.0], [2.0, 1.0]])
-def test_doses_must_rise(alphas: list[float]) -> None:
-    with pytest.raises(SettingError, match="rising"):
-        Dose(alphas)

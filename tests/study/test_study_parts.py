@@ -3,13 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
 from lrqp_torch.errors import NonFiniteError, OutputError, SettingError
-from lrqp_torch.study.context import Advance, StudyContext
+from lrqp_torch.study.context import ALONE, Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.parts import find_part
@@ -77,7 +78,8 @@ class Study:
             return self.bars[title].append
 
         # These parts never look at the model.
-        context, settings = cast(StudyContext, None), Settings("tiny", self.folder)
+        context = cast(StudyContext, SimpleNamespace(ranks=ALONE))
+        settings = Settings("tiny", self.folder)
         given = Given(context, settings, None, lambda site: pytest.fail(site))
         store = PartStore(self.folder, SETTINGS | changes)
         finished = run_parts(given, list(self.parts.values()), store, start)

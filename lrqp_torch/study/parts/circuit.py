@@ -119,10 +119,6 @@ class Circuit(Part[CircuitResult]):
 
     name = "circuit"
     title = "What the edit does to the circuit"
-    question = (
-        "Do the heads between the edit and the answer report the new belief, and do the name "
-        "movers follow it? In a model without name movers, answer writers take their place."
-    )
     result = CircuitResult
     needs = ("flipping", "heads")
     prompts = "reporting"

@@ -148,10 +148,6 @@ class Compare(Part[CompareResult]):
 
     name = "compare"
     title = "LRQP beside other edits"
-    question = (
-        "What do other ways to write the same belief at the same place do to the answer, to all "
-        "else that the model says, and to what independent probes read? Is LRQP the better choice?"
-    )
     result = CompareResult
     needs = ("flipping", "heads")
     prompts = "reporting"

@@ -32,11 +32,6 @@ class Controls(Part[ControlsResult]):
 
     name = "controls"
     title = "Is the edit an illusion?"
-    question = (
-        "An edit can change an answer along a direction that means nothing to the model. Does this "
-        "one act through what later parts of the model read, does it act elsewhere too, and what "
-        "do edits do that know nothing of what is to be written?"
-    )
     result = ControlsResult
     needs = ("flipping", "heads")
     prompts = "reporting"

@@ -89,13 +89,6 @@ class Flipping(Part[FlippingResult]):
 
     name = "flipping"
     title = "Flipping the answer"
-    question = (
-        "At each site a probe is fitted to the activations at the marked token of the training "
-        "prompts. On held-out prompts the activation there is replaced by the nearest one at which "
-        "the probe believes what is true (control) or another class (counterfactual), and the "
-        "model goes on from there. If the counterfactual edit turns the answer, the model uses at "
-        "that site what the probe reads; the probe alone shows only that it could."
-    )
     result = FlippingResult
     shared = True
     spans = True
@@ -205,10 +198,10 @@ def _swept(
     given: Given, task: Task, kept: Batches | None, advance: Advance
 ) -> tuple[TaskFlipping, dict[str, Tensor]]:
     """Fit to one task's training prompts, and run its held-out ones."""
-    context, settings, ranks = given.context, given.settings, given.ranks
+    context, settings, ranks = given.context, given.settings, given.context.ranks
     clock = Clock()
     with clock.stage("capture"):
-        found, held_out = context.clean(task, "mark", advance, ranks=ranks)
+        found, held_out = context.clean(task, "mark", advance)
     if task.train.spans is not None:
         found = context.examples(task, context.sites)[0]
     labels = context.examples(task, [])[1]
@@ -227,7 +220,7 @@ def _swept(
         edits = ranks.divide(context.sites, edits_at, context.device)
         chance = ranks.divide(context.sites, chance_at, context.device)
     with clock.stage("interchange"):
-        asked = asked_at(context, task, settings.dose, edits, ranks)
+        asked = asked_at(context, task, settings.dose, edits)
         beside, told = _put_beside(given, task, edits, chance, held_out, asked)
     with clock.stage("sweep"):
         flat = sweep(
@@ -339,7 +332,7 @@ def _put_beside(
     """What runs beside the edits by site and name, (n, d), and what is known of each prompt."""
     context, names = given.context, _beside(given.context, task)
     labels, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
-    twins = context.twins(task, ranks=given.ranks) if INTERCHANGE in names else None
+    twins = context.twins(task) if INTERCHANGE in names else None
     drawn = turns(len(labels), context.generator())
     nulls = dict(zip([n for n in names if n.startswith(NULL)], drawn, strict=False))
     told = {} if twins is None else {"twins": twins[1].long()}

@@ -220,10 +220,6 @@ class GeometryPart(Part[GeometryResult]):
 
     name = "geometry"
     title = "Geometry without labels"
-    question = (
-        "Does what a probe is to read show among the largest differences between prompts, before "
-        "any probe is told what to look for?"
-    )
     result = GeometryResult
 
     def work(self, context: StudyContext, /) -> int:

@@ -72,10 +72,6 @@ class Heads(Part[HeadsResult]):
 
     name = "heads"
     title = "What the attention heads do"
-    question = (
-        "Which heads look where, which of them write the answer, and which published role of the "
-        "circuit does each one play?"
-    )
     result = HeadsResult
     prompts = "choosing"
     asks = "names"
@@ -290,9 +286,9 @@ def _roles(result: HeadsResult) -> Table:
     published = result.published
     columns = ["role", "heads found", "rule"]
     rows = []
-    for role in Role:
+    for role, rule in zip(Role, said("heads", "rules", asks=rules), strict=True):
         found = result.found[role]
-        row = [role, ", ".join(found) or "none found", rules.RULES[role]]
+        row = [role, ", ".join(found) or "none found", rule]
         if published is not None:
             known = published.get(role)
             row[2:2] = [", ".join(known), rules.overlap(found, known)] if known else ["–", "–"]

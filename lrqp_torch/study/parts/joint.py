@@ -72,12 +72,6 @@ class Joint(Part[JointResult]):
 
     name = "joint"
     title = "Several variables at once"
-    question = (
-        "A token may tell the rest of the model more than one thing. What does writing each of "
-        "them do, with the beliefs about the others kept or left free, and what all of them "
-        "together? Each is held against the activation of a twin prompt that differs in these "
-        "variables alone."
-    )
     result = JointResult
     needs = ("flipping",)
 

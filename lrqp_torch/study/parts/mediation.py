@@ -135,12 +135,6 @@ class Mediation(Part[MediationResult]):
 
     name = "mediation"
     title = "Through which attention the edit works"
-    question = (
-        "If the attention of the heads that write the answer is put back to where it was, does the "
-        "answer come back too? And does their attention under the edit, put into a clean run, "
-        "suffice to turn it? These are the name movers where the prompts are about two names and "
-        "there are any, else the answer writers."
-    )
     result = MediationResult
     needs = ("flipping", "heads")
     prompts = "reporting"

@@ -106,10 +106,6 @@ class Probing(Part[ProbingResult]):
 
     name = "probing"
     title = "What probes can read"
-    question = (
-        "Which facts about a prompt can a linear probe read from the clean activations, and how "
-        "much of that is more than chance, or than what shuffled labels would give?"
-    )
     result = ProbingResult
 
     def __init__(self, names: int = 20) -> None:

@@ -16,7 +16,7 @@ from lrqp_torch.study.parts.flipping import sites_table
 from lrqp_torch.study.report.page import as_text
 from lrqp_torch.study.report.words import key_figures
 from lrqp_torch.study.results import StudyResults
-from lrqp_torch.study.showing import between, percent, signed
+from lrqp_torch.study.showing import between, percent, said, signed
 
 MOST_ROWS = 30
 
@@ -105,12 +105,7 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Group:
     }
     kept = {name: whole.columns.index(name) for name in chosen if name in whole.columns}
     rows = [[row[index] for index in kept.values()] for row in whole.rows]
-    caption = (
-        f"shares in %; effect: mean {effect}; length: Mahalanobis, counterfactual; "
-        "ceiling: the activation of a twin; recovered: share of its effect on the answer, "
-        "a dash where the site is not used, and that a share of next to nothing; "
-        "P: of no more flips than edits as long of shuffled probes, Holm-corrected"
-    )
+    (caption,) = said("study", "sweep_caption", effect=effect)
     if len(rows) > most_rows:
 
         def change(name: str) -> float:
@@ -148,14 +143,8 @@ def print_fit(
         for site, found in tried.items()
     ]
     held_out = next(iter(tried.values())).prompts
-    title = (
-        f"{label}: {', '.join(classes)}; {fitted} prompts fitted, {held_out} held out; always "
-        f"naming the most frequent class is right on {percent(majority)}"
-    )
-    caption = (
-        "on prompts held out; edits are to the next class; margin: log odds read after the edit "
-        "minus those asked, worst prompt; length: Mahalanobis"
-    )
+    known = {"classes": classes, "fitted": fitted, "held_out": held_out, "majority": majority}
+    title, caption = said("study", "fit", label=label, **known)
     console.print(fitting(console, Table(columns, rows), title, caption))
 
 
@@ -184,25 +173,8 @@ def print_applied(
     left_out = len(found) - min(show, len(found))
     if left_out:
         console.print(f"\n{left_out} more prompts: see --show and --out.", markup=False)
-    console.print(f"\n{_total(found)}", markup=False, soft_wrap=True)
-
-
-def _total(found: Sequence[Applied]) -> str:
-    count = len(found)
-    believed = sum(item.belief_after > 0 for item in found)
-    text = f"Of {count} prompts, the probe reads the target on {believed} after the edit"
-    leads = [
-        (item.lead_before, item.lead_after)
-        for item in found
-        if item.lead_before is not None and item.lead_after is not None
-    ]
-    if leads:
-        before, after = (sum(value > 0 for value in column) for column in zip(*leads, strict=True))
-        return (
-            f"{text}; the model answers with the target on {after}, without the edit on {before}."
-        )
-    changed = sum(item.next_before[0][0] != item.next_after[0][0] for item in found)
-    return f"{text}; the likeliest next token changes on {changed}."
+    (total,) = said("study", "applied", found=found)
+    console.print(f"\n{total}", markup=False, soft_wrap=True)
 
 
 def _chance(log_odds: float) -> str:
