@@ -66,8 +66,7 @@ def common(
 
 _TELLING = "How much it tells"
 Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_TELLING),
+    bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_TELLING)
 ]
 Verbose = Annotated[
     bool,

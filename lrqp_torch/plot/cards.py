@@ -12,10 +12,7 @@ _CELL = "text-align:left;padding:0.1em 1em 0.1em 0;border:0;background:none"
 
 
 def card(
-    title: str,
-    facts: Mapping[str, object],
-    lengths: Sequence[float] = (),
-    name: str = "lengths",
+    title: str, facts: Mapping[str, object], lengths: Sequence[float] = (), name: str = "lengths"
 ) -> str:
     """HTML of an object: its name, its facts but for those that are None, and a histogram of
     numbers.

@@ -313,11 +313,7 @@ def dose(
 
 
 def attention(
-    values: Any,
-    tokens: Sequence[str] | None = None,
-    *,
-    title: str = "",
-    name: str = "attention",
+    values: Any, tokens: Sequence[str] | None = None, *, title: str = "", name: str = "attention"
 ) -> Figure:
     """Attention as a map: of layers and heads, or from token to token.
 

@@ -868,8 +868,4 @@ def _disentangled(
         ]
         return Estimate.mean(torch.cat(scaled), generator)
 
-    return {
-        "cause": Estimate.share(hit),
-        "isolate": mean(kept),
-        "disentangle": mean([hit], kept),
-    }
+    return {"cause": Estimate.share(hit), "isolate": mean(kept), "disentangle": mean([hit], kept)}

@@ -94,9 +94,7 @@ def interchange_of(clean: Columns, patch: Columns, own: Sample) -> Interchange:
 
 
 def likenesses(
-    clean: Columns,
-    pairs: Mapping[K, tuple[Columns, Columns]],
-    own: Sample,
+    clean: Columns, pairs: Mapping[K, tuple[Columns, Columns]], own: Sample
 ) -> dict[K, dict[str, Any]]:
     """The fields of :class:`Likeness` of edits that are shown together.
 
@@ -216,11 +214,7 @@ def scaled(metric: Mahalanobis, delta: Tensor, length: Tensor) -> Tensor:
 
 
 def null_of(
-    clean: Columns,
-    edit: Columns,
-    runs: Sequence[Columns],
-    seed: int,
-    groups: Tensor | None = None,
+    clean: Columns, edit: Columns, runs: Sequence[Columns], seed: int, groups: Tensor | None = None
 ) -> Null:
     """Summarise the null: ``runs`` of it, each with ``probe``, what each prompt met."""
     own = Sample(seed, None if groups is None else groups.repeat(len(runs)))

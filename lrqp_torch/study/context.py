@@ -103,10 +103,7 @@ class StudyContext:
         return {site: kept[site] for site in wanted}
 
     def twins(
-        self,
-        task: Task,
-        sites: Sequence[str] | None = None,
-        variable: str | None = None,
+        self, task: Task, sites: Sequence[str] | None = None, variable: str | None = None
     ) -> tuple[dict[str, Tensor], Tensor] | None:
         """Clean activations of held-out prompts' twins at the mark, by site, and who has one.
 
@@ -167,11 +164,7 @@ class StudyContext:
         return [self.task] if self.other_task is None else [self.task, self.other_task]
 
     def clean(
-        self,
-        task: Task,
-        position: str,
-        advance: Advance,
-        sites: Sequence[str] | None = None,
+        self, task: Task, position: str, advance: Advance, sites: Sequence[str] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Clean activations of the training and of the held-out prompts; see :meth:`activations`.
 

@@ -187,10 +187,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     half = NORMAL_QUANTILE * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     lower, upper = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
     # The ends are exactly 0 and 1 there; rounding would leave 1e-17.
-    return (
-        0.0 if successes == 0 else max(lower, 0.0),
-        1.0 if successes == n else min(upper, 1.0),
-    )
+    return (0.0 if successes == 0 else max(lower, 0.0), 1.0 if successes == n else min(upper, 1.0))
 
 
 def bootstrap(

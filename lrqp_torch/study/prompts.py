@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrqp_torch.errors import (
-    PromptError,
-    RowError,
-    SettingError,
-    VocabularyWarning,
-    quoted,
-    warn,
-)
+from lrqp_torch.errors import PromptError, RowError, SettingError, VocabularyWarning, quoted, warn
 from lrqp_torch.stream.text import Rows, encode, last_token_at, pad, require_fast, token_at
 
 if TYPE_CHECKING:

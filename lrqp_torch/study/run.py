@@ -32,12 +32,7 @@ from lrqp_torch.study.parts import PARTS, find_part
 from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
 from lrqp_torch.study.parts.joint import JointResult
 from lrqp_torch.study.preparing import choose_sites, describe_model, digest_prompts, prepare
-from lrqp_torch.study.prompts import (
-    PromptSet,
-    majority_share,
-    require_classes,
-    require_every_class,
-)
+from lrqp_torch.study.prompts import PromptSet, majority_share, require_classes, require_every_class
 from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import (

@@ -102,8 +102,7 @@ class Settings:
         None, "How many different names these prompts have.", min=2, show_default="all that fit"
     )
     sites: str = option(
-        "all",
-        "all (the stream before and within every block), or names such as L6.mid,L7.pre.",
+        "all", "all (the stream before and within every block), or names such as L6.mid,L7.pre."
     )
     parts: str = option(
         "all",
@@ -271,8 +270,7 @@ class VerdictSettings:
         "commas.",
     )
     methods: str = option(
-        "all",
-        "all, or names of edits, with commas; all leaves out those trained on the answers.",
+        "all", "all, or names of edits, with commas; all leaves out those trained on the answers."
     )
     das: bool = option(
         False,

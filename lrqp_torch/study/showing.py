@@ -110,9 +110,7 @@ def known(records: Sequence[Any], columns: Mapping[str, Reading]) -> dict[str, R
 
 
 def table_of(
-    keys: Sequence[str],
-    rows: Iterable[tuple[Sequence[Cell], Any]],
-    columns: Mapping[str, Reading],
+    keys: Sequence[str], rows: Iterable[tuple[Sequence[Cell], Any]], columns: Mapping[str, Reading]
 ) -> Table:
     """A table of records: a row each, with what names it in front, under the headings ``keys``.
 

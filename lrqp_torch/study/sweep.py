@@ -61,10 +61,7 @@ def fit_edits(
     # Prompts that cannot be edited are counted in the results instead of ending the study.
     return {
         site: LRQP(
-            probes[site],
-            Mahalanobis.fit(x, shrinkage),
-            log_odds=log_odds,
-            on_infeasible="skip",
+            probes[site], Mahalanobis.fit(x, shrinkage), log_odds=log_odds, on_infeasible="skip"
         )
         for site, x in activations.items()
     }

@@ -17,16 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lrqp_torch.plot.chart import (
-    CONDITION_COLOURS,
-    Chart,
-    Marks,
-    Pane,
-    Panel,
-    Rule,
-    counted,
-    edges,
-)
+from lrqp_torch.plot.chart import CONDITION_COLOURS, Chart, Marks, Pane, Panel, Rule, counted, edges
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.capture import capture
@@ -38,12 +29,7 @@ from lrqp_torch.study.heads import Role, layers_of, parse_head
 from lrqp_torch.study.indirect_objects import named
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import answers, attention_to, batches, put
-from lrqp_torch.study.showing import (
-    grouped,
-    percent,
-    said,
-    table_of,
-)
+from lrqp_torch.study.showing import grouped, percent, said, table_of
 
 CONDITIONS = ("clean", "control", "counterfactual")
 KEYS = ("IO", "S1")

@@ -36,15 +36,7 @@ from lrqp_torch.study.league import (
 )
 from lrqp_torch.study.methods import DOSED, FITTED, LEARNED, NOTHING, OWN, RANDOM
 from lrqp_torch.study.part import Given, Part
-from lrqp_torch.study.showing import (
-    UNKNOWN,
-    Reading,
-    panel,
-    percent,
-    reads,
-    said,
-    table_of,
-)
+from lrqp_torch.study.showing import UNKNOWN, Reading, panel, percent, reads, said, table_of
 
 OFTEN_SAID = 0.2
 """With more probability than this on the answers elsewhere, KL there is the effect itself."""

@@ -250,8 +250,7 @@ def _swept(
             spread = _refitted(given, task, found, held_out, flat)
         sites = {
             name: replace(
-                one,
-                refits=spread[name] if one.recovered else Refits.of(spread[name].flipped, []),
+                one, refits=spread[name] if one.recovered else Refits.of(spread[name].flipped, [])
             )
             for name, one in sites.items()
         }

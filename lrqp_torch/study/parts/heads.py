@@ -21,13 +21,7 @@ from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.intervene import EditContext, Intervention, intervene
 from lrqp_torch.stream.sites import Site, has_mid
 from lrqp_torch.study import heads as rules
-from lrqp_torch.study.attribution import (
-    ATTENTIONS,
-    Scores,
-    head_shares,
-    output_projection,
-    score,
-)
+from lrqp_torch.study.attribution import ATTENTIONS, Scores, head_shares, output_projection, score
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.heads import (
@@ -42,12 +36,7 @@ from lrqp_torch.study.indirect_objects import IOIPrompts, named
 from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.running import attention_to, batches, put
-from lrqp_torch.study.showing import (
-    between,
-    grouped,
-    said,
-    signed,
-)
+from lrqp_torch.study.showing import between, grouped, said, signed
 
 MOST_TESTED = 24
 """At most this many heads are tested for S-inhibition, those that attend most to S2."""

@@ -44,25 +44,13 @@ from lrqp_torch.study.attribution import find_writers
 from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate, Sample
-from lrqp_torch.study.heads import (
-    HeadsResult,
-    Role,
-    first_reader,
-    head_name,
-    layers_of,
-    parse_head,
-)
+from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, layers_of, parse_head
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.joint import JointStudy
 from lrqp_torch.study.part import Given, Part
 from lrqp_torch.study.prompts import ALL, PromptSet, Words
 from lrqp_torch.study.running import Batch, Twinned, answers, batches, divergences, put
-from lrqp_torch.study.showing import (
-    Reading,
-    plural,
-    reads,
-    table_of,
-)
+from lrqp_torch.study.showing import Reading, plural, reads, table_of
 
 RANDOM_SETS = 3
 """Sets of other heads, each as large as the first set of heads with a role."""

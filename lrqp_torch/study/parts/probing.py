@@ -46,10 +46,7 @@ TOLERANCE = 1e-4
 """Relative gradient norm of the probes: accuracies do not move below it, and it halves the time."""
 
 _ACCURACY = "held-out accuracy (%)"
-_SAME_WITHOUT_PREFIX = {
-    known.POSITION_S1: known.CLAUSE_S1,
-    known.POSITION_IO: known.CLAUSE_IO,
-}
+_SAME_WITHOUT_PREFIX = {known.POSITION_S1: known.CLAUSE_S1, known.POSITION_IO: known.CLAUSE_IO}
 
 
 @dataclass(frozen=True)
