@@ -10,24 +10,16 @@ logits grow with all of them. What the probe reads of real activations grows wit
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError, quoted
+from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.context import StudyContext, Task
 
-Dose = Literal["nats", "twin", "class"]
-DOSES: tuple[Dose, ...] = get_args(Dose)
-
-
-def check_dose(dose: str) -> None:
-    """Raise :class:`SettingError` for a dose that does not exist."""
-    if dose not in DOSES:
-        raise SettingError(f"dose must be one of {', '.join(DOSES)}, not {quoted(dose)}.")
+DOSES = ("nats", "twin", "class")
 
 
 def class_readings(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ class Settings:
         Raises:
             SettingError: a number out of its range, or a method that does not exist.
         """
-        from lrqp_torch.errors import SettingError
-        from lrqp_torch.study.doses import check_dose
+        from lrqp_torch.errors import SettingError, quoted
+        from lrqp_torch.study.doses import DOSES
         from lrqp_torch.study.indirect_objects import IDENTITY, ORDER
         from lrqp_torch.study.methods import check_names
         from lrqp_torch.study.reading import FRONTS
@@ -175,10 +175,10 @@ class Settings:
                 f"n = {self.n} with train_share = {self.train_share} leaves fewer than two prompts "
                 "to fit on or to hold out; raise n."
             )
-        check_dose(self.dose)
+        for name, known in (("dose", DOSES), ("bos", FRONTS)):
+            if (own := getattr(self, name)) not in known:
+                raise SettingError(f"{name} must be one of {', '.join(known)}, not {quoted(own)}.")
         check_names(self.compared)
-        if self.bos not in FRONTS:
-            raise SettingError(f"bos must be one of {', '.join(FRONTS)}, not {self.bos!r}.")
         if self.refits < 0:
             raise SettingError(f"refits must be 0 or more, not {self.refits}.")
         if self.batch_size < 1:

@@ -33,7 +33,7 @@ from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.parts import find_part
 from lrqp_torch.study.parts.flipping import sites_table
 from lrqp_torch.study.report import page as report_page
-from lrqp_torch.study.report import print_summary, words, write_report
+from lrqp_torch.study.report import print_summary, terminal, write_report
 from lrqp_torch.study.report.page import Chapter, as_text, lead
 from lrqp_torch.study.results import GroundTruth, PromptTexts, StudyResults
 from lrqp_torch.study.showing import signed
@@ -249,7 +249,7 @@ def test_the_command_names_the_folder_as_given(
     Path("my runs").mkdir()
     found = Page(write(Path("my runs")).read_text(encoding="utf-8")).words
     assert any(word.endswith("--seed 7 --out 'my runs'") for word in found)
-    out = words.command(study_results(), Path("/data/run"))
+    out = terminal.command(study_results(), Path("/data/run"))
     assert out.endswith("--out /data/run")
 
 
@@ -271,7 +271,7 @@ def test_the_summary_says_when_the_truth_is_missed() -> None:
 
 def test_a_study_without_a_sweep_has_a_summary_too(tmp_path: Path) -> None:
     bare = replace(study_results(), sites={}, used_sites=[], best_site=None)
-    assert len(words.key_figures(bare)) == 3
+    assert len(terminal.key_figures(bare)) == 3
     write_report(tmp_path / "report.html", bare)
     page = Page((tmp_path / "report.html").read_text())
     assert "+2.50" in page.words and not page.all("div", role="img")

@@ -8,9 +8,8 @@ from rich.console import Console
 
 from lrqp_torch.study.part import Part
 from lrqp_torch.study.parts import PARTS, find_part
-from lrqp_torch.study.report import words
 from lrqp_torch.study.report.page import REPORT_FILE, Chapter, lead, require_plotly, write_page
-from lrqp_torch.study.report.terminal import print_study
+from lrqp_torch.study.report.terminal import command, key_figures, print_study
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.showing import said
 
@@ -51,9 +50,9 @@ def about(results: StudyResults, folder: Path) -> dict[str, Any]:
         "question": question,  # what the study asks, for a reader who has not met the task
         # The charts that answer it, side by side; key figures; answers of one sentence.
         "panels": [panel for part, result in _found(results) for panel in part.overview(result)],
-        "tiles": words.key_figures(results),
+        "tiles": key_figures(results),
         "says": _says(results),
-        "command": words.command(results, folder),
+        "command": command(results, folder),
         # What the numbers depend on, as name and value.
         "tables": {
             "Settings": results.settings,
