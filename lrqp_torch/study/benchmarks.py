@@ -135,15 +135,9 @@ class KeptLRQP(LearnedLRQP):
 
     def edit(self, x: Tensor, target: Tensor, source: Tensor, context: EditContext) -> Tensor:
         """See :meth:`Baseline.edit`."""
-        kept = {name: self.joint.KEEP for name in self.joint.names}
-        solution = self.joint.solve(
-            x,
-            kept | {self.name_of: target},
-            {self.name_of: source},
-            realise=context.realise,
-            examples=context.example,
-        )
-        return solution.x_new
+        wanted = {name: self.joint.KEEP for name in self.joint.names} | {self.name_of: target}
+        here: dict[str, Any] = {"realise": context.realise, "examples": context.example}
+        return self.joint.solve(x, wanted, {self.name_of: source}, **here).x_new
 
 
 @dataclass(frozen=True)
@@ -732,19 +726,19 @@ class _Scoring:
         """Every method's measures of a benchmark."""
         task, test = self.task, self.task.test
         trials, done = self._run(self.edits, test, test.labels, test.other, task.patches)
-        if benchmark == "causalgym":
+        right = _says(trials.clean, test.labels) if benchmark != "causalgym" else None
+        if right is None:
             measured = self._odds_ratios(trials, done)
+        elif benchmark == "ravel" or task.patches is not None:
+            measured = self._isolated({k: _says(t, test.other)[right] for k, t in done.items()})
         else:
-            right = _says(trials.clean, test.labels)
-            turned = {key: _says(trial, test.other)[right] for key, trial in done.items()}
-            cities = benchmark == "ravel" or task.patches is not None
-            measured = self._isolated(turned) if cities else {
+            measured = {
                 key: {
-                    "interchange accuracy": Estimate.share(hit),
-                    "of the two answers": Estimate.share(done[key]["logit_difference"] < 0),
+                    "interchange accuracy": Estimate.share(_says(trial, test.other)[right]),
+                    "of the two answers": Estimate.share(trial["logit_difference"] < 0),
                 }
-                for key, hit in turned.items()
-            }  # fmt: skip
+                for key, trial in done.items()
+            }
         held = self.context.activations(self.context.task, "test", "mark", [self.site])[self.site]
         read = self.reference.probe(held).argmax(-1).cpu()
         return TaskScore(
@@ -823,15 +817,10 @@ class _Scoring:
             for key, trial in done.items():
                 stays[key].append(_says(trial, asking.labels)[right])
         draws, paired = self.context.generator, self.task.patches is not None
-        return {
-            key: _disentangled(hit, stays[key], draws())
-            | (
-                {"interchange accuracy": Estimate.share(torch.cat([hit, *stays[key]]))}
-                if paired
-                else {}
-            )
-            for key, hit in turned.items()
-        }
+        found = {key: _disentangled(hit, stays[key], draws()) for key, hit in turned.items()}
+        for key, hit in turned.items() if paired else ():
+            found[key]["interchange accuracy"] = Estimate.share(torch.cat([hit, *stays[key]]))
+        return found
 
 
 def _controlled(prompts: PromptSet, tokens: tuple[int, int]) -> PromptSet:

@@ -242,15 +242,9 @@ def verdicts(
     p_values: Mapping[K, float], nulls: Mapping[K, Null], needed: Mapping[K, int | None]
 ) -> dict[K, Verdict]:
     """The verdict at each of several sites, corrected for their number."""
-    adjusted = holm(p_values)
     return {
-        key: Verdict(
-            used=adjusted[key] < LEVEL and nulls[key].as_strong == 0,
-            p_value=p_values[key],
-            p_adjusted=adjusted[key],
-            prompts_needed=needed[key],
-        )
-        for key in p_values
+        key: Verdict(p < LEVEL and nulls[key].as_strong == 0, p_values[key], p, needed[key])
+        for key, p in holm(p_values).items()
     }
 
 

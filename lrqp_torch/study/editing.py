@@ -366,20 +366,17 @@ def apply(
             site, held = origin.site, batch.labels
             with edit.at(model, site, positions=positions, target=written, source=held):
                 after = _continued(model, tokenizer, batch, generate)
-        columns = zip(
+        runs = ((clean, clean_rest), (edited.logits, edited.rest))
+        columns = [
             batch.prompts,
-            [batch.classes[index] for index in batch.labels.tolist()],
-            [batch.classes[index] for index in written.tolist()],
+            *([batch.classes[k] for k in own.tolist()] for own in (batch.labels, written)),
             *(edited.record[n].tolist() for n in ("log_odds_before", "log_odds_after", "distance")),
-            _leads(batch, clean, clean_rest, written),
-            _leads(batch, edited.logits, edited.rest, written),
-            _likeliest(tokenizer, clean, likeliest),
-            _likeliest(tokenizer, edited.logits, likeliest),
+            *(_leads(batch, *run, written) for run in runs),
+            *(_likeliest(tokenizer, logits, likeliest) for logits, _ in runs),
             before,
             after,
-            strict=True,
-        )
-        found += [Applied(*row) for row in columns]
+        ]
+        found += [Applied(*row) for row in zip(*columns, strict=True)]
     return found
 
 
@@ -413,12 +410,8 @@ def _continued(
 ) -> list[Any]:
     length = prompts.inputs["input_ids"].shape[1]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = model.generate(
-        input_ids=prompts.inputs["input_ids"],
-        attention_mask=prompts.inputs["attention_mask"],
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=padding,
-    )
+    inputs = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask")}
+    how = {"max_new_tokens": count, "do_sample": False, "pad_token_id": padding}
+    ids = model.generate(**inputs, **how)
     texts: list[Any] = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
     return texts

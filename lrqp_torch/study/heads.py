@@ -127,31 +127,20 @@ def mover_roles(
     By each head's mean attention END → IO and END → S1, and its direct effect on IO − S.
     """
     effect = {head: value.certain for head, value in effects.items()}
-    ranked = sorted(effect, key=lambda head: -abs(effect[head]))
-
-    def attending(least: float) -> list[str]:
-        return [
-            head
-            for head in ranked
-            if to_io[head] >= least and to_io[head] >= SELECTIVE * to_s1[head] and effect[head]
-        ]
-
-    looking = attending(ATTENTION)
+    selective = [h for h in effect if to_io[h] >= SELECTIVE * to_s1[h] and effect[h]]
+    selective.sort(key=lambda head: -abs(effect[head]))
+    looking = [head for head in selective if to_io[head] >= ATTENTION]
     strongest = max((abs(value) for value in effect.values()), default=0.0)
     among = max((abs(effect[head]) for head in looking), default=0.0)
     needed = max(STRONG * among, STRONG * strongest / 2)
     movers = [head for head in looking if effect[head] >= needed]
     lowest = min((parse_head(head)[0] for head in movers), default=float("inf"))
+    others = [h for h in selective if to_io[h] >= BACKUP_ATTENTION and h not in movers]
+    weak = [head for head in others if effect[head] >= WEAK * strongest]
     return {
         Role.MOVER: movers,
         Role.NEGATIVE: [head for head in looking if -effect[head] >= needed],
-        Role.BACKUP: [
-            head
-            for head in attending(BACKUP_ATTENTION)
-            if head not in movers
-            and parse_head(head)[0] >= lowest
-            and effect[head] >= WEAK * strongest
-        ],
+        Role.BACKUP: [head for head in weak if parse_head(head)[0] >= lowest],
         Role.WRITER: writers(effects),
     }
 

@@ -10,6 +10,7 @@ edits from disjoint halves of the prompts are compared.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -490,13 +491,9 @@ def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list
 
 
 def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
-    return LRQP(
-        probe,
-        edit.metric,
-        log_odds=float(edit.log_odds),
-        rule="mirror" if edit.rule == "mirror" else "fixed",
-        on_infeasible="skip",
-    )
+    rule: Literal["mirror", "fixed"] = "mirror" if edit.rule == "mirror" else "fixed"
+    how = {"log_odds": float(edit.log_odds)}
+    return LRQP(probe, edit.metric, rule=rule, on_infeasible="skip", **how)
 
 
 # ---- edits from half of the prompts --------------------------------------------------------------

@@ -108,7 +108,7 @@ class _Variable:
             Values(data.classes, data.labels) if name is None else data.values(name)
             for data in (train, test)
         )
-        names, labels = known.classes, [known.labels.cpu(), test_known.labels.cpu()]
+        names, labels = known.classes, (known.labels.cpu(), test_known.labels.cpu())
         twins = None if name is None else test.twins(name)
         target = test.other.cpu() if name is None else (labels[1] + 1) % len(names)
         if name is not None and twins is not None:
@@ -118,13 +118,8 @@ class _Variable:
         kept = (counts >= FEWEST).nonzero().flatten()
         new = torch.full((len(names),), -1)
         new[kept] = torch.arange(len(kept))
-        return cls(
-            [names[index] for index in kept.tolist()],
-            new[labels[0]],
-            new[labels[1]],
-            new[target],
-            name is not None and twins is not None and twins.rows is None,
-        )
+        classes, alone = [names[k] for k in kept.tolist()], twins is not None and twins.rows is None
+        return cls(classes, new[labels[0]], new[labels[1]], new[target], alone)
 
 
 @dataclass
@@ -165,17 +160,10 @@ class JointStudy:
             name: y[torch.randperm(len(y), generator=context.generator()).to(y.device)]
             for name, y in self.labels.items()
         }
-        l2, settings = given.settings.l2, given.settings
-        both = (("", self.labels), (" shuffled", self.mixed))
-        self.probes = LinearProbe.fit_many(
-            {
-                (site, name + what): (x, y)
-                for site, x in self.fit.items()
-                for what, labels in both
-                for name, y in labels.items()
-            },
-            l2=l2,
-        )
+        settings, every_y = given.settings, dict(self.labels)
+        every_y |= {f"{name} shuffled": y for name, y in self.mixed.items()}
+        problems = {(s, name): (x, y) for s, x in self.fit.items() for name, y in every_y.items()}
+        self.probes = LinearProbe.fit_many(problems, l2=settings.l2)
         self.edits = {}
         for site, x in self.fit.items():
             metric = Mahalanobis.fit(x, settings.shrinkage)
@@ -208,15 +196,9 @@ class JointStudy:
         one, device = self.sets[-1], batch.prompts.labels.device
         target = self.choice(one, self.target[batch.rows].to(device))
         asked = self.asked(site, one, {condition: target}, batch.rows)
-        given: dict[str, Any] = {} if asked is None else {"asked": asked[condition]}
-        return self.edits[site].at(
-            batch.model,
-            site,
-            positions=batch.prompts.position,
-            target=target,
-            source=self.source[batch.rows].to(device),
-            **given,
-        )
+        how: dict[str, Any] = {} if asked is None else {"asked": asked[condition]}
+        how |= {"positions": batch.prompts.position, "source": self.source[batch.rows].to(device)}
+        return self.edits[site].at(batch.model, site, target=target, **how)
 
     def run(self, advance: Advance) -> dict[tuple[str, str], dict[str, Tensor]]:
         """What every held-out prompt answers under each edit, by site and set of variables.
@@ -306,18 +288,12 @@ class JointStudy:
         twin = self.twins.get(one)
         for name, choice in targets.items():
             there = x if name == "control" or twin is None else twin[0][site][rows.to(x.device)]
-            found[name] = {
-                variable: asked_of(
-                    dose,
-                    self.probes[site, variable],
-                    choice[:, place].to(x.device),
-                    there,
-                    self.fit[site],
-                    self.labels[variable],
-                )
-                for place, variable in enumerate(self.variables)
-                if int(choice[:, place].min()) >= 0
-            }
+            found[name] = {}
+            for place, variable in enumerate(self.variables):
+                to, probe = choice[:, place].to(x.device), self.probes[site, variable]
+                if int(to.min()) >= 0:
+                    known = self.fit[site], self.labels[variable]
+                    found[name][variable] = asked_of(dose, probe, to, there, *known)
         return found
 
     def summary(
@@ -328,14 +304,9 @@ class JointStudy:
         for one in self.sets:
             flat = flats[site, one]
             groups = flat.get("groups")
-            right = torch.stack(
-                [
-                    self.probes[site, f"{name} shuffled"](self.x[site]).argmax(-1).cpu()
-                    == self.source[:, place]
-                    for place, name in enumerate(self.variables)
-                    if one in (name, ALL)
-                ]
-            ).all(0)
+            read = [self.probes[site, f"{n} shuffled"](self.x[site]) for n in self.variables]
+            same = torch.stack([z.argmax(-1).cpu() for z in read], -1) == self.source
+            right = same[:, [one in (name, ALL) for name in self.variables]].all(-1)
             own = VariableResult.of(flat, site, Estimate.share(right, groups), seed)
             result = judged({site: own}, flat, seed)[site]
             assert isinstance(result, VariableResult)
@@ -519,13 +490,7 @@ class JointStudy:
             return None
         few = shortest(train[found.known.nonzero().flatten()], training.prompts)
         with torch.enable_grad():
-            das, settings = train_das(
-                context,
-                site,
-                self.given.edit_at(site),
-                few,
-                training,
-                rank=len(self.variables) if one == ALL else 1,
-                variable=variable,
-            )
+            rank, edit = len(self.variables) if one == ALL else 1, self.given.edit_at(site)
+            how: dict[str, Any] = {"rank": rank, "variable": variable}
+            das, settings = train_das(context, site, edit, few, training, **how)
         return {"das": das, "das_least": DASLeast.of(das)}, settings

@@ -305,23 +305,19 @@ def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
         cost: iter(front(effects, [float(v) for item in swept for v in item.costs[cost].mean(0)]))
         for cost in swept[0].costs
     }
-    return [
-        Curve(
-            item.name,
-            item.title,
-            item.dose,
-            [
-                CurvePoint(
-                    dose=dose,
-                    effect=draws.mean(item.fall[:, column]),
-                    flipped=item.flipped[column],
-                    costs={k: draws.mean(values[:, column]) for k, values in item.costs.items()},
-                    optimal={k: next(flags) for k, flags in optimal.items()},
-                )
-                for column, dose in enumerate(item.doses)
-            ],
+
+    def point(item: Swept, column: int) -> CurvePoint:
+        return CurvePoint(
+            dose=item.doses[column],
+            effect=draws.mean(item.fall[:, column]),
+            flipped=item.flipped[column],
+            costs={k: draws.mean(values[:, column]) for k, values in item.costs.items()},
+            optimal={k: next(flags) for k, flags in optimal.items()},
         )
-        for item in swept
+
+    return [
+        Curve(one.name, one.title, one.dose, [point(one, i) for i in range(len(one.doses))])
+        for one in swept
     ]
 
 
@@ -508,31 +504,20 @@ class _Site:
         before, right = self.clean["logit_difference"][:few], self.clean["own_lead"][:few] > 0
         swept = []
         for name, by_dose in curves.items():
-            doses = sorted(by_dose)
+            doses, dose = sorted(by_dose), "log α" if name == DOSED else "strength"
             done = [by_dose[dose] for dose in doses]
-            kept = [
-                self.oracles.selectivity(self.x[:few], trial["activations"][:few]) for trial in done
-            ]
-            costs = {
-                cost: torch.stack([trial[cost][:few] for trial in done], dim=-1)
-                for cost in (DIVERGENCE, REST)
-            }
+
+            def side_by_side(key: str, done: list[Trial] = done) -> Tensor:
+                return torch.stack([trial[key][:few] for trial in done], dim=-1)
+
+            fall = before.unsqueeze(-1) - side_by_side("logit_difference")
+            flips = [Estimate.share(t["other_lead"][:few][right] > 0).value for t in done]
+            costs = {cost: side_by_side(cost) for cost in (DIVERGENCE, REST)}
+            kept = [self.oracles.selectivity(self.x[:few], t["activations"][:few]) for t in done]
             if self.oracles.others:
                 lost = [1 - item for item in kept if item is not None]
                 costs[UNSELECTIVE] = torch.stack(lost, dim=-1)
-            swept.append(
-                Swept(
-                    name,
-                    titles[name],
-                    "log α" if name == DOSED else "strength",
-                    doses,
-                    [Estimate.share(t["other_lead"][:few][right] > 0).value for t in done],
-                    torch.stack(
-                        [before - trial["logit_difference"][:few] for trial in done], dim=-1
-                    ),
-                    costs,
-                )
-            )
+            swept.append(Swept(name, titles[name], dose, doses, flips, fall, costs))
         return swept
 
     def _unrelated(self) -> tuple[dict[str, Tensor], int]:

@@ -55,18 +55,9 @@ def prepare(
             versions = [settings, settings.other()] if settings.compares else [settings]
             tasks = [named_task(tokenizer, version) for version in versions]
         advance(1)
-    context = StudyContext(
-        model=model,
-        task=tasks[0],
-        other_task=tasks[1] if len(tasks) > 1 else None,
-        sites=sites,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        device=device,
-        left_out=dict(log.left_out),
-        notes=log.says(),
-        variables=settings.variable_names,
-    )
+    other, how = tasks[1] if len(tasks) > 1 else None, (settings.batch_size, settings.seed)
+    context = StudyContext(model, tasks[0], other, sites, *how, device, settings.variable_names)
+    context.left_out, context.notes = dict(log.left_out), log.says()
     if read is None:
         return context
     context = _without_constant(context)
@@ -221,13 +212,8 @@ def find_sink(context: StudyContext) -> str | None:
     few = context.task.train[: min(LOOKED_AT, len(context.task.train))].trimmed()
     real = few.inputs["attention_mask"].bool()
     edited = few.edited
-    found = capture(
-        context.model,
-        few.inputs,
-        evenly(context.sites, MOST_SITES),
-        positions=real,
-        batch_size=context.batch_size,
-    )
+    sites, size = evenly(context.sites, MOST_SITES), context.batch_size
+    found = capture(context.model, few.inputs, sites, positions=real, batch_size=size)
     most, sinks, rows = 0.0, [], torch.zeros(len(few), dtype=torch.bool)
     for site, x in found.items():
         norms = torch.zeros(real.shape, dtype=torch.float64)

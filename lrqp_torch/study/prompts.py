@@ -216,6 +216,7 @@ class PromptSet(Rows):
         left = padding_side == "left"
         shift = inputs["input_ids"].shape[1] - 1 - end if left else torch.zeros_like(end)
         answers, continued = _padded([row.answers for row in rows], prompts[0].answers is None)
+        states = [[further[name].index(p.further[name]) for name in further] for p in prompts]
         made = cls(
             inputs=inputs,
             position=torch.tensor([row.positions[-1] for row in rows]) + shift,
@@ -228,14 +229,7 @@ class PromptSet(Rows):
             continued=continued,
             pairs=_numbered([_frame(prompt) for prompt in prompts]),
             groups=_numbered([prompt.group for prompt in prompts]),
-            further=None
-            if not further
-            else torch.tensor(
-                [
-                    [further[name].index(prompt.further[name]) for name in further]
-                    for prompt in prompts
-                ]
-            ),
+            further=torch.tensor(states) if further else None,
             further_classes=further,
         )
         asked = [prompt.target for prompt in prompts]
@@ -420,12 +414,8 @@ class PromptSet(Rows):
         both = torch.cat([self.answers.unsqueeze(-1), self.continued], -1)[:, :, 0]
         own, other = both[rows, self.labels], both[rows, self.other]
         same = ((own == other) & (own >= 0)).long().cumprod(-1).sum(-1)
-        ids = [
-            torch.cat([whole[real], said[:count]])
-            for whole, real, said, count in zip(
-                self.inputs["input_ids"], mask, own, same.tolist(), strict=True
-            )
-        ]
+        each = zip(self.inputs["input_ids"], mask, own, same.tolist(), strict=True)
+        ids = [torch.cat([whole[real], said[:count]]) for whole, real, said, count in each]
         fill = int(self.inputs["input_ids"].min())
         padded, real = (
             pad_sequence(each, batch_first=True, padding_value=value, padding_side="left")
@@ -434,14 +424,10 @@ class PromptSet(Rows):
         answers = torch.full((*self.answers.shape[:2], 1), -1)
         answers[rows, self.labels, 0] = own[rows, same]
         answers[rows, self.other, 0] = other[rows, same]
-        shift = padded.shape[1] - 1 - same - self.end
+        shift, columns = padded.shape[1] - 1 - same - self.end, (real.cumsum(1) - 1).clamp(min=0)
         return replace(
             self,
-            inputs={
-                "input_ids": padded,
-                "attention_mask": real,
-                "position_ids": (real.cumsum(1) - 1).clamp(min=0),
-            },
+            inputs={"input_ids": padded, "attention_mask": real, "position_ids": columns},
             position=self.position + shift,
             end=self.end + shift + same,
             spans=None if self.spans is None else _moved(self.spans, shift, padded.shape[1]),
