@@ -492,8 +492,8 @@ def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list
 
 def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
     rule: Literal["mirror", "fixed"] = "mirror" if edit.rule == "mirror" else "fixed"
-    how = {"log_odds": float(edit.log_odds)}
-    return LRQP(probe, edit.metric, rule=rule, on_infeasible="skip", **how)
+    odds = float(edit.log_odds)
+    return LRQP(probe, edit.metric, log_odds=odds, rule=rule, on_infeasible="skip")
 
 
 # ---- edits from half of the prompts --------------------------------------------------------------

@@ -213,19 +213,12 @@ def compute(
     """
     if not edits:
         raise SettingError("no site to compare edits at")
-    words = context.task.test.words
-    return CompareResult(
-        sites={
-            site: _Site(context, site, edit, heads, options, advance).compared()
-            for site, edit in edits.items()
-        },
-        position=words.position,
-        seed=context.seed,
-        resamples=RESAMPLES,
-        words=words,
-        elsewhere=elsewhere(context.task.test)[1],
-        texts=_texts_are(context.task.test),
-    )
+    words, data, how = context.task.test.words, context.task.test, (heads, options, advance)
+    sites = {site: _Site(context, site, edit, *how).compared() for site, edit in edits.items()}
+    named = isinstance(data, IOIPrompts)
+    texts = "unrelated text" if named else f"the text before {words.position}"
+    known = (words.position, context.seed, RESAMPLES, words)
+    return CompareResult(sites, *known, elsewhere(data)[1], texts)
 
 
 # ---- effect against side effect ------------------------------------------------------------------
@@ -420,13 +413,12 @@ class _Site:
             context, data, elsewhere=self.beside, watched=self.watched, keys=keys, activations=True
         )
         patch = trials.ceiling(self.site, self.reference.metric)
-        control, counterfactual = (
-            {
-                name: trials.write(self.site, edit, target, self.labels, partners, patch)
-                for name, edit in self.edits.items()
-            }
-            for target, partners in ((self.labels, x[alike]), (self.target, pairs))
-        )
+
+        def written(target: Tensor, partners: Tensor) -> dict[str, Trial]:
+            how = target, self.labels, partners, patch
+            return {n: trials.write(self.site, edit, *how) for n, edit in self.edits.items()}
+
+        control, counterfactual = written(self.labels, x[alike]), written(self.target, pairs)
         trials.run(self.advance)
         # No edit leaves every bit of the clean activations.
         self.clean, self.x = trials.clean, control[NOTHING]["activations"]
@@ -627,28 +619,17 @@ def unrelated(context: StudyContext, most: int) -> tuple[PromptSet, Tensor, Tens
     lengths = (until - start).cpu()
     within = 1 + (share * (lengths - 2)).long()
     positions = (width - lengths + within).to(until.device)
-    texts = PromptSet(
-        inputs={
-            "input_ids": data.inputs["input_ids"][long].gather(1, columns.clamp_min(0)),
-            "attention_mask": real.long(),
-            "position_ids": (real.long().cumsum(1) - 1).clamp_min(0),
-        },
-        position=positions,
-        end=torch.full_like(positions, width - 1),
-        labels=torch.zeros_like(positions),
-        classes=data.classes,
-        answers=None,
-        prompts=tuple(data.prompts[row] for row in long.tolist()),
-    )
+    inputs = {
+        "input_ids": data.inputs["input_ids"][long].gather(1, columns.clamp_min(0)),
+        "attention_mask": real.long(),
+        "position_ids": (real.long().cumsum(1) - 1).clamp_min(0),
+    }
+    end, none = torch.full_like(positions, width - 1), torch.zeros_like(positions)
+    words = tuple(data.prompts[row] for row in long.tolist())
+    texts = PromptSet(inputs, positions, end, none, data.classes, None, words)
     behind = torch.arange(width, device=until.device) > positions.unsqueeze(1)
     target = torch.randint(len(data.classes), (len(long),), generator=generator)
     return texts, behind, target
-
-
-def _texts_are(data: PromptSet) -> str:
-    if isinstance(data, IOIPrompts):
-        return "unrelated text"
-    return f"the text before {data.words.position}"
 
 
 def _keys(data: PromptSet) -> Tensor | None:

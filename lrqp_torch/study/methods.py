@@ -8,7 +8,7 @@ prompt of the class to write.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -53,13 +53,8 @@ class DosedLRQP(LeastEdit):
 
     def __init__(self, reference: LRQP, log_alpha: float) -> None:
         super().__init__(reference)
-        self.program = LRQP(
-            reference.probe,
-            reference.metric,
-            log_odds=log_alpha,
-            rule="fixed",
-            on_infeasible="skip",
-        )
+        odds, own = log_alpha, (reference.probe, reference.metric)
+        self.program = LRQP(*own, log_odds=odds, rule="fixed", on_infeasible="skip")
 
 
 NOTHING, RANDOM = "none", "random"
@@ -169,16 +164,9 @@ def counterparts(
     twins, target = prompts.twins(variable), prompts.other
     if twins is None:
         return drawn(context, sites, target)
-    found = {
-        site: values.float()
-        for site, values in capture(
-            context.model,
-            twins.prompts.inputs,
-            list(sites),
-            twins.prompts.position,
-            batch_size=context.batch_size,
-        ).items()
-    }
+    inputs, at, size = twins.prompts.inputs, twins.prompts.position, context.batch_size
+    seen = capture(context.model, inputs, list(sites), at, batch_size=size)
+    found = {site: values.float() for site, values in seen.items()}
     known = twins.known.to(context.device).unsqueeze(-1)
     if bool(known.all()):
         return found
@@ -278,9 +266,10 @@ def train_das(
     variable: str | None = None,
 ) -> tuple[DAS, str]:
     """DAS of rank 1 for the next class to be the answer, and how it was trained, in words."""
+    wanted, pairs = behaviour(context, site, data, training.batch_size), [site]
     edit = DAS.fit(
-        behaviour(context, site, data, training.batch_size),
-        counterparts(context, data, [site], variable)[site],
+        wanted,
+        counterparts(context, data, pairs, variable)[site],
         reference=reference,
         rank=rank,
         epochs=training.epochs,
@@ -288,8 +277,8 @@ def train_das(
         patience=training.patience,
         seed=context.seed,
     )
-    assert edit.report is not None
     report = edit.report
+    assert report is not None
     return edit, (
         f"rank {rank}, {len(data)} prompts, {len(report.validation_loss)} epochs in batches of "
         f"{training.batch_size}, best {report.best_epoch}"
@@ -306,20 +295,16 @@ def train_learned(
     prompts = counterfactual_prompts(data)
     rows = torch.randperm(len(data), generator=context.generator())
     back = max(1, round(training.held_back * len(data)))
-    learned = learn(
-        context.model,
-        site,
-        reference,
-        prompts[rows[back:].sort().values],
-        validation=prompts[rows[:back].sort().values],
-        options=LearnOptions(
-            weights=Weights(elsewhere=training.elsewhere),
-            epochs=training.epochs,
-            patience=training.patience,
-            batch_size=training.batch_size,
-            seed=context.seed,
-        ),
+    held_back, seen = (prompts[own.sort().values] for own in (rows[:back], rows[back:]))
+    options = LearnOptions(
+        weights=Weights(elsewhere=training.elsewhere),
+        epochs=training.epochs,
+        patience=training.patience,
+        batch_size=training.batch_size,
+        seed=context.seed,
     )
+    known: dict[str, Any] = {"validation": held_back, "options": options}
+    learned = learn(context.model, site, reference, seen, **known)
     return LearnedLRQP(reference, learned.edit), (
         f"{len(data)} prompts, {len(learned.history) - 1} epochs in batches of "
         f"{training.batch_size}, best {learned.best_epoch}, weight of KL elsewhere "

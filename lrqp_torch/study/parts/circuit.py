@@ -142,12 +142,10 @@ class Circuit(Part[CircuitResult]):
             roles=movers | {Role.S_INHIBITION: readers},
             probes=[read(name, condition) for name in probes for condition in CONDITIONS],
             attention=[
-                AttentionReading(
-                    head, role, condition, *(spread(k, condition, head) for k in (*KEYS, "moved"))
-                )
+                AttentionReading(head, role, c, *(spread(k, c, head) for k in (*KEYS, "moved")))
                 for role, group in movers.items()
                 for head in group
-                for condition in CONDITIONS
+                for c in CONDITIONS
             ],
         )
 
@@ -168,51 +166,30 @@ class Circuit(Part[CircuitResult]):
             )
         if result.attention:
             pairs = list(_by_head(result.attention).items())[:MOST_DRAWN]
-            titles = [f"{head}\n{readings['clean'].role}" for head, readings in pairs]
-            charts["circuit_attention"] = Chart(
-                [
-                    _paired(own, "to_io", title)
-                    for (_, own), title in zip(pairs, titles, strict=True)
-                ]
-                + [_paired(own, "to_s1") for _, own in pairs],
-                f"Attention before and after the edit at {result.site}, a point a prompt",
-                columns=len(pairs),
-                share_x=True,
-                share_y=True,
-            )
+            panes = [_paired(o, "to_io", f"{head}\n{o['clean'].role}") for head, o in pairs]
+            panes += [_paired(own, "to_s1") for _, own in pairs]
+            title = f"Attention before and after the edit at {result.site}, a point a prompt"
+            chart = Chart(panes, title, columns=len(pairs), share_x=True, share_y=True)
+            charts["circuit_attention"] = chart
         return charts
 
     def panels(self, result: CircuitResult, /) -> list[Panel]:
         """What probes read from S-inhibition heads, and where name movers look."""
-        heads = {
-            f"{head} ({own['clean'].role})": Chart(
-                [_paired(own, "to_io"), _paired(own, "to_s1")], columns=2
-            )
-            for head, own in _by_head(result.attention).items()
-        }
-        probes = {
-            head: Chart([_histogram(readings, "")])
-            for head, readings in _by_head(result.probes).items()
-        }
+        heads = {}
+        for head, own in _by_head(result.attention).items():
+            panes = [_paired(own, key) for key in ("to_io", "to_s1")]
+            heads[f"{head} ({own['clean'].role})"] = Chart(panes, columns=2)
+        probes = {head: Chart([_histogram(o, "")]) for head, o in _by_head(result.probes).items()}
         read = {
             "reads the order asked for (%)": "reports",
             "mean log odds of the true order (nats)": "log_odds.mean",
         }
         looked = {"END → IO": "to_io.mean", "END → S1": "to_s1.mean", "moved": "moved.mean"}
+        shown = _by_choice(probes, result.probes, read), _by_choice(heads, result.attention, looked)
+        known = {"writers": Role.WRITER in result.roles, "changes": _changes(result)}
         return [
-            self.panel(
-                "circuit-probes",
-                result,
-                shown=_by_choice(probes, result.probes, read),
-                together=_together(result),
-            ),
-            self.panel(
-                "circuit-attention",
-                result,
-                shown=_by_choice(heads, result.attention, looked),
-                writers=Role.WRITER in result.roles,
-                changes=_changes(result),
-            ),
+            self.panel("circuit-probes", result, shown=shown[0], together=_together(result)),
+            self.panel("circuit-attention", result, shown=shown[1], **known),
         ]
 
 
@@ -317,17 +294,14 @@ def _by_head(readings: list[Reading]) -> dict[str, dict[str, Reading]]:
 def _histogram(readings: dict[str, ProbeReading], title: str) -> Pane:
     """What one probe reads in each condition."""
     limits = edges([value for reading in readings.values() for value in reading.log_odds.values])
+
+    def bars(condition: str, reading: ProbeReading) -> Marks:
+        name = f"{condition} {percent(reading.reports.value, 0)}"
+        looks: dict[str, Any] = {"colour": CONDITION_COLOURS[condition], "opacity": 0.5}
+        return counted(name, reading.log_odds.values, limits, **looks)
+
     return Pane(
-        [
-            counted(
-                f"{condition} {percent(reading.reports.value, 0)}",
-                reading.log_odds.values,
-                limits,
-                colour=CONDITION_COLOURS[condition],
-                opacity=0.5,
-            )
-            for condition, reading in readings.items()
-        ],
+        [bars(*each) for each in readings.items()],
         rules=[Rule(0.0, "x", dash="solid")],
         title=title,
         x_title="log odds of the true order, read from the head's output at END (nats)",
@@ -338,24 +312,18 @@ def _histogram(readings: dict[str, ProbeReading], title: str) -> Pane:
 
 def _paired(readings: dict[str, AttentionReading], key: str, title: str = "") -> Pane:
     """Clean against edited attention to one token, a mark a prompt."""
-    clean, token = getattr(readings["clean"], key).values, key.removeprefix("to_").upper()
+    seen = {condition: getattr(own, key).values for condition, own in readings.items()}
+    looks: dict[str, Any] = {"kind": "points", "size": 0.6, "opacity": 0.4}
+    marks = [
+        Marks(f"{c} edit", seen["clean"], seen[c], colour=CONDITION_COLOURS[c], **looks)
+        for c in CONDITIONS[1:]
+    ]
     return Pane(
-        [
-            Marks(
-                f"{condition} edit",
-                clean,
-                getattr(readings[condition], key).values,
-                kind="points",
-                colour=CONDITION_COLOURS[condition],
-                size=0.6,
-                opacity=0.4,
-            )
-            for condition in CONDITIONS[1:]
-        ],
+        marks,
         rules=[Rule(0.0, "diagonal", dash="dash")],
         title=title,
         x_title="attention in the clean run",
-        y_title=f"END → {token}, edited",
+        y_title=f"END → {key.removeprefix('to_').upper()}, edited",
         x_range=(-0.04, 1.04),
         y_range=(-0.04, 1.04),
         square=True,

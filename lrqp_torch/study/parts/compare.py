@@ -185,22 +185,15 @@ class Compare(Part[CompareResult]):
         shown = []
         for number, site in enumerate(result.sites.values()):
             measures = [m for m in MEASURES if any(m.of(row) for row in _built(site))]
-            every: dict[str, Any] = {
-                "charts": {
-                    _titled(result, measure.title): Chart([_measured(result, site, measure)])
-                    for measure in measures
-                },
-                "choice": "measure",
-                "table": _table(result, site),
+            charts = {
+                _titled(result, m.title): Chart([_measured(result, site, m)]) for m in measures
             }
-            curves: dict[str, Any] = {
-                "charts": {
-                    _axis(result, cost): Chart([_plane(result, site, cost, intervals=True)])
-                    for cost in site.costs
-                },
-                "choice": "side effect",
-                "table": _points(result, site),
+            planes = {
+                _axis(result, cost): Chart([_plane(result, site, cost, intervals=True)])
+                for cost in site.costs
             }
+            every = {"charts": charts, "choice": "measure", "table": _table(result, site)}
+            curves = {"charts": planes, "choice": "side effect", "table": _points(result, site)}
             known = _known(result, site)
             shown += [
                 panel(self.name, f"compare-{number}", shown=every, **known),
@@ -292,18 +285,17 @@ def _front(site: SiteComparison, cost: str) -> dict[str, Any]:
     """How many curves are on the Pareto front of a side effect, and what beats LRQP in both."""
     own = next(curve for curve in site.curves if curve.name == FITTED)
     at_one = next(point for point in own.points if point.dose == 1)
+
+    def beats(point: CurvePoint) -> bool:
+        cheaper = point.costs[cost].known < at_one.costs[cost].known
+        return cheaper and point.effect.known >= at_one.effect.known
+
+    others = [(c, point) for c in site.curves if c.name not in OWN for point in c.points]
     return {
         "held": sum(point.optimal[cost] for point in own.points),
         "strengths": len(own.points),
         "touch": sum(any(point.optimal[cost] for point in c.points) for c in site.curves),
-        "beaten": [
-            f"{curve.title} ({curve.dose} {point.dose:g})"
-            for curve in site.curves
-            if curve.name not in OWN
-            for point in curve.points
-            if point.effect.known >= at_one.effect.known
-            and point.costs[cost].known < at_one.costs[cost].known
-        ],
+        "beaten": [f"{c.title} ({c.dose} {point.dose:g})" for c, point in others if beats(point)],
     }
 
 
@@ -373,27 +365,17 @@ def _plane(
     moving = [p for c in site.curves if c.name != RANDOM for p in c.points] or every
     right, most = 1.3 * max(x(p) for p in every), max(p.effect.known for p in every)
     steps = [*best, (right, best[-1][1])]
-    looks: dict[str, Any] = {
-        "kind": "steps",
-        "colour": chart.NOTE,
-        "opacity": 0.12,
-        "legend": False,
-    }
-    beaten = Marks("beaten", [at for at, _ in steps], [effect for _, effect in steps], **looks)
-    curves = [
-        marks(curve, curve.points, stroke=1.8 if curve.name == FITTED else 1.0)
-        for curve in site.curves
-    ]
-    plain = [
-        marks(
-            curve, [point], kind="points", size=2.4 if curve.name == FITTED else 1.8, legend=False
-        )
-        for curve in site.curves
-        for point in curve.points
-        if point.dose == 1 and curve.dose == "strength"
-    ]
+    looks: dict[str, Any] = {"kind": "steps", "colour": chart.NOTE, "opacity": 0.12}
+    places, effects = zip(*steps, strict=True)
+    drawn = [Marks("beaten", places, effects, legend=False, **looks)]
+    for curve in site.curves:
+        drawn.append(marks(curve, curve.points, stroke=1.8 if curve.name == FITTED else 1.0))
+    for curve in (curve for curve in site.curves if curve.dose == "strength"):
+        plain = [point for point in curve.points if point.dose == 1]
+        size = 2.4 if curve.name == FITTED else 1.8
+        drawn += [marks(curve, [p], kind="points", size=size, legend=False) for p in plain]
     return Pane(
-        [beaten, *curves, *plain],
+        drawn,
         x_title=f"side effect: {_axis(result, cost)}",
         y_title=_titled(result, "effect: mean fall of {preference} ({unit})"),
         x_range=(0.7 * min(map(x, moving)), right),
@@ -413,15 +395,11 @@ def _dots(result: CompareResult, site: SiteComparison) -> Chart:
         return marks_of(name, names, values, scale=measure.scale, kind="points", **looks)
 
     heads = [m.head for m in MEASURES if m.head and any(map(m.of, rows))]
-    panes = [
-        _by_method(
-            site,
-            [marks(*both) for both in enumerate(m for m in MEASURES if m.head == head)],
-            title=fill(_titled(result, head), 16),
-            rules=[Rule(0.0, colour=chart.INK, dash="solid")],
-        )
-        for head in dict.fromkeys(heads)
-    ]
+    panes = []
+    for head in dict.fromkeys(heads):
+        drawn = [marks(*both) for both in enumerate(m for m in MEASURES if m.head == head)]
+        zero, title = [Rule(0.0, colour=chart.INK, dash="solid")], fill(_titled(result, head), 16)
+        panes.append(_by_method(site, drawn, title=title, rules=zero))
     title = f"The same flip by every method, at {site.site}, {result.position}"
     on = f"on {site.prompts} held-out prompts"
     return Chart(panes, f"{title}, {on}", columns=len(panes), share_y=True)

@@ -95,13 +95,11 @@ class Flipping(Part[FlippingResult]):
 
     def work(self, context: StudyContext, /) -> int:
         """Prompts to read, probes to fit, and runs of held-out prompts."""
-        return sum(
-            len(task)
-            + (1 + PROBES) * len(context.sites)
-            + (1 + len([*CONDITIONS, *_beside(context, task)]) * len(context.sites))
-            * len(task.test)
-            for task in context.tasks
-        )
+        units, sites = 0, len(context.sites)
+        for task in context.tasks:
+            runs = len([*CONDITIONS, *_beside(context, task)])
+            units += len(task) + (1 + PROBES) * sites + (1 + runs * sites) * len(task.test)
+        return units
 
     def compute(self, given: Given, advance: Advance, /) -> FlippingResult:
         """Sweep each version of the task."""
@@ -223,17 +221,9 @@ def _swept(
         asked = asked_at(context, task, settings.dose, edits)
         beside, told = _put_beside(given, task, edits, chance, held_out, asked)
     with clock.stage("sweep"):
-        flat = sweep(
-            context.model,
-            task.test,
-            {site: edits[site] for site in context.sites},
-            batch_size=context.batch_size,
-            ranks=ranks,
-            kept=kept,
-            beside=beside,
-            asked=asked,
-            advance=advance,
-        )
+        how: dict[str, Any] = {"ranks": ranks, "kept": kept, "beside": beside, "asked": asked}
+        ordered, size = {site: edits[site] for site in context.sites}, context.batch_size
+        flat = sweep(context.model, task.test, ordered, batch_size=size, advance=advance, **how)
     flat |= told
     truth = task.test.labels.to(context.device)
     groups, rows = task.test.groups, halves(task.test)
@@ -248,12 +238,9 @@ def _swept(
     if settings.refits and ranks.is_main and task.test.answers is not None:
         with clock.stage("refits"):
             spread = _refitted(given, task, found, held_out, flat)
-        sites = {
-            name: replace(
-                one, refits=spread[name] if one.recovered else Refits.of(spread[name].flipped, [])
-            )
-            for name, one in sites.items()
-        }
+        for name, one in sites.items():
+            spreads = spread[name] if one.recovered else Refits.of(spread[name].flipped, [])
+            sites[name] = replace(one, refits=spreads)
     clean = CleanResult.of(flat, context.seed)
     first, second = ({name: values[half] for name, values in flat.items()} for half in rows)
     site = best_site(first, context.sites)
@@ -277,20 +264,13 @@ def _refitted(
     y, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
     generator, trials, made = context.generator(), Trials(context, task.test), []
     for _ in range(given.settings.refits):
-        drawn = [
-            own[torch.randint(len(own), (len(own),), generator=generator)]
-            for label in labels.unique()
-            for own in [(labels == label).nonzero().flatten()]
-        ]
-        rows = torch.cat(drawn)
+        classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
+        draws = [torch.randint(len(own), (len(own),), generator=generator) for own in classes]
+        rows = torch.cat([own[drawn] for own, drawn in zip(classes, draws, strict=True)])
         known = {site: x[rows.to(context.device)] for site, x in found.items()}
         refitted = given.fit(known, labels[rows].to(context.device))
-        made.append(
-            {
-                site: trials.add(site, displacements(edit, held_out[site], target, y))
-                for site, edit in refitted.items()
-            }
-        )
+        moved = {s: displacements(edit, held_out[s], target, y) for s, edit in refitted.items()}
+        made.append({site: trials.add(site, delta) for site, delta in moved.items()})
     trials.run()
     clean, right = flat["clean.logit_difference"], flat["clean.own_lead"] > 0
 
@@ -419,23 +399,15 @@ def _answers(study: StudyResults, site: str) -> Chart:
     drawn = torch.stack([prompts[f"{key}.logit_difference"][:MOST_POINTS] for key in keys])
 
     def answers(key: str) -> list[str]:
-        return [
-            f"{texts.held[row]} ({words.held})"
-            if preference > 0
-            else f"{texts.other[row]} ({words.other})"
-            if preference < 0
-            else "a tie"
-            for row, preference in enumerate(drawn[keys.index(key)].tolist())
-        ]
+        leads, found = drawn[keys.index(key)].tolist(), []
+        for own, other, lead in zip(texts.held, texts.other, leads, strict=False):
+            said = f"{own} ({words.held})" if lead > 0 else f"{other} ({words.other})"
+            found.append(said if lead else "a tie")
+        return found
 
     before = answers("clean")
-    notes = {
-        name: [
-            f"answer: {was} → {now}"
-            for was, now in zip(before, answers(f"{site}.{name}"), strict=True)
-        ]
-        for name in CONDITIONS
-    }
+    pairs = {name: zip(before, answers(f"{site}.{name}"), strict=True) for name in CONDITIONS}
+    notes = {name: [f"answer: {was} → {now}" for was, now in own] for name, own in pairs.items()}
     shown = [texts.shown(row, words.held, words.other) for row in range(drawn.shape[1])]
     limits = {"x_range": _padded(drawn[0]), "y_range": _padded(drawn)}
     return scatter_of(study, site, MOST_POINTS, texts=shown, notes=notes, **limits)
