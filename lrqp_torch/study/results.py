@@ -473,32 +473,27 @@ class StudyResults:
     def _repr_html_(self) -> str:
         from lrqp_torch.plot.cards import card
 
-        edit = None if self.best_site is None else self.sites[self.best_site].counterfactual
-        flipped = None if edit is None else edit.flipped
+        facts = {
+            "model": self.model["name"],
+            "prompts": f"{self.data['train']} fitted, {self.data['test']} held out",
+            "classes": ", ".join(self.classes),
+            "sites": ", ".join(self.sites) if len(self.sites) < 4 else len(self.sites),
+        }
+        if self.best_site is not None:
+            edit = self.sites[self.best_site].counterfactual
+            facts |= {"used at": ", ".join(self.used_sites) or "no site"}
+            facts |= {"flips most": self.best_site}
+            if (share := edit.flipped) is not None and share.value is not None:
+                ends = f"{share.lower:.1%} to {share.upper:.1%}"
+                facts["answers flipped there"] = f"{share.value:.1%} ({ends})"
+            ended = f"{edit.solved} / {edit.skipped} / {edit.failed}"
+            margin = f"{edit.worst_log_odds_margin:.1e} nats"
+            facts |= {"solved / satisfied / failed": ended}
+            facts |= {"worst margin over the odds asked": margin}
+        facts |= {"parts": ", ".join(self.parts)} if self.parts else {}
         lengths = columns_of(self.prompts, f"{self.best_site}.counterfactual").get("distance")
-        return card(
-            "StudyResults",
-            {
-                "model": self.model["name"],
-                "prompts": f"{self.data['train']} fitted, {self.data['test']} held out",
-                "classes": ", ".join(self.classes),
-                "sites": ", ".join(self.sites) if len(self.sites) < 4 else len(self.sites),
-                "used at": None if edit is None else ", ".join(self.used_sites) or "no site",
-                "flips most": self.best_site,
-                "answers flipped there": None
-                if flipped is None or flipped.value is None
-                else f"{flipped.value:.1%} ({flipped.lower:.1%} to {flipped.upper:.1%})",
-                "solved / satisfied / failed": None
-                if edit is None
-                else f"{edit.solved} / {edit.skipped} / {edit.failed}",
-                "worst margin over the odds asked": None
-                if edit is None
-                else f"{edit.worst_log_odds_margin:.1e} nats",
-                "parts": ", ".join(self.parts) or None,
-            },
-            [] if lengths is None else lengths.tolist(),
-            f"lengths at {self.best_site}",
-        )
+        numbers = [] if lengths is None else lengths.tolist()
+        return card("StudyResults", facts, numbers, f"lengths at {self.best_site}")
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -183,18 +183,9 @@ def study(
         parts=parts,
         data="in memory",
     )
-    task = Task("own", train, test)
-    further = tuple(train.further_classes)
-    context = StudyContext(
-        model,
-        task,
-        None,
-        chosen,
-        batch_size,
-        seed,
-        input_device(model),
-        variables=("class", *further) if further else (),
-    )
+    further, task = tuple(train.further_classes), Task("own", train, test)
+    known_of = (batch_size, seed, input_device(model), ("class", *further) if further else ())
+    context = StudyContext(model, task, None, chosen, *known_of)
     names = choose(parts, context)
     found = _compute(context, settings, names, ALONE, None, start, Clock())
     assert found is not None  # one process is rank 0
@@ -320,15 +311,18 @@ def _compute(
         sites = {n: replace(s, variables=joint.sites.get(n, {})) for n, s in own.sites.items()}
         own = replace(own, sites=sites)
         # What is known of each site is with the sites.
-        raw = {key: value for key, value in finished["joint"].raw.items() if key != "sites"}
-        finished["joint"] = replace(finished["joint"], raw=raw)
+        rest = {key: value for key, value in finished["joint"].raw.items() if key != "sites"}
+        finished["joint"] = replace(finished["joint"], raw=rest)
     stages = clock.seconds()
     total = stages.pop("total")
     stages |= {} if own is None else own.seconds
     stages |= {} if other is None else {OTHER_TASK: round(sum(other.seconds.values()), 3)}
     stages |= {name: part.seconds for name, part in finished.items() if name != "flipping"}
+    raw = {} if other is None else {OTHER_TASK: to_json(other)}
+    raw |= {name: part.raw for name, part in finished.items() if name != "flipping"}
     named = isinstance(test, IOIPrompts)
     truth = read_truth(settings.model) if named else None
+    compared = truth.compare(context.sites, own.used_sites) if truth and own else None
     return StudyResults(
         settings=settings.record(),
         model=describe_model(context.model, settings.model),
@@ -342,14 +336,11 @@ def _compute(
         sites={} if own is None else own.sites,
         used_sites=[] if own is None else own.used_sites,
         best_site=None if own is None else own.best_site,
-        ground_truth=None
-        if truth is None or own is None
-        else truth.compare(context.sites, own.used_sites),
+        ground_truth=compared,
         published=PUBLISHED if named else {},
         versions=package_versions(),
         elapsed=stages | {"total": total},
-        parts=({} if other is None else {OTHER_TASK: to_json(other)})
-        | {name: part.raw for name, part in finished.items() if name != "flipping"},
+        parts=raw,
         left_out=context.left_out,
         notes=context.notes,
         prompts=flat,

@@ -59,11 +59,10 @@ def fit_edits(
     problems = {site: (x, labels) for site, x in activations.items()}
     probes = LinearProbe.fit_many(problems, l2=l2, advance=advance)
     # Prompts that cannot be edited are counted in the results instead of ending the study.
+    metrics = {site: Mahalanobis.fit(x, shrinkage) for site, x in activations.items()}
     return {
-        site: LRQP(
-            probes[site], Mahalanobis.fit(x, shrinkage), log_odds=log_odds, on_infeasible="skip"
-        )
-        for site, x in activations.items()
+        site: LRQP(probes[site], metric, log_odds=log_odds, on_infeasible="skip")
+        for site, metric in metrics.items()
     }
 
 

@@ -424,17 +424,12 @@ def _judge(
         site: [Sample(0).flipped(before, trial.found).value for trial in runs[:2]]
         for site, runs in made.items()
     }
-    return {
-        site: {
-            "control": flips[site][1],
-            "counterfactual": flips[site][0],
-            "null": nulls[site].flipped.value,
-            "p_adjusted": said[site].p_adjusted,
-            "tested": said[site].used,
-            "beyond": beyond[site] < LEVEL,
-        }
-        for site in made
-    }
+    found = {}
+    for site, one in said.items():
+        shares = (flips[site][1], flips[site][0], nulls[site].flipped.value)
+        known = (*shares, one.p_adjusted, one.used, beyond[site] < LEVEL)
+        found[site] = dict(zip(JUDGED, known, strict=True))
+    return found
 
 
 def count_all(scores: Sequence[SiteScores]) -> list[Count]:
@@ -501,23 +496,22 @@ def _pane(result: VerdictsResult, model: str, kind: str) -> Pane:
         return 2 * sum(says(score, result.rules[i]) for score in here[j]) > len(here[j])
 
     texts = [[f"{100 * mean:z.0f}".replace("-", "−") for mean in row] for row in means]
+
+    def wrong(score: SiteScores, rule: str) -> bool:
+        return score.right(rule) is False
+
+    first = [{USED: "used", UNCLEAR: "?"}.get(truth, "–") for truth in truths]
+    values = [[float(truth == USED) for truth in truths]]
     heat = Heat(
-        [
-            [float(truth == USED) for truth in truths],
-            *([max(m, 0.0) for m in row] for row in means),
-        ],
+        values + [[max(mean, 0.0) for mean in row] for row in means],
         ["truth", *(result.titles[rule] for rule in result.rules)],
         sites,
         "flipped beyond control, or accuracy",
         low=0.0,
         high=1.0,
-        texts=[[{USED: "used", UNCLEAR: "?"}.get(truth, "–") for truth in truths], *texts],
+        texts=[first, *texts],
         framed=[(i + 1, j) for i, j in cells if most(i, j, SiteScores.says_used)],
-        crossed=[
-            (i + 1, j)
-            for i, j in cells
-            if most(i, j, lambda score, rule: score.right(rule) is False)
-        ],
+        crossed=[(i + 1, j) for i, j in cells if most(i, j, wrong)],
         gaps=[1, 2],
         bar=False,
     )

@@ -10,6 +10,8 @@ No edit of the order takes part in this choice, so that what the edit later does
 a finding and not how they were chosen.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -106,10 +108,7 @@ class Heads(Part[HeadsResult]):
             prompts=len(context.task.test),
             logit_difference=float(clean.total.mean()),
             parts={name: float(values.mean()) for name, values in clean.parts.items()},
-            scores=[
-                HeadScore(name, effects[name], attention[name], tests.get(name))
-                for name in clean.names
-            ],
+            scores=[HeadScore(n, effects[n], attention[n], tests.get(n)) for n in clean.names],
             found={role: found[role] for role in Role},
             published=published,
             truth=_check_truth(context, found[Role.S_INHIBITION]),
@@ -239,26 +238,20 @@ def _check_truth(context: StudyContext, inhibiting: list[str]) -> rules.TruthChe
 def _by_attention(result: HeadsResult) -> Pane:
     """Direct effect against attention to IO, a mark a head."""
     by_role = grouped(result.scores, lambda item: _main_role(result, item.head))
-    marks = [
-        Marks(
-            role,
-            [item.attention["END→IO"] for item in items],
-            [item.attribution.value for item in items],
-            kind="points",
-            colour=ROLE_LOOKS[role][0],
-            marker=ROLE_LOOKS[role][1],
-            size=0.8 if role == NO_ROLE else 1.4,
-            labels=None if role == NO_ROLE else [item.head for item in items],
-            texts=[
-                f"{item.head}: {role}\ndirect effect {signed(item.attribution.known, 3)} "
-                f"({between(item.attribution, 3)})\n"
-                + "\n".join(f"attention {k} {v:.2f}" for k, v in item.attention.items())
-                for item in items
-            ],
-        )
-        for role, items in ((role, by_role.get(role, [])) for role in (*list(Role)[::-1], NO_ROLE))
-        if items
-    ]
+
+    def text(role: str, item: HeadScore) -> str:
+        effect = f"{signed(item.attribution.known, 3)} ({between(item.attribution, 3)})"
+        looks = [f"attention {key} {value:.2f}" for key, value in item.attention.items()]
+        return "\n".join([f"{item.head}: {role}", f"direct effect {effect}", *looks])
+
+    marks = []
+    for role in (role for role in (*list(Role)[::-1], NO_ROLE) if role in by_role):
+        items, (colour, marker) = by_role[role], ROLE_LOOKS[role]
+        known: dict[str, Any] = {"size": 0.8} if role == NO_ROLE else {"size": 1.4}
+        known |= {} if role == NO_ROLE else {"labels": [item.head for item in items]}
+        known |= {"texts": [text(role, item) for item in items], "colour": colour}
+        x, y = [i.attention["END→IO"] for i in items], [i.attribution.value for i in items]
+        marks.append(Marks(role, x, y, kind="points", marker=marker, **known))
     return Pane(marks, x_title="mean attention END → IO", y_title=DIRECT)
 
 

@@ -196,19 +196,10 @@ class Probing(Part[ProbingResult]):
             name: MEANINGS.get(name, " or ".join(items[0].classes))
             for name, items in by_variable.items()
         }
-        rows = [
-            (
-                (
-                    _called(result, item.position),
-                    task_in_words(item.task) or "–",
-                    item.variable,
-                    score.site,
-                ),
-                {"of": item, "score": score},
-            )
-            for item in result.variables
-            for score in item.scores
-        ]
+        rows: list[tuple[list[str], dict[str, Any]]] = []
+        for item in result.variables:
+            names = [_called(result, item.position), task_in_words(item.task) or "–", item.variable]
+            rows += [([*names, one.site], {"of": item, "score": one}) for one in item.scores]
         columns: dict[str, Reading] = {
             "accuracy (%)": "score.accuracy",
             "most frequent class, held out (%)": "of.baseline",
@@ -304,18 +295,12 @@ def _bests(items: list[VariableScores]) -> str:
 
 def _token(result: ProbingResult, items: list[VariableScores]) -> Chart:
     """All variables at one token in one version of the task."""
-    order, in_clause = list(MEANINGS), _SAME_WITHOUT_PREFIX.values()
-    marks = [
-        marks_of(
-            item.variable,
-            [score.site for score in item.scores],
-            [score.accuracy for score in item.scores],
-            scale=100,
-            dash="dash" if item.variable in in_clause else "solid",
-            **look(order.index(item.variable) if item.variable in order else 0),
-        )
-        for item in items
-    ]
+    order, in_clause, marks = list(MEANINGS), _SAME_WITHOUT_PREFIX.values(), []
+    for item in items:
+        looks = look(order.index(item.variable) if item.variable in order else 0)
+        looks |= {"dash": "dash" if item.variable in in_clause else "solid", "scale": 100}
+        sites, accuracies = zip(*((one.site, one.accuracy) for one in item.scores), strict=True)
+        marks.append(marks_of(item.variable, sites, accuracies, **looks))
     return Chart([by_site(marks, y_title=_ACCURACY, places=result.sites)])
 
 
