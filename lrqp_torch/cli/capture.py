@@ -109,18 +109,9 @@ def capture(
                         out,
                     )
                 return
-        store = capture_to(
-            out,
-            loaded,
-            inputs,
-            chosen,
-            at,
-            ranks=ranks,
-            shard_size=shard_size,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            progress=not voice.quiet,
-        )
+        sizes = {"shard_size": shard_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
+        how: dict[str, Any] = {"ranks": ranks, "progress": not voice.quiet, **sizes}
+        store = capture_to(out, loaded, inputs, chosen, at, **how)
     if store is None:  # rank 0 tells
         return
     write_json(out / LABELS_FILE, labels, indent=None)
@@ -138,13 +129,8 @@ def _names(
     from lrqp_torch.errors import PositionError
     from lrqp_torch.ioi import IOIDataset
 
-    found = IOIDataset.generate(
-        tokenizer,
-        n,
-        seed=seed,
-        prefixes=None if prefixes == "none" else prefixes,
-        padding_side="left",
-    )
+    before = None if prefixes == "none" else prefixes
+    found = IOIDataset.generate(tokenizer, n, seed=seed, prefixes=before, padding_side="left")
     name = "S2" if positions is None else positions
     places = found.positions | {EVERY_TOKEN: found.inputs["attention_mask"].bool()}
     if name not in places:

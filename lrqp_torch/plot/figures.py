@@ -395,33 +395,24 @@ def sweep_of(results: Any) -> Chart:
     by_site: dict[str, Any] = {
         "bands": [Band(name, name) for name in used], "x_title": _BY_SITE, "names": "ends"
     }  # fmt: skip
+    chance = [Rule(100 * guess, name="chance" if guess == 0.5 else "most frequent class")]
+    shares_of = {"y_title": "Held-out prompts (%)", "y_range": SHARES, "rules": chance}
+    rules, effect = [Rule(0, dash="solid")], effect_in_words(results, "Mean ")
+    rules += [] if clean is None else [Rule(clean, "y", "no edit", chart.CLEAN, "dash")]
+    judged = any(get(site, "verdict", None) is not None for site in found)
+    how = (
+        "by a paired test against edits as long of shuffled probes."
+        if judged
+        else "half of the answers flip, beyond the control."
+    )
+    where = f"One site edited at a time, at {word(results, 'position')}"
     return Chart(
         [
-            Pane(
-                [*drawn(100.0, shares)],
-                rules=[Rule(100 * guess, name="chance" if guess == 0.5 else "most frequent class")],
-                y_title="Held-out prompts (%)",
-                y_range=SHARES,
-                **by_site,
-            ),
-            Pane(
-                [*drawn(1.0, changes)],
-                rules=[
-                    Rule(0, dash="solid"),
-                    *([] if clean is None else [Rule(clean, "y", "no edit", chart.CLEAN, "dash")]),
-                ],
-                y_title=effect_in_words(results, "Mean "),
-                **by_site,
-            ),
+            Pane([*drawn(100.0, shares)], **by_site | shares_of),
+            Pane([*drawn(1.0, changes)], rules=rules, y_title=effect, **by_site),
         ],
         title=f"Where {word(results, 'variable')} is knowable, and where it is used",
-        subtitle=f"Model: {model_name(results)}. One site edited at a time, at "
-        f"{word(results, 'position')}. Shaded: used, "
-        + (
-            "by a paired test against edits as long of shuffled probes."
-            if any(get(site, "verdict", None) is not None for site in found)
-            else "half of the answers flip, beyond the control."
-        ),
+        subtitle=f"Model: {model_name(results)}. {where}. Shaded: used, {how}",
         share_x=True,
         heights=(3, 2),
     )

@@ -199,24 +199,18 @@ def _map(heat: Heat, layout: dict[str, Any], cell: Cell) -> dict[str, Any]:
     for row, column in heat.crossed:
         at = {**here, "x": column + 0.33, "y": row - 0.27}
         _annotate(layout, "<b>×</b>", at, COUNTERFACTUAL, 15)
+    colours = DIVERGING if heat.diverging else RISING
     trace: dict[str, Any] = {
-        "type": "heatmap",
-        "name": _text(heat.name),
-        "x": [_text(name) for name in heat.columns],
-        "y": [_text(name) for name in heat.rows],
-        "z": [list(row) for row in heat.values],
-        "zmin": low,
-        "zmax": high,
-        "colorscale": [list(step) for step in (DIVERGING if heat.diverging else RISING)],
+        "type": "heatmap", "name": _text(heat.name),
+        "x": [*map(_text, heat.columns)], "y": [*map(_text, heat.rows)],
+        "z": [list(row) for row in heat.values], "zmin": low, "zmax": high,
+        "colorscale": [list(step) for step in colours],
         "hovertemplate": f"%{{y}}, %{{x}}<br>{_text(heat.name)}: %{{z:.4~g}}<extra></extra>",
-        "hoverongaps": False,
-        "xgap": 1,
-        "ygap": 1,
-        "showscale": heat.bar,
-    }
+        "hoverongaps": False, "xgap": 1, "ygap": 1, "showscale": heat.bar,
+    }  # fmt: skip
     if heat.texts is not None:
-        trace |= {"text": [[_text(t) for t in row] for row in heat.texts]}
-        trace |= {"texttemplate": "%{text}"}
+        texts = [[*map(_text, row)] for row in heat.texts]
+        trace |= {"text": texts, "texttemplate": "%{text}"}
     if heat.bar:
         x, y = (layout[f"{axis}axis{end}"]["domain"] for axis in "xy")
         trace["colorbar"] = {

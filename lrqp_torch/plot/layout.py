@@ -163,17 +163,12 @@ def cells(chart: Chart) -> list[Cell]:
     shared = chart.share_x or chart.share_y
     common = _places([pane for pane in chart.panes if pane.named]) if shared else []
     columns = max(1, min(chart.columns, len(chart.panes)))
-    return [
-        Cell(
-            pane,
-            number,
-            row=number // columns,
-            column=number % columns,
-            places=[] if not pane.named else common if shared else _places([pane]),
-            lowest=number + columns >= len(chart.panes),
-        )
-        for number, pane in enumerate(chart.panes)
-    ]
+    found = []
+    for number, pane in enumerate(chart.panes):
+        places = [] if not pane.named else common if shared else _places([pane])
+        lowest = number + columns >= len(chart.panes)
+        found.append(Cell(pane, number, *divmod(number, columns), places, lowest))
+    return found
 
 
 def legend(placed: Sequence[Cell], *, beside: bool) -> dict[tuple[int, int], str]:

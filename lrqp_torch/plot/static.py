@@ -315,18 +315,11 @@ def _draw_marks(
             marker = "_"
         across, up = (y, x) if pane.horizontal else (x, y)
         line = marks.kind == "line" and marks.dash != "none"
-        (handle,) = axes.plot(
-            across,
-            up,
-            marker=marker,
-            ms=5 * marks.size * _SIZES.get(marks.marker, 1.0),
-            mfc=None if marks.filled else "none",
-            mew=None if marks.marker in ("cross", "tick") or not marks.filled else 0,
-            ls=_DASHES[marks.dash] if line else "none",
-            lw=1.7 * marks.stroke,
-            rasterized=not line and len(x) > _MANY,
-            **style,
-        )
+        style |= {"marker": marker, "ms": 5 * marks.size * _SIZES.get(marks.marker, 1.0)}
+        style |= {"ls": _DASHES[marks.dash] if line else "none", "lw": 1.7 * marks.stroke}
+        edge = None if marks.marker in ("cross", "tick") or not marks.filled else 0
+        style |= {"mfc": None if marks.filled else "none", "mew": edge}
+        (handle,) = axes.plot(across, up, rasterized=not line and len(x) > _MANY, **style)
         if marks.fill:
             axes.fill_between(x, y, 0, color=marks.colour, alpha=0.12 * marks.opacity, lw=0)
     _draw_intervals(axes, marks, x, y, pane.horizontal)

@@ -144,29 +144,25 @@ def fit_sites(
     if held_out is not None:
         require_classes(held_out, prompts.classes, "the prompts to fit on have")
 
-    def read(of: PromptSet, at: Tensor) -> dict[str, Tensor]:
+    def captured(of: PromptSet, at: Tensor) -> dict[str, Tensor]:
         return capture(model, of.inputs, list(sites), positions=at, batch_size=batch_size)
 
     labels, at = prompts.labels, prompts.position
     if prompts.spans is not None:
         at, labels = prompts.spans, labels[prompts.spans.nonzero()[:, 0]]
     labels = labels.to(input_device(model))
-    edits = fit_edits(read(prompts, at), labels, l2=l2, shrinkage=shrinkage, log_odds=log_odds)
+    how: dict[str, Any] = {"l2": l2, "shrinkage": shrinkage, "log_odds": log_odds}
+    edits = fit_edits(captured(prompts, at), labels, **how)
     tried = {}
     if held_out is not None:
-        found = read(held_out, held_out.position)
+        found = captured(held_out, held_out.position)
         both = held_out.labels, held_out.other
         tried = {site: HeldOut.of(edits[site], x, *both) for site, x in found.items()}
     for site, edit in edits.items():
         edit.on_infeasible = "raise"
-        edit.provenance = Provenance.of(
-            model,
-            site,
-            classes=prompts.classes,
-            probe_accuracy=tried[site].accuracy.value if site in tried else None,
-            probe_samples=len(prompts),
-            **known,
-        )
+        accuracy = tried[site].accuracy.value if site in tried else None
+        read: dict[str, Any] = {"probe_accuracy": accuracy, "probe_samples": len(prompts)}
+        edit.provenance = Provenance.of(model, site, classes=prompts.classes, **read, **known)
     return edits, tried
 
 

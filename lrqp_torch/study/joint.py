@@ -403,23 +403,11 @@ class JointStudy:
             likeness = trials.likenesses(others, ways["patch"][0])[1]
             for name in (name for name in METHODS if name in ways):
                 trial, settings, short = ways[name]
-                own = interchange_of(trials.clean.found, trial.found, sample)
-                assert own.flipped is not None and own.logit_difference is not None
-                rows.append(
-                    MethodRow(
-                        variables=one,
-                        method=name,
-                        title=METHODS[name],
-                        settings=settings,
-                        flipped=own.flipped,
-                        logit_difference=own.logit_difference,
-                        divergence=own.divergence,
-                        distance=own.distance,
-                        reached=sample.share(short <= REACHED),
-                        astray=sample.mean(short.abs()),
-                        **likeness.get(name, {}),
-                    )
-                )
+                own = dict(vars(interchange_of(trials.clean.found, trial.found, sample)))
+                own.pop("prompts")  # of which all rows are
+                own |= {"reached": sample.share(short <= REACHED), **likeness.get(name, {})}
+                own |= {"astray": sample.mean(short.abs()), "settings": settings}
+                rows.append(MethodRow(variables=one, method=name, title=METHODS[name], **own))
         return rows
 
     def _deltas(self, site: str, one: str, training: Training) -> dict[str, tuple[Tensor, str]]:

@@ -149,16 +149,10 @@ def encode_own(
 
 def named_task(tokenizer: Any, settings: Settings) -> Task:
     """Prompts about two names, to fit on and held out, without a prompt in common."""
-    plain = settings.prefixes == "none"
-    drawn = IOIDataset.generate(
-        tokenizer,
-        settings.n,
-        seed=settings.seed,
-        prefixes=None if plain else settings.prefixes,
-        names=settings.names,
-        padding_side="left",
-    )
-    data, size = IOIPrompts.of(drawn), settings.train_size
+    plain, size = settings.prefixes == "none", settings.train_size
+    asked: dict[str, Any] = {"seed": settings.seed, "names": settings.names}
+    asked |= {"prefixes": None if plain else settings.prefixes}
+    data = IOIPrompts.of(IOIDataset.generate(tokenizer, settings.n, padding_side="left", **asked))
     return Task("plain" if plain else "prefixed", data[:size], data[size:])
 
 
