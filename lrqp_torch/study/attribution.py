@@ -118,15 +118,10 @@ def attribute(
         _, bias = output_projection(model, layer)
         heads.append(head_shares(model, layer, z[layer], direction))
         biases.append(direction @ bias.double())
-    result = HeadAttribution(
-        embedding=along[:, 0],
-        heads=torch.stack(heads, dim=1),
-        biases=torch.stack(biases, dim=1),
-        mlps=along.diff(dim=1) - torch.stack(heads, dim=1).sum(-1) - torch.stack(biases, dim=1),
-        constant=constant,
-        total=along[:, -1] + constant,
-        direction=direction,
-    )
+    by_head, by_layer = torch.stack(heads, dim=1), torch.stack(biases, dim=1)
+    mlps, total = along.diff(dim=1) - by_head.sum(-1) - by_layer, along[:, -1] + constant
+    shares = along[:, 0], by_head, by_layer, mlps, constant
+    result = HeadAttribution(*shares, total, direction)
     expected = pull.sum(cast(Any, model).get_output_embeddings()(final_norm(model)(streams[-1])))
     error = float((result.total - expected).abs().max())
     if not error <= MOST_ERROR * max(1.0, float(expected.abs().max())):

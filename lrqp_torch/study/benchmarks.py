@@ -476,11 +476,8 @@ def _mib(folder: Path, how: _How) -> Iterator[Named]:
         rows[_side(path) or "train"] += list(rows_of(str(path)))
     every = [*rows["train"], *rows["test"]]
     fields = [item for row in every if isinstance(row, Mapping) for item in row.items()]
-    kinds = [
-        name
-        for name, value in fields
-        if name.endswith("counterfactual") and isinstance(value, Mapping)
-    ]
+    named = [(name, value) for name, value in fields if name.endswith("counterfactual")]
+    kinds = [name for name, value in named if isinstance(value, Mapping)]
     if not kinds:
         seen = dict.fromkeys(str(name) for name, _ in fields)
         raise PromptError(
@@ -741,20 +738,16 @@ class _Scoring:
             }
         held = self.context.activations(self.context.task, "test", "mark", [self.site])[self.site]
         read = self.reference.probe(held).argmax(-1).cpu()
+        methods = [
+            MethodScore(c.name, c.title, measured.get(c.name, {}), c.settings, c.problem)
+            for c in self.candidates
+        ]
+        counts, classes = (len(task.train), len(test)), list(test.classes)
+        told = Estimate.share(read == test.labels.cpu())
+        answered = Estimate.share(trials.clean["own_lead"] > 0)
+        out = dict(task.log.left_out)
         return TaskScore(
-            task=task.name,
-            site=self.site,
-            train=len(task.train),
-            test=len(test),
-            classes=list(test.classes),
-            probe_accuracy=Estimate.share(read == test.labels.cpu()),
-            answered=Estimate.share(trials.clean["own_lead"] > 0),
-            methods=[
-                MethodScore(c.name, c.title, measured.get(c.name, {}), c.settings, c.problem)
-                for c in self.candidates
-            ],
-            left_out=dict(task.log.left_out),
-            notes=notes,
+            task.name, self.site, *counts, classes, told, answered, methods, out, notes
         )
 
     def _run(

@@ -110,13 +110,8 @@ class Oracles:
         accuracy = Estimate.share((self.logits(variable, x).argmax(-1) == classes)[known])
         baseline = float(torch.bincount(classes[known]).max()) / accuracy.n
         assert accuracy.lower is not None
-        return OracleScore(
-            variable=variable,
-            classes=int(classes.max()) + 1,
-            accuracy=accuracy,
-            baseline=baseline,
-            readable=accuracy.lower > baseline,
-        )
+        readable, count = accuracy.lower > baseline, int(classes.max()) + 1
+        return OracleScore(variable, count, accuracy, baseline, readable)
 
 
 def class_name(data: PromptSet) -> str:

@@ -206,12 +206,10 @@ def choose(names: str, context: StudyContext) -> list[str]:
         raise SettingError(f"{found}; choose from {', '.join(PARTS)}, or say all.")
     parts = {name: find_part(name) for name in PARTS}
     several = context.task.test.spans is not None
-    reasons = {
-        name: "its prompts are edited at several tokens each, and it knows of one"
-        if several and not part.spans
-        else part.missing(part.scope(context))
-        for name, part in parts.items()
-    }
+    reasons = {name: part.missing(part.scope(context)) for name, part in parts.items()}
+    if several:
+        why = "its prompts are edited at several tokens each, and it knows of one"
+        reasons |= {name: why for name, part in parts.items() if not part.spans}
     able = {name for name, reason in reasons.items() if reason is None}
     named = asked - {"all"}
     for name in sorted(named - able):
@@ -459,16 +457,11 @@ def plan(settings: Settings, *, progress: bool = False) -> Plan:
         advance = start("trying the parts", len(names))
         parts = dict.fromkeys(names) | _try(few, context, settings, names)
         advance(len(names))
-    return Plan(
-        model=describe_model(context.model, settings.model),
-        data={"train": len(context.task.train), "test": len(context.task.test)},
-        sites=context.sites,
-        parts=parts,
-        files=[RESULTS_FILE, PROMPTS_FILE]
-        + ["figures as PNG and SVG"] * settings.figures
-        + ["report.html"] * settings.report,
-        out=str(settings.out),
-    )
+    data = {"train": len(context.task.train), "test": len(context.task.test)}
+    files = [RESULTS_FILE, PROMPTS_FILE] + ["figures as PNG and SVG"] * settings.figures
+    files += ["report.html"] * settings.report
+    model = describe_model(context.model, settings.model)
+    return Plan(model, data, context.sites, parts, files, str(settings.out))
 
 
 def _try(

@@ -77,19 +77,12 @@ _LLAMA = ReadingModules(
     "post_attention_layernorm",
     ("mlp.gate_proj", "mlp.up_proj"),
 )
+_GEMMA, _GPT = replace(_LLAMA, mlp_norm="pre_feedforward_layernorm"), ("ln_2", ("mlp.c_fc",))
 READING: dict[str, ReadingModules] = {
-    "gemma": _LLAMA,
-    "gemma2": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm"),
-    "gemma3_text": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm"),
-    "gpt2": ReadingModules("ln_1", "attn.c_attn", "attn.c_attn", "ln_2", ("mlp.c_fc",)),
-    "gpt_neo": ReadingModules(
-        "ln_1", "attn.attention.k_proj", "attn.attention.v_proj", "ln_2", ("mlp.c_fc",)
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "smollm3": _LLAMA,
+    **dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
+    "gpt2": ReadingModules("ln_1", "attn.c_attn", "attn.c_attn", *_GPT),
+    "gpt_neo": ReadingModules("ln_1", "attn.attention.k_proj", "attn.attention.v_proj", *_GPT),
 }
 """Rows by ``config.model_type``."""
 
