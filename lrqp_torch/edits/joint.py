@@ -299,17 +299,19 @@ class JointLRQP(Edit[Targets]):
         wanted = None
         if asked:
             wanted = self.asked_at(asked, rows)
-        whole, _ = fused.edit_stream(
+        stacks = partial(geometry.live, own[: len(floors)], own[len(floors) :], floors)
+        *live, least = stacks()
+        whole, laid = fused.edit_stream(
             rows,
             target,
-            torch.stack(floors),
+            least,
             geometry,
             skip=self.on_infeasible == "skip",
-            live=geometry.live(own[: len(floors)], own[len(floors) :]),
+            live=(live[0], live[1]),
             variables=(self._rules(), geometry.prepared(target, source), wanted),
         )
-        # Not to be done again: its weights are put together anew for each pass.
-        return whole, None
+        laid.before = stacks
+        return whole, laid
 
     def asked_at(self, asked: Mapping[str, Any], rows: EditContext | Rows | StreamRows) -> Tensor:
         """See :meth:`Edit.asked_at`: (N, V), NaN where a variable keeps its own rule."""
@@ -326,6 +328,15 @@ class JointLRQP(Edit[Targets]):
 
     def _own_line(self) -> Line | None:
         """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
+        parts, own = self.made_of()
+        line = self._line
+        if line is not None and line.holds(parts, own):
+            return line if native.library() is not None else None
+        vars(self)["_line"] = line = self._new_line(parts, own)
+        return line
+
+    def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
+        """See :meth:`Edit.made_of`; without looking at Σ."""
         # A module asks itself for its parts by a detour of a microsecond each.
         modules: dict[str, Any] = self._modules
         weights, biases, floors, own = [], [], [], []
@@ -337,13 +348,8 @@ class JointLRQP(Edit[Targets]):
             own += [edit.rule, edit.odds]
         qp, metric = modules["qp"], modules["metric"]
         traced = vars(metric)["_buffers"].get("covariance")
-        parts = *weights, *biases, traced, *floors
-        mine = *own, *self.within.items(), qp, qp.solver, metric.looks
-        line = self._line
-        if line is not None and line.holds(parts, mine):
-            return line if native.library() is not None else None
-        vars(self)["_line"] = line = self._new_line(parts, mine)
-        return line
+        own += [*self.within.items(), qp, qp.solver, self.on_infeasible, metric.looks]
+        return (*weights, *biases, traced, *floors), tuple(own)
 
     def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
         probes, traced = tuple(self._tensors()), (self.metric.traced, *self._floors())

@@ -708,8 +708,11 @@ class _Launch:
         laid: fused.Laid, run: EditRun, block: "_Block", rows: fused.StreamRows, at: Rows
     ) -> "_Launch | None":
         """That of an edit, or None where it is not to be done again."""
-        made, index, shown = run.edit.made_of(), rows.index, at.shown
-        if made is None or run.given:
+        made, index, shown, asked = run.edit.made_of(), rows.index, at.shown, run.given.get("asked")
+        wishes = asked.values() if isinstance(asked, Mapping) else (0.0 if asked is None else asked,)
+        # What tensors hold may be something else for the next pass.
+        numbers = all(isinstance(wish, float | int) for wish in wishes)
+        if made is None or run.given.keys() - {"asked"} or not numbers:
             return None
         parts = tuple(part for part in made[0] if part is not None)
         plain = all(type(one) is Tensor for one in (rows.stream, rows.residual) if one is not None)
@@ -735,7 +738,7 @@ class _Launch:
         parts, own = run.edit.made_of() or ((), ())
         if own != self.own or not all(map(operator.is_, parts, self.parts)):
             return None
-        if [*map(_PLACE, parts), *map(_COUNT, self.counted)] != self.marks:
+        if [*map(_PLACE, self.parts), *map(_COUNT, self.counted)] != self.marks:
             return None
         if in_transforms() or forward_ad._current_level >= 0:
             return None

@@ -608,8 +608,8 @@ def _told(floors: OddsRule | Tensor, device: torch.device) -> tuple[str, Tensor,
     """How the kernel is told of floors: the kind, the numbers, and the source classes."""
     if isinstance(floors, OddsRule):
         kind = "mirror" if floors.mirror else "fixed"
-        return kind, floors.log_odds.to(device), floors.source
-    return "each" if floors.ndim == 2 else "given", floors.to(device), None
+        return kind, floors.log_odds.to(device, torch.float64), floors.source
+    return "each" if floors.ndim == 2 else "given", floors.to(device, torch.float64), None
 
 
 @dataclass(frozen=True)

@@ -219,15 +219,21 @@ class StackedGeometry:
         return torch.cat([self.variable, ends]).int()
 
     @torch.no_grad()
-    def live(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The probes' W and b as they are now, stacked in memory that stays where it is."""
-        kept: tuple[Tensor, Tensor] | None = vars(self).get("stacked")
+    def live(
+        self, weights: list[Tensor], biases: list[Tensor], floors: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The probes' W and b and the least log α of each as they are now, stacked in memory that
+        stays where it is.
+        """
+        kept: tuple[Tensor, Tensor, Tensor] | None = vars(self).get("stacked")
         if kept is None or kept[0].dtype != weights[0].dtype:
             with torch.inference_mode(False):
-                kept = vars(self)["stacked"] = torch.cat(weights), torch.cat(biases)
+                least = torch.stack(floors).double()
+                kept = vars(self)["stacked"] = torch.cat(weights), torch.cat(biases), least
             return kept
         torch.cat(weights, out=kept[0])
         torch.cat(biases, out=kept[1])
+        torch.stack(floors, out=kept[2])
         return kept
 
     @torch.no_grad()

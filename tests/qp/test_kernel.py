@@ -518,6 +518,41 @@ def test_a_joint_edit_in_a_model_is_one_launch_and_the_same(site: str, dtype: to
     assert run.status.tolist() == [1, 1, 1, 0]
 
 
+def test_a_launch_of_several_variables_is_done_again_with_what_they_hold_now() -> None:
+    """Their weights, biases and least odds are put together anew, also after changes unseen."""
+    model = tiny_model(torch.float32, 32)
+    found = []
+    for repeats in (True, False):
+        p, q = (random_problem(k, 32, 4, seed) for k, seed in ((2, 1), (4, 2)))
+        metric = lrqp.Mahalanobis(p.covariance.to(DEVICE))
+        edits = {name: lrqp.LRQP(edit_of(one).probe, metric) for name, one in (("p", p), ("q", q))}
+        joint = lrqp.JointLRQP(edits, on_infeasible="skip")
+        made = record._Launch.of if repeats else lambda *_: None
+        seen = mock.Mock(side_effect=fused.edit_stream)
+        given: dict[str, Any] = {"target": {"p": 1, "q": 2}, "asked": {"q": 6.0}}
+        with (
+            nullcontext() if DEVICE == "cuda" else launched_by_address(),
+            mock.patch.object(record._Launch, "of", made),
+            mock.patch.object(fused, "edit_stream", seen),
+            joint.at(model, "L0.mid", positions=torch.tensor([1, 3]), **given) as run,
+        ):
+            ids = torch.randint(50, (2, 4), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+            model(ids)
+            model(ids)
+            joint.edits[0].log_odds.data.fill_(12.0)  # type: ignore[union-attr,operator]
+            model(ids)
+            assert seen.call_count == (1 if repeats else 3)
+            with torch.no_grad():
+                edits["q"].probe.weight.mul_(1.25)
+            logits = model(ids).logits
+        assert seen.call_count == (2 if repeats else 4)
+        names = "log_odds_before", "log_odds_after", "floor", "distance", "status"
+        steps = [torch.stack([*step.log_odds_after.T, step.distance]) for step in run.steps]
+        found.append([logits, *steps, *(getattr(run, name) for name in names)])
+        assert run.floor[:, 0].tolist() == [12.0, 12.0] and run.floor[:, 1].tolist() == [6.0, 6.0]
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_derivatives_of_every_order(n_classes: int) -> None:
     p = random_problem(n_classes, 6, 2, 11)
