@@ -708,8 +708,9 @@ class _Launch:
         laid: fused.Laid, run: EditRun, block: "_Block", rows: fused.StreamRows, at: Rows
     ) -> "_Launch | None":
         """That of an edit, or None where it is not to be done again."""
-        made, index, shown, asked = run.edit.made_of(), rows.index, at.shown, run.given.get("asked")
-        wishes = asked.values() if isinstance(asked, Mapping) else (0.0 if asked is None else asked,)
+        made, index, shown = run.edit.made_of(), rows.index, at.shown
+        asked = run.given.get("asked", 0.0)
+        wishes = asked.values() if isinstance(asked, Mapping) else [asked]
         # What tensors hold may be something else for the next pass.
         numbers = all(isinstance(wish, float | int) for wish in wishes)
         if made is None or run.given.keys() - {"asked"} or not numbers:
