@@ -29,6 +29,7 @@ from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.inputs import as_inputs
 from lrqp_torch.stream.intervene import EditContext, Editing, Intervention
 from lrqp_torch.stream.positions import Positions, Where
+from lrqp_torch.stream.repeats import Guards
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.stream.text import Span
 
@@ -203,6 +204,9 @@ class Edit(Exact, Shared, Generic[Asked]):
     def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]] | None:
         """The tensors that the edit is made of, and what else; None where that is not all."""
         return None
+
+    def note_parts(self, look: Guards) -> None:
+        """Look up all that :meth:`line` does, for compiled code to see that it is there still."""
 
     def asked_at(self, asked: Any, rows: EditContext | Rows | StreamRows) -> Tensor:
         """Log α as :meth:`solve` is given it, of rows within a model; see :meth:`bind`."""

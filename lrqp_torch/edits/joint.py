@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors
 from lrqp_torch.edits.failures import judged, skipped
-from lrqp_torch.edits.lrqp import LRQP
+from lrqp_torch.edits.lrqp import LRQP, note_metric, note_probe
 from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.edits.saving import read_joint, write_joint
 from lrqp_torch.errors import (
@@ -38,6 +38,7 @@ from lrqp_torch.qp.stacked import FREE, KEEP, JointSolution, StackedGeometry, St
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
+from lrqp_torch.stream.repeats import Guards
 
 Targets = Mapping[str, Tensor | int] | Tensor
 """Name to class, ``KEEP`` or ``FREE``; or all of them as a tensor with V as a last axis."""
@@ -350,6 +351,17 @@ class JointLRQP(Edit[Targets]):
         traced = vars(metric)["_buffers"].get("covariance")
         own += [*self.within.items(), qp, qp.solver, self.on_infeasible, metric.looks]
         return (*weights, *biases, traced, *floors), tuple(own)
+
+    def note_parts(self, look: Guards) -> None:
+        """See :meth:`Edit.note_parts`."""
+        modules, within = look(self, "_modules"), look(self, "within")
+        edits = look(look(modules, "edits"), "_modules")
+        for name in [*edits]:
+            edit = look(edits, name)
+            note_probe(look, edit, look(look(edit, "_modules"), "probe"))
+        for name in self.names:
+            look(within, name)
+        note_metric(look, look(modules, "qp"), look(modules, "metric"))
 
     def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
         probes, traced = tuple(self._tensors()), (self.metric.traced, *self._floors())

@@ -44,6 +44,7 @@ from lrqp_torch.qp.geometry import probe_geometry
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solvers import ACTIVE_SET, solver_of
 from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.stream.repeats import Guards
 
 Rule = Literal["mirror", "fixed"]
 Odds = Literal["pairwise", "total"]
@@ -310,6 +311,13 @@ class LRQP(Edit[Classes]):
         parts = numbers.get("weight"), numbers.get("bias"), traced, self._buffers["log_odds"]
         return parts, (self.rule, qp, qp.solver, self.on_infeasible, metric.looks)
 
+    def note_parts(self, look: Guards) -> None:
+        """See :meth:`Edit.note_parts`."""
+        modules = look(self, "_modules")
+        note_probe(look, self, look(modules, "probe"))
+        note_metric(look, look(modules, "qp"), look(modules, "metric"))
+        look(self, "on_infeasible")
+
     def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
         probe = self.probe.weight, self.probe.bias
         given = *probe, self.metric.traced, self.log_odds
@@ -475,3 +483,17 @@ class LRQP(Edit[Classes]):
 
 _SOLVE, _EDIT_ROWS = LRQP.solve, LRQP.edit_rows
 """What a hook on the CPU may do in one call in place of."""
+
+
+def note_probe(look: Guards, edit: LRQP, probe: nn.Module) -> None:
+    """Look up what is an edit's own: its probe's numbers, its floor and rule."""
+    numbers = look(probe, "_parameters")
+    look(numbers, "weight"), look(numbers, "bias")
+    look(look(edit, "_buffers"), "log_odds")
+    look(edit, "rule"), look(edit, "odds")
+
+
+def note_metric(look: Guards, qp: nn.Module, metric: nn.Module) -> None:
+    """Look up what the solver is, and Σ."""
+    look(qp, "solver"), look(metric, "looks")
+    look(look(metric, "_buffers"), "covariance")

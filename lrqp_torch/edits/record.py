@@ -1,5 +1,6 @@
 """What an edit did inside a model: the record of an ``edit.at`` context."""
 
+import ctypes
 import functools
 import operator
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from lrqp_torch.errors import (
 from lrqp_torch.qp import Solution, Status, fused, native
 from lrqp_torch.qp.direct import Laid, Line
 from lrqp_torch.qp.solution import in_words, outcome
+from lrqp_torch.stream import repeats
 from lrqp_torch.stream.following import Rows, consecutive
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions, Where
@@ -207,6 +209,41 @@ class EditRun:
         if whole is not None and table is not None:
             self._rows.wrote_in(laid, table, len(self.names))
         return whole
+
+    def offer(
+        self,
+        site: repeats.Site,
+        stream: Tensor,
+        residual: Tensor | None,
+        scale: float,
+        at: Rows,
+    ) -> repeats.Function | None:
+        """What does :meth:`edit_stream` in passes like the last one, in one compiled call.
+
+        Args:
+            site: knows of the pass, and of the stream.
+            stream, residual, scale, at: as in the last one.
+        """
+        line, laid, kept = self._line, self._laid, self._rows.kept
+        if self.paused or line is None or laid is None or laid.line is not line:
+            return None
+        if not at.is_like(laid.at) or laid.threads > 1 or not line.is_plain(stream, residual):
+            return None
+        if not (isinstance(line.guards, repeats.Guards) and line.guards.told(site)):
+            line.guards = guards = _guards(self.edit, line)
+            if not guards.told(site):
+                return None
+        first, parts = at.numbers, line.parts
+        site.parts, site.copies, site.threads = id(parts), laid.copies, 1
+        site.solve, site.shared, site.task = (
+            native.edits_stream(),
+            *map(ctypes.addressof, laid.owned),
+        )
+        site.first, site.room = 0 if isinstance(first, Tensor) else first, 1
+        site.held += [parts, laid]
+        if kept:
+            self._rows.room_at(site, laid, len(self.names))
+        return repeats.bound("edit", site)
 
     def _lay(
         self, line: Line, at: Rows, stream: Tensor, scale: float, asked: Tensor | float | None
@@ -434,6 +471,20 @@ def _answers(kind: type, *methods: Any) -> bool:
     return all("certified" in vars(one) for one in owners)
 
 
+def _guards(edit: "Edit[Any]", line: Line) -> repeats.Guards:
+    """What a line stands for as long as it holds."""
+    guards = repeats.Guards()
+    guards.named(edit, "__class__")
+    for name in ("solve", "edit_rows"):
+        # What stands for a solve, on an edit or in its class, is to be called.
+        guards(edit, name)
+        guards.named(type(edit), name)
+    edit.note_parts(guards)
+    for part in line.parts:
+        guards.part(part, line.counts(part))
+    return guards
+
+
 _NO_ROWS = torch.zeros(0, 0, dtype=torch.float64)
 
 
@@ -496,6 +547,7 @@ class _Rows:
                 if isinstance(value, Tensor):
                     stored[name] = unwrapped(value).detach()
         self.sound = False
+        self._close(self._passes[-1:])
         self._passes.append(_Pass(bare, index, shown))
         self._waiting += len(index)
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
@@ -515,6 +567,7 @@ class _Rows:
             size = count if captured else max(BLOCK_ROWS, count)
             held = torch.empty(size, _width(variables), dtype=torch.float64, device=device)
             block = _Block(held, captured, 0 if captured else size, variables=variables)
+        self._close(self._passes[-1:])
         self._passes.append(block)
         self._waiting += size
         self.sound = False
@@ -523,13 +576,25 @@ class _Rows:
     def wrote_in(self, laid: Laid, table: Any, variables: int) -> None:
         """Note what one compiled call has written of a pass."""
         last = self._passes[-1] if self._passes else None
-        if type(last) is not _Block or last.laid is not laid:
+        if type(last) is not _Block or last.laid is not laid or last.site is not None:
+            self._close(self._passes[-1:])
             last = _Block([], variables=variables, laid=laid)
             self._passes.append(last)
         last.rows.append(table)
         self._waiting += laid.n_rows
         if max(len(last.rows), len(self._passes)) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
+
+    def room_at(self, site: repeats.Site, laid: Laid, variables: int) -> None:
+        """Let compiled code write the rows of the next passes, which are like one before."""
+        self._close(self._passes[-1:])
+        passes, width = max(WAITING_ROWS // laid.n_rows, 1), _width(variables)
+        site.room, site.numbers = min(passes, WAITING), laid.n_rows * width
+        with torch.inference_mode(False):
+            rows = torch.empty(site.room * laid.n_rows, width, dtype=torch.float64)
+        site.record = rows.data_ptr()
+        site.held.append(rows)
+        self._passes.append(_Block(rows, variables=variables, laid=laid, site=site))
 
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
@@ -542,10 +607,12 @@ class _Rows:
 
     @staticmethod
     def _close(passes: "Sequence[_Pass | _Block]") -> None:
-        """Let nothing more be written to passes that are settled, or forgotten."""
+        """Let nothing more be written to passes that are settled, forgotten, or not the last."""
         for one in passes:
             if type(one) is _Block:
                 one.size = 0
+                if one.site is not None:
+                    one.site.room = 0
 
     def _made(self, passes: "Sequence[_Pass | _Block]") -> Tensor:
         """The rows of some passes, (n, columns)."""
@@ -786,6 +853,7 @@ class _Block:
     count: int = 0  # how many are
     variables: int = 0  # how many variables odds are of, 0 for one edit's own
     laid: Laid | None = None  # what compiled code was told
+    site: repeats.Site | None = None  # what writes them pass by pass, and says how many
 
     @property
     def places(self) -> dict[str, slice | int]:
@@ -804,6 +872,8 @@ class _Block:
     def written(self) -> Tensor:
         """Those that are written."""
         if isinstance(self.rows, Tensor):
+            if self.site is not None and self.laid is not None:
+                return self.rows[: self.site.used * self.laid.n_rows]
             return self.rows[: self.count]
         assert self.laid is not None
         rows = torch.cat([torch.frombuffer(one, dtype=torch.float64) for one in self.rows])

@@ -284,6 +284,8 @@ class Line:
         # Where a class stands by itself.
         self.n_classes = len(geometry.weight)
         self._classes = torch.arange(self.n_classes)
+        # What sees in a compiled call that this holds, once somebody has asked for that.
+        self.guards: object = None
 
     def _now(self) -> list[int]:
         """What tells that the memory of a part is another, or was written to."""
@@ -299,6 +301,10 @@ class Line:
         """Whether this is still what edits by these: the probe's parts and then what is traced."""
         # Parts are held, so that no other object has the number of one.
         return [*map(id, parts)] == self._ids and own == self.own and self._marks == self._now()
+
+    def counts(self, part: Tensor) -> bool:
+        """Whether a part must not have been written to; of the others values are looked at."""
+        return any(part is one for one in self._counted)
 
     def forget(self) -> None:
         """Hold no longer: what a call watches has changed."""

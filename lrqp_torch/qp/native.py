@@ -231,6 +231,11 @@ def edit_stream(shared: Shared, task: Task) -> Callable[..., int]:
     return partial(loaded.lrqp_edit_stream, _address(place(shared)), _address(place(task)))
 
 
+def edits_stream() -> int | None:
+    """Where the function is that :func:`edit_stream` calls."""
+    return ctypes.cast(library().lrqp_edit_stream, _address).value  # type: ignore[union-attr]
+
+
 def threads_for(shared: Shared, count: int) -> int:
     """So many threads at most have work in so many problems."""
     if count < 2:

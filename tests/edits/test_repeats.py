@@ -1,0 +1,325 @@
+"""A pass like the one before is edited by compiled code that looks at all that may have changed."""
+
+import contextvars
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_changes import OF_SIGMA, OF_THE_REST, WIDTH, One, Several
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import lrqp_torch as lrqp
+from lrqp_torch import Intervention, intervene
+from lrqp_torch.edits.record import WAITING
+from lrqp_torch.errors import NonFiniteError, WidthError
+from lrqp_torch.stream import repeats
+
+pytestmark = pytest.mark.skipif(not repeats.available(), reason="no C compiler")
+
+SITES = ["L1.pre", "L1.mid", "L0.post"]
+IDS = torch.randint(61, (4, 6), generator=torch.Generator().manual_seed(0))
+AT = torch.tensor([3, 2, 5, 1])
+ADDED = torch.linspace(-1, 2, WIDTH)
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=32, eos_token_id=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@contextmanager
+def by_python() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeats, "_python", lambda: None)
+        yield
+
+
+def function(x: Tensor, context: Any) -> Tensor:
+    return x + ADDED.to(x.dtype)
+
+
+def opened(kind: str, model: Any, site: str) -> Any:
+    if kind == "function":
+        return intervene(model, Intervention(site, AT, function))
+    made = One() if kind == "edit" else Several()
+    return made.edit.at(model, site, positions=AT, target=made.target)
+
+
+def again(model: Any, inputs: dict[str, Tensor]) -> Any:
+    return model(**inputs).logits
+
+
+def another_mask(model: Any, inputs: dict[str, Tensor]) -> Any:
+    return model(**{**inputs, "attention_mask": inputs["attention_mask"].clone()}).logits
+
+
+def written_mask(model: Any, inputs: dict[str, Tensor]) -> Any:
+    inputs["attention_mask"].numpy()[1, 4:] = 0  # behind the position
+    found = model(**inputs).logits
+    inputs["attention_mask"].numpy()[1, 4:] = 1
+    return found
+
+
+def longer(model: Any, inputs: dict[str, Tensor]) -> Any:
+    return model(torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], 1)).logits
+
+
+def gradient(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with torch.enable_grad():
+        loss = model(**inputs).logits.square().mean()
+        (found,) = torch.autograd.grad(loss, model.transformer.wte.weight)
+    return found
+
+
+def tangent(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with forward_ad.dual_level():
+        point = model.transformer.wte(inputs["input_ids"])
+        dual = forward_ad.make_dual(point, torch.ones_like(point))
+        out = model(inputs_embeds=dual, attention_mask=inputs["attention_mask"]).logits
+        return forward_ad.unpack_dual(out).tangent
+
+
+def mapped(model: Any, inputs: dict[str, Tensor]) -> Any:
+    points = model.transformer.wte(inputs["input_ids"]).expand(2, -1, -1, -1)
+    return torch.func.vmap(lambda point: model(inputs_embeds=point).logits)(points)
+
+
+def half(model: Any, inputs: dict[str, Tensor]) -> Any:
+    try:
+        return model.bfloat16()(**inputs).logits.float()
+    finally:
+        model.float()
+
+
+def cast(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(**inputs).logits
+
+
+def nested(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with intervene(model, Intervention("L0.post", AT, lambda x, context: 2 * x)):
+        found = [again(model, inputs) for _ in range(3)]
+    return torch.stack(found)
+
+
+def elsewhere(model: Any, inputs: dict[str, Tensor]) -> Any:
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(again(model, inputs))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def inference(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with torch.inference_mode():
+        found = again(model, inputs)
+    return found.clone()
+
+
+def broken(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """A pass that ends in the midst, within its site."""
+    handle = model.transformer.h[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs)
+    handle.remove()
+    return again(model, inputs)
+
+
+CHANGES: list[Callable[[Any, dict[str, Tensor]], Any]] = [
+    again,
+    lambda model, given: again(model, {**given, "input_ids": given["input_ids"].flip(0)}),
+    lambda model, given: again(model, {**given, "input_ids": given["input_ids"].T.clone().T}),
+    lambda model, given: model(given["input_ids"], use_cache=False).logits,
+    lambda model, given: model(**given, output_hidden_states=True).hidden_states[-1],
+    lambda model, given: model(**given, use_cache=True).logits,
+    another_mask,
+    written_mask,
+    longer,
+    gradient,
+    tangent,
+    mapped,
+    half,
+    cast,
+    nested,
+    elsewhere,
+    inference,
+    broken,
+    lambda model, given: lrqp.capture(model, given, "L2.pre")["L2.pre"],
+    lambda model, given: again(copy.deepcopy(model), given),
+]
+
+
+@pytest.mark.parametrize("kind", ["function", "edit", "joint"])
+@pytest.mark.parametrize("site", SITES)
+@torch.no_grad()
+def test_whatever_changes_between_passes_is_seen(kind: str, site: str) -> None:
+    found = []
+    for compiled in (True, False):
+        model, given = build(), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        with nullcontext() if compiled else by_python():
+            with opened(kind, model, site) as run:
+                each = [[again(model, given), change(model, given)] for change in CHANGES]
+                each += [[again(model, given)] for _ in range(3)]
+            numbers = [] if kind == "function" else run.steps
+        found.append((each, numbers))
+    for one, other in zip(*(part for part, _ in found), strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.equal(mine, theirs)
+    for step, other in zip(*(numbers for _, numbers in found), strict=True):
+        for name, value in vars(step).items():
+            same = torch.as_tensor(value).double(), torch.as_tensor(vars(other)[name]).double()
+            assert torch.equal(*map(torch.nan_to_num, same)), name
+
+
+@pytest.mark.parametrize("kind", [One, Several])
+@torch.no_grad()
+def test_whatever_an_edit_is_made_of_may_change_between_passes(kind: type[One]) -> None:
+    model, given = build(), {"input_ids": IDS}
+    for name, change in (OF_SIGMA | OF_THE_REST).items():
+        made = kind()
+        with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
+            before = [again(model, given) for _ in range(3)]
+            assert run._rows._passes[-1].site.used == 2
+            change(made.edit if name in OF_SIGMA else made.written)
+            found = [again(model, given) for _ in range(2)]
+            last = run.steps[-1]
+        other = made.anew()
+        with other.at(model, "L0.post", positions=AT, target=made.target) as fresh:
+            expected = again(model, given)
+        assert torch.equal(before[0], before[2])
+        assert all(torch.equal(one, expected) for one in found), name
+        assert torch.equal(last.distance, fresh.steps[0].distance), name
+
+
+@torch.no_grad()
+def test_what_stands_for_an_edit_is_called() -> None:
+    """A method, or a class, that is put in the place of the edit's own between passes."""
+    model, given, made = build(), {"input_ids": IDS}, One()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    class Other(lrqp.LRQP):
+        solve = refuse
+
+    for route in ("object", "class", "kind"):
+        with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+            with made.edit.at(model, "L0.post", positions=AT, target=1):
+                for _ in range(3):
+                    again(model, given)
+                if route == "kind":
+                    patch.setattr(made.edit, "__class__", Other)
+                else:
+                    owner = made.edit if route == "object" else lrqp.LRQP
+                    patch.setattr(owner, "solve", refuse)
+                again(model, given)
+        vars(made.edit).pop("solve", None)
+
+
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [
+        (lambda x: x * torch.inf, NonFiniteError),
+        (lambda x: x[:2], WidthError),
+        (lambda x: None, WidthError),
+        (lambda x: x.double() + 1, None),
+        (lambda x: (x + 1).T.contiguous().T, None),
+        (lambda x: x + torch.zeros(WIDTH, requires_grad=True), None),
+        (lambda x: x, None),
+        (lambda x: x.zero_(), None),
+    ],
+)
+@torch.no_grad()
+def test_what_a_function_gives_is_looked_at_in_every_pass(
+    result: Callable[[Tensor], Any], error: type[Exception] | None
+) -> None:
+    model, calls = build(), list[int]()
+
+    def sometimes(x: Tensor, context: Any) -> Any:
+        calls.append(len(calls))
+        return result(x) if len(calls) > 3 else x + 1
+
+    with intervene(model, Intervention("L1.pre", AT, sometimes)):
+        for _ in range(3):
+            model(IDS)
+        if error is not None:
+            for _ in range(2):
+                with pytest.raises(error):
+                    model(IDS)
+            assert len(calls) == 5
+            return
+        found = [model(IDS).logits for _ in range(2)]
+    with by_python(), intervene(model, Intervention("L1.pre", AT, lambda x, c: result(x))):
+        expected = model(IDS).logits
+    assert len(calls) == 5 and all(torch.equal(one, expected) for one in found)
+
+
+@torch.no_grad()
+def test_every_pass_is_recorded_in_order_whoever_wrote_it() -> None:
+    """Also where others come between, where it is read meanwhile, and where room runs out."""
+    model, made = build(), One()
+    texts = torch.randint(61, (WAITING + 40, 4, 6), generator=torch.Generator().manual_seed(1))
+    found = []
+    for compiled in (True, False):
+        with nullcontext() if compiled else by_python():
+            with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
+                for number, ids in enumerate(texts):
+                    model(ids, use_cache=number % 30 == 29)
+                    if number == 20:
+                        before = run.log_odds_before
+            found.append((before, run.steps))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one.forward_pass == other.forward_pass
+        assert torch.equal(one.log_odds_before, other.log_odds_before)
+
+
+@torch.no_grad()
+def test_threads_of_one_context_lose_no_pass() -> None:
+    model, made = build(), One()
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(60):
+                model(IDS)
+
+    with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
+        expected = model(IDS).logits
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(model(IDS).logits, expected)
+    assert sum(map(len, run.steps)) == 4 * (2 + 3 * 60)
+    assert len({tuple(step.distance.tolist()) for step in run.steps}) == 1
+
+
+@torch.no_grad()
+def test_a_closed_context_keeps_nothing_of_its_passes() -> None:
+    model = build()
+    seen: list[Any] = []
+    with intervene(model, Intervention("L1.pre", AT, function)):
+        for _ in range(3):
+            model(IDS)
+        seen += [hook for hook in model.transformer.h[1]._forward_pre_hooks.values()]
+    assert seen[0].repeat is not None and not model.transformer.h[1]._forward_pre_hooks
+    clean = model(IDS).logits
+    assert torch.equal(build()(IDS).logits, clean)
