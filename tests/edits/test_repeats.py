@@ -218,16 +218,19 @@ def test_what_stands_for_an_edit_is_called() -> None:
         solve = refuse
 
     for route in ("object", "class", "kind"):
-        with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
-            with made.edit.at(model, "L0.post", positions=AT, target=1):
-                for _ in range(3):
-                    again(model, given)
-                if route == "kind":
-                    patch.setattr(made.edit, "__class__", Other)
-                else:
-                    owner = made.edit if route == "object" else lrqp.LRQP
-                    patch.setattr(owner, "solve", refuse)
+        with (
+            pytest.raises(ZeroDivisionError),
+            pytest.MonkeyPatch.context() as patch,
+            made.edit.at(model, "L0.post", positions=AT, target=1),
+        ):
+            for _ in range(3):
                 again(model, given)
+            if route == "kind":
+                patch.setattr(made.edit, "__class__", Other)
+            else:
+                owner = made.edit if route == "object" else lrqp.LRQP
+                patch.setattr(owner, "solve", refuse)
+            again(model, given)
         vars(made.edit).pop("solve", None)
 
 
