@@ -107,7 +107,7 @@ class Problem:
     x: Tensor  # activations, (n, d)
     labels: Tensor  # their classes, (n,)
     weights: Tensor | None  # what each counts, (n,), float64; None if each counts once
-    counts: Tensor  # examples of each of the K classes, by weight, (K,)
+    counts: Tensor  # examples of each of the K classes, by weight, (K,), on the CPU
     classes: tuple[str, ...] | None  # names of the classes, where they were given by name
 
     @classmethod
@@ -126,17 +126,20 @@ class Problem:
         if len(x) == 0:
             raise LabelError("no examples to fit a probe on")
         check_finite(x)
-        numbers, weighed = torch.bincount(labels), torch.bincount(labels, weights).double()
-        counts, share = weigh_classes(numbers, weighed, n_classes, class_weight, classes)
+        # On the CPU, where looking at them makes no GPU wait.
+        numbers = torch.bincount(labels).cpu()
+        weighed = numbers if weights is None else torch.bincount(labels, weights).cpu()
+        counts, share = weigh_classes(numbers, weighed.double(), n_classes, class_weight, classes)
         if share is not None:
-            weights = share[labels] if weights is None else share[labels] * weights
+            share = share.to(labels.device)[labels]
+            weights = share if weights is None else share * weights
         return cls(x.detach(), labels, weights, counts, classes)
 
     def take(self, rows: Tensor) -> "Problem":
         """Some of the examples, chosen by a mask (n,)."""
         rows = rows.to(self.x.device)
         weights = None if self.weights is None else self.weights[rows]
-        counts = torch.bincount(self.labels[rows], weights, len(self.counts))
+        counts = torch.bincount(self.labels[rows], weights, len(self.counts)).cpu()
         return Problem(self.x[rows], self.labels[rows], weights, counts, self.classes)
 
 

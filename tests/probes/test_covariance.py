@@ -349,3 +349,18 @@ def test_infinities_that_cancel_are_found_and_large_finite_numbers_are_not_mista
     half = torch.full((50, 4), 6e4, dtype=torch.float16)  # its sum overflows float16
     half[::2] /= 2
     assert Covariance(4).update(half).n_samples == 50
+
+
+def test_finishing_takes_two_and_a_half_matrices() -> None:
+    """Of memory, moments included, at widths where rows that wait are no more than a quarter."""
+    width, held, most = 1024, 0, 0
+    x = torch.randn(8, width)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as run:
+        Covariance(width).update(x).finish(0.1)
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    assert 2 * 8 * width**2 <= most <= 2.5 * 8 * width**2
