@@ -72,7 +72,7 @@ def check_sinks(x: Tensor) -> None:
     """Warn of few activations, or few coordinates of (n, d), that carry most of the variance."""
     if len(x) == 0:
         return
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    x = x.detach().float()
     sample = x[:: math.ceil(len(x) / LOOKED_AT)]
     if sample.device.type == "cpu":
         # Up to ten times as fast as torch's median.

@@ -60,9 +60,9 @@ LENGTHS, CLOSE = 8, 0.03
 """Lengths of a step that are tried for the best one, and how near it is near enough."""
 SETTLED = 1e-9
 """Slope along a Newton step, over the loss, below which its length is 1."""
-FORCING = 0.3
+FORCING, POWER = 0.2, 0.4
 """Conjugate gradients in float32 leave this share of a gradient at most, and this power of what
-share of the gradient at zero it is: of large problems more exact steps cost more than they gain."""
+share of the gradient at zero it is."""
 PATIENCE = 8
 """Products with the Hessian before a factor is made, or made anew, at least."""
 LONG = 2**18
@@ -601,7 +601,7 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     target, left = point.size / state.start, ENOUGH * state.goal / point.size
     # In float32 what the goal does not ask for would be computed in vain.
     target = (
-        torch.maximum(target.pow(FORCING).clamp_max(FORCING), left)
+        torch.maximum(target.pow(POWER).clamp_max(FORCING), left)
         if loss.narrow
         else target.sqrt().clamp_max(0.1)
     )
