@@ -664,8 +664,19 @@ static double residual_of(Total *q, const double *multipliers) {
     double unbalanced = sqrt(larger(sum_of_products(residual, q->spare, n), 0));
     missing = q->floor + log_sum(q->margins, n);
     missing = weight > 0 ? fabs(missing) : larger(missing, 0);
-    missing /= 1 + fabs(q->floor + log_sum(q->start, n));
-    unbalanced /= length + nat;
+    /* What margins round by, and duality where shares are not those of the multipliers. */
+    double terms = 0, rounds = 0, carried = 0, apart = 0;
+    for (i64 i = 0; i < n; i++) terms += multipliers[i] * sqrt(larger(q->gram[i * n + i], 0));
+    for (i64 i = 0; i < n; i++) {
+        double root = sqrt(larger(q->gram[i * n + i], 0)), part = weight > 0 ? multipliers[i] / weight : 0;
+        double own = q->share[i] > 0 ? EPSILON * q->share[i] * (fabs(q->start[i]) + root * terms) : 0;
+        rounds += own, carried += weight * own * root;
+        if (part > 0) apart += part * (log(part) - log(larger(q->share[i], TINY)));
+    }
+    apart = weight * apart / larger(length * length, TINY) - LONGER;
+    missing = (missing - rounds) / (1 + fabs(q->floor + log_sum(q->start, n)));
+    unbalanced = (unbalanced - carried) / (length + nat);
+    missing = larger(larger(missing, apart), 0);
     return unbalanced > missing || isnan(unbalanced) ? unbalanced : missing;
 }
 
@@ -1264,17 +1275,16 @@ static double excess_of(const Shared *s, const Task *t, Work *w, i64 b, const do
     i64 m = s->m, d = s->width, target = target_of(t, b);
     const double *multipliers = t->multipliers + b * m, *floors = t->floor + b * t->each;
     const double *length = s->length + target * s->classes;
-    double squared = larger(t->numbers[t->count + b], TINY), gap = 0, reach = 0, longest = 0, weight = 0;
+    double squared = larger(t->numbers[t->count + b], TINY), gap = 0, reach = 0, weight = 0;
     /* What is read of two classes is their one difference, of which the edit is the least. */
     if (s->classes == 2) return 0;
     for (i64 l = 0; l < m; l++) {
-        double own = s->variables ? w->length[l] : length[l + (l >= target)];
-        longest = larger(longest, own), weight += multipliers[l];
-        if (!(multipliers[l] > 0) || t->total) continue;
-        gap += multipliers[l] * (margin(s, w, target, after, l) - floors[t->each == 1 ? 0 : l]);
-        reach += multipliers[l] * own;
+        if (!(multipliers[l] > 0)) continue;
+        reach += multipliers[l] * (s->variables ? w->length[l] : length[l + (l >= target)]);
+        weight += multipliers[l];
+        if (!t->total) gap += multipliers[l] * (margin(s, w, target, after, l) - floors[t->each == 1 ? 0 : l]);
     }
-    if (t->total) gap = weight * (least - *floors), reach = weight * longest;
+    if (t->total) gap = weight * (least - *floors);
     gap /= squared, reach /= squared;
     if (!(gap > LONGER)) return 0;
     recall(s, w, b, t);

@@ -373,11 +373,12 @@ class MahalanobisQP(nn.Module):
         reached = (least >= 0) & torch.isfinite(after.sum(-1))
         if multipliers.shape[-1] > 1 and self.solver.least:
             held = realise or (lambda edited: edited.to(x.dtype).double())
-            weight = multipliers.detach()
-            weight = weight.sum(-1, keepdim=True) if after.shape[-1] == 1 else weight
-            surplus = torch.where((edit & reached).unsqueeze(-1), after - bound.detach(), 0.0)
-            own = headroom, x.detach(), attempt.edited.detach()
-            longer = excess(weight, surplus, squared.detach(), *own, held)
+            weight, surplus = multipliers.detach(), (after - bound.detach()).clamp_min(0.0)
+            # Total odds are one reading, of which all multipliers are parts.
+            gap = torch.where(edit & reached, (weight * surplus).sum(-1), 0.0)
+            bounds = gap, (weight * constraints.length).sum(-1), squared.detach()
+            edited = attempt.edited.detach()
+            longer = excess(*bounds, headroom, x.detach(), edited, held)
             residual = torch.maximum(residual, longer)
         accurate = reached & (residual <= self.solver.tolerance)
         before = reading.amin(-1)

@@ -100,8 +100,8 @@ class Headroom:
 
 
 def excess(
-    weight: Tensor,
-    surplus: Tensor,
+    gap: Tensor,
+    reach: Tensor,
     squared: Tensor,
     headroom: Headroom,
     x: Tensor,
@@ -112,25 +112,24 @@ def excess(
     least, (B,): 0 where it is the least.
 
     Args:
-        weight: multipliers of what is read, (B, m) or (B, 1).
-        surplus: how far above their floors readings are, of the same shape.
+        gap: λᵀ(r − floors), (B,).
+        reach: how fast λᵀr changes with x' at most, Σ λ_i ‖a_i‖, (B,).
         squared: λᵀMλ, (B,).
         headroom: of the activations.
         x, edited: before, and after but not rounded, (B, d).
         hold: what is held of the edited ones, float64.
     """
-    squared = squared.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-1)
-    gap = (weight * surplus).sum(-1, keepdim=True) / squared
+    tiny = torch.finfo(torch.float64).tiny
+    gap, reach = (part / squared.clamp_min(tiny) for part in (gap, reach))
     if readable(gap) and not bool((gap > LONGER).any()):
-        return torch.zeros_like(gap).squeeze(-1)
-    # An edit that rounding made far too long does not excuse itself by its own length.
+        return torch.zeros_like(gap)
     edited, x = edited.double(), x.double()
-    size, tiny = sizes(edited), torch.finfo(torch.float64).tiny
-    share = (4 * sizes(hold(edited) - edited) / size.clamp_min(tiny)).clamp_min(headroom.precision)
-    least = headroom.size + (1 - gap).clamp_min(0.0) * sizes(edited - x)
-    reach = (weight * headroom.length).sum(-1, keepdim=True) / squared
-    found: Tensor = (gap - ROOM * share * reach * least - LONGER).clamp_min(0.0).squeeze(-1)
-    return found
+    error, size = sizes(hold(edited) - edited), sizes(edited).clamp_min(tiny)
+    share = (4 * error / size).clamp_min(headroom.precision)
+    # An edit that rounding made far too long does not excuse itself by its own length.
+    least = headroom.size + (1 - gap).clamp_min(0.0).unsqueeze(-1) * sizes(edited - x)
+    found: Tensor = gap - ROOM * reach * (share * least).squeeze(-1) - LONGER
+    return found.clamp_min(0.0)
 
 
 def sizes(x: Tensor) -> Tensor:

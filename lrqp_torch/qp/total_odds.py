@@ -30,6 +30,7 @@ and where that has no finite value the target is unreachable.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,6 +38,8 @@ from torch import Tensor
 
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints
+from lrqp_torch.qp.reach import LONGER
+from lrqp_torch.qp.solution import ROUNDING
 from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver
 
 # A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
@@ -62,6 +65,9 @@ ALIGNED = 8
 # From such a residual on shares are taken from the last λ, so often; and this one is enough.
 FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
 MAX_HALVINGS = 40
+
+Inner = Callable[..., tuple[Tensor, ...]]
+"""From M, p, μ and right-hand sides r, (I + μ H M)⁻¹ r of each, see :func:`solve_inner`."""
 
 
 class TotalOdds(Solver):
@@ -160,7 +166,12 @@ def without_constants(
 
 
 def newton_step(
-    gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tensor, weight: Tensor
+    gram: Tensor,
+    start: Tensor,
+    floor: Tensor,
+    multipliers: Tensor,
+    weight: Tensor,
+    inner: Inner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One Newton step on λ = μ p, f = log α, for (λ, μ); differentiable in everything.
 
@@ -170,11 +181,12 @@ def newton_step(
         floor: log α, (B,).
         multipliers: λ, (B, m).
         weight: μ, (B,).
+        inner: solves its system; default :func:`solve_inner`.
     """
     margins = start + _times(gram, multipliers)
     share = (-margins).softmax(-1)
     residual = multipliers - weight.unsqueeze(-1) * share
-    back, along = solve_inner(gram, share, weight, residual, share)
+    back, along = (inner or solve_inner)(gram, share, weight, residual, share)
     slope = _times(gram, share)
     missing = floor - total_log_odds(margins) + (slope * back).sum(-1)
     step = missing / (slope * along).sum(-1)
@@ -223,6 +235,8 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
 
     The first is measured in the metric and relative to the length of the edit and of one nat, the
     second to 1 + the distance of f from log α before the edit. Where λ = 0 only f ≥ log α is asked.
+    What margins round by is taken off both, and by duality μ KL(λ/μ ‖ p) may be no more than a
+    small share of the squared length.
     """
     tiny = torch.finfo(gram.dtype).tiny
     moved = _times(gram, multipliers)
@@ -234,7 +248,15 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
     unbalanced = (residual * _times(gram, residual)).sum(-1).clamp_min(0.0).sqrt()
     missing = floor - total_log_odds(margins)
     missing = torch.where(weight > 0, missing.abs(), missing.clamp_min(0.0))
-    missing = missing / (1 + (floor - total_log_odds(start)).abs())
+    root = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    terms = start.abs() + root * (multipliers * root).sum(-1, keepdim=True)
+    rounds = torch.where(share > 0, ROUNDING * share * terms, 0.0)
+    unbalanced = unbalanced - weight * (rounds * root).sum(-1)
+    missing = (missing - rounds.sum(-1)) / (1 + (floor - total_log_odds(start)).abs())
+    own = multipliers.clamp_min(0.0) / weight.clamp_min(tiny).unsqueeze(-1)
+    apart = torch.special.xlogy(own, own) - torch.special.xlogy(own, share.clamp_min(tiny))
+    apart = weight * apart.sum(-1) / length.square().clamp_min(tiny) - LONGER
+    missing = torch.maximum(missing, apart).clamp_min(0.0)
     return torch.maximum(unbalanced / (length + nat), missing)
 
 
@@ -367,6 +389,17 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
         search = search.step()
     result.multipliers[search.index] = search.multipliers.clamp_min(0.0)
     result.weight[search.index] = search.weight
+    # Two steps polish what was found, by a system that is never singular.
+    rows = (result.weight > 0).nonzero().squeeze(-1)
+    if len(rows):
+        own, found = (unit[rows], start[rows], floor[rows]), result.multipliers[rows]
+        polished = found, result.weight[rows]
+        for _ in range(2):
+            polished = newton_step(*own, *polished, _solve_symmetric)
+        # Unless rounding spoils them.
+        better = total_residual(*own, polished[0]) <= total_residual(*own, found)
+        at = rows[better]
+        result.multipliers[at], result.weight[at] = (part[better] for part in polished)
     result.multipliers.div_(scale.unsqueeze(-1))
     result.weight.div_(scale)
     return result

@@ -19,7 +19,7 @@ from lrqp_torch import (
     Status,
 )
 from lrqp_torch.errors import SolverError
-from lrqp_torch.qp import ProbeGeometry, Solver, TotalOdds
+from lrqp_torch.qp import ProbeGeometry, Solver, TotalOdds, native
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import DenseConstraints
 from lrqp_torch.qp.total_odds import total_residual
@@ -257,6 +257,38 @@ def test_total_odds_of_near_equal_triples_do_not_depend_on_company(dtype: torch.
         for name in ("multipliers", "x_new"):
             found, expected = getattr(alone, name), getattr(together, name)[rows]
             torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+def test_total_odds_of_near_equal_triples_end_alike_on_every_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The residual is above its bound where the solve is wrong, and not where margins round."""
+    for n_classes, width in ((10, 3), (5, 8)):
+        problem = random_problem(n_classes, width, 24, seed=21)
+        first = torch.arange(n_classes) // 3 * 3
+        noise = torch.randn(n_classes, width, generator=torch.Generator().manual_seed(21)).double()
+        near = (torch.arange(n_classes) % 3 > 0).unsqueeze(-1)
+        problem.weight = problem.weight[first] + 1e-7 * noise * near
+        problem.floor = problem.floor.abs()
+        found = solve(problem, TotalOdds())
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            other = solve(problem, TotalOdds())
+            few = torch.arange(0, 24, 15)
+            alone = [
+                solve(
+                    replace(
+                        problem, x=problem.x[i], target=problem.target[i], floor=problem.floor[i]
+                    ),
+                    TotalOdds(),
+                )
+                for i in few.unsqueeze(-1)
+            ]
+        assert torch.equal(found.status, other.status)
+        assert (found.status != Status.INACCURATE).all()
+        assert torch.equal(torch.cat([each.status for each in alone]), other.status[few])
+        torch.testing.assert_close(found.distance, other.distance, rtol=1e-4, atol=1e-9)
 
 
 def test_total_odds_as_near_as_float64_tells_classes_apart() -> None:
