@@ -25,7 +25,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from benchmarks.hook_peers import vector_hook
 from benchmarks.measure import Row, parse_arguments, synchronise
@@ -357,18 +364,26 @@ def no_waiting(arguments: Namespace) -> list[Row]:
 
 def joint_edit(model: Any) -> Row:
     """The same of an edit of several variables, and what it adds to a pass."""
-    metric = edit_of(2, WIDTH, "cuda").metric
-    edits = {str(k): LRQP(edit_of(k, WIDTH, "cuda", k).probe, metric) for k in (2, 3, 5)}
-    joint = JointLRQP(edits, within={"3": 0.5}, on_infeasible="skip")
+    joint = three_variables(WIDTH, "cuda")
     ids, other = torch.randint(1000, (16, 64), device="cuda"), twin(model)
     row: Row = {"variables": 3}
     where: dict[str, Any] = {"positions": torch.full((16,), 3)}
-    wanted = {"2": 1, "3": joint.KEEP, "5": 2}
-    with joint.at(other, "L6.mid", target=wanted, **where), torch.no_grad():
+    with joint.at(other, "L6.mid", target=WANTED, **where), torch.no_grad():
         other(ids)
         row["pass in an open context"] = tried(lambda: other(ids))
         row["added µs"], row["of"] = added(lambda: model(ids), lambda: other(ids), 20, "cuda")
     return row
+
+
+def three_variables(width: int, device: str) -> JointLRQP:
+    """An edit of variables of 2, 3 and 5 classes."""
+    metric = edit_of(2, width, device).metric
+    edits = {str(k): LRQP(edit_of(k, width, device, k).probe, metric) for k in (2, 3, 5)}
+    return JointLRQP(edits, within={"3": 0.5}, on_infeasible="skip")
+
+
+WANTED = {"2": 1, "3": JointLRQP.KEEP, "5": 2}
+"""What is written of them, and kept."""
 
 
 def synced(run: Callable[[], Any]) -> None:
@@ -732,6 +747,12 @@ def generating(arguments: Namespace) -> list[Row]:
         one(prompt, past_key_values=cache, use_cache=True)
         return lambda: one(new, past_key_values=cache, use_cache=True)
 
+    def fixed(one: Any) -> Callable[[], Any]:
+        """The same of one shape, for a CUDA graph: each replay reads a further token."""
+        cache = StaticCache(config=one.config, max_cache_len=512)
+        one(prompt, past_key_values=cache, use_cache=True)
+        return lambda: one(new, past_key_values=cache, use_cache=True)
+
     def row(what: str, **more: Any) -> Row:
         middle, quartiles = added(decoder(model), decoder(other), rounds, device)
         return {"what": f"added a token, {what}", **more, "µs": middle, "of": quartiles}
@@ -745,6 +766,14 @@ def generating(arguments: Namespace) -> list[Row]:
         for site in (f"L{layer}.post", f"L{layer}.mid"):
             with edit.at(other, site, positions="generated", target=1):
                 rows.append(row(site, K=n_classes))
+            if gpu:
+                with edit.at(other, site, positions="generated", target=1):
+                    tokens = fixed(model), fixed(other)
+                    rows.append(replayed("a token, static cache", *tokens, site, n_classes))
+    with three_variables(width, device).at(
+        other, f"L{layer}.post", positions="generated", target=WANTED
+    ):
+        rows.append(row(f"L{layer}.post", variables=len(WANTED)))
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import PositionError, concrete, readable, trace, warn
+from lrqp_torch.errors import PositionError, capturing, concrete, readable, trace, warn
 from lrqp_torch.stream import repeats
 from lrqp_torch.stream.compiled import inner_model, unwrapped
 
@@ -604,9 +604,7 @@ class Texts:
                 # goes on, and that is checked when the context closes.
                 there = _length_of(own)
                 if isinstance(there, Tensor) and not there.is_cpu and concrete(there):
-                    wrong = there != known.end + known.front
-                    before = self._elsewhere
-                    self._elsewhere = wrong if before is None else before | wrong
+                    self._check_later(there, known)
                     return known, known.end
             held = _held(own, given)
             if known is not None and held != 0:
@@ -634,6 +632,14 @@ class Texts:
         text.cache = weakref.ref(cache) if cache is not None and continues else None
         return text, past
 
+    def _check_later(self, held: Tensor, text: Text) -> None:
+        """Keep whether a cache on a device holds other tokens than those of a text. (A CUDA graph,
+        each replay of which reads a further token, cannot tell.)
+        """
+        if not capturing(held):
+            wrong = held != text.end + text.front
+            self._elsewhere = wrong if self._elsewhere is None else self._elsewhere | wrong
+
     def _add(
         self, tokens: Tensor, front: int, columns: int | None = None, after: Text | None = None
     ) -> Text:
@@ -653,8 +659,7 @@ class Texts:
         """The same in a compiled graph, which knows of a cache only how many tokens it holds."""
         begun = [text for text in reversed(self._known) if text.end and text.batch == len(tokens)]
         if isinstance(held, Tensor) and not held.is_cpu and begun and tokens.shape[1] == 1:
-            wrong = held != begun[0].end + begun[0].front
-            self._elsewhere = wrong if self._elsewhere is None else self._elsewhere | wrong
+            self._check_later(held, begun[0])
             return begun[0], begun[0].end
         held = int(held)
         same = [text for text in begun if held and text.end + text.front == held]

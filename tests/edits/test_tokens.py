@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launches_for_tests import launched_by_address
+from launches_for_tests import Elsewhere, launched_by_address
 from models_for_tests import VOCABULARY, build, random_edit
 from torch import Tensor
 from transformers import DynamicCache
@@ -52,14 +52,6 @@ def nothing_known() -> Iterator[None]:
         mock.patch.object(record._Launch, "of", lambda *_: None),
     ):
         yield
-
-
-class Elsewhere(Tensor):
-    """A tensor that says that it is on another device than the CPU, where nobody looks at it."""
-
-    @property
-    def is_cpu(self) -> bool:  # type: ignore[override]
-        return False
 
 
 class Decoding:

@@ -8,12 +8,14 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from launches_for_tests import Elsewhere
 from models_for_tests import POST_MODELS, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import EditNeverFiredError, ModelError, PositionError
+from lrqp_torch.stream import passes
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
@@ -676,3 +679,20 @@ def test_hooks_that_others_have_removed_are_missed() -> None:
     assert hook_count(model) == 0
     with edit.at(model, SITE, positions=AT, target=1):
         model(**INPUTS)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_static_cache_is_checked_at_the_end_but_for_what_a_graph_repeats(captured: bool) -> None:
+    """Each replay of a CUDA graph reads a further token, which its own comparison knows not."""
+    held = torch.tensor(0)
+    cache = mock.Mock(get_seq_length=lambda: held.as_subclass(Elsewhere))
+    texts = passes.Texts(False, False, compares=True)
+    with mock.patch.object(passes, "capturing", lambda _: captured):
+        for columns in (3, 1, 1):
+            ids = torch.zeros(2, columns, dtype=torch.long)
+            call = texts.read({"input_ids": ids, "past_key_values": cache, "use_cache": True})
+            texts.note(call, ids)
+            held.fill_(3)
+    assert call.past == 4
+    with nullcontext() if captured else pytest.raises(PositionError, match="static cache"):
+        texts.finish()
