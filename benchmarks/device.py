@@ -45,7 +45,7 @@ from lrqp_torch import (
     Solution,
     Status,
 )
-from lrqp_torch.qp import ProbeGeometry, fused
+from lrqp_torch.qp import ODDS, ProbeGeometry, fused
 from lrqp_torch.qp.fused import Launcher, Shape, StreamRows
 
 DTYPES = {
@@ -74,6 +74,8 @@ LAYOUTS: dict[int, tuple[Shape, ...]] = {
     ),
 }
 """Layouts that are tried, by K."""
+TOTAL = (3, "float64"), (10, "float64"), (10, "bfloat16"), (50, "float64")
+"""Numbers of classes and dtypes in which total odds are checked."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,11 +176,12 @@ def compile_one(jobs: list[dict[str, Any]]) -> None:
 def run_once(job: dict[str, Any]) -> None:
     """One tiny launch of a flavour that the sections use."""
     n_classes, width, flavour = job["K"], job.get("width", WIDTH), job["flavour"]
-    edit, dtype = edit_of(n_classes, width, "cuda"), DTYPES[job["dtype"]]
+    odds = job.get("odds", "pairwise")
+    edit, dtype = edit_of(n_classes, width, "cuda", odds=odds), DTYPES[job["dtype"]]
     x, target, floor, *_ = (part.cuda() for part in problem(n_classes, 16, width))
     x = x.to(dtype)
     if flavour == "given":
-        MahalanobisQP(n_classes).solve(x, target, floor, edit.geometry(x.device))
+        edit.qp.solve(x, target, floor, edit.geometry(x.device))
     elif flavour == "propose":
         edit.propose(x, target)
     else:
@@ -207,6 +210,10 @@ def compiling(arguments: Namespace) -> list[Row]:
             for name in DTYPES:
                 if name in ("float64", "bfloat16") or k in (2, 10, 50):
                     add(k, name, "given")
+        for k, name in TOTAL:
+            add(k, name, "given", odds="total")
+    for k in (10, 50):
+        add(k, "float32", "propose", odds="total")
     for k, layouts in LAYOUTS.items():
         for name in ("float32", "bfloat16"):
             add(k, name, "propose")
@@ -260,17 +267,29 @@ def checks(arguments: Namespace) -> list[Row]:
                 rows.append(
                     compared(n_classes, torch.float64, kind, 8 if small else 256, arguments.device)
                 )
+    for n_classes, name in ((3, "float64"),) if small else TOTAL:
+        kinds = ("random", "near", "twins", "rank", "line") if name == "float64" else ("random",)
+        for kind in kinds:
+            given = n_classes, DTYPES[name], kind, 4 if small else 256, arguments.device
+            rows.append(compared(*given, odds="total"))
     return rows
 
 
-def compared(n_classes: int, dtype: torch.dtype, kind: str, batch: int, device: str) -> Row:
+def compared(
+    n_classes: int,
+    dtype: torch.dtype,
+    kind: str,
+    batch: int,
+    device: str,
+    odds: str = "pairwise",
+) -> Row:
     width = WIDTH if device == "cuda" else 24
     x, target, floor, weight, bias, covariance = (
         part.to(device) for part in problem(n_classes, batch, width, kind)
     )
     geometry, qp, x = (
         ProbeGeometry.build(weight, bias, covariance),
-        MahalanobisQP(n_classes),
+        ODDS[odds].program(n_classes),
         x.to(dtype),
     )
     start = time.perf_counter()
@@ -283,10 +302,11 @@ def compared(n_classes: int, dtype: torch.dtype, kind: str, batch: int, device: 
     both = (ours.status.cpu() == Status.SOLVED) & (other.status == Status.SOLVED)
     distance = (ours.distance.cpu() / other.distance - 1).abs()[both]
     done = ours.status == Status.SOLVED
-    read = geometry.margins(ours.x_new, target).amin(-1)
+    read = qp.solver.read(geometry.margins(ours.x_new, target)).amin(-1)
     other_status = (ours.status.cpu() != other.status).sum()
     return {
         "K": n_classes,
+        "odds": odds,
         "dtype": str(dtype).removeprefix("torch."),
         "kind": kind,
         "solved": int(done.sum()),
@@ -341,12 +361,12 @@ def no_waiting(arguments: Namespace) -> list[Row]:
     if arguments.device != "cuda":
         return []
     rows: list[Row] = []
-    for n_classes in (2, 10, 50):
-        edit = edit_of(n_classes, WIDTH, "cuda")
+    for n_classes, odds in ((2, "pairwise"), (10, "pairwise"), (50, "pairwise"), (10, "total")):
+        edit = edit_of(n_classes, WIDTH, "cuda", odds=odds)
         x, target, *_ = (part.cuda() for part in problem(n_classes, 64, WIDTH))
         x = x.float()
         model, ids = gpt2("cuda"), torch.randint(1000, (8, 16), device="cuda")
-        row: Row = {"K": n_classes}
+        row: Row = {"K": n_classes, "odds": odds}
         edit.propose(x, target)
         row["propose"] = tried(lambda: edit.propose(x, target))  # noqa: B023
         positions = torch.full((8,), 3)
@@ -476,6 +496,13 @@ def proposing(arguments: Namespace) -> list[Row]:
                     row["products in a graph µs"] = microseconds(captured(products))
                     row["host µs"] = hosted(lambda: edit.propose(x, target), 50)  # noqa: B023
                 rows.append(row)
+    for n_classes, batch in ((10, 16), (10, 1024), (50, 1024)) if gpu else ():
+        edit = edit_of(n_classes, WIDTH, "cuda", odds="total")
+        x, target, *_ = (part.cuda() for part in problem(n_classes, batch, WIDTH))
+        x = x.float()
+        row = {"K": n_classes, "odds": "total", "B": batch, "dtype": "float32"}
+        row["graph µs"] = microseconds(captured(lambda: edit.propose(x, target)))  # noqa: B023
+        rows.append(row)
     return rows
 
 

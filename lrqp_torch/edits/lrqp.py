@@ -279,8 +279,8 @@ class LRQP(Edit[Classes]):
         floors: OddsRule | Tensor = self._odds_rule(target, source)
         if asked is not None:
             floors = floors_of(asked, rows).expand(len(rows.index))
-        skip = self.on_infeasible == "skip"
-        return fused.edit_stream(rows, target, floors, geometry, skip=skip, live=live)
+        skip, total = self.on_infeasible == "skip", type(self.qp.solver) is TotalOdds
+        return fused.edit_stream(rows, target, floors, geometry, skip=skip, live=live, total=total)
 
     def line(self) -> Line | None:
         """See :meth:`Edit.line`; of pairwise odds by our solver, where there is a compiler."""

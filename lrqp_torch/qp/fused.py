@@ -2,9 +2,9 @@
 
 The kernel reads an activation where it lies, solves for it, rounds as the stream rounds, reads
 back, raises floors that rounding missed, and writes activation and certificate, without a look at
-any value by the host. It serves probes of up to :data:`MOST_CLASSES` classes with pairwise odds.
-The first launch for a number of classes and a dtype compiles it, for some 5 to 30 seconds; Triton
-keeps what it compiled in a folder of the user's.
+any value by the host. It serves probes of up to :data:`MOST_CLASSES` classes.
+The first launch for a number of classes and a dtype compiles it, for some 5 to 30 seconds, of total
+odds up to three times that; Triton keeps what it compiled in a folder of the user's.
 Elsewhere the same is done by the operations of :meth:`~.problem.MahalanobisQP.solve`.
 """
 
@@ -187,6 +187,7 @@ class Launcher:
         geometry: a ``ProbeGeometry``, or a ``StackedGeometry`` of several probes.
         rule: where floors come from: "mirror" or "fixed", of ``log_odds``; "given", one an example,
             or "each", one a constraint. Of several probes, the rule of each.
+        total: whether odds are total odds.
         skip: whether what fails is left as it was.
         live: weight and bias of the probe as they are now, which are held against the geometry's.
     """
@@ -196,6 +197,7 @@ class Launcher:
         geometry: Any,
         rule: "str | VariableRules",
         *,
+        total: bool = False,
         skip: bool = False,
         live: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -205,6 +207,8 @@ class Launcher:
         self.skip, self.live = skip, live is not None
         self.n_classes, self.width = geometry.weight.shape
         self.two = isinstance(rule, str) and self.n_classes == 2
+        # Of two classes they are the pairwise ones.
+        self.total = total and not self.two
         self.rule = rule if isinstance(rule, str) else "variables"
         rows = geometry.rows
         now = live or rows[:2]
@@ -213,7 +217,7 @@ class Launcher:
         parts: tuple[Tensor, ...] = *rows[:2], *now, *then, rows[2]
         if isinstance(rule, str):
             self.slots, self.variables = self.n_classes, 0
-            grams = None if self.two else geometry.grams
+            grams = geometry.total_grams if self.total else None if self.two else geometry.grams
             self.grams = grams is not None
             squared = geometry.squared if grams is None else grams
             parts = *parts, squared, geometry.noise, geometry.length, *rows[:2]
@@ -349,6 +353,7 @@ class Launcher:
             "V": variables,
             "TWO": self.two,
             "GRAMS": self.grams,
+            "TOTAL": self.total,
             "ASKED": flags[-1],
             "D": width,
             "BD": shape.columns,
@@ -526,15 +531,16 @@ def launcher(
     rule: "str | VariableRules",
     skip: bool,
     live: tuple[Tensor, Tensor] | None,
+    total: bool = False,
 ) -> Launcher:
     """That of a geometry, as long as the geometry lives."""
     kept: _Launchers | None = vars(geometry).get("launchers")
     if kept is None:
         kept = vars(geometry)["launchers"] = _Launchers()
-    key = rule, skip, live and (live[0].data_ptr(), live[1].data_ptr())
+    key = rule, skip, total, live and (live[0].data_ptr(), live[1].data_ptr())
     found = kept.get(key)
     if found is None:
-        found = kept[key] = Launcher(geometry, rule, skip=skip, live=live)
+        found = kept[key] = Launcher(geometry, rule, total=total, skip=skip, live=live)
     return found
 
 
@@ -546,6 +552,7 @@ def solve(
     realise: Realise | None = None,
     *,
     repeats: bool = False,
+    total: bool = False,
     skip: bool = False,
     live: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Solution, Ended]:
@@ -558,6 +565,7 @@ def solve(
         geometry: of the probe.
         realise: how edited activations are put in place; see :func:`places`.
         repeats: whether where it ended is wanted, for a derivative.
+        total: whether odds are total odds.
         skip: whether what fails is left as it was.
         live: weight and bias of the probe as they are now; where they are not the geometry's, all
             is INVALID.
@@ -569,13 +577,14 @@ def solve(
     active = torch.empty(batch, m, dtype=torch.bool, device=x.device)
     aims = inverse = multipliers
     if repeats:
-        aims, inverse = torch.empty_like(multipliers), wide.new_empty(batch, m, m)
+        aims = torch.empty_like(multipliers)
+        inverse = aims if total else wide.new_empty(batch, m, m)
     x_new = torch.empty_like(x)
     base, scale = None, 1.0
     if realise is not None and places(realise):
         base, scale = realise.base, realise.scale
     with torch.no_grad():
-        done = launcher(geometry, rule, skip, live)(
+        done = launcher(geometry, rule, skip, live, total)(
             x.detach(),
             x_new,
             target,
@@ -653,6 +662,7 @@ def edit_stream(
     *,
     skip: bool,
     live: tuple[Tensor, Tensor],
+    total: bool = False,
     variables: "tuple[VariableRules, Prepared, Tensor | None] | None" = None,
 ) -> tuple[Tensor, Laid]:
     """Edit rows of a stream within a model: gather, :func:`solve`, put in place, in one launch.
@@ -662,7 +672,7 @@ def edit_stream(
         target: classes, int64: (1,) for all, or (n,); of several variables a last axis of these.
         floors: log α by a rule, or (N,); of several variables the least of each, (V,).
         geometry: of the probe, or of several.
-        skip, live: see :func:`solve`.
+        skip, live, total: see :func:`solve`.
         variables: of several: the rules of each, their constraints, and log α (N, V) in place of
             the rules'.
 
@@ -684,7 +694,7 @@ def edit_stream(
         more = {"prepared": prepared, "asked": None if asked is None else asked.contiguous()}
     held, first, forward_pass = rows.record
     # The kernel goes by addresses: numbers of one type, which the launcher lays in a row.
-    laid = launcher(geometry, rule, skip, live)(
+    laid = launcher(geometry, rule, skip, live, total)(
         stream,
         whole,
         target,

@@ -233,12 +233,16 @@ class ProbeGeometry:
     @cached_property
     def shared_total(self) -> Shared:
         """What those for total odds need: M of every target, of up to :data:`DIRECT` classes."""
+        return self._shared(self.total_grams)
+
+    @cached_property
+    @torch.no_grad()
+    def total_grams(self) -> Tensor:
+        """M of every target of up to :data:`DIRECT` classes, as ``grams``."""
         if self.grams is not None:
-            return self._shared(self.grams)
-        with torch.no_grad():
-            every = torch.arange(self.n_classes)
-            grams = class_grams(every, self.weight, self.steering, self.length)
-            return self._shared(self._filled(grams))
+            return self.grams
+        every = torch.arange(self.n_classes, device=self.weight.device)
+        return self._filled(class_grams(every, self.weight, self.steering, self.length))
 
     def _filled(self, gram: Tensor) -> Tensor:
         every = torch.arange(self.n_classes, device=gram.device)

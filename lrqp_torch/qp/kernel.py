@@ -8,13 +8,14 @@ The dual is solved by the steps of :mod:`~.pivots` on a dense tableau T in regis
 M_NN − M_NA M_AA⁻¹ M_AN: the column of an entering constraint holds the rates at which active
 multipliers fall, its curvature, and those at which slacks rise. A constraint that joins or leaves
 is a principal pivot. Classes other than the target are the constraints, numbered as classes;
-problems are in units, as there.
+problems are in units, as there. Total odds begin with such solves and go on by the steps of
+:mod:`~.total_odds`.
 """
 
 import triton
 import triton.language as tl
 
-from lrqp_torch.qp import pivots, reach
+from lrqp_torch.qp import pivots, reach, total_odds
 from lrqp_torch.qp.solution import Status
 from lrqp_torch.qp.solvers import ActiveSet
 
@@ -38,6 +39,17 @@ TINY = tl.constexpr(2.2250738585072014e-308)
 INFINITY = tl.constexpr(float("inf"))
 # How often what was solved is held against M itself, and gone on with.
 POLISHES = tl.constexpr(3)
+MANY_TIMES, SOME_TIMES = tl.constexpr(reach.MANY_TIMES), tl.constexpr(reach.SOME_TIMES)
+FINE = tl.constexpr(reach.FINE)
+# Of total odds.
+TOTAL_TOLERANCE = tl.constexpr(total_odds.TotalOdds.tolerance)
+GROWTH, MET = tl.constexpr(total_odds.GROWTH), tl.constexpr(total_odds.MET)
+BALANCED, SETTLED = tl.constexpr(total_odds.BALANCED), tl.constexpr(total_odds.SETTLED)
+CANCELLED, RIDGE = tl.constexpr(total_odds.CANCELLED), tl.constexpr(total_odds.RIDGE)
+MAX_STEPS, MAX_HALVINGS = tl.constexpr(total_odds.MAX_STEPS), tl.constexpr(total_odds.MAX_HALVINGS)
+FAR, SHARE_ROUNDS = tl.constexpr(total_odds.FAR), tl.constexpr(total_odds.SHARE_ROUNDS)
+MET_BY_SHARES = tl.constexpr(total_odds.MET_BY_SHARES)
+LENT, PROOFS = tl.constexpr(total_odds.LENT), tl.constexpr(total_odds.PROOFS)
 
 
 @triton.jit
@@ -283,6 +295,302 @@ def solved(
 
 
 @triton.jit
+def rivalry(margins):
+    """The log of Σ exp(−s), s ∞ where there is no rival, and the shares in it."""
+    least = tl.min(margins, 0)
+    parts = tl.exp(tl.where(margins == INFINITY, -INFINITY, least - margins))
+    total = tl.sum(parts, 0)
+    return tl.where(least < INFINITY, tl.log(total) - least, -least), parts / total
+
+
+@triton.jit
+def no_less(value):
+    """A number, or 0 where it is less; NaN stays."""
+    return tl.where(value < 0.0, 0.0, value)
+
+
+@triton.jit
+def gram_of(matrix, unit, N: tl.constexpr, NP: tl.constexpr):
+    """M, (NP, NP), in such units."""
+    k = tl.arange(0, NP)
+    both = (k < N)[:, None] & (k < N)[None, :]
+    return tl.load(matrix + k[:, None] * N + k[None, :], mask=both, other=0.0) / unit
+
+
+@triton.jit
+def residual_at(gram, multipliers, moved, share, missing, before):
+    """As :func:`~.total_odds.total_residual`, from Mλ, shares and log α − f there and at first."""
+    weight = tl.sum(multipliers, 0)
+    residual = multipliers - weight * share
+    length = tl.sqrt(no_less(tl.sum(multipliers * moved, 0)))
+    spread = tl.maximum(tl.sum(share * times(gram, share), 0), TINY)
+    unbalanced = tl.sqrt(no_less(tl.sum(residual * times(gram, residual), 0)))
+    unbalanced = unbalanced / (length + 1.0 / tl.sqrt(spread))
+    missing = tl.where(weight > 0.0, tl.abs(missing), no_less(missing)) / (1.0 + tl.abs(before))
+    return tl.where((unbalanced > missing) | (unbalanced != unbalanced), unbalanced, missing)
+
+
+@triton.jit
+def cancels(gram, share, own, noise):
+    """Whether normals cancel at shares p, pᵀMp none; see :func:`~.total_odds._beyond_reach`."""
+    lengths = tl.sum(share * tl.sqrt(no_less(own)), 0)
+    noises = tl.sum(share * tl.sqrt(noise), 0)
+    resolved = tl.maximum(CANCELLED * lengths * lengths, noises * noises)
+    return tl.sum(share * times(gram, share), 0) <= resolved
+
+
+@triton.jit
+def newton_directions(gram, share, weight, left, right, steps, NP: tl.constexpr):
+    """(I + μ H M)⁻¹ times two vectors, as :func:`~.total_odds._solve_symmetric`, in N steps.
+
+    Returns:
+        both, and whether rounding allowed it, 0 or 1.
+    """
+    k = tl.arange(0, NP)
+    most = k == tl.argmax(share, 0)
+    top = tl.sum(tl.where(most, share, 0.0), 0)
+    root = tl.where(most, 0.0, tl.sqrt(share))
+    part = 1.0 / (1.0 + tl.sqrt(top))
+    across = tl.sum(tl.where(most[:, None], gram, 0.0), 0)
+    own = tl.sum(tl.where(most, across, 0.0), 0)
+    apart = (gram - across[:, None]) - (across[None, :] - own)
+    apart = 0.5 * (apart + ((gram - across[None, :]) - (across[:, None] - own)))
+    system = (root[:, None] * apart) * root[None, :]
+    along = times(system, root)
+    twice = part * along - (0.5 * part * part * tl.sum(root * along, 0)) * root
+    system = system - (twice[:, None] * root[None, :] + root[:, None] * twice[None, :])
+    same = k[:, None] == k[None, :]
+    system = weight * system + tl.where(same, 1.0, 0.0)
+    largest = tl.max(tl.where(same, tl.abs(system), 0.0), 1)
+    first, second = times(gram, left), times(gram, right)
+    first = root * (first - tl.sum(tl.where(most, first, 0.0), 0))
+    second = root * (second - tl.sum(tl.where(most, second, 0.0), 0))
+    first -= root * (tl.sum(root * first, 0) * part)
+    second -= root * (tl.sum(root * second, 0) * part)
+    one, other, pivots = first, second, share
+    ridge = tl.full([], 0.0, tl.float64)
+    tries = tl.full([], 0, tl.int32)
+    sound = tl.full([], 0, tl.int32)
+    while (sound == 0) & (tries < 2):
+        # By Gauss and Jordan: a symmetric system with no eigenvalue below 1 needs no order.
+        rest = system + tl.where(same, ridge, 0.0)
+        one, other = first, second
+        pivot = tl.full([], 0, tl.int32)
+        while pivot < steps:
+            here = k == pivot
+            column = tl.sum(tl.where(here[None, :], rest, 0.0), 1)
+            rates = column / tl.sum(tl.where(here, column, 0.0), 0)
+            rates = tl.where(here, 0.0, rates)
+            rest = rest - rates[:, None] * tl.where(k > pivot, column, 0.0)[None, :]
+            one = one - rates * tl.sum(tl.where(here, one, 0.0), 0)
+            other = other - rates * tl.sum(tl.where(here, other, 0.0), 0)
+            pivot += 1
+        pivots = tl.sum(tl.where(same, rest, 0.0), 1)
+        sound = tl.where(pivot >= steps, tl.min(tl.where(pivots > 0.0, 1, 0), 0), 0)
+        # Rounding of large terms outweighs the identity; a longer diagonal makes a shorter step.
+        ridge = RIDGE * tl.max(largest, 0)
+        tries += 1
+    sound = tl.where((tries > 0) & (ridge == ridge), sound, 0)
+    one, other = one / pivots, other / pivots
+    one = weight * root * (one - root * (tl.sum(root * one, 0) * part))
+    other = weight * root * (other - root * (tl.sum(root * other, 0) * part))
+    back = (left - one) + tl.where(most, tl.sum(one, 0), 0.0)
+    forth = (right - other) + tl.where(most, tl.sum(other, 0), 0.0)
+    return back, forth, sound
+
+
+@triton.jit
+def totalled(
+    margin,
+    rival,
+    floor,
+    diagonal,
+    noise,
+    scale,
+    error,
+    matrix,
+    target,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    MAX_PIVOTS: tl.constexpr,
+):
+    """λ of one problem of total odds, by the steps of :mod:`~.total_odds`.
+
+    Args:
+        margin: s⁰, (NP,).
+        rival: which of the classes are any.
+        floor: log α.
+        diagonal, noise: M_ii and its rounding error.
+        scale, error, matrix, target: see :func:`pivoted`; the matrix is M itself.
+
+    Returns:
+        λ and Mλ; the residual; whether there is a solution, and whether it was found.
+    """
+    # Rivals that nothing moves leave less for the others, whose floor rises.
+    moving = rival & (scale > 0.0)
+    still = rival & (scale == 0.0)
+    some = tl.max(tl.where(still, 1, 0), 0) == 1
+    spent = floor + rivalry(tl.where(still, margin, INFINITY))[0]
+    room = (spent < 0.0) & (tl.max(tl.where(moving, 1, 0), 0) == 1)
+    feasible = tl.where(some & (room == 0), 0, 1)
+    spent = tl.where(some & room, spent, -1.0)
+    power = tl.exp(spent)
+    # 1 − exp where it is small.
+    left = tl.where(power == 1.0, -spent, (1.0 - power) * spent / tl.log(power))
+    floor = tl.where(some, floor - tl.log(left), floor)
+    start = tl.where(moving, margin, INFINITY)
+    unit = tl.maximum(tl.max(diagonal, 0), TINY)
+    gram = gram_of(matrix, unit, N, NP)
+    own, noise = diagonal / unit, noise / unit
+    first_most, first_share = rivalry(start)
+    away = floor + first_most
+
+    # Begin at the edit that pairwise odds of (K − 1) α need, which is sufficient: phase 0. Where
+    # those of α are out of reach (1), so are total odds; shares of normals that cancel prove it too
+    # (from −1 down). Far off (from 2 up) shares are those of the last λ, in turn.
+    count = tl.sum(tl.where(moving, 1.0, 0.0), 0)
+    logs = tl.full([NP], 0.0, tl.float64) - tl.log(tl.sum(tl.where(rival, 1.0, 0.0), 0))
+    weight = tl.full([], 0.0, tl.float64)
+    found = tl.zeros([NP], dtype=tl.float64)
+    best = tl.zeros([NP], dtype=tl.float64)
+    least = tl.full([], INFINITY, tl.float64)
+    whole = tl.full([], 0.0, tl.float64)
+    phase = tl.full([], 0, tl.int32)
+    seeking = tl.where(feasible == 1, 1, 0)
+    while seeking == 1:
+        # A proof lends M some of its diagonal.
+        thin = tl.where(phase < 0, 1.0 / tl.sqrt(tl.full([], 1.0 + LENT, tl.float64)), 1.0)
+        gap = tl.where(moving, (floor - logs - start) * (scale * thin), -INFINITY)
+        largest = tl.max(gap, 0)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        tableau = tl.zeros([NP, NP], dtype=tl.float64)
+        active = tl.zeros([NP], dtype=tl.int32)
+        fresh = tl.full([], 1, tl.int32)
+        tableau, active, pushed, pulled, possible, ran = solved(
+            tableau, active, gap / largest, scale * thin, error * thin, matrix, target, fresh,
+            N, NP, False, MAX_PIVOTS,
+        )  # fmt: skip
+        # Triton wants all of these used; where one is no number neither is what is found.
+        whole += tl.sum(tl.sum(tableau, 1), 0) + tl.sum(pulled, 0)
+        whole += tl.sum(active, 0).to(tl.float64) + ran.to(tl.float64)
+        pushed = pushed * (scale * thin) * (largest * unit)
+        moved = times(gram, pushed)
+        most, share = rivalry(start + moved)
+        met = residual_at(gram, pushed, moved, share, floor + most, away)
+        sum_of = tl.sum(pushed, 0)
+        begun, missed = (phase == 0) & (possible == 1), (phase == 0) & (possible == 0)
+        far, proving = begun & (met > FAR), phase < 0
+        found = tl.where(begun, pushed, found)
+        weight = tl.where(begun, sum_of, weight)
+        better = (met < least) & (phase > 1)
+        best = tl.where(better, pushed, best)
+        least = tl.where(better, met, least)
+        part = pushed / tl.maximum(sum_of, TINY)
+        held = tl.where(pushed > 0.0, part, share * tl.exp(tl.minimum(floor + most, 700.0)))
+        held = tl.minimum(tl.maximum(tl.where(proving, part, held), 1e-300), 1.0)
+        logs = tl.log(tl.where(proving, held, held / tl.sum(held, 0)))
+        behind = tl.where(part > 0.0, part * (start + logs), 0.0)
+        lost = (floor - tl.sum(behind, 0) > 0.0) & cancels(gram, part, own, noise) & proving
+        lost = lost | ((phase == 1) & (possible == 0))
+        feasible = tl.where(lost, 0, feasible)
+        logs = tl.where(far | (phase == 1), -tl.log(count), tl.where(missed, 0.0, logs))
+        seeking = tl.where(phase == 0, far | missed, (phase > -PROOFS) & (phase < 1 + SHARE_ROUNDS))
+        seeking = tl.where(lost, 0, seeking.to(tl.int32))
+        next_of = tl.where(far, 2, tl.where(missed, 1, tl.where(phase == 1, -1, phase)))
+        phase = tl.where((phase == 0) | (phase == 1), next_of, phase + tl.where(proving, -1, 1))
+    by_shares = phase > 1
+    found = tl.where(by_shares, best, found)
+    weight = tl.where(by_shares, tl.sum(best, 0), weight)
+    converged = tl.where(by_shares & (least <= MET_BY_SHARES), 1, 0)
+    # Where the sufficient edit is out of reach, the slope of f at μ = 0 says how far to begin.
+    slope_of = tl.maximum(tl.sum(first_share * times(gram, first_share), 0), TINY)
+    weight = tl.where(phase < 0, tl.minimum(no_less(away / slope_of), 1e12), weight)
+
+    # Newton's steps for λ while it is off, else for μ in a bracket; then two for both.
+    low = tl.full([], 0.0, tl.float64)
+    high = tl.full([], INFINITY, tl.float64)
+    number = tl.full([], 0, tl.int32)
+    stage = converged
+    found = tl.where(stage == 1, no_less(found), found)
+    first, kept = found, tl.full([], INFINITY, tl.float64)
+    polished, grown = kept, found
+    running = feasible
+    while running == 1:
+        grown = times(gram, found)
+        margins = start + grown
+        most, share = rivalry(margins)
+        missing = floor + most
+        polished = residual_at(gram, found, grown, share, missing, away)
+        kept = tl.where(stage == 1, polished, kept)
+        residual = found - weight * share
+        steps = tl.where(stage < 3, N, 0)
+        back, forth, sound = newton_directions(gram, share, weight, residual, share, steps, NP)
+        slope, pulled = times(gram, share), times(gram, back)
+        decrement = no_less(tl.sum(residual * pulled, 0))
+        distance = no_less(tl.sum(found * grown, 0))
+        terms = tl.abs(start) + times(tl.abs(gram), tl.abs(found))
+        size = 1.0 + tl.abs(floor) + tl.sum(tl.where(share > 0.0, share * terms, 0.0), 0)
+        pending, rate = tl.sum(slope * back, 0), tl.sum(slope * forth, 0)
+        settled = decrement <= SETTLED * (1.0 + distance)
+        settled = settled & (tl.abs(pending) <= tl.maximum(tl.abs(missing) * 0.1, 1e-13 * size))
+        unbalanced = no_less(tl.sum(residual * times(gram, residual), 0))
+        searching = stage == 0
+        met = settled & (tl.abs(missing) <= MET * size) & searching & (sound == 1)
+        met = met & (unbalanced <= BALANCED * BALANCED * (1.0 + distance))
+        # Whether the lower bound of the distance at these shares, which any p gives, is infinite.
+        # H(p) − pᵀs⁰ = pᵀMλ + log Σ exp(−s), as p = exp(−s) / Σ exp(−s).
+        gap = missing + tl.sum(share * grown, 0)
+        lost = (gap > 0.0) & cancels(gram, share, own, noise)
+        lost = lost & searching & (met == 0) & (sound == 1)
+        ends = met | lost | (sound == 0)
+
+        low = tl.where(searching & settled & (missing > 0.0), weight, low)
+        high = tl.where(searching & settled & (missing <= 0.0), weight, high)
+        bounded = high < INFINITY
+        proposed = weight + (missing + pending) / tl.maximum(rate, TINY)
+        limit = tl.where(bounded, high, GROWTH * weight)
+        middle = tl.where(low > 0.0, tl.sqrt(low * tl.where(bounded, high, 1.0)), high / GROWTH)
+        middle = tl.where(bounded, middle, limit)
+        proposed = tl.where((proposed > low) & (proposed < limit), proposed, middle)
+        change = tl.where(settled, proposed - weight, 0.0)
+        change = tl.where(searching, change, (missing + pending) / rate)
+        # A step for λ is halved until the function falls as it should.
+        stride = tl.full([], 1.0, tl.float64)
+        halvings = tl.where(searching & (settled == 0) & (ends == 0), 0, MAX_HALVINGS)
+        linear, square = tl.sum(grown * back, 0), tl.sum(back * pulled, 0)
+        while halvings < MAX_HALVINGS:
+            rise = rivalry(margins - stride * pulled)[0] - most
+            fall = stride * linear - stride * stride * square * 0.5 - weight * rise
+            slack = 1e-14 * (1.0 + tl.abs(stride * linear) + weight * (1.0 + tl.abs(most)))
+            enough = fall >= 1e-4 * stride * decrement - slack
+            stride = tl.where(enough, stride, stride * 0.5)
+            halvings = tl.where(enough, MAX_HALVINGS, halvings + 1)
+        stride = tl.where(halvings >= MAX_HALVINGS, stride, 0.0)
+        ends = ends | (stage == 3)
+        found = tl.where(ends, found, found + (change * forth - stride * back))
+        weight = tl.where(ends, weight, weight + change)
+        number += 1
+        converged = tl.where(met, 1, converged)
+        feasible = tl.where(lost, 0, feasible)
+        last = searching & (ends | (number >= MAX_STEPS))
+        found = tl.where(last, no_less(found), found)
+        first = tl.where(last, found, first)
+        # Two steps for both, and a look at where they end.
+        running = tl.where(lost | (ends & (searching == 0)), 0, 1)
+        stage = tl.where(last | (searching == 0), stage + 1, stage)
+    # The steps polish what was found, unless rounding spoils them.
+    found = tl.where(polished <= kept, found, first) / unit
+    moved = tl.where(polished <= kept, grown, times(gram, first))
+    residual = tl.where(polished <= kept, polished, kept)
+    residual = tl.where(feasible == 1, residual, 0.0)
+    # Triton wants all that a loop ends with used.
+    used = (whole == whole) & (low == low) & (high == high) & (weight == weight)
+    used = used & (number >= 0) & (stage >= 0) & (tl.min(logs, 0) <= 0.0) & (seeking == 0)
+    converged = tl.where((used | (running == 0)) & (residual <= TOTAL_TOLERANCE), 1, converged)
+    return found, moved, residual, feasible, converged
+
+
+@triton.jit
 def dual_kernel(
     matrix,
     scale,
@@ -387,6 +695,7 @@ def edit_kernel(
     V: tl.constexpr,
     TWO: tl.constexpr,
     GRAMS: tl.constexpr,
+    TOTAL: tl.constexpr,
     ASKED: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -416,7 +725,8 @@ def edit_kernel(
     TWO classes have one row to read by and one to move along, w_0 − w_1, and a dual in closed form.
     Where NARROW the probe's own weights are read by, of which ``weight`` is the same in float64.
     Of a probe the constraints are its classes but the target: M from distances, or where GRAMS
-    M of each target with an empty row for it. Of V variables they are N slots with
+    M of each target with an empty row for it. TOTAL odds are one constraint, of which the reading
+    stands for every rival's. Of V variables they are N slots with
     a pair of classes each, prepared by :class:`~.stacked.Prepared`, and what is kept is eliminated
     from their M.
     """
@@ -445,6 +755,8 @@ def edit_kernel(
         v = tl.minimum(tl.maximum(v, 0), K - 1)
 
     R: tl.constexpr = 1 if TWO else K
+    TIMES: tl.constexpr = MANY_TIMES if EPS < FINE else SOME_TIMES
+    ACCURATE: tl.constexpr = TOTAL_TOLERANCE if TOTAL else TOLERANCE
     k = tl.arange(0, KP)
     inside = k < R
     d = tl.arange(0, BD)
@@ -565,10 +877,16 @@ def edit_kernel(
                 belief = tl.maximum(-before, 0.0)
             floor = tl.maximum(belief, floor)
         bound += floor
-    missing = tl.where(rival, bound - margin, 0.0)
+    reading = margin
+    if TOTAL:
+        # One reading, that of every rival.
+        reading = tl.where(rival, -rivalry(tl.where(rival, margin, INFINITY))[0], 0.0)
+        before = tl.min(tl.where(rival, reading, INFINITY), 0)
+        reach_of = tl.where(rival, tl.max(reach_of, 0), 0.0)
+    missing = tl.where(rival, bound - reading, 0.0)
     total = tl.sum(missing, 0)
     finite = (total - total) == 0.0
-    total = tl.sum(margin, 0)
+    total = tl.sum(reading, 0)
     before = tl.where((total - total) == 0.0, before, total)
     needed = finite & (tl.max(tl.where(rival, missing, -INFINITY), 0) > 0.0)
     invalid = invalid | (finite == 0)
@@ -611,6 +929,14 @@ def edit_kernel(
             residual = tl.sum(tl.where(long, tl.abs(grown - gap) / gap, 0.0), 0)
             distance = tl.sum(lam * grown, 0)
             share = lam * sign
+        elif TOTAL:
+            lam, grown, residual, feasible, converged = totalled(
+                margin, rival, tl.max(tl.where(rival, bound + raised, -INFINITY), 0), diagonal,
+                rounding, scale, error, matrix, t, N, NP, 20 * N + 50,
+            )  # fmt: skip
+            active = tl.where(lam > 0.0, 1, 0)
+            distance = tl.abs(tl.sum(lam * grown, 0))
+            share = tl.where(k == t, tl.sum(lam, 0), -lam)
         else:
             impossible = tl.max(tl.where(rival & (scale == 0.0) & (gap > 0.0), 1, 0), 0)
             unit = tl.where(long, gap * scale, -INFINITY)
@@ -711,6 +1037,8 @@ def edit_kernel(
                 seen = logits * sign
             else:
                 seen = tl.where(rival, tl.sum(tl.where(k == t, logits, 0.0), 0) - logits, 0.0)
+                if TOTAL:
+                    seen = tl.where(rival, -rivalry(tl.where(rival, seen, INFINITY))[0], 0.0)
             after = tl.min(tl.where(rival, seen, INFINITY), 0)
             sum_of = tl.sum(seen, 0)
             whole = (sum_of - sum_of) == 0.0
@@ -732,6 +1060,9 @@ def edit_kernel(
             short = tl.where(rival & ((seen - seen) == 0.0), tl.maximum(bound - seen, 0.0), 0.0)
             worst = tl.max(short, 0)
             number += 1
+            if TOTAL:
+                # Where the steps ran out, asking again is of no use.
+                worst = tl.where(converged == 1, worst, 0.0)
             if (reached == 0) & (worst > 0.0) & (number < MAX_ROUNDS):
                 # As Headroom: what is missing twice over, at last a bound that cannot be missed.
                 edited_size = tl.sqrt(tl.sum(edited_square, 0))
@@ -741,17 +1072,17 @@ def edit_kernel(
                 else:
                     beyond = 4.0 * tl.sqrt(tl.sum(apart, 0))
                     beyond = tl.maximum(EPS * edited_size, beyond)
-                    raised = tl.maximum(raised + 4.0 * worst, reach_of * beyond)
+                    raised = tl.maximum(raised + TIMES * worst, reach_of * beyond)
                 go = go + 1
 
     sound = (go == 0) & (fresh >= 0) & (number <= MAX_ROUNDS)
-    if not TWO:
+    if not TWO and not TOTAL:
         total = tl.sum(tl.sum(tableau, 1), 0)
         sound = sound & ((total - total) == 0.0)
 
     # 4. The verdict; put the activation back where there is no edit.
     edited = needed & (feasible == 1) & (invalid == 0)
-    accurate = sound & (reached == 1) & (residual <= TOLERANCE)
+    accurate = sound & (reached == 1) & (residual <= ACCURATE)
     status = tl.where(accurate, SOLVED, INACCURATE)
     status = tl.where(needed, status, SATISFIED_STATUS)
     status = tl.where(feasible == 1, status, INFEASIBLE)
@@ -778,7 +1109,7 @@ def edit_kernel(
         tl.store(active_out + places, ((lam > 0.0) & (active == 1)).to(tl.int8), mask=rival)
     if REPEATS:
         tl.store(aims + places, bound + raised, mask=rival)
-        if not TWO:
+        if not TWO and not TOTAL:
             # In the numbering of constraints, where a gradient will use it.
             units_of = tl.where(active == 1, scale, 0.0)
             units_of = tl.where(edited, units_of, 0.0)

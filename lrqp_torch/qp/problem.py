@@ -25,7 +25,7 @@ from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, excess, re
 from lrqp_torch.qp.solution import Solution, join, statuses
 from lrqp_torch.qp.solvers import ACTIVE_SET, ActiveSet, Solver, solver_of
 from lrqp_torch.qp.stacked import StackedGeometry, StackedRule
-from lrqp_torch.qp.total_odds import TotalOdds
+from lrqp_torch.qp.total_odds import TotalOdds, steps
 
 if TYPE_CHECKING:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
@@ -56,11 +56,11 @@ class MahalanobisQP(nn.Module):
 
     With the default solver, transforms of :mod:`torch.func` and derivatives of every order work
     through ``forward`` and :meth:`solve`. On a GPU :meth:`solve` never waits for the device for
-    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; for K ≤ 8 also without Triton), so
-    it can be captured in a CUDA graph; with a geometry made before it can be compiled
-    (``torch.compile(fullgraph=True)``). There, and under ``vmap``, no value can be looked at: bad
-    activations and floors end as :attr:`Status.INVALID` instead of an error, and classes must lie
-    in range.
+    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; of pairwise odds for K ≤ 8 also
+    without Triton), so it can be captured in a CUDA graph; with a geometry made before it can be
+    compiled (``torch.compile(fullgraph=True)``). There, and under ``vmap``, no value can be looked
+    at: bad activations and floors end as :attr:`Status.INVALID` instead of an error, and classes
+    must lie in range.
 
     Args:
         n_classes: K ≥ 2.
@@ -174,7 +174,7 @@ class MahalanobisQP(nn.Module):
             alone = alone and isinstance(floor, Tensor | OddsRule)
             whole = whole or alone or not repeats
         if route is fused.solve:
-            route = partial(route, live=live, skip=skip)
+            route = partial(route, live=live, skip=skip, total=total)
         elif route is blind.solve and isinstance(geometry, ProbeGeometry):
             chunk = blind.at_once(geometry)
             whole = realise is not None or batch <= chunk
@@ -207,7 +207,7 @@ class MahalanobisQP(nn.Module):
     def fuses(self, x: Tensor, geometry: Geometry, realise: Realise | None = None) -> bool:
         """Whether the whole solve is one launch of a kernel; see :mod:`~.fused`."""
         return (
-            type(self.solver) is ActiveSet
+            type(self.solver) in (ActiveSet, TotalOdds)
             and isinstance(geometry, ProbeGeometry)
             and fused.serves(x, geometry.n_classes)
             and geometry.squared.device == x.device
@@ -239,10 +239,10 @@ class MahalanobisQP(nn.Module):
             return direct.solve if direct.serves(x, floor, geometry, realise) else None
         if not isinstance(geometry, ProbeGeometry):
             return None
-        if own is TotalOdds and (geometry.n_classes > DIRECT or fused.serves(x, 2)):
-            return None
         if self.fuses(x, geometry, realise):
             return fused.solve
+        if own is TotalOdds and geometry.n_classes > DIRECT:
+            return None
         given = floor if isinstance(floor, Tensor | OddsRule) else None
         if direct.serves(x, given, geometry, realise):
             return direct.solve
@@ -288,17 +288,23 @@ class MahalanobisQP(nn.Module):
         rule = replace(floor, target=target) if isinstance(floor, OddsRule) else floor
         edit = solution.active.any(-1, keepdim=True)
 
+        total = type(self.solver) is TotalOdds
+
         def operations(x: Tensor) -> tuple[Tensor, ...]:
             margins = geometry.margins(x, target)
             floors = rule if isinstance(rule, Tensor) else rule(margins)
-            shown = floors, margins.amin(-1)
+            shown = floors, self.solver.read(margins).amin(-1) if total else margins.amin(-1)
             if isinstance(rule, StackedRule):
                 shown = rule.floors(margins), rule.least(margins)
             bound = floors if floors.ndim == 2 else floors.unsqueeze(-1)
             # How much rounding had the floors raised is no function of anything.
-            gap = torch.where(edit, bound + (ended.aims - bound.detach()) - margins, -1.0)
+            aims = bound + (ended.aims - bound.detach())
             constraints = geometry.constraints(target)
-            found = ended.multipliers(constraints, gap)
+            if total:
+                found = steps(constraints, margins, aims[:, 0], solution.multipliers)
+            else:
+                gap = torch.where(edit, aims - margins, -1.0)
+                found = ended.multipliers(constraints, gap)
             squared = (found * constraints.apply(found)).sum(-1)
             moved = geometry.coefficients(target, found)
             edited = displaced(x, moved, geometry.rows[2], x.detach())

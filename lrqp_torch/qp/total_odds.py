@@ -36,6 +36,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lrqp_torch.errors import readable
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints
 from lrqp_torch.qp.reach import LONGER
@@ -121,6 +122,14 @@ class TotalOdds(Solver):
             (multipliers * _times(gram, multipliers)).sum(-1),
             again=found.converged | (residual <= self.tolerance),
         )
+
+
+def steps(constraints: Constraints, margins: Tensor, floor: Tensor, known: Tensor) -> Tensor:
+    """λ, (B, m), as known, in two differentiable steps; none is taken where none is positive."""
+    start, wanted, _ = without_constants(constraints.gram, margins, floor, constraints.noise)
+    weight = known.sum(-1)
+    found = TotalSolution(known, weight, weight > 0, weight > 0)
+    return total_multipliers(constraints.gram, start, wanted, found, weight > 0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ def total_multipliers(
                 torch.where(other, gram, identity), own, asked, multipliers, weight
             )
         finite = torch.isfinite(multipliers.detach().sum(-1))
-        if bool(finite.all()):
+        if readable(finite) and bool(finite.all()):
             break
         regular = edited & finite
     # The steps polish what was found, unless rounding spoils them.

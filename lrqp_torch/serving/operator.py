@@ -63,8 +63,7 @@ class Tables:
         self.geometries = [edit.geometry(self.device) for edit in self.applied]
         # Edits that look at values while they solve cannot be recorded as a CUDA graph.
         self.looking = [
-            isinstance(edit, LRQP) and (edit.odds == "total" or edit.n_classes > MOST_CLASSES)
-            for edit in self.applied
+            isinstance(edit, LRQP) and edit.n_classes > MOST_CLASSES for edit in self.applied
         ]
         self.number = {item.name: place for place, item in enumerate(self.named)}
         self.variables = max(len(item.parts) for item in self.named)

@@ -607,9 +607,9 @@ def _load(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> 
     looking = [item.name for n, item in enumerate(tables.named) if tables.looking[n]]
     if looking and runner.device.type != "cpu" and not model_config.enforce_eager:
         raise ServingError(
-            f"edits {', '.join(map(repr, looking))} of total odds or of more than "
-            f"{MOST_CLASSES} classes look at values while they solve, which a CUDA graph "
-            f"cannot: start with --enforce-eager, or save them with pairwise odds"
+            f"edits {', '.join(map(repr, looking))} of more than {MOST_CLASSES} classes look at "
+            f"values while they solve, which a CUDA graph cannot: start with --enforce-eager, or "
+            f"leave out classes that no edit is for"
         )
     for site, norm in here.items():
         norm.register_forward_pre_hook(_hook(str(site)))

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, errors
-from lrqp_torch.qp import ProbeGeometry, constraints, direct, geometry, problem, reach
+from lrqp_torch.qp import (
+    ProbeGeometry,
+    constraints,
+    direct,
+    geometry,
+    problem,
+    reach,
+    total_odds,
+)
 from lrqp_torch.stream.intervene import Placement
 
 blindly, edits = (import_module(f"lrqp_torch.{name}") for name in ("qp.blind", "edits.lrqp"))
@@ -36,7 +44,8 @@ class NoLooking(TorchDispatchMode):
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no value may be looked at, and tables are made for K ≤ 8."""
-    for module in (errors, problem, reach, constraints, geometry, direct, blindly, edits):
+    modules = errors, problem, reach, constraints, geometry, direct, total_odds, blindly, edits
+    for module in modules:
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
@@ -147,6 +156,31 @@ def test_an_edit_takes_few_operations(
     count = counting.count - (counting.views if scale == 0.3 else 0)
     assert count <= (60 if n_classes == 2 else 130)
     assert (solution.status <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("n_classes", [3, 10])
+def test_what_total_odds_do_beside_the_kernel_looks_at_nothing(blind: None, n_classes: int) -> None:
+    """What it reads of a geometry, and the steps from which derivatives come."""
+    task = random_problem(n_classes, 16, 8, seed=2)
+    solver = total_odds.TotalOdds()
+    found = MahalanobisQP(n_classes, solver=solver).solve(
+        task.x, task.target, task.floor, geometry_of(task)
+    )
+    x = task.x.clone().requires_grad_()
+    with NoLooking():
+        shape = geometry_of(task)
+        grams = shape.total_grams
+        margins, parts = shape.margins(x, task.target), shape.constraints(task.target)
+        again = total_odds.steps(parts, margins, task.floor, found.multipliers)
+        (first,) = torch.autograd.grad(again.sum(), x, create_graph=True)
+        torch.autograd.grad(first.sum(), x)
+    edited = found.status == Status.SOLVED
+    assert edited.any() and torch.isfinite(first).all()
+    torch.testing.assert_close(again[edited], found.multipliers[edited], rtol=1e-6, atol=1e-8)
+    own = task.target[:, None], constraints.other_classes(task.target, n_classes, x.device)
+    wanted = parts.gram.detach().diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(grams[own[0], own[1], own[1]], wanted, rtol=1e-9, atol=0.0)
+    assert not grams.diagonal(dim1=0, dim2=1).any()
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
