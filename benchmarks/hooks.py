@@ -218,13 +218,13 @@ def _inside(
             for module in model.modules():
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     hooks.update({key: partial(timed, hook) for key, hook in hooks.items()})
-            # The first pass of a context finds out what the second goes by.
-            for _ in range(2):
+            # The first two passes of a context find out what all others go by.
+            for _ in range(3):
                 spent.append(0.0)
                 one_pass()
             start = time.thread_time()
         around[-1] += time.thread_time() - start
-    return statistics.median(spent[4::2]), statistics.median(around[1:])
+    return statistics.median(spent[6::3]), statistics.median(around[1:])
 
 
 def _steering_vectors(

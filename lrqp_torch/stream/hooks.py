@@ -147,7 +147,7 @@ class _Input(Hook):
                 return None
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, None, self.scale, call)
-        if self.offer is not None and call.same is not None:
+        if self.offer is not None and call.same is call:
             self.repeat = self.offered(self.offer, stream, None, call)
         return None if kept is stream else with_stream(args, kwargs, kept, stream)
 
@@ -232,7 +232,7 @@ class _Output(_Input):
             whole = residual, beside.reshape(residual.shape)
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, whole, self.scale, call)
-        if self.offer is not None and call.same is not None:
+        if self.offer is not None and call.same is call:
             self.repeat = self.offered(self.offer, stream, whole, call)
         return None if kept is stream else with_first(output, kept)
 

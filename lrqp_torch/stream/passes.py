@@ -400,8 +400,6 @@ class Texts:
                 held[key] = value
             else:
                 return
-        if cache is None and not self._counts:
-            call.same = self._same_as(call)
         self._read = _Like(held, (name, given[name].shape), SeenMask(mask), cache, call)
 
     def _same_as(self, call: ForwardCall) -> ForwardCall:
@@ -436,10 +434,10 @@ class Texts:
         if like.cache is None:
             if self._counts or not like.mask.is_still(mask):
                 return None
-            same = self._same_as(call) if self.distinct else call.same
-            if same is not None:
-                same.tokens = tokens
-            return same
+            if call.same is None or self.distinct:
+                call.same = self._same_as(call)
+            call.same.tokens = tokens
+            return call.same
         text = call.text
         if tokens.shape[1] != 1 or text.last != self._n_calls - 1:
             return None
@@ -525,7 +523,8 @@ class Texts:
         if self._begun is not None:
             self._begun[1].place, self._begun = -1, None
         like, same = self._like, call.same
-        if like is None or same is None or not repeats.available():
+        # What is laid down for one more pass costs as much as a pass: not before there are two.
+        if like is None or same is not call or not repeats.available():
             return None
         values, mask, copy = [*args, *kwargs.values()], like.mask.given(), like.mask.copy
         places = [place for place, value in enumerate(values) if value is call.tokens]
