@@ -115,6 +115,8 @@ def require_module(model: Any) -> None:
 
 def wrapped(model: Any) -> str:
     """What to say of a wrapper, such as nnsight's or the bridge of TransformerLens."""
+    if hasattr(type(model), "base_model_prefix"):  # a model of transformers holds another one
+        return ""
     own = getattr(model, "__dict__", {})
     for name, part in {**own, **own.get("_modules", {})}.items():
         if isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), "model_type"):

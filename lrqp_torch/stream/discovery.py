@@ -449,6 +449,7 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
     cut, start, attention = None, 0, None
     # Behind self-attention there may be cross-attention, which adds to what the first has left.
     base: tuple[Tensor, str | None] | None = (h, None)
+    readers = set[str]()  # each is begun from once: what it reads may be found behind it again
     while cut is None and base is not None:
         sums, base = record.sums(*base, constants), None
         for found in sums:
@@ -458,7 +459,8 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
             if is_cut(call, found.cut):
                 cut, start = found.cut, found.before
                 break
-            if base is None and call.crossed:
+            if base is None and call.crossed and found.reader not in readers:
+                readers.add(found.reader)
                 base = found.stream, found.reader
     if cut is None:
         for found in record.joint_sums(h, _mixing(call, record), constants):

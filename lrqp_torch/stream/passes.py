@@ -129,8 +129,13 @@ def _kind(value: object) -> str:
 def _length_of(cache: Any) -> Any:
     """How many tokens a cache says that it holds, a number or a tensor; None if it does not."""
     try:
-        return cache.get_seq_length()
-    except (AttributeError, NotImplementedError, ValueError):
+        length = cache.get_seq_length()
+        if type(length) is int and not length:
+            # It speaks of its first layer, which may attend linearly and hold no keys.
+            every = (layer.get_seq_length() for layer in getattr(cache, "layers", ()))
+            return max((held for held in every if type(held) is int), default=length)
+        return length
+    except (AttributeError, NotImplementedError, ValueError, TypeError):
         return None
 
 

@@ -354,6 +354,29 @@ def test_of_outputs_added_side_by_side_the_sum_is_rounded_as_the_model_rounds_it
     assert torch.equal(seen["x"][others], clean[others])
 
 
+@torch.no_grad()
+def test_a_search_that_meets_its_own_reader_again_ends() -> None:
+    """Zamba2: one block of attention is shared, and given the embeddings beside the stream."""
+    config = transformers.Zamba2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_head_dim=16,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        chunk_size=8,
+        adapter_rank=4,
+    )
+    model = transformers.Zamba2ForCausalLM(config).eval()
+    assert lrqp.all_sites(model) == ["L0.pre", "L1.pre", "L2.pre", "L3.pre"]
+
+
 def test_what_earlier_blocks_hand_on_beside_the_stream_is_part_of_the_cut_test() -> None:
     model = build_tiny("ZayaForCausalLM", num_experts_per_tok=1)  # the states of its router
     assert lrqp.all_sites(model) == ["L0.pre", "L0.mid", "L1.pre", "L2.pre"]

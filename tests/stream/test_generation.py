@@ -1,5 +1,7 @@
 """Scopes of model.generate: prompt, generated and all, cached and uncached, one request or many."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from models_for_tests import (
 )
 from torch import Tensor, nn
 from transformers import DynamicCache
+from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch.baselines import BaselineData, FullPatch, MeanDifference, NoEdit
@@ -688,3 +691,28 @@ def test_baselines_steer_too() -> None:
             texts.append(generate(model, use_cache=use_cache))
         assert pairs_of(run) == expected_pairs("all")
     assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_a_cache_whose_first_layer_holds_no_keys_goes_on_all_the_same() -> None:
+    """MiniMax: blocks of linear attention, the first of all one of them."""
+    model: Any = build_tiny(
+        "MiniMaxForCausalLM",
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        block_size=8,
+    )
+    ids = torch.arange(4, 24).reshape(2, 10)
+    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    seen = list[list[int]]()
+
+    def keep(x: Tensor, context: Any) -> Tensor:
+        seen.append(context.token.tolist())
+        return x.roll(1, -1)
+
+    with lrqp.intervene(model, lrqp.Intervention("L1.pre", "generated", keep)):
+        model.generate(ids, **generate)
+    assert seen == [[column] * 2 for column in (10, 11, 12)]
+    seen.clear()
+    with lrqp.intervene(model, lrqp.Intervention("L1.pre", torch.tensor([0, 3]), keep)):
+        model.generate(ids, **generate)
+    assert seen == [[0, 3]]
