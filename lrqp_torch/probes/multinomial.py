@@ -326,7 +326,8 @@ class MultinomialLoss:
 
     def diagonal(self, point: Evaluation) -> Tensor:
         """About that of the Hessian at a point, of an average class and example, (S, L, 1, p)."""
-        penalty = self._penalise(torch.ones_like(self.squares))
+        # Of all ranks, which would else take different steps.
+        penalty = self.ranks.total(self._penalise(torch.ones_like(self.squares)))
         return torch.addcmul(penalty, point.curvature[..., None, None], self.squares)
 
     def patience(self, rows: Tensor, parts: int) -> float:
