@@ -110,8 +110,7 @@ def solve(
         geometry: probe and metric, or several probes and metric.
         placing: what the model will hold; default x' in x's dtype.
         repeats: whether where they ended is wanted, for a derivative.
-        total: whether odds are total odds, without repeats and for up to ``geometry.DIRECT``
-            classes of one probe.
+        total: whether odds are total odds, for up to ``geometry.DIRECT`` classes of one probe.
 
     Raises:
         TargetError: a target out of range.

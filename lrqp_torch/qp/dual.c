@@ -1000,12 +1000,14 @@ static i64 total_one(const Shared *s, const Task *t, Work *w, i64 b, const doubl
     for (i64 part = 0; part < 3; part++) numbers[part * all] = 0;
     numbers[4 * all] = numbers[5 * all] = before;
     memset(multipliers, 0, sizeof(double) * m);
+    for (i64 i = 0; i < t->slots; i++) t->index[b * t->slots + i] = m;
+    if (!again) w->raised[0] = *verdict & NEEDED ? t->advance * (longest * size + larger(missing, 0)) : 0;
+    q->floor = *floors + w->raised[0];
+    for (i64 l = 0; t->aims && l < m; l++) t->aims[b * m + l] = q->floor;
     if (!(*verdict & NEEDED)) {
         *verdict |= FEASIBLE | CONVERGED;
         return 1;
     }
-    if (!again) w->raised[0] = t->advance * (longest * size + larger(missing, 0));
-    q->floor = *floors + w->raised[0];
     memcpy(q->gram, s->grams + target * n * n, sizeof(double) * n * n);
     memcpy(q->noise, s->noise + target * n, sizeof(double) * n);
     int found = solve_total(s, q, w, t->max_pivots, &residual);

@@ -181,8 +181,7 @@ class MahalanobisQP(nn.Module):
             if whole:
                 route, wrong = partial(route, wrong=wrong), None
         elif total:
-            # Their derivatives come from the steps of the operations.
-            route = None if repeats else partial(direct.solve, total=True)
+            route = partial(direct.solve, total=True)
 
         def solve(x: Tensor, at: slice) -> Solution:
             own = target if len(x) == batch else target[at]

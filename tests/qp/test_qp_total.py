@@ -285,6 +285,29 @@ def test_gradients_of_all_inputs(n_classes: int, output: str) -> None:
     assert gradcheck(edit, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_the_same_with_a_compiler_and_without(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    problem = random_problem(5, 12, 24, seed=3)
+    problem.weight[4], problem.bias[4] = problem.weight[3], problem.bias[3] - 2
+    x, found = problem.x.to(dtype).requires_grad_(), []
+    floor = problem.floor.clone().requires_grad_()
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "library", lambda: None)
+        solution = total_program(5).solve(x, problem.target, floor, geometry_of(problem))
+        numbers = solution.x_new.double().sum() + solution.distance.sum()
+        numbers = numbers + solution.log_odds_before.sum() + solution.floor.sum()
+        first = torch.autograd.grad(numbers, (x, floor), create_graph=True)
+        second = torch.autograd.grad(first[1].sum(), (x, floor))
+        found.append((solution.status, *first, *second))
+    assert set(found[0][0].tolist()) >= {Status.SOLVED, Status.INFEASIBLE}
+    coarse = 1e-9 if dtype == torch.float64 else 1e-4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=coarse, atol=coarse)
+
+
 def test_second_derivatives() -> None:
     problem = smooth_problem(3)
     geometry = geometry_of(problem)
