@@ -1,7 +1,7 @@
 /* Conjugate gradients for one Newton step of a probe of two classes: the loop of _newton_step in
  * multinomial.py, which reads the features once in a product where two products of torch read them
  * twice. Of H = Xᵀ diag(c) X + l2 I, the last feature's penalty left out, and a preconditioner that
- * is diagonal or a Cholesky factor, X is (n, p), by rows. */
+ * is diagonal or has a factor, X is (n, p), by rows. */
 
 #include <math.h>
 #include <stdint.h>
@@ -71,18 +71,13 @@
         } \
     } \
  \
-    /* (L Lᵀ)⁻¹ r, or r times the diagonal's inverse where there is no factor. */ \
+    /* L⁻ᵀ L⁻¹ r, or r times the diagonal's inverse where there is no factor L⁻¹. */ \
     static void solve_##NAME(const T *factor, const T *inverse, const T *r, int64_t p, \
                              T *restrict z) { \
-        if (!factor) { \
-            for (int64_t j = 0; j < p; j++) z[j] = inverse[j] * r[j]; \
-            return; \
-        } \
-        for (int64_t i = 0; i < p; i++) \
-            z[i] = (r[i] - dot_##NAME(factor + i * p, z, i)) / factor[i * p + i]; \
-        for (int64_t i = p - 1; i >= 0; i--) { \
-            const T *row = factor + i * p, q = z[i] /= row[i]; \
-            for (int64_t j = 0; j < i; j++) z[j] -= q * row[j]; \
+        for (int64_t j = 0; j < p; j++) z[j] = factor ? 0 : inverse[j] * r[j]; \
+        for (int64_t i = 0; factor && i < p; i++) { \
+            const T *row = factor + i * p, q = dot_##NAME(row, r, i + 1); \
+            for (int64_t j = 0; j <= i; j++) z[j] += q * row[j]; \
         } \
     } \
  \

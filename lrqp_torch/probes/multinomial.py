@@ -65,6 +65,8 @@ FORCING, POWER = 0.2, 0.4
 share of the gradient at zero it is."""
 PATIENCE = 8
 """Products with the Hessian before a factor is made, or made anew, at least."""
+SHARED = 30
+"""Products a label set that the factor at the start, which all of a site share, may cost."""
 LONG = 2**18
 """Numbers in a matrix of features from which on reading it costs more than calling."""
 STRIPS, STRIPED = 4, 256
@@ -338,7 +340,8 @@ class MultinomialLoss:
         n = self._count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
         # ones, compiled two fifths, with ten a half; beyond the processor's cache, half of that.
-        speed = 0.4 if count == 1 and _searches() else (count + 1) / (count + 11)
+        compiled = rows.shape[:3] == (1, 1, 1) and _searches()
+        speed = 0.4 if compiled else (count + 1) / (count + 11)
         speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
         return parts * max(PATIENCE, cost)
@@ -531,8 +534,15 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
     # Activations that say nothing about the labels have a gradient of rounding errors at zero,
     # which no step makes smaller; they are at their optimum there.
     rounding = loss.measure(point)
+    sites, label_sets = zero.shape[:2]
+    # With all classes equally likely the curvature does not depend on them, nor on the labels.
+    shared = label_sets > 1 and loss.patience(zero, 1) <= SHARED * label_sets
+    factor = zero.new_zeros(sites, label_sets, 0)
+    if shared:
+        made = _factor(loss.class_hessians(point, [(site, 0) for site in range(sites)], parts=1))
+        factor = made.unsqueeze(1).expand(-1, label_sets, loss.parts(zero), -1, -1)
     return _State(
-        site=torch.arange(len(zero), device=zero.device),
+        site=torch.arange(sites, device=zero.device),
         point=point,
         start=point.size,
         rounding=rounding,
@@ -540,8 +550,8 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
         iterations=torch.zeros_like(point.loss, dtype=torch.long),
         stuck=torch.zeros_like(point.loss, dtype=torch.bool),
         spent=torch.zeros_like(point.loss, dtype=torch.long),
-        factor=zero.new_zeros(*zero.shape[:2], 0),
-        made=torch.zeros_like(point.loss, dtype=torch.bool),
+        factor=factor,
+        made=torch.full_like(point.loss, shared, dtype=torch.bool),
     )
 
 
@@ -652,7 +662,7 @@ def _compiled_step(
         return None
     step, room = torch.zeros_like(residual), residual.new_empty(4, width)
     factor = state.factor.contiguous() if bool(state.made) else None
-    inverse = _inverse(diagonal)
+    inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
     parts = features, curvature.contiguous(), inverse, factor, residual.contiguous(), step, room
     places = (None if part is None else part.data_ptr() for part in parts)
     spent = search(*places, n, width, loss.l2, float(target), MAX_CG_STEPS)
@@ -673,10 +683,6 @@ def _searches() -> dict[torch.dtype, Callable[..., int]]:
     return found
 
 
-def _inverse(diagonal: Tensor) -> Tensor:
-    return diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
-
-
 def _centred(rows: Tensor) -> Tensor:
     """Rows (S, L, C, p) less their mean over the classes, which is nothing but rounding.
 
@@ -692,17 +698,16 @@ def _preconditioner(state: _State, diagonal: Tensor) -> Callable[[Tensor], Tenso
         state: with factors of the problems that have some.
         diagonal: of all Hessians, (S, L, 1, p), for the others.
     """
-    inverse, factor = _inverse(diagonal), state.factor
+    inverse, factor = (
+        diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal(),
+        state.factor,
+    )
 
     def times(rows: Tensor) -> Tensor:
         if factor.ndim < 5:
             return _centred(inverse * rows)
         parts = rows.unflatten(2, (factor.shape[2], -1))
-        solved = (
-            (parts @ factor.mT) @ factor
-            if rows.is_cuda
-            else torch.cholesky_solve(parts.mT, factor).mT
-        )
+        solved = (parts @ factor.mT) @ factor
         return _centred(
             torch.where(state.made[..., None, None], solved.flatten(2, 3), inverse * rows)
         )
@@ -722,13 +727,17 @@ def _renew(
     if factor.ndim < 5:
         identity = torch.eye(made.shape[-1], dtype=made.dtype, device=made.device)
         factor = identity.repeat(*spent.shape, parts, 1, 1)
+    factor = factor.contiguous()
     factor[where] = made.to(factor.dtype)
     spent[where], known[where] = 0, True
     return replace(state, factor=factor, spent=spent, made=known)
 
 
 def _factor(matrices: Tensor) -> Tensor:
-    """L of symmetric matrices L Lᵀ; on a GPU L⁻¹, with which products are faster than solves."""
+    """L⁻¹ of symmetric matrices L Lᵀ: two products with it cost less than two triangular solves.
+
+    L⁻ᵀ L⁻¹ is positive definite whatever the rounding, as a preconditioner must be.
+    """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.clamp_min(torch.finfo(matrices.dtype).tiny).rsqrt()
     matrices *= scale.unsqueeze(-1)
@@ -736,11 +745,25 @@ def _factor(matrices: Tensor) -> Tensor:
     diagonal.add_(1e-12 if matrices.dtype == torch.float64 else 1e-6)
     found, failed = torch.linalg.cholesky_ex(matrices)
     identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
-    found = torch.where((failed > 0)[..., None, None], identity, found)
-    factor: Tensor = found / scale.unsqueeze(-1)
-    if factor.is_cuda:
-        factor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return factor
+    inverse = _inverse(torch.where((failed > 0)[..., None, None], identity, found))
+    return inverse * scale.unsqueeze(-2)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """L⁻¹ of triangular matrices (..., p, p), by halves: products are faster than solves."""
+    width = factor.shape[-1]
+    if width < 2 * STRIPED:
+        identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
+        identity = identity.expand_as(factor)
+        solved: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        # Triangular solves return columns in memory order; products are faster with rows.
+        return solved.contiguous()
+    half = width // 2
+    inverse = torch.zeros_like(factor)
+    first, second = _inverse(factor[..., :half, :half]), _inverse(factor[..., half:, half:])
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
+    inverse[..., half:, :half] = second @ (factor[..., half:, :half] @ first).neg_()
+    return inverse
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -489,15 +489,15 @@ def test_factors_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multinomial, "STRIPED", 8)
     x = torch.randn(2, 3, 90, 45, dtype=torch.float64) * torch.logspace(-9, 9, 45).double()
     matrices = x.mT @ x
-    factor = multinomial._factor(matrices.clone())
+    inverse = multinomial._factor(matrices.clone())
     diagonal = matrices.diagonal(dim1=2, dim2=3).sqrt()
     units = diagonal.unsqueeze(3) * diagonal.unsqueeze(2)
-    assert torch.allclose(factor @ factor.mT / units, matrices / units, rtol=0, atol=1e-10)
+    unit = inverse @ matrices @ inverse.mT
+    assert torch.allclose(unit, torch.eye(45).double(), rtol=0, atol=1e-8)
     # What has no factor gets that of its diagonal.
     indefinite = torch.tensor([[4.0, 30.0], [30.0, 9.0]], dtype=torch.float64)
-    assert torch.allclose(
-        multinomial._factor(indefinite), torch.diag(torch.tensor([2.0, 3.0])).double()
-    )
+    expected = torch.diag(torch.tensor([1 / 2, 1 / 3], dtype=torch.float64))
+    assert torch.allclose(multinomial._factor(indefinite), expected)
     weights = torch.rand(3, 90, dtype=torch.float64)
     gram = multinomial._gram(x[0, 0], weights)
     expected = (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0]
