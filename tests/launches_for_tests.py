@@ -24,6 +24,14 @@ class Elsewhere(Tensor):
     def is_cpu(self) -> bool:  # type: ignore[override]
         return False
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Parts of it are such tensors too; what a model computes with it is none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        parts = func.__name__ in ("select", "ne", "cat", "__getitem__")
+        return result.as_subclass(cls) if parts else result
+
 
 def parameters() -> list[str]:
     """The names of what the kernel takes, read from its source, which needs no Triton."""

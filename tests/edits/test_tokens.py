@@ -67,6 +67,7 @@ class Decoding:
         self.mask[0, :hidden] = 0
         self.mask = self.mask.as_subclass(mask)
         self.cache, self.more, self.logits = DynamicCache(config=model.config), {}, []
+        self.before: Any = None
         self.run: Callable[[Callable[[], Any]], Any] = lambda call: call()
         self.column = PROMPT
         self.read(self.ids[:, :PROMPT])
@@ -180,7 +181,8 @@ def rows_left_out(text: Decoding) -> None:
 
 
 def another_cache(text: Decoding) -> None:
-    """That holds the same."""
+    """That holds the same, beside the one before."""
+    text.before = text.cache
     text.cache = copy.deepcopy(text.cache)
 
 
