@@ -150,7 +150,8 @@ class Edit(Exact, Shared, Generic[Asked]):
         item = self.on(
             site, positions=positions, target=target, source=source, record=record, **given
         )
-        cast(EditRun, item.edit).inputs = inputs
+        if inputs is not None:
+            cast(EditRun, item.edit).inputs = inputs
         if self.provenance is not None:
             self.provenance.check(model, site)
         return Editing(model, item, EditRun)

@@ -96,6 +96,13 @@ class EditRun:
         paused: whether nothing is recorded, because an edit is only computed once more.
     """
 
+    inputs: Mapping[str, Tensor] | None = None
+    paused = False
+    _dtype = torch.float32
+    _line: Line | None = None
+    _laid: Laid | None = None
+    _launch: "_Launch | None" = None
+
     def __init__(
         self,
         edit: "Edit[Any]",
@@ -105,17 +112,11 @@ class EditRun:
         record: bool = True,
     ) -> None:
         self.edit, self.given = edit, dict[str, Any]()
-        self.inputs: Mapping[str, Tensor] | None = None
         self.positions = Positions.parse(positions)
         self._target = edit.place(target, "target", self.positions)
         self._source = None if source is None else edit.place(source, "source", self.positions)
         self._rows = _Rows(record)
-        self._dtype = torch.float32
-        self.paused = False
         self._classes: tuple[Tensor | None, Tensor, Tensor | None] = None, self._target, None
-        self._line: Line | None = None
-        self._laid: Laid | None = None
-        self._launch: _Launch | None = None
         kind = type(edit)
         self.certified = edit.certified and _answers(
             kind, kind.solve, kind.edit_rows, kind.edit_stream
@@ -507,8 +508,7 @@ class _Rows:
         held: Tensor | None = None,
     ) -> None:
         self.kept, self._places = kept, places or {}
-        self._buffer = _NO_ROWS if held is None else held
-        self._count = 0 if held is None else len(held)
+        self._buffer, self._count = (_NO_ROWS, 0) if held is None else (held, len(held))
         self._passes: list[_Pass | _Block] = []
         self._waiting = 0
         # Whether all were written by compiled code on the CPU, which records no failure.

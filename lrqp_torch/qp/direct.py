@@ -5,6 +5,7 @@ On the CPU, where nothing is differentiated: the same algorithm, floors, statuse
 """
 
 import ctypes
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -458,9 +459,15 @@ class Line:
             native.threads_for(shared, task.count),
             native.edit_stream(shared, task),
             task.count,
-            ctypes.c_double * (task.count * record),
+            _numbers(task.count * record),
             (shared, task),
         )
+
+
+@functools.lru_cache(64)
+def _numbers(count: int) -> type[Any]:
+    """Memory for so many numbers: a class, which takes longer to make than what is made of it."""
+    return ctypes.c_double * count
 
 
 class Laid(NamedTuple):

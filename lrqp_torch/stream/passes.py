@@ -6,6 +6,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from operator import is_
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -85,7 +88,12 @@ def arguments_of(
 
 
 _NO_CACHE = bool, Tensor
-_PLAIN = frozenset((type(None), bool, int, str))
+_PLAIN = frozenset((type(None), bool, int, str, Tensor))
+_is_tensor = partial(is_, Tensor)
+
+
+def _may_be_cache(kind: type) -> bool:
+    return kind not in _PLAIN
 
 
 def cache_among(given: Mapping[str, Any]) -> Any:
@@ -345,12 +353,11 @@ class Texts:
         lead = found.ndim - (3 if ids is None else 2)
         tokens = found.flatten(0, lead) if lead > 0 else found
         front = prompt.shape[1] if isinstance(prompt, Tensor) and ids is None else 0
-        held_alike, others = dict(given), dict[str, Any]()
-        for name, kind in zip(given, map(type, given.values()), strict=True):
-            if kind is Tensor:
-                held_alike[name] = Tensor
-            elif kind not in _PLAIN:
-                others[name] = held_alike.pop(name)
+        kinds, held_alike, others = [*map(type, given.values())], dict(given), dict[str, Any]()
+        if not _PLAIN.issuperset(kinds):
+            others = {n: held_alike.pop(n) for n in compress(given, map(_may_be_cache, kinds))}
+        for name in compress(given, map(_is_tensor, kinds)):
+            held_alike[name] = Tensor
         cache = cache_among(others) if others else None
         own = None if cache is prompt else cache
         continues = given.get("use_cache") is True or own is not None

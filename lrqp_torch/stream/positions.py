@@ -102,35 +102,45 @@ class Positions:
 
     Args:
         example: row of the batch of each pair, (N,).
-        token: column of each, (N,); of one position an example this may be a list, and ``example``
-            None: they are made into tensors where somebody asks.
+        token: column of each, (N,).
         batch: B, or None where a scope finds the pairs.
         scope: what finds them.
         grid: shape of the positions as they were said: (B,), (B, n), or (B, T) for a mask.
         is_mask: whether they were said by a mask.
     """
 
+    batch: int | None = None
+    scope: Scope | None = None
+    grid: tuple[int, ...] = ()
+    is_mask = False
+    requests: int | None = None
+    # Of one position an example, where they are few: tensors are made of them if somebody asks.
+    each: list[int] | None = None
+    _span: tuple[int, int] | None = None
+    _example: Tensor | None = None
+    _token: Tensor | None = None
+    # What a scope has found: how many pairs, of which texts, those that are not in the columns yet,
+    # and which of all the attention mask shows, where that is not known before it is read.
+    _count = 0
+    _text = torch.zeros(0, dtype=torch.long)
+    _found: list[tuple[Tensor, Tensor | int, int, Tensor | None]] = cast(Any, ())
+    _shown: Tensor | None = None
+    _shown_again: list[tuple[Tensor, Tensor]] = cast(Any, ())
+
     def __init__(
         self,
-        example: Tensor | None,
-        token: Tensor | list[int],
+        example: Tensor,
+        token: Tensor,
         batch: int | None = None,
         scope: Scope | None = None,
         grid: tuple[int, ...] = (),
         is_mask: bool = False,
     ) -> None:
-        # Of one position an example, where they are few.
-        self.each = token if isinstance(token, list) else None
-        self._token = None if isinstance(token, list) else token
-        self._example, self._text, self._span = example, _NONE, cast(tuple[int, int] | None, None)
-        self.batch, self.scope, self.grid, self.is_mask = batch, scope, grid, is_mask
-        self.requests: int | None = None
-        # What a scope has found: how many pairs, those that are not in the columns yet, and which
-        # of all the attention mask shows, where that is not known before it is read.
-        self._count = len(token)
-        self._found: list[tuple[Tensor, Tensor | int, int, Tensor | None]] = []
-        self._shown: Tensor | None = None
-        self._shown_again: list[tuple[Tensor, Tensor]] = []
+        self._example, self._token, self.batch, self.scope = example, token, batch, scope
+        self.grid, self.is_mask = grid, is_mask
+        if scope is not None:
+            self._found, self._shown_again, self._count = [], [], len(example)
+            self._text = torch.zeros_like(example)
 
     @classmethod
     def parse(cls, positions: Where) -> "Positions":
@@ -146,7 +156,7 @@ class Positions:
         if type(positions) is Tensor and positions.ndim == 1 and positions.dtype == torch.long:
             count = positions.shape[0]
             if 0 < count <= FEW:
-                return cls(None, positions.tolist(), count, grid=(count,))._checked()
+                return cls._of_each(positions.tolist())
         if isinstance(positions, Scope):
             return cls(_NONE, _NONE, scope=positions)
         if getattr(positions, "ndim", None) == 0 and "int" in str(getattr(positions, "dtype", "")):
@@ -179,6 +189,14 @@ class Positions:
             example, token = example.repeat_interleave(grid[1]), positions.flatten()
         token = token.clone() if token.dtype == torch.long else token.long()
         return cls(example, token, len(positions), grid=grid, is_mask=is_mask)._checked()
+
+    @classmethod
+    def _of_each(cls, numbers: list[int]) -> "Positions":
+        """One position an example."""
+        found = object.__new__(cls)
+        found.each, found.batch, found.grid = numbers, len(numbers), (len(numbers),)
+        found._span = min(numbers), max(numbers)
+        return found if found._span[0] >= 0 else found._checked()
 
     def _checked(self) -> "Positions":
         if not len(self):
@@ -319,14 +337,14 @@ class Positions:
         Raises:
             TargetError: another shape or dtype, or another number of requests than before.
         """
-        classes = as_classes(given, name)
+        classes = given if type(given) is Tensor else as_classes(given, name)
         if classes.dtype != torch.long:
             if classes.dtype.is_floating_point or classes.dtype == torch.bool:
                 raise TargetError(
                     f"{name} must hold integer classes, got {classes.dtype}; use .long()"
                 )
             classes = classes.long()  # compiled code reads them where they lie
-        classes = classes.cpu()
+        classes = classes if classes.is_cpu else classes.cpu()
         if self.scope is not None:
             if classes.ndim > 1 or (classes.ndim and self.requests not in (None, len(classes))):
                 known = "(B,)" if self.requests is None else f"({self.requests},)"

@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
+from operator import attrgetter, contains
 from threading import RLock
 from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary, ref
@@ -303,9 +305,9 @@ class _Known:
             return False
         if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
             return False
-        if [type(block).forward for block in self._blocks] != self._computed:
+        if [*map(_forward, map(type, self._blocks))] != self._computed:
             return False
-        if any(self._replaced) or any(map(_has_forward, self._own)):
+        if any(self._replaced) or any(map(contains, self._own, _FORWARD)):
             for block, replaced in zip(self._blocks, self._replaced, strict=True):
                 if own_forward(block) is not (replaced and replaced()):
                     return False
@@ -321,8 +323,7 @@ class _Known:
         return found
 
 
-def _has_forward(own: dict[str, Any]) -> bool:
-    return "forward" in own
+_forward, _FORWARD = attrgetter("forward"), repeat("forward")
 
 
 def _reference(held: Any) -> Callable[[], Any] | None:

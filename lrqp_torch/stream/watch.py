@@ -110,7 +110,7 @@ class Hooks:
     """
 
     def __init__(self) -> None:
-        self._hooks: list[tuple[_Kept, int, str, tuple[dict[int, Any], ...]]] = []
+        self._hooks: list[tuple[_Kept, int, str, dict[int, Any], tuple[dict[int, bool], ...]]] = []
         self._methods: list[tuple[dict[str, Any], str]] = []
 
     def before(
@@ -126,7 +126,7 @@ class Hooks:
         ``traced``: what ``torch.compile`` is to follow in its place; a :class:`Hook` has its own.
         """
         table = module._forward_pre_hooks
-        number = self._add(module, function, traced, (table, module._forward_pre_hooks_with_kwargs))
+        number = self._add(module, function, traced, table, module._forward_pre_hooks_with_kwargs)
         if first:
             cast(OrderedDict[int, Any], table).move_to_end(number, last=False)
 
@@ -139,40 +139,43 @@ class Hooks:
         traced: Traced | None = None,
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after it has run."""
-        some = module._forward_hooks, module._forward_hooks_with_kwargs
-        tables = (*some, module._forward_hooks_always_called) if always else some
-        self._add(module, function, traced, tables)
+        table, flags = module._forward_hooks, module._forward_hooks_with_kwargs
+        if always:
+            self._add(module, function, traced, table, flags, module._forward_hooks_always_called)
+        else:
+            self._add(module, function, traced, table, flags)
 
     def _add(
         self,
         module: nn.Module,
         function: Callable[..., Any],
         traced: Traced | None,
-        tables: tuple[dict[int, Any], ...],
+        hooks: dict[int, Any],
+        *flags: dict[int, bool],
     ) -> int:
         added: _Added
         if isinstance(function, Hook):
             added, traced = function, function.traced
         else:
             added = _Added(function, traced=traced)
-        hooks, name = tables[0], ""
         with _LOCK:
             kept = vars(module).get(_REDUCE)
             if type(kept) is not _Kept or kept.module is not module:
                 kept = _Kept(module)
             kept.count += 1
             if traced is None:
-                number = next_number()
+                number, name = next_number(), ""
             else:
                 number, name = traced.number, traced.mark
-                number = next_number() if number in hooks else number
-            self._hooks.append((kept, number, name, tables))
-            if name:
-                kept.names.append(name)
-                kept.mark()
+                if number in hooks:
+                    number = next_number()
+                if name:
+                    kept.names.append(name)
+                    kept.mark()
+            self._hooks.append((kept, number, name, hooks, flags))
             hooks[number] = added
-            for table in tables[1:]:
-                table[number] = True
+            for flag in flags:
+                flag[number] = True
         return number
 
     def replace(
@@ -191,16 +194,15 @@ class Hooks:
         hooks, there = self._hooks, True
         with _LOCK:
             while hooks:
-                kept, number, name, tables = hooks.pop()
-                for table in tables:
-                    if table.pop(number, None) is None:
+                kept, number, name, table, flags = hooks.pop()
+                for each in (table, *flags):
+                    if each.pop(number, None) is None:
                         there = False
                 kept.count -= 1
-                if name:
-                    kept.names.remove(name)
                 if not kept.count:
                     kept.leave()
                 elif name:
+                    kept.names.remove(name)
                     kept.mark()
         while self._methods:
             own, name = self._methods.pop()
@@ -248,8 +250,7 @@ class _Kept:
 
     def mark(self) -> None:
         """Let the module have the ``forward`` that belongs to its hooks."""
-        own, names = vars(self.module), self.names
-        held = own.get("forward")
+        own, held, names = vars(self.module), vars(self.module).get("forward"), self.names
         if held is None or held is not self._marked:
             self._forward = held
         if names:
@@ -261,15 +262,22 @@ class _Kept:
 
     def leave(self) -> None:
         """Give the module back what it had."""
-        own, before = vars(self.module), self._before
+        own, (reduce, replicate) = vars(self.module), self._before
         self.unmark(own)
-        _put(own, _REDUCE, before[0])
-        _put(own, _REPLICATE, before[1])
+        if reduce is replicate is None:
+            del own[_REDUCE], own[_REPLICATE]
+        else:
+            _put(own, _REDUCE, reduce)
+            _put(own, _REPLICATE, replicate)
 
     def unmark(self, own: dict[str, Any]) -> None:
         """Let attributes have the ``forward`` that the module has without hooks."""
-        if self._marked is not None and own.get("forward") is self._marked:
-            _put(own, "forward", self._forward)
+        if self._marked is None or own.get("forward") is not self._marked:
+            return
+        if self._forward is None:
+            del own["forward"]
+        else:
+            own["forward"] = self._forward
 
     def __call__(self, protocol: int) -> Any:
         """What copies the module, without what contexts have added."""
@@ -325,6 +333,11 @@ class Watch(Hooks):
             still running the model, or when others have removed its hooks.
     """
 
+    followed: Followed | None = None
+    _eagerly: run_eagerly | None = None
+    _latest: ForwardCall | None = None
+    _closed = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -340,18 +353,14 @@ class Watch(Hooks):
         self.model, self.trunk, self._plain = model, whose.module, whose.plain
         self._inner = inner_model(model)
         self._stack = whose.stack
-        absolute = (warns or bool(follows)) and whose.absolute
-        self.texts = Texts(
-            absolute,
-            puts_tokens_in_front(model),
-            compares=bool(follows),
-            counts=any(item.counts for item in follows),
-        )
+        compares, counts = bool(follows), any([item.counts for item in follows])
+        absolute = (warns or compares) and whose.absolute
+        self.texts = Texts(absolute, puts_tokens_in_front(model), compares, counts)
         # What runs once more in a backward pass is to be known then.
         self.texts.distinct = reruns
         self._names = positional(self.trunk)
         self.others: set[str] = set()
-        self._follows, self.reruns, self._closed = follows, reruns, False
+        self._follows, self.reruns = follows, reruns
         self.steps = [item.step for item in follows if not item.counts]
         self._threads: set[int] = set()
         # By thread: whether a plain module's site ran in the calls under way; and what an adapter
@@ -361,7 +370,6 @@ class Watch(Hooks):
         self._prompts: dict[int, Any] = {}
         self._outer: dict[int, dict[str, Any]] = {}
         self._n_before: dict[int, int] = {}
-        self._latest: ForwardCall | None = None
         # What notes a call that is like the one before; see Texts.repeated.
         self.repeat: Function | None = None
         # By where their tokens lie, calls that a backward pass may run again; and by what they were
@@ -370,8 +378,7 @@ class Watch(Hooks):
         self._entered: dict[int, ForwardCall] = {}
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
-        self._graphs, self.followed = graphs, cast(Followed | None, None)
-        self._eagerly: run_eagerly | None = None
+        self._graphs = graphs
 
     def __enter__(self) -> Self:
         try:
@@ -393,12 +400,11 @@ class Watch(Hooks):
         self.before(trunk, _Before(self, entered))
         self.after(trunk, _After(self, left), always=True)
         inner = self._inner
-        if inner is not model:
-            kind = type(unwrapped_module(model))
-            if has(kind, "get_prompt"):
-                self.replace(model, "get_prompt", _note_prompts)
-            if model is not trunk and has(kind, "get_base_model"):
-                self.before(model, self._before_adapter)
+        kind = type(model if inner is model else unwrapped_module(model))
+        if has(kind, "get_prompt"):
+            self.replace(model, "get_prompt", _note_prompts)
+        if inner is not model is not trunk and has(kind, "get_base_model"):
+            self.before(model, self._before_adapter)
         if self._stack != "encoder":
             for outer in (model,) if inner is model else (model, inner):
                 # Its own forward may be a captured graph, which runs no module within.
@@ -427,8 +433,10 @@ class Watch(Hooks):
         self._closed, self.repeat = True, None
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
         there = self.remove()
-        if self.followed is not None:
-            self.followed.close()
+        # Nothing is left that refers to itself, so that all is freed at once.
+        followed, self.followed = self.followed, None
+        if followed is not None:
+            followed.close()
         return there
 
     def acts(self) -> bool:
@@ -681,8 +689,9 @@ class Watch(Hooks):
 
     def _check_ended(self) -> None:
         """Raise if another thread of this context goes on with what it has begun."""
-        frames = sys._current_frames()
-        for thread in self._threads - {get_ident()}:
+        others = self._threads - {get_ident()}
+        frames = sys._current_frames() if others else {}
+        for thread in others:
             frame = frames.get(thread)
             while frame is not None:
                 if any(frame.f_locals.get("self") is part for part in (self.model, self.trunk)):
@@ -691,6 +700,7 @@ class Watch(Hooks):
                         "it does from now on is not edited. Wait for it within the context"
                     )
                 frame = frame.f_back
+        frames.clear()  # this one is among them
 
 
 class _Before(Hook):
