@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import compress, repeat
-from operator import contains, itemgetter
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -149,8 +149,7 @@ class Census:
         self.below = found[1:]
         self.attributes = [vars(module) for module in self.below]
         self.parameters = [module._parameters for module in found]
-        self._children = [module._modules for module in found]
-        self._held = [dict(children) for children in self._children]
+        self._held = [dict(module._modules) for module in found]
         self.wraps_compiled = any("_orig_mod" in children for children in self._held)
 
     @classmethod
@@ -165,8 +164,7 @@ class Census:
     def holds(self, model: nn.Module) -> bool:
         """Whether the model still has the same modules."""
         # Modules are compared as objects, so this takes microseconds.
-        children = self._children
-        return model._modules is children[0] and children == self._held
+        return [model._modules, *map(_children, self.below)] == self._held
 
     def in_training(self, model: nn.Module) -> list[nn.Module]:
         """Those of ``model.modules()`` that are in training mode."""
@@ -180,7 +178,7 @@ class Census:
         return [model, *trained] if model.training else trained
 
 
-_training = itemgetter("training")
+_training, _children = itemgetter("training"), attrgetter("_modules")
 _CENSUSES: WeakKeyDictionary[nn.Module, Census] = WeakKeyDictionary()
 
 
