@@ -239,14 +239,14 @@ class Editing(ContextDecorator, Generic[Record]):
             raise LRQPError("this context is open already; open another one for the same edit")
         if isinstance(interventions, Intervention):
             interventions = [interventions]
+        applied, census = list[_Applied](), Census.of(model)
         for item in interventions:
             if not isinstance(item, Intervention):
                 raise SiteError(
                     f"intervene takes a list of Intervention, such as [edit.on(site, ...)], got "
                     f"{type(item).__name__}"
                 )
-        census = Census.of(model)
-        applied = [_Applied(item, locate(model, item.site, census)) for item in interventions]
+            applied.append(_Applied(item, locate(model, item.site, census)))
         if not applied:
             raise PositionError("no interventions were given: nothing would be edited")
         trained, reruns = census.in_training(model), False

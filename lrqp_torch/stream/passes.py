@@ -61,16 +61,21 @@ def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def arguments_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """The arguments of a call of ``module`` by their names, however they were passed.
+
+    ``names``: see :func:`positional`.
 
     Raises:
         PositionError: the call does not fit the signature of the class.
     """
     if not args:
         return dict(kwargs)
-    names = positional(module)
+    names = positional(module) if names is None else names
     if len(args) <= len(names) and kwargs.keys().isdisjoint(names[: len(args)]):
         return dict(zip(names, args, strict=False)) | dict(kwargs)
     signature = forward_of(module)
@@ -634,7 +639,7 @@ class Texts:
             past = held
         elif cache is not None:  # a prefix that an adapter has put into it
             front = _held(cache, given) or 0
-        elif not continues and self._compares:
+        elif not continues and self._compares and self._known:
             after = next(self._extended_by(tokens), None)
             if after is not None and _generating():
                 return after, 0

@@ -54,7 +54,7 @@ Visit = Callable[..., Tensor]
 _KEYS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _NUMBERS = count()
 _LOCK = threading.Lock()
-_PASSES: dict[int, list[tuple[int, Passes]]] = {}
+_PASSES: dict[int, dict[int, Passes]] = {}
 _VISITS: dict[str, tuple[Passes, Visit]] = {}
 _TRACED: dict[str, "_Visit"] = {}
 _ENDS: dict[tuple[int, int], tuple["Traced", "Traced"]] = {}
@@ -281,11 +281,12 @@ class Followed:
         with _LOCK:
             every = _PASSES.get(key)
             if every is None:
-                every, _NAMES[key], _INSTALLED[key] = _PASSES.setdefault(key, []), [], ""
+                every = _PASSES[key] = {}
+                _NAMES[key], _INSTALLED[key] = [], ""
             order = 0
-            while any([number == order for number, _ in every]):
+            while order in every:
                 order += 1
-            every.append((order, passes))
+            every[order] = passes
             self._order, known = order, _ENDS.get((key, order))
             if known is None:
                 known = _ENDS[key, order] = (
@@ -331,7 +332,7 @@ class Followed:
                 del _VISITS[name]
                 _NAMES[key].remove(name)
             _INSTALLED[key] = " ".join(_NAMES[key])
-            _PASSES[key].remove((self._order, self.passes))
+            del _PASSES[key][self._order]
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -388,7 +389,7 @@ def _enter(
         "position_ids": tokens if aware else None,
     }
     with _LOCK:
-        every = [passes for _, passes in _PASSES.get(key, ())]
+        every = [*_PASSES.get(key, {}).values()]
         _MADE.setdefault(key, set()).add(_INSTALLED.get(key, ""))
     for passes in every:
         passes.enter(given, (held if there is None else there) if cached else None)

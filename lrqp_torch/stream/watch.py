@@ -569,7 +569,7 @@ class Watch(Hooks):
 
     def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
         """A call that is unlike the one before."""
-        thread, given = get_ident(), arguments_of(module, args, kwargs)
+        thread, given = get_ident(), arguments_of(module, args, kwargs, self._names)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         if self._stack and isinstance(prompt, Tensor):  # the encoder's come first
             count = cast(Any, self.model).active_peft_config.num_virtual_tokens
