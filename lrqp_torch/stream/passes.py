@@ -587,6 +587,13 @@ class Texts:
         elif not bool(shown):
             warn(LeftPaddingWarning, LEFT_PADDED)
 
+    def forget(self) -> None:
+        """Know no call by the one before any more, as no further one is read."""
+        same = None if self._like is None else self._like.call.same
+        if same is not None:
+            same.same = None
+        self._like = self._read = self._same = None
+
     def finish(self) -> None:
         """Say what was not waited for; called when a context has closed.
 

@@ -434,6 +434,7 @@ class Watch(Hooks):
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
         there = self.remove()
         # Nothing is left that refers to itself, so that all is freed at once.
+        self.texts.forget()
         followed, self.followed = self.followed, None
         if followed is not None:
             followed.close()
@@ -562,7 +563,7 @@ class Watch(Hooks):
                 step(call)
             self.texts.note(call, call.tokens)
             self._latest = call
-        if not (transformed or call.again):
+            # It was repeated once, so what notes a further one is worth its while.
             whose = {"open": _open, "watch": self, "calls": calls}
             self.repeat = self.texts.repeated(call, args, kwargs, **whose)
         calls.append(call)
