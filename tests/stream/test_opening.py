@@ -231,8 +231,8 @@ def test_a_context_that_cannot_open_leaves_nothing(monkeypatch: pytest.MonkeyPat
     edited(model)
     before, attach = own(model), intervening.attach
 
-    def failing(watch: Any, located: Any, visit: Any) -> None:
-        attach(watch, located, visit)
+    def failing(watch: Any, located: Any, *visit: Any) -> None:
+        attach(watch, located, *visit)
         if str(located.site) == "L1.post":
             raise KeyError
 
