@@ -218,11 +218,7 @@ def _inside(
             for module in model.modules():
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     hooks.update({key: partial(timed, hook) for key, hook in hooks.items()})
-<<<<<<< HEAD
             # The first two passes of a context find out what all others go by.
-=======
-            # The first two passes of a context find out what the others go by.
->>>>>>> af454bc (Lay down what repeats a pass once one was repeated)
             for _ in range(3):
                 spent.append(0.0)
                 one_pass()

@@ -163,6 +163,7 @@ class _Input(Hook):
             return None
         site = repeats.Site(thread, id(calls), id(same))
         site.held = [calls, same]
+        self.watch.sites.append(site)
         if residual is not None:
             site.residuals, site.key = id(self.residuals), id(thread)
             site.held += [self.residuals, thread]

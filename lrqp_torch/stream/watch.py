@@ -40,7 +40,7 @@ from lrqp_torch.stream.passes import (
     positional,
     puts_tokens_in_front,
 )
-from lrqp_torch.stream.repeats import Function
+from lrqp_torch.stream.repeats import Function, Site
 from lrqp_torch.stream.sites import Trunk
 from lrqp_torch.stream.traced import Followed, Traced, marked, next_number
 
@@ -372,6 +372,8 @@ class Watch(Hooks):
         self._n_before: dict[int, int] = {}
         # What notes a call that is like the one before; see Texts.repeated.
         self.repeat: Function | None = None
+        # What compiled code is told of its sites, with what that refers to.
+        self.sites: list[Site] = []
         # By where their tokens lie, calls that a backward pass may run again; and by what they were
         # given, their blocks.
         self._noted: dict[int | None, ForwardCall] = {}
@@ -435,6 +437,9 @@ class Watch(Hooks):
         there = self.remove()
         # Nothing is left that refers to itself, so that all is freed at once.
         self.texts.forget()
+        if self._threads <= {get_ident()} and not any(self.under_way.values()):
+            for site in self.sites:
+                site.held = []
         followed, self.followed = self.followed, None
         if followed is not None:
             followed.close()
@@ -563,7 +568,7 @@ class Watch(Hooks):
                 step(call)
             self.texts.note(call, call.tokens)
             self._latest = call
-            # It was repeated once, so what notes a further one is worth its while.
+        if not (transformed or call.again):
             whose = {"open": _open, "watch": self, "calls": calls}
             self.repeat = self.texts.repeated(call, args, kwargs, **whose)
         calls.append(call)
