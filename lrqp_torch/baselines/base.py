@@ -21,6 +21,7 @@ from lrqp_torch.errors import (
     check_activations,
     check_finite,
     quoted,
+    require_concrete,
     row_classes,
 )
 from lrqp_torch.qp import Solution, Status
@@ -145,6 +146,7 @@ class Baseline(Edit[Classes]):
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
         """:meth:`solve` for rows that ``context`` numbers: what the hook in a model calls."""
+        require_concrete(f"the baseline {self.name}", x)
         check_finite(x)
         geometry = self.reference.geometry(x.device)
         if source is None:

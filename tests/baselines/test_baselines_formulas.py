@@ -38,6 +38,7 @@ from lrqp_torch.errors import (
     NonFiniteError,
     PairError,
     SettingError,
+    SolverError,
     WidthError,
 )
 
@@ -534,3 +535,10 @@ def test_what_is_fitted_in_inference_mode_can_be_differentiated_through(name: st
     point = torch.randn(4, x.shape[1], dtype=x.dtype, requires_grad=True)
     edit(point, 1).square().sum().backward()
     assert point.grad is not None
+
+
+def test_vmap_is_refused_by_name() -> None:
+    x, labels = three_classes()
+    edit = MeanDifference.fit(x, labels, reference=LRQP.fit(x, labels))
+    with pytest.raises(SolverError, match="mean_difference looks at values while it solves, which"):
+        torch.func.vmap(lambda row: edit(row[None], 1))(x[:4])
