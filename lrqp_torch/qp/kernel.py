@@ -318,15 +318,25 @@ def gram_of(matrix, unit, N: tl.constexpr, NP: tl.constexpr):
 
 
 @triton.jit
-def residual_at(gram, multipliers, moved, share, missing, before):
+def residual_at(gram, multipliers, moved, share, missing, before, start, own):
     """As :func:`~.total_odds.total_residual`, from Mλ, shares and log α − f there and at first."""
     weight = tl.sum(multipliers, 0)
     residual = multipliers - weight * share
-    length = tl.sqrt(no_less(tl.sum(multipliers * moved, 0)))
+    square = no_less(tl.sum(multipliers * moved, 0))
     spread = tl.maximum(tl.sum(share * times(gram, share), 0), TINY)
     unbalanced = tl.sqrt(no_less(tl.sum(residual * times(gram, residual), 0)))
-    unbalanced = unbalanced / (length + 1.0 / tl.sqrt(spread))
-    missing = tl.where(weight > 0.0, tl.abs(missing), no_less(missing)) / (1.0 + tl.abs(before))
+    missing = tl.where(weight > 0.0, tl.abs(missing), no_less(missing))
+    root = tl.sqrt(no_less(own))
+    terms = tl.abs(start) + root * tl.sum(multipliers * root, 0)
+    rounds = tl.where(share > 0.0, EPSILON * share * terms, 0.0)
+    unbalanced = unbalanced - weight * tl.sum(rounds * root, 0)
+    unbalanced = unbalanced / (tl.sqrt(square) + 1.0 / tl.sqrt(spread))
+    missing = (missing - tl.sum(rounds, 0)) / (1.0 + tl.abs(before))
+    part = multipliers / tl.maximum(weight, TINY)
+    logs = tl.log(tl.where(part > 0.0, part, 1.0)) - tl.log(tl.maximum(share, TINY))
+    apart = weight * tl.sum(tl.where(part > 0.0, part * logs, 0.0), 0)
+    missing = tl.maximum(missing, apart / tl.maximum(square, TINY) - LONGER)
+    missing = no_less(missing)
     return tl.where((unbalanced > missing) | (unbalanced != unbalanced), unbalanced, missing)
 
 
@@ -476,7 +486,7 @@ def totalled(
         pushed = pushed * (scale * thin) * (largest * unit)
         moved = times(gram, pushed)
         most, share = rivalry(start + moved)
-        met = residual_at(gram, pushed, moved, share, floor + most, away)
+        met = residual_at(gram, pushed, moved, share, floor + most, away, start, own)
         sum_of = tl.sum(pushed, 0)
         begun, missed = (phase == 0) & (possible == 1), (phase == 0) & (possible == 0)
         far, proving = begun & (met > FAR), phase < 0
@@ -520,7 +530,7 @@ def totalled(
         margins = start + grown
         most, share = rivalry(margins)
         missing = floor + most
-        polished = residual_at(gram, found, grown, share, missing, away)
+        polished = residual_at(gram, found, grown, share, missing, away, start, own)
         kept = tl.where(stage == 1, polished, kept)
         residual = found - weight * share
         steps = tl.where(stage < 3, N, 0)
@@ -877,7 +887,7 @@ def edit_kernel(
                 belief = tl.maximum(-before, 0.0)
             floor = tl.maximum(belief, floor)
         bound += floor
-    reading = margin
+    reading, lengths = margin, reach_of
     if TOTAL:
         # One reading, that of every rival.
         reading = tl.where(rival, -rivalry(tl.where(rival, margin, INFINITY))[0], 0.0)
@@ -1049,7 +1059,7 @@ def edit_kernel(
                 # As reach.excess.
                 squared = tl.maximum(distance, TINY)
                 surplus = tl.sum(tl.where(rival, lam * (seen - bound), 0.0), 0) / squared
-                by_room = ROOM * tl.sum(tl.where(rival, lam * reach_of, 0.0), 0) / squared
+                by_room = ROOM * tl.sum(tl.where(rival, lam * lengths, 0.0), 0) / squared
                 edited_size = tl.maximum(tl.sqrt(tl.sum(edited_square, 0)), TINY)
                 by_room *= tl.maximum(4.0 * tl.sqrt(tl.sum(apart, 0)) / edited_size, EPS)
                 by_room *= size + tl.maximum(1.0 - surplus, 0.0) * tl.sqrt(moved)
