@@ -67,18 +67,20 @@ class Blind:
         steering: W̄Σ, (R, K, d).
         own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
             target with each source; see :meth:`build`.
+        paired: of more than two those of target t with source v, in row v + K t.
         sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
         steps: how far above the floors trials aim, in float64, float32 and half, (R, 1, 1).
         status: each :class:`Status`, (); what is asked for and not reached has that of ``failed``.
-        zero, one: these numbers, ().
+        zero: this number, ().
     """
 
     read: tuple[Tensor, Tensor]
     bias: Tensor
     steering: dict[int, Tensor]
     own: Tensor
+    paired: Tensor
     sizes: list[int]
     sets: ActiveSets | None
     constants: tuple[Tensor, ...]
@@ -86,7 +88,6 @@ class Blind:
     status: tuple[Tensor, ...]
     failed: Tensor
     zero: Tensor
-    one: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -112,7 +113,8 @@ class Blind:
             free, held, top = [-torch.inf, torch.inf], [0.0, 0.0], [0.0, torch.inf]
             bounds = weight.new_tensor([held, free, top, free, held, top])
             sign = weight.new_tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0]).unsqueeze(1)
-            own, sizes = torch.cat([sign, sign * inverse, bounds], 1), [1, 1, 1, 1]
+            own = paired = torch.cat([sign, sign * inverse, bounds], 1)
+            sizes = [1, 1, 1, 1]
         else:
             assert geometry.gram is not None
             m, count = n - 1, len(sets.members)
@@ -128,15 +130,21 @@ class Blind:
             length = geometry.length.gather(-1, other)
             moved = geometry.stretch[0].gather(-1, other).clamp_min(0).sqrt() * geometry.stretch[1]
             moved = moved * sets.scale.square()
-            parts = sets.scale, length, moved, spread, sets.cap, towards, packed
+            # How margins come from logits, and behind them z_v − z_t.
+            margins = torch.nn.functional.pad(towards, (0, 0, 0, 1))
+            parts = sets.scale, length, moved, spread, sets.cap, packed, margins
             own = torch.cat([part.flatten(1) for part in parts], 1)
-            sizes = [m, m, m, n * m, count, m * n, m * (2 * m + n)]
+            sizes = [m, m, m, n * m, count, m * (2 * m + n), n * n]
+            unit = torch.eye(n, dtype=own.dtype, device=own.device)
+            paired = own.repeat_interleave(n, 0)
+            paired[:, -n:] = unit.repeat(n, 1) - unit.repeat_interleave(n, 0)
         columns, kinds = weight.mT.contiguous(), (DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS)
         return cls(
             read=(columns.expand(len(FINE_STEPS), -1, -1), columns),
             bias=bias,
             steering={count: steering.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
             own=own,
+            paired=paired,
             sizes=sizes,
             sets=sets,
             constants=constants,
@@ -144,7 +152,6 @@ class Blind:
             status=status,
             failed=failed,
             zero=weight.new_zeros(()),
-            one=weight.new_ones(()),
         )
 
 
@@ -279,14 +286,20 @@ class _Several(_Two):
         assert of.sets is not None
         batch, n, self.sets = len(wide), len(of.bias), of.sets
         m = n - 1
-        parts = of.own.index_select(0, self.target).split(of.sizes, -1)
-        scale, length, reach, spread, self.cap, towards, packed = parts
+        rule = floor if isinstance(floor, OddsRule) and floor.mirror else None
+        if rule is not None and rule.source is not None:
+            own = of.paired.index_select(0, torch.add(rule.source, self.target, alpha=n))
+        else:
+            own = of.own.index_select(0, self.target)
+        scale, length, reach, spread, self.cap, packed, towards = own.split(of.sizes, -1)
         self.packed = packed.view(batch, m, -1)
         logits = torch.addmm(of.bias, wide, of.read[1])
-        margins = torch.bmm(towards.view(batch, m, n), logits.unsqueeze(-1)).squeeze(-1)
+        margins = torch.bmm(towards.view(batch, n, n), logits.unsqueeze(-1)).squeeze(-1)
+        margins, belief = margins.split([m, 1], -1)
         before = margins.amin(-1, keepdim=True)
-        if isinstance(floor, OddsRule) and floor.mirror:
-            floors = torch.maximum(self.belief(floor.source, logits, before), floor.log_odds)
+        if rule is not None:
+            belief = (-before).clamp_min(0.0) if rule.source is None else belief
+            floors = torch.maximum(belief, rule.log_odds)
         else:
             floors = _given(floor, before)
         missing = floors - margins
@@ -297,11 +310,12 @@ class _Several(_Two):
         _, valid, needed = _missing(behind, wrong)
 
         rise = missing.clamp_min(0.0)
-        gap = torch.add(missing, torch.addcmul(rise, length, self.size), alpha=self.share)
+        units = torch.addcmul(rise, length, self.size)
+        gap = torch.add(missing, units, alpha=self.share)
         # About as long as x' is: x, and an edit for what is missing most.
-        units = torch.addcmul(rise, length, self.size + (rise * reach).amax(-1, keepdim=True))
+        units = torch.addcmul(units, length, (rise * reach).amax(-1, keepdim=True))
         largest = (gap * scale).amax(-1, keepdim=True)
-        self.spread, unit = spread / largest, scale / largest
+        self.spread, unit = spread / largest, largest / scale
         if not self.plain:
             units = self.seen(units, length, self.attempt(gap.unsqueeze(0))[0])
         gaps = self.trials(gap, units)
@@ -325,11 +339,11 @@ class _Several(_Two):
         shares = products / distance.clamp_min(torch.finfo(torch.float64).tiny)
         _, _, unbalanced, surplus, bound = shares.split(1, -1)
         # As in `solution.kkt_residual`: what is short relative to the largest gap and its own.
-        short = (behind * unit / torch.hypot(gap * unit, of.one)).amax(-1, keepdim=True)
+        short = (behind / torch.hypot(gap, unit)).amax(-1, keepdim=True)
         residual = torch.maximum(unbalanced.abs(), short)
         # And as in `reach.excess`.
-        bound = bound * torch.addcmul(self.size, (1 - surplus).clamp_min(0.0), moved.sqrt())
-        longer = torch.sub(surplus - LONGER, bound, alpha=ROOM * self.precision)
+        long = torch.addcmul(self.size, (1 - surplus).clamp_min(0.0), moved.sqrt())
+        longer = torch.addcmul(surplus - LONGER, bound, long, value=-ROOM * self.precision)
         residual = torch.maximum(residual, longer)
         residual = torch.where(edit, residual, of.zero)
         accurate = reached & (residual <= TOLERANCE)
@@ -358,15 +372,6 @@ class _Several(_Two):
         inverse = torch.where(edit.unsqueeze(-1), inverse, of.zero)
         bound = inverse.diagonal(dim1=-2, dim2=-1) > 0
         return solution, Ended(None, bound, inverse, margins + gap)
-
-    def belief(self, source: Tensor | None, logits: Tensor, before: Tensor) -> Tensor:
-        """What the probe reads of the source, (B, 1), or of whatever it reads; z_v − z_t."""
-        if source is None:
-            return (-before).clamp_min(0.0)
-        # The last column is where −1 points to.
-        every = torch.cat([logits, logits.amax(-1, keepdim=True)], -1)
-        found = every[self.rows, source] - every[self.rows, self.target]
-        return found.unsqueeze(-1)
 
     def attempt(self, gaps: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         """Solve for gaps (R, B, m).
