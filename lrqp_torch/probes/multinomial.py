@@ -340,7 +340,8 @@ class MultinomialLoss:
         n = self._count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
         # ones, compiled two fifths, with ten a half; beyond the processor's cache, half of that.
-        compiled = rows.shape[:3] == (1, 1, 1) and _searches()
+        # Small problems take the same steps in a stack as alone.
+        compiled = self.narrow and rows.shape[:3] == (1, 1, 1) and _searches()
         speed = 0.4 if compiled else (count + 1) / (count + 11)
         speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
