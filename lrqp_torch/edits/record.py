@@ -223,7 +223,10 @@ class EditRun:
 
         Args:
             site: knows of the pass, and of the stream.
-            stream, residual, scale, at: as in the last one.
+            stream: as in the last one.
+            residual: likewise.
+            scale: likewise.
+            at: likewise.
         """
         line, laid, kept = self._line, self._laid, self._rows.kept
         if self.paused or line is None or laid is None or laid.line is not line:

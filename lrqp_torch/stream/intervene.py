@@ -283,6 +283,11 @@ class Editing(ContextDecorator, Generic[Record]):
             for item in items:
                 item.close(watch)
 
+    def __del__(self) -> None:
+        # One that was opened and dropped, as by a bare ``__enter__()``, acts on no further pass.
+        if getattr(self, "_watches", None):
+            self._leave(GeneratorExit)
+
     def _leave(self, *raised: Any) -> None:
         """Close what is open, the last first, whatever one of them raises."""
         while self._watches:

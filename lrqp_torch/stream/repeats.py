@@ -9,6 +9,7 @@ ctypes costs a microsecond an argument.
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ def _python() -> ctypes.PyDLL | None:
     loaded = library()
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if loaded is None or exchange is None:
+        return None
+    # What is looked at must not change meanwhile: that is what the interpreter's lock is for.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = _address, (ctypes.py_object, ctypes.c_char_p)

@@ -248,6 +248,18 @@ def test_a_context_that_cannot_open_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+def test_a_context_that_is_dropped_open_closes() -> None:
+    model: Any = build("gpt2")
+    edit, plain = random_edit(torch.randn(40, WIDTH), 2), edited(model)
+    before, open_already = own(model), lrqp.stream.watch.opened()
+    edit.at(model, "L1.mid", positions=AT, target=1).__enter__()
+    gc.collect()
+    assert own(model) == before
+    assert lrqp.stream.watch.opened() == open_already
+    assert torch.equal(edited(model), plain)
+
+
+@torch.no_grad()
 def test_what_a_context_was_made_of_is_freed_as_soon_as_it_closes() -> None:
     """No collector of garbage is needed: what refers to itself is taken apart."""
     model: Any = build("gpt2")
