@@ -20,7 +20,7 @@ from lrqp_torch.errors import (
     check_option,
 )
 from lrqp_torch.probes.covariance import Exact
-from lrqp_torch.qp import Solution
+from lrqp_torch.qp import Solution, native
 from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import Laid, StreamRows
 from lrqp_torch.qp.reach import Realise
@@ -55,6 +55,8 @@ class Edit(Exact, Shared, Generic[Asked]):
     certified: ClassVar[bool] = False
     """Whether what :meth:`solve` returns is finite where its status is no failure, and x bit for
     bit where nothing was edited; then the hook in a model does not look again."""
+
+    _line: Line | None = None
 
     def __init__(self, on_infeasible: OnInfeasible = "raise") -> None:
         super().__init__()
@@ -217,6 +219,21 @@ class Edit(Exact, Shared, Generic[Asked]):
         """What does :meth:`edit_stream` on the CPU, the same for as long as nothing of the edit
         changes; None where there is no such thing.
         """
+        return None
+
+    def _own_line(self) -> Line | None:
+        """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
+        made, line = self.made_of(), self._line
+        if made is None:
+            return None
+        parts, own = made
+        if line is not None and line.holds(parts, own):
+            return line if native.library() is not None else None
+        vars(self)["_line"] = line = self._new_line(parts, own)
+        return line
+
+    def _new_line(self, parts: tuple[Tensor | None, ...], own: tuple[object, ...]) -> Line | None:
+        """See :meth:`_own_line`; None where there is no such thing."""
         return None
 
     def place(self, classes: Asked, what: str, positions: Positions) -> Tensor:

@@ -82,7 +82,6 @@ class JointLRQP(Edit[Targets]):
     FREE = FREE
     KEEP = KEEP
     certified = True
-    _line: Line | None = None
 
     def __init__(
         self,
@@ -326,15 +325,6 @@ class JointLRQP(Edit[Targets]):
         if vars(self).keys() & {"solve", "edit_rows"} or (kind.solve, kind.edit_rows) != _SOLVES:
             return None
         return self._own_line() if kind is JointLRQP else None
-
-    def _own_line(self) -> Line | None:
-        """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
-        parts, own = self.made_of()
-        line = self._line
-        if line is not None and line.holds(parts, own):
-            return line if native.library() is not None else None
-        vars(self)["_line"] = line = self._new_line(parts, own)
-        return line
 
     def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
         """See :meth:`Edit.made_of`; without looking at Σ."""

@@ -87,7 +87,6 @@ class LRQP(Edit[Classes]):
 
     log_odds: Tensor
     certified = True
-    _line: Line | None = None
 
     def __init__(
         self,
@@ -290,15 +289,6 @@ class LRQP(Edit[Classes]):
         if LRQP.solve is not _SOLVE or LRQP.edit_rows is not _EDIT_ROWS:
             return None
         return self._own_line()
-
-    def _own_line(self) -> Line | None:
-        """What edits on the CPU by one call each, kept for as long as nothing of it changes."""
-        parts, own = self.made_of()
-        line = self._line
-        if line is not None and line.holds(parts, own):
-            return line if native.library() is not None else None
-        vars(self)["_line"] = line = self._new_line(parts, own)
-        return line
 
     def made_of(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]]:
         """See :meth:`Edit.made_of`; without looking at Σ."""
