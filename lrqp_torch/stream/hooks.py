@@ -68,9 +68,10 @@ def attach(watch: Watch, located: Located, visit: Visit, offer: Offer | None = N
     watch.after(located.module, at)
     if located.residual is None:
         return
-    # The reader sees the stream as it is after all edits of it, in whatever order contexts were
-    # nested; a pre-hook on the block might still see it before.
-    watch.before(located.residual, at.remember, traced=at.remembered)
+    # The reader is given the stream as it is after all edits of it, in whatever order contexts were
+    # nested; a pre-hook on the block might still see it before. First, as what other hooks there
+    # give the reader in its place is not what the skip path holds.
+    watch.before(located.residual, at.remember, first=True, traced=at.remembered)
     for part, _ in located.beside:
         watch.after(part, at.note)
 

@@ -23,6 +23,9 @@ from lrqp_torch.stream.compiled import inner_model, unwrapped
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names that transformers has given to a model's KV cache, the newest first."""
 
+UNSAID = -1
+"""How many tokens are in a cache that holds some and does not say how many, in a graph."""
+
 _HIDDEN = -1e4
 """Additive attention masks hide with numbers below this."""
 
@@ -139,29 +142,40 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _length_of(cache: Any) -> Any:
-    """How many tokens a cache says that it holds, a number or a tensor; None if it does not."""
+def length_of(cache: Any) -> Any:
+    """How many tokens a cache says that it holds, a number or a tensor; None if it does not.
+
+    ``torch.compile`` traces it too.
+    """
     try:
         length = cache.get_seq_length()
-        if type(length) is int and not length:
-            # It speaks of its first layer, which may attend linearly and hold no keys.
-            every = (layer.get_seq_length() for layer in getattr(cache, "layers", ()))
-            return max((held for held in every if type(held) is int), default=length)
-        return length
     except (AttributeError, NotImplementedError, ValueError, TypeError):
         return None
+    if type(length) is int and length == 0:
+        # It speaks of its first layer, which may attend linearly and hold no keys.
+        for layer in getattr(cache, "layers", ()):
+            held = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+            if isinstance(held, Tensor) or held > 0:
+                return held
+    return length
 
 
-def _held(cache: Any, given: Mapping[str, Any]) -> int | None:
-    """How many tokens a cache holds; None where it does not say, and is not empty."""
-    length = _length_of(cache)
+def held_by(cache: Any, given: Mapping[str, Any]) -> Any:
+    """:func:`length_of`; 0 where it does not say but is empty, None where it is not empty."""
+    length = length_of(cache)
     if length is not None:
-        return int(length)
+        return length
     try:
         return None if cache.has_previous_state() else 0
     except (AttributeError, NotImplementedError, ValueError):
         at = given.get("cache_position")
         return 0 if isinstance(at, Tensor) and int(at.flatten()[0]) == 0 else None
+
+
+def _held(cache: Any, given: Mapping[str, Any]) -> int | None:
+    """The same as a number."""
+    held = held_by(cache, given)
+    return None if held is None else int(held)
 
 
 @dataclass(eq=False)
@@ -344,7 +358,8 @@ class Texts:
         Args:
             given: the arguments of the trunk.
             prompt: what an adapter has just put in front: embeddings (B, front, d), or a cache.
-            held: how many tokens the cache of a compiled graph holds, which is not given itself.
+            held: how many tokens the cache of a compiled graph holds, which is not given itself;
+                or UNSAID.
 
         Raises:
             PositionError: one cannot say what the call reads.
@@ -458,7 +473,7 @@ class Texts:
         text = call.text
         if tokens.shape[1] != 1 or text.last != self._n_calls - 1:
             return None
-        held = _length_of(given[like.cache[0]])
+        held = length_of(given[like.cache[0]])
         if isinstance(held, Tensor) or held != text.end:
             return None
         again = object.__new__(ForwardCall)
@@ -625,7 +640,7 @@ class Texts:
             if known is not None and known.end and tokens.shape[1] == 1:
                 # What a static cache holds is on the device; where one token more is read, the text
                 # goes on, and that is checked when the context closes.
-                there = _length_of(own)
+                there = length_of(own)
                 if isinstance(there, Tensor) and not there.is_cpu and concrete(there):
                     self._check_later(there, known)
                     return known, known.end
@@ -685,12 +700,17 @@ class Texts:
             self._check_later(held, begun[0])
             return begun[0], begun[0].end
         held = int(held)
-        same = [text for text in begun if held and text.end + text.front == held]
-        if len(same) > 1:
+        unsaid = held == UNSAID
+        same = [text for text in begun if held and (unsaid or text.end + text.front == held)]
+        if len(same) > 1 or (unsaid and not same):
+            texts = f"{len(same)} texts{'' if unsaid else f' of {held} tokens'} take turns"
             raise PositionError(
-                f"two texts of {held} tokens take turns in a compiled graph, which cannot tell "
-                f"their caches apart: run the model without compilation"
+                f"{texts if same else 'a text goes on that began before the context'} in a "
+                f"compiled graph, which cannot tell their caches apart: run the model without "
+                f"compilation"
             )
+        if unsaid:
+            return same[0], same[0].end
         return (same[0], held - same[0].front) if same else (self._add(tokens, 0), held)
 
     def _in(self, cache: Any) -> Text | None:

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrqp_torch.errors import CompiledModelError, EditNeverFiredError, SiteError
 from lrqp_torch.stream.discovery import first_tensor, with_first
+from lrqp_torch.stream.passes import UNSAID, held_by
 
 
 class Passes(Protocol):
@@ -195,7 +196,8 @@ class _Enter(Traced):
         cache = None
         for name in self.caches:
             cache = given.get(name) if cache is None else cache
-        held = 0 if cache is None else cache.get_seq_length()
+        held = 0 if cache is None else held_by(cache, given)
+        held = UNSAID if held is None else held
         there = held if isinstance(held, Tensor) else None
         _PENDING[self.ticket] = torch.ops.lrqp_torch.enter(
             tokens,

@@ -16,6 +16,7 @@ import torch
 from models_for_tests import Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
 from transformers import CompileConfig
+from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import intervene
@@ -295,6 +296,43 @@ def test_generation_that_compiles_itself_has_the_edit_inside(scope: str) -> None
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
     assert graphs.made == 1 and graphs.runs == 10
+
+
+@pytest.mark.parametrize("first_says", [0, None])
+@torch.no_grad()
+def test_a_cache_whose_first_layer_does_not_say_what_it_holds_goes_on_in_a_graph(
+    first_says: int | None,
+) -> None:
+    """MiniMax has a first block of linear attention; of Mamba no block says how much it holds."""
+    if first_says is None:
+        plain, name = build_tiny("MambaForCausalLM", num_hidden_layers=2), "cache_params"
+    else:
+        kinds, name = ["linear_attention", "full_attention"], "past_key_values"
+        plain = build_tiny(
+            "MiniMaxForCausalLM", num_hidden_layers=2, layer_types=kinds, block_size=8
+        )
+    ids, compiled = torch.arange(4, 16).reshape(2, 6), torch.compile(plain, backend="eager")
+    logits, columns = list[Tensor](), list[list[int]]()
+
+    def keep(x: Tensor, context: Any) -> Tensor:
+        columns.append(context.token.tolist())
+        return x.roll(1, -1)
+
+    for model in (plain, compiled):
+        with intervene(model, lrqp.Intervention("L1.pre", "generated", keep)):
+            given: dict[str, Any] = {"input_ids": ids}
+            for _ in range(4):
+                out = model(**given, use_cache=True)
+                given = {"input_ids": out.logits[:, -1:].argmax(-1), name: out[name]}
+                logits.append(out.logits[:, -1])
+    torch.testing.assert_close(logits[4:], logits[:4])
+    assert columns == [[6, 6], [7, 7], [8, 8]] * 2
+    # A text that began before the context is not taken for one that begins in it.
+    with (
+        pytest.raises(PositionError, match="before"),
+        intervene(model, lrqp.Intervention("L1.pre", "generated", keep)),
+    ):
+        model(**given, use_cache=True)
 
 
 def test_a_model_that_transformers_compiles_within_a_context_is_named() -> None:
