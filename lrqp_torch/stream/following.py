@@ -455,10 +455,19 @@ class ScopeFollower(Follower):
             )
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
-        """The scope's tokens in a call, or None."""
+        """The scope's tokens in a call, or None; in one that runs again, what they were."""
+        if call.continues:
+            return self._rows_of_step(call, device)
+        key = id(self), device
+        if not (call.again and key in call.found):
+            call.found[key] = self._rows_in(call, device)
+        return cast(Rows | None, call.found[key])
+
+    def _rows_of_step(self, call: ForwardCall, device: torch.device) -> Rows | None:
+        """:meth:`rows` of a call with a cache."""
         text, begin, mask, shown = call.text, call.past, call.mask, None
         # One new token a row behind the prompt, of a call like the one before: all of it is known.
-        seen = self._seen[text.number] if call.like and call.continues and self._steps else None
+        seen = self._seen[text.number] if call.like and self._steps else None
         if seen is None or begin < seen.end or begin < (self.scope.prompt_length or text.prompt):
             return self._rows_in(call, device)
         if mask is not None:

@@ -5,7 +5,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
 from operator import is_
@@ -214,6 +214,8 @@ class ForwardCall:
     again: bool = False  # whether it only computes once more what has been noted already
     like: bool = False  # whether it is like the call before; what it returns is then like that, too
     same: "ForwardCall | None" = None  # what stands for all calls that are like this one
+    # Of a call without a cache, by whose they are: what scopes found in it, should it run again.
+    found: dict[object, Any] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -688,6 +690,8 @@ class Texts:
         if self._known:
             alive = [text for text in self._known if text.cache is not None and text.cache()]
             alive += [text for text in self._known if text.cache is None][-3:]
+            for gone in set(self._known).difference(alive):
+                gone.tokens = None
             self._known = alive
         self._known.append(text)
         self._n_texts += 1

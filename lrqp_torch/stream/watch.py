@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lrqp_torch.errors import (
     CompiledModelError,
@@ -50,7 +51,8 @@ RAN_TWICE = (
 )
 
 KEPT = 64
-"""So many calls are known when a backward pass runs them again."""
+"""Of more calls than this, those are forgotten whose tokens are gone, so that no backward pass can
+run them again."""
 
 compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
@@ -374,9 +376,11 @@ class Watch(Hooks):
         self.repeat: Function | None = None
         # What compiled code is told of its sites, with what that refers to.
         self.sites: list[Site] = []
-        # By where their tokens lie, calls that a backward pass may run again; and by what they were
-        # given, their blocks.
-        self._noted: dict[int | None, ForwardCall] = {}
+        # Calls that a backward pass may run again: by where their tokens lie, and by the shape of
+        # these, how many there were and the latest; and by what they were given, their blocks.
+        self._noted: dict[int, tuple[StorageWeakRef, ForwardCall]] = {}
+        self._shapes: dict[torch.Size, tuple[int, ForwardCall]] = {}
+        self._room = KEPT
         self._entered: dict[int, ForwardCall] = {}
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
@@ -597,11 +601,10 @@ class Watch(Hooks):
         """
         again, ids = in_backward(), given.get("input_ids")
         tokens = given.get("inputs_embeds") if ids is None else ids
-        place = tokens.data_ptr() if isinstance(tokens, Tensor) and concrete(tokens) else None
         if again and isinstance(tokens, Tensor):
-            known = self._latest if self._plain else self._noted.get(place)
-            if known is not None and (known.batch, known.length) == tokens.shape[:2]:
-                return replace(known, again=True)
+            known = self._latest if self._plain else self._known(tokens)
+            if known is not None:
+                return replace(known, again=True, tokens=tokens)
         self.repeat = None
         call = self.texts.read(given, prompt, held=held)
         for item in self._follows:
@@ -611,16 +614,41 @@ class Watch(Hooks):
         self._latest = call
         if again:
             return replace(call, again=True)
-        if place is not None:
-            noted = self._noted
-            if noted:
-                noted.pop(place, None)
-            # Without embeddings, which are large and may hold a graph.
-            known = call if ids is not None else replace(call, tokens=call.tokens.new_empty(0))
-            noted[place] = known
-            if len(noted) > KEPT:
-                del noted[next(iter(noted))]
+        if isinstance(tokens, Tensor) and concrete(tokens):
+            # Without the tokens, which are large: as long as they are there, it may run again.
+            known, noted = replace(call, tokens=tokens.new_empty(0)), self._noted
+            noted[tokens.data_ptr()] = StorageWeakRef(tokens.untyped_storage()), known
+            count, _ = self._shapes.get(tokens.shape[:2], (0, known))
+            self._shapes[tokens.shape[:2]] = count + 1, known
+            if len(noted) > self._room:
+                self._noted = {n: one for n, one in noted.items() if not one[0].expired()}
+                self._room = max(KEPT, 2 * len(self._noted))
         return call
+
+    def _known(self, tokens: Tensor) -> ForwardCall | None:
+        """The call that a backward pass runs again with these tokens, or None.
+
+        Raises:
+            PositionError: it is not known, and matters to a scope.
+        """
+        place = tokens.data_ptr() if concrete(tokens) else 0
+        if place in self._noted:
+            storage, known = self._noted[place]
+            same = (known.batch, known.front + known.length) == tokens.shape[:2]
+            if same and not storage.expired():
+                return known
+        # They may have been made anew, as embeddings are within what is checkpointed.
+        count, only = self._shapes.get(tokens.shape[:2], (0, None))
+        if count == 1:
+            return only
+        if any([item.counts for item in self._follows]):
+            raise PositionError(
+                f"a backward pass runs the model once more (activation checkpointing) on tokens "
+                f"{tuple(tokens.shape[:2])} that were made anew, and {count} passes had such: "
+                f"which of them it is, a scope cannot tell. Make the tokens or embeddings outside "
+                f"of what is checkpointed, or give positions as a tensor"
+            )
+        return None
 
     def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
         """A pass begins in a compiled graph, that goes on from ``held`` tokens in a cache."""

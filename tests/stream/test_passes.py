@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.errors import EditNeverFiredError, ModelError, PositionError
-from lrqp_torch.stream import passes
+from lrqp_torch.stream import passes, watch
 from lrqp_torch.stream.attention import record_patterns
 from lrqp_torch.stream.hooks import record_heads
 from lrqp_torch.stream.replay import Replay
@@ -623,6 +623,41 @@ def test_a_pass_that_runs_again_in_a_backward_pass_is_recorded_once(
         assert [step.forward_pass for step in run.steps] == [0, 1]
     for plain, again in zip(*found, strict=True):
         assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("where", ["last", "all"])
+def test_however_many_passes_wait_for_a_backward_pass_each_is_known_in_it(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "KEPT", 4)
+    model: Any = build("llama", num_hidden_layers=2)
+    edit, found = edit_of(model), []
+    batches = [IDS[:, : 5 + n % 3].roll(n, 1) for n in range(14)]
+    start = torch.zeros((), requires_grad=True)
+
+    def run_model(ids: Tensor, start: Tensor) -> Tensor:
+        return (start + model.get_input_embeddings()(ids)).sum() + model(ids).logits.exp().mean()
+
+    for once in (run_model, functools.partial(checkpoint, run_model, use_reentrant=True)):
+        model.zero_grad()
+        with edit.at(model, "L1.mid", positions=where, target=1) as run:
+            sum(once(ids, start) for ids in batches).backward()
+        found.append((run.token, run.generation, run.log_odds_after, model.lm_head.weight.grad))
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+    def embedded(ids: Tensor, start: Tensor) -> Tensor:
+        return model(inputs_embeds=start + model.get_input_embeddings()(ids)).logits.mean()
+
+    # What is made anew when it runs again is known where it was the only one of its shape.
+    for count in (1, 2):
+        with (
+            pytest.raises(PositionError, match="2 passes had such") if count > 1 else nullcontext(),
+            edit.at(model, "L1.mid", positions=where, target=1) as run,
+        ):
+            once = functools.partial(checkpoint, embedded, use_reentrant=True)
+            sum(once(ids[:, :5], start) for ids in batches[:count]).backward()
+        assert len(run.steps) == count
 
 
 @pytest.mark.filterwarnings("ignore:gradient checkpointing runs")
