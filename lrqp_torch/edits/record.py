@@ -478,7 +478,7 @@ def _answers(kind: type, *methods: Any) -> bool:
 def _guards(edit: "Edit[Any]", line: Line) -> repeats.Guards:
     """What a line stands for as long as it holds."""
     guards = repeats.Guards()
-    guards.named(edit, "__class__")
+    guards.kind(edit)
     for name in ("solve", "edit_rows"):
         # What stands for a solve, on an edit or in its class, is to be called.
         guards(edit, name)

@@ -303,8 +303,10 @@ class Line:
         return [*map(id, parts)] == self._ids and own == self.own and self._marks == self._now()
 
     def counts(self, part: Tensor) -> bool:
-        """Whether a part must not have been written to; of the others values are looked at."""
-        return any(part is one for one in self._counted)
+        """Whether a part must not have been written to; of the others all values are looked at."""
+        return any(part is one for one in self._counted) and not any(
+            part is one for one in self._watched
+        )
 
     def forget(self) -> None:
         """Hold no longer: what a call watches has changed."""

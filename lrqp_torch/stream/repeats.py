@@ -66,9 +66,9 @@ def _python() -> ctypes.PyDLL | None:
 
 
 _KNOWN = (
-    *(None, False, -1, Tensor, tuple, torch._C._is_tracing, torch._C._current_graph_task_id),
-    *(torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled),
-    *(torch.empty_like, torch.clone, "requires_grad", "_version", "__dict__", "hidden_states"),
+    *(None, False, -1, Tensor, tuple, torch._C._get_tracing_state),
+    *(torch._C._current_graph_task_id, torch.is_grad_enabled, torch.empty_like, torch.clone),
+    *("requires_grad", "_version", "hidden_states"),
 )
 """What rows.c asks of any pass, in its order."""
 
@@ -118,7 +118,7 @@ class _Guard(ctypes.Structure):
     )
 
 
-_ITEM, _OWN, _NAMED, _PART = range(4)
+_ITEM, _OWN, _NAMED, _KIND, _PART = range(5)
 _ABSENT = object()
 
 
@@ -174,6 +174,10 @@ class Guards:
     def named(self, owner: Any, name: str) -> None:
         """That an attribute is this object."""
         self._noted.append((_NAMED, owner, name, getattr(owner, name), -1))
+
+    def kind(self, owner: Any) -> None:
+        """That an object is of this class."""
+        self._noted.append((_KIND, owner, "", type(owner), -1))
 
     def part(self, tensor: Tensor, counts: bool) -> None:
         """That a tensor is of the same memory, and, if it ``counts``, was not written to."""

@@ -102,6 +102,7 @@ Index PyList_Size(Object *);
 long long PyLong_AsLongLong(Object *);
 void *PyLong_AsVoidPtr(Object *);
 Object *PyObject_CallFunctionObjArgs(Object *, ...);
+Object *PyObject_GenericGetDict(Object *, void *);
 Object *PyObject_GetAttr(Object *, Object *);
 int PyObject_RichCompareBool(Object *, Object *, int);
 Object *PyObject_Type(Object *);
@@ -134,8 +135,8 @@ typedef struct {
 /* What is asked again and again, as repeats.py lays it down once; Python keeps it. */
 static struct {
     int (*look)(void *, Look *);
-    Object *none, *no, *outside, *tensor, *tuple, *tracing, *backward, *transforms, *gradients, *like, *clone,
-        *asks, *version, *dict, *stream;
+    Object *none, *no, *outside, *tensor, *tuple, *tracing, *backward, *gradients, *like, *clone,
+        *asks, *version, *stream;
 } known;
 
 void lrqp_know(const void *given) { memcpy(&known, given, sizeof known); }
@@ -145,8 +146,10 @@ static int looked(Object *tensor, Look *now) {
         PyErr_Clear();
         return 0;
     }
+    /* What transforms hold in place of a tensor has no memory. */
+    int there = now->data != NULL;
     now->data = (char *)now->data + now->ahead;
-    return now->axes <= AXES;
+    return there && now->axes <= AXES;
 }
 
 /* Note what a tensor is; 0 where that cannot be told. */
@@ -239,9 +242,7 @@ static Object *begin(Object *held, Object *const *given, Index n) {
         return nothing();
     int here = PySequence_Contains(opened, own->watch) == 1;
     Py_DecRef(opened);
-    if (!here || !gives(known.tracing, known.no) || !gives(known.backward, known.outside) ||
-        !gives(known.transforms, known.none))
-        return nothing();
+    if (!here || !gives(known.tracing, known.none) || !gives(known.backward, known.outside)) return nothing();
     for (; i < first + rest; i++) {
         if (i < first)
             value = PyTuple_GetItem(args, i);
@@ -270,7 +271,7 @@ typedef struct {
     i64 kind, version;
     Seen seen;
 } Guard;
-enum { ITEM, OWN, NAMED, PART };
+enum { ITEM, OWN, NAMED, KIND, PART };
 
 /* Whether all is where it was. */
 i64 lrqp_holds(const Guard *guards, i64 count) {
@@ -281,8 +282,10 @@ i64 lrqp_holds(const Guard *guards, i64 count) {
             if (one->version >= 0 && !counts(one->of, one->version)) return 0;
         } else if (one->kind == NAMED) {
             if (!is(PyObject_GetAttr(one->of, one->key), one->is)) return 0;
+        } else if (one->kind == KIND) {
+            if (!is(PyObject_Type(one->of), one->is)) return 0;
         } else {
-            Object *owned = one->kind == OWN ? PyObject_GetAttr(one->of, known.dict) : one->of;
+            Object *owned = one->kind == OWN ? PyObject_GenericGetDict(one->of, NULL) : one->of;
             Object *found = owned ? PyDict_GetItemWithError(owned, one->key) : NULL;
             if (owned && one->kind == OWN) Py_DecRef(owned);
             if (PyErr_Occurred()) PyErr_Clear();
@@ -340,7 +343,7 @@ static Object *met(const Site *own, Object *given, Object *kwargs, Look *now, Ob
         if (!*residual || !is_tensor(*residual) || !looked(*residual, base) || !alike(base, &own->stream))
             return NULL;
     }
-    if (!gives(known.transforms, known.none) || !lrqp_holds(own->guards, own->n_guards)) return NULL;
+    if (!lrqp_holds(own->guards, own->n_guards)) return NULL;
     if (gives(known.gradients, known.no)) return stream;
     if (asks(stream) || (*residual && asks(*residual))) return NULL;
     for (Index i = 0; i < PyTuple_Size(own->parts); i++)

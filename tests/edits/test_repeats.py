@@ -4,7 +4,7 @@ import contextvars
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -94,6 +94,25 @@ def mapped(model: Any, inputs: dict[str, Tensor]) -> Any:
     return torch.func.vmap(lambda point: model(inputs_embeds=point).logits)(points)
 
 
+def beside(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """A pass within transforms of something else."""
+    found = list[Tensor]()
+
+    def run(x: Tensor) -> Tensor:
+        found.append(again(model, inputs))
+        return x.sin()
+
+    torch.func.vmap(run)(torch.zeros(2))
+    torch.func.grad(run)(torch.zeros(()))
+    return torch.stack(found)
+
+
+def functional(model: Any, inputs: dict[str, Tensor]) -> Any:
+    with suppress(RuntimeError):  # torch has no rule for what derivatives of edits are made by
+        return torch.func.functionalize(lambda ids: model(ids).logits)(inputs["input_ids"])
+    return again(model, inputs)
+
+
 def half(model: Any, inputs: dict[str, Tensor]) -> Any:
     try:
         return model.bfloat16()(**inputs).logits.float()
@@ -153,6 +172,8 @@ CHANGES: list[Callable[[Any, dict[str, Tensor]], Any]] = [
     gradient,
     tangent,
     mapped,
+    beside,
+    functional,
     half,
     cast,
     nested,
