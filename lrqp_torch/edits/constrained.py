@@ -372,7 +372,7 @@ def _solve_posed(
     headroom = Headroom.of(x, geometry.constraints(target).length)
     raised = headroom.in_advance(bound) + AIM * (1 + bound.detach().abs())
     held = (margins >= bound).all(-1)
-    status, violation = _first_look(problem, values, bound + raised - margins, held)
+    status, violation = _first_look(problem, values, bound - margins, raised, held)
     solved = status == Status.SOLVED
 
     def step(aim: Tensor, rows: Rows) -> Attempt:
@@ -425,15 +425,17 @@ def _solve_posed(
 
 @torch.no_grad()
 def _first_look(
-    problem: PosedProblem, values: list[Tensor], gap: Tensor, held: Tensor
+    problem: PosedProblem, values: list[Tensor], asked: Tensor, raised: Tensor, held: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which examples can be solved, (B,) status, and how far each is from its constraints.
 
     Where the floors hold and nothing else pulls or is broken, no edit is the least one.
     Solvers return garbage for infeasible examples, or refuse the whole batch. So what they
     return is held against the constraints, and what fails is solved alone for a verdict; only
-    sound examples go through the layer that gradients flow through.
+    sound examples go through the layer that gradients flow through. Infeasible is one whose gaps
+    are as they were ``asked``, not ``raised``.
     """
+    gap = asked + raised
     everything = [values[0], gap, *values[1:]]
     batch, device = len(gap), gap.device
     if not batch:
@@ -466,6 +468,9 @@ def _first_look(
                 f"falls without end, or by too large a factor; bound it or scale it down"
             )
         infeasible = verdict.startswith("infeasible")
+        if infeasible:
+            verdict = problem.verdict([values[0], asked, *values[1:]], i)
+            infeasible = verdict.startswith("infeasible")
         status[i] = int(Status.INFEASIBLE if infeasible else Status.INACCURATE)
         if verdict == "optimal" and refused[i]:
             # Only its company was refused.

@@ -20,7 +20,7 @@ from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import FINE, LONGER, ROOM, Realise, advance
-from lrqp_torch.qp.solution import Solution, Status
+from lrqp_torch.qp.solution import ROUNDING, Solution, Status
 from lrqp_torch.qp.table import ActiveSets
 
 if TYPE_CHECKING:
@@ -53,32 +53,36 @@ def at_once(geometry: "ProbeGeometry") -> int:
     """How many rows are solved together where they are very many."""
     assert geometry.blind is not None
     sets = 0 if geometry.sets is None else geometry.sets.table.shape[1]
-    numbers = len(COARSE_STEPS) * max(geometry.width, sets)
+    numbers = (1 + len(COARSE_STEPS)) * max(geometry.width, sets)
     return max(1, CHUNK_NUMBERS // numbers)
 
 
 @dataclass(frozen=True)
 class Blind:
-    """What solves of one geometry share. Steering is of R trials or of 1.
+    """What solves of one geometry share.
 
     Attributes:
-        read: W transposed, of R trials (R, d, K), of one (d, K); of two classes their difference.
+        read: W transposed, of R trials (R, d, K), of none (d, K); of two classes their difference.
         bias: b, (K,).
         steering: W̄Σ, (R, K, d).
+        within: the residual of an accurate solve, (R, 1, 1), a little less for the trial that aims
+            at the floors themselves, which counts last.
         own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
             target with each source; see :meth:`build`.
         paired: of more than two those of target t with source v, in row v + K t.
         sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
-        steps: how far above the floors trials aim, in float64, float32 and half, (R, 1, 1).
+        steps: how far above the first aim trials are, in float64, float32 and half, and in half
+            with the floors themselves before them, (R, 1, 1).
         status: each :class:`Status`, (); what is asked for and not reached has that of ``failed``.
         zero: this number, ().
     """
 
-    read: tuple[Tensor, Tensor]
+    read: dict[int, Tensor]
     bias: Tensor
     steering: dict[int, Tensor]
+    within: dict[int, Tensor]
     own: Tensor
     paired: Tensor
     sizes: list[int]
@@ -132,17 +136,23 @@ class Blind:
             moved = moved * sets.scale.square()
             # How margins come from logits, and behind them z_v − z_t.
             margins = torch.nn.functional.pad(towards, (0, 0, 0, 1))
-            parts = sets.scale, length, moved, spread, sets.cap, packed, margins
+            none, root = weight.new_zeros(n, 1), 1 / sets.scale
+            parts = none, sets.scale, root, length, moved, spread, sets.cap, packed, margins
             own = torch.cat([part.flatten(1) for part in parts], 1)
-            sizes = [m, m, m, n * m, count, m * (2 * m + n), n * n]
+            sizes = [1, m, m, m, m, n * m, count, m * (2 * m + n), n * n]
             unit = torch.eye(n, dtype=own.dtype, device=own.device)
             paired = own.repeat_interleave(n, 0)
             paired[:, -n:] = unit.repeat(n, 1) - unit.repeat_interleave(n, 0)
-        columns, kinds = weight.mT.contiguous(), (DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS)
+        columns = weight.mT.contiguous()
+        kinds = DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS, (0.0, *COARSE_STEPS)
+        trials = 1, len(FINE_STEPS), 1 + len(COARSE_STEPS)
+        within = weight.new_full((trials[-1], 1, 1), TOLERANCE)
+        within[0] *= 1 - 1e-6
         return cls(
-            read=(columns.expand(len(FINE_STEPS), -1, -1), columns),
+            read={0: columns, **{count: columns.expand(count, -1, -1) for count in trials}},
             bias=bias,
-            steering={count: steering.expand(count, -1, -1) for count in (1, len(FINE_STEPS))},
+            steering={count: steering.expand(count, -1, -1) for count in trials},
+            within={count: within[-count:] for count in trials[1:]},
             own=own,
             paired=paired,
             sizes=sizes,
@@ -216,7 +226,8 @@ class _Two:
     def trials(self, gap: Tensor, units: Tensor) -> Tensor:
         """The gaps that are tried, (R, B, m)."""
         kind = 2 if self.precision >= FINE else int(self.x.dtype != torch.float64)
-        return torch.addcmul(gap, units, self.of.steps[kind], value=self.share)
+        steps = self.of.steps[kind + (gap.ndim > 2)]
+        return torch.addcmul(gap, units, steps, value=self.share)
 
     def solve(
         self, floor: Tensor | OddsRule, repeats: bool, wrong: Tensor | None
@@ -230,7 +241,7 @@ class _Two:
         else:
             index = 3 * self.target - 1
         sign, inverse, *between = of.own[index].split(of.sizes, -1)
-        before = sign * torch.addmm(of.bias, wide, of.read[1])
+        before = sign * torch.addmm(of.bias, wide, of.read[0])
         if rule is not None:
             floors = torch.maximum(torch.clamp(-before, *between), rule.log_odds)
         else:
@@ -245,7 +256,7 @@ class _Two:
             units = self.seen(units, length, edited)
         found = inverse * self.trials(gap, units)
         narrow, held = self.held(torch.addcmul(wide, found, of.steering[1]))
-        after = sign * torch.baddbmm(of.bias, held, of.read[0])
+        after = sign * torch.baddbmm(of.bias, held, of.read[len(held)])
         reached, first = (_finite(after) >= floors).max(0)
         first = first.squeeze(-1)
 
@@ -291,9 +302,11 @@ class _Several(_Two):
             own = of.paired.index_select(0, torch.add(rule.source, self.target, alpha=n))
         else:
             own = of.own.index_select(0, self.target)
-        scale, length, reach, spread, self.cap, packed, towards = own.split(of.sizes, -1)
+        none, scale, root, length, reach, spread, self.cap, packed, towards = own.split(
+            of.sizes, -1
+        )
         self.packed = packed.view(batch, m, -1)
-        logits = torch.addmm(of.bias, wide, of.read[1])
+        logits = torch.addmm(of.bias, wide, of.read[0])
         margins = torch.bmm(towards.view(batch, n, n), logits.unsqueeze(-1)).squeeze(-1)
         margins, belief = margins.split([m, 1], -1)
         before = margins.amin(-1, keepdim=True)
@@ -315,16 +328,20 @@ class _Several(_Two):
         # About as long as x' is: x, and an edit for what is missing most.
         units = torch.addcmul(units, length, (rise * reach).amax(-1, keepdim=True))
         largest = (gap * scale).amax(-1, keepdim=True)
-        self.spread, unit = spread / largest, largest / scale
+        self.spread, unit = spread / largest, largest * root
         if not self.plain:
             units = self.seen(units, length, self.attempt(gap.unsqueeze(0))[0])
+        if self.precision >= FINE:
+            # Where all aims are out of reach, the floors themselves may not be.
+            gap = torch.stack([missing, *[gap] * len(COARSE_STEPS)])
         gaps = self.trials(gap, units)
         edited, found, chosen, towards = self.attempt(gaps)
         narrow, held = self.held(edited)
-        after = torch.baddbmm(of.bias, held, of.read[0])
+        after = torch.baddbmm(of.bias, held, of.read[len(held)])
         after = torch.bmm(after.view(-1, 1, n), towards.mT)
-        reached = (_finite(after.view(gaps.shape)) >= floors).all(-1, keepdim=True)
-        reached, first = reached.max(0)
+        # What the dtype cannot hold reads infinity, and so does its residual.
+        reached = (after.view(gaps.shape) >= floors).all(-1, keepdim=True)
+        within, first = (reached * of.within[len(gaps)]).max(0)
         first = first.squeeze(-1)
 
         every = torch.cat([*found, after], -1).view(len(gaps), batch, -1)[first, self.rows]
@@ -333,21 +350,21 @@ class _Several(_Two):
         active = multipliers > 0
         edit = active.any(-1, keepdim=True)
         behind = gap - grown
-        terms = torch.stack([grown, moved, behind, after - floors, length], 1)
+        terms = torch.stack([grown, moved, behind, after - floors, length, root], 1)
         products = (terms * multipliers.unsqueeze(1)).sum(-1)
-        distance, moved, *_ = products.split(1, -1)
-        shares = products / distance.clamp_min(torch.finfo(torch.float64).tiny)
-        _, _, unbalanced, surplus, bound = shares.split(1, -1)
-        # As in `solution.kkt_residual`: what is short relative to the largest gap and its own.
-        short = (behind / torch.hypot(gap, unit)).amax(-1, keepdim=True)
-        residual = torch.maximum(unbalanced.abs(), short)
+        distance, moved, _, _, _, total = products.split(1, -1)
+        _, _, unbalanced, surplus, bound, rounds = (products / distance).split(1, -1)
+        # As in `solution.kkt_residual`: what is short relative to the largest gap and its own, and
+        # what Mλ rounds by taken off.
+        behind = torch.addcmul(behind, total, root, value=-ROUNDING)
+        short = behind / torch.hypot(gap, unit)
+        unbalanced = torch.addcmul(unbalanced.abs(), total, rounds, value=-ROUNDING)
         # And as in `reach.excess`.
         long = torch.addcmul(self.size, (1 - surplus).clamp_min(0.0), moved.sqrt())
         longer = torch.addcmul(surplus - LONGER, bound, long, value=-ROOM * self.precision)
-        residual = torch.maximum(residual, longer)
+        residual = torch.cat([none, short, unbalanced, longer], -1).amax(-1, keepdim=True)
         residual = torch.where(edit, residual, of.zero)
-        accurate = reached & (residual <= TOLERANCE)
-        status = torch.where(accurate, of.status[Status.SOLVED], of.failed)
+        status = torch.where(residual < within, of.status[Status.SOLVED], of.failed)
         status = torch.where(edit, status, of.status[Status.INFEASIBLE])
         status = torch.where(needed, status, of.status[Status.SATISFIED])
         status = torch.where(valid, status, of.status[Status.INVALID])

@@ -1297,9 +1297,9 @@ static double excess_of(const Shared *s, const Task *t, Work *w, i64 b, const do
 }
 
 /* Whether what is read afterwards keeps the promise; else, if asking again may help, how much higher
- * to aim, as reach.py does. Returns 1 where it is to be asked again. */
+ * to aim, as reach.py does, by what is missing alone where more failed. Returns 1 where it is to be asked again. */
 static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *before, const double *after,
-                 double size, i64 number, const double *x, const double *held, double *space) {
+                 double size, i64 number, int failed, const double *x, const double *held, double *space) {
     i64 m = s->m, d = s->width, target = target_of(t, b);
     const double *floors = t->floor + b * t->each, *length = s->length + target * s->classes;
     double *numbers = t->numbers + b, least = INFINITY, total = 0, worst = 0, longest = 0;
@@ -1323,8 +1323,8 @@ static int judge(const Shared *s, const Task *t, Work *w, i64 b, const double *b
     t->status[b] = sound && worst <= 0 && numbers[0] <= t->tolerance ? SOLVED : INACCURATE;
     if (!sound || worst <= 0 || number + 1 >= t->rounds) return 0;
     double enough = 0, nudge = (double)(number + 1) * t->epsilon / sqrt((double)d);
-    nudge *= larger(size, norm_of(held, NULL, d));
-    if (number + 2 == t->rounds) {
+    nudge *= failed ? 0 : larger(size, norm_of(held, NULL, d));
+    if (number + 2 == t->rounds && !failed) {
         recall(s, w, b, t);
         displace(s, w, x, space);
         enough = larger(t->epsilon * norm_of(space, NULL, d), 4 * norm_of(held, space, d));
@@ -1379,9 +1379,10 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
     i64 d = s->width, rows = s->rows, m = s->m;
     double *spare = space + 2 * BLOCK * d, *x[BLOCK], *held[BLOCK], size[BLOCK];
     double *before = spare + 2 * d, *after = before + BLOCK * rows, *raised = after + BLOCK * rows;
+    double *safe = raised + BLOCK * m; /* how far above the floors is known to be in reach */
     i64 (*solve)(const Shared *, const Task *, Work *, i64, const double *, double, int, int *) =
         t->total ? total_one : solve_one;
-    int open[BLOCK] = {0}, ended[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
+    int open[BLOCK] = {0}, ended[BLOCK] = {0}, failed[BLOCK] = {0}, some = 0, direct = t->kind == FLOAT64 && !t->base;
     load_block(s, t, b, count, space, x);
     read_block(s, x, before, count);
     for (i64 i = 0; i < count; i++) {
@@ -1389,6 +1390,13 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
         held[i] = direct ? (double *)t->result + place_of(t, b + i) * d : space + (BLOCK + i) * d;
         size[i] = norm_of(x[i], NULL, d);
         i64 needs = solve(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
+        failed[i] = (verdict & (NEEDED | FEASIBLE)) == NEEDED;
+        if (needs && failed[i] && t->epsilon >= FINE) {
+            /* Aims above the floors are out of reach: are floors? In the finer dtypes those are the
+             * same but for rounding. */
+            memset(w->raised, 0, sizeof(double) * m);
+            needs = solve(s, t, w, b + i, before + i * rows, size[i], RECOVER, &verdict);
+        }
         if (!needs) return 0;
         if (needs - 1 > *slots) *slots = needs - 1;
         memcpy(raised + i * m, w->raised, sizeof(double) * m);
@@ -1415,14 +1423,20 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
         for (i64 number = 0;; number++) {
             int verdict;
             const double *was = before + i * rows;
-            if (!judge(s, t, w, b + i, was, seen, size[i], number, x[i], held[i], spare)) break;
-            if (ended[i]) break;
+            memcpy(safe, w->raised, sizeof(double) * m);
+            if (!judge(s, t, w, b + i, was, seen, size[i], number, failed[i], x[i], held[i], spare)) break;
+            if (ended[i] || failed[i] > 1) break;
             i64 needs = solve(s, t, w, b + i, was, size[i], number ? LIVE : RECOVER, &verdict);
+            if (needs && !(verdict & FEASIBLE)) {
+                /* Out of reach: what was aimed at before counts. */
+                failed[i]++;
+                memcpy(w->raised, safe, sizeof(double) * m);
+                needs = solve(s, t, w, b + i, was, size[i], RECOVER, &verdict);
+            }
             if (!needs) return 0;
             if (needs - 1 > *slots) *slots = needs - 1;
             if (!(verdict & FEASIBLE)) {
                 if (s->variables) odds_of(s, t, w, b + i, was, was);
-                t->status[b + i] = INFEASIBLE;
                 keep(s, t, b + i);
                 break;
             }
@@ -1453,7 +1467,7 @@ static void *solve_part(void *given) {
     double *own = stacked ? malloc(sizeof(double) * s->m * (2 * s->m + 2)) : NULL;
     double *total = t->total ? malloc(sizeof(double) * w.n * (3 * w.n + TOTAL_VECTORS)) : NULL;
     i64 *chosen = stacked ? malloc(sizeof(i64) * (s->variables + 2 * s->m)) : NULL;
-    if (t->x) space = malloc(sizeof(double) * (s->width * (2 * BLOCK + 2) + BLOCK * (s->m + 2 * s->rows)));
+    if (t->x) space = malloc(sizeof(double) * (s->width * (2 * BLOCK + 2) + (BLOCK + 1) * s->m + BLOCK * 2 * s->rows));
     int sound = vectors && (space || !t->x) && (!stacked || (own && chosen)) && (total || !t->total) && grow(&w, 8);
     for (i64 i = 0; sound && i < VECTORS; i++) *parts[i] = vectors + i * size;
     Total problem = {.n = w.n, .gram = total};

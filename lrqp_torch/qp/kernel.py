@@ -920,6 +920,9 @@ def edit_kernel(
         logits_last = z
     after = before
     feasible = tl.full([], 1, tl.int32)
+    # How far above the floors is known to be in reach, and how often an aim was not.
+    safe = tl.zeros([NP], dtype=tl.float64)
+    failed = tl.full([], 0, tl.int32)
     residual = tl.full([], 0.0, tl.float64)
     distance = tl.full([], 0.0, tl.float64)
     reached = tl.full([], 0, tl.int32)
@@ -1073,29 +1076,39 @@ def edit_kernel(
             if TOTAL:
                 # Where the steps ran out, asking again is of no use.
                 worst = tl.where(converged == 1, worst, 0.0)
-            if (reached == 0) & (worst > 0.0) & (number < MAX_ROUNDS):
+            safe = raised
+            if (reached == 0) & (worst > 0.0) & (number < MAX_ROUNDS) & (failed < 2):
                 # As Headroom: what is missing twice over, at last a bound that cannot be missed.
                 edited_size = tl.sqrt(tl.sum(edited_square, 0))
-                if number + 1 < MAX_ROUNDS:
+                if (number + 1 < MAX_ROUNDS) | (failed > 0):
                     nudge = number.to(tl.float64) * NUDGE * tl.maximum(size, edited_size)
+                    nudge = tl.where(failed > 0, 0.0, nudge)
                     raised += tl.where(short > 0.0, 2.0 * short + nudge * reach_of, 0.0)
                 else:
                     beyond = 4.0 * tl.sqrt(tl.sum(apart, 0))
                     beyond = tl.maximum(EPS * edited_size, beyond)
                     raised = tl.maximum(raised + TIMES * worst, reach_of * beyond)
                 go = go + 1
+        else:
+            # Aims out of reach: those before count, at first the floors themselves, which in the
+            # finer dtypes are the same but for rounding.
+            again = (number > 0) | ((failed == 0) & (EPS >= FINE))
+            go = tl.where(again & (failed < 2), 1, 0)
+            failed += 1
+            raised = safe
+            fresh = fresh + 1
 
-    sound = (go == 0) & (fresh >= 0) & (number <= MAX_ROUNDS)
+    sound = (go == 0) & (failed >= 0) & (fresh >= 0) & (number <= MAX_ROUNDS)
     if not TWO and not TOTAL:
         total = tl.sum(tl.sum(tableau, 1), 0)
         sound = sound & ((total - total) == 0.0)
 
     # 4. The verdict; put the activation back where there is no edit.
     edited = needed & (feasible == 1) & (invalid == 0)
-    accurate = sound & (reached == 1) & (residual <= ACCURATE)
+    accurate = sound & (reached == 1) & (residual <= ACCURATE) & (feasible == 1)
     status = tl.where(accurate, SOLVED, INACCURATE)
     status = tl.where(needed, status, SATISFIED_STATUS)
-    status = tl.where(feasible == 1, status, INFEASIBLE)
+    status = tl.where((feasible == 1) | (number > 0), status, INFEASIBLE)
     status = tl.where(invalid, INVALID, status)
     if SKIP:
         edited = edited & (status != INACCURATE)

@@ -354,9 +354,9 @@ class MahalanobisQP(nn.Module):
             edited = geometry.displace(own, at(choice, rows), found.multipliers, moved)
             if moved is None:
                 moved = (edited - own).detach().square().sum(-1)
-            again = found.feasible if found.again is None else found.feasible & found.again
+            again = torch.ones_like(found.feasible) if found.again is None else found.again
             parts = (found.multipliers, found.active, found.residual, found.squared)
-            return Attempt(edited, again, (*parts, moved, found.feasible))
+            return Attempt(edited, again, (*parts, moved), found.feasible)
 
         def read(held: Tensor, rows: Rows) -> Tensor:
             return self.solver.read(geometry.margins(held, at(choice, rows)))
@@ -372,7 +372,8 @@ class MahalanobisQP(nn.Module):
             realise=realise,
             raised=headroom.in_advance(missing.clamp_min(0.0)),
         )
-        multipliers, active, residual, squared, moved, feasible = attempt.found
+        multipliers, active, residual, squared, moved = attempt.found
+        feasible = attempt.reaches
         edit = needed & feasible
         least = (after - bound.detach()).amin(-1)
         reached = (least >= 0) & torch.isfinite(after.sum(-1))

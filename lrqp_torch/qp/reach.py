@@ -5,7 +5,7 @@ each edit is read back as it will be stored; where it fell short of its floor, i
 for a higher one, alone, without those that are done. The last round aims by a proven bound.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,21 +148,42 @@ class Attempt:
     """What one round found for some examples."""
 
     edited: Tensor  # x' as it was solved for, (n, d), float64 or as precise as the stream
-    # False where it is of no use to ask again: no activation reaches the floor, or the solver found
-    # no way, (n,) bool.
+    # False where it is of no use to ask again: the solver found no way, (n,) bool.
     open: Tensor
     # Whatever else belongs to the solution; the first dimension of each is n.
     found: tuple[Tensor, ...] = ()
+    feasible: Tensor | None = None  # False where no activation reaches the aims, (n,) bool
+
+    @property
+    def reaches(self) -> Tensor:
+        """Whose aims are in reach, (n,) bool."""
+        return torch.ones_like(self.open) if self.feasible is None else self.feasible
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All that it is made of; the first dimension of each is n."""
+        own = () if self.feasible is None else (self.feasible,)
+        return self.edited, self.open, *own, *self.found
+
+    def of(self, parts: Sequence[Tensor]) -> "Attempt":
+        """One made of other parts."""
+        edited, opened, *found = parts
+        feasible = None if self.feasible is None else found.pop(0)
+        return Attempt(edited.to(self.edited.dtype), opened, tuple(found), feasible)
 
     def replaced(self, rows: Tensor, other: "Attempt") -> "Attempt":
         """The same with some examples from another attempt, at those alone."""
-        return Attempt(
-            self.edited.index_copy(0, rows, other.edited.to(self.edited.dtype)),
-            self.open.index_copy(0, rows, other.open),
-            tuple(
-                old.index_copy(0, rows, new)
-                for old, new in zip(self.found, other.found, strict=True)
-            ),
+        pairs = zip(self.parts, other.parts, strict=True)
+        return self.of([old.index_copy(0, rows, new.to(old.dtype)) for old, new in pairs])
+
+    def where(self, mine: Tensor, other: "Attempt") -> "Attempt":
+        """The same where ``mine``, (n,) bool, and another attempt elsewhere."""
+        pairs = zip(self.parts, other.parts, strict=True)
+        return self.of(
+            [
+                torch.where(mine.view(-1, *[1] * (own.ndim - 1)), own, rest.to(own.dtype))
+                for own, rest in pairs
+            ]
         )
 
 
@@ -189,7 +210,8 @@ def reach(
 
     Where values can be looked at, only the examples that fell short are solved again. Where they
     cannot, all are, in a fixed number of rounds. An example that is not ``needed`` or not open
-    is never short.
+    is never short. Where an aim is out of reach, the one before counts, in half precision
+    at first the floor itself, and is raised once more by no more than what is missing.
 
     Args:
         floor: what is promised, (B, 1) or (B, m).
@@ -211,6 +233,10 @@ def reach(
     raised = headroom.in_advance(floor) if raised is None else raised
     total = attempt = step(floor + raised, None)
     after = torch.empty_like(raised)
+    # How often an aim was out of reach. In the finer dtypes the first is but rounding.
+    failed, some = torch.zeros_like(needed, dtype=torch.long), _some_fail(attempt, looking)
+    if some:
+        failed = torch.where(attempt.reaches, 0, 2 if headroom.precision < FINE else 1)
     for number in range(rounds):
         with torch.no_grad():
             edited = attempt.edited.detach()
@@ -220,12 +246,14 @@ def reach(
             if looking and rows is None and bool((seen >= floor).all()):
                 break
             # An edit that exceeds what the stream's dtype can hold reads infinity or NaN.
-            wanted = (at(needed, rows) & attempt.open).unsqueeze(-1) & torch.isfinite(seen)
+            wanted = at(needed & (failed < 2), rows) & attempt.open
+            lost = wanted & ~attempt.reaches if some else torch.zeros_like(wanted)
+            wanted = (wanted & ~lost).unsqueeze(-1) & torch.isfinite(seen)
             short = torch.where(wanted, (at(floor, rows).detach() - seen).clamp_min(0.0), 0.0)
             if number + 1 == rounds:
                 break
             if looking:
-                behind = short.amax(-1).nonzero().squeeze(-1)
+                behind = (short.amax(-1) + lost).nonzero().squeeze(-1)
                 if not len(behind) and rows is not None:
                     # All together once more, since a product rounds by what it is computed with.
                     rows, attempt = None, total
@@ -234,15 +262,34 @@ def reach(
                     break
                 rows = behind if rows is None else rows[behind]
                 short, edited, held = short[behind], edited[behind], held[behind]
-            room, aim = headroom.rows(rows), at(raised, rows)
+                lost = lost[behind]
+            room, last = headroom.rows(rows), at(raised, rows)
             if number + 2 == rounds:
-                aim = room.proven(aim, short, edited, held)
+                aim = room.proven(last, short, edited, held)
             else:
-                aim = room.after_missing(aim, short, edited, number)
-            raised = aim if rows is None else raised.index_copy(0, rows, aim)
+                aim = room.after_missing(last, short, edited, number)
+            if some:
+                little = (at(failed, rows) > 0).unsqueeze(-1)
+                aim = torch.where(little, last + 2 * short, aim)
+                last, aim = (torch.where(lost.unsqueeze(-1), 0.0, part) for part in (last, aim))
         attempt = step(at(floor, rows) + aim, rows)
+        if _some_fail(attempt, looking):
+            some, before = True, total
+            if rows is not None:
+                before = total.of([part[rows] for part in total.parts])
+            beyond = at(needed, rows) & ~attempt.reaches
+            failed = failed + beyond if rows is None else failed.index_add(0, rows, beyond.long())
+            aim = torch.where(beyond.unsqueeze(-1), last, aim)
+            attempt = attempt.where(~(beyond & before.reaches), before)
         total = attempt if rows is None else total.replaced(rows, attempt)
+        raised = aim if rows is None else raised.index_copy(0, rows, aim)
     return total, after
+
+
+def _some_fail(attempt: Attempt, looking: bool) -> bool:
+    """Whether some aims are, or where nobody looks may be, out of reach."""
+    feasible = attempt.feasible
+    return feasible is not None and not (looking and bool(feasible.all()))
 
 
 def at(values: Tensor, rows: Rows) -> Tensor:

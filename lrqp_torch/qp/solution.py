@@ -21,7 +21,8 @@ class Status(IntEnum):
     """Edited; the odds read back reach α, and the KKT conditions hold with what was read back: by
     duality no edit is shorter by more than 0.1 % and what the stream's dtype rounds."""
     INFEASIBLE = 2
-    """No activation reaches the target (say, two classes with equal weights); unchanged."""
+    """No activation reaches the floors asked for, but for rounding (say, two classes with equal
+    weights); unchanged."""
     INACCURATE = 3
     """The KKT residual is large, or the odds read back fall short of α."""
     INVALID = 4

@@ -212,6 +212,20 @@ def test_infeasible_examples_leave_their_company_alone() -> None:
         strict.solve(x.detach(), 1, parameters={"cap": caps.detach()})
 
 
+def test_a_cap_that_leaves_rounding_no_room_is_not_called_infeasible() -> None:
+    """Half precision aims above the floor; what is infeasible is the floor, not the aim."""
+    edit = edit_of(cap, parameters={"cap": ()}, reads="length", on_infeasible="skip")
+    x = (3 * normal(4, WIDTH)).bfloat16()
+    low, barely = torch.zeros(4, dtype=torch.float64), torch.full((4,), 20.0, dtype=torch.float64)
+    for _ in range(14):
+        middle = (low + barely) / 2
+        lost = edit.solve(x.double(), 1, parameters={"cap": middle}).status == Status.INFEASIBLE
+        low, barely = torch.where(lost, middle, low), torch.where(lost, barely, middle)
+    coarse = edit.solve(x, 1, parameters={"cap": barely}).status
+    assert Status.INACCURATE in coarse.tolist() and Status.INFEASIBLE not in coarse.tolist()
+    assert (edit.solve(x, 1, parameters={"cap": barely / 4}).status == Status.INFEASIBLE).all()
+
+
 @pytest.mark.parametrize("reads", ["activation", "length"])
 def test_gradients_against_finite_differences(reads: str) -> None:
     edit = edit_of(cap, parameters={"cap": ()}, reads=reads)

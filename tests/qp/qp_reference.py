@@ -61,6 +61,22 @@ def random_problem(
     )
 
 
+def barely_reachable(n_classes: int, dtype: torch.dtype, total: bool = False) -> Problem:
+    """A class between two on a line: its odds go up to 1, by pairs, and no further.
+
+    Floors are in turn a little below that and above it, by less than half precision is aimed higher
+    for rounding.
+    """
+    problem = random_problem(n_classes, 16, 48, seed=5, condition=10)
+    problem.weight[1], problem.weight[2] = problem.weight[0] / 2, problem.weight[0] * 0
+    problem.bias[3:] -= 200
+    problem.bias[:3] = torch.tensor([0.0, 1.0, 0.0])
+    problem.x, problem.target = (4 * problem.x).to(dtype), torch.ones(48, dtype=torch.long)
+    most = 1 - float(np.log(2)) if total else 1.0
+    problem.floor = most + 1e-3 * (2.0 * (torch.arange(48) % 2) - 1).double()
+    return problem
+
+
 def reference_edit(problem: Problem, i: int) -> Tensor:
     """x' of example i by quadprog (Goldfarb-Idnani with QR) on all d coordinates.
 

@@ -27,7 +27,7 @@ from lrqp_torch.qp.constraints import DenseConstraints
 from lrqp_torch.qp.total_odds import TotalOdds
 from lrqp_torch.stream import following
 from lrqp_torch.stream.intervene import Placement
-from tests.qp.qp_reference import Problem, random_problem
+from tests.qp.qp_reference import Problem, barely_reachable, random_problem
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,6 +236,16 @@ def test_hard_problems_come_out_the_same(n_classes: int, kind: str) -> None:
         ours, other = (solved(p, torch.float64, by_kernel=by_kernel) for by_kernel in (True, False))
         agree(ours, other, 1e-6, 1e-6)
         kept(ours)
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_aims_out_of_reach_do_not_make_floors_unreachable(dtype: torch.dtype, total: bool) -> None:
+    p = barely_reachable(3, dtype, total)
+    p = replace(p, x=p.x[:BATCH], target=p.target[:BATCH], floor=p.floor[:BATCH])
+    ours, other = (solved(p, dtype, by_kernel=way, total=total) for way in (True, False))
+    assert torch.equal(ours.status.cpu() == Status.INFEASIBLE, p.floor == p.floor.max())
+    agree(ours, other, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

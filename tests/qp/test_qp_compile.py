@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from qp_reference import Problem, random_problem
+from qp_reference import Problem, barely_reachable, random_problem
 from test_qp_native import KINDS, problem_of_kind
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,6 +253,17 @@ def test_unreachable_targets_are_told_from_reachable_ones_by_the_table(blind: No
     solution = MahalanobisQP(4).solve(task.x, task.target, task.floor, geometry_of(task))
     assert torch.equal(solution.status == Status.INFEASIBLE, task.target == 2)
     assert (solution.status[task.target != 2] <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", [3, 12])
+def test_aims_out_of_reach_do_not_make_floors_unreachable(
+    blind: None, n_classes: int, dtype: torch.dtype
+) -> None:
+    task = barely_reachable(n_classes, dtype)
+    found = MahalanobisQP(n_classes).solve(task.x, task.target, task.floor, geometry_of(task))
+    assert torch.equal(found.status == Status.INFEASIBLE, task.floor > 1)
+    assert (found.log_odds_after >= found.floor)[found.status == Status.SOLVED].all()
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 8])

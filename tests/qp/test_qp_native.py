@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from qp_reference import Problem, random_problem
+from qp_reference import Problem, barely_reachable, random_problem
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status, files
-from lrqp_torch.qp import ProbeGeometry, native
+from lrqp_torch.qp import ProbeGeometry, TotalOdds, native
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.pivots import find_active_sets
 from lrqp_torch.stream.intervene import Placement
@@ -319,3 +319,27 @@ def test_a_table_tells_dependent_constraints_as_pivots_do() -> None:
         matrix, noise = constraints.gram, constraints.noise
         _, _, feasible, _ = find_active_sets(matrix, noise, task.target, gap, 0, 200)
         assert torch.equal(tabled.feasible, feasible)
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_classes", [3, 5, 12])
+@pytest.mark.parametrize("path", ["compiled", "torch"])
+def test_infeasible_is_what_was_asked_and_not_what_was_aimed_at(
+    path: str, n_classes: int, dtype: torch.dtype, total: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision aims higher for its rounding; the floors themselves may be in reach."""
+    task = barely_reachable(n_classes, dtype, total)
+    if path != "compiled":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler")
+    qp = MahalanobisQP(n_classes, **({"solver": TotalOdds()} if total else {}))
+    shape = ProbeGeometry.build(task.weight, task.bias, task.covariance)
+    found = qp.solve(task.x, task.target, task.floor, shape)
+    unreachable = task.floor == task.floor.max()
+    assert torch.equal(found.status == Status.INFEASIBLE, unreachable)
+    done = found.status == Status.SOLVED
+    assert (found.log_odds_after >= found.floor)[done].all()
+    assert dtype != torch.float32 or torch.equal(done, ~unreachable)
+    assert torch.equal(found.x_new[unreachable], task.x[unreachable])
