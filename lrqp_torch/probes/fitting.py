@@ -25,6 +25,7 @@ from lrqp_torch.errors import (
 )
 from lrqp_torch.probes.multinomial import (
     ALONE,
+    FACTORS,
     Block,
     Minimum,
     MultinomialLoss,
@@ -264,9 +265,9 @@ def fit_in_memory(
     for group in _groups(problems):
         first = problems[group[0][0]]
         n, size = first.x.shape
-        # Factors of each class, where they are no larger than the activations.
+        # Factors of each class, where there may be some.
         wide = rows_of(len(first.counts)) * (size + 1)
-        per_site = 8 * size * (3 * n + 3 * (wide if wide <= n else size) * len(group[0]))
+        per_site = 8 * size * (3 * n + 3 * (wide if wide <= FACTORS * n else size) * len(group[0]))
         limit = memory if first.x.is_cuda else min(memory, CACHE)
         sites = max(1, limit // per_site)
         for start in range(0, len(group), sites):

@@ -63,12 +63,15 @@ SETTLED = 1e-9
 FORCING, POWER = 0.2, 0.4
 """Conjugate gradients in float32 leave this share of a gradient at most, and this power of what
 share of the gradient at zero it is."""
+FACTORS = 4
+"""Numbers in the factors of the classes, for each of the features, at most."""
 PATIENCE = 8
 """Products with the Hessian before a factor is made, or made anew, at least."""
 SHARED = 30
 """Products a label set that the factor at the start, which all of a site share, may cost."""
 LONG = 2**18
-"""Numbers in a matrix of features from which on reading it costs more than calling."""
+"""Features of all examples, times the rows of parameters, from which on a product costs more than
+calling it."""
 STRIPS, STRIPED = 4, 256
 """In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
@@ -204,7 +207,7 @@ class MultinomialLoss:
         self.squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
         size = (_copies(point.gradient) * terms * self.squares.sum((2, 3)) / self.total).sqrt()
         highest = torch.get_float32_matmul_precision() == "highest"
-        long = self.in_memory and point.gradient.shape[3] * self._count() > LONG
+        long = self._long(point.gradient)
         if highest and long and not squares.is_cuda and bool((squares < HUGE).all()):
             self.narrow = True
             # The compiled search reads them as they are.
@@ -293,13 +296,17 @@ class MultinomialLoss:
     def parts(self, rows: Tensor) -> int:
         """R, how many Hessians stand for that of rows (S, L, C, p).
 
-        Each class's own, C, of large problems, and where they hold no more numbers than the
+        Each class's own, C, of large problems, and where they hold not many more numbers than the
         features; else their average.
         """
         count, width = rows.shape[2:]
-        if not self.in_memory or width * self._count() <= LONG or count * width > self._count():
-            return 1
-        return int(count)
+        many = count * width > FACTORS * self._count()
+        return 1 if many or not self._long(rows) else int(count)
+
+    def _long(self, rows: Tensor) -> bool:
+        """Whether a product of one problem's rows, (C, p), costs more than calling it."""
+        count, width = rows.shape[2:]
+        return self.in_memory and count * width * self._count() > LONG
 
     def class_hessians(
         self, point: Evaluation, problems: list[tuple[int, int]], parts: int
@@ -345,7 +352,7 @@ class MultinomialLoss:
         speed = 0.4 if compiled else (count + 1) / (count + 11)
         speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
-        return parts * max(PATIENCE, cost)
+        return max(PATIENCE, parts * cost)
 
     def _count(self) -> int:
         """How many examples there are, in memory."""

@@ -125,7 +125,12 @@ class Part(ABC, Generic[R]):
         See :func:`~.results.told` for what is not shown.
         """
         raw, here = study.parts.get(self.name), study.sites.get(str(study.best_site))
-        return None if raw is None else told(self.read(raw), here is None or here.used)
+        if raw is None:
+            return None
+        if study.shown.get(self.name, (None,))[0] is not raw:
+            shown = told(self.read(raw), here is None or here.used)
+            study.shown[self.name] = raw, shown
+        return cast(R, study.shown[self.name][1])
 
     def overview(self, result: R, /) -> list[Panel]:
         """What the report's first screen shows of it; most parts have nothing there."""

@@ -7,6 +7,7 @@ Fields marked :data:`BESIDE` are kept in files of their own.
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -53,7 +54,7 @@ def from_json(kind: type[T], raw: Any) -> T:
 
 
 def _read(kind: Any, raw: Any, where: str) -> Any:
-    if kind is Any or kind is object:
+    if kind is Any or kind is object or kind is type(raw):
         return raw
     if kind is Estimate:
         _require(raw, dict, where)
@@ -100,9 +101,8 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
 
 def _read_dataclass(kind: Any, raw: Any, where: str) -> Any:
     _require(raw, dict, where)
-    hints, left = get_type_hints(kind), dict(raw)
-    values: dict[str, Any] = {}
-    for field in _fields(kind):
+    left, values = dict(raw), dict[str, Any]()
+    for field, hint in _annotated(kind):
         here = f"{where}.{field.name}" if where else field.name
         if field.name not in left:
             if (
@@ -111,7 +111,7 @@ def _read_dataclass(kind: Any, raw: Any, where: str) -> Any:
             ):
                 raise ValueError(f"{here} is missing")
             continue
-        item, hint = left.pop(field.name), hints[field.name]
+        item = left.pop(field.name)
         if _holds_estimate(hint):
             interval = left.pop(f"{field.name}_interval", None)
             n = left.pop(f"{field.name}_n", None)
@@ -126,6 +126,12 @@ def _read_dataclass(kind: Any, raw: Any, where: str) -> Any:
 
 def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(kind) if not field.metadata.get("beside")]
+
+
+@functools.cache
+def _annotated(kind: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = get_type_hints(kind)
+    return [(field, hints[field.name]) for field in _fields(kind)]
 
 
 def _holds_estimate(hint: Any) -> bool:

@@ -227,6 +227,8 @@ def told(record: T, used: bool = True) -> T:
     none, by whether the counterfactual edit flips clearly more answers than the control edit.
     ``used`` holds of records that are no sites, and lie in none.
     """
+    if isinstance(record, str | int | float):  # most of what there is
+        return record
     if isinstance(record, Mapping):
         return cast(T, {key: told(value, used) for key, value in record.items()})
     if isinstance(record, list):
@@ -441,6 +443,10 @@ class StudyResults:
         default_factory=dict, repr=False, compare=False, metadata=BESIDE
     )
     texts: PromptTexts | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
+    # Results of parts as they are shown, by name, each with what it was read from.
+    shown: dict[str, tuple[Any, Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False, metadata=BESIDE
+    )
 
     @property
     def strongest(self) -> SiteResult | None:

@@ -388,15 +388,15 @@ def _tasks_chart(own: TaskFlipping, other: TaskFlipping) -> Chart:
     return Chart(panes, share_x=True)
 
 
-def _answers(study: StudyResults, site: str) -> Chart:
-    """The preference of each held-out prompt under each edit against its clean one.
+def _answers(study: StudyResults, site: str, shown: list[str]) -> Chart:
+    """The preference of each prompt ``shown`` under each edit against its clean one.
 
     The axes are the same at every site, so that choosing another one shows what changes.
     """
     words, texts, prompts = study.words, study.texts, study.prompts
     assert texts is not None
     keys = ["clean", *(f"{name}.{condition}" for name in study.sites for condition in CONDITIONS)]
-    drawn = torch.stack([prompts[f"{key}.logit_difference"][:MOST_POINTS] for key in keys])
+    drawn = torch.stack([prompts[f"{key}.logit_difference"][: len(shown)] for key in keys])
 
     def answers(key: str) -> list[str]:
         leads, found = drawn[keys.index(key)].tolist(), []
@@ -408,9 +408,8 @@ def _answers(study: StudyResults, site: str) -> Chart:
     before = answers("clean")
     pairs = {name: zip(before, answers(f"{site}.{name}"), strict=True) for name in CONDITIONS}
     notes = {name: [f"answer: {was} → {now}" for was, now in own] for name, own in pairs.items()}
-    shown = [texts.shown(row, words.held, words.other) for row in range(drawn.shape[1])]
     limits = {"x_range": _padded(drawn[0]), "y_range": _padded(drawn)}
-    return scatter_of(study, site, MOST_POINTS, texts=shown, notes=notes, **limits)
+    return scatter_of(study, site, len(shown), texts=shown, notes=notes, **limits)
 
 
 def _padded(values: Tensor) -> tuple[float, float]:
@@ -421,9 +420,11 @@ def _padded(values: Tensor) -> tuple[float, float]:
 
 def _answers_by_site(study: StudyResults) -> dict[str, Chart]:
     """Every held-out prompt, before and after the edit, by site, the one that flips most first."""
-    best = str(study.best_site)
+    best, words, texts = str(study.best_site), study.words, study.texts
+    assert texts is not None
+    shown = [texts.shown(i, words.held, words.other) for i in range(len(texts.held[:MOST_POINTS]))]
     return {
-        f"{site} (flips most)" if site == best else site: _answers(study, site)
+        f"{site} (flips most)" if site == best else site: _answers(study, site, shown)
         for site in [best, *(name for name in study.sites if name != best)]
     }
 
