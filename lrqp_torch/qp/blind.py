@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrqp_torch.errors import in_transforms, readable
 from lrqp_torch.qp import fused
-from lrqp_torch.qp.constraints import other_classes
+from lrqp_torch.qp.constraints import nearest_neighbours, other_classes
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.implicit import Ended
 from lrqp_torch.qp.reach import FINE, LONGER, ROOM, Realise, advance
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # precision it is what most errors stay below, and their bound is 2 √d times that.
 FINE_STEPS = (0.0, 1.0, 7.0, 60.0, 1e3, 3e4, 1e6, 1e8)
 # In float64 a product's own rounding, which hangs on its company, is of the first aim's size.
-DOUBLE_STEPS = (1.0, 3.0, *FINE_STEPS[2:])
+DOUBLE_STEPS = (1.0, 3.0, 9.0, 1e2, 3e3, 1e5, 1e8, 1e11)
 COARSE_STEPS = (0.0, 1.0, 3.0, 7.0, 15.0, 50.0, 250.0, 2000.0)
 # On the residual of an accurate solve, as in `solvers.ActiveSet`.
 TOLERANCE = 1e-8
@@ -64,11 +64,12 @@ class Blind:
     Attributes:
         read: W transposed, of R trials (R, d, K), of none (d, K); of two classes their difference.
         bias: b, (K,).
-        steering: W̄Σ, (R, K, d).
+        steering: W̄Σ, (R, K, d); or differences of its rows.
         within: the residual of an accurate solve, (R, 1, 1), a little less for the trial that aims
             at the floors themselves, which counts last.
         own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
             target with each source; see :meth:`build`.
+        blocks: what λ is multiplied by in three or four parts, the last of which moves x.
         paired: of more than two those of target t with source v, in row v + K t.
         sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
@@ -86,6 +87,7 @@ class Blind:
     own: Tensor
     paired: Tensor
     sizes: list[int]
+    blocks: list[int]
     sets: ActiveSets | None
     constants: tuple[Tensor, ...]
     steps: list[Tensor]
@@ -98,7 +100,7 @@ class Blind:
     def build(cls, geometry: "ProbeGeometry") -> "Blind":
         """Of two classes or of few."""
         weight, bias, steering = (part.detach() for part in geometry.rows)
-        n, sets = geometry.n_classes, geometry.sets
+        n, sets, blocks = geometry.n_classes, geometry.sets, [0]
         status = torch.arange(len(Status), device=weight.device).unbind()
         failed = status[Status.INACCURATE]
         constants: tuple[Tensor, ...] = ()
@@ -126,10 +128,24 @@ class Blind:
             other = other_classes(every, n, weight.device)
             spread = weight.new_zeros(n, n, m)
             spread[every, every] = sets.scale
-            # λ times these: how margins grow, how x moves, and coefficients.
+            # λ times these: how margins grow, how x moves, and coefficients; of what it moves along
+            # the last.
             towards = weight.new_zeros(n, m, n).scatter_(2, other.unsqueeze(-1), -1.0)
             towards[every, :, every] = 1.0
-            packed = torch.cat([geometry.gram[0].detach(), geometry.gram[1], towards], -1)
+            along, blocks = [towards], [m, m, n]
+            if geometry.low is not None:
+                # Where classes are nearly equal, along the edges of a tree between them instead:
+                # what crosses an edge does so in one direction, and no terms cancel.
+                before, after = torch.tensor(nearest_neighbours(geometry.length)).unbind(-1)
+                crossed = weight.new_zeros(n, m)
+                for edge in range(m):
+                    crossed[after[edge]] = crossed[before[edge]]
+                    crossed[after[edge], edge] = 1.0
+                along.append(crossed.unsqueeze(1) - crossed[other])
+                blocks.append(m)
+                steering, low = (part[after] - part[before] for part in (steering, geometry.low))
+                steering = steering + low
+            packed = torch.cat([geometry.gram[0].detach(), geometry.gram[1], *along], -1)
             packed[..., m : 2 * m] *= geometry.stretch[1].square()
             length = geometry.length.gather(-1, other)
             moved = geometry.stretch[0].gather(-1, other).clamp_min(0).sqrt() * geometry.stretch[1]
@@ -139,7 +155,7 @@ class Blind:
             none, root = weight.new_zeros(n, 1), 1 / sets.scale
             parts = none, sets.scale, root, length, moved, spread, sets.cap, packed, margins
             own = torch.cat([part.flatten(1) for part in parts], 1)
-            sizes = [1, m, m, m, m, n * m, count, m * (2 * m + n), n * n]
+            sizes = [1, m, m, m, m, n * m, count, m * sum(blocks), n * n]
             unit = torch.eye(n, dtype=own.dtype, device=own.device)
             paired = own.repeat_interleave(n, 0)
             paired[:, -n:] = unit.repeat(n, 1) - unit.repeat_interleave(n, 0)
@@ -156,6 +172,7 @@ class Blind:
             own=own,
             paired=paired,
             sizes=sizes,
+            blocks=blocks,
             sets=sets,
             constants=constants,
             steps=[weight.new_tensor(kind).view(-1, 1, 1) for kind in kinds],
@@ -345,7 +362,7 @@ class _Several(_Two):
         first = first.squeeze(-1)
 
         every = torch.cat([*found, after], -1).view(len(gaps), batch, -1)[first, self.rows]
-        gap, multipliers, grown, moved, _, after = every.split([m, m, m, m, n, m], -1)
+        gap, multipliers, grown, moved, *_, after = every.split([m, m, *of.blocks, m], -1)
         multipliers = torch.where(needed, multipliers, of.zero)
         active = multipliers > 0
         edit = active.any(-1, keepdim=True)
@@ -399,7 +416,7 @@ class _Several(_Two):
         """
         of, (trials, batch, m), n = self.of, gaps.shape, len(self.of.bias)
         packed = self.packed if trials == 1 else self.packed.repeat(trials, 1, 1)
-        gram, _, towards = packed.split([m, m, n], -1)
+        gram, _, towards, *_ = packed.split(of.blocks, -1)
         spread = (gaps.repeat(1, 1, n) * self.spread).view(trials * batch, -1)
         chosen = self.sets.choose(spread, self.cap)
         inverse = self.sets.inverses[self.target, chosen].view(-1, m, m)
@@ -408,7 +425,7 @@ class _Several(_Two):
         left = torch.baddbmm(right, found, gram, alpha=-1)
         found = torch.baddbmm(found, left, inverse).clamp_min(0.0)
         grown = torch.bmm(found, packed)
-        coefficients = grown[..., 2 * m :].view(trials, batch, n)
+        coefficients = grown[..., -of.blocks[-1] :].view(trials, batch, -1)
         edited = torch.baddbmm(self.wide, coefficients, of.steering[trials])
         return edited, (right, found, grown), chosen, towards
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import NonFiniteError, all_finite, readable
+from lrqp_torch.errors import (
+    NonFiniteError,
+    all_finite,
+    capturing,
+    concrete,
+    in_transforms,
+    readable,
+)
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.implicit import matvec
 
@@ -271,26 +278,39 @@ def low_parts(
     digits as these have; None where no two classes are near each other.
 
     Along a tree of nearest neighbours: each class gets what its difference to the one before lacks.
+    Whether any are near is looked at, on every device, once a geometry; where that cannot be (a
+    transform, a graph that is compiled or captured) it is None.
     """
+    if not concrete(weight) or in_transforms() or capturing(weight):
+        return None
     size = torch.linalg.vector_norm(weight, dim=-1)
     apart = length + torch.diag(torch.full_like(size, torch.inf))
     if not bool((apart < NEARBY * torch.maximum(size, size.unsqueeze(-1))).any()):
         return None
+    tree = nearest_neighbours(length)
+    covariance = covariance if isinstance(covariance, Tensor) else covariance.own()
+    old, new = torch.tensor(tree, device=weight.device).unbind(-1)
+    lacking = (weight[new] - weight[old]) @ covariance.to(weight) - (steering[new] - steering[old])
+    low = torch.zeros_like(steering)
+    for (before, after), own in zip(tree, lacking, strict=True):
+        low[after] = low[before] + own
+    return low
+
+
+def nearest_neighbours(length: Tensor) -> list[tuple[int, int]]:
+    """The shortest tree between classes at distances (K, K), from the first on (Prim 1957): K − 1
+    edges (before, after).
+    """
+    apart = length.detach().cpu() + torch.diag(torch.full((len(length),), torch.inf))
     nearest, tree = apart[0].clone(), []
-    parent = torch.zeros_like(size, dtype=torch.long)
-    for _ in range(len(weight) - 1):
+    parent = torch.zeros(len(apart), dtype=torch.long)
+    for _ in range(len(apart) - 1):
         at = int(nearest.argmin())
         tree.append((int(parent[at]), at))
         closer = (apart[at] < nearest) & (nearest < torch.inf)
         nearest, parent = torch.where(closer, apart[at], nearest), torch.where(closer, at, parent)
         nearest[at] = torch.inf
-    covariance = covariance if isinstance(covariance, Tensor) else covariance.own()
-    old, new = torch.tensor(tree).unbind(-1)
-    lacking = (weight[new] - weight[old]) @ covariance.double() - (steering[new] - steering[old])
-    low = torch.zeros_like(steering)
-    for (before, after), own in zip(tree, lacking, strict=True):
-        low[after] = low[before] + own
-    return low
+    return tree
 
 
 def class_grams(

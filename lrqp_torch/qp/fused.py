@@ -214,7 +214,9 @@ class Launcher:
         now = live or rows[:2]
         own = zip((geometry.weight, geometry.bias), now, strict=True)
         then = now if live is None else tuple(part.to(other.dtype) for part, other in own)
-        parts: tuple[Tensor, ...] = *rows[:2], *now, *then, rows[2]
+        low = rows[2] if geometry.low is None else geometry.low
+        self.low = geometry.low is not None
+        parts: tuple[Tensor, ...] = *rows[:2], *now, *then, rows[2], low
         if isinstance(rule, str):
             self.slots, self.variables = self.n_classes, 0
             grams = geometry.total_grams if self.total else None if self.two else geometry.grams
@@ -355,6 +357,7 @@ class Launcher:
             "GRAMS": self.grams,
             "TOTAL": self.total,
             "ASKED": flags[-1],
+            "LOW": self.low,
             "D": width,
             "BD": shape.columns,
             "STAGES": shape.stages,

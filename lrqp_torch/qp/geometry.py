@@ -180,7 +180,7 @@ class ProbeGeometry:
         low = None
         with torch.no_grad():
             length = _pairwise(weight, weight).clamp_min(0.0).sqrt()
-            if n_classes <= DIRECT and readable(weight):
+            if n_classes <= DIRECT:
                 low = low_parts(weight, steering, covariance, length)
         squared = _pairwise(weight, steering, low)
         check_distances(squared)
@@ -348,11 +348,13 @@ class ProbeGeometry:
             edited = _added(x.float(), scaled.float(), unit)
         else:
             edited = _added(x.double(), coefficients, self.rows[2])
-        if self.n_classes > 2 and moved is not None and readable(x) and not in_transforms():
+        looking = readable(x)
+        some = looking or self.low is not None
+        if self.n_classes > 2 and moved is not None and some and not in_transforms():
             # Where terms cancel, as between nearly equal classes, float32 would lose what is left;
             # and a product, which rounds by its company, would decide what that is.
             lost = scaled.detach().abs().sum(-1).square() > CANCELLED**2 * moved
-            rows = lost.nonzero().squeeze(-1)
+            rows = lost.nonzero().squeeze(-1) if looking else torch.arange(len(x), device=x.device)
             if len(rows):
                 # Coefficients add up to 0: along differences to the target, if need be.
                 wide, own = x[rows].double(), coefficients[rows]

@@ -675,6 +675,7 @@ def edit_kernel(
     known,
     known_bias,
     steering,
+    low,
     distances,
     noise,
     length,
@@ -707,6 +708,7 @@ def edit_kernel(
     GRAMS: tl.constexpr,
     TOTAL: tl.constexpr,
     ASKED: tl.constexpr,
+    LOW: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -738,7 +740,7 @@ def edit_kernel(
     M of each target with an empty row for it. TOTAL odds are one constraint, of which the reading
     stands for every rival's. Of V variables they are N slots with
     a pair of classes each, prepared by :class:`~.stacked.Prepared`, and what is kept is eliminated
-    from their M.
+    from their M. Where LOW, edits move along differences of ``steering``, and of what it lacks.
     """
     i = tl.program_id(0).to(tl.int64)
     own, mine, put = stream + i * stream_row, base, out + i * out_row
@@ -989,6 +991,7 @@ def edit_kernel(
                     other=0.0,
                 )
                 slot_share = tl.sum(combined * lam[:, None], 0)
+                pushes = filled & (slot_share != 0.0)
                 share = tl.sum(pick * slot_share[:, None], 0)
             else:
                 share = tl.where(k == t, tl.sum(lam, 0), -lam)
@@ -1013,8 +1016,26 @@ def edit_kernel(
                     x = rounded(beside + x, DTYPE)
                 both = inside[:, None] & here[None, :]
                 places = k[:, None] * D + at[None, :]
-                p = tl.load(steering + places, mask=both & moves[:, None], other=0.0)
-                step = tl.sum(p * share[:, None], 0)
+                if LOW and V > 0:
+                    # Along the difference of each slot's pair.
+                    some = pushes[:, None] & here[None, :]
+                    first_of, other_of = (
+                        plus[:, None] * D + at[None, :],
+                        minus[:, None] * D + at[None, :],
+                    )
+                    p = tl.load(steering + first_of, mask=some, other=0.0)
+                    p -= tl.load(steering + other_of, mask=some, other=0.0)
+                    rest = tl.load(low + first_of, mask=some, other=0.0)
+                    p += rest - tl.load(low + other_of, mask=some, other=0.0)
+                    step = tl.sum(p * slot_share[:, None], 0)
+                else:
+                    p = tl.load(steering + places, mask=both & moves[:, None], other=0.0)
+                    if LOW:
+                        # Coefficients add up to 0: along differences to the target.
+                        p -= tl.load(steering + t * D + at, mask=here, other=0.0)[None, :]
+                        rest = tl.load(low + places, mask=both & moves[:, None], other=0.0)
+                        p += rest - tl.load(low + t * D + at, mask=here, other=0.0)[None, :]
+                    step = tl.sum(p * share[:, None], 0)
                 edited = x + step
                 kept = rounded(edited, DTYPE)
                 place = kept

@@ -161,9 +161,7 @@ class StackedGeometry:
         p, n = torch.cat(plus), torch.cat(minus)
         normals, along = weight[p] - weight[n], steering[p] - steering[n]
         length = torch.linalg.vector_norm(normals.detach(), dim=-1)
-        low, size_of = None, sizes_in.norm(steering)
-        if readable(weight):
-            low = _low_parts(each, along_each, covariance)
+        low, size_of = _low_parts(each, along_each, covariance), sizes_in.norm(steering)
         if low is not None:
             along, size_of = along + (low[p] - low[n]), torch.zeros_like(size_of)
         products = normals @ along.T

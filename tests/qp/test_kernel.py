@@ -238,6 +238,26 @@ def test_hard_problems_come_out_the_same(n_classes: int, kind: str) -> None:
         kept(ours)
 
 
+def pairs_apart(p: Problem, apart: float) -> Problem:
+    """Every second class so near the one before."""
+    noise = torch.randn(p.weight[1::2].shape, generator=torch.Generator().manual_seed(1))
+    p.weight[1::2] = p.weight[: 2 * len(noise) : 2] + apart * noise.double()
+    return p
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("n_classes", [4, 10])
+def test_near_equal_classes_keep_their_digits(n_classes: int, dtype: torch.dtype) -> None:
+    """What their differences lack in WΣ is in the kernel's tables, and in what it moves along."""
+    p = pairs_apart(random_problem(n_classes, 24, BATCH, 7), 1e-8)
+    ours, other = (solved(p, dtype, by_kernel=way) for way in (True, False))
+    assert ours.status.tolist() == other.status.tolist()
+    near = {"rtol": 1e-6 if dtype != torch.bfloat16 else 0.05, "atol": 0.0}
+    done = ours.status == Status.SOLVED
+    assert bool(done.any())
+    torch.testing.assert_close(ours.distance[done], other.distance[done], **near)
+
+
 @pytest.mark.parametrize("total", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_aims_out_of_reach_do_not_make_floors_unreachable(dtype: torch.dtype, total: bool) -> None:
@@ -634,6 +654,27 @@ def test_a_joint_edit_in_a_model_is_one_launch_and_the_same(site: str, dtype: to
     with joint.at(model, site, **given) as run:
         model(ids)
     assert run.status.tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_equal_classes_of_several_variables_keep_their_digits(dtype: torch.dtype) -> None:
+    p, q = (pairs_apart(random_problem(k, 24, 4, seed), 1e-6) for k, seed in ((4, 2), (3, 3)))
+    metric = lrqp.Mahalanobis(p.covariance.to(DEVICE))
+    edits = {name: lrqp.LRQP(edit_of(one).probe, metric) for name, one in (("p", p), ("q", q))}
+    joint = lrqp.JointLRQP(edits, on_infeasible="skip")
+    model, ids = tiny_model(dtype), torch.randint(50, (4, 5)).to(DEVICE)
+    target = {"p": torch.tensor([0, 1, 2, 3]), "q": torch.tensor([joint.KEEP, 0, 1, 2])}
+    runs = []
+    for serves in (fused.serves, lambda *_: False):
+        with (
+            mock.patch.object(fused, "serves", serves),
+            joint.at(model, "L1.post", target=target, positions=2) as run,
+        ):
+            model(ids)
+        runs.append(run)
+    ours, other = runs
+    assert ours.status.tolist() == other.status.tolist() and Status.SOLVED in ours.status.tolist()
+    torch.testing.assert_close(ours.distance, other.distance, rtol=1e-5, atol=1e-9)
 
 
 def test_a_launch_of_several_variables_is_done_again_with_what_they_hold_now() -> None:

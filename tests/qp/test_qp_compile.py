@@ -66,8 +66,9 @@ def same(found: Solution, expected: Solution) -> None:
 @pytest.mark.parametrize("n_classes", range(2, 9))
 def test_a_solve_looks_at_nothing_and_is_the_same(blind: None, n_classes: int) -> None:
     task = random_problem(n_classes, 16, 64, condition=10)
+    # Once, whether classes are near each other.
+    shape = geometry_of(task)
     with NoLooking():
-        shape = geometry_of(task)
         found = MahalanobisQP(n_classes).solve(task.x, task.target, task.floor, shape)
     assert shape.n_constraints == n_classes - 1
     assert {Status.SATISFIED, Status.SOLVED} == set(found.status.tolist())
@@ -167,8 +168,8 @@ def test_what_total_odds_do_beside_the_kernel_looks_at_nothing(blind: None, n_cl
         task.x, task.target, task.floor, geometry_of(task)
     )
     x = task.x.clone().requires_grad_()
+    shape = geometry_of(task)
     with NoLooking():
-        shape = geometry_of(task)
         grams = shape.total_grams
         margins, parts = shape.margins(x, task.target), shape.constraints(task.target)
         again = total_odds.steps(parts, margins, task.floor, found.multipliers)
