@@ -233,6 +233,7 @@ class EditRun:
             return None
         if not at.is_like(laid.at) or laid.threads > 1 or not line.is_plain(stream, residual):
             return None
+        site.own = len(site.held)
         if not (isinstance(line.guards, repeats.Guards) and line.guards.told(site)):
             line.guards = guards = _guards(self.edit, line)
             if not guards.told(site):
@@ -249,15 +250,43 @@ class EditRun:
             self._rows.room_at(site, laid, len(self.names))
         return repeats.bound("edit", site)
 
+    def keep(self, site: repeats.Site, number: int) -> bool:
+        """Let go of what :meth:`offer` has told of a site, for another run to go on with: what is
+        the edit's own is kept with that, under a number. Whether there is such a thing.
+        """
+        line, laid = self._line, self._laid
+        self._rows.leave(site)
+        if line is None or laid is None or laid.line is not line or self.given:
+            return False
+        guards, self._laid = site.held[site.own], None
+        del site.held[site.own :]
+        if len(line.kept) >= MOST_KEPT:
+            del line.kept[next(iter(line.kept))]
+        line.kept[number] = guards, laid[1:]
+        return True
+
+    def resume(self, site: repeats.Site, number: int) -> bool:
+        """Go on with what another run has kept of a site; False where that is not to be had."""
+        line = self.edit._line
+        kept = None if line is None else line.kept.pop(number, None)
+        if line is None or kept is None or self.given:
+            return False
+        laid = Laid(line, *kept[1])
+        target, source = self._classes_at(cast(Rows, laid.at))
+        if not laid.ask(target, source):
+            return False
+        self._line, self._laid, self._dtype = line, laid, laid.dtype
+        site.held += [kept[0], line.parts, laid]
+        site.used, site.room, site.record = 0, 1, None
+        if self._rows.kept:
+            self._rows.room_at(site, laid, len(self.names))
+        return True
+
     def _lay(
         self, line: Line, at: Rows, stream: Tensor, scale: float, asked: Tensor | float | None
     ) -> Laid:
         """What edits rows of such streams."""
-        if at.every:
-            self._place(_CPU)
-            target, source = self._target, self._source
-        else:
-            _, target, source = self._classes_of(at, _CPU)
+        target, source = self._classes_at(at)
         task = line.task(stream.dtype, target, source, asked)
         place, numbers = None if at.whole else at.flat(stream.shape[1]), at.numbers
         task.count, task.place, task.scale = len(target), native.address(place), scale
@@ -266,6 +295,13 @@ class EditRun:
         task.owned = task.owned, place, numbers
         self._dtype = stream.dtype
         return line.laid(at, task, stream, _width(len(self.names)))
+
+    def _classes_at(self, at: Rows) -> tuple[Tensor, Tensor | None]:
+        """Targets and sources of rows of a pass on the CPU."""
+        if at.every:
+            self._place(_CPU)
+            return self._target, self._source
+        return self._classes_of(at, _CPU)[1:]
 
     def _classes_of(
         self, at: Rows | EditContext, device: torch.device
@@ -599,6 +635,12 @@ class _Rows:
         site.held.append(rows)
         self._passes.append(_Block(rows, variables=variables, laid=laid, site=site))
 
+    def leave(self, site: repeats.Site) -> None:
+        """Let compiled code write no more at a site, which others will use."""
+        for one in self._passes:
+            if type(one) is _Block and one.site is site and one.laid is not None:
+                one.count, one.site, one.size = site.used * one.laid.n_rows, None, 0
+
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
         stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
@@ -903,6 +945,8 @@ def _width(variables: int) -> int:
 
 BLOCK_ROWS = 512
 """So many rows a block has room for, or those of one pass."""
+MOST_KEPT = 64
+"""So many sites are kept of one edit for contexts that may follow."""
 WAITING, WAITING_ROWS = 64, 4096
 """So many passes, or rows, wait at most until rows are made of them together."""
 

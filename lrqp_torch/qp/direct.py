@@ -284,8 +284,10 @@ class Line:
         # Where a class stands by itself.
         self.n_classes = len(geometry.weight)
         self._classes = torch.arange(self.n_classes)
-        # What sees in a compiled call that this holds, once somebody has asked for that.
+        # What sees in a compiled call that this holds, once somebody has asked for that; and by
+        # number, that of calls which may be made again, and all of a `Laid` but this.
         self.guards: object = None
+        self.kept: dict[int, tuple[object, tuple[Any, ...]]] = {}
 
     def _now(self) -> list[int]:
         """What tells that the memory of a part is another, or was written to."""
@@ -488,6 +490,17 @@ class Laid(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # as a line
+
+    def ask(self, target: Tensor, source: Tensor | None) -> bool:
+        """Ask for other classes of the same rows; False where other things would be asked."""
+        task = self.owned[1]
+        (before, known, asked), *others = task.owned
+        if (source is None) != (known is None) or target.shape != before.shape:
+            return False
+        target, source = target.contiguous(), None if source is None else source.contiguous()
+        task.target, task.source = target.data_ptr(), native.address(source)
+        task.owned = (target, source, asked), *others
+        return True
 
     def edit(
         self,

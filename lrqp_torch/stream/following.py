@@ -238,6 +238,15 @@ class Follower:
         """What follows fixed positions, or a scope."""
         return Follower(positions) if positions.scope is None else ScopeFollower(positions)
 
+    def forget(self) -> None:
+        """Know of no call of this context, for another one with the same positions."""
+        self._ran.clear()
+        self._hidden.clear()
+
+    def renew(self, positions: Positions) -> None:
+        """As it was before any call."""
+        self.__init__(positions)  # type: ignore[misc]
+
     def see(self, call: ForwardCall) -> None:
         """Raise unless the positions fit a call.
 

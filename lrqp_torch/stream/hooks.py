@@ -8,7 +8,7 @@ the edit. In blocks that normalise after adding, it is a module's own output.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,29 +54,39 @@ Offer = Callable[[repeats.Site, Tensor, Residual, float, ForwardCall], repeats.F
 called with; gives what visits it in passes like that one, or None."""
 
 
-def attach(watch: Watch, located: Located, visit: Visit, offer: Offer | None = None) -> None:
+def attach(
+    watch: Watch,
+    located: Located,
+    visit: Visit,
+    offer: Offer | None = None,
+    kept: "InputHook | None" = None,
+) -> "InputHook":
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
     The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
-    head width). ``offer`` may give what does the same in passes like the one before.
+    head width). ``offer`` may give what does the same in passes like the one before. The hook may
+    be ``kept`` from an earlier context of this watch.
     """
+    kind = InputHook if located.side == "input" else OutputHook
+    at = kind(watch, located, visit, offer) if kept is None else kept.again(located)
     if located.side == "input":
-        watch.before(located.module, _Input(watch, located, visit, offer))
-        return
-    at = _Output(watch, located, visit, offer)
+        watch.before(located.module, at)
+        return at
+    assert isinstance(at, OutputHook)
     watch.after(located.module, at)
     if located.residual is None:
-        return
+        return at
     # The reader is given the stream as it is after all edits of it, in whatever order contexts were
     # nested; a pre-hook on the block might still see it before. First, as what other hooks there
     # give the reader in its place is not what the skip path holds.
     watch.before(located.residual, at.remember, first=True, traced=at.remembered)
     for part, _ in located.beside:
         watch.after(part, at.note)
+    return at
 
 
-class _Input(Hook):
+class InputHook(Hook):
     """Before the module whose input a site is.
 
     Args:
@@ -104,14 +114,36 @@ class _Input(Hook):
         self.offer = offer if plain and not located.beside and not watch.reruns else None
         self.repeat: repeats.Function | None = None
         self.residuals: dict[int, Tensor] = {}
-        if watch.followed is not None:
-            self.traced, self.remembered = watch.followed.install(
+        self.follow()
+
+    def follow(self) -> None:
+        """Have graphs follow what this does."""
+        located, followed = self.located, self.watch.followed
+        if followed is not None:
+            self.traced, self.remembered = followed.install(
                 str(located.site),
                 located.side == "input",
                 located.residual is not None,
                 located.scale,
                 self.within,
             )
+
+    def keep(self) -> None:
+        """Hold nothing of the model or of the calls of a context."""
+        self.located, self.known = None, (None, None)  # type: ignore[assignment]
+        self.residuals.clear()
+
+    def again(self, located: Located) -> Self:
+        """The hook for another context."""
+        self.located = located
+        self.follow()
+        return self
+
+    def renew(self) -> None:
+        """As it was before any pass."""
+        self.repeat = None
+        self.known = None, None
+        self.residuals.clear()
 
     def within(self, tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call, in whatever shape."""
@@ -133,6 +165,7 @@ class _Input(Hook):
         return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the module goes on with, or None where that is what it was given."""
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
         if self.repeat is not None:
@@ -148,7 +181,7 @@ class _Input(Hook):
                 return None
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, None, self.scale, call)
-        if self.offer is not None and call.same is call:
+        if self.offer is not None and call.same is not None:
             self.repeat = self.offered(self.offer, stream, None, call)
         return None if kept is stream else with_stream(args, kwargs, kept, stream)
 
@@ -180,7 +213,7 @@ class _Input(Hook):
         return call
 
 
-class _Output(_Input):
+class OutputHook(InputHook):
     """After the module whose output a site is, or what is added to it."""
 
     def __init__(
@@ -201,6 +234,7 @@ class _Output(_Input):
         self.besides[get_ident(), module] = found
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        """What is gone on with, or None where that is what the module gives."""
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs, output)
         if self.repeat is not None:
@@ -234,7 +268,7 @@ class _Output(_Input):
             whole = residual, beside.reshape(residual.shape)
         run = self.function if stream.ndim == 3 else self.within
         kept = run(stream, whole, self.scale, call)
-        if self.offer is not None and call.same is call:
+        if self.offer is not None and call.same is not None:
             self.repeat = self.offered(self.offer, stream, whole, call)
         return None if kept is stream else with_first(output, kept)
 

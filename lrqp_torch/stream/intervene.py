@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator, suppress
 from dataclasses import dataclass
+from itertools import count
+from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +30,18 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.stream import repeats
-from lrqp_torch.stream.compiled import Census, modules_of
+from lrqp_torch.stream.compiled import Census, inner_model, modules_of
 from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.following import FEW_NUMBERS, KINDS, Follower, Rows
-from lrqp_torch.stream.hooks import Residual, attach, warn_of_checkpointing, warn_of_dropout
+from lrqp_torch.stream.hooks import (
+    Residual,
+    attach,
+    warn_of_checkpointing,
+    warn_of_dropout,
+)
 from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
 from lrqp_torch.stream.positions import Positions, Where
-from lrqp_torch.stream.sites import Located, Site, locate
+from lrqp_torch.stream.sites import Known, Located, Site, known_of, locate
 from lrqp_torch.stream.traced import may_trace, refuse_within_compilation
 from lrqp_torch.stream.watch import Watch
 
@@ -237,9 +245,13 @@ class Editing(ContextDecorator, Generic[Record]):
         model, interventions, yields = self._given
         if self._watches:
             raise LRQPError("this context is open already; open another one for the same edit")
+        census = Census.of(model)
         if isinstance(interventions, Intervention):
+            if self._resumed(model, interventions, census):
+                edit = interventions.edit
+                return cast(Record, [edit] if yields is list else edit)
             interventions = [interventions]
-        applied, census = list[_Applied](), Census.of(model)
+        applied = list[_Applied]()
         for item in interventions:
             if not isinstance(item, Intervention):
                 raise SiteError(
@@ -266,22 +278,58 @@ class Editing(ContextDecorator, Generic[Record]):
                 watch.__enter__()
                 self._watches.append((watch, items))
                 for each in sorted(items, key=_site_of) if len(items) > 1 else items:
-                    attach(watch, each.located, each.apply, each.offer)
+                    watch.hook = attach(watch, each.located, each.apply, each.offer)
                     if each.record is not None:
                         each.record.begin()
         except BaseException as error:
             self._leave(type(error), error, error.__traceback__)
             raise
+        if len(applied) == 1:
+            # The second time that the same is asked, it is known by the first pass.
+            known = known_of(model)
+            seen = None if known is None else known.passes.get(_key_of(applied[0].item))
+            watch.alike = seen if isinstance(seen, torch.Size) else None
         edits = [each.item.edit for each in applied]
         return cast(Record, edits if yields is list else edits[0])
 
+    def _resumed(self, model: nn.Module, item: Intervention, census: Census) -> bool:
+        """Whether the context is opened with what one before it knows of the passes: one of the
+        same edit, or of another function, at the same site and positions of a model that is what it
+        was.
+        """
+        known = known_of(model)
+        plan = None if known is None else known.passes.get(_key_of(item))
+        if known is None or not isinstance(plan, _Plan) or not known.holds(model, census):
+            return False
+        watch, applied, located = plan.watch, plan.applied, known.places[item.site]
+        if watch is None or not plan.serves(model, item, located, census):
+            return False
+        del known.passes[plan.key]
+        plan.watch = None
+        applied.take(item, located)
+        try:
+            watch.resume(model, located.trunk.module, (applied, watch.hook))
+            self._watches.append((watch, [applied]))
+            attach(watch, located, applied.apply, applied.offer, watch.hook)
+            if not applied.resume(plan.number):
+                watch.hook.renew()
+        except BaseException as error:
+            self._leave(type(error), error, error.__traceback__)
+            raise
+        return True
+
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
-        watches = [*self._watches]
+        watches, kept = [*self._watches], None
+        if kind is None and len(watches) == 1 and len(watches[0][1]) == 1:
+            ((watch, (applied,)),) = watches
+            kept = _Plan.of(self._given[0], watch, applied)
         self._leave(kind, *raised)
         # An error of the body says more than these would.
         for watch, items in watches if kind is None else ():
             for item in items:
                 item.close(watch)
+        if kept is not None:
+            kept.keep()
 
     def __del__(self) -> None:
         # One that was opened and dropped, as by a bare ``__enter__()``, acts on no further pass.
@@ -301,6 +349,93 @@ class Editing(ContextDecorator, Generic[Record]):
 
 def _site_of(applied: "_Applied") -> Site:
     return applied.located.site
+
+
+def _key_of(item: Intervention) -> tuple[object, ...]:
+    """What contexts have in common that may follow each other: a site, and an edit or functions."""
+    return item.site, id(_owner(item.edit))
+
+
+def _owner(edit: Any) -> Any:
+    """The edit of a run of it; of a function None."""
+    return getattr(edit, "edit", None) if hasattr(edit, "end_step") else None
+
+
+_NUMBERS = count()
+_MOST_KEPT = 64
+
+
+class _Plan:
+    """What a context knows of passes, kept with what is known of its model for the next one.
+
+    It holds neither the model nor the edit, nor anything of the caller's or of a record: those of
+    the next context are put in their places.
+
+    Args:
+        known: of the model.
+        watch, applied: of a context with one edit, that is about to close.
+    """
+
+    def __init__(self, known: Known, watch: Watch, applied: "_Applied") -> None:
+        edit = applied.item.edit
+        self.known, self.watch, self.applied = ref(known), cast(Watch | None, watch), applied
+        self.key, self.number, self.thread = _key_of(applied.item), next(_NUMBERS), get_ident()
+        self.kind, self.positions = type(edit), applied.places.positions
+        self.edit = None if applied.record is None else ref(_owner(edit))
+
+    def __del__(self) -> None:
+        if self.watch is not None:
+            self.watch.forget()
+
+    @staticmethod
+    def of(model: nn.Module, watch: Watch, applied: "_Applied") -> "_Plan | None":
+        """That of a context that is about to close; or None, where there is nothing to keep."""
+        known, hook, item = known_of(model), watch.hook, applied.item
+        if known is None or hook is None or hook.offer is None or not watch.texts.n_calls:
+            return None
+        located = applied.located
+        if known.places.get(item.site) is not located or applied.places.counts:
+            return None
+        if applied.streams is None and (located.residual is not None or located.scale != 1):
+            return None
+        if hook.repeat is None or not watch.may_stay(2 - (located.residual is None)):
+            # Where two contexts in turn are given tokens of a shape, there may be a third.
+            if watch.followed is not None and watch._latest is not None:
+                known.passes[_key_of(item)] = watch._latest.tokens.shape
+            return None
+        watch.stays = True
+        return _Plan(known, watch, applied)
+
+    def keep(self) -> None:
+        """Keep it, once the context has closed."""
+        watch, known, site = self.watch, self.known(), self.applied.site
+        if watch is None or known is None or site is None:
+            return
+        if self.applied.keep(self.number) and watch.keep(site):
+            watch.hook.keep()
+            while len(known.passes) >= _MOST_KEPT:
+                del known.passes[next(iter(known.passes))]
+            known.passes[self.key] = self
+
+    def serves(
+        self, model: nn.Module, item: Intervention, located: Located, census: Census
+    ) -> bool:
+        """Whether a context may go on with it."""
+        edit, inner = item.edit, inner_model(model)
+        if self.edit is None:
+            # A function may be another.
+            if hasattr(edit, "end_step") or hasattr(edit, "edit_stream"):
+                return False
+        elif type(edit) is not self.kind or self.edit() is not _owner(edit):
+            return False
+        if self.thread != get_ident() or census.in_training(model) or _is_learned(edit, model):
+            return False
+        # Its own forward may be a captured graph.
+        if "forward" in vars(model) or "forward" in vars(inner):
+            return False
+        if not may_trace(located.trunk.module, [str(located.site)]):
+            return False
+        return self.positions.are(Positions.parse(item.positions))
 
 
 def _fit_graphs(model: nn.Module, applied: Sequence["_Applied"]) -> bool:
@@ -352,12 +487,7 @@ class _Applied:
     """An intervention on a particular model, and what has come of it."""
 
     def __init__(self, item: Intervention, located: Located) -> None:
-        self.item, self.located = item, located
-        edit = cast(Recorded, item.edit)
-        self.record = edit if hasattr(edit, "end_step") else None
-        self.raises_late = hasattr(edit, "raise_late")
-        self.certified = bool(getattr(edit, "certified", False))
-        self.streams = getattr(edit, "edit_stream", None)
+        self.take(item, located)
         self.places = Follower.of(Positions.parse(item.positions))
         self._passes = ctypes.c_int64()
         # What a function gave for a stream, which compiled code could not put in place.
@@ -367,6 +497,44 @@ class _Applied:
         self.largest: list[Tensor] = []
         # What an edit was told last of rows of the stream itself, which are the same pass for pass.
         self.told: tuple[Rows, torch.dtype, _Here] | None = None
+        # What stands for the calls that compiled code edits, and what that is told.
+        self.same: ForwardCall | None = None
+        self.site: repeats.Site | None = None
+
+    def take(self, item: Intervention, located: Located) -> None:
+        """Be that of an intervention."""
+        self.item, self.located = item, located
+        edit = cast(Recorded, item.edit)
+        self.record = edit if hasattr(edit, "end_step") else None
+        self.raises_late = hasattr(edit, "raise_late")
+        self.certified = bool(getattr(edit, "certified", False))
+        self.streams = getattr(edit, "edit_stream", None)
+
+    def keep(self, number: int) -> bool:
+        """Hold nothing of the model, the edit or the calls, to be taken by another context."""
+        keep, site = getattr(self.item.edit, "keep", None), self.site
+        if site is None:
+            return False
+        if self.record is not None and (keep is None or not keep(site, number)):
+            return False
+        self.item = self.located = self.record = self.streams = None  # type: ignore[assignment]
+        self.known = self.given = None
+        self._passes.value = site.done = 0
+        self.places.forget()
+        return True
+
+    def resume(self, number: int) -> bool:
+        """Let compiled code edit the calls of this context; whether it can."""
+        if self.record is None:
+            return True
+        self.record.begin()
+        return bool(cast(Any, self.item.edit).resume(self.site, number))
+
+    def renew(self) -> None:
+        """As it was before any pass."""
+        self.known = self.told = self.given = self.same = self.site = None
+        self._passes.value = 0
+        self.places.renew(Positions.parse(self.item.positions))
 
     def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.
@@ -478,7 +646,9 @@ class _Applied:
         at = self.places.rows(call, stream.device)
         if at is None or at.shown is not None or isinstance(residual, tuple):
             return None
-        site.passes = ctypes.addressof(self._passes)
+        if self.same is not None and self.site is not None and self.site.done:
+            self.places.mark(self.same)
+        site.passes, self.same, self.site = ctypes.addressof(self._passes), call.same, site
         site.held += [self, at]
         if self.streams is not None:
             offer = getattr(self.item.edit, "offer", None)
@@ -498,13 +668,12 @@ class _Applied:
         gather, put = repeats.bound("gather", site), repeats.bound("put", site)
         told = self.told
         context = told[2] if told is not None and told[0] is at else _Here(at, None, 1, rows.dtype)
-        edit = self.item.edit
 
         def repeat(given: Any, *named: Any) -> Any:
             x = gather(given, *named)
             if x is None:
                 return None
-            edited = edit(x, context)
+            edited = self.item.edit(x, context)
             kept = put(given, edited)
             if kept is None:
                 # The rest is for :meth:`apply`, which counts the pass again.
@@ -560,6 +729,8 @@ class _Applied:
             cast(Recorded, self.item.edit).raise_late()
         if self.largest:
             self._raise_if_broken(torch.stack(self.largest))
+        if self.same is not None and self.site is not None and self.site.done:
+            self.places.mark(self.same)
         missed = self.places.missed()
         if missed is not None:
             others = ", ".join(sorted(watch.others))

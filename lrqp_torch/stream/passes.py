@@ -318,6 +318,9 @@ def nothing() -> None:
     """In place of a reference to no mask."""
 
 
+_NO_TOKENS = torch.empty(0)
+
+
 class Texts:
     """The texts that the passes of one context read, told apart by their caches or their tokens.
 
@@ -338,14 +341,15 @@ class Texts:
         self._read: _Like | None = None
         self._same: _Same | None = None
         # A call that compiled code notes, how often it has, and the tokens of the latest.
-        self._begun: tuple[ForwardCall, repeats.Begin, list[Tensor]] | None = None
+        self._begun: tuple[ForwardCall, repeats.Begin, list[Any]] | None = None
         # Whether each call must be an object of its own, also one like the call before.
         self.distinct = False
         self._known: list[Text] = []
         self._n_calls = self._n_texts = 0
-        # What would have been said, had the device been waited for.
+        # What would have been said, had the device been waited for; and whether it was.
         self._padded_left: Tensor | None = None
         self._elsewhere: Tensor | None = None
+        self._warned = False
 
     @property
     def front(self) -> int:
@@ -557,31 +561,69 @@ class Texts:
         if self._begun is not None:
             self._begun[1].place, self._begun = -1, None
         like, same = self._like, call.same
-        # What is laid down for one more pass costs as much as a pass: not before there are two.
-        if like is None or same is not call or not repeats.available():
+        if like is None or same is None or not repeats.available():
             return None
-        values, mask, copy = [*args, *kwargs.values()], like.mask.given(), like.mask.copy
+        values, mask, copy = [*args, *kwargs.values()], call.mask, like.mask.copy
         places = [place for place, value in enumerate(values) if value is call.tokens]
-        own = repeats.Begin(thread=get_ident(), version=-1)
+        own = repeats.Begin(thread=get_ident(), version=-1, masked_at=-1)
         if len(places) != 1 or not repeats.see(call.tokens, own.tokens):
             return None
-        if mask is not None and copy is None:
-            if like.mask.count is None:
+        if mask is not None:
+            own.masked_at = next((i for i, value in enumerate(values) if value is mask), -1)
+            if own.masked_at < 0 or (copy is None and like.mask.count is None):
                 return None
-            own.version = like.mask.count
-        elif mask is not None and copy is not None:
-            if not (
-                mask.is_contiguous() and copy.is_contiguous() and repeats.see(mask, own.masked)
-            ):
+            if copy is None:
+                own.version, own.mask = like.mask.count, id(mask)
+            elif mask.is_contiguous() and copy.is_contiguous() and repeats.see(mask, own.masked):
+                own.copy, own.bytes, mask = copy.data_ptr(), copy.nbytes, None
+            else:
                 return None
-            own.copy, own.bytes = copy.data_ptr(), copy.nbytes
-        own.place, latest = places[0], [call.tokens]
-        held = whose | {"call": same, "names": (*kwargs,), "values": (*values,), "mask": mask}
-        held["latest"] = latest
+        # In place of a tensor any other may stand, so none of the caller's is held.
+        values = [Tensor if type(value) is Tensor else value for value in values]
+        own.place, latest = places[0], [call.tokens, call.mask]
+        if any(isinstance(value, Tensor) for value in values):
+            return None
+        held = whose | {"call": same, "names": (*kwargs,), "values": (*values,), "latest": latest}
         for name, value in held.items():
-            setattr(own, name, None if value is None else id(value))
+            setattr(own, name, id(value))
         self._begun = same, own, latest
-        return repeats.bound("begin", own, held, like.mask)
+        return repeats.bound("begin", own, held, like.mask, mask)
+
+    def stand(self, call: ForwardCall, shape: torch.Size | None) -> None:
+        """Let calls that are like this one be known from now on, where its tokens have a shape."""
+        like = self._like
+        if like is None or like.call is not call or like.tokens[1] != shape:
+            return
+        if like.cache is None and not (self._counts or self.distinct):
+            call.same = self._same_as(call)
+
+    def keep(self) -> ForwardCall | None:
+        """What is known of calls like the last ones, with nothing of the caller's: what begins is
+        then read by another context, as if its first call were one of these; or None.
+        """
+        self._settle()
+        like, begun = self._like, self._begun
+        if like is None or begun is None or begun[0] is not like.call.same:
+            return None
+        (call, own, latest), text = begun, like.call.text
+        if own.place < 0 or own.mask or call.past or call.meanwhile or text.after or self._warned:
+            return None
+        for one in (like.call, call):
+            one.tokens, one.mask = _NO_TOKENS, None
+        text.number = text.began = text.end = 0
+        text.last, text.cache, text.tokens = -1, None, None
+        self._known, self._n_calls, self._n_texts = [text], 0, 1
+        self._padded_left = self._elsewhere = None
+        latest[:] = None, None
+        return call
+
+    def first(self) -> tuple[ForwardCall, Tensor]:
+        """The first call of a context, where it is like those of an earlier one."""
+        assert self._begun is not None
+        call, _, (tokens, mask) = self._begun
+        # What it returns is looked at, as that of any first call.
+        call.tokens, call.mask, call.like = tokens, mask, False
+        return call, tokens
 
     @property
     def n_calls(self) -> int:
@@ -602,14 +644,20 @@ class Texts:
         if not shown.is_cpu:
             self._padded_left = ~shown if self._padded_left is None else self._padded_left | ~shown
         elif not bool(shown):
+            self._warned = True
             warn(LeftPaddingWarning, LEFT_PADDED)
+
+    def renew(self) -> None:
+        """Know of nothing, as a context does when it opens."""
+        self.forget()
+        self.__init__(self._absolute, self._has_adapter, self._compares, self._counts)  # type: ignore[misc]
 
     def forget(self) -> None:
         """Know no call by the one before any more, as no further one is read."""
         same = None if self._like is None else self._like.call.same
         if same is not None:
             same.same = None
-        self._like = self._read = self._same = None
+        self._like = self._read = self._same = self._begun = None
 
     def finish(self) -> None:
         """Say what was not waited for; called when a context has closed.

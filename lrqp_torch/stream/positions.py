@@ -211,6 +211,17 @@ class Positions:
     def __len__(self) -> int:
         return len(self.each or self.example)
 
+    def are(self, other: "Positions") -> bool:
+        """Whether they are those of another, and none is what a scope finds."""
+        if self.each is not None or other.each is not None:
+            return self.each == other.each
+        return (
+            (self.scope, other.scope) == (None, None)
+            and (self.grid, self.is_mask) == (other.grid, other.is_mask)
+            and torch.equal(self.example, other.example)
+            and torch.equal(self.token, other.token)
+        )
+
     @property
     def span(self) -> tuple[int, int]:
         """Of known positions, the smallest column and the largest."""

@@ -88,7 +88,10 @@ class Begin(ctypes.Structure):
     _fields_ = (
         *((name, _address) for name in ("open", "watch", "calls", "call", "names", "values")),
         *((name, _address) for name in ("latest", "mask", "copy")),
-        *((name, _number) for name in ("bytes", "version", "thread", "place", "count")),
+        *(
+            (name, _number)
+            for name in ("bytes", "version", "thread", "place", "masked_at", "count")
+        ),
         *(("tokens", Seen), ("masked", Seen)),
     )
 
@@ -97,12 +100,14 @@ class Site(ctypes.Structure):
     """A site in a pass, and what is done there: ``Site`` of rows.c."""
 
     held: list[Any]
-    """What it says the addresses of."""
+    """What it says the addresses of; from :attr:`own` on what is the edit's."""
+    own = 0
 
     _fields_ = (
         ("thread", _number),
         *((name, _address) for name in ("calls", "call", "residuals", "key", "parts", "guards")),
         *(("n_guards", _number), ("stream", Seen), ("copies", _number), ("passes", _address)),
+        ("done", _number),
         *((name, _address) for name in ("solve", "shared", "task")),
         *(("threads", _number), ("first", _number), ("record", _address)),
         *((name, _number) for name in ("numbers", "used", "room")),

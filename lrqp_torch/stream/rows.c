@@ -214,26 +214,25 @@ static Object *nothing(void) {
 
 static void *own_of(Object *held) { return PyLong_AsVoidPtr(PyTuple_GetItem(held, 0)); }
 
-/* A pass of a trunk, and what it was given. */
+/* A pass of a trunk, and what it was given: in place of a tensor any other, of which a mask is looked at. */
 typedef struct {
-    Object *open, *watch, *calls, *call, *names, *values, *latest, *mask;
+    Object *open, *watch, *calls, *call, *names, *values, *latest, *mask; /* one that cannot be looked at */
     const void *copy; /* of the mask, or NULL */
-    i64 bytes, version, thread, place, count;
+    i64 bytes, version, thread, place, masked_at, count;
     Seen tokens, masked;
 } Begin;
 
-static int still(const Begin *own) {
+static int still(const Begin *own, Object *mask) {
     Look now;
-    if (!own->mask) return 1;
-    if (!own->copy) return counts(own->mask, own->version);
-    return looked(own->mask, &now) && alike(&now, &own->masked) && !memcmp(now.data, own->copy, own->bytes);
+    if (!own->copy) return mask == own->mask && counts(mask, own->version);
+    return looked(mask, &now) && alike(&now, &own->masked) && !memcmp(now.data, own->copy, own->bytes);
 }
 
 /* begin(args, kwargs): the call, noted as under way, where all is as it was but the tokens; else None. */
 static Object *begin(Object *held, Object *const *given, Index n) {
     (void)n;
     Begin *own = own_of(held);
-    Object *args = given[0], *kwargs = given[1], *name, *value, *tokens = NULL, *opened;
+    Object *args = given[0], *kwargs = given[1], *name, *value, *tokens = NULL, *mask = NULL, *opened;
     Index first = PyTuple_Size(args), rest = PyDict_Size(kwargs), at = 0, i = 0;
     Look now;
     if (own->thread != (i64)PyThread_get_thread_ident() || rest != PyTuple_Size(own->names) ||
@@ -249,17 +248,19 @@ static Object *begin(Object *held, Object *const *given, Index n) {
         else if (!PyDict_Next(kwargs, &at, &name, &value) ||
                  PyObject_RichCompareBool(name, PyTuple_GetItem(own->names, i - first), 2) != 1)
             return nothing();
-        if (i == own->place)
-            tokens = value;
-        else if (value != PyTuple_GetItem(own->values, i))
-            return nothing();
+        Object *was = PyTuple_GetItem(own->values, i);
+        if (was == known.tensor ? !is_tensor(value) : value != was) return nothing();
+        if (i == own->place) tokens = value;
+        if (i == own->masked_at) mask = value;
     }
-    if (!tokens || !is_tensor(tokens) || !looked(tokens, &now) || !shaped(&now, &own->tokens) || !still(own))
+    if (!tokens || !looked(tokens, &now) || !shaped(&now, &own->tokens) || (mask && !still(own, mask)))
         return nothing();
     if (now.code == FLOATING && !is(PyObject_GetAttr(tokens, known.asks), known.no)) return nothing();
     if (PyList_Append(own->calls, own->call) < 0) return nothing();
     Py_IncRef(tokens);
     PyList_SetItem(own->latest, 0, tokens);
+    Py_IncRef(mask = mask ? mask : known.none);
+    PyList_SetItem(own->latest, 1, mask);
     own->count++;
     Py_IncRef(own->call);
     return own->call;
@@ -305,7 +306,7 @@ typedef struct {
     i64 n_guards;
     Seen stream;
     i64 copies; /* whether the call copies what is not edited */
-    i64 *passes;
+    i64 *passes, done; /* of the context; and of these whether there was one that this has edited */
     /* An edit in one call, and its record for so many passes. */
     Solve *solve;
     const void *shared, *task;
@@ -398,6 +399,7 @@ static Object *edit(Object *held, Object *const *given, Index n) {
     }
     if (own->record) own->used++;
     ++*own->passes;
+    own->done = 1;
     if (residual) PyDict_DelItem(own->residuals, own->key);
     if (moved) return with(given[0], stream, result);
     Py_DecRef(result);
@@ -440,6 +442,7 @@ static Object *put(Object *held, Object *const *given, Index n) {
     if (!result) return nothing();
     i64 outcome = lrqp_put_rows(now.data, NULL, there.data, rows.data, own->place, own->count, own->all,
                                 own->width, own->kind, own->copies);
+    own->done |= outcome >= 0;
     if (outcome > 0) return with(given[0], stream, result);
     Py_DecRef(result);
     if (outcome) return nothing();

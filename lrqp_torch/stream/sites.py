@@ -271,7 +271,7 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-class _Known:
+class Known:
     """What is known of a model, and what that rests on: what contexts ask for over and over.
 
     It does not hold the model itself, which is freed as ever.
@@ -279,11 +279,13 @@ class _Known:
     Attributes:
         stacks: of the model.
         places: sites that were located, by the names that were given.
+        passes: what contexts keep of passes for those after them.
     """
 
     def __init__(self, model: nn.Module, row: Family | None, stacks: Stacks) -> None:
         inner = inner_model(model)
         self.stacks, self.places = stacks, dict[str | Site, Located]()
+        self.passes: dict[tuple[object, ...], Any] = {}
         self._inner, self._row, self._census = ref(inner), row, Census.of(model)
         config: Any = inner.config
         self._config, self._type, self._settings = config, config.model_type, dict(vars(config))
@@ -334,7 +336,11 @@ def _reference(held: Any) -> Callable[[], Any] | None:
         return lambda: None  # and so never the same
 
 
-_OF_MODELS: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_OF_MODELS: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+
+
+known_of = _OF_MODELS.get
+"""What is known of a model, if it still :meth:`~Known.holds`; or None."""
 
 
 def stacks_of(model: nn.Module) -> Stacks:
@@ -349,7 +355,7 @@ def stacks_of(model: nn.Module) -> Stacks:
     return _known(model).stacks
 
 
-def _known(model: nn.Module) -> _Known:
+def _known(model: nn.Module) -> Known:
     """What is known of a model as it is now; see :func:`stacks_of`."""
     require_module(model)
     known = _OF_MODELS.get(model)
@@ -382,7 +388,7 @@ def _known(model: nn.Module) -> _Known:
             ) from error
         if key is not None:
             _LAYOUTS[key] = stacks
-    known = _OF_MODELS[model] = _Known(model, row, stacks)
+    known = _OF_MODELS[model] = Known(model, row, stacks)
     return known
 
 

@@ -60,6 +60,16 @@ _backward_pass = torch._C._current_graph_task_id
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
 
+class Renewed(Protocol):
+    """What belongs to a context, and can be as it was when that opened."""
+
+    def renew(self) -> None:
+        """Be so."""
+
+
+_NO_MODULE = nn.Module()
+
+
 class Follows(Protocol):
     """What is to see every call of a context, before it runs."""
 
@@ -329,6 +339,11 @@ class Watch(Hooks):
         under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
         followed: what graphs are told of it, where they may run.
+        alike: the shape of tokens whose first call is to be known by from then on.
+        resumed: what has not seen a call yet since another context knew the last one; all of it
+            begins anew if the first call is not like those of that context.
+        hook: that of its site, where it has one alone.
+        stays: whether what is known of calls is kept for another context when this one closes.
 
     Raises:
         EditNeverFiredError: on closing without an error, while another thread of this context is
@@ -339,6 +354,9 @@ class Watch(Hooks):
     _eagerly: run_eagerly | None = None
     _latest: ForwardCall | None = None
     _closed = False
+    resumed: Sequence["Renewed"] = ()
+    stays = False
+    hook: Any = None
 
     def __init__(
         self,
@@ -385,6 +403,8 @@ class Watch(Hooks):
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
         self._graphs = graphs
+        self.alike: torch.Size | None = None
+        self._ends: tuple[_Before, _After] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -403,8 +423,13 @@ class Watch(Hooks):
             eagerly = run_eagerly(model)
             eagerly.__enter__()
             self._eagerly = eagerly
-        self.before(trunk, _Before(self, entered))
-        self.after(trunk, _After(self, left), always=True)
+        self._closed, ends = False, self._ends
+        if ends is None:
+            ends = self._ends = _Before(self), _After(self)
+        begin, end = ends
+        begin.traced, end.traced = entered, left
+        self.before(trunk, begin)
+        self.after(trunk, end, always=True)
         inner = self._inner
         kind = type(model if inner is model else unwrapped_module(model))
         if has(kind, "get_prompt"):
@@ -436,18 +461,68 @@ class Watch(Hooks):
             self.texts.finish()
 
     def _leave(self) -> bool:
-        self._closed, self.repeat = True, None
+        self._closed = True
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
         there = self.remove()
-        # Nothing is left that refers to itself, so that all is freed at once.
+        followed, self.followed = self.followed, None
+        if followed is not None:
+            followed.close()
+        if not self.stays:
+            self.forget()
+        return there
+
+    def forget(self) -> None:
+        """Leave nothing that refers to itself, so that all is freed at once."""
+        self.repeat = self._ends = self.hook = None
         self.texts.forget()
         if self._threads <= {get_ident()} and not any(self.under_way.values()):
             for site in self.sites:
                 site.held = []
-        followed, self.followed = self.followed, None
-        if followed is not None:
-            followed.close()
-        return there
+
+    def may_stay(self, hooks: int) -> bool:
+        """Whether it knows its calls by the last one, and has but so many hooks of sites."""
+        known = self._graphs and self.repeat is not None and not self._methods
+        here = self._threads == {get_ident()} and not any(self.under_way.values())
+        return known and here and len(self._hooks) == 2 + hooks
+
+    def keep(self, site: Site) -> bool:
+        """Keep what is known of calls like the last ones, and of one site in them, for another
+        context; with nothing of the model's or the caller's. Whether there is such a thing.
+        """
+        call = self.texts.keep()
+        if call is None:
+            return False
+        self._latest, self.sites = call, [site]
+        for noted in (self.others, self._noted, self._in_graph):
+            noted.clear()
+        self.model = self.trunk = self._inner = _NO_MODULE
+        return True
+
+    def resume(self, model: nn.Module, trunk: nn.Module, parts: "Sequence[Renewed]") -> None:
+        """Open once more, for another context on the same model."""
+        self.model, self.trunk, self._inner = model, trunk, inner_model(model)
+        self.resumed, self.stays = parts, False
+        self.__enter__()
+
+    def renew(self) -> None:
+        """Forget the calls of an earlier context: the first one of this is not like them."""
+        if any(self.under_way.values()):  # in another thread it is
+            self.first()
+            return
+        parts, self.resumed = self.resumed, ()
+        self.repeat = self._latest = None
+        self.sites = []
+        self._threads.clear()
+        self.under_way.clear()
+        self.texts.renew()
+        for part in parts:
+            part.renew()
+
+    def first(self) -> None:
+        """The first call is like those of an earlier context, and was noted as under way."""
+        self.resumed = ()
+        call, tokens = self.texts.first()
+        self._noted[tokens.data_ptr()] = call
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
@@ -553,6 +628,8 @@ class Watch(Hooks):
                 "torch.jit.trace would keep what an edit did to the one example that it sees: "
                 "trace the model outside of the context, or use torch.compile"
             )
+        if self.resumed:
+            self.renew()
         self._threads.add(thread)
         if self._plain:
             self._ran.setdefault(thread, []).append(False)
@@ -567,6 +644,9 @@ class Watch(Hooks):
         self.repeat, calls = None, self.under_way.setdefault(thread, [])
         if call is None:
             call = self._read(module, args, kwargs, transformed)
+            if self.alike is not None:
+                self.texts.stand(call, self.alike)
+                self.alike = None
         else:
             for step in self.steps:
                 step(call)
@@ -652,6 +732,8 @@ class Watch(Hooks):
 
     def enter(self, given: dict[str, Any], held: Tensor | int | None) -> None:
         """A pass begins in a compiled graph, that goes on from ``held`` tokens in a cache."""
+        if self.resumed:
+            self.renew()
         if self.acts():
             self._threads.add(get_ident())
             call = self._see(given, held=held)
@@ -680,6 +762,8 @@ class Watch(Hooks):
         """
         if not self.acts():
             return stream
+        if self.resumed:
+            self.renew()
         known = None
         if ticket is not None:
             known = self._in_graph.get(get_ident(), self._latest)
@@ -740,8 +824,8 @@ class Watch(Hooks):
 class _Before(Hook):
     """A pass begins."""
 
-    def __init__(self, watch: Watch, traced: Traced | None) -> None:
-        self.function, self.traced = watch._before, traced
+    def __init__(self, watch: Watch) -> None:
+        self.function = watch._before
         self.watch, self.under_way, self.steps = watch, watch.under_way, watch.steps
         self.again, self.note = watch.texts.again, watch.texts.note
 
@@ -750,6 +834,8 @@ class _Before(Hook):
             return self.traced(module, args, kwargs)
         repeat = self.watch.repeat
         if repeat is not None and repeat(args, kwargs) is not None:
+            if self.watch.resumed:
+                self.watch.first()
             return None
         plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1
         if plain and self.watch in _open.get():
@@ -766,8 +852,8 @@ class _Before(Hook):
 class _After(Hook):
     """A pass is over."""
 
-    def __init__(self, watch: Watch, traced: Traced | None) -> None:
-        self.function, self.traced = watch.texts.note_result, traced
+    def __init__(self, watch: Watch) -> None:
+        self.function = watch.texts.note_result
         self.watch, self.under_way = watch, watch.under_way
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -778,6 +864,7 @@ class _After(Hook):
             call = calls.pop()
             if not call.like:
                 self.function(call, output)
+                call.like = call.same is call
         elif self.watch._plain and (ran := self.watch._ran.get(get_ident())):
             ran.pop()
         return None

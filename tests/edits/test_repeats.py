@@ -2,6 +2,7 @@
 
 import contextvars
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.edits.record import WAITING
-from lrqp_torch.errors import NonFiniteError, WidthError
+from lrqp_torch.errors import LRQPError, NonFiniteError, WidthError
 from lrqp_torch.stream import repeats
 
 pytestmark = pytest.mark.skipif(not repeats.available(), reason="no C compiler")
@@ -215,7 +216,7 @@ def test_whatever_an_edit_is_made_of_may_change_between_passes(kind: type[One]) 
         made = kind()
         with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
             before = [again(model, given) for _ in range(3)]
-            assert run._rows._passes[-1].site.used == 1
+            assert run._rows._passes[-1].site.used
             change(made.edit if name in OF_SIGMA else made.written)
             found = [again(model, given) for _ in range(2)]
             last = run.steps[-1]
@@ -347,3 +348,270 @@ def test_a_closed_context_keeps_nothing_of_its_passes() -> None:
     assert seen[0].repeat is not None and not model.transformer.h[1]._forward_pre_hooks
     clean = model(IDS).logits
     assert torch.equal(build()(IDS).logits, clean)
+
+
+# From one context to the next
+
+
+class Contexts:
+    """A model, an edit, and what each context is opened with."""
+
+    def __init__(self, kind: str, site: str) -> None:
+        self.kind, self.site, self.model = kind, site, build()
+        self.made = One() if kind == "edit" else Several()
+        self.given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        self.at, self.target, self.source, self.record = AT, self.made.target, None, True
+        self.change: Callable[[Any, dict[str, Tensor]], Any] = again
+        self.function, self.edit = function, self.made.edit
+
+    def opened(self) -> Any:
+        if self.kind == "function":
+            # Another function each time, as in a loop.
+            added = self.function
+            item = Intervention(self.site, self.at, lambda x, context: added(x, context))
+            return intervene(self.model, item)
+        options: dict[str, Any] = {"positions": self.at, "record": self.record}
+        options |= {"target": self.target, "source": self.source}
+        return self.edit.at(self.model, self.site, **options)
+
+    def once(self) -> tuple[bool, list[Any]]:
+        """Whether a context began with what the last one knew; and all that came of it."""
+        resumed, each = False, list[Any]()
+        try:
+            with self.opened() as run:
+                resumed = bool(lrqp.stream.watch.opened()[-1].resumed)
+                each.append(self.change(self.model, self.given))
+        except LRQPError as error:
+            said = re.sub(r"Thread-\d+", "Thread", str(error))
+            return resumed, [*each, said]
+        if self.kind != "function" and self.record:
+            steps = [torch.as_tensor(v) for step in run.steps for v in vars(step).values()]
+            each += [torch.nan_to_num(step.double()) for step in steps]
+        return resumed, each
+
+
+def other_targets(here: Contexts) -> None:
+    flipped = torch.tensor([0, 1, 1, 0])
+    here.target = flipped if here.kind == "edit" else {"a": flipped}
+
+
+def one_target(here: Contexts) -> None:
+    here.target = 1 if here.kind == "edit" else {"b": 1, "a": 0}
+
+
+def sources(here: Contexts) -> None:
+    classes = torch.tensor([0, 0, 1, 1])
+    here.source = classes if here.kind == "edit" else {"a": classes}
+
+
+def other_positions(here: Contexts) -> None:
+    here.at = AT.flip(0)
+
+
+def several_positions(here: Contexts) -> None:
+    here.at = torch.stack([AT, (AT + 1) % 6], 1)
+    here.target = 1 if here.kind == "edit" else {"a": 1}
+
+
+def every_position(here: Contexts) -> None:
+    here.at = torch.ones_like(IDS).bool()
+    here.target = 1 if here.kind == "edit" else {"a": 1}
+
+
+def a_scope(here: Contexts) -> None:
+    here.at = "all"
+    here.target = 1 if here.kind == "edit" else {"a": 1}
+
+
+def other_texts(here: Contexts) -> None:
+    here.given = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS)}
+
+
+def padded(here: Contexts) -> None:
+    here.given = {**here.given, "attention_mask": (torch.arange(6) <= AT[:, None]).long()}
+
+
+def without_mask(here: Contexts) -> None:
+    here.given = {"input_ids": IDS}
+
+
+def longer_texts(here: Contexts) -> None:
+    here.given = {"input_ids": torch.cat([IDS, IDS], 1)}
+
+
+def fewer_texts(here: Contexts) -> None:
+    here.given, here.at = {"input_ids": IDS[:2]}, AT[:2]
+    here.target = 1 if here.kind == "edit" else {"a": 1}
+
+
+def another_edit(here: Contexts) -> None:
+    here.made = Several() if here.kind == "joint" else One()
+    here.edit, here.function = here.made.edit, lambda x, context: 2 * x
+    here.made.written.log_odds.fill_(3.0)
+
+
+def another_weight(here: Contexts) -> None:
+    here.made.written.probe.weight.data.mul_(1.5)
+
+
+def another_metric(here: Contexts) -> None:
+    here.made.written.metric.covariance.mul_(1.5)
+
+
+def another_rule(here: Contexts) -> None:
+    here.made.written.rule = "fixed"
+
+
+def learned(here: Contexts) -> None:
+    here.made.written.probe.weight.requires_grad_()
+    here.change = gradient
+
+
+def without_record(here: Contexts) -> None:
+    here.record = not here.record
+
+
+def double(here: Contexts) -> None:
+    here.model.double()
+
+
+def other_blocks(here: Contexts) -> None:
+    blocks = here.model.transformer.h
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def another_block(here: Contexts) -> None:
+    blocks = here.model.transformer.h
+    blocks[1] = copy.deepcopy(blocks[2])
+    blocks[1].attn.layer_idx = 1
+
+
+def a_hook(here: Contexts) -> None:
+    for block in here.model.transformer.h:
+        block.register_forward_hook(lambda module, given, output: 1.5 * output, prepend=True)
+        block.register_forward_pre_hook(lambda module, given: (given[0] + 0.25, *given[1:]))
+
+
+def another_copy(here: Contexts) -> None:
+    here.model = copy.deepcopy(here.model)
+    here.model.transformer.wpe.weight.data.mul_(2)
+
+
+def moved(here: Contexts) -> None:
+    """As by a move to another device and back: all parameters are other tensors."""
+    for own in here.model.parameters():
+        own.data = own.data.clone() * 1.25
+
+
+def own_forward(here: Contexts) -> None:
+    block = here.model.transformer.h[1]
+    plain = type(block).forward
+    block.forward = lambda *given, **named: 0.5 * plain(block, *given, **named)
+
+
+def another_trunk(here: Contexts) -> None:
+    trunk = here.model.transformer
+    plain = type(trunk).forward
+    here.model.transformer.forward = lambda *given, **named: plain(trunk, *given, **named)
+
+
+def training(here: Contexts) -> None:
+    here.model.transformer.h[2].train()
+    for part in here.model.transformer.h[2].modules():
+        part.p = 0.0  # type: ignore[assignment]
+
+
+def checkpointed(here: Contexts) -> None:
+    here.model.gradient_checkpointing_enable({"use_reentrant": False})
+    training(here)
+    here.given["use_cache"] = False  # type: ignore[assignment]
+    here.change = gradient
+
+
+def compiled_parts(here: Contexts) -> None:
+    here.model.transformer.h[2].mlp.compile(backend="eager")
+
+
+def within_another(here: Contexts) -> None:
+    outer = here.opened()
+
+    def change(model: Any, given: dict[str, Tensor]) -> Any:
+        here.change = again
+        with outer:
+            return again(model, given)
+
+    here.change = change
+
+
+def twice(here: Contexts) -> None:
+    here.change = lambda model, given: torch.stack([again(model, given) for _ in range(4)])
+
+
+def between(change: Callable[[Any, dict[str, Tensor]], Any]) -> Callable[[Contexts], None]:
+    def put(here: Contexts) -> None:
+        here.change = change
+
+    put.__name__ = getattr(change, "__name__", "pass")
+    return put
+
+
+def in_another_thread(here: Contexts) -> None:
+    plain = here.once
+
+    def once() -> Any:
+        found: list[Any] = []
+
+        def work() -> None:
+            with torch.no_grad():
+                found.append(plain())
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    here.once = once  # type: ignore[method-assign]
+
+
+BETWEEN: list[Callable[[Contexts], None]] = [
+    *(other_targets, one_target, sources, other_positions, several_positions, every_position),
+    *(a_scope, other_texts, padded, without_mask, longer_texts, fewer_texts, another_edit),
+    *(another_weight, another_metric, another_rule, learned, without_record, double),
+    *(other_blocks, another_block, a_hook, another_copy, moved, own_forward, another_trunk),
+    *(training, checkpointed, compiled_parts, within_another, twice, in_another_thread),
+    *map(between, CHANGES),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("function", change) for change in BETWEEN),
+        *(("edit", change) for change in BETWEEN),
+        *(("joint", change) for change in BETWEEN[:19]),
+    ],
+    ids=lambda change: getattr(change, "__name__", change),
+)
+@torch.no_grad()
+def test_what_changes_between_contexts_is_seen(
+    kind: str, change: Callable[[Contexts], None]
+) -> None:
+    """Each context equals one that nothing is kept for, and in which Python does all."""
+    site = "L1.pre" if kind == "function" else "L1.mid"
+    found = []
+    for kept in (True, False):
+        here, each = Contexts(kind, site), []
+        with nullcontext() if kept else by_python():
+            resumed = []
+            for times in (3, 3):
+                for _ in range(times):
+                    resumed.append(here.once())
+                if times and len(resumed) == 3:
+                    assert resumed[2][0] is kept
+                    change(here)
+            each = [part for _, parts in resumed for part in parts]
+        found.append(each)
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert one == other if isinstance(one, str) else torch.equal(one, other)

@@ -259,22 +259,33 @@ def test_a_context_that_is_dropped_open_closes() -> None:
     assert torch.equal(edited(model), plain)
 
 
+@pytest.mark.parametrize("kind", ["edit", "function"])
 @torch.no_grad()
-def test_what_a_context_was_made_of_is_freed_as_soon_as_it_closes() -> None:
-    """No collector of garbage is needed: what refers to itself is taken apart."""
+def test_what_a_context_was_made_of_is_freed_without_a_collector_of_garbage(kind: str) -> None:
+    """What refers to itself is taken apart as it closes; what is kept for the next, with it."""
     model: Any = build("gpt2")
     edit = random_edit(torch.randn(40, WIDTH), 2)
+    block = weakref.ref(model.transformer.h[1])
 
-    def once() -> list[weakref.ref[Any]]:
-        with edit.at(model, "L1.mid", positions=AT, target=1) as run:
-            model(**INPUTS)
-            return [weakref.ref(run), *map(weakref.ref, lrqp.stream.watch.opened())]
+    def once(model: Any) -> list[weakref.ref[Any]]:
+        inputs, here = {name: value.clone() for name, value in INPUTS.items()}, item("L1.post")
+        if kind == "edit":
+            here = edit.on("L1.post", positions=AT, target=1)
+        with lrqp.intervene(model, here):
+            model(**inputs)
+            given = (here, here.edit) if kind == "edit" else (here,)
+            return [*map(weakref.ref, (*given, *inputs.values()))]
 
-    once()
+    once(model)
     gc.collect()
     gc.disable()
     try:
-        assert [found() for found in once()] == [None, None]
+        for _ in range(4):
+            assert not any(found() for found in once(model))
+        (plan,) = sites.known_of(model).passes.values()  # type: ignore[union-attr]
+        kept, alive = weakref.ref(plan.watch), weakref.ref(model)
+        del plan, model
+        assert [alive(), block(), kept()] == [None, None, None]
     finally:
         gc.enable()
 
