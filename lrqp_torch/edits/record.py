@@ -23,7 +23,7 @@ from lrqp_torch.errors import (
     unwrapped,
 )
 from lrqp_torch.qp import Solution, Status, fused, native
-from lrqp_torch.qp.direct import Laid, Line
+from lrqp_torch.qp.direct import Laid, Line, numbers_of
 from lrqp_torch.qp.solution import in_words, outcome
 from lrqp_torch.stream import repeats
 from lrqp_torch.stream.following import Rows, consecutive
@@ -620,6 +620,7 @@ class _Rows:
             last = _Block([], variables=variables, laid=laid)
             self._passes.append(last)
         last.rows.append(table)
+        last.count += 1
         self._waiting += laid.n_rows
         if max(len(last.rows), len(self._passes)) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
@@ -629,17 +630,16 @@ class _Rows:
         self._close(self._passes[-1:])
         passes, width = max(WAITING_ROWS // laid.n_rows, 1), _width(variables)
         site.room, site.numbers = min(passes, WAITING), laid.n_rows * width
-        with torch.inference_mode(False):
-            rows = torch.empty(site.room * laid.n_rows, width, dtype=torch.float64)
-        site.record = rows.data_ptr()
+        rows = numbers_of(site.room * site.numbers)()
+        site.record = ctypes.addressof(rows)
         site.held.append(rows)
-        self._passes.append(_Block(rows, variables=variables, laid=laid, site=site))
+        self._passes.append(_Block([rows], variables=variables, laid=laid, site=site))
 
     def leave(self, site: repeats.Site) -> None:
         """Let compiled code write no more at a site, which others will use."""
         for one in self._passes:
-            if type(one) is _Block and one.site is site and one.laid is not None:
-                one.count, one.site, one.size = site.used * one.laid.n_rows, None, 0
+            if type(one) is _Block and one.site is site:
+                one.count, one.site = site.used, None
 
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
@@ -895,7 +895,7 @@ class _Block:
     rows: Any  # (n, 9); or memory of compiled code for those of each pass
     captured: bool = False  # as of a `_Pass`
     size: int = 0  # how many may be written, of a tensor
-    count: int = 0  # how many are
+    count: int = 0  # how many are; of memory of compiled code how many passes
     variables: int = 0  # how many variables odds are of, 0 for one edit's own
     laid: Laid | None = None  # what compiled code was told
     site: repeats.Site | None = None  # what writes them pass by pass, and says how many
@@ -917,12 +917,11 @@ class _Block:
     def written(self) -> Tensor:
         """Those that are written."""
         if isinstance(self.rows, Tensor):
-            if self.site is not None and self.laid is not None:
-                return self.rows[: self.site.used * self.laid.n_rows]
             return self.rows[: self.count]
         assert self.laid is not None
         rows = torch.cat([torch.frombuffer(one, dtype=torch.float64) for one in self.rows])
-        return rows.reshape(self.laid.n_rows * len(self.rows), -1)
+        rows = rows.reshape(-1, _width(self.variables))
+        return rows[: (self.count if self.site is None else self.site.used) * self.laid.n_rows]
 
     @property
     def device(self) -> torch.device:

@@ -463,13 +463,13 @@ class Line:
             native.threads_for(shared, task.count),
             native.edit_stream(shared, task),
             task.count,
-            _numbers(task.count * record),
+            numbers_of(task.count * record),
             (shared, task),
         )
 
 
 @functools.lru_cache(64)
-def _numbers(count: int) -> type[Any]:
+def numbers_of(count: int) -> type[Any]:
     """Memory for so many numbers: a class, which takes longer to make than what is made of it."""
     return ctypes.c_double * count
 

@@ -308,9 +308,12 @@ class Editing(ContextDecorator, Generic[Record]):
         plan.watch = None
         applied.take(item, located)
         try:
-            watch.resume(model, located.trunk.module, (applied, watch.hook))
+            there = watch.resume(model, located.trunk.module, (applied, watch.hook))
             self._watches.append((watch, [applied]))
-            attach(watch, located, applied.apply, applied.offer, watch.hook)
+            if there:
+                watch.hook.located = located
+            else:
+                attach(watch, located, applied.apply, applied.offer, watch.hook)
             if not applied.resume(plan.number):
                 watch.hook.renew()
         except BaseException as error:

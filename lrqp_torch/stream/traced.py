@@ -278,7 +278,7 @@ class Followed:
     def __init__(
         self, trunk: nn.Module, passes: Passes, names: tuple[str, ...], caches: tuple[str, ...]
     ) -> None:
-        self.passes, self._names = passes, list[str]()
+        self.passes, self._names, self._visits = passes, list[str](), list[Visit]()
         key = self.key = key_of(trunk)
         with _LOCK:
             every = _PASSES.get(key)
@@ -321,10 +321,22 @@ class Followed:
             insort(_NAMES[key], name)
             _INSTALLED[key] = " ".join(_NAMES[key])
             self._names.append(name)
+            self._visits.append(visit)
             traced = _TRACED.get(name)
             if traced is None:
                 traced = _TRACED[name] = _Visit(key, name, before, added, scale)
         return traced, traced.remember
+
+    def again(self) -> bool:
+        """Tell of the same once more; False where something else is told of the trunk."""
+        key, names = self.key, self._names
+        with _LOCK:
+            if self._order or _PASSES[key] or _NAMES[key]:
+                return False
+            _PASSES[key][0], _NAMES[key] = self.passes, sorted(names)
+            _VISITS.update((n, (self.passes, v)) for n, v in zip(names, self._visits, strict=True))
+            _INSTALLED[key] = " ".join(_NAMES[key])
+        return True
 
     def close(self) -> None:
         """Tell no more."""

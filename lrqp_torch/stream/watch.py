@@ -8,10 +8,11 @@ until it closes. Passes of other threads stay untouched, and are named where an 
 import functools
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from operator import contains, delitem, getitem, is_, setitem
 from threading import get_ident
 from typing import Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
@@ -124,6 +125,8 @@ class Hooks:
     def __init__(self) -> None:
         self._hooks: list[tuple[_Kept, int, str, dict[int, Any], tuple[dict[int, bool], ...]]] = []
         self._methods: list[tuple[dict[str, Any], str]] = []
+        # What of them is put into which places of tables, and in what tables of modules: columns.
+        self._entries: tuple[Any, ...] | None = None
 
     def before(
         self,
@@ -201,9 +204,60 @@ class Hooks:
         held.users += 1
         self._methods.append((own, name))
 
+    def noted(self) -> bool:
+        """Note what there is of these hooks in the tables of modules, so that it can be taken out
+        and put back at once; whether there is nothing else of any context.
+        """
+        if self._entries is not None:
+            return True
+        places, tables = list[tuple[Any, Any, Any]](), list[tuple[Any, Any, Any]]()
+        counts = Counter(each[0] for each in self._hooks)
+        for kept, count in counts.items():
+            own = vars(kept.module)
+            if kept.count != count or not kept.alone:
+                return False
+            places += [(own, name, own[name]) for name in (_REDUCE, _REPLICATE, "forward")]
+            mine = [held for each in self._hooks if each[0] is kept for held in (each[3], *each[4])]
+            tables += [(own, n, t) for n, t in own.items() if any(t is held for held in mine)]
+        for _, number, _, table, flags in self._hooks:
+            places += [(held, number, held[number]) for held in (table, *flags)]
+        columns = (*zip(*places, strict=True), *zip(*tables, strict=True))
+        self._entries = (self._hooks, counts, *columns)
+        return True
+
+    def put_back(self) -> bool:
+        """Put back what was noted, unless modules have anything in its places."""
+        if self._entries is None:
+            return False
+        hooks, _, held, keys, values, owners, names, tables = self._entries
+        with _LOCK:
+            there = all(map(is_, map(getitem, owners, names), tables))
+            if not there or any(map(contains, held, keys)):
+                self._entries = None
+                return False
+            any(map(setitem, held, keys, values))
+        self._hooks = hooks
+        return True
+
+    def _take_out(self) -> bool:
+        """Take out what was noted, if it is all that there is."""
+        if self._entries is None or not self._hooks:
+            return False
+        _, counts, held, keys, values, *_ = self._entries
+        with _LOCK:
+            alone = all(kept.count == count for kept, count in counts.items())
+            if not alone or not all(map(is_, map(_get, held, keys), values)):
+                return False
+            any(map(delitem, held, keys))
+        self._hooks = []
+        return True
+
     def remove(self) -> bool:
         """Leave the modules as they were; whether the hooks had been there until now."""
         hooks, there = self._hooks, True
+        if self._take_out():
+            return True
+        self._entries = None
         with _LOCK:
             while hooks:
                 kept, number, name, table, flags = hooks.pop()
@@ -225,6 +279,7 @@ class Hooks:
         return there
 
 
+_get = dict.get
 _LOCK = threading.Lock()
 _REDUCE, _REPLICATE = "__reduce_ex__", "_replicate_for_data_parallel"
 """The methods that make copies of a module: deepcopy and pickle, and ``DataParallel``."""
@@ -259,6 +314,12 @@ class _Kept:
         if _REDUCE in own or _REPLICATE in own:
             self._before = own.get(_REDUCE), own.get(_REPLICATE)
         own[_REDUCE], own[_REPLICATE] = self, self.replicate
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else is in place of the methods of the module's class."""
+        own, plain = vars(self.module), self._before == (None, None) and self._forward is None
+        return plain and own.get(_REDUCE) is self and own.get("forward", self) is self._marked
 
     def mark(self) -> None:
         """Let the module have the ``forward`` that belongs to its hooks."""
@@ -423,7 +484,7 @@ class Watch(Hooks):
             eagerly = run_eagerly(model)
             eagerly.__enter__()
             self._eagerly = eagerly
-        self._closed, ends = False, self._ends
+        ends = self._ends
         if ends is None:
             ends = self._ends = _Before(self), _After(self)
         begin, end = ends
@@ -443,7 +504,11 @@ class Watch(Hooks):
                     self.before(outer, self._before_whole)
                     self.after(outer, self._after_whole)
         _watch_cuda_graphs()
-        open_already = _open.get()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Act on what runs here from now on."""
+        self._closed, open_already = False, _open.get()
         _open.set((*open_already, self) if open_already else (self,))
 
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
@@ -464,16 +529,15 @@ class Watch(Hooks):
         self._closed = True
         _open.set(tuple([watch for watch in _open.get() if watch is not self]))
         there = self.remove()
-        followed, self.followed = self.followed, None
-        if followed is not None:
-            followed.close()
+        if self.followed is not None:
+            self.followed.close()
         if not self.stays:
             self.forget()
         return there
 
     def forget(self) -> None:
         """Leave nothing that refers to itself, so that all is freed at once."""
-        self.repeat = self._ends = self.hook = None
+        self.repeat = self.followed = self._ends = self.hook = self._entries = None
         self.texts.forget()
         if self._threads <= {get_ident()} and not any(self.under_way.values()):
             for site in self.sites:
@@ -483,7 +547,7 @@ class Watch(Hooks):
         """Whether it knows its calls by the last one, and has but so many hooks of sites."""
         known = self._graphs and self.repeat is not None and not self._methods
         here = self._threads == {get_ident()} and not any(self.under_way.values())
-        return known and here and len(self._hooks) == 2 + hooks
+        return known and here and len(self._hooks) == 2 + hooks and self.noted()
 
     def keep(self, site: Site) -> bool:
         """Keep what is known of calls like the last ones, and of one site in them, for another
@@ -498,11 +562,20 @@ class Watch(Hooks):
         self.model = self.trunk = self._inner = _NO_MODULE
         return True
 
-    def resume(self, model: nn.Module, trunk: nn.Module, parts: "Sequence[Renewed]") -> None:
-        """Open once more, for another context on the same model."""
+    def resume(self, model: nn.Module, trunk: nn.Module, parts: "Sequence[Renewed]") -> bool:
+        """Open once more, for another context on the same model; False where hooks at sites are to
+        be set anew.
+        """
         self.model, self.trunk, self._inner = model, trunk, inner_model(model)
         self.resumed, self.stays = parts, False
+        if self.followed is not None and self.followed.again():
+            if self.put_back():
+                self._begin()
+                return True
+            self.followed.close()
+        self.followed = None
         self.__enter__()
+        return False
 
     def renew(self) -> None:
         """Forget the calls of an earlier context: the first one of this is not like them."""
