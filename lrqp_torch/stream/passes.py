@@ -617,13 +617,13 @@ class Texts:
         latest[:] = None, None
         return call
 
-    def first(self) -> tuple[ForwardCall, Tensor]:
-        """The first call of a context, where it is like those of an earlier one."""
+    def first(self) -> None:
+        """The first call of a context is noted, which is like those of an earlier one."""
         assert self._begun is not None
-        call, _, (tokens, mask) = self._begun
+        call, _, latest = self._begun
+        call.tokens, call.mask = latest
         # What it returns is looked at, as that of any first call.
-        call.tokens, call.mask, call.like = tokens, mask, False
-        return call, tokens
+        call.like = False
 
     @property
     def n_calls(self) -> int:

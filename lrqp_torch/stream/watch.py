@@ -125,6 +125,7 @@ class Hooks:
     def __init__(self) -> None:
         self._hooks: list[tuple[_Kept, int, str, dict[int, Any], tuple[dict[int, bool], ...]]] = []
         self._methods: list[tuple[dict[str, Any], str]] = []
+        self._first: list[tuple[OrderedDict[int, Any], int]] = []
         # What of them is put into which places of tables, and in what tables of modules: columns.
         self._entries: tuple[Any, ...] | None = None
 
@@ -144,6 +145,7 @@ class Hooks:
         number = self._add(module, function, traced, table, module._forward_pre_hooks_with_kwargs)
         if first:
             cast(OrderedDict[int, Any], table).move_to_end(number, last=False)
+            self._first.append((cast(OrderedDict[int, Any], table), number))
 
     def after(
         self,
@@ -236,6 +238,8 @@ class Hooks:
                 self._entries = None
                 return False
             any(map(setitem, held, keys, values))
+            for table, number in self._first:
+                table.move_to_end(number, last=False)
         self._hooks = hooks
         return True
 
@@ -257,7 +261,7 @@ class Hooks:
         hooks, there = self._hooks, True
         if self._take_out():
             return True
-        self._entries = None
+        self._entries, self._first = None, []
         with _LOCK:
             while hooks:
                 kept, number, name, table, flags = hooks.pop()
@@ -557,6 +561,9 @@ class Watch(Hooks):
         if call is None:
             return False
         self._latest, self.sites = call, [site]
+        if self._noted or not self._shapes:
+            alone = replace(call, like=False, same=None, found={})
+            self._shapes = {torch.Size((call.batch, call.front + call.length)): (1, alone)}
         for noted in (self.others, self._noted, self._in_graph):
             noted.clear()
         self.model = self.trunk = self._inner = _NO_MODULE
@@ -585,8 +592,8 @@ class Watch(Hooks):
         parts, self.resumed = self.resumed, ()
         self.repeat = self._latest = None
         self.sites = []
-        self._threads.clear()
-        self.under_way.clear()
+        for noted in (self._threads, self.under_way, self._shapes):
+            noted.clear()
         self.texts.renew()
         for part in parts:
             part.renew()
@@ -594,8 +601,7 @@ class Watch(Hooks):
     def first(self) -> None:
         """The first call is like those of an earlier context, and was noted as under way."""
         self.resumed = ()
-        call, tokens = self.texts.first()
-        self._noted[tokens.data_ptr()] = call
+        self.texts.first()
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
@@ -905,9 +911,11 @@ class _Before(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(module, args, kwargs)
-        repeat = self.watch.repeat
-        if repeat is not None and repeat(args, kwargs) is not None:
-            if self.watch.resumed:
+        repeat, resumed = self.watch.repeat, self.watch.resumed
+        # Within transforms of others a context knows what it has done outside of them.
+        known = repeat is not None and not (resumed and _transforms() is not None)
+        if known and repeat is not None and repeat(args, kwargs) is not None:
+            if resumed:
                 self.watch.first()
             return None
         plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1

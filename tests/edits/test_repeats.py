@@ -601,16 +601,13 @@ def test_what_changes_between_contexts_is_seen(
     site = "L1.pre" if kind == "function" else "L1.mid"
     found = []
     for kept in (True, False):
-        here, each = Contexts(kind, site), []
+        here = Contexts(kind, site)
         with nullcontext() if kept else by_python():
-            resumed = []
-            for times in (3, 3):
-                for _ in range(times):
-                    resumed.append(here.once())
-                if times and len(resumed) == 3:
-                    assert resumed[2][0] is kept
-                    change(here)
-            each = [part for _, parts in resumed for part in parts]
+            opened = [here.once() for _ in range(3)]
+            assert opened[-1][0] is kept
+            change(here)
+            opened += [here.once() for _ in range(3)]
+        each = [part for _, parts in opened for part in parts]
         found.append(each)
     assert len(found[0]) == len(found[1])
     for one, other in zip(*found, strict=True):
