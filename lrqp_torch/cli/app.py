@@ -64,28 +64,15 @@ def common(
     """Options of every command."""
 
 
-_TELLING = "How much it tells"
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_TELLING)
-]
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", help="Print all rows and sentences, and what libraries say.",
-        rich_help_panel=_TELLING,
+_TELLING = {
+    "quiet": (("--quiet", "-q"), "Print nothing but errors."),
+    "verbose": (("--verbose", "-v"), "Print all rows and sentences, and what libraries say."),
+    "as_json": (
+        ("--json",), "Print the results as JSON on standard output, and nothing else there."
     ),
-]  # fmt: skip
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print the results as JSON on standard output, and nothing else there.",
-        rich_help_panel=_TELLING,
-    ),
-]  # fmt: skip
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the whole traceback of an error.", rich_help_panel=_TELLING),
-]
+    "debug": (("--debug",), "Show the whole traceback of an error."),
+}  # fmt: skip
+"""The options of all commands, with their help."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +159,14 @@ def command(
                 function(voice, **given)
 
         _, *own = inspect.signature(function).parameters.values()
-        common = {"quiet": Quiet, "verbose": Verbose, "as_json": Json, "debug": Debug}
         further = {p.name for p in options}
         own = [p for p in own if p.kind != p.VAR_KEYWORD and p.name not in further]
-        every = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options)] + [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
-            for n, a in common.items()
-        ]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        every = [p.replace(kind=keyword) for p in (*own, *options)]
+        for key, (flags, meaning) in _TELLING.items():
+            shown = typer.Option(*flags, help=meaning, rich_help_panel="How much it tells")
+            annotation = Annotated[bool, shown]
+            every.append(inspect.Parameter(key, keyword, default=False, annotation=annotation))
         run.__annotations__ = {p.name: p.annotation for p in every}
         # Typer reads a command's options from here.
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lrqp_torch.cli import options as given
 from lrqp_torch.cli.app import Voice, command
-from lrqp_torch.cli.options import OWN, DryRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ LABELS_FILE = "labels.json"
 EVERY_TOKEN = "all"
 
 
-@command(panel=OWN)
+@command(panel=given.OWN)
 def capture(
     voice: Voice,
     out: Annotated[Path, typer.Option(help="Folder for the activations; made if needed.")],
@@ -27,9 +27,7 @@ def capture(
             help="Names such as L6.mid,L7.pre, or all (the stream before and within every block)."
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="organism, smollm2, gpt2, or a folder or Hub name.")
-    ] = "organism",
+    model: given.Model = "organism",
     data: Annotated[
         str | None,
         typer.Option(
@@ -49,16 +47,10 @@ def capture(
     ] = None,
     label: Annotated[str, typer.Option(help="Column of the class, with --data.")] = "label",
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts, without --data.")] = 1000,
-    prefixes: Annotated[
-        str,
-        typer.Option(
-            help="Sentence before each prompt, without --data: none, bundled, openwebtext, or a "
-            "text file with a sentence per line."
-        ),
-    ] = "none",
-    seed: Annotated[int, typer.Option(help="Seed of the prompts, without --data.")] = 0,
+    prefixes: given.Prefixes = "none",
+    seed: given.Seed = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts per file.")] = 4096,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 64,
+    batch_size: given.BatchSize = 64,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -68,8 +60,8 @@ def capture(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the files back and compare their checksums.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dry_run: DryRun = False,
+    device: given.Device = "auto",
+    dry_run: given.DryRun = False,
 ) -> None:
     """Write the activations of a model at some sites to a folder, to fit probes on later.
 
@@ -82,15 +74,14 @@ def capture(
     """
     from lrqp_torch.distributed import capture_to, joined
     from lrqp_torch.files import prepare_folder, write_json
-    from lrqp_torch.models import load
     from lrqp_torch.stream.capture import capture as read
-    from lrqp_torch.study.preparing import choose_device, choose_sites
+    from lrqp_torch.study.preparing import choose_sites
 
     with joined(device) as ranks:
         with ranks.together():
             if ranks.is_main and not dry_run:
                 prepare_folder(out)
-            loaded, tokenizer = load(model, device=choose_device(device))
+            loaded, tokenizer = given.load_model(model, device)
             chosen = choose_sites(loaded, sites)
             inputs, at, labels = (
                 _names(tokenizer, n, seed, prefixes, positions)

@@ -62,10 +62,10 @@ Out = Annotated[Path, _shown("out")]
 Model = Annotated[str, _shown("model")]
 Position = Annotated[str, _shown("position")]
 Bos = Annotated[str, _shown("bos")]
+Prefixes = Annotated[str, _shown("prefixes")]
 Seed = Annotated[int, _shown("seed")]
 BatchSize = Annotated[int, _shown("batch_size")]
 Device = Annotated[str, _shown("device")]
-Figures = Annotated[bool | None, _shown("figures")]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -120,8 +120,9 @@ def able(wanted: bool | None, what: str, package: str, extra: str, voice: Voice)
 def split_names(text: str, what: str) -> Sequence[str]:
     """Names separated by commas. Raises PromptError: there is none."""
     from lrqp_torch.errors import PromptError
+    from lrqp_torch.study.reading import listed
 
-    names = [part.strip() for part in text.split(",") if part.strip()]
+    names = listed(text)
     if not names:
         raise PromptError(f"no {what} given; name the column of the class")
     return names

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
-from scipy.special import ndtr, ndtri
-from scipy.stats import binom
+from scipy.special import betainc, ndtr, ndtri
 from torch import Tensor
 
 from lrqp_torch.errors import NonFiniteError, StatisticsError, WidthError
@@ -20,6 +19,8 @@ from lrqp_torch.errors import NonFiniteError, StatisticsError, WidthError
 K = TypeVar("K")
 
 CONFIDENCE = 0.95
+RESAMPLES = 1000
+"""Behind each bootstrap interval."""
 NORMAL_QUANTILE = 1.959963984540054
 """Two-sided 95 % point of the standard normal distribution."""
 POWER_QUANTILE = 0.8416212335729143
@@ -153,6 +154,17 @@ class Sample:
         """
         return self.among(clean["own_lead"] > 0).share(edited["other_lead"] > 0)
 
+    def resampled(self, columns: Tensor) -> Tensor:
+        """Means of columns (n, k) in the resamples behind :meth:`mean`, (:data:`RESAMPLES`, k).
+
+        They are of the same prompts for every measure, so differences and ratios are paired.
+        """
+        values, units = self.of(columns.double().cpu()), units_of(self._groups, len(columns))
+        sums = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+        sums = sums if units is None else _sums(sums, units)
+        drawn = resampled_sums(sums, self._generator(), RESAMPLES)
+        return drawn[:, :-1] / drawn[:, -1:]
+
     def of(self, values: Tensor) -> Tensor:
         """Those of values (n, ...) of all prompts that are of these."""
         return values if self.rows is None else values[self.rows]
@@ -193,7 +205,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 def bootstrap(
     values: Tensor,
     generator: torch.Generator,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     groups: Tensor | None = None,
     over: Tensor | None = None,
 ) -> tuple[float, float]:
@@ -271,7 +283,8 @@ def sign_test(first: Tensor, second: Tensor) -> float:
     Source: Q. McNemar, 1947, Psychometrika 12.
     """
     more, less = int((first & ~second).sum()), int((~first & second).sum())
-    return float(binom.sf(more - 1, more + less, 0.5)) if more + less else 1.0
+    # P(X ≥ more); scipy.stats, which has it by name, takes a second to import.
+    return float(betainc(more, less + 1, 0.5)) if more else 1.0
 
 
 def holm(p_values: Mapping[K, float]) -> dict[K, float]:
@@ -318,8 +331,8 @@ def units_of(groups: Tensor | None, n: int) -> Tensor | None:
 
 
 def _sums(values: Tensor, units: Tensor) -> Tensor:
-    """Sums by group, (groups,)."""
-    return torch.zeros(int(units.max()) + 1, dtype=values.dtype).index_add_(0, units, values)
+    """Sums of values (n, ...) by group, (groups, ...)."""
+    return values.new_zeros(int(units.max()) + 1, *values.shape[1:]).index_add_(0, units, values)
 
 
 def _checked(values: Tensor, name: str) -> Tensor:

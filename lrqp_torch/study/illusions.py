@@ -25,7 +25,7 @@ from lrqp_torch.study.context import Advance, StudyContext, evenly
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.part import Given
-from lrqp_torch.study.prompts import Words
+from lrqp_torch.study.prompts import Words, rows_by_class
 from lrqp_torch.study.running import Trial, Trials, displacements, next_class
 from lrqp_torch.study.subspaces import (
     Along,
@@ -533,9 +533,7 @@ def half_edits(x: Tensor, y: Tensor, given: Given) -> list[tuple[int, LRQP]]:
     one. Empty where a half would have fewer than two of a class.
     """
     generator, halves = given.context.generator(), list[list[Tensor]](([], []))
-    for label in y.unique().tolist():
-        rows = (y.cpu() == label).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+    for rows in rows_by_class(y, generator):
         for half, own in zip(halves, (rows[::2], rows[1::2]), strict=True):
             half.append(own)
     if min(len(rows) for half in halves for rows in half) < 2:

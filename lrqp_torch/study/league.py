@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lrqp_torch.baselines import Baseline, Paired
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError, StatisticsError
+from lrqp_torch.errors import SettingError
 from lrqp_torch.study import methods
 from lrqp_torch.study.ceiling import Interchange, Likeness
 from lrqp_torch.study.context import Advance, StudyContext, no_progress
-from lrqp_torch.study.estimates import CONFIDENCE, Estimate, Sample, bca, units_of
+from lrqp_torch.study.estimates import CONFIDENCE, RESAMPLES, Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult, Role
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.methods import DOSED, ERASING, FITTED, NOTHING, DosedLRQP, Training
@@ -41,7 +41,6 @@ LEAST_TOKENS = 6
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 LOG_ALPHAS = (0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 
-RESAMPLES = 1000
 REACHED = 0.975
 """An effect counts as reached if the curves of this share of the resamples reach it."""
 
@@ -224,60 +223,6 @@ def compute(
 # ---- effect against side effect ------------------------------------------------------------------
 
 
-class Resampling:
-    """Prompts drawn with replacement, the same ones for every measure.
-
-    A mean over a resample is a weighted mean over the prompts, so differences and ratios between
-    edits are paired: both are read from the same prompts. Where there are groups, (n,), these are
-    drawn, each with all its prompts. ``weights`` holds the share of each prompt in each resample,
-    (resamples, n). Raises StatisticsError: no prompts.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        generator: torch.Generator,
-        resamples: int = RESAMPLES,
-        groups: Tensor | None = None,
-    ) -> None:
-        if n < 1:
-            raise StatisticsError("there are no prompts to resample")
-        self.n = n
-        found = units_of(groups, n)
-        units = torch.arange(n) if found is None else found
-        count = int(units.max()) + 1
-        drawn = torch.randint(count, (resamples, count), generator=generator)
-        ones = torch.ones(resamples, count, dtype=torch.float64)
-        times = torch.zeros_like(ones).scatter_add_(1, drawn, ones)[:, units]
-        self.weights = times / times.sum(1, keepdim=True)
-        # Of all prompts but those of one unit each, (units, n).
-        without = (units != torch.arange(count).unsqueeze(1)).double()
-        self._left_out = without / without.sum(1, keepdim=True)
-
-    def mean(self, values: Tensor) -> Estimate:
-        """The mean of values, (n,), with its BCa interval, see :func:`~.estimates.bca`.
-
-        As with :meth:`Estimate.mean`, no value where one is infinite.
-        """
-        wide = values.double().cpu()
-        mean = float(wide.mean())
-        if bool(wide.isposinf().any()):
-            return Estimate(None, None, None, self.n)
-        if len(self._left_out) == 1:
-            return Estimate(mean, mean, mean, self.n)
-        return Estimate(mean, *bca(mean, self.weights @ wide, self._left_out @ wide), self.n)
-
-    def means(self, values: Tensor) -> Tensor:
-        """The means of columns (n, k) in each resample, (resamples, k)."""
-        return self.weights @ values.double().cpu()
-
-    def interval(self, value: float, resampled: Tensor) -> Estimate:
-        """A value with the 2.5 % and 97.5 % quantiles of its resamples, (R,)."""
-        tail = (1 - CONFIDENCE) / 2
-        ends = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype))
-        return Estimate(value, float(ends[0]), float(ends[1]), self.n)
-
-
 @dataclass(frozen=True)
 class Swept:
     """One method's edits of the prompts of the sweep, by rising dose."""
@@ -291,7 +236,7 @@ class Swept:
     costs: Mapping[str, Tensor]  # side effect to its size, (n, m) each
 
 
-def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
+def draw_curves(swept: Sequence[Swept], draws: Sample) -> list[Curve]:
     """The curves, with the points that no other one beats."""
     effects = [float(v) for item in swept for v in item.fall.mean(0)]
     optimal = {
@@ -315,7 +260,7 @@ def draw_curves(swept: Sequence[Swept], draws: Resampling) -> list[Curve]:
 
 
 def relative_costs(
-    swept: Sequence[Swept], own: str, draws: Resampling
+    swept: Sequence[Swept], own: str, draws: Sample
 ) -> dict[str, dict[str, Estimate | None]]:
     """By method and side effect, what one method's effect at strength 1 costs, over what it pays.
 
@@ -324,18 +269,30 @@ def relative_costs(
     """
     mine = next(item for item in swept if item.name == own)
     column = list(mine.doses).index(1.0)
-    whole = torch.full((1, len(mine.fall)), 1 / len(mine.fall), dtype=torch.float64)
-    weights = torch.cat([whole, draws.weights])
-    wanted = weights @ mine.fall[:, column]
+
+    def means(values: Tensor) -> Tensor:
+        """Of all prompts, and of each resample."""
+        return torch.cat([values.mean(0, keepdim=True), draws.resampled(values)])
+
+    effects = {item.name: means(item.fall) for item in swept}
+    wanted = effects[own][:, column]
 
     def relative(item: Swept, cost: str) -> Estimate | None:
-        found = cost_at(weights @ item.fall, weights @ item.costs[cost], wanted)
-        ratio = found / (weights @ mine.costs[cost][:, column])
+        found = cost_at(effects[item.name], means(item.costs[cost]), wanted)
+        ratio = found / means(mine.costs[cost])[:, column]
         known = ratio[1:][ratio[1:].isfinite()]
-        reached = len(known) >= REACHED * len(draws.weights) and bool(ratio[0].isfinite())
-        return draws.interval(float(ratio[0]), known) if reached and float(wanted[0]) > 0 else None
+        reached = len(known) >= REACHED * RESAMPLES and bool(ratio[0].isfinite())
+        some = reached and float(wanted[0]) > 0
+        return _between_quantiles(float(ratio[0]), known, len(mine.fall)) if some else None
 
     return {item.name: {cost: relative(item, cost) for cost in item.costs} for item in swept}
+
+
+def _between_quantiles(value: float, resampled: Tensor, n: int) -> Estimate:
+    """A value of n prompts with the 2.5 % and 97.5 % quantiles of its resamples, (R,)."""
+    tail = (1 - CONFIDENCE) / 2
+    lower, upper = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype))
+    return Estimate(value, float(lower), float(upper), n)
 
 
 def front(effects: Sequence[float], costs: Sequence[float]) -> list[bool]:
@@ -429,17 +386,14 @@ class _Site:
         unbuilt = len(self.candidates) - len(self.edits)
         self.advance(unbuilt * (2 * n + texts + few * (len(self.options.strengths) - 1)))
 
-        groups = data.groups
-        of_few = None if groups is None else groups[:few]
-        draws = Resampling(n, context.generator(), groups=groups)
-        of_swept = Resampling(few, context.generator(), groups=of_few)
+        groups = None if data.groups is None else data.groups[:few]
+        draws, of_swept = trials.sample, Sample(context.seed, groups)
         for done in (*control.values(), *counterfactual.values()):
             moved = done["activations"].double() - self.x.double()
             done.found["euclidean"] = moved.norm(dim=-1)
             distance = self.reference.metric.distance(moved.to(context.device))
             done.found["distance"] = distance.cpu()
         interchange, likeness = trials.likenesses(counterfactual, patch)
-        of_texts = Resampling(texts, context.generator()) if texts else None
         relative = relative_costs(swept, FITTED, of_swept)
 
         def row(item: methods.Candidate) -> MethodResult:
@@ -452,7 +406,7 @@ class _Site:
                 unfilled,
                 control=self._effect(control[name], self.labels, draws),
                 counterfactual=self._effect(done, self.target, draws, **like),
-                text_divergence=None if of_texts is None else of_texts.mean(by_text[name]),
+                text_divergence=Sample(context.seed).mean(by_text[name]) if texts else None,
                 scores=self._scores(name, done, draws),
                 seconds=self._seconds(item.edit, pairs),
                 relative=relative.get(name, {}),
@@ -527,7 +481,7 @@ class _Site:
         trials.run(self.advance)
         return {name: trial["divergence"] for name, trial in done.items()}, len(texts)
 
-    def _effect(self, trial: Trial, target: Tensor, draws: Resampling, **likeness: Any) -> Effect:
+    def _effect(self, trial: Trial, target: Tensor, draws: Sample, **likeness: Any) -> Effect:
         read, chosen = self.oracles.read_class(trial["activations"]), target.unsqueeze(-1)
         rival = read.scatter(-1, chosen, float("-inf")).amax(-1)
         means = {"log_odds": read.gather(-1, chosen).squeeze(-1) - rival}
@@ -536,12 +490,12 @@ class _Site:
         attention = trial.found.get("attention")
         found: dict[str, Any] = {name: draws.mean(values) for name, values in means.items()}
         return Effect(
-            flipped=Sample(0, self.data.groups).flipped(self.clean.found, trial.found),
+            flipped=draws.flipped(self.clean.found, trial.found),
             attention=None if attention is None else draws.mean(attention),
             **found | likeness,
         )
 
-    def _scores(self, name: str, trial: Trial, draws: Resampling) -> dict[str, Estimate | None]:
+    def _scores(self, name: str, trial: Trial, draws: Sample) -> dict[str, Estimate | None]:
         """Completeness, selectivity and reliability of a counterfactual edit."""
         read = self.oracles.read_class(trial["activations"]).softmax(-1)
         complete = nullified(read) if name in ERASING else completeness(read, self.target)
@@ -551,10 +505,10 @@ class _Site:
             return scores | {"selectivity": None, "reliability": None}
         both = torch.stack([complete, selective], dim=-1)
         value = reliability(*both.mean(0))
-        resampled = reliability(*draws.means(both).unbind(-1))
+        resampled = reliability(*draws.resampled(both).unbind(-1))
         return scores | {
             "selectivity": draws.mean(selective),
-            "reliability": draws.interval(float(value), resampled),
+            "reliability": _between_quantiles(float(value), resampled, len(both)),
         }
 
     def _seconds(self, edit: Baseline, pairs: Tensor) -> float:

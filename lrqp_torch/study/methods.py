@@ -31,7 +31,7 @@ from lrqp_torch.stream.capture import capture
 from lrqp_torch.stream.replay import Tail
 from lrqp_torch.stream.sites import Site
 from lrqp_torch.study.context import StudyContext
-from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.prompts import PromptSet, rows_by_class
 
 
 class LearnedLRQP(LeastEdit):
@@ -201,11 +201,8 @@ def others_alike(labels: Tensor, generator: torch.Generator) -> Tensor:
     Its activation is what a patch writes as a control: a minimal pair of the same class would be
     the prompt itself.
     """
-    labels = labels.cpu()
     other = torch.arange(len(labels))
-    for label in labels.unique():
-        rows = (labels == label).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+    for rows in rows_by_class(labels, generator):
         other[rows] = rows.roll(1)
     return other
 

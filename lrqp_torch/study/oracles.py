@@ -22,7 +22,7 @@ from torch import Tensor
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.estimates import Estimate
 from lrqp_torch.study.indirect_objects import IOIPrompts
-from lrqp_torch.study.prompts import PromptSet
+from lrqp_torch.study.prompts import PromptSet, rows_by_class
 
 MOST_CLASSES = 20
 LEAST_PROMPTS = 3
@@ -54,9 +54,7 @@ class Oracles:
     def __init__(self, x: Tensor, data: PromptSet, generator: torch.Generator) -> None:
         self.half = torch.zeros(len(data), dtype=torch.long)
         own = data.labels.cpu()
-        for label in range(len(data.classes)):  # all are as frequent in one half as in the other
-            rows = (own == label).nonzero().flatten()
-            rows = rows[torch.randperm(len(rows), generator=generator)]
+        for rows in rows_by_class(own, generator):  # as frequent in one half as in the other
             self.half[rows[::2]] = 1
         labels = {class_name(data): own}
         for name, items in side_variables(data).items():

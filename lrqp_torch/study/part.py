@@ -21,7 +21,8 @@ from lrqp_torch.study.records import from_json
 from lrqp_torch.study.results import StudyResults, told
 from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import panel, said
-from lrqp_torch.study.sweep import Batches, fit_edits
+from lrqp_torch.study.store import BatchStore
+from lrqp_torch.study.sweep import fit_edits
 
 R = TypeVar("R")
 
@@ -41,7 +42,7 @@ class Given:
     # Results of the parts that ran before, by name.
     results: dict[str, Any] = field(default_factory=dict)
     # Where the part may keep batches until it is finished; None to keep none.
-    batches: Batches | None = None
+    batches: BatchStore | None = None
     # Keeps numbers of each held-out prompt, (n,) by name, beside the results.
     keep_prompts: Callable[[Mapping[str, Tensor]], object] = keep_nothing
 

@@ -933,6 +933,13 @@ def halves(prompts: PromptSet) -> tuple[Tensor, Tensor]:
     return torch.tensor(sorted(found[0])), torch.tensor(sorted(found[1]))
 
 
+def rows_by_class(labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """The rows of each class that occurs among labels (n,), in random order, on the CPU."""
+    for label in labels.unique().cpu():
+        rows = (labels.cpu() == label).nonzero().flatten()
+        yield rows[torch.randperm(len(rows), generator=generator)]
+
+
 def majority_share(train: Sequence[int], test: Sequence[int]) -> float:
     """Accuracy on ``test`` of always naming the most frequent class of ``train``."""
     most = Counter(train).most_common(1)[0][0]

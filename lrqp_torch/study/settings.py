@@ -179,10 +179,7 @@ class Settings:
             if (own := getattr(self, name)) not in known:
                 raise SettingError(f"{name} must be one of {', '.join(known)}, not {quoted(own)}.")
         check_names(self.compared)
-        if self.refits < 0:
-            raise SettingError(f"refits must be 0 or more, not {self.refits}.")
-        if self.batch_size < 1:
-            raise SettingError(f"batch_size must be at least 1, not {self.batch_size}.")
+        _require_least(self, refits=0, batch_size=1)
         if self.data is None and not (
             self.variable_names[0] == ORDER and {*self.variable_names} <= {ORDER, IDENTITY}
         ):
@@ -253,6 +250,15 @@ class Settings:
         return kept | ({"compare_task": self.compares} if self.data is None else {})
 
 
+def _require_least(settings: Any, **least: int) -> None:
+    """Raise :class:`SettingError` for a setting below what it must be at least."""
+    from lrqp_torch.errors import SettingError
+
+    for name, bound in least.items():
+        if (own := getattr(settings, name)) < bound:
+            raise SettingError(f"{name} must be at least {bound}, not {own}.")
+
+
 def _same(name: str) -> Any:
     """The field of :class:`Settings` of that name."""
     known = next(each for each in fields(Settings) if each.name == name)
@@ -281,9 +287,7 @@ class VerdictSettings:
     n: int = option(200, "Prompts a draw; half are held out.", "--n", min=8)
     seeds: int = option(3, "Draws of prompts.", min=1)
     seed: int = option(0, "Seed of the first draw; the others follow.")
-    prefixes: str = option(
-        "none", "Sentence before each prompt: none, bundled, openwebtext, or a file."
-    )
+    prefixes: str = _same("prefixes")
     sites: str = option("all", "all, or names that every model has, such as L1.mid,L2.pre.")
     batch_size: int = _same("batch_size")
     device: str = _same("device")
@@ -302,9 +306,7 @@ class VerdictSettings:
 
         if self.models == "all":
             object.__setattr__(self, "models", ",".join(organisms_here()))
-        for name, least in (("seeds", 1), ("batch_size", 1), ("n", 8)):
-            if getattr(self, name) < least:
-                raise SettingError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        _require_least(self, seeds=1, batch_size=1, n=8)
         if not self.model_names():
             raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
         unknown = [name for name in listed(self.methods) if name not in {*METHODS, "all"}]

@@ -8,7 +8,7 @@ Source: the post "Intervening in the Residual Stream" (2023).
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,22 +22,15 @@ from lrqp_torch.study.context import ALONE, Advance, no_progress
 from lrqp_torch.study.prompts import PromptSet
 from lrqp_torch.study.running import Batch, Edited, answers, batches, divergences, put
 
+if TYPE_CHECKING:
+    from lrqp_torch.study.store import BatchStore
+
 CONDITIONS = ("control", "counterfactual")
 INTERCHANGE, NULL = "interchange", "null"
 """Names of what runs beside the edits; further runs of the null are NULL1, NULL2, ..."""
 USED_THRESHOLD = 0.5
 """Up to version 0.3 a site counted as used if its counterfactual edit flipped this share more than
 its control edit; results of that time are still read so. See :mod:`~.ceiling` for the verdict."""
-
-
-class Batches(Protocol):
-    """Keeps the tensors of finished batches, so that a part that was stopped can go on."""
-
-    def load(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of a batch, or None if it was not reached."""
-
-    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a batch."""
 
 
 def fit_edits(
@@ -73,7 +66,8 @@ def sweep(
     *,
     batch_size: int = 64,
     ranks: Ranks = ALONE,
-    kept: Batches | None = None,
+    kept: "BatchStore | None" = None,
+    first: int = 0,
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
     asked: Mapping[str, Mapping[str, Tensor]] | None = None,
     advance: Advance = no_progress,
@@ -88,6 +82,7 @@ def sweep(
 
     Args:
         kept: keeps batches; read and written by rank 0 alone.
+        first: under what number it keeps the first one.
         beside: site to what is put at the marked token in further runs, (n, d) by name: the same
             names at every site, such as :data:`INTERCHANGE` and :data:`NULL`.
         asked: site and condition to the log α of each prompt, (n,), in place of the edit's rule.
@@ -119,7 +114,7 @@ def sweep(
     rows = {number: batch.rows for number, batch in work.items()}
     store = kept if ranks.is_main else None
     with ranks.together():
-        found = {} if store is None else {number: store.load(number) for number in work}
+        found = {} if store is None else {number: store.load(first + number) for number in work}
     done = ranks.from_main({n: tensors for n, tensors in found.items() if tensors is not None})
     pending = [number for number in work if number not in done]
     runs = 1 + copies * len(edits)
@@ -140,7 +135,7 @@ def sweep(
             done |= finished
             if store is not None:
                 for number, tensors in finished.items():
-                    store.save(number, tensors)
+                    store.save(first + number, tensors)
     flat = {"labels": prompts.labels.cpu(), "other": prompts.other.cpu()}
     if prompts.groups is not None:
         flat["groups"] = prompts.groups.cpu()

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from lrqp_torch import capture
 from lrqp_torch.baselines import BASELINES, DAS, Behaviour, answer_loss
-from lrqp_torch.errors import StatisticsError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.attention import record_patterns
-from lrqp_torch.study.estimates import bootstrap
+from lrqp_torch.study.estimates import Sample, bca
 from lrqp_torch.study.league import (
     LEAST_TOKENS,
-    Resampling,
     Swept,
     cost_at,
     elsewhere,
@@ -110,17 +108,22 @@ def test_cost_at_an_effect_is_read_off_straight_lines() -> None:
 
 
 def test_resamples_are_those_of_the_bootstrap() -> None:
-    values = torch.randn(200, generator=torch.Generator().manual_seed(0)).double()
-    draws = Resampling(200, torch.Generator().manual_seed(1), resamples=4000)
-    assert torch.allclose(draws.weights.sum(1), torch.ones(4000).double())
-    mean = draws.mean(values)
-    assert mean.value == float(values.mean())
-    lower, upper = bootstrap(values, torch.Generator().manual_seed(2), 4000)
-    assert mean.lower == pytest.approx(lower, abs=0.01)
-    assert mean.upper == pytest.approx(upper, abs=0.01)
-    assert draws.means(values[:, None])[:, 0].quantile(0.5) == pytest.approx(mean.value, abs=0.01)
-    with pytest.raises(StatisticsError):
-        Resampling(0, torch.Generator())
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, generator=generator).double()
+    for groups in (None, torch.arange(200) // 4):
+        sample = Sample(1, groups)
+        means, own = sample.resampled(torch.stack([values, 2 * values], -1)).T, sample.mean(values)
+        assert torch.allclose(2 * means[0], means[1])
+        lower, upper = bca(float(values.mean()), means[0], leave_out(values, groups))
+        assert (own.lower, own.upper) == pytest.approx((lower, upper), rel=1e-12)
+
+
+def leave_out(values: Tensor, groups: Tensor | None) -> Tensor:
+    """The mean of all but one prompt, or one group."""
+    kept = (
+        ~torch.eye(200, dtype=torch.bool) if groups is None else groups != torch.arange(50)[:, None]
+    )
+    return torch.stack([values[rows].mean() for rows in kept])
 
 
 def test_relative_cost_of_a_dearer_copy_of_lrqp_is_its_price() -> None:
@@ -130,7 +133,7 @@ def test_relative_cost_of_a_dearer_copy_of_lrqp_is_its_price() -> None:
     own = Swept("lrqp", "LRQP", "strength", (1.0, 2.0), (None, None), fall, costs)
     dear = replace(own, name="dear", costs={"divergence": 3 * fall**2})
     weak = replace(own, name="weak", fall=0.1 * fall)
-    found = relative_costs([own, dear, weak], "lrqp", Resampling(50, generator))
+    found = relative_costs([own, dear, weak], "lrqp", Sample(0))
     for name, price in (("lrqp", 1), ("dear", 3)):
         mean = found[name]["divergence"]
         assert mean is not None

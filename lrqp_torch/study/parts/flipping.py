@@ -47,7 +47,7 @@ from lrqp_torch.study.showing import (
     table_of,
     task_in_words,
 )
-from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, Batches, sweep
+from lrqp_torch.study.sweep import CONDITIONS, INTERCHANGE, NULL, sweep
 
 MOST_POINTS = 500
 """Held-out prompts drawn at each site; the numbers are of all of them."""
@@ -105,8 +105,7 @@ class Flipping(Part[FlippingResult]):
         """Sweep each version of the task."""
         found, batches = {}, 0
         for task in given.context.tasks:
-            kept = None if given.batches is None else _Behind(batches, given.batches)
-            found[task.name], flat = _swept(given, task, kept, advance)
+            found[task.name], flat = _swept(given, task, batches, advance)
             if task is given.context.task:
                 given.keep_prompts(flat)
             batches += -(-len(task.test) // given.context.batch_size)
@@ -178,24 +177,12 @@ class Flipping(Part[FlippingResult]):
 # ---- computing -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Behind:
-    """The batches behind those of another task."""
-
-    start: int
-    kept: Batches
-
-    def load(self, index: int) -> dict[str, Tensor] | None:
-        return self.kept.load(self.start + index)
-
-    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        self.kept.save(self.start + index, tensors)
-
-
 def _swept(
-    given: Given, task: Task, kept: Batches | None, advance: Advance
+    given: Given, task: Task, number: int, advance: Advance
 ) -> tuple[TaskFlipping, dict[str, Tensor]]:
-    """Fit to one task's training prompts, and run its held-out ones."""
+    """Fit to one task's training prompts, and run its held-out ones; ``number`` is that under which
+    the first batch is kept.
+    """
     context, settings, ranks = given.context, given.settings, given.context.ranks
     clock = Clock()
     with clock.stage("capture"):
@@ -221,9 +208,10 @@ def _swept(
         asked = asked_at(context, task, settings.dose, edits)
         beside, told = _put_beside(given, task, edits, chance, held_out, asked)
     with clock.stage("sweep"):
-        how: dict[str, Any] = {"ranks": ranks, "kept": kept, "beside": beside, "asked": asked}
-        ordered, size = {site: edits[site] for site in context.sites}, context.batch_size
-        flat = sweep(context.model, task.test, ordered, batch_size=size, advance=advance, **how)
+        how: dict[str, Any] = {"ranks": ranks, "beside": beside, "asked": asked, "advance": advance}
+        how |= {"kept": given.batches, "first": number, "batch_size": context.batch_size}
+        ordered = {site: edits[site] for site in context.sites}
+        flat = sweep(context.model, task.test, ordered, **how)
     flat |= told
     truth = task.test.labels.to(context.device)
     groups, rows = task.test.groups, halves(task.test)
