@@ -74,6 +74,10 @@ class EditNeverFiredError(LRQPError, RuntimeError):
     """An edit whose context closed although some of its positions never ran through the model."""
 
 
+class EditOverwrittenError(LRQPError, RuntimeError):
+    """A hook of one's own changes what an edit has put in place, so its odds do not hold there."""
+
+
 class TokenizerError(LRQPError, ValueError):
     """A tokenizer under which the task cannot be built (too few single-token names, no offsets)."""
 

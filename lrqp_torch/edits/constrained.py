@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.posed import Point, PosedProblem, Reduction
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, reach
 from lrqp_torch.stream.intervene import EditContext
+from lrqp_torch.stream.positions import Positions
 
 Reads = Literal["activation", "length"] | Tensor
 Values = Mapping[str, Tensor | float]
@@ -198,24 +199,23 @@ class ConstrainedLRQP(Edit[Classes]):
     def bind(
         self, run: EditRun, *, parameters: Values | None = None, **given: Any
     ) -> dict[str, Any]:
-        """See :meth:`Edit.bind`: the parameters, one value for all or one an example.
-
-        In a scope, whose batch is not known beforehand, they are the same for all.
+        """See :meth:`Edit.bind`: the parameters, one value for all, one an example or one a
+        position; in a scope one for all or one a request.
         """
-        problem = self._pose()[1]
-        spread = {
-            name: _spread(problem, name, value, run.positions.batch or 1)
-            for name, value in (parameters or {}).items()
-        }
-        return {"parameters": spread, **super().bind(run, **given)}
+        problem, asked = self._pose()[1], dict(parameters or {})
+        _check_names(problem, asked)
+        placed = {n: _placed(problem, n, value, run.positions) for n, value in asked.items()}
+        return {"parameters": placed, **super().bind(run, **given)}
 
     def edit_rows(
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
-        """See :meth:`Edit.edit_rows`: each example with its own parameters."""
-        rows = context.example
-        rows = rows if context.request is None else torch.zeros_like(rows)
-        own = {name: value.to(x.device)[rows] for name, value in given["parameters"].items()}
+        """See :meth:`Edit.edit_rows`: each position with its own parameters."""
+        rows = context.index if context.request is None else context.request
+        own = {
+            name: value.to(x.device)[rows if len(value) > 1 else torch.zeros_like(rows)]
+            for name, value in given["parameters"].items()
+        }
         return super().edit_rows(x, target, source, context, parameters=own)
 
     def unreachable(self, target: Tensor, which: str) -> str:
@@ -280,14 +280,7 @@ class ConstrainedLRQP(Edit[Classes]):
         parameters: Values,
     ) -> list[Tensor]:
         """Values of all parameters but the gap, (B, …) each, in the order of the problem."""
-        declared = set(problem.parameters)
-        unknown, missing = set(parameters) - declared, declared - set(parameters)
-        if unknown or missing:
-            raise ConstraintError(
-                f"the parameters are {sorted(declared)}: "
-                + (f"{sorted(unknown)} were not declared" if unknown else "")
-                + (f"{sorted(missing)} have no value" if missing else "")
-            )
+        _check_names(problem, parameters)
         if torch.is_grad_enabled() and (
             self.metric.own().requires_grad
             or (self.probe.weight.requires_grad and not basis.complete)
@@ -332,10 +325,20 @@ def _rows_read(reads: Reads, width: int) -> Tensor | None:
     )
 
 
-def _spread(problem: PosedProblem, name: str, value: Tensor | float, batch: int) -> Tensor:
-    """A parameter's value for each example, (B, *shape)."""
-    if name not in problem.parameters:
-        raise ConstraintError(f"{name!r} was not declared; parameters={sorted(problem.parameters)}")
+def _check_names(problem: PosedProblem, parameters: Values) -> None:
+    """Raise :class:`ConstraintError` unless all declared parameters are given, and no others."""
+    declared = set(problem.parameters)
+    unknown, missing = set(parameters) - declared, declared - set(parameters)
+    wrong = [f"{sorted(unknown)} were not declared"] if unknown else []
+    wrong += [f"{sorted(missing)} have no value"] if missing else []
+    if wrong:
+        raise ConstraintError(f"the parameters are {sorted(declared)}: {', '.join(wrong)}")
+
+
+def _given(
+    problem: PosedProblem, name: str, value: Tensor | float, *leads: tuple[int, ...]
+) -> Tensor:
+    """A parameter's values, of its shape behind nothing or one of some leading shapes, checked."""
     shape = tuple(problem.parameters[name].shape)
     try:
         tensor = torch.as_tensor(value)
@@ -343,17 +346,41 @@ def _spread(problem: PosedProblem, name: str, value: Tensor | float, batch: int)
         raise ConstraintError(f"parameter {name!r} must be numbers, got {quoted(value)}") from error
     if tensor.is_complex():
         raise ConstraintError(f"parameter {name!r} must be real, got {tensor.dtype}")
+    if tensor.shape not in (shape, *((*lead, *shape) for lead in leads)):
+        known = " or ".join(str((*lead, *shape)) for lead in ((), *leads))
+        raise ConstraintError(f"parameter {name!r} must be {known}, got {tuple(tensor.shape)}")
     tensor = tensor.double()
-    if tensor.shape == shape:
-        problem.check_value(name, tensor)
-        return tensor.expand(batch, *shape)
-    if tensor.shape == (batch, *shape):
-        for one in tensor:
-            problem.check_value(name, one)
-        return tensor
-    raise ConstraintError(
-        f"parameter {name!r} must be {shape} or {(batch, *shape)}, got {tuple(tensor.shape)}"
-    )
+    for one in tensor.reshape(-1, *shape):
+        problem.check_value(name, one)
+    return tensor
+
+
+def _spread(problem: PosedProblem, name: str, value: Tensor | float, batch: int) -> Tensor:
+    """A parameter's value for each example, (B, *shape)."""
+    return _given(problem, name, value, (batch,)).expand(batch, *problem.parameters[name].shape)
+
+
+def _placed(
+    problem: PosedProblem, name: str, value: Tensor | float, positions: Positions
+) -> Tensor:
+    """A copy of a parameter's value for each position, or request of a scope; or (1, …) for all."""
+    axes = len(problem.parameters[name].shape)
+    if positions.scope is not None:
+        count = positions.requests
+        if count is None and getattr(value, "ndim", axes) > axes:
+            count = len(cast(Tensor, value))
+        found = _given(problem, name, value, *(() if count is None else ((count,),)))
+        if found.ndim > axes:
+            positions.requests = count
+    else:
+        batch, grid = cast(int, positions.batch), positions.grid
+        found = _given(problem, name, value, (batch,), *((grid,) if len(grid) > 1 else ()))
+        if found.ndim > axes + 1:
+            at = positions.example, positions.token
+            found = found[at] if positions.is_mask else found.flatten(0, 1)
+        elif found.ndim > axes:
+            found = found[positions.example]
+    return (found if found.ndim > axes else found[None]).clone()
 
 
 def _solve_posed(

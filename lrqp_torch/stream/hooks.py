@@ -5,6 +5,7 @@ and written by changing the attention module's output, so that the skip path and
 the edit. In blocks that normalise after adding, it is a module's own output.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
@@ -30,7 +31,13 @@ from lrqp_torch.stream.sites import (
     projection_of,
     trunk_of,
 )
-from lrqp_torch.stream.traced import Traced, stream_given, tensors_given, with_stream
+from lrqp_torch.stream.traced import (
+    KEPT_AT,
+    Traced,
+    stream_given,
+    tensors_given,
+    with_stream,
+)
 from lrqp_torch.stream.watch import (
     RAN_TWICE,
     Hook,
@@ -54,22 +61,28 @@ Offer = Callable[[repeats.Site, Tensor, Residual, float, ForwardCall], repeats.F
 called with; gives what visits it in passes like that one, or None."""
 
 
+Overwritten = Callable[[Tensor, Tensor, ForwardCall], None]
+"""Called with what was left at a site, and what a hook that was set later has made of it."""
+
+
 def attach(
     watch: Watch,
     located: Located,
     visit: Visit,
     offer: Offer | None = None,
+    overwritten: Overwritten | None = None,
     kept: "InputHook | None" = None,
 ) -> "InputHook":
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
 
     The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
-    head width). ``offer`` may give what does the same in passes like the one before. The hook may
+    head width). ``offer`` may give what does the same in passes like the one before. What is left
+    there is promised to stay if ``overwritten`` is to be told of hooks that change it. The hook may
     be ``kept`` from an earlier context of this watch.
     """
     kind = InputHook if located.side == "input" else OutputHook
-    at = kind(watch, located, visit, offer) if kept is None else kept.again(located)
+    at = kept.again(located) if kept else kind(watch, located, visit, offer, overwritten)
     if located.side == "input":
         watch.before(located.module, at)
         return at
@@ -82,7 +95,7 @@ def attach(
     # give the reader in its place is not what the skip path holds.
     watch.before(located.residual, at.remember, first=True, traced=at.remembered)
     for part, _ in located.beside:
-        watch.after(part, at.note)
+        watch.after(part, at.note, last=True)
     return at
 
 
@@ -92,13 +105,19 @@ class InputHook(Hook):
     Args:
         watch: whose passes these are.
         located: the site.
-        visit, offer: see :func:`attach`.
+        visit, offer, overwritten: see :func:`attach`.
     """
 
     def __init__(
-        self, watch: Watch, located: Located, visit: Visit, offer: Offer | None = None
+        self,
+        watch: Watch,
+        located: Located,
+        visit: Visit,
+        offer: Offer | None = None,
+        overwritten: Overwritten | None = None,
     ) -> None:
         self.watch, self.located, self.scale = watch, located, located.scale
+        self.overwritten = overwritten
         self.visit, self.under_way = visit, watch.under_way
         # What graphs follow in place of this hook, and of that which keeps what is added to.
         self.traced: Traced | None = None
@@ -145,6 +164,14 @@ class InputHook(Hook):
         self.known = None, None
         self.residuals.clear()
 
+    @staticmethod
+    def shaped(tensor: Tensor, call: ForwardCall) -> Tensor:
+        """A tensor of a call, (B, T, …)."""
+        # Some modules read and return all tokens in one row; others have one token an example.
+        if tensor.ndim == 3:
+            return tensor
+        return tensor.reshape(call.batch, call.front + call.length, -1)
+
     def within(self, tensor: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """What stands in for a tensor of a call, in whatever shape."""
         if self.latest is not None and not call.again:
@@ -152,9 +179,7 @@ class InputHook(Hook):
             if self.latest.get(get_ident()) is call:
                 raise PositionError(f"{self.located.site} {RAN_TWICE}")
             self.latest[get_ident()] = call
-        # Some modules read and return all tokens in one row; others have one token an example.
-        shape, features = (call.batch, call.front + call.length, -1), self.located.features
-        shaped = tensor if tensor.ndim == 3 else tensor.reshape(shape)
+        shaped, features = self.shaped(tensor, call), self.located.features
         part = shaped if features is None else shaped[..., features]
         kept = self.visit(part, residual, scale, call)
         if kept is part:
@@ -163,6 +188,52 @@ class InputHook(Hook):
             before, behind = shaped[..., : features.start], shaped[..., features.stop :]
             kept = torch.cat([before, kept.to(tensor.dtype), behind], -1)
         return kept if tensor.ndim == 3 else kept.reshape(tensor.shape)
+
+    def joined(
+        self, module: nn.Module, table: OrderedDict[int, Any], own: int, other: int, front: bool
+    ) -> None:
+        """See :meth:`~.watch._Added.joined`: what a later hook makes of the stream is looked at."""
+        if self.overwritten is None or front:
+            return
+        left, watch, given = dict[int, Tensor](), self.watch, self.located.side == "input"
+        traced = remembered = None
+        if watch.followed is not None:
+            name = f"{self.located.site}{KEPT_AT}"
+            traced, remembered = watch.followed.install(name, given, True, 1.0, self.compare)
+
+        def found(args: Any, kwargs: Any, output: tuple[Any, ...]) -> Tensor | None:
+            if not watch.acts():
+                return None
+            return first_tensor(output[0]) if output else stream_given(module, args, kwargs)
+
+        def before(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            tensor = found(args, kwargs, output)
+            if tensor is not None:
+                left[get_ident()] = tensor.detach().clone()
+
+        def behind(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            held, tensor = left.pop(get_ident(), None), found(args, kwargs, output)
+            calls = self.under_way.get(get_ident())
+            call = calls[-1] if calls else watch.latest
+            if held is not None and tensor is not None and call is not None:
+                self.compare(tensor.detach(), held, 1.0, call)
+
+        add = watch.before if given else watch.after
+        add(module, before, traced=remembered)
+        table.move_to_end(other)
+        add(module, behind, traced=traced)
+
+    def compare(self, tensor: Tensor, held: Residual, scale: float, call: ForwardCall) -> Tensor:
+        """Tell of what was left at the site, ``held``, and of what is there now."""
+        assert isinstance(held, Tensor)
+        assert self.overwritten is not None
+        features, pair = self.located.features, (held, tensor)
+        if held.shape == tensor.shape:
+            pair = self.shaped(held, call), self.shaped(tensor, call)
+            if features is not None:
+                pair = pair[0][..., features], pair[1][..., features]
+        self.overwritten(*pair, call)
+        return tensor
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What the module goes on with, or None where that is what it was given."""
@@ -216,10 +287,8 @@ class InputHook(Hook):
 class OutputHook(InputHook):
     """After the module whose output a site is, or what is added to it."""
 
-    def __init__(
-        self, watch: Watch, located: Located, visit: Visit, offer: Offer | None = None
-    ) -> None:
-        super().__init__(watch, located, visit, offer)
+    def __init__(self, watch: Watch, located: Located, *visits: Any) -> None:
+        super().__init__(watch, located, *visits)
         # What it is added to is kept by thread; by thread and module, what is added to it before.
         self.besides: dict[tuple[int, nn.Module], Tensor] = {}
 

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from lrqp_torch.errors import (
     FEW,
     EditNeverFiredError,
+    EditOverwrittenError,
     LRQPError,
     NonFiniteError,
     PositionError,
@@ -26,6 +27,7 @@ from lrqp_torch.errors import (
     capturing,
     concrete,
     in_transforms,
+    outside_transforms,
     readable,
     unwrapped,
 )
@@ -196,7 +198,9 @@ def intervene(
     by where they come from: the prompt of ``model.generate``, or what it writes.
 
     To read the edited stream, use :func:`capture` within the context: transformers' own
-    ``output_hidden_states`` may record a block's output before an edit of it.
+    ``output_hidden_states`` may record a block's output before an edit of it. Hooks of your own
+    that are set on a site's module before the context opens run before the edit; later ones read
+    what it has put in place.
 
     Args:
         model: a transformers model; at the sites of :meth:`~lrqp_torch.Site.module`, any module.
@@ -214,7 +218,9 @@ def intervene(
             NaN and infinity are raised when the context closes, and so is what the edit itself
             has to say.
         EditNeverFiredError: on closing, when positions never ran through the model, or a scope
-            had no token.
+            had no token; or a site's module has been replaced.
+        EditOverwrittenError: in the forward pass, when a later hook on a site's module changes
+            activations whose odds an edit certifies; on a GPU, on closing.
     """
     return Editing(model, interventions, list)
 
@@ -278,7 +284,8 @@ class Editing(ContextDecorator, Generic[Record]):
                 watch.__enter__()
                 self._watches.append((watch, items))
                 for each in sorted(items, key=_site_of) if len(items) > 1 else items:
-                    watch.hook = attach(watch, each.located, each.apply, each.offer)
+                    promised = None if each.record is None else each.overwritten
+                    watch.hook = attach(watch, each.located, each.apply, each.offer, promised)
                     if each.record is not None:
                         each.record.begin()
         except BaseException as error:
@@ -313,7 +320,7 @@ class Editing(ContextDecorator, Generic[Record]):
             if there:
                 watch.hook.located = located
             else:
-                attach(watch, located, applied.apply, applied.offer, watch.hook)
+                attach(watch, located, applied.apply, applied.offer, kept=watch.hook)
             if not applied.resume(plan.number):
                 watch.hook.renew()
         except BaseException as error:
@@ -403,8 +410,8 @@ class _Plan:
             return None
         if hook.repeat is None or not watch.may_stay(2 - (located.residual is None)):
             # Where two contexts in turn are given tokens of a shape, there may be a third.
-            if watch.followed is not None and watch._latest is not None:
-                known.passes[_key_of(item)] = watch._latest.tokens.shape
+            if watch.followed is not None and watch.latest is not None:
+                known.passes[_key_of(item)] = watch.latest.tokens.shape
             return None
         watch.stays = True
         return _Plan(known, watch, applied)
@@ -498,6 +505,8 @@ class _Applied:
         # A call that is one object for all that are like it, and its rows on the CPU.
         self.known: tuple[ForwardCall, Rows] | None = None
         self.largest: list[Tensor] = []
+        # Whether a hook has changed what was put in place, where that is not waited for.
+        self.changed: list[Tensor] = []
         # What an edit was told last of rows of the stream itself, which are the same pass for pass.
         self.told: tuple[Rows, torch.dtype, _Here] | None = None
         # What stands for the calls that compiled code edits, and what that is told.
@@ -726,8 +735,45 @@ class _Applied:
                 f"{values.dtype} can hold"
             )
 
+    def overwritten(self, left: Tensor, found: Tensor, call: ForwardCall) -> None:
+        """Raise if a hook that came later has changed the edited rows; see :func:`~.hooks.attach`.
+
+        Raises:
+            EditOverwrittenError: it has; on a GPU that is raised when the context closes.
+        """
+        at = self.places.rows(replace(call, again=True), found.device)
+        if at is None or not (concrete(left) and concrete(found)):
+            return
+        if left.shape == found.shape and left.dtype == found.dtype:
+            with outside_transforms():
+                rows = [at.gather(unwrapped(stream)) for stream in (left, found)]
+                changed = rows[0].ne(rows[1]).any(-1)
+                changed = (changed if at.shown is None else changed & at.shown).any()
+            if not readable(changed):
+                self.changed.append(changed)
+                return
+            if not bool(changed):
+                return
+        self._refuse_hook()
+
+    def _refuse_hook(self) -> None:
+        raise EditOverwrittenError(
+            f"a hook that was set on {type(self.located.module).__name__} while this context was "
+            f"open changes what the edit at {self.located.site} has put in place, so the odds are "
+            f"not those that it promises: set the hook before the context opens, and the edit "
+            f"comes after it"
+        )
+
     def close(self, watch: Watch) -> None:
         """Raise for what went wrong without being seen, and for positions that never ran."""
+        if self.changed and bool(torch.stack(self.changed).any()):
+            self._refuse_hook()
+        if self.located.replaced:
+            raise EditNeverFiredError(
+                f"the {type(self.located.module).__name__} that {self.located.site} names was "
+                f"replaced by another module while this context was open, as adapters do, so what "
+                f"ran since was not edited: open the context after that"
+            )
         if self.raises_late:
             cast(Recorded, self.item.edit).raise_late()
         if self.largest:

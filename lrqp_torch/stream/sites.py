@@ -321,6 +321,10 @@ class Known:
         """Remember a site that was located."""
         whole = model, self._inner()
         if found.module not in whole and found.trunk.module not in whole:
+            for parent in modules_of(model):
+                for child, module in parent._modules.items():
+                    if module is found.module:
+                        found = replace(found, home=(parent._modules, child))
             self.places[name] = found
         return found
 
@@ -491,6 +495,13 @@ class Located:
     # Modules whose outputs, times numbers, are added to scale · tensor before that.
     beside: tuple[tuple[nn.Module, float], ...] = ()
     features: slice | None = None  # which of its last axis belong to the site, or None for all
+    # The table of children that holds the module, and by what name; None where that is not kept.
+    home: tuple[dict[str, nn.Module | None], str] | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether there is another module by now where this one was."""
+        return self.home is not None and self.home[0].get(self.home[1]) is not self.module
 
     @property
     def passes(self) -> object:

@@ -232,13 +232,11 @@ class _Visit(Traced):
         self.remember = _Remember(key, f"{name} given")
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
-        if self.before:
-            return with_stream(args, kwargs, self._edited(stream_given(module, args, kwargs), None))
-        stream = first_tensor(output[0])
-        if stream is None:
-            raise SiteError(f"{type(module).__name__} returns no tensor of activations")
         residual = _PENDING.pop(self.remember.name) if self.added else None
-        return with_first(output[0], self._edited(stream, residual))
+        edited = self._edited(_stream_at(module, args, kwargs, output), residual)
+        if self.before:
+            return with_stream(args, kwargs, edited)
+        return with_first(output[0], edited)
 
     def _edited(self, stream: Tensor, residual: Tensor | None) -> Tensor:
         ticket = _PENDING.get(self.ticket)
@@ -247,10 +245,25 @@ class _Visit(Traced):
 
 
 class _Remember(Traced):
-    """Before the first reader of a block: its input is kept for ``mid``."""
+    """Before the first reader of a block: its input is kept for ``mid``. Before a hook that may
+    change an edited tensor: that is kept as it is.
+    """
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        _PENDING[self.name] = stream_given(module, args, kwargs)
+        stream = _stream_at(module, args, kwargs, output)
+        _PENDING[self.name] = stream.clone() if KEPT_AT in self.name else stream
+
+
+KEPT_AT = " kept"
+"""In the name of what only sees that a tensor is as it was left."""
+
+
+def _stream_at(module: nn.Module, args: Any, kwargs: Any, output: tuple[Any, ...]) -> Tensor:
+    """What a module returns, or is given where it has not run yet."""
+    stream = first_tensor(output[0]) if output else stream_given(module, args, kwargs)
+    if stream is None:
+        raise SiteError(f"{type(module).__name__} returns no tensor of activations")
+    return stream
 
 
 def key_of(trunk: nn.Module) -> int:

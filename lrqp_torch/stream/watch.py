@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from lrqp_torch.errors import (
     CompiledModelError,
@@ -95,6 +96,8 @@ class _Added:
 
     before: Any = None
     users = 0
+    last: bool | None = None
+    """Of a hook that only reads, whether it runs after all others there; False: before them."""
 
     def __init__(
         self,
@@ -103,6 +106,21 @@ class _Added:
         traced: Traced | None = None,
     ) -> None:
         self.function, self.before, self.traced = function, before, traced
+
+    def joined(
+        self, module: nn.Module, table: "OrderedDict[int, Any]", own: int, other: int, front: bool
+    ) -> None:
+        """Take notice of a hook that somebody has set on the same module.
+
+        Args:
+            module: the module.
+            table: of the hooks there.
+            own: the number of this one in it.
+            other: that of the other one.
+            front: whether that runs before all others.
+        """
+        if self.last is not None:
+            table.move_to_end(own, last=self.last)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
@@ -139,11 +157,13 @@ class Hooks:
     ) -> None:
         """Call ``function(module, args, kwargs)`` before a module runs.
 
-        ``traced``: what ``torch.compile`` is to follow in its place; a :class:`Hook` has its own.
+        ``first``: before all other hooks there, also later ones. ``traced``: what ``torch.compile``
+        is to follow in its place; a :class:`Hook` has its own.
         """
         table = module._forward_pre_hooks
         number = self._add(module, function, traced, table, module._forward_pre_hooks_with_kwargs)
         if first:
+            cast(_Added, table[number]).last = False
             cast(OrderedDict[int, Any], table).move_to_end(number, last=False)
             self._first.append((cast(OrderedDict[int, Any], table), number))
 
@@ -153,14 +173,20 @@ class Hooks:
         function: Callable[..., Any],
         *,
         always: bool = False,
+        last: bool = False,
         traced: Traced | None = None,
     ) -> None:
-        """Call ``function(module, args, kwargs, output)`` after it has run."""
+        """Call ``function(module, args, kwargs, output)`` after it has run.
+
+        ``last``: after all other hooks there, also later ones.
+        """
         table, flags = module._forward_hooks, module._forward_hooks_with_kwargs
         if always:
             self._add(module, function, traced, table, flags, module._forward_hooks_always_called)
         else:
-            self._add(module, function, traced, table, flags)
+            number = self._add(module, function, traced, table, flags)
+            if last:
+                cast(_Added, table[number]).last = True
 
     def _add(
         self,
@@ -218,7 +244,7 @@ class Hooks:
             own = vars(kept.module)
             if kept.count != count or not kept.alone:
                 return False
-            places += [(own, name, own[name]) for name in (_REDUCE, _REPLICATE, "forward")]
+            places += [(own, name, own[name]) for name in (*_METHODS, "forward")]
             mine = [held for each in self._hooks if each[0] is kept for held in (each[3], *each[4])]
             tables += [(own, n, t) for n, t in own.items() if any(t is held for held in mine)]
         for _, number, _, table, flags in self._hooks:
@@ -287,6 +313,8 @@ _get = dict.get
 _LOCK = threading.Lock()
 _REDUCE, _REPLICATE = "__reduce_ex__", "_replicate_for_data_parallel"
 """The methods that make copies of a module: deepcopy and pickle, and ``DataParallel``."""
+_AFTER, _BEFORE = "register_forward_hook", "register_forward_pre_hook"
+_METHODS = _REDUCE, _REPLICATE, _AFTER, _BEFORE
 
 
 def _put(own: dict[str, Any], name: str, value: Any) -> None:
@@ -299,7 +327,8 @@ def _put(own: dict[str, Any], name: str, value: Any) -> None:
 
 class _Kept:
     """What a module has of its own for as long as it has hooks of contexts, in place of what makes
-    copies of it: those are without hooks; and a ``forward`` by which graphs are told apart.
+    copies of it: those are without hooks; of what sets hooks on it, which are told of others that
+    come later; and a ``forward`` by which graphs are told apart.
 
     Attributes:
         module: whose this is.
@@ -308,21 +337,22 @@ class _Kept:
     """
 
     count = 0
-    _before: tuple[Any, Any] = None, None
+    _before: tuple[Any, ...] = None, None, None, None
     _forward: Any = None
     _marked: Any = None
 
     def __init__(self, module: nn.Module) -> None:
         own = vars(module)
         self.module, self.names = module, list[str]()
-        if _REDUCE in own or _REPLICATE in own:
-            self._before = own.get(_REDUCE), own.get(_REPLICATE)
+        if not own.keys().isdisjoint(_METHODS):
+            self._before = tuple(map(own.get, _METHODS))
         own[_REDUCE], own[_REPLICATE] = self, self.replicate
+        own[_AFTER], own[_BEFORE] = self.hook, self.pre_hook
 
     @property
     def alone(self) -> bool:
         """Whether nothing else is in place of the methods of the module's class."""
-        own, plain = vars(self.module), self._before == (None, None) and self._forward is None
+        own, plain = vars(self.module), not any(self._before) and self._forward is None
         return plain and own.get(_REDUCE) is self and own.get("forward", self) is self._marked
 
     def mark(self) -> None:
@@ -339,13 +369,14 @@ class _Kept:
 
     def leave(self) -> None:
         """Give the module back what it had."""
-        own, (reduce, replicate) = vars(self.module), self._before
+        own = vars(self.module)
         self.unmark(own)
-        if reduce is replicate is None:
-            del own[_REDUCE], own[_REPLICATE]
-        else:
-            _put(own, _REDUCE, reduce)
-            _put(own, _REPLICATE, replicate)
+        self.restore(own)
+
+    def restore(self, own: dict[str, Any]) -> None:
+        """Let attributes have the methods that the module has without hooks."""
+        for name, held in zip(_METHODS, self._before, strict=True):
+            _put(own, name, held)
 
     def unmark(self, own: dict[str, Any]) -> None:
         """Let attributes have the ``forward`` that the module has without hooks."""
@@ -358,15 +389,14 @@ class _Kept:
 
     def __call__(self, protocol: int) -> Any:
         """What copies the module, without what contexts have added."""
-        before, replicate = self._before
+        before = self._before[0]
         copied = type(self.module).__reduce_ex__
         made = copied(self.module, protocol) if before is None else before(protocol)
         if not (isinstance(made, tuple) and len(made) > 2 and isinstance(made[2], dict)):
             return made
         state = {name: value for name, value in made[2].items() if not isinstance(value, _Added)}
         self.unmark(state)
-        _put(state, _REDUCE, before)
-        _put(state, _REPLICATE, replicate)
+        self.restore(state)
         kept = {
             key
             for name in ("_forward_hooks", "_forward_pre_hooks")
@@ -384,6 +414,24 @@ class _Kept:
         made = copied(self.module) if self._before[1] is None else self._before[1]()
         self.unmark(vars(made))
         return made
+
+    def hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """``register_forward_hook`` of the module."""
+        return self._joined(2, self.module._forward_hooks, args, kwargs)
+
+    def pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """``register_forward_pre_hook`` of the module."""
+        return self._joined(3, self.module._forward_pre_hooks, args, kwargs)
+
+    def _joined(self, which: int, table: Any, args: Any, kwargs: Any) -> RemovableHandle:
+        held, kind = self._before[which], type(self.module)
+        register = held or getattr(kind, _METHODS[which]).__get__(self.module, kind)
+        handle: RemovableHandle = register(*args, **kwargs)
+        other = handle.id
+        for own, hook in [*table.items()]:
+            if isinstance(hook, _Added):
+                hook.joined(self.module, table, own, other, bool(kwargs.get("prepend")))
+        return handle
 
 
 class Watch(Hooks):
@@ -417,7 +465,7 @@ class Watch(Hooks):
 
     followed: Followed | None = None
     _eagerly: run_eagerly | None = None
-    _latest: ForwardCall | None = None
+    latest: ForwardCall | None = None
     _closed = False
     resumed: Sequence["Renewed"] = ()
     stays = False
@@ -560,7 +608,7 @@ class Watch(Hooks):
         call = self.texts.keep()
         if call is None:
             return False
-        self._latest, self.sites = call, [site]
+        self.latest, self.sites = call, [site]
         if self._noted or not self._shapes:
             alone = replace(call, like=False, same=None, found={})
             self._shapes = {torch.Size((call.batch, call.front + call.length)): (1, alone)}
@@ -590,7 +638,7 @@ class Watch(Hooks):
             self.first()
             return
         parts, self.resumed = self.resumed, ()
-        self.repeat = self._latest = None
+        self.repeat = self.latest = None
         self.sites = []
         for noted in (self._threads, self.under_way, self._shapes):
             noted.clear()
@@ -682,12 +730,12 @@ class Watch(Hooks):
         if calls:
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
-        if self.texts.n_calls != 1 or self._latest is None or not in_backward():
+        if self.texts.n_calls != 1 or self.latest is None or not in_backward():
             raise PositionError(
                 f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
                 f"cannot say which tokens it was given: run the model itself"
             )
-        return self._latest
+        return self.latest
 
     def check_open(self) -> None:
         """Raise if the context has closed, as at work that was put off until after it."""
@@ -730,7 +778,7 @@ class Watch(Hooks):
             for step in self.steps:
                 step(call)
             self.texts.note(call, call.tokens)
-            self._latest = call
+            self.latest = call
         if not (transformed or call.again):
             whose = {"open": _open, "watch": self, "calls": calls}
             self.repeat = self.texts.repeated(call, args, kwargs, **whose)
@@ -761,7 +809,7 @@ class Watch(Hooks):
         again, ids = in_backward(), given.get("input_ids")
         tokens = given.get("inputs_embeds") if ids is None else ids
         if again and isinstance(tokens, Tensor):
-            known = self._latest if self._plain else self._known(tokens)
+            known = self.latest if self._plain else self._known(tokens)
             if known is not None:
                 return replace(known, again=True, tokens=tokens)
         self.repeat = None
@@ -770,7 +818,7 @@ class Watch(Hooks):
             item.see(call)
         self.texts.accept()
         self.texts.note(call, call.tokens)
-        self._latest = call
+        self.latest = call
         if again:
             return replace(call, again=True)
         if isinstance(tokens, Tensor) and concrete(tokens):
@@ -845,7 +893,7 @@ class Watch(Hooks):
             self.renew()
         known = None
         if ticket is not None:
-            known = self._in_graph.get(get_ident(), self._latest)
+            known = self._in_graph.get(get_ident(), self.latest)
         call = self.call(stream, stream if residual is None else residual, known)
         if call is None:
             return stream

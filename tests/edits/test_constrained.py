@@ -10,7 +10,7 @@ import pytest
 import torch
 from edits_for_tests import normal
 from edits_for_tests import probe_of as random_probe
-from models_for_tests import VOCABULARY, build, random_edit
+from models_for_tests import VOCABULARY, Prompts, build, random_edit
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -21,12 +21,14 @@ from lrqp_torch.errors import (
     ConstraintError,
     InfeasibleError,
     LRQPError,
+    PositionError,
     SavedEditError,
     SolverError,
     TargetError,
     WidthError,
 )
 from lrqp_torch.qp.posed import Point
+from lrqp_torch.stream.replay import Replay
 
 WIDTH = 6
 
@@ -393,6 +395,105 @@ def test_inside_a_model(dtype: torch.dtype) -> None:
     radius = edit.metric.distance(held - edit.metric.mean)
     slack = 1e-5 if dtype == torch.float32 else 0.05
     assert (radius[fine] <= caps[fine] * (1 + slack)).all()
+
+
+LOW = torch.tensor([[0.0, 0.1], [0.2, -0.1], [0.5, 0.5], [1.0, 0.0]])
+
+
+def above_low(model: Any) -> tuple[ConstrainedLRQP, dict[str, Any]]:
+    """An edit whose first two coordinates are bounded from below, and inputs."""
+    inputs = Prompts.random([9, 6, 12, 7]).padded("right")
+    read = lrqp.capture(model, inputs, "L1.mid", inputs["attention_mask"].bool())["L1.mid"]
+    free, rows = random_edit(read.double(), 3, log_odds=5.0), torch.eye(read.shape[1])[:2]
+    edit = ConstrainedLRQP(
+        free.probe,
+        free.metric,
+        lambda point: [point.features >= point.parameters["low"]],
+        parameters={"low": (2,)},
+        reads=rows,
+        log_odds=5.0,
+    )
+    return edit, inputs
+
+
+@pytest.mark.parametrize(
+    ("positions", "low"),
+    [
+        (torch.tensor([3, 2, 4, 5]), LOW),
+        (torch.tensor([[3, 2], [2, 5], [4, 0], [5, 1]]), LOW),
+        (torch.tensor([[3, 2], [2, 5], [4, 0], [5, 1]]), torch.stack([LOW, LOW.flip(0)], 1)),
+        (torch.arange(12) == torch.tensor([[3], [2], [4], [5]]), LOW[:, None].repeat(1, 12, 1)),
+        ("last", LOW),
+    ],
+)
+@torch.no_grad()
+def test_values_of_each_example_position_or_request(positions: Any, low: Tensor) -> None:
+    """Read back from what the next reader is given."""
+    model: Any = build("gpt2", n_layer=2)
+    (edit, inputs), seen, given = above_low(model), list[Tensor](), low.double()
+    model.transformer.h[1].ln_2.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with edit.at(model, "L1.mid", positions=positions, target=1, parameters={"low": given}) as run:
+        for _ in range(3):
+            model(**inputs)
+            given += 7  # a copy is kept
+    example, token = run.example.flatten(), run.token.flatten()
+    held, wanted = seen[-1][example, token], low[example]
+    if low.ndim == 3:
+        wanted = low.flatten(0, 1) if low.shape[1] == 2 else low[example, token]
+    assert (held[:, :2] >= wanted - 1e-5).all() and (held[:, :2] - wanted).amin() < 1e-5
+    others = edit.probe(held.double())
+    margin = others[:, 1] - others[:, [0, 2]].amax(1)
+    assert torch.allclose(margin, run.log_odds_after.flatten()) and (margin >= 5).all()
+
+
+@torch.no_grad()
+def test_each_request_of_a_generation_has_values_of_its_own() -> None:
+    model: Any = build("gpt2", n_layer=2)
+    (edit, inputs), seen = above_low(model), list[Tensor]()
+    model.transformer.h[1].ln_2.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    prompt = {"input_ids": inputs["input_ids"][:, :6], "pad_token_id": 0}
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    where, given = lrqp.Scope("generated", repeats=2), {"low": LOW}
+    with edit.at(model, "L1.mid", positions=where, target=1, parameters=given) as run:
+        model.generate(**prompt, **options)
+    assert len(run.token) == 16
+    for stream in seen[1:]:
+        assert (stream[:, -1, :2] >= LOW.repeat_interleave(2, 0) - 1e-5).all()
+    with (
+        pytest.raises(PositionError, match="for 3 examples with repeats=2"),
+        edit.at(model, "L1.mid", positions=where, target=1, parameters={"low": LOW[:3]}),
+    ):
+        model.generate(**prompt, **options)
+    for wrong, said in (
+        ({}, r"\['low'\] have no value"),
+        ({"low": LOW[:3]}, r"must be \(2,\) or \(4, 2\), got \(3, 2\)"),
+        ({"lo": LOW}, "were not declared, .* have no value"),
+    ):
+        with pytest.raises(ConstraintError, match=said):
+            edit.at(model, "L1.mid", positions=[3, 2, 4, 5], target=1, parameters=wrong)
+
+
+def test_gradients_and_graphs_and_replay_within_a_model() -> None:
+    model: Any = build("gpt2", n_layer=2)
+    edit, inputs = above_low(model)
+    at, low = torch.tensor([3, 2, 4, 5]), LOW.double().requires_grad_()
+
+    def loss(low: Tensor, model: Any = model) -> Tensor:
+        with edit.at(model, "L1.mid", positions=at, target=1, parameters={"low": low}):
+            return model(**inputs).logits.double().square().mean()
+
+    (slope,) = torch.autograd.grad(loss(low), low)
+    step = 3e-3 * slope.sign()
+    with torch.no_grad():
+        rise = (loss(low + step) - loss(low - step)) / 2
+        assert abs(float((slope * step).sum() - rise)) < 1e-3 * abs(float(rise))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(loss(low, compiled), loss(low))
+        again = Replay(model, inputs, 2)
+        with edit.at(model, "L1.mid", positions=at, target=1, parameters={"low": low}):
+            whole = model(**inputs).logits
+            last = inputs["attention_mask"].sum(1) - 1
+            assert torch.allclose(again.run(1), whole[torch.arange(4), last], atol=1e-4)
 
 
 @pytest.mark.parametrize(

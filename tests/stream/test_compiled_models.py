@@ -23,6 +23,7 @@ from lrqp_torch import intervene
 from lrqp_torch.errors import (
     CompiledModelError,
     EditNeverFiredError,
+    EditOverwrittenError,
     NonFiniteError,
     PositionError,
 )
@@ -296,6 +297,21 @@ def test_generation_that_compiles_itself_has_the_edit_inside(scope: str) -> None
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
     assert graphs.made == 1 and graphs.runs == 10
+
+
+@torch.no_grad()
+def test_a_hook_that_changes_an_edit_in_a_graph_is_named() -> None:
+    edit, _ = reference()
+    plain: Any = build("gpt2", n_layer=2)
+    model = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    attention = plain.transformer.h[1].attn
+    with edit.at(model, "L1.mid", positions=AT, target=TARGET):
+        attention.register_forward_hook(lambda module, args, output: None)
+        model(**INPUTS)
+        attention.register_forward_hook(lambda module, args, output: (output[0] + 1, None))
+        with pytest.raises(EditOverwrittenError, match="GPT2Attention"):
+            model(**INPUTS)
+    assert hook_count(plain) == 2
 
 
 @pytest.mark.parametrize("first_says", [0, None])

@@ -1,17 +1,21 @@
 """Bad input raises the right class, says what and where, and leaves no hooks behind."""
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from models_for_tests import POST_MODELS, SITES, WIDTH, Prompts, build, hook_count, random_edit
-from torch import Tensor
+from torch import Tensor, nn
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, capture, intervene
 from lrqp_torch.errors import (
     EditNeverFiredError,
+    EditOverwrittenError,
     LRQPError,
     NonFiniteError,
     PositionError,
@@ -261,3 +265,117 @@ def test_one_intervention_and_one_site_need_no_list() -> None:
     torch.testing.assert_close(edited, capture(model, inputs, ["L1.mid"], at)["L1.mid"] + 1)
     with pytest.raises(WidthError, match="must be a mapping"):
         capture(model, inputs["input_ids"], "L1.mid")  # type: ignore[arg-type]
+
+
+V = torch.linspace(-1, 1, WIDTH)
+
+
+def adds(module: Any, args: Any, output: Any) -> Any:
+    return (output[0] + V, *output[1:]) if isinstance(output, tuple) else output + V
+
+
+def adds_in_place(module: Any, args: Any, output: Any) -> None:
+    (output[0] if isinstance(output, tuple) else output).add_(V)
+
+
+def adds_before(module: Any, args: Any, kwargs: Any) -> Any:
+    return ((args[0] + V, *args[1:]), kwargs) if args else (args, {"hidden_states": V})
+
+
+def set_on(module: nn.Module, how: str) -> Any:
+    if "before" in how:
+        register = module.register_forward_pre_hook
+        return register(adds_before, with_kwargs=True, prepend="first" in how)
+    return module.register_forward_hook(adds_in_place if "place" in how else adds)
+
+
+@pytest.mark.parametrize("when", ["earlier", "within", "after three passes"])
+@pytest.mark.parametrize(
+    ("site", "where", "how", "changes"),
+    [
+        ("L1.pre", "h.1", "before", True),
+        ("L1.pre", "h.1", "before, first", False),
+        ("L1.pre", "h.0", "behind", False),
+        ("L1.mid", "h.1.attn", "behind", True),
+        ("L1.mid", "h.1.attn", "in place", True),
+        ("L1.mid", "h.1.attn.c_proj", "behind", False),
+        ("L1.mid", "h.1.ln_1", "before", False),
+        ("L1.mid", "h.1.ln_1", "before, first", False),
+        ("L1.post", "h.1", "behind", True),
+        ("L1.post", "h.1", "in place", True),
+        ("L1.H2.z", "h.1.attn.c_proj", "before", True),
+    ],
+)
+@torch.no_grad()
+def test_what_is_certified_is_what_the_model_holds_or_a_later_hook_is_named(
+    site: str, where: str, how: str, changes: bool, when: str
+) -> None:
+    """Hooks of one's own, and the stream as the module is given it that reads it next."""
+    model: Any = build("gpt2")
+    block, inputs, seen = model.transformer.h[1], PROMPTS.padded("left"), list[Tensor]()
+    readers = {"pre": block.ln_1, "mid": block.ln_2, "post": model.transformer.h[2].ln_1}
+    reader = readers.get(site[3:], block.attn.c_proj)
+    edit = random_edit(lrqp.capture(model, inputs, site)[site].flatten(0, 1), 3, log_odds=20.0)
+    everywhere = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone()) if module is reader else None
+    )
+    hook, module = None, model.transformer.get_submodule(where)
+    loud = changes and when != "earlier"
+    try:
+        hook = set_on(module, how) if when == "earlier" else None
+        with (
+            pytest.raises(EditOverwrittenError, match="was set on") if loud else nullcontext(),
+            edit.at(model, site, positions=AT, target=1) as run,
+        ):
+            for _ in range(3 if when == "after three passes" else 0):
+                model(**inputs)
+            hook = hook or set_on(module, how)
+            model(**inputs)
+    finally:
+        everywhere.remove()
+        hook.remove()
+    if not loud and not site.endswith("z"):
+        logits = edit.probe(seen[-1][torch.arange(3), AT].double())
+        margins = (logits[:, [1]] - logits[:, [0, 2]]).amin(1)
+        torch.testing.assert_close(margins, run.log_odds_after[-3:], rtol=1e-4, atol=1e-4)
+    assert hook_count(model) == 0 and "register_forward_hook" not in vars(module)
+
+
+@torch.no_grad()
+def test_later_hooks_that_leave_the_edited_rows_alone_may_read_and_change_others() -> None:
+    model: Any = build("gpt2")
+    edit, inputs, seen = edit_of(model, log_odds=20.0), PROMPTS.padded("left"), list[Tensor]()
+    others = torch.arange(6) != AT[0]
+
+    def elsewhere(module: Any, args: Any, output: Any) -> Any:
+        return (torch.where(others[:, None], 2 * output[0], output[0]), *output[1:])
+
+    attention, other = model.transformer.h[1].attn, lrqp.Intervention("L1.mid", AT, lambda x, c: x)
+    with edit.at(model, "L1.mid", positions=AT, target=1) as run:
+        attention.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        handle = attention.register_forward_hook(elsewhere)
+        copied = copy.deepcopy(attention)
+        with intervene(model, other):
+            for _ in range(3):
+                model(**inputs)
+        handle.remove()
+        model(**inputs)
+    assert len(seen) == len(run.steps) == 4 and hook_count(model) == 1
+    assert len(copied._forward_hooks) == 2 and "register_forward_hook" not in vars(copied)
+    assert torch.equal(seen[0][:, AT[0]], seen[3][:, AT[0]])
+    # What no promise is made of may be changed.
+    with intervene(model, other):
+        attention.register_forward_hook(adds)
+        model(**inputs)
+
+
+def test_a_module_that_was_replaced_within_a_context_is_missed() -> None:
+    model: Any = build("gpt2")
+    attention = model.transformer.h[1].attn
+    edit = random_edit(capture(model, PROMPTS.padded("left"), "L1.z")["L1.z"].flatten(0, 1), 3)
+    with (
+        pytest.raises(EditNeverFiredError, match=r"Conv1D that L1\.z names was replaced"),
+        edit.at(model, "L1.z", positions=AT, target=1),
+    ):
+        model(**PROMPTS.padded("left"))
+        attention.c_proj = nn.Sequential(attention.c_proj)
