@@ -557,6 +557,8 @@ class _Applied:
         given, self.given = self.given, None
         if not call.again:
             self._passes.value += 1
+        # At once: another thread of the context may begin a pass meanwhile.
+        number = self._passes.value - 1
         if self.record is not None:
             self.record.paused = call.again
         known = self.known
@@ -568,7 +570,7 @@ class _Applied:
         if isinstance(residual, tuple):
             residual, beside = residual
         if self.streams is not None and beside is None and (residual is not None or scale == 1):
-            whole: Tensor | None = self.streams(stream, residual, scale, at, self._passes.value - 1)
+            whole: Tensor | None = self.streams(stream, residual, scale, at, number)
             if whole is not None:
                 if not marked:
                     self._mark(call, at, stream)
@@ -601,12 +603,12 @@ class _Applied:
             if plain and type(edited) is Tensor and edited.shape == x.shape:
                 whole = None if in_transforms() else at.put(stream, edited, residual)
                 if whole is not None:
-                    self._ended(call, at, stream, marked, context)
+                    self._ended(call, at, stream, marked, context, number)
                     return whole
             # What can be looked at now is; all else is when the context closes.
             seen = not in_transforms() and readable(x)
             self._check(x, edited, seen)
-        self._ended(call, at, stream, marked, context)
+        self._ended(call, at, stream, marked, context, number)
         # Also what leaves a row as it is may have a derivative: a learned vector that is still 0.
         learns = edited.requires_grad or forward_ad._current_level >= 0
         changed, seen = at.shown, seen and not learns
@@ -702,13 +704,19 @@ class _Applied:
             self.known = call, at
 
     def _ended(
-        self, call: ForwardCall, at: Rows, stream: Tensor, marked: bool, context: EditContext
+        self,
+        call: ForwardCall,
+        at: Rows,
+        stream: Tensor,
+        marked: bool,
+        context: EditContext,
+        number: int,
     ) -> None:
         """Note that the edit of some rows is done."""
         if not marked:
             self._mark(call, at, stream)
         if self.record is not None and not call.again:
-            self.record.end_step(context, self._passes.value - 1)
+            self.record.end_step(context, number)
 
     def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
