@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -118,8 +119,8 @@ class RowError(PromptError, TokenizerError):
         reason: what is wrong, in words that fit all rows like it, under which they are counted.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)  # which is all that a copy is made with, as of a worker's error
         self.reason = reason
 
 
@@ -352,6 +353,35 @@ def as_classes(classes: Any, name: str) -> Tensor:
             f"{name} must be class numbers, one for all or one per activation, got "
             f"{quoted(classes)}"
         ) from error
+
+
+def by_number(
+    classes: Any, names: Sequence[str], what: str, words: Mapping[str, int] | None = None
+) -> Any:
+    """Classes with names, one or in lists or arrays, as numbers; without names, as they are.
+
+    Args:
+        classes: what was given.
+        names: of the classes, in order; empty where they have none.
+        what: they are, in messages.
+        words: that mean a number beside the names.
+
+    Raises:
+        TargetError: a name of no class.
+    """
+    if not isinstance(classes, str | list | tuple | np.ndarray):
+        return classes
+    table = np.asarray(classes, dtype=object)
+    if not any(isinstance(one, str) for one in table.flat):
+        return classes
+    numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+    numbers = dict(words or {}) | numbers
+    unknown = [one for one in table.flat if isinstance(one, str) and one not in numbers]
+    if unknown:
+        known = ", ".join(map(repr, names)) or "numbers only, as their labels were numbers"
+        raise TargetError(f"{what} names the class {quoted(unknown[0])}; the classes are {known}")
+    found = [numbers[one] if isinstance(one, str) else one for one in table.flat]
+    return as_classes(found, what).reshape(table.shape)
 
 
 def check_class_shape(classes: Tensor, batch: int, name: str) -> None:

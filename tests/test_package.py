@@ -1,5 +1,6 @@
 """What stands about the package, beside it: its bounds, its README for an index, its site."""
 
+import pickle
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import lrqp_torch
+from lrqp_torch import errors
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -34,6 +36,19 @@ def test_the_readme_of_an_index_leads_nowhere_that_is_not_there() -> None:
     links = re.findall(r"\]\(([^)]*)\)", text)
     assert "![" not in text and all(link.startswith("https://") for link in links)
     assert "tutorial" in text and "lrqp.LRQP.fit" in text
+
+
+def test_every_error_reaches_the_process_that_waits_for_it() -> None:
+    """An error of a worker is pickled on its way."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, errors.LRQPError)]
+    assert len(kinds) > 20
+    for kind in kinds:
+        error = kind("what", "why") if kind is errors.RowError else kind("what")
+        copied = pickle.loads(pickle.dumps(error))
+        assert type(copied) is kind
+        assert str(copied) == "what"
+        assert vars(copied) == vars(error)
 
 
 def test_it_is_cited_in_its_own_version() -> None:

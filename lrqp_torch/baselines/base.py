@@ -22,7 +22,6 @@ from lrqp_torch.errors import (
     check_finite,
     quoted,
     require_concrete,
-    row_classes,
 )
 from lrqp_torch.qp import Solution, Status
 from lrqp_torch.qp.reach import Realise
@@ -102,6 +101,11 @@ class Baseline(Edit[Classes]):
         return self.reference.n_classes
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the reference."""
+        return self.reference.class_names
+
+    @property
     def width(self) -> int:
         """The width d of the activations."""
         return self.reference.probe.width
@@ -138,8 +142,8 @@ class Baseline(Edit[Classes]):
         rows = torch.arange(len(x), device=x.device)
         names = rows if examples is None else examples
         held = realise or Placement(None, 1.0, x.dtype)
-        given = row_classes(target, x, self.n_classes, "target")
-        own = None if source is None else row_classes(source, x, self.n_classes, "source")
+        given = self.row_classes(target, x, "target")
+        own = None if source is None else self.row_classes(source, x, "source")
         return self.edit_rows(x, given, own, EditContext(rows, names, torch.zeros_like(rows), held))
 
     def edit_rows(

@@ -16,8 +16,10 @@ from lrqp_torch.errors import (
     SavedEditError,
     WidthError,
     as_numbers,
+    by_number,
     check_classes,
     check_option,
+    row_classes,
 )
 from lrqp_torch.probes.covariance import Exact
 from lrqp_torch.qp import Solution, native
@@ -88,6 +90,25 @@ class Edit(Exact, Shared, Generic[Asked]):
         """How many classes a target may be one of, K."""
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What its classes are called, in order, by its probe or its provenance; () if not known.
+        A target may be one of them.
+        """
+        probe, origin = getattr(self, "probe", None), self.provenance
+        names = getattr(probe, "classes", None) or (origin and origin.classes) or ()
+        return tuple(map(str, names)) if len(names) == self.n_classes else ()
+
+    def by_number(self, classes: Any, what: str, words: Mapping[str, int] | None = None) -> Any:
+        """Classes as numbers, where some are given by name; see :func:`.errors.by_number`."""
+        if classes is None or isinstance(classes, Tensor | int):
+            return classes
+        return by_number(classes, self.class_names, what, words)
+
+    def row_classes(self, classes: Any, x: Tensor, what: str) -> Tensor:
+        """A class for each row of x, (B,) int64, from one each or for all, by number or name."""
+        return row_classes(self.by_number(classes, what), x, self.n_classes, what)
+
+    @property
     def label(self) -> str:
         """What a record says of this edit, besides its numbers."""
         return ", ".join(self.names)
@@ -129,9 +150,9 @@ class Edit(Exact, Shared, Generic[Asked]):
                 each text, a slice of them, ``"last"``, a word's (:class:`~lrqp_torch.Span`), or a
                 function of the model's inputs; or, around ``model.generate``, ``"prompt"``,
                 ``"generated"``, ``"all"`` or a :class:`~lrqp_torch.Scope`.
-            target: class to write: one for all, (B,) one an example, or the shape of positions. Of
-                several variables: name to class, each in one of these shapes, or a tensor with the
-                variables as a last axis.
+            target: class to write, by number or name: one for all, (B,) one an example, or the
+                shape of positions. Of several variables: variable to class, each in one of these
+                shapes, or a tensor with the variables as a last axis.
             source: class that holds now, in the same shapes; default the probe's own reading.
             record: whether to keep what the edit did to each token, some 100 bytes a token.
             texts: what the model is to be run on, in which positions are then found:
@@ -152,10 +173,11 @@ class Edit(Exact, Shared, Generic[Asked]):
         item = self.on(
             site, positions=positions, target=target, source=source, record=record, **given
         )
-        if inputs is not None:
-            cast(EditRun, item.edit).inputs = inputs
+        run = cast(EditRun, item.edit)
+        run.inputs = inputs
         if self.provenance is not None:
             self.provenance.check(model, site)
+        run.checked = True
         return Editing(model, item, EditRun)
 
     def on(
@@ -247,7 +269,7 @@ class Edit(Exact, Shared, Generic[Asked]):
         Raises:
             TargetError: another shape or dtype, or out of range.
         """
-        placed = positions.classes(classes, what)
+        placed = positions.classes(self.by_number(classes, what), what)
         check_classes(placed, len(placed), self.n_classes, what)
         return placed
 

@@ -24,7 +24,6 @@ from lrqp_torch.errors import (
     ordinary,
     quoted,
     require_concrete,
-    row_classes,
 )
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
@@ -186,8 +185,8 @@ class ConstrainedLRQP(Edit[Classes]):
         basis = basis.to(x.device)
         check_finite(x)
 
-        classes = row_classes(target, x, self.n_classes, "target")
-        held = None if source is None else row_classes(source, x, self.n_classes, "source")
+        classes = self.row_classes(target, x, "target")
+        held = None if source is None else self.row_classes(source, x, "source")
         margins = geometry.margins(x, classes)
         floor = self.edit.floors(margins, classes, held, sufficient=True)
         values = self._values(problem, basis, geometry, x, classes, given)

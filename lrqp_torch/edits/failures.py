@@ -11,7 +11,6 @@ from lrqp_torch.errors import (
     SolverError,
     check_finite,
     concrete,
-    readable,
 )
 from lrqp_torch.qp import Solution, Status
 
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", bound=Solution)
 
 
-def worst_allowed(on_infeasible: str) -> Status:
+def worst_allowed(on_infeasible: str) -> int:
     """The worst status that is no error; what is to be skipped is skipped already."""
-    return Status.INACCURATE if on_infeasible == "skip" else Status.SOLVED
+    # A number, as compiled graphs cannot compare tensors with members of an enumeration.
+    return int(Status.INACCURATE if on_infeasible == "skip" else Status.SOLVED)
 
 
 def visible(solution: Solution, on_infeasible: str) -> Tensor:
@@ -42,15 +42,16 @@ def skipped(solution: Found, x: Tensor, on_infeasible: str) -> Found:
     """The solution with what failed left as it was in x, where that is what is asked for."""
     if on_infeasible != "skip":
         return solution
-    failed = (solution.status == Status.INFEASIBLE) | (solution.status == Status.INACCURATE)
+    status = solution.status  # in a compiled graph a tensor is never equal to a member of Status
+    failed = (status == int(Status.INFEASIBLE)) | (status == int(Status.INACCURATE))
     # A look costs less than the selection where it costs no waiting.
-    if readable(failed) and not bool(failed.any()):
+    if concrete(failed) and failed.is_cpu and not bool(failed.any()):
         return solution
     return solution.revert(failed, x)
 
 
 def judged(
-    edit: "Edit[Any]", solution: Found, x: Tensor, target: Tensor | int, examples: Tensor | None
+    edit: "Edit[Any]", solution: Found, x: Tensor, target: Any, examples: Tensor | None
 ) -> Found:
     """The solution, unless examples did not reach their target and are not to be skipped.
 

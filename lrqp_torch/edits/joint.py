@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.edits.base import Edit, OnInfeasible, as_floors
 from lrqp_torch.edits.failures import judged, skipped
-from lrqp_torch.edits.lrqp import LRQP, note_metric, note_probe
+from lrqp_torch.edits.lrqp import LRQP, Classes, note_metric, note_probe
 from lrqp_torch.edits.record import EditRun, floors_of
 from lrqp_torch.edits.saving import read_joint, write_joint
 from lrqp_torch.errors import (
@@ -40,8 +40,10 @@ from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions
 from lrqp_torch.stream.repeats import Guards
 
-Targets = Mapping[str, Tensor | int] | Tensor
-"""Name to class, ``KEEP`` or ``FREE``; or all of them as a tensor with V as a last axis."""
+Targets = Mapping[str, Classes] | Tensor
+"""Variable to class, ``"keep"`` or ``"free"`` (``KEEP``, ``FREE``); or numbers for all of them as a
+tensor with V as a last axis."""
+_WORDS = {"keep": KEEP, "free": FREE}
 
 
 class JointLRQP(Edit[Targets]):
@@ -54,10 +56,10 @@ class JointLRQP(Edit[Targets]):
     One quadratic program with the constraints of all probes stacked, so that all odds hold at the
     end. Edited one after another, the next edit mostly takes back part of the last; where such a
     sequence does meet all odds, the joint edit is never longer. For each example a variable may be
-    written, kept (``KEEP``) or left free (``FREE``):
+    written, kept (``"keep"``, or ``KEEP`` among numbers) or left free (``"free"``, ``FREE``):
 
         joint = JointLRQP({"order": edit_a, "name": edit_b, "tense": probe_c})
-        x_new = joint(x, {"order": 1, "name": joint.KEEP})
+        x_new = joint(x, {"order": 1, "name": "keep"})
 
     A variable is kept when no probability of its probe changes: its logits may only shift together.
     With a tolerance τ in ``within`` no log odds z_j − z_k of it changes by more than τ, which is
@@ -123,7 +125,7 @@ class JointLRQP(Edit[Targets]):
         """Fit a probe for each variable, and one metric, to activations x, (n, d).
 
             joint = JointLRQP.fit(x, {"order": order, "name": name})
-            x_new = joint(x, {"order": 1, "name": joint.KEEP})
+            x_new = joint(x, {"order": 1, "name": "keep"})
 
         Args:
             x: activations, (n, d).
@@ -159,6 +161,11 @@ class JointLRQP(Edit[Targets]):
         return cls(edits, metric, within=within, on_infeasible=on_infeasible)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """None in common: those of each variable are its own."""
+        return ()
+
+    @property
     def n_classes(self) -> int:
         """The most classes that any variable has."""
         return max(edit.n_classes for edit in self._edits().values())
@@ -177,8 +184,8 @@ class JointLRQP(Edit[Targets]):
 
         Args:
             x: activations, (B, d).
-            target: name to class, ``KEEP`` or ``FREE``, each (B,) or one for all; or all of them
-                as a tensor (B, V) in the order of ``names``.
+            target: variable to class, by number or name, ``"keep"`` or ``"free"``, each (B,) or one
+                for all; or numbers for all of them, a tensor (B, V) in the order of ``names``.
             source: classes that hold now, for the ``mirror`` rule, in the same forms; a name that
                 is left out, or a negative number, means the probe's own reading.
             asked: name to log α of each activation in nats, (B,) or one for all, in place of the
@@ -512,11 +519,15 @@ class JointLRQP(Edit[Targets]):
         for name in self.names:
             if what == "target" and name not in parts and name not in self.kept_by_default:
                 raise TargetError(
-                    f"no target for {name!r}: give a class, KEEP to hold its beliefs where they "
-                    f"are, or FREE to let them move"
+                    f"no target for {name!r}: give a class, 'keep' to hold its beliefs where they "
+                    f"are, or 'free' to let them move"
                 )
             parts.setdefault(name, KEEP if what == "target" else FREE)
-        return {name: parts[name] for name in self.names}
+        words = _WORDS if what == "target" else None
+        return {
+            name: edit.by_number(parts[name], f"{what} of {name!r}", words)
+            for name, edit in self._edits().items()
+        }
 
     def _wanted(
         self, asked: Mapping[str, Tensor | float], batch: int, device: torch.device

@@ -1,11 +1,14 @@
 """LRQP: a probe, a metric and an odds rule make an edit of activations."""
 
 import copy
+import math
 import operator
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +51,8 @@ from lrqp_torch.stream.repeats import Guards
 
 Rule = Literal["mirror", "fixed"]
 Odds = Literal["pairwise", "total"]
-Classes = Tensor | int
+Classes = Tensor | int | str | Sequence[Any]
+"""Class numbers, or names where the edit has :attr:`~Edit.class_names`."""
 
 
 class LRQP(Edit[Classes]):
@@ -102,6 +106,11 @@ class LRQP(Edit[Classes]):
     ) -> None:
         super().__init__(on_infeasible)
         probe = as_probe(probe)
+        if not isinstance(metric, Mahalanobis):
+            raise WidthError(
+                f"metric must be a Mahalanobis, got {type(metric).__name__}: Mahalanobis.fit(x) of "
+                f"activations, Mahalanobis(covariance), or Mahalanobis.euclidean({probe.width})"
+            )
         if probe.width != metric.width:
             raise WidthError(
                 f"the probe reads width {probe.width}, the metric has width {metric.width}; fit "
@@ -109,7 +118,8 @@ class LRQP(Edit[Classes]):
             )
         check_option("rule", rule, ("mirror", "fixed"))
         check_option("odds", odds, tuple(ODDS))
-        floor = torch.as_tensor(log_odds, dtype=torch.float64)
+        number = isinstance(log_odds, int | float | Tensor | np.number)
+        floor = torch.as_tensor(log_odds if number else math.nan, dtype=torch.float64)
         if floor.ndim != 0 or not bool(torch.isfinite(floor)):
             raise NonFiniteError(f"log_odds must be one finite number, got {quoted(log_odds)}")
         device = probe.weight.device
@@ -192,7 +202,7 @@ class LRQP(Edit[Classes]):
 
         Args:
             x: activations, (B, d).
-            target: class to write, (B,) or one for all.
+            target: class to write, (B,) or one for all, by number or name.
             source: class that holds now, for the ``mirror`` rule; default the probe's own reading.
             asked: log α of each activation in nats, (B,) or one for all, in place of the rule's:
                 what the probe reads elsewhere, say, ``probe.log_odds(other, target)``.
@@ -212,6 +222,7 @@ class LRQP(Edit[Classes]):
             solution = skipped(solution, x, self.on_infeasible)
         else:
             check_activations(x, self.probe.width)
+            target, source = self.by_number(target, "target"), self.by_number(source, "source")
             geometry = self.geometry(x.device)
             solution = self._attempt(x, target, source, realise, geometry, asked=asked)
         return judged(self, solution, x, target, examples)
@@ -235,6 +246,7 @@ class LRQP(Edit[Classes]):
         if found is not None:
             return skipped(found[0], x, self.on_infeasible)
         check_activations(x, self.probe.width)
+        target, source = self.by_number(target, "target"), self.by_number(source, "source")
         if x.device.type == "cpu":
             geometry = self.geometry(x.device)
             return self._attempt(x, target, source, realise, geometry, asked=asked)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lrqp_torch.edits.failures import raise_failures, worst_allowed
@@ -29,6 +29,7 @@ from lrqp_torch.stream import repeats
 from lrqp_torch.stream.following import Rows, consecutive
 from lrqp_torch.stream.intervene import EditContext
 from lrqp_torch.stream.positions import Positions, Where
+from lrqp_torch.stream.sites import Site
 
 if TYPE_CHECKING:
     from lrqp_torch.edits.base import Edit
@@ -94,10 +95,11 @@ class EditRun:
         certified: whether what it returns need not be looked at again; see :class:`Edit`.
         inputs: the texts of ``edit.at(..., texts=...)`` as the model is given them; else None.
         paused: whether nothing is recorded, because an edit is only computed once more.
+        checked: whether the model is known to be one that the edit is for.
     """
 
     inputs: Mapping[str, Tensor] | None = None
-    paused = False
+    paused = checked = False
     _dtype = torch.float32
     _line: Line | None = None
     _laid: Laid | None = None
@@ -322,8 +324,15 @@ class EditRun:
         if self._source is not None and self._source.device != device:
             self._source = self._source.to(device, non_blocking=True)
 
-    def begin(self) -> None:
-        """Forget what a context before left; called on entering."""
+    def begin(self, model: nn.Module, site: str | Site) -> None:
+        """Forget what a context before left, and refuse a model that the edit is not for; called on
+        entering.
+
+        Raises:
+            ProvenanceError: the edit was fitted on a model of another family or size.
+        """
+        if not self.checked and self.edit.provenance is not None:
+            self.edit.provenance.check(model, site)
         self._rows.clear()
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
@@ -640,6 +649,10 @@ class _Rows:
         for one in self._passes:
             if type(one) is _Block and one.site is site:
                 one.count, one.site = site.used, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()  # memory that compiled code writes to is no copy's
+        return dict(vars(self))
 
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""

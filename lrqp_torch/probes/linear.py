@@ -129,10 +129,16 @@ class LinearProbe(nn.Linear):
             WidthError: not a linear layer, or one whose forward is another than W x + b.
             NonFiniteError: NaN or infinity in its weights.
         """
-        if not isinstance(layer, nn.Linear):
+        given: Any = layer
+        if not isinstance(given, nn.Linear):
+            parts = given.named_modules() if isinstance(given, nn.Module) else ()
+            linear = [name for name, part in parts if isinstance(part, nn.Linear)]
+            inner = ", ".join(f"get_submodule({name!r})" for name in linear)
             raise WidthError(
                 f"a probe must be an nn.Linear from activations to logits, got "
-                f"{type(layer).__name__}; for weights of other kinds use LinearProbe.from_weights"
+                f"{type(given).__name__}; for weights of other kinds use LinearProbe.from_weights, "
+                f"which also folds in a standardisation (mean, scale)"
+                + (f". Its linear layer is .{inner}" if len(linear) == 1 else "")
             )
         _check_affine(layer)
         return cls.from_weights(layer.weight, layer.bias)

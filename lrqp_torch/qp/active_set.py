@@ -53,7 +53,7 @@ def solve_dual(
         max_pivots: default 20 m + 50; a random problem with m = 9 takes 4.
     """
     gap = gap.detach()
-    if constraints.table is not None:
+    if constraints.table is not None and not torch.compiler.is_compiling():
         sets, case = constraints.table
         tabled: DualSolution = sets.solve(case, gap)
         return tabled

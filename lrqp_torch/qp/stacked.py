@@ -37,6 +37,7 @@ from lrqp_torch.qp.pivots import DEPENDENT
 from lrqp_torch.qp.reach import Realise
 from lrqp_torch.qp.solution import Solution
 
+_PARTS = [field.name for field in fields(Solution)]
 FREE = -1
 """In place of a target: the variable may move as it likes."""
 KEEP = -2
@@ -548,6 +549,6 @@ class StackedRule:
             moved = torch.stack([part.amax(-1) - part.amin(-1) for part in change], -1)
             after = self.least(geometry.margins(stored, choice))
         margins = geometry.margins(x, choice)
-        parts = {field.name: getattr(solution, field.name) for field in fields(Solution)}
+        parts = {name: getattr(solution, name) for name in _PARTS}
         own = {"floor": self.floors(margins), "log_odds_before": self.least(margins)}
         return JointSolution(**parts | own | {"log_odds_after": after, "moved": moved})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import LRQPError, row_classes
+from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import Status
 from lrqp_torch.qp.constraints import other_classes
 from lrqp_torch.sensitivity.readout import Readout, SiteReadout
@@ -107,8 +107,8 @@ def attribute(
             f"batch_size must be at least 1 and tolerance above 0, got {batch_size}, {tolerance}"
         )
     run = SiteReadout(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    target = row_classes(target, run.read, edit.n_classes, "target")
-    source = None if source is None else row_classes(source, run.read, edit.n_classes, "source")
+    target = edit.row_classes(target, run.read, "target")
+    source = None if source is None else edit.row_classes(source, run.read, "source")
     parts: list[tuple[Tensor, ...]] = []
     for rows in run.batches():
         x = run.activations(rows)

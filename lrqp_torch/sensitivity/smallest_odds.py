@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqp_torch.edits.lrqp import LRQP
-from lrqp_torch.errors import SettingError, quoted, row_classes
+from lrqp_torch.errors import SettingError, quoted
 from lrqp_torch.qp import Status
 from lrqp_torch.sensitivity.readout import Readout, SiteReadout
 from lrqp_torch.stream.replay import frozen
@@ -114,7 +114,7 @@ def smallest_odds(
     if method not in ("newton", "bisection"):
         raise SettingError(f"method must be 'newton' or 'bisection', got {quoted(method)}")
     run = SiteReadout(model, site, inputs, positions, read, reading, batch_size=batch_size)
-    target = row_classes(target, run.read, edit.n_classes, "target")
+    target = edit.row_classes(target, run.read, "target")
     found = [
         _search(_Path(run, edit, rows, target[rows]), highest, scan, tolerance, method == "newton")
         for rows in run.batches()

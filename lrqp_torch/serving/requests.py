@@ -450,7 +450,7 @@ def _columns(named: NamedEdit, given: Any, count: int, what: str, scope: bool) -
 
 def _class(edit: Edit[Any], value: Any, what: str, words: Mapping[str, int]) -> int:
     """A class by number or by name."""
-    names = _class_names(edit)
+    names = edit.class_names
     if isinstance(value, str):
         if value in names:
             return names.index(value)
@@ -462,10 +462,3 @@ def _class(edit: Edit[Any], value: Any, what: str, words: Mapping[str, int]) -> 
     raise RequestError(
         f"{what} is {quoted(value)}; the probe has classes 0 to {edit.n_classes - 1}{called}"
     )
-
-
-def _class_names(edit: Edit[Any]) -> tuple[str, ...]:
-    """What the classes of an edit are called; () if that is not known."""
-    own = getattr(edit.probe, "classes", None) if isinstance(edit, LRQP) else None
-    names = own or (edit.provenance.classes if edit.provenance is not None else None) or ()
-    return tuple(map(str, names)) if len(names) == edit.n_classes else ()

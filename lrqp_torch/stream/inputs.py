@@ -104,6 +104,11 @@ def count_tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:
                     f"{name} holds no {lacking}, its shape is {shape}: nothing would be captured"
                 )
             return n_examples, length
+        if inputs.get(name) is not None:
+            raise WidthError(
+                f"{name} must be a tensor, got {type(inputs[name]).__name__}; ask the tokenizer "
+                f"for return_tensors='pt', or use torch.as_tensor"
+            )
     raise PositionError(f"inputs need input_ids or inputs_embeds, got {sorted(inputs)}")
 
 

@@ -158,8 +158,8 @@ class Recorded(Edit, Protocol):
         None: the edit is to be called with the rows' activations instead.
         """
 
-    def begin(self) -> None:
-        """A context opens."""
+    def begin(self, model: nn.Module, site: str | Site) -> None:
+        """A context opens, for a model and a site of it."""
 
     def end_step(self, context: EditContext, forward_pass: int) -> None:
         """The edit of some rows is done."""
@@ -287,7 +287,7 @@ class Editing(ContextDecorator, Generic[Record]):
                     promised = None if each.record is None else each.overwritten
                     watch.hook = attach(watch, each.located, each.apply, each.offer, promised)
                     if each.record is not None:
-                        each.record.begin()
+                        each.record.begin(model, each.item.site)
         except BaseException as error:
             self._leave(type(error), error, error.__traceback__)
             raise

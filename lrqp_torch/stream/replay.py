@@ -165,7 +165,8 @@ class Replay(_Rerun):
         self._whole = self._clean_whole = self._cache if goes_on else None
         self._inputs = {
             name: self._side_by_side(
-                tensor[:, self.first_position :] if name in TOKEN_INPUTS else tensor
+                # A copy, as the clean run will not follow what is written to the caller's tensors.
+                (tensor[:, self.first_position :] if name in TOKEN_INPUTS else tensor).clone()
             )
             for name, tensor in inputs.items()
         }
@@ -358,7 +359,7 @@ class Tail(_Rerun):
     ) -> None:
         super().__init__(model, inputs, layer, first_position)
         self.layer, self._device = layer, input_device(model)
-        self._inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        self._inputs = {name: t.to(self._device, copy=True) for name, t in inputs.items()}
         streams: list[Tensor] = []
         pasts: list[list[tuple[Tensor, Tensor]]] = []
         for rows in torch.arange(len(inputs["input_ids"]), device=self._device).split(batch_size):

@@ -294,6 +294,13 @@ class Known:
             blocks = descend(descend(inner, stack.trunk), stack.blocks)
             self._blocks += blocks.children()
         self._own = [vars(block) for block in self._blocks]
+        # Such as what a block multiplies by what it adds to the stream.
+        self._numbers = [
+            (own, name, value)
+            for own in self._own
+            for name, value in own.items()
+            if isinstance(value, bool | float | str) and name != "training" and name[0] != "_"
+        ]
         self._computed = [type(block).forward for block in self._blocks]
         # What stands in place of a forward may hold the model.
         self._replaced = [_reference(own_forward(block)) for block in self._blocks]
@@ -308,6 +315,8 @@ class Known:
         if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
             return False
         if [*map(_forward, map(type, self._blocks))] != self._computed:
+            return False
+        if any([own.get(name) != value for own, name, value in self._numbers]):
             return False
         if any(self._replaced) or any(map(contains, self._own, _FORWARD)):
             for block, replaced in zip(self._blocks, self._replaced, strict=True):

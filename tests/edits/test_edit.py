@@ -4,11 +4,13 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Solution, Status
+from lrqp_torch.edits.base import OnInfeasible
 from lrqp_torch.errors import (
     InfeasibleError,
     LRQPError,
@@ -332,6 +334,17 @@ def test_a_floor_that_is_no_number(log_odds: float | Tensor) -> None:
         duplicate_edit(log_odds=log_odds)
 
 
+def test_parts_of_another_kind_are_refused_with_what_to_do() -> None:
+    layer = torch.nn.Linear(2, 3)
+    for metric in (torch.eye(2), torch.eye(2).numpy(), None):
+        with pytest.raises(WidthError, match=r"metric must be a Mahalanobis.*euclidean\(2\)"):
+            LRQP(layer, metric)  # type: ignore[arg-type]
+    with pytest.raises(WidthError, match=r"got Sequential.*get_submodule\('1'\)"):
+        LRQP(torch.nn.Sequential(torch.nn.Dropout(), layer), Mahalanobis.euclidean(2))  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="got '10'"):
+        LRQP(layer, Mahalanobis.euclidean(2), log_odds="10")  # type: ignore[arg-type]
+
+
 def test_a_broken_probe_is_named() -> None:
     weight = torch.tensor([[float("nan"), 0.0], [0.0, 1.0]])
     with pytest.raises(NonFiniteError, match="probe's weight"):
@@ -557,9 +570,43 @@ def test_an_edit_too_large_for_the_dtype_is_not_called_solved(dtype: torch.dtype
 
 def test_targets_that_are_no_classes_are_refused_by_name() -> None:
     edit = LRQP.fit(torch.randn(20, 3), torch.arange(20) % 2)
-    for target in (None, "abb"):
-        with pytest.raises(TargetError, match="target must be class numbers"):
-            edit(torch.randn(4, 3), target)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="target must be class numbers"):
+        edit(torch.randn(4, 3), None)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="names the class 'abb'; the classes are numbers only"):
+        edit(torch.randn(4, 3), "abb")
+    named = LRQP.fit(torch.randn(20, 3), ["plural", "singular"] * 10)
+    with pytest.raises(TargetError, match="'abb'; the classes are 'plural', 'singular'"):
+        named(torch.randn(4, 3), ["plural", "abb", "plural", "plural"])
+
+
+def test_classes_may_be_named_wherever_they_are_given() -> None:
+    x = torch.randn(40, 3)
+    edit = LRQP.fit(x, ["plural", "singular"] * 20)
+    own = torch.tensor([1, 0, 1, 1])
+    numbers = edit(x[:4], own, 1 - own)
+    for names in (["singular", "plural", "singular", 1], np.array(["singular", "plural"])[1 - own]):
+        others = ["singular" if one == 0 else "plural" for one in own.tolist()]
+        assert torch.equal(edit(x[:4], names, others), numbers)
+        assert torch.equal(edit.propose(x[:4], names, others).x_new, numbers)
+    numbered = LRQP(copy.deepcopy(edit.probe), edit.metric)
+    numbered.probe.classes = None
+    assert numbered.class_names == ()
+    assert torch.equal(edit(x, "singular"), numbered(x, 1))
+
+
+@pytest.mark.parametrize("on_infeasible", ["raise", "skip"])
+def test_an_edit_compiles_in_one_graph(on_infeasible: OnInfeasible) -> None:
+    """What would be raised or skipped is told by its status there, too."""
+    torch.compiler.reset()
+    edit, x = duplicate_edit(on_infeasible=on_infeasible), torch.randn(6, 2)
+    compiled = torch.compile(edit, fullgraph=True, backend="eager")
+    target = torch.arange(6) % 3
+    found, reached = compiled(x, target), target == 0
+    torch.testing.assert_close(found[reached], edit(x[reached], target[reached]))
+    if on_infeasible == "skip":
+        assert torch.equal(found[~reached], x[~reached])
+    else:
+        assert found[~reached].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,20 @@ def test_a_wrong_class_is_said_by_name_and_role() -> None:
         joint([[0.0] * WIDTH], {"a": 1, "b": 1})
 
 
+def test_what_is_kept_or_free_may_be_said_in_words_and_classes_by_name() -> None:
+    joint, x = joint_of(), normal(3, WIDTH)
+    by_words = {"a": [1, "keep", "free"], "b": "keep"}
+    by_numbers = {"a": torch.tensor([1, joint.KEEP, joint.FREE]), "b": joint.KEEP}
+    assert torch.equal(joint(x, by_words), joint(x, by_numbers))
+    with pytest.raises(TargetError, match="target of 'b' names the class 'hold'"):
+        joint(x, {"a": 1, "b": "hold"})
+    with pytest.raises(TargetError, match="source of 'a' names the class 'keep'"):
+        joint(x, {"a": 1, "b": 1}, {"a": "keep"})
+    many = normal(40, WIDTH)
+    named = JointLRQP.fit(many, {"a": ["no", "yes"] * 20, "b": torch.arange(40) // 20})
+    assert torch.equal(named(many, {"a": "yes", "b": "free"}), named(many, {"a": 1, "b": -1}))
+
+
 def test_misuse_of_the_constructor_is_named() -> None:
     metric = metric_of()
     edit = LRQP(probe_of(3, 1), metric)

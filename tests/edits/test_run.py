@@ -1,5 +1,7 @@
 """The record of an edit: what was read before, what was written, and what the stream holds."""
 
+import copy
+import pickle
 from typing import Any
 from unittest import mock
 
@@ -171,6 +173,23 @@ def test_steps_of_a_context_outlive_the_next() -> None:
     for step, read in kept:
         assert torch.equal(step, read)
     assert not torch.equal(*(step for step, _ in kept))
+
+
+@torch.no_grad()
+def test_a_record_is_copied_within_its_context_and_after() -> None:
+    """Also after passes that compiled code has written of."""
+    model = build("gpt2")
+    edit, inputs, copies = edit_of(model, "L1.mid"), PROMPTS.padded("left"), []
+    with edit.at(model, "L1.mid", positions=AT, target=1) as run:
+        for _ in range(5):
+            model(**inputs)
+            copies += [pickle.loads(pickle.dumps(run)), copy.deepcopy(run)]
+    copies += [pickle.loads(pickle.dumps(run)), copy.deepcopy(run)]
+    assert [len(one.steps) for one in copies] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+    for one in copies:
+        assert torch.equal(one.log_odds_after, run.log_odds_after)
+        assert torch.equal(one.distance, run.distance)
+    assert len(run.steps) == 5
 
 
 def test_reading_before_running_is_an_error() -> None:

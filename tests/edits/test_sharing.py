@@ -15,7 +15,7 @@ from models_for_tests import Prompts, build, random_edit
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrqp_torch import LRQP, EditLibrary, JointLRQP, Provenance
+from lrqp_torch import LRQP, EditLibrary, JointLRQP, Provenance, intervene
 from lrqp_torch.baselines import EuclideanLeastEdit, NoEdit
 from lrqp_torch.edits import saving
 from lrqp_torch.edits.saving import COVARIANCE_FILE, TENSORS_FILE
@@ -86,8 +86,12 @@ def test_an_edit_works_in_its_own_model_without_a_word(edit: LRQP, tmp_path: Pat
     ],
 )
 def test_another_model_is_refused(edit: LRQP, name: str, options: dict, what: str) -> None:
+    model = build(name, **options)
     with pytest.raises(ProvenanceError, match=what):
-        run(edit, build(name, **options))
+        run(edit, model)
+    item = edit.on("L1.mid", positions="all", target=1)
+    with pytest.raises(ProvenanceError, match=what), intervene(model, [item]):
+        pass
 
 
 @pytest.mark.parametrize(

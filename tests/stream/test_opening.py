@@ -12,6 +12,7 @@ import pytest
 import torch
 from models_for_tests import LAYERS, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import lrqp_torch as lrqp
 from lrqp_torch.errors import LRQPError, SiteError
@@ -127,6 +128,30 @@ def test_a_setting_that_changed_is_seen_and_nothing_else_is_asked_again(
     model.config.rms_norm_eps *= 2
     edited(model)
     assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_what_a_block_multiplies_by_may_change() -> None:
+    """Of a model that was seen with another number before."""
+    config = GraniteConfig(
+        vocab_size=100,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        residual_multiplier=0.5,
+    )
+    model, seen = GraniteForCausalLM(config).eval(), dict[str, Tensor]()
+    before = lrqp.capture(model, INPUTS, "L1.mid")["L1.mid"]
+    block = sites.blocks_of(model)[1]
+    block.residual_multiplier = 0.25
+    reader = block.post_attention_layernorm
+    with reader.register_forward_pre_hook(lambda _, given: seen.update(x=given[0].clone())):
+        model(**INPUTS)
+    found = lrqp.capture(model, INPUTS, "L1.mid")["L1.mid"]
+    torch.testing.assert_close(found, seen["x"])
+    assert (found - before).abs().max() > 1e-3
 
 
 def test_a_part_that_is_put_into_training_mode_later_is_warned_of() -> None:

@@ -35,6 +35,15 @@ def edit_of(model: nn.Module, site: str, seed: int = 0) -> lrqp.LRQP:
     return random_edit(x, 3, seed=seed, log_odds=20.0)
 
 
+@torch.no_grad()
+def test_inputs_that_are_written_over_later_were_copied() -> None:
+    model = build("gpt2")
+    inputs = {name: tensor.clone() for name, tensor in PROMPTS.padded("left").items()}
+    replay = Replay(model, inputs, FIRST)
+    inputs["input_ids"].fill_(7)
+    assert close(replay.run(), replay.clean_logits)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("first_position", [0, 1, 5, FIRST])
 @torch.no_grad()
