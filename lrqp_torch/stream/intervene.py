@@ -321,7 +321,7 @@ class Editing(ContextDecorator, Generic[Record]):
                 watch.hook.located = located
             else:
                 attach(watch, located, applied.apply, applied.offer, kept=watch.hook)
-            if not applied.resume(plan.number):
+            if not applied.resume(model, plan.number):
                 watch.hook.renew()
         except BaseException as error:
             self._leave(type(error), error, error.__traceback__)
@@ -535,11 +535,11 @@ class _Applied:
         self.places.forget()
         return True
 
-    def resume(self, number: int) -> bool:
+    def resume(self, model: nn.Module, number: int) -> bool:
         """Let compiled code edit the calls of this context; whether it can."""
         if self.record is None:
             return True
-        self.record.begin()
+        self.record.begin(model, self.item.site)
         return bool(cast(Any, self.item.edit).resume(self.site, number))
 
     def renew(self) -> None:
