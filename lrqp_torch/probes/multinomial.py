@@ -23,11 +23,10 @@ converge so goes on in float64. A step is then as long as is best along it, whic
 with the features: the logits change by as much of its own. Classes that nearly separate have their
 optimum far out, where steps of length 1 gain a factor of e each.
 
-The conjugate gradients of one problem of two classes are compiled where there is a C compiler
-(conjugate.c): they read the features once in a product, where torch's two products read them twice.
-
-All problems of a stack move together, each with its own step length and its own end. On a GPU the
-host waits for the device a few times in a Newton step, never once for every conjugate gradient.
+On a CPU with a C compiler the whole search is compiled (newton.c), one problem after another.
+Elsewhere all problems of a stack move together, each with its own step length and its own end. On a
+GPU the host waits for the device a few times in a Newton step, never once for every conjugate
+gradient.
 """
 
 import copy
@@ -37,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -76,6 +75,9 @@ STRIPS, STRIPED = 4, 256
 """In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
 """Numbers in float32 that a processor's cache holds, about."""
+CLASSES, CALLS = 64, 2**20
+"""Rows of parameters up to which a search is compiled; multiplications that a call for a factor
+costs it."""
 HUGE = 1e30
 """Mean square of a feature from which on float32 may not hold what is made of it."""
 NARROW_STEPS = 60
@@ -206,16 +208,12 @@ class MultinomialLoss:
             terms = terms + block.weighed(probability - block.targets).square().sum((2, 3))
         self.squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
         size = (_copies(point.gradient) * terms * self.squares.sum((2, 3)) / self.total).sqrt()
-        highest = torch.get_float32_matmul_precision() == "highest"
-        long = self._long(point.gradient)
-        if highest and long and not squares.is_cuda and bool((squares < HUGE).all()):
+        narrow = self.narrows(point.gradient) and not squares.is_cuda
+        if narrow and bool((squares < HUGE).all()):
             self.narrow = True
-            # The compiled search reads them as they are.
-            by_rows = point.gradient.shape[2] == 1 and bool(_searches())
             self.blocks = [
-                replace(block, narrow=x.float().mT if by_rows else x.mT.float().contiguous())
+                replace(block, narrow=block.features.mT.float().contiguous())
                 for block in self.blocks
-                for x in [block.features]
             ]
         return 8 * torch.finfo(size.dtype).eps * size
 
@@ -300,13 +298,17 @@ class MultinomialLoss:
         features; else their average.
         """
         count, width = rows.shape[2:]
-        many = count * width > FACTORS * self._count()
-        return 1 if many or not self._long(rows) else int(count)
+        many = count * width > FACTORS * self.count()
+        return 1 if many or not self.is_long(rows) else int(count)
 
-    def _long(self, rows: Tensor) -> bool:
+    def is_long(self, rows: Tensor) -> bool:
         """Whether a product of one problem's rows, (C, p), costs more than calling it."""
         count, width = rows.shape[2:]
-        return self.in_memory and count * width * self._count() > LONG
+        return self.in_memory and count * width * self.count() > LONG
+
+    def narrows(self, rows: Tensor) -> bool:
+        """Whether products of rows (S, L, C, p) are to be in float32 on a CPU."""
+        return torch.get_float32_matmul_precision() == "highest" and self.is_long(rows)
 
     def class_hessians(
         self, point: Evaluation, problems: list[tuple[int, int]], parts: int
@@ -339,22 +341,29 @@ class MultinomialLoss:
         penalty = self.ranks.total(self._penalise(torch.ones_like(self.squares)))
         return torch.addcmul(penalty, point.curvature[..., None, None], self.squares)
 
-    def patience(self, rows: Tensor, parts: int) -> float:
+    def patience(self, rows: Tensor, parts: int, *, compiled: bool = False) -> float:
         """Products with the Hessian, of rows (S, L, C, p), that cost what R factors do."""
         if not self.in_memory:
             return PATIENCE * parts
         count, width = rows.shape[2:]
-        n = self._count()
+        n = self.count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
         # ones, compiled two fifths, with ten a half; beyond the processor's cache, half of that.
-        # Small problems take the same steps in a stack as alone.
-        compiled = self.narrow and rows.shape[:3] == (1, 1, 1) and _searches()
         speed = 0.4 if compiled else (count + 1) / (count + 11)
         speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
+        if compiled:
+            cost += CALLS / (n * width * count)
         return max(PATIENCE, parts * cost)
 
-    def _count(self) -> int:
+    def shares(self, zero: Tensor) -> bool:
+        """Whether the label sets of parameters (S, L, C, p) share a factor at the start.
+
+        With all classes equally likely the curvature does not depend on them, nor on the labels.
+        """
+        return zero.shape[1] > 1 and self.patience(zero, 1) <= SHARED * zero.shape[1]
+
+    def count(self) -> int:
         """How many examples there are, in memory."""
         return sum(block.features.shape[1] for block in self.blocks)
 
@@ -505,6 +514,9 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             its own rounding error.
         max_iterations: stop after as many Newton steps.
     """
+    found = _one_by_one(loss, zero, tolerance, max_iterations)
+    if found is not None:
+        return found
     state, parts = _begin(loss, zero, tolerance), loss.parts(zero)
     patience = loss.patience(zero, parts)
     finished: list[tuple[Tensor, Minimum]] = []
@@ -543,9 +555,7 @@ def _begin(loss: MultinomialLoss, zero: Tensor, tolerance: float) -> _State:
     # which no step makes smaller; they are at their optimum there.
     rounding = loss.measure(point)
     sites, label_sets = zero.shape[:2]
-    # With all classes equally likely the curvature does not depend on them, nor on the labels.
-    shared = label_sets > 1 and loss.patience(zero, 1) <= SHARED * label_sets
-    factor = zero.new_zeros(sites, label_sets, 0)
+    shared, factor = loss.shares(zero), zero.new_zeros(sites, label_sets, 0)
     if shared:
         made = _factor(loss.class_hessians(point, [(site, 0) for site in range(sites)], parts=1))
         factor = made.unsqueeze(1).expand(-1, label_sets, loss.parts(zero), -1, -1)
@@ -626,9 +636,6 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     )
     target = target * _norm(point.gradient)
     residual, diagonal = _centred(-point.gradient.to(dtype)), loss.diagonal(point).to(dtype)
-    found = _compiled_step(loss, state, diagonal, residual, target)
-    if found is not None:
-        return found
     step, times = torch.zeros_like(residual), loss.hessian(point)
     precondition = _preconditioner(state, diagonal)
     direction = solved = precondition(residual)
@@ -654,41 +661,120 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     return step.double(), spent
 
 
-def _compiled_step(
-    loss: MultinomialLoss, state: _State, diagonal: Tensor, residual: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """What follows in :func:`_newton_step`, of one problem of two classes; else None."""
-    search, point = _searches().get(residual.dtype), state.point
-    alone = residual.shape[:3] == (1, 1, 1) and residual.device.type == "cpu"
-    if search is None or point.examples is None or not alone:
-        return None
-    ((block, features, _, bend),) = loss.bends(point)
-    (n, width), curvature = features.shape[1:], block.weighed(bend) / loss.total
-    # It has one thread.
-    many = torch.get_num_threads() > 1 and n * width > CACHED
-    if many or not features.is_contiguous():
-        return None
-    step, room = torch.zeros_like(residual), residual.new_empty(4, width)
-    factor = state.factor.contiguous() if bool(state.made) else None
-    inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
-    parts = features, curvature.contiguous(), inverse, factor, residual.contiguous(), step, room
-    places = (None if part is None else part.data_ptr() for part in parts)
-    spent = search(*places, n, width, loss.l2, float(target), MAX_CG_STEPS)
-    return step.double(), torch.full_like(state.spent, spent)
+class _Data(ctypes.Structure):
+    """What newton.c is given, and what it finds."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("features", "narrow", "targets", "weights")),
+        *((name, ctypes.c_void_p) for name in ("parameters", "probability", "factor")),
+        *((name, ctypes.c_int64) for name in ("n", "p", "rows", "factors", "most_steps")),
+        *((name, ctypes.c_int64) for name in ("most_products", "narrow_steps", "spent")),
+        *((name, ctypes.c_double) for name in ("total", "l2", "tolerance", "patience")),
+        *((name, ctypes.c_double) for name in ("loss", "size", "start", "rounding")),
+        *((name, ctypes.c_int64) for name in ("steps", "is_narrow")),
+    ]
+
+
+_RENEW: Final = ctypes.CFUNCTYPE(ctypes.c_int)
+
+
+class _Search:
+    """The search for one of the minima by newton.c.
+
+    Args:
+        loss: the losses.
+        zero: the parameters of all.
+        site, label_set: which of them.
+        shared: the factor at the start, which the label sets of a site share, once it is made.
+    """
+
+    def __init__(
+        self, loss: MultinomialLoss, zero: Tensor, site: int, label_set: int, shared: list[Tensor]
+    ) -> None:
+        (block,), (rows, width) = loss.blocks, zero.shape[2:]
+        features = block.features[site : site + 1].contiguous()
+        targets = block.targets[site : site + 1, label_set : label_set + 1].contiguous()
+        weights = None if block.weights is None else block.weights.contiguous()
+        narrow = torch.empty(features.shape) if loss.narrows(zero) else None
+        self.block, self.loss = Block(features, targets, weights, narrow), copy.copy(loss)
+        self.parameters = zero.new_zeros(1, 1, rows, width)
+        self.probability = zero.new_empty(features.shape[1], rows)
+        self.parts, self.shared, self.at_start = loss.parts(zero), shared, loss.shares(zero)
+        self.factor, self.error = zero.new_empty(0), cast(BaseException | None, None)
+        self.data = _Data(n=len(self.probability), p=width, rows=rows)
+        self.data.total, self.data.l2 = loss.total, loss.l2
+        self.data.patience = loss.patience(zero, self.parts, compiled=True)
+        self.data.spent = int(self.data.patience) + 1 if self.at_start else 0
+        for name in ("features", "narrow", "targets", "weights"):
+            part = getattr(self.block, name)
+            setattr(self.data, name, None if part is None else part.data_ptr())
+        self.data.parameters = self.parameters.data_ptr()
+        self.data.probability = self.probability.data_ptr()
+
+    def run(self, search: Callable[..., int], tolerance: float, max_iterations: int) -> None:
+        """Find it; what is found is in ``parameters`` and ``data``."""
+        self.data.tolerance, self.data.most_steps = tolerance, max_iterations
+        self.data.most_products, self.data.narrow_steps = MAX_CG_STEPS, NARROW_STEPS
+        if search(ctypes.byref(self.data), _RENEW(self._renew)):
+            raise self.error or MemoryError("no memory to fit a probe in")
+
+    def _renew(self) -> int:
+        """Make factors of the Hessian where the search is; 1 where that fails, else 0."""
+        narrow, first = self.block.narrow, self.at_start and not self.data.steps
+        narrow = narrow.mT if narrow is not None and self.data.is_narrow else None
+        self.loss.blocks = [replace(self.block, narrow=narrow)]
+        examples = [(self.probability, self.probability.T[None, None])]
+        any_ = self.parameters
+        point = Evaluation(any_, any_, any_, any_, any_, examples)
+        try:
+            # With all classes equally likely the Hessian does not depend on the labels.
+            if not (first and self.shared):
+                parts = 1 if first else self.parts
+                made = _factor(self.loss.class_hessians(point, [(0, 0)], parts))[0].contiguous()
+                self.shared += [made] if first else []
+            self.factor = self.shared[0] if first else made
+        except BaseException as error:
+            self.error = error
+            return 1
+        self.data.factor, self.data.factors = self.factor.data_ptr(), len(self.factor)
+        return 0
 
 
 @functools.cache
-def _searches() -> dict[torch.dtype, Callable[..., int]]:
-    """The compiled search by dtype; none where there is no compiler."""
-    loaded = load_compiled(Path(__file__).with_name("conjugate.c"))
-    found: dict[torch.dtype, Any] = {}
-    if loaded is not None:
-        found = {torch.float32: loaded.lrqp_search_float, torch.float64: loaded.lrqp_search_double}
-    for function in found.values():
-        function.restype = ctypes.c_int64
-        numbers = ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_double, ctypes.c_int64
-        function.argtypes = *[ctypes.c_void_p] * 7, *numbers
-    return found
+def _compiled() -> Callable[..., int] | None:
+    """The search of newton.c; None where there is no compiler."""
+    names = (
+        "ARMIJO", "LEVEL", "ENOUGH", "SHORTEST_STEP", "LENGTHS", "CLOSE", "SETTLED", "FORCING",
+        "POWER", "HUGE",
+    )  # fmt: skip
+    loaded = load_compiled(
+        Path(__file__).with_name("newton.c"), lambda: {name: globals()[name] for name in names}
+    )
+    return None if loaded is None else loaded.lrqp_minimise
+
+
+def _one_by_one(
+    loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iterations: int
+) -> Minimum | None:
+    """What :func:`minimise` finds, in compiled code; None where that is not to be had or slower."""
+    search, (sites, label_sets, rows, width) = _compiled(), zero.shape
+    if search is None or not loss.in_memory or loss.ranks.size > 1 or zero.device.type != "cpu":
+        return None
+    # It has one thread, and for many classes the BLAS is faster.
+    if rows > CLASSES or (torch.get_num_threads() > 1 and width * loss.count() > CACHED):
+        return None
+    parameters, found = zero.clone(), []
+    for site in range(sites):
+        shared: list[Tensor] = []
+        for label_set in range(label_sets):
+            one = _Search(loss, zero, site, label_set, shared)
+            one.run(search, tolerance, max_iterations)
+            data, parameters[site, label_set] = one.data, one.parameters
+            relative = data.size / data.start if data.size > data.rounding else 0.0
+            found.append((data.loss, data.size, relative, data.steps))
+    table = torch.tensor(found, dtype=torch.float64).view(sites, label_sets, 4)
+    least, size, relative, steps = table.unbind(2)
+    return Minimum(parameters, least, size, relative, steps.long())
 
 
 def _centred(rows: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """LinearProbe: the optimum of its documented objective, certified independently."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -506,33 +504,46 @@ def test_factors_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 3, 10])
 @pytest.mark.parametrize(("n", "width"), [(203, 37), (1201, 245)], ids=["float64", "float32"])
-def test_compiled_steps_are_those_of_torch(
-    monkeypatch: pytest.MonkeyPatch, n: int, width: int, factored: bool
+def test_the_compiled_search_finds_what_torch_does(
+    monkeypatch: pytest.MonkeyPatch, n: int, width: int, n_classes: int, factored: bool
 ) -> None:
-    """Conjugate gradients of one problem of two classes, of weighed examples and odd sizes."""
-    if not multinomial._searches():
+    """Of weighed examples and odd sizes, and of label sets that share a factor at the start."""
+    if multinomial._compiled() is None:
         pytest.skip("no C compiler")
     x = torch.randn(n, width, dtype=torch.float64) * torch.logspace(-2, 2, width).double()
-    y = (x[:, 3] + x[:, 3].std() * torch.randn(n) > 0).long()
+    noise = torch.randn(2, n, n_classes, dtype=torch.float64)
+    many = (x[:, :n_classes] / x[:, :n_classes].std(0) + noise).argmax(-1)
     weights = torch.rand(n, dtype=torch.float64) + 0.1
+    factors = []
     if factored:
-        monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_: 4.0)
-    taken = []
+        monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_, **__: 4.0)
+        make = multinomial._factor
+        monkeypatch.setattr(multinomial, "_factor", lambda m: factors.append(len(m)) or make(m))
 
-    def counted(*arguments: object, search: Callable[..., int]) -> int:
-        taken.append(search(*arguments))
-        return taken[-1]
+    def fit() -> list[LinearProbe]:
+        weighed = LinearProbe.fit(x, many[0], sample_weight=weights)
+        return [weighed, *LinearProbe.fit_many({i: (x, y) for i, y in enumerate(many)}).values()]
 
-    known = multinomial._searches().items()
-    counting = {dtype: partial(counted, search=search) for dtype, search in known}
-    monkeypatch.setattr(multinomial, "_searches", lambda: counting)
-    compiled = LinearProbe.fit(x, y, sample_weight=weights)
-    assert compiled.report is not None and len(taken) == compiled.report.iterations > 2
-    monkeypatch.setattr(multinomial, "_searches", dict)
-    plain = LinearProbe.fit(x, y, sample_weight=weights)
-    assert plain.report is not None and plain.report.relative_gradient_norm <= 1e-8
-    assert compiled.report.loss == pytest.approx(plain.report.loss, rel=1e-12)
-    assert compiled.report.relative_gradient_norm <= 1e-8
-    assert abs(compiled.report.iterations - plain.report.iterations) <= 1
-    assert torch.allclose(compiled(x), plain(x), rtol=0, atol=1e-4)
+    found = fit()
+    assert bool(factors) == factored
+    monkeypatch.setattr(multinomial, "_compiled", lambda: None)
+    for one, other in zip(found, fit(), strict=True):
+        assert one.report is not None and other.report is not None
+        assert max(one.report.relative_gradient_norm, other.report.relative_gradient_norm) <= 1e-8
+        assert one.report.loss == pytest.approx(other.report.loss, rel=1e-12)
+        assert one.report.gradient_norm > 0
+        assert torch.allclose(one(x), other(x), rtol=0, atol=1e-5)
+
+
+def test_an_error_while_a_compiled_search_asks_for_a_factor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_, **__: 1.0)
+    monkeypatch.setattr(multinomial, "_factor", fail)
+    with pytest.raises(KeyboardInterrupt):
+        LinearProbe.fit(*samples(100, 20, 2))

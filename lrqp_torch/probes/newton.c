@@ -1,0 +1,492 @@
+/* The search of multinomial.py's minimise for one probe in memory on a CPU, in one call: Newton
+ * steps by conjugate gradients, the length along each, and where it ends. Steps, constants and
+ * formulas are those said there. An evaluation and a product with the Hessian read the features
+ * once, where two products of torch read them twice, and the change of the logits along a step
+ * comes from the products that found it.
+ *
+ * Of C rows of parameters (C, p) and n examples, features are (n, p) by rows, the last of them 1;
+ * logits and probabilities (n, C). What is in float and in double is written once, below `#else`. */
+
+#ifndef REAL
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Bytes of a vector, and classes whose sums stay in registers. */
+#ifdef __AVX512F__
+#define WIDE 64
+#define TILE 4
+#else
+#define WIDE 32
+#define TILE 2
+#endif
+#define UNROLL _Pragma("GCC unroll 8")
+/* Keeps a vector in its register, where a compiler would load it again. */
+#ifdef __x86_64__
+#define HOLD(v) __asm__("" : "+v"(v))
+#else
+#define HOLD(v) (void)(v)
+#endif
+#define INLINE static inline __attribute__((always_inline))
+/* Rows that are read at a time, and those whose sums are added up, so that rounding grows with √n
+ * at most. */
+#define CHUNK 32
+#define PART 256
+
+typedef struct {
+    const double *features; /* (n, p) */
+    float *narrow;          /* Room for them in float, (n, p), or null. */
+    const double *targets;  /* (C, n) */
+    const double *weights;  /* (n,), or null */
+    double *parameters;     /* The point, from zero, (C, p). */
+    double *probability;    /* Of the examples there, (n, C). */
+    /* L⁻¹ (R, p, p) in the dtype of the products; null as long as there is none. One is of all
+     * classes. */
+    const void *factor;
+    int64_t n, p, rows, factors, most_steps, most_products, narrow_steps;
+    int64_t spent; /* Products since there is this factor; more at the start ask for one then. */
+    double total, l2, tolerance, patience;
+    /* What is found; steps, and whether products are in float. */
+    double loss, size, start, rounding;
+    int64_t steps, is_narrow;
+} problem;
+
+typedef struct {
+    double loss, size, curvature;
+    double *parameters, *gradient, *logits, *probability;
+} point;
+
+/* exp x of x ≤ 0, without branches, so that it is computed of many at once. */
+INLINE double power(double x) {
+    x = x < -700 ? -700 : x;
+    double whole = x * 0x1.71547652b82fep+0 + 0x1.8p52;
+    int64_t bits;
+    memcpy(&bits, &whole, sizeof bits);
+    whole -= 0x1.8p52;
+    double r = (x - whole * 0x1.62e42fefa3800p-1) - whole * 0x1.ef35793c76730p-45;
+    double sum = 1.0 / 6227020800;
+    sum = sum * r + 1.0 / 479001600, sum = sum * r + 1.0 / 39916800;
+    sum = sum * r + 1.0 / 3628800, sum = sum * r + 1.0 / 362880, sum = sum * r + 1.0 / 40320;
+    sum = sum * r + 1.0 / 5040, sum = sum * r + 1.0 / 720, sum = sum * r + 1.0 / 120;
+    sum = sum * r + 1.0 / 24, sum = sum * r + 1.0 / 6, sum = sum * r + 0.5;
+    sum = (sum * r + 1) * r + 1;
+    bits = (int64_t)((uint64_t)bits << 52) + 0x3ff0000000000000;
+    double scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return sum * scale;
+}
+
+/* log(1 + e) of e from 0 to 1 = 2 artanh(e / (2 + e)). */
+INLINE double logarithm(double e) {
+    double s = e / (2 + e), t = s * s, sum = 1.0 / 33;
+    sum = sum * t + 1.0 / 31, sum = sum * t + 1.0 / 29, sum = sum * t + 1.0 / 27;
+    sum = sum * t + 1.0 / 25, sum = sum * t + 1.0 / 23, sum = sum * t + 1.0 / 21;
+    sum = sum * t + 1.0 / 19, sum = sum * t + 1.0 / 17, sum = sum * t + 1.0 / 15;
+    sum = sum * t + 1.0 / 13, sum = sum * t + 1.0 / 11, sum = sum * t + 1.0 / 9;
+    sum = sum * t + 1.0 / 7, sum = sum * t + 1.0 / 5, sum = sum * t + 1.0 / 3;
+    return 2 * s * (sum * t + 1);
+}
+
+/* Probabilities of so many examples from their logits, and, if asked for, what each loses. */
+static void predict(const problem *q, int64_t begin, int64_t count, const double *z, double *p,
+                    double *lost) {
+    int64_t rows = q->rows;
+    const double *t = q->targets + begin;
+    if (rows == 1) {
+        /* z_1 − z_0 is twice that of class 1. */
+        for (int64_t i = 0; i < count; i++) {
+            double far = 2 * fabs(z[i]), e = power(-far), large = 1 / (1 + e), small = e * large;
+            p[i] = z[i] < 0 ? small : large;
+            if (lost) lost[i] = logarithm(e) + ((z[i] < 0) == (t[i] > 0) ? far : 0);
+        }
+        return;
+    }
+    int64_t first[CHUNK];
+    for (int64_t i = 0; i < count; i++) {
+        const double *own = z + i * rows;
+        double most = own[0];
+        first[i] = 0;
+        for (int64_t k = 1; k < rows; k++)
+            if (own[k] > most) most = own[k], first[i] = k;
+        for (int64_t k = 0; k < rows; k++) p[i * rows + k] = own[k] - most;
+        if (lost) lost[i] = 0;
+        for (int64_t k = 0; lost && k < rows; k++) lost[i] -= t[k * q->n + i] * p[i * rows + k];
+    }
+    for (int64_t j = 0; j < count * rows; j++) p[j] = power(p[j]);
+    for (int64_t i = 0; i < count; i++) {
+        double rest = 0, *own = p + i * rows;
+        for (int64_t k = 0; k < rows; k++) rest += k == first[i] ? 0 : own[k];
+        double part = 1 / (1 + rest);
+        for (int64_t k = 0; k < rows; k++) own[k] *= part;
+        if (lost) lost[i] += log1p(rest);
+    }
+}
+
+#define PASTE(a, b) a##_##b
+#define GLUE(a, b) PASTE(a, b)
+#define NAME(a) GLUE(a, REAL)
+#define REAL double
+#include __FILE__
+#undef REAL
+#define REAL float
+#include __FILE__
+#undef REAL
+
+INLINE double share(const problem *q, int64_t i) {
+    return (q->weights ? q->weights[i] : 1) / q->total;
+}
+
+/* Derivative of half the penalty, which leaves the bias out. */
+INLINE double pull(const problem *q, int64_t j) { return j % q->p < q->p - 1 ? q->l2 : 0; }
+
+/* Loss and gradient at the point's parameters. */
+static void evaluate(const problem *q, point *at, double *part) {
+    int64_t n = q->n, p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
+    double residual[CHUNK * rows], lost[CHUNK], loss = 0, curvature = 0, penalty = 0, size = 0;
+    for (int64_t j = 0; j < rows * p; j++) {
+        at->gradient[j] = pull(q, j) * at->parameters[j];
+        penalty += at->gradient[j] * at->parameters[j];
+    }
+    for (int64_t begin = 0; begin < n; begin += PART) {
+        int64_t end = begin + PART < n ? begin + PART : n;
+        double some = 0, bent = 0;
+        memset(part, 0, rows * p * sizeof(double));
+        for (int64_t i = begin; i < end; i += CHUNK) {
+            int64_t count = end - i < CHUNK ? end - i : CHUNK;
+            double *z = at->logits + i * rows, *found = at->probability + i * rows;
+            times_double(q->features + i * p, at->parameters, count, p, rows, z);
+            predict(q, i, count, z, found, lost);
+            for (int64_t e = 0; e < count; e++) {
+                double weight = share(q, i + e);
+                some += weight * lost[e];
+                for (int64_t k = 0; k < rows; k++) {
+                    double own = found[e * rows + k];
+                    residual[e * rows + k] = weight * (own - q->targets[k * n + i + e]);
+                    bent += weight * own * (1 - own);
+                }
+            }
+            add_double(q->features + i * p, residual, count, p, rows, part);
+        }
+        loss += some, curvature += bent;
+        for (int64_t j = 0; j < rows * p; j++) at->gradient[j] += part[j];
+    }
+    for (int64_t j = 0; j < rows * p; j++) size += at->gradient[j] * at->gradient[j];
+    at->loss = loss + copies * penalty / 2, at->size = sqrt(copies * size);
+    at->curvature = curvature * (rows == 1 ? 2 : 1.0 / (rows - 1));
+}
+
+/* About what multiple of a step has the least loss, by Newton's method from 1. */
+static double best_length(const problem *q, const point *at, const double *step,
+                          const double *change, double slope) {
+    int64_t n = q->n, rows = q->rows;
+    double z[CHUNK * rows], p[CHUNK * rows], length = 1, start = 0, bend = 0;
+    /* At the optimum the slope is below its rounding, and the full step the best. */
+    if (!(fabs(slope) > SETTLED * at->loss)) return 1;
+    for (int64_t j = 0; j < rows * q->p; j++) {
+        start += pull(q, j) * step[j] * at->parameters[j];
+        bend += pull(q, j) * step[j] * step[j];
+    }
+    for (int number = 0; number < LENGTHS; number++) {
+        double first = start + length * bend, second = bend;
+        for (int64_t i = 0; i < n; i += CHUNK) {
+            int64_t count = n - i < CHUNK ? n - i : CHUNK;
+            const double *c = change + i * rows;
+            for (int64_t e = 0; e < count * rows; e++)
+                z[e] = at->logits[i * rows + e] + length * c[e];
+            predict(q, i, count, z, p, 0);
+            for (int64_t e = 0; e < count; e++, c += rows) {
+                double one = 0, two = 0, mean = 0;
+                const double *own = p + e * rows;
+                for (int64_t k = 0; k < rows; k++) {
+                    one += c[k] * (own[k] - q->targets[k * n + i + e]);
+                    two += c[k] * c[k] * (rows == 1 ? 2 * own[k] * (1 - own[k]) : own[k]);
+                    mean += rows == 1 ? 0 : own[k] * c[k];
+                }
+                first += share(q, i + e) * one;
+                second += share(q, i + e) * (two - mean * mean);
+            }
+        }
+        double longer = -first / second;
+        longer = isfinite(longer) ? fmin(fmax(longer, -length / 2), 2 * length) : 0;
+        length += longer;
+        if (!(fabs(longer) > CLOSE * length)) break;
+    }
+    return length;
+}
+
+static void swap(point *a, point *b) {
+    point kept = *a;
+    *a = *b, *b = kept;
+}
+
+/* 0, or −1 where there is no memory, or what renew returned, which makes factors of the Hessian at
+ * the point. */
+int lrqp_minimise(problem *q, int (*renew)(void)) {
+    int64_t n = q->n, p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
+    int64_t held = rows * p, read = n * rows;
+    double *room = malloc((11 * held + 7 * read + 2 * p + n) * sizeof(double));
+    if (!room) return -1;
+    double *squares = room, *part = squares + p, *step = part + held, *change = step + held;
+    double *rest = change + read, *own[8];
+    for (int k = 0; k < 4; k++) own[k] = rest, rest += held;
+    for (int k = 4; k < 8; k++) own[k] = rest, rest += read;
+    point at = {0, 0, 0, own[0], own[1], own[4], own[5]};
+    point trial = {0, 0, 0, own[2], own[3], own[6], own[7]};
+    memset(at.parameters, 0, held * sizeof(double));
+    evaluate(q, &at, part);
+    /* The rounding error of the gradient's terms, which may cancel, by Cauchy's inequality. */
+    double terms = 0, sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t k = 0; k < rows; k++) {
+            double apart = at.probability[i * rows + k] - q->targets[k * n + i];
+            terms += (q->weights ? q->weights[i] : 1) * apart * apart;
+        }
+    memset(squares, 0, p * sizeof(double));
+    int fits = 1, failed = 0, stuck = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < p; j++) squares[j] += q->features[i * p + j] * q->features[i * p + j];
+    for (int64_t j = 0; j < p; j++) fits &= (squares[j] /= q->total) < HUGE, sum += squares[j];
+    q->is_narrow = q->narrow && fits;
+    for (int64_t j = 0; q->is_narrow && j < n * p; j++) q->narrow[j] = (float)q->features[j];
+    q->start = at.size, q->rounding = 8 * 0x1p-52 * sqrt(copies * terms * sum / q->total);
+    double goal = fmax(q->tolerance * at.size, q->rounding);
+    for (q->steps = 0; at.size > goal && !stuck && q->steps < q->most_steps;) {
+        if (q->spent > q->patience) {
+            memcpy(q->probability, at.probability, read * sizeof(double));
+            if ((failed = renew())) break;
+            q->spent = 0;
+        }
+        double left = ENOUGH * goal / at.size, target = at.size / q->start;
+        target = q->is_narrow ? fmax(fmin(pow(target, POWER), FORCING), left)
+                              : fmin(sqrt(target), 0.1);
+        target *= at.size / sqrt(copies);
+        memset(step, 0, held * sizeof(double)), memset(change, 0, read * sizeof(double));
+        q->spent += (q->is_narrow ? search_float : search_double)(q, &at, squares, target, step,
+                                                               change, rest);
+        double slope = 0;
+        for (int64_t j = 0; j < held; j++) slope += copies * at.gradient[j] * step[j];
+        double length = best_length(q, &at, step, change, slope);
+        for (;; length /= 2) {
+            for (int64_t j = 0; j < held; j++)
+                trial.parameters[j] = at.parameters[j] + length * step[j];
+            evaluate(q, &trial, part);
+            /* Near the optimum the decrease is below the loss's rounding; see _line_search. */
+            if (trial.loss <= at.loss + ARMIJO * length * slope
+                || (trial.loss <= (1 + LEVEL) * at.loss && trial.size < 0.5 * at.size)) {
+                swap(&at, &trial);
+                break;
+            }
+            if ((stuck = length < SHORTEST_STEP)) break;
+        }
+        q->steps++;
+        if (q->is_narrow && (stuck || q->steps == q->narrow_steps))
+            stuck = q->is_narrow = q->spent = 0, q->factor = 0;
+    }
+    memcpy(q->parameters, at.parameters, held * sizeof(double));
+    q->loss = at.loss, q->size = at.size;
+    free(room);
+    return failed;
+}
+
+#else
+
+#define VECTOR NAME(vector)
+typedef REAL VECTOR __attribute__((vector_size(WIDE), aligned(sizeof(REAL)), may_alias));
+
+INLINE REAL NAME(sum)(VECTOR v) {
+    REAL total = 0;
+    for (int64_t k = 0; k < (int64_t)(WIDE / sizeof(REAL)); k++) total += v[k];
+    return total;
+}
+
+/* Dot products of some rows of features with some of parameters. */
+INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t p, int64_t rows, int examples,
+                       int classes, REAL *out) {
+    const int64_t lanes = WIDE / sizeof(REAL);
+    VECTOR s[4][TILE] = {{{0}}};
+    int64_t j = 0;
+    for (; j + lanes <= p; j += lanes)
+    {
+        VECTOR e[4], v[TILE];
+        UNROLL for (int i = 0; i < examples; i++) e[i] = *(const VECTOR *)(x + i * p + j);
+        UNROLL for (int k = 0; k < classes; k++) v[k] = *(const VECTOR *)(w + k * p + j);
+        UNROLL for (int i = 0; i < examples; i++) HOLD(e[i]);
+        UNROLL for (int k = 0; k < classes; k++) HOLD(v[k]);
+        UNROLL for (int k = 0; k < classes; k++)
+            UNROLL for (int i = 0; i < examples; i++) s[i][k] += v[k] * e[i];
+    }
+    UNROLL for (int i = 0; i < examples; i++)
+        UNROLL for (int k = 0; k < classes; k++) {
+            REAL total = NAME(sum)(s[i][k]);
+            for (int64_t l = j; l < p; l++) total += w[k * p + l] * x[i * p + l];
+            out[i * rows + k] = total;
+        }
+}
+
+/* X Wᵀ, (count, rows). */
+static void NAME(times)(const REAL *x, const REAL *w, int64_t count, int64_t p, int64_t rows,
+                        REAL *out) {
+    int64_t i = 0, k;
+    for (; i + 4 <= count; i += 4) {
+        for (k = 0; k + TILE <= rows; k += TILE)
+            NAME(tile)(x + i * p, w + k * p, p, rows, 4, TILE, out + i * rows + k);
+        for (; k + 2 <= rows; k += 2)
+            NAME(tile)(x + i * p, w + k * p, p, rows, 4, 2, out + i * rows + k);
+        if (k < rows) NAME(tile)(x + i * p, w + k * p, p, rows, 4, 1, out + i * rows + k);
+    }
+    for (; i < count; i++)
+        for (k = 0; k < rows; k++)
+            NAME(tile)(x + i * p, w + k * p, p, rows, 1, 1, out + i * rows + k);
+}
+
+/* Add what some rows of features give to some of parameters. */
+INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t p, int64_t rows, int examples,
+                         int classes, REAL *restrict out) {
+    const int64_t lanes = WIDE / sizeof(REAL);
+    REAL own[4][TILE];
+    UNROLL for (int i = 0; i < examples; i++)
+        UNROLL for (int k = 0; k < classes; k++) own[i][k] = q[i * rows + k];
+    int64_t j = 0;
+    for (; j + lanes <= p; j += lanes) {
+        VECTOR v[4], total[TILE];
+        UNROLL for (int i = 0; i < examples; i++) v[i] = *(const VECTOR *)(x + i * p + j);
+        UNROLL for (int i = 0; i < examples; i++) HOLD(v[i]);
+        UNROLL for (int k = 0; k < classes; k++) total[k] = *(const VECTOR *)(out + k * p + j);
+        UNROLL for (int i = 0; i < examples; i++)
+            UNROLL for (int k = 0; k < classes; k++) total[k] += own[i][k] * v[i];
+        UNROLL for (int k = 0; k < classes; k++) *(VECTOR *)(out + k * p + j) = total[k];
+    }
+    for (; j < p; j++)
+        for (int k = 0; k < classes; k++)
+            for (int i = 0; i < examples; i++) out[k * p + j] += q[i * rows + k] * x[i * p + j];
+}
+
+/* Add Qᵀ X, (rows, p). */
+static void NAME(add)(const REAL *x, const REAL *q, int64_t count, int64_t p, int64_t rows,
+                      REAL *restrict out) {
+    int64_t i = 0, k;
+    for (; i + 4 <= count; i += 4) {
+        for (k = 0; k + TILE <= rows; k += TILE)
+            NAME(spread)(x + i * p, q + i * rows + k, p, rows, 4, TILE, out + k * p);
+        for (; k < rows; k++) NAME(spread)(x + i * p, q + i * rows + k, p, rows, 4, 1, out + k * p);
+    }
+    for (; i < count; i++)
+        for (k = 0; k < rows; k++)
+            NAME(spread)(x + i * p, q + i * rows + k, p, rows, 1, 1, out + k * p);
+}
+
+INLINE REAL NAME(dot)(const REAL *a, const REAL *b, int64_t count) {
+    const int64_t lanes = WIDE / sizeof(REAL);
+    VECTOR s = {0}, t = {0};
+    int64_t j = 0;
+    for (; j + 2 * lanes <= count; j += 2 * lanes) {
+        s += *(const VECTOR *)(a + j) * *(const VECTOR *)(b + j);
+        t += *(const VECTOR *)(a + j + lanes) * *(const VECTOR *)(b + j + lanes);
+    }
+    REAL total = NAME(sum)(s + t);
+    for (; j < count; j++) total += a[j] * b[j];
+    return total;
+}
+
+/* Rows less their mean over the classes, which is nothing but rounding; see _centred. */
+static void NAME(centre)(REAL *v, int64_t p, int64_t rows) {
+    for (int64_t j = 0; rows > 1 && j < p; j++) {
+        REAL mean = 0;
+        for (int64_t k = 0; k < rows; k++) mean += v[k * p + j];
+        mean /= rows;
+        for (int64_t k = 0; k < rows; k++) v[k * p + j] -= mean;
+    }
+}
+
+/* H v, and by how much it changes the logits. */
+static void NAME(product)(const problem *q, const REAL *x, const REAL *bend, const REAL *weight,
+                          const REAL *v, REAL *change, REAL *restrict part, REAL *restrict out) {
+    int64_t n = q->n, p = q->p, rows = q->rows;
+    REAL moved[CHUNK * rows];
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t j = 0; j < p; j++)
+            out[k * p + j] = j < p - 1 ? (REAL)q->l2 * v[k * p + j] : 0;
+    for (int64_t begin = 0; begin < n; begin += PART) {
+        int64_t end = begin + PART < n ? begin + PART : n;
+        memset(part, 0, rows * p * sizeof(REAL));
+        for (int64_t i = begin; i < end; i += CHUNK) {
+            int64_t count = end - i < CHUNK ? end - i : CHUNK;
+            REAL *z = change + i * rows;
+            const REAL *own = bend + i * rows;
+            NAME(times)(x + i * p, v, count, p, rows, z);
+            for (int64_t e = 0; e < count; e++, own += rows, z += rows) {
+                REAL mean = 0;
+                for (int64_t k = 0; rows > 1 && k < rows; k++) mean += own[k] * z[k];
+                for (int64_t k = 0; k < rows; k++)
+                    moved[e * rows + k] = weight[i + e] * own[k] * (z[k] - mean);
+            }
+            NAME(add)(x + i * p, moved, count, p, rows, part);
+        }
+        for (int64_t j = 0; j < rows * p; j++) out[j] += part[j];
+    }
+    NAME(centre)(out, p, rows);
+}
+
+/* L⁻ᵀ L⁻¹ r, or r times the diagonal's inverse where there is no factor L⁻¹. */
+static void NAME(solve)(const problem *q, const REAL *inverse, const REAL *r, REAL *restrict out) {
+    int64_t p = q->p, rows = q->rows;
+    const REAL *factor = q->factor;
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t j = 0; j < p; j++) out[k * p + j] = factor ? 0 : inverse[j] * r[k * p + j];
+    for (int64_t f = 0; factor && f < q->factors; f++, factor += p * p)
+        for (int64_t i = 0; i < p; i++)
+            for (int64_t k = f; k < (q->factors > 1 ? f + 1 : rows); k++) {
+                const REAL *row = factor + i * p, along = NAME(dot)(row, r + k * p, i + 1);
+                for (int64_t j = 0; j <= i; j++) out[k * p + j] += along * row[j];
+            }
+    NAME(centre)(out, p, rows);
+}
+
+/* A Newton step, from zero, by conjugate gradients, and how much it changes the logits; returns how
+ * many products it took. */
+static int64_t NAME(search)(const problem *q, const point *at, const double *squares,
+                            double target, double *step, double *change, void *room) {
+    int64_t n = q->n, p = q->p, rows = q->rows, held = rows * p, number = 0;
+    const REAL *x = sizeof(REAL) == 8 ? (const REAL *)q->features : (const REAL *)q->narrow;
+    REAL *residual = room, *solved = residual + held, *direction = solved + held;
+    REAL *curved = direction + held, *part = curved + held, *inverse = part + held;
+    REAL *bend = inverse + p, *weight = bend + n * rows, *moved = weight + n;
+    for (int64_t i = 0; i < n; i++) {
+        weight[i] = (q->weights ? q->weights[i] : 1) / q->total;
+        for (int64_t k = 0; k < rows; k++) {
+            double own = at->probability[i * rows + k];
+            bend[i * rows + k] = rows == 1 ? 2 * own * (1 - own) : own;
+        }
+    }
+    for (int64_t j = 0; j < p; j++)
+        inverse[j] = 1 / fmax((j < p - 1 ? q->l2 : 0) + at->curvature * squares[j],
+                              sizeof(REAL) == 8 ? 0x1p-1022 : 0x1p-126);
+    for (int64_t j = 0; j < held; j++) residual[j] = -at->gradient[j];
+    NAME(centre)(residual, p, rows);
+    NAME(solve)(q, inverse, residual, solved);
+    memcpy(direction, solved, held * sizeof(REAL));
+    REAL known = NAME(dot)(residual, solved, held);
+    for (; number < q->most_products; number++) {
+        if (!(sqrt(NAME(dot)(residual, residual, held)) > target)) break;
+        NAME(product)(q, x, bend, weight, direction, moved, part, curved);
+        REAL curvature = NAME(dot)(direction, curved, held);
+        if (!(curvature > 0)) break;
+        REAL length = known / curvature, before = known;
+        for (int64_t j = 0; j < held; j++) {
+            step[j] += length * direction[j];
+            residual[j] -= length * curved[j];
+        }
+        for (int64_t i = 0; i < n * rows; i++) change[i] += length * moved[i];
+        NAME(solve)(q, inverse, residual, solved);
+        known = NAME(dot)(residual, solved, held);
+        for (int64_t j = 0; j < held; j++)
+            direction[j] = solved[j] + known / before * direction[j];
+    }
+    return number;
+}
+
+#undef VECTOR
+
+#endif
