@@ -184,6 +184,10 @@ class RevisionWarning(UserWarning):
     """An edit is used in another revision, name or site of its model than it was fitted on."""
 
 
+class EditOverwrittenWarning(UserWarning):
+    """A later edit of the same context writes where one before it has promised odds."""
+
+
 def warn(category: type[Warning], message: str) -> None:
     """Warn of something, at the line outside this package that led to it."""
     package = os.path.dirname(__file__)

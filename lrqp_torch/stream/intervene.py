@@ -19,6 +19,7 @@ from lrqp_torch.errors import (
     FEW,
     EditNeverFiredError,
     EditOverwrittenError,
+    EditOverwrittenWarning,
     LRQPError,
     NonFiniteError,
     PositionError,
@@ -30,6 +31,7 @@ from lrqp_torch.errors import (
     outside_transforms,
     readable,
     unwrapped,
+    warn,
 )
 from lrqp_torch.stream import repeats
 from lrqp_torch.stream.compiled import Census, inner_model, modules_of
@@ -192,10 +194,11 @@ def intervene(
 ) -> "Editing[list[Edit]]":
     """Apply edits to every forward pass of ``model`` within the context.
 
-    Edits at one site run in the order given. The model itself is not changed: when the context
-    closes, also by an exception, all hooks are gone. With a KV cache, positions are absolute, and
-    an edit runs in the call whose tokens it names. A :class:`~lrqp_torch.Scope` means positions
-    by where they come from: the prompt of ``model.generate``, or what it writes.
+    Edits at one site run in the order given, each on what the one before it wrote. The model itself
+    is not changed: when the context closes, also by an exception, all hooks are gone. With a KV
+    cache, positions are absolute, and an edit runs in the call whose tokens it names. A
+    :class:`~lrqp_torch.Scope` means positions by where they come from: the prompt of
+    ``model.generate``, or what it writes.
 
     To read the edited stream, use :func:`capture` within the context: transformers' own
     ``output_hidden_states`` may record a block's output before an edit of it. Hooks of your own
@@ -221,6 +224,10 @@ def intervene(
             had no token; or a site's module has been replaced.
         EditOverwrittenError: in the forward pass, when a later hook on a site's module changes
             activations whose odds an edit certifies; on a GPU, on closing.
+
+    Warns:
+        EditOverwrittenWarning: an edit that promises odds is followed by another one of the same
+            tokens at the same site.
     """
     return Editing(model, interventions, list)
 
@@ -267,6 +274,8 @@ class Editing(ContextDecorator, Generic[Record]):
             applied.append(_Applied(item, locate(model, item.site, census)))
         if not applied:
             raise PositionError("no interventions were given: nothing would be edited")
+        if len(applied) > 1:
+            _warn_of_overwriting(applied)
         trained, reruns = census.in_training(model), False
         if trained:
             warn_of_dropout(trained)
@@ -355,6 +364,26 @@ class Editing(ContextDecorator, Generic[Record]):
             except BaseException as error:
                 self._leave(type(error), error, error.__traceback__)
                 raise
+
+
+def _warn_of_overwriting(applied: Sequence["_Applied"]) -> None:
+    """Warn where an edit that promises odds is followed by another of the same tokens there."""
+    sites = [each.located.site for each in applied]
+    promised: dict[Any, int] = {}
+    for place, (site, each) in enumerate(zip(sites, applied, strict=True)):
+        if sites.count(site) == 1:
+            continue
+        keys = [(site, key) for key in Positions.parse(each.item.positions).means()]
+        first = next((promised[key] for key in keys if key in promised), None)
+        if first is not None:
+            warn(
+                EditOverwrittenWarning,
+                f"edits {first} and {place} write the same tokens at {site}: the odds in the "
+                f"record of the first are those that it wrote, and the other changes them. "
+                f"JointLRQP promises odds of several variables at once",
+            )
+            return
+        promised.update(dict.fromkeys(keys, place) if each.certified else {})
 
 
 def _site_of(applied: "_Applied") -> Site:

@@ -379,6 +379,12 @@ class Positions:
             f"class an example, or {self.grid} for one a position"
         )
 
+    def means(self) -> list[Any]:
+        """What of two positions is equal where they mean the same: pairs, or a scope."""
+        if self.scope is not None:
+            return [repr(self.scope)]
+        return [*zip(self.example.tolist(), self.token.tolist(), strict=True)]
+
     def among(self, batch: int, length: int, given: Mapping[str, Any]) -> "Positions":
         """These positions in inputs that are there as a whole, (batch, length).
 

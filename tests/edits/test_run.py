@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import lrqp_torch as lrqp
 from lrqp_torch.errors import (
     EditNeverFiredError,
+    EditOverwrittenWarning,
     InfeasibleError,
     LRQPError,
     NonFiniteError,
@@ -173,6 +175,35 @@ def test_steps_of_a_context_outlive_the_next() -> None:
     for step, read in kept:
         assert torch.equal(step, read)
     assert not torch.equal(*(step for step, _ in kept))
+
+
+def test_an_edit_that_another_overwrites_is_warned_of() -> None:
+    """Its record would tell of odds that the stream does not hold."""
+    model = build("gpt2")
+    edit = edit_of(model, "L1.mid")
+
+    def opened(*items: lrqp.Intervention) -> None:
+        with pytest.raises(EditNeverFiredError), lrqp.intervene(model, items):
+            pass
+
+    def item(site: str, at: Any, target: int = 1) -> lrqp.Intervention:
+        return edit.on(site, positions=at, target=target)
+
+    push = lrqp.Intervention("L1.mid", AT[:, :1], lambda x, context: x + 1)
+    for first, second in (
+        (item("L1.mid", AT), item("L1.mid", AT[:, 0], target=0)),
+        (item("L1.mid", AT), push),
+        (item("L1.mid", slice(1, 3)), item("L1.mid", slice(1, 3))),
+    ):
+        with pytest.warns(
+            EditOverwrittenWarning, match=r"0 and 1 write the same tokens at L1\.mid"
+        ):
+            opened(first, second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(push, item("L1.mid", AT))
+        opened(item("L1.mid", AT[:, 0]), item("L1.mid", AT[:, 1]))
+        opened(item("L1.mid", AT), item("L1.post", AT))
 
 
 @torch.no_grad()
