@@ -16,6 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -201,8 +202,10 @@ def _inside(
     """Seconds of its thread that a pass spends in hooks, and that a context takes to come and go.
 
     Medians. Each hook begins with caches that the model's layers have filled with something else.
+    What stands around a module's ``forward`` counts as a hook, without that forward itself.
     """
     spent, around = [0.0], list[float]()
+    running: list[tuple[torch.nn.Module, float]] = []
 
     def timed(hook: Callable[..., Any], *args: Any) -> Any:
         start = time.thread_time()
@@ -210,18 +213,43 @@ def _inside(
         spent[-1] += time.thread_time() - start
         return result
 
+    def stands_for(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+        running.append((module, 0.0))
+        result = timed(partial(forward, **kwargs), *args)
+        spent[-1] -= running.pop()[1]
+        return result
+
+    def itself(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.thread_time()
+        result = forward(module, *args, **kwargs)
+        if running and running[-1][0] is module:
+            running[-1] = module, time.thread_time() - start
+        return result
+
     for _ in range(PASSES):
         start, stack = time.thread_time(), ExitStack()
         stack.enter_context(context())
         around.append(time.thread_time() - start)
-        with stack:
+        with stack, ExitStack() as measured:
             for module in model.modules():
+                own, kind = vars(module).get("forward"), type(module)
+                if own is not None:
+                    measured.enter_context(
+                        patch.object(module, "forward", partial(stands_for, own, module))
+                    )
+                    plain = kind.forward
+                    measured.enter_context(
+                        patch.object(
+                            kind, "forward", lambda *a, plain=plain, **k: itself(plain, *a, **k)
+                        )
+                    )
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     hooks.update({key: partial(timed, hook) for key, hook in hooks.items()})
             # The first two passes of a context find out what all others go by.
             for _ in range(3):
                 spent.append(0.0)
                 one_pass()
+            measured.close()
             start = time.thread_time()
         around[-1] += time.thread_time() - start
     return statistics.median(spent[6::3]), statistics.median(around[1:])

@@ -96,7 +96,8 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def _forwards_compiled(own: dict[str, Any]) -> bool:
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    held = own.get("forward")
+    return hasattr(getattr(held, "stands_for", held), "_torchdynamo_orig_callable")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

@@ -34,8 +34,10 @@ from lrqp_torch.stream.sites import (
 from lrqp_torch.stream.traced import (
     KEPT_AT,
     Traced,
+    compiler,
     stream_given,
     tensors_given,
+    traces,
     with_stream,
 )
 from lrqp_torch.stream.watch import (
@@ -43,8 +45,6 @@ from lrqp_torch.stream.watch import (
     Hook,
     Hooks,
     Watch,
-    compiler,
-    traces,
 )
 
 Residual = Tensor | tuple[Tensor, Tensor] | None

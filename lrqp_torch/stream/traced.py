@@ -17,8 +17,9 @@ import sys
 import threading
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from types import CodeType, MethodType
 from typing import Any, Protocol, cast
@@ -51,6 +52,7 @@ class Passes(Protocol):
         """The tensor at a site, edited; itself in passes of others."""
 
 
+compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
 Visit = Callable[..., Tensor]
 _KEYS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _NUMBERS = count()
@@ -85,7 +87,19 @@ def may_trace(trunk: nn.Module, sites: Iterable[str]) -> bool:
     return " ".join(names) in made or len(made) + 2 < torch._dynamo.config.recompile_limit
 
 
-def marked(module: nn.Module, held: Any, names: tuple[str, ...]) -> Any:
+class Around(Protocol):
+    """What runs a module's ``forward``, and something before and after it."""
+
+    traced: "tuple[Traced, Traced] | None"
+    """What graphs hold before and after it."""
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what ``forward`` does of these arguments."""
+
+
+def marked(
+    module: nn.Module, held: Any, names: tuple[str, ...], around: Sequence[Around] = ()
+) -> Any:
     """A ``forward`` for a module that does the same, for as long as it has some hooks.
 
     Every graph is guarded by the code of the ``forward`` of each module in it. So one that was made
@@ -95,9 +109,25 @@ def marked(module: nn.Module, held: Any, names: tuple[str, ...]) -> Any:
         module: one that has hooks.
         held: the ``forward`` that it had of its own, or None.
         names: of the hooks.
+        around: what is to run it, the first around the others, for as long as it is there.
     """
-    made = _FORWARDS.get(names) if held is None else None
+    made = _FORWARDS.get(names) if held is None and not around else None
     if made is None:
+        ends = tuple([each.traced for each in around if each.traced is not None])
+
+        def passed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if traces() or compiler._is_compiling_flag:
+                for begin, _ in ends:
+                    begin(self, args, kwargs)
+                forward = type(self).forward
+                given = forward(self, *args, **kwargs) if held is None else held(*args, **kwargs)
+                for _, end in ends:
+                    end(self, args, kwargs, given)
+                return given
+            run = partial(type(self).forward, self) if held is None else held
+            for each in reversed(around):
+                run = partial(each, run)
+            return run(*args, **kwargs)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return type(self).forward(self, *args, **kwargs)
@@ -105,11 +135,15 @@ def marked(module: nn.Module, held: Any, names: tuple[str, ...]) -> Any:
         def given(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return held(*args, **kwargs)
 
-        made = forward if held is None else given
+        made = passed if around else forward if held is None else given
         made.stands_for = held  # type: ignore[attr-defined]
+        made.__wrapped__ = type(module).forward  # type: ignore[attr-defined]
         key = (made.__name__, *names)
-        made.__code__ = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
-        if held is None:
+        code = _CODES.get(key)
+        if code is None:
+            code = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
+        made.__code__ = code
+        if held is None and not around:
             _FORWARDS[names] = made
     return MethodType(made, module)
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from operator import contains, delitem, getitem, is_, setitem
 from threading import get_ident
+from types import MethodType
 from typing import Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,13 @@ from lrqp_torch.errors import (
     unwrapped,
     warn,
 )
-from lrqp_torch.stream.compiled import CompiledModelWarning, has, inner_model, run_eagerly
+from lrqp_torch.stream.compiled import (
+    CompiledModelWarning,
+    has,
+    inner_model,
+    own_forward,
+    run_eagerly,
+)
 from lrqp_torch.stream.compiled import unwrapped as unwrapped_module
 from lrqp_torch.stream.passes import (
     CACHES,
@@ -45,7 +52,15 @@ from lrqp_torch.stream.passes import (
 )
 from lrqp_torch.stream.repeats import Function, Site
 from lrqp_torch.stream.sites import Trunk
-from lrqp_torch.stream.traced import Followed, Traced, marked, next_number
+from lrqp_torch.stream.traced import (
+    Around,
+    Followed,
+    Traced,
+    compiler,
+    marked,
+    next_number,
+    traces,
+)
 
 RAN_TWICE = (
     "runs more than once in a pass of the model, so which of its runs is meant cannot be told: "
@@ -56,7 +71,6 @@ KEPT = 64
 """Of more calls than this, those are forgotten whose tokens are gone, so that no backward pass can
 run them again."""
 
-compiler, traces = torch.compiler, torch.compiler.is_dynamo_compiling
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _backward_pass = torch._C._current_graph_task_id
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
@@ -142,6 +156,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._hooks: list[tuple[_Kept, int, str, dict[int, Any], tuple[dict[int, bool], ...]]] = []
+        self._around: list[tuple[_Kept, Around]] = []
         self._methods: list[tuple[dict[str, Any], str]] = []
         self._first: list[tuple[OrderedDict[int, Any], int]] = []
         # What of them is put into which places of tables, and in what tables of modules: columns.
@@ -202,10 +217,7 @@ class Hooks:
         else:
             added = _Added(function, traced=traced)
         with _LOCK:
-            kept = vars(module).get(_REDUCE)
-            if type(kept) is not _Kept or kept.module is not module:
-                kept = _Kept(module)
-            kept.count += 1
+            kept = _Kept.of(module)
             if traced is None:
                 number, name = next_number(), ""
             else:
@@ -220,6 +232,19 @@ class Hooks:
             for flag in flags:
                 flag[number] = True
         return number
+
+    def around(self, module: nn.Module, run: Around) -> None:
+        """Let the ``forward`` of a module be run by another, within those that do so already.
+
+        It takes the place of two hooks, with which a module is called by torch's slower way.
+        """
+        with _LOCK:
+            kept = _Kept.of(module)
+            kept.around.append(run)
+            if run.traced is not None:
+                kept.names.append(run.traced[0].mark)
+            kept.mark()
+        self._around.append((kept, run))
 
     def replace(
         self, owner: nn.Module, name: str, change: Callable[..., Callable[..., Any]]
@@ -239,7 +264,8 @@ class Hooks:
         if self._entries is not None:
             return True
         places, tables = list[tuple[Any, Any, Any]](), list[tuple[Any, Any, Any]]()
-        counts = Counter(each[0] for each in self._hooks)
+        counts = Counter([each[0] for each in self._hooks])
+        counts.update([kept for kept, _ in self._around])
         for kept, count in counts.items():
             own = vars(kept.module)
             if kept.count != count or not kept.alone:
@@ -250,14 +276,14 @@ class Hooks:
         for _, number, _, table, flags in self._hooks:
             places += [(held, number, held[number]) for held in (table, *flags)]
         columns = (*zip(*places, strict=True), *zip(*tables, strict=True))
-        self._entries = (self._hooks, counts, *columns)
+        self._entries = (self._hooks, self._around, counts, *columns)
         return True
 
     def put_back(self) -> bool:
         """Put back what was noted, unless modules have anything in its places."""
         if self._entries is None:
             return False
-        hooks, _, held, keys, values, owners, names, tables = self._entries
+        hooks, around, _, held, keys, values, owners, names, tables = self._entries
         with _LOCK:
             there = all(map(is_, map(getitem, owners, names), tables))
             if not there or any(map(contains, held, keys)):
@@ -266,20 +292,20 @@ class Hooks:
             any(map(setitem, held, keys, values))
             for table, number in self._first:
                 table.move_to_end(number, last=False)
-        self._hooks = hooks
+        self._hooks, self._around = hooks, around
         return True
 
     def _take_out(self) -> bool:
         """Take out what was noted, if it is all that there is."""
         if self._entries is None or not self._hooks:
             return False
-        _, counts, held, keys, values, *_ = self._entries
+        _, _, counts, held, keys, values, *_ = self._entries
         with _LOCK:
             alone = all(kept.count == count for kept, count in counts.items())
             if not alone or not all(map(is_, map(_get, held, keys), values)):
                 return False
             any(map(delitem, held, keys))
-        self._hooks = []
+        self._hooks, self._around = [], []
         return True
 
     def remove(self) -> bool:
@@ -289,6 +315,16 @@ class Hooks:
             return True
         self._entries, self._first = None, []
         with _LOCK:
+            while self._around:
+                kept, run = self._around.pop()
+                kept.around.remove(run)
+                kept.count -= 1
+                if run.traced is not None:
+                    kept.names.remove(run.traced[0].mark)
+                if kept.count:
+                    kept.mark()
+                else:
+                    kept.leave()
             while hooks:
                 kept, number, name, table, flags = hooks.pop()
                 for each in (table, *flags):
@@ -333,7 +369,8 @@ class _Kept:
     Attributes:
         module: whose this is.
         names: of the hooks that graphs are told apart by.
-        count: how many hooks there are.
+        around: what runs its ``forward``.
+        count: how many of all these there are.
     """
 
     count = 0
@@ -343,7 +380,8 @@ class _Kept:
 
     def __init__(self, module: nn.Module) -> None:
         own = vars(module)
-        self.module, self.names = module, list[str]()
+        self.module, self.names, self.around = module, list[str](), list[Around]()
+        self._within = list[Around]()
         if not own.keys().isdisjoint(_METHODS):
             self._before = tuple(map(own.get, _METHODS))
         own[_REDUCE], own[_REPLICATE] = self, self.replicate
@@ -355,14 +393,27 @@ class _Kept:
         own, plain = vars(self.module), not any(self._before) and self._forward is None
         return plain and own.get(_REDUCE) is self and own.get("forward", self) is self._marked
 
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Kept":
+        """That of a module, which has one more hook."""
+        kept = vars(module).get(_REDUCE)
+        if type(kept) is not cls or kept.module is not module:
+            kept = cls(module)
+        kept.count += 1
+        return kept
+
     def mark(self) -> None:
         """Let the module have the ``forward`` that belongs to its hooks."""
         own, held, names = vars(self.module), vars(self.module).get("forward"), self.names
         if held is None or held is not self._marked:
             self._forward = held
-        if names:
+        # The one before, which somebody may have wrapped meanwhile, runs nothing any more.
+        self._within.clear()
+        if names or self.around:
+            self._within = [*self.around]
             known = tuple(names) if len(names) == 1 else tuple(sorted(names))
-            own["forward"] = self._marked = marked(self.module, self._forward, known)
+            made = marked(self.module, self._forward, known, self._within)
+            own["forward"] = self._marked = made
         else:
             _put(own, "forward", self._forward)
             self._marked = None
@@ -372,6 +423,8 @@ class _Kept:
         own = vars(self.module)
         self.unmark(own)
         self.restore(own)
+        self._within.clear()
+        self._marked = None
 
     def restore(self, own: dict[str, Any]) -> None:
         """Let attributes have the methods that the module has without hooks."""
@@ -412,7 +465,10 @@ class _Kept:
         """What ``DataParallel`` runs elsewhere: with the hooks, and a ``forward`` of its own."""
         copied: Any = type(self.module)._replicate_for_data_parallel
         made = copied(self.module) if self._before[1] is None else self._before[1]()
-        self.unmark(vars(made))
+        if self._within and vars(made).get("forward") is self._marked:
+            made.forward = MethodType(self._marked.__func__, made)
+        else:
+            self.unmark(vars(made))
         return made
 
     def hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
@@ -449,6 +505,7 @@ class Watch(Hooks):
     Attributes:
         texts: what is read in it.
         reruns: whether blocks run again in the backward pass.
+        plain: whether a site's own tensor says all of a call.
         under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
         followed: what graphs are told of it, where they may run.
@@ -483,7 +540,7 @@ class Watch(Hooks):
     ) -> None:
         super().__init__()
         whose = trunk or Trunk.of(model)
-        self.model, self.trunk, self._plain = model, whose.module, whose.plain
+        self.model, self.trunk, self.plain = model, whose.module, whose.plain
         self._inner = inner_model(model)
         self._stack = whose.stack
         compares, counts = bool(follows), any([item.counts for item in follows])
@@ -517,7 +574,7 @@ class Watch(Hooks):
         self._in_graph: dict[int, ForwardCall] = {}
         self._graphs = graphs
         self.alike: torch.Size | None = None
-        self._ends: tuple[_Before, _After] | None = None
+        self._pass: _Pass | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -528,21 +585,18 @@ class Watch(Hooks):
         return self
 
     def _open(self) -> None:
-        model, trunk, entered, left = self.model, self.trunk, None, None
+        model, trunk, ends = self.model, self.trunk, None
         if self._graphs:
             followed = self.followed = Followed(trunk, self, self._names, CACHES)
-            entered, left = followed.entered, followed.left
+            ends = followed.entered, followed.left
         else:
             eagerly = run_eagerly(model)
             eagerly.__enter__()
             self._eagerly = eagerly
-        ends = self._ends
-        if ends is None:
-            ends = self._ends = _Before(self), _After(self)
-        begin, end = ends
-        begin.traced, end.traced = entered, left
-        self.before(trunk, begin)
-        self.after(trunk, end, always=True)
+        if self._pass is None:
+            self._pass = _Pass(self)
+        self._pass.traced = ends
+        self.around(trunk, self._pass)
         inner = self._inner
         kind = type(model if inner is model else unwrapped_module(model))
         if has(kind, "get_prompt"):
@@ -552,7 +606,7 @@ class Watch(Hooks):
         if self._stack != "encoder":
             for outer in (model,) if inner is model else (model, inner):
                 # Its own forward may be a captured graph, which runs no module within.
-                if outer is not trunk and "forward" in vars(outer):
+                if outer is not trunk and own_forward(outer) is not None:
                     self.before(outer, self._before_whole)
                     self.after(outer, self._after_whole)
         _watch_cuda_graphs()
@@ -589,7 +643,7 @@ class Watch(Hooks):
 
     def forget(self) -> None:
         """Leave nothing that refers to itself, so that all is freed at once."""
-        self.repeat = self.followed = self._ends = self.hook = self._entries = None
+        self.repeat = self.followed = self._pass = self.hook = self._entries = None
         self.texts.forget()
         if self._threads <= {get_ident()} and not any(self.under_way.values()):
             for site in self.sites:
@@ -599,7 +653,7 @@ class Watch(Hooks):
         """Whether it knows its calls by the last one, and has but so many hooks of sites."""
         known = self._graphs and self.repeat is not None and not self._methods
         here = self._threads == {get_ident()} and not any(self.under_way.values())
-        return known and here and len(self._hooks) == 2 + hooks and self.noted()
+        return known and here and len(self._hooks) == hooks and self.noted()
 
     def keep(self, site: Site) -> bool:
         """Keep what is known of calls like the last ones, and of one site in them, for another
@@ -672,7 +726,7 @@ class Watch(Hooks):
             PositionError: a stream that does not have the rows and columns of the call, or a block
                 that runs outside of any call.
         """
-        if self._plain:
+        if self.plain:
             return self._own_call(stream)
         calls = self.under_way.get(get_ident()) if known is None else [known]
         if calls:
@@ -731,9 +785,11 @@ class Watch(Hooks):
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
         if self.texts.n_calls != 1 or self.latest is None or not in_backward():
+            ours = hasattr(vars(self.trunk).get("forward"), "stands_for")
             raise PositionError(
                 f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
                 f"cannot say which tokens it was given: run the model itself"
+                f"{'' if ours else ' (its forward was replaced: do that before the context opens)'}"
             )
         return self.latest
 
@@ -745,11 +801,12 @@ class Watch(Hooks):
                 "finish within it"
             )
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """A pass of the trunk begins: what it is the last of until it is over; None of others'."""
         thread = get_ident()
         if not self.acts():
             self.others.add(threading.current_thread().name)
-            return
+            return None
         if _is_tracing():
             raise CompiledModelError(
                 "torch.jit.trace would keep what an edit did to the one example that it sees: "
@@ -758,9 +815,10 @@ class Watch(Hooks):
         if self.resumed:
             self.renew()
         self._threads.add(thread)
-        if self._plain:
-            self._ran.setdefault(thread, []).append(False)
-            return
+        if self.plain:
+            ran = self._ran.setdefault(thread, [])
+            ran.append(False)
+            return ran
         call, transformed = None, in_transforms()
         if self.texts.n_calls and not (
             transformed or len(args) > len(self._names) or in_backward()
@@ -770,7 +828,7 @@ class Watch(Hooks):
             call = self.texts.like(given, len(args))
         self.repeat, calls = None, self.under_way.setdefault(thread, [])
         if call is None:
-            call = self._read(module, args, kwargs, transformed)
+            call = self._read(args, kwargs, transformed)
             if self.alike is not None:
                 self.texts.stand(call, self.alike)
                 self.alike = None
@@ -783,10 +841,11 @@ class Watch(Hooks):
             whose = {"open": _open, "watch": self, "calls": calls}
             self.repeat = self.texts.repeated(call, args, kwargs, **whose)
         calls.append(call)
+        return calls
 
-    def _read(self, module: nn.Module, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
+    def _read(self, args: Any, kwargs: Any, transformed: bool) -> ForwardCall:
         """A call that is unlike the one before."""
-        thread, given = get_ident(), arguments_of(module, args, kwargs, self._names)
+        thread, given = get_ident(), arguments_of(self.trunk, args, kwargs, self._names)
         prompt, outer = self._prompts.pop(thread, None), self._outer.pop(thread, None)
         if self._stack and isinstance(prompt, Tensor):  # the encoder's come first
             count = cast(Any, self.model).active_peft_config.num_virtual_tokens
@@ -809,7 +868,7 @@ class Watch(Hooks):
         again, ids = in_backward(), given.get("input_ids")
         tokens = given.get("inputs_embeds") if ids is None else ids
         if again and isinstance(tokens, Tensor):
-            known = self.latest if self._plain else self._known(tokens)
+            known = self.latest if self.plain else self._known(tokens)
             if known is not None:
                 return replace(known, again=True, tokens=tokens)
         self.repeat = None
@@ -948,55 +1007,47 @@ class Watch(Hooks):
         frames.clear()  # this one is among them
 
 
-class _Before(Hook):
-    """A pass begins."""
+class _Pass:
+    """The passes of a trunk in a context, each around the trunk's ``forward``."""
+
+    traced: tuple[Traced, Traced] | None = None
 
     def __init__(self, watch: Watch) -> None:
-        self.function = watch._before
         self.watch, self.under_way, self.steps = watch, watch.under_way, watch.steps
         self.again, self.note = watch.texts.again, watch.texts.note
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.traced is not None and (traces() or compiler._is_compiling_flag):
-            return self.traced(module, args, kwargs)
-        repeat, resumed = self.watch.repeat, self.watch.resumed
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        watch, calls = self.watch, self.under_way.get(get_ident())
+        repeat, resumed = watch.repeat, watch.resumed
         # Within transforms of others a context knows what it has done outside of them.
         known = repeat is not None and not (resumed and _transforms() is not None)
-        if known and repeat is not None and repeat(args, kwargs) is not None:
-            if resumed:
-                self.watch.first()
-            return None
+        if not known or repeat is None or repeat(args, kwargs) is None:
+            calls = self.begin(calls, args, kwargs)
+        elif resumed:
+            watch.first()
+        if calls is None:
+            return forward(*args, **kwargs)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            call = calls.pop()
+        if not (watch.plain or call.like):
+            watch.texts.note_result(call, output)
+            call.like = call.same is call
+        return output
+
+    def begin(self, calls: list[Any] | None, args: Any, kwargs: Any) -> list[Any] | None:
+        """See :meth:`Watch.begin`; ``calls``: those under way."""
         plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1
-        if plain and self.watch in _open.get():
-            calls = self.under_way.get(get_ident())
-            if calls is not None and (call := self.again(args, kwargs)) is not None:
+        if plain and calls is not None and self.watch in _open.get():
+            call = self.again(args, kwargs)
+            if call is not None:
                 for step in self.steps:
                     step(call)
                 self.note(call, call.tokens)
                 calls.append(call)
-                return None
-        return self.function(module, args, kwargs)
-
-
-class _After(Hook):
-    """A pass is over."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.function = watch.texts.note_result
-        self.watch, self.under_way = watch, watch.under_way
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.traced is not None and (traces() or compiler._is_compiling_flag):
-            return self.traced(module, args, kwargs, output)
-        calls = self.under_way.get(get_ident())
-        if calls:
-            call = calls.pop()
-            if not call.like:
-                self.function(call, output)
-                call.like = call.same is call
-        elif self.watch._plain and (ran := self.watch._ran.get(get_ident())):
-            ran.pop()
-        return None
+                return calls
+        return self.watch.begin(args, kwargs)
 
 
 def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[..., Any]:

@@ -227,16 +227,12 @@ def test_a_rerun_of_one_thread_is_not_taken_for_a_pass_of_another() -> None:
     assert isinstance(caught[0], ModelError) and "another thread is rerunning" in str(caught[0])
 
 
-@pytest.mark.parametrize("run", ["forward", "block"])
-def test_what_runs_outside_of_a_pass_is_refused(run: str) -> None:
+def test_what_runs_outside_of_a_pass_is_refused() -> None:
     model: Any = build("llama")
     stream = model.model.embed_tokens(IDS)
     places = model.model.rotary_emb(stream, torch.arange(7)[None])
     with pytest.raises(PositionError, match="outside of a forward pass"), intervene(model, turn()):
-        if run == "forward":
-            model.model.forward(IDS)
-        else:
-            model.model.layers[1](stream, position_embeddings=places)
+        model.model.layers[1](stream, position_embeddings=places)
     assert hook_count(model) == 0
 
 
