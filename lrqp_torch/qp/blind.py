@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrqp_torch.errors import in_transforms, readable
+from lrqp_torch.errors import capturing, in_transforms, readable
 from lrqp_torch.qp import fused
 from lrqp_torch.qp.constraints import nearest_neighbours, other_classes
 from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.qp.implicit import Ended
-from lrqp_torch.qp.reach import FINE, LONGER, ROOM, Realise, advance
-from lrqp_torch.qp.solution import ROUNDING, Solution, Status
+from lrqp_torch.qp.reach import FINE, LONGER, ROOM, Headroom, Realise, advance, excess, sizes
+from lrqp_torch.qp.solution import ROUNDING, Solution, Status, statuses
 from lrqp_torch.qp.table import ActiveSets
+from lrqp_torch.qp.total_odds import (
+    TotalOdds,
+    solve_total,
+    total_log_odds,
+    total_residual,
+    without_constants,
+)
 
 if TYPE_CHECKING:
     from lrqp_torch.qp.geometry import ProbeGeometry
@@ -34,7 +41,7 @@ FINE_STEPS = (0.0, 1.0, 7.0, 60.0, 1e3, 3e4, 1e6, 1e8)
 DOUBLE_STEPS = (1.0, 3.0, 9.0, 1e2, 3e3, 1e5, 1e8, 1e11)
 COARSE_STEPS = (0.0, 1.0, 3.0, 7.0, 15.0, 50.0, 250.0, 2000.0)
 # On the residual of an accurate solve, as in `solvers.ActiveSet`.
-TOLERANCE = 1e-8
+TOLERANCE, TOTAL_TOLERANCE = 1e-8, TotalOdds.tolerance
 # So many numbers of all trials, 512 MB, are held at once.
 CHUNK_NUMBERS = 2**26
 
@@ -49,11 +56,11 @@ def serves(x: Tensor, geometry: "ProbeGeometry") -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and geometry.blind is not None
 
 
-def at_once(geometry: "ProbeGeometry") -> int:
+def at_once(geometry: "ProbeGeometry", total: bool) -> int:
     """How many rows are solved together where they are very many."""
     assert geometry.blind is not None
     sets = 0 if geometry.sets is None else geometry.sets.table.shape[1]
-    numbers = (1 + len(COARSE_STEPS)) * max(geometry.width, sets)
+    numbers = (1 + len(COARSE_STEPS)) * max(geometry.width, sets * (8 if total else 1))
     return max(1, CHUNK_NUMBERS // numbers)
 
 
@@ -94,6 +101,15 @@ class Blind:
     status: tuple[Tensor, ...]
     failed: Tensor
     zero: Tensor
+
+    def numbered(self, x: Tensor) -> Tensor:
+        """0, 1, …, B − 1; the last are kept, as each operation counts, but not in a CUDA graph."""
+        kept: Tensor | None = vars(self).get("last")
+        if kept is None or len(kept) != len(x):
+            kept = torch.arange(len(x), device=x.device)
+            if not capturing(x):
+                vars(self)["last"] = kept
+        return kept
 
     @classmethod
     @torch.no_grad()
@@ -157,8 +173,8 @@ class Blind:
             own = torch.cat([part.flatten(1) for part in parts], 1)
             sizes = [1, m, m, m, m, n * m, count, m * sum(blocks), n * n]
             unit = torch.eye(n, dtype=own.dtype, device=own.device)
-            paired = own.repeat_interleave(n, 0)
-            paired[:, -n:] = unit.repeat(n, 1) - unit.repeat_interleave(n, 0)
+            paired = own.unsqueeze(1).repeat(1, n, 1)
+            paired[..., -n:] = unit - unit.unsqueeze(1)
         columns = weight.mT.contiguous()
         kinds = DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS, (0.0, *COARSE_STEPS)
         trials = 1, len(FINE_STEPS), 1 + len(COARSE_STEPS)
@@ -192,6 +208,7 @@ def solve(
     *,
     repeats: bool = False,
     wrong: Tensor | None = None,
+    total: bool = False,
 ) -> tuple[Solution, Ended | None]:
     """The least edits, read back, and where the solves ended.
 
@@ -203,8 +220,9 @@ def solve(
         realise: what the model will hold; default x' in x's dtype.
         repeats: whether where they ended is wanted, for a derivative.
         wrong: which are INVALID, whatever they are, bool, (B,) or ().
+        total: whether odds are total odds.
     """
-    kind = _Two if geometry.n_classes == 2 else _Several
+    kind = _Two if geometry.n_classes == 2 else _Total if total else _Several
     return kind(x, target, geometry, realise).solve(floor, repeats, wrong)
 
 
@@ -215,7 +233,7 @@ class _Two:
         self, x: Tensor, target: Tensor, geometry: "ProbeGeometry", realise: Realise | None
     ) -> None:
         assert geometry.blind is not None
-        self.of, self.x, self.target = geometry.blind, x, target
+        self.of, self.x, self.target, self.geometry = geometry.blind, x, target, geometry
         self.realise, self.precision = realise, torch.finfo(x.dtype).eps
         self.share = advance(self.precision, x.shape[1])
         self.wide = x.double()
@@ -223,7 +241,8 @@ class _Two:
         # the trials have room for one that is longer than x.
         self.plain = realise is None or (fused.places(realise) and realise.dtype == x.dtype)
         self.size = torch.linalg.vector_norm(self.wide, dim=-1, keepdim=True)
-        self.rows = torch.arange(len(x), device=x.device)
+        # By how much it rounds, in units of the dtype's precision.
+        self.rounded, self.rows = self.size, self.of.numbered(x)
 
     def held(self, edited: Tensor) -> tuple[Tensor, Tensor]:
         """Edited activations (R, B, d) in their dtype, and what will be held of them, float64."""
@@ -238,6 +257,7 @@ class _Two:
         """Units that are no less than how far the stream is seen to round."""
         missed = torch.linalg.vector_norm(self.held(edited)[1] - edited, dim=-1, keepdim=True)
         missed = torch.nan_to_num(missed.squeeze(0), nan=0.0, posinf=0.0)
+        self.rounded = torch.maximum(self.size, 4 * missed / self.precision)
         return torch.maximum(units, missed * length / self.precision)
 
     def trials(self, gap: Tensor, units: Tensor) -> Tensor:
@@ -316,7 +336,7 @@ class _Several(_Two):
         m = n - 1
         rule = floor if isinstance(floor, OddsRule) and floor.mirror else None
         if rule is not None and rule.source is not None:
-            own = of.paired.index_select(0, torch.add(rule.source, self.target, alpha=n))
+            own = of.paired[self.target, rule.source]
         else:
             own = of.own.index_select(0, self.target)
         none, scale, root, length, reach, spread, self.cap, packed, towards = own.split(
@@ -377,7 +397,10 @@ class _Several(_Two):
         short = behind / torch.hypot(gap, unit)
         unbalanced = torch.addcmul(unbalanced.abs(), total, rounds, value=-ROUNDING)
         # And as in `reach.excess`.
-        long = torch.addcmul(self.size, (1 - surplus).clamp_min(0.0), moved.sqrt())
+        base = self.realise.base if self.realise and fused.places(self.realise) else None
+        if self.plain and base is not None:
+            self.rounded = self.size + sizes(base)
+        long = torch.addcmul(self.rounded, (1 - surplus).clamp_min(0.0), moved.sqrt())
         longer = torch.addcmul(surplus - LONGER, bound, long, value=-ROOM * self.precision)
         residual = torch.cat([none, short, unbalanced, longer], -1).amax(-1, keepdim=True)
         residual = torch.where(edit, residual, of.zero)
@@ -428,6 +451,88 @@ class _Several(_Two):
         coefficients = grown[..., -of.blocks[-1] :].view(trials, batch, -1)
         edited = torch.baddbmm(self.wide, coefficients, of.steering[trials])
         return edited, (right, found, grown), chosen, towards
+
+
+class _Total(_Two):
+    """Total odds of few classes, by the steps of :mod:`~.total_odds`, all trials together."""
+
+    def solve(
+        self, floor: Tensor | OddsRule, repeats: bool, wrong: Tensor | None
+    ) -> tuple[Solution, Ended | None]:
+        """See :func:`solve`."""
+        of, wide, geometry = self.of, self.wide, self.geometry
+        constraints = geometry.constraints(self.target)
+        length = constraints.length.amax(-1, keepdim=True)
+        margins = geometry.margins(wide, self.target)
+        before = total_log_odds(margins).unsqueeze(-1)
+        floors = _given(floor(margins) if isinstance(floor, OddsRule) else floor, before)
+        missing, valid, needed = _missing(floors - before, wrong)
+        units = torch.addcmul(missing, self.size, length)
+        gap = torch.add(missing, units, alpha=self.share)
+        if not self.plain:
+            units = self.seen(units, length, self.attempt(gap.unsqueeze(0), before, needed)[0])
+        if self.precision >= FINE:
+            gap = torch.stack([missing, *[gap] * len(COARSE_STEPS)])
+        gaps = self.trials(gap, units)
+        edited, found, residual, feasible = self.attempt(gaps, before, needed)
+        narrow, held = self.held(edited)
+        trials, batch = gaps.shape[:2]
+        after = geometry.margins(held.flatten(0, 1), self.target.repeat(trials))
+        after = total_log_odds(after).view(trials, batch, 1)
+        reached, first = ((_finite(after) >= floors) * of.within[trials]).max(0)
+        at = first.squeeze(-1), self.rows
+        edit = needed & feasible[at].unsqueeze(-1)
+        found, after, edited = found[at], after[at], edited[at]
+        squared = (found * constraints.apply(found)).sum(-1)
+        weight, headroom = found.sum(-1), Headroom(self.precision, length, self.size, wide.shape[1])
+        gap = torch.where(edit & (reached > 0), after - floors, 0.0).squeeze(-1) * weight
+        reach = (found * constraints.length).sum(-1)
+        held = held[at]
+        longer = excess(gap, reach, squared, headroom, wide, edited, lambda _: held)
+        residual = torch.where(edit.squeeze(-1), torch.maximum(residual[at], longer), 0.0)
+        accurate = (reached.squeeze(-1) > 0) & (residual <= TOTAL_TOLERANCE)
+        parts = edit & (found > 0)
+        solution = Solution(
+            x_new=torch.where(edit, narrow[at], self.x),
+            multipliers=torch.where(edit, found, of.zero),
+            active=parts,
+            squared_distance=torch.where(edit.squeeze(-1), squared, of.zero),
+            squared_euclidean=torch.where(edit, (edited - wide), of.zero).square().sum(-1),
+            floor=floor if isinstance(floor, Tensor) else floors.squeeze(-1),
+            log_odds_before=before.squeeze(-1),
+            log_odds_after=torch.where(edit, after, before).squeeze(-1),
+            kkt_residual=residual,
+            status=statuses(
+                (feasible[at].unsqueeze(-1) | ~needed).squeeze(-1),
+                edit.squeeze(-1),
+                accurate,
+                valid.squeeze(-1),
+            ),
+        )
+        aims = before + gaps[at]
+        return solution, Ended(None, parts, found, aims.expand_as(found)) if repeats else None
+
+    def attempt(self, gaps: Tensor, before: Tensor, needed: Tensor) -> tuple[Tensor, ...]:
+        """Solve for gaps (R, B, 1): x', (R, B, d); λ, residual and whether it is in reach."""
+        trials, batch, _ = gaps.shape
+        geometry, target = self.geometry, self.target.repeat(trials)
+        constraints = geometry.constraints(target)
+        aims = (before + gaps).view(-1)
+        asked = needed.squeeze(-1).repeat(trials)
+        margins = geometry.margins(self.wide, self.target).repeat(trials, 1)
+        assert geometry.sets is not None and geometry.lent_sets is not None
+        gram, noise = constraints.gram, constraints.noise
+        start, wanted, room = without_constants(gram, margins, aims, noise)
+        question = torch.where(asked & room, wanted, -torch.inf)
+        tables = geometry.sets, geometry.lent_sets, target
+        found = solve_total(gram, start, question, noise, tables)
+        feasible = (room | ~asked) & found.feasible
+        multipliers = torch.where((asked & feasible).unsqueeze(-1), found.multipliers, 0.0)
+        residual = total_residual(gram, start, wanted, multipliers)
+        moved = constraints.moved(multipliers)
+        edited = geometry.displace(self.wide.repeat(trials, 1), target, multipliers, moved)
+        parts = edited, multipliers, residual, feasible
+        return tuple(part.view(trials, batch, *part.shape[1:]) for part in parts)
 
 
 def _given(floor: Tensor | OddsRule, like: Tensor) -> Tensor:

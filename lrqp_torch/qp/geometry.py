@@ -35,6 +35,7 @@ from lrqp_torch.qp.constraints import (
 from lrqp_torch.qp.native import Shared
 from lrqp_torch.qp.projection import project
 from lrqp_torch.qp.table import ActiveSets
+from lrqp_torch.qp.total_odds import lent_to
 
 # Up to so many constraints M of every target is formed, and all 2^m active sets of each are tabled:
 # then no step of a solve waits for the device, and it takes fewer steps.
@@ -219,6 +220,15 @@ class ProbeGeometry:
     def blind(self) -> Blind | None:
         """What solves need of it that look at no value; None where there are too many classes."""
         return None if self.n_classes > 2 and self.sets is None else Blind.build(self)
+
+    @cached_property
+    def lent_sets(self) -> ActiveSets | None:
+        """The active sets with what proofs of total odds lend M, where they are held."""
+        if self.gram is None or self.sets is None:
+            return None
+        every = torch.arange(self.n_classes, device=self.weight.device)
+        noise = self.noise.gather(-1, other_classes(every, self.n_classes, every.device))
+        return ActiveSets.build(lent_to(self.gram[0].detach()), noise.detach())
 
     @cached_property
     def grams(self) -> Tensor | None:

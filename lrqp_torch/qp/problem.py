@@ -56,8 +56,7 @@ class MahalanobisQP(nn.Module):
 
     With the default solver, transforms of :mod:`torch.func` and derivatives of every order work
     through ``forward`` and :meth:`solve`. On a GPU :meth:`solve` never waits for the device for
-    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; of pairwise odds for K ≤ 8 also
-    without Triton), so it can be captured in a CUDA graph; with a geometry made before it can be
+    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; for K ≤ 8 also without Triton), so it can be captured in a CUDA graph; with a geometry made before it can be
     compiled (``torch.compile(fullgraph=True)``). There, and under ``vmap``, no value can be looked
     at: bad activations and floors end as :attr:`Status.INVALID` instead of an error, and classes
     must lie in range.
@@ -176,8 +175,9 @@ class MahalanobisQP(nn.Module):
         if route is fused.solve:
             route = partial(route, live=live, skip=skip, total=total)
         elif route is blind.solve and isinstance(geometry, ProbeGeometry):
-            chunk = blind.at_once(geometry)
+            chunk = blind.at_once(geometry, total)
             whole = realise is not None or batch <= chunk
+            route = partial(route, total=total)
             if whole:
                 route, wrong = partial(route, wrong=wrong), None
         elif total:
@@ -245,7 +245,7 @@ class MahalanobisQP(nn.Module):
         given = floor if isinstance(floor, Tensor | OddsRule) else None
         if direct.serves(x, given, geometry, realise):
             return direct.solve
-        return blind.solve if own is ActiveSet and blind.serves(x, geometry) else None
+        return blind.solve if blind.serves(x, geometry) else None
 
     def _routed(
         self,

@@ -31,7 +31,7 @@ and where that has no finite value the target is unreachable.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from lrqp_torch.qp.constraints import Constraints, DenseConstraints
 from lrqp_torch.qp.reach import LONGER
 from lrqp_torch.qp.solution import ROUNDING
 from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver
+from lrqp_torch.qp.table import ActiveSets
 
 # A step of μ beyond this factor is not trusted while no upper end of the bracket is known.
 GROWTH = 30.0
@@ -62,6 +63,9 @@ LENT, PROOFS = 1e-10, 3
 # A system that rounding makes indefinite is given this share of its diagonal more.
 RIDGE = 1e-13
 MAX_STEPS = 150
+# Where values are not looked at after each step: halvings, steps between two looks, and steps where
+# there is no look at all.
+BLIND_HALVINGS, BETWEEN_LOOKS, BLIND_STEPS = 16, 8, 40
 ALIGNED = 8
 # From such a residual on shares are taken from the last λ, so often; and this one is enough.
 FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
@@ -320,7 +324,7 @@ def _solve_symmetric(
     between = inside(inside(wide * apart * wide.mT).mT)
     system = identity + weight[:, None, None] * ((between + between.mT) / 2)
     factored, failed = torch.linalg.cholesky_ex(system)
-    if bool((failed > 0).any()):
+    if not readable(failed) or bool((failed > 0).any()):
         # Rounding of large terms outweighs the identity; a longer diagonal makes a shorter step.
         rounding = RIDGE * system.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
         ridge = torch.where(failed > 0, rounding, 0.0)[:, None, None] * identity
@@ -349,23 +353,63 @@ def _beyond_reach(
     return result
 
 
-def _cancel(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Tables:
+    """All active sets of the pairwise problems, so that no step of theirs looks at a value.
+
+    Attributes:
+        own, lent: those of M of each target, and of M with what a proof lends it.
+        target: of each example, (B,).
+        unit: what M was divided by, (B,).
+    """
+
+    own: ActiveSets
+    lent: ActiveSets
+    target: Tensor
+    unit: Tensor
+
+
+def lent_to(gram: Tensor) -> Tensor:
+    """M with so much of its diagonal beside it as a proof needs."""
+    return gram + LENT * gram.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
+def _pairwise(
+    gram: Tensor, noise: Tensor, gap: Tensor, tables: Tables | None, *, lent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """λ of pairwise odds, (n, m), and whether these are in reach, (n,) bool."""
+    constraints = DenseConstraints(lent_to(gram) if lent else gram, noise, noise)
+    if tables is None:
+        found = solve_dual(constraints, gap)
+    else:
+        found = (tables.lent if lent else tables.own).solve(tables.target, gap)
+        assert found.inverse is not None
+        found = replace(found, inverse=found.inverse * tables.unit[:, None, None])
+    return found.multipliers(constraints, gap), found.feasible
+
+
+def _cancel(
+    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
+) -> Tensor:
     """Whether shares are found that prove a target out of reach, (n,) bool."""
-    lent = DenseConstraints(
-        gram + LENT * gram.diagonal(dim1=-2, dim2=-1).diag_embed(), noise, noise
-    )
     finite, lost = torch.isfinite(start), torch.zeros_like(floor, dtype=torch.bool)
     share = finite / finite.sum(-1, keepdim=True)
     for _ in range(PROOFS):
         gap = torch.where(finite, floor.unsqueeze(-1) - share.clamp_min(1e-300).log() - start, -1.0)
-        found = solve_dual(lent, gap).multipliers(lent, gap)
+        found, _ = _pairwise(gram, noise, gap, tables, lent=True)
         share = found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
         lost = lost | _beyond_reach(gram, start, floor, noise, share)
     return lost
 
 
 @torch.no_grad()
-def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
+def solve_total(
+    gram: Tensor,
+    start: Tensor,
+    floor: Tensor,
+    noise: Tensor,
+    tables: tuple[ActiveSets, ActiveSets, Tensor] | None = None,
+) -> TotalSolution:
     """Solve a batch of total-odds problems; where f(s⁰) ≥ log α already, λ = 0.
 
     Args:
@@ -373,18 +417,24 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
         start: s⁰, the margins before the edit, (B, m).
         floor: log α, (B,).
         noise: rounding error of M's diagonal, (B, m).
+        tables: as the first three of :class:`Tables`; then no value is looked at, and the steps are
+            so many that most problems are solved.
     """
     # In units in which the longest normal has length 1.
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
     unit = gram / scale[:, None, None]
     noise = noise / scale.unsqueeze(-1)
-    search = _Search.begin(unit, start, floor, noise)
-    result = search.result
+    known = None if tables is None else Tables(*tables, scale)
+    search = _Search.begin(unit, start, floor, noise, known)
     # Where the search would begin very far off, as one rival is nearly the target's equal.
     parts = search.gram, search.start, search.floor
-    far = (total_residual(*parts, search.multipliers) > FAR).nonzero().squeeze(-1)
+    far = total_residual(*parts, search.multipliers) > FAR
+    if not search.looking:
+        return _solved_together(search, far, scale, known)
+    result, far = search.result, far.nonzero().squeeze(-1)
     if len(far):
-        found, met = _by_shares(*(part[far] for part in (*parts, search.noise)))
+        chosen = (part[far] for part in (*parts, search.noise))
+        found, met = _by_shares(*chosen, tables=None)
         at, done = search.index[far], met <= MET_BY_SHARES
         result.multipliers[at[done]] = found[done]
         result.weight[at[done]] = found[done].sum(-1)
@@ -414,7 +464,44 @@ def solve_total(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> To
     return result
 
 
-def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _solved_together(
+    search: "_Search", far: Tensor, scale: Tensor, tables: Tables | None
+) -> TotalSolution:
+    """The same of all problems together, those that are done left as they are, with a look now and
+    then or, where there are tables, none.
+    """
+    parts = search.gram, search.start, search.floor
+    if tables is not None or bool(far.any()):
+        found, met = _by_shares(*parts, search.noise, tables=tables)
+        search.multipliers = torch.where(far.unsqueeze(-1), found, search.multipliers)
+        search.weight = torch.where(far, found.sum(-1), search.weight)
+        search.end(far & (met <= MET_BY_SHARES), torch.zeros_like(far))
+    for number in range(BLIND_STEPS if tables is not None else MAX_STEPS):
+        look = tables is None and number % BETWEEN_LOOKS == 0
+        if look and bool(search.result.converged.all()):
+            break
+        search = search.step()
+    result = search.result
+    found = torch.where(
+        result.converged.unsqueeze(-1), result.multipliers, search.multipliers.clamp_min(0.0)
+    )
+    weight = torch.where(result.converged, result.weight, search.weight)
+    polished = found, weight
+    for _ in range(2):
+        polished = newton_step(*parts, *polished, _solve_symmetric)
+    better = total_residual(*parts, polished[0]) <= total_residual(*parts, found)
+    better = better & (weight > 0)
+    return TotalSolution(
+        torch.where(better.unsqueeze(-1), polished[0], found) / scale.unsqueeze(-1),
+        torch.where(better, polished[1], weight) / scale,
+        result.feasible,
+        result.converged,
+    )
+
+
+def _by_shares(
+    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
+) -> tuple[Tensor, Tensor]:
     """λ by pairwise edits, (n, m), and its residual, of problems that are far from solved.
 
     For any shares p of the rivals the floors log α − log p_ℓ suffice, and where λ ∝ p the edit that
@@ -422,13 +509,12 @@ def _by_shares(gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> tup
     the target's equal it holds all but a billionth of λ, the system of a Newton step is lost to
     rounding, and this is done in two or three rounds; elsewhere it may not end.
     """
-    constraints = DenseConstraints(gram, noise, noise)
     finite = torch.isfinite(start)
     share = finite / finite.sum(-1, keepdim=True)
     best, least = torch.zeros_like(start), torch.full_like(floor, torch.inf)
     for _ in range(SHARE_ROUNDS):
         gap = torch.where(finite, floor.unsqueeze(-1) - share.log() - start, -1.0)
-        found = solve_dual(constraints, gap).multipliers(constraints, gap)
+        found, _ = _pairwise(gram, noise, gap, tables)
         met = total_residual(gram, start, floor, found)
         better = met < least
         best, least = (
@@ -462,29 +548,38 @@ class _Search:
     low: Tensor
     high: Tensor
 
+    @property
+    def looking(self) -> bool:
+        """Whether problems leave as soon as they are done."""
+        return readable(self.gram)
+
     @classmethod
-    def begin(cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor) -> "_Search":
+    def begin(
+        cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, tables: Tables | None
+    ) -> "_Search":
         """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
         needed = total_log_odds(start) < floor
         least = floor.unsqueeze(-1) - start
         asked = needed.unsqueeze(-1) & torch.isfinite(start)
         gap = torch.where(asked, least + math.log(start.shape[-1]), -1.0)
-        constraints = DenseConstraints(gram, noise, noise)
-        pairwise = solve_dual(constraints, gap)
+        multipliers, sufficient = _pairwise(gram, noise, gap, tables)
         # Pairwise odds of α are necessary: where they are out of reach, so are total odds.
-        unsure = asked & ~pairwise.feasible.unsqueeze(-1)
-        reachable = solve_dual(constraints, torch.where(unsure, least, -1.0)).feasible
-        doubtful = (unsure.any(-1) & reachable).nonzero().squeeze(-1)
-        if len(doubtful):
-            lost = _cancel(*(part[doubtful] for part in (gram, start, floor, noise)))
-            reachable = reachable.index_copy(0, doubtful, ~lost)
-        multipliers = pairwise.multipliers(constraints, gap)
+        unsure = asked & ~sufficient.unsqueeze(-1)
+        _, reachable = _pairwise(gram, noise, torch.where(unsure, least, -1.0), tables)
+        doubtful = unsure.any(-1) & reachable
+        if tables is not None:
+            reachable = reachable & ~(doubtful & _cancel(gram, start, floor, noise, tables=tables))
+        elif bool(doubtful.any()):
+            rows = doubtful.nonzero().squeeze(-1)
+            own = (part[rows] for part in (gram, start, floor, noise))
+            lost = _cancel(*own, tables=None)
+            reachable = reachable.index_copy(0, rows, ~lost)
         # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
         share = (-start).softmax(-1)
         slope = (share * _times(gram, share)).sum(-1)
         lowest = torch.finfo(gram.dtype).tiny
         guess = (floor - total_log_odds(start)) / slope.clamp_min(lowest)
-        weight = torch.where(pairwise.feasible, multipliers.sum(-1), guess.clamp(0.0, 1e12))
+        weight = torch.where(sufficient, multipliers.sum(-1), guess.clamp(0.0, 1e12))
         result = TotalSolution(
             torch.zeros_like(start),
             torch.zeros_like(floor),
@@ -492,9 +587,22 @@ class _Search:
             ~(needed & reachable),
         )
         low, high = torch.zeros_like(floor), torch.full_like(floor, torch.inf)
-        index = (needed & reachable).nonzero().squeeze(-1)
         parts = (gram, start, floor, noise, multipliers, weight, low, high)
+        if not readable(gram):
+            return cls(result, torch.arange(len(gram), device=gram.device), *parts)
+        index = (needed & reachable).nonzero().squeeze(-1)
         return cls(result, index, *(part[index] for part in parts))
+
+    def end(self, done: Tensor, lost: Tensor) -> None:
+        """Put those that are done, or lost, into the result, where all are searched together."""
+        ends, old = (done | lost) & ~self.result.converged, self.result
+        found = torch.where(lost.unsqueeze(-1), 0.0, self.multipliers.clamp_min(0.0))
+        self.result = TotalSolution(
+            torch.where(ends.unsqueeze(-1), found, old.multipliers),
+            torch.where(ends, torch.where(lost, 0.0, self.weight), old.weight),
+            old.feasible & ~(ends & lost),
+            old.converged | ends,
+        )
 
     def rows(self, rows: Tensor) -> "_Search":
         """The search for some of its problems."""
@@ -546,6 +654,11 @@ class _Search:
             self.multipliers - back + change.unsqueeze(-1) * along,
             self.multipliers - stride.unsqueeze(-1) * back,
         )
+        if not self.looking:
+            self.end(done, lost)
+            moving = (next_multipliers, weight + change, low, high)
+            constant = (self.index, gram, self.start, self.floor, self.noise)
+            return _Search(self.result, *constant, *moving)
         finished = done | lost
         if bool(finished.any()):
             at = self.index[finished]
@@ -565,13 +678,22 @@ class _Search:
         """The first of 1, ½, ¼, … at which ½ λᵀMλ + μ log Σ exp(−s) falls by 10⁻⁴ of its slope."""
         linear, square = (moved * back).sum(-1), (back * pulled).sum(-1)
         before = (-margins).logsumexp(-1)
-        stride = torch.ones_like(decrement)
-        for _ in range(MAX_HALVINGS):
+
+        def falls(stride: Tensor) -> Tensor:
             after = (stride.unsqueeze(-1) * pulled - margins).logsumexp(-1)
             fall = stride * linear - stride.square() * square / 2 - self.weight * (after - before)
             # What rounding of the two terms leaves cannot be asked of a step that is that small.
             rounding = 1e-14 * (1 + (stride * linear).abs() + self.weight * (1 + before.abs()))
-            enough = fall >= 1e-4 * stride * decrement - rounding
+            return fall >= 1e-4 * stride * decrement - rounding
+
+        stride = torch.ones_like(decrement)
+        if not self.looking:
+            halved = 0.5 ** torch.arange(BLIND_HALVINGS, device=stride.device)
+            strides = halved.to(stride).unsqueeze(-1) * stride
+            some, first = falls(strides).max(0)
+            return torch.where(some, halved.to(stride)[first], halved[-1].to(stride))
+        for _ in range(MAX_HALVINGS):
+            enough = falls(stride)
             if bool(enough.all()):
                 break
             stride = torch.where(enough, stride, stride / 2)
