@@ -213,7 +213,8 @@ class ProbeGeometry:
             weight, bias, steering, squared, noise, length, stretched, rows, narrow, gram, sets, low
         )
         if not readable(weight) and not torch.compiler.is_compiling() and not in_transforms():
-            geometry.blind  # noqa: B018  # at once: nothing can be laid down while a graph is captured
+            # At once: nothing can be laid down while a graph is captured.
+            geometry.blind, geometry.lent_sets  # noqa: B018
         return geometry
 
     @cached_property
