@@ -56,9 +56,10 @@ class MahalanobisQP(nn.Module):
 
     With the default solver, transforms of :mod:`torch.func` and derivatives of every order work
     through ``forward`` and :meth:`solve`. On a GPU :meth:`solve` never waits for the device for
-    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; for K ≤ 8 also without Triton, in more),
-    so it can be captured in a CUDA graph; with a geometry made before it can be compiled (``torch.compile(fullgraph=True)``). There, and under ``vmap``, no value can be looked
-    at: bad activations and floors end as :attr:`Status.INVALID` instead of an error, and classes
+    K ≤ 64, where it is one launch of a kernel (:mod:`~.fused`; for K ≤ 8 also without Triton, in
+    more), so it can be captured in a CUDA graph; with a geometry made before it can be compiled
+    (``torch.compile(fullgraph=True)``). There, and under ``vmap``, no value can be looked at: bad
+    activations and floors end as :attr:`Status.INVALID` instead of an error, and classes
     must lie in range.
 
     Args:
