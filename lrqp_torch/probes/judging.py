@@ -21,8 +21,8 @@ WIDE = 10.0
 KURTOSIS = 5.0
 """Of the lengths of activations, beyond which few of them carry the variance."""
 
-LOOKED_AT = 512
-"""Rows from which the median of each coordinate is taken, at most."""
+LOOKED_AT = 256
+"""Rows from which the median of each coordinate is taken, at most, and that are read at a time."""
 
 
 def judge(report: FitReport, width: int, accuracy: float | None) -> None:
@@ -72,21 +72,32 @@ def check_sinks(x: Tensor) -> None:
     """Warn of few activations, or few coordinates of (n, d), that carry most of the variance."""
     if len(x) == 0:
         return
-    x = x.detach().float()
-    sample = x[:: math.ceil(len(x) / LOOKED_AT)]
+    x = x.detach()
+    looked_at = LOOKED_AT if x.device.type == "cpu" else 16 * LOOKED_AT
+    if len(x) > looked_at:
+        # At random: one row in so many may be the first token of each of the prompts.
+        generator = torch.Generator().manual_seed(0)
+        sample = x[torch.randint(len(x), (looked_at,), generator=generator).to(x.device)].float()
+    else:
+        sample = x.float()
     if sample.device.type == "cpu":
         # Up to ten times as fast as torch's median.
         middle = (len(sample) - 1) // 2
         columns = np.partition(sample.T.contiguous().numpy(), middle, axis=1)
-        centre = torch.from_numpy(columns[:, middle])
+        centre = torch.from_numpy(columns[:, middle].copy())
     else:
         centre = sample.median(0).values
-    rows = torch.linalg.vector_norm(x - centre, dim=1).square()
+    rows, room = sample.new_empty(len(x)), torch.empty_like(sample)
+    for part, lengths in zip(x.split(len(room)), rows.split(len(room)), strict=True):
+        # In place: pages of new memory would take many times as long.
+        apart = torch.sub(part, centre, out=room[: len(part)])
+        torch.linalg.vector_norm(apart, dim=1, out=lengths)
+    rows.square_()
     far = rows > FAR**2 * rows.median()
     share = float(rows[far].sum() / rows.sum())
     if share > 0.5:
         which = far.nonzero().flatten().tolist()
-        most = int((x[far] - centre).square().sum(0).argmax())
+        most = int((x[far].float() - centre).square().sum(0).argmax())
         _warn_of_sinks(
             f"{len(which)} of {len(x)} activations (the first are {which[:5]})", share, most
         )

@@ -75,7 +75,7 @@ STRIPS, STRIPED = 4, 256
 """In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
 """Numbers in float32 that a processor's cache holds, about."""
-CLASSES, CALLS = 64, 2**20
+CLASSES, CALLS = 64, 2**23
 """Rows of parameters up to which a search is compiled; multiplications that a call for a factor
 costs it."""
 HUGE = 1e30
@@ -348,8 +348,9 @@ class MultinomialLoss:
         count, width = rows.shape[2:]
         n = self.count()
         # Narrow products wait for memory: with one row they reach a sixth of the speed of wide
-        # ones, compiled two fifths, with ten a half; beyond the processor's cache, half of that.
-        speed = 0.4 if compiled else (count + 1) / (count + 11)
+        # ones, with ten a half; compiled, a half and all of it, and of many classes a factor is
+        # worth half as much, since it is that of their average; beyond the cache half of that.
+        speed = 2 * count / (count + 3) if compiled else (count + 1) / (count + 11)
         speed /= 2 if n * width > CACHED else 1
         cost = width * (1 + width / (2 * n)) / (2 * count) * speed
         if compiled:

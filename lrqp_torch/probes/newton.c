@@ -156,7 +156,7 @@ static void evaluate(const problem *q, point *at, double *part) {
         for (int64_t i = begin; i < end; i += CHUNK) {
             int64_t count = end - i < CHUNK ? end - i : CHUNK;
             double *z = at->logits + i * rows, *found = at->probability + i * rows;
-            times_double(q->features + i * p, at->parameters, count, p, rows, z);
+            times_double(q->features + i * p, at->parameters, count, p, p, rows, z);
             predict(q, i, count, z, found, lost);
             for (int64_t e = 0; e < count; e++) {
                 double weight = share(q, i + e);
@@ -167,7 +167,7 @@ static void evaluate(const problem *q, point *at, double *part) {
                     bent += weight * own * (1 - own);
                 }
             }
-            add_double(q->features + i * p, residual, count, p, rows, part);
+            add_double(q->features + i * p, residual, count, p, p, rows, part);
         }
         loss += some, curvature += bent;
         for (int64_t j = 0; j < rows * p; j++) at->gradient[j] += part[j];
@@ -302,16 +302,16 @@ INLINE REAL NAME(sum)(VECTOR v) {
 }
 
 /* Dot products of some rows of features with some of parameters. */
-INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t p, int64_t rows, int examples,
-                       int classes, REAL *out) {
+INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t stride, int64_t p, int64_t rows,
+                       int examples, int classes, REAL *out) {
     const int64_t lanes = WIDE / sizeof(REAL);
     VECTOR s[4][TILE] = {{{0}}};
     int64_t j = 0;
     for (; j + lanes <= p; j += lanes)
     {
         VECTOR e[4], v[TILE];
-        UNROLL for (int i = 0; i < examples; i++) e[i] = *(const VECTOR *)(x + i * p + j);
-        UNROLL for (int k = 0; k < classes; k++) v[k] = *(const VECTOR *)(w + k * p + j);
+        UNROLL for (int i = 0; i < examples; i++) e[i] = *(const VECTOR *)(x + i * stride + j);
+        UNROLL for (int k = 0; k < classes; k++) v[k] = *(const VECTOR *)(w + k * stride + j);
         UNROLL for (int i = 0; i < examples; i++) HOLD(e[i]);
         UNROLL for (int k = 0; k < classes; k++) HOLD(v[k]);
         UNROLL for (int k = 0; k < classes; k++)
@@ -320,30 +320,27 @@ INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t p, int64_t rows, in
     UNROLL for (int i = 0; i < examples; i++)
         UNROLL for (int k = 0; k < classes; k++) {
             REAL total = NAME(sum)(s[i][k]);
-            for (int64_t l = j; l < p; l++) total += w[k * p + l] * x[i * p + l];
+            for (int64_t l = j; l < p; l++) total += w[k * stride + l] * x[i * stride + l];
             out[i * rows + k] = total;
         }
 }
 
-/* X Wᵀ, (count, rows). */
-static void NAME(times)(const REAL *x, const REAL *w, int64_t count, int64_t p, int64_t rows,
-                        REAL *out) {
+/* X Wᵀ, (count, rows), of the first p columns of matrices that have so many as a stride. */
+static void NAME(times)(const REAL *x, const REAL *w, int64_t count, int64_t stride, int64_t p,
+                        int64_t rows, REAL *out) {
     int64_t i = 0, k;
-    for (; i + 4 <= count; i += 4) {
+    for (; i + 4 <= count; i += 4, x += 4 * stride, out += 4 * rows) {
         for (k = 0; k + TILE <= rows; k += TILE)
-            NAME(tile)(x + i * p, w + k * p, p, rows, 4, TILE, out + i * rows + k);
-        for (; k + 2 <= rows; k += 2)
-            NAME(tile)(x + i * p, w + k * p, p, rows, 4, 2, out + i * rows + k);
-        if (k < rows) NAME(tile)(x + i * p, w + k * p, p, rows, 4, 1, out + i * rows + k);
+            NAME(tile)(x, w + k * stride, stride, p, rows, 4, TILE, out + k);
+        for (; k < rows; k++) NAME(tile)(x, w + k * stride, stride, p, rows, 4, 1, out + k);
     }
-    for (; i < count; i++)
-        for (k = 0; k < rows; k++)
-            NAME(tile)(x + i * p, w + k * p, p, rows, 1, 1, out + i * rows + k);
+    for (; i < count; i++, x += stride, out += rows)
+        for (k = 0; k < rows; k++) NAME(tile)(x, w + k * stride, stride, p, rows, 1, 1, out + k);
 }
 
 /* Add what some rows of features give to some of parameters. */
-INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t p, int64_t rows, int examples,
-                         int classes, REAL *restrict out) {
+INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t stride, int64_t p, int64_t rows,
+                         int examples, int classes, REAL *restrict out) {
     const int64_t lanes = WIDE / sizeof(REAL);
     REAL own[4][TILE];
     UNROLL for (int i = 0; i < examples; i++)
@@ -351,30 +348,30 @@ INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t p, int64_t rows, 
     int64_t j = 0;
     for (; j + lanes <= p; j += lanes) {
         VECTOR v[4], total[TILE];
-        UNROLL for (int i = 0; i < examples; i++) v[i] = *(const VECTOR *)(x + i * p + j);
+        UNROLL for (int i = 0; i < examples; i++) v[i] = *(const VECTOR *)(x + i * stride + j);
         UNROLL for (int i = 0; i < examples; i++) HOLD(v[i]);
-        UNROLL for (int k = 0; k < classes; k++) total[k] = *(const VECTOR *)(out + k * p + j);
+        UNROLL for (int k = 0; k < classes; k++) total[k] = *(const VECTOR *)(out + k * stride + j);
         UNROLL for (int i = 0; i < examples; i++)
             UNROLL for (int k = 0; k < classes; k++) total[k] += own[i][k] * v[i];
-        UNROLL for (int k = 0; k < classes; k++) *(VECTOR *)(out + k * p + j) = total[k];
+        UNROLL for (int k = 0; k < classes; k++) *(VECTOR *)(out + k * stride + j) = total[k];
     }
     for (; j < p; j++)
         for (int k = 0; k < classes; k++)
-            for (int i = 0; i < examples; i++) out[k * p + j] += q[i * rows + k] * x[i * p + j];
+            for (int i = 0; i < examples; i++) out[k * stride + j] += own[i][k] * x[i * stride + j];
 }
 
-/* Add Qᵀ X, (rows, p). */
-static void NAME(add)(const REAL *x, const REAL *q, int64_t count, int64_t p, int64_t rows,
-                      REAL *restrict out) {
+/* Add Qᵀ X, (rows, p), of the same columns. */
+static void NAME(add)(const REAL *x, const REAL *q, int64_t count, int64_t stride, int64_t p,
+                      int64_t rows, REAL *restrict out) {
     int64_t i = 0, k;
-    for (; i + 4 <= count; i += 4) {
+    for (; i + 4 <= count; i += 4, x += 4 * stride, q += 4 * rows) {
         for (k = 0; k + TILE <= rows; k += TILE)
-            NAME(spread)(x + i * p, q + i * rows + k, p, rows, 4, TILE, out + k * p);
-        for (; k < rows; k++) NAME(spread)(x + i * p, q + i * rows + k, p, rows, 4, 1, out + k * p);
+            NAME(spread)(x, q + k, stride, p, rows, 4, TILE, out + k * stride);
+        for (; k < rows; k++) NAME(spread)(x, q + k, stride, p, rows, 4, 1, out + k * stride);
     }
-    for (; i < count; i++)
+    for (; i < count; i++, x += stride, q += rows)
         for (k = 0; k < rows; k++)
-            NAME(spread)(x + i * p, q + i * rows + k, p, rows, 1, 1, out + k * p);
+            NAME(spread)(x, q + k, stride, p, rows, 1, 1, out + k * stride);
 }
 
 INLINE REAL NAME(dot)(const REAL *a, const REAL *b, int64_t count) {
@@ -415,14 +412,14 @@ static void NAME(product)(const problem *q, const REAL *x, const REAL *bend, con
             int64_t count = end - i < CHUNK ? end - i : CHUNK;
             REAL *z = change + i * rows;
             const REAL *own = bend + i * rows;
-            NAME(times)(x + i * p, v, count, p, rows, z);
+            NAME(times)(x + i * p, v, count, p, p, rows, z);
             for (int64_t e = 0; e < count; e++, own += rows, z += rows) {
                 REAL mean = 0;
                 for (int64_t k = 0; rows > 1 && k < rows; k++) mean += own[k] * z[k];
                 for (int64_t k = 0; k < rows; k++)
                     moved[e * rows + k] = weight[i + e] * own[k] * (z[k] - mean);
             }
-            NAME(add)(x + i * p, moved, count, p, rows, part);
+            NAME(add)(x + i * p, moved, count, p, p, rows, part);
         }
         for (int64_t j = 0; j < rows * p; j++) out[j] += part[j];
     }
@@ -431,17 +428,17 @@ static void NAME(product)(const problem *q, const REAL *x, const REAL *bend, con
 
 /* L⁻ᵀ L⁻¹ r, or r times the diagonal's inverse where there is no factor L⁻¹. */
 static void NAME(solve)(const problem *q, const REAL *inverse, const REAL *r, REAL *restrict out) {
-    int64_t p = q->p, rows = q->rows;
+    int64_t p = q->p, rows = q->rows, own = q->factors > 1 ? 1 : rows;
     const REAL *factor = q->factor;
+    REAL along[CHUNK * rows];
     for (int64_t k = 0; k < rows; k++)
         for (int64_t j = 0; j < p; j++) out[k * p + j] = factor ? 0 : inverse[j] * r[k * p + j];
-    for (int64_t f = 0; factor && f < q->factors; f++, factor += p * p)
-        for (int64_t i = 0; i < p; i++)
-            for (int64_t k = f; k < (q->factors > 1 ? f + 1 : rows); k++) {
-                const REAL *row = factor + i * p, along = NAME(dot)(row, r + k * p, i + 1);
-                for (int64_t j = 0; j <= i; j++) out[k * p + j] += along * row[j];
-            }
-    NAME(centre)(out, p, rows);
+    for (int64_t f = 0; factor && f < q->factors; f++, factor += p * p, r += p, out += p)
+        for (int64_t i = 0; i < p; i += CHUNK) {
+            int64_t count = p - i < CHUNK ? p - i : CHUNK;
+            NAME(times)(factor + i * p, r, count, p, i + count, own, along);
+            NAME(add)(factor + i * p, along, count, p, i + count, own, out);
+        }
 }
 
 /* A Newton step, from zero, by conjugate gradients, and how much it changes the logits; returns how
@@ -465,7 +462,7 @@ static int64_t NAME(search)(const problem *q, const point *at, const double *squ
                               sizeof(REAL) == 8 ? 0x1p-1022 : 0x1p-126);
     for (int64_t j = 0; j < held; j++) residual[j] = -at->gradient[j];
     NAME(centre)(residual, p, rows);
-    NAME(solve)(q, inverse, residual, solved);
+    NAME(solve)(q, inverse, residual, solved), NAME(centre)(solved, p, rows);
     memcpy(direction, solved, held * sizeof(REAL));
     REAL known = NAME(dot)(residual, solved, held);
     for (; number < q->most_products; number++) {
@@ -479,7 +476,7 @@ static int64_t NAME(search)(const problem *q, const point *at, const double *squ
             residual[j] -= length * curved[j];
         }
         for (int64_t i = 0; i < n * rows; i++) change[i] += length * moved[i];
-        NAME(solve)(q, inverse, residual, solved);
+        NAME(solve)(q, inverse, residual, solved), NAME(centre)(solved, p, rows);
         known = NAME(dot)(residual, solved, held);
         for (int64_t j = 0; j < held; j++)
             direction[j] = solved[j] + known / before * direction[j];

@@ -143,3 +143,12 @@ def test_a_penalty_that_leaves_nothing_of_a_probe() -> None:
     x, y = samples(400, n_classes=3, signal=6.0)
     (said,) = said_by(lambda: LinearProbe.fit(1e-3 * x, y, l2=1.0))
     assert "no more than chance" in said and "l2" in said
+
+
+def test_sinks_at_a_regular_distance_are_found() -> None:
+    """The first tokens of prompts of one length, whatever share of all rows is looked at."""
+    for length in (8, 16, 32):
+        x = torch.randn(2**13, 16)
+        x[::length, 3] += 900.0
+        with pytest.warns(ProbeWarning, match=f"{len(x[::length])} of {len(x)} activations"):
+            Mahalanobis.fit(x)
