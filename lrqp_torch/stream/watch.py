@@ -73,6 +73,8 @@ run them again."""
 
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _backward_pass = torch._C._current_graph_task_id
+_dispatch_mode, _MODES = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+_TRACERS = _MODES.PROXY, _MODES.FAKE
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
 
 
@@ -807,10 +809,11 @@ class Watch(Hooks):
         if not self.acts():
             self.others.add(threading.current_thread().name)
             return None
-        if _is_tracing():
+        if _is_tracing() or any(map(_dispatch_mode, _TRACERS)):
             raise CompiledModelError(
-                "torch.jit.trace would keep what an edit did to the one example that it sees: "
-                "trace the model outside of the context, or use torch.compile"
+                "torch.jit.trace and make_fx would keep what an edit did to the one example that "
+                "they see, and FakeTensorMode has no values that it could look at: trace the model "
+                "outside of the context, or use torch.compile"
             )
         if self.resumed:
             self.renew()

@@ -15,6 +15,8 @@ import pytest
 import torch
 from models_for_tests import Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CompileConfig
 from zoo_for_tests import build_tiny
 
@@ -542,8 +544,15 @@ def test_graphs_that_cannot_be_edited_are_named() -> None:
     clean = plain(ids)
     with edit.at(model, "L1.mid", **where):
         changed = plain(ids)
-        with pytest.raises(CompiledModelError, match="the one example that it sees"):
+        with pytest.raises(CompiledModelError, match="the one example that they see"):
             torch.jit.trace(plain, (ids,), check_trace=False)
+        with pytest.raises(CompiledModelError, match="the one example that they see"):
+            make_fx(plain)(ids)
+        with (
+            pytest.raises(CompiledModelError, match="FakeTensorMode has no values"),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            plain(ids)
         # An exported program holds the place of the edit, as a compiled graph does.
         exported = torch.export.export(plain, (ids,)).module()
         torch.testing.assert_close(exported(ids), changed)
