@@ -280,3 +280,26 @@ def test_a_stream_that_did_not_converge_is_an_error() -> None:
     x, y = samples(60, 5, 2)
     with pytest.raises(ConvergenceError, match="max_iterations"):
         LinearProbe.fit_batches(cut(x, y, 16), max_iterations=1)
+
+
+@pytest.mark.parametrize(("n", "n_classes", "factors"), [(500, 8, 8), (170, 20, 1)])
+def test_many_classes_of_few_prompts_have_the_optimum_of_float64(
+    n: int, n_classes: int, factors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, y = samples(n, 128, n_classes, 0.2)
+    problems = {"own": (x, y), "shuffled": (x, y[torch.randperm(n)])}
+    made, parts_of = [], multinomial.MultinomialLoss.parts
+
+    def parts(self: multinomial.MultinomialLoss, rows: Tensor) -> int:
+        made.append(parts_of(self, rows))
+        return made[-1]
+
+    monkeypatch.setattr(multinomial.MultinomialLoss, "parts", parts)
+    narrow = LinearProbe.fit_many(problems, l2=1e-3)
+    monkeypatch.setattr(multinomial, "LONG", float("inf"))
+    wide = LinearProbe.fit_many(problems, l2=1e-3)
+    assert {*made} == {factors, 1}
+    for name, (_, labels) in problems.items():
+        assert relative_gradient(narrow[name], x, labels, 1e-3) < 1e-6
+        assert torch.allclose(narrow[name].weight, wide[name].weight, atol=1e-4)
