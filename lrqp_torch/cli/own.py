@@ -108,7 +108,7 @@ def fit(
             marked = "mark" if OPENING in prompts[0].text else "last"
             fitted, tried = fit_sites(
                 loaded, train, sites, test,
-                l2=asked.l2, shrinkage=asked.shrinkage, log_odds=asked.log_odds, batch_size=size,
+                **asked.fitting, batch_size=size,
                 task=Path(data).stem, variable=name, bos=fronted, seed=asked.seed,
                 position=marked if asked.position == "auto" else asked.position,
             )  # fmt: skip

@@ -408,7 +408,7 @@ class _Site:
                 counterfactual=self._effect(done, self.target, draws, **like),
                 text_divergence=Sample(context.seed).mean(by_text[name]) if texts else None,
                 scores=self._scores(name, done, draws),
-                seconds=self._seconds(item.edit, pairs),
+                seconds=self._seconds(with_partners(item.edit, pairs)),
                 relative=relative.get(name, {}),
             )
 
@@ -511,25 +511,20 @@ class _Site:
             "reliability": _between_quantiles(float(value), resampled, len(both)),
         }
 
-    def _seconds(self, edit: Baseline, pairs: Tensor) -> float:
-        device = self.context.device
-        x, target, source = self.x.to(device), self.target.to(device), self.labels.to(device)
-        return seconds_per_text(with_partners(edit, pairs), x, target, source)
+    def _seconds(self, edit: Baseline) -> float:
+        """Time of an edit alone, outside the model, a prompt: the median of three passes over all.
 
-
-def seconds_per_text(edit: Baseline, x: Tensor, target: Tensor, source: Tensor) -> float:
-    """Time of the edit alone, outside the model, a text: the median of three passes over all.
-
-    A pass more comes first and is not counted; x (n, d), target and source (n,).
-    """
-    taken = []
-    for _ in range(4):
-        began = time.perf_counter()
-        edit(x, target, source)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-        taken.append(time.perf_counter() - began)
-    return median(taken[1:]) / len(x)
+        A pass more comes first and is not counted.
+        """
+        given = [each.to(self.context.device) for each in (self.x, self.target, self.labels)]
+        taken = []
+        for _ in range(4):
+            began = time.perf_counter()
+            edit(*given)
+            if given[0].is_cuda:
+                torch.cuda.synchronize(given[0].device)
+            taken.append(time.perf_counter() - began)
+        return median(taken[1:]) / len(self.x)
 
 
 def elsewhere(data: PromptSet) -> tuple[Tensor, str]:

@@ -56,7 +56,7 @@ class Oracles:
         own = data.labels.cpu()
         for rows in rows_by_class(own, generator):  # as frequent in one half as in the other
             self.half[rows[::2]] = 1
-        labels = {class_name(data): own}
+        labels = {data.words.variable.removeprefix("the "): own}
         for name, items in side_variables(data).items():
             classes = _classes(items, self.half)
             if int(classes.max()) >= 1:
@@ -110,11 +110,6 @@ class Oracles:
         assert accuracy.lower is not None
         readable, count = accuracy.lower > baseline, int(classes.max()) + 1
         return OracleScore(variable, count, accuracy, baseline, readable)
-
-
-def class_name(data: PromptSet) -> str:
-    """What the classes of a task are of, without an article."""
-    return data.words.variable.removeprefix("the ")
 
 
 def side_variables(data: PromptSet) -> dict[str, Sequence[Hashable]]:

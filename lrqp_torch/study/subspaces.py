@@ -121,7 +121,8 @@ def reader_spaces(model: nn.Module, site: str, role: str, heads: Sequence[str]) 
             top_space(f"{role}: keys", torch.cat(keys)),
             top_space(f"{role}: keys and values", torch.cat([*keys, *values])),
         ]
-    layer = next_mlp(site)
+    parsed = Site.parse(site)
+    layer = parsed.layer + (parsed.part == "post")
     if layer < len(blocks_of(model)):
         spaces.append(top_space(f"MLP of layer {layer}", mlp_weights(model, layer)))
     return spaces
@@ -147,12 +148,6 @@ def readers_of(
     lowest = first_reader(site)
     above = [(role, [h for h in names if parse_head(h)[0] >= lowest]) for role, names in roles]
     return next((pair for pair in above if pair[1]), ("", []))
-
-
-def next_mlp(site: str) -> int:
-    """The layer of the first MLP behind a site."""
-    parsed = Site.parse(site)
-    return parsed.layer + 1 if parsed.part == "post" else parsed.layer
 
 
 def head_weights(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
