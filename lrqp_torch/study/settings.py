@@ -5,7 +5,7 @@ the standard library is imported where it is used.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ NAMES = ("n", "prefixes", "variables", "names", "compare_task")
 def option(default: Any, text: str, *flags: str, **looks: Any) -> Any:
     """A field of a dataclass that is an option of the command, with what it means.
 
-    ``flags`` are what it is called, where that is not the field's name, and ``looks`` as typer
-    takes them; ``kind`` is its type where that is another one than the field's, with None as its
-    default.
+    With the default MISSING it must be given. ``flags`` are what it is called, where that is not
+    the field's name, and ``looks`` as typer takes them; ``kind`` is its type where that is another
+    one than the field's, with None as its default.
     """
     return field(default=default, metadata={"help": text, "flags": flags, **looks})
 
@@ -35,15 +35,13 @@ def option(default: Any, text: str, *flags: str, **looks: Any) -> Any:
 class Settings:
     """What a study is asked to do; see each field's help."""
 
-    model: str = field(
-        metadata={
-            "help": "organism, organism-present, -absent, -dormant, -graded or -spread (bundled, "
-            "ready in seconds), smollm2, gpt2, or a folder or Hub name.",
-            "flags": (),
-        }
+    model: str = option(
+        MISSING,
+        "organism, organism-present, -absent, -dormant, -graded or -spread (bundled, ready in "
+        "seconds), smollm2, gpt2, or a folder or Hub name.",
     )
-    out: Path = field(
-        metadata={"help": "Folder for results and figures; made if needed.", "flags": ()}
+    out: Path = option(  # noqa: RUF009 -- a field
+        MISSING, "Folder for results and figures; made if needed."
     )
     data: str | None = option(
         None,
