@@ -549,8 +549,10 @@ class Covariance:
             NonFiniteError: NaN or infinity; the accumulator is then as it was before.
         """
         x = as_numbers(x, "activations").detach()
-        if x.ndim != 2 or x.shape[1] != self.width:
-            raise WidthError(f"expected activations (n, {self.width}), got {tuple(x.shape)}")
+        if x.ndim != 2 or x.shape[1] != self.width or x.is_complex() or x.dtype == torch.bool:
+            raise WidthError(
+                f"expected activations (n, {self.width}), got {x.dtype} {tuple(x.shape)}"
+            )
         room = WAITING if self._mean.device.type == "cpu" else ELSEWHERE
         if x.shape[0] > room:
             # Before any part is added; and through rows that stay near the processor.
@@ -736,6 +738,14 @@ class Covariance:
         sample = torch.add(self.second, self.second.T).div_(2 * n)
         scale = sample.diagonal().mean()
         squared = torch.linalg.vector_norm(sample).square()
+        # Beyond, a shrinkage would be made of nothing; what is all the same is refused below.
+        if bool(scale > 0) and not bool(
+            (squared > 0) & squared.isfinite() & self.fourth.isfinite()
+        ):
+            raise NonFiniteError(
+                f"the squares of activations whose variance is {float(scale):.0e} do not fit into "
+                f"float64; multiply them by a number"
+            )
         spread = squared - d * scale.square()
         if shrinkage == "ledoit_wolf":
             error = (self.fourth / n - squared) / n

@@ -4,6 +4,7 @@ In memory, what shares activations or their shape is one stack of problems. Beyo
 many ranks, one problem's likelihood is a sum over batches.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -93,10 +94,14 @@ class Options:
 
     def penalty(self, total: float) -> float:
         """The penalty for examples of so much weight; default 1/n."""
-        l2 = 1.0 / total if self.l2 is None else float(self.l2)
-        if not l2 > 0:
+        try:
+            l2 = 1.0 / total if self.l2 is None else float(self.l2)
+        except (TypeError, ValueError):
+            l2 = math.nan
+        if not 0 < l2 < math.inf:
             raise LabelError(
-                f"l2 must be positive, got {l2}: separable classes have no optimum without it"
+                f"l2 must be a positive number, got {quoted(self.l2)}: separable classes have no "
+                f"optimum without it"
             )
         return l2
 
@@ -217,7 +222,7 @@ def weigh_classes(
 
 def _weights(given: Any, what: str, like: Tensor) -> Tensor:
     """Finite weights of 0 or more, float64, as many and where ``like`` is."""
-    weights = as_numbers(given, what, LabelError).to(like.device)
+    weights = as_numbers(given, what, LabelError).detach().to(like.device)
     if weights.shape != like.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
         raise LabelError(
             f"{what} must be {len(like)} finite numbers of 0 or more, got {quoted(given)}"
@@ -373,6 +378,7 @@ def _check_convergence(found: Mapping[Key, Fitted], tolerance: float) -> None:
         f"{failed[0]}: the gradient norm{others} is {report.relative_gradient_norm:.1e} of its "
         f"start after {report.iterations} steps, above {tolerance:.0e}; raise max_iterations or "
         f"l2 (now {report.l2:.1e}), or fit to standardised activations (standardise=True)"
+        + ("" if math.isfinite(report.relative_gradient_norm) else "; their squares overflow")
     )
 
 

@@ -76,8 +76,9 @@ def check_sinks(x: Tensor) -> None:
     looked_at = LOOKED_AT if x.device.type == "cpu" else 16 * LOOKED_AT
     if len(x) > looked_at:
         # At random: one row in so many may be the first token of each of the prompts.
-        generator = torch.Generator().manual_seed(0)
-        sample = x[torch.randint(len(x), (looked_at,), generator=generator).to(x.device)].float()
+        generator = torch.Generator("cpu").manual_seed(0)
+        rows = torch.randint(len(x), (looked_at,), generator=generator, device="cpu")
+        sample = x[rows.to(x.device)].float()
     else:
         sample = x.float()
     if sample.device.type == "cpu":
@@ -151,9 +152,11 @@ def split(problem: Problem, share: float, seed: int) -> tuple[Problem, Problem]:
     """
     if not 0 < share < 1:
         raise LabelError(f"held_out must be a share from 0 to 1, or a pair (x, y), got {share}")
-    order = torch.randperm(len(problem.x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(
+        len(problem.x), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    )
     labels = problem.labels.cpu()[order]
-    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen = torch.zeros(len(order), dtype=torch.bool, device="cpu")
     for number in range(len(problem.counts)):
         rows = order[labels == number]
         chosen[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True

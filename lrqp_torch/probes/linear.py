@@ -472,7 +472,7 @@ class LinearProbe(nn.Linear):
                 f"no class is named {quoted(unknown[0])}; "
                 + (f"there are {', '.join(known)}" if known else "this probe's have numbers only")
             )
-        return torch.tensor([known.index(name) for name in names])[found]
+        return found.new_tensor([known.index(name) for name in names])[found]
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits z(x), (..., K), in the probe's dtype whatever the dtype of the activations."""

@@ -32,6 +32,7 @@ gradient.
 import copy
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -499,7 +500,9 @@ class _State:
 
     def result(self, sites: Tensor) -> Minimum:
         size = self.point.size
-        relative = torch.where(size > self.rounding, size / self.start, 0.0)
+        # Of squares that overflow nothing is known.
+        told = (size > self.rounding) | ~self.rounding.isfinite()
+        relative = torch.where(told, size / self.start, 0.0)
         statistics = (self.point.loss, size, relative, self.iterations)
         return Minimum(self.point.parameters[sites], *(value[sites].cpu() for value in statistics))
 
@@ -696,7 +699,8 @@ class _Search:
         features = block.features[site : site + 1].contiguous()
         targets = block.targets[site : site + 1, label_set : label_set + 1].contiguous()
         weights = None if block.weights is None else block.weights.contiguous()
-        narrow = torch.empty(features.shape) if loss.narrows(zero) else None
+        shape = features.shape if loss.narrows(zero) else None
+        narrow = None if shape is None else zero.new_empty(shape, dtype=torch.float32)
         self.block, self.loss = Block(features, targets, weights, narrow), copy.copy(loss)
         self.parameters = zero.new_zeros(1, 1, rows, width)
         self.probability = zero.new_empty(features.shape[1], rows)
@@ -771,9 +775,10 @@ def _one_by_one(
             one = _Search(loss, zero, site, label_set, shared)
             one.run(search, tolerance, max_iterations)
             data, parameters[site, label_set] = one.data, one.parameters
-            relative = data.size / data.start if data.size > data.rounding else 0.0
+            told = data.size > data.rounding or not math.isfinite(data.rounding)
+            relative = data.size / data.start if told else 0.0
             found.append((data.loss, data.size, relative, data.steps))
-    table = torch.tensor(found, dtype=torch.float64).view(sites, label_sets, 4)
+    table = zero.new_tensor(found).view(sites, label_sets, 4)
     least, size, relative, steps = table.unbind(2)
     return Minimum(parameters, least, size, relative, steps.long())
 

@@ -364,3 +364,18 @@ def test_finishing_takes_two_and_a_half_matrices() -> None:
         held += event.nbytes()
         most = max(most, held)
     assert 2 * 8 * width**2 <= most <= 2.5 * 8 * width**2
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+def test_squares_that_do_not_fit_are_refused(scale: float) -> None:
+    """Of them a shrinkage of 0 was made."""
+    x = scale * torch.randn(40, 5, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="do not fit"):
+        Mahalanobis.fit(x)
+
+
+def test_what_is_no_activation_is_refused() -> None:
+    x = torch.randn(40, 5)
+    for given in (x > 0, x.to(torch.complex64)):
+        with pytest.raises(WidthError, match="expected activations"):
+            Covariance(5).update(given)

@@ -1,6 +1,7 @@
 """LinearProbe: the optimum of its documented objective, certified independently."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -547,3 +548,44 @@ def test_an_error_while_a_compiled_search_asks_for_a_factor(
     monkeypatch.setattr(multinomial, "_factor", fail)
     with pytest.raises(KeyboardInterrupt):
         LinearProbe.fit(*samples(100, 20, 2))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_activations_whose_squares_overflow_are_refused(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(multinomial, "_compiled", lambda: None)
+    x, y = samples(60, 5, 3)
+    with pytest.raises(ConvergenceError, match="squares overflow"):
+        LinearProbe.fit(x * 1e160, y)
+
+
+def test_defaults_of_device_and_dtype_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = samples(1100, 245, 2, dtype=torch.float32)
+    names = [("no", "yes")[label] for label in y.tolist()]
+    monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_, **__: 3.0)
+
+    def fit() -> LinearProbe:
+        return LinearProbe.fit(x, names, held_out=0.2, class_weight={"yes": 2.0})
+
+    whole = fit()
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    for change, value, before in (
+        (torch.set_default_device, "meta", device),
+        (torch.set_default_dtype, torch.float64, dtype),
+    ):
+        try:
+            change(value)
+            other = fit()
+            odds = other.log_odds(x, "yes")
+        finally:
+            change(before)
+        assert torch.equal(other.weight, whole.weight) and other.report == whole.report
+        assert torch.equal(odds, whole.log_odds(x, 1))
+
+
+@pytest.mark.parametrize("l2", [0.0, -1.0, math.inf, math.nan, "much", [1.0, 2.0]])
+def test_penalties_that_are_none_are_refused(l2: Any) -> None:
+    with pytest.raises(LabelError, match="l2 must be a positive number"):
+        LinearProbe.fit(*samples(40, 3, 2), l2=l2)
