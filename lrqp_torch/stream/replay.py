@@ -76,8 +76,9 @@ class _Rerun:
         with record_stream(self.model, self.first_position) as (streams, watch):
             output = self.model(**inputs, **options, use_cache=True)
         found = cache_among(output)
-        plain = isinstance(found, DynamicCache) and all(
-            type(layer) is DynamicLayer for layer in found.layers
+        # Kinds of their own, such as MiniMax's, hold what cannot be cropped beside their layers.
+        plain = type(found) is DynamicCache and all(
+            type(layer) is DynamicLayer and layer.is_initialized for layer in found.layers
         )
         self._cache, self._fronted = found, bool(watch.texts.front)
         if watch.texts.front or not plain:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models_for_tests import LAYERS, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
@@ -293,3 +294,15 @@ def test_there_is_at_least_one_copy() -> None:
 def test_tokens_are_needed() -> None:
     with pytest.raises(PositionError, match=r"input_ids, got \['attention_mask'\]"):
         Replay(build("gpt2"), {"attention_mask": torch.ones(1, 3)}, 1)
+
+
+@torch.no_grad()
+def test_a_cache_that_holds_more_than_keys_falls_back_to_the_full_forward_pass() -> None:
+    """MiniMax: blocks of linear attention have states beside a layer of keys that stays empty."""
+    model = build_tiny("MiniMaxForCausalLM")
+    ids = torch.arange(4, 24).reshape(2, 10)
+    inputs, at = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor([7, 6])
+    replay = Replay(model, inputs, 5)
+    assert replay.first_position == 0
+    with intervene(model, Intervention("L1.pre", at, lambda x, context: x.roll(1, -1))):
+        assert close(replay.run(1), model(**inputs).logits[:, -1])
