@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lrqp_torch.errors import CompiledModelError, ModelError, UnknownFamilyError
+from lrqp_torch.stream import repeats
 
 
 class CompiledModelWarning(UserWarning):
@@ -137,6 +138,8 @@ class Census:
         below: all its modules but itself.
         attributes: of each, those that it has itself.
         parameters: of the model and of each.
+        plain: whether the last look found all of the classes that it was, in no training mode and
+            without a ``forward`` of its own.
         wraps_compiled: whether the model or one of them is what ``torch.compile`` returned.
     """
 
@@ -152,14 +155,20 @@ class Census:
         self.parameters = [module._parameters for module in found]
         self._held = [dict(module._modules) for module in found]
         self.wraps_compiled = any("_orig_mod" in children for children in self._held)
+        self.plain, self._look = False, repeats.modules(model, self.below)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Census":
         """That of a model as it is now."""
+        known = _CENSUSES.get(model) if isinstance(model, nn.Module) else None
+        if known is not None:
+            # One call, in the order in which they lie; by Python only where something is other.
+            found = None if known._look is None else known._look(model)
+            known.plain = found is False
+            if found is not None or known.holds(model):
+                return known
         require_module(model)
-        known = _CENSUSES.get(model)
-        if known is None or not known.holds(model):
-            known = _CENSUSES[model] = cls(model)
+        known = _CENSUSES[model] = cls(model)
         return known
 
     def holds(self, model: nn.Module) -> bool:
@@ -169,6 +178,8 @@ class Census:
 
     def in_training(self, model: nn.Module) -> list[nn.Module]:
         """Those of ``model.modules()`` that are in training mode."""
+        if self.plain:
+            return []
         own, modules = self.attributes, self.below
         if self.wraps_compiled:  # what torch.compile returned asks the module that it was given
             modules = [module for module in modules if "training" in vars(module)]

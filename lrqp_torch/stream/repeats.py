@@ -10,7 +10,7 @@ ctypes costs a microsecond an argument.
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _python() -> ctypes.PyDLL | None:
 _KNOWN = (
     *(None, False, -1, Tensor, tuple, torch._C._get_tracing_state),
     *(torch._C._current_graph_task_id, torch.is_grad_enabled, torch.empty_like, torch.clone),
-    *("requires_grad", "_version", "hidden_states"),
+    *("requires_grad", "_version", "hidden_states", True, "_modules", "training", "forward"),
 )
 """What rows.c asks of any pass, in its order."""
 
@@ -123,15 +123,65 @@ class _Guard(ctypes.Structure):
     )
 
 
+class _Module(ctypes.Structure):
+    _fields_ = (
+        *((name, _address) for name in ("module", "kind", "own", "below")),
+        *((name, _number) for name in ("first", "count")),
+    )
+
+
+class _Modules(ctypes.Structure):
+    _fields_ = (
+        *((name, _address) for name in ("all", "names", "children")),
+        ("count", _number),
+    )
+
+
+def modules(model: Any, below: Sequence[Any]) -> Function | None:
+    """A function of a model: False where all below it is what it is now, of the same classes, in
+    no training mode and without a ``forward`` of its own; True where some is in training mode; None
+    where something is other. It holds all but the model.
+    """
+    if not available():
+        return None
+    every, held = [model, *below], list[Any]()
+    all_, names, children = (_Module * len(every))(), list[str](), list[Any]()
+    for module, one in zip(every, all_, strict=True):
+        own, kept = vars(module), module._modules
+        one.module = None if module is model else id(module)
+        one.kind, one.own, one.below = id(type(module)), id(own), id(kept)
+        one.first, one.count = len(names), len(kept)
+        names += kept
+        children += kept.values()
+        held += [type(module), kept] if module is model else [module, own, type(module), kept]
+    return _of_table("modules", names, children, len(every), all_, held)
+
+
+def same(table: Mapping[str, Any]) -> Function | None:
+    """A function of a dictionary: True where it has these entries, as objects and in this order;
+    else None.
+    """
+    return _of_table("same", [*table], [*table.values()], len(table)) if available() else None
+
+
+def _of_table(
+    name: str, names: list[str], values: list[Any], count: int, every: Any = None, *held: Any
+) -> Function:
+    pointers = _address * len(names)
+    laid = pointers(*map(id, names)), pointers(*map(id, values))
+    places = (None if one is None else ctypes.addressof(one) for one in (every, *laid))
+    return bound(name, _Modules(*places, count), every, *laid, *held, names, values)
+
+
 _ITEM, _OWN, _NAMED, _KIND, _PART = range(5)
 _ABSENT = object()
 
 
-def bound(name: str, own: Begin | Site, *held: Any) -> Function:
+def bound(name: str, own: "Begin | Site | _Modules", *held: Any) -> Function:
     """A function of rows.c for what a structure says; it keeps that, and what is given besides."""
     python = _python()
     assert python is not None
-    which = ("begin", "edit", "gather", "put").index(name)
+    which = ("begin", "edit", "gather", "put", "modules", "same").index(name)
     function: Function = python.lrqp_bound(which, (ctypes.addressof(own), own, *held))
     return function
 

@@ -136,7 +136,7 @@ typedef struct {
 static struct {
     int (*look)(void *, Look *);
     Object *none, *no, *outside, *tensor, *tuple, *tracing, *backward, *gradients, *like, *clone,
-        *asks, *version, *stream;
+        *asks, *version, *stream, *yes, *below, *training, *forward;
 } known;
 
 void lrqp_know(const void *given) { memcpy(&known, given, sizeof known); }
@@ -450,6 +450,70 @@ static Object *put(Object *held, Object *const *given, Index n) {
     return given[0];
 }
 
+/* A module below a model, or that itself, and its children by their names. */
+typedef struct {
+    Object *module, *kind, *own, *below;
+    i64 first, count;
+} Module;
+typedef struct {
+    const Module *all;
+    Object *const *names, *const *children;
+    i64 count;
+} Modules;
+
+/* Whether a table has these entries, as objects, in order. */
+static int has(Object *table, Object *const *keys, Object *const *values, i64 count) {
+    Object *key, *value;
+    Index at = 0;
+    if (PyDict_Size(table) != count) return 0;
+    for (i64 i = 0; i < count; i++)
+        if (!PyDict_Next(table, &at, &key, &value) || key != keys[i] || value != values[i]) return 0;
+    return 1;
+}
+
+/* same(table): True where it has the entries of what is laid down first, else None. */
+static Object *same(Object *held, Object *const *given, Index n) {
+    (void)n;
+    const Modules *own = own_of(held);
+    if (!has(given[0], own->names, own->children, own->count)) return nothing();
+    Py_IncRef(known.yes);
+    return known.yes;
+}
+
+/* modules(model): False where all below a model is as it was, of the same classes, in no training mode and
+ * without a forward of its own; True where something is in training; None where one is to look at it. */
+static Object *modules(Object *held, Object *const *given, Index n) {
+    (void)n;
+    const Modules *own = own_of(held);
+    Object *found = known.no;
+    /* What they are lies all over the memory: it is asked for before it is needed. Where a table of
+     * Python's has its own is but a guess of what to ask for. */
+    for (const Module *one = own->all; one < own->all + own->count; one++) {
+        __builtin_prefetch(one->module);
+        __builtin_prefetch(one->own);
+        __builtin_prefetch(one->below);
+    }
+    for (const Module *one = own->all; one < own->all + own->count; one++) {
+        const char *const *parts = (const char *const *)one->own;
+        for (i64 i = 4; i < 6 && one->module; i++) __builtin_prefetch(parts[i]);
+        if (one->module) __builtin_prefetch(parts[5] + 64);
+        if (one->count) __builtin_prefetch(((const char *const *)one->below)[4]);
+    }
+    for (const Module *one = own->all; one < own->all + own->count; one++) {
+        Object *module = one->module ? one->module : given[0];
+        Object *table = PyObject_GenericGetDict(module, NULL);
+        if (!is(table, one->own) || !is(PyObject_Type(module), one->kind) ||
+            PyDict_GetItemWithError(one->own, known.below) != one->below ||
+            !has(one->below, own->names + one->first, own->children + one->first, one->count) ||
+            PyDict_GetItemWithError(one->own, known.forward))
+            return nothing();
+        if (PyDict_GetItemWithError(one->own, known.training) != known.no) found = known.yes;
+    }
+    if (PyErr_Occurred()) PyErr_Clear();
+    Py_IncRef(found);
+    return found;
+}
+
 /* One of these functions for what a tuple holds, of which the first is the address of its structure. */
 Object *lrqp_bound(i64 which, Object *held) {
     static Method methods[] = {
@@ -457,6 +521,8 @@ Object *lrqp_bound(i64 which, Object *held) {
         {"edit", edit, METH_FASTCALL, 0},
         {"gather", gather, METH_FASTCALL, 0},
         {"put", put, METH_FASTCALL, 0},
+        {"modules", modules, METH_FASTCALL, 0},
+        {"same", same, METH_FASTCALL, 0},
     };
     return PyCFunction_NewEx(&methods[which], held, NULL);
 }

@@ -54,6 +54,7 @@ from lrqp_torch.stream.discovery import (
     hold_to_proof,
 )
 from lrqp_torch.stream.passes import forward_of
+from lrqp_torch.stream.repeats import same
 
 Part = Literal["pre", "z", "attn_out", "mid", "mlp_out", "post", "final"]
 Side = Literal["input", "output"]
@@ -289,6 +290,7 @@ class Known:
         self._inner, self._row, self._census = ref(inner), row, Census.of(model)
         config: Any = inner.config
         self._config, self._type, self._settings = config, config.model_type, dict(vars(config))
+        self._same = same(self._settings)
         self._blocks: list[nn.Module] = []
         for stack in stacks.values():
             blocks = descend(descend(inner, stack.trunk), stack.blocks)
@@ -302,6 +304,8 @@ class Known:
             if isinstance(value, bool | float | str) and name != "training" and name[0] != "_"
         ]
         self._computed = [type(block).forward for block in self._blocks]
+        self._kinds = {type(block): type(block).forward for block in self._blocks}
+        self._plain = self._census.plain
         # What stands in place of a forward may hold the model.
         self._replaced = [_reference(own_forward(block)) for block in self._blocks]
 
@@ -310,20 +314,27 @@ class Known:
         inner = self._inner()
         if inner is None or inner is not inner_model(model):
             return False
-        if (Census.of(model) if census is None else census) is not self._census:
+        census = Census.of(model) if census is None else census
+        if census is not self._census:
             return False
         if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
             return False
-        if [*map(_forward, map(type, self._blocks))] != self._computed:
-            return False
         if any([own.get(name) != value for own, name, value in self._numbers]):
             return False
-        if any(self._replaced) or any(map(contains, self._own, _FORWARD)):
+        if census.plain and self._plain:
+            # They are of the classes that they were; these may compute something else.
+            if [kind.forward for kind in self._kinds] != [*self._kinds.values()]:
+                return False
+        elif [*map(_forward, map(type, self._blocks))] != self._computed:
+            return False
+        elif any(self._replaced) or any(map(contains, self._own, _FORWARD)):
             for block, replaced in zip(self._blocks, self._replaced, strict=True):
                 if own_forward(block) is not (replaced and replaced()):
                     return False
         # Of the settings, contexts themselves change how attention is computed.
         settings, known = vars(self._config), self._settings
+        if self._same is not None and self._same(settings):
+            return True
         return settings == known or {**settings, _ATTENTION: known.get(_ATTENTION)} == known
 
     def keep(self, name: str | Site, found: "Located", model: nn.Module) -> "Located":
