@@ -578,6 +578,8 @@ class _Rows:
 
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
+        if not self._passes and not self._count:
+            return
         self._close(self._passes)
         self._buffer, self._count = _NO_ROWS, 0
         self._passes, self._waiting, self.sound = [], 0, True

@@ -492,14 +492,13 @@ class Laid(NamedTuple):
         return type(None), ()  # as a line
 
     def ask(self, target: Tensor, source: Tensor | None) -> bool:
-        """Ask for other classes of the same rows; False where other things would be asked."""
+        """Ask for other classes of the same rows, as they lie; False where it is not but these."""
         task = self.owned[1]
-        (before, known, asked), *others = task.owned
-        if (source is None) != (known is None) or target.shape != before.shape:
+        (_, known, asked), place, numbers = task.owned
+        if (source is None) != (known is None):
             return False
-        target, source = target.contiguous(), None if source is None else source.contiguous()
         task.target, task.source = target.data_ptr(), native.address(source)
-        task.owned = (target, source, asked), *others
+        task.owned = (target, source, asked), place, numbers
         return True
 
     def edit(

@@ -249,6 +249,7 @@ class Editing(ContextDecorator, Generic[Record]):
     ) -> None:
         self._given = model, interventions, yields
         self._watches: list[tuple[Watch, list[_Applied]]] = []
+        self._plan: _Plan | None = None
 
     def _recreate_cm(self) -> "Editing[Record]":
         return Editing(*self._given)
@@ -314,14 +315,15 @@ class Editing(ContextDecorator, Generic[Record]):
         was.
         """
         known = known_of(model)
-        plan = None if known is None else known.passes.get(_key_of(item))
+        key = _key_of(item)
+        plan = None if known is None else known.passes.get(key)
         if known is None or not isinstance(plan, _Plan) or not known.holds(model, census):
             return False
         watch, applied, located = plan.watch, plan.applied, known.places[item.site]
         if watch is None or not plan.serves(model, item, located, census):
             return False
-        del known.passes[plan.key]
-        plan.watch = None
+        del known.passes[key]
+        plan.watch, self._plan = None, plan
         applied.take(item, located)
         try:
             there = watch.resume(model, located.trunk.module, (applied, watch.hook))
@@ -341,12 +343,13 @@ class Editing(ContextDecorator, Generic[Record]):
         watches, kept = [*self._watches], None
         if kind is None and len(watches) == 1 and len(watches[0][1]) == 1:
             ((watch, (applied,)),) = watches
-            kept = _Plan.of(self._given[0], watch, applied)
+            kept = _Plan.of(self._given[0], watch, applied, self._plan)
         self._leave(kind, *raised)
         # An error of the body says more than these would.
         for watch, items in watches if kind is None else ():
             for item in items:
                 item.close(watch)
+        self._plan = None
         if kept is not None:
             kept.keep()
 
@@ -427,10 +430,17 @@ class _Plan:
             self.watch.forget()
 
     @staticmethod
-    def of(model: nn.Module, watch: Watch, applied: "_Applied") -> "_Plan | None":
-        """That of a context that is about to close; or None, where there is nothing to keep."""
+    def of(
+        model: nn.Module, watch: Watch, applied: "_Applied", plan: "_Plan | None"
+    ) -> "_Plan | None":
+        """That of a context that is about to close; or None, where there is nothing to keep.
+
+        ``plan``: what it went on with.
+        """
         known, hook, item = known_of(model), watch.hook, applied.item
-        if known is None or hook is None or hook.offer is None or not watch.texts.n_calls:
+        if known is None or hook is None or hook.offer is None:
+            return None
+        if watch.resumed or watch.latest is None:  # there was no pass
             return None
         located = applied.located
         if known.places.get(item.site) is not located or applied.places.counts:
@@ -439,11 +449,14 @@ class _Plan:
             return None
         if hook.repeat is None or not watch.may_stay(2 - (located.residual is None)):
             # Where two contexts in turn are given tokens of a shape, there may be a third.
-            if watch.followed is not None and watch.latest is not None:
+            if watch.followed is not None:
                 known.passes[_key_of(item)] = watch.latest.tokens.shape
             return None
         watch.stays = True
-        return _Plan(known, watch, applied)
+        if plan is None or plan.known() is not known:
+            return _Plan(known, watch, applied)
+        plan.watch = watch
+        return plan
 
     def keep(self) -> None:
         """Keep it, once the context has closed."""
