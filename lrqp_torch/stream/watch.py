@@ -157,7 +157,7 @@ class Hooks:
     """
 
     def __init__(self) -> None:
-        self._hooks: list[tuple[_Kept, int, str, dict[int, Any], tuple[dict[int, bool], ...]]] = []
+        self._hooks: list[tuple[_Kept, int, str, _Added, tuple[dict[int, Any], ...]]] = []
         self._around: list[tuple[_Kept, Around]] = []
         self._methods: list[tuple[dict[str, Any], str]] = []
         self._first: list[tuple[OrderedDict[int, Any], int]] = []
@@ -229,7 +229,7 @@ class Hooks:
                 if name:
                     kept.names.append(name)
                     kept.mark()
-            self._hooks.append((kept, number, name, hooks, flags))
+            self._hooks.append((kept, number, name, added, (hooks, *flags)))
             hooks[number] = added
             for flag in flags:
                 flag[number] = True
@@ -265,31 +265,32 @@ class Hooks:
         """
         if self._entries is not None:
             return True
-        places, tables = list[tuple[Any, Any, Any]](), list[tuple[Any, Any, Any]]()
+        own, places, tables = (list[tuple[Any, Any, Any]]() for _ in range(3))
         counts = Counter([each[0] for each in self._hooks])
         counts.update([kept for kept, _ in self._around])
         for kept, count in counts.items():
-            own = vars(kept.module)
             if kept.count != count or not kept.alone:
                 return False
-            places += [(own, name, own[name]) for name in (*_METHODS, "forward")]
-            mine = [held for each in self._hooks if each[0] is kept for held in (each[3], *each[4])]
-            tables += [(own, n, t) for n, t in own.items() if any(t is held for held in mine)]
-        for _, number, _, table, flags in self._hooks:
-            places += [(held, number, held[number]) for held in (table, *flags)]
-        columns = (*zip(*places, strict=True), *zip(*tables, strict=True))
-        self._entries = (self._hooks, self._around, counts, *columns)
+            has = vars(kept.module)
+            own += [(has, name, has[name]) for name in (*_METHODS, "forward")]
+            mine = [table for each in self._hooks if each[0] is kept for table in each[4]]
+            tables += [(has, n, t) for n, t in has.items() if any(t is table for table in mine)]
+        for _, number, _, added, (table, *flags) in self._hooks:
+            places += [(table, number, added), *((flag, number, True) for flag in flags)]
+        parts = (own, places, own + places, tables)
+        columns = (tuple(zip(*part, strict=True)) for part in parts)
+        self._entries = self._hooks, self._around, counts, *columns
         return True
 
     def put_back(self) -> bool:
         """Put back what was noted, unless modules have anything in its places."""
         if self._entries is None:
             return False
-        hooks, around, _, held, keys, values, owners, names, tables = self._entries
+        hooks, around, _, _, _, (held, keys, values), (owners, names, tables) = self._entries
         with _LOCK:
             there = all(map(is_, map(getitem, owners, names), tables))
             if not there or any(map(contains, held, keys)):
-                self._entries = None
+                self._entries, self._first = None, []
                 return False
             any(map(setitem, held, keys, values))
             for table, number in self._first:
@@ -298,13 +299,15 @@ class Hooks:
         return True
 
     def _take_out(self) -> bool:
-        """Take out what was noted, if it is all that there is."""
+        """Take out what was noted, if it is all that contexts have there."""
         if self._entries is None or not self._hooks:
             return False
-        _, _, counts, held, keys, values, *_ = self._entries
+        counts, (owners, names, values), (tables, numbers, _), (held, keys, _) = self._entries[2:6]
         with _LOCK:
-            alone = all(kept.count == count for kept, count in counts.items())
-            if not alone or not all(map(is_, map(_get, held, keys), values)):
+            alone = all([kept.count == count for kept, count in counts.items()])
+            same = alone and all(map(is_, map(_get, owners, names), values))
+            # In place of a hook there may be what others have put around it.
+            if not (same and all(map(contains, tables, numbers))):
                 return False
             any(map(delitem, held, keys))
         self._hooks, self._around = [], []
@@ -328,8 +331,8 @@ class Hooks:
                 else:
                     kept.leave()
             while hooks:
-                kept, number, name, table, flags = hooks.pop()
-                for each in (table, *flags):
+                kept, number, name, _, tables = hooks.pop()
+                for each in tables:
                     if each.pop(number, None) is None:
                         there = False
                 kept.count -= 1

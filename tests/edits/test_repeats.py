@@ -4,8 +4,10 @@ import contextvars
 import copy
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -492,6 +494,48 @@ def a_hook(here: Contexts) -> None:
         block.register_forward_pre_hook(lambda module, given: (given[0] + 0.25, *given[1:]))
 
 
+def other_tables(here: Contexts) -> None:
+    for module in here.model.modules():
+        module._forward_hooks = OrderedDict()
+        module._forward_pre_hooks = OrderedDict()
+
+
+def other_attributes(here: Contexts) -> None:
+    for module in here.model.modules():
+        module.__dict__ = dict(vars(module))
+    here.model.transformer.h[1] = copy.deepcopy(here.model.transformer.h[1])
+    here.model.transformer.h[1].mlp.c_fc.weight.data.mul_(2)
+
+
+def another_class(here: Contexts) -> None:
+    mlp = here.model.transformer.h[1].mlp
+
+    class Half(type(mlp)):  # type: ignore[misc]
+        def forward(self, *given: Any) -> Any:
+            return super().forward(*given) / 2
+
+    mlp.__class__ = Half
+
+
+def wrapped_hooks(here: Contexts) -> None:
+    """Somebody puts something around our hooks, for one context."""
+    calls = list[int]()
+
+    def around(hook: Any, *given: Any) -> Any:
+        calls.append(1)
+        assert len(calls) < 8
+        return hook(*given)
+
+    def change(model: Any, given: dict[str, Tensor]) -> Any:
+        for module in model.modules():
+            for table in (module._forward_pre_hooks, module._forward_hooks):
+                table.update({key: partial(around, hook) for key, hook in table.items()})
+        here.change = again
+        return again(model, given)
+
+    here.change = change
+
+
 def another_copy(here: Contexts) -> None:
     here.model = copy.deepcopy(here.model)
     here.model.transformer.wpe.weight.data.mul_(2)
@@ -577,7 +621,8 @@ BETWEEN: list[Callable[[Contexts], None]] = [
     *(other_targets, one_target, sources, other_positions, several_positions, every_position),
     *(a_scope, other_texts, padded, without_mask, longer_texts, fewer_texts, another_edit),
     *(another_weight, another_metric, another_rule, learned, without_record, double),
-    *(other_blocks, another_block, a_hook, another_copy, moved, own_forward, another_trunk),
+    *(other_blocks, another_block, a_hook, other_tables, other_attributes, another_class),
+    *(wrapped_hooks, another_copy, moved, own_forward, another_trunk),
     *(training, checkpointed, compiled_parts, within_another, twice, in_another_thread),
     *map(between, CHANGES),
 ]
