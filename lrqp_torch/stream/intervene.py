@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator, suppress
 from dataclasses import dataclass, replace
@@ -425,8 +426,8 @@ class _Plan:
         self.kind, self.positions = type(edit), applied.places.positions
         self.edit = None if applied.record is None else ref(_owner(edit))
 
-    def __del__(self) -> None:
-        if self.watch is not None:
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.watch is not None and not ends():
             self.watch.forget()
 
     @staticmethod

@@ -142,9 +142,10 @@ def modules(model: Any, below: Sequence[Any]) -> Function | None:
     no training mode and without a ``forward`` of its own; True where some is in training mode; None
     where something is other. It holds all but the model.
     """
-    if not available():
-        return None
     every, held = [model, *below], list[Any]()
+    # Those of torch.jit keep their children in something else.
+    if not available() or not all(isinstance(module._modules, dict) for module in every):
+        return None
     all_, names, children = (_Module * len(every))(), list[str](), list[Any]()
     for module, one in zip(every, all_, strict=True):
         own, kept = vars(module), module._modules

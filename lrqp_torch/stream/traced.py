@@ -325,7 +325,7 @@ class Followed:
     def __init__(
         self, trunk: nn.Module, passes: Passes, names: tuple[str, ...], caches: tuple[str, ...]
     ) -> None:
-        self.passes, self._names, self._visits = passes, list[str](), list[Visit]()
+        self.passes, self._visits = passes, dict[str, tuple[Passes, Visit]]()
         key = self.key = key_of(trunk)
         with _LOCK:
             every = _PASSES.get(key)
@@ -364,11 +364,9 @@ class Followed:
             number, key = 0, self.key
             while (name := f"{key}/{site}#{number}") in _VISITS:
                 number += 1
-            _VISITS[name] = self.passes, visit
+            _VISITS[name] = self._visits[name] = self.passes, visit
             insort(_NAMES[key], name)
             _INSTALLED[key] = " ".join(_NAMES[key])
-            self._names.append(name)
-            self._visits.append(visit)
             traced = _TRACED.get(name)
             if traced is None:
                 traced = _TRACED[name] = _Visit(key, name, before, added, scale)
@@ -376,12 +374,12 @@ class Followed:
 
     def again(self) -> bool:
         """Tell of the same once more; False where something else is told of the trunk."""
-        key, names = self.key, self._names
+        key = self.key
         with _LOCK:
             if self._order or _PASSES[key] or _NAMES[key]:
                 return False
-            _PASSES[key][0], _NAMES[key] = self.passes, sorted(names)
-            _VISITS.update((n, (self.passes, v)) for n, v in zip(names, self._visits, strict=True))
+            _PASSES[key][0], _NAMES[key] = self.passes, sorted(self._visits)
+            _VISITS.update(self._visits)
             _INSTALLED[key] = " ".join(_NAMES[key])
         return True
 
@@ -389,7 +387,7 @@ class Followed:
         """Tell no more."""
         key = self.key
         with _LOCK:
-            for name in self._names:
+            for name in self._visits:
                 del _VISITS[name]
                 _NAMES[key].remove(name)
             _INSTALLED[key] = " ".join(_NAMES[key])
