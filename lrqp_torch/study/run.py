@@ -20,7 +20,6 @@ from lrqp_torch.errors import LRQPError, PromptError, SettingError
 from lrqp_torch.files import digest_model
 from lrqp_torch.plot.chart import Chart
 from lrqp_torch.plot.static import FORMATS, require_matplotlib, write_charts
-from lrqp_torch.probes.covariance import Shrinkage
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.progress import Clock, Start, in_time, no_stages, progress_bars
 from lrqp_torch.study import report
@@ -49,6 +48,9 @@ from lrqp_torch.study.settings import Settings
 from lrqp_torch.study.showing import plural
 from lrqp_torch.study.store import Finished, PartStore, forget, made_folder
 from lrqp_torch.study.sweep import fit_edits, sweep
+
+TAKEN = ("parts", "l2", "shrinkage", "log_odds", "dose", "refits", "methods", "batch_size", "seed")
+"""The settings that a study in memory takes."""
 
 
 def run(settings: Settings, ranks: Ranks = ALONE, *, progress: bool = False) -> StudyResults | None:
@@ -120,20 +122,13 @@ def study(
     test: PromptSet,
     sites: str | Sequence[str] = "all",
     *,
-    parts: str = "flipping",
-    l2: float | None = None,
-    shrinkage: Shrinkage = "ledoit_wolf",
-    log_odds: float = 10.0,
-    refits: int = 0,
-    batch_size: int = 64,
-    seed: int = 0,
     name: str | None = None,
     start: Start = no_stages,
-    **known: Any,
+    **given: Any,
 ) -> StudyResults:
     """Study a variable of your own, in memory.
 
-        results = tasks.study(model, train, test, ["L6.mid", "L7.mid"])
+        results = tasks.study(model, train, test, ["L6.mid", "L7.mid"], parts="flipping,dose")
         results.used_sites, results.sites["L6.mid"].counterfactual.flipped.value
 
     Args:
@@ -142,21 +137,17 @@ def study(
         test: prompts held out, with the same classes, padded on the left. Without answers the
             effect is measured by how much the next token changes, and no site counts as used.
         sites: names, or ``"all"`` for every pre and mid.
-        parts: names of the parts to run, separated by commas, or ``"all"`` that these prompts
-            allow.
-        l2: penalty of the probe; default its own.
-        shrinkage: of the covariance.
-        log_odds: least log odds of the ``mirror`` rule, in nats.
-        refits: see :class:`~.settings.Settings`.
-        batch_size: prompts a forward pass.
-        seed: of the shuffled labels and the bootstrap.
         name: of the model in the results; default its own.
         start: shows progress.
-        known: anything else that JSON can hold, kept with the settings in the results.
+        given: the settings ``parts`` (default ``"flipping"``), ``l2``, ``shrinkage``, ``log_odds``,
+            ``dose``, ``refits``, ``methods``, ``batch_size`` and ``seed``, as in
+            :class:`~.settings.Settings` and on the command line; and anything else that JSON can
+            hold, kept with the settings in the results.
 
     Raises:
         SiteError, UnknownFamilyError: no such site in this model.
-        SettingError: a part that these prompts do not allow, or that is none.
+        SettingError: a part that these prompts do not allow, or that is none; another setting that
+            cannot be.
         PromptError: a class without prompts to fit on, a text on both sides, other classes held
             out, or prompts that are not padded on the left.
         NonFiniteError: the model's logits are NaN or infinite.
@@ -170,26 +161,17 @@ def study(
             f"prompts with tasks.split"
         )
     chosen = choose_sites(model, sites if isinstance(sites, str) else ",".join(sites))
-    settings = Settings(
-        model=name or str(getattr(model.config, "_name_or_path", "model")),
-        out=Path(),
-        sites=",".join(chosen),
-        seed=seed,
-        batch_size=batch_size,
-        log_odds=log_odds,
-        l2=l2,
-        shrinkage=shrinkage,
-        refits=refits,
-        parts=parts,
-        data="in memory",
-    )
+    called = name or str(getattr(model.config, "_name_or_path", "model"))
+    asked = {"parts": "flipping"} | {key: given.pop(key) for key in TAKEN if key in given}
+    settings = Settings(called, Path(), sites=",".join(chosen), data="in memory", **asked)
     further, task = tuple(train.further_classes), Task("own", train, test)
-    known_of = (batch_size, seed, input_device(model), ("class", *further) if further else ())
-    context = StudyContext(model, task, None, chosen, *known_of)
-    names = choose(parts, context)
+    known_of = (settings.batch_size, settings.seed, input_device(model))
+    variables = ("class", *further) if further else ()
+    context = StudyContext(model, task, None, chosen, *known_of, variables)
+    names = choose(settings.parts, context)
     found = _compute(context, settings, names, ALONE, None, start, Clock())
     assert found is not None  # one process is rank 0
-    return replace(found, settings=found.settings | known)
+    return replace(found, settings=found.settings | given)
 
 
 def choose(names: str, context: StudyContext) -> list[str]:

@@ -197,6 +197,18 @@ def test_parts_that_need_no_names_run_on_own_prompts(halves: tuple[PromptSet, Pr
         tasks.study(organism()[0], train[:60], test[:60], ["L2.mid"], parts="circuit")
 
 
+def test_a_study_in_memory_takes_the_settings_of_the_command(
+    halves: tuple[PromptSet, PromptSet],
+) -> None:
+    given = organism()[0], halves[0][:60], halves[1][:60], ["L2.mid"]
+    nats, dosed = (tasks.study(*given, dose=dose, note="mine") for dose in ("nats", "class"))
+    lengths = [found.sites["L2.mid"].counterfactual.distance for found in (nats, dosed)]
+    assert abs(lengths[0] - lengths[1]) > 0.01
+    assert (dosed.settings["dose"], dosed.settings["note"]) == ("class", "mine")
+    with pytest.raises(SettingError, match="dose must be one of nats, twin, class"):
+        tasks.study(*given, dose="much")
+
+
 def test_a_model_that_never_answers_right_is_said_to_be_unused(
     halves: tuple[PromptSet, PromptSet],
 ) -> None:
