@@ -302,7 +302,7 @@ def apply(
     model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     edit: LRQP,
-    prompts: PromptSet,
+    prompts: PromptSet | Sequence[str],
     target: str,
     *,
     labelled: bool = True,
@@ -316,7 +316,8 @@ def apply(
         model: the model that the edit was fitted on.
         tokenizer: its tokenizer.
         edit: made by :func:`fit`.
-        prompts: with the edit's classes in the edit's order, padded on the left.
+        prompts: with the edit's classes in the edit's order, padded on the left; or texts, whose
+            labels are not known, marked where the edit is for marked words.
         target: see :func:`targets_of`.
         labelled: whether the labels of ``prompts`` are known; else the probe's reading is taken.
         likeliest: how many next tokens to list, from 1 to the size of the vocabulary.
@@ -332,6 +333,9 @@ def apply(
     """
     origin = origin_of(edit)
     origin.check(model, origin.site)
+    if not isinstance(prompts, PromptSet):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        prompts, labelled = typed_prompts(tokenizer, texts, edit), False
     require_classes(prompts, origin.classes or (), "this edit was fitted to")
     if generate < 0:
         raise SettingError(f"generate is {generate}: give 0 or more tokens to continue by")

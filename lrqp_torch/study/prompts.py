@@ -7,7 +7,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Prompt:
             Without a mark it is the prompt's last token.
         label: name of the class that holds.
         answers: for each class the continuations that go with it, of one token or more, such as
-            ``{"plural": (" are", " were"), "singular": (" is", " was")}``: those of the class that
+            ``{"plural": (" are", " were"), "singular": " is"}``: those of the class that
             holds and of at least one other. None where the task has none, and then edits can be
             made but not judged by what the model says.
         pair: prompts of one pair say the same but for the class; None to match prompts whose
@@ -60,12 +60,30 @@ class Prompt:
 
     text: str
     label: str
-    answers: Mapping[str, tuple[str, ...]] | None = None
+    answers: Mapping[str, Any] | None = None  # tuples, once it is made
     pair: str | None = None
     group: str | None = None
     target: str | None = None
     span: bool = False
     further: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("text", self.text), ("label", self.label)):
+            if not isinstance(value, str):
+                raise PromptError(
+                    f"{name} of a prompt must be text, got {quoted(value)}"
+                    + (f"; name the class, such as {str(value)!r}" if name == "label" else "")
+                )
+        if self.answers is None:
+            return
+        if not isinstance(self.answers, Mapping):
+            raise PromptError(
+                f"answers must be those of each class, such as {{'plural': (' are',), 'singular': "
+                f"(' is',)}}, got {quoted(self.answers)}"
+            )
+        # One answer is meant as a whole, not letter by letter.
+        each = {k: (v,) if isinstance(v, str) else v for k, v in self.answers.items()}
+        object.__setattr__(self, "answers", each)
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,11 @@ class PromptSet(Rows):
                 any other, or an answer that is not tokens of its own behind its prompt.
             TokenizerError: a tokenizer without offsets.
         """
+        for prompt in prompts:
+            if not isinstance(prompt, Prompt):
+                raise PromptError(
+                    f"prompts must be a list of Prompt(text, label, ...), got {quoted(prompt)}"
+                )
         names, further = _classes(prompts, classes), _further(prompts, further_classes)
         rows = []
         for row in _tokens(tokenizer, prompts, names):

@@ -180,6 +180,22 @@ def test_labels_and_answers_that_do_not_fit_are_named(tokenizer, prompts, classe
         PromptSet.encode(tokenizer, prompts, classes)
 
 
+def test_one_answer_may_stand_by_itself_and_other_kinds_are_refused(tokenizer) -> None:
+    alone = [replace(p, answers={"ABBA": " Mary", "BABA": " Paul"}) for p in PROMPTS]
+    listed = [replace(p, answers={"ABBA": (" Mary",), "BABA": (" Paul",)}) for p in PROMPTS]
+    encoded = (PromptSet.encode(tokenizer, prompts) for prompts in (alone, listed))
+    assert torch.equal(*(each.answers for each in encoded))
+    for wrong, what in (
+        ({"label": 1}, "label of a prompt must be text, got 1; name the class, such as '1'"),
+        ({"text": None}, "text of a prompt must be text"),
+        ({"answers": [" Mary"]}, "answers must be those of each class"),
+    ):
+        with pytest.raises(PromptError, match=what):
+            replace(PROMPTS[0], **wrong)
+    with pytest.raises(PromptError, match=r"list of Prompt\(text, label, \.\.\.\), got 'Then'"):
+        PromptSet.encode(tokenizer, ["Then"])
+
+
 def test_answers_that_are_not_tokens_of_their_own_are_refused(tokenizer) -> None:
     answers = {"a": ("ville and",), "b": (" Paul",)}
     with pytest.raises(TokenizerError, match=r"prompt 0: the answer 'ville and' is not tokens of"):

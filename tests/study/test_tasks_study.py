@@ -372,6 +372,8 @@ def test_prompts_without_a_label_have_what_the_probe_reads(
     prompts = typed_prompts(tokenizer, texts, edit)
     assert prompts.answers is None
     found = apply(model, tokenizer, edit, prompts, "other", labelled=False)
+    assert apply(model, tokenizer, edit, texts, "other") == found
+    assert apply(model, tokenizer, edit, texts[0], "other")[0].prompt == found[0].prompt
     x = capture(model, prompts.inputs, "L2.mid", prompts.position)["L2.mid"]
     read = edit.probe(x).argmax(-1).tolist()
     assert [item.source for item in found] == [("ABBA", "BABA")[index] for index in read]
