@@ -226,10 +226,15 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def distributed(tensor: Tensor) -> bool:
+    """Whether ranks hold parts of a tensor, as of what passes between tensor-parallel layers."""
+    return hasattr(tensor, "full_tensor")
+
+
 def stream_given(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tensor | None:
     """The first argument that can be a stream of this shape, also with rows and tokens in one."""
     for item in (kwargs.get("hidden_states"), *args, *kwargs.values()):
-        if isinstance(item, Tensor) and item.is_floating_point():
+        if isinstance(item, Tensor) and item.is_floating_point() and not distributed(item):
             if item.shape == shape:
                 return item
             if item.shape == (shape[0] * shape[1], shape[2]):
@@ -699,6 +704,8 @@ class _Record:
                 def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                     x = first_tensor(output)
                     if x is None or not x.is_floating_point() or x.numel() != h.numel():
+                        return
+                    if distributed(x):
                         return
                     if x.shape[-1] == h.shape[-1]:
                         weight = getattr(module, "weight", None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models_for_tests import POST_MODELS, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from torch.distributed.tensor import parallel as tensor_parallel
 from transformers import AutoModelForCausalLM
 
 import lrqp_torch as lrqp
@@ -148,6 +149,29 @@ def test_blocks_probe_and_positions_on_different_devices() -> None:
 def test_a_wrapper_that_is_no_transformers_model_is_named() -> None:
     with pytest.raises(UnknownFamilyError, match=r"DataParallel has no config\.model_type"):
         lrqp.capture(nn.DataParallel(build("gpt2")), INPUTS, ["L1.mid"], AT)
+
+
+@torch.no_grad()
+def test_what_ranks_hold_parts_of_is_left_out_of_the_search() -> None:
+    """A model that torch's own ``parallelize_module`` has changed: its sites are of the stream."""
+    plain: Any = build("llama", num_hidden_layers=2)
+    edit, plan = fitted(plain), {"self_attn.o_proj": tensor_parallel.RowwiseParallel()}
+    plan |= {f"self_attn.{name}_proj": tensor_parallel.ColwiseParallel() for name in "qkv"}
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = build("llama", num_hidden_layers=2)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in model.model.layers:
+            tensor_parallel.parallelize_module(block, mesh, plan)
+        found = []
+        for each in (plain, model):
+            with edit.at(each, "L1.mid", positions=AT, target=TARGET) as run:
+                found.append((each(**INPUTS).logits, run.log_odds_after))
+    finally:
+        torch.distributed.destroy_process_group()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()
