@@ -141,8 +141,9 @@ INLINE double share(const problem *q, int64_t i) {
 /* Derivative of half the penalty, which leaves the bias out. */
 INLINE double pull(const problem *q, int64_t j) { return j % q->p < q->p - 1 ? q->l2 : 0; }
 
-/* Loss and gradient at the point's parameters. */
-static void evaluate(const problem *q, point *at, double *part) {
+/* Loss and gradient at the point's parameters; if asked for, the sums of the features' squares, and
+ * the features in float. */
+static void evaluate(const problem *q, point *at, double *part, double *restrict squares) {
     int64_t n = q->n, p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
     double residual[CHUNK * rows], lost[CHUNK], loss = 0, curvature = 0, penalty = 0, size = 0;
     for (int64_t j = 0; j < rows * p; j++) {
@@ -168,6 +169,11 @@ static void evaluate(const problem *q, point *at, double *part) {
                 }
             }
             add_double(q->features + i * p, residual, count, p, p, rows, part);
+            for (int64_t e = i; squares && e < i + count; e++)
+                for (int64_t j = 0; j < p; j++)
+                    squares[j] += q->features[e * p + j] * q->features[e * p + j];
+            for (int64_t j = i * p; squares && q->narrow && j < (i + count) * p; j++)
+                q->narrow[j] = (float)q->features[j];
         }
         loss += some, curvature += bent;
         for (int64_t j = 0; j < rows * p; j++) at->gradient[j] += part[j];
@@ -235,7 +241,8 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
     point at = {0, 0, 0, own[0], own[1], own[4], own[5]};
     point trial = {0, 0, 0, own[2], own[3], own[6], own[7]};
     memset(at.parameters, 0, held * sizeof(double));
-    evaluate(q, &at, part);
+    memset(squares, 0, p * sizeof(double));
+    evaluate(q, &at, part, squares);
     /* The rounding error of the gradient's terms, which may cancel, by Cauchy's inequality. */
     double terms = 0, sum = 0;
     for (int64_t i = 0; i < n; i++)
@@ -243,13 +250,9 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
             double apart = at.probability[i * rows + k] - q->targets[k * n + i];
             terms += (q->weights ? q->weights[i] : 1) * apart * apart;
         }
-    memset(squares, 0, p * sizeof(double));
     int fits = 1, failed = 0, stuck = 0;
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < p; j++) squares[j] += q->features[i * p + j] * q->features[i * p + j];
     for (int64_t j = 0; j < p; j++) fits &= (squares[j] /= q->total) < HUGE, sum += squares[j];
     q->is_narrow = q->narrow && fits;
-    for (int64_t j = 0; q->is_narrow && j < n * p; j++) q->narrow[j] = (float)q->features[j];
     q->start = at.size, q->rounding = 8 * 0x1p-52 * sqrt(copies * terms * sum / q->total);
     double goal = fmax(q->tolerance * at.size, q->rounding);
     for (q->steps = 0; at.size > goal && !stuck && q->steps < q->most_steps;) {
@@ -271,7 +274,7 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
         for (;; length /= 2) {
             for (int64_t j = 0; j < held; j++)
                 trial.parameters[j] = at.parameters[j] + length * step[j];
-            evaluate(q, &trial, part);
+            evaluate(q, &trial, part, 0);
             /* Near the optimum the decrease is below the loss's rounding; see _line_search. */
             if (trial.loss <= at.loss + ARMIJO * length * slope
                 || (trial.loss <= (1 + LEVEL) * at.loss && trial.size < 0.5 * at.size)) {
