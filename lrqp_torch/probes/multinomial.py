@@ -275,7 +275,7 @@ class MultinomialLoss:
             longer = (-first / second).nan_to_num(0.0).clamp(-length / 2, 2 * length)
             length = torch.where(waiting, length + longer, length)
             waiting = waiting & (longer.abs() > CLOSE * length)
-            if (number & (number + 1) == 0 or not step.is_cuda) and not bool(waiting.any()):
+            if _may_ask(number, step) and not bool(waiting.any()):
                 break
         return length
 
@@ -326,10 +326,8 @@ class MultinomialLoss:
         for block, examples, probability, _ in self.bends(point):
             bend = _curvature(probability)
             curvature = block.weighed(bend if parts > 1 else bend.mean(2, keepdim=True))
-            pairs = [
-                _gram(examples[site], curvature[site, label_set]) for site, label_set in problems
-            ]
-            whole = torch.stack(pairs) if whole is None else whole.add_(torch.stack(pairs))
+            some = _grams(examples, curvature, problems)
+            whole = some if whole is None else whole.add_(some)
         if whole is None:
             whole = point.parameters.new_zeros(len(problems), parts, width, width)
         whole /= self.total
@@ -398,13 +396,25 @@ class MultinomialLoss:
             yield block, _probability(_times(point.parameters, block.features))
 
 
-def _gram(features: Tensor, weights: Tensor) -> Tensor:
-    """Xᵀ diag(c) X of features (m, p) for each row c of weights (R, m): (R, p, p)."""
-    result = features.new_zeros(len(weights), features.shape[1], features.shape[1])
-    for matrix, row in zip(result, weights, strict=True):
-        add_symmetric(matrix, features * row.unsqueeze(1), features)
-        mirror(matrix)
-    return result
+def _grams(features: Tensor, weights: Tensor, problems: list[tuple[int, int]]) -> Tensor:
+    """Xᵀ diag(c) X of features (S, m, p) for each row c of weights (S, L, R, m) of some problems.
+
+    Returns (len(problems), R, p, p). On a CPU, and from a width on, one after another, by half of
+    the products; elsewhere a batch costs as many calls as one.
+    """
+    width = features.shape[2]
+    if width >= STRIPED and not features.is_cuda:
+        result = features.new_zeros(len(problems), weights.shape[2], width, width)
+        for (site, label_set), matrices in zip(problems, result, strict=True):
+            for matrix, row in zip(matrices, weights[site, label_set], strict=True):
+                add_symmetric(matrix, features[site] * row.unsqueeze(1), features[site])
+                mirror(matrix)
+        return result
+    sites, label_sets = torch.tensor(problems, device=features.device).T
+    whole = [site for site, _ in problems] == list(range(len(features)))
+    some = features if whole else features[sites]
+    rows = weights[sites, label_sets].unbind(1)
+    return torch.stack([(some * row.unsqueeze(2)).mT @ some for row in rows], 1)
 
 
 def add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -646,9 +656,7 @@ def _newton_step(loss: MultinomialLoss, state: _State, running: Tensor) -> tuple
     product, spent = _dot(residual, solved), torch.zeros_like(state.spent)
     for number in range(MAX_CG_STEPS):
         running = running & (_norm(residual) > target)
-        # Asking whether all have finished makes the host wait for a GPU, so ask it ever more
-        # rarely: after 1, 2, 4, … products.
-        if (number & (number - 1) == 0 or not residual.is_cuda) and not bool(running.any()):
+        if _may_ask(number, residual) and not bool(running.any()):
             break
         curved = _centred(times(direction))
         curvature = _dot(direction, curved)
@@ -874,6 +882,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _norm(a: Tensor) -> Tensor:
     size: Tensor = torch.linalg.vector_norm(a, dim=(2, 3))
     return size
+
+
+def _may_ask(number: int, values: Tensor) -> bool:
+    """Whether to ask, after so many steps, if all have finished.
+
+    It makes the host wait for a GPU, which is asked ever more rarely: after 1, 2, 4, … steps.
+    """
+    return not values.is_cuda or number & (number - 1) == 0
 
 
 def _to_host(*values: Tensor) -> list[Tensor]:

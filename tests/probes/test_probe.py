@@ -498,7 +498,13 @@ def test_factors_and_grams(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.diag(torch.tensor([1 / 2, 1 / 3], dtype=torch.float64))
     assert torch.allclose(multinomial._factor(indefinite), expected)
     weights = torch.rand(3, 90, dtype=torch.float64)
-    gram = multinomial._gram(x[0, 0], weights)
+    weights = torch.stack([weights, weights.flip(0)])
+    for strip in (8, 1000):
+        monkeypatch.setattr(multinomial, "STRIPED", strip)
+        both = multinomial._grams(x[:, 0], weights.unsqueeze(1), [(0, 0), (1, 0)])
+        one = multinomial._grams(x[:, 0], weights.unsqueeze(1), [(1, 0)])
+        assert torch.allclose(both[1], one[0], rtol=1e-12)
+    gram, weights = both[0], weights[0]
     expected = (x[0, 0].T * weights.unsqueeze(1)) @ x[0, 0]
     assert torch.allclose(gram / units[0, 0], expected / units[0, 0], rtol=0, atol=1e-10)
     assert torch.allclose(gram / units[0, 0], gram.mT / units[0, 0], rtol=0, atol=1e-12)

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrqp_torch import LinearProbe
 from lrqp_torch.errors import (
@@ -303,3 +305,55 @@ def test_many_classes_of_few_prompts_have_the_optimum_of_float64(
     for name, (_, labels) in problems.items():
         assert relative_gradient(narrow[name], x, labels, 1e-3) < 1e-6
         assert torch.allclose(narrow[name].weight, wide[name].weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_a_stack_takes_the_calls_of_one(monkeypatch: pytest.MonkeyPatch, n_classes: int) -> None:
+    """As on a GPU: no call is made for each problem, and the host waits a few times a step."""
+    monkeypatch.setattr(multinomial, "_compiled", lambda: None)
+    monkeypatch.setattr(multinomial, "_may_ask", lambda number, _: number & (number - 1) == 0)
+    monkeypatch.setattr(fitting, "CACHE", 2**32)
+    monkeypatch.setattr(multinomial.MultinomialLoss, "patience", lambda *_, **__: 8.0)
+    x, y = samples(200, 12, n_classes, 0.5)
+    products, times = [], multinomial._times
+
+    def counted(rows: Tensor, features: Tensor) -> Tensor:
+        products.append(len(rows))
+        return times(rows, features)
+
+    monkeypatch.setattr(multinomial, "_times", counted)
+    calls, looks, steps = [], [], []
+    for size in (1, 24):
+        problems = {i: fitting.Problem.of(x.clone(), y) for i in range(size)}
+        products.clear()
+        counter = Calls()
+        with counter:
+            (fitted,) = fitting.fit_in_memory(problems, fitting.Options(None, 1e-8, 200), 2**32)
+        calls.append(counter.calls)
+        looks.append(counter.looks)
+        steps.append({report.iterations for *_, report in fitted.values()})
+    (taken,) = steps[0]
+    assert steps[0] == steps[1]
+    # What each problem is told in the end is put into place one by one.
+    assert calls[1] - calls[0] <= 8 * 24 and looks[1] - looks[0] <= 2 * 24
+    assert calls[0] <= 150 + 60 * taken + 40 * len(products)
+    assert looks[0] <= 30 + 8 * taken
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations that are launches on a GPU, and those for which the host waits for it."""
+
+    LOOKS = "_local_scalar_dense", "nonzero", "equal"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.looks = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        aliases = [argument.alias_info for argument in operation._schema.returns]
+        self.looks += operation.overloadpacket.__name__ in self.LOOKS
+        # Views and what is written over need no kernel, or are one.
+        self.calls += not any(alias is not None and not alias.is_write for alias in aliases)
+        return operation(*args, **kwargs or {})
