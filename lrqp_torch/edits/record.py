@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
@@ -237,7 +237,7 @@ class EditRun:
             return None
         site.own = len(site.held)
         if not (isinstance(line.guards, repeats.Guards) and line.guards.told(site)):
-            line.guards = guards = _guards(self.edit, line)
+            line.guards = guards = _guards(self.edit, line.parts, line.counts)
             if not guards.told(site):
                 return None
         first, parts = at.numbers, line.parts
@@ -520,8 +520,10 @@ def _answers(kind: type, *methods: Any) -> bool:
     return all("certified" in vars(one) for one in owners)
 
 
-def _guards(edit: "Edit[Any]", line: Line) -> repeats.Guards:
-    """What a line stands for as long as it holds."""
+def _guards(
+    edit: "Edit[Any]", parts: tuple[Tensor, ...], counts: Callable[[Tensor], bool]
+) -> repeats.Guards:
+    """That an edit is what it was, and its parts too, of which some must not be written to."""
     guards = repeats.Guards()
     guards.kind(edit)
     for name in ("solve", "edit_rows"):
@@ -529,9 +531,31 @@ def _guards(edit: "Edit[Any]", line: Line) -> repeats.Guards:
         guards(edit, name)
         guards.named(type(edit), name)
     edit.note_parts(guards)
-    for part in line.parts:
-        guards.part(part, line.counts(part))
+    for part in parts:
+        guards.part(part, counts(part))
     return guards
+
+
+def _like(
+    edit: "Edit[Any]", parts: tuple[Tensor, ...], stream: Tensor, residual: Tensor | None
+) -> repeats.Function | None:
+    """What tells in one compiled call that streams, and what edits them, are like these; or None,
+    where there is no compiler, or nothing that notes all of the parts.
+    """
+    kinds = [
+        next(kind for kind in type(edit).__mro__ if name in vars(kind))
+        for name in ("made_of", "note_parts")
+    ]
+    if kinds[0] is not kinds[1]:
+        return None
+    if residual is not None and _kind(stream, None, 1)[1:] != _kind(residual, None, 1)[1:]:
+        return None
+    site = repeats.Site(parts=id(parts))
+    site.held = [parts]
+    guards = _guards(edit, parts, lambda part: True)
+    if not repeats.see(stream, site.stream) or not guards.told(site):
+        return None
+    return repeats.bound("like", site)
 
 
 _NO_ROWS = torch.zeros(0, 0, dtype=torch.float64)
@@ -807,6 +831,7 @@ class _Launch:
         at: the rows that it was of.
         kind: of the streams; see :func:`_kind`.
         block: where it was recorded.
+        like: tells that these are still so, in one call; see :func:`_like`.
     """
 
     def __init__(
@@ -817,7 +842,9 @@ class _Launch:
         at: Rows,
         kind: tuple[object, ...],
         block: "_Block",
+        like: repeats.Function | None,
     ) -> None:
+        self.like, self.alone, self.scale = like, len(kind) == _ALONE, kind[_ALONE - 1]
         self.laid, self.parts, self.own, self.at, self.kind = laid, parts, own, at, kind
         # A tensor that was made in inference mode does not count how often it was written to.
         self.block, self.counted = block, [part for part in parts if not part.is_inference()]
@@ -849,7 +876,8 @@ class _Launch:
         if len(parts) < len(made[0]) or not plain or not simple:
             return None
         kind = _kind(rows.stream, rows.residual, rows.scale)
-        return _Launch(laid, parts, made[1], at, kind, block)
+        like = _like(run.edit, parts, rows.stream, rows.residual)
+        return _Launch(laid, parts, made[1], at, kind, block, like)
 
     def again(
         self,
@@ -861,19 +889,17 @@ class _Launch:
         forward_pass: int,
     ) -> Tensor | None:
         """:meth:`EditRun.edit_stream` by the same launch; None where that does not do."""
-        if not at.is_like(self.at) or _kind(stream, residual, scale) != self.kind:
+        if not at.is_like(self.at) or _transforms() is not None:
             return None
-        parts, own = run.edit.made_of() or ((), ())
-        if own != self.own or not all(map(operator.is_, parts, self.parts)):
-            return None
-        if [*map(_PLACE, self.parts), *map(_COUNT, self.counted)] != self.marks:
-            return None
-        if in_transforms() or forward_ad._current_level >= 0:
-            return None
-        if torch.is_grad_enabled():
-            given = (stream, *self.parts) if residual is None else (stream, residual, *self.parts)
-            if any(part.requires_grad for part in given):
+        if self.like is None:
+            if not self._is_like(run.edit, stream, residual, scale):
                 return None
+        elif (
+            scale != self.scale
+            or (residual is None) != self.alone
+            or self.like(stream, residual) is None
+        ):
+            return None
         block, first, index = self.block, at.numbers, None
         count = self.laid.count
         if not isinstance(first, Tensor):
@@ -889,8 +915,25 @@ class _Launch:
             run._dtype = whole.dtype
         return whole
 
+    def _is_like(
+        self, edit: "Edit[Any]", stream: Tensor, residual: Tensor | None, scale: float
+    ) -> bool:
+        """What :attr:`like` tells, where that is not to be had."""
+        parts, own = edit.made_of() or ((), ())
+        if own != self.own or not all(map(operator.is_, parts, self.parts)):
+            return False
+        if [*map(_PLACE, self.parts), *map(_COUNT, self.counted)] != self.marks:
+            return False
+        if _kind(stream, residual, scale) != self.kind or forward_ad._current_level >= 0:
+            return False
+        given = (stream, *self.parts) if residual is None else (stream, residual, *self.parts)
+        return not (torch.is_grad_enabled() and any(part.requires_grad for part in given))
+
 
 # Functions of C, which a list of tensors goes through without a frame of Python.
+_transforms = torch._C._functorch.peek_interpreter_stack
+_ALONE = 6
+"""So many entries has :func:`_kind` of one stream; the last is its scale."""
 _PLACE, _COUNT = Tensor.data_ptr, operator.attrgetter("_version")
 
 

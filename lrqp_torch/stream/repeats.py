@@ -182,7 +182,7 @@ def bound(name: str, own: "Begin | Site | _Modules", *held: Any) -> Function:
     """A function of rows.c for what a structure says; it keeps that, and what is given besides."""
     python = _python()
     assert python is not None
-    which = ("begin", "edit", "gather", "put", "modules", "same").index(name)
+    which = ("begin", "edit", "gather", "put", "modules", "same", "like").index(name)
     function: Function = python.lrqp_bound(which, (ctypes.addressof(own), own, *held))
     return function
 

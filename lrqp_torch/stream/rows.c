@@ -322,6 +322,29 @@ typedef struct {
 
 static int asks(Object *tensor) { return !is(PyObject_GetAttr(tensor, known.asks), known.no); }
 
+/* Whether nothing asks for gradients where these are kept. */
+static int plain(const Site *own, Object *stream, Object *residual) {
+    if (gives(known.gradients, known.no)) return 1;
+    if (asks(stream) || (residual && asks(residual))) return 0;
+    for (Index i = 0; i < PyTuple_Size(own->parts); i++)
+        if (asks(PyTuple_GetItem(own->parts, i))) return 0;
+    return 1;
+}
+
+/* like(stream, residual or None): the stream where both and what edits them are as they were; else None. */
+static Object *like(Object *held, Object *const *given, Index n) {
+    Site *own = own_of(held);
+    Look now;
+    for (Index i = 0; i < n; i++)
+        if (given[i] != known.none &&
+            !(is_tensor(given[i]) && looked(given[i], &now) && alike(&now, &own->stream)))
+            return nothing();
+    if (!lrqp_holds(own->guards, own->n_guards)) return nothing();
+    if (!plain(own, given[0], given[1] == known.none ? NULL : given[1])) return nothing();
+    Py_IncRef(given[0]);
+    return given[0];
+}
+
 /* The stream in what a module gives or is given, where the pass and what edits it are as they were. */
 static Object *met(const Site *own, Object *given, Object *kwargs, Look *now, Object **residual, Look *base) {
     Index last = PyList_Size(own->calls), at = 0;
@@ -344,12 +367,7 @@ static Object *met(const Site *own, Object *given, Object *kwargs, Look *now, Ob
         if (!*residual || !is_tensor(*residual) || !looked(*residual, base) || !alike(base, &own->stream))
             return NULL;
     }
-    if (!lrqp_holds(own->guards, own->n_guards)) return NULL;
-    if (gives(known.gradients, known.no)) return stream;
-    if (asks(stream) || (*residual && asks(*residual))) return NULL;
-    for (Index i = 0; i < PyTuple_Size(own->parts); i++)
-        if (asks(PyTuple_GetItem(own->parts, i))) return NULL;
-    return stream;
+    return lrqp_holds(own->guards, own->n_guards) && plain(own, stream, *residual) ? stream : NULL;
 }
 
 /* What a module goes on with in place of what it gave or was given. */
@@ -523,6 +541,7 @@ Object *lrqp_bound(i64 which, Object *held) {
         {"put", put, METH_FASTCALL, 0},
         {"modules", modules, METH_FASTCALL, 0},
         {"same", same, METH_FASTCALL, 0},
+        {"like", like, METH_FASTCALL, 0},
     };
     return PyCFunction_NewEx(&methods[which], held, NULL);
 }

@@ -8,7 +8,7 @@ launches that are done again by addresses (:mod:`launches_for_tests`).
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from typing import Any
 from unittest import mock
@@ -24,9 +24,11 @@ import lrqp_torch as lrqp
 from lrqp_torch.edits import record
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import fused
+from lrqp_torch.stream import repeats
 from lrqp_torch.stream.passes import Texts
 
 WAYS = ("one call", "launches")
+WITHOUT = "launches without a compiler"
 ROWS, PROMPT, TOKENS, CHANGED = 3, 4, 7, 4
 """Rows, columns of the prompt, tokens behind it, and which of these a change is before."""
 
@@ -51,6 +53,16 @@ def nothing_known() -> Iterator[None]:
         mock.patch.object(Texts, "again", lambda *_: None),
         mock.patch.object(record._Launch, "of", lambda *_: None),
     ):
+        yield
+
+
+@contextmanager
+def going(way: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if way != "one call":
+            stack.enter_context(launched_by_address(stands_in=True))
+        if way == WITHOUT:
+            stack.enter_context(mock.patch.object(repeats, "_python", lambda: None))
         yield
 
 
@@ -317,12 +329,15 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "change"),
+    [(way, change) for way in WAYS for change in CHANGES]
+    + [(WITHOUT, change) for change in CHANGES[CHANGES.index(weights_scaled) :]],
+)
 def test_a_change_between_two_tokens_is_followed(
     way: str, change: Callable[[Decoding], None]
 ) -> None:
-    with launched_by_address(stands_in=True) if way == "launches" else nullcontext():
+    with going(way):
         ours = decoded(change)
         with nothing_known():
             others = decoded(change)
@@ -331,7 +346,7 @@ def test_a_change_between_two_tokens_is_followed(
     if change in alike | {mask_written_over, weights_written_over, a_gradient_asked_for}:
         return
     # And it does change something, which a token that was wrongly known would not have.
-    with launched_by_address(stands_in=True) if way == "launches" else nullcontext():
+    with going(way):
         unchanged = decoded(nothing)
     with pytest.raises(AssertionError):
         agree(ours, unchanged)
@@ -356,7 +371,7 @@ def test_tokens_that_are_like_are_done_as_if_they_were_not(
     """In every scope, also behind padding."""
     given = {"scope": scope, "target": target, "hidden": 1}
     model = model_of("gpt2" if site == "L1.mid" else "llama")
-    with launched_by_address(stands_in=True) if way == "launches" else nullcontext():
+    with going(way):
         ours = decoded(nothing, site, model=model, **given)
         with nothing_known():
             others = decoded(nothing, site, model=model, **given)
