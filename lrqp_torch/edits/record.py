@@ -258,12 +258,12 @@ class EditRun:
         """
         line, laid = self._line, self._laid
         self._rows.leave(site)
-        if line is None or laid is None or laid.line is not line or self.given:
+        if line is None or laid is None or laid.line is not line:
             return False
         guards, self._laid = site.held[site.own], None
         del site.held[site.own :]
         if len(line.kept) >= MOST_KEPT:
-            del line.kept[next(iter(line.kept))]
+            line.kept.pop(next(iter(line.kept)), None)
         line.kept[number] = guards, laid[1:]
         return True
 

@@ -302,11 +302,14 @@ class Editing(ContextDecorator, Generic[Record]):
         except BaseException as error:
             self._leave(type(error), error, error.__traceback__)
             raise
-        if len(applied) == 1:
+        known, key = known_of(model), _key_of(applied[0].item)
+        if (
+            len(applied) == 1
+            and known is not None
+            and isinstance(known.passes.get(key), torch.Size)
+        ):
             # The second time that the same is asked, it is known by the first pass.
-            known = known_of(model)
-            seen = None if known is None else known.passes.get(_key_of(applied[0].item))
-            watch.alike = seen if isinstance(seen, torch.Size) else None
+            watch.alike, known.passes[key] = known.passes[key], _REST
         edits = [each.item.edit for each in applied]
         return cast(Record, edits if yields is list else edits[0])
 
@@ -323,7 +326,7 @@ class Editing(ContextDecorator, Generic[Record]):
         watch, applied, located = plan.watch, plan.applied, known.places[item.site]
         if watch is None or not plan.serves(model, item, located, census):
             return False
-        del known.passes[key]
+        known.passes.pop(key, None)
         plan.watch, self._plan = None, plan
         applied.take(item, located)
         try:
@@ -405,7 +408,7 @@ def _owner(edit: Any) -> Any:
 
 
 _NUMBERS = count()
-_MOST_KEPT = 64
+_REST = 16
 
 
 class _Plan:
@@ -439,7 +442,7 @@ class _Plan:
         ``plan``: what it went on with.
         """
         known, hook, item = known_of(model), watch.hook, applied.item
-        if known is None or hook is None or hook.offer is None:
+        if known is None or hook is None or hook.offer is None or getattr(item.edit, "given", None):
             return None
         if watch.resumed or watch.latest is None:  # there was no pass
             return None
@@ -449,9 +452,13 @@ class _Plan:
         if applied.streams is None and (located.residual is not None or located.scale != 1):
             return None
         if hook.repeat is None or not watch.may_stay(2 - (located.residual is None)):
-            # Where two contexts in turn are given tokens of a shape, there may be a third.
-            if watch.followed is not None:
-                known.passes[_key_of(item)] = watch.latest.tokens.shape
+            # Where two contexts in turn are given tokens of a shape, there may be a third; not so
+            # soon after one for which this was of no use, as where derivatives are asked for.
+            key, rest = _key_of(item), known.passes.get(_key_of(item))
+            if isinstance(rest, int) and rest and watch.alike is None:
+                known.passes[key] = rest - 1
+            elif watch.followed is not None:
+                known.note(key, watch.latest.tokens.shape)
             return None
         watch.stays = True
         if plan is None or plan.known() is not known:
@@ -466,9 +473,7 @@ class _Plan:
             return
         if self.applied.keep(self.number) and watch.keep(site):
             watch.hook.keep()
-            while len(known.passes) >= _MOST_KEPT:
-                del known.passes[next(iter(known.passes))]
-            known.passes[self.key] = self
+            known.note(self.key, self)
 
     def serves(
         self, model: nn.Module, item: Intervention, located: Located, census: Census

@@ -589,13 +589,14 @@ class Texts:
         self._begun = same, own, latest
         return repeats.bound("begin", own, held, like.mask, mask)
 
-    def stand(self, call: ForwardCall, shape: torch.Size | None) -> None:
-        """Let calls that are like this one be known from now on, where its tokens have a shape."""
+    def stand(self, call: ForwardCall, shape: torch.Size) -> bool:
+        """Let calls that are like this one be known from now on, if its tokens have a shape."""
         like = self._like
         if like is None or like.call is not call or like.tokens[1] != shape:
-            return
+            return False
         if like.cache is None and not (self._counts or self.distinct):
             call.same = self._same_as(call)
+        return True
 
     def keep(self) -> ForwardCall | None:
         """What is known of calls like the last ones, with nothing of the caller's: what begins is

@@ -272,6 +272,10 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
+KEPT = 64
+"""Of so many edits and sites it is kept what contexts know of passes."""
+
+
 class Known:
     """What is known of a model, and what that rests on: what contexts ask for over and over.
 
@@ -336,6 +340,13 @@ class Known:
         if self._same is not None and self._same(settings):
             return True
         return settings == known or {**settings, _ATTENTION: known.get(_ATTENTION)} == known
+
+    def note(self, key: tuple[object, ...], what: Any) -> None:
+        """Keep what contexts know of passes, of the latest :data:`KEPT`."""
+        self.passes.pop(key, None)
+        if len(self.passes) >= KEPT:
+            self.passes.pop(next(iter(self.passes)), None)
+        self.passes[key] = what
 
     def keep(self, name: str | Site, found: "Located", model: nn.Module) -> "Located":
         """Remember a site that was located."""

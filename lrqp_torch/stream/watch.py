@@ -835,8 +835,7 @@ class Watch(Hooks):
         self.repeat, calls = None, self.under_way.setdefault(thread, [])
         if call is None:
             call = self._read(args, kwargs, transformed)
-            if self.alike is not None:
-                self.texts.stand(call, self.alike)
+            if self.alike is not None and self.texts.stand(call, self.alike):
                 self.alike = None
         else:
             for step in self.steps:

@@ -536,6 +536,23 @@ def wrapped_hooks(here: Contexts) -> None:
     here.change = change
 
 
+def a_later_hook(here: Contexts) -> None:
+    """One that is set while a context is open, and changes what the edit has put in place."""
+
+    def change(model: Any, given: dict[str, Tensor]) -> Any:
+        here.change = again
+        block = model.transformer.h[1]
+        handles = [block.attn.register_forward_hook(lambda m, i, o: (o[0] * 2, *o[1:]))]
+        handles += [block.register_forward_pre_hook(lambda m, i: (i[0] * 2, *i[1:]))]
+        try:
+            return again(model, given)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    here.change = change
+
+
 def another_copy(here: Contexts) -> None:
     here.model = copy.deepcopy(here.model)
     here.model.transformer.wpe.weight.data.mul_(2)
@@ -622,7 +639,7 @@ BETWEEN: list[Callable[[Contexts], None]] = [
     *(a_scope, other_texts, padded, without_mask, longer_texts, fewer_texts, another_edit),
     *(another_weight, another_metric, another_rule, learned, without_record, double),
     *(other_blocks, another_block, a_hook, other_tables, other_attributes, another_class),
-    *(wrapped_hooks, another_copy, moved, own_forward, another_trunk),
+    *(wrapped_hooks, a_later_hook, another_copy, moved, own_forward, another_trunk),
     *(training, checkpointed, compiled_parts, within_another, twice, in_another_thread),
     *map(between, CHANGES),
 ]
