@@ -204,7 +204,8 @@ def intervene(
     To read the edited stream, use :func:`capture` within the context: transformers' own
     ``output_hidden_states`` may record a block's output before an edit of it. Hooks of your own
     that are set on a site's module before the context opens run before the edit; later ones read
-    what it has put in place.
+    what it has put in place. What a hook on another module makes of it, such as a pre-hook on the
+    block behind ``Ln.post``, is behind the site.
 
     Args:
         model: a transformers model; at the sites of :meth:`~lrqp_torch.Site.module`, any module.
@@ -241,6 +242,8 @@ class Editing(ContextDecorator, Generic[Record]):
         interventions: one, or a list of at least one.
         yields: ``list`` for the edits, or what the only one is, to be given as it is.
     """
+
+    _trained = False
 
     def __init__(
         self,
@@ -279,6 +282,7 @@ class Editing(ContextDecorator, Generic[Record]):
         if len(applied) > 1:
             _warn_of_overwriting(applied)
         trained, reruns = census.in_training(model), False
+        self._trained = bool(trained)
         if trained:
             warn_of_dropout(trained)
             reruns = warn_of_checkpointing(trained)
@@ -353,6 +357,9 @@ class Editing(ContextDecorator, Generic[Record]):
         for watch, items in watches if kind is None else ():
             for item in items:
                 item.close(watch)
+        model = self._given[0]
+        if model.training and not self._trained and kind is None:
+            warn_of_dropout(Census.of(model).in_training(model))
         self._plan = None
         if kept is not None:
             kept.keep()

@@ -793,7 +793,8 @@ class Watch(Hooks):
             ours = hasattr(vars(self.trunk).get("forward"), "stands_for")
             raise PositionError(
                 f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
-                f"cannot say which tokens it was given: run the model itself"
+                f"cannot say which tokens it was given: run the model itself, and turn gradient "
+                f"checkpointing on before the context opens"
                 f"{'' if ours else ' (its forward was replaced: do that before the context opens)'}"
             )
         return self.latest

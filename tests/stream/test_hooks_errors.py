@@ -379,3 +379,11 @@ def test_a_module_that_was_replaced_within_a_context_is_missed() -> None:
     ):
         model(**PROMPTS.padded("left"))
         attention.c_proj = nn.Sequential(attention.c_proj)
+
+
+@torch.no_grad()
+def test_a_model_that_is_put_into_training_mode_within_a_context_is_warned_of() -> None:
+    model = build("gpt2")
+    with pytest.warns(UserWarning, match="drops out activations"), intervene(model, same):
+        model(**PROMPTS.padded("left"))
+        model.train()
