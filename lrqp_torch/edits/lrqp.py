@@ -470,7 +470,8 @@ class LRQP(Edit[Classes]):
         """Whether the edit's own numbers are where x is: a kernel reads them by their address."""
         weight, bias, device = self.probe.weight, self.probe.bias, x.device
         there = weight.device == device and bias.device == device
-        return there and self.log_odds.device == device and weight.is_contiguous()
+        there = there and weight.is_contiguous() and bias.is_contiguous()
+        return there and self.log_odds.device == device
 
     def _odds_rule(self, target: Tensor, source: Tensor | None) -> OddsRule:
         return OddsRule(self.rule == "mirror", self.log_odds, target, source)

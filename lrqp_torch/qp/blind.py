@@ -81,7 +81,7 @@ class Blind:
         sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
-        steps: how far above the first aim trials are, in float64, float32 and half, and in half
+        steps: how far above the first aim trials are, in float64, float32 and half, and the same
             with the floors themselves before them, (R, 1, 1).
         status: each :class:`Status`, (); what is asked for and not reached has that of ``failed``.
         zero: this number, ().
@@ -90,7 +90,7 @@ class Blind:
     read: dict[int, Tensor]
     bias: Tensor
     steering: dict[int, Tensor]
-    within: dict[int, Tensor]
+    within: Tensor
     own: Tensor
     paired: Tensor
     sizes: list[int]
@@ -176,7 +176,7 @@ class Blind:
             paired = own.unsqueeze(1).repeat(1, n, 1)
             paired[..., -n:] = unit - unit.unsqueeze(1)
         columns = weight.mT.contiguous()
-        kinds = DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS, (0.0, *COARSE_STEPS)
+        kinds = DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS
         trials = 1, len(FINE_STEPS), 1 + len(COARSE_STEPS)
         within = weight.new_full((trials[-1], 1, 1), TOLERANCE)
         within[0] *= 1 - 1e-6
@@ -184,14 +184,18 @@ class Blind:
             read={0: columns, **{count: columns.expand(count, -1, -1) for count in trials}},
             bias=bias,
             steering={count: steering.expand(count, -1, -1) for count in trials},
-            within={count: within[-count:] for count in trials[1:]},
+            within=within,
             own=own,
             paired=paired,
             sizes=sizes,
             blocks=blocks,
             sets=sets,
             constants=constants,
-            steps=[weight.new_tensor(kind).view(-1, 1, 1) for kind in kinds],
+            steps=[
+                weight.new_tensor((*first, *kind)).view(-1, 1, 1)
+                for first in ((), (0.0,))
+                for kind in kinds
+            ],
             status=status,
             failed=failed,
             zero=weight.new_zeros(()),
@@ -263,7 +267,7 @@ class _Two:
     def trials(self, gap: Tensor, units: Tensor) -> Tensor:
         """The gaps that are tried, (R, B, m)."""
         kind = 2 if self.precision >= FINE else int(self.x.dtype != torch.float64)
-        steps = self.of.steps[kind + (gap.ndim > 2)]
+        steps = self.of.steps[kind + (3 if gap.ndim > 2 else 0)]
         return torch.addcmul(gap, units, steps, value=self.share)
 
     def solve(
@@ -368,17 +372,15 @@ class _Several(_Two):
         self.spread, unit = spread / largest, largest * root
         if not self.plain:
             units = self.seen(units, length, self.attempt(gap.unsqueeze(0))[0])
-        if self.precision >= FINE:
-            # Where all aims are out of reach, the floors themselves may not be.
-            gap = torch.stack([missing, *[gap] * len(COARSE_STEPS)])
-        gaps = self.trials(gap, units)
+        # Where all aims are out of reach, the floors themselves may not be.
+        gaps = self.trials(torch.stack([missing, *[gap] * len(COARSE_STEPS)]), units)
         edited, found, chosen, towards = self.attempt(gaps)
         narrow, held = self.held(edited)
         after = torch.baddbmm(of.bias, held, of.read[len(held)])
         after = torch.bmm(after.view(-1, 1, n), towards.mT)
         # What the dtype cannot hold reads infinity, and so does its residual.
         reached = (after.view(gaps.shape) >= floors).all(-1, keepdim=True)
-        within, first = (reached * of.within[len(gaps)]).max(0)
+        within, first = (reached * of.within).max(0)
         first = first.squeeze(-1)
 
         every = torch.cat([*found, after], -1).view(len(gaps), batch, -1)[first, self.rows]
@@ -471,15 +473,13 @@ class _Total(_Two):
         gap = torch.add(missing, units, alpha=self.share)
         if not self.plain:
             units = self.seen(units, length, self.attempt(gap.unsqueeze(0), before, needed)[0])
-        if self.precision >= FINE:
-            gap = torch.stack([missing, *[gap] * len(COARSE_STEPS)])
-        gaps = self.trials(gap, units)
+        gaps = self.trials(torch.stack([missing, *[gap] * len(COARSE_STEPS)]), units)
         edited, found, residual, feasible = self.attempt(gaps, before, needed)
         narrow, held = self.held(edited)
         trials, batch = gaps.shape[:2]
         after = geometry.margins(held.flatten(0, 1), self.target.repeat(trials))
         after = total_log_odds(after).view(trials, batch, 1)
-        reached, first = ((_finite(after) >= floors) * of.within[trials]).max(0)
+        reached, first = ((_finite(after) >= floors) * of.within).max(0)
         at = first.squeeze(-1), self.rows
         edit = needed & feasible[at].unsqueeze(-1)
         found, after, edited = found[at], after[at], edited[at]

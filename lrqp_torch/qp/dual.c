@@ -1391,9 +1391,10 @@ static int edit_block(const Shared *s, const Task *t, Work *w, double *space, i6
         size[i] = norm_of(x[i], NULL, d);
         i64 needs = solve(s, t, w, b + i, before + i * rows, size[i], FRESH, &verdict);
         failed[i] = (verdict & (NEEDED | FEASIBLE)) == NEEDED;
-        if (needs && failed[i] && t->epsilon >= FINE) {
-            /* Aims above the floors are out of reach: are floors? In the finer dtypes those are the
-             * same but for rounding. */
+        double highest = 0;
+        for (i64 l = 0; l < (t->total ? 1 : m); l++) highest = larger(highest, w->raised[l]);
+        if (needs && failed[i] && highest > NEAR) {
+            /* Aims above the floors are out of reach: are floors? */
             memset(w->raised, 0, sizeof(double) * m);
             needs = solve(s, t, w, b + i, before + i * rows, size[i], RECOVER, &verdict);
         }

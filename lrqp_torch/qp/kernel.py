@@ -41,6 +41,7 @@ INFINITY = tl.constexpr(float("inf"))
 POLISHES = tl.constexpr(3)
 MANY_TIMES, SOME_TIMES = tl.constexpr(reach.MANY_TIMES), tl.constexpr(reach.SOME_TIMES)
 FINE = tl.constexpr(reach.FINE)
+NEAR = tl.constexpr(reach.NEAR)
 # Of total odds.
 TOTAL_TOLERANCE = tl.constexpr(total_odds.TotalOdds.tolerance)
 GROWTH, MET = tl.constexpr(total_odds.GROWTH), tl.constexpr(total_odds.MET)
@@ -1111,9 +1112,9 @@ def edit_kernel(
                     raised = tl.maximum(raised + TIMES * worst, reach_of * beyond)
                 go = go + 1
         else:
-            # Aims out of reach: those before count, at first the floors themselves, which in the
-            # finer dtypes are the same but for rounding.
-            again = (number > 0) | ((failed == 0) & (EPS >= FINE))
+            # Aims out of reach: those before count, at first the floors themselves.
+            highest = tl.max(tl.where(rival, raised, 0.0), 0)
+            again = (number > 0) | ((failed == 0) & (highest > NEAR))
             go = tl.where(again & (failed < 2), 1, 0)
             failed += 1
             raised = safe

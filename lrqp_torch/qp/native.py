@@ -198,7 +198,7 @@ def constants() -> dict[str, float]:
     known |= {"TINY": sys.float_info.min, "COMBINED": pivots.DEPENDENT}
     known |= {
         name: getattr(reach, name)
-        for name in ("FINE", "MANY_TIMES", "SOME_TIMES", "LONGER", "ROOM")
+        for name in ("FINE", "NEAR", "MANY_TIMES", "SOME_TIMES", "LONGER", "ROOM")
     }
     # Which imports this module by way of the solvers.
     from lrqp_torch.qp import total_odds

@@ -32,6 +32,8 @@ MANY_TIMES, SOME_TIMES = 64, 4
 # above that of the least. It counts as the least where that is below this share of its own, or
 # readings above their floors are what so many times the rounding of the stream explains.
 LONGER, ROOM = 1e-3, 4.0
+# An aim out of reach that is no further than so many nats above its floor says that this is.
+NEAR = 1e-3
 # Where they cannot (a CUDA graph, a transform), always so many; the last aims by the proven bound.
 BLIND_ROUNDS_FINE, BLIND_ROUNDS_COARSE = 4, 5
 
@@ -210,8 +212,8 @@ def reach(
 
     Where values can be looked at, only the examples that fell short are solved again. Where they
     cannot, all are, in a fixed number of rounds. An example that is not ``needed`` or not open
-    is never short. Where an aim is out of reach, the one before counts, in half precision
-    at first the floor itself, and is raised once more by no more than what is missing.
+    is never short. Where an aim is out of reach, the one before counts, at first the floor
+    itself, and is raised once more by no more than what is missing.
 
     Args:
         floor: what is promised, (B, 1) or (B, m).
@@ -233,10 +235,10 @@ def reach(
     raised = headroom.in_advance(floor) if raised is None else raised
     total = attempt = step(floor + raised, None)
     after = torch.empty_like(raised)
-    # How often an aim was out of reach. In the finer dtypes the first is but rounding.
+    # How often an aim was out of reach.
     failed, some = torch.zeros_like(needed, dtype=torch.long), _some_fail(attempt, looking)
     if some:
-        failed = torch.where(attempt.reaches, 0, 2 if headroom.precision < FINE else 1)
+        failed = torch.where(attempt.reaches, 0, 1 + (raised.amax(-1) <= NEAR).long())
     for number in range(rounds):
         with torch.no_grad():
             edited = attempt.edited.detach()

@@ -405,6 +405,24 @@ def tiny_model(dtype: torch.dtype, width: int = 24) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval().requires_grad_(False).to(DEVICE, dtype)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_probe_of_views_is_read_as_it_is_now(name: str) -> None:
+    """The kernel holds what it is compared with by its address."""
+    edit, model = edit_of(random_problem(3, 24, 4, 13)), tiny_model(torch.float32)
+    own = getattr(edit.probe, name).detach()
+    view = own.T.contiguous().T if name == "weight" else torch.stack([own, own], 1)[:, 0]
+    setattr(edit.probe, name, torch.nn.Parameter(view, requires_grad=False))
+    ids = torch.randint(50, (3, 5)).to(DEVICE)
+    with edit.at(model, "L1.post", positions=2, target=1) as run:
+        for _ in range(2):
+            model(ids)
+        getattr(edit.probe, name).data[0] += 0.5
+        stream = lrqp.capture(model, {"input_ids": ids}, "L1.post")["L1.post"][:, 2]
+    read = edit.geometry(stream.device).margins(stream, torch.ones(3, device=stream.device).long())
+    after = run.log_odds_after[-3:].to(read.device)
+    torch.testing.assert_close(read.amin(-1), after, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("site", ["L1.pre", "L0.mid", "L1.post"])
 @pytest.mark.parametrize(
     ("dtype", "odds"),
