@@ -468,7 +468,7 @@ class _Plan:
                 known.note(key, watch.latest.tokens.shape)
             return None
         watch.stays = True
-        if plan is None or plan.known() is not known:
+        if plan is None or plan.known() is not known or plan.key != _key_of(item):
             return _Plan(known, watch, applied)
         plan.watch = watch
         return plan
