@@ -531,7 +531,9 @@ class Texts:
         # An object of the same number is the same one as long as that one is there.
         cache, text = same.cache(), call.text
         mask = None if same.mask is None else values[same.mask]
-        if cache is None or text.last != self.n_calls - 1 or (mask is not None and mask.ndim != 2):
+        if self._begun is not None:
+            self._settle()
+        if cache is None or text.last != self._n_calls - 1 or (mask is not None and mask.ndim != 2):
             return None
         # It has said so for the call before.
         held = cache.get_seq_length()

@@ -72,7 +72,7 @@ KEPT = 64
 run them again."""
 
 _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
-_backward_pass = torch._C._current_graph_task_id
+_trace, _backward_pass = torch._C._get_tracing_state, torch._C._current_graph_task_id
 _dispatch_mode, _MODES = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
 _TRACERS = _MODES.PROXY, _MODES.FAKE
 _open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
@@ -1044,7 +1044,8 @@ class _Pass:
 
     def begin(self, calls: list[Any] | None, args: Any, kwargs: Any) -> list[Any] | None:
         """See :meth:`Watch.begin`; ``calls``: those under way."""
-        plain = not _is_tracing() and _transforms() is None and _backward_pass() == -1
+        # Of the two that tell of a trace, that which torch itself has just asked.
+        plain = _trace() is None and _transforms() is None and _backward_pass() == -1
         if plain and calls is not None and self.watch in _open.get():
             call = self.again(args, kwargs)
             if call is not None:
