@@ -183,6 +183,9 @@ class MahalanobisQP(nn.Module):
                 route, wrong = partial(route, wrong=wrong), None
         elif total:
             route = partial(direct.solve, total=True)
+        elif route is None and type(self.solver) is TotalOdds and x.device.type == "cpu":
+            # It holds several M of every example at once.
+            chunk = max(1, min(chunk, CHUNK_NUMBERS // geometry.n_constraints**2))
 
         def solve(x: Tensor, at: slice) -> Solution:
             own = target if len(x) == batch else target[at]

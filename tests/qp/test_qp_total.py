@@ -1,6 +1,7 @@
 """Total odds: the convex problem against exponential cones, its KKT conditions and gradients."""
 
 import math
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
@@ -14,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import lrqp_torch as lrqp
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
 from lrqp_torch.errors import NonFiniteError, TargetError, WidthError
-from lrqp_torch.qp import native
+from lrqp_torch.qp import native, problem
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds, total_residual
 
@@ -448,3 +449,24 @@ def test_rivals_one_part_in_a_billion_off_are_solved(
     x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
     solution = edit.solve(x, torch.arange(64) % 10)
     assert (solution.status <= Status.SOLVED).all()
+
+
+def test_many_classes_are_taken_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example holds several matrices of K² numbers; parts give what the whole batch gives."""
+    torch.manual_seed(0)
+    probe = lrqp.LinearProbe(24, 70, dtype=torch.float64).requires_grad_(False)
+    edit = lrqp.LRQP(probe, lrqp.Mahalanobis.euclidean(24), log_odds=1.0, odds="total")
+    x, target, seen = torch.randn(9, 24), torch.arange(9), []
+    whole = edit.solve(x, target)
+    solve = TotalOdds.solve
+
+    def counted(solver: TotalOdds, constraints: Any, margins: Tensor, *others: Any) -> Any:
+        seen.append(len(margins))
+        return solve(solver, constraints, margins, *others)
+
+    monkeypatch.setattr(TotalOdds, "solve", counted)
+    monkeypatch.setattr(problem, "CHUNK_NUMBERS", 4 * 69**2)
+    parts = edit.solve(x, target)
+    assert max(seen) == 4
+    torch.testing.assert_close(parts.x_new, whole.x_new)
+    assert torch.equal(parts.status, whole.status)
