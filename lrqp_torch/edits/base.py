@@ -270,7 +270,7 @@ class Edit(Exact, Shared, Generic[Asked]):
             TargetError: another shape or dtype, or out of range.
         """
         placed = positions.classes(self.by_number(classes, what), what)
-        check_classes(placed, len(placed), self.n_classes, what)
+        check_classes(placed, placed.shape[0], self.n_classes, what)
         return placed
 
     def unreachable(self, target: Tensor, which: str) -> str:

@@ -368,7 +368,8 @@ class Positions:
         if classes.ndim == 0:
             return classes.expand(len(self)).clone()
         if len(self.grid) == 1 and classes.shape == self.grid:
-            return classes.clone(memory_format=torch.contiguous_format)
+            # Said so only where it must be: that takes longer than the copy.
+            return classes.clone() if classes.is_contiguous() else classes.contiguous()
         example, token = self.example.cpu(), self.token.cpu()
         if classes.shape == (self.batch,):
             return classes[example]
