@@ -170,6 +170,11 @@ class Positions:
                 raise PositionError(
                     f"positions must be numbers (batch,) or (batch, n), a mask (batch, seq) or a "
                     f"scope, got {type(positions).__name__}: {quoted(positions)}"
+                    + (
+                        "; for lists of different lengths, a mask"
+                        if isinstance(positions, list)
+                        else ""
+                    )
                 ) from error
         # Positions are looked at on the host; of a GPU that is the one wait for them.
         positions = positions.cpu()
