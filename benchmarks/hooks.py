@@ -11,7 +11,7 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,7 +159,14 @@ def measure(
     }
     rows = []
     seconds = medians(runs, arguments.repeats, device, seconds=arguments.seconds)
-    inside = {what: _inside(model, context, bare) for what, context in contexts.items()}
+    stand_ins = model.base_model, blocks_of(model)[layer]
+    inside = {
+        what: _inside(model, context, bare, stand_ins)
+        for what, context in (contexts | {BARE: nullcontext}).items()
+    }
+    # Without what it takes to measure it.
+    nothing = inside.pop(BARE)[0]
+    inside = {what: (spent - nothing, around) for what, (spent, around) in inside.items()}
     rows += [
         _row(what, name, batch, value, seconds[BARE], differences.get(what), *inside.get(what, ()))
         for what, value in seconds.items()
@@ -198,11 +205,12 @@ def _inside(
     model: torch.nn.Module,
     context: Callable[[], AbstractContextManager[Any]],
     one_pass: Callable[[], Tensor],
+    around_which: Sequence[torch.nn.Module],
 ) -> tuple[float, float]:
     """Seconds of its thread that a pass spends in hooks, and that a context takes to come and go.
 
     Medians. Each hook begins with caches that the model's layers have filled with something else.
-    What stands around a module's ``forward`` counts as a hook, without that forward itself.
+    What stands around the ``forward`` of some modules counts as a hook, without that itself.
     """
     spent, around = [0.0], list[float]()
     running: list[tuple[torch.nn.Module, float]] = []
@@ -219,6 +227,9 @@ def _inside(
         spent[-1] -= running.pop()[1]
         return result
 
+    def of_its_class(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
+
     def itself(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
         start = time.thread_time()
         result = forward(module, *args, **kwargs)
@@ -232,8 +243,9 @@ def _inside(
         around.append(time.thread_time() - start)
         with stack, ExitStack() as measured:
             for module in model.modules():
-                own, kind = vars(module).get("forward"), type(module)
-                if own is not None:
+                kind = type(module)
+                own = vars(module).get("forward") or partial(of_its_class, module)
+                if module in around_which:
                     measured.enter_context(
                         patch.object(module, "forward", partial(stands_for, own, module))
                     )
