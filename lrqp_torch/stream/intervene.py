@@ -331,7 +331,7 @@ class Editing(ContextDecorator, Generic[Record]):
         if watch is None or not plan.serves(model, item, located, census):
             return False
         known.passes.pop(key, None)
-        plan.watch, self._plan = None, plan
+        plan.watch, self._plan, self._trained = None, plan, False
         applied.take(item, located)
         try:
             there = watch.resume(model, located.trunk.module, (applied, watch.hook))
