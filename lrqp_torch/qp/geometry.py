@@ -365,6 +365,10 @@ class ProbeGeometry:
             # Where terms cancel, as between nearly equal classes, float32 would lose what is left;
             # and a product, which rounds by its company, would decide what that is.
             lost = scaled.detach().abs().sum(-1).square() > CANCELLED**2 * moved
+            if narrow and looking:
+                # So would an edit that takes x away.
+                ends, began = (part.detach().square().sum(-1) for part in (edited, x.float()))
+                lost = lost | (CANCELLED**2 * ends < began)
             rows = lost.nonzero().squeeze(-1) if looking else torch.arange(len(x), device=x.device)
             if len(rows):
                 # Coefficients add up to 0: along differences to the target, if need be.

@@ -343,3 +343,17 @@ def test_infeasible_is_what_was_asked_and_not_what_was_aimed_at(
     assert (found.log_odds_after >= found.floor)[done].all()
     assert dtype != torch.float32 or torch.equal(done, ~unreachable)
     assert torch.equal(found.x_new[unreachable], task.x[unreachable])
+
+
+@needs_compiler
+def test_an_edit_that_takes_a_large_activation_away_keeps_its_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Near 0 half precision is finer than float32 is at x."""
+    task = random_problem(8, 3, 128, seed=2, condition=10)
+    task.weight = 1e6 * torch.randn(8, 3, generator=torch.Generator().manual_seed(2)).double()
+    task.x, task.floor = task.x * torch.tensor([6e4, 10.0, 10.0]), task.floor.abs() / 10 - 5
+    task.x = task.x.bfloat16()
+    ours, other = (solve(task, path, monkeypatch) for path in ("compiled", "torch"))
+    assert torch.equal(ours.status, other.status)
+    assert (ours.status == Status.SOLVED).double().mean() > 0.5
