@@ -322,7 +322,7 @@ class Editing(ContextDecorator, Generic[Record]):
         same edit, or of another function, at the same site and positions of a model that is what it
         was.
         """
-        known = known_of(model)
+        known = known_of(model) if isinstance(item.site, str | Site) else None
         key = _key_of(item)
         plan = None if known is None else known.passes.get(key)
         if known is None or not isinstance(plan, _Plan) or not known.holds(model, census):
@@ -601,7 +601,8 @@ class _Applied:
         """As it was before any pass."""
         self.known = self.told = self.given = self.same = self.site = None
         self._passes.value = 0
-        self.places.renew(Positions.parse(self.item.positions))
+        # Those that were there when the context opened, whatever the caller has written since.
+        self.places.renew(self.places.positions)
 
     def apply(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
         """The module's tensor with the edited rows in place.

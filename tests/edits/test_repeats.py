@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.edits.record import WAITING
-from lrqp_torch.errors import LRQPError, NonFiniteError, WidthError
+from lrqp_torch.errors import LRQPError, NonFiniteError, SiteError, WidthError
 from lrqp_torch.stream import repeats
 
 pytestmark = pytest.mark.skipif(not repeats.available(), reason="no C compiler")
@@ -674,3 +674,28 @@ def test_what_changes_between_contexts_is_seen(
     assert len(found[0]) == len(found[1])
     for one, other in zip(*found, strict=True):
         assert one == other if isinstance(one, str) else torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "at", [AT, AT.tolist(), AT[:, None], torch.nn.functional.one_hot(AT, 6).bool()]
+)
+@torch.no_grad()
+def test_positions_are_those_with_which_a_context_opened(at: Any) -> None:
+    """Also where its first pass is unlike those before, and the caller has written to them."""
+    model, given = build(), copy.deepcopy(at)
+    for number in range(4):
+        with intervene(model, Intervention("L1.pre", given, function)):
+            if number == 3:
+                assert lrqp.stream.watch.opened()[-1].resumed
+                given[:] = [[0]] * 4 if isinstance(given, list) else given.flip(0)
+                found = model(torch.cat([IDS, IDS], 1)).logits
+            else:
+                model(IDS)
+    if isinstance(at, Tensor) and at.dtype == torch.bool:
+        at = AT
+    with by_python(), intervene(model, Intervention("L1.pre", at, function)):
+        expected = model(torch.cat([IDS, IDS], 1)).logits
+    assert torch.equal(found, expected)
+    wrong: Any = ["L1.pre"]
+    with pytest.raises(SiteError), intervene(model, Intervention(wrong, at, function)):
+        pass
