@@ -835,8 +835,9 @@ class _Applied:
         if self.located.replaced:
             raise EditNeverFiredError(
                 f"the {type(self.located.module).__name__} that {self.located.site} names was "
-                f"replaced by another module while this context was open, as adapters do, so what "
-                f"ran since was not edited: open the context after that"
+                f"replaced by another module, or a module around it was, while this context was "
+                f"open, as adapters do, so what ran since was not edited: open the context after "
+                f"that"
             )
         if self.raises_late:
             cast(Recorded, self.item.edit).raise_late()

@@ -350,12 +350,21 @@ class Known:
 
     def keep(self, name: str | Site, found: "Located", model: nn.Module) -> "Located":
         """Remember a site that was located."""
-        whole = model, self._inner()
+        inner, homes = self._inner(), list[Home]()
+        parents = {
+            module: (parent, child)
+            for parent in modules_of(model)
+            for child, module in parent._modules.items()
+            if module is not None
+        }
+        at: nn.Module | None = found.module
+        while at is not inner and at in parents:
+            parent, child = parents.pop(at)
+            homes.append((parent._modules, child, at))
+            at = parent
+        found = replace(found, homes=tuple(homes))
+        whole = model, inner
         if found.module not in whole and found.trunk.module not in whole:
-            for parent in modules_of(model):
-                for child, module in parent._modules.items():
-                    if module is found.module:
-                        found = replace(found, home=(parent._modules, child))
             self.places[name] = found
         return found
 
@@ -509,6 +518,10 @@ class Trunk:
         return cls(module, stack, layout.absolute_positions, padding=layout.padding)
 
 
+Home = tuple[dict[str, nn.Module | None], str, nn.Module]
+"""A table of children, the name of one of them, and that."""
+
+
 @dataclass(frozen=True, eq=False)
 class Located:
     """A site in a particular model: what a hook needs.
@@ -526,13 +539,21 @@ class Located:
     # Modules whose outputs, times numbers, are added to scale · tensor before that.
     beside: tuple[tuple[nn.Module, float], ...] = ()
     features: slice | None = None  # which of its last axis belong to the site, or None for all
-    # The table of children that holds the module, and by what name; None where that is not kept.
-    home: tuple[dict[str, nn.Module | None], str] | None = None
+    # Where the module, and each that it is part of, is in the model.
+    homes: tuple[Home, ...] = ()
 
     @property
     def replaced(self) -> bool:
-        """Whether there is another module by now where this one was."""
-        return self.home is not None and self.home[0].get(self.home[1]) is not self.module
+        """Whether there is another module by now where this one was; or where one around it was,
+        if it is not that within a wrapper, as of FSDP.
+        """
+        for table, name, module in self.homes:
+            held = table.get(name)
+            if held is not module:
+                wrapped = module is not self.module and held is not None
+                if not wrapped or module not in {*cast(nn.Module, held).modules()}:
+                    return True
+        return False
 
     @property
     def passes(self) -> object:

@@ -98,7 +98,11 @@ class Around(Protocol):
 
 
 def marked(
-    module: nn.Module, held: Any, names: tuple[str, ...], around: Sequence[Around] = ()
+    module: nn.Module,
+    held: Any,
+    names: tuple[str, ...],
+    around: Sequence[Around] = (),
+    later: Sequence[Around] = (),
 ) -> Any:
     """A ``forward`` for a module that does the same, for as long as it has some hooks.
 
@@ -110,6 +114,7 @@ def marked(
         held: the ``forward`` that it had of its own, or None.
         names: of the hooks.
         around: what is to run it, the first around the others, for as long as it is there.
+        later: what is to run it instead where others have put it back after that.
     """
     made = _FORWARDS.get(names) if held is None and not around else None
     if made is None:
@@ -125,7 +130,10 @@ def marked(
                     end(self, args, kwargs, given)
                 return given
             run = partial(type(self).forward, self) if held is None else held
-            for each in reversed(around):
+            runs = around
+            if not runs and getattr(vars(self).get("forward"), "runs", None) is runs:
+                runs = later
+            for each in reversed(runs):
                 run = partial(each, run)
             return run(*args, **kwargs)
 
@@ -136,13 +144,14 @@ def marked(
             return held(*args, **kwargs)
 
         made = passed if around else forward if held is None else given
-        made.stands_for = held  # type: ignore[attr-defined]
+        made.stands_for, made.runs = held, around  # type: ignore[attr-defined]
         made.__wrapped__ = type(module).forward  # type: ignore[attr-defined]
         key = (made.__name__, *names)
         code = _CODES.get(key)
         if code is None:
             code = _CODES.setdefault(key, made.__code__.replace(co_name=" ".join(key)))
         made.__code__ = code
+        made.__name__ = "forward"  # by which methods that others have kept are pickled
         if held is None and not around:
             _FORWARDS[names] = made
     return MethodType(made, module)

@@ -417,7 +417,7 @@ class _Kept:
         if names or self.around:
             self._within = [*self.around]
             known = tuple(names) if len(names) == 1 else tuple(sorted(names))
-            made = marked(self.module, self._forward, known, self._within)
+            made = marked(self.module, self._forward, known, self._within, self.around)
             own["forward"] = self._marked = made
         else:
             _put(own, "forward", self._forward)

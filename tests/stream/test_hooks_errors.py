@@ -381,6 +381,35 @@ def test_a_module_that_was_replaced_within_a_context_is_missed() -> None:
         attention.c_proj = nn.Sequential(attention.c_proj)
 
 
+@pytest.mark.parametrize("path", ["transformer.h.1", "transformer.h", "transformer"])
+@pytest.mark.parametrize("wraps", [False, True])
+@torch.no_grad()
+def test_a_module_around_that_was_replaced_is_missed_too_unless_it_was_wrapped(
+    path: str, wraps: bool
+) -> None:
+    """What was edited is looked for at its own place, not only in what has held it."""
+    model: Any = build("gpt2")
+    inputs, module, parent = PROMPTS.padded("left"), model.get_submodule(path), path.rpartition(".")
+    if wraps and isinstance(module, nn.ModuleList):
+        pytest.skip("a list is not run")
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.within = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.within(*args, **kwargs)
+
+    edit = random_edit(capture(model, inputs, "L1.mid")["L1.mid"].flatten(0, 1), 3)
+    missed = pytest.raises(EditNeverFiredError, match="a module around it was")
+    with nullcontext() if wraps else missed, edit.at(model, "L1.mid", positions=AT, target=1):
+        before = model(**inputs).logits
+        made = Wrapper() if wraps else copy.deepcopy(module)
+        setattr(model.get_submodule(parent[0]), parent[2], made)
+        assert torch.equal(model(**inputs).logits, before) is wraps
+
+
 @torch.no_grad()
 def test_a_model_that_is_put_into_training_mode_within_a_context_is_warned_of() -> None:
     model = build("gpt2")

@@ -1,6 +1,7 @@
 """A pass of a model is noted around its trunk's ``forward``, whoever calls or wraps that."""
 
 import inspect
+import pickle
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -178,6 +179,27 @@ def test_a_forward_that_replaces_the_noted_one_is_said() -> None:
     ):
         trunk.forward = lambda *args, **kwargs: type(trunk).forward(trunk, *args, **kwargs)
         logits(model)
+
+
+@torch.no_grad()
+def test_a_forward_put_back_within_a_context_is_noted_again() -> None:
+    """As of who wrapped it, where another context has opened meanwhile."""
+    model: Any = build("gpt2")
+    trunk = model.transformer
+    with opened(model) as expected:
+        wanted = logits(model)
+    with opened(model) as run:
+        noted = trunk.forward
+        wrapped(model)
+        with opened(model, "L2.post"):
+            logits(model)
+        trunk.forward = noted
+        assert all(torch.equal(logits(model), wanted) for _ in range(PASSES))
+    assert len(run.steps) == 1 + PASSES
+    assert torch.equal(run.steps[-1].log_odds_after, expected.log_odds_after)
+    clean = logits(model)
+    assert torch.equal(clean, logits(build("gpt2")))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), clean)
 
 
 @torch.no_grad()
