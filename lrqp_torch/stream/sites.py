@@ -350,19 +350,7 @@ class Known:
 
     def keep(self, name: str | Site, found: "Located", model: nn.Module) -> "Located":
         """Remember a site that was located."""
-        inner, homes = self._inner(), list[Home]()
-        parents = {
-            module: (parent, child)
-            for parent in modules_of(model)
-            for child, module in parent._modules.items()
-            if module is not None
-        }
-        at: nn.Module | None = found.module
-        while at is not inner and at in parents:
-            parent, child = parents.pop(at)
-            homes.append((parent._modules, child, at))
-            at = parent
-        found = replace(found, homes=tuple(homes))
+        found, inner = found.placed(model), self._inner()
         whole = model, inner
         if found.module not in whole and found.trunk.module not in whole:
             self.places[name] = found
@@ -542,6 +530,22 @@ class Located:
     # Where the module, and each that it is part of, is in the model.
     homes: tuple[Home, ...] = ()
 
+    def placed(self, model: nn.Module) -> Self:
+        """The same, with where it is in the model."""
+        inner, homes = inner_model(model), list[Home]()
+        parents = {
+            module: (parent, child)
+            for parent in modules_of(model)
+            for child, module in parent._modules.items()
+            if module is not None
+        }
+        at = self.module
+        while at is not inner and at in parents:
+            parent, child = parents.pop(at)
+            homes.append((parent._modules, child, at))
+            at = parent
+        return replace(self, homes=tuple(homes))
+
     @property
     def replaced(self) -> bool:
         """Whether there is another module by now where this one was; or where one around it was,
@@ -645,7 +649,9 @@ def locate(model: nn.Module, name: str | Site, census: Census | None = None) -> 
         known = _known(model)
         return known.keep(name, _locate(model, site, known.stacks), model)
     found, known = _locate_module(model, site), _OF_MODELS.get(model)
-    return found if known is None or found.trunk.plain else known.keep(name, found, model)
+    if known is None or found.trunk.plain:
+        return found.placed(model)
+    return known.keep(name, found, model)
 
 
 def _locate(model: nn.Module, site: Site, stacks: Stacks) -> Located:

@@ -411,6 +411,19 @@ def test_a_module_around_that_was_replaced_is_missed_too_unless_it_was_wrapped(
 
 
 @torch.no_grad()
+def test_a_module_of_a_plain_model_that_was_replaced_is_missed() -> None:
+    model, x = nn.Sequential(nn.Linear(5, WIDTH), nn.ReLU()), torch.randn(20, 5)
+    edit, site = random_edit(model[0](x), 2), lrqp.Site.module("0", "output")
+    with (
+        pytest.raises(EditNeverFiredError, match="was replaced"),
+        edit.at(model, site, positions="all", target=1),
+    ):
+        model(x)
+        model[0] = copy.deepcopy(model[0])
+        model(x)
+
+
+@torch.no_grad()
 def test_a_model_that_is_put_into_training_mode_within_a_context_is_warned_of() -> None:
     model = build("gpt2")
     with pytest.warns(UserWarning, match="drops out activations"), intervene(model, same):
