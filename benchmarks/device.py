@@ -1,24 +1,31 @@
-"""What an edit costs on the GPU at hand, and whether it is right there: checks, then figures.
+"""What an edit costs on the GPU at hand, and whether it is right there: checks, figures, tests.
 
     python -m benchmarks.device --json results/device.json
 
-The whole takes some five minutes on an H100. ``--sections`` chooses among the parts, ``--small``
-runs them at sizes for a first look, also on a CPU. Models have random weights of known shapes, so
-nothing is downloaded.
+The whole takes no more than ``--minutes``, of which the last section, the tests of what runs on a
+GPU, has what is left. ``--sections`` chooses among the parts, ``--small`` runs them at sizes for a
+first look, also on a CPU. Each section has its time, and a process of its own where the one before
+has lost its GPU or its time, so that none costs the others more than that. Models have random
+weights of known shapes, so nothing is downloaded.
 """
 
 import copy
+import faulthandler
 import gc
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 from unittest import mock
@@ -78,6 +85,18 @@ TOTAL = (3, "float64"), (10, "float64"), (10, "bfloat16"), (50, "float64")
 """Numbers of classes and dtypes in which total odds are checked."""
 
 
+TESTS = (
+    "qp/test_kernel.py",
+    "serving/test_tables.py",
+    "stream/test_devices.py",
+    "stream/test_compiled_models.py",
+    "edits/test_tokens.py",
+)
+"""Those of what runs on a GPU."""
+LIMITS = {"compiling": 170, "checks": 90, "models": 90, "compiled": 120, "tests": 400}
+"""Seconds of a section, where not a minute."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(__doc__ or "", argv, _options)
     if arguments.compile:
@@ -85,26 +104,65 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if torch.cuda.is_available() and not arguments.small:
         arguments.device = "cuda"
-    found: dict[str, Any] = {}
     names = arguments.sections.split(",") if arguments.sections else list(SECTIONS)
+    if arguments.until:
+        run_sections(names, arguments, json.loads(arguments.json.read_text()))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        supervise(names, arguments, arguments.json or Path(folder) / "found.json")
+
+
+def supervise(names: list[str], arguments: Namespace, path: Path) -> None:
+    """Run the sections in another process, and what is left in a new one where that ends."""
+    until, found = time.time() + 60 * arguments.minutes, dict[str, Any]()
+    own = ["--json", str(path), "--until", str(until), "--device", arguments.device]
+    own += ["--small"] if arguments.small else []
+    while left := [name for name in names if name not in found]:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        command = [sys.executable, "-m", "benchmarks.device", *own, "--sections", ",".join(left)]
+        ended = subprocess.run(command, check=False).returncode
+        found = json.loads(path.read_text())
+        within = next((name for name in left if name not in found), None)
+        if within is not None:
+            found[within] = _failed(f"the process ended with {ended} within this section")
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    failed = [name for name, rows in found.items() if any("error" in row for row in rows)]
+    print(f"\nwith errors: {', '.join(failed) or 'none'}")
+
+
+def run_sections(names: list[str], arguments: Namespace, found: dict[str, Any]) -> None:
+    """Run sections until the time is over; end early where the GPU is lost, or a section hangs."""
     for name in names:
-        start = time.perf_counter()
+        start, most = time.time(), LIMITS.get(name, 60)
+        arguments.limit = min(most, arguments.until - start)
+        print(f"\n== {name}", flush=True)
         try:
+            if arguments.limit < 10:
+                raise TimeoutError("no time was left")
+            faulthandler.dump_traceback_later(arguments.limit, exit=True)
             rows = SECTIONS[name](arguments)
+            synchronise(arguments.device)
         except Exception:
-            rows = [{"what": "failed", "error": traceback.format_exc()[-1500:]}]
-        found[name] = rows
-        print(f"\n== {name} ({time.perf_counter() - start:.0f} s)", flush=True)
+            rows = _failed(traceback.format_exc()[-1500:])
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         for row in rows:
             print("  ", ", ".join(f"{key} {_text(value)}" for key, value in row.items()))
-        sys.stdout.flush()
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        print(f"   {time.time() - start:.0f} s", flush=True)
+        found[name] = rows
+        arguments.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        synchronise(arguments.device)
+
+
+def _failed(error: str) -> list[Row]:
+    return [{"what": "failed", "error": error}]
 
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--sections", help=f"of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that all may take together")
     parser.add_argument("--compile", help="used by the script itself")
+    parser.add_argument("--until", type=float, help="likewise")
 
 
 def _text(value: Any) -> str:
@@ -129,8 +187,9 @@ def problem(
     x, target = normal(batch, width), torch.randint(n_classes, (batch,), generator=generator)
     floor = 12 * torch.rand(batch, generator=generator, dtype=torch.float64) - 2
     if kind == "near":
-        weight[1:] = weight[0] + 1e-5 * normal(n_classes - 1, width)
-        floor = floor / 1e4
+        # So near that what differences lack in WΣ is held.
+        weight[1:] = weight[0] + 1e-6 * normal(n_classes - 1, width)
+        floor = floor / 1e5
     elif kind == "twins":
         weight[1], bias[1] = weight[0], bias[0] - 1
     elif kind == "rank":
@@ -176,22 +235,28 @@ def compile_one(jobs: list[dict[str, Any]]) -> None:
 def run_once(job: dict[str, Any]) -> None:
     """One tiny launch of a flavour that the sections use."""
     n_classes, width, flavour = job["K"], job.get("width", WIDTH), job["flavour"]
-    odds = job.get("odds", "pairwise")
-    edit, dtype = edit_of(n_classes, width, "cuda", odds=odds), DTYPES[job["dtype"]]
-    x, target, floor, *_ = (part.cuda() for part in problem(n_classes, 16, width))
+    odds, kind = job.get("odds", "pairwise"), job.get("kind", "random")
+    dtype, rows = DTYPES[job["dtype"]], torch.arange(16, device="cuda")
+    x, target, floor, *parts = (part.cuda() for part in problem(n_classes, 16, width, kind))
     x = x.to(dtype)
     if flavour == "given":
-        edit.qp.solve(x, target, floor, edit.geometry(x.device))
+        ODDS[odds].program(n_classes).solve(x, target, floor, ProbeGeometry.build(*parts))
     elif flavour == "propose":
-        edit.propose(x, target)
+        edit_of(n_classes, width, "cuda", odds=odds).propose(x, target)
     else:
-        rows = torch.arange(16, device="cuda")
+        site, whole = flavour.removeprefix("every "), flavour.startswith("every ")
+        stream = x.unsqueeze(1).repeat(1, 1 if whole else 2, 1)
+        residual = None if site == "post" else stream.clone()
+        edit: Any = edit_of(n_classes, width, "cuda", odds=odds)
         record = torch.empty(16, 9, dtype=torch.float64, device="cuda"), 0, 0
-        stream = x.unsqueeze(1).repeat(1, 2, 1)
-        residual = None if flavour == "post" else stream.clone()
-        places = rows, torch.zeros_like(rows), rows, None, None
+        if job.get("joint"):
+            edit = three_variables(width, "cuda")
+            target = torch.tensor([[*WANTED.values()]], device="cuda")
+            record = torch.empty(16, 18, dtype=torch.float64, device="cuda"), 0, 0
+        places = rows, torch.zeros_like(rows), rows, rows, None
         with torch.no_grad():
-            edit.edit_stream(StreamRows(stream, residual, 1.0, *places, record), target, None)
+            given = StreamRows(stream, residual, 1.0, *places, record, whole)
+            edit.edit_stream(given, target.expand(16, -1) if job.get("joint") else target, None)
     torch.cuda.synchronize()
 
 
@@ -210,8 +275,12 @@ def compiling(arguments: Namespace) -> list[Row]:
             for name in DTYPES:
                 if name in ("float64", "bfloat16") or k in (2, 10, 50):
                     add(k, name, "given")
+        for k in (3, 10, 64):
+            add(k, "float64", "given", kind="near")
         for k, name in TOTAL:
             add(k, name, "given", odds="total")
+            if name == "float64":
+                add(k, name, "given", odds="total", kind="near")
     for k in (10, 50):
         add(k, "float32", "propose", odds="total")
     for k, layouts in LAYOUTS.items():
@@ -223,7 +292,16 @@ def compiling(arguments: Namespace) -> list[Row]:
         for site in ("post", "mid") if "models" in asked else ():
             add(k, "float32", site)
             add(k, "bfloat16", site, width=4096)
-    jobs.sort(key=lambda job: -job["K"])
+        for site in ("every post", "every mid") if "generating" in asked else ():
+            add(k, "float32", site)
+    if "generating" in asked:
+        add(10, "float32", "every post", joint=True)
+    if "no waiting" in asked:
+        add(10, "float32", "mid", joint=True)
+        add(10, "float32", "mid", odds="total")
+        add(50, "float32", "mid")
+    # What takes longest first.
+    jobs.sort(key=lambda job: -job["K"] * (3 if "odds" in job else 1))
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -237,9 +315,10 @@ def compiling(arguments: Namespace) -> list[Row]:
         for i in range(workers)
     ]
     rows: list[Row] = []
+    end = time.time() + arguments.limit - 5
     for number, process in enumerate(processes):
         try:
-            said, _ = process.communicate(timeout=170)
+            said, _ = process.communicate(timeout=max(1, end - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
             said = "took too long"
@@ -908,6 +987,32 @@ def probe_fits(arguments: Namespace) -> list[Row]:
     return [{**times, "ratio": times["one by one"] / times["together"]}]
 
 
+def tests(arguments: Namespace) -> list[Row]:
+    """The tests of what runs on a GPU, several at a time."""
+    folder = Path(__file__).parents[1] / "tests"
+    command = [sys.executable, "-m", "pytest", *(str(folder / name) for name in TESTS)]
+    command += ["-q", "-rfE", "--tb=line", "--durations=5"]
+    if importlib.util.find_spec("xdist") is not None:
+        workers = max(1, min(12, (os.cpu_count() or 2) - 1))
+        command += ["--numprocesses", str(workers), "--dist", "worksteal"]
+    process = subprocess.Popen(
+        [*command, *(["--collect-only"] if arguments.small else [])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder.parent,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=arguments.limit - 8)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = process.communicate()[0] + "\ntook too long"
+    row: Row = {"what": "tests", "ended with": process.returncode, "said": said[-6000:]}
+    return [row | ({"error": "see there"} if process.returncode else {})]
+
+
 Section = Callable[[Namespace], list[Row]]
 SECTIONS: dict[str, Section] = {
     "compiling": compiling,
@@ -916,11 +1021,12 @@ SECTIONS: dict[str, Section] = {
     "no waiting": no_waiting,
     "launching": launching,
     "proposing": proposing,
-    "layouts": layouts,
     "models": model_passes,
     "generating": generating,
-    "compiled": compiled,
     "probe fits": probe_fits,
+    "compiled": compiled,
+    "layouts": layouts,
+    "tests": tests,
 }
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, growth, hooks, penalties, qp, ratios, replay, serving
+from benchmarks import device, end_to_end, growth, hooks, penalties, qp, ratios, replay, serving
 from benchmarks.floor import BarePasses
 from benchmarks.measure import medians
 from benchmarks.qp_peers import OURS
@@ -227,6 +227,42 @@ def test_on_a_gpu_ratios_are_those_of_the_device_benchmark(
         ("≤ 1.5 ×", "yes"), ("≤ 25 µs", "yes"), ("≤ 1.5 ×", "yes"), ("≤ 3 ×", "yes"),
         ("≤ 1.5 ×", "yes"), ("≤ 0.1 ×", "no"),
     ]  # fmt: skip
+
+
+def test_sections_on_a_gpu_cost_each_other_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails, one that ends its process, and one for which there is no time."""
+    started: list[list[str]] = []
+
+    def run(command: Sequence[str], check: bool) -> Namespace:
+        started.append(command[command.index("--sections") + 1].split(","))
+        try:
+            device.main(command[3:])
+        except SystemExit as ended:
+            return Namespace(returncode=ended.code)
+        return Namespace(returncode=0)
+
+    def section(arguments: Namespace) -> list[dict[str, Any]]:
+        assert arguments.small and 0 < arguments.limit <= 60
+        return [{"what": "found", "limit": arguments.limit}]
+
+    def ends(arguments: Namespace) -> Any:
+        raise SystemExit(1)
+
+    sections: dict[str, Any] = {"a": section, "fails": lambda _: 1 / 0, "ends": ends, "b": section}
+    monkeypatch.setattr(device, "SECTIONS", sections)
+    monkeypatch.setattr(device.subprocess, "run", run)
+    path = tmp_path / "found.json"
+    device.main(["--small", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert started == [["a", "fails", "ends", "b"], ["b"]] and [*found] == [*sections]
+    assert found["a"][0]["what"] == found["b"][0]["what"] == "found"
+    assert "ZeroDivisionError" in found["fails"][0]["error"]
+    assert "ended with 1 within" in found["ends"][0]["error"]
+    device.main(["--small", "--json", str(path), "--sections", "a,b", "--minutes", "0.1"])
+    left = json.loads(path.read_text())
+    assert all("no time was left" in rows[0]["error"] for rows in left.values())
 
 
 def test_alternatives_take_turns_and_slow_ones_sit_out() -> None:

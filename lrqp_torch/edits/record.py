@@ -170,7 +170,10 @@ class EditRun:
         whole, laid = found
         block.count += count
         self._dtype = whole.dtype
-        self._launch = None if laid is None else _Launch.of(laid, self, block, rows, at)
+        self._launch = None
+        # What a CUDA graph is to make is not there before it runs.
+        if laid is not None and not capturing(stream):
+            self._launch = _Launch.of(laid, self, block, rows, at)
         return whole
 
     def _in_one_call(
@@ -635,7 +638,7 @@ class _Rows:
         last = self._passes[-1] if self._passes else None
         if type(last) is _Block and not captured and last.takes(count) and last.device == device:
             return last
-        if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
+        if not captured and (len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS):
             self._settle()
         with torch.inference_mode(False):
             size = count if captured else max(BLOCK_ROWS, count)

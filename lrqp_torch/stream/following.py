@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lrqp_torch.errors import PositionError, outside_transforms, readable
+from lrqp_torch.errors import PositionError, capturing, outside_transforms, readable
 from lrqp_torch.stream.passes import ForwardCall, SeenMask, Text
 from lrqp_torch.stream.positions import (
     Positions,
@@ -212,7 +212,10 @@ def consecutive(stop: int, device: torch.device) -> Tensor:
     held = _NUMBERS.get(device)
     if held is None or len(held) < stop:
         with outside_transforms(), torch.inference_mode(False):
-            held = _NUMBERS[device] = torch.arange(max(4096, 2 * stop), device=device)
+            held = torch.arange(max(4096, 2 * stop), device=device)
+        # What a CUDA graph is to make is not there before it runs.
+        if not capturing(held):
+            _NUMBERS[device] = held
     return held
 
 
@@ -493,7 +496,8 @@ class ScopeFollower(Follower):
                 shown = None
         step = self._step
         if step is None or step[:2] != (call.batch, device):
-            step = self._step = self._new_step(call.batch, device)
+            step = self._new_step(call.batch, device)
+            self._step = None if capturing(step[3]) else step
         _, _, here, example, column, request = step
         numbers = self.positions.add(here, begin, text.number, shown)
         seen.end = begin + 1
@@ -572,17 +576,21 @@ class ScopeFollower(Follower):
 
     def _grid(self, batch: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and column of all tokens of a batch, (batch · count,) each."""
-        if (batch, count, device) not in self._grids:
+        key = batch, count, device
+        if key not in self._grids:
             if len(self._grids) > 8:
                 self._grids.clear()
             with torch.inference_mode(False):
                 rows = torch.arange(batch, device=device)
                 columns = torch.arange(count, device=device)
-                self._grids[batch, count, device] = (
+                made = (
                     rows.repeat_interleave(count) if count > 1 else rows,
                     columns.repeat(batch) if batch > 1 else columns,
                 )
-        return self._grids[batch, count, device]
+            if capturing(rows):
+                return made
+            self._grids[key] = made
+        return self._grids[key]
 
     def _region(self, call: ForwardCall) -> tuple[int, int]:
         """First token of a call that is in a growing scope, and the one after the last."""

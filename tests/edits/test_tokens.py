@@ -24,7 +24,7 @@ import lrqp_torch as lrqp
 from lrqp_torch.edits import record
 from lrqp_torch.errors import LRQPError
 from lrqp_torch.qp import fused
-from lrqp_torch.stream import repeats
+from lrqp_torch.stream import following, repeats
 from lrqp_torch.stream.passes import Texts
 
 WAYS = ("one call", "launches")
@@ -271,7 +271,8 @@ def weights_written_over(text: Decoding) -> None:
 
 
 def bias_replaced(text: Decoding) -> None:
-    text.edit.probe.bias = torch.nn.Parameter(text.edit.probe.bias + 1, requires_grad=False)
+    bias = text.edit.probe.bias
+    text.edit.probe.bias = torch.nn.Parameter(bias + torch.arange(len(bias)), requires_grad=False)
 
 
 def odds_changed(text: Decoding) -> None:
@@ -404,6 +405,29 @@ def test_masks_that_are_not_looked_at_are_read_by_the_launch(hides: bool) -> Non
             found.append(decoded(next_column_hidden if hides else nothing, mask=kind))
         # What is seen to be hidden has rows of its own; what is not is launched like the others.
         assert len(again) == TOKENS - 1 or (hides and kind is Tensor)
+    agree(*found)
+
+
+def test_nothing_is_kept_that_only_a_cuda_graph_will_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of rows, where they are, and launches that read these."""
+    kept = dict[torch.device, Tensor]()
+    monkeypatch.setattr(following, "_NUMBERS", kept)
+    step, found = following.ScopeFollower._new_step, []
+    for captures in (False, True):
+        kept.clear()
+        laid, seen = mock.Mock(side_effect=fused.edit_stream), mock.Mock()
+        with launched_by_address(stands_in=True), monkeypatch.context() as patch:
+            for module in (record, following):
+                patch.setattr(module, "capturing", lambda *_, captures=captures: captures)
+            patch.setattr(fused, "edit_stream", laid)
+            patch.setattr(
+                following.ScopeFollower, "_new_step", lambda *a, seen=seen: (seen(), step(*a))[1]
+            )
+            found.append(decoded(nothing))
+        # The first token is read like any call.
+        assert seen.call_count == (TOKENS - 1 if captures else 1)
+        assert laid.call_count == (TOKENS if captures else 2)
+        assert bool(kept) != captures
     agree(*found)
 
 

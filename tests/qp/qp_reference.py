@@ -5,7 +5,6 @@ from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
-import quadprog
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
@@ -94,6 +93,8 @@ def reference_edit(problem: Problem, i: int) -> Tensor:
     slopes, gap, length = slopes[length > 0], gap[length > 0], length[length > 0]
     slopes, gap = slopes / length[:, None], gap / length
     size = len(factor)
+    import quadprog  # not wherever there is a GPU
+
     u = quadprog.solve_qp(
         np.eye(size), np.zeros(size), slopes.T.contiguous().numpy(), gap.contiguous().numpy()
     )[0]
