@@ -308,10 +308,20 @@ def as_numbers(values: Any, what: str, error: type[LRQPError] = WidthError) -> T
     """A tensor as it is; a number, a list, an array or a data frame as a tensor on the CPU.
 
     Raises:
-        LRQPError: of the given class, where it holds no numbers.
+        LRQPError: of the given class, where it holds no numbers, or a tensor is sparse.
     """
     if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_meta:
+            raise error(
+                f"{what} must be a dense tensor with values, got {values.layout} on "
+                f"{values.device}; use .to_dense(), and a device that holds them"
+            )
         return values
+    if isinstance(values, Mapping):
+        raise error(
+            f"{what} must be one tensor or array, got {type(values).__name__} of "
+            f"{quoted([*values])}: take one of these"
+        )
     try:
         array = np.asarray(values)
         # torch takes no other machine's byte order, and warns of an array that it must not write.

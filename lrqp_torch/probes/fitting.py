@@ -164,7 +164,7 @@ def read_labels(y: Any) -> tuple[Tensor, tuple[str, ...] | None]:
     if array.dtype.kind == "O" and array.size and all(isinstance(v, str) for v in array.flat):
         array = array.astype(str)
     if array.dtype.kind != "U":
-        return as_numbers(array, "labels", LabelError), None
+        return as_numbers(y, "labels", LabelError), None
     names, places = np.unique(array, return_inverse=True)
     return torch.from_numpy(places.reshape(array.shape)), tuple(names.tolist())
 

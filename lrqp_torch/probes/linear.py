@@ -133,12 +133,13 @@ class LinearProbe(nn.Linear):
         if not isinstance(given, nn.Linear):
             parts = given.named_modules() if isinstance(given, nn.Module) else ()
             linear = [name for name, part in parts if isinstance(part, nn.Linear)]
-            inner = ", ".join(f"get_submodule({name!r})" for name in linear)
+            alone = len(linear) == 1
+            inner = f". Its linear layer alone is .get_submodule({linear[0]!r})" if alone else ""
             raise WidthError(
                 f"a probe must be an nn.Linear from activations to logits, got "
                 f"{type(given).__name__}; for weights of other kinds use LinearProbe.from_weights, "
                 f"which also folds in a standardisation (mean, scale)"
-                + (f". Its linear layer is .{inner}" if len(linear) == 1 else "")
+                + inner
             )
         _check_affine(layer)
         return cls.from_weights(layer.weight, layer.bias)
@@ -345,7 +346,8 @@ class LinearProbe(nn.Linear):
 
         sites: dict[object, list[Key]] = {}
         for name, (x, *_) in problems.items():
-            sites.setdefault(x.data_ptr() if isinstance(x, Tensor) else id(x), []).append(name)
+            dense = isinstance(x, Tensor) and x.layout == torch.strided
+            sites.setdefault(x.data_ptr() if dense else id(x), []).append(name)
         probes: dict[Key, Self] = ranks.divide(list(sites.values()), fit, "cpu")
         devices = {name: getattr(x, "device", "cpu") for name, (x, *_) in problems.items()}
         return {name: probes[name].to(device) for name, device in devices.items()}

@@ -349,7 +349,14 @@ def _call(function: Any, point: Point) -> Any:
         raise ConstraintError(
             f"constraints must be a function of one argument, the point: {error}"
         ) from error
-    return function(point)
+    try:
+        return function(point)
+    except TypeError as error:
+        if Point.__name__ not in str(error):
+            raise
+        raise ConstraintError(
+            f"the function used its point as if it were x': that is point.x ({error})"
+        ) from error
 
 
 def _declare(name: str, shape: Any) -> cp.Parameter:

@@ -351,8 +351,8 @@ class Reading:
             else in_order(self.length, *limits)
         )
         home = input_device(self.model)
-        for watch in self._within:
-            watch.check_open()
+        for opening in self._within:
+            opening.check()
         for batch in batches[turns]:
             part = (
                 cut(self.inputs, batch, self.trunk)

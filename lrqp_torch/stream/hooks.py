@@ -342,8 +342,8 @@ class OutputHook(InputHook):
         return None if kept is stream else with_first(output, kept)
 
 
-def warn_of_dropout(trained: Sequence[nn.Module]) -> None:
-    """Warn when a model's modules that are in training mode drop out activations."""
+def drops_out(trained: Sequence[nn.Module]) -> bool:
+    """Whether a model's modules that are in training mode drop out activations."""
 
     def rate(module: nn.Module) -> Any:
         # Attention functions draw their own masks at a rate that the attention module names.
@@ -351,7 +351,12 @@ def warn_of_dropout(trained: Sequence[nn.Module]) -> None:
             module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
         )
 
-    if any(isinstance(value, int | float) and value > 0 for value in map(rate, trained)):
+    return any(isinstance(value, int | float) and value > 0 for value in map(rate, trained))
+
+
+def warn_of_dropout(trained: Sequence[nn.Module]) -> None:
+    """Warn when they do."""
+    if drops_out(trained):
         warn(
             UserWarning,
             "the model is in training mode and drops out activations at random; call model.eval()",

@@ -556,8 +556,8 @@ class Texts:
             call: under way, and accepted.
             args: of the trunk.
             kwargs: of the trunk.
-            whose: the objects that ``rows.c`` needs to know whose pass it is: ``open``, ``watch``,
-                ``calls``.
+            whose: the objects that ``rows.c`` needs to know whose pass it is: ``open``,
+                ``opening``, ``calls``.
         """
         self._settle()
         if self._begun is not None:
@@ -590,6 +590,11 @@ class Texts:
             setattr(own, name, id(value))
         self._begun = same, own, latest
         return repeats.bound("begin", own, held, like.mask, mask)
+
+    def belong(self, opening: Any) -> None:
+        """Let the function that notes calls act for another opening of their context."""
+        if self._begun is not None:
+            self._begun[1].opening = id(opening)
 
     def stand(self, call: ForwardCall, shape: torch.Size) -> bool:
         """Let calls that are like this one be known from now on, if its tokens have a shape."""

@@ -86,7 +86,7 @@ class Begin(ctypes.Structure):
     """What a trunk was given: ``Begin`` of rows.c."""
 
     _fields_ = (
-        *((name, _address) for name in ("open", "watch", "calls", "call", "names", "values")),
+        *((name, _address) for name in ("open", "opening", "calls", "call", "names", "values")),
         *((name, _address) for name in ("latest", "mask", "copy")),
         *(
             (name, _number)

@@ -216,7 +216,7 @@ static void *own_of(Object *held) { return PyLong_AsVoidPtr(PyTuple_GetItem(held
 
 /* A pass of a trunk, and what it was given: in place of a tensor any other, of which a mask is looked at. */
 typedef struct {
-    Object *open, *watch, *calls, *call, *names, *values, *latest, *mask; /* one that cannot be looked at */
+    Object *open, *opening, *calls, *call, *names, *values, *latest, *mask; /* one that cannot be looked at */
     const void *copy; /* of the mask, or NULL */
     i64 bytes, version, thread, place, masked_at, count;
     Seen tokens, masked;
@@ -239,7 +239,7 @@ static Object *begin(Object *held, Object *const *given, Index n) {
         first + rest != PyTuple_Size(own->values) || PyContextVar_Get(own->open, NULL, &opened) < 0 ||
         !opened)
         return nothing();
-    int here = PySequence_Contains(opened, own->watch) == 1;
+    int here = PySequence_Contains(opened, own->opening) == 1;
     Py_DecRef(opened);
     if (!here || !gives(known.tracing, known.none) || !gives(known.backward, known.outside)) return nothing();
     for (; i < first + rest; i++) {

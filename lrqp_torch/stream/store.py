@@ -41,6 +41,8 @@ from lrqp_torch.files import (
     written_whole,
 )
 from lrqp_torch.stream.capture import ALONE, Given, Progressed, Reading, progress_shown
+from lrqp_torch.stream.compiled import Census, input_device
+from lrqp_torch.stream.hooks import drops_out
 from lrqp_torch.stream.inputs import is_watched
 from lrqp_torch.stream.positions import Where
 from lrqp_torch.stream.sites import Site
@@ -458,6 +460,7 @@ class Writing:
         self.folder, self._reading = folder, reading
         self._request = {
             "model": f"{type(reading.model).__name__} {digest_model(reading.model)}",
+            "mode": _mode(reading.model),
             "inputs": digest_values(reading.inputs),
             "positions": reading.digest_of_positions,
             "sites": ", ".join(reading.sites),
@@ -491,16 +494,25 @@ class Writing:
         self._done.write(self.folder)
 
 
+def _mode(model: nn.Module) -> str:
+    """What activations depend on beside the model and its inputs: dropout, and autocast."""
+    kind = input_device(model).type
+    said = ["dropout"] if drops_out(Census.of(model).in_training(model)) else []
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        said.append(f"autocast to {torch.get_autocast_dtype(kind)}")
+    return ", ".join(said)
+
+
 def _resume(folder: Path, request: dict[str, str]) -> Index | None:
     """The index of what is written already, or None."""
     if not (folder / INDEX_FILE).exists():
         return None
     index = Index.read(folder)
-    different = [name for name, value in request.items() if index.request.get(name) != value]
+    different = [name for name, value in request.items() if index.request.get(name, "") != value]
     if different:
         raise ActivationStoreError(
-            f"{str(folder)!r} holds the capture of other {', '.join(different)}; choose another "
-            f"folder, or delete this one"
+            f"{str(folder)!r} holds another capture, which differs in {', '.join(different)}; "
+            f"choose another folder, or delete this one"
         )
     return index
 

@@ -75,7 +75,29 @@ _is_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interp
 _trace, _backward_pass = torch._C._get_tracing_state, torch._C._current_graph_task_id
 _dispatch_mode, _MODES = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
 _TRACERS = _MODES.PROXY, _MODES.FAKE
-_open: ContextVar[tuple["Watch", ...]] = ContextVar("open", default=())
+_open: ContextVar[tuple["Opening", ...]] = ContextVar("open", default=())
+
+
+class Opening:
+    """That a watch is open, from here on and in what inherits this; when it opens again, as for
+    another context, it is another one.
+    """
+
+    def __init__(self, watch: "Watch") -> None:
+        self.watch = watch
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it has not closed."""
+        return self.watch.opening is self
+
+    def check(self) -> None:
+        """Raise if it has closed, as at work that was put off until after it."""
+        if not self.lasts:
+            raise EditNeverFiredError(
+                "the context in which this was begun has closed, so its edits would be missing; "
+                "finish within it"
+            )
 
 
 class Renewed(Protocol):
@@ -511,6 +533,7 @@ class Watch(Hooks):
         texts: what is read in it.
         reruns: whether blocks run again in the backward pass.
         plain: whether a site's own tensor says all of a call.
+        opening: while it is open, what those that act in it know it by.
         under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
         followed: what graphs are told of it, where they may run.
@@ -528,7 +551,7 @@ class Watch(Hooks):
     followed: Followed | None = None
     _eagerly: run_eagerly | None = None
     latest: ForwardCall | None = None
-    _closed = False
+    opening: Opening | None = None
     resumed: Sequence["Renewed"] = ()
     stays = False
     hook: Any = None
@@ -619,8 +642,9 @@ class Watch(Hooks):
 
     def _begin(self) -> None:
         """Act on what runs here from now on."""
-        self._closed, open_already = False, _open.get()
-        _open.set((*open_already, self) if open_already else (self,))
+        self.opening = opening = Opening(self)
+        self.texts.belong(opening)
+        _open.set((*opened(), opening))
 
     def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
         there = self._leave()
@@ -637,8 +661,8 @@ class Watch(Hooks):
             self.texts.finish()
 
     def _leave(self) -> bool:
-        self._closed = True
-        _open.set(tuple([watch for watch in _open.get() if watch is not self]))
+        self.opening = None
+        _open.set(opened())
         there = self.remove()
         if self.followed is not None:
             self.followed.close()
@@ -713,7 +737,7 @@ class Watch(Hooks):
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
         # On a device a backward pass runs in threads of its own, which know of no context.
-        return self in _open.get() or (
+        return self.opening in _open.get() or (
             in_backward() and isinstance(threading.current_thread(), threading._DummyThread)
         )
 
@@ -799,14 +823,6 @@ class Watch(Hooks):
             )
         return self.latest
 
-    def check_open(self) -> None:
-        """Raise if the context has closed, as at work that was put off until after it."""
-        if self._closed:
-            raise EditNeverFiredError(
-                "the context in which this was begun has closed, so its edits would be missing; "
-                "finish within it"
-            )
-
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """A pass of the trunk begins: what it is the last of until it is over; None of others'."""
         thread = get_ident()
@@ -844,7 +860,7 @@ class Watch(Hooks):
             self.texts.note(call, call.tokens)
             self.latest = call
         if not (transformed or call.again):
-            whose = {"open": _open, "watch": self, "calls": calls}
+            whose = {"open": _open, "opening": self.opening, "calls": calls}
             self.repeat = self.texts.repeated(call, args, kwargs, **whose)
         calls.append(call)
         return calls
@@ -1046,7 +1062,7 @@ class _Pass:
         """See :meth:`Watch.begin`; ``calls``: those under way."""
         # Of the two that tell of a trace, that which torch itself has just asked.
         plain = _trace() is None and _transforms() is None and _backward_pass() == -1
-        if plain and calls is not None and self.watch in _open.get():
+        if plain and calls is not None and self.watch.opening in _open.get():
             call = self.again(args, kwargs)
             if call is not None:
                 for step in self.steps:
@@ -1062,9 +1078,9 @@ def _note_prompts(owner: nn.Module, get_prompt: Callable[..., Any]) -> Callable[
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         prompt = get_prompt(*args, **kwargs)
-        for watch in _open.get():
-            if watch.model is owner:
-                watch._prompts[get_ident()] = prompt
+        for opening in _open.get():
+            if opening.watch.model is owner:
+                opening.watch._prompts[get_ident()] = prompt
         return prompt
 
     return noted
@@ -1081,7 +1097,7 @@ def _watch_cuda_graphs() -> None:
     begin, replay = kind.capture_begin, kind.replay
 
     def here() -> tuple[int, ...]:
-        return tuple(map(id, _open.get()))
+        return tuple([id(opening.watch) for opening in opened()])
 
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1104,9 +1120,9 @@ def _watch_cuda_graphs() -> None:
     kind.capture_begin, kind.replay = capture_begin, replayed
 
 
-def opened() -> tuple[Watch, ...]:
-    """What is open here and now."""
-    return _open.get()
+def opened() -> tuple[Opening, ...]:
+    """What is open here and now, without what another thread has closed."""
+    return tuple([opening for opening in _open.get() if opening.lasts])
 
 
 def _plain(value: Any) -> Any:

@@ -483,7 +483,7 @@ def test_gradients_and_graphs_and_replay_within_a_model() -> None:
             return model(**inputs).logits.double().square().mean()
 
     (slope,) = torch.autograd.grad(loss(low), low)
-    step = 3e-3 * slope.sign()
+    step = 1e-2 * slope.sign()  # a smaller one drowns in what the solver leaves
     with torch.no_grad():
         rise = (loss(low + step) - loss(low - step)) / 2
         assert abs(float((slope * step).sum() - rise)) < 1e-3 * abs(float(rise))
@@ -547,6 +547,7 @@ def test_an_option_that_the_solver_does_not_have() -> None:
         (lambda point: [cp.Variable(name="mine")], "mine"),
         (lambda point: [point.distance <= cp.Parameter(name="mine", value=1.0)], "mine"),
         (lambda point: [point.x <= torch.nan], "NaN"),
+        (lambda point: [cp.norm_inf(point) <= 1], r"that is point\.x"),
     ],
 )
 def test_functions_that_cannot_be_posed(function: Any, said: str) -> None:

@@ -381,7 +381,7 @@ class Contexts:
         resumed, each = False, list[Any]()
         try:
             with self.opened() as run:
-                resumed = bool(lrqp.stream.watch.opened()[-1].resumed)
+                resumed = bool(lrqp.stream.watch.opened()[-1].watch.resumed)
                 each.append(self.change(self.model, self.given))
         except LRQPError as error:
             said = re.sub(r"Thread-\d+", "Thread", str(error))
@@ -686,7 +686,7 @@ def test_positions_are_those_with_which_a_context_opened(at: Any) -> None:
     for number in range(4):
         with intervene(model, Intervention("L1.pre", given, function)):
             if number == 3:
-                assert lrqp.stream.watch.opened()[-1].resumed
+                assert lrqp.stream.watch.opened()[-1].watch.resumed
                 given[:] = [[0]] * 4 if isinstance(given, list) else given.flip(0)
                 found = model(torch.cat([IDS, IDS], 1)).logits
             else:

@@ -50,6 +50,31 @@ def test_a_linear_layer_is_a_probe_of_the_same_odds(
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (torch.eye(120, 5).to_sparse(), "must be a dense tensor"),
+        (torch.empty(120, 5, device="meta"), "on meta"),
+        ({"L1.mid": torch.zeros(120, 5)}, r"\['L1\.mid'\]: take one of these"),
+    ],
+)
+def test_activations_that_hold_no_numbers_are_refused(x: Any, said: str) -> None:
+    labels = torch.arange(120) % 2
+    for fitted in (
+        lambda: LRQP.fit(x, labels),
+        lambda: LinearProbe.fit(x, labels),
+        lambda: Mahalanobis.fit(x),
+        lambda: Covariance(5).update(x),
+        lambda: LinearProbe.fit_many({"a": (x, labels)}),
+    ):
+        with pytest.raises(WidthError, match=said):
+            fitted()
+    with pytest.raises(LabelError, match="take one of these"):
+        LinearProbe.fit(torch.randn(120, 5), {"a": labels})
+    with pytest.raises(WidthError, match="on meta"):
+        LRQP(nn.Linear(5, 2, device="meta"), Mahalanobis.euclidean(5))
+
+
 def test_what_is_no_linear_layer_is_refused() -> None:
     layers: list[Any] = [nn.ReLU(), nn.Sequential(nn.Linear(5, 2)), torch.eye(5), None]
     for layer in layers:

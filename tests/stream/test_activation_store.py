@@ -195,10 +195,22 @@ def test_the_capture_of_something_else_is_refused(
     folder: Path, changes: dict[str, Any], names: str
 ) -> None:
     before = (folder / "index.json").read_bytes()
-    with pytest.raises(ActivationStoreError, match=f"the capture of other {names}; choose another"):
+    with pytest.raises(ActivationStoreError, match=f"which differs in {names}; choose another"):
         store_of(folder, **changes)
     assert (folder / "index.json").read_bytes() == before
     store_of(folder, batch_size=2)  # batches change nothing but rounding
+
+
+def test_another_mode_is_another_capture(folder: Path) -> None:
+    with (
+        pytest.raises(ActivationStoreError, match="differs in mode"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        store_of(folder)
+    model = build("gpt2").train()
+    with pytest.raises(ActivationStoreError, match="differs in mode"), pytest.warns(UserWarning):
+        store_of(folder, model=model)
+    store_of(folder, model=model.eval())
 
 
 def test_open_edits_are_refused(tmp_path: Path) -> None:

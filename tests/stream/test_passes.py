@@ -213,6 +213,31 @@ def test_batches_that_are_read_after_the_context_are_refused() -> None:
         next(batches)
 
 
+def test_what_inherits_a_closed_context_is_not_of_the_next_one_with_the_same_edit() -> None:
+    model = build("llama")
+    clean, edit = logits(model), edit_of(model, "L2.mid")
+    for _ in range(4):
+        with edit.at(model, "L2.mid", positions=AT, target=1):
+            logits(model)
+            inherited = contextvars.copy_context()
+    with edit.at(model, "L2.mid", positions=AT, target=1) as run:
+        edited = logits(model)
+        other = in_a_thread(lambda: inherited.run(logits, model))
+        later = inherited.run(logits, model)
+    assert torch.equal(other, clean) and torch.equal(later, clean)
+    assert not torch.equal(edited, clean) and len(run.steps) == 1
+
+
+def test_a_context_that_another_thread_closes_is_over_in_its_own() -> None:
+    model = build("llama")
+    clean, context = logits(model), intervene(model, turn())
+    context.__enter__()
+    logits(model)
+    in_a_thread(lambda: context.__exit__(None, None, None))
+    assert torch.equal(logits(model), clean)
+    assert lrqp.capture(model, INPUTS, "L2.mid", AT)["L2.mid"].shape == (3, WIDTH)
+
+
 def test_a_rerun_of_one_thread_is_not_taken_for_a_pass_of_another() -> None:
     model = build("llama")
     replay = Replay(model, INPUTS, 2)
