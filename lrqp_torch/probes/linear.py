@@ -138,8 +138,7 @@ class LinearProbe(nn.Linear):
             raise WidthError(
                 f"a probe must be an nn.Linear from activations to logits, got "
                 f"{type(given).__name__}; for weights of other kinds use LinearProbe.from_weights, "
-                f"which also folds in a standardisation (mean, scale)"
-                + inner
+                f"which also folds in a standardisation (mean, scale)" + inner
             )
         _check_affine(layer)
         return cls.from_weights(layer.weight, layer.bias)
