@@ -8,8 +8,9 @@ the edit. In blocks that normalise after adding, it is a module's own output.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,13 @@ from lrqp_torch.stream.traced import (
     with_stream,
 )
 from lrqp_torch.stream.watch import (
+    GLOBAL,
     RAN_TWICE,
     Hook,
     Hooks,
     Watch,
+    _Added,
+    others_in,
 )
 
 Residual = Tensor | tuple[Tensor, Tensor] | None
@@ -61,8 +65,17 @@ Offer = Callable[[repeats.Site, Tensor, Residual, float, ForwardCall], repeats.F
 called with; gives what visits it in passes like that one, or None."""
 
 
-Overwritten = Callable[[Tensor, Tensor, ForwardCall], None]
-"""Called with what was left at a site, and what a hook that was set later has made of it."""
+class Promised(Protocol):
+    """An edit that promises odds of what it leaves at a site."""
+
+    def overwritten(self, left: Tensor, found: Tensor, call: ForwardCall) -> None:
+        """What was left at the site, and what a hook that was set later has made of it."""
+
+    def note_left(self) -> None:
+        """Note in every pass what is left, for :meth:`changed_by`."""
+
+    def changed_by(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
+        """What a module returned, and what hooks of others have made of it."""
 
 
 def attach(
@@ -70,7 +83,7 @@ def attach(
     located: Located,
     visit: Visit,
     offer: Offer | None = None,
-    overwritten: Overwritten | None = None,
+    promised: Promised | None = None,
     kept: "InputHook | None" = None,
 ) -> "InputHook":
     """Call ``visit(tensor, residual, scale, call)`` at a site in the passes of a context.
@@ -78,11 +91,11 @@ def attach(
     The stream there is residual + scale · tensor, and scale · tensor where residual is None. The
     tensor is (B, T, d) in a language model, whatever shape the module gives it; of a head, (B, T,
     head width). ``offer`` may give what does the same in passes like the one before. What is left
-    there is promised to stay if ``overwritten`` is to be told of hooks that change it. The hook may
-    be ``kept`` from an earlier context of this watch.
+    there is to stay if it was ``promised``, which is told of hooks that change it. The hook may be
+    ``kept`` from an earlier context of this watch.
     """
     kind = InputHook if located.side == "input" else OutputHook
-    at = kept.again(located) if kept else kind(watch, located, visit, offer, overwritten)
+    at = kept.again(located) if kept else kind(watch, located, visit, offer, promised)
     if located.side == "input":
         watch.before(located.module, at)
         return at
@@ -105,7 +118,7 @@ class InputHook(Hook):
     Args:
         watch: whose passes these are.
         located: the site.
-        visit, offer, overwritten: see :func:`attach`.
+        visit, offer, promised: see :func:`attach`.
     """
 
     def __init__(
@@ -114,10 +127,13 @@ class InputHook(Hook):
         located: Located,
         visit: Visit,
         offer: Offer | None = None,
-        overwritten: Overwritten | None = None,
+        promised: Promised | None = None,
     ) -> None:
         self.watch, self.located, self.scale = watch, located, located.scale
-        self.overwritten = overwritten
+        self.promised = promised
+        # Hooks of others that are looked at, by their numbers; and modules whose hooks are.
+        self.seen: set[int] = set()
+        self.around: set[nn.Module] = set()
         self.visit, self.under_way = visit, watch.under_way
         # What graphs follow in place of this hook, and of that which keeps what is added to.
         self.traced: Traced | None = None
@@ -193,13 +209,30 @@ class InputHook(Hook):
         self, module: nn.Module, table: OrderedDict[int, Any], own: int, other: int, front: bool
     ) -> None:
         """See :meth:`~.watch._Added.joined`: what a later hook makes of the stream is looked at."""
-        if self.overwritten is None or front:
+        if self.promised is None or front or other in self.seen:
             return
-        left, watch, given = dict[int, Tensor](), self.watch, self.located.side == "input"
+        self.seen.add(other)
+        between = partial(table.move_to_end, other)
+        self.look_at(module, self.located.side == "input", self.compare, between)
+
+    def look(self, module: nn.Module, table: OrderedDict[int, Any], own: int) -> None:
+        """See :meth:`~.watch._Added.look`."""
+        later = list(table)
+        for other in later[later.index(own) + 1 :] if self.promised else ():
+            if not isinstance(table[other], _Added):
+                self.joined(module, table, own, other, False)
+
+    def look_at(
+        self, module: nn.Module, given: bool, compare: Visit, between: Callable[[], Any]
+    ) -> None:
+        """Let ``compare`` be told what hooks make of the tensor that a module is ``given``, or
+        returns; ``between``: puts those hooks behind the first of two that look.
+        """
+        left, watch = dict[int, Tensor](), self.watch
         traced = remembered = None
         if watch.followed is not None:
             name = f"{self.located.site}{KEPT_AT}"
-            traced, remembered = watch.followed.install(name, given, True, 1.0, self.compare)
+            traced, remembered = watch.followed.install(name, given, True, 1.0, compare)
 
         def found(args: Any, kwargs: Any, output: tuple[Any, ...]) -> Tensor | None:
             if not watch.acts():
@@ -216,23 +249,23 @@ class InputHook(Hook):
             calls = self.under_way.get(get_ident())
             call = calls[-1] if calls else watch.latest
             if held is not None and tensor is not None and call is not None:
-                self.compare(tensor.detach(), held, 1.0, call)
+                compare(tensor.detach(), held, 1.0, call)
 
         add = watch.before if given else watch.after
         add(module, before, traced=remembered)
-        table.move_to_end(other)
+        between()
         add(module, behind, traced=traced)
 
     def compare(self, tensor: Tensor, held: Residual, scale: float, call: ForwardCall) -> Tensor:
         """Tell of what was left at the site, ``held``, and of what is there now."""
         assert isinstance(held, Tensor)
-        assert self.overwritten is not None
+        assert self.promised is not None
         features, pair = self.located.features, (held, tensor)
         if held.shape == tensor.shape:
             pair = self.shaped(held, call), self.shaped(tensor, call)
             if features is not None:
                 pair = pair[0][..., features], pair[1][..., features]
-        self.overwritten(*pair, call)
+        self.promised.overwritten(*pair, call)
         return tensor
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -291,10 +324,45 @@ class OutputHook(InputHook):
         super().__init__(watch, located, *visits)
         # What it is added to is kept by thread; by thread and module, what is added to it before.
         self.besides: dict[tuple[int, nn.Module], Tensor] = {}
+        self.first = False
 
     def remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the module that reads what is added to."""
-        self.residuals[get_ident()] = stream_given(module, args, kwargs)
+        if not self.first:
+            self.residuals[get_ident()] = stream_given(module, args, kwargs)
+
+    def look(self, module: nn.Module, table: OrderedDict[int, Any], own: int) -> None:
+        """See :meth:`~.watch._Added.look`."""
+        super().look(module, table, own)
+        located, reader, promised = self.located, self.located.residual, self.promised
+        if reader is not None and not self.first and others_in(GLOBAL):
+            # Those of all modules run before those of one: what they make of its input is not what
+            # the skip path holds either.
+            def remember(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+                if module is reader:
+                    self.residuals[get_ident()] = stream_given(module, args, kwargs)
+
+            self.watch.before_all(reader, remember)
+            self.first = True
+        # What passes the tensor on, as dropout does, or holds the sum, as a layer of T5.
+        for part in located.neighbours if promised else ():
+            hooks = cast(OrderedDict[int, Any], part._forward_hooks)
+            if promised and hooks and part not in self.around and others_in(hooks):
+                self.around.add(part)
+                promised.note_left()
+                self.look_at_all(part, hooks)
+
+    def look_at_all(self, part: nn.Module, hooks: OrderedDict[int, Any]) -> None:
+        """Look at what hooks of others make of what another module returns."""
+
+        def compare(tensor: Tensor, held: Residual, scale: float, call: ForwardCall) -> Tensor:
+            assert isinstance(held, Tensor) and self.promised is not None
+            if held.shape == tensor.shape and not call.again:
+                held, tensor = self.shaped(held, call), self.shaped(tensor, call)
+                self.promised.changed_by(part, held, tensor)
+            return tensor
+
+        self.look_at(part, False, compare, lambda: hooks.move_to_end(next(reversed(hooks)), False))
 
     def note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After a module whose output is added to the tensor first."""

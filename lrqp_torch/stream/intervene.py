@@ -48,7 +48,7 @@ from lrqp_torch.stream.passes import ForwardCall, puts_tokens_in_front
 from lrqp_torch.stream.positions import Positions, Where
 from lrqp_torch.stream.sites import Known, Located, Site, known_of, locate
 from lrqp_torch.stream.traced import may_trace, refuse_within_compilation
-from lrqp_torch.stream.watch import Watch
+from lrqp_torch.stream.watch import Watch, opened
 
 Record = TypeVar("Record")
 
@@ -229,7 +229,7 @@ def intervene(
 
     Warns:
         EditOverwrittenWarning: an edit that promises odds is followed by another one of the same
-            tokens at the same site.
+            tokens at the same site, in this context or in one within it.
     """
     return Editing(model, interventions, list)
 
@@ -298,11 +298,15 @@ class Editing(ContextDecorator, Generic[Record]):
                 watch = Watch(model, follows, trunk=trunk, reruns=reruns, graphs=graphs)
                 watch.__enter__()
                 self._watches.append((watch, items))
-                for each in sorted(items, key=_site_of) if len(items) > 1 else items:
-                    promised = None if each.record is None else each.overwritten
+                watch.edits = sorted(items, key=_site_of) if len(items) > 1 else items
+                for each in watch.edits:
+                    promised = None if each.record is None else each
                     watch.hook = attach(watch, each.located, each.apply, each.offer, promised)
+                    each.hook = ref(watch.hook)
                     if each.record is not None:
                         each.record.begin(model, each.item.site)
+            if len(opened()) > 1 or len(applied) > 1:
+                _hold_to_each_other(applied)
         except BaseException as error:
             self._leave(type(error), error, error.__traceback__)
             raise
@@ -329,6 +333,8 @@ class Editing(ContextDecorator, Generic[Record]):
             return False
         watch, applied, located = plan.watch, plan.applied, known.places[item.site]
         if watch is None or not plan.serves(model, item, located, census):
+            return False
+        if any([watch.edits for watch in opened()]):
             return False
         known.passes.pop(key, None)
         plan.watch, self._plan, self._trained = None, plan, False
@@ -398,6 +404,30 @@ def _warn_of_overwriting(applied: Sequence["_Applied"]) -> None:
             )
             return
         promised.update(dict.fromkeys(keys, place) if each.certified else {})
+
+
+def _hold_to_each_other(new: Sequence["_Applied"]) -> None:
+    """Let edits tell what they do to what others have promised, here or in contexts around."""
+    every = [each for watch in opened() for each in watch.edits]
+    for place, first in enumerate(every):
+        for number, other in enumerate(every) if first.certified else ():
+            alike = first.located.module is other.located.module
+            if other is first or not (first in new or other in new) or (alike and number < place):
+                continue
+            if other.located.may_hold_what(first.located) and _may_meet(first, other):
+                first.note_left()
+                other.tell_of(first)
+
+
+def _may_meet(first: "_Applied", other: "_Applied") -> bool:
+    """Whether two edits may be of the same tokens and features, and that was not said already."""
+    parts, at = [first.located.features, other.located.features], [first.places, other.places]
+    if None not in parts and parts[0] != parts[1]:
+        return False
+    means = [{*each.positions.means()} for each in at]
+    if means[0].isdisjoint(means[1]):
+        return any([each.counts for each in at])
+    return first.located.site != other.located.site or first.hook().watch is not other.hook().watch
 
 
 def _site_of(applied: "_Applied") -> Site:
@@ -557,6 +587,12 @@ class _Applied:
         self._passes = ctypes.c_int64()
         # What a function gave for a stream, which compiled code could not put in place.
         self.given: tuple[Tensor, Any] | None = None
+        # What others have promised that this may break; and by thread what it has left in the
+        # latest call: its number, the tensor's rows and columns, the rows edited, and what the
+        # tensor, and the stream, holds there.
+        self.behind: list[_Applied] = []
+        self.left: dict[int, tuple[int, torch.Size, Rows, list[Tensor]]] | None = None
+        self.overwrites: list[tuple[_Applied, Tensor]] = []
         # A call that is one object for all that are like it, and its rows on the CPU.
         self.known: tuple[ForwardCall, Rows] | None = None
         self.largest: list[Tensor] = []
@@ -567,6 +603,9 @@ class _Applied:
         # What stands for the calls that compiled code edits, and what that is told.
         self.same: ForwardCall | None = None
         self.site: repeats.Site | None = None
+
+    hook: Callable[[], Any]
+    """A weak reference to the hook that it is applied by."""
 
     def take(self, item: Intervention, located: Located) -> None:
         """Be that of an intervention."""
@@ -820,12 +859,110 @@ class _Applied:
                 return
         self._refuse_hook()
 
-    def _refuse_hook(self) -> None:
+    def _refuse_hook(self, module: nn.Module | None = None) -> None:
+        kind, at = type(module or self.located.module).__name__, self.located.site
         raise EditOverwrittenError(
-            f"a hook that was set on {type(self.located.module).__name__} while this context was "
-            f"open changes what the edit at {self.located.site} has put in place, so the odds are "
+            f"a hook on {kind} changes what the edit at {at} has put in place, so the odds are not "
+            f"those that it promises: remove the hook, or edit behind it"
+            if module
+            else f"a hook that was set on {kind} while this context was "
+            f"open changes what the edit at {at} has put in place, so the odds are "
             f"not those that it promises: set the hook before the context opens, and the edit "
             f"comes after it"
+        )
+
+    def note_left(self) -> None:
+        """Note in every pass what is left at the site, for what runs behind it."""
+        self.left = {} if self.left is None else self.left
+        self._look_at_every_pass()
+
+    def tell_of(self, first: "_Applied") -> None:
+        """Tell in every pass whether this changes what another edit has left."""
+        self.behind.append(first)
+        self._look_at_every_pass()
+
+    def _look_at_every_pass(self) -> None:
+        hook = self.hook()
+        if hook.function is hook.visit:
+            hook.function = self.noted
+        hook.visit, hook.repeat, hook.offer = self.noted, None, None
+
+    def noted(self, stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
+        """:meth:`apply`, and what comes of it for others."""
+        result = self.apply(stream, residual, scale, call)
+        if call.again or not (concrete(stream) and concrete(result)):
+            return result
+        for first in [*self.behind]:
+            changed = first.changes(stream, result, self.located.features)
+            if changed is None:
+                continue
+            if not readable(changed):
+                self.overwrites.append((first, changed))
+            elif bool(changed):
+                self._say_overwritten(first)
+        if self.left is not None:
+            at = self.places.rows(replace(call, again=True), result.device)
+            self.left.pop(get_ident(), None)
+            if at is not None:
+                self.left[get_ident()] = self._left(at, result, residual, scale)
+        return result
+
+    def _left(
+        self, at: Rows, result: Tensor, residual: Residual, scale: float
+    ) -> tuple[int, torch.Size, Rows, list[Tensor]]:
+        base, beside = residual if isinstance(residual, tuple) else (residual, None)
+        with outside_transforms(), torch.no_grad():
+            written, base, beside = (
+                None if part is None else at.gather(unwrapped(part))
+                for part in (result, base, beside)
+            )
+            assert written is not None
+            held = added(written, scale, beside)
+            held = held if base is None else base + held
+        return self.hook().watch.texts.n_calls, result.shape[:2], at, [written.clone(), held]
+
+    def changes(
+        self, before: Tensor, after: Tensor, features: slice | None = None
+    ) -> Tensor | None:
+        """Whether a tensor that held what was left in this call is another now; None: it did not.
+
+        ``features``: which of those of the module's tensor they are.
+        """
+        number, shape, at, kinds = (self.left or {}).get(get_ident(), (-1, None, None, []))
+        if at is None or number != self.hook().watch.texts.n_calls or before.shape[:2] != shape:
+            return None
+        own = self.located.features
+        with outside_transforms(), torch.no_grad():
+            x, y = (at.gather(unwrapped(part)) for part in (before, after))
+            if features is None and own is not None:
+                x, y = x[:, own], y[:, own]
+            elif own is None and features is not None:
+                kinds = [kind[:, features] for kind in kinds]
+            same = [x.eq(kind).all(-1) for kind in kinds if kind.shape == x.shape]
+            if not same:
+                return None
+            changed = torch.stack(same).any(0) & x.ne(y).any(-1)
+            return (changed if at.shown is None else changed & at.shown).any()
+
+    def changed_by(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
+        """Raise if hooks of others on a module change what it returns, and that was left here.
+
+        Raises:
+            EditOverwrittenError: they do; on a GPU that is raised when the context closes.
+        """
+        changed = self.changes(before, after)
+        if changed is not None and not readable(changed):
+            self.changed.append(changed)
+        elif changed is not None and bool(changed):
+            self._refuse_hook(module)
+
+    def _say_overwritten(self, first: "_Applied") -> None:
+        self.behind = [each for each in self.behind if each is not first]
+        warn(
+            EditOverwrittenWarning,
+            f"the edit at {self.located.site} changes tokens of which that at "
+            f"{first.located.site} has promised odds: its record tells of odds that the stream "
+            f"does not hold any more. JointLRQP promises odds of several variables at once",
         )
 
     def close(self, watch: Watch) -> None:
@@ -839,6 +976,9 @@ class _Applied:
                 f"open, as adapters do, so what ran since was not edited: open the context after "
                 f"that"
             )
+        for first, changed in self.overwrites:
+            if first in self.behind and bool(changed):
+                self._say_overwritten(first)
         if self.raises_late:
             cast(Recorded, self.item.edit).raise_late()
         if self.largest:

@@ -559,6 +559,34 @@ class Located:
                     return True
         return False
 
+    @cached_property
+    def block(self) -> Home | None:
+        """The outermost member of a list of modules that the module is part of, or is; or outermost
+        part of the model.
+        """
+        last = self.homes[-1] if self.homes else None
+        return next((home for home in reversed(self.homes) if home[1].isdigit()), last)
+
+    @cached_property
+    def neighbours(self) -> list[nn.Module]:
+        """The other modules of the block that are not part of the module."""
+        block = self.block
+        if block is None or block[2] is self.module:
+            return []
+        own = {*modules_of(self.module), block[2]}
+        return [part for part in modules_of(block[2]) if part not in own]
+
+    def may_hold_what(self, other: "Located") -> bool:
+        """Whether it may be, by another name, what another site holds, and runs behind it."""
+        if self.module is other.module and self.side == other.side:
+            return True
+        if self.block is None or other.block is None:
+            return False
+        table, name, block = other.block
+        if other.module is block and other.side == "output" and self.side == "input":
+            return name.isdigit() and self.module is table.get(str(int(name) + 1))
+        return self.block[2] is block and (self.site.path or other.site.path) is not None
+
     @property
     def passes(self) -> object:
         """Equal for sites that are given the same tokens in the same calls."""

@@ -160,6 +160,13 @@ class _Added:
         if self.last is not None:
             table.move_to_end(own, last=self.last)
 
+    def look(self, module: nn.Module, table: "OrderedDict[int, Any]", own: int) -> None:
+        """Take notice of hooks that were set by other ways than the module's own methods; see
+        :meth:`joined`.
+        """
+        if self.last is not None:
+            table.move_to_end(own, last=self.last)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.traced is not None and (traces() or compiler._is_compiling_flag):
             return self.traced(*args)
@@ -205,6 +212,13 @@ class Hooks:
             cast(_Added, table[number]).last = False
             cast(OrderedDict[int, Any], table).move_to_end(number, last=False)
             self._first.append((cast(OrderedDict[int, Any], table), number))
+
+    def before_all(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """The same, also before hooks of all modules; it is called before other modules too, there
+        without ``kwargs``.
+        """
+        number = self._add(module, function, None, GLOBAL, module._forward_pre_hooks_with_kwargs)
+        GLOBAL.move_to_end(number, last=False)
 
     def after(
         self,
@@ -370,6 +384,15 @@ class Hooks:
             if not added.users:
                 _put(own, name, added.before)
         return there
+
+
+GLOBAL = cast("OrderedDict[int, Any]", torch.nn.modules.module._global_forward_pre_hooks)
+"""Hooks of torch's before all modules."""
+
+
+def others_in(table: Mapping[int, Any]) -> bool:
+    """Whether a table has hooks that no context has set."""
+    return any([not isinstance(hook, _Added) for hook in table.values()])
 
 
 _get = dict.get
@@ -541,6 +564,7 @@ class Watch(Hooks):
         resumed: what has not seen a call yet since another context knew the last one; all of it
             begins anew if the first call is not like those of that context.
         hook: that of its site, where it has one alone.
+        edits: what is edited in it, in the order in which edits of one module run.
         stays: whether what is known of calls is kept for another context when this one closes.
 
     Raises:
@@ -555,6 +579,8 @@ class Watch(Hooks):
     resumed: Sequence["Renewed"] = ()
     stays = False
     hook: Any = None
+    edits: Sequence[Any] = ()
+    _looked = -1
 
     def __init__(
         self,
@@ -733,6 +759,15 @@ class Watch(Hooks):
         """The first call is like those of an earlier context, and was noted as under way."""
         self.resumed = ()
         self.texts.first()
+
+    def look(self) -> None:
+        """Take notice of hooks that others have set since this was last asked, in whatever way."""
+        # Every hook of torch's, of whatever kind, has the next number.
+        if RemovableHandle.next_id == self._looked:
+            return
+        for kept, number, _, added, (table, *_) in [*self._hooks]:
+            added.look(kept.module, cast("OrderedDict[int, Any]", table), number)
+        self._looked = RemovableHandle.next_id
 
     def acts(self) -> bool:
         """Whether what runs here and now belongs to this context."""
@@ -943,6 +978,7 @@ class Watch(Hooks):
         if self.resumed:
             self.renew()
         if self.acts():
+            self.look()
             self._threads.add(get_ident())
             call = self._see(given, held=held)
             self._in_graph[get_ident()] = call
@@ -1040,6 +1076,8 @@ class _Pass:
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         watch, calls = self.watch, self.under_way.get(get_ident())
+        if RemovableHandle.next_id != watch._looked:
+            watch.look()
         repeat, resumed = watch.repeat, watch.resumed
         # Within transforms of others a context knows what it has done outside of them.
         known = repeat is not None and not (resumed and _transforms() is not None)

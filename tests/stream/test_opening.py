@@ -256,10 +256,11 @@ def test_a_context_that_cannot_open_leaves_nothing(monkeypatch: pytest.MonkeyPat
     edited(model)
     before, attach = own(model), intervening.attach
 
-    def failing(watch: Any, located: Any, *visit: Any) -> None:
-        attach(watch, located, *visit)
+    def failing(watch: Any, located: Any, *visit: Any) -> Any:
+        made = attach(watch, located, *visit)
         if str(located.site) == "L1.post":
             raise KeyError
+        return made
 
     monkeypatch.setattr(intervening, "attach", failing)
     context = lrqp.intervene(model, [item("L1.mid"), item("L1.post")])
