@@ -76,7 +76,9 @@ class EditNeverFiredError(LRQPError, RuntimeError):
 
 
 class EditOverwrittenError(LRQPError, RuntimeError):
-    """A hook of one's own changes what an edit has put in place, so its odds do not hold there."""
+    """A hook of one's own, on a site's module or on one that passes its tensor on, changes what an
+    edit has put in place, so its odds do not hold there.
+    """
 
 
 class TokenizerError(LRQPError, ValueError):
@@ -185,7 +187,7 @@ class RevisionWarning(UserWarning):
 
 
 class EditOverwrittenWarning(UserWarning):
-    """A later edit of the same context writes where one before it has promised odds."""
+    """An edit writes where another one, of the same context or around it, has promised odds."""
 
 
 def warn(category: type[Warning], message: str) -> None:

@@ -290,10 +290,18 @@ _PLACING = ("accelerate.", "transformers.distributed.", "transformers.integratio
 """Packages whose functions in place of a forward say where a module computes, and not what."""
 
 
+def stood_for(forward: Any) -> Any:
+    """What a ``forward`` that an open context has put in place stands for; any other itself."""
+    function = getattr(forward, "__func__", None)
+    # What somebody has wrapped around it by functools.wraps has its attributes, and not its home.
+    if getattr(function, "__globals__", {}).get("__name__") == "lrqp_torch.stream.traced":
+        return forward.stands_for
+    return forward
+
+
 def _own_forward(module: nn.Module) -> Any:
     """What a module computes by in place of its class's forward; None for the class's."""
-    forward = vars(module).get("forward")
-    forward = getattr(forward, "stands_for", forward)  # by an open context, for this
+    forward = stood_for(vars(module).get("forward"))
     while forward is not None:
         function = getattr(forward, "func", forward)
         function = getattr(function, "__func__", function)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lrqp_torch.errors import CompiledModelError, ModelError, UnknownFamilyError
+from lrqp_torch.files import stood_for
 from lrqp_torch.stream import repeats
 
 
@@ -98,7 +99,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 def _forwards_compiled(own: dict[str, Any]) -> bool:
     held = own.get("forward")
-    return hasattr(getattr(held, "stands_for", held), "_torchdynamo_orig_callable")
+    return hasattr(stood_for(held), "_torchdynamo_orig_callable")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -215,8 +216,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 def own_forward(module: nn.Module) -> Any:
     """The ``forward`` that somebody gave a module in place of its class's, if not a context."""
-    held = vars(module).get("forward")
-    return getattr(held, "stands_for", held)
+    return stood_for(vars(module).get("forward"))
 
 
 def descend(module: nn.Module, path: str) -> nn.Module:

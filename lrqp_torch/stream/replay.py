@@ -19,15 +19,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.errors import NonFiniteError, PositionError, SiteError
+from lrqp_torch.errors import ModelError, NonFiniteError, PositionError, SiteError
 from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.hooks import record_stream, resume_at
 from lrqp_torch.stream.passes import cache_among, forward_of, name_of_cache
 from lrqp_torch.stream.sites import blocks_of
+from lrqp_torch.stream.watch import opened
+from lrqp_torch.stream.weights import Weights
 
 TOKEN_INPUTS = ("input_ids", "position_ids")
 """Inputs with one entry a token that runs; the attention mask also covers the prefix."""
@@ -59,6 +62,8 @@ class _Rerun:
                 f"first_position {first_position} is outside the {ids.shape[1]} tokens"
             )
         self.model, self.first_position = model, first_position
+        self._weights = Weights(model)
+        self._within = [ref(watch) for watch in opened() if watch.edits and watch.model is model]
         self._selects = "logits_to_keep" in forward_of(model).parameters
         self._cache_name = name_of_cache(model)
         self._goes_on = False
@@ -85,6 +90,24 @@ class _Rerun:
             self.first_position = 0
         return output.logits[:, -1], streams, found.layers if self.first_position else []
 
+    def _check_model(self) -> None:
+        """Raise if what is kept is not what the model would give now.
+
+        Raises:
+            ModelError: its weights, the adapter in use, or what edits it are others.
+        """
+        if not all(watch() in opened() for watch in self._within):
+            raise ModelError(
+                f"this {type(self).__name__} was made within an edit whose context has closed, so "
+                f"what it kept is edited and what goes on from there is not: make it outside"
+            )
+        if self._weights.changed(self.model):
+            raise ModelError(
+                f"the weights of {type(self.model).__name__} have changed since its clean run was "
+                f"kept, so what goes on from there would be of two models: make another "
+                f"{type(self).__name__}"
+            )
+
     def _columns(self, columns: Tensor) -> Tensor:
         """Columns of the input as columns of what runs again."""
         if len(columns) == 0 or int(columns.min()) < self.first_position:
@@ -102,6 +125,7 @@ class _Rerun:
         """Logits, at the last column or at chosen ones of those that run."""
         from transformers import DynamicCache
 
+        self._check_model()
         arguments: dict[str, Any] = dict(inputs)
         if self._selects:
             arguments["logits_to_keep"] = 1 if columns is None else columns
@@ -203,6 +227,7 @@ class Replay(_Rerun):
         Raises:
             SiteError: the model has no such layer.
             PositionError: a column that does not run again.
+            ModelError: the model's weights have changed since.
         """
         self._check_layer(first_layer, "first_layer")
         at = None if columns is None else self._columns(columns)
@@ -239,6 +264,7 @@ class Replay(_Rerun):
                 "no tokens can follow this run: make Replay(..., goes_on=True), for a model "
                 "without an adapter that puts tokens in front"
             )
+        self._check_model()
         past = self._ended(clean)
         found = []
         for few in torch.arange(len(rows), device=rows.device).split(_MOST_BRANCHES):
@@ -390,6 +416,9 @@ class Tail(_Rerun):
         Args:
             rows: LongTensor (m,), which of the n prompts.
             columns: LongTensor (k,), rising, none below ``first_position``.
+
+        Raises:
+            ModelError: the model's weights have changed since.
         """
         rows, at = rows.to(self._device), self._columns(columns.to(self._device))
         inputs = {name: tensor[rows] for name, tensor in self._inputs.items()}

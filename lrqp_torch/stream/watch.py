@@ -33,6 +33,7 @@ from lrqp_torch.errors import (
     unwrapped,
     warn,
 )
+from lrqp_torch.files import stood_for
 from lrqp_torch.stream.compiled import (
     CompiledModelWarning,
     has,
@@ -849,7 +850,8 @@ class Watch(Hooks):
             return calls[-1]
         # What runs once more in a backward pass is known where there was only one.
         if self.texts.n_calls != 1 or self.latest is None or not in_backward():
-            ours = hasattr(vars(self.trunk).get("forward"), "stands_for")
+            forward = vars(self.trunk).get("forward")
+            ours = stood_for(forward) is not forward
             raise PositionError(
                 f"a block ran outside of a forward pass of {type(self.trunk).__name__}, so one "
                 f"cannot say which tokens it was given: run the model itself, and turn gradient "

@@ -1,6 +1,9 @@
 """Replay of the suffix equals the full forward pass with the same edits."""
 
+import copy
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
-from lrqp_torch.errors import EditNeverFiredError, PositionError, SiteError
-from lrqp_torch.stream.replay import Replay
+from lrqp_torch.errors import EditNeverFiredError, ModelError, PositionError, SiteError
+from lrqp_torch.stream.replay import Replay, Tail
 
 MODELS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gpt_neox_serial", "gpt_neox_parallel")
 PROMPTS = Prompts.random([9, 6, 12, 7])
@@ -43,6 +46,70 @@ def test_inputs_that_are_written_over_later_were_copied() -> None:
     replay = Replay(model, inputs, FIRST)
     inputs["input_ids"].fill_(7)
     assert close(replay.run(), replay.clean_logits)
+
+
+def by_fused_steps(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    with torch.enable_grad():
+        model(**PROMPTS.padded("left")).logits.sum().backward()
+    optimizer.step()
+
+
+def through_data(model: nn.Module) -> None:
+    """As adapters are merged; no counter of torch's sees it."""
+    model.get_submodule("transformer.h.0.attn.c_attn").weight.data += 0.01  # type: ignore[operator]
+
+
+CHANGES: list[tuple[Callable[[nn.Module], Any], bool]] = [
+    (by_fused_steps, True),
+    (through_data, True),
+    (lambda model: model.load_state_dict(build("gpt2", seed=3).state_dict()), True),
+    (lambda model: model.get_submodule("transformer.wte").weight[7].mul_(2), True),  # type: ignore[operator, union-attr]
+    (lambda model: model.half(), True),
+    (lambda model: model.requires_grad_(False), False),
+    (lambda model: model.double().float(), False),
+    (lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True), False),
+]
+
+
+@pytest.mark.parametrize(("change", "changes"), CHANGES)
+@torch.no_grad()
+def test_a_run_of_other_weights_is_not_gone_on_with(
+    change: Callable[[nn.Module], Any], changes: bool
+) -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    replay, tail = Replay(model, inputs, FIRST, goes_on=True), Tail(model, inputs, 1, FIRST)
+    replay.run(1)
+    change(model)
+    rows, last, behind = torch.arange(4), torch.tensor([11]), torch.ones(4, 2, dtype=torch.long)
+    for kind, run in (
+        ("Replay", lambda: replay.run(1)),
+        ("Replay", lambda: replay.follow(behind, rows)),
+        ("Tail", lambda: tail.run(rows, last)[:, 0]),
+    ):
+        if changes:
+            with pytest.raises(ModelError, match=f"weights of GPT2.*make another {kind}"):
+                run()
+        else:
+            found = run()
+            assert found.shape[1] == 2 or close(found, model(**inputs).logits[:, -1])
+
+
+@torch.no_grad()
+def test_a_run_within_an_edit_is_gone_on_with_within_it_alone() -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    early = Intervention("L0.post", AT - 1, lambda x, context: x + 1)
+    late = Intervention("L2.pre", AT, lambda x, context: x + 1)
+    with intervene(model, early):
+        replay = Replay(model, inputs, FIRST)
+        with intervene(model, late):
+            expected = model(**inputs).logits[:, -1]
+            assert close(replay.run(2), expected)
+    with (
+        pytest.raises(ModelError, match="made within an edit whose context has closed"),
+        intervene(model, late),
+    ):
+        replay.run(2)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,5 +1,6 @@
 """A pass of a model is noted around its trunk's ``forward``, whoever calls or wraps that."""
 
+import functools
 import inspect
 import pickle
 import threading
@@ -13,6 +14,8 @@ from models_for_tests import WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
 
 from lrqp_torch.errors import EditNeverFiredError, PositionError
+from lrqp_torch.files import digest_model
+from lrqp_torch.stream.compiled import own_forward
 
 INPUTS = Prompts.random([7, 7, 7, 7]).padded("right")
 IDS = INPUTS["input_ids"]
@@ -229,3 +232,21 @@ def test_a_forward_within_a_context_takes_what_it_took() -> None:
     with opened(trunk, "L1.post"):
         assert "forward" in vars(trunk) and inspect.signature(trunk.forward) == before
         trunk(**INPUTS)
+
+
+@torch.no_grad()
+def test_a_wrapper_that_has_a_contexts_attributes_is_none_of_a_context() -> None:
+    """``functools.wraps`` copies them; what it wraps is looked at as any other replacement is."""
+    model: Any = build("gpt2")
+    for module in (model.transformer.h[1], model.transformer):
+        before = digest_model(model)
+        with opened(model):
+            noted = module.forward
+            module.forward = functools.wraps(noted)(lambda *args, **given: noted(*args, **given))  # noqa: B023
+            expected = logits(model)
+            assert own_forward(module) is vars(module)["forward"]
+        assert own_forward(module) is vars(module)["forward"] and digest_model(model) != before
+        with opened(model):
+            assert torch.equal(logits(model), expected)
+        del module.forward
+        assert digest_model(model) == before
