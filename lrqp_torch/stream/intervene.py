@@ -334,7 +334,7 @@ class Editing(ContextDecorator, Generic[Record]):
         watch, applied, located = plan.watch, plan.applied, known.places[item.site]
         if watch is None or not plan.serves(model, item, located, census):
             return False
-        if any([watch.edits for watch in opened()]):
+        if any([opening.watch.edits for opening in opened()]):
             return False
         known.passes.pop(key, None)
         plan.watch, self._plan, self._trained = None, plan, False
@@ -408,7 +408,7 @@ def _warn_of_overwriting(applied: Sequence["_Applied"]) -> None:
 
 def _hold_to_each_other(new: Sequence["_Applied"]) -> None:
     """Let edits tell what they do to what others have promised, here or in contexts around."""
-    every = [each for watch in opened() for each in watch.edits]
+    every = [each for opening in opened() for each in opening.watch.edits]
     for place, first in enumerate(every):
         for number, other in enumerate(every) if first.certified else ():
             alike = first.located.module is other.located.module

@@ -63,7 +63,11 @@ class _Rerun:
             )
         self.model, self.first_position = model, first_position
         self._weights = Weights(model)
-        self._within = [ref(watch) for watch in opened() if watch.edits and watch.model is model]
+        self._within = [
+            ref(opening)
+            for opening in opened()
+            if opening.watch.edits and opening.watch.model is model
+        ]
         self._selects = "logits_to_keep" in forward_of(model).parameters
         self._cache_name = name_of_cache(model)
         self._goes_on = False
@@ -96,7 +100,7 @@ class _Rerun:
         Raises:
             ModelError: its weights, the adapter in use, or what edits it are others.
         """
-        if not all(watch() in opened() for watch in self._within):
+        if not all(opening() in opened() for opening in self._within):
             raise ModelError(
                 f"this {type(self).__name__} was made within an edit whose context has closed, so "
                 f"what it kept is edited and what goes on from there is not: make it outside"
