@@ -81,13 +81,13 @@ def fit(
     from lrqp_torch.study.store import made_folder
 
     labels = given.split_names(label, "label")
-    asked = Settings(out=out, shrinkage=given.parse_shrinkage(shrinkage), **chosen)
+    asked = Settings(out=out, sites=site, shrinkage=given.parse_shrinkage(shrinkage), **chosen)
     data, size = str(asked.data), asked.batch_size
     with nullcontext() if dry_run else made_folder(out):
         log = RowLog(asked.strict)
         read = {name: read_own(replace(asked, label=name), log) for name in labels}
         loaded, tokenizer = given.load_model(asked.model, asked.device)
-        sites = choose_sites(loaded, site)
+        sites = choose_sites(loaded, asked.sites)
         several = len(sites) * len(labels) > 1
         require_one_kind(out, several)
         edits: dict[str, LRQP] = {}

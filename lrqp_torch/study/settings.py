@@ -159,6 +159,7 @@ class Settings:
 
         Raises:
             SettingError: a number out of its range, or a method that does not exist.
+            SiteError: a name that is no site's.
         """
         from lrqp_torch.errors import SettingError, quoted
         from lrqp_torch.study.doses import DOSES
@@ -177,6 +178,7 @@ class Settings:
             if (own := getattr(self, name)) not in known:
                 raise SettingError(f"{name} must be one of {', '.join(known)}, not {quoted(own)}.")
         check_names(self.compared)
+        _check_sites(self.sites)
         _require_least(self, refits=0, batch_size=1)
         if self.data is None and not (
             self.variable_names[0] == ORDER and {*self.variable_names} <= {ORDER, IDENTITY}
@@ -248,6 +250,16 @@ class Settings:
         return kept | ({"compare_task": self.compares} if self.data is None else {})
 
 
+def _check_sites(names: str) -> None:
+    """Raise SiteError where one is a site of no model, before any is loaded."""
+    from lrqp_torch.stream.sites import Site
+    from lrqp_torch.study.reading import listed
+
+    for name in listed(names):
+        if name != "all":
+            Site.parse(name)
+
+
 def _require_least(settings: Any, **least: int) -> None:
     """Raise :class:`SettingError` for a setting below what it must be at least."""
     from lrqp_torch.errors import SettingError
@@ -296,6 +308,7 @@ class VerdictSettings:
 
         Raises:
             SettingError: a number out of its range, a method that does not exist, or no model.
+            SiteError: a name that is no site's.
         """
         from lrqp_torch.errors import SettingError
         from lrqp_torch.models.organisms import ORGANISMS, organisms_here
@@ -305,6 +318,7 @@ class VerdictSettings:
         if self.models == "all":
             object.__setattr__(self, "models", ",".join(organisms_here()))
         _require_least(self, seeds=1, batch_size=1, n=8)
+        _check_sites(self.sites)
         if not self.model_names():
             raise SettingError(f"no model given; name some, such as {', '.join(ORGANISMS)}.")
         unknown = [name for name in listed(self.methods) if name not in {*METHODS, "all"}]

@@ -28,7 +28,7 @@ from lrqp_torch.study.known import read_truth
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import SiteResult, StudyResults, best_site, columns_of
 from lrqp_torch.study.run import run as run_study
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.settings import Settings, VerdictSettings
 from lrqp_torch.study.store import made_folder
 
 SITES = "L0.mid,L1.pre,L1.mid"
@@ -387,6 +387,15 @@ def test_settings_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         replace(Settings(model="organism", out=tmp_path), **change)
+
+
+def test_what_is_no_site_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    for names in ("L2.mix", "L2.mid-L3.pre", "all,L1"):
+        with pytest.raises(SiteError, match="is no site"):
+            Settings(model="organism", out=tmp_path, sites=names)
+        with pytest.raises(SiteError, match="is no site"):
+            VerdictSettings(out=tmp_path, sites=names)
+    assert Settings(model="organism", out=tmp_path, sites="all, final,L1.H2.z").sites
 
 
 def test_unknown_devices_are_refused() -> None:
