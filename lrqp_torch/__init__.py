@@ -79,8 +79,8 @@ _MODULES = {
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 # Modules and packages that are public names themselves.
-_ROOMS = {"errors": "errors", "sites": "stream.sites"} | {
-    name: name for name in ("baselines", "distributed", "ioi", "learn", "models", "sensitivity")
+_ROOMS = {"sites": "stream.sites", "errors": "errors", "baselines": "baselines", "ioi": "ioi"} | {
+    name: name for name in ("distributed", "learn", "models", "plot", "sensitivity", "tasks")
 }
 
 

@@ -80,3 +80,9 @@ def test_the_stream_loads_what_a_model_needs_only_with_a_model() -> None:
     )
     assert "torch" in modules
     assert not modules & {"transformers", "cvxpy", "rich", "torch._dynamo"}
+
+
+def test_rooms_are_found_by_their_names() -> None:
+    for room in ("tasks", "plot", "ioi", "models", "baselines", "learn", "sensitivity"):
+        assert lrqp_torch.__getattr__(room).__name__ == f"lrqp_torch.{room}"
+        assert room in dir(lrqp_torch)
