@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,6 +225,17 @@ def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
+
+
+def _stream_in(output: Any, h: Tensor) -> Tensor | None:
+    """What a module returned, in the shape of a stream h; None where it is none, as where adapters
+    run a module on a matrix of weights as well (DoRA).
+    """
+    tensor = first_tensor(output)
+    if tensor is None or not tensor.is_floating_point() or distributed(tensor):
+        return None
+    fits = tensor.numel() == h.numel() and tensor.shape[-1] == h.shape[-1]
+    return tensor.view(h.shape) if fits else None
 
 
 def distributed(tensor: Tensor) -> bool:
@@ -450,7 +462,8 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
     h = _input_like(call.stream, seed=0, size=SMALL)
     record = _Record.of(call, h)
     constants = list(_constants(call.block, model))
-    first_reader = next((n for n, x, _ in record.inputs if torch.equal(x, h)), "")
+    whole = ((name, x) for name, x, _ in record.inputs if name not in record.flat)
+    first_reader = next((name for name, x in whole if torch.equal(x, h)), "")
     cut, start, attention = None, 0, None
     # Behind self-attention there may be cross-attention, which adds to what the first has left.
     base: tuple[Tensor, str | None] | None = (h, None)
@@ -492,11 +505,15 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
         passes = (s.cut for s in record.sums(h, None, constants) if _mixes_tokens(call, s.cut))
         apart = any(cut_difference(call, c, reads_on=False) <= close for c in passes)
         reason = READS_ON if call.carried and apart else WITHOUT_MID
-    matrices = (name for name in record.weights if _mixes_tokens(call, Cut(name, None)))
-    projection = next(matrices, None)
-    # An adapter around a matrix reads what the matrix reads, and adds to it.
-    while projection is not None and projection.rpartition(".")[0] in record.weights:
-        projection = projection.rpartition(".")[0]
+    # W_O runs before what attention adds, and before the MLP, whose matrices mix tokens too.
+    order = [name for name, _ in record.outputs]
+    known = attention is not None and attention.module in order
+    end = order.index(attention.module) + 1 if attention and known else start or len(order)
+    matrices = (name for name in record.weights if name in order[:end])
+    matrix = next((name for name in matrices if _mixes_tokens(call, Cut(name, None))), None)
+    # An adapter around a matrix reads what the matrix reads, and adds to it or turns it first.
+    around = (name for name in record.weights if f"{matrix}.".startswith(f"{name}."))
+    projection = min(around, key=len, default=None)
     return BlockSites(first_reader, cut, projection, reason, attention, mlp)
 
 
@@ -585,9 +602,9 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
                 name: str,
                 others: dict[str, Tensor] = others,
             ) -> None:
-                tensor = first_tensor(output)
-                assert tensor is not None
-                others[name] = tensor.view(h.shape)
+                tensor = _stream_in(output, h)
+                if tensor is not None:
+                    others[name] = tensor
 
             def force(
                 module: nn.Module,
@@ -598,16 +615,16 @@ def _forced(call: _Call, h: Tensor, *forced: tuple[Cut, Tensor]) -> Iterator[Non
                 base: list[Tensor] = base,
                 others: dict[str, Tensor] = others,
             ) -> Any:
-                tensor = first_tensor(output)
-                assert tensor is not None
-                shaped = tensor.clone().view(h.shape)
-                wanted = value
+                tensor, wanted = _stream_in(output, h), value
+                if tensor is None:
+                    return output
+                shaped = tensor.clone()
                 if cut.scale is not None:
                     beside = beside_of(cut.beside, others)
                     held = base[0] if beside is None else base[0] + beside
                     wanted = (value - held[:, TOKEN]) / cut.scale
                 shaped[:, TOKEN] = wanted.to(shaped.dtype)
-                return with_first(output, shaped.view(tensor.shape))
+                return with_first(output, shaped.view_as(cast(Tensor, first_tensor(output))))
 
             if cut.added_to is not None:
                 reader = call.block.get_submodule(cut.added_to)
@@ -659,9 +676,9 @@ def _mixes_tokens(call: _Call, cut: Cut) -> bool:
         h[:, :TOKEN] = _input_like(call.stream, other)[:, :TOKEN]
 
         def keep(module: nn.Module, args: Any, output: Any, h: Tensor = h) -> None:
-            tensor = first_tensor(output)
-            assert tensor is not None
-            seen.append(tensor.view(h.shape)[:, TOKEN].double())
+            tensor = _stream_in(output, h)
+            if tensor is not None:
+                seen.append(tensor[:, TOKEN].double())
 
         with _hooked(call.block.get_submodule(cut.module), keep):
             call.again(h)
@@ -687,10 +704,11 @@ class _Record:
     outputs: list[tuple[str, Tensor]]  # name and output, reshaped to (B, T, d)
     weights: list[str]  # names of the modules with a matrix of weights onto the stream's width
     result: Tensor  # the block's output
+    flat: set[str]  # names of the modules that read rows and tokens in one, perhaps only some
 
     @classmethod
     def of(cls, call: _Call, h: Tensor) -> "_Record":
-        record = cls([], [], [], h)
+        record = cls([], [], [], h, set())
         with ExitStack() as stack:
             for name, module in call.block.named_modules():
                 if not name:
@@ -700,23 +718,28 @@ class _Record:
                     x = stream_given(args, kwargs, h.shape)
                     if x is not None:
                         record.inputs.append((name, x.detach().clone(), len(record.outputs)))
+                        if not any(x is item for item in (*args, *kwargs.values())):
+                            record.flat.add(name)
 
                 def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    x = first_tensor(output)
-                    if x is None or not x.is_floating_point() or x.numel() != h.numel():
-                        return
-                    if distributed(x):
-                        return
-                    if x.shape[-1] == h.shape[-1]:
+                    x = _stream_in(output, h)
+                    if x is not None:
                         weight = getattr(module, "weight", None)
-                        if isinstance(weight, Tensor) and weight.ndim == 2:
+                        packed = isinstance(getattr(module, "in_features", None), int)
+                        if packed or (isinstance(weight, Tensor) and weight.ndim == 2):
                             record.weights.append(name)
-                        record.outputs.append((name, x.detach().view(h.shape).clone()))
+                        record.outputs.append((name, x.detach().clone()))
 
                 handle = module.register_forward_pre_hook(_ours(before), with_kwargs=True)
                 stack.callback(handle.remove)
                 stack.callback(module.register_forward_hook(_ours(after)).remove)
             record.result = call.again(h).detach()
+        # What runs more than once, as W_O with some adapters, is no one place.
+        names = [name for name, _ in record.outputs]
+        once = [names.count(name) == 1 for name in names]
+        record.inputs = [(name, x, sum(once[:before])) for name, x, before in record.inputs]
+        record.outputs = list(compress(record.outputs, once))
+        record.weights = [name for name in record.weights if names.count(name) == 1]
         return record
 
     def sums(

@@ -193,6 +193,7 @@ OTHERS = [
     "CTRLLMHeadModel",
     "FuyuForCausalLM",
     "GPT2LMHeadModel",
+    "HiggsAudioV2ForConditionalGeneration",  # each norm and MLP is given tokens of one kind alone
     "OpenAIGPTLMHeadModel",
     "T5EncoderModel",
     "VisualBertForPreTraining",
@@ -459,26 +460,70 @@ def test_padding_that_a_model_reads_is_not_left_out(name: str) -> None:
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
+class Adapter(nn.Module):
+    """As adapters of peft stand around a matrix."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.more = base, nn.Linear(WIDTH, WIDTH, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+class Adds(Adapter):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.more(x)
+
+
+class TurnsFirst(Adapter):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(self.more(x))
+
+
+class Weighs(Adapter):
+    """It runs what it adds on a matrix too, to know how long each row of the sum is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.more(torch.eye(WIDTH)[:, None].expand(-1, 5, -1))[:, 0].mT + self.weight
+        return (self.base_layer(x) + self.more(x)) / rows.norm(dim=1)
+
+
 @torch.no_grad()
-def test_an_adapter_around_a_matrix_is_where_heads_are_read_and_written() -> None:
+@pytest.mark.parametrize("adapter", [Adds, TurnsFirst, Weighs])
+def test_an_adapter_around_a_matrix_is_where_heads_are_read_and_written(
+    adapter: type[Adapter],
+) -> None:
     model = build_tiny("LlamaForCausalLM")
-
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base_layer, self.more = base, nn.Linear(WIDTH, WIDTH, bias=False)
-
-        @property
-        def weight(self) -> Tensor:
-            return self.base_layer.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base_layer(x) + self.more(x)
-
     for block in model.model.layers:
-        block.self_attn.o_proj = Adapter(block.self_attn.o_proj)
+        block.self_attn.o_proj = adapter(block.self_attn.o_proj)
     model.config.adapted = True
     assert {places.projection for places in layout_of(model).each} == {"self_attn.o_proj"}
+    check_parts(model)
+
+
+def test_a_projection_that_runs_more_than_once_is_no_place_for_heads() -> None:
+    class Twice(nn.Module):
+        """Attention beside what it adds of its own, both mapped to the stream by one matrix."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+            output, *rest = self.model(hidden_states, **given)
+            return output + self.model.o_proj(hidden_states.cumsum(1)), *rest
+
+    model = build_tiny("LlamaForCausalLM")
+    for block in model.model.layers:
+        block.self_attn = Twice(block.self_attn)
+    assert "L1.mid" in lrqp.all_sites(model)
+    assert "L1.z" not in lrqp.all_sites(model, PARTS)
+    with pytest.raises(UnknownFamilyError, match="its heads cannot be told apart"):
+        lrqp.capture(model, inputs_of(0), "L1.z")
+    without = build_tiny("FNetForMaskedLM")  # the MLP's last matrix is not taken for one
+    assert {places.projection for places in layout_of(without).each} == {None}
 
 
 def test_every_class_of_the_list_is_one_of_transformers() -> None:
