@@ -490,16 +490,29 @@ class Weighs(Adapter):
         return (self.base_layer(x) + self.more(x)) / rows.norm(dim=1)
 
 
+class Packs(nn.Module):
+    """A quantised matrix, which has no weight."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_buffer("packed", base.weight.mT.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.packed
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("adapter", [Adds, TurnsFirst, Weighs])
-def test_an_adapter_around_a_matrix_is_where_heads_are_read_and_written(
-    adapter: type[Adapter],
+@pytest.mark.parametrize("adapter", [Adds, TurnsFirst, Weighs, Packs])
+def test_what_is_put_around_a_matrix_is_where_heads_are_read_and_written(
+    adapter: type[Adapter | Packs],
 ) -> None:
     model = build_tiny("LlamaForCausalLM")
     for block in model.model.layers:
         block.self_attn.o_proj = adapter(block.self_attn.o_proj)
     model.config.adapted = True
     assert {places.projection for places in layout_of(model).each} == {"self_attn.o_proj"}
+    assert lrqp.capture(model, inputs_of(0), "L1.H1.z")["L1.H1.z"].shape[-1] == WIDTH // 4
     check_parts(model)
 
 
