@@ -454,7 +454,7 @@ class LRQP(Edit[Classes]):
         if asked is not None:
             floor = as_floors(asked, (batch,), device)
         skip = self.on_infeasible == "skip"
-        invalid = reduce(torch.logical_or, wrong) if wrong else None
+        invalid = reduce(torch.logical_or, wrong).bool() if wrong else None
         solution = self.qp.solve(
             x, classes, floor, geometry, realise=realise, live=live, skip=skip, wrong=invalid
         )

@@ -107,8 +107,8 @@ class ActiveSets:
         unit = gap * self.scale[case]
         largest = unit.amax(-1, keepdim=True)
         unit = torch.where(largest > 0, unit / largest, -1.0)
-        chunk, problems = max(1, CHUNK_NUMBERS // self.table.shape[1]), torch.arange(len(self.cap))
-        problems = problems.to(case.device)
+        chunk = max(1, CHUNK_NUMBERS // self.table.shape[1])
+        problems = torch.arange(len(self.cap), device=case.device)
         parts = []
         for start in range(0, max(1, len(gap)), chunk):
             at = slice(start, start + chunk)

@@ -347,6 +347,19 @@ def test_a_kept_geometry_is_compared_on_the_device(blind: None) -> None:
     assert kept.get(probe, metric, weight.device) is not second
 
 
+@pytest.mark.parametrize("n_classes", [2, 5, 10])
+def test_one_class_for_all_is_held_to_the_probe_as_it_is_now(blind: None, n_classes: int) -> None:
+    """What compares it on the device is a number and no truth value."""
+    probe = LinearProbe(16, n_classes, dtype=torch.float64).requires_grad_(False)
+    edit, x = LRQP(probe, Mahalanobis.euclidean(16), log_odds=2.0), torch.randn(10, 16)
+    for worst in (Status.SOLVED, Status.INVALID):
+        parts = (probe.weight, probe.bias), edit.metric, x.device
+        solution = edit._attempt(x, 1, None, None, *edit._geometry.peek(*parts))
+        assert solution.status.amax() == worst
+        probe.weight.data.mul_(1.5)
+    assert torch.equal(solution.x_new, x)
+
+
 @pytest.mark.parametrize("n_classes", [2, 3, 10])
 def test_compiled_in_one_graph(n_classes: int) -> None:
     """The whole solve and its gradient, with the same numbers; K = 10 pivots in one operator."""
