@@ -252,6 +252,7 @@ def test_sections_on_a_gpu_cost_each_other_nothing(
 
     sections: dict[str, Any] = {"a": section, "fails": lambda _: 1 / 0, "ends": ends, "b": section}
     monkeypatch.setattr(device, "SECTIONS", sections)
+    monkeypatch.setattr(device, "DEFAULT", [*sections])
     monkeypatch.setattr(device.subprocess, "run", run)
     path = tmp_path / "found.json"
     device.main(["--small", "--json", str(path)])
