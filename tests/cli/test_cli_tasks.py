@@ -119,6 +119,7 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
     said = " ".join(result.stdout.split())
     assert "correction for 3 sites) at L2.mid." in said
+    assert "P: of no more flips" in said and "ceiling:" not in said  # no prompt has a twin
     assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {
         "results.json", "prompts.safetensors", "prompts.json", "report.html", "parts",

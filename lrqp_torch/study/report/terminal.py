@@ -21,7 +21,7 @@ from lrqp_torch.study.parts.flipping import sites_table
 from lrqp_torch.study.report.page import as_text
 from lrqp_torch.study.results import StudyResults
 from lrqp_torch.study.settings import Settings
-from lrqp_torch.study.showing import between, percent, said, signed
+from lrqp_torch.study.showing import between, percent, plural, said, signed
 
 MOST_ROWS = 30
 
@@ -129,7 +129,7 @@ def fitting(console: Console, table: Table, title: str, caption: str = "", **loo
     """
     for count in range(len(table.columns), 0, -1):
         left_out = len(table.columns) - count
-        note = f"\n{left_out} more columns on a wider terminal" if left_out else ""
+        note = f"\n{plural(left_out, 'more column')} on a wider terminal" if left_out else ""
         kept = Table(table.columns[:count], [row[:count] for row in table.rows])
         shown = as_rich(kept, title, caption + note, **looks)
         # Measured in any width, or it would be what there is room for.
@@ -159,7 +159,8 @@ def _sweep(results: StudyResults, console: Console, most_rows: int) -> Group:
     }
     kept = {name: whole.columns.index(name) for name in chosen if name in whole.columns}
     rows = [[row[index] for index in kept.values()] for row in whole.rows]
-    (caption,) = said("study", "sweep_caption", effect=effect)
+    ceiling = "flipped, interchange (%)" in kept
+    (caption,) = said("study", "sweep_caption", effect=effect, ceiling=ceiling)
     if len(rows) > most_rows:
 
         def change(name: str) -> float:
