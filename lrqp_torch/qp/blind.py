@@ -77,7 +77,8 @@ class Blind:
         own: numbers of each target, (K, q), split into ``sizes``; of two classes (6, 4), of each
             target with each source; see :meth:`build`.
         blocks: what λ is multiplied by in three or four parts, the last of which moves x.
-        paired: of more than two those of target t with source v, in row v + K t.
+        paired: of more than two those of each target with each source, (K, K + 1, q); the last, or
+            that of source −1, is where it is the probe's own reading.
         sets: the active sets of all targets; of two classes None.
         constants: of two classes ‖a‖, ‖a‖ ‖Σa‖ / M, the roots of M and of ‖Σa‖², what is wrong
             with 1 / M, and M, each (1, 1) or (1, 2).
@@ -169,12 +170,13 @@ class Blind:
             # How margins come from logits, and behind them z_v − z_t.
             margins = torch.nn.functional.pad(towards, (0, 0, 0, 1))
             none, root = weight.new_zeros(n, 1), 1 / sets.scale
-            parts = none, sets.scale, root, length, moved, spread, sets.cap, packed, margins
+            parts = none, none, sets.scale, root, length, moved, spread, sets.cap, packed, margins
             own = torch.cat([part.flatten(1) for part in parts], 1)
-            sizes = [1, m, m, m, m, n * m, count, m * sum(blocks), n * n]
+            sizes = [1, 1, m, m, m, m, n * m, count, m * sum(blocks), n * n]
             unit = torch.eye(n, dtype=own.dtype, device=own.device)
-            paired = own.unsqueeze(1).repeat(1, n, 1)
-            paired[..., -n:] = unit - unit.unsqueeze(1)
+            paired = own.unsqueeze(1).repeat(1, n + 1, 1)
+            paired[:, :n, 1] = -torch.inf
+            paired[:, :n, -n:] = unit - unit.unsqueeze(1)
         columns = weight.mT.contiguous()
         kinds = DOUBLE_STEPS, FINE_STEPS, COARSE_STEPS
         trials = 1, len(FINE_STEPS), 1 + len(COARSE_STEPS)
@@ -343,7 +345,7 @@ class _Several(_Two):
             own = of.paired[self.target, rule.source]
         else:
             own = of.own.index_select(0, self.target)
-        none, scale, root, length, reach, spread, self.cap, packed, towards = own.split(
+        none, reads, scale, root, length, reach, spread, self.cap, packed, towards = own.split(
             of.sizes, -1
         )
         self.packed = packed.view(batch, m, -1)
@@ -352,8 +354,7 @@ class _Several(_Two):
         margins, belief = margins.split([m, 1], -1)
         before = margins.amin(-1, keepdim=True)
         if rule is not None:
-            belief = (-before).clamp_min(0.0) if rule.source is None else belief
-            floors = torch.maximum(belief, rule.log_odds)
+            floors = torch.maximum(torch.maximum(belief, reads - before), rule.log_odds)
         else:
             floors = _given(floor, before)
         missing = floors - margins
@@ -389,10 +390,11 @@ class _Several(_Two):
         active = multipliers > 0
         edit = active.any(-1, keepdim=True)
         behind = gap - grown
-        terms = torch.stack([grown, moved, behind, after - floors, length, root], 1)
+        terms = [grown, moved, behind, after - floors, missing, length, root]
+        terms = torch.stack(terms, 1)
         products = (terms * multipliers.unsqueeze(1)).sum(-1)
-        distance, moved, _, _, _, total = products.split(1, -1)
-        _, _, unbalanced, surplus, bound, rounds = (products / distance).split(1, -1)
+        distance, moved, *_, total = products.split(1, -1)
+        _, _, unbalanced, surplus, least, bound, rounds = (products / distance).split(1, -1)
         # As in `solution.kkt_residual`: what is short relative to the largest gap and its own, and
         # what Mλ rounds by taken off.
         behind = torch.addcmul(behind, total, root, value=-ROUNDING)
@@ -402,8 +404,9 @@ class _Several(_Two):
         base = self.realise.base if self.realise and fused.places(self.realise) else None
         if self.plain and base is not None:
             self.rounded = self.size + sizes(base)
-        long = torch.addcmul(self.rounded, (1 - surplus).clamp_min(0.0), moved.sqrt())
-        longer = torch.addcmul(surplus - LONGER, bound, long, value=-ROOM * self.precision)
+        least = torch.minimum(least, 1 - surplus)
+        long = torch.addcmul(self.rounded, least.clamp_min(0.0), moved.sqrt())
+        longer = torch.addcmul(1 - LONGER - least, bound, long, value=-ROOM * self.precision)
         residual = torch.cat([none, short, unbalanced, longer], -1).amax(-1, keepdim=True)
         residual = torch.where(edit, residual, of.zero)
         status = torch.where(residual < within, of.status[Status.SOLVED], of.failed)
@@ -485,7 +488,9 @@ class _Total(_Two):
         found, after, edited = found[at], after[at], edited[at]
         squared = (found * constraints.apply(found)).sum(-1)
         weight, headroom = found.sum(-1), Headroom(self.precision, length, self.size, wide.shape[1])
-        gap = torch.where(edit & (reached > 0), after - floors, 0.0).squeeze(-1) * weight
+        aims = before + gaps[at]
+        over = torch.maximum(after, aims) - floors
+        gap = torch.where(edit & (reached > 0), over, 0.0).squeeze(-1) * weight
         reach = (found * constraints.length).sum(-1)
         held = held[at]
         longer = excess(gap, reach, squared, headroom, wide, edited, lambda _: held)
@@ -509,7 +514,6 @@ class _Total(_Two):
                 valid.squeeze(-1),
             ),
         )
-        aims = before + gaps[at]
         return solution, Ended(None, parts, found, aims.expand_as(found)) if repeats else None
 
     def attempt(self, gaps: Tensor, before: Tensor, needed: Tensor) -> tuple[Tensor, ...]:

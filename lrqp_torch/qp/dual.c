@@ -397,7 +397,7 @@ static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
             /* Equations compare neighbours, of which near-equal ones have a short row of their own. */
             i64 block = kind == FIXED ? offset : choice[v] < 0 ? 0 : choice[v];
             w->pair[l] = s->first[v] + (kind ? offset + block * rivals : 0);
-            w->kept |= kind == FIXED;
+            w->kept += kind == FIXED;
         }
     double *own = w->own, *combination = w->combination;
     for (i64 i = 0; i < m; i++) {
@@ -408,9 +408,16 @@ static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
     }
     if (w->kept) memset(combination, 0, sizeof(double) * m * m);
     for (i64 i = 0; w->kept && i < m; i++) combination[i * m + i] = 1;
-    for (i64 slot = 0; w->kept && slot < m; slot++) {
+    /* First what stands out most from its rounding, which what it is taken out of inherits. */
+    for (i64 done = 0; done < w->kept; done++) {
+        i64 slot = -1;
+        double most = 1;
+        for (i64 i = 0; i < m; i++) {
+            double over = w->kind[i] == FIXED ? own[i * m + i] / larger(w->noise[i], TINY) : 0;
+            if (over > most) most = over, slot = i;
+        }
+        if (slot < 0) break;
         double pivot = own[slot * m + slot];
-        if (w->kind[slot] != FIXED || !(pivot > w->noise[slot])) continue;
         const double *restrict row = own + slot * m, *restrict held = combination + slot * m;
         for (i64 i = 0; i < m; i++) {
             /* What was symmetric stays so: this is row i's part, too. */
@@ -419,6 +426,7 @@ static void stack(const Shared *s, const Task *t, Work *w, i64 b) {
             double *restrict into = own + i * m, *restrict kept = combination + i * m;
             for (i64 j = 0; j < m; j++) into[j] -= part * row[j];
             for (i64 j = 0; j < m; j++) kept[j] -= part * held[j];
+            w->noise[i] += part * part * w->noise[slot];
         }
         memset(own + slot * m, 0, sizeof(double) * m);
         memset(combination + slot * m, 0, sizeof(double) * m);
@@ -1284,9 +1292,11 @@ static double excess_of(const Shared *s, const Task *t, Work *w, i64 b, const do
         if (!(multipliers[l] > 0)) continue;
         reach += multipliers[l] * (s->variables ? w->length[l] : length[l + (l >= target)]);
         weight += multipliers[l];
-        if (!t->total) gap += multipliers[l] * (margin(s, w, target, after, l) - floors[t->each == 1 ? 0 : l]);
+        if (!t->total)
+            gap += multipliers[l] *
+                   larger(margin(s, w, target, after, l) - floors[t->each == 1 ? 0 : l], w->raised[l]);
     }
-    if (t->total) gap = weight * (least - *floors);
+    if (t->total) gap = weight * larger(least - *floors, *w->raised);
     gap /= squared, reach /= squared;
     if (!(gap > LONGER)) return 0;
     recall(s, w, b, t);

@@ -1083,7 +1083,8 @@ def edit_kernel(
             if not TWO:
                 # As reach.excess.
                 squared = tl.maximum(distance, TINY)
-                surplus = tl.sum(tl.where(rival, lam * (seen - bound), 0.0), 0) / squared
+                surplus = tl.maximum(seen - bound, raised)
+                surplus = tl.sum(tl.where(rival, lam * surplus, 0.0), 0) / squared
                 by_room = ROOM * tl.sum(tl.where(rival, lam * lengths, 0.0), 0) / squared
                 edited_size = tl.maximum(tl.sqrt(tl.sum(edited_square, 0)), TINY)
                 by_room *= tl.maximum(4.0 * tl.sqrt(tl.sum(apart, 0)) / edited_size, EPS)

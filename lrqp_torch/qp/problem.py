@@ -359,7 +359,7 @@ class MahalanobisQP(nn.Module):
             if moved is None:
                 moved = (edited - own).detach().square().sum(-1)
             again = torch.ones_like(found.feasible) if found.again is None else found.again
-            parts = (found.multipliers, found.active, found.residual, found.squared)
+            parts = (found.multipliers, found.active, found.residual, found.squared, aim.detach())
             return Attempt(edited, again, (*parts, moved), found.feasible)
 
         def read(held: Tensor, rows: Rows) -> Tensor:
@@ -376,14 +376,16 @@ class MahalanobisQP(nn.Module):
             realise=realise,
             raised=headroom.in_advance(missing.clamp_min(0.0)),
         )
-        multipliers, active, residual, squared, moved = attempt.found
+        multipliers, active, residual, squared, aimed, moved = attempt.found
         feasible = attempt.reaches
         edit = needed & feasible
         least = (after - bound.detach()).amin(-1)
         reached = (least >= 0) & torch.isfinite(after.sum(-1))
         if multipliers.shape[-1] > 1 and self.solver.least:
             held = realise or (lambda edited: edited.to(x.dtype).double())
-            weight, surplus = multipliers.detach(), (after - bound.detach()).clamp_min(0.0)
+            # What was aimed at counts, too: rounding may take off what an edit is too long by.
+            surplus = (torch.maximum(after, aimed) - bound.detach()).clamp_min(0.0)
+            weight = multipliers.detach()
             # Total odds are one reading, of which all multipliers are parts.
             gap = torch.where(edit & reached, (weight * surplus).sum(-1), 0.0)
             bounds = gap, (weight * constraints.length).sum(-1), squared.detach()

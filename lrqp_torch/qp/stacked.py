@@ -44,6 +44,7 @@ KEEP = -2
 """In place of a target: the variable's beliefs stay where they are."""
 
 MOST_PAIRS = 16_384
+TINY = torch.finfo(torch.float64).tiny
 # The other modes of torch's distances take them from products, which lose those of near classes.
 DIFFERENCES = "donot_use_mm_for_euclid_dist"
 
@@ -413,18 +414,24 @@ class StackedGeometry:
         identity = torch.eye(self.n_constraints, dtype=gram.dtype, device=gram.device)
         combination = identity.expand_as(gram)
         if not readable(fixed) or bool(fixed.any()):
-            # Of each example by itself, so that it is the same in any company.
-            noise = noise + DEPENDENT * diagonal * fixed.any(-1, keepdim=True)
-            for slot in range(self.n_constraints):
-                pivot = gram[:, slot, slot]
-                present = fixed[:, slot] & (pivot.detach() > noise[:, slot])
-                scaled = torch.where(
-                    present.unsqueeze(-1),
-                    gram[:, slot] / torch.where(present, pivot, 1.0).unsqueeze(-1),
-                    0.0,
+            # Of each example by itself, so that it is the same in any company; first what stands
+            # out most from its rounding, which what it is taken out of inherits.
+            noise, left = noise + DEPENDENT * diagonal * fixed.any(-1, keepdim=True), fixed
+            for _ in range(int(fixed.sum(-1).max()) if readable(fixed) else self.n_constraints):
+                over = gram.detach().diagonal(dim1=-2, dim2=-1) / noise.clamp_min(TINY)
+                slot = torch.where(left, over, -1.0).argmax(-1, keepdim=True)
+                present = left.gather(-1, slot) & (over.gather(-1, slot) > 1)
+                left = left.scatter(-1, slot, False)
+                own, other = (
+                    part.take_along_dim(slot.unsqueeze(-1), -2) for part in (gram, combination)
                 )
-                combination = combination - scaled.unsqueeze(-1) * combination[:, slot, None]
-                gram = gram - scaled.unsqueeze(-1) * gram[:, slot, None]
+                pivot = own.take_along_dim(slot.unsqueeze(-1), -1)
+                scaled = torch.where(
+                    present, (own / torch.where(present.unsqueeze(-1), pivot, 1.0)).squeeze(-2), 0.0
+                )
+                combination = combination - scaled.unsqueeze(-1) * other
+                gram = gram - scaled.unsqueeze(-1) * own
+                noise = noise + scaled.detach().square() * noise.gather(-1, slot)
         both = wanted.unsqueeze(-1) & wanted.unsqueeze(-2)
         gram = torch.where(both, (gram + gram.transpose(-1, -2)) / 2, 0.0)
         return gram, noise, torch.where(wanted.unsqueeze(-1), combination, 0.0)

@@ -35,6 +35,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lrqp_torch.errors import readable
 from lrqp_torch.qp.active_set import solve_dual
@@ -70,6 +71,8 @@ ALIGNED = 8
 # From such a residual on shares are taken from the last λ, so often; and this one is enough.
 FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
 MAX_HALVINGS = 40
+# From so many numbers of M on, 2 MB, a derivative forms it anew.
+KEPT_NUMBERS = 250_000
 
 Inner = Callable[..., tuple[Tensor, ...]]
 """From M, p, μ and right-hand sides r, (I + μ H M)⁻¹ r of each, see :func:`solve_inner`."""
@@ -108,22 +111,35 @@ class TotalOdds(Solver):
         self, constraints: Constraints, margins: Tensor, floor: Tensor, asked: Tensor
     ) -> Found:
         """See :meth:`Solver.solve`."""
-        gram, noise = constraints.gram, constraints.noise
-        fixed = gram.detach()
-        start, wanted, room = without_constants(fixed, margins, floor.squeeze(-1), noise)
-        # A floor of −∞ is met by every activation: that example is not asked.
-        question = torch.where(asked & room, wanted.detach(), -torch.inf)
-        found = solve_total(fixed, start.detach(), question, noise)
-        feasible = (room | ~asked) & found.feasible
-        edited = asked & feasible
-        multipliers = total_multipliers(gram, start, wanted, found, edited)
-        residual = total_residual(fixed, start, wanted, multipliers.detach())
+        noise, asks = constraints.noise, torch.is_grad_enabled()
+        with torch.no_grad():
+            gram = constraints.gram
+            start, wanted, room = without_constants(gram, margins, floor.squeeze(-1), noise)
+            # A floor of −∞ is met by every activation: that example is not asked.
+            question = torch.where(asked & room, wanted, -torch.inf)
+            found = solve_total(gram, start, question, noise)
+            feasible = (room | ~asked) & found.feasible
+            edited = asked & feasible
+
+        def meet(margins: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+            own = constraints.gram if asks else gram
+            start, wanted, _ = without_constants(own, margins, floor.squeeze(-1), noise)
+            multipliers = total_multipliers(own, start, wanted, found, edited)
+            return multipliers, (multipliers * _times(own, multipliers)).sum(-1)
+
+        if asks and gram.numel() > KEPT_NUMBERS:
+            # M and what is made of it are computed again when a derivative is, not kept until then.
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            multipliers, squared = checkpoint(meet, margins, floor, **again)
+        else:
+            multipliers, squared = meet(margins, floor)
+        residual = total_residual(gram, start, wanted, multipliers.detach())
         return Found(
             multipliers,
             multipliers.detach() > 0,
             feasible,
             torch.where(edited, residual, 0.0),
-            (multipliers * _times(gram, multipliers)).sum(-1),
+            squared,
             again=found.converged | (residual <= self.tolerance),
         )
 

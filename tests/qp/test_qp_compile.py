@@ -20,6 +20,7 @@ from lrqp_torch.qp import (
     reach,
     total_odds,
 )
+from lrqp_torch.qp.fused import OddsRule
 from lrqp_torch.stream.intervene import Placement
 
 blindly, edits = (import_module(f"lrqp_torch.{name}") for name in ("qp.blind", "edits.lrqp"))
@@ -160,6 +161,21 @@ def test_an_edit_takes_few_operations(
     assert count <= (60 if n_classes == 2 else 120)
     assert scale == 0.3 or counting.count <= (60 if n_classes == 2 else 130)
     assert (solution.status <= Status.SOLVED).all()
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 3, 8])
+def test_a_negative_source_is_the_probe_s_own_reading(
+    blind: None, n_classes: int, total: bool
+) -> None:
+    task = random_problem(n_classes, 16, 40)
+    source = torch.arange(40) % (n_classes + 1) - 1
+    least = torch.tensor(0.5, dtype=torch.float64)
+    rule, shape = OddsRule(True, least, task.target, source), geometry_of(task)
+    solver = total_odds.TotalOdds() if total and n_classes > 2 else "ACTIVE_SET"
+    found = MahalanobisQP(n_classes, solver=solver).solve(task.x, task.target, rule, shape)
+    expected = rule(shape.margins(task.x, task.target))
+    torch.testing.assert_close(found.floor, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_classes", [3, 10])

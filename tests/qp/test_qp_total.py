@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import lrqp_torch as lrqp
 from lrqp_torch import LRQP, LinearProbe, Mahalanobis, MahalanobisQP, Solution, Status
 from lrqp_torch.errors import NonFiniteError, TargetError, WidthError
-from lrqp_torch.qp import native, problem
+from lrqp_torch.qp import native, problem, total_odds
 from lrqp_torch.qp.geometry import ProbeGeometry
 from lrqp_torch.qp.total_odds import TotalOdds, solve_total, total_log_odds, total_residual
 
@@ -470,3 +470,64 @@ def test_many_classes_are_taken_few_examples_at_a_time(monkeypatch: pytest.Monke
     assert max(seen) == 4
     torch.testing.assert_close(parts.x_new, whole.x_new)
     assert torch.equal(parts.status, whole.status)
+
+
+def test_a_learned_probe_of_many_classes_holds_no_matrices_until_the_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each example's M and what is made of it are formed anew; derivatives are what they were."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    task = random_problem(12, 16, 24, seed=3)
+    found, held = [], []
+    for kept in (10**9, 1000):
+        monkeypatch.setattr(total_odds, "KEPT_NUMBERS", kept)
+        inputs = [part.clone().requires_grad_() for part in (task.x, task.weight, task.floor)]
+        x, weight, floor = inputs
+        saved: list[int] = []
+
+        def save(part: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(part.numel())
+            return part
+
+        geometry = ProbeGeometry.build(weight, task.bias, task.covariance)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda part: part):
+            solution = total_program(12).solve(x, task.target, floor, geometry)
+        assert (solution.status == Status.SOLVED).any()
+        value = solution.x_new.square().sum() + solution.squared_distance.sum()
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), inputs)
+        found.append((*first, *second))
+        held.append(sum(saved))
+    assert held[1] < held[0] / 3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("seed", [8, 36])
+def test_no_rounding_hides_that_an_edit_is_too_long(
+    seed: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By duality, with the multipliers as they are: edits a thousand times as long as the least,
+    aimed so far that bfloat16's rounding took off what they were too long by, were SOLVED.
+    """
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    task = random_problem(4, 4, 200, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-2, 2, 4).double()[torch.randperm(4, generator=generator)]
+    task.weight = task.weight * sizes.unsqueeze(-1)
+    basis = torch.linalg.qr(torch.randn(4, 3, generator=generator, dtype=torch.float64)).Q
+    task.covariance, task.x = basis @ basis.T, task.x.bfloat16()
+    task.floor = task.floor + 14
+    geometry, solution = geometry_of(task), solve(task)
+    margins, found = geometry.margins(task.x, task.target), solution.multipliers
+    weight, squared = found.sum(-1), solution.squared_distance
+    share = found / weight.unsqueeze(-1)
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    longer = 1 - weight * (task.floor - (share * margins).sum(-1) + entropy) / squared
+    reach = (found * geometry.constraints(task.target).length).sum(-1) / squared
+    size = task.x.double().norm(dim=-1) + (1 - longer).clamp_min(0.0) * solution.euclidean
+    rounds = 16 * torch.finfo(torch.bfloat16).eps / 2 * reach * size
+    done = solution.status == Status.SOLVED
+    assert done.any() and (longer <= 2e-3 + 2 * rounds)[done].all()
