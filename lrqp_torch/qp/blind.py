@@ -390,8 +390,7 @@ class _Several(_Two):
         active = multipliers > 0
         edit = active.any(-1, keepdim=True)
         behind = gap - grown
-        terms = [grown, moved, behind, after - floors, missing, length, root]
-        terms = torch.stack(terms, 1)
+        terms = torch.stack([grown, moved, behind, after - floors, missing, length, root], 1)
         products = (terms * multipliers.unsqueeze(1)).sum(-1)
         distance, moved, *_, total = products.split(1, -1)
         _, _, unbalanced, surplus, least, bound, rounds = (products / distance).split(1, -1)

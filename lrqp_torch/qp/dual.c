@@ -984,7 +984,7 @@ static int solve_total(const Shared *s, Total *q, Work *w, i64 max_pivots, doubl
     double polished = residual_of(q, q->kept);
     if (polished <= *residual) {
         *residual = polished;
-        memcpy(q->found, q->kept, sizeof(double) * n);
+        for (i64 i = 0; i < n; i++) q->found[i] = larger(q->kept[i], 0);
     }
     for (i64 i = 0; i < n; i++) q->found[i] /= scale;
     return verdict;

@@ -129,8 +129,9 @@ class TotalOdds(Solver):
 
         if asks and gram.numel() > KEPT_NUMBERS:
             # M and what is made of it are computed again when a derivative is, not kept until then.
-            again = {"use_reentrant": False, "preserve_rng_state": False}
-            multipliers, squared = checkpoint(meet, margins, floor, **again)
+            multipliers, squared = checkpoint(
+                meet, margins, floor, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             multipliers, squared = meet(margins, floor)
         residual = total_residual(gram, start, wanted, multipliers.detach())
@@ -254,7 +255,8 @@ def total_multipliers(
         total_residual(*fixed, part) for part in (found.multipliers, multipliers.detach())
     )
     spoilt = ((before < after) | ~regular).unsqueeze(-1)
-    multipliers = torch.where(one, multipliers, 0.0)
+    # A share that is next to none may have been rounded below it.
+    multipliers = torch.where(one, multipliers.clamp_min(0.0), 0.0)
     change = torch.where(spoilt, found.multipliers - multipliers.detach(), 0.0)
     return torch.where(edited.unsqueeze(-1), multipliers + change, 0.0)
 
