@@ -65,8 +65,8 @@ class JointLRQP(Edit[Targets]):
     With a tolerance τ in ``within`` no log odds z_j − z_k of it changes by more than τ, which is
     shorter and may be feasible where exact keeping is not. The odds are promised for the numbers
     that the model holds; a kept log odds aᵀx moves by the rounding of x', at most ε ‖a‖ ‖x'‖ in a
-    stream of machine precision ε, and a tolerance includes that. (In float64 the solve itself rounds
-    more: 1e-12 of ‖a‖ ‖x'‖, and up to 1e-8 where what is kept nearly depends on one another.)
+    stream of machine precision ε, and a tolerance includes that. (In float64 the solve itself
+    rounds more: 1e-12 of ‖a‖ ‖x'‖, up to 1e-8 where rows that are kept nearly depend on others.)
 
     Args:
         edits: name to :class:`LRQP`, whose probe, log_odds, rule and odds are used; or name to
