@@ -981,10 +981,11 @@ static int solve_total(const Shared *s, Total *q, Work *w, i64 max_pivots, doubl
         for (i64 i = 0; i < n; i++) q->kept[i] += step * q->along[i] - q->back[i];
         weight += step;
     }
+    for (i64 i = 0; i < n; i++) q->kept[i] = larger(q->kept[i], 0);
     double polished = residual_of(q, q->kept);
     if (polished <= *residual) {
         *residual = polished;
-        for (i64 i = 0; i < n; i++) q->found[i] = larger(q->kept[i], 0);
+        memcpy(q->found, q->kept, sizeof(double) * n);
     }
     for (i64 i = 0; i < n; i++) q->found[i] /= scale;
     return verdict;

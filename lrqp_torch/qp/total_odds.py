@@ -249,14 +249,15 @@ def total_multipliers(
         if readable(finite) and bool(finite.all()):
             break
         regular = edited & finite
-    # The steps polish what was found, unless rounding spoils them.
+    # The steps polish what was found, unless rounding spoils them; a share that is next to none may
+    # have been rounded below it.
+    multipliers = multipliers.clamp_min(0.0)
     fixed = gram.detach(), start.detach(), floor.detach()
     before, after = (
         total_residual(*fixed, part) for part in (found.multipliers, multipliers.detach())
     )
     spoilt = ((before < after) | ~regular).unsqueeze(-1)
-    # A share that is next to none may have been rounded below it.
-    multipliers = torch.where(one, multipliers.clamp_min(0.0), 0.0)
+    multipliers = torch.where(one, multipliers, 0.0)
     change = torch.where(spoilt, found.multipliers - multipliers.detach(), 0.0)
     return torch.where(edited.unsqueeze(-1), multipliers + change, 0.0)
 
