@@ -94,6 +94,8 @@ def attach(
     there is to stay if it was ``promised``, which is told of hooks that change it. The hook may be
     ``kept`` from an earlier context of this watch.
     """
+    if located.site.part == "mid" and not located.site.stack:
+        watch.uncrossed = located.site
     kind = InputHook if located.side == "input" else OutputHook
     at = kept.again(located) if kept else kind(watch, located, visit, offer, promised)
     if located.side == "input":

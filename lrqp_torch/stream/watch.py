@@ -27,6 +27,7 @@ from lrqp_torch.errors import (
     CompiledModelError,
     EditNeverFiredError,
     PositionError,
+    SiteError,
     concrete,
     in_transforms,
     outside_transforms,
@@ -628,6 +629,8 @@ class Watch(Hooks):
         # By thread: the pass of a compiled graph.
         self._in_graph: dict[int, ForwardCall] = {}
         self._graphs = graphs
+        # A site of these that was proven without another stack's stream to read behind it.
+        self.uncrossed: object = None
         self.alike: torch.Size | None = None
         self._pass: _Pass | None = None
 
@@ -931,6 +934,13 @@ class Watch(Hooks):
             if known is not None:
                 return replace(known, again=True, tokens=tokens)
         self.repeat = None
+        if self.uncrossed is not None and given.get("encoder_hidden_states") is not None:
+            raise SiteError(
+                f"{self.uncrossed} was found and proven with no encoder_hidden_states: what "
+                f"cross-attention adds of them comes behind it, and no odds there decide what the "
+                f"block returns. Use pre or post; or the encoder–decoder that the model is in, if "
+                f"that reads tokens, and 'decoder.{self.uncrossed}'"
+            )
         call = self.texts.read(given, prompt, held=held)
         for item in self._follows:
             item.see(call)

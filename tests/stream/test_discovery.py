@@ -539,6 +539,27 @@ def test_a_projection_that_runs_more_than_once_is_no_place_for_heads() -> None:
     assert {places.projection for places in layout_of(without).each} == {None}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "GPT2LMHeadModel", "WhisperForCausalLM"])
+def test_mid_is_refused_where_cross_attention_comes_behind_it(name: str) -> None:
+    whisper = name.startswith("Whisper")  # it has cross-attention anyway
+    model = build_tiny(
+        name, **({} if whisper else {"is_decoder": True, "add_cross_attention": True})
+    )
+    states = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0))
+    crossed = {"encoder_outputs": (states,)} if whisper else {"encoder_hidden_states": states}
+    assert lrqp.capture(model, inputs_of(0), "L1.mid")["L1.mid"].shape == states.shape
+    edit = Intervention("L1.mid", torch.full((2,), TOKEN), lambda x, context: x + 1)
+    with intervene(model, edit):
+        model(**inputs_of(0))
+        with pytest.raises(SiteError, match=r"L1\.mid was found .* with no encoder_hidden_states"):
+            model(**inputs_of(0), **crossed)
+    with pytest.raises(SiteError, match="Use pre or post"):
+        lrqp.capture(model, {**inputs_of(0), **crossed}, "L1.mid")
+    found = lrqp.capture(model, {**inputs_of(0), **crossed}, ["L1.post", "L2.pre"])
+    assert torch.equal(found["L1.post"], found["L2.pre"])
+
+
 def test_every_class_of_the_list_is_one_of_transformers() -> None:
     names = {*WITH_MID, *WITHOUT_MID, *TWO_STACKS}
     assert OLDEST or not [name for name in names if not hasattr(transformers, name)]
