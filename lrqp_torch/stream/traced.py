@@ -252,6 +252,7 @@ class _Enter(Traced):
             given.get("position_ids") is not None,
             given.get("use_cache") is True or cache is not None,
             cache is not None,
+            given.get("encoder_hidden_states") is not None,
         )
 
 
@@ -446,6 +447,7 @@ def _enter(
     aware: bool,
     continues: bool,
     cached: bool,
+    crossed: bool = False,
 ) -> Tensor:
     # Copies: a graph writes over what it was given, and over its own buffers, once it has no more
     # use for them itself.
@@ -455,6 +457,7 @@ def _enter(
         "attention_mask": mask,
         "use_cache": continues,
         "position_ids": tokens if aware else None,
+        "encoder_hidden_states": tokens if crossed else None,
     }
     with _LOCK:
         every = [*_PASSES.get(key, {}).values()]
@@ -580,7 +583,7 @@ def _define() -> None:
     library.define(
         "lrqp_torch::enter",
         "(Tensor tokens, Tensor? mask, Tensor? there, SymInt held, int key, bool embedded, "
-        "bool aware, bool continues, bool cached) -> Tensor",
+        "bool aware, bool continues, bool cached, bool crossed=False) -> Tensor",
         tags=tags,
     )
     library.define(

@@ -554,6 +554,8 @@ def test_mid_is_refused_where_cross_attention_comes_behind_it(name: str) -> None
         model(**inputs_of(0))
         with pytest.raises(SiteError, match=r"L1\.mid was found .* with no encoder_hidden_states"):
             model(**inputs_of(0), **crossed)
+        with pytest.raises(SiteError, match="no encoder_hidden_states"):
+            torch.compile(model, backend="eager")(**inputs_of(0), **crossed)
     with pytest.raises(SiteError, match="Use pre or post"):
         lrqp.capture(model, {**inputs_of(0), **crossed}, "L1.mid")
     found = lrqp.capture(model, {**inputs_of(0), **crossed}, ["L1.post", "L2.pre"])
