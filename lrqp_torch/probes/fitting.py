@@ -6,7 +6,7 @@ many ranks, one problem's likelihood is a sum over batches.
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from lrqp_torch.errors import (
     LabelError,
     LRQPError,
     WidthError,
+    all_finite,
     as_numbers,
     check_finite,
     quoted,
@@ -32,6 +33,7 @@ from lrqp_torch.probes.multinomial import (
     MultinomialLoss,
     encode,
     minimise,
+    minimise_alone,
     rows_of,
 )
 
@@ -262,10 +264,10 @@ def fit_in_memory(
 ) -> Iterator[dict[Key, Fitted]]:
     """Fit probes, a stack at a time.
 
-    Problems on the same activations tensor share its float64 copy and its first preconditioner.
-    Activations of equal shape are stacked, as many as ``memory`` bytes hold; on a CPU, only those
-    so small that calling costs more than computing. The narrow products of larger ones are bound
-    by memory there, and BLAS does them several times faster one matrix at a time.
+    Problems on the same activations tensor share its first preconditioner. Activations of equal
+    shape are stacked, as many as ``memory`` bytes hold; on a CPU, only those so small that calling
+    costs more than computing. The narrow products of larger ones are bound by memory there, and
+    BLAS does them several times faster one matrix at a time.
     """
     for group in _groups(problems):
         first = problems[group[0][0]]
@@ -299,27 +301,23 @@ def _fit_stack(
 ) -> dict[Key, Fitted]:
     """Fit the label sets of some sites of one shape, all with the same number of classes."""
     first = problems[group[0][0]]
-    (n, width), n_classes = first.x.shape, len(first.counts)
-    features = torch.empty(len(group), n, width + 1, dtype=torch.float64, device=first.x.device)
-    x, scale = features[..., :width], None
-    for site, keys in enumerate(group):
-        x[site] = problems[keys[0]].x
-    features[..., width] = 1.0
-    mean = x.mean(1)
-    x -= mean.unsqueeze(1)
-    if options.standardise:
-        spread = torch.linalg.vector_norm(x, dim=1) / n**0.5
-        # A coordinate that varies by rounding alone is not blown up.
-        scale = torch.where(spread > ROUNDING * mean.abs(), spread, 1.0)
-        x /= scale.unsqueeze(1)
+    n, n_classes = len(first.x), len(first.counts)
     labels = torch.stack([torch.stack([problems[k].labels for k in keys]) for keys in group])
     weights = None if first.weights is None else first.weights.view(1, 1, 1, n)
     total = float(n if weights is None else weights.sum())
     l2 = options.penalty(total)
-    block = Block(features, encode(labels, n_classes), weights)
-    loss = MultinomialLoss([block], total=total, l2=l2, in_memory=True)
-    zero = features.new_zeros(*labels.shape[:2], rows_of(n_classes), width + 1)
-    minimum = minimise(loss, zero, options.tolerance, options.max_iterations)
+    x, scale = [problems[keys[0]].x for keys in group], None
+    if options.standardise:
+        x = [own.double() for own in x]
+    mean = torch.stack([_centre(own) for own in x])
+    if options.standardise:
+        x = [own - about for own, about in zip(x, mean, strict=True)]
+        spread = torch.stack([torch.linalg.vector_norm(own, dim=0) / n**0.5 for own in x])
+        # A coordinate that varies by rounding alone is not blown up.
+        scale = torch.where(spread > ROUNDING * mean.abs(), spread, 1.0)
+        x = [own.div_(size) for own, size in zip(x, scale, strict=True)]
+    about = mean if scale is None else torch.zeros_like(mean)
+    minimum = _minimise(x, about, encode(labels, n_classes), weights, total, l2, options)
     rows = [[(problems[key].counts, n) for key in keys] for keys in group]
     fitted = _unpack(minimum, mean, scale, l2, rows)
     found = {
@@ -329,6 +327,42 @@ def _fit_stack(
     }
     _check_convergence(found, options.tolerance)
     return found
+
+
+def _centre(x: Tensor) -> Tensor:
+    """The mean of activations (n, d) to about the digits that they have, (d,), float64.
+
+    The bias takes up what is missing.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = (wide.T @ wide.new_full((len(x),), 1 / len(x))).double()
+    return mean if all_finite(mean) else x.double().mean(0)
+
+
+def _minimise(
+    x: Sequence[Tensor],
+    mean: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    total: float,
+    l2: float,
+    options: Options,
+) -> Minimum:
+    """The minima of all label sets, targets (S, L, C, n), of features (x − mean, 1) of S sites."""
+    end = options.tolerance, options.max_iterations
+    alone = [
+        minimise_alone(own, about, sets, weights, total, l2, *end)
+        for own, about, sets in zip(x, mean, targets, strict=True)
+    ]
+    found = [one for one in alone if one is not None]
+    if len(found) == len(alone):
+        return Minimum(*(torch.cat([getattr(o, f.name) for o in found]) for f in fields(Minimum)))
+    sites, width = mean.shape
+    features = mean.new_ones(sites, targets.shape[3], width + 1)
+    for part, own, about in zip(features, x, mean, strict=True):
+        torch.sub(own, about, out=part[:, :width])
+    loss = MultinomialLoss([Block(features, targets, weights)], total=total, l2=l2, in_memory=True)
+    return minimise(loss, mean.new_zeros(*targets.shape[:3], width + 1), *end)
 
 
 def _unpack(

@@ -22,7 +22,10 @@ KURTOSIS = 5.0
 """Of the lengths of activations, beyond which few of them carry the variance."""
 
 LOOKED_AT = 256
-"""Rows from which the median of each coordinate is taken, at most, and that are read at a time."""
+"""Rows from which the median of each coordinate is taken, at most."""
+
+NUMBERS = 2**16
+"""Numbers of activations that are read at a time, of so many rows at least."""
 
 
 def judge(report: FitReport, width: int, accuracy: float | None) -> None:
@@ -88,7 +91,8 @@ def check_sinks(x: Tensor) -> None:
         centre = torch.from_numpy(columns[:, middle].copy())
     else:
         centre = sample.median(0).values
-    rows, room = sample.new_empty(len(x)), torch.empty_like(sample)
+    count = max(len(sample), NUMBERS // max(1, x.shape[1]))
+    rows, room = sample.new_empty(len(x)), sample.new_empty(count, x.shape[1])
     for part, lengths in zip(x.split(len(room)), rows.split(len(room)), strict=True):
         # In place: pages of new memory would take many times as long.
         apart = torch.sub(part, centre, out=room[: len(part)])

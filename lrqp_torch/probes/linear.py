@@ -306,8 +306,8 @@ class LinearProbe(nn.Linear):
 
             probes = LinearProbe.fit_many({site: (x, labels) for site, x in activations.items()})
 
-        Several label sets on the same tensor share its float64 copy and its first factorisation,
-        and activations of one shape are stacked on a GPU. A probe that has reached its optimum
+        Several label sets on the same tensor share its first factorisation, and activations of one
+        shape are stacked on a GPU, in float64. A probe that has reached its optimum
         leaves the stack. Widths, numbers of examples and of classes may differ.
 
         Over many ranks, each fits some of the probes, and all of them are on each. Label sets on

@@ -23,7 +23,9 @@ converge so goes on in float64. A step is then as long as is best along it, whic
 with the features: the logits change by as much of its own. Classes that nearly separate have their
 optimum far out, where steps of length 1 gain a factor of e each.
 
-On a CPU with a C compiler the whole search is compiled (newton.c), one problem after another.
+On a CPU with a C compiler the whole search is compiled (newton.c), one problem after another. There
+conjugate gradients end by what the quadratic model gains, which knows no units: of activations with
+outsized coordinates these decide the gradient's norm.
 Elsewhere all problems of a stack move together, each with its own step length and its own end. On a
 GPU the host waits for the device a few times in a Newton step, never once for every conjugate
 gradient.
@@ -63,6 +65,9 @@ SETTLED = 1e-9
 FORCING, POWER = 0.2, 0.4
 """Conjugate gradients in float32 leave this share of a gradient at most, and this power of what
 share of the gradient at zero it is."""
+FEW = 0.1
+"""Compiled conjugate gradients end where the last gained less than this share, by the number of
+them, of what all gained; or than the root of that over the loss."""
 FACTORS = 4
 """Numbers in the factors of the classes, for each of the features, at most."""
 PATIENCE = 8
@@ -76,6 +81,8 @@ STRIPS, STRIPED = 4, 256
 """In how many products a symmetric matrix is made, and from which width on."""
 CACHED = 2**22
 """Numbers in float32 that a processor's cache holds, about."""
+LINE = 16
+"""Features of a compiled search come in multiples of this, so that vectors are full."""
 CLASSES, CALLS = 64, 2**23
 """Rows of parameters up to which a search is compiled; multiplications that a call for a factor
 costs it."""
@@ -209,7 +216,7 @@ class MultinomialLoss:
             terms = terms + block.weighed(probability - block.targets).square().sum((2, 3))
         self.squares, terms = self.ranks.total(squares / self.total), self.ranks.total(terms)
         size = (_copies(point.gradient) * terms * self.squares.sum((2, 3)) / self.total).sqrt()
-        narrow = self.narrows(point.gradient) and not squares.is_cuda
+        narrow = self.in_memory and narrows(self.count(), point.gradient) and not squares.is_cuda
         if narrow and bool((squares < HUGE).all()):
             self.narrow = True
             self.blocks = [
@@ -298,18 +305,8 @@ class MultinomialLoss:
         Each class's own, C, of large problems, and where they hold not many more numbers than the
         features; else their average.
         """
-        count, width = rows.shape[2:]
-        many = count * width > FACTORS * self.count()
-        return 1 if many or not self.is_long(rows) else int(count)
-
-    def is_long(self, rows: Tensor) -> bool:
-        """Whether a product of one problem's rows, (C, p), costs more than calling it."""
-        count, width = rows.shape[2:]
-        return self.in_memory and count * width * self.count() > LONG
-
-    def narrows(self, rows: Tensor) -> bool:
-        """Whether products of rows (S, L, C, p) are to be in float32 on a CPU."""
-        return torch.get_float32_matmul_precision() == "highest" and self.is_long(rows)
+        (count, width), n = rows.shape[2:], self.count() if self.in_memory else 0
+        return 1 if count * width > FACTORS * n or not is_long(n, rows) else int(count)
 
     def class_hessians(
         self, point: Evaluation, problems: list[tuple[int, int]], parts: int
@@ -394,6 +391,17 @@ class MultinomialLoss:
             return
         for block in self.blocks:
             yield block, _probability(_times(point.parameters, block.features))
+
+
+def is_long(n: int, rows: Tensor) -> bool:
+    """Whether a product of one problem's rows, (C, p), of n examples costs more than calling it."""
+    count, width = rows.shape[2:]
+    return n * count * width > LONG
+
+
+def narrows(n: int, rows: Tensor) -> bool:
+    """Whether products of rows (S, L, C, p) of n examples are to be in float32 on a CPU."""
+    return torch.get_float32_matmul_precision() == "highest" and is_long(n, rows)
 
 
 def _grams(features: Tensor, weights: Tensor, problems: list[tuple[int, int]]) -> Tensor:
@@ -528,9 +536,6 @@ def minimise(loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iteratio
             its own rounding error.
         max_iterations: stop after as many Newton steps.
     """
-    found = _one_by_one(loss, zero, tolerance, max_iterations)
-    if found is not None:
-        return found
     state, parts = _begin(loss, zero, tolerance), loss.parts(zero)
     patience = loss.patience(zero, parts)
     finished: list[tuple[Tensor, Minimum]] = []
@@ -677,10 +682,12 @@ class _Data(ctypes.Structure):
     """What newton.c is given, and what it finds."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("features", "narrow", "targets", "weights")),
+        *((name, ctypes.c_void_p) for name in ("given", "mean", "features", "targets", "weights")),
         *((name, ctypes.c_void_p) for name in ("parameters", "probability", "factor")),
         *((name, ctypes.c_int64) for name in ("n", "p", "rows", "factors", "most_steps")),
-        *((name, ctypes.c_int64) for name in ("most_products", "narrow_steps", "spent")),
+        *((name, ctypes.c_int64) for name in ("most_products", "narrow_steps")),
+        *((name, ctypes.c_int64) for name in ("width", "stride", "threads")),
+        *((name, ctypes.c_int64) for name in ("given_narrow", "kept_narrow", "kept", "spent")),
         *((name, ctypes.c_double) for name in ("total", "l2", "tolerance", "patience")),
         *((name, ctypes.c_double) for name in ("loss", "size", "start", "rounding")),
         *((name, ctypes.c_int64) for name in ("steps", "is_narrow")),
@@ -691,74 +698,103 @@ _RENEW: Final = ctypes.CFUNCTYPE(ctypes.c_int)
 
 
 class _Search:
-    """The search for one of the minima by newton.c.
+    """The search for one minimum by newton.c.
 
     Args:
-        loss: the losses.
-        zero: the parameters of all.
-        site, label_set: which of them.
-        shared: the factor at the start, which the label sets of a site share, once it is made.
+        x: activations, (n, d), in float32 or float64.
+        mean: (d,), float64.
+        targets: (C, n).
+        weights: (1, 1, 1, n), or None.
+        total, l2: see :class:`MultinomialLoss`.
+
+    Attributes:
+        shared: the factor at the start, which the label sets of a site share, once it is made; None
+            if there is none.
     """
 
     def __init__(
-        self, loss: MultinomialLoss, zero: Tensor, site: int, label_set: int, shared: list[Tensor]
+        self,
+        x: Tensor,
+        mean: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        total: float,
+        l2: float,
     ) -> None:
-        (block,), (rows, width) = loss.blocks, zero.shape[2:]
-        features = block.features[site : site + 1].contiguous()
-        targets = block.targets[site : site + 1, label_set : label_set + 1].contiguous()
-        weights = None if block.weights is None else block.weights.contiguous()
-        shape = features.shape if loss.narrows(zero) else None
-        narrow = None if shape is None else zero.new_empty(shape, dtype=torch.float32)
-        self.block, self.loss = Block(features, targets, weights, narrow), copy.copy(loss)
-        self.parameters = zero.new_zeros(1, 1, rows, width)
-        self.probability = zero.new_empty(features.shape[1], rows)
-        self.parts, self.shared, self.at_start = loss.parts(zero), shared, loss.shares(zero)
-        self.factor, self.error = zero.new_empty(0), cast(BaseException | None, None)
-        self.data = _Data(n=len(self.probability), p=width, rows=rows)
-        self.data.total, self.data.l2 = loss.total, loss.l2
-        self.data.patience = loss.patience(zero, self.parts, compiled=True)
-        self.data.spent = int(self.data.patience) + 1 if self.at_start else 0
-        for name in ("features", "narrow", "targets", "weights"):
-            part = getattr(self.block, name)
-            setattr(self.data, name, None if part is None else part.data_ptr())
-        self.data.parameters = self.parameters.data_ptr()
-        self.data.probability = self.probability.data_ptr()
+        x = x if x.stride(1) == 1 else x.contiguous()
+        (n, width), rows = x.shape, len(targets)
+        p = -(-(width + 1) // LINE) * LINE
+        self.x, self.mean, self.shared = x, mean, cast(list[Tensor] | None, None)
+        self.parameters = mean.new_zeros(1, 1, rows, p)
+        self.probability = mean.new_empty(n, rows)
+        dtype = torch.float32 if narrows(n, self.parameters) else torch.float64
+        block = Block(mean.new_empty(1, n, p, dtype=dtype), targets[None, None], weights)
+        self.loss = MultinomialLoss([block], total=total, l2=l2, in_memory=True)
+        self.block, self.parts = block, self.loss.parts(self.parameters)
+        self.factor, self.error = mean.new_empty(0), cast(BaseException | None, None)
+        self.data = _Data(n=n, p=p, rows=rows, width=width, stride=x.stride(0))
+        self.data.threads, self.data.total, self.data.l2 = torch.get_num_threads(), total, l2
+        self.data.given_narrow = x.dtype == torch.float32
+        self.data.kept_narrow = block.features.dtype == torch.float32
+        self.data.patience = self.loss.patience(self.parameters, self.parts, compiled=True)
+        tensors = {
+            "given": x,
+            "mean": mean,
+            "features": block.features,
+            "targets": targets,
+            "weights": weights,
+            "parameters": self.parameters,
+            "probability": self.probability,
+        }
+        for name, tensor in tensors.items():
+            setattr(self.data, name, None if tensor is None else tensor.data_ptr())
 
     def run(self, search: Callable[..., int], tolerance: float, max_iterations: int) -> None:
         """Find it; what is found is in ``parameters`` and ``data``."""
         self.data.tolerance, self.data.most_steps = tolerance, max_iterations
         self.data.most_products, self.data.narrow_steps = MAX_CG_STEPS, NARROW_STEPS
+        self.data.spent = 0 if self.shared is None else int(self.data.patience) + 1
         if search(ctypes.byref(self.data), _RENEW(self._renew)):
             raise self.error or MemoryError("no memory to fit a probe in")
 
     def _renew(self) -> int:
         """Make factors of the Hessian where the search is; 1 where that fails, else 0."""
-        narrow, first = self.block.narrow, self.at_start and not self.data.steps
-        narrow = narrow.mT if narrow is not None and self.data.is_narrow else None
-        self.loss.blocks = [replace(self.block, narrow=narrow)]
+        shared = None if self.data.steps else self.shared
+        if self.data.kept_narrow and not self.data.is_narrow:
+            self.loss.blocks = [replace(self.block, features=self._wide())]
         examples = [(self.probability, self.probability.T[None, None])]
         any_ = self.parameters
         point = Evaluation(any_, any_, any_, any_, any_, examples)
         try:
             # With all classes equally likely the Hessian does not depend on the labels.
-            if not (first and self.shared):
-                parts = 1 if first else self.parts
-                made = _factor(self.loss.class_hessians(point, [(0, 0)], parts))[0].contiguous()
-                self.shared += [made] if first else []
-            self.factor = self.shared[0] if first else made
+            if shared:
+                (self.factor,) = shared
+            else:
+                parts = self.parts if shared is None else 1
+                hessians = self.loss.class_hessians(point, [(0, 0)], parts)
+                self.factor = _factor(hessians)[0].contiguous()
+                if shared is not None:
+                    shared.append(self.factor)
         except BaseException as error:
             self.error = error
             return 1
         self.data.factor, self.data.factors = self.factor.data_ptr(), len(self.factor)
         return 0
 
+    def _wide(self) -> Tensor:
+        """The features in float64."""
+        features = self.mean.new_zeros(self.block.features.shape)
+        features[..., : len(self.mean)] = self.x - self.mean
+        features[..., -1] = 1.0
+        return features
+
 
 @functools.cache
 def _compiled() -> Callable[..., int] | None:
     """The search of newton.c; None where there is no compiler."""
     names = (
-        "ARMIJO", "LEVEL", "ENOUGH", "SHORTEST_STEP", "LENGTHS", "CLOSE", "SETTLED", "FORCING",
-        "POWER", "HUGE",
+        "ARMIJO", "LEVEL", "ENOUGH", "SHORTEST_STEP", "LENGTHS", "CLOSE", "SETTLED", "FEW",
+        "HUGE",
     )  # fmt: skip
     loaded = load_compiled(
         Path(__file__).with_name("newton.c"), lambda: {name: globals()[name] for name in names}
@@ -766,29 +802,45 @@ def _compiled() -> Callable[..., int] | None:
     return None if loaded is None else loaded.lrqp_minimise
 
 
-def _one_by_one(
-    loss: MultinomialLoss, zero: Tensor, tolerance: float, max_iterations: int
+@torch.no_grad()
+def minimise_alone(
+    x: Tensor,
+    mean: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    total: float,
+    l2: float,
+    tolerance: float,
+    max_iterations: int,
 ) -> Minimum | None:
-    """What :func:`minimise` finds, in compiled code; None where that is not to be had or slower."""
-    search, (sites, label_sets, rows, width) = _compiled(), zero.shape
-    if search is None or not loss.in_memory or loss.ranks.size > 1 or zero.device.type != "cpu":
+    """What :func:`minimise` finds, of one site; None where that is not compiled.
+
+    Args:
+        x: activations, (n, d); of the features (x − mean, 1).
+        mean: (d,), float64.
+        targets: of each label set, (L, C, n).
+        weights: of the examples, (1, 1, 1, n).
+        total, l2: see :class:`MultinomialLoss`.
+        tolerance, max_iterations: see :func:`minimise`.
+    """
+    search = _compiled()
+    # For many classes the BLAS is faster.
+    if search is None or x.device.type != "cpu" or targets.shape[1] > CLASSES:
         return None
-    # It has one thread, and for many classes the BLAS is faster.
-    if rows > CLASSES or (torch.get_num_threads() > 1 and width * loss.count() > CACHED):
-        return None
-    parameters, found = zero.clone(), []
-    for site in range(sites):
-        shared: list[Tensor] = []
-        for label_set in range(label_sets):
-            one = _Search(loss, zero, site, label_set, shared)
-            one.run(search, tolerance, max_iterations)
-            data, parameters[site, label_set] = one.data, one.parameters
-            told = data.size > data.rounding or not math.isfinite(data.rounding)
-            relative = data.size / data.start if told else 0.0
-            found.append((data.loss, data.size, relative, data.steps))
-    table = zero.new_tensor(found).view(sites, label_sets, 4)
-    least, size, relative, steps = table.unbind(2)
-    return Minimum(parameters, least, size, relative, steps.long())
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    weights = None if weights is None else weights.contiguous()
+    parameters, found, shared = [], [], cast(list[Tensor], [])
+    for own in targets:
+        one = _Search(x, mean.contiguous(), own.contiguous(), weights, total, l2)
+        if one.loss.shares(one.parameters.expand(-1, len(targets), -1, -1)):
+            one.shared = shared
+        one.run(search, tolerance, max_iterations)
+        data = one.data
+        told = data.size > data.rounding or not math.isfinite(data.rounding)
+        found.append((data.loss, data.size, data.size / data.start if told else 0.0, data.steps))
+        parameters.append(one.parameters[..., [*range(x.shape[1]), -1]])
+    least, size, relative, steps = mean.new_tensor(found).unsqueeze(0).unbind(2)
+    return Minimum(torch.cat(parameters, 1), least, size, relative, steps.long())
 
 
 def _centred(rows: Tensor) -> Tensor:

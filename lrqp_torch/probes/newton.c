@@ -4,12 +4,15 @@
  * once, where two products of torch read them twice, and the change of the logits along a step
  * comes from the products that found it.
  *
- * Of C rows of parameters (C, p) and n examples, features are (n, p) by rows, the last of them 1;
- * logits and probabilities (n, C). What is in float and in double is written once, below `#else`. */
+ * Of C rows of parameters (C, p) and n examples, features are (n, p) by rows: the d activations
+ * less their mean, zeros that make p a multiple of LINE, and 1. Logits and probabilities are (n, C).
+ * Sums over examples are those of a few slices, whatever the number of threads, so that it changes
+ * no bit. What is in float and in double is written once, below `#else`. */
 
 #ifndef REAL
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +20,7 @@
 /* Bytes of a vector, and classes whose sums stay in registers. */
 #ifdef __AVX512F__
 #define WIDE 64
-#define TILE 4
+#define TILE 5
 #else
 #define WIDE 32
 #define TILE 2
@@ -34,10 +37,15 @@
  * at most. */
 #define CHUNK 32
 #define PART 256
+/* Slices of the examples, at most, which threads share; and the work, in features times rows, from
+ * which on more threads than one are worth their start. */
+#define SLICES 8
+#define SHARED_FROM (1 << 19)
 
 typedef struct {
-    const double *features; /* (n, p) */
-    float *narrow;          /* Room for them in float, (n, p), or null. */
+    const void *given;      /* The activations, (n, d), in float or in double. */
+    const double *mean;     /* Theirs, about, (d,) */
+    void *features;         /* Room for the features, (n, p), in float or in double. */
     const double *targets;  /* (C, n) */
     const double *weights;  /* (n,), or null */
     double *parameters;     /* The point, from zero, (C, p). */
@@ -46,6 +54,9 @@ typedef struct {
      * classes. */
     const void *factor;
     int64_t n, p, rows, factors, most_steps, most_products, narrow_steps;
+    int64_t width, stride, threads;   /* d, numbers from one activation to the next, threads. */
+    /* Whether activations and features are in float; whether features are there. */
+    int64_t given_narrow, kept_narrow, kept;
     int64_t spent; /* Products since there is this factor; more at the start ask for one then. */
     double total, l2, tolerance, patience;
     /* What is found; steps, and whether products are in float. */
@@ -57,6 +68,50 @@ typedef struct {
     double loss, size, curvature;
     double *parameters, *gradient, *logits, *probability;
 } point;
+
+/* A sum over all examples. */
+typedef struct pass {
+    void (*work)(const struct pass *, int64_t begin, int64_t end, double *room);
+    const problem *q;
+    const point *at;                 /* Of an evaluation, */
+    int64_t first;                   /* and whether it is the one that makes the features. */
+    const void *bend, *weight, *rows; /* Of a product with the Hessian. */
+    void *change;
+    double *room; /* For each slice what it sums up, `held` numbers, and what else it needs. */
+    int64_t held, each, slices, threads;
+} pass;
+
+typedef struct {
+    const pass *whole;
+    int64_t number;
+} helper;
+
+static void *help(void *given) {
+    const helper *own = given;
+    const pass *whole = own->whole;
+    int64_t parts = (whole->q->n + PART - 1) / PART;
+    for (int64_t s = own->number; s < whole->slices; s += whole->threads) {
+        int64_t begin = parts * s / whole->slices * PART;
+        int64_t end = parts * (s + 1) / whole->slices * PART;
+        double *room = whole->room + s * whole->each;
+        memset(room, 0, whole->held * sizeof(double));
+        whole->work(whole, begin, end < whole->q->n ? end : whole->q->n, room);
+    }
+    return 0;
+}
+
+/* The work on each slice; its sums are then in its room. */
+static void run(const pass *whole) {
+    helper own[SLICES];
+    pthread_t running[SLICES];
+    int64_t started = 1;
+    for (int64_t i = 0; i < whole->threads; i++) own[i] = (helper){whole, i};
+    for (; started < whole->threads; started++)
+        if (pthread_create(&running[started], 0, help, &own[started])) break;
+    help(&own[0]);
+    for (int64_t i = started; i < whole->threads; i++) help(&own[i]);
+    for (int64_t i = 1; i < started; i++) pthread_join(running[i], 0);
+}
 
 /* exp x of x ≤ 0, without branches, so that it is computed of many at once. */
 INLINE double power(double x) {
@@ -124,6 +179,40 @@ static void predict(const problem *q, int64_t begin, int64_t count, const double
     }
 }
 
+INLINE double share(const problem *q, int64_t i) {
+    return (q->weights ? q->weights[i] : 1) / q->total;
+}
+
+/* Derivative of half the penalty, which leaves the bias out. */
+INLINE double pull(const problem *q, int64_t j) { return j % q->p < q->p - 1 ? q->l2 : 0; }
+
+/* Features in double, kept or made now. */
+static const double *features_double(const problem *q, int64_t begin, int64_t count,
+                                     double *restrict room) {
+    int64_t d = q->width, p = q->p;
+    const double *restrict mean = q->mean;
+    if (q->kept && !q->kept_narrow) return (const double *)q->features + begin * p;
+    for (int64_t e = 0; e < count; e++) {
+        int64_t from = (begin + e) * q->stride;
+        double *restrict row = room + e * p;
+        const float *restrict narrow = (const float *)q->given + from;
+        const double *restrict wide = (const double *)q->given + from;
+        if (q->given_narrow)
+            for (int64_t j = 0; j < d; j++) row[j] = narrow[j] - mean[j];
+        else
+            for (int64_t j = 0; j < d; j++) row[j] = wide[j] - mean[j];
+        memset(row + d, 0, (p - d) * sizeof(double));
+        row[p - 1] = 1;
+    }
+    return room;
+}
+
+/* Those in float, which are kept. */
+static const float *features_float(const problem *q, int64_t begin, int64_t count, double *room) {
+    (void)count, (void)room;
+    return (const float *)q->features + begin * q->p;
+}
+
 #define PASTE(a, b) a##_##b
 #define GLUE(a, b) PASTE(a, b)
 #define NAME(a) GLUE(a, REAL)
@@ -134,49 +223,65 @@ static void predict(const problem *q, int64_t begin, int64_t count, const double
 #include __FILE__
 #undef REAL
 
-INLINE double share(const problem *q, int64_t i) {
-    return (q->weights ? q->weights[i] : 1) / q->total;
-}
-
-/* Derivative of half the penalty, which leaves the bias out. */
-INLINE double pull(const problem *q, int64_t j) { return j % q->p < q->p - 1 ? q->l2 : 0; }
-
-/* Loss and gradient at the point's parameters; if asked for, the sums of the features' squares, and
- * the features in float. */
-static void evaluate(const problem *q, point *at, double *part, double *restrict squares) {
-    int64_t n = q->n, p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
-    double residual[CHUNK * rows], lost[CHUNK], loss = 0, curvature = 0, penalty = 0, size = 0;
-    for (int64_t j = 0; j < rows * p; j++) {
-        at->gradient[j] = pull(q, j) * at->parameters[j];
-        penalty += at->gradient[j] * at->parameters[j];
-    }
-    for (int64_t begin = 0; begin < n; begin += PART) {
-        int64_t end = begin + PART < n ? begin + PART : n;
+static void evaluate_slice(const pass *own, int64_t begin, int64_t end, double *room) {
+    const problem *q = own->q;
+    const point *at = own->at;
+    int64_t p = q->p, rows = q->rows;
+    double residual[CHUNK * rows], lost[CHUNK];
+    /* Loss, curvature, the sums of squares, the gradient; and of some examples. */
+    double *sums = room, *squares = sums + 2, *gradient = squares + p, *part = room + own->held;
+    double *made = part + rows * p;
+    for (int64_t from = begin; from < end; from += PART) {
+        int64_t to = from + PART < end ? from + PART : end;
         double some = 0, bent = 0;
         memset(part, 0, rows * p * sizeof(double));
-        for (int64_t i = begin; i < end; i += CHUNK) {
-            int64_t count = end - i < CHUNK ? end - i : CHUNK;
+        for (int64_t i = from; i < to; i += CHUNK) {
+            int64_t count = to - i < CHUNK ? to - i : CHUNK;
+            const double *x = features_double(q, i, count, made);
             double *z = at->logits + i * rows, *found = at->probability + i * rows;
-            times_double(q->features + i * p, at->parameters, count, p, p, rows, z);
+            times_double(x, at->parameters, count, p, p, rows, z);
             predict(q, i, count, z, found, lost);
             for (int64_t e = 0; e < count; e++) {
                 double weight = share(q, i + e);
                 some += weight * lost[e];
                 for (int64_t k = 0; k < rows; k++) {
                     double own = found[e * rows + k];
-                    residual[e * rows + k] = weight * (own - q->targets[k * n + i + e]);
+                    residual[e * rows + k] = weight * (own - q->targets[k * q->n + i + e]);
                     bent += weight * own * (1 - own);
                 }
             }
-            add_double(q->features + i * p, residual, count, p, p, rows, part);
-            for (int64_t e = i; squares && e < i + count; e++)
-                for (int64_t j = 0; j < p; j++)
-                    squares[j] += q->features[e * p + j] * q->features[e * p + j];
-            for (int64_t j = i * p; squares && q->narrow && j < (i + count) * p; j++)
-                q->narrow[j] = (float)q->features[j];
+            add_double(x, residual, count, p, p, rows, part);
+            if (!own->first) continue;
+            for (int64_t e = 0; e < count; e++)
+                for (int64_t j = 0; j < p; j++) squares[j] += x[e * p + j] * x[e * p + j];
+            if (q->kept_narrow) {
+                float *kept = (float *)q->features + i * p;
+                for (int64_t j = 0; j < count * p; j++) kept[j] = (float)x[j];
+            } else
+                memcpy((double *)q->features + i * p, x, count * p * sizeof(double));
         }
-        loss += some, curvature += bent;
-        for (int64_t j = 0; j < rows * p; j++) at->gradient[j] += part[j];
+        sums[0] += some, sums[1] += bent;
+        for (int64_t j = 0; j < rows * p; j++) gradient[j] += part[j];
+    }
+}
+
+/* Loss and gradient at the point's parameters; if asked for, the sums of the features' squares, and
+ * the features. */
+static void evaluate(pass *whole, point *at, double *squares) {
+    const problem *q = whole->q;
+    int64_t p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
+    double loss = 0, curvature = 0, penalty = 0, size = 0;
+    for (int64_t j = 0; j < rows * p; j++) {
+        at->gradient[j] = pull(q, j) * at->parameters[j];
+        penalty += at->gradient[j] * at->parameters[j];
+    }
+    whole->work = evaluate_slice, whole->at = at, whole->first = squares != 0;
+    run(whole);
+    for (int64_t s = 0; s < whole->slices; s++) {
+        const double *sums = whole->room + s * whole->each;
+        loss += sums[0], curvature += sums[1];
+        for (int64_t j = 0; squares && j < p; j++) squares[j] += sums[2 + j];
+        for (int64_t j = 0; j < rows * p; j++) at->gradient[j] += sums[2 + p + j];
     }
     for (int64_t j = 0; j < rows * p; j++) size += at->gradient[j] * at->gradient[j];
     at->loss = loss + copies * penalty / 2, at->size = sqrt(copies * size);
@@ -232,9 +337,16 @@ static void swap(point *a, point *b) {
 int lrqp_minimise(problem *q, int (*renew)(void)) {
     int64_t n = q->n, p = q->p, rows = q->rows, copies = rows == 1 ? 2 : 1;
     int64_t held = rows * p, read = n * rows;
-    double *room = malloc((11 * held + 7 * read + 2 * p + n) * sizeof(double));
+    pass whole = {.q = q, .held = held + p + 2, .slices = (n + PART - 1) / PART};
+    whole.slices = whole.slices < SLICES ? whole.slices : SLICES;
+    whole.threads = q->threads < whole.slices ? q->threads : whole.slices;
+    if (n * held < SHARED_FROM || whole.threads < 1) whole.threads = 1;
+    whole.each = whole.held + held + CHUNK * p;
+    int64_t shared = whole.slices * whole.each;
+    double *room = malloc((shared + 11 * held + 7 * read + 2 * p + n) * sizeof(double));
     if (!room) return -1;
-    double *squares = room, *part = squares + p, *step = part + held, *change = step + held;
+    whole.room = room;
+    double *squares = room + shared, *step = squares + p, *change = step + held;
     double *rest = change + read, *own[8];
     for (int k = 0; k < 4; k++) own[k] = rest, rest += held;
     for (int k = 4; k < 8; k++) own[k] = rest, rest += read;
@@ -242,7 +354,8 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
     point trial = {0, 0, 0, own[2], own[3], own[6], own[7]};
     memset(at.parameters, 0, held * sizeof(double));
     memset(squares, 0, p * sizeof(double));
-    evaluate(q, &at, part, squares);
+    evaluate(&whole, &at, squares);
+    q->kept = 1;
     /* The rounding error of the gradient's terms, which may cancel, by Cauchy's inequality. */
     double terms = 0, sum = 0;
     for (int64_t i = 0; i < n; i++)
@@ -252,7 +365,7 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
         }
     int fits = 1, failed = 0, stuck = 0;
     for (int64_t j = 0; j < p; j++) fits &= (squares[j] /= q->total) < HUGE, sum += squares[j];
-    q->is_narrow = q->narrow && fits;
+    q->is_narrow = q->kept_narrow && fits;
     q->start = at.size, q->rounding = 8 * 0x1p-52 * sqrt(copies * terms * sum / q->total);
     double goal = fmax(q->tolerance * at.size, q->rounding);
     for (q->steps = 0; at.size > goal && !stuck && q->steps < q->most_steps;) {
@@ -261,20 +374,17 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
             if ((failed = renew())) break;
             q->spent = 0;
         }
-        double left = ENOUGH * goal / at.size, target = at.size / q->start;
-        target = q->is_narrow ? fmax(fmin(pow(target, POWER), FORCING), left)
-                              : fmin(sqrt(target), 0.1);
-        target *= at.size / sqrt(copies);
+        double enough = ENOUGH * goal / sqrt(copies);
         memset(step, 0, held * sizeof(double)), memset(change, 0, read * sizeof(double));
-        q->spent += (q->is_narrow ? search_float : search_double)(q, &at, squares, target, step,
-                                                               change, rest);
+        q->spent += (q->is_narrow ? search_float : search_double)(&whole, &at, squares, enough,
+                                                                  step, change, rest);
         double slope = 0;
         for (int64_t j = 0; j < held; j++) slope += copies * at.gradient[j] * step[j];
         double length = best_length(q, &at, step, change, slope);
         for (;; length /= 2) {
             for (int64_t j = 0; j < held; j++)
                 trial.parameters[j] = at.parameters[j] + length * step[j];
-            evaluate(q, &trial, part, 0);
+            evaluate(&whole, &trial, 0);
             /* Near the optimum the decrease is below the loss's rounding; see _line_search. */
             if (trial.loss <= at.loss + ARMIJO * length * slope
                 || (trial.loss <= (1 + LEVEL) * at.loss && trial.size < 0.5 * at.size)) {
@@ -298,22 +408,28 @@ int lrqp_minimise(problem *q, int (*renew)(void)) {
 #define VECTOR NAME(vector)
 typedef REAL VECTOR __attribute__((vector_size(WIDE), aligned(sizeof(REAL)), may_alias));
 
+typedef REAL NAME(half) __attribute__((vector_size(WIDE / 2), may_alias));
+typedef REAL NAME(quarter) __attribute__((vector_size(WIDE / 4), may_alias));
+
+/* By halves, since one addition waits for the one before. */
 INLINE REAL NAME(sum)(VECTOR v) {
+    NAME(half) h[2];
+    NAME(quarter) q[2];
     REAL total = 0;
-    for (int64_t k = 0; k < (int64_t)(WIDE / sizeof(REAL)); k++) total += v[k];
+    memcpy(h, &v, sizeof v), h[0] += h[1];
+    memcpy(q, h, sizeof q), q[0] += q[1];
+    UNROLL for (int k = 0; k < (int)(WIDE / 4 / sizeof(REAL)); k++) total += q[0][k];
     return total;
 }
 
 /* Dot products of some rows of features with some of parameters. */
 INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t stride, int64_t p, int64_t rows,
                        int examples, int classes, REAL *out) {
-    const int64_t lanes = WIDE / sizeof(REAL);
     VECTOR s[4][TILE] = {{{0}}};
-    int64_t j = 0;
-    for (; j + lanes <= p; j += lanes)
-    {
+    for (int64_t j = 0; j < p; j += WIDE / sizeof(REAL)) {
         VECTOR e[4], v[TILE];
         UNROLL for (int i = 0; i < examples; i++) e[i] = *(const VECTOR *)(x + i * stride + j);
+        UNROLL for (int i = 0; i < examples; i++) __builtin_prefetch(x + (i + 4) * stride + j);
         UNROLL for (int k = 0; k < classes; k++) v[k] = *(const VECTOR *)(w + k * stride + j);
         UNROLL for (int i = 0; i < examples; i++) HOLD(e[i]);
         UNROLL for (int k = 0; k < classes; k++) HOLD(v[k]);
@@ -321,11 +437,7 @@ INLINE void NAME(tile)(const REAL *x, const REAL *w, int64_t stride, int64_t p, 
             UNROLL for (int i = 0; i < examples; i++) s[i][k] += v[k] * e[i];
     }
     UNROLL for (int i = 0; i < examples; i++)
-        UNROLL for (int k = 0; k < classes; k++) {
-            REAL total = NAME(sum)(s[i][k]);
-            for (int64_t l = j; l < p; l++) total += w[k * stride + l] * x[i * stride + l];
-            out[i * rows + k] = total;
-        }
+        UNROLL for (int k = 0; k < classes; k++) out[i * rows + k] = NAME(sum)(s[i][k]);
 }
 
 /* X Wᵀ, (count, rows), of the first p columns of matrices that have so many as a stride. */
@@ -335,7 +447,9 @@ static void NAME(times)(const REAL *x, const REAL *w, int64_t count, int64_t str
     for (; i + 4 <= count; i += 4, x += 4 * stride, out += 4 * rows) {
         for (k = 0; k + TILE <= rows; k += TILE)
             NAME(tile)(x, w + k * stride, stride, p, rows, 4, TILE, out + k);
-        for (; k < rows; k++) NAME(tile)(x, w + k * stride, stride, p, rows, 4, 1, out + k);
+        for (; k + 2 <= rows; k += 2)
+            NAME(tile)(x, w + k * stride, stride, p, rows, 4, 2, out + k);
+        if (k < rows) NAME(tile)(x, w + k * stride, stride, p, rows, 4, 1, out + k);
     }
     for (; i < count; i++, x += stride, out += rows)
         for (k = 0; k < rows; k++) NAME(tile)(x, w + k * stride, stride, p, rows, 1, 1, out + k);
@@ -344,12 +458,10 @@ static void NAME(times)(const REAL *x, const REAL *w, int64_t count, int64_t str
 /* Add what some rows of features give to some of parameters. */
 INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t stride, int64_t p, int64_t rows,
                          int examples, int classes, REAL *restrict out) {
-    const int64_t lanes = WIDE / sizeof(REAL);
     REAL own[4][TILE];
     UNROLL for (int i = 0; i < examples; i++)
         UNROLL for (int k = 0; k < classes; k++) own[i][k] = q[i * rows + k];
-    int64_t j = 0;
-    for (; j + lanes <= p; j += lanes) {
+    for (int64_t j = 0; j < p; j += WIDE / sizeof(REAL)) {
         VECTOR v[4], total[TILE];
         UNROLL for (int i = 0; i < examples; i++) v[i] = *(const VECTOR *)(x + i * stride + j);
         UNROLL for (int i = 0; i < examples; i++) HOLD(v[i]);
@@ -358,9 +470,6 @@ INLINE void NAME(spread)(const REAL *x, const REAL *q, int64_t stride, int64_t p
             UNROLL for (int k = 0; k < classes; k++) total[k] += own[i][k] * v[i];
         UNROLL for (int k = 0; k < classes; k++) *(VECTOR *)(out + k * stride + j) = total[k];
     }
-    for (; j < p; j++)
-        for (int k = 0; k < classes; k++)
-            for (int i = 0; i < examples; i++) out[k * stride + j] += own[i][k] * x[i * stride + j];
 }
 
 /* Add Qᵀ X, (rows, p), of the same columns. */
@@ -370,7 +479,9 @@ static void NAME(add)(const REAL *x, const REAL *q, int64_t count, int64_t strid
     for (; i + 4 <= count; i += 4, x += 4 * stride, q += 4 * rows) {
         for (k = 0; k + TILE <= rows; k += TILE)
             NAME(spread)(x, q + k, stride, p, rows, 4, TILE, out + k * stride);
-        for (; k < rows; k++) NAME(spread)(x, q + k, stride, p, rows, 4, 1, out + k * stride);
+        for (; k + 2 <= rows; k += 2)
+            NAME(spread)(x, q + k, stride, p, rows, 4, 2, out + k * stride);
+        if (k < rows) NAME(spread)(x, q + k, stride, p, rows, 4, 1, out + k * stride);
     }
     for (; i < count; i++, x += stride, q += rows)
         for (k = 0; k < rows; k++)
@@ -378,16 +489,10 @@ static void NAME(add)(const REAL *x, const REAL *q, int64_t count, int64_t strid
 }
 
 INLINE REAL NAME(dot)(const REAL *a, const REAL *b, int64_t count) {
-    const int64_t lanes = WIDE / sizeof(REAL);
-    VECTOR s = {0}, t = {0};
-    int64_t j = 0;
-    for (; j + 2 * lanes <= count; j += 2 * lanes) {
+    VECTOR s = {0};
+    for (int64_t j = 0; j < count; j += WIDE / sizeof(REAL))
         s += *(const VECTOR *)(a + j) * *(const VECTOR *)(b + j);
-        t += *(const VECTOR *)(a + j + lanes) * *(const VECTOR *)(b + j + lanes);
-    }
-    REAL total = NAME(sum)(s + t);
-    for (; j < count; j++) total += a[j] * b[j];
-    return total;
+    return NAME(sum)(s);
 }
 
 /* Rows less their mean over the classes, which is nothing but rounding; see _centred. */
@@ -400,31 +505,45 @@ static void NAME(centre)(REAL *v, int64_t p, int64_t rows) {
     }
 }
 
+static void NAME(product_slice)(const pass *own, int64_t begin, int64_t end, double *room) {
+    const problem *q = own->q;
+    int64_t p = q->p, rows = q->rows;
+    const REAL *weight = own->weight;
+    REAL moved[CHUNK * rows], *sums = (REAL *)room, *part = (REAL *)(room + own->held);
+    double *made = room + own->held + rows * p;
+    for (int64_t from = begin; from < end; from += PART) {
+        int64_t to = from + PART < end ? from + PART : end;
+        memset(part, 0, rows * p * sizeof(REAL));
+        for (int64_t i = from; i < to; i += CHUNK) {
+            int64_t count = to - i < CHUNK ? to - i : CHUNK;
+            const REAL *x = NAME(features)(q, i, count, made);
+            const REAL *bend = (const REAL *)own->bend + i * rows;
+            REAL *z = (REAL *)own->change + i * rows;
+            NAME(times)(x, own->rows, count, p, p, rows, z);
+            for (int64_t e = 0; e < count; e++, bend += rows, z += rows) {
+                REAL mean = 0;
+                for (int64_t k = 0; rows > 1 && k < rows; k++) mean += bend[k] * z[k];
+                for (int64_t k = 0; k < rows; k++)
+                    moved[e * rows + k] = weight[i + e] * bend[k] * (z[k] - mean);
+            }
+            NAME(add)(x, moved, count, p, p, rows, part);
+        }
+        for (int64_t j = 0; j < rows * p; j++) sums[j] += part[j];
+    }
+}
+
 /* H v, and by how much it changes the logits. */
-static void NAME(product)(const problem *q, const REAL *x, const REAL *bend, const REAL *weight,
-                          const REAL *v, REAL *change, REAL *restrict part, REAL *restrict out) {
-    int64_t n = q->n, p = q->p, rows = q->rows;
-    REAL moved[CHUNK * rows];
+static void NAME(product)(pass *whole, const REAL *v, REAL *restrict out) {
+    const problem *q = whole->q;
+    int64_t p = q->p, rows = q->rows;
+    whole->work = NAME(product_slice), whole->rows = v;
+    run(whole);
     for (int64_t k = 0; k < rows; k++)
         for (int64_t j = 0; j < p; j++)
             out[k * p + j] = j < p - 1 ? (REAL)q->l2 * v[k * p + j] : 0;
-    for (int64_t begin = 0; begin < n; begin += PART) {
-        int64_t end = begin + PART < n ? begin + PART : n;
-        memset(part, 0, rows * p * sizeof(REAL));
-        for (int64_t i = begin; i < end; i += CHUNK) {
-            int64_t count = end - i < CHUNK ? end - i : CHUNK;
-            REAL *z = change + i * rows;
-            const REAL *own = bend + i * rows;
-            NAME(times)(x + i * p, v, count, p, p, rows, z);
-            for (int64_t e = 0; e < count; e++, own += rows, z += rows) {
-                REAL mean = 0;
-                for (int64_t k = 0; rows > 1 && k < rows; k++) mean += own[k] * z[k];
-                for (int64_t k = 0; k < rows; k++)
-                    moved[e * rows + k] = weight[i + e] * own[k] * (z[k] - mean);
-            }
-            NAME(add)(x + i * p, moved, count, p, p, rows, part);
-        }
-        for (int64_t j = 0; j < rows * p; j++) out[j] += part[j];
+    for (int64_t s = 0; s < whole->slices; s++) {
+        const REAL *sums = (const REAL *)(whole->room + s * whole->each);
+        for (int64_t j = 0; j < rows * p; j++) out[j] += sums[j];
     }
     NAME(centre)(out, p, rows);
 }
@@ -446,12 +565,14 @@ static void NAME(solve)(const problem *q, const REAL *inverse, const REAL *r, RE
 
 /* A Newton step, from zero, by conjugate gradients, and how much it changes the logits; returns how
  * many products it took. */
-static int64_t NAME(search)(const problem *q, const point *at, const double *squares,
-                            double target, double *step, double *change, void *room) {
-    int64_t n = q->n, p = q->p, rows = q->rows, held = rows * p, number = 0;
-    const REAL *x = sizeof(REAL) == 8 ? (const REAL *)q->features : (const REAL *)q->narrow;
+static int64_t NAME(search)(pass *whole, const point *at, const double *squares, double enough,
+                            double *step, double *change, void *room) {
+    const problem *q = whole->q;
+    int64_t n = q->n, p = q->p, rows = q->rows, held = rows * p, copies = rows == 1 ? 2 : 1;
+    int64_t number = 0;
+    double gained = 0, last = 0;
     REAL *residual = room, *solved = residual + held, *direction = solved + held;
-    REAL *curved = direction + held, *part = curved + held, *inverse = part + held;
+    REAL *curved = direction + held, *inverse = curved + held;
     REAL *bend = inverse + p, *weight = bend + n * rows, *moved = weight + n;
     for (int64_t i = 0; i < n; i++) {
         weight[i] = (q->weights ? q->weights[i] : 1) / q->total;
@@ -468,12 +589,15 @@ static int64_t NAME(search)(const problem *q, const point *at, const double *squ
     NAME(solve)(q, inverse, residual, solved), NAME(centre)(solved, p, rows);
     memcpy(direction, solved, held * sizeof(REAL));
     REAL known = NAME(dot)(residual, solved, held);
+    whole->bend = bend, whole->weight = weight, whole->change = moved;
     for (; number < q->most_products; number++) {
-        if (!(sqrt(NAME(dot)(residual, residual, held)) > target)) break;
-        NAME(product)(q, x, bend, weight, direction, moved, part, curved);
+        if (!(sqrt(NAME(dot)(residual, residual, held)) > enough)) break;
+        if (number && number * last <= fmin(FEW, sqrt(gained / at->loss)) * gained) break;
+        NAME(product)(whole, direction, curved);
         REAL curvature = NAME(dot)(direction, curved, held);
         if (!(curvature > 0)) break;
         REAL length = known / curvature, before = known;
+        last = copies * length * known, gained += last;
         for (int64_t j = 0; j < held; j++) {
             step[j] += length * direction[j];
             residual[j] -= length * curved[j];

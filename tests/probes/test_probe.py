@@ -544,6 +544,50 @@ def test_the_compiled_search_finds_what_torch_does(
         assert torch.allclose(one(x), other(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_classes", [2, 6])
+def test_threads_change_no_bit_of_a_compiled_search(n_classes: int) -> None:
+    if multinomial._compiled() is None:
+        pytest.skip("no C compiler")
+    x, y = samples(2600, 250, n_classes, 0.5, dtype=torch.float32)
+    targets = multinomial.encode(y, n_classes).unsqueeze(0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(
+                multinomial.minimise_alone(
+                    x, x.double().mean(0), targets, None, 2600.0, 1 / 2600, 1e-8, 200
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    first, *others = found
+    assert first is not None and float(first.relative_gradient_norm) <= 1e-8
+    for other in others:
+        assert other is not None and torch.equal(first.parameters, other.parameters)
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("width", [4, 240])
+def test_activations_are_read_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, width: int, standardise: bool
+) -> None:
+    """Rows of larger ones, float32 and half precision, far from zero, some constant."""
+    x, y = samples(1200, width, 3, 1.0, dtype=torch.float32)
+    x = (x + 300 * (torch.arange(width) % 8)).half()
+    x[:, 1] = 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(multinomial, "_compiled", lambda: None)
+        wide = LinearProbe.fit(x.double(), y, standardise=standardise)
+    assert wide.report is not None
+    padded = torch.cat([x, x], 1).float()[:, width:]
+    for given in (x, x.float(), padded, x.float().T.contiguous().T):
+        probe = LinearProbe.fit(given, y, standardise=standardise)
+        assert probe.report is not None and probe.report.relative_gradient_norm <= 1e-8
+        assert probe.report.loss == pytest.approx(wide.report.loss, rel=1e-10)
+        assert torch.allclose(probe.weight, wide.weight.float(), rtol=0, atol=1e-5)
+
+
 def test_an_error_while_a_compiled_search_asks_for_a_factor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
