@@ -527,7 +527,7 @@ def _guards(
     edit: "Edit[Any]", parts: tuple[Tensor, ...], counts: Callable[[Tensor], bool]
 ) -> repeats.Guards:
     """That an edit is what it was, and its parts too, of which some must not be written to."""
-    guards = repeats.Guards()
+    guards = repeats.Guards(edit)
     guards.kind(edit)
     for name in ("solve", "edit_rows"):
         # What stands for a solve, on an edit or in its class, is to be called.

@@ -210,11 +210,17 @@ def _own(owner: Any) -> Mapping[str, Any]:
 
 
 class Guards:
-    """That parts are where they were, each found by a name: for a compiled call to look."""
+    """That parts are where they were, each found by a name: for a compiled call to look.
 
-    def __init__(self) -> None:
-        self._noted: list[tuple[int, Any, Any, Any, int]] = []
+    Args:
+        whole: what has the parts. It is not held once this is asked, as it may hold this, and must
+            outlive all calls.
+    """
+
+    def __init__(self, whole: Any = None) -> None:
+        self._noted: list[tuple[Any, ...]] = []
         self._laid: Any = None
+        self._whole = whole
         self(vars(forward_ad), "_current_level")
 
     def __call__(self, owner: Any, name: str) -> Any:
@@ -245,18 +251,18 @@ class Guards:
 
         What is asked is kept with the site.
         """
-        python, count = _python(), len(self._noted)
+        python, noted = _python(), self._noted
         if python is None:
             return False
         if self._laid is None:
-            self._laid = (_Guard * count)()
-            for guard, (kind, owner, name, found, version) in zip(
-                self._laid, self._noted, strict=True
-            ):
+            laid = (_Guard * len(noted))()
+            for guard, (kind, owner, name, found, version) in zip(laid, noted, strict=True):
                 guard.of, guard.key, guard.kind, guard.version = id(owner), id(name), kind, version
                 guard.is_ = None if found is _ABSENT else id(found)
                 if kind == _PART and not see(owner, guard.seen):
                     return False
-        site.guards, site.n_guards = ctypes.addressof(self._laid), count
+            whole, self._whole, self._laid = self._whole, None, laid
+            self._noted = [(one, None if o is whole else o, *rest) for one, o, *rest in noted]
+        site.guards, site.n_guards = ctypes.addressof(self._laid), len(self._laid)
         site.held.append(self)
-        return bool(python.lrqp_holds(site.guards, count))
+        return bool(python.lrqp_holds(site.guards, site.n_guards))

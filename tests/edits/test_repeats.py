@@ -2,8 +2,10 @@
 
 import contextvars
 import copy
+import gc
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -699,3 +701,21 @@ def test_positions_are_those_with_which_a_context_opened(at: Any) -> None:
     wrong: Any = ["L1.pre"]
     with pytest.raises(SiteError), intervene(model, Intervention(wrong, at, function)):
         pass
+
+
+@torch.no_grad()
+def test_an_edit_is_freed_at_once_whatever_contexts_leave() -> None:
+    model, made = build(), One()
+    collected = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for passes in (1, 1, 1, 3):
+            with made.edit.at(model, "L1.mid", positions=AT, target=made.target) as run:
+                for _ in range(passes):
+                    model(IDS)
+        alive, edit = weakref.ref(run), weakref.ref(made.edit)
+        del run, made
+        assert (alive(), edit()) == (None, None)
+    finally:
+        gc.enable() if collected else None
