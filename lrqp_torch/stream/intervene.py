@@ -305,6 +305,7 @@ class Editing(ContextDecorator, Generic[Record]):
                     each.hook = ref(watch.hook)
                     if each.record is not None:
                         each.record.begin(model, each.item.site)
+                watch.look()
             if len(opened()) > 1 or len(applied) > 1:
                 _hold_to_each_other(applied)
         except BaseException as error:

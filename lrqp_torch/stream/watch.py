@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from lrqp_torch.errors import (
     CompiledModelError,
     EditNeverFiredError,
+    EditOverwrittenWarning,
     PositionError,
     SiteError,
     concrete,
@@ -990,7 +991,14 @@ class Watch(Hooks):
         if self.resumed:
             self.renew()
         if self.acts():
+            count = len(self._hooks)
             self.look()
+            if len(self._hooks) > count:
+                warn(
+                    EditOverwrittenWarning,
+                    "hooks of others were found that this graph of torch.compile may hold: whether "
+                    "they change what an edit puts in place is known from the next pass on",
+                )
             self._threads.add(get_ident())
             call = self._see(given, held=held)
             self._in_graph[get_ident()] = call

@@ -26,6 +26,7 @@ from lrqp_torch.errors import (
     CompiledModelError,
     EditNeverFiredError,
     EditOverwrittenError,
+    EditOverwrittenWarning,
     NonFiniteError,
     PositionError,
 )
@@ -314,6 +315,52 @@ def test_a_hook_that_changes_an_edit_in_a_graph_is_named() -> None:
         with pytest.raises(EditOverwrittenError, match="GPT2Attention"):
             model(**INPUTS)
     assert hook_count(plain) == 2
+
+
+@torch.no_grad()
+def test_a_hook_that_torchs_class_sets_is_warned_of_in_its_graph_and_then_named() -> None:
+    edit, _ = reference()
+    plain: Any = build("gpt2", n_layer=2)
+    model, attention = torch.compile(plain, backend="eager"), plain.transformer.h[1].attn
+    with edit.at(model, "L1.mid", positions=AT, target=TARGET):
+        handle = nn.Module.register_forward_hook(
+            attention, lambda module, args, output: (output[0] + 1, None)
+        )
+        with pytest.warns(EditOverwrittenWarning, match="known from the next pass on"):
+            model(**INPUTS)
+        with pytest.raises(EditOverwrittenError, match="GPT2Attention"):
+            model(**INPUTS)
+        handle.remove()
+        model(**INPUTS)
+
+
+@torch.no_grad()
+def test_what_one_edit_changes_of_another_in_a_graph_is_warned_of() -> None:
+    edit, _ = reference()
+    model = torch.compile(build("gpt2", n_layer=2), backend="eager", fullgraph=True)
+    with (
+        edit.at(model, "L1.mid", positions=AT, target=TARGET),
+        pytest.warns(EditOverwrittenWarning, match=r"at L1\.attn_out changes .* that at L1\.mid"),
+        edit.at(model, "L1.attn_out", positions=AT, target=TARGET),
+    ):
+        model(**INPUTS)
+
+
+@torch.no_grad()
+def test_a_hook_where_a_graph_passes_an_edited_tensor_on_is_named() -> None:
+    plain: Any = build_tiny("T5ForConditionalGeneration")
+    ids, site = torch.arange(5, 17).reshape(2, 6), "encoder.L1.mid"
+    inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "decoder_input_ids": ids[:, :3]}
+    layer, model = plain.encoder.block[1].layer[0], torch.compile(plain, backend="eager")
+    with warnings.catch_warnings(action="ignore", category=CompiledModelWarning):
+        x = lrqp.capture(model, inputs, site)[site]  # where mid is, is found without the hook
+    edit = random_edit(x.flatten(0, 1), 3)
+    layer.register_forward_hook(lambda module, args, output: (output[0] + 1, *output[1:]))
+    with (
+        edit.at(model, site, positions=torch.tensor([3, 2]), target=1),
+        pytest.raises(EditOverwrittenError, match="a hook on T5LayerSelfAttention changes what"),
+    ):
+        model(**inputs)
 
 
 @pytest.mark.skipif(OLDEST, reason="no such caches, or not in a graph")
