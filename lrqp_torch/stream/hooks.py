@@ -388,8 +388,14 @@ class OutputHook(InputHook):
             )
         # A pass of another thread may have begun before this was hooked.
         residual = self.residuals.pop(thread, None)
-        if residual is None and located.residual is not None and not self.watch.acts():
-            return None
+        if residual is None and located.residual is not None:
+            if not self.watch.acts():
+                return None
+            raise PositionError(
+                f"{located.site}: the {type(module).__name__} ran without the "
+                f"{type(located.residual).__name__} that reads the stream before it, as where a "
+                f"hook calls it by itself, so what it is added to is not known"
+            )
         calls, known = self.under_way.get(thread), self.known
         call = calls[-1] if calls else None
         if call is not known[0] or call is None or stream.shape != known[1]:

@@ -224,6 +224,7 @@ def intervene(
             has to say.
         EditNeverFiredError: on closing, when positions never ran through the model, or a scope
             had no token; or a site's module has been replaced.
+        PositionError: on closing, when a site's module ran besides in a pass, as by a hook.
         EditOverwrittenError: in the forward pass, when a later hook on a site's module changes
             activations whose odds an edit certifies; on a GPU, on closing.
 
@@ -976,6 +977,12 @@ class _Applied:
                 f"replaced by another module, or a module around it was, while this context was "
                 f"open, as adapters do, so what ran since was not edited: open the context after "
                 f"that"
+            )
+        if self._passes.value > next(watch.passes) and not watch.plain:
+            raise PositionError(
+                f"the {type(self.located.module).__name__} that {self.located.site} names ran more "
+                f"often than the model did, as where a hook calls it, so what was edited may be "
+                f"another run of it than the model's own"
             )
         for first, changed in self.overwrites:
             if first in self.behind and bool(changed):

@@ -6,6 +6,7 @@ until it closes. Passes of other threads stay untouched, and are named where an 
 """
 
 import functools
+import itertools
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -562,6 +563,7 @@ class Watch(Hooks):
         opening: while it is open, what those that act in it know it by.
         under_way: by thread, the calls under way, one within another.
         others: names of other threads that ran the model meanwhile.
+        passes: counts its passes.
         followed: what graphs are told of it, where they may run.
         alike: the shape of tokens whose first call is to be known by from then on.
         resumed: what has not seen a call yet since another context knew the last one; all of it
@@ -607,6 +609,7 @@ class Watch(Hooks):
         self.texts.distinct = reruns
         self._names = positional(self.trunk)
         self.others: set[str] = set()
+        self.passes = itertools.count()
         self._follows, self.reruns = follows, reruns
         self.steps = [item.step for item in follows if not item.counts]
         self._threads: set[int] = set()
@@ -736,7 +739,7 @@ class Watch(Hooks):
         be set anew.
         """
         self.model, self.trunk, self._inner = model, trunk, inner_model(model)
-        self.resumed, self.stays = parts, False
+        self.resumed, self.stays, self.passes = parts, False, itertools.count()
         if self.followed is not None and self.followed.again():
             if self.put_back():
                 self._begin()
@@ -991,14 +994,15 @@ class Watch(Hooks):
         if self.resumed:
             self.renew()
         if self.acts():
-            count = len(self._hooks)
+            before = len(self._hooks)
             self.look()
-            if len(self._hooks) > count:
+            if len(self._hooks) > before:
                 warn(
                     EditOverwrittenWarning,
                     "hooks of others were found that this graph of torch.compile may hold: whether "
                     "they change what an edit puts in place is known from the next pass on",
                 )
+            next(self.passes)
             self._threads.add(get_ident())
             call = self._see(given, held=held)
             self._in_graph[get_ident()] = call
@@ -1107,6 +1111,7 @@ class _Pass:
             watch.first()
         if calls is None:
             return forward(*args, **kwargs)
+        next(watch.passes)
         try:
             output = forward(*args, **kwargs)
         finally:

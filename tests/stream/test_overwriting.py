@@ -16,7 +16,7 @@ from zoo_for_tests import build_tiny
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
-from lrqp_torch.errors import EditOverwrittenError, EditOverwrittenWarning
+from lrqp_torch.errors import EditOverwrittenError, EditOverwrittenWarning, PositionError
 
 PROMPTS = Prompts.random([6, 4, 5])
 INPUTS = PROMPTS.padded("left")
@@ -267,3 +267,44 @@ def test_a_layer_of_t5_is_the_stream_under_another_name() -> None:
         ):
             model(**TWO)
     assert edit.probe.weight.shape[1] == ZOO_WIDTH and hook_count(model) == 0
+
+
+@pytest.mark.parametrize("passes", [0, 1, 4])
+@torch.no_grad()
+def test_a_module_that_a_hook_runs_by_itself_is_not_taken_for_the_models_own_run(
+    passes: int,
+) -> None:
+    """Its input is not in the block, or it is run a second time."""
+    model: Any = build("gpt2")
+    edit, block = edit_at(model, "L1.mid"), model.transformer.h[1]
+
+    def attends(module: Any, args: Any, output: Any) -> None:
+        block.attn(args[0])
+
+    def runs(module: Any, args: Any, output: Any) -> None:
+        block(args[0])
+
+    with (
+        read_by(block.ln_2) as seen,
+        edit.at(model, "L1.mid", positions=AT, target=1) as run,
+    ):
+        for _ in range(passes):
+            model(**INPUTS)
+        handle = model.transformer.h[0].register_forward_hook(attends)
+        with pytest.raises(
+            PositionError, match=r"L1\.mid: the GPT2Attention ran without the Layer"
+        ):
+            model(**INPUTS)
+        handle.remove()
+        model(**INPUTS)
+        check_record(edit, seen[-1], run)
+    for site in ("L1.mid", "L1.post"):
+        with (
+            pytest.raises(PositionError, match=rf"that {site} names ran more often than the model"),
+            edit.at(model, site, positions=AT, target=1),
+        ):
+            for _ in range(passes):
+                model(**INPUTS)
+            handle = model.transformer.h[2].register_forward_hook(runs)
+            model(**INPUTS)
+            handle.remove()
