@@ -334,8 +334,8 @@ def _centre(x: Tensor) -> Tensor:
 
     The bias takes up what is missing.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = (wide.T @ wide.new_full((len(x),), 1 / len(x))).double()
+    # No product of matrices: autocast would round its factors.
+    mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32)).double()
     return mean if all_finite(mean) else x.double().mean(0)
 
 
