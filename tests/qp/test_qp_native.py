@@ -269,7 +269,8 @@ def test_many_active_constraints_are_solved_for_once_with_a_graph(
         # Sums, as products of matrices round by how many rows they have.
         x = task.x[rows] + (part.unsqueeze(-1) * along).sum(-2)
         found = qp.solve(x, task.target[rows], task.floor[rows], geometry)
-        return (found.x_new.unsqueeze(-2) * along).sum(-1), found.multipliers, found.squared_distance
+        read = (found.x_new.unsqueeze(-2) * along).sum(-1)
+        return read, found.multipliers, found.squared_distance
 
     part = torch.zeros(24, 2, dtype=torch.float64, requires_grad=True)
     plain, (_, multipliers, _) = edit(part.detach()), edit(part)
