@@ -263,7 +263,7 @@ def test_a_store_is_that_of_one_process_however_it_was_begun(tmp_path: Path) -> 
     # An error of rank 0's folder ends all ranks, and one of them tells it.
     first, second = on_ranks(2, _store, shared, SITES[:1])
     assert isinstance(first, ActivationStoreError) and isinstance(second, ToldError)
-    assert "other sites" in str(first) and "rank 0: " in str(second)
+    assert "differs in sites" in str(first) and "rank 0: " in str(second)
 
 
 def settings(out: Path, **changes: Any) -> Any:
