@@ -187,7 +187,8 @@ def _nullspace_rows(x: Tensor, inside: Tensor, iterations: int, l2: float | None
         left = x - (x @ rows.T) @ rows
         if float(torch.linalg.vector_norm(left, dim=-1).mean()) <= NOTHING_LEFT * scale:
             break
-        (probe,) = LinearProbe.fit_many({i: (left, inside)}, l2=l2).values()
+        # So near to its optimum that it lies in what is left, as far as that is told from nothing.
+        (probe,) = LinearProbe.fit_many({i: (left, inside)}, l2=l2, tolerance=1e-12).values()
         weight = probe.weight
         direction = weight[1] - weight[0]
         # In exact arithmetic orthogonal to the rows before already.
