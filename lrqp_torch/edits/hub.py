@@ -79,7 +79,7 @@ def model_card(name: str, facts: dict[str, Any], provenance: Provenance | None) 
     from huggingface_hub import ModelCard, ModelCardData
 
     origin = provenance.to_json() if provenance is not None else {}
-    versions = origin.pop("versions", {})
+    versions, _ = origin.pop("versions", {}), origin.pop("weights", None)
     base = origin.get("model")
     metadata = ModelCardData(
         library_name="lrqp_torch",

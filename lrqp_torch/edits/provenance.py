@@ -13,6 +13,7 @@ from torch import nn
 
 from lrqp_torch.errors import ProvenanceError, RevisionWarning, warn
 from lrqp_torch.stream.sites import Site, locate
+from lrqp_torch.stream.weights import PRECISIONS, fingerprint
 
 REQUIRED = {"site": str, "model_type": str, "width": int, "layers": int}
 OPTIONAL = {
@@ -26,6 +27,7 @@ OPTIONAL = {
     "probe_samples": int,
     "seed": int,
     "bos": bool,
+    "weights": dict,
     "versions": dict,
 }
 VERSIONED_PACKAGES = ("torch", "transformers", "cvxpy", "cvxpylayers", "numpy", "safetensors")
@@ -64,6 +66,8 @@ class Provenance:
         seed: of the prompts and everything random.
         bos: whether the token that begins a text stood in front of the prompts; None for what the
             tokenizer does by itself.
+        weights: a fingerprint of those that the stream is computed with there, by the precision
+            that it holds in; see :func:`~lrqp_torch.stream.weights.fingerprint`.
         versions: of the packages that made it.
     """
 
@@ -81,6 +85,7 @@ class Provenance:
     probe_samples: int | None = None
     seed: int | None = None
     bos: bool | None = None
+    weights: dict[str, str] | None = None
     versions: dict[str, str] | None = None
 
     @classmethod
@@ -95,9 +100,9 @@ class Provenance:
         return cls.from_json(facts | known)
 
     @staticmethod
-    def _here(model: nn.Module, site: str | Site) -> dict[str, Any]:
+    def _here(model: nn.Module, site: str | Site, weights: bool = True) -> dict[str, Any]:
         """What is asked of a model and a site each time that the edit is used there."""
-        name = str(locate(model, site).site)
+        located = locate(model, site)
         config: Any = getattr(model, "config", None)
         if getattr(config, "model_type", None) is None:
             raise ProvenanceError(
@@ -106,12 +111,13 @@ class Provenance:
             )
         text = config.get_text_config()
         return {
-            "site": name,
+            "site": str(located.site),
             "model_type": config.model_type,
             "width": int(text.hidden_size),
             "layers": int(text.num_hidden_layers),
             "model": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
+            "weights": fingerprint(model, located) if weights else None,
         }
 
     @classmethod
@@ -152,9 +158,9 @@ class Provenance:
             ProvenanceError: another family, width or number of blocks.
 
         Warns:
-            RevisionWarning: another name, revision or site.
+            RevisionWarning: another name, revision or site, or other weights.
         """
-        self.compare(Provenance(**self._here(model, site)))
+        self.compare(Provenance(**self._here(model, site, self.weights is not None)))
 
     def compare(self, here: "Provenance") -> None:
         """:meth:`check` against the record that a model would be given here."""
@@ -173,3 +179,17 @@ class Provenance:
                     RevisionWarning,
                     f"this edit was fitted for {what} {made!r} and is used for {found!r}",
                 )
+        if self.site == here.site and not _agree(self.weights or {}, here.weights or {}):
+            warn(
+                RevisionWarning,
+                f"the weights in front of {here.site} are not those that this edit was fitted on "
+                f"(trained, merged or loaded since): what it promises are its probe's odds, which "
+                f"may not mean there what they meant. Fit it anew; or, if you know better, set "
+                f"edit.provenance = None",
+            )
+
+
+def _agree(made: dict[str, str], here: dict[str, str]) -> bool:
+    """Whether two fingerprints are equal in the finest precision that both are known in, if any."""
+    both = [name for name in PRECISIONS if name in made and name in here]
+    return not both or made[both[0]] == here[both[0]]

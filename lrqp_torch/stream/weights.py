@@ -1,12 +1,25 @@
 """Whether a model's weights are still what they were, without reading all of them."""
 
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
-from lrqp_torch.stream.compiled import Census
+from lrqp_torch.files import bytes_of
+from lrqp_torch.stream.compiled import Census, inner_model
+from lrqp_torch.stream.sites import Located
 
 SAMPLES = 16
 """Values of each weight that are looked at."""
+
+SPREAD = 64
+"""Values of each weight that a fingerprint is made of."""
+
+PRECISIONS = {str(kind)[6:]: kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
+"""What a model may be held in, from the one that tells most apart; float64 is told by float32."""
 
 
 class Weights:
@@ -91,3 +104,95 @@ def _adapters(model: nn.Module) -> list[object]:
     """Which adapters of peft the model's layers compute with."""
     found = [own.get(name) for own in Census.of(model).attributes for name in _ADAPTERS]
     return [[*each] if isinstance(each, list) else each for each in found if each is not None]
+
+
+def fingerprint(model: nn.Module, located: Located) -> dict[str, str] | None:
+    """A digest of the weights that a site's stream is computed with, by precision.
+
+    Of some values spread over each weight up to the site's block and in it, as rounded to each of
+    :data:`PRECISIONS` that the model's own determines; they are the same on any device. Of adapters
+    it is those that are active. Computed anew where :class:`Weights` have changed.
+
+    Returns:
+        None where there are no plain values at hand: quantised, sharded, on no device.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    weights, known = _FINGERPRINTS.get(model, (None, {}))
+    if weights is None or weights.changed(model):
+        known = {}
+        _FINGERPRINTS[model] = Weights(model), known
+    name = str(located.site)
+    if name not in known:
+        known[name] = _digests(inner_model(model), located)
+    return known[name]
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[Weights, dict[str, dict[str, str] | None]]] = (
+    WeakKeyDictionary()
+)
+
+
+@torch.no_grad()
+def _digests(model: nn.Module, located: Located) -> dict[str, str] | None:
+    end = model if located.block is None else located.block[2]
+    before = located.module is end and located.side == "input"
+    parts = list[Tensor]()
+    _collect(model, end, before, parts)
+    config: Any = getattr(model, "config", None)
+    narrow = {part.dtype for part in parts} - {torch.float32, torch.float64}
+    if (
+        not parts
+        or getattr(config, "quantization_config", None) is not None
+        or not all(type(part) is nn.Parameter and part.numel() for part in parts)
+        or any(part.is_meta for part in parts)
+        or not (narrow <= {*PRECISIONS.values()} and len(narrow) < 2)
+        or (any(part.is_cuda for part in parts) and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    values = torch.cat([_spread(part).float().cpu() for part in parts])
+    return {
+        name: hashlib.sha256(bytes_of(values.to(kind))).hexdigest()[:16]
+        for name, kind in PRECISIONS.items()
+        if not narrow or kind in narrow
+    }
+
+
+def _spread(part: Tensor) -> Tensor:
+    """Some values of a weight. They are a golden section apart, round and round, since steps of
+    one length would stay within a few of its columns.
+    """
+    count = part.numel()
+    turns = torch.arange(min(count, SPREAD), device=part.device)
+    return part.detach().reshape(-1)[turns * max(1, int(0.618034 * count)) % count]
+
+
+def _collect(
+    module: nn.Module,
+    end: nn.Module,
+    before: bool,
+    found: list[Tensor],
+    only: Sequence[str] | None = None,
+) -> bool:
+    """Gather what a module holds in order, up to ``end``; whether that was reached.
+
+    ``only``: names of what is meant in it.
+    """
+    if module is end and before:
+        return True
+    held: Any = module
+    active: Sequence[str] | None = None  # of a layer of peft, the adapters that it computes with
+    if hasattr(held, "_disable_adapters"):
+        active = () if held._disable_adapters else held.active_adapters
+        active = [name for name in active if name not in held.merged_adapters]
+    if "_fsdp_wrapped_module" in module._modules:  # below it are shares of weights
+        found.append(torch.empty(0))
+    for name, part in module._parameters.items():
+        if part is not None and (only is None or name in only):
+            found.append(part)
+    for name, child in module._modules.items():
+        if child is not None and (only is None or name in only):
+            inside = None if name in ("base_layer", "original_module") else active
+            if _collect(child, end, before, found, inside):
+                return True
+    return module is end

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +380,95 @@ def test_a_hub_out_of_reach_is_named(
     with pytest.raises(HubError, match=r"nothing was sent to 'me/edit'.*no network"):
         edit.push_to_hub("me/edit")
     assert issubclass(HubError, LRQPError)
+
+
+def found(model: Any, site: str = "L1.mid") -> dict[str, str] | None:
+    return Provenance.of(model, site).weights
+
+
+def nudge(part: Tensor) -> None:
+    with torch.no_grad():
+        part += 1e-4
+
+
+def test_other_weights_in_front_of_the_site_are_warned_of(edit: LRQP, tmp_path: Path) -> None:
+    loaded, model = LRQP.load(edit.save(tmp_path)), build("gpt2")
+    loaded.provenance = replace(loaded.provenance, model=None, revision=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(loaded, model)
+        nudge(model.transformer.h[2].mlp.c_fc.weight)  # behind the site
+        run(loaded, model)
+    for _ in range(2):
+        nudge(model.transformer.h[1].attn.c_proj.weight)
+        with pytest.warns(RevisionWarning, match=r"weights in front of L1\.mid are not those"):
+            run(loaded, model)
+    item = loaded.on("L1.mid", positions="all", target=1)
+    with pytest.warns(RevisionWarning, match="weights in front"), intervene(model, [item]):
+        model(**Prompts.random([5]).padded("left"))
+    model.load_state_dict(build("gpt2").state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(loaded, model)
+        loaded.provenance = replace(loaded.provenance, weights=None)  # as older files are
+        nudge(model.transformer.wte.weight)
+        run(LRQP.load(loaded.save(tmp_path / "old")), model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_fingerprint_is_of_the_weights_alone(name: str, tmp_path: Path) -> None:
+    model, sites = build(name), ("L0.pre", "L1.mid", "L1.post", "final")
+    whole = [found(model, site) for site in sites]
+    assert len({made["float32"] for made in whole}) == 3 and whole[1] == whole[2]
+    assert found(model, "L2.pre") == found(model, "L1.post")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert [found(again, site) for site in sites] == whole
+    assert found(torch.compile(build(name))) == found(model)
+    assert found(build(name).double()) == found(model)
+    # Of a model in half precision it is that of the same weights, rounded.
+    for kind in (torch.bfloat16, torch.float16):
+        precision = str(kind)[6:]
+        half = type(model).from_pretrained(tmp_path, dtype=kind)
+        assert found(half) == {precision: found(model)[precision]}
+        assert found(half.float())[precision] == found(model)[precision]
+        assert found(half)["float32"] != found(model)["float32"]
+    assert found(build(name).half())["float16"] != found(build(name, seed=1))["float16"]
+
+
+def test_where_weights_are_no_plain_values_there_is_no_fingerprint(edit: LRQP) -> None:
+    model = build("gpt2")
+    matrix = model.transformer.h[0].mlp.c_fc
+    matrix.weight = torch.nn.Parameter(matrix.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    assert found(model) is None
+    model = build("gpt2")
+    model.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(torch.empty(0))  # as of ZeRO-3
+    assert found(model) is None
+    model = build("gpt2")
+    model.config.quantization_config = {"bits": 4}
+    assert found(model) is None
+    model = build("gpt2")
+    model.transformer.h[0].to("meta")
+    edit.provenance.check(model, "L1.mid")
+    assert found(model) is None
+
+
+def test_of_adapters_those_in_use_count(edit: LRQP) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    plain = found(build("gpt2"))
+    options = {"target_modules": ["c_attn"], "init_lora_weights": False, "fan_in_fan_out": True}
+    model = peft.get_peft_model(build("gpt2"), peft.LoraConfig(**options)).eval()
+    with model.disable_adapter():
+        assert found(model) == plain
+    made = found(model)
+    assert made != plain
+    model.add_adapter("other", peft.LoraConfig(**options))
+    assert found(model) == made
+    model.set_adapter("other")
+    assert found(model) not in (made, plain)
+    model.set_adapter("default")
+    assert found(model) == made
+    model.merge_adapter()
+    assert found(model) not in (made, plain)
+    model.unmerge_adapter()
+    assert found(model.unload()).keys() == plain.keys()
