@@ -364,7 +364,10 @@ def bytes_of(tensor: Tensor) -> Any:
 
 SWITCH = "LRQP_NATIVE"
 """Set to 0 in the environment, this keeps to torch."""
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+    "-Werror=implicit-function-declaration",
+)
 if sys.platform == "darwin":  # where what the interpreter has is not found there by itself
     FLAGS += ("-undefined", "dynamic_lookup")
 

@@ -3,10 +3,11 @@
 import ctypes
 import functools
 import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,11 @@ class EditRun:
         given: what else it is given at each application.
         certified: whether what it returns need not be looked at again; see :class:`Edit`.
         inputs: the texts of ``edit.at(..., texts=...)`` as the model is given them; else None.
-        paused: whether nothing is recorded, because an edit is only computed once more.
         checked: whether the model is known to be one that the edit is for.
     """
 
     inputs: Mapping[str, Tensor] | None = None
-    paused = checked = False
+    checked = False
     _dtype = torch.float32
     _line: Line | None = None
     _laid: Laid | None = None
@@ -139,8 +139,8 @@ class EditRun:
         """Edit the activations of some positions; called by the hook."""
         _, target, source = self._classes_of(context, x.device)
         solution = self.edit.edit_rows(x, target, source, context, **self.given)
-        if not self.paused:
-            self._rows.append(solution, context.index, context.shown)
+        if context.forward_pass >= 0:
+            self._rows.append(solution, context.index, context.shown, context.forward_pass)
         self._dtype = x.dtype
         return solution.x_new
 
@@ -148,7 +148,7 @@ class EditRun:
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
     ) -> Tensor | None:
         """Edit some rows of the stream in one launch, where the kind of edit can; or None."""
-        if not self.certified or self.paused:
+        if not self.certified:
             return None
         launch = self._launch
         if launch is not None:
@@ -160,15 +160,16 @@ class EditRun:
             return self._in_one_call(stream, residual, scale, at, forward_pass)
         self._place(stream.device)
         count, index = at.index.shape[0], at.index
-        block = self._rows.room(count, stream.device, len(self.names))
         places = at.example, at.column, index, at.request, at.shown
-        record = block.rows, block.count, forward_pass
-        rows = fused.StreamRows(stream, residual, scale, *places, record, at.whole)
-        found = self.edit.edit_stream(rows, self._target, self._source, **self.given)
-        if found is None:
-            return None
-        whole, laid = found
-        block.count += count
+        with _WRITING:
+            block = self._rows.room(count, stream.device, len(self.names))
+            record = block.rows, block.count, forward_pass
+            rows = fused.StreamRows(stream, residual, scale, *places, record, at.whole)
+            found = self.edit.edit_stream(rows, self._target, self._source, **self.given)
+            if found is None:
+                return None
+            whole, laid = found
+            block.count += count
         self._dtype = whole.dtype
         self._launch = None
         # What a CUDA graph is to make is not there before it runs.
@@ -234,7 +235,7 @@ class EditRun:
             at: likewise.
         """
         line, laid, kept = self._line, self._laid, self._rows.kept
-        if self.paused or line is None or laid is None or laid.line is not line:
+        if line is None or laid is None or laid.line is not line:
             return None
         if not at.is_like(laid.at) or laid.threads > 1 or not line.is_plain(stream, residual):
             return None
@@ -337,10 +338,6 @@ class EditRun:
         if not self.checked and self.edit.provenance is not None:
             self.edit.provenance.check(model, site)
         self._rows.clear()
-
-    def end_step(self, context: EditContext, forward_pass: int) -> None:
-        """Note in which pass the rows just edited were; called after the edit."""
-        self._rows.number(forward_pass)
 
     @property
     def steps(self) -> list[Step]:
@@ -562,13 +559,26 @@ def _like(
 
 
 _NO_ROWS = torch.zeros(0, 0, dtype=torch.float64)
+_WRITING = threading.RLock()
+"""Of threads that share a context one writes, or makes rows, at a time."""
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _alone(method: _Method) -> _Method:
+    @functools.wraps(method)
+    def call(*given: Any) -> Any:
+        with _WRITING:
+            return method(*given)
+
+    return cast(_Method, call)
 
 
 class _Rows:
     """A row of numbers for each application of an edit to a token, in the order of application.
 
     A pass only keeps what its solution stores; rows are made of many passes at once, or when they
-    are read.
+    are read. Rows of one pass stand together, whatever threads share the context.
 
     Args:
         kept: whether to keep them; of rows that are not kept only the worst is, for its error.
@@ -603,6 +613,7 @@ class _Rows:
         self._settle()
         return self._buffer.nbytes
 
+    @_alone
     def clear(self) -> None:
         """Forget all rows; those that were given away stay as they are."""
         if not self._passes and not self._count:
@@ -611,7 +622,10 @@ class _Rows:
         self._buffer, self._count = _NO_ROWS, 0
         self._passes, self._waiting, self.sound = [], 0, True
 
-    def append(self, solution: Solution, index: Tensor, shown: Tensor | None = None) -> None:
+    @_alone
+    def append(
+        self, solution: Solution, index: Tensor, shown: Tensor | None, forward_pass: int
+    ) -> None:
         """Add a row for each activation of a solution; none under ``vmap``, which hides them."""
         if not concrete(solution.status):
             return
@@ -625,11 +639,12 @@ class _Rows:
                     stored[name] = unwrapped(value).detach()
         self.sound = False
         self._close(self._passes[-1:])
-        self._passes.append(_Pass(bare, index, shown))
+        self._passes.append(_Pass(bare, index, shown, forward_pass))
         self._waiting += len(index)
         if len(self._passes) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
 
+    @_alone
     def room(self, count: int, device: torch.device, variables: int = 0) -> "_Block":
         """A block in which the next rows may be written, of a solution of so many variables: its
         ``count`` is to say so.
@@ -650,6 +665,7 @@ class _Rows:
         self.sound = False
         return block
 
+    @_alone
     def wrote_in(self, laid: Laid, table: Any, variables: int) -> None:
         """Note what one compiled call has written of a pass."""
         last = self._passes[-1] if self._passes else None
@@ -663,16 +679,19 @@ class _Rows:
         if max(len(last.rows), len(self._passes)) >= WAITING or self._waiting >= WAITING_ROWS:
             self._settle()
 
+    @_alone
     def room_at(self, site: repeats.Site, laid: Laid, variables: int) -> None:
         """Let compiled code write the rows of the next passes, which are like one before."""
         self._close(self._passes[-1:])
         passes, width = max(WAITING_ROWS // laid.n_rows, 1), _width(variables)
-        site.room, site.numbers = min(passes, WAITING), laid.n_rows * width
+        site.room, site.row_of = min(passes, WAITING), width
+        site.numbers = laid.n_rows * width
         rows = numbers_of(site.room * site.numbers)()
         site.record = ctypes.addressof(rows)
         site.held.append(rows)
         self._passes.append(_Block([rows], variables=variables, laid=laid, site=site))
 
+    @_alone
     def leave(self, site: repeats.Site) -> None:
         """Let compiled code write no more at a site, which others will use."""
         for one in self._passes:
@@ -683,6 +702,7 @@ class _Rows:
         self._settle()  # memory that compiled code writes to is no copy's
         return dict(vars(self))
 
+    @_alone
     def _settle(self) -> None:
         """Make rows of the passes that have none, up to one that a CUDA graph may yet repeat."""
         stays = next((i for i, one in enumerate(self._passes) if one.captured), len(self._passes))
@@ -738,6 +758,7 @@ class _Rows:
             self._buffer[self._count : end] = new
             self._count = end
 
+    @_alone
     def read(self, positions: Positions) -> "_Rows":
         """The rows of pairs that count, numbered as the positions are."""
         self._settle()
@@ -754,11 +775,6 @@ class _Rows:
                 held[:, self._places["index"]] = number.to(held.dtype)
                 rows = _Rows(self.kept, self._places, held[number >= 0])
         return rows
-
-    def number(self, forward_pass: int) -> None:
-        """Say in which forward pass the last rows were added."""
-        if self._passes and isinstance(self._passes[-1], _Pass):
-            self._passes[-1].number = forward_pass
 
     def column(self, name: str) -> Tensor:
         """A quantity of all rows, (N,) or (N, V), float64."""
@@ -784,7 +800,7 @@ class _Pass:
     solution: Solution  # as it was returned, without the activations
     index: Tensor  # which pairs its rows are, (n,)
     shown: Tensor | None  # which of them count, (n,) bool, or None
-    number: int = -1  # of the pass
+    number: int  # of the pass
     # Whether it is part of a CUDA graph, each replay of which writes it anew.
     captured: bool = False
 
@@ -909,13 +925,15 @@ class _Launch:
             if first + count > self.most:
                 return None
             index = self.begin + 8 * first
-        if not block.takes(count) or capturing(stream):
-            block = self.block = run._rows.room(count, stream.device, len(run.names))
-        record = block.rows, block.count, forward_pass
-        whole = self.laid.again(stream, residual, index, at.shown, record)
-        if whole is not None:
+        with _WRITING:
+            if not block.takes(count) or capturing(stream):
+                block = self.block = run._rows.room(count, stream.device, len(run.names))
+            record = block.rows, block.count, forward_pass
+            whole = self.laid.again(stream, residual, index, at.shown, record)
+            if whole is None:
+                return None
             block.count += count
-            run._dtype = whole.dtype
+        run._dtype = whole.dtype
         return whole
 
     def _is_like(

@@ -1,6 +1,5 @@
 """Editing the residual stream within a context: any function, at any sites and positions."""
 
-import ctypes
 import functools
 import math
 import sys
@@ -109,6 +108,8 @@ class EditContext:
         request: in a scope, the request that each row belongs to, (N,); else None.
         shown: which rows count, (N,) bool, where the attention mask is on a GPU, which is not
             waited for; what an edit does to the others is neither kept nor recorded. None: all.
+        forward_pass: the number of the pass in the context, from 0; −1 where it is computed once
+            more for its derivatives, as checkpointing does, of which nothing is recorded.
     """
 
     index: Tensor
@@ -117,13 +118,16 @@ class EditContext:
     realise: Callable[[Tensor], Tensor]
     request: Tensor | None = None
     shown: Tensor | None = None
+    forward_pass: int = 0
 
 
 class _Here(EditContext):
     """Where some rows of a pass come from; made into tensors where somebody asks."""
 
-    def __init__(self, at: Rows, *put: Any) -> None:
-        vars(self).update(_at=at, _put=put, request=at.request, shown=at.shown)
+    def __init__(self, at: Rows, number: int, *put: Any) -> None:
+        own = vars(self)
+        own["_at"], own["_put"], own["forward_pass"] = at, put, number
+        own["request"], own["shown"] = at.request, at.shown
 
     def __getattr__(self, name: str) -> Any:
         own = vars(self)
@@ -147,11 +151,10 @@ class Recorded(Edit, Protocol):
     """An edit that is told of more than activations, as far as it has these methods.
 
     One that is ``certified`` gives finite activations of the right shape, or raises; leaves what it
-    is given alone, and what it does not edit bit for bit. While ``paused`` it records nothing.
+    is given alone, and what it does not edit bit for bit.
     """
 
     certified: bool
-    paused: bool
 
     def edit_stream(
         self, stream: Tensor, residual: Tensor | None, scale: float, at: Rows, forward_pass: int
@@ -163,9 +166,6 @@ class Recorded(Edit, Protocol):
 
     def begin(self, model: nn.Module, site: str | Site) -> None:
         """A context opens, for a model and a site of it."""
-
-    def end_step(self, context: EditContext, forward_pass: int) -> None:
-        """The edit of some rows is done."""
 
     def raise_late(self) -> None:
         """Raise for what went wrong in forward passes so far, where the edit has not waited to
@@ -443,7 +443,7 @@ def _key_of(item: Intervention) -> tuple[object, ...]:
 
 def _owner(edit: Any) -> Any:
     """The edit of a run of it; of a function None."""
-    return getattr(edit, "edit", None) if hasattr(edit, "end_step") else None
+    return getattr(edit, "edit", None) if hasattr(edit, "begin") else None
 
 
 _NUMBERS = count()
@@ -521,7 +521,7 @@ class _Plan:
         edit, inner = item.edit, inner_model(model)
         if self.edit is None:
             # A function may be another.
-            if hasattr(edit, "end_step") or hasattr(edit, "edit_stream"):
+            if hasattr(edit, "begin") or hasattr(edit, "edit_stream"):
                 return False
         elif type(edit) is not self.kind or self.edit() is not _owner(edit):
             return False
@@ -586,7 +586,8 @@ class _Applied:
     def __init__(self, item: Intervention, located: Located) -> None:
         self.take(item, located)
         self.places = Follower.of(Positions.parse(item.positions))
-        self._passes = ctypes.c_int64()
+        # Gives each pass its number.
+        self._passes = count()
         # What a function gave for a stream, which compiled code could not put in place.
         self.given: tuple[Tensor, Any] | None = None
         # What others have promised that this may break; and by thread what it has left in the
@@ -600,8 +601,6 @@ class _Applied:
         self.largest: list[Tensor] = []
         # Whether a hook has changed what was put in place, where that is not waited for.
         self.changed: list[Tensor] = []
-        # What an edit was told last of rows of the stream itself, which are the same pass for pass.
-        self.told: tuple[Rows, torch.dtype, _Here] | None = None
         # What stands for the calls that compiled code edits, and what that is told.
         self.same: ForwardCall | None = None
         self.site: repeats.Site | None = None
@@ -613,7 +612,7 @@ class _Applied:
         """Be that of an intervention."""
         self.item, self.located = item, located
         edit = cast(Recorded, item.edit)
-        self.record = edit if hasattr(edit, "end_step") else None
+        self.record = edit if hasattr(edit, "begin") else None
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)
@@ -627,7 +626,8 @@ class _Applied:
             return False
         self.item = self.located = self.record = self.streams = None  # type: ignore[assignment]
         self.known = self.given = None
-        self._passes.value = site.done = 0
+        self._passes, site.done = count(), 0
+        site.passes = id(self._passes)
         self.places.forget()
         return True
 
@@ -640,8 +640,8 @@ class _Applied:
 
     def renew(self) -> None:
         """As it was before any pass."""
-        self.known = self.told = self.given = self.same = self.site = None
-        self._passes.value = 0
+        self.known = self.given = self.same = self.site = None
+        self._passes = count()
         # Those that were there when the context opened, whatever the caller has written since.
         self.places.renew(self.places.positions)
 
@@ -652,12 +652,8 @@ class _Applied:
         the activation is block input + scale · attention output; elsewhere None.
         """
         given, self.given = self.given, None
-        if not call.again:
-            self._passes.value += 1
-        # At once: another thread of the context may begin a pass meanwhile.
-        number = self._passes.value - 1
-        if self.record is not None:
-            self.record.paused = call.again
+        # Drawn at once: another thread of the context may begin a pass meanwhile.
+        number = -1 if call.again else next(self._passes)
         known = self.known
         marked = known is not None and known[0] is call and stream.is_cpu
         at = known[1] if known is not None and marked else self.places.rows(call, stream.device)
@@ -666,7 +662,8 @@ class _Applied:
         beside = None
         if isinstance(residual, tuple):
             residual, beside = residual
-        if self.streams is not None and beside is None and (residual is not None or scale == 1):
+        streams = self.streams is not None and not call.again and beside is None
+        if streams and (residual is not None or scale == 1):
             whole: Tensor | None = self.streams(stream, residual, scale, at, number)
             if whole is not None:
                 if not marked:
@@ -675,16 +672,13 @@ class _Applied:
         itself = residual is None and scale == 1
         written = x = at.gather(stream)
         if itself:
-            told = self.told
-            if told is None or told[0] is not at or told[1] != x.dtype:
-                told = self.told = at, x.dtype, _Here(at, None, scale, x.dtype)
-            context = told[2]
+            context = _Here(at, number, None, scale, x.dtype)
         else:
             base = None if residual is None else at.gather(residual)
             beside = None if beside is None else at.gather(beside)
             x = added(written, scale, beside)
             x = x if base is None else base + x
-            context = _Here(at, base, scale, x.dtype, beside)
+            context = _Here(at, number, base, scale, x.dtype, beside)
         if self.certified:
             edited = self.item.edit(x, context)
             seen = not in_transforms() and readable(x)
@@ -700,12 +694,14 @@ class _Applied:
             if plain and type(edited) is Tensor and edited.shape == x.shape:
                 whole = None if in_transforms() else at.put(stream, edited, residual)
                 if whole is not None:
-                    self._ended(call, at, stream, marked, context, number)
+                    if not marked:
+                        self._mark(call, at, stream)
                     return whole
             # What can be looked at now is; all else is when the context closes.
             seen = not in_transforms() and readable(x)
             self._check(x, edited, seen)
-        self._ended(call, at, stream, marked, context, number)
+        if not marked:
+            self._mark(call, at, stream)
         # Also what leaves a row as it is may have a derivative: a learned vector that is still 0.
         learns = edited.requires_grad or forward_ad._current_level >= 0
         changed, seen = at.shown, seen and not learns
@@ -752,14 +748,14 @@ class _Applied:
         call: ForwardCall,
     ) -> repeats.Function | None:
         """What does this in passes like the one that is under way; see :func:`~.hooks.attach`."""
-        if torch.is_grad_enabled() and stream.requires_grad:
+        if call.again or (torch.is_grad_enabled() and stream.requires_grad):
             return None
         at = self.places.rows(call, stream.device)
         if at is None or at.shown is not None or isinstance(residual, tuple):
             return None
         if self.same is not None and self.site is not None and self.site.done:
             self.places.mark(self.same)
-        site.passes, self.same, self.site = ctypes.addressof(self._passes), call.same, site
+        site.passes, self.same, self.site = id(self._passes), call.same, site
         site.held += [self, at]
         if self.streams is not None:
             offer = getattr(self.item.edit, "offer", None)
@@ -777,8 +773,7 @@ class _Applied:
         site.width, site.kind = stream.shape[2], kind
         site.all, site.copies = stream.numel() // stream.shape[2], stream.numel() <= FEW_NUMBERS
         gather, put = repeats.bound("gather", site), repeats.bound("put", site)
-        told = self.told
-        context = told[2] if told is not None and told[0] is at else _Here(at, None, 1, rows.dtype)
+        context = _Here(at, 0, None, 1, rows.dtype)
 
         def repeat(given: Any, *named: Any) -> Any:
             x = gather(given, *named)
@@ -787,8 +782,7 @@ class _Applied:
             edited = self.item.edit(x, context)
             kept = put(given, edited)
             if kept is None:
-                # The rest is for :meth:`apply`, which counts the pass again.
-                self._passes.value -= 1
+                # The rest is for :meth:`apply`, which numbers the pass.
                 self.given = given if isinstance(given, Tensor) else given[0], edited
             return kept
 
@@ -799,21 +793,6 @@ class _Applied:
         self.places.mark(call)
         if call.like and not call.continues and stream.is_cpu:
             self.known = call, at
-
-    def _ended(
-        self,
-        call: ForwardCall,
-        at: Rows,
-        stream: Tensor,
-        marked: bool,
-        context: EditContext,
-        number: int,
-    ) -> None:
-        """Note that the edit of some rows is done."""
-        if not marked:
-            self._mark(call, at, stream)
-        if self.record is not None and not call.again:
-            self.record.end_step(context, number)
 
     def _check(self, x: Tensor, edited: Tensor, seen: bool) -> None:
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
@@ -980,7 +959,7 @@ class _Applied:
             )
         # Threads that share a context may count past each other.
         alone = len(watch._threads) <= 1 and not watch.plain
-        if alone and self._passes.value > next(watch.passes):
+        if alone and next(self._passes) > next(watch.passes):
             raise PositionError(
                 f"the {type(self.located.module).__name__} that {self.located.site} names ran more "
                 f"often than the model did, as where a hook calls it, so what was edited may be "

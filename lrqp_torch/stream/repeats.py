@@ -110,7 +110,7 @@ class Site(ctypes.Structure):
         ("done", _number),
         *((name, _address) for name in ("solve", "shared", "task")),
         *(("threads", _number), ("first", _number), ("record", _address)),
-        *((name, _number) for name in ("numbers", "used", "room")),
+        *((name, _number) for name in ("numbers", "row_of", "used", "room")),
         *(("rows", _address), ("row", Seen), ("place", _address)),
         *((name, _number) for name in ("count", "all", "width", "kind")),
     )

@@ -100,6 +100,7 @@ Object *PyList_GetItem(Object *, Index);
 int PyList_SetItem(Object *, Index, Object *);
 Index PyList_Size(Object *);
 long long PyLong_AsLongLong(Object *);
+Object *PyIter_Next(Object *);
 void *PyLong_AsVoidPtr(Object *);
 Object *PyObject_CallFunctionObjArgs(Object *, ...);
 Object *PyObject_GenericGetDict(Object *, void *);
@@ -306,13 +307,14 @@ typedef struct {
     i64 n_guards;
     Seen stream;
     i64 copies; /* whether the call copies what is not edited */
-    i64 *passes, done; /* of the context; and of these whether there was one that this has edited */
+    Object *passes; /* gives each pass of the context its number */
+    i64 done;       /* whether there was one that this has edited */
     /* An edit in one call, and its record for so many passes. */
     Solve *solve;
     const void *shared, *task;
     i64 threads, first;
     double *record;
-    i64 numbers, used, room;
+    i64 numbers, row_of, used, room; /* of a pass, and of a row, of which the last is the pass */
     /* Rows that a function of Python edits. */
     Object *rows;
     Seen row;
@@ -393,6 +395,14 @@ static Object *room_for(const Site *own, Object *stream, Look *there) {
     return NULL;
 }
 
+/* The number of the pass that is under way; at once, as threads may share a context. */
+static i64 numbered(const Site *own) {
+    Object *number = PyIter_Next(own->passes);
+    i64 value = number ? PyLong_AsLongLong(number) : -1;
+    if (number) Py_DecRef(number);
+    return value;
+}
+
 /* edit(given[, kwargs]): what goes on in its place, the same object where nothing is moved; None where
  * nothing was done. */
 static Object *edit(Object *held, Object *const *given, Index n) {
@@ -407,7 +417,7 @@ static Object *edit(Object *held, Object *const *given, Index n) {
     if (residual) Py_IncRef(residual);
     void *state = PyEval_SaveThread();
     i64 moved = own->solve(own->shared, own->task, own->threads, now.data, there.data, base.data, record,
-                           *own->passes, own->first);
+                           -1, own->first);
     PyEval_RestoreThread(state);
     if (residual) Py_DecRef(residual);
     /* Another thread may have had the record read meanwhile. */
@@ -415,8 +425,9 @@ static Object *edit(Object *held, Object *const *given, Index n) {
         Py_DecRef(result);
         return nothing();
     }
-    if (own->record) own->used++;
-    ++*own->passes;
+    i64 number = numbered(own);
+    for (i64 last = own->row_of - 1; record && last < own->numbers; last += own->row_of) record[last] = number;
+    if (record) own->used++;
     own->done = 1;
     if (residual) PyDict_DelItem(own->residuals, own->key);
     if (moved) return with(given[0], stream, result);
@@ -439,10 +450,7 @@ static Object *gather(Object *held, Object *const *given, Index n) {
         fits = at >= 0 && at < own->all;
         if (fits) memcpy((char *)there.data + b * size, (const char *)now.data + at * size, size);
     }
-    if (fits) {
-        ++*own->passes;
-        return x;
-    }
+    if (fits) return x;
     Py_DecRef(x);
     return nothing();
 }
@@ -460,7 +468,7 @@ static Object *put(Object *held, Object *const *given, Index n) {
     if (!result) return nothing();
     i64 outcome = lrqp_put_rows(now.data, NULL, there.data, rows.data, own->place, own->count, own->all,
                                 own->width, own->kind, own->copies);
-    own->done |= outcome >= 0;
+    if (outcome >= 0) own->done = numbered(own) >= 0;
     if (outcome > 0) return with(given[0], stream, result);
     Py_DecRef(result);
     if (outcome) return nothing();

@@ -4,6 +4,7 @@ import contextvars
 import copy
 import gc
 import re
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,7 @@ import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
 from lrqp_torch.edits.record import WAITING
 from lrqp_torch.errors import LRQPError, NonFiniteError, SiteError, WidthError
+from lrqp_torch.qp import native
 from lrqp_torch.stream import repeats
 
 pytestmark = pytest.mark.skipif(not repeats.available(), reason="no C compiler")
@@ -318,27 +320,48 @@ def test_every_pass_is_recorded_in_order_whoever_wrote_it() -> None:
         assert torch.equal(one.log_odds_before, other.log_odds_before)
 
 
+@pytest.mark.parametrize("way", ["repeated", "in one call", "torch"])
+@pytest.mark.parametrize("kind", [One, Several])
 @torch.no_grad()
-def test_threads_of_one_context_lose_no_pass() -> None:
-    model, made = build(), One()
-
-    def work() -> None:
-        with torch.no_grad():
-            for _ in range(60):
-                model(IDS)
-
+def test_threads_of_one_context_lose_no_pass(
+    kind: type[One], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass has a number and rows of its own, wherever threads are made to take turns."""
+    if way != "repeated":
+        monkeypatch.setattr(repeats, "_python", lambda: None)
+    if way == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    model, made, passes = build(), kind(), 30
+    texts = [IDS.roll(step) for step in range(3)]
     with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
-        expected = model(IDS).logits
+        expected = [model(ids).logits for ids in texts]
+    distances = [step.distance for step in run.steps]
+    wrong: list[int] = []
+
+    def work(own: int) -> None:
+        with torch.no_grad():
+            for _ in range(passes):
+                if not torch.equal(model(texts[own]).logits, expected[own]):
+                    wrong.append(own)
+
+    interval = sys.getswitchinterval()
+    with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
         threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(3)
+            threading.Thread(target=contextvars.copy_context().run, args=(work, own))
+            for own in range(3)
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert torch.equal(model(IDS).logits, expected)
-    assert sum(map(len, run.steps)) == 4 * (2 + 3 * 60)
-    assert len({tuple(step.distance.tolist()) for step in run.steps}) == 1
+        sys.setswitchinterval(3e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    assert not wrong
+    assert sorted(step.forward_pass for step in run.steps) == [*range(3 * passes)]
+    for distance in distances:
+        assert sum(torch.equal(step.distance, distance) for step in run.steps) == passes
 
 
 @torch.no_grad()

@@ -575,7 +575,6 @@ def test_keeping_a_step_waits_for_no_device(record: bool) -> None:
     for _ in range(3):
         with NoLooking():
             run(x, context)
-            run.end_step(context, 0)
     if record:
         assert len(run.steps[0]) == 12
         assert torch.equal(run.distance, solution.distance)
@@ -649,10 +648,10 @@ def test_a_long_generation_costs_constant_time_a_pass_and_little_memory() -> Non
     positions = torch.arange(passes).expand(2, -1)
     run = edit.on("L1.mid", positions=positions, target=1).edit
     for number in range(passes):
-        context = lrqp.EditContext(rows * passes + number, rows, rows + number, lambda v: v)
+        places = rows * passes + number, rows, rows + number
+        context = lrqp.EditContext(*places, lambda v: v, forward_pass=number)
         with Written() as mode:
             run(x, context)
-            run.end_step(context, number)
         written.append(mode.numbers)
     # Most passes only keep what was stored; rows are made of many at once.
     assert sorted(written)[passes // 2] == sorted(written[:20])[10]
