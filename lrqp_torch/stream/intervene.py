@@ -662,9 +662,9 @@ class _Applied:
         beside = None
         if isinstance(residual, tuple):
             residual, beside = residual
-        streams = self.streams is not None and not call.again and beside is None
-        if streams and (residual is not None or scale == 1):
-            whole: Tensor | None = self.streams(stream, residual, scale, at, number)
+        streams = None if call.again or beside is not None else self.streams
+        if streams is not None and (residual is not None or scale == 1):
+            whole: Tensor | None = streams(stream, residual, scale, at, number)
             if whole is not None:
                 if not marked:
                     self._mark(call, at, stream)
