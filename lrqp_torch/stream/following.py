@@ -1,6 +1,7 @@
 """Which tokens of each forward pass an intervention edits, and what was missed."""
 
 import functools
+import threading
 from functools import cached_property
 from operator import add
 from typing import Any, cast
@@ -362,6 +363,7 @@ class ScopeFollower(Follower):
     def __init__(self, positions: Positions) -> None:
         positions.clear()
         super().__init__(positions)
+        self._finding = threading.RLock()  # of threads that share a context one at a time finds
         assert positions.scope is not None
         self.scope, self.any = positions.scope, False
         self._last: ForwardCall | None = None
@@ -468,12 +470,13 @@ class ScopeFollower(Follower):
 
     def rows(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """The scope's tokens in a call, or None; in one that runs again, what they were."""
-        if call.continues:
-            return self._rows_of_step(call, device)
-        key = id(self), device
-        if not (call.again and key in call.found):
-            call.found[key] = self._rows_in(call, device)
-        return cast(Rows | None, call.found[key])
+        with self._finding:
+            if call.continues:
+                return self._rows_of_step(call, device)
+            key = id(self), device
+            if not (call.again and key in call.found):
+                call.found[key] = self._rows_in(call, device)
+            return cast(Rows | None, call.found[key])
 
     def _rows_of_step(self, call: ForwardCall, device: torch.device) -> Rows | None:
         """:meth:`rows` of a call with a cache."""

@@ -610,6 +610,8 @@ class Watch(Hooks):
         self._names = positional(self.trunk)
         self.others: set[str] = set()
         self.passes = itertools.count()
+        # Of threads that share the context one at a time has its call read.
+        self._beginning = threading.RLock()
         self._follows, self.reruns = follows, reruns
         self.steps = [item.step for item in follows if not item.counts]
         self._threads: set[int] = set()
@@ -869,6 +871,10 @@ class Watch(Hooks):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """A pass of the trunk begins: what it is the last of until it is over; None of others'."""
+        with self._beginning:
+            return self._begin_pass(args, kwargs)
+
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         thread = get_ident()
         if not self.acts():
             self.others.add(threading.current_thread().name)
@@ -1004,7 +1010,8 @@ class Watch(Hooks):
                 )
             next(self.passes)
             self._threads.add(get_ident())
-            call = self._see(given, held=held)
+            with self._beginning:
+                call = self._see(given, held=held)
             self._in_graph[get_ident()] = call
         else:
             self.others.add(threading.current_thread().name)

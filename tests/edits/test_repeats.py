@@ -320,13 +320,30 @@ def test_every_pass_is_recorded_in_order_whoever_wrote_it() -> None:
         assert torch.equal(one.log_odds_before, other.log_odds_before)
 
 
+def in_turns(work: Callable[[int], None], count: int) -> None:
+    """Run work(0), work(1), ... in threads that share this context and often change places."""
+    threads = [
+        threading.Thread(target=contextvars.copy_context().run, args=(work, own))
+        for own in range(count)
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("way", ["repeated", "in one call", "torch"])
 @pytest.mark.parametrize("kind", [One, Several])
 @torch.no_grad()
 def test_threads_of_one_context_lose_no_pass(
     kind: type[One], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pass has a number and rows of its own, wherever threads are made to take turns."""
+    """Every pass has a number and rows of its own, wherever threads take turns."""
     if way != "repeated":
         monkeypatch.setattr(repeats, "_python", lambda: None)
     if way == "torch":
@@ -338,30 +355,38 @@ def test_threads_of_one_context_lose_no_pass(
     distances = [step.distance for step in run.steps]
     wrong: list[int] = []
 
+    @torch.no_grad()
     def work(own: int) -> None:
-        with torch.no_grad():
-            for _ in range(passes):
-                if not torch.equal(model(texts[own]).logits, expected[own]):
-                    wrong.append(own)
+        for _ in range(passes):
+            if not torch.equal(model(texts[own]).logits, expected[own]):
+                wrong.append(own)
 
-    interval = sys.getswitchinterval()
     with made.edit.at(model, "L0.post", positions=AT, target=made.target) as run:
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(work, own))
-            for own in range(3)
-        ]
-        sys.setswitchinterval(3e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
+        in_turns(work, 3)
     assert not wrong
     assert sorted(step.forward_pass for step in run.steps) == [*range(3 * passes)]
     for distance in distances:
         assert sum(torch.equal(step.distance, distance) for step in run.steps) == passes
+
+
+@pytest.mark.parametrize("region", ["all", "generated", "last"])
+def test_threads_of_one_context_generate_each_its_own(region: str) -> None:
+    model, edit = build(), One().edit
+    texts = [IDS.roll(step) for step in range(3)]
+
+    def generate(ids: Tensor) -> Tensor:
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    alone, distances, found = list[Tensor](), list[float](), dict[int, Tensor]()
+    for ids in texts:
+        with edit.at(model, "L0.post", positions=region, target=1) as run:
+            alone.append(generate(ids))
+        distances += run.distance.flatten().tolist()
+    with edit.at(model, "L0.post", positions=region, target=1) as run:
+        in_turns(lambda own: found.update({own: generate(texts[own])}), 3)
+    assert all(torch.equal(found[own], ids) for own, ids in enumerate(alone))
+    assert sorted(run.distance.flatten().tolist()) == sorted(distances)
 
 
 @torch.no_grad()
