@@ -58,7 +58,7 @@ def solve_dual(
         tabled: DualSolution = sets.solve(case, gap)
         return tabled
     if isinstance(constraints, ClassConstraints):
-        matrix, noise = constraints.squared.detach(), constraints.spread
+        matrix, noise = constraints.classes.squared.detach(), constraints.classes.noise
         target = constraints.target
     else:
         matrix, noise = constraints.gram.detach(), constraints.noise

@@ -118,16 +118,17 @@ class Blind:
         """Of two classes or of few."""
         weight, bias, steering = (part.detach() for part in geometry.rows)
         n, sets, blocks = geometry.n_classes, geometry.sets, [0]
+        pairs, unit = geometry.distances, geometry.sizes.unit
         status = torch.arange(len(Status), device=weight.device).unbind()
         failed = status[Status.INACCURATE]
         constants: tuple[Tensor, ...] = ()
         if sets is None:
-            squared, length = geometry.squared.detach()[:1, 1:], geometry.length[:1, 1:]
-            solvable = squared > geometry.noise.detach()[:1, 1:]
+            squared, length = pairs.squared.detach()[:1, 1:], pairs.length[:1, 1:]
+            solvable = squared > pairs.noise[:1, 1:]
             inverse = torch.where(solvable, 1 / squared, 0.0)
             failed = torch.where(solvable, failed, status[Status.INFEASIBLE]).squeeze()
-            roots = torch.cat([squared, geometry.stretch[0][:1, 1:]], 1).clamp_min(0).sqrt()
-            unit = torch.stack([torch.ones_like(geometry.stretch[1]), geometry.stretch[1]])
+            roots = torch.cat([squared, pairs.stretch[:1, 1:]], 1).clamp_min(0).sqrt()
+            unit = torch.stack([torch.ones_like(unit), unit])
             stretched = length * inverse * geometry.narrow[0]
             wrong = solvable * (torch.finfo(squared.dtype).eps + (squared * inverse - 1).abs())
             constants = length, stretched, roots * unit, wrong, squared
@@ -153,7 +154,7 @@ class Blind:
             if geometry.low is not None:
                 # Where classes are nearly equal, along the edges of a tree between them instead:
                 # what crosses an edge does so in one direction, and no terms cancel.
-                before, after = torch.tensor(nearest_neighbours(geometry.length)).unbind(-1)
+                before, after = torch.tensor(nearest_neighbours(pairs.length)).unbind(-1)
                 crossed = weight.new_zeros(n, m)
                 for edge in range(m):
                     crossed[after[edge]] = crossed[before[edge]]
@@ -163,9 +164,9 @@ class Blind:
                 steering, low = (part[after] - part[before] for part in (steering, geometry.low))
                 steering = steering + low
             packed = torch.cat([geometry.gram[0].detach(), geometry.gram[1], *along], -1)
-            packed[..., m : 2 * m] *= geometry.stretch[1].square()
-            length = geometry.length.gather(-1, other)
-            moved = geometry.stretch[0].gather(-1, other).clamp_min(0).sqrt() * geometry.stretch[1]
+            packed[..., m : 2 * m] *= unit.square()
+            length = pairs.length.gather(-1, other)
+            moved = pairs.stretch.gather(-1, other).clamp_min(0).sqrt() * unit
             moved = moved * sets.scale.square()
             # How margins come from logits, and behind them z_v − z_t.
             margins = torch.nn.functional.pad(towards, (0, 0, 0, 1))

@@ -10,7 +10,7 @@ the digits of classes that nearly coincide, which a Gram matrix of the weights l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
@@ -28,6 +28,7 @@ from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.qp.implicit import matvec
 
 if TYPE_CHECKING:
+    from lrqp_torch.qp.distances import Distances
     from lrqp_torch.qp.table import ActiveSets
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
@@ -133,11 +134,8 @@ class DenseConstraints:
 class ClassConstraints:
     """Those of a probe with many classes: D for all, and each example's target."""
 
-    squared: Tensor  # D, (K, K)
-    # The same in Σ², (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s.
-    steering: tuple[Tensor, Tensor]
-    spread: Tensor  # rounding error of D, (K, K)
-    lengths: Tensor  # ‖w_k − w_l‖, (K, K)
+    classes: "Distances"  # D, the same in Σ² / s², and what D rounds by, (K, K)
+    unit: Tensor  # s, ()
     target: Tensor  # t, (B,)
     other: Tensor  # the classes other than the target, ascending, (B, m)
     probe: tuple[Tensor, Tensor]  # W and WΣ, (K, d), up to one row that all share
@@ -146,32 +144,35 @@ class ClassConstraints:
     @property
     def noise(self) -> Tensor:
         """See :class:`Constraints`."""
-        return self._of(self.spread)
+        return self._of(self.classes.noise)
 
     @property
     def length(self) -> Tensor:
         """See :class:`Constraints`."""
-        return self._of(self.lengths)
+        return self._of(self.classes.length)
 
     @property
     def gram(self) -> Tensor:
         """See :class:`Constraints`; from differences, once for each target that occurs."""
         targets, which = self.target.unique(return_inverse=True)
-        return class_grams(targets, *self.probe, self.lengths).index_select(0, which)
+        other = other_classes(targets, len(self.classes.length), targets.device)
+        length = self.classes.length.index_select(0, targets).gather(-1, other)
+        return class_grams(targets, *self.probe, length).index_select(0, which)
 
     @property
     def diagonal(self) -> Tensor:
         """See :class:`Constraints`."""
-        return self._of(self.squared.detach())
+        return self._of(self.classes.squared.detach())
 
     def apply(self, multipliers: Tensor, index: Tensor | None = None) -> Tensor:
         """See :class:`Constraints`."""
+        squared = self.classes.squared
         if index is None:
-            return self._apply(self.squared, multipliers)
+            return self._apply(squared, multipliers)
         chosen = self.other.gather(-1, index.clamp_max(self.other.shape[-1] - 1))
         weights = torch.nn.functional.pad(multipliers, (0, 1)).gather(-1, index)
-        own = self.squared[self.target]
-        entries = own.unsqueeze(1) + (own.gather(-1, chosen).unsqueeze(-1) - self.squared[chosen])
+        own = squared[self.target]
+        entries = own.unsqueeze(1) + (own.gather(-1, chosen).unsqueeze(-1) - squared[chosen])
         grown = (weights.unsqueeze(1) @ entries).squeeze(1)
         return grown.gather(-1, self.other) / 2
 
@@ -179,25 +180,17 @@ class ClassConstraints:
         """See :class:`Constraints`."""
         chosen = self.other.gather(-1, index.clamp_max(self.other.shape[-1] - 1))
         target, rows, columns = self.target[:, None, None], chosen[:, :, None], chosen[:, None]
-        squared = self.squared
+        squared = self.classes.squared
         return (squared[target, rows] + squared[target, columns] - squared[rows, columns]) / 2
 
     def moved(self, multipliers: Tensor) -> Tensor:
         """See :class:`Constraints`."""
-        multipliers = multipliers * self.steering[1]
-        return (multipliers * self._apply(self.steering[0], multipliers)).sum(-1)
+        multipliers = multipliers * self.unit
+        return (multipliers * self._apply(self.classes.stretch, multipliers)).sum(-1)
 
     def rows(self, rows: Tensor) -> "ClassConstraints":
         """See :class:`Constraints`."""
-        return ClassConstraints(
-            self.squared,
-            self.steering,
-            self.spread,
-            self.lengths,
-            self.target[rows],
-            self.other[rows],
-            self.probe,
-        )
+        return replace(self, target=self.target[rows], other=self.other[rows])
 
     def _of(self, pairs: Tensor) -> Tensor:
         """Of pairs of classes, (K, K), those of each example's target with the others, (B, m)."""
@@ -332,28 +325,34 @@ def class_grams(
         target: t, (n,).
         weight: W, (K, d).
         steering: WΣ, (K, d), up to one row that all share.
-        length: ‖w_k − w_l‖, (K, K).
+        length: ‖w_t − w_l‖, (n, m).
         low: what to add to ``steering``, (K, d), so that its differences keep their digits.
         unit: s, for the products Σa_l · Σa_m / s² instead, not differentiable.
     """
-    n_classes, width = weight.shape
     grams = []
     # Normals, (m, d) each, are many numbers where there are many classes.
-    for targets in target.split(max(1, GRAM_NUMBERS // (n_classes * width))):
-        other = other_classes(targets, n_classes, target.device)
-        along = steering[targets].unsqueeze(1) - steering[other]
-        if low is not None:
-            along = along + (low[targets].unsqueeze(1) - low[other])
+    at_once = max(1, GRAM_NUMBERS // weight.numel())
+    for targets, own in zip(target.split(at_once), length.split(at_once), strict=True):
+        normals, along = class_normals(targets, weight, steering, low)
         if unit is not None:
             along = along.detach() / unit
             grams.append(along @ along.mT)
             continue
-        normals = weight[targets].unsqueeze(1) - weight[other]
         products = normals @ along.mT
-        own = length[targets].gather(-1, other)
         share = ((own.unsqueeze(-2) - own.unsqueeze(-1)).sign() + 1) / 2
         grams.append(products * share + products.mT * (1 - share))
     return grams[0] if len(grams) == 1 else torch.cat(grams)
+
+
+def class_normals(
+    target: Tensor, weight: Tensor, steering: Tensor, low: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A and AΣ of some targets, (n, m, d) each; arguments as those of :func:`class_grams`."""
+    other = other_classes(target, len(weight), target.device)
+    along = steering[target].unsqueeze(1) - steering[other]
+    if low is not None:
+        along = along + (low[target].unsqueeze(1) - low[other])
+    return weight[target].unsqueeze(1) - weight[other], along
 
 
 def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:

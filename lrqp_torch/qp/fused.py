@@ -221,8 +221,9 @@ class Launcher:
             self.slots, self.variables = self.n_classes, 0
             grams = geometry.total_grams if self.total else None if self.two else geometry.grams
             self.grams = grams is not None
-            squared = geometry.squared if grams is None else grams
-            parts = *parts, squared, geometry.noise, geometry.length, *rows[:2]
+            of = geometry.distances
+            squared = of.squared if grams is None else grams
+            parts = *parts, squared, of.noise, of.length, *rows[:2]
         else:
             self.slots, self.variables = geometry.n_constraints, len(rule)
             self.grams, table = False, torch.tensor(rule, dtype=torch.float64)
@@ -575,7 +576,7 @@ def solve(
     """
     batch, m = len(x), geometry.n_constraints
     rule, given, source = _told(floors, x.device)
-    wide = geometry.squared
+    wide = geometry.weight
     multipliers = wide.new_empty(batch, m)
     active = torch.empty(batch, m, dtype=torch.bool, device=x.device)
     aims = inverse = multipliers

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from lrqp_torch.errors import (
     WidthError,
     all_finite,
     check_classes,
-    check_distances,
     concrete,
     in_transforms,
     readable,
@@ -27,12 +26,15 @@ from lrqp_torch.qp.constraints import (
     ClassConstraints,
     Constraints,
     DenseConstraints,
+    MetricSizes,
     class_grams,
     low_parts,
     other_classes,
     steered,
 )
+from lrqp_torch.qp.distances import DIRECT, Distances, lengths
 from lrqp_torch.qp.native import Shared
+from lrqp_torch.qp.normals import NormalConstraints
 from lrqp_torch.qp.projection import project
 from lrqp_torch.qp.table import ActiveSets
 from lrqp_torch.qp.total_odds import lent_to
@@ -40,13 +42,7 @@ from lrqp_torch.qp.total_odds import lent_to
 # Up to so many constraints M of every target is formed, and all 2^m active sets of each are tabled:
 # then no step of a solve waits for the device, and it takes fewer steps.
 TABLED = 7
-# Distances of classes come from their differences, all at once where there are few classes; else
-# from a Gram matrix, but for pairs of which it loses this share of the digits' size.
-DIRECT, NEAR = 64, 1e-2
 MOST_CLASSES = 10_000
-CHUNK_NUMBERS = 2_000_000
-# On a CPU differences of rows that stay near the processor take a tenth of the time.
-NEAR_NUMBERS = 50_000
 # Terms of an edit that are so many times longer than their sum leave float32 too few digits.
 CANCELLED = 16.0
 
@@ -105,13 +101,7 @@ class ProbeGeometry:
         bias: b, (K,).
         steering: W̄ Σ with W̄ the weights less their mean, (K, d): edits move along differences of
             its rows, which are those of W Σ.
-        squared: (w_k − w_l)ᵀ Σ (w_k − w_l), (K, K), from differences: nearly equal classes keep
-            their digits.
-        noise: rounding error of it, (K, K). At or below it two classes are equal as far as the
-            metric can tell.
-        length: ‖w_k − w_l‖, (K, K).
-        stretch: (w_k − w_l)ᵀ Σ² (w_k − w_l) / s², (K, K), and s, the largest entry of Σ: they
-            measure edits in the units of the stream.
+        sizes: of Σ.
         rows: what logits are read by and edits move along: W, b and W̄Σ; for two classes their
             one difference, (1, d), (1,) and (1, d).
         narrow: length and float32 direction of each of these W̄Σ: no scale of Σ is too large or
@@ -121,20 +111,19 @@ class ProbeGeometry:
         sets: the active sets for every target where K is small, else None.
         low: what to add to steering, (K, d), so that a difference of its rows keeps its digits
             where classes are nearly equal; None where none are, or K is large.
+        known: the distances of all pairs of classes, unless K is large.
     """
 
     weight: Tensor
     bias: Tensor
     steering: Tensor
-    squared: Tensor
-    noise: Tensor
-    length: Tensor
-    stretch: tuple[Tensor, Tensor]
+    sizes: MetricSizes
     rows: tuple[Tensor, Tensor, Tensor]
     narrow: tuple[Tensor, Tensor]
     gram: tuple[Tensor, Tensor] | None
     sets: ActiveSets | None
     low: Tensor | None = None
+    known: Distances | None = None
 
     @classmethod
     def build(
@@ -178,20 +167,12 @@ class ProbeGeometry:
 
         weight, bias = weight.double(), bias.double()
         (steering,), sizes = steered(covariance, [weight])
-        low = None
-        with torch.no_grad():
-            length = _pairwise(weight, weight).clamp_min(0.0).sqrt()
+        low = known = None
+        if n_classes <= DIRECT or torch.compiler.is_compiling() or in_transforms():
+            length = lengths(weight)
             if n_classes <= DIRECT:
                 low = low_parts(weight, steering, covariance, length)
-        squared = _pairwise(weight, steering, low)
-        check_distances(squared)
-        with torch.no_grad():
-            size, unit = sizes.norm(steering), sizes.unit
-            if low is not None:
-                size = torch.zeros_like(size)
-            along = steering / unit
-            stretch = _pairwise(along, along, None if low is None else low / unit)
-            noise = sizes.rounding(length, size.unsqueeze(-1) + size)
+            known = Distances.of(weight, steering, sizes, low, length)
         rows = weight, bias, steering
         if n_classes == 2:
             rows = weight[:1] - weight[1:], bias[:1] - bias[1:], steering[:1] - steering[1:]
@@ -201,21 +182,29 @@ class ProbeGeometry:
             size = sizes.norm(rows[2])
             narrow = size, (rows[2] / torch.where(size > 0, size, 1.0).unsqueeze(-1)).float()
         gram = sets = None
-        if 1 < n_classes - 1 <= TABLED or low is not None:
+        if known is not None and (1 < n_classes - 1 <= TABLED or low is not None):
             every = torch.arange(n_classes, device=weight.device)
-            each = every, weight, steering, length, low
-            gram = class_grams(*each), class_grams(*each, unit=unit)
-        if gram is not None and n_classes - 1 <= TABLED:
             other = other_classes(every, n_classes, weight.device)
-            sets = ActiveSets.build(gram[0], noise.gather(-1, other))
-        stretched = stretch, unit
-        geometry = cls(
-            weight, bias, steering, squared, noise, length, stretched, rows, narrow, gram, sets, low
-        )
+            each = every, weight, steering, known.length.gather(-1, other), low
+            gram = class_grams(*each), class_grams(*each, unit=sizes.unit)
+            if n_classes - 1 <= TABLED:
+                sets = ActiveSets.build(gram[0], known.noise.gather(-1, other))
+        geometry = cls(weight, bias, steering, sizes, rows, narrow, gram, sets, low, known)
         if not readable(weight) and not torch.compiler.is_compiling() and not in_transforms():
             # At once: nothing can be laid down while a graph is captured.
             geometry.blind, geometry.lent_sets  # noqa: B018
         return geometry
+
+    @property
+    def distances(self) -> Distances:
+        """Of all pairs of classes, K × K numbers four times over where they were not known."""
+        return self.known or self._distances
+
+    @cached_property
+    def _distances(self) -> Distances:
+        # Differentiable whenever they are first asked for.
+        with torch.inference_mode(False), torch.enable_grad():
+            return Distances.of(self.weight, self.steering, self.sizes)
 
     @cached_property
     def blind(self) -> Blind | None:
@@ -228,7 +217,8 @@ class ProbeGeometry:
         if self.gram is None or self.sets is None:
             return None
         every = torch.arange(self.n_classes, device=self.weight.device)
-        noise = self.noise.gather(-1, other_classes(every, self.n_classes, every.device))
+        other = other_classes(every, self.n_classes, every.device)
+        noise = self.distances.noise.gather(-1, other)
         return ActiveSets.build(lent_to(self.gram[0].detach()), noise.detach())
 
     @cached_property
@@ -253,7 +243,8 @@ class ProbeGeometry:
         if self.grams is not None:
             return self.grams
         every = torch.arange(self.n_classes, device=self.weight.device)
-        return self._filled(class_grams(every, self.weight, self.steering, self.length))
+        length = self.distances.length.gather(-1, other_classes(every, len(every), every.device))
+        return self._filled(class_grams(every, self.weight, self.steering, length))
 
     def _filled(self, gram: Tensor) -> Tensor:
         every = torch.arange(self.n_classes, device=gram.device)
@@ -263,8 +254,9 @@ class ProbeGeometry:
         return grams
 
     def _shared(self, grams: Tensor | None) -> Shared:
-        pairs = self.squared, self.noise, self.length, self.stretch[0]
-        return Shared.of(*pairs, *self.rows, grams, self.low, unit=float(self.stretch[1]))
+        of = self.distances
+        pairs = of.squared, of.noise, of.length, of.stretch
+        return Shared.of(*pairs, *self.rows, grams, self.low, unit=float(self.sizes.unit))
 
     @property
     def n_classes(self) -> int:
@@ -287,26 +279,33 @@ class ProbeGeometry:
 
     def constraints(self, target: Tensor) -> Constraints:
         """The dual's constants for targets (B,)."""
-        batch = len(target)
+        batch, of, unit = len(target), self.distances, self.sizes.unit
         if self.n_classes == 2:
             # The two targets have the same problem, up to a sign that M does not see.
-            both = (self.squared, self.noise, self.length, self.stretch[0])
+            both = of.squared, of.noise, of.length, of.stretch
             gram, noise, length, stretch = (part[:1, 1:].expand(batch, 1) for part in both)
-            moved = stretch.unsqueeze(-1), self.stretch[1]
-            return DenseConstraints(gram.unsqueeze(-1), noise, length, moved)
+            return DenseConstraints(
+                gram.unsqueeze(-1), noise, length, (stretch.unsqueeze(-1), unit)
+            )
         other = other_classes(target, self.n_classes, target.device)
-        pairs = self.noise, self.length
         if self.gram is None:
-            probe = self.weight, self.steering
-            return ClassConstraints(self.squared, self.stretch, *pairs, target, other, probe)
+            return ClassConstraints(of, unit, target, other, (self.weight, self.steering))
+        pairs = of.noise, of.length
         noise, length = (part.index_select(0, target).gather(-1, other) for part in pairs)
         return DenseConstraints(
             gram=self.gram[0].index_select(0, target),
             noise=noise,
             length=length,
-            steering=(self.gram[1].index_select(0, target), self.stretch[1]),
+            steering=(self.gram[1].index_select(0, target), unit),
             table=None if self.sets is None else (self.sets, target),
         )
+
+    def by_normals(self, target: Tensor) -> Constraints:
+        """What total odds ask of them, without distances of all pairs where these are not known."""
+        if self.known is not None:
+            return self.constraints(target)
+        found = NormalConstraints.of(self.weight, self.steering, self.sizes, target)
+        return cast(Constraints, found)
 
     def logits(self, x: Tensor) -> Tensor:
         """Probe logits x Wᵀ + b in float64, (B, K)."""
@@ -396,53 +395,6 @@ def _added(x: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return torch.addcmul(x, coefficients, rows)
     return torch.addmm(x, coefficients, rows)
-
-
-def _pairwise(left: Tensor, right: Tensor, low: Tensor | None = None) -> Tensor:
-    """The products (u_k − u_l)·(v_k − v_l) of rows u of ``left`` and v of ``right``, (K, K).
-
-    ``low`` is what to add to v, of up to :data:`DIRECT` rows, and to u where both are the same.
-    """
-    n_classes, width = left.shape
-    rows = max(1, CHUNK_NUMBERS // width)
-    if n_classes <= DIRECT or not readable(left):
-        most = NEAR_NUMBERS if left.device.type == "cpu" else CHUNK_NUMBERS
-        rows = max(1, most // (width * n_classes))
-
-        def apart(side: Tensor, rest: Tensor | None, at: slice) -> Tensor:
-            own = side[at].unsqueeze(1) - side
-            return own if rest is None else own + (rest[at].unsqueeze(1) - rest)
-
-        parts = [slice(start, start + rows) for start in range(0, n_classes, rows)]
-        sides = (left, low if left is right else None), (right, low)
-        return torch.cat([torch.mul(*(apart(*side, at) for side in sides)).sum(-1) for at in parts])
-    # Centred, a Gram matrix loses least; differences themselves are exact without.
-    exact = left, left if left is right else right
-    left = left - left.mean(0)
-    right = left if exact[1] is exact[0] else right
-    # Blocks of rows from the diagonal on, small enough to stay near the processor.
-    squared, own = left.new_zeros(n_classes, n_classes), (left * right).sum(-1)
-    block = max(1, CHUNK_NUMBERS // n_classes)
-    for begin in range(0, n_classes, block):
-        mine, yours = left[begin : begin + block], right[begin:]
-        products = mine @ yours.T
-        if left is not right:
-            products = (products + right[begin : begin + block] @ left[begin:].T) / 2
-        terms = own[begin : begin + block].unsqueeze(-1) + own[begin:]
-        part = terms - 2 * products
-        one, two = (part.detach() <= NEAR * terms.detach()).triu().nonzero(as_tuple=True)
-        one, two = one + begin, two + begin
-        found = [
-            torch.mul(*(own[a] - own[b] for own in exact)).sum(-1)
-            for a, b in zip(one.split(rows), two.split(rows), strict=True)
-        ]
-        part = part.index_put((one - begin, two - begin), torch.cat(found))
-        # Of the block's own square what is above the diagonal counts, and is 0 on it.
-        square = part[:, : len(part)].triu(1)
-        squared[begin : begin + block, begin:] = part
-        squared[begin : begin + block, begin : begin + block] = square + square.mT
-        squared[begin + block :, begin : begin + block] = part[:, len(part) :].mT
-    return squared
 
 
 class Trace:

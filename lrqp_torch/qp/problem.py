@@ -18,8 +18,9 @@ from lrqp_torch.errors import (
     require_concrete,
 )
 from lrqp_torch.qp import blind, direct, fused, native
+from lrqp_torch.qp.distances import DIRECT
 from lrqp_torch.qp.fused import OddsRule
-from lrqp_torch.qp.geometry import DIRECT, Geometry, ProbeGeometry
+from lrqp_torch.qp.geometry import Geometry, ProbeGeometry
 from lrqp_torch.qp.implicit import displaced, known, valued
 from lrqp_torch.qp.reach import Attempt, Headroom, Realise, Rows, at, excess, reach
 from lrqp_torch.qp.solution import Solution, join, statuses
@@ -184,8 +185,10 @@ class MahalanobisQP(nn.Module):
         elif total:
             route = partial(direct.solve, total=True)
         elif route is None and type(self.solver) is TotalOdds and x.device.type == "cpu":
-            # It holds several M of every example at once.
-            chunk = max(1, min(chunk, CHUNK_NUMBERS // geometry.n_constraints**2))
+            # It holds several M, or the normals, of every example at once.
+            many = geometry.n_constraints >= DIRECT
+            numbers = geometry.n_constraints * (geometry.width if many else geometry.n_constraints)
+            chunk = max(1, min(chunk, CHUNK_NUMBERS // numbers))
 
         def solve(x: Tensor, at: slice) -> Solution:
             own = target if len(x) == batch else target[at]
@@ -213,7 +216,7 @@ class MahalanobisQP(nn.Module):
             type(self.solver) in (ActiveSet, TotalOdds)
             and isinstance(geometry, ProbeGeometry)
             and fused.serves(x, geometry.n_classes)
-            and geometry.squared.device == x.device
+            and geometry.weight.device == x.device
             and (realise is None or fused.places(realise))
         )
 
@@ -348,7 +351,10 @@ class MahalanobisQP(nn.Module):
         missing = (bound - reading).detach()
         valid = torch.isfinite(missing.sum(-1))
         needed = (missing.amax(-1) > 0) & valid
-        constraints = geometry.constraints(choice)
+        if self.solver.one_floor and isinstance(geometry, ProbeGeometry):
+            constraints = geometry.by_normals(choice)
+        else:
+            constraints = geometry.constraints(choice)
 
         def step(aim: Tensor, rows: Rows) -> Attempt:
             here = constraints if rows is None else constraints.rows(rows)

@@ -21,17 +21,20 @@ convex function
 
 minimised by Newton steps with a line search. There f increases with μ, so that f = log α is a
 bracketed Newton iteration in one number; both are taken together once λ has settled. Any p gives by
-duality
-the lower bound
+duality the lower bound
 
     distance ≥ (log α − pᵀs⁰ + H(p)) / √(pᵀMp),   H the entropy,
 
 and where that has no finite value the target is unreachable.
+
+Of more rivals than the stream has dimensions M is held as A and AΣ (:mod:`~.normals`), and the
+search begins at the solution for those few that matter most.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from lrqp_torch.errors import readable
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints
+from lrqp_torch.qp.normals import Normals, solve_by_few
 from lrqp_torch.qp.reach import LONGER
 from lrqp_torch.qp.solution import ROUNDING
 from lrqp_torch.qp.solvers import ACTIVE_SET, Found, Solver
@@ -73,6 +77,12 @@ FAR, SHARE_ROUNDS, MET_BY_SHARES = 1e2, 6, 1e-5
 MAX_HALVINGS = 40
 # From so many numbers of M on, 2 MB, a derivative forms it anew.
 KEPT_NUMBERS = 250_000
+# So many rivals are solved for first, so often, where M is held by its normals; the others leave
+# them no less than this share of what is allowed.
+FEW, FIRST_ROUNDS, LEFT = 128, 2, 0.1
+
+Gram = Tensor | Normals
+"""M, (B, m, m), or by its normals."""
 
 Inner = Callable[..., tuple[Tensor, ...]]
 """From M, p, μ and right-hand sides r, (I + μ H M)⁻¹ r of each, see :func:`solve_inner`."""
@@ -169,7 +179,7 @@ def total_log_odds(margins: Tensor) -> Tensor:
 
 
 def without_constants(
-    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor
+    gram: Gram, start: Tensor, floor: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same problem without the rivals that no activation moves; differentiable.
 
@@ -180,7 +190,7 @@ def without_constants(
         s⁰ with ∞ in place of constants, (B, m); the floor of the others, (B,); whether the
         constants leave any room, (B,) bool.
     """
-    constant = gram.detach().diagonal(dim1=-2, dim2=-1) <= noise
+    constant = _diagonal(gram.detach()) <= noise
     some = constant.any(-1)
     # Log of the constants' share of what is allowed. Where there are none, any number will do.
     held = torch.where(constant, start, torch.where(some.unsqueeze(-1), torch.inf, 0.0))
@@ -196,7 +206,7 @@ def without_constants(
 
 
 def newton_step(
-    gram: Tensor,
+    gram: Gram,
     start: Tensor,
     floor: Tensor,
     multipliers: Tensor,
@@ -224,7 +234,7 @@ def newton_step(
 
 
 def total_multipliers(
-    gram: Tensor, start: Tensor, floor: Tensor, found: TotalSolution, edited: Tensor
+    gram: Gram, start: Tensor, floor: Tensor, found: TotalSolution, edited: Tensor
 ) -> Tensor:
     """λ, (B, m), polished, and differentiable in M, s⁰ and log α to third order.
 
@@ -233,17 +243,16 @@ def total_multipliers(
     function theorem), two have the first three. λ is zero where not ``edited``, and constant where
     the system of the steps is singular in floating point.
     """
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     regular = edited
     for _ in range(2):
-        one, other = regular.unsqueeze(-1), regular[:, None, None]
+        one = regular.unsqueeze(-1)
         own = torch.where(one, start, 0.0)
         asked = torch.where(regular, floor, total_log_odds(torch.zeros_like(own)))
         multipliers = torch.where(one, found.multipliers, 0.0)
         weight = torch.where(regular, found.weight, 0.0)
         for _ in range(2):
             multipliers, weight = newton_step(
-                torch.where(other, gram, identity), own, asked, multipliers, weight
+                _where(regular, gram), own, asked, multipliers, weight
             )
         finite = torch.isfinite(multipliers.detach().sum(-1))
         if readable(finite) and bool(finite.all()):
@@ -262,7 +271,7 @@ def total_multipliers(
     return torch.where(edited.unsqueeze(-1), multipliers + change, 0.0)
 
 
-def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tensor) -> Tensor:
+def total_residual(gram: Gram, start: Tensor, floor: Tensor, multipliers: Tensor) -> Tensor:
     """Largest violation of the KKT conditions λ = μ p and f = log α (μ > 0), per example.
 
     The first is measured in the metric and relative to the length of the edit and of one nat, the
@@ -270,7 +279,7 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
     What margins round by is taken off both, and by duality μ KL(λ/μ ‖ p) may be no more than a
     small share of the squared length.
     """
-    tiny = torch.finfo(gram.dtype).tiny
+    tiny = torch.finfo(start.dtype).tiny
     moved = _times(gram, multipliers)
     margins = start + moved
     weight, share = multipliers.sum(-1), (-margins).softmax(-1)
@@ -280,7 +289,7 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
     unbalanced = (residual * _times(gram, residual)).sum(-1).clamp_min(0.0).sqrt()
     missing = floor - total_log_odds(margins)
     missing = torch.where(weight > 0, missing.abs(), missing.clamp_min(0.0))
-    root = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    root = _diagonal(gram).clamp_min(0.0).sqrt()
     terms = start.abs() + root * (multipliers * root).sum(-1, keepdim=True)
     rounds = torch.where(share > 0, ROUNDING * share * terms, 0.0)
     unbalanced = unbalanced - weight * (rounds * root).sum(-1)
@@ -292,8 +301,10 @@ def total_residual(gram: Tensor, start: Tensor, floor: Tensor, multipliers: Tens
     return torch.maximum(unbalanced / (length + nat), missing)
 
 
-def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
+def solve_inner(gram: Gram, share: Tensor, weight: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
     """(I + μ H M)⁻¹ r for each r, H = diag p − p pᵀ; it has no eigenvalue below 1."""
+    if isinstance(gram, Normals):
+        return gram.inner(share, weight, *right)
     curvature = share.unsqueeze(-1) * (gram - _times(gram, share).unsqueeze(-2))
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     system = identity + weight[:, None, None] * curvature
@@ -302,13 +313,35 @@ def solve_inner(gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor) -> 
     return tuple(solved[:, : gram.shape[-1]].unbind(-1))
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """The product of each matrix, symmetric, (B, m, m), with its vector, (B, m).
+def _times(gram: Gram, vector: Tensor) -> Tensor:
+    """The product of each M with its vector, (B, m).
 
     As sums, which round each example alike in any company; batched products of LAPACK's do not, and
     where a rival is nearly the target's equal that would decide between statuses.
     """
-    return (matrix * vector.unsqueeze(-2)).sum(-1)
+    if isinstance(gram, Normals):
+        return gram.times(vector)
+    return (gram * vector.unsqueeze(-2)).sum(-1)
+
+
+def _diagonal(gram: Gram) -> Tensor:
+    return gram.diagonal if isinstance(gram, Normals) else gram.diagonal(dim1=-2, dim2=-1)
+
+
+def _where(mine: Tensor, gram: Gram) -> Gram:
+    """M where ``mine``, (B,) bool, and elsewhere one whose systems are regular."""
+    if isinstance(gram, Normals):
+        return gram.where(mine)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.where(mine[:, None, None], gram, identity)
+
+
+def _terms(gram: Gram, multipliers: Tensor) -> Tensor:
+    """What Mλ is the sum of, without signs, (B, m); by its normals a bound on that."""
+    if isinstance(gram, Normals):
+        root = gram.diagonal.clamp_min(0.0).sqrt()
+        return root * (multipliers.abs() * root).sum(-1, keepdim=True)
+    return _times(gram.abs(), multipliers.abs())
 
 
 def _aligned(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +354,7 @@ def _aligned(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_symmetric(
-    gram: Tensor, share: Tensor, weight: Tensor, *right: Tensor
+    gram: Gram, share: Tensor, weight: Tensor, *right: Tensor
 ) -> tuple[Tensor, ...]:
     """The same by a Cholesky factor, which is never singular; not differentiable at p = 0.
 
@@ -329,6 +362,8 @@ def _solve_symmetric(
     share, of which the others' v = √p say how far each counts, H = D diag v (I − v vᵀ) diag v Dᵀ,
     and the root of I − v vᵀ is I − c v vᵀ, c = 1 / (1 + √p_max): no digits cancel where p_max → 1.
     """
+    if isinstance(gram, Normals):
+        return gram.inner(share, weight, *right)
     most = share.argmax(-1, keepdim=True)
     wide = share.sqrt().scatter(-1, most, 0.0).unsqueeze(-1)
     part = 1 / (1 + share.gather(-1, most).sqrt()).unsqueeze(-1)
@@ -358,14 +393,12 @@ def _solve_symmetric(
     return tuple((torch.stack(right, -1) - along).unbind(-1))
 
 
-def _beyond_reach(
-    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, share: Tensor
-) -> Tensor:
+def _beyond_reach(gram: Gram, start: Tensor, floor: Tensor, noise: Tensor, share: Tensor) -> Tensor:
     """Whether the lower bound of the distance at p is infinite: a gap > 0, and pᵀMp none."""
     entropy = -torch.special.xlogy(share, share).sum(-1)
     reading = torch.where(share > 0, share * start, 0.0).sum(-1)
     length = (share * _times(gram, share)).sum(-1)
-    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    scale = _diagonal(gram).clamp_min(0.0).sqrt()
     resolved = CANCELLED * (share * scale).sum(-1).square()
     resolved = torch.maximum(resolved, (share * noise.sqrt()).sum(-1).square())
     result: Tensor = (floor - reading + entropy > 0) & (length <= resolved)
@@ -394,9 +427,11 @@ def lent_to(gram: Tensor) -> Tensor:
 
 
 def _pairwise(
-    gram: Tensor, noise: Tensor, gap: Tensor, tables: Tables | None, *, lent: bool = False
+    gram: Gram, noise: Tensor, gap: Tensor, tables: Tables | None, *, lent: bool = False
 ) -> tuple[Tensor, Tensor]:
     """λ of pairwise odds, (n, m), and whether these are in reach, (n,) bool."""
+    if isinstance(gram, Normals):
+        return solve_by_few(gram, noise, gap, LENT if lent else 0.0)
     constraints = DenseConstraints(lent_to(gram) if lent else gram, noise, noise)
     if tables is None:
         found = solve_dual(constraints, gap)
@@ -408,7 +443,7 @@ def _pairwise(
 
 
 def _cancel(
-    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
+    gram: Gram, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
 ) -> Tensor:
     """Whether shares are found that prove a target out of reach, (n,) bool."""
     finite, lost = torch.isfinite(start), torch.zeros_like(floor, dtype=torch.bool)
@@ -416,14 +451,14 @@ def _cancel(
     for _ in range(PROOFS):
         gap = torch.where(finite, floor.unsqueeze(-1) - share.clamp_min(1e-300).log() - start, -1.0)
         found, _ = _pairwise(gram, noise, gap, tables, lent=True)
-        share = found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+        share = found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
         lost = lost | _beyond_reach(gram, start, floor, noise, share)
     return lost
 
 
 @torch.no_grad()
 def solve_total(
-    gram: Tensor,
+    gram: Gram,
     start: Tensor,
     floor: Tensor,
     noise: Tensor,
@@ -432,7 +467,7 @@ def solve_total(
     """Solve a batch of total-odds problems; where f(s⁰) ≥ log α already, λ = 0.
 
     Args:
-        gram: M, (B, m, m), symmetric positive semidefinite, float64.
+        gram: M, symmetric positive semidefinite, float64.
         start: s⁰, the margins before the edit, (B, m).
         floor: log α, (B,).
         noise: rounding error of M's diagonal, (B, m).
@@ -440,11 +475,13 @@ def solve_total(
             so many that most problems are solved.
     """
     # In units in which the longest normal has length 1.
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    scale = _diagonal(gram).amax(-1).clamp_min(torch.finfo(start.dtype).tiny)
     unit = gram / scale[:, None, None]
     noise = noise / scale.unsqueeze(-1)
     known = None if tables is None else Tables(*tables, scale)
     search = _Search.begin(unit, start, floor, noise, known)
+    if isinstance(unit, Normals):
+        search.begin_at_few()
     # Where the search would begin very far off, as one rival is nearly the target's equal.
     parts = search.gram, search.start, search.floor
     far = total_residual(*parts, search.multipliers) > FAR
@@ -452,7 +489,7 @@ def solve_total(
         return _solved_together(search, far, scale, known)
     result, far = search.result, far.nonzero().squeeze(-1)
     if len(far):
-        chosen = (part[far] for part in (*parts, search.noise))
+        chosen: list[Any] = [part[far] for part in (*parts, search.noise)]
         found, met = _by_shares(*chosen, tables=None)
         at, done = search.index[far], met <= MET_BY_SHARES
         result.multipliers[at[done]] = found[done]
@@ -469,7 +506,8 @@ def solve_total(
     result.weight[search.index] = search.weight
     # Two steps polish what was found, by a system that is never singular.
     rows = (result.weight > 0).nonzero().squeeze(-1)
-    if len(rows):
+    # By its normals that is the system which polishes once more.
+    if len(rows) and not isinstance(unit, Normals):
         own, found = (unit[rows], start[rows], floor[rows]), result.multipliers[rows]
         polished = found, result.weight[rows]
         for _ in range(2):
@@ -519,7 +557,7 @@ def _solved_together(
 
 
 def _by_shares(
-    gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
+    gram: Gram, start: Tensor, floor: Tensor, noise: Tensor, *, tables: Tables | None
 ) -> tuple[Tensor, Tensor]:
     """λ by pairwise edits, (n, m), and its residual, of problems that are far from solved.
 
@@ -541,7 +579,7 @@ def _by_shares(
             torch.where(better, met, least),
         )
         loose = (floor.unsqueeze(-1) - start - _times(gram, found)).exp()
-        total = found.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+        total = found.sum(-1, keepdim=True).clamp_min(torch.finfo(start.dtype).tiny)
         share = torch.where(found > 0, found / total, loose).clamp(1e-300, 1.0)
         share = share / share.sum(-1, keepdim=True)
     return best, least
@@ -558,7 +596,7 @@ class _Search:
 
     result: TotalSolution  # where finished problems are put
     index: Tensor  # which they are, (n,)
-    gram: Tensor
+    gram: Gram
     start: Tensor
     floor: Tensor
     noise: Tensor
@@ -570,11 +608,11 @@ class _Search:
     @property
     def looking(self) -> bool:
         """Whether problems leave as soon as they are done."""
-        return readable(self.gram)
+        return readable(self.start)
 
     @classmethod
     def begin(
-        cls, gram: Tensor, start: Tensor, floor: Tensor, noise: Tensor, tables: Tables | None
+        cls, gram: Gram, start: Tensor, floor: Tensor, noise: Tensor, tables: Tables | None
     ) -> "_Search":
         """Start at the edit that pairwise odds of (K − 1) α need, which is sufficient."""
         needed = total_log_odds(start) < floor
@@ -590,13 +628,13 @@ class _Search:
             reachable = reachable & ~(doubtful & _cancel(gram, start, floor, noise, tables=tables))
         elif bool(doubtful.any()):
             rows = doubtful.nonzero().squeeze(-1)
-            own = (part[rows] for part in (gram, start, floor, noise))
+            own: list[Any] = [part[rows] for part in (gram, start, floor, noise)]
             lost = _cancel(*own, tables=None)
             reachable = reachable.index_copy(0, rows, ~lost)
         # Where that is out of reach, the slope of f at μ = 0 says how far to begin.
         share = (-start).softmax(-1)
         slope = (share * _times(gram, share)).sum(-1)
-        lowest = torch.finfo(gram.dtype).tiny
+        lowest = torch.finfo(start.dtype).tiny
         guess = (floor - total_log_odds(start)) / slope.clamp_min(lowest)
         weight = torch.where(sufficient, multipliers.sum(-1), guess.clamp(0.0, 1e12))
         result = TotalSolution(
@@ -607,10 +645,30 @@ class _Search:
         )
         low, high = torch.zeros_like(floor), torch.full_like(floor, torch.inf)
         parts = (gram, start, floor, noise, multipliers, weight, low, high)
-        if not readable(gram):
-            return cls(result, torch.arange(len(gram), device=gram.device), *parts)
+        if not readable(start):
+            return cls(result, torch.arange(len(start), device=start.device), *parts)
         index = (needed & reachable).nonzero().squeeze(-1)
-        return cls(result, index, *(part[index] for part in parts))
+        some: list[Any] = [part[index] for part in parts]
+        return cls(result, index, *some)
+
+    def begin_at_few(self) -> None:
+        """Go on from the solution for those rivals whose shares are largest, the others' held as
+        they are.
+        """
+        gram, start, floor = self.gram, self.start, self.floor
+        assert isinstance(gram, Normals)
+        few = min(FEW, start.shape[-1])
+        for _ in range(FIRST_ROUNDS if len(start) else 0):
+            margins = start + gram.times(self.multipliers)
+            index = margins.topk(few, largest=False).indices
+            others = total_log_odds(margins.scatter(-1, index, torch.inf))
+            left = (-torch.expm1(floor - others)).clamp_min(LEFT).log()
+            own, rest = start.gather(-1, index), floor - left
+            found = solve_total(gram.block(index), own, rest, self.noise.gather(-1, index))
+            better = found.feasible & (found.weight > 0)
+            spread = torch.zeros_like(start).scatter(-1, index, found.multipliers)
+            self.multipliers = torch.where(better.unsqueeze(-1), spread, self.multipliers)
+            self.weight = torch.where(better, found.weight, self.weight)
 
     def end(self, done: Tensor, lost: Tensor) -> None:
         """Put those that are done, or lost, into the result, where all are searched together."""
@@ -643,7 +701,7 @@ class _Search:
         # Where λ has settled at its μ, f tells on which side of the bracket μ lies. Settled means
         # that what λ still has to go cannot change f by enough to change sides.
         missing = self.floor - total_log_odds(margins)
-        terms = self.start.abs() + _times(gram.abs(), self.multipliers.abs())
+        terms = self.start.abs() + _terms(gram, self.multipliers)
         size = 1 + self.floor.abs() + torch.where(share > 0, share * terms, 0.0).sum(-1)
         pending = (slope * back).sum(-1).abs()
         settled = decrement <= SETTLED * (1 + distance)
@@ -655,7 +713,7 @@ class _Search:
         lost = ~done & _beyond_reach(gram, self.start, self.floor, self.noise, share)
         low = torch.where(settled & (missing > 0), weight, self.low)
         high = torch.where(settled & (missing <= 0), weight, self.high)
-        rate = (slope * along).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+        rate = (slope * along).sum(-1).clamp_min(torch.finfo(weight.dtype).tiny)
         proposed = weight + (missing + (slope * back).sum(-1)) / rate
         bounded = torch.isfinite(high)
         limit = torch.where(bounded, high, GROWTH * weight)
@@ -689,7 +747,8 @@ class _Search:
         keep = (~finished).nonzero().squeeze(-1)
         constant = (self.index, gram, self.start, self.floor, self.noise)
         moving = (next_multipliers, weight + change, low, high)
-        return _Search(self.result, *(part[keep] for part in (*constant, *moving)))
+        kept: list[Any] = [part[keep] for part in (*constant, *moving)]
+        return _Search(self.result, *kept)
 
     def _line_search(
         self, margins: Tensor, moved: Tensor, back: Tensor, pulled: Tensor, decrement: Tensor

@@ -199,11 +199,13 @@ def test_distances_of_many_classes_keep_the_digits_of_near_ones() -> None:
     geometry = geometry_of(problem)
     difference = problem.weight[0] - problem.weight[1]
     exact = float(difference @ problem.covariance @ difference)
-    assert float(geometry.squared[0, 1]) == pytest.approx(exact, rel=1e-6)
-    assert float(geometry.length[0, 1]) == pytest.approx(float(difference.norm()), rel=1e-9)
+    assert float(geometry.distances.squared[0, 1]) == pytest.approx(exact, rel=1e-6)
+    assert float(geometry.distances.length[0, 1]) == pytest.approx(
+        float(difference.norm()), rel=1e-9
+    )
     pairs = problem.weight[:5, None] - problem.weight
     squared = ((pairs @ problem.covariance) * pairs).sum(-1)
-    torch.testing.assert_close(geometry.squared[:5], squared, rtol=1e-6, atol=1e-15)
+    torch.testing.assert_close(geometry.distances.squared[:5], squared, rtol=1e-6, atol=1e-15)
 
 
 def test_total_odds_end_with_a_status_for_every_row() -> None:
