@@ -117,6 +117,14 @@ def fit(
             found |= {named[at]: held_out for at, held_out in tried.items()}
             majority = majority_share(train.labels.tolist(), test.labels.tolist())
             print_fit(name, train.classes, len(train), majority, tried, voice.console)
+            poor = [at for at, own in tried.items() if (own.accuracy.lower or 0) <= majority]
+            if poor:
+                voice.say(
+                    f"Note: at {', '.join(poor)} the probe does not clearly read {name} on "
+                    "held-out prompts (the interval includes guessing), so an edit there says "
+                    "little about it; try other sites, more prompts or another --position.",
+                    aside=True,
+                )
         if several:
             EditLibrary(edits).save(out)
         else:
@@ -181,7 +189,7 @@ def apply(
     read = None if data is None else read_prompts(data, label=label, position=position)
     loaded, tokenizer = given.load_model(model, device)
     prompts = (
-        editing.typed_prompts(tokenizer, prompt or [], chosen)
+        prompt or []
         if read is None
         else PromptSet.encode(tokenizer, read, origin.classes, bos=origin.bos)
     )

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from lrqp_torch.errors import ProvenanceError, RevisionWarning, warn
+from lrqp_torch.errors import ProvenanceError, RevisionWarning, SiteError, warn
 from lrqp_torch.stream.sites import Site, locate
 from lrqp_torch.stream.weights import PRECISIONS, fingerprint
 
@@ -103,6 +103,14 @@ class Provenance:
     def _here(model: nn.Module, site: str | Site, weights: bool = True) -> dict[str, Any]:
         """What is asked of a model and a site each time that the edit is used there."""
         located = locate(model, site)
+        return Provenance._model(model) | {
+            "site": str(located.site),
+            "weights": fingerprint(model, located) if weights else None,
+        }
+
+    @staticmethod
+    def _model(model: nn.Module) -> dict[str, Any]:
+        """What is asked of a model whatever the site."""
         config: Any = getattr(model, "config", None)
         if getattr(config, "model_type", None) is None:
             raise ProvenanceError(
@@ -111,13 +119,11 @@ class Provenance:
             )
         text = config.get_text_config()
         return {
-            "site": str(located.site),
             "model_type": config.model_type,
             "width": int(text.hidden_size),
             "layers": int(text.num_hidden_layers),
             "model": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
-            "weights": fingerprint(model, located) if weights else None,
         }
 
     @classmethod
@@ -160,18 +166,16 @@ class Provenance:
         Warns:
             RevisionWarning: another name, revision or site, or other weights.
         """
-        self.compare(Provenance(**self._here(model, site, self.weights is not None)))
+        try:
+            here = self._here(model, site, self.weights is not None)
+        except SiteError:  # another model may well have no such site
+            self._require_same_model(Provenance(site=str(site), **self._model(model)))
+            raise
+        self.compare(Provenance(**here))
 
     def compare(self, here: "Provenance") -> None:
         """:meth:`check` against the record that a model would be given here."""
-        for name, what in (("model_type", "family"), ("width", "width"), ("layers", "blocks")):
-            made, found = getattr(self, name), getattr(here, name)
-            if made != found:
-                raise ProvenanceError(
-                    f"this edit was fitted on {self.model or 'a model'} ({what} {made}), not on "
-                    f"{here.model or 'this model'} ({what} {found}): it would mean nothing there. "
-                    f"Fit one on this model; or, if you know better, set edit.provenance = None"
-                )
+        self._require_same_model(here)
         for name, what in (("model", "model"), ("revision", "revision"), ("site", "site")):
             made, found = getattr(self, name), getattr(here, name)
             if made is not None and found is not None and made != found:
@@ -187,6 +191,16 @@ class Provenance:
                 f"may not mean there what they meant. Fit it anew; or, if you know better, set "
                 f"edit.provenance = None",
             )
+
+    def _require_same_model(self, here: "Provenance") -> None:
+        for name, what in (("model_type", "family"), ("width", "width"), ("layers", "blocks")):
+            made, found = getattr(self, name), getattr(here, name)
+            if made != found:
+                raise ProvenanceError(
+                    f"this edit was fitted on {self.model or 'a model'} ({what} {made}), not on "
+                    f"{here.model or 'this model'} ({what} {found}): it would mean nothing there. "
+                    f"Fit one on this model; or, if you know better, set edit.provenance = None"
+                )
 
 
 def _agree(made: dict[str, str], here: dict[str, str]) -> bool:

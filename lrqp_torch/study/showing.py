@@ -35,8 +35,8 @@ HELD_AGAINST: dict[str, Reading] = {
 
 
 UNTOLD = (
-    " What an edit recovers of its ceiling is told where the variable is used; elsewhere, where it "
-    "would be a share of next to no effect, stands a dash."
+    " The share of its ceiling that an edit recovers is given where the variable is used; "
+    "elsewhere the ceiling has hardly an effect to divide by."
 )
 """What is said below a table with these columns."""
 

@@ -73,6 +73,8 @@ def test_several_sites_and_labels_make_a_library(tmp_path: Path, data: Path) -> 
     both.write_text("\n".join(map(json.dumps, rows)))
     common = ("--data", both, "--model", "organism", "--site", "L1.mid,L2.mid")
     result = lrqp("fit", *common, "--label", "label,half", "--out", tmp_path / "edits")
+    assert "at L1.mid, L2.mid the probe does not clearly read half" in result.stderr
+    assert "clearly read label" not in result.stderr
     assert result.exit_code == 0, result.output
     library = EditLibrary.load(tmp_path / "edits")
     assert set(library) == {f"{x}.{s}" for x in ("label", "half") for s in ("L1.mid", "L2.mid")}
@@ -118,8 +120,8 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     raw = json.loads((out / "results.json").read_text())
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
     said = " ".join(result.stdout.split())
-    assert "correction for 3 sites) at L2.mid." in said
-    assert "P: of no more flips" in said and "ceiling:" not in said  # no prompt has a twin
+    assert "Used: L2.mid. A site" in said and "correction for 3 sites)." in said
+    assert "P, used: P value of" in said and "ceiling:" not in said  # no prompt has a twin
     assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {
         "results.json", "prompts.safetensors", "prompts.json", "report.html", "parts",

@@ -95,6 +95,11 @@ def test_another_model_is_refused(edit: LRQP, name: str, options: dict, what: st
         pass
 
 
+def test_another_model_is_refused_as_such_where_it_has_no_such_site(edit: LRQP) -> None:
+    with pytest.raises(ProvenanceError, match=r"blocks 3.*blocks 1"):
+        run(edit, build("gpt2", n_layer=1))
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "what"),
     [

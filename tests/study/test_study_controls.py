@@ -324,8 +324,8 @@ def test_the_illusion_is_told_by_all_of_its_marks() -> None:
         (0.9, 0.9): "both",
     }
     ill = replace(result, splits=[sick])
-    assert "signature is there" in PART.panels(ill)[0].text
-    assert "is not there" in PART.panels(replace(ill, splits=[found]))[0].text
+    assert "Signs of an illusion" in PART.panels(ill)[0].text
+    assert "No sign of an illusion" in PART.panels(replace(ill, splits=[found]))[0].text
 
 
 def test_the_study_s_own_edit_does_what_it_does_in_the_sweep(
