@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +102,11 @@ class InverseMetric(LeastEdit):
         super().__init__(reference, metric, strength=strength)
 
 
+TURNS = 3.0
+"""Standard deviation, in turns, of the phases that a random direction is made of, over activations
+that vary as Σ says: of those that are a tenth as far apart, directions are hardly alike."""
+
+
 class RandomDirection(Baseline):
     """A step of LRQP's own Mahalanobis length for the same example, in a random direction.
 
@@ -112,8 +116,10 @@ class RandomDirection(Baseline):
     large as LRQP's. Where LRQP changes nothing, neither does this. What it flips, an edit flips by
     its size alone.
 
-    The direction depends on the seed and the row's number among the rows of one call (in a model,
-    among the positions), and on nothing else.
+    The direction depends on the seed and the activation, and on nothing else: not on the batch that
+    it comes in, nor, beyond rounding, on what rounding that made of it. So g is made of phases
+    φ = Ωx of random frequencies Ω, as independent from one activation to another as those are
+    apart; a pair of them makes two normal numbers (Box and Muller 1958).
 
     Args:
         reference: the LRQP.
@@ -123,6 +129,7 @@ class RandomDirection(Baseline):
     name: ClassVar[str] = "random"
     title: ClassVar[str] = "random direction, LRQP's size"
     root: Tensor
+    frequencies: Tensor
 
     def __init__(self, reference: LRQP, *, seed: int = 0, strength: float = 1.0) -> None:
         super().__init__(reference, strength=strength)
@@ -130,7 +137,17 @@ class RandomDirection(Baseline):
         values, vectors = torch.linalg.eigh(reference.metric.covariance)
         present = values > values[-1] * self.width * torch.finfo(values.dtype).eps
         # In Σ's eigenbasis without its null space, so that a singular Σ has no infinite steps.
-        self.register_buffer("root", vectors[:, present] * values[present].sqrt())
+        values, vectors = values[present], vectors[:, present]
+        self.register_buffer("root", vectors * values.sqrt())
+        rank = len(values)
+        drawn = torch.randn(
+            rank + rank % 2,
+            rank,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        drawn = drawn.to(values.device) * (TURNS / rank**0.5)
+        self.register_buffer("frequencies", drawn @ (vectors / values.sqrt()).T)
 
     @classmethod
     def from_data(cls, data: BaselineData) -> Self:
@@ -146,11 +163,11 @@ class RandomDirection(Baseline):
         solution = self.reference.solve(
             x, target, source, realise=context.realise, examples=context.example
         )
-        rank = self.root.shape[1]
-        draws = [
-            np.random.default_rng([self.seed, row]).standard_normal(rank)
-            for row in context.index.tolist()
-        ]
-        normal = torch.from_numpy(np.stack(draws)).to(x.device)
+        phases = (x.double() @ self.frequencies.T) % 1
+        uniform, turn = phases.unflatten(-1, (-1, 2)).unbind(-1)
+        # Up and down again, without a step where a phase begins anew.
+        radius = (-2 * (2 * uniform - 1).abs().clamp_min(1e-300).log()).sqrt()
+        both = torch.stack([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], dim=-1)
+        normal = (radius.unsqueeze(-1) * both).flatten(-2)[:, : self.root.shape[1]]
         direction = torch.nn.functional.normalize(normal, dim=-1) @ self.root.T
         return x.double() + solution.distance.unsqueeze(-1) * direction

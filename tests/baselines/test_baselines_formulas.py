@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+import scipy.stats
 import torch
 from baselines_for_tests import three_classes
+from models_for_tests import Prompts, build, random_edit
 from torch import Tensor
 
-from lrqp_torch import LRQP, LinearProbe, Mahalanobis
+from lrqp_torch import LRQP, LinearProbe, Mahalanobis, capture
 from lrqp_torch.baselines import (
     BASELINES,
     LEACE,
@@ -145,16 +147,48 @@ def test_random_directions_are_seeded_and_spread_as_the_ellipsoid() -> None:
     first = RandomDirection(reference, seed=5)(x, target, y)
     assert torch.equal(first, RandomDirection(reference, seed=5)(x, target, y))
     assert not torch.equal(first, RandomDirection(reference, seed=6)(x, target, y))
-    # Each row's direction is its own, whatever rows come with it.
-    assert torch.equal(first[:7], RandomDirection(reference, seed=5)(x[:7], target[:7], y[:7]))
+    # Each row's direction is its own, whatever rows come with it and in what order.
+    for rows in (torch.arange(7), torch.randperm(len(x)), torch.tensor([30])):
+        part = RandomDirection(reference, seed=5)(x[rows], target[rows], y[rows])
+        torch.testing.assert_close(part, first[rows], rtol=1e-9, atol=1e-9)
     # Whitened and scaled to length 1, their covariance is I / d.
-    rows = x.repeat(20, 1)
-    moved = RandomDirection(reference)(rows, target.repeat(20), y.repeat(20)) - rows
+    moved = torch.cat([RandomDirection(reference, seed=s)(x, target, y) - x for s in range(20)])
     factor = np.linalg.cholesky(reference.metric.covariance.numpy())
     white = scipy.linalg.solve_triangular(factor, moved.numpy().T, lower=True).T
-    white = white[np.linalg.norm(white, axis=1) > 0]
-    white /= np.linalg.norm(white, axis=1, keepdims=True)
-    np.testing.assert_allclose(white.T @ white / len(white), np.eye(10) / 10, atol=0.015)
+    present = np.linalg.norm(white, axis=1) > 0
+    white[present] /= np.linalg.norm(white[present], axis=1, keepdims=True)
+    spread = white[present].T @ white[present] / present.sum()
+    np.testing.assert_allclose(spread, np.eye(10) / 10, atol=0.015)
+    # And they are as normal numbers would be: of ten, each squared is a Beta(1/2, 9/2) draw.
+    found = scipy.stats.kstest((white[present] ** 2).ravel(), scipy.stats.beta(0.5, 4.5).cdf)
+    assert found.statistic < 1.63 / np.sqrt(white[present].size / 10)
+    # Rows that are near one another, and one row under two seeds, go ways of their own.
+    one = white.reshape(20, len(x), 10)
+    near = (x[1:] - x[:1]).norm(dim=-1).argmin() + 1
+    assert abs((one[:, 0] * one[:, near]).sum(-1).mean()) < 3 / np.sqrt(200)
+    assert abs((one[1:] * one[:-1]).sum(-1).mean()) < 4 / np.sqrt(19 * len(x) * 10)
+
+
+def test_a_random_direction_is_the_same_in_any_batch_of_a_model() -> None:
+    model, site = build("gpt2"), "L1.mid"
+    prompts = Prompts.random([7, 4, 6, 5])
+    inputs = prompts.padded("left")
+    rows = capture(model, inputs, [site], positions="last")[site].double()
+    edit = RandomDirection(
+        random_edit(torch.cat([rows, torch.randn(60, 24).double()]), 2, log_odds=60.0)
+    )
+
+    def moved(chosen: list[int], side: str) -> Tensor:
+        part = Prompts(tuple(prompts.tokens[i] for i in chosen)).padded(side)
+        with edit.at(model, site, positions="last", target=1, source=0) as run:
+            edited = capture(model, part, [site], positions="last")[site]
+        assert run.distance.shape == (len(chosen),)
+        return edited
+
+    whole = moved([0, 1, 2, 3], "left")
+    assert float((whole - rows).norm(dim=-1).min()) > 0.1
+    for chosen, side in (([3, 1, 0, 2], "right"), ([2], "left"), ([1, 3], "right")):
+        torch.testing.assert_close(moved(chosen, side), whole[chosen], rtol=0, atol=2e-3)
 
 
 def test_random_directions_stay_in_the_range_of_a_singular_metric() -> None:
