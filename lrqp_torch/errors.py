@@ -357,13 +357,14 @@ def check_activations(x: Any, width: int) -> None:
 
 
 def as_classes(classes: Any, name: str) -> Tensor:
-    """Classes as a tensor, whether given as a number, a list, an array or a tensor.
+    """Classes as a tensor, whether given as a number, a list, an array or a tensor; True is 1.
 
     Raises:
         TargetError: not numbers at all.
     """
     try:
-        return torch.as_tensor(classes)
+        tensor = torch.as_tensor(classes)
+        return tensor.long() if tensor.dtype == torch.bool else tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(
             f"{name} must be class numbers, one for all or one per activation, got "

@@ -570,7 +570,7 @@ def _column(part: Tensor | int, batch: int, device: torch.device, what: str) -> 
         # A fill needs no copy from the host, for which a GPU would stop.
         return torch.full((batch,), part, device=device)
     column = as_classes(part, what).to(device)
-    if column.dtype.is_floating_point or column.dtype == torch.bool:
+    if column.dtype.is_floating_point or column.dtype.is_complex:
         raise TargetError(f"{what} must hold integers, got {column.dtype}")
     if column.ndim and column.shape != (batch,):
         raise TargetError(f"{what} must be one number or ({batch},), got {tuple(column.shape)}")

@@ -19,6 +19,7 @@ from lrqp_torch.edits.saving import read_edit, write_edit
 from lrqp_torch.errors import (
     NonFiniteError,
     WidthError,
+    as_classes,
     check_activations,
     check_class_shape,
     check_option,
@@ -463,6 +464,7 @@ class LRQP(Edit[Classes]):
     def _beside(self, classes: Classes, x: Tensor, name: str) -> Tensor:
         """Classes as int64 where x is, (B,) or one for all, (1,), looked at if that is no wait."""
         if isinstance(classes, Tensor) and classes.device == x.device and x.is_cuda:
+            classes = as_classes(classes, name)
             classes = classes.reshape(1) if classes.ndim == 0 else classes
             check_class_shape(classes, len(classes) if len(classes) == 1 else len(x), name)
             return classes.long()

@@ -59,8 +59,9 @@ class EditPrompts(Rows):
         for name in ("target", "read", "source", "wins", "loses"):
             if getattr(self, name) is None:
                 continue
-            value = as_classes(getattr(self, name), name)
-            if name in ("target", "source") and value.ndim == 0:
+            given, classes = getattr(self, name), name in ("target", "source")
+            value = as_classes(given, name) if classes else torch.as_tensor(given)
+            if classes and value.ndim == 0:
                 value = value.expand(len(ids))
             if value.shape != (len(ids),):
                 raise WidthError(f"{name} must be ({len(ids)},), got {tuple(value.shape)}")

@@ -355,7 +355,7 @@ class Positions:
         """
         classes = given if type(given) is Tensor else as_classes(given, name)
         if classes.dtype != torch.long:
-            if classes.dtype.is_floating_point or classes.dtype == torch.bool:
+            if classes.dtype.is_floating_point or classes.dtype.is_complex:
                 raise TargetError(
                     f"{name} must hold integer classes, got {classes.dtype}; use .long()"
                 )

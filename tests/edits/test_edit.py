@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from models_for_tests import WIDTH, Prompts, build, random_edit
 from torch import Tensor
 
-from lrqp_torch import LRQP, LinearProbe, Mahalanobis, Solution, Status
+from lrqp_torch import LRQP, JointLRQP, LinearProbe, Mahalanobis, Solution, Status
+from lrqp_torch.baselines import NoEdit
 from lrqp_torch.edits.base import OnInfeasible
 from lrqp_torch.errors import (
     InfeasibleError,
@@ -293,11 +295,32 @@ BAD_CALLS = {
     "target matrix": ({"target": torch.zeros(4, 1).long()}, TargetError, r"\(4, 1\)"),
     "target floating": ({"target": torch.zeros(4)}, TargetError, "float32"),
     "target a float": ({"target": 1.0}, TargetError, "float32"),
-    "target bool": ({"target": torch.zeros(4).bool()}, TargetError, "bool"),
     "source too large": ({"source": 3}, TargetError, "source holds 3"),
     "source shape": ({"source": torch.zeros(5).long()}, TargetError, "source"),
     "source floating": ({"source": torch.zeros(4)}, TargetError, "source"),
 }
+
+
+def test_true_and_false_are_the_classes_one_and_zero(clusters: Clusters) -> None:
+    x, y = clusters
+    truth = y > 0
+    edit, model = LRQP.fit(x, truth), build("gpt2")
+    joint = JointLRQP({"truth": edit, "kind": LRQP.fit(x, y)}, edit.metric)
+    assert torch.equal(edit(x, ~truth, truth), edit(x, (~truth).long(), truth.long()))
+    assert torch.equal(edit(x, True), edit(x, 1))
+    assert torch.equal(edit(x, [bool(one) for one in truth]), edit(x, truth.long()))
+    assert torch.equal(NoEdit(edit)(x, ~truth), x)
+    asked = {"truth": ~truth, "kind": "keep"}
+    assert torch.equal(joint(x, asked), joint(x, {**asked, "truth": (~truth).long()}))
+    wide = random_edit(torch.randn(60, WIDTH), 2)
+    inputs = Prompts.random([5, 4, 6]).padded("left")
+    flags = torch.tensor([True, False, True])
+    found = []
+    for given in (flags, flags.long()):
+        with wide.at(model, "L1.mid", positions="last", target=given, source=~given.bool()) as run:
+            found.append(model(**inputs).logits)
+        assert run.steps[0].target.tolist() == [1, 0, 1]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("rule", ["mirror", "fixed"])

@@ -373,6 +373,9 @@ def test_what_cannot_be_learned_from_is_named() -> None:
         learn(model, SITE, start, prompts)
     with pytest.raises(WidthError, match="target must be"):
         replace(prompts, target=prompts.target[:3])
+    assert replace(prompts, target=prompts.target > 0).target.dtype == torch.int64
+    with pytest.raises(PositionError, match="read must hold integers"):
+        replace(prompts, read=prompts.read > 0)
     with pytest.raises(WidthError, match="BoolTensor"):
         replace(prompts, elsewhere=prompts.inputs["input_ids"])
     with pytest.raises(PositionError, match="outside the 9 tokens"):
