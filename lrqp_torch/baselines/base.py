@@ -150,6 +150,7 @@ class Baseline(Edit[Classes]):
         self, x: Tensor, target: Tensor, source: Tensor | None, context: EditContext, **given: Any
     ) -> Solution:
         """:meth:`solve` for rows that ``context`` numbers: what the hook in a model calls."""
+        check_activations(x, self.width)
         require_concrete(f"the baseline {self.name}", x)
         check_finite(x)
         geometry = self.reference.geometry(x.device)

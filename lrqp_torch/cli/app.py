@@ -1,5 +1,6 @@
 """The command-line program itself, and what all of its commands share."""
 
+import copy
 import inspect
 import os
 import shutil
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 INTERRUPTED = 130
 """Exit code of a command that the user stopped, as shells have it."""
+
+UNNAMED = Path("the folder that --out will name")
+"""Where a dry run says that it would write, unless it is told."""
 
 WIDE_ENOUGH = 60
 """Columns from which options are shown as tables; their cells would be cut on fewer."""
@@ -152,6 +156,10 @@ def command(
         def run(*, quiet: bool, verbose: bool, as_json: bool, debug: bool, **given: Any) -> None:
             if quiet and verbose:
                 raise typer.BadParameter("choose one of --quiet and --verbose")
+            if given.get("out", UNNAMED) is None and "dry_run" in given:
+                if not given["dry_run"]:
+                    raise typer.BadParameter("say where to write", param_hint="'--out'")
+                given["out"] = UNNAMED
             if not verbose:  # bars of libraries would run through ours
                 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             voice = Voice(quiet, verbose, as_json)
@@ -163,6 +171,8 @@ def command(
         own = [p for p in own if p.kind != p.VAR_KEYWORD and p.name not in further]
         keyword = inspect.Parameter.KEYWORD_ONLY
         every = [p.replace(kind=keyword) for p in (*own, *options)]
+        if any(p.name == "dry_run" for p in every):
+            every = [_unless_dry(p) if p.name == "out" else p for p in every]
         for key, (flags, meaning) in _TELLING.items():
             shown = typer.Option(*flags, help=meaning, rich_help_panel="How much it tells")
             annotation = Annotated[bool, shown]
@@ -179,6 +189,14 @@ def command(
         return run
 
     return add
+
+
+def _unless_dry(out: inspect.Parameter) -> inspect.Parameter:
+    """The option of where to write, which must be given where something is written."""
+    kind, shown = get_args(out.annotation)
+    shown = copy.copy(shown)
+    shown.show_default = "required, but with --dry-run"
+    return out.replace(default=None, annotation=Annotated[kind | None, shown])
 
 
 @contextmanager

@@ -680,7 +680,7 @@ class _Applied:
             x = x if base is None else base + x
             context = _Here(at, number, base, scale, x.dtype, beside)
         if self.certified:
-            edited = self.item.edit(x, context)
+            edited = self._edited(x, context)
             seen = not in_transforms() and readable(x)
         else:
             # A copy, so that an edit which works in place is seen to have changed something; what
@@ -689,7 +689,7 @@ class _Applied:
             if given is not None and given[0] is stream:
                 edited = given[1]
             else:
-                edited = self.item.edit(x if copy else x.clone(), context)
+                edited = self._edited(x if copy else x.clone(), context)
             plain = scale == 1 and beside is None and at.shown is None
             if plain and type(edited) is Tensor and edited.shape == x.shape:
                 whole = None if in_transforms() else at.put(stream, edited, residual)
@@ -787,6 +787,13 @@ class _Applied:
             return kept
 
         return repeat
+
+    def _edited(self, x: Tensor, context: EditContext) -> Tensor:
+        """What the edit makes of activations; it does not know of itself where it is."""
+        try:
+            return self.item.edit(x, context)
+        except (WidthError, NonFiniteError) as error:
+            raise type(error)(f"the edit at {self.located.site}: {error}") from error
 
     def _mark(self, call: ForwardCall, at: Rows, stream: Tensor) -> None:
         """Note that the edit has run."""

@@ -320,6 +320,10 @@ def test_other_long_commands_say_what_they_would_do(
     found = json.loads(result.stdout)
     assert found["would"].startswith(said) and found["seconds"] > 0 and found["out"] == str(out)
     assert not out.exists()
+    unnamed = lrqp(*words, "--dry-run")
+    assert "to the folder that --out will name; nothing is written now" in unnamed.stdout
+    told = lrqp(*words)
+    assert told.exit_code == 2 and "--out" in told.output and "say where to write" in told.output
     wrong = [word.replace("L2.mid", "L99.mid") for word in words]
     assert "L99.mid" in refused(lrqp(*wrong, "--out", out, "--dry-run"))
 
@@ -332,7 +336,8 @@ def test_a_dry_run_writes_nothing_and_says_how_long(tmp_path: Path) -> None:
     assert not out.exists()
     assert "flipping: about" in result.stdout and "heads: about" in result.stdout
     assert "20 held out, at 2 sites from L1.mid to L2.pre" in result.stdout
-    planned = json.loads(lrqp("reproduce", *options, "--dry-run", "--json").stdout)
+    planned = json.loads(lrqp("reproduce", *options[:-2], "--dry-run", "--json").stdout)
+    assert planned["out"] == "the folder that --out will name"
     assert list(planned["parts"]) == ["flipping", "heads"] and planned["parts"]["flipping"] > 0
     assert "L99.mid" in refused(lrqp(*TINY, out, "--dry-run", "--sites", "L99.mid"))
 

@@ -317,9 +317,8 @@ def test_true_and_false_are_the_classes_one_and_zero(clusters: Clusters) -> None
     flags = torch.tensor([True, False, True])
     found = []
     for given in (flags, flags.long()):
-        with wide.at(model, "L1.mid", positions="last", target=given, source=~given.bool()) as run:
+        with wide.at(model, "L1.mid", positions="last", target=given, source=~given.bool()):
             found.append(model(**inputs).logits)
-        assert run.steps[0].target.tolist() == [1, 0, 1]
     assert torch.equal(*found)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import lrqp_torch as lrqp
+from lrqp_torch.baselines import NoEdit
 from lrqp_torch.errors import (
     EditNeverFiredError,
     EditOverwrittenWarning,
@@ -46,6 +47,34 @@ def edit_of(model: nn.Module, site: str, n_classes: int = 3, **options: object) 
     inputs = PROMPTS.padded("left")
     x = lrqp.capture(model, inputs, [site], inputs["attention_mask"].bool())[site]
     return random_edit(x, n_classes, **options)
+
+
+@pytest.mark.parametrize("kind", ["lrqp", "baseline", "joint", "function"])
+def test_what_an_edit_refuses_is_said_with_its_site(kind: str) -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    for site, other in (("L1.mid", "L1.H1.z"), ("L1.H1.z", "L1.mid")):
+        edit: Any = edit_of(model, site, 2)
+        width, found = edit.metric.width, edit_of(model, other, 2).metric.width
+        if kind == "function":
+            item = lrqp.Intervention(other, "last", lambda x, _, w=width: x.new_zeros(len(x), w))
+            message = rf"edit at {other} returned \(4, {width}\) for activations \(4, {found}\)"
+        else:
+            edit = NoEdit(edit) if kind == "baseline" else edit
+            edit = lrqp.JointLRQP({"a": edit}, edit.metric) if kind == "joint" else edit
+            target: Any = {"a": 1} if kind == "joint" else 1
+            item = edit.on(other, positions="last", target=target)
+            message = rf"edit at {other}: activations must be \(B, {width}\), got \(4, {found}\)"
+        with pytest.raises(WidthError, match=message), lrqp.intervene(model, [item]):
+            model(**inputs)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.bias[3] = torch.inf
+    if kind != "function":
+        item = edit.on("L1.H1.z", positions="last", target=target)
+        with (
+            pytest.raises(NonFiniteError, match=r"edit at L1\.H1\.z: activations of 4 of 4"),
+            lrqp.intervene(model, [item]),
+        ):
+            model(**inputs)
 
 
 @pytest.mark.parametrize("name", POST_MODELS)
