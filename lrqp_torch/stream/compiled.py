@@ -102,6 +102,20 @@ def _forwards_compiled(own: dict[str, Any]) -> bool:
     return hasattr(stood_for(held), "_torchdynamo_orig_callable")
 
 
+def compiled_apart(around: nn.Module, one: nn.Module, other: nn.Module) -> bool:
+    """Whether some module within ``around`` was compiled that holds one of two modules alone."""
+    return any(
+        (one in held) is not (other in held)
+        for held in [
+            modules_of(part)
+            for part in modules_of(around)
+            if vars(part).get("_compiled_call_impl") is not None
+            or "_orig_mod" in part._modules
+            or ("forward" in vars(part) and _forwards_compiled(vars(part)))
+        ]
+    )
+
+
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """``model.modules()``, in a fraction of the time."""
     return [model, *Census.of(model).below]

@@ -34,7 +34,7 @@ from lrqp_torch.errors import (
     warn,
 )
 from lrqp_torch.stream import repeats
-from lrqp_torch.stream.compiled import Census, inner_model, modules_of
+from lrqp_torch.stream.compiled import Census, compiled_apart, inner_model, modules_of
 from lrqp_torch.stream.discovery import added
 from lrqp_torch.stream.following import FEW_NUMBERS, KINDS, Follower, Rows
 from lrqp_torch.stream.hooks import (
@@ -530,7 +530,7 @@ class _Plan:
         # Its own forward may be a captured graph.
         if "forward" in vars(model) or "forward" in vars(inner):
             return False
-        if not may_trace(located.trunk.module, [str(located.site)]):
+        if not may_trace(located.trunk.module, [str(located.site)]) or _is_divided(located):
             return False
         return self.positions.are(Positions.parse(item.positions))
 
@@ -543,7 +543,19 @@ def _fit_graphs(model: nn.Module, applied: Sequence["_Applied"]) -> bool:
     edits = [getattr(each.item.edit, "edit", each.item.edit) for each in applied]
     if trunk.plain or any([_is_learned(edit, model) for edit in edits]):
         return False
-    return not any([each.located.beside for each in applied]) and may_trace(trunk.module, sites)
+    if any([each.located.beside or _is_divided(each.located) for each in applied]):
+        return False
+    return may_trace(trunk.module, sites)
+
+
+def _is_divided(located: Located) -> bool:
+    """Whether what is added at ``mid`` is read in one graph, and the rest of it not."""
+    reader, block = located.residual, located.block
+    return (
+        reader is not None
+        and block is not None
+        and compiled_apart(block[2], located.module, reader)
+    )
 
 
 def _is_learned(edit: Any, model: nn.Module) -> bool:

@@ -126,6 +126,49 @@ def results(
     return found
 
 
+def in_its_place(part: str, warm: bool) -> Any:
+    def compiled(model: Any, backend: Any) -> nn.Module:
+        if warm:
+            lrqp.capture(model, INPUTS, ["L1.mid"], positions="last")
+            edited(model, reference()[0])
+        for block in model.transformer.h:
+            (getattr(block, part) if part else block).compile(backend=backend)
+        return model
+
+    return compiled
+
+
+def one_wrapped(model: Any, backend: Any) -> nn.Module:
+    block = model.transformer.h[1]
+    block.attn = torch.compile(block.attn, backend=backend)
+    return model
+
+
+def one_forward(model: Any, backend: Any) -> nn.Module:
+    attention = model.transformer.h[1].attn
+    attention.forward = torch.compile(attention.forward, backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("part", ["", "attn", "ln_1", "mlp", "wrapped", "forward"])
+@torch.no_grad()
+def test_a_part_that_is_compiled_alone_changes_nothing(part: str, warm: bool) -> None:
+    edit, wanted = reference()
+    compiled = {"wrapped": one_wrapped, "forward": one_forward}.get(part, in_its_place(part, warm))
+    graphs = Graphs()
+    model = compiled(build("gpt2"), graphs)
+    if warm:
+        model(**INPUTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompiledModelWarning)
+        found = results(model, edit)
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+    # Of a norm alone, whose code is torch's own, it makes no graph.
+    assert (graphs.runs > 0 or part == "ln_1") and hook_count(model) == 0
+
+
 @pytest.mark.parametrize("compiled", [whole, in_place, its_forward, its_trunk, its_blocks])
 @torch.no_grad()
 def test_results_are_eagers_and_the_graphs_are_used_again(compiled: Any) -> None:
