@@ -1,6 +1,6 @@
 """Reading the residual stream: a checked request, and the forward passes that answer it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -424,11 +424,7 @@ def _read(
                 rows = tensor[here.example, here.token + call.front]
                 return rows.reshape(*at.shape, tensor.shape[-1])
 
-            base, beside = residual if isinstance(residual, tuple) else (residual, None)
-            picked = added(pick(stream), scale, None if beside is None else pick(beside))
-            if base is not None:
-                picked = pick(base) + picked
-            captured[name] = picked.detach()
+            captured[name] = _held(stream, residual, scale, pick).detach()
             if once and len(captured) == len(located):
                 raise _StopForwardError
             if at is None and residual is None:
@@ -446,6 +442,18 @@ def _read(
             model(**inputs)
     _check_reached(located, captured)
     return captured
+
+
+def _held(
+    stream: Tensor,
+    residual: Residual,
+    scale: float,
+    pick: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
+    """What is at a site, or what is picked of it, of what its hook is given."""
+    base, beside = residual if isinstance(residual, tuple) else (residual, None)
+    held = added(pick(stream), scale, None if beside is None else pick(beside))
+    return held if base is None else pick(base) + held
 
 
 def _check_reached(located: Sequence[Located], captured: Mapping[str, Tensor]) -> None:
@@ -476,7 +484,9 @@ def _read_plainly(
 
     def keep(item: Located) -> Visit:
         def read(stream: Tensor, residual: Residual, scale: float, call: ForwardCall) -> Tensor:
-            parts[str(item.site)].append(stream.detach().clone())
+            held = _held(stream, residual, scale)
+            # What goes on may write over its own tensors.
+            parts[str(item.site)].append((held.clone() if held is stream else held).detach())
             return stream
 
         return read

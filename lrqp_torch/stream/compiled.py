@@ -122,11 +122,18 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def require_module(model: Any) -> None:
-    """Raise :class:`UnknownFamilyError` unless a model is a module, as no pipeline is."""
+    """Raise :class:`UnknownFamilyError` unless a model is a module, as no pipeline is; and
+    :class:`CompiledModelError` for what torch.jit has made.
+    """
     if not isinstance(model, nn.Module):
         raise UnknownFamilyError(
             f"the model must be an nn.Module, such as a transformers model, got "
             f"{type(model).__name__}{wrapped(model)}"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CompiledModelError(
+            "what torch.jit has made does not run its modules one by one; edit the model that it "
+            "was made of"
         )
 
 

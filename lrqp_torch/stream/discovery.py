@@ -14,9 +14,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from threading import get_ident
 from typing import Any, cast
 
@@ -25,12 +25,22 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.stream.compiled import input_device, own_forward, run_eagerly, unwrapped
+from lrqp_torch.stream.passes import is_cache
+
+Blocks = Sequence[nn.Module]
+"""The blocks of a stack, first to last."""
+
+Example = Mapping[str, Any] | None
+"""What a model is run on, arguments by name; None for a few tokens that are made up."""
 
 ROWS, TOKENS, TOKEN = 2, 6, 4
 """Size of the inputs that blocks are tried on, and the token at which a cut is forced."""
 
 SMALL = 2.0**-6
 """Size of the input by which sums are found: what a block adds to it must not drown in rounding."""
+
+TOKENS_BY = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
+"""Names by which models take tokens, or their embeddings."""
 
 CROSSED = ("encoder_hidden_states", "cross_attention_states")
 """Arguments of a block by which cross-attention is given another stack's stream."""
@@ -46,6 +56,12 @@ READS_ON = (
     "of the tokens), so no place in the stream decides what it returns"
 )
 """The same, where there would be one if that were held fixed."""
+
+LEARNED = (
+    "multiplies what its attention adds by a number that it learns, so no number that one could "
+    "keep says what the stream there is"
+)
+"""The same, where there is one for as long as the block's weights are what they are."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,17 @@ class BlockSites:
     attention: Cut | None = None
     mlp: Cut | None = None  # the same of the MLP, or of the experts in its place
 
+    def as_in(self, other: "BlockSites") -> "BlockSites":
+        """What of it another block has too, whose weights of one number are others."""
+        cut = self.cut if self.cut == other.cut else None
+        return replace(
+            self,
+            cut=cut,
+            without_mid=LEARNED if self.cut is not cut else self.without_mid,
+            attention=self.attention if self.attention == other.attention else None,
+            mlp=self.mlp if self.mlp == other.mlp else None,
+        )
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -132,6 +159,8 @@ class Stack:
     final: str | None = None
     # What padding does to other tokens; None where that was not tried.
     padding: "Padding | None" = None
+    plain: bool = False  # whether the model is given no tokens, so that the stream itself says all
+    crossed: bool = False  # whether blocks were given what cross-attention reads
 
 
 @dataclass
@@ -191,14 +220,44 @@ class _Call:
             return self
         return call
 
+    def relearned(self) -> "_Call | None":
+        """The same of a copy of the block in which weights of one number, and such numbers among
+        its arguments, are others; None where it has none, or cannot be copied.
+        """
+
+        def single(item: Any) -> bool:
+            return isinstance(item, Tensor) and item.is_floating_point() and item.numel() == 1
+
+        def changed(item: Any) -> Any:
+            return 0.7 * item - 0.4 if single(item) else item
+
+        if not any(map(single, [*self.block.parameters(), *self.block.buffers(), *self._items])):
+            return None
+        try:
+            block = copy.deepcopy(self.block)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+            return None
+        for item in filter(single, [*block.parameters(), *block.buffers()]):
+            item.copy_(changed(item))
+        named = {name: changed(item) for name, item in self.kwargs.items()}
+        args = tuple(map(changed, self.args))
+        return replace(self, block=block, args=args, kwargs=named)
+
+    @property
+    def _items(self) -> list[Any]:
+        return [*self.args, *self.kwargs.values()]
+
     def again(self, stream: Tensor, seed: int | None = None) -> Tensor:
         """The block's output, (B, T, d), for another input, and for another encoder's if a seed is
         given: all that the block reads of other tokens is then made up from it.
         """
+        stream = stream.clone()  # which some blocks add to in place
 
         def other(item: Any) -> Any:
             if item is self.stream:
                 return stream
+            if is_cache(item):  # of the run before
+                return None
             if isinstance(item, list | tuple) and self.carried:
                 return type(item)(map(other, item))
             crossed = seed is not None and any(item is states for states in self.crossed)
@@ -234,7 +293,7 @@ def _stream_in(output: Any, h: Tensor) -> Tensor | None:
     tensor = first_tensor(output)
     if tensor is None or not tensor.is_floating_point() or distributed(tensor):
         return None
-    fits = tensor.numel() == h.numel() and tensor.shape[-1] == h.shape[-1]
+    fits = tensor.shape == h.shape or tensor.shape == (h.shape[0] * h.shape[1], h.shape[2])
     return tensor.view(h.shape) if fits else None
 
 
@@ -254,7 +313,7 @@ def stream_given(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Siz
     return None
 
 
-def discover(model: nn.Module) -> list[Stack]:
+def discover(model: nn.Module, example: Example = None) -> list[Stack]:
     """The stacks of blocks of a model, each with its proven sites.
 
     The model runs a few times on a few tokens, and each kind of block some times more on made-up
@@ -262,6 +321,8 @@ def discover(model: nn.Module) -> list[Stack]:
 
     Args:
         model: a transformers model, or one like it: its forward takes ``input_ids``.
+        example: what to run any other model on, named arguments of at least two different rows.
+            Where there are tokens among them, blocks are those that are given their stream.
 
     Returns:
         The stacks in the order in which they run: one of most models, two of encoder–decoders.
@@ -272,32 +333,37 @@ def discover(model: nn.Module) -> list[Stack]:
     """
     inner = unwrapped(model)
     with quiet(inner):
-        calls, given = trial(inner)
-        padding = _padding(inner)
+        calls, given = trial(inner, example=example)
+        padding = _padding(inner) if example is None else Padding(read=True)
+        plain = example is not None and not _tokens_of(example)
         found = []
         for name, blocks in _lists_of_blocks(inner, calls):
             known: dict[object, BlockSites] = {}
-            _note_carried(inner, blocks, calls)
+            _note_carried(inner, blocks, calls, example)
             for block in blocks:
                 kind = _kind(calls[block])
                 if kind not in known:
                     known[kind] = sites_of(calls[block].wide(), inner)
             each = tuple(known[_kind(calls[block])] for block in blocks)
-            trunk = _trunk(name, given)
+            trunk = "" if plain else _trunk(name, given)
             last = _last_norm(name, blocks[-1], inner, calls)
             begin = len(trunk) + 1 if trunk else 0
             final = None if last is None else last[begin:]
-            found.append(Stack(trunk, name[begin:], each, padding.counted, final, padding))
+            crossed = any(isinstance(calls[blocks[0]].given.get(key), Tensor) for key in CROSSED)
+            stack = Stack(trunk, name[begin:], each, padding.counted, final, padding)
+            found.append(replace(stack, plain=plain, crossed=crossed))
         if not found:
             _refuse_shared(inner, calls)
     return found
 
 
-def _note_carried(model: nn.Module, blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> None:
+def _note_carried(
+    model: nn.Module, blocks: Blocks, calls: dict[nn.Module, _Call], example: Example = None
+) -> None:
     """Note what blocks are given of the text beside the stream: what else is of its width, and what
     changes with the tokens, be it of earlier blocks or of the tokens themselves.
     """
-    changed, _ = trial(model, seed=1)
+    changed, _ = trial(model, seed=1, example=example)
     for block in blocks:
         pairs = zip(_tensors(calls[block].given), _tensors(changed[block].given), strict=False)
         calls[block].carried = [
@@ -368,7 +434,8 @@ def hold_to_proof(model: nn.Module, stack: Stack) -> None:
     """
     with quiet(model):
         calls, _ = trial(model)
-        blocks: Any = model.get_submodule(stack.trunk).get_submodule(stack.blocks)
+        owner = model.get_submodule(stack.trunk).get_submodule(stack.blocks)
+        blocks = [*owner.children()]
         seen: set[object] = set()
         _note_carried(model, blocks, calls)
         for layer, (block, places) in enumerate(zip(blocks, stack.each, strict=True)):
@@ -411,7 +478,8 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
         )
     if places.cut is None:
         return
-    passes = is_cut(call, places.cut)
+    changed = call.relearned()
+    passes = all(is_cut(one, places.cut) for one in (call, changed) if one is not None)
     if passes and places.cut.scale is None:
         return
     found = sites_of(call, nn.Module()).cut
@@ -433,7 +501,8 @@ def _hold_block_to_proof(call: _Call, places: BlockSites, where: str) -> None:
 
 def _kind(call: _Call) -> object:
     """Equal for blocks of the same modules and settings, which then have the same sites."""
-    return bool(call.carried), built(call.block)
+    numbers = [(name, item) for name, item in call.given.items() if isinstance(item, float)]
+    return bool(call.carried), (*numbers,), built(call.block)
 
 
 def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
@@ -458,10 +527,16 @@ def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
 
 
 def sites_of(call: _Call, model: nn.Module) -> BlockSites:
-    """The sites of one block, from its behaviour."""
+    """The sites of one block, from its behaviour, whatever it learns."""
+    found, changed = _sites_as_is(call, model), call.relearned()
+    return found if changed is None else found.as_in(_sites_as_is(changed, model))
+
+
+def _sites_as_is(call: _Call, model: nn.Module) -> BlockSites:
+    """The same with the weights that the block has."""
     h = _input_like(call.stream, seed=0, size=SMALL)
     record = _Record.of(call, h)
-    constants = list(_constants(call.block, model))
+    constants = list(_constants(call, model))
     whole = ((name, x) for name, x, _ in record.inputs if name not in record.flat)
     first_reader = next((name for name, x in whole if torch.equal(x, h)), "")
     cut, start, attention = None, 0, None
@@ -484,6 +559,14 @@ def sites_of(call: _Call, model: nn.Module) -> BlockSites:
         for found in record.joint_sums(h, _mixing(call, record), constants):
             if is_cut(call, found.cut):
                 cut, start = found.cut, found.before
+                break
+    if cut is None:
+        for candidate, before in record.unread(h, _mixing(call, record)):
+            later = [name for name, _ in record.outputs[before:]]
+            # What the MLP adds tells that the skip path holds the sum itself, and no multiple.
+            if is_cut(call, candidate) and _added(call, later, candidate, constants):
+                cut, start = candidate, before
+                attention = attention or cut
                 break
     # Blocks that normalise after adding have a later cut, which both the skip path and the MLP
     # read. The last of all is the one between attention and MLP.
@@ -807,6 +890,20 @@ class _Record:
                 if torch.equal(cut.stream(outputs, base), x):
                     yield _Sum(cut, x, reader, before)
 
+    def unread(self, h: Tensor, names: Sequence[str]) -> Iterator[tuple[Cut, int]]:
+        """Modules whose output, added to the block's input, may be a stream that no module reads,
+        as where norms are functions; the outermost first.
+
+        Yields:
+            A candidate, and how many outputs there are up to it.
+        """
+        close, order = 4 * _tolerance(h.dtype), [name for name, _ in self.outputs]
+        for name in sorted(names, key=lambda name: name.count(".")):
+            place = order.index(name)
+            # The block's own output is `post`.
+            if not torch.allclose(h + self.outputs[place][1], self.result, rtol=close):
+                yield Cut(name), place + 1
+
     def single_outputs(self, h: Tensor, start: int, found: Cut | None) -> Iterator[tuple[Cut, int]]:
         """Modules whose own output may be the stream, the last to run first.
 
@@ -837,39 +934,54 @@ class _Record:
                 yield Cut(name, None), index
 
 
-def _constants(block: nn.Module, model: nn.Module) -> Iterator[float]:
+def _constants(call: _Call, model: nn.Module) -> Iterator[float]:
     """Numbers that a model may multiply what it adds to the stream by: 1, and those it names."""
     yield 1.0
     config = getattr(model, "config", None)
-    for holder in (block, *block.children(), config):
-        for value in vars(holder).values() if holder is not None else ():
-            if isinstance(value, float) and value:
-                yield value
-                yield 1 / value
+    holders = (call.block, *call.block.children(), config)
+    named = [call.given, *(getattr(holder, "__dict__", {}) for holder in holders)]
+    for value in chain.from_iterable(names.values() for names in named):
+        if isinstance(value, float) and value:
+            yield value
+            yield 1 / value
 
 
-def trial(model: nn.Module, seed: int = 0) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
+def _tokens_of(inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The token ids among a model's arguments, or the embeddings in their place."""
+    found = (inputs.get(name) for name in TOKENS_BY)
+    return [item for item in found if isinstance(item, Tensor)]
+
+
+def trial(
+    model: nn.Module, seed: int = 0, example: Example = None
+) -> tuple[dict[nn.Module, _Call], dict[str, bool]]:
     """One run of the model: every module given a stream, and who was given token ids."""
     calls: dict[nn.Module, _Call] = {}
     given: dict[str, bool] = {}
-    inputs = trial_inputs(model, seed)
-    ids = inputs["input_ids"]
+    inputs = trial_inputs(model, seed) if example is None else _example(model, example, seed)
+    tokens = _tokens_of(inputs)
+    ids, shapes = {item.data_ptr() for item in tokens}, {item.shape[:2] for item in tokens}
+    rows = {item.shape[0] for item in inputs.values() if isinstance(item, Tensor) and item.ndim}
+
+    def is_stream(item: Any) -> bool:
+        if not isinstance(item, Tensor) or item.ndim != 3 or not item.is_floating_point():
+            return False
+        # Of a model without tokens, blocks are told by what they are given and return alone.
+        return item.shape[:2] in shapes if shapes else item.shape[0] in rows
+
+    def is_token(item: Any) -> bool:
+        if not isinstance(item, Tensor) or distributed(item):
+            return False
+        return not item.is_floating_point() or any(item.shape == own.shape for own in tokens)
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
 
             def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 # The ids themselves, or a view of them: embeddings do not count as being given ids.
-                for item in (*args, *kwargs.values()):
-                    if isinstance(item, Tensor) and not item.is_floating_point():
-                        given[name] = given.get(name, False) or item.data_ptr() == ids.data_ptr()
-                streams = [
-                    item
-                    for item in (*args, *kwargs.values())
-                    if isinstance(item, Tensor)
-                    and item.ndim == 3
-                    and item.is_floating_point()
-                    and item.shape[:2] == ids.shape
-                ]
+                for item in filter(is_token, (*args, *kwargs.values())):
+                    given[name] = given.get(name, False) or item.data_ptr() in ids
+                streams = [item for item in (*args, *kwargs.values()) if is_stream(item)]
                 if module in calls:
                     calls[module].times += 1
                     calls[module].later += streams
@@ -889,48 +1001,100 @@ def trial(model: nn.Module, seed: int = 0) -> tuple[dict[nn.Module, _Call], dict
     return calls, given
 
 
+def vocabularies(*models: Any) -> list[int]:
+    """How many tokens there are, as the first of some models says that does; or else the sizes of
+    all tables of embeddings of the last, some of which may be of positions.
+    """
+    for model in models:
+        try:
+            embedding = model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if embedding is not None:
+            return [int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])]
+    tables = (part for part in models[-1].modules() if isinstance(part, nn.Embedding))
+    return [table.num_embeddings for table in tables]
+
+
 def trial_inputs(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     """A few tokens, as keyword arguments of a model's forward."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    # Those of two or three kinds of token are none.
+    size = min((size for size in vocabularies(model) if size > TOKENS), default=TOKENS)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(3, size - 1), size, (ROWS, TOKENS), generator=generator)
     ids = ids.to(input_device(model))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     taken = inspect.signature(type(model).forward).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    if "attention_mask" not in taken and not any_name:
+        del inputs["attention_mask"]
     if "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = ids
-    if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    if "use_cache" in taken or (any_name and hasattr(model, "config")):
         inputs["use_cache"] = False
     return inputs
 
 
-def _lists_of_blocks(
-    model: nn.Module, calls: dict[nn.Module, _Call]
-) -> list[tuple[str, nn.ModuleList]]:
-    """The outermost lists whose members each carry a stream of one width on."""
-    found: list[tuple[str, nn.ModuleList]] = []
+def _example(model: nn.Module, example: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """An example as a model is given it, its rows in the order of another text for another seed.
+
+    Raises:
+        ValueError: rows that are no two, or tokens that are too few, to tell what changes.
+    """
+    inputs, device = dict(example), input_device(model)
+    for name, item in inputs.items():
+        if isinstance(item, Tensor):
+            inputs[name] = item.to(device)
+    tensors = {name: item for name, item in inputs.items() if isinstance(item, Tensor)}
+    first = next(iter(_tokens_of(inputs)), next(iter(tensors.values()), torch.empty(0)))
+    if len(first) < 2 or torch.equal(first, first.flip(0)):
+        raise ValueError("the example needs two rows that differ")
+    for item in _tokens_of(inputs):
+        if item.shape[1] <= TOKEN or item.shape[1] == len(item):
+            raise ValueError(
+                f"the texts of the example need more than {TOKEN} tokens, and not as many of them "
+                f"as there are texts"
+            )
+    if seed:
+        rows = len(first)
+        inputs |= {name: item.flip(0) for name, item in tensors.items() if len(item) == rows}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _lists_of_blocks(model: nn.Module, calls: dict[nn.Module, _Call]) -> list[tuple[str, Blocks]]:
+    """The outermost lists whose members each carry a stream of one width on; where there is none,
+    the sequences of modules that do.
+    """
+    found: list[tuple[str, Blocks]] = []
     order = {module: number for number, module in enumerate(calls)}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        if any(name.startswith(f"{outer}.") for outer, _ in found):
-            continue
-        if all(block in calls for block in module) and _carry_on(module, calls):
-            found.append((name, module))
-    most = max((sum(p.numel() for p in m.parameters()) for _, m in found), default=0)
+    for kind in (nn.ModuleList, nn.Sequential):
+        for name, module in model.named_modules():
+            if not isinstance(module, kind) or not len(module):
+                continue
+            if any(name.startswith(f"{outer}.") for outer, _ in found):
+                continue
+            blocks = [*module.children()]
+            if all(block in calls for block in blocks) and _carry_on(blocks, calls):
+                found.append((name, blocks))
+        if found:
+            break
+    sizes = {name: sum(p.numel() for b in blocks for p in b.parameters()) for name, blocks in found}
     # Beside the blocks there may be short lists, such as one of norms.
-    kept = [(n, m) for n, m in found if sum(p.numel() for p in m.parameters()) * 8 >= most]
+    kept = [item for item in found if sizes[item[0]] * 8 >= max(sizes.values())]
     return sorted(kept, key=lambda item: order[item[1][0]])
 
 
-def _carry_on(blocks: nn.ModuleList, calls: dict[nn.Module, _Call]) -> bool:
+def _carry_on(blocks: Blocks, calls: dict[nn.Module, _Call]) -> bool:
     """Whether each of the blocks reads what the one before has written."""
     before: Tensor | None = None
     for block in blocks:
         call = calls[block]
         # A block that runs more than once, its weights shared by several layers, is no place.
         if call.times > 1 or call.output is None or call.output.shape != call.stream.shape:
+            return False
+        if call.stream.shape[1] <= TOKEN:
             return False
         if before is not None and not torch.equal(before, call.stream):
             return False
@@ -955,7 +1119,7 @@ class Padding:
 def _padding(model: nn.Module) -> Padding:
     """See :class:`Padding`; from a few runs with two columns of it on either side."""
     inputs, taken = trial_inputs(model), inspect.signature(type(model).forward).parameters
-    if "decoder_input_ids" in taken:
+    if "decoder_input_ids" in taken or "attention_mask" not in inputs:
         return Padding(read=True)
     ids: Tensor = inputs["input_ids"]
     config: Any = getattr(model, "config", None)

@@ -94,7 +94,7 @@ def attach(
     there is to stay if it was ``promised``, which is told of hooks that change it. The hook may be
     ``kept`` from an earlier context of this watch.
     """
-    if located.site.part == "mid" and not located.site.stack:
+    if located.site.part == "mid" and not (located.site.stack or located.trunk.crossed):
         watch.uncrossed = located.site
     kind = InputHook if located.side == "input" else OutputHook
     at = kept.again(located) if kept else kind(watch, located, visit, offer, promised)
@@ -536,7 +536,8 @@ def resume_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
     """
     path = layout_of(model).blocks
     parent, _, name = path.rpartition(".")
-    owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
+    owner = trunk_of(model).get_submodule(parent)
+    blocks: Any = owner.get_submodule(name)
 
     thread = get_ident()
 

@@ -4,6 +4,7 @@ Examples of one length make a batch without padding. So a padded set of n exampl
 batches of neighbours in length, and each batch loses the padding that none of its examples needs.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lrqp_torch.errors import PositionError, WidthError
 from lrqp_torch.stream.attention import NAME as PATTERNS_SHOWN
 from lrqp_torch.stream.compiled import inner_model
+from lrqp_torch.stream.discovery import vocabularies
 from lrqp_torch.stream.passes import puts_tokens_in_front
 from lrqp_torch.stream.sites import Trunk, stacks_of
 from lrqp_torch.stream.text import TextInputs
@@ -268,11 +270,10 @@ def _rotates_by_length(model: nn.Module) -> bool:
 
 
 def vocabulary_of(model: nn.Module, trunk: Trunk | None = None) -> int:
-    """How many tokens the model, or one of its stacks, has an embedding for."""
-    whole: Any = inner_model(model)
-    part: Any = trunk.module if trunk is not None and trunk.stack else whole
-    embedding = part.get_input_embeddings() or whole.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    """How many tokens the model, or one of its stacks, has an embedding for, or at most has."""
+    whole = inner_model(model)
+    part = trunk.module if trunk is not None and trunk.stack else whole
+    return max(vocabularies(part, whole), default=sys.maxsize)
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any], trunk: Trunk | None = None) -> None:

@@ -114,7 +114,7 @@ def cache_among(given: Mapping[str, Any]) -> Any:
     for name, value in given.items():
         if value is None or isinstance(value, _NO_CACHE):
             continue
-        if name in CACHES or hasattr(value, "get_seq_length") or _kind(value).endswith("Cache"):
+        if name in CACHES or is_cache(value):
             found[id(value)] = value
     if len(found) > 1:
         raise PositionError(
@@ -122,6 +122,11 @@ def cache_among(given: Mapping[str, Any]) -> Any:
             f"which one cannot say which holds the text"
         )
     return next(iter(found.values()), None)
+
+
+def is_cache(value: object) -> bool:
+    """Whether something looks like a cache of transformers."""
+    return hasattr(value, "get_seq_length") or _kind(value).endswith("Cache")
 
 
 def name_of_cache(model: nn.Module) -> str:

@@ -23,11 +23,9 @@ from threading import RLock
 from typing import Any, Literal, Self, cast
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import nn
 
 from lrqp_torch.errors import (
-    CompiledModelError,
     LRQPError,
     ModelError,
     SiteError,
@@ -45,8 +43,10 @@ from lrqp_torch.stream.compiled import (
     wrapped,
 )
 from lrqp_torch.stream.discovery import (
+    Blocks,
     BlockSites,
     Cut,
+    Example,
     Padding,
     Stack,
     built,
@@ -225,7 +225,7 @@ class Family:
         names = {id(module): name for name, module in model.named_modules()}
         try:
             trunk = base.get_submodule(self.trunk)
-            count = len(cast(nn.ModuleList, trunk.get_submodule(self.blocks)))
+            count = len([*trunk.get_submodule(self.blocks).children()])
         except (AttributeError, TypeError) as error:
             raise UnknownFamilyError(
                 f"the row of {type(model).__name__} names blocks that it does not have: {error}"
@@ -292,8 +292,9 @@ class Known:
         self.stacks, self.places = stacks, dict[str | Site, Located]()
         self.passes: dict[tuple[object, ...], Any] = {}
         self._inner, self._row, self._census = ref(inner), row, Census.of(model)
-        config: Any = inner.config
-        self._config, self._type, self._settings = config, config.model_type, dict(vars(config))
+        config: Any = getattr(inner, "config", None)
+        self._config, self._type = config, getattr(config, "model_type", None)
+        self._settings = dict(_settings(config))
         self._same = same(self._settings)
         self._blocks: list[nn.Module] = []
         for stack in stacks.values():
@@ -321,7 +322,9 @@ class Known:
         census = Census.of(model) if census is None else census
         if census is not self._census:
             return False
-        if inner.config is not self._config or FAMILIES.get(self._type) is not self._row:
+        if getattr(inner, "config", None) is not self._config:
+            return False
+        if self._type is not None and FAMILIES.get(self._type) is not self._row:
             return False
         if any([own.get(name) != value for own, name, value in self._numbers]):
             return False
@@ -336,7 +339,7 @@ class Known:
                 if own_forward(block) is not (replaced and replaced()):
                     return False
         # Of the settings, contexts themselves change how attention is computed.
-        settings, known = vars(self._config), self._settings
+        settings, known = _settings(self._config), self._settings
         if self._same is not None and self._same(settings):
             return True
         return settings == known or {**settings, _ATTENTION: known.get(_ATTENTION)} == known
@@ -355,6 +358,11 @@ class Known:
         if found.module not in whole and found.trunk.module not in whole:
             self.places[name] = found
         return found
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a model's configuration says, be it an object, a dictionary or none."""
+    return config if isinstance(config, dict) else getattr(config, "__dict__", {})
 
 
 _forward, _FORWARD = attrgetter("forward"), repeat("forward")
@@ -381,42 +389,49 @@ def stacks_of(model: nn.Module) -> Stacks:
     Kept by class and configuration, so that a model runs for it once in a process.
 
     Raises:
-        UnknownFamilyError: the model is not from transformers, cannot be run on a few tokens, or
+        UnknownFamilyError: the model takes no ``input_ids``, cannot be run on a few tokens, or
             has no run of blocks; or its family's row does not pass the cut test.
     """
     return _known(model).stacks
 
 
-def _known(model: nn.Module) -> Known:
-    """What is known of a model as it is now; see :func:`stacks_of`."""
+def _known(model: nn.Module, example: Example = None) -> Known:
+    """What is known of a model as it is now; see :func:`stacks_of` and :func:`all_sites`."""
     require_module(model)
     known = _OF_MODELS.get(model)
-    if known is not None and known.holds(model):
+    if known is not None and known.holds(model) and example is None:
         return known
     inner = inner_model(model)
+    for part in inner.modules():
+        require_module(part)
     config: Any = getattr(inner, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type is None:
+    told = example is not None or "input_ids" in forward_of(inner).parameters
+    if model_type is None and (not told or wrapped(inner)):
         raise UnknownFamilyError(
-            f"{type(model).__name__} has no config.model_type; pass a transformers model, or name "
-            f"its modules: Site.module(path, 'output'){wrapped(inner)}"
+            f"{type(model).__name__} has no config.model_type, and no input_ids; pass a "
+            f"transformers model, name its modules: Site.module(path, 'output'); or say once what "
+            f"it is run on: lrqp_torch.all_sites(model, inputs=...){wrapped(inner)}"
         )
-    row, kind = FAMILIES.get(model_type), built(inner)
-    settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    row, kind = FAMILIES.get(model_type), built(inner)  # type: ignore[arg-type]
+    settings = config.to_dict() if hasattr(config, "to_dict") else _settings(config)
+    settings = json.dumps(settings, sort_keys=True, default=str)
     # What stands in place of a forward may hold the model, and no other model has it.
     key = None if any(part[3] for part in kind) else (kind, settings, row)
     with _FINDING:
-        stacks = None if key is None else _LAYOUTS.get(key)
+        stacks = None if key is None or example is not None else _LAYOUTS.get(key)
         try:
             if stacks is None:
-                stacks = _found(inner) if row is None else {"": _proven(inner, row)}
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                stacks = _found(inner, example) if row is None else {"": _proven(inner, row)}
+        except Exception as error:  # what a model raises may be anything
             if isinstance(error, UnknownFamilyError | ModelError):
                 raise
+            given, own = ("a few tokens", "") if example is None else ("the example", " another")
             raise UnknownFamilyError(
-                f"{type(inner).__name__} could not be run on a few tokens, so where its stream is "
-                f"could not be found or proven ({type(error).__name__}: {quoted(str(error))})"
-                f"{wrapped(inner)}"
+                f"{type(inner).__name__} could not be run on {given}, so where its stream is "
+                f"could not be found or proven ({type(error).__name__}: {quoted(str(error))}). "
+                f"Where it needs{own or ' more, such as images or sound'}, run it on some of your "
+                f"inputs once: lrqp_torch.all_sites(model, inputs=...){wrapped(inner)}"
             ) from error
         if key is not None:
             _LAYOUTS[key] = stacks
@@ -448,14 +463,14 @@ def layout_of(model: nn.Module, stack: str = "") -> Stack:
     )
 
 
-def _found(model: nn.Module) -> Stacks:
+def _found(model: nn.Module, example: Example = None) -> Stacks:
     base: Any = getattr(model, "base_model", model)
     try:
-        stacks = discover(model)
+        stacks = discover(model, example)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:
         # Some heads take other inputs, such as several choices an example; not so what they are on.
         prefix = next((name for name, part in model.named_modules() if part is base), "")
-        if not prefix or isinstance(error, LRQPError):
+        if not prefix or isinstance(error, LRQPError) or example is not None:
             raise
         stacks = [replace(s, trunk=f"{prefix}.{s.trunk}".strip(".")) for s in discover(base)]
     paths = [f"{stack.trunk}.{stack.blocks}".strip(".") for stack in stacks]
@@ -467,6 +482,7 @@ def _found(model: nn.Module) -> Stacks:
         if named and len(named) == len(stacks) and "" not in named:
             return named
     if len(stacks) != 1:
+        config: Any = getattr(model, "config", None)
         what = "no list of blocks that carry a stream on from one to the next"
         if stacks:
             names = " and ".join(paths)
@@ -474,8 +490,8 @@ def _found(model: nn.Module) -> Stacks:
         raise UnknownFamilyError(
             f"{type(model).__name__} has {what}. If its blocks have a stream (rows, tokens, width)"
             f", name its modules: lrqp_torch.register_family("
-            f"{cast(Any, model).config.model_type!r}, Family(blocks='layers', first_reader="
-            f"'input_layernorm', attention_output='self_attn', output_projection="
+            f"{getattr(config, 'model_type', 'its model_type')!r}, Family(blocks='layers', "
+            f"first_reader='input_layernorm', attention_output='self_attn', output_projection="
             f"'self_attn.o_proj')); or one of them, Site.module(path, 'output')"
         )
     return {"": stacks[0]}
@@ -497,13 +513,17 @@ class Trunk:
     plain: bool = False  # whether it is no language model, so that a site's own tensor says it all
     # What padding does to other tokens; None where that was not tried.
     padding: Padding | None = None
+    crossed: bool = False  # whether its sites were found with what cross-attention reads
 
     @classmethod
     def of(cls, model: nn.Module, stack: str = "", layout: Stack | None = None) -> "Trunk":
         """The trunk around one of the stacks of a transformers model."""
         layout = layout_of(model, stack) if layout is None else layout
+        if layout.plain:
+            return cls(inner_model(model), stack, plain=True)
         module = descend(inner_model(model), layout.trunk)
-        return cls(module, stack, layout.absolute_positions, padding=layout.padding)
+        found = cls(module, stack, layout.absolute_positions, padding=layout.padding)
+        return replace(found, crossed=layout.crossed)
 
 
 Home = tuple[dict[str, nn.Module | None], str, nn.Module]
@@ -598,10 +618,10 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return Trunk.of(model).module
 
 
-def blocks_of(model: nn.Module, stack: str = "") -> nn.ModuleList:
+def blocks_of(model: nn.Module, stack: str = "") -> Blocks:
     """The blocks of a model, first to last."""
     trunk = Trunk.of(model, stack).module
-    return cast(nn.ModuleList, descend(trunk, layout_of(model, stack).blocks))
+    return [*descend(trunk, layout_of(model, stack).blocks).children()]
 
 
 def projection_of(model: nn.Module, layer: int, stack: str = "") -> nn.Module:
@@ -692,16 +712,15 @@ def _locate(model: nn.Module, site: Site, stacks: Stacks) -> Located:
     if site.layer >= len(layout.each):
         last = len(layout.each) - 1
         raise SiteError(f"{site}: the model has {last + 1} blocks, L0 to L{last}")
+    blocks = blocks_of(model, site.stack)
     if site.part == "final":
         if layout.final == "":
             raise SiteError(
                 f"{site}: in {kind} the module that reads the last block's output runs more than "
                 f"once in a pass, so it is no one place; use L{len(layout.each) - 1}.post"
             )
-        block = blocks_of(model, site.stack)[-1]
-        norm = block if layout.final is None else descend(trunk.module, layout.final)
+        norm = blocks[-1] if layout.final is None else descend(trunk.module, layout.final)
         return Located(site, trunk, norm)
-    blocks = cast(nn.ModuleList, descend(trunk.module, layout.blocks))
     block, places = blocks[site.layer], layout.each[site.layer]
     if site.part in ("pre", "post"):
         return Located(site, trunk, block, "input" if site.part == "pre" else "output")
@@ -745,11 +764,6 @@ def _locate(model: nn.Module, site: Site, stacks: Stacks) -> Located:
 
 
 def _locate_module(model: nn.Module, site: Site) -> Located:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CompiledModelError(
-            f"{site}: a model of torch.jit does not run its modules one by one; edit the model "
-            f"that it was made of"
-        )
     path, whole = site.path or "", inner_model(model)
     owner = next((part for part in (model, whole) if path in dict(part.named_modules())), None)
     if owner is None:
@@ -782,14 +796,30 @@ def has_mid(model: nn.Module) -> bool:
     return any(places.cut is not None for stack in stacks for places in stack.each)
 
 
-def all_sites(model: nn.Module, parts: Sequence[Part] = ("pre", "mid")) -> list[str]:
+def all_sites(
+    model: nn.Module,
+    parts: Sequence[Part] = ("pre", "mid"),
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Names of all sites of the given parts, in the order of a forward pass.
 
     Parts that a block lacks are left out; ``post`` duplicates the next ``pre``. ``z`` is that of
     all heads of a block.
+
+    Args:
+        model: a transformers model, or any module whose forward takes ``input_ids``.
+        parts: which.
+        inputs: what to find the sites of a model by that cannot be run on tokens alone: arguments
+            of its forward by name, of at least two different examples. Once is enough for all
+            models of the class and configuration in this process. Sites of a model with tokens
+            among them are where its text is; without, positions count the columns of the stream.
+
+    Raises:
+        UnknownFamilyError: see :func:`stacks_of`.
     """
     names = []
-    for stack, layout in stacks_of(model).items():
+    for stack, layout in _known(model, inputs).stacks.items():
         for layer, places in enumerate(layout.each):
             lacking = {
                 "z": places.attention is None or places.projection is None,
