@@ -100,17 +100,24 @@ def capture(
                         out,
                     )
                 return
-        sizes = {"shard_size": shard_size, "batch_size": batch_size, "batch_tokens": batch_tokens}
-        how: dict[str, Any] = {"ranks": ranks, "progress": not voice.quiet, **sizes}
-        store = capture_to(out, loaded, inputs, chosen, at, **how)
+        sizes: dict[str, Any] = {
+            "shard_size": shard_size, "batch_size": batch_size, "batch_tokens": batch_tokens
+        }  # fmt: skip
+        shown = {"ranks": ranks, "progress": not voice.quiet}
+        store = capture_to(out, loaded, inputs, chosen, at, **shown, **sizes)
     if store is None:  # rank 0 tells
         return
     write_json(out / LABELS_FILE, labels, indent=None)
     if verify:
         store.verify()
-    padding = _padding(inputs, shard_size, batch_size, batch_tokens)
-    _describe(store, padding, voice)
-    voice.give(lambda: _summary(store, padding))
+    found = _summary(store, _padding(inputs["attention_mask"], **sizes))
+    voice.say(
+        f"{len(store)} {'site' if len(store) == 1 else 'sites'} of "
+        f"{' × '.join(map(str, found['shape']))} in {found['dtype']}, {found['files']} files, "
+        f"{found['bytes']:,} bytes; {found['padding']:.1%} of the tokens that ran were padding.",
+        f"Activations are in {store.folder}.",
+    )
+    voice.give(lambda: found)
 
 
 def _names(
@@ -155,13 +162,10 @@ def _rows(
     return labels | {"position": position, "labels": classes.tolist(), "rows": rows.tolist()}
 
 
-def _padding(
-    inputs: "dict[str, Tensor]", shard_size: int, batch_size: int, batch_tokens: int | None
-) -> float:
+def _padding(mask: "Tensor", shard_size: int, batch_size: int, batch_tokens: int | None) -> float:
     """Share of the tokens that ran which was padding."""
     from lrqp_torch.stream.inputs import by_length, wasted_share
 
-    mask = inputs["attention_mask"]
     shards = range(0, len(mask), shard_size)
     spans = [range(start, min(start + shard_size, len(mask))) for start in shards]
     batches = [batch for span in spans for batch in by_length(mask, span, batch_size, batch_tokens)]
@@ -179,13 +183,3 @@ def _summary(store: "ActivationStore", padding: float) -> dict[str, Any]:
         "bytes": sum(shard.size for shard in store.index.shards),
         "padding": padding,
     }
-
-
-def _describe(store: "ActivationStore", padding: float, voice: Voice) -> None:
-    found = _summary(store, padding)
-    voice.say(
-        f"{len(store)} {'site' if len(store) == 1 else 'sites'} of "
-        f"{' × '.join(map(str, found['shape']))} in {found['dtype']}, {found['files']} files, "
-        f"{found['bytes']:,} bytes; {padding:.1%} of the tokens that ran were padding.",
-        f"Activations are in {store.folder}.",
-    )

@@ -7,7 +7,7 @@ bundled model.
 
 import platform
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
 from itertools import groupby
 from typing import Any
@@ -60,17 +60,15 @@ def examine(model: str | None = None) -> dict[str, list[Finding]]:
 
 
 def _versions() -> list[Finding]:
-    found = [
-        Finding(name, text != "not installed", text, required=True)
-        for name, text in package_versions().items()
-    ]
     oldest, newest = TESTED_TRANSFORMERS[0], TESTED_TRANSFORMERS[-1]
-    tested = f"tested from {oldest} to {newest}"
-    for place, finding in enumerate(found):
-        if finding.name == "transformers" and finding.usable:
-            beyond = Version(finding.detail) > Version(newest)
+    tested, found = f"tested from {oldest} to {newest}", []
+    for name, text in package_versions().items():
+        here, detail = text != "not installed", text
+        if name == "transformers" and here:
+            beyond = Version(text) > Version(newest)
             note = f"newer than what was {tested}; what follows was tried" if beyond else tested
-            found[place] = replace(finding, detail=f"{finding.detail} ({note})")
+            detail = f"{text} ({note})"
+        found.append(Finding(name, here, detail, required=True))
     return found
 
 
@@ -132,22 +130,21 @@ def _extras() -> list[Finding]:
             for requirement in requirements
             if requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
         ]
-        texts = [_installed(requirement) for requirement in wanted]
-        missing = [name for name, text in texts if text is None]
-        detail = ", ".join(f"{name} {text}" for name, text in texts if text is not None)
+        versions = {requirement.name: _installed(requirement) for requirement in wanted}
+        missing = [name for name, text in versions.items() if text is None]
+        detail = ", ".join(f"{name} {text}" for name, text in versions.items())
         if missing:
-            command = f"pip install 'lrqp_torch[{extra}]'"
-            detail = f"without {', '.join(missing)}: {command}"
+            detail = f"without {', '.join(missing)}: pip install 'lrqp_torch[{extra}]'"
         found.append(Finding(extra, not missing, detail))
     return found
 
 
-def _installed(requirement: Requirement) -> tuple[str, str | None]:
+def _installed(requirement: Requirement) -> str | None:
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
-        return requirement.name, None
-    return requirement.name, found if requirement.specifier.contains(found, True) else None
+        return None
+    return found if requirement.specifier.contains(found, True) else None
 
 
 def _self_check() -> list[Finding]:

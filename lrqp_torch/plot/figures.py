@@ -356,8 +356,8 @@ def sweep_of(results: Any) -> Chart:
     if not sites:
         raise SettingError("these results hold no sweep over sites; run the part flipping")
     names, found = list(sites), list(sites.values())
-    used, classes = get(results, "used_sites", ()), get(results, "classes", ())
-    effects = ("logit_difference", "preference", "divergence")
+    used = get(results, "used_sites")
+    effects = ("logit_difference", "divergence")
     ceiling: dict[str, Any] = {"colour": chart.ORANGE, "marker": "diamond", "dash": "dash"}
     edits: dict[str, dict[str, Any]] = {
         condition: {"colour": chart.CONDITION_COLOURS[condition], "marker": marker}
@@ -375,10 +375,9 @@ def sweep_of(results: Any) -> Chart:
                 yield marks_of(name, names, values, scale=scale, **looks)
 
     shares: Curves = {
-        "probe accuracy": (("probe_accuracy", "probe"), {"colour": chart.PROBE}),
+        "probe accuracy": (("probe_accuracy",), {"colour": chart.PROBE}),
         "shuffled labels": (
-            ("shuffled_accuracy", "shuffled"),
-            {"colour": chart.NOTE, "marker": "cross", "stroke": 0.5},
+            ("shuffled_accuracy",), {"colour": chart.NOTE, "marker": "cross", "stroke": 0.5}
         ),
         **{f"flipped, {name}": ((f"{name}.flipped",), own) for name, own in edits.items()},
         "flipped, interchange": (("interchange.flipped",), ceiling),
@@ -390,8 +389,7 @@ def sweep_of(results: Any) -> Chart:
         f"{name} edit": ([f"{name}.{effect}" for effect in effects], own)
         for name, own in edits.items()
     } | {"interchange (ceiling)": ([f"interchange.{effect}" for effect in effects], ceiling)}
-    guess = get(results, "majority", 1 / len(classes) if classes else 0.5)
-    clean, *_ = read(get(results, "clean", results), "logit_difference", "preference")
+    guess, (clean, *_) = get(results, "majority"), read(results, "clean.logit_difference")
     by_site: dict[str, Any] = {
         "bands": [Band(name, name) for name in used], "x_title": _BY_SITE, "names": "ends"
     }  # fmt: skip

@@ -18,13 +18,6 @@ from lrqp_torch.plot.chart import ends
 _FILES = "results.json", "prompts.safetensors"
 
 
-_IOI = {"variable": "the order of the names", "value": "order", "position": "S2", "end": "END",
-        "held": "IO", "other": "S", "preference": "IO − S", "unit": "logits"}  # fmt: skip
-_GENERAL = {"variable": "the class", "value": "class", "position": "the marked token",
-            "end": "the end", "held": "the class that holds", "other": "the other class",
-            "preference": "class that holds − other", "unit": "nats"}  # fmt: skip
-
-
 def results_of(values: Any) -> Any:
     """The results that were given, as an object or a folder; None for plain numbers."""
     if isinstance(values, str | Path):
@@ -81,14 +74,13 @@ def answers_of(results: Any, key: str) -> list[float]:
     Raises:
         SettingError: the results do not hold them.
     """
-    prompts = get(results, "prompts", {})
-    for name in (f"{key}.logit_difference", f"{key}.preference"):
-        if name in prompts:
-            return listed(prompts[name])
-    raise SettingError(
-        f"these results hold no answers of single prompts for {key!r}; give the folder of a study "
-        "whose prompts have answers"
-    )
+    found = get(results, "prompts", {}).get(f"{key}.logit_difference")
+    if found is None:
+        raise SettingError(
+            f"these results hold no answers of single prompts for {key!r}; give the folder of a "
+            "study whose prompts have answers"
+        )
+    return listed(found)
 
 
 def best_site(results: Any) -> str:
@@ -100,12 +92,8 @@ def best_site(results: Any) -> str:
 
 
 def word(results: Any, key: str) -> str:
-    """What the things of a task are called; results of version 0.2 do not say."""
-    words = get(results, "words", None)
-    if words is not None:
-        return str(get(words, key))
-    ioi = "io_probability" in str(get(results, "clean", ""))
-    return (_IOI if ioi else _GENERAL)[key]
+    """What the things of a task are called."""
+    return str(get(results, f"words.{key}"))
 
 
 def task_in_words(name: str) -> str:
@@ -116,7 +104,7 @@ def task_in_words(name: str) -> str:
 def effect_in_words(results: Any, mean: str = "") -> str:
     """What the answers are measured by, with its unit."""
     some = next(iter(get(results, "sites").values()))
-    if read(some, "control.logit_difference", "control.preference")[0] is None:
+    if read(some, "control.logit_difference")[0] is None:
         return f"{mean}change of the next token, KL (nats)"
     unit = word(results, "unit")
     kind = "logit difference" if unit == "logits" else "preference,"

@@ -132,6 +132,14 @@ def likenesses(
     return {key: of(*pair) | {"beyond": why(key, *pair)} for key, pair in pairs.items()}
 
 
+def held_against(
+    clean: Columns, edits: Mapping[K, Columns], patch: Columns, own: Sample
+) -> tuple[Interchange, dict[K, dict[str, Any]]]:
+    """An interchange, and how edits compare with it; see both functions above."""
+    pairs = {key: (edit, patch) for key, edit in edits.items()}
+    return interchange_of(clean, patch, own), likenesses(clean, pairs, own)
+
+
 def excess(clean: Columns, edit: Columns, patch: Columns, own: Sample) -> float:
     """P of so many more flips by the edit than by its interchange, if either were as likely."""
     answered = own.among(clean["own_lead"] > 0)

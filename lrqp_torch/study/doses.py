@@ -10,6 +10,7 @@ logits grow with all of them. What the probe reads of real activations grows wit
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import SettingError
 from lrqp_torch.probes.linear import LinearProbe
-from lrqp_torch.study.context import StudyContext, Task
+from lrqp_torch.study.context import StudyContext, Task, no_progress
 
 DOSES = ("nats", "twin", "class")
 
@@ -34,7 +35,7 @@ def class_readings(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:
 def asked_of(
     dose: str, probe: LinearProbe, target: Tensor, twin: Tensor, x: Tensor, labels: Tensor
 ) -> Tensor:
-    """The log α of each edit, (m,) float64 in nats; NaN for ``nats``, the edit's own rule.
+    """The log α of each edit by ``twin`` or ``class``, (m,) float64 in nats.
 
     ``probe`` is of what the edit writes, ``target`` the class that it writes, (m,), ``twin`` the
     activations of twins, of a control edit the prompts' own, (m, d); x are training activations,
@@ -42,8 +43,7 @@ def asked_of(
     """
     if dose == "class":
         return class_readings(probe, x, labels)[target]
-    own = probe.log_odds(twin, target).double()
-    return own if dose == "twin" else own * float("nan")
+    return probe.log_odds(twin, target).double()
 
 
 @torch.no_grad()
@@ -62,17 +62,13 @@ def asked_at(
         raise SettingError("these prompts have no twins to dose by; use --dose class or nats.")
     own, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
     y, found = task.train.labels.to(context.device), dict[str, dict[str, Tensor]]()
-    train, test = (
-        context.activations(task, half, "mark", list(edits)) for half in ("train", "test")
-    )
+    train, test = context.clean(task, "mark", no_progress, list(edits))
     for site, edit in edits.items():
-        by_class = class_readings(edit.probe, train[site], y)
-        found[site] = {"control": by_class[own], "counterfactual": by_class[target]}
+        there = test[site] if twins is None else twins[0][site]
+        by, fitted = partial(asked_of, dose, edit.probe), (train[site], y)
+        written = by(target, there, *fitted)
         if twins is not None:
-            there, known = twins[0][site], twins[1].to(context.device)
-            read = edit.probe.log_odds(there, target).double()
-            found[site] = {
-                "control": edit.probe.log_odds(test[site], own).double(),
-                "counterfactual": torch.where(known, read, by_class[target]),
-            }
+            by_class = class_readings(edit.probe, *fitted)[target]
+            written = torch.where(twins[1].to(context.device), written, by_class)
+        found[site] = {"control": by(own, test[site], *fitted), "counterfactual": written}
     return found

@@ -223,35 +223,21 @@ def origin_of(edit: LRQP) -> Provenance:
 
 @dataclass(frozen=True)
 class Applied:
-    """One prompt without and with an edit. "Before" is without.
+    """One prompt without and with an edit. "Before" is without."""
 
-    Attributes:
-        prompt: its text.
-        source: class that holds, by the data or, for prompts without a label, by the probe.
-        target: class that was written.
-        belief_before: the probe's log odds of the target against its strongest rival, in nats.
-        belief_after: the same, read back from the activation that the model received.
-        distance: Mahalanobis length of the edit.
-        lead_before: score of the target's answers minus the highest of the other classes', in
-            nats; None for prompts without answers.
-        lead_after: the same under the edit.
-        next_before: the likeliest next tokens with their probabilities.
-        next_after: the same under the edit.
-        continued_before: what the model writes behind the prompt; None if nothing was asked for.
-        continued_after: the same under the edit.
-    """
-
-    prompt: str
-    source: str
-    target: str
-    belief_before: float
-    belief_after: float
-    distance: float
+    prompt: str  # its text
+    source: str  # class that holds, by the data or, for prompts without a label, by the probe
+    target: str  # class that was written
+    belief_before: float  # the probe's log odds of the target against its strongest rival, in nats
+    belief_after: float  # the same, read back from the activation that the model received
+    distance: float  # Mahalanobis length of the edit
+    # Score of the target's answers minus the highest of the other classes', in nats; None for
+    # prompts without answers.
     lead_before: float | None
     lead_after: float | None
-    next_before: list[tuple[str, float]]
+    next_before: list[tuple[str, float]]  # the likeliest next tokens with their probabilities
     next_after: list[tuple[str, float]]
-    continued_before: str | None
+    continued_before: str | None  # what the model writes behind the prompt; None if not asked for
     continued_after: str | None
 
 

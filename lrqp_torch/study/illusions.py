@@ -10,7 +10,7 @@ edits from disjoint halves of the prompts are compared.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.errors import UnknownFamilyError
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.study.ceiling import Interchange, Likeness, scaled
-from lrqp_torch.study.context import Advance, StudyContext, evenly
+from lrqp_torch.study.context import Advance, StudyContext, evenly, no_progress
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult
 from lrqp_torch.study.part import Given
@@ -354,7 +354,7 @@ def _places(given: Given) -> list[Place]:
     context, task, site = given.context, given.context.task, given.site
     others = [name for name in evenly(context.sites, MOST_SITES) if name != site]
     wanted = [site, *others]
-    train, test = (context.activations(task, half, "mark", wanted) for half in ("train", "test"))
+    train, test = context.clean(task, "mark", no_progress, wanted)
     y_train, y = (data.labels.to(context.device).long() for data in (task.train, task.test))
     edits = given.fit({name: train[name] for name in others}, y_train) if others else {}
     edits[site] = given.edit_at(site)
@@ -467,33 +467,32 @@ def by_chance(here: Place, seeds: list[int], l2: float | None) -> dict[str, list
             for y in (here.y_train, here.y)
         )
         normal = torch.randn(x.shape[1], dtype=torch.float64, generator=generator)
-        feature = root @ normal.to(x.device)
-        cut = (x_train @ feature).median()
-        held_out[FEATURE, seed] = (x @ feature > cut).long()
+        direction = root @ normal.to(x.device)
+        along_train, along_test = x_train @ direction, x @ direction
+        cut = along_train.median()
+        held_out[FEATURE, seed] = (along_test > cut).long()
         problems[SHUFFLED, seed] = here.x_train, mixed
-        problems[FEATURE, seed] = here.x_train, (x_train @ feature > cut).long()
+        problems[FEATURE, seed] = here.x_train, (along_train > cut).long()
     probes = LinearProbe.fit_many(problems, l2=l2)
     length = edit.metric.distance(here.delta)
     found: dict[str, list[Chance]] = {kind: [] for kind in KINDS}
     for seed in seeds:
         random = RandomDirection(edit, seed=seed)(x, here.target, here.y)
         found[RANDOM].append((random - x, None))
-        shuffled, feature_probe = probes[SHUFFLED, seed], probes[FEATURE, seed]
-        moved = here.displaced(_with_probe(edit, shuffled))
-        accuracy = shuffled.accuracy(here.x, held_out[SHUFFLED, seed])
+        probe, feature = probes[SHUFFLED, seed], probes[FEATURE, seed]
+        moved = here.displaced(_with_probe(edit, probe))
+        accuracy = probe.accuracy(here.x, held_out[SHUFFLED, seed])
         found[SHUFFLED].append((moved, accuracy))
         found[SHUFFLED_SCALED].append((scaled(edit.metric, moved, length), accuracy))
-        read = feature_probe(here.x).argmax(-1)
-        moved = displacements(_with_probe(edit, feature_probe), here.x, 1 - read, read)
-        accuracy = feature_probe.accuracy(here.x, held_out[FEATURE, seed])
-        found[FEATURE].append((moved, accuracy))
+        read = feature(here.x).argmax(-1)
+        moved = displacements(_with_probe(edit, feature), here.x, 1 - read, read)
+        found[FEATURE].append((moved, feature.accuracy(here.x, held_out[FEATURE, seed])))
     return found
 
 
 def _with_probe(edit: LRQP, probe: LinearProbe) -> LRQP:
-    rule: Literal["mirror", "fixed"] = "mirror" if edit.rule == "mirror" else "fixed"
-    odds = float(edit.log_odds)
-    return LRQP(probe, edit.metric, log_odds=odds, rule=rule, on_infeasible="skip")
+    how: dict[str, Any] = {"log_odds": float(edit.log_odds), "rule": edit.rule}
+    return LRQP(probe, edit.metric, on_infeasible="skip", **how)
 
 
 # ---- edits from half of the prompts --------------------------------------------------------------

@@ -27,10 +27,6 @@ from lrqp_torch.study.sweep import fit_edits
 R = TypeVar("R")
 
 
-def keep_nothing(tensors: Mapping[str, Tensor]) -> None:
-    """The default of :attr:`Given.keep_prompts`."""
-
-
 @dataclass(frozen=True)
 class Given:
     """What a part may build on."""
@@ -44,7 +40,7 @@ class Given:
     # Where the part may keep batches until it is finished; None to keep none.
     batches: BatchStore | None = None
     # Keeps numbers of each held-out prompt, (n,) by name, beside the results.
-    keep_prompts: Callable[[Mapping[str, Tensor]], object] = keep_nothing
+    keep_prompts: Callable[[Mapping[str, Tensor]], object] = lambda tensors: None
 
     @property
     def site(self) -> str:

@@ -385,63 +385,45 @@ class PromptTexts:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Everything that a study finds: what ``results.json`` holds, and the files beside it.
+    """Everything that a study finds: what ``results.json`` holds, and the files beside it."""
 
-    Attributes:
-        settings: what the study was asked to do.
-        model: name, class, family, size and revision of the model.
-        task: name of the version of the task.
-        words: what the things of the task are called.
-        classes: names of the classes, in order.
-        data: number of prompts to fit on (``train``) and held out (``test``).
-        majority: accuracy of always naming the most frequent class, on the held-out prompts.
-        answered: held-out prompts that the model answers with the class that holds, without an
-            edit: the accuracy of ``clean``. None for a task without answers.
-        clean: the model without any edit.
-        sites: results keyed by site name, in order of computation.
-        used_sites: sites that the model uses, by the verdict of :mod:`~.ceiling`.
-        best_site: the site that flips most beyond its null, on the first half of the held-out
-            prompts; see :func:`best_site`. None where no site was swept.
-        ground_truth: set only for a model whose true sites are known.
-        published: figures of GPT-2 small from the literature, by key; none for other tasks.
-        versions: versions of Python and of the packages that computed the results.
-        elapsed: seconds spent in each stage, and in total.
-        left_out: rows of one's own data that could not be used, by reason.
-        notes: what a reader should know of the prompts, a sentence each.
-        parts: part of the study to its result, as the part reads it.
-        files: names of the figures and pages beside ``results.json``.
-        best: the best site on the other half, by which it was not chosen; None where no site was
-            swept, and in results before 0.4.
-        format: version of this layout.
-        prompts: one number per held-out prompt, as :func:`~.sweep.sweep` returns them.
-        texts: the held-out prompts.
-    """
-
-    settings: dict[str, Any]
-    model: dict[str, Any]
-    task: str
-    words: Words
-    classes: list[str]
-    data: dict[str, int]
-    majority: float
+    settings: dict[str, Any]  # what the study was asked to do
+    model: dict[str, Any]  # name, class, family, size and revision of the model
+    task: str  # name of the version of the task
+    words: Words  # what the things of the task are called
+    classes: list[str]  # names of the classes, in order
+    data: dict[str, int]  # number of prompts to fit on (`train`) and held out (`test`)
+    majority: float  # accuracy of always naming the most frequent class, on the held-out prompts
+    # Held-out prompts that the model answers with the class that holds, without an edit: the
+    # accuracy of `clean`. None for a task without answers.
     answered: Estimate | None
-    clean: CleanResult
-    sites: dict[str, SiteResult]
-    used_sites: list[str]
+    clean: CleanResult  # the model without any edit
+    sites: dict[str, SiteResult]  # by site name, in order of computation
+    used_sites: list[str]  # sites that the model uses, by the verdict of :mod:`~.ceiling`
+    # The site that flips most beyond its null, on the first half of the held-out prompts; see
+    # :func:`best_site`. None where no site was swept.
     best_site: str | None
-    ground_truth: GroundTruth | None
+    ground_truth: GroundTruth | None  # set only for a model whose true sites are known
+    # Figures of GPT-2 small from the literature, by key; none for other tasks.
     published: dict[str, PublishedFigure]
-    versions: dict[str, str]
-    elapsed: dict[str, float]
-    parts: dict[str, Any]
+    versions: dict[str, str]  # of Python and of the packages that computed the results
+    elapsed: dict[str, float]  # seconds spent in each stage, and in total
+    parts: dict[str, Any]  # part of the study to its result, as the part reads it
+    # Rows of one's own data that could not be used, by reason.
     left_out: dict[str, int] = field(default_factory=dict)
+    # What a reader should know of the prompts, a sentence each.
     notes: list[str] = field(default_factory=list)
+    # Names of the figures and pages beside ``results.json``.
     files: list[str] = field(default_factory=list)
+    # The best site on the other half, by which it was not chosen; None where no site was swept, and
+    # in results before 0.4.
     best: SiteResult | None = None
-    format: int = FORMAT
+    format: int = FORMAT  # version of this layout
+    # One number per held-out prompt, as :func:`~.sweep.sweep` returns them.
     prompts: dict[str, Tensor] = field(
         default_factory=dict, repr=False, compare=False, metadata=BESIDE
     )
+    # The held-out prompts.
     texts: PromptTexts | None = field(default=None, repr=False, compare=False, metadata=BESIDE)
     # Results of parts as they are shown, by name, each with what it was read from.
     shown: dict[str, tuple[Any, Any]] = field(
@@ -531,10 +513,17 @@ def save_prompts(prompts: Mapping[str, Tensor], folder: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prompts.items()}
-    with written_whole(folder / PROMPTS_FILE) as path:
+    write_tensors(folder / PROMPTS_FILE, prompts)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors. Raises OutputError: the file cannot be written."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as temporary:
         # Not save_file, which makes the file unreadable for other users.
-        path.write_bytes(serialise(tensors))
+        temporary.write_bytes(serialise(content, metadata))
 
 
 def load_prompts(folder: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from lrqp_torch.stream.compiled import input_device
 from lrqp_torch.stream.intervene import Edit, EditContext, Intervention, intervene
 from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import Site
-from lrqp_torch.study.ceiling import Interchange, interchange_of, likenesses
+from lrqp_torch.study.ceiling import Interchange, held_against
 from lrqp_torch.study.context import Advance, StudyContext, Task, no_progress
 from lrqp_torch.study.estimates import Sample
 from lrqp_torch.study.heads import parse_head
@@ -527,10 +527,9 @@ class Trials:
         """
         if patch is None or patch.known is None:
             return None, {}
-        clean, own = self.clean.found, self.sample.among(patch.known)
         there = patch.found | {"divergence": patch["kl_at_end"]}
-        held = {name: (trial.found, there) for name, trial in edits.items()}
-        return interchange_of(clean, there, own), likenesses(clean, held, own)
+        held = {name: trial.found for name, trial in edits.items()}
+        return held_against(self.clean.found, held, there, self.sample.among(patch.known))
 
     def write(
         self,

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from lrqp_torch.errors import LRQPError, NonFiniteError, OutputError, SettingError
-from lrqp_torch.files import prepare_folder, read_json, sole_writer, write_json, written_whole
-from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE, TEXTS_FILE
+from lrqp_torch.files import prepare_folder, read_json, sole_writer, write_json
+from lrqp_torch.study.results import PROMPTS_FILE, RESULTS_FILE, TEXTS_FILE, write_tensors
 
 PARTS_FOLDER = "parts"
 
@@ -190,10 +189,8 @@ class BatchStore:
     def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of batch ``index``. Raises OutputError: the file cannot be written."""
         prepare_folder(self.folder)
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"fingerprint": json.dumps(self._parts.fingerprint)}
-        with written_whole(self._path(index)) as path:
-            path.write_bytes(serialise(content, metadata))
+        write_tensors(self._path(index), tensors, metadata)
 
     def count(self) -> int:
         """Number of batches kept."""

@@ -15,7 +15,6 @@ ORDER = "order of the names"
 POSITION_S1, POSITION_IO = "position of S1", "position of IO"
 CLAUSE_S1, CLAUSE_IO = "position of S1 in its clause", "position of IO in its clause"
 NAME_S, NAME_IO = "name of S", "name of IO"
-VARIABLES = (ORDER, POSITION_S1, POSITION_IO, CLAUSE_S1, CLAUSE_IO, NAME_S, NAME_IO)
 
 MEANINGS = {
     ORDER: "ABB (IO before S1) or BAB",
@@ -35,7 +34,7 @@ FEWEST = 2
 class Variable:
     """One variable of one task. Prompts of no class are left out."""
 
-    name: str  # one of `VARIABLES`, or what the labels of another task are of
+    name: str  # one of `MEANINGS`, or what the labels of another task are of
     classes: list[str]  # names of the classes
     train_rows: Tensor  # training prompts that have a class, (n,)
     train_labels: Tensor  # their classes, (n,)
@@ -70,7 +69,10 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
         if plain is not None:
             for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
                 known = _clause_positions([named(plain.train), named(plain.test)], token)
-                halves = _looked_up(train, known), _looked_up(test, known)
+                halves = (  # −1 where a prompt's template does not occur
+                    torch.tensor([known.get(key, -1) for key in _keys(data)])
+                    for data in (train, test)
+                )
                 made.append(_of_values(name, *halves, bins))
         made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))
         made.append(_of_names(NAME_IO, train.data.io_names, test.data.io_names, names))
@@ -103,11 +105,6 @@ def _clause_positions(plain: Sequence[IOIPrompts], token: str) -> dict[tuple[int
         for key, value in zip(_keys(data), _positions(data, token).tolist(), strict=True):
             seen.setdefault(key, Counter())[value] += 1
     return {key: min(counts, key=lambda v: (-counts[v], v)) for key, counts in seen.items()}
-
-
-def _looked_up(data: IOIPrompts, known: dict[tuple[int, int], int]) -> Tensor:
-    """Position of each prompt's template, −1 where it does not occur, (n,)."""
-    return torch.tensor([known.get(key, -1) for key in _keys(data)])
 
 
 def _of_values(name: str, train: Tensor, test: Tensor, bins: int) -> Variable:

@@ -14,6 +14,7 @@ from lrqp_torch import plot
 from lrqp_torch.errors import MissingExtraError, OutputError, SettingError
 from lrqp_torch.plot import figures
 from lrqp_torch.plot.chart import Chart
+from lrqp_torch.study.indirect_objects import WORDS
 
 SITES = ("L0.mid", "L1.mid")
 CONDITIONS = ("control", "counterfactual")
@@ -36,6 +37,8 @@ def raw() -> dict[str, Any]:
     return {
         "settings": {},
         "model": {"name": "tiny"},
+        "words": vars(WORDS),
+        "majority": 0.5,
         "clean": {"logit_difference": 2.0, "io_probability": 0.9},
         "sites": {site: {"probe_accuracy": 0.9, **{c: condition(0.5) for c in CONDITIONS}}
                   for site in SITES},

@@ -22,7 +22,7 @@ from lrqp_torch.edits.lrqp import LRQP
 from lrqp_torch.plot.chart import Chart, Panel
 from lrqp_torch.plot.figures import dose_measures, dose_of, dose_panes, dosed
 from lrqp_torch.qp import Status
-from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
+from lrqp_torch.study.ceiling import Interchange, Likeness, held_against
 from lrqp_torch.study.context import Advance, StudyContext, Task
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.part import Given, Part
@@ -131,13 +131,11 @@ class Dose(Part[DoseResult]):
         sample = Sample(context.seed, task.test.groups)
         likeness, interchange = dict[int, dict[str, Any]](), None
         if twinned is not None:
-            twins = sample.among(twinned.known)
             patch["distance"] = twinned.distance
             # A control edit is not to do what the interchange does.
-            own = {i: (c, patch) for i, c in enumerate(found) if edits[i][1] != "control"}
-            likeness = likenesses(clean, own, twins)
-            interchange = interchange_of(clean, patch, twins)
-
+            own = {i: kept for i, kept in enumerate(found) if edits[i][1] != "control"}
+            twins = sample.among(twinned.known)
+            interchange, likeness = held_against(clean, own, patch, twins)
         *doses, control, counterfactual = (
             EditSummary(
                 log_alpha=kept["floor"].mean().item(),

@@ -41,7 +41,7 @@ from lrqp_torch.plot.chart import COUNTERFACTUAL, PROBE, Chart, Pane, Panel, Rul
 from lrqp_torch.stream.attention import record_patterns, set_patterns
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
 from lrqp_torch.study.attribution import find_writers
-from lrqp_torch.study.ceiling import Interchange, Likeness, interchange_of, likenesses
+from lrqp_torch.study.ceiling import Interchange, Likeness, held_against
 from lrqp_torch.study.context import Advance, StudyContext
 from lrqp_torch.study.estimates import Estimate, Sample
 from lrqp_torch.study.heads import HeadsResult, Role, first_reader, head_name, layers_of, parse_head
@@ -402,8 +402,8 @@ def _carried(
         )
         patch["distance"] = twinned.distance
         twins = Sample(context.seed, clusters, twinned.known)
-        likeness = likenesses(before, {given.site: (after, patch)}, twins)[given.site]
-        likeness["interchange"] = interchange_of(before, patch, twins)
+        interchange, own = held_against(before, {"edited": after}, patch, twins)
+        likeness = own["edited"] | {"interchange": interchange}
     return MediationResult(
         words=context.task.test.words,
         site=given.site,
