@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from lrqp_torch.cli.app import Voice
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.settings import Settings, listed
 
 if TYPE_CHECKING:
     from lrqp_torch.probes.covariance import Shrinkage
@@ -120,7 +120,6 @@ def able(wanted: bool | None, what: str, package: str, extra: str, voice: Voice)
 def split_names(text: str, what: str) -> Sequence[str]:
     """Names separated by commas. Raises PromptError: there is none."""
     from lrqp_torch.errors import PromptError
-    from lrqp_torch.study.reading import listed
 
     names = listed(text)
     if not names:

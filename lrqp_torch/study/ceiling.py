@@ -140,10 +140,10 @@ def held_against(
     return interchange_of(clean, patch, own), likenesses(clean, pairs, own)
 
 
-def excess(clean: Columns, edit: Columns, patch: Columns, own: Sample) -> float:
-    """P of so many more flips by the edit than by its interchange, if either were as likely."""
+def excess(clean: Columns, edit: Columns, other: Columns, own: Sample) -> float:
+    """P of so many more flips by an edit than by its interchange, or a null, if as likely."""
     answered = own.among(clean["own_lead"] > 0)
-    return sign_test(*(answered.of(one["other_lead"] > 0) for one in (edit, patch)))
+    return sign_test(*(answered.of(one["other_lead"] > 0) for one in (edit, other)))
 
 
 # ---- the null ------------------------------------------------------------------------------------
@@ -238,12 +238,6 @@ def null_of(
         logit_difference=own.mean(whole["logit_difference"]),
         as_strong=int((sums[met.unique()] <= 0).sum()),
     )
-
-
-def against_null(clean: Columns, edit: Columns, null: Columns) -> float:
-    """P of so many more flips by the edit than by the null, if either were as likely."""
-    answered = clean["own_lead"] > 0
-    return sign_test(*((one["other_lead"] > 0)[answered] for one in (edit, null)))
 
 
 def verdicts(

@@ -128,15 +128,10 @@ class StudyContext:
         (1), so that no number is of the prompts that made it the largest.
         """
         if which not in self._halves:
-
-            def halved(task: Task | None) -> Task | None:
-                if task is None:
-                    return None
-                return replace(task, test=task.test[halves(task.test)[which]])
-
-            task = halved(self.task)
-            assert task is not None
-            found = replace(self, task=task, other_task=halved(self.other_task))
+            task, *others = (
+                replace(task, test=task.test[halves(task.test)[which]]) for task in self.tasks
+            )
+            found = replace(self, task=task, other_task=others[0] if others else None)
             found._activations = self._activations
             self._halves[which] = found
         return self._halves[which]

@@ -365,7 +365,9 @@ class _Site:
         patched = any(isinstance(edit, Paired) for edit in self.edits.values())
         alike = methods.others_alike(data.labels, context.generator()).to(x.device)
         pairs = methods.counterparts(context, data, [self.site])[self.site] if patched else x
-        keys = _keys(data)
+        keys = None
+        if isinstance(data, IOIPrompts):  # the tokens to which attention is read
+            keys = torch.stack([data.positions["IO"], data.positions["S1"]], dim=-1)
         trials = Trials(
             context, data, elsewhere=self.beside, watched=self.watched, keys=keys, activations=True
         )
@@ -579,13 +581,6 @@ def unrelated(context: StudyContext, most: int) -> tuple[PromptSet, Tensor, Tens
     behind = torch.arange(width, device=until.device) > positions.unsqueeze(1)
     target = torch.randint(len(data.classes), (len(long),), generator=generator)
     return texts, behind, target
-
-
-def _keys(data: PromptSet) -> Tensor | None:
-    """The tokens IO and S1, to which attention is read, (n, 2)."""
-    if not isinstance(data, IOIPrompts):
-        return None
-    return torch.stack([data.positions["IO"], data.positions["S1"]], dim=-1)
 
 
 def _watched(heads: HeadsResult | None) -> tuple[str, list[str]]:

@@ -120,28 +120,18 @@ def build_candidates(
     data = context.task.train
     x = context.activations(context.task, "train", "mark", [site])[site]
     labels = data.labels.to(x.device)
-    few = shortest(data, training.prompts)
-    trained = cache(lambda: train_das(context, site, reference, few, training))
-
-    def least(*_: object) -> tuple[Baseline, str]:
-        das, settings = trained()
-        return DASLeast.of(das), settings
-
-    trains: dict[str, Callable[..., tuple[Baseline, str]]] = {
-        LEARNED: train_learned,
-        DAS.name: lambda *_: trained(),
-        DASLeast.name: least,
+    given = context, site, reference, shortest(data, training.prompts), training
+    das = cache(lambda: train_das(*given))
+    trained: dict[str, Callable[[], tuple[Baseline, str]]] = {
+        LEARNED: lambda: train_learned(*given),
+        DAS.name: das,
+        DASLeast.name: lambda: (DASLeast.of(das()[0]), das()[1]),
     }
-    candidates = []
+    known, candidates = BaselineData(x, labels, reference, seed=context.seed), []
     for name in names:
         title = METHODS[name].title
-        train = trains.get(name)
         try:
-            if train is None:
-                known = BaselineData(x, labels, reference, seed=context.seed)
-                edit, settings = build(name, known), ""
-            else:
-                edit, settings = train(context, site, reference, few, training)
+            edit, settings = trained[name]() if name in trained else (build(name, known), "")
         except LRQPError as error:  # a method that cannot be built is a row that says so
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             candidates.append(Candidate(name, title, problem=problem))

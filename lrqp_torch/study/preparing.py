@@ -18,8 +18,8 @@ from lrqp_torch.study.context import StudyContext, Task, evenly
 from lrqp_torch.study.estimates import FEWEST_GROUPS
 from lrqp_torch.study.indirect_objects import IOIPrompts
 from lrqp_torch.study.prompts import Prompt, PromptSet, split
-from lrqp_torch.study.reading import RowLog, front, listed, prompts_of, rows_of, screen
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.reading import RowLog, front, prompts_of, rows_of, screen
+from lrqp_torch.study.settings import Settings, listed
 
 
 def prepare(

@@ -238,7 +238,8 @@ class PromptSet(Rows):
         end = torch.tensor([len(row.ids) - 1 for row in rows])
         left = padding_side == "left"
         shift = inputs["input_ids"].shape[1] - 1 - end if left else torch.zeros_like(end)
-        answers, continued = _padded([row.answers for row in rows], prompts[0].answers is None)
+        unanswered = prompts[0].answers is None
+        answers, continued = (None, None) if unanswered else _padded([row.answers for row in rows])
         states = [[further[name].index(p.further[name]) for name in further] for p in prompts]
         made = cls(
             inputs=inputs,
@@ -778,12 +779,8 @@ def _moved(mask: Tensor, shift: Tensor, width: int) -> Tensor:
     return found
 
 
-def _padded(
-    answers: Sequence[list[list[list[int]]]], none: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _padded(answers: Sequence[list[list[list[int]]]]) -> tuple[Tensor, Tensor | None]:
     """First tokens of all answers, (n, K, A), and the tokens behind them, (n, K, A, M)."""
-    if none:
-        return None, None
     every = [tokens for row in answers for own in row for tokens in own]
     most = max(len(own) for row in answers for own in row)
     longest = max(map(len, every)) - 1
@@ -803,33 +800,25 @@ def unmark(row: int, marked: str) -> tuple[str, list[tuple[int, int]]]:
     Raises:
         RowError: marks that do not pair, or no text that can be a prompt.
     """
-    text, after, start = "", 0, -1
+    text, marks = "", _MARKS.findall(marked)
     spans: list[tuple[int, int]] = []
-    for mark in _MARKS.finditer(marked):
-        text += marked[after : mark.start()]
-        after = mark.end()
-        if (mark[0] == OPENING) != (start < 0):
-            break
-        if start < 0:
-            start = len(text)
-        else:
-            spans.append((start, start + len(text[start:].rstrip())))
-            start = -1
-    else:
-        text += marked[after:]
-        # An empty span at the very start has no token before it.
-        if start < 0 and text and all(end for _, end in spans):
-            if "\0" in text:
-                raise RowError(
-                    f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it",
-                    "a NUL character",
-                )
-            return text, spans or [(0, len(text))]
-    raise RowError(
-        f"prompt {row}: {quoted(marked)} needs one marked span or more, as in "
-        f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token",
-        "marks that do not pair",
-    )
+    for number, piece in enumerate(_MARKS.split(marked)):
+        if number % 2:  # between an opening and a closing mark
+            spans.append((len(text), len(text) + len(piece.rstrip())))
+        text += piece
+    paired = marks == [OPENING, CLOSING] * len(spans)
+    # An empty span at the very start has no token before it.
+    if not (paired and text and all(end for _, end in spans)):
+        raise RowError(
+            f"prompt {row}: {quoted(marked)} needs one marked span or more, as in "
+            f"'The {OPENING}keys{CLOSING} to the cabinet', or none for its last token",
+            "marks that do not pair",
+        )
+    if "\0" in text:
+        raise RowError(
+            f"prompt {row}, {quoted(marked)}, holds a NUL character; remove it", "a NUL character"
+        )
+    return text, spans or [(0, len(text))]
 
 
 def split(

@@ -24,7 +24,7 @@ FRONT = "<|endoftext|>"
 
 def is_published(row: Mapping[str, Any]) -> bool:
     """Whether a row is one of a published form."""
-    return any(all(name in row for name in form) for form in (CAUSALGYM, BLIMP))
+    return any(row.keys() >= {*form} for form in (CAUSALGYM, BLIMP))
 
 
 def unfolded(number: int, row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -46,6 +46,7 @@ from lrqp_torch.study.prompts import (
     unmark,
 )
 from lrqp_torch.study.published import is_published, unfolded
+from lrqp_torch.study.settings import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -531,11 +532,6 @@ def _prompt(number: int, row: Mapping[str, Any], columns: Columns) -> Prompt:
         position == SPAN,
         {name: _name(number, name, row[name]) for name in columns.further},
     )
-
-
-def listed(names: str) -> list[str]:
-    """Names separated by commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def label_columns(labels: str) -> list[str]:

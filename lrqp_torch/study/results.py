@@ -260,7 +260,7 @@ def judged(
     p_values, needed = {}, {}
     for name in nulls:
         edit = columns_of(flat, f"{name}.counterfactual")
-        p_values[name] = ceiling.against_null(clean, edit, null_runs(flat, name)[0])
+        p_values[name] = ceiling.excess(clean, edit, null_runs(flat, name)[0], Sample(seed))
         told = "recovered" in likeness.get(name, ())
         needed[name] = ceiling.needed_for_half(*patches[name]) if told else None
     said = ceiling.verdicts(p_values, nulls, needed)

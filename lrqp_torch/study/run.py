@@ -32,7 +32,6 @@ from lrqp_torch.study.parts.flipping import OTHER_TASK, FlippingResult
 from lrqp_torch.study.parts.joint import JointResult
 from lrqp_torch.study.preparing import choose_sites, describe_model, digest_prompts, prepare
 from lrqp_torch.study.prompts import PromptSet, majority_share, require_classes, require_every_class
-from lrqp_torch.study.reading import listed
 from lrqp_torch.study.records import to_json
 from lrqp_torch.study.results import (
     FORMAT,
@@ -44,7 +43,7 @@ from lrqp_torch.study.results import (
     load_prompts,
     save_prompts,
 )
-from lrqp_torch.study.settings import Settings
+from lrqp_torch.study.settings import Settings, listed
 from lrqp_torch.study.showing import plural
 from lrqp_torch.study.store import Finished, PartStore, forget, made_folder
 from lrqp_torch.study.sweep import fit_edits, sweep
@@ -285,7 +284,7 @@ def _compute(
         # Nothing was computed now if it had been kept before.
         flat = flat or load_prompts(settings.out)
         clean = swept.own.clean
-    own, other = (None, None) if swept is None else (swept.own, swept.other)
+    own, other = (swept.own, swept.other) if swept else (None, None)
     joint: JointResult | None = given.results.get("joint")
     if own is not None and joint is not None:
         sites = {n: replace(s, variables=joint.sites.get(n, {})) for n, s in own.sites.items()}
@@ -295,11 +294,12 @@ def _compute(
         finished["joint"] = replace(finished["joint"], raw=rest)
     stages = clock.seconds()
     total = stages.pop("total")
-    stages |= {} if own is None else own.seconds
-    stages |= {} if other is None else {OTHER_TASK: round(sum(other.seconds.values()), 3)}
-    stages |= {name: part.seconds for name, part in finished.items() if name != "flipping"}
-    raw = {} if other is None else {OTHER_TASK: to_json(other)}
-    raw |= {name: part.raw for name, part in finished.items() if name != "flipping"}
+    stages |= own.seconds if own else {}
+    stages |= {OTHER_TASK: round(sum(other.seconds.values()), 3)} if other else {}
+    raw = {OTHER_TASK: to_json(other)} if other else {}
+    finished.pop("flipping", None)
+    stages |= {name: part.seconds for name, part in finished.items()}
+    raw |= {name: part.raw for name, part in finished.items()}
     named = isinstance(test, IOIPrompts)
     truth = read_truth(settings.model) if named else None
     compared = truth.compare(context.sites, own.used_sites) if truth and own else None
@@ -313,9 +313,9 @@ def _compute(
         majority=majority_share(context.task.train.labels.tolist(), test.labels.tolist()),
         answered=clean.accuracy,
         clean=clean,
-        sites={} if own is None else own.sites,
-        used_sites=[] if own is None else own.used_sites,
-        best_site=None if own is None else own.best_site,
+        sites=own.sites if own else {},
+        used_sites=own.used_sites if own else [],
+        best_site=own.best_site if own else None,
         ground_truth=compared,
         published=PUBLISHED if named else {},
         versions=package_versions(),
@@ -325,7 +325,7 @@ def _compute(
         notes=context.notes,
         prompts=flat,
         texts=PromptTexts.of(test),
-        best=None if own is None else own.best,
+        best=own.best if own else None,
     )
 
 

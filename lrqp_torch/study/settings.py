@@ -21,6 +21,11 @@ NAMES = ("n", "prefixes", "variables", "names", "compare_task")
 """Those of prompts about two names."""
 
 
+def listed(names: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def option(default: Any, text: str, *flags: str, **looks: Any) -> Any:
     """A field of a dataclass that is an option of the command, with what it means.
 
@@ -217,8 +222,6 @@ class Settings:
     @property
     def compared(self) -> tuple[str, ...] | None:
         """The methods of the league table; None for all."""
-        from lrqp_torch.study.reading import listed
-
         return None if self.methods == "all" else tuple(listed(self.methods))
 
     @property
@@ -253,7 +256,6 @@ class Settings:
 def _check_sites(names: str) -> None:
     """Raise SiteError where one is a site of no model, before any is loaded."""
     from lrqp_torch.stream.sites import Site
-    from lrqp_torch.study.reading import listed
 
     for name in listed(names):
         if name != "all":
@@ -313,7 +315,6 @@ class VerdictSettings:
         from lrqp_torch.errors import SettingError
         from lrqp_torch.models.organisms import ORGANISMS, organisms_here
         from lrqp_torch.study.methods import METHODS
-        from lrqp_torch.study.reading import listed
 
         if self.models == "all":
             object.__setattr__(self, "models", ",".join(organisms_here()))
@@ -328,14 +329,11 @@ class VerdictSettings:
 
     def model_names(self) -> list[str]:
         """The models asked for."""
-        from lrqp_torch.study.reading import listed
-
         return listed(self.models)
 
     def method_names(self) -> list[str]:
         """The methods asked for, in the order of the table."""
         from lrqp_torch.study.methods import METHODS, TRAINED
-        from lrqp_torch.study.reading import listed
 
         named = listed(self.methods)
         if "all" in named:

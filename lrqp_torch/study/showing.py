@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrqp_torch.plot.chart import SHARES, Cell, Marks, Pane, Panel, Table, ends, look, marks_of
@@ -204,17 +205,9 @@ def in_ranges(chosen: Collection[str], order: Sequence[str]) -> str:
     """Some of all sites in words, neighbours joined: "L1.mid to L3.pre, L4.mid"; "no site" for
     none.
     """
-    runs: list[list[str]] = []
-    broken = True
-    for site in order:
-        if site in chosen and broken:
-            runs.append([site])
-        elif site in chosen:
-            runs[-1].append(site)
-        broken = site not in chosen
-    if not runs:
-        return "no site"
-    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    runs = [list(run) for inside, run in groupby(order, lambda site: site in chosen) if inside]
+    named = (run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return ", ".join(named) or "no site"
 
 
 def headed(name: str, words: str, mark: str = ": ") -> str:

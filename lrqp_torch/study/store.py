@@ -146,12 +146,11 @@ class PartStore:
         return BatchStore(self, self.folder / f"{name}.partial")
 
     def _check(self, other: Mapping[str, Any]) -> None:
-        keys = [*self.fingerprint, *(key for key in other if key not in self.fingerprint)]
-        missing = object()
+        own, missing = self.fingerprint, object()
         changed = [
-            f"{key} was {other.get(key)!r} and is now {self.fingerprint.get(key)!r}"
-            for key in keys
-            if other.get(key, missing) != self.fingerprint.get(key, missing)
+            f"{key} was {other.get(key)!r} and is now {own.get(key)!r}"
+            for key in dict.fromkeys([*own, *other])
+            if other.get(key, missing) != own.get(key, missing)
         ]
         if changed:
             raise SettingError(

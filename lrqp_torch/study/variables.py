@@ -69,11 +69,9 @@ def variables_of(task: Task, plain: Task | None, *, names: int, bins: int) -> li
         if plain is not None:
             for name, token in ((CLAUSE_S1, "S1"), (CLAUSE_IO, "IO")):
                 known = _clause_positions([named(plain.train), named(plain.test)], token)
-                halves = (  # −1 where a prompt's template does not occur
-                    torch.tensor([known.get(key, -1) for key in _keys(data)])
-                    for data in (train, test)
-                )
-                made.append(_of_values(name, *halves, bins))
+                # −1 where a prompt's template does not occur.
+                at = [torch.tensor([known.get(k, -1) for k in _keys(d)]) for d in (train, test)]
+                made.append(_of_values(name, at[0], at[1], bins))
         made.append(_of_names(NAME_S, train.data.s_names, test.data.s_names, names))
         made.append(_of_names(NAME_IO, train.data.io_names, test.data.io_names, names))
     return [

@@ -22,7 +22,6 @@ are narrower than those over new models would be.
 """
 
 import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +42,6 @@ from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.stream.progress import Clock, progress_bars
 from lrqp_torch.study.ceiling import (
     LEVEL,
-    against_null,
     excess,
     null_edits,
     null_of,
@@ -113,12 +111,9 @@ class SiteScores:
     @property
     def rules(self) -> list[str]:
         """The rules that can be asked here, the probe's accuracy first."""
-        more = ((TESTED, self.tested), (GUARDED, self.beyond))
-        return [
-            PROBE,
-            *self.counterfactual,
-            *(f"{method}{by}" for by, known in more for method in known),
-        ]
+        more = [f"{method}{TESTED}" for method in self.tested]
+        more += [f"{method}{GUARDED}" for method in self.beyond]
+        return [PROBE, *self.counterfactual, *more]
 
     def score(self, rule: str) -> float:
         """Accuracy, or flips beyond those of the control, or of the null where edits are tested."""
@@ -417,7 +412,7 @@ def _judge(
             for run, probe in zip(runs, turn, strict=True)
         ]
         nulls[site] = null_of(before, moved.found, met, 0)
-        p_values[site] = against_null(before, moved.found, met[0])
+        p_values[site] = excess(before, moved.found, met[0], Sample(0))
         excesses[site] = excess(before, moved.found, patches[site].found, Sample(0))
     said, beyond = verdicts(p_values, nulls, dict.fromkeys(made)), holm(excesses)
     flips = {
@@ -520,10 +515,8 @@ def _pane(result: VerdictsResult, model: str, kind: str) -> Pane:
 
 def _write(result: VerdictsResult, folder: Path) -> None:
     write_json(folder / JSON_FILE, to_json(result))
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(_table(result))
-    with written_whole(folder / TABLE_FILE) as path:
-        path.write_text(buffer.getvalue(), encoding="utf-8")
+    with written_whole(folder / TABLE_FILE) as path, path.open("w", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(_table(result))
 
 
 def _table(result: VerdictsResult) -> Iterator[list[Any]]:

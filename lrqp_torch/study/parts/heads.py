@@ -265,19 +265,14 @@ def _main_role(result: HeadsResult, head: str) -> str:
 
 def _roles(result: HeadsResult) -> Table:
     """A row a role: its heads, those that were published for it, and its rule."""
-    published = result.published
-    columns = ["role", "heads found", "rule"]
-    rows = []
+    published, rows = result.published, []
     for role, rule in zip(Role, said("heads", "rules", asks=rules), strict=True):
-        found = result.found[role]
-        row = [role, ", ".join(found) or "none found", rule]
-        if published is not None:
-            known = published.get(role)
-            row[2:2] = [", ".join(known), rules.overlap(found, known)] if known else ["–", "–"]
-        rows.append(row)
-    if published is not None:
-        columns[2:2] = ["published", "published ones found"]
-    return Table(columns, rows)
+        found, known = result.found[role], (published or {}).get(role)
+        both = [", ".join(known), rules.overlap(found, known)] if known else ["–", "–"]
+        own = [role, ", ".join(found) or "none found"]
+        rows.append([*own, *(() if published is None else both), rule])
+    both = [] if published is None else ["published", "published ones found"]
+    return Table(["role", "heads found", *both, "rule"], rows)
 
 
 PART = Heads()
