@@ -263,8 +263,13 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def output_projection(model: nn.Module, layer: int) -> tuple[Tensor, Tensor]:
     """W_O with shape (heads · head width, d), and its bias, (d,), zeros where there is none."""
-    module = cast(Any, projection_of(model, layer))
+    module = projection_of(model, layer)
+    weight, bias = weight_of(module).T, getattr(module, "bias", None)
+    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map, (out, in)."""
+    weight: Tensor = cast(Any, module).weight.detach()
     # transformers' Conv1D keeps its weight as (in, out), nn.Linear as (out, in).
-    weight: Tensor = module.weight.T if isinstance(module, nn.Linear) else module.weight
-    bias = getattr(module, "bias", None)
-    return weight.detach(), weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lrqp_torch.errors import NonFiniteError, UnknownFamilyError, WidthError
 from lrqp_torch.stream.sites import Site, blocks_of, head_count
-from lrqp_torch.study.attribution import find_writers, output_projection
+from lrqp_torch.study.attribution import find_writers, output_projection, weight_of
 from lrqp_torch.study.context import StudyContext, no_progress
 from lrqp_torch.study.heads import HeadsResult, Role, first_reader, parse_head
 
@@ -159,7 +159,7 @@ def head_weights(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     layer, head = parse_head(name)
     modules, block = _modules(model), blocks_of(model)[layer]
     width = output_projection(model, layer)[0].shape[0] // head_count(model)
-    keys, values = (_weight(block.get_submodule(path)) for path in (modules.keys, modules.values))
+    keys, values = (weight_of(block.get_submodule(path)) for path in (modules.keys, modules.values))
     if modules.keys == modules.values:
         _, keys, values = keys.chunk(3)
     group = head * (len(keys) // width) // head_count(model)
@@ -175,7 +175,7 @@ def mlp_weights(model: nn.Module, layer: int) -> Tensor:
         UnknownFamilyError: the family has no row, or its modules have other shapes.
     """
     modules, block = _modules(model), blocks_of(model)[layer]
-    weight = torch.cat([_weight(block.get_submodule(path)) for path in modules.mlp])
+    weight = torch.cat([weight_of(block.get_submodule(path)) for path in modules.mlp])
     return fold_norm(weight, block.get_submodule(modules.mlp_norm))
 
 
@@ -285,9 +285,3 @@ def _modules(model: nn.Module) -> ReadingModules:
             "lrqp_torch.study.subspaces"
         )
     return READING[model_type]
-
-
-def _weight(module: nn.Module) -> Tensor:
-    # transformers' Conv1D keeps its weight as (in, out), nn.Linear as (out, in).
-    weight: Tensor = cast(Any, module).weight.detach()
-    return weight if isinstance(module, nn.Linear) else weight.T

@@ -362,6 +362,7 @@ def _carried(
         put(kept, _run(given, batch, sets, edit), batch.rows, len(edit.data))
         advance(len(batch))
     generator, clusters, twinned = context.generator(), edit.data.groups, edit.twinned
+    sample = Sample(context.seed, clusters)
     clean, edited = (kept[run, "logit_difference"] for run in ("clean", "edited"))
     effect = Estimate.mean(clean - edited, generator, clusters)
 
@@ -373,8 +374,7 @@ def _carried(
 
     def share(run: str, name: str, among: Tensor) -> Estimate | None:
         """Of some prompts those with a positive lead in a run."""
-        own = None if clusters is None else clusters.cpu()[among]
-        return Estimate.share((kept[run, name] > 0)[among], own) if among.any() else None
+        return sample.among(among).share(kept[run, name] > 0) if among.any() else None
 
     answered = kept["clean", "own_lead"] > 0
     flipped = answered & (kept["edited", "other_lead"] > 0)
@@ -401,7 +401,7 @@ def _carried(
             for run in ("clean", "edited", "patched")
         )
         patch["distance"] = twinned.distance
-        twins = Sample(context.seed, clusters, twinned.known)
+        twins = sample.among(twinned.known)
         interchange, own = held_against(before, {"edited": after}, patch, twins)
         likeness = own["edited"] | {"interchange": interchange}
     return MediationResult(
