@@ -44,7 +44,7 @@ def raw() -> dict[str, Any]:
                   for site in SITES},
         "used_sites": ["L1.mid"],
         "best_site": "L1.mid",
-        "parts": {"dose": {"site": "L1.mid", "tasks": {"plain": task}},
+        "parts": {"dose": {"words": vars(WORDS), "site": "L1.mid", "tasks": {"plain": task}},
                   "heads": {"scores": scores}},
     }  # fmt: skip
 
