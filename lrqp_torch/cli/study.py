@@ -42,6 +42,7 @@ def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
     from lrqp_torch.study.records import to_json
     from lrqp_torch.study.report import print_summary
     from lrqp_torch.study.run import plan, run
+    from lrqp_torch.study.store import PartStore
 
     figures = given.able(chosen["figures"], "Figures are", "matplotlib", "plots", voice)
     report = given.able(chosen["report"], "The report is", "plotly", "report", voice)
@@ -62,7 +63,9 @@ def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
             results = run(settings, ranks, progress=not voice.quiet)
         except KeyboardInterrupt:
             if ranks.is_main:
-                _say_what_is_kept(settings.out, voice)
+                kept = PartStore(settings.out, {}).in_words()
+                line = f"Stopped. {kept} Go on with the same command and --resume."
+                voice.say(line, aside=True)
             raise typer.Exit(INTERRUPTED) from None
     if results is None:  # rank 0 tells
         return
@@ -70,13 +73,6 @@ def _run(voice: Voice, *, dry_run: bool, **chosen: Any) -> None:
     page = f"; open {settings.out / 'report.html'}" if settings.report else ""
     voice.say(f"Results are in {settings.out}{page}.")
     voice.give(lambda: to_json(results))
-
-
-def _say_what_is_kept(out: Path, voice: Voice) -> None:
-    from lrqp_torch.study.store import PartStore
-
-    kept = PartStore(out, {}).in_words()
-    voice.say(f"Stopped. {kept} Go on with the same command and --resume.", aside=True)
 
 
 _command(

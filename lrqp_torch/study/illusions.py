@@ -7,7 +7,7 @@ alone; it is moved to other sites; edits that know nothing of the variable are p
 edits from disjoint halves of the prompts are compared.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -290,23 +290,6 @@ class Measuring:
             None if self._most is None else self._most[0].ratio(change, self._most[1]),
         )
 
-    def by_chance(
-        self, kind: str, trials: Sequence[Trial], *, length: float, accuracy: float | None
-    ) -> ByChance:
-        """What the trials of several seeds say together."""
-        answered = self.trials.clean["own_lead"] > 0
-        flips, some = torch.stack([t["other_lead"] > 0 for t in trials]).double(), answered.any()
-        return ByChance(
-            kind=kind,
-            flipped=flips[:, answered].mean(1).tolist() if some else [],
-            mean_flipped=self.sample.among(answered).mean(flips.mean(0)) if some else None,
-            logit_difference=self.sample.mean(
-                torch.stack([t["logit_difference"] for t in trials]).mean(0)
-            ),
-            length=length,
-            accuracy=accuracy,
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -441,9 +424,17 @@ def _chance(
     def found(measuring: Measuring, kind: str) -> ByChance:
         deltas, accuracies = zip(*drawn[kind], strict=True)
         known = [accuracy for accuracy in accuracies if accuracy is not None]
-        return measuring.by_chance(
-            kind,
-            added[kind],
+        sample, answered = measuring.sample, measuring.trials.clean["own_lead"] > 0
+        flips, leads = (
+            torch.stack([trial[name] for trial in added[kind]])
+            for name in ("other_lead", "logit_difference")
+        )
+        flips, some = (flips > 0).double(), answered.any()
+        return ByChance(
+            kind=kind,
+            flipped=flips[:, answered].mean(1).tolist() if some else [],
+            mean_flipped=sample.among(answered).mean(flips.mean(0)) if some else None,
+            logit_difference=sample.mean(leads.mean(0)),
             length=here.length(torch.cat(deltas)),
             accuracy=sum(known) / len(known) if known else None,
         )

@@ -121,8 +121,10 @@ def side_variables(data: PromptSet) -> dict[str, Sequence[Hashable]]:
     and the token before; of the tokens, those that occur with every class.
     """
     at, word = data.position.unsqueeze(1), data.words.position
-    real = data.inputs["position_ids"].gather(1, at).squeeze(1).cpu()
-    position: dict[str, Sequence[Hashable]] = {f"position of {word}": _ranges(real).tolist()}
+    real = data.inputs["position_ids"].gather(1, at).squeeze(1).cpu().double()
+    cuts = torch.linspace(0, 1, RANGES + 1, dtype=torch.float64)[1:-1]
+    ranges = torch.bucketize(real, real.quantile(cuts).unique()).tolist()
+    position: dict[str, Sequence[Hashable]] = {f"position of {word}": ranges}
     if isinstance(data, IOIPrompts):
         names = {"name of S": data.data.s_names, "name of IO": data.data.io_names}
         return names | {"template": data.data.templates.tolist()} | position
@@ -175,11 +177,6 @@ def reliability(complete: Tensor, selective: Tensor) -> Tensor:
     """R = 2 C S / (C + S), the harmonic mean; 0 where both are 0."""
     total = complete + selective
     return torch.where(total > 0, 2 * complete * selective / total.clamp_min(1e-300), 0.0)
-
-
-def _ranges(values: Tensor) -> Tensor:
-    shares = torch.linspace(0, 1, RANGES + 1, dtype=torch.float64)[1:-1]
-    return torch.bucketize(values.double(), values.double().quantile(shares).unique())
 
 
 def _classes(values: Sequence[Hashable], half: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
     if origin is dict:
         _require(raw, dict, where)
         return {
-            _read_key(arguments[0], key): _read(arguments[1], item, f"{where}.{key}")
+            int(key) if arguments[0] is int else key: _read(arguments[1], item, f"{where}.{key}")
             for key, item in raw.items()
         }
     if origin in (list, tuple):
@@ -156,10 +156,6 @@ def _number(raw: Any, where: str) -> float:
         return float(raw)
     except OverflowError as error:
         raise ValueError(f"{where}: a number that float64 cannot hold") from error
-
-
-def _read_key(kind: Any, key: str) -> Any:
-    return int(key) if kind is int else key
 
 
 def _require(raw: Any, kind: type, where: str) -> None:

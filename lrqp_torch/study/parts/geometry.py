@@ -271,9 +271,10 @@ class GeometryPart(Part[GeometryResult]):
             title = f"Directions 1 and 2 of the activations at {result.words.position}"
             title = joined(title, task_in_words(name))
             grids[f"geometry_sites_{name}"] = Chart(panes, title, columns=6)
+        cuts = "one threshold" if len(result.classes) == 2 else "thresholds"
         curves = [
             _by_site(result, ETA, "η²: share of direction 1's variance (%)"),
-            _by_site(result, ACCURACY, f"Accuracy of {_thresholds(result)} on direction 1 (%)"),
+            _by_site(result, ACCURACY, f"Accuracy of {cuts} on direction 1 (%)"),
         ]
         title = f"How much of the largest direction is {result.words.variable}"
         return {
@@ -305,10 +306,6 @@ class GeometryPart(Part[GeometryResult]):
             self.panel("geometry-directions", result, shown=planes),
             self.panel("geometry-by-site", result, shown=curves, chance=first.eta_chance),
         ]
-
-
-def _thresholds(result: GeometryResult) -> str:
-    return "one threshold" if len(result.classes) == 2 else "thresholds"
 
 
 def _found(name: str, task: TaskGeometry) -> dict[str, Any]:
