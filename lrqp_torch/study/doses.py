@@ -35,7 +35,7 @@ def class_readings(probe: LinearProbe, x: Tensor, labels: Tensor) -> Tensor:
 def asked_of(
     dose: str, probe: LinearProbe, target: Tensor, twin: Tensor, x: Tensor, labels: Tensor
 ) -> Tensor:
-    """The log α of each edit by ``twin`` or ``class``, (m,) float64 in nats.
+    """The log α of each edit, (m,) float64 in nats; NaN for ``nats``, the edit's own rule.
 
     ``probe`` is of what the edit writes, ``target`` the class that it writes, (m,), ``twin`` the
     activations of twins, of a control edit the prompts' own, (m, d); x are training activations,
@@ -43,7 +43,8 @@ def asked_of(
     """
     if dose == "class":
         return class_readings(probe, x, labels)[target]
-    return probe.log_odds(twin, target).double()
+    own = probe.log_odds(twin, target).double()
+    return own if dose == "twin" else own * float("nan")
 
 
 @torch.no_grad()

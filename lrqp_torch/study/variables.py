@@ -16,6 +16,8 @@ POSITION_S1, POSITION_IO = "position of S1", "position of IO"
 CLAUSE_S1, CLAUSE_IO = "position of S1 in its clause", "position of IO in its clause"
 NAME_S, NAME_IO = "name of S", "name of IO"
 
+VARIABLES = (ORDER, POSITION_S1, POSITION_IO, CLAUSE_S1, CLAUSE_IO, NAME_S, NAME_IO)
+
 MEANINGS = {
     ORDER: "ABB (IO before S1) or BAB",
     POSITION_S1: "token position of S1, counted from the first real token of the input",
@@ -34,7 +36,7 @@ FEWEST = 2
 class Variable:
     """One variable of one task. Prompts of no class are left out."""
 
-    name: str  # one of `MEANINGS`, or what the labels of another task are of
+    name: str  # one of `VARIABLES`, or what the labels of another task are of
     classes: list[str]  # names of the classes
     train_rows: Tensor  # training prompts that have a class, (n,)
     train_labels: Tensor  # their classes, (n,)
