@@ -57,12 +57,12 @@ class Baseline(Edit[Classes]):
         self.strength = _checked(strength)
 
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor, *, reference: LRQP | None = None, **options: Any) -> Self:
+    def fit(cls, x: Tensor, y: Any, *, reference: LRQP | None = None, **options: Any) -> Self:
         """Fit it to activations.
 
         Args:
             x: activations, (n, d).
-            y: their classes, (n,).
+            y: their classes, (n,): numbers, or names as for :meth:`LRQP.fit`.
             reference: default an LRQP fitted to the same activations.
             options: ``strength``, and those that the method names.
 

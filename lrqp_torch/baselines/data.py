@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class BaselineData:
 
     Attributes:
         x: training activations at the site, (n, d).
-        y: their classes, (n,).
+        y: their classes, (n,); numbers, or names that the reference's probe knows.
         reference: the LRQP that the baselines stand beside: its probe, metric and odds rule.
         paired: for each training prompt the activation of its counterfactual prompt, (n, d).
         behaviour: for the methods that are trained through the model.
@@ -52,7 +53,7 @@ class BaselineData:
     """
 
     x: Tensor
-    y: Tensor
+    y: Any
     reference: LRQP
     paired: Tensor | None = None
     behaviour: Behaviour | None = None
@@ -77,13 +78,14 @@ def answer_loss(columns: Tensor, tokens: Tensor) -> Loss:
     return loss
 
 
-def check_examples(x: Tensor, y: Tensor, reference: LRQP) -> tuple[Tensor, Tensor]:
+def check_examples(x: Tensor, y: Any, reference: LRQP) -> tuple[Tensor, Tensor]:
     """Activations in float64, (n, d), and labels, (n,), of which every class occurs twice.
 
     Raises:
         WidthError: activations of another width than the reference's.
         NonFiniteError: NaN or infinity in them.
         LabelError: labels that do not fit, or a class with fewer than two examples.
+        TargetError: a name that is no class of the reference.
     """
     width, n_classes = reference.probe.width, reference.probe.n_classes
     if x.ndim != 2 or x.shape[1] != width or not x.dtype.is_floating_point:
@@ -91,7 +93,7 @@ def check_examples(x: Tensor, y: Tensor, reference: LRQP) -> tuple[Tensor, Tenso
             f"activations must be floating (n, {width}) as the reference probe reads, got "
             f"{x.dtype} {tuple(x.shape)}"
         )
-    y = as_classes(y, "labels").to(x.device)
+    y = as_classes(reference.by_number(y, "labels"), "labels").to(x.device)
     if y.shape != x.shape[:1] or y.dtype.is_floating_point:
         raise LabelError(f"labels must be ({len(x)},) integers, got {y.dtype} {tuple(y.shape)}")
     check_finite(x)

@@ -31,8 +31,10 @@ _narrow = _columns < WIDE_ENOUGH
 
 app = typer.Typer(
     name="lrqp",
-    help="Change what a model believes at one place, by the least edit that its probe accepts, "
-    "and see what it answers then.",
+    help="Find out whether a model uses what a linear probe reads from it: move the activation to "
+    "the nearest one at which the probe reads another class, and see whether the answer changes."
+    "\n\nBegin with `lrqp reproduce --out results/organism` (a bundled model, minutes), or with "
+    "prompts of your own: `lrqp study --data FILE --model NAME --out DIR`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Brackets are what they are in Markdown, and line breaks of a docstring none.

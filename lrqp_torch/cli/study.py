@@ -116,6 +116,7 @@ for _part, _help in PARTS.items():
         f"{_help}\n\nRuns this part of the study, and those that it needs: on prompts about two "
         f"names, or with --data on prompts of your own.",
         ("parts",),
+        panel="One part of the study",
         parts=_part,
         **({"variables": "order,identity"} if _part == "joint" else {}),
     )
@@ -131,7 +132,6 @@ _command(
     "answers can be studied too: then the change of the next token is "
     f"measured. Other parts of the study run with --parts.\n\n{WRITES}",
     NAMES,
-    panel=given.OWN,
     parts="flipping",
     data=...,
     model=...,

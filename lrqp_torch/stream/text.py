@@ -171,8 +171,9 @@ class Span:
             return int(word[0]), int(word[1])
         begins = [i for i in range(len(text)) if word and text.startswith(word, i)]
         if not -len(begins) <= self.which < len(begins):
-            times = f"{len(begins)} times" if begins else "not"
-            raise PositionError(f"text {row}, {quoted(text)}, holds {quoted(word)} {times}")
+            found = f"contains {quoted(word)} only {len(begins)} times, not at which={self.which}"
+            missing = f"does not contain {quoted(word)}"
+            raise PositionError(f"text {row}, {quoted(text)}, {found if begins else missing}")
         return begins[self.which], begins[self.which] + len(word)
 
     def _read_back(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:

@@ -147,7 +147,7 @@ def test_help_fits_into_40_columns_and_nothing_of_it_is_cut(arguments: str) -> N
     assert max(map(len, said.splitlines())) <= 40
     assert "…" not in said and not re.search(r"\w\.\.\.", said)
     words = " ".join(said.split())
-    assert ("[[keys]] to the cabinet" if arguments else "it trains some of them).") in words
+    assert ("[[keys]] to the cabinet" if arguments else "--parts all leaves it out.") in words
 
 
 def test_a_part_that_is_unknown(tmp_path: Path) -> None:

@@ -370,8 +370,10 @@ def test_texts_without_a_tokenizer_and_words_that_are_missing_are_named(organism
     model, tokenizer = organism
     with pytest.raises(TokenizerError, match="pass tokenizer="):
         lrqp.capture(model, TEXTS, "L2.mid")
-    with pytest.raises(PositionError, match=r"text 0, .* holds 'Tom' not"):
+    with pytest.raises(PositionError, match=r"text 0, .* does not contain 'Tom'"):
         lrqp.capture(model, TEXTS, "L2.mid", lrqp.Span("Tom"), tokenizer=tokenizer)
+    with pytest.raises(PositionError, match=r"contains 'John' only \d times, not at which=7"):
+        lrqp.capture(model, TEXTS, "L2.mid", lrqp.Span("John", which=7), tokenizer=tokenizer)
     with pytest.raises(PositionError, match="3 words for 2 texts"):
         lrqp.capture(model, TEXTS, "L2.mid", lrqp.Span(["a", "b", "c"]), tokenizer=tokenizer)
     with pytest.raises(PositionError, match="say which tokenizer"):

@@ -12,18 +12,19 @@ if TYPE_CHECKING:
     from lrqp_torch.study.part import Part
 
 PARTS = {
-    "flipping": "Sweep over sites: what a probe can read there, and which answers an edit flips.",
-    "joint": "Several variables edited one by one and all together, or one of many classes: what "
-    "each does, whether it adds up, and how near it comes to a patch.",
-    "geometry": "Principal directions of activations, and how much of them the classes explain.",
-    "probing": "Linear probes for the facts about a prompt, at every site, beside their controls.",
-    "dose": "Edits at the best site over a range of odds: how much belief flips an answer.",
-    "heads": "Attention heads: where they look, what they write, and their roles.",
+    "flipping": "At every site: what a probe can read, and how many answers an edit of it flips.",
+    "joint": "Edit several variables, each alone and all together: do the effects add up, and do "
+    "they match those of patching?",
+    "geometry": "Principal components of activations, and how much of them the classes explain.",
+    "probing": "Which facts about a prompt can be read at every site, beside shuffled labels.",
+    "dose": "Edit at the best site over a range of odds: how much belief flips an answer?",
+    "heads": "Where attention heads look, what they write, and which roles they play.",
     "circuit": "What S-inhibition heads report and where name movers look under the edit.",
-    "mediation": "Whether the edit works through the attention patterns of the name movers.",
-    "compare": "LRQP beside other edits of the same belief: effect, side effects, Pareto front "
-    "(not among all: it trains some of them).",
-    "controls": "Whether the edit works through what the model reads: controls for illusions.",
+    "mediation": "How much of the edit's effect goes through the name movers' attention.",
+    "compare": "Compare LRQP with steering, LEACE, DAS, patching and others: effect, side effects. "
+    "Trains some of them, so --parts all leaves it out.",
+    "controls": "Is the effect an interpretability illusion? Splits the edit by what later layers "
+    "read.",
 }
 """Name of each part to one line about it, in the order in which they run."""
 
