@@ -586,7 +586,8 @@ def _answers(number: int, raw: Any) -> dict[str, tuple[str, ...]] | None:
         return None
     if not isinstance(raw, Mapping):
         raise RowError(
-            f"prompt {number}: answers must be an object from class to text, got {raw!r}",
+            f"prompt {number}: answers must be an object from class to text (JSON), or in a CSV "
+            f"file a column for each class, such as answers.plural, got {quoted(raw)}",
             "answers that are no object from class to text",
         )
     given = {name: value for name, value in raw.items() if value is not None and value != []}

@@ -32,7 +32,9 @@ from lrqp_torch.baselines import (
     NoEdit,
     OptimalTransport,
     RandomDirection,
-    build,
+)
+from lrqp_torch.baselines import (
+    build as build_baseline,
 )
 from lrqp_torch.errors import (
     CovarianceError,
@@ -553,10 +555,12 @@ def test_labels_may_be_names_as_those_of_an_lrqp(name: str) -> None:
     x, y, _ = fitted()
     names = ["abc"[k] for k in y.tolist()]
     reference = LRQP.fit(x, names)
-    by_name, by_number = (build(name, BaselineData(x, own, reference)) for own in (names, y))
+    by_name, by_number = (
+        build_baseline(name, BaselineData(x, own, reference)) for own in (names, y)
+    )
     assert torch.equal(by_name(x, (y + 1) % 3), by_number(x, (y + 1) % 3))
     with pytest.raises(TargetError, match="names the class 'z'"):
-        build(name, BaselineData(x, ["z", *names[1:]], reference))
+        build_baseline(name, BaselineData(x, ["z", *names[1:]], reference))
 
 
 def test_what_a_dtype_cannot_hold_is_named() -> None:

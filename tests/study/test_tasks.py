@@ -362,6 +362,7 @@ def test_positions_can_be_the_last_token_or_a_column(tmp_path: Path) -> None:
     [
         ("a.csv", "text,label\n", "holds no prompts"),
         ("a.csv", "text,label\nonly\n", "line 2.*2 columns"),
+        ("a.csv", "text,label,answers\na,b,c\n", r"in a CSV file a column for each class.*got 'c'"),
         ("a.csv", "text,label\na,b,c\n", "line 2.*2 columns"),
         ("a.csv", "text,class\n[[a]],b\n", "prompt 0 has no 'label'; its columns are text, class"),
         ("a.jsonl", '{"text": 1\n', "line 1.*not valid JSON"),
