@@ -26,7 +26,7 @@ from lrqp_torch.qp import Solution, native
 from lrqp_torch.qp.direct import Line
 from lrqp_torch.qp.fused import Laid, StreamRows
 from lrqp_torch.qp.reach import Realise
-from lrqp_torch.stream.compiled import input_device
+from lrqp_torch.stream.compiled import input_device, require_module
 from lrqp_torch.stream.following import Rows
 from lrqp_torch.stream.inputs import as_inputs
 from lrqp_torch.stream.intervene import EditContext, Editing, Intervention
@@ -166,6 +166,7 @@ class Edit(Exact, Shared, Generic[Asked]):
         Raises:
             ProvenanceError: the edit was fitted on a model of another family or size.
         """
+        require_module(model)
         inputs: Mapping[str, Tensor] | None = None
         if texts is not None:
             inputs = as_inputs(model, texts, tokenizer).to(input_device(model))

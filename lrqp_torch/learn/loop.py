@@ -464,7 +464,8 @@ class Trainer:
         if not objective.requires_grad:
             raise LearningError(
                 "the objective does not depend on the edit: it has no gradient. Compute it from "
-                "the logits that it is given, in torch, without detach or item"
+                "the logits that it is given, in torch, without detach or item, and outside of "
+                "torch.inference_mode"
             )
         free = list(self.edit.free.values())
         gradients = torch.autograd.grad(objective, free, retain_graph=True, allow_unused=True)

@@ -91,6 +91,7 @@ class SiteReadout:
         """The reading f, (B,), and its gradient at x, (B, d), both float64.
 
         Raises:
+            LRQPError: the reading is no function of the logits that could be differentiated.
             NonFiniteError: either is NaN or infinite.
         """
         pieces = zip(rows.split(self.batch_size), x.split(self.batch_size), strict=True)
@@ -101,9 +102,13 @@ class SiteReadout:
         with frozen(self.model), torch.enable_grad():
             leaf = x.detach().double().requires_grad_(True)
             value = self._evaluate(rows, leaf)
-            gradient: Tensor | None = None
-            if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value.sum(), [leaf], allow_unused=True)
+            if not value.requires_grad:
+                raise LRQPError(
+                    "the reading has no gradient: compute it from the logits that it is given, in "
+                    "torch, without detach or item, and outside of torch.inference_mode"
+                )
+            gradient: Tensor | None
+            (gradient,) = torch.autograd.grad(value.sum(), [leaf], allow_unused=True)
         # A reading that the activation cannot reach is constant in it.
         gradient = torch.zeros_like(leaf) if gradient is None else gradient
         if not bool(torch.isfinite(gradient).all()):

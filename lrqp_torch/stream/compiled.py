@@ -123,7 +123,8 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def require_module(model: Any) -> None:
     """Raise :class:`UnknownFamilyError` unless a model is a module, as no pipeline is; and
-    :class:`CompiledModelError` for what torch.jit has made.
+    :class:`CompiledModelError` for what torch.jit has made, :class:`ModelError` where nothing has
+    values.
     """
     if not isinstance(model, nn.Module):
         raise UnknownFamilyError(
@@ -135,6 +136,14 @@ def require_module(model: Any) -> None:
             "what torch.jit has made does not run its modules one by one; edit the model that it "
             "was made of"
         )
+    if _mode(_FAKE) is not None:
+        raise ModelError(
+            f"within a FakeTensorMode tensors have shapes and no values, so {type(model).__name__} "
+            f"can be neither edited nor read there: leave that mode first"
+        )
+
+
+_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
 
 
 def wrapped(model: Any) -> str:

@@ -368,6 +368,8 @@ def test_what_cannot_be_learned_from_is_named() -> None:
     before = replace(before, positions=prompts.read.clone())
     with pytest.raises((LearningError, PositionError)):
         learn(model, SITE, start, before)
+    with torch.inference_mode(), pytest.raises(LearningError, match=r"torch\.inference_mode"):
+        learn(model, SITE, start_for(model, prompts), prompts)
     start.log_odds.fill_(-1.0)
     with pytest.raises(LearningError, match="above 0"):
         learn(model, SITE, start, prompts)

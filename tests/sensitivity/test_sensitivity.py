@@ -217,6 +217,16 @@ def test_on_the_organism_odds_flip_where_the_order_is_used() -> None:
         assert float(parts.unexplained.abs().max()) < 0.1
 
 
+def test_a_reading_without_a_gradient_is_not_one_of_gradient_zero() -> None:
+    model = build("gpt2")
+    edit = edit_for(model, 2)
+    for reading in (lambda z, rows: difference(z.detach(), rows), lambda z, rows: rows.float()):
+        with pytest.raises(LRQPError, match="the reading has no gradient"):
+            attribute(model, SITE, edit, **WHERE, target=1, reading=reading)
+    with torch.inference_mode(), pytest.raises(LRQPError, match=r"outside of torch\.inference"):
+        attribute(model, SITE, edit, **WHERE, target=1, reading=difference)
+
+
 def test_bad_input_is_named() -> None:
     model = build("gpt2")
     edit = edit_for(model, 2)

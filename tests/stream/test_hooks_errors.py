@@ -10,6 +10,7 @@ import torch
 import transformers
 from models_for_tests import POST_MODELS, SITES, WIDTH, Prompts, build, hook_count, random_edit
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, capture, intervene
@@ -17,6 +18,7 @@ from lrqp_torch.errors import (
     EditNeverFiredError,
     EditOverwrittenError,
     LRQPError,
+    ModelError,
     NonFiniteError,
     PositionError,
     SiteError,
@@ -33,6 +35,28 @@ same = Intervention("L1.mid", AT, lambda x, context: x)
 def edit_of(model: torch.nn.Module, n_classes: int = 3, **options: object) -> lrqp.LRQP:
     x = lrqp.capture(model, PROMPTS.padded("left"), ["L1.mid"])["L1.mid"].flatten(0, 1)
     return random_edit(x, n_classes, **options)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_tensors_have_no_values_nothing_is_opened(known: bool) -> None:
+    model, inputs = build("gpt2"), PROMPTS.padded("left")
+    edit = random_edit(torch.randn(60, WIDTH), 3, log_odds=20.0)
+    if known:
+        capture(model, inputs, ["L1.mid"], AT)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ModelError, match="shapes and no values, so GPT2LMHeadModel"):
+            capture(model, inputs, ["L1.mid"], AT)
+        with (
+            pytest.raises(ModelError, match="leave that mode first"),
+            edit.at(model, "L1.mid", positions=AT, target=1),
+        ):
+            pass
+        with pytest.raises(ModelError, match="FakeTensorMode"), intervene(model, [same]):
+            pass
+    assert hook_count(model) == 0
+    with edit.at(model, "L1.mid", positions=AT, target=1) as run:
+        model(**inputs)
+    assert bool((run.log_odds_after >= run.floor).all())
 
 
 @pytest.mark.parametrize("name", POST_MODELS)
