@@ -181,8 +181,10 @@ def _show(model: Any, previous: str | None) -> None:
 
 
 def _switch(model: Any, implementation: str | None) -> None:
-    model.set_attn_implementation(implementation)
-    if model.config._attn_implementation != implementation:
+    switch = getattr(model, "set_attn_implementation", None)
+    if switch is not None:
+        switch(implementation)
+    if switch is None or model.config._attn_implementation != implementation:
         raise UnknownFamilyError(
             f"{type(model).__name__} does not dispatch its attention through transformers' "
             f"AttentionInterface, so its patterns cannot be read"

@@ -505,6 +505,10 @@ def _kind(call: _Call) -> object:
     return bool(call.carried), (*numbers,), built(call.block)
 
 
+_PASSING = "training", "_is_torch_compile"
+"""Attributes that say how a module runs at the moment."""
+
+
 def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
     """What a module computes by: its modules with their classes, what stands in place of their
     forward, and settings.
@@ -519,7 +523,7 @@ def built(module: nn.Module) -> tuple[tuple[Any, ...], ...]:
             tuple(
                 (key, value)
                 for key, value in vars(part).items()
-                if isinstance(value, bool | float | str) and key != "training"
+                if isinstance(value, bool | float | str) and key not in _PASSING
             ),
         )
         for name, part in module.named_modules()

@@ -68,7 +68,13 @@ class _Rerun:
             for opening in opened()
             if opening.watch.edits and opening.watch.model is model
         ]
-        self._selects = "logits_to_keep" in forward_of(model).parameters
+        taken = forward_of(model).parameters
+        if "use_cache" not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+            raise ModelError(
+                f"{type(model).__name__} takes no use_cache, so there is no cache of a clean run "
+                f"to go on from: run it as a whole, within the edit's context"
+            )
+        self._selects = "logits_to_keep" in taken
         self._cache_name = name_of_cache(model)
         self._goes_on = False
         self._check_layer(layer, "layer")

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import lrqp_torch as lrqp
 from lrqp_torch import Intervention, intervene
-from lrqp_torch.errors import CompiledModelError, SiteError, UnknownFamilyError
+from lrqp_torch.errors import CompiledModelError, ModelError, SiteError, UnknownFamilyError
+from lrqp_torch.stream.attention import record_patterns
+from lrqp_torch.stream.replay import Replay
 from lrqp_torch.stream.sites import PARTS, layout_of
 
 WIDTH, HEADS, LAYERS, TOKENS, AT = 16, 2, 3, 8, torch.tensor([3, 5])
@@ -201,6 +203,21 @@ def test_mid_that_no_module_reads_is_what_the_mlp_normalises() -> None:
     expected = F.rms_norm(value, (WIDTH,)).expand(2, -1)
     torch.testing.assert_close(seen[-1][[0, 1], AT], expected, rtol=1e-5, atol=1e-5)
     assert not [name for name in lrqp.all_sites(Model(Halves)) if name.endswith("mid")]
+
+
+def test_what_is_of_transformers_alone_says_so() -> None:
+    model, inputs = Model(Block), {"input_ids": ids()}
+    with pytest.raises(ModelError, match="Model takes no use_cache"):
+        Replay(model, inputs, 3)
+    with (
+        pytest.raises(UnknownFamilyError, match="its patterns cannot be read"),
+        record_patterns(model, [1], AT),
+    ):
+        model(**inputs)
+    seen = torch.compile(Pictures().eval(), backend="eager")
+    lrqp.all_sites(seen, inputs=given(Pictures, 0))
+    seen(**given(Pictures, 0))
+    assert "L1.mid" in lrqp.all_sites(torch.compile(seen._orig_mod, backend="eager"))
 
 
 @torch.no_grad()
