@@ -29,6 +29,7 @@ from lrqp_torch.probes.multinomial import (
     ALONE,
     FACTORS,
     Block,
+    Examples,
     Minimum,
     MultinomialLoss,
     encode,
@@ -351,7 +352,7 @@ def _minimise(
     """The minima of all label sets, targets (S, L, C, n), of features (x − mean, 1) of S sites."""
     end = options.tolerance, options.max_iterations
     alone = [
-        minimise_alone(own, about, sets, weights, total, l2, *end)
+        minimise_alone(Examples(own, about, sets, weights, total, l2), *end)
         for own, about, sets in zip(x, mean, targets, strict=True)
     ]
     found = [one for one in alone if one is not None]

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -697,30 +697,30 @@ class _Data(ctypes.Structure):
 _RENEW: Final = ctypes.CFUNCTYPE(ctypes.c_int)
 
 
+class Examples(NamedTuple):
+    """What :func:`minimise_alone` fits to: of the features (x − mean, 1)."""
+
+    x: Tensor  # activations, (n, d)
+    mean: Tensor  # (d,), float64
+    targets: Tensor  # of each label set, (L, C, n)
+    weights: Tensor | None  # of the examples, (1, 1, 1, n)
+    total: float  # as `l2`, of :class:`MultinomialLoss`
+    l2: float
+
+
 class _Search:
     """The search for one minimum by newton.c.
 
     Args:
-        x: activations, (n, d), in float32 or float64.
-        mean: (d,), float64.
-        targets: (C, n).
-        weights: (1, 1, 1, n), or None.
-        total, l2: see :class:`MultinomialLoss`.
+        of: activations in float32 or float64, and the targets of one label set, (C, n).
 
     Attributes:
         shared: the factor at the start, which the label sets of a site share, once it is made; None
             if there is none.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        total: float,
-        l2: float,
-    ) -> None:
+    def __init__(self, of: Examples) -> None:
+        x, mean, targets, weights, total, l2 = of
         x = x if x.stride(1) == 1 else x.contiguous()
         (n, width), rows = x.shape, len(targets)
         p = -(-(width + 1) // LINE) * LINE
@@ -803,36 +803,19 @@ def _compiled() -> Callable[..., int] | None:
 
 
 @torch.no_grad()
-def minimise_alone(
-    x: Tensor,
-    mean: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    total: float,
-    l2: float,
-    tolerance: float,
-    max_iterations: int,
-) -> Minimum | None:
-    """What :func:`minimise` finds, of one site; None where that is not compiled.
-
-    Args:
-        x: activations, (n, d); of the features (x − mean, 1).
-        mean: (d,), float64.
-        targets: of each label set, (L, C, n).
-        weights: of the examples, (1, 1, 1, n).
-        total, l2: see :class:`MultinomialLoss`.
-        tolerance, max_iterations: see :func:`minimise`.
-    """
-    search = _compiled()
+def minimise_alone(of: Examples, tolerance: float, max_iterations: int) -> Minimum | None:
+    """What :func:`minimise` finds, of one site; None where that is not compiled."""
+    search, x, mean = _compiled(), of.x, of.mean
     # For many classes the BLAS is faster.
-    if search is None or x.device.type != "cpu" or targets.shape[1] > CLASSES:
+    if search is None or x.device.type != "cpu" or of.targets.shape[1] > CLASSES:
         return None
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    weights = None if weights is None else weights.contiguous()
+    weights = None if of.weights is None else of.weights.contiguous()
+    of = of._replace(x=x, mean=mean.contiguous(), weights=weights)
     parameters, found, shared = [], [], cast(list[Tensor], [])
-    for own in targets:
-        one = _Search(x, mean.contiguous(), own.contiguous(), weights, total, l2)
-        if one.loss.shares(one.parameters.expand(-1, len(targets), -1, -1)):
+    for own in of.targets:
+        one = _Search(of._replace(targets=own.contiguous()))
+        if one.loss.shares(one.parameters.expand(-1, len(of.targets), -1, -1)):
             one.shared = shared
         one.run(search, tolerance, max_iterations)
         data = one.data
