@@ -93,12 +93,12 @@ class Words:
     variable: str = "the class"  # what the classes are of, with its article
     # What one of the classes is, without an article: "the other ...", "the true ...".
     value: str = "class"
-    position: str = "the marked token"  # the token that is read and edited
+    position: str = "the edited token"  # marked, or the last
     end: str = "the last token"  # the token after which the answer is read
-    held: str = "the class that holds"  # the answer in the sense of the class that holds
+    held: str = "the true class"  # the answer in the sense of the class that holds
     other: str = "the other class"  # the answer in the sense of the counterfactual class
     answers: str = "the answers"  # those of all classes together
-    preference: str = "class that holds − other"  # score of the one minus that of the other
+    preference: str = "true class − other"  # score of the one minus that of the other
     unit: str = "nats"  # of the scores
     # What a study of the task asks, for a reader who has not met it; may be empty.
     question: str = ""

@@ -120,7 +120,7 @@ def test_a_study_end_to_end(data: Path, tmp_path: Path) -> None:
     raw = json.loads((out / "results.json").read_text())
     assert raw["used_sites"] == ["L2.mid"] and raw["settings"]["seed"] == 2
     said = " ".join(result.stdout.split())
-    assert "Used: L2.mid. A site" in said and "correction for 3 sites)." in said
+    assert "Used, of 3 sites tried: L2.mid. A site" in said
     assert "P, used: P value of" in said and "ceiling:" not in said  # no prompt has a twin
     assert "What can be read, and what is used" in (out / "report.html").read_text("utf-8")
     assert {path.name for path in out.iterdir()} == {

@@ -127,7 +127,7 @@ def test_prompts_of_one_s_own_are_compared_in_their_own_words(n_classes: int) ->
     site = found.sites[SITE]
     assert not any(row.problem for row in site.methods) and not site.watched
     wanted = (
-        "between the marked token and the last token" if n_classes == 2 else "at the last token"
+        "between the edited token and the last token" if n_classes == 2 else "at the last token"
     )
     assert found.elsewhere == wanted
     own = site.method("lrqp").counterfactual

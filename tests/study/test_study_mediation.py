@@ -303,7 +303,7 @@ def test_of_own_prompts_the_heads_that_write_the_answer_are_found_in_training_pr
         for kind in ("restored", "induced"):
             assert getattr(result.groups[0], kind).known > 0.6
             assert getattr(ceiling, kind).known > 0.6
-    assert "class that holds − other" in " ".join(PART.says(result))
+    assert "true class − other" in " ".join(PART.says(result))
 
 
 def test_prompts_without_answers_are_refused() -> None:

@@ -262,7 +262,7 @@ def test_of_ones_own_prompts_the_label_is_read_at_both_tokens() -> None:
         assert all(abs(s.shuffled.known - 0.5) < 0.22 for s in item.scores if s.shuffled)
     check(PART, found)
     assert set(PART.figures(found)) == {"probing_mark", "probing_end"}
-    assert PART.says(found)[0].startswith("At the marked token, readable: the class (")
+    assert PART.says(found)[0].startswith("At the edited token, readable: the class (")
     assert "ABBA or BABA" in PART.panels(found)[1].text
 
 

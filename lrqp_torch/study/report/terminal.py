@@ -54,7 +54,7 @@ def key_figures(results: StudyResults) -> list[tuple[str, str, str]]:
     edited = None if best is None else best.counterfactual
     rows = [
         ("logit_difference", f"mean {words.preference}", clean.logit_difference, False),
-        ("accuracy", f"prompts answered {words.held}", clean.accuracy, True),
+        ("accuracy", f"prompts answered with {words.held}", clean.accuracy, True),
         ("io_probability", f"mean probability of {words.held}", clean.io_probability, True),
     ]
     if edited is not None and edited.logit_difference is None:
