@@ -301,8 +301,7 @@ def require_concrete(what: str, *inputs: Any) -> None:
     if not torch.compiler.is_compiling() and not all(concrete(tensor) for tensor in tensors):
         raise SolverError(
             f"{what} looks at values while it solves, which vmap and the meta device hide: call "
-            f"it on the whole batch, or use LRQP or JointLRQP with pairwise odds, which all "
-            f"transforms support"
+            f"it on the whole batch, or use LRQP or JointLRQP, which all transforms support"
         )
 
 

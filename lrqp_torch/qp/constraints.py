@@ -154,7 +154,7 @@ class ClassConstraints:
     @property
     def gram(self) -> Tensor:
         """See :class:`Constraints`; from differences, once for each target that occurs."""
-        targets, which = self.target.unique(return_inverse=True)
+        targets, which = occurring(self.target)
         other = other_classes(targets, len(self.classes.length), targets.device)
         length = self.classes.length.index_select(0, targets).gather(-1, other)
         return class_grams(targets, *self.probe, length).index_select(0, which)
@@ -353,6 +353,16 @@ def class_normals(
     if low is not None:
         along = along + (low[target].unsqueeze(1) - low[other])
     return weight[target].unsqueeze(1) - weight[other], along
+
+
+def occurring(target: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets that occur, (n,), and which of these each is, (B,); where values are hidden those
+    that are given.
+    """
+    if concrete(target):
+        targets, which = target.unique(return_inverse=True)
+        return targets, which
+    return target, torch.arange(len(target), device=target.device)
 
 
 def other_classes(target: Tensor | int, n_classes: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from lrqp_torch.qp.constraints import (
     MetricSizes,
     class_grams,
     class_normals,
+    occurring,
     other_classes,
 )
 from lrqp_torch.qp.solution import unit_scale
@@ -105,7 +106,7 @@ class NormalConstraints:
         cls, weight: Tensor, steering: Tensor, sizes: MetricSizes, target: Tensor
     ) -> "NormalConstraints":
         """For targets (B,)."""
-        targets, which = target.unique(return_inverse=True)
+        targets, which = occurring(target)
         terms, parts = sizes.norm(steering), []
         for some in targets.split(max(1, GRAM_NUMBERS // weight.numel())):
             normals = Normals(*class_normals(some, weight, steering))
@@ -121,7 +122,7 @@ class NormalConstraints:
         """M, (B, m, m) or by its normals; differentiable."""
         if self.length.shape[-1] > self.probe[0].shape[-1]:
             return Normals(*class_normals(self.target, *self.probe))
-        targets, which = self.target.unique(return_inverse=True)
+        targets, which = occurring(self.target)
         first = torch.zeros_like(targets).scatter_(0, which, torch.arange(len(which)).to(which))
         return class_grams(targets, *self.probe, self.length[first]).index_select(0, which)
 

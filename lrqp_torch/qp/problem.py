@@ -14,8 +14,8 @@ from lrqp_torch.errors import (
     check_activations,
     check_class_shape,
     check_values,
+    concrete,
     readable,
-    require_concrete,
 )
 from lrqp_torch.qp import blind, direct, fused, native
 from lrqp_torch.qp.distances import DIRECT
@@ -339,9 +339,7 @@ class MahalanobisQP(nn.Module):
             geometry.check(choice, len(x))
         margins = geometry.margins(x, choice)
         floor = log_odds[rows] if isinstance(log_odds, Tensor) else log_odds(margins, rows)
-        if self.solver.looks is not None:
-            require_concrete(self.solver.looks, x, choice, floor)
-        if readable(margins):
+        if readable(margins) and concrete(floor):
             check_values(x, margins, floor)
         # One floor for all constraints of an example, or one each.
         bound = floor if floor.ndim == 2 else floor.unsqueeze(-1)

@@ -68,7 +68,6 @@ class Solver(ABC):
         name: under which edits are saved.
         args: what else is saved: the options it was made with.
         tolerance: on the residual of an accurate solve.
-        looks: what is said to look at values, where that is so and transforms are refused.
         one_floor: whether an example has one floor, not one for each constraint.
         least: whether edits that are longer than the least for their floors are inaccurate; False
             for one that aims elsewhere on purpose.
@@ -76,7 +75,6 @@ class Solver(ABC):
 
     name: str
     tolerance: float
-    looks: str | None = None
     one_floor: bool = False
     least: bool = True
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lrqp_torch.errors import readable
+from lrqp_torch.errors import concrete, readable
 from lrqp_torch.qp.active_set import solve_dual
 from lrqp_torch.qp.constraints import Constraints, DenseConstraints
 from lrqp_torch.qp.normals import Normals, solve_by_few
@@ -106,7 +106,6 @@ class TotalOdds(Solver):
     # which is large where a rival is nearly the target's equal: up to 1e-6 for copies one part in a
     # million off.
     tolerance = 1e-5
-    looks = "odds='total'"
     one_floor = True
 
     def read(self, margins: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class TotalOdds(Solver):
             start, wanted, room = without_constants(gram, margins, floor.squeeze(-1), noise)
             # A floor of −∞ is met by every activation: that example is not asked.
             question = torch.where(asked & room, wanted, -torch.inf)
-            found = solve_total(gram, start, question, noise)
+            found = _solve(gram, start, question, noise)
             feasible = (room | ~asked) & found.feasible
             edited = asked & feasible
 
@@ -137,7 +136,7 @@ class TotalOdds(Solver):
             multipliers = total_multipliers(own, start, wanted, found, edited)
             return multipliers, (multipliers * _times(own, multipliers)).sum(-1)
 
-        if asks and gram.numel() > KEPT_NUMBERS:
+        if asks and gram.numel() > KEPT_NUMBERS and concrete(start):
             # M and what is made of it are computed again when a derivative is, not kept until then.
             multipliers, squared = checkpoint(
                 meet, margins, floor, use_reentrant=False, preserve_rng_state=False
@@ -519,6 +518,50 @@ def solve_total(
     result.multipliers.div_(scale.unsqueeze(-1))
     result.weight.div_(scale)
     return result
+
+
+def _solve(gram: Gram, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
+    """As :func:`solve_total`; where values are hidden, by :func:`search`."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not any(wrapped(part) or not concrete(part) for part in (start, floor)):
+        return solve_total(gram, start, floor, noise)
+    pair = (gram.rows, gram.along) if isinstance(gram, Normals) else (gram, None)
+    return TotalSolution(*search(*pair, start, floor, noise))
+
+
+Searched = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("lrqp_torch::total_odds", mutates_args=())
+def search(
+    gram: Tensor, along: Tensor | None, start: Tensor, floor: Tensor, noise: Tensor
+) -> Searched:
+    """:func:`solve_total` as an operator, which is not differentiable, so that transforms and
+    compiled graphs see one step: of M, or of its normals A and AΣ.
+    """
+    found = solve_total(gram if along is None else Normals(gram, along), start, floor, noise)
+    return found.multipliers, found.weight, found.feasible, found.converged
+
+
+@search.register_fake
+def _(gram: Tensor, along: Tensor | None, start: Tensor, floor: Tensor, noise: Tensor) -> Searched:
+    each = torch.empty_like(floor), torch.empty_like(floor, dtype=torch.bool)
+    return torch.empty_like(start), *each, torch.empty_like(each[1])
+
+
+@search.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Searched, tuple[int, ...]]:
+    """Under vmap the mapped dimension joins the batch."""
+    flat = [
+        None
+        if tensor is None
+        else (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        ).flatten(0, 1)
+        for tensor, dim in zip(arguments, in_dims, strict=True)
+    ]
+    found = [part.unflatten(0, (info.batch_size, -1)) for part in search(*flat)]
+    return tuple(found), (0,) * 4
 
 
 def _solved_together(

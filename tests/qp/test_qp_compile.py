@@ -399,3 +399,21 @@ def test_compiled_in_one_graph(n_classes: int) -> None:
         torch.autograd.grad(r[0], i, outgoing)[0] for r, i in zip(results, inputs, strict=True)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [3, 12, 70])
+def test_total_odds_compile_into_one_graph(n_classes: int) -> None:
+    """As an edit, with its gradient: the search is one operator of it."""
+    task = random_problem(n_classes, 16, 6, seed=2, condition=10)
+    probe, metric = LinearProbe.from_weights(task.weight, task.bias), Mahalanobis(task.covariance)
+    edit = LRQP(probe, metric, odds="total", on_infeasible="skip", log_odds=1.0)
+    expected = edit.solve(task.x, task.target)
+    assert (expected.status == Status.SOLVED).sum() > 2
+    x = task.x.clone().requires_grad_()
+    compiled = torch.compile(edit, fullgraph=True, backend="aot_eager")
+    found = compiled(x, task.target)
+    torch.testing.assert_close(found, expected.x_new, rtol=1e-9, atol=1e-9)
+    outgoing = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(found, x, outgoing)
+    (wanted,) = torch.autograd.grad(edit(x, task.target), x, outgoing)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-8)

@@ -213,13 +213,34 @@ def test_rows_that_would_have_raised_are_nan_under_vmap() -> None:
     assert edited[1].isnan().all()
 
 
+@pytest.mark.parametrize("n_classes", [3, 12, 70])
+def test_total_odds_map_as_a_batch(n_classes: int) -> None:
+    """M from a table, as it is, and by its normals; one row that is out of reach among them."""
+    task = random_problem(n_classes, 16, 5, seed=2, condition=10)
+    task.weight[1], task.bias[1] = task.weight[0], task.bias[0]
+    task.target[:2] = torch.tensor([0, 2])
+    probe, metric = LinearProbe.from_weights(task.weight, task.bias), Mahalanobis(task.covariance)
+    edit = LRQP(probe, metric, odds="total", on_infeasible="skip", log_odds=6.0)
+    expected = edit.solve(task.x, task.target)
+    assert {Status.SOLVED, Status.INFEASIBLE} <= set(expected.status.tolist())
+
+    def solved(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        solution = edit.solve(x[None], target[None])
+        return solution.x_new[0], solution.status[0]
+
+    edited, status = vmap(solved)(task.x, task.target)
+    assert torch.equal(status, expected.status)
+    torch.testing.assert_close(edited, expected.x_new, rtol=1e-9, atol=1e-9)
+    sources = torch.arange(2)
+    each = vmap(lambda source: edit.solve(task.x, task.target, source.expand(5)).x_new)(sources)
+    for source, found in zip(sources, each, strict=True):
+        alone = edit.solve(task.x, task.target, source.expand(5)).x_new
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
+
+
 def test_what_looks_at_values_refuses_vmap_by_name() -> None:
     total = edit_with_equal_rows(odds="total")
     x, classes = random_problem(3, 4, 2, seed=1).x, torch.tensor([2, 2])
-    with pytest.raises(SolverError, match=r"odds='total' looks at values .* vmap"):
-        vmap(one(total))(x, classes)
-    with pytest.raises(SolverError, match="odds='total'"):
-        vmap(lambda source: total(x, 2, source.expand(2)))(classes)
     own = ConstrainedLRQP(total.probe, total.metric, lambda point: [point.distance <= 50])
     with pytest.raises(SolverError, match=r"ConstrainedLRQP looks at values .* vmap"):
         vmap(one(own))(x, classes)
