@@ -452,7 +452,7 @@ def test_rivals_one_part_in_a_billion_off_are_solved(
 
 
 def test_many_classes_are_taken_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each example holds several matrices of K² numbers; parts give what the whole batch gives."""
+    """Each example holds its normals several times; parts give what the whole batch gives."""
     torch.manual_seed(0)
     probe = lrqp.LinearProbe(24, 70, dtype=torch.float64).requires_grad_(False)
     edit = lrqp.LRQP(probe, lrqp.Mahalanobis.euclidean(24), log_odds=1.0, odds="total")
@@ -465,7 +465,7 @@ def test_many_classes_are_taken_few_examples_at_a_time(monkeypatch: pytest.Monke
         return solve(solver, constraints, margins, *others)
 
     monkeypatch.setattr(TotalOdds, "solve", counted)
-    monkeypatch.setattr(problem, "CHUNK_NUMBERS", 4 * 69**2)
+    monkeypatch.setattr(problem, "CHUNK_NUMBERS", 4 * 69 * 24)
     parts = edit.solve(x, target)
     assert max(seen) == 4
     torch.testing.assert_close(parts.x_new, whole.x_new)
