@@ -522,8 +522,8 @@ def solve_total(
 
 def _solve(gram: Gram, start: Tensor, floor: Tensor, noise: Tensor) -> TotalSolution:
     """As :func:`solve_total`; where values are hidden, by :func:`search`."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not any(wrapped(part) or not concrete(part) for part in (start, floor)):
+    seen = concrete(start) and concrete(floor)
+    if seen and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (start, floor))):
         return solve_total(gram, start, floor, noise)
     pair = (gram.rows, gram.along) if isinstance(gram, Normals) else (gram, None)
     return TotalSolution(*search(*pair, start, floor, noise))
