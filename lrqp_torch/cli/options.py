@@ -123,5 +123,5 @@ def split_names(text: str, what: str) -> Sequence[str]:
 
     names = listed(text)
     if not names:
-        raise PromptError(f"no {what} given; name the column of the class")
+        raise PromptError(f"no {what} given; name one, or several with commas")
     return names

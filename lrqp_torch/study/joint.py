@@ -18,8 +18,7 @@ from lrqp_torch.errors import PromptError
 from lrqp_torch.probes.covariance import Mahalanobis
 from lrqp_torch.probes.linear import LinearProbe
 from lrqp_torch.qp.stacked import JointSolution
-from lrqp_torch.study import ceiling
-from lrqp_torch.study.ceiling import Likeness, interchange_of
+from lrqp_torch.study.ceiling import Likeness, interchange_of, likenesses
 from lrqp_torch.study.context import Advance
 from lrqp_torch.study.doses import asked_of
 from lrqp_torch.study.estimates import Estimate, Sample
@@ -34,6 +33,7 @@ from lrqp_torch.study.results import (
     VariableResult,
     columns_of,
     judged,
+    patched,
 )
 from lrqp_torch.study.running import Batch, Trial, Trials, answers, batches, put, with_partners
 from lrqp_torch.study.sweep import INTERCHANGE, edited_columns
@@ -319,15 +319,13 @@ class JointStudy:
         return found
 
     def _kept(self, site: str, flat: Mapping[str, Tensor]) -> KeptResult:
-        seed, groups = self.given.context.seed, flat.get("groups")
+        seed, found = self.given.context.seed, patched(flat, site, KEPT)
         edit = ConditionResult.of(flat, f"{site}.{KEPT}", seed)
-        if "twins" not in flat:
+        if found is None:
             return KeptResult(edit=edit)
-        clean, own, patch = (
-            columns_of(flat, name) for name in ("clean", f"{site}.{KEPT}", f"{site}.{INTERCHANGE}")
-        )
-        twins = Sample(seed, groups, flat["twins"].bool())
-        return KeptResult(edit=edit, **ceiling.likenesses(clean, {KEPT: (own, patch)}, twins)[KEPT])
+        clean, own, patch, twins = found
+        sample = Sample(seed, flat.get("groups"), twins)
+        return KeptResult(edit=edit, **likenesses(clean, {KEPT: (own, patch)}, sample)[KEPT])
 
     def _by_target(
         self, site: str, one: str, flat: Mapping[str, Tensor]

@@ -140,12 +140,9 @@ def read_prompts(
             comma, a semicolon, a tab), ``.jsonl``, ``.ndjson`` or ``.json`` (a list, alone or in
             an object, or one object a line), or a data set of the Hub as ``name`` or
             ``name:split`` (extra ``datasets``).
-        label: see :class:`Columns`, as for the others; or several with commas, the class first
-            and then what the prompts' ``further`` variables are.
-        text: likewise.
-        position: likewise.
-        group: likewise.
-        pair: likewise.
+        label: see :class:`Columns`, as for ``text``, ``position``, ``group`` and ``pair``; or
+            several with commas, the class first and then what the prompts' ``further`` variables
+            are.
         log: what rows that cannot be used are counted in. By default the first one is an error, and
             answers are taken as they stand. With a log that is not strict, a text that ends in a
             space hands it to its answers, an answer that begins with a letter behind a text that

@@ -158,9 +158,9 @@ class SiteResult(Likeness):
         margins = (control.worst_log_odds_margin, counterfactual.worst_log_odds_margin)
         groups = flat.get("groups")
         right = Estimate.share(flat[f"{site}.control.log_odds_before"] > 0, groups)
-        patched, interchange, null = _patched(flat, site), None, None
-        if patched is not None:
-            clean, _, patch, known = patched
+        both, interchange, null = patched(flat, site), None, None
+        if both is not None:
+            clean, _, patch, known = both
             interchange = ceiling.interchange_of(clean, patch, Sample(seed, groups, known))
         if runs := null_runs(flat, site):
             clean, edit = columns_of(flat, "clean"), columns_of(flat, f"{site}.counterfactual")
@@ -250,7 +250,7 @@ def judged(
     interchange.
     """
     clean, groups = columns_of(flat, "clean"), flat.get("groups")
-    patches = {name: found for name in sites if (found := _patched(flat, name)) is not None}
+    patches = {name: found for name in sites if (found := patched(flat, name)) is not None}
     likeness: dict[str, dict[str, Any]] = {}
     if patches:
         pairs = {name: (edit, patch) for name, (_, edit, patch, _) in patches.items()}
@@ -277,13 +277,14 @@ def null_runs(flat: Mapping[str, Tensor], site: str) -> list[dict[str, Tensor]]:
     return [columns | {"probe": probe} for probe, columns in runs if "own_lead" in columns]
 
 
-def _patched(flat: Mapping[str, Tensor], site: str) -> tuple[Any, ...] | None:
-    """Columns of the clean run, of the counterfactual edit and of the interchange; who has one."""
+def patched(
+    flat: Mapping[str, Tensor], site: str, edit: str = "counterfactual"
+) -> tuple[Any, ...] | None:
+    """Columns of the clean run, of an edit and of the interchange; who has one."""
     if f"{site}.{INTERCHANGE}.divergence" not in flat:
         return None
-    clean = columns_of(flat, "clean")
-    edit, patch = (columns_of(flat, f"{site}.{name}") for name in ("counterfactual", INTERCHANGE))
-    return clean, edit, patch, flat["twins"].bool()
+    names = ("clean", f"{site}.{edit}", f"{site}.{INTERCHANGE}")
+    return *(columns_of(flat, name) for name in names), flat["twins"].bool()
 
 
 @dataclass(frozen=True)

@@ -181,16 +181,14 @@ class Count:
                 share = replace(share, lower=lower, upper=upper)
             return share
 
-        tp, fn = count(USED, True), count(USED, False)
-        fp, tn = count(NOT_USED, True), count(NOT_USED, False)
         return cls(
             rule=rule,
             model=model,
-            true_positives=tp,
-            false_positives=fp,
-            true_negatives=tn,
-            false_negatives=fn,
-            unclear=len(scores) - (tp + fp + tn + fn),
+            true_positives=count(USED, True),
+            false_positives=count(NOT_USED, True),
+            true_negatives=count(NOT_USED, False),
+            false_negatives=count(USED, False),
+            unclear=sum(item.truth == UNCLEAR for item in scores),
             right=rate(True, USED, NOT_USED),
             false_positive_rate=rate(False, NOT_USED),
             false_negative_rate=rate(False, USED),
@@ -415,15 +413,12 @@ def _judge(
         p_values[site] = excess(before, moved.found, met[0], Sample(0))
         excesses[site] = excess(before, moved.found, patches[site].found, Sample(0))
     said, beyond = verdicts(p_values, nulls, dict.fromkeys(made)), holm(excesses)
-    flips = {
-        site: [Sample(0).flipped(before, trial.found).value for trial in runs[:2]]
-        for site, runs in made.items()
-    }
     found = {}
     for site, one in said.items():
-        shares = (flips[site][1], flips[site][0], nulls[site].flipped.value)
-        known = (*shares, one.p_adjusted, one.used, beyond[site] < LEVEL)
-        found[site] = dict(zip(JUDGED, known, strict=True))
+        moved, control, _ = made[site]
+        flips = [Sample(0).flipped(before, trial.found).value for trial in (control, moved)]
+        known = (nulls[site].flipped.value, one.p_adjusted, one.used, beyond[site] < LEVEL)
+        found[site] = dict(zip(JUDGED, (*flips, *known), strict=True))
     return found
 
 

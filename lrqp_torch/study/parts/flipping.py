@@ -251,9 +251,9 @@ def _refitted(
     context, labels = given.context, task.train.labels.cpu()
     y, target = (each.to(context.device) for each in (task.test.labels, task.test.other))
     generator, trials, made = context.generator(), Trials(context, task.test), []
+    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
     for _ in range(given.settings.refits):
-        classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
-        draws = [torch.randint(len(own), (len(own),), generator=generator) for own in classes]
+        draws = (torch.randint(len(own), (len(own),), generator=generator) for own in classes)
         rows = torch.cat([own[drawn] for own, drawn in zip(classes, draws, strict=True)])
         known = {site: x[rows.to(context.device)] for site, x in found.items()}
         refitted = given.fit(known, labels[rows].to(context.device))
