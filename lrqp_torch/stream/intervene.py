@@ -807,6 +807,11 @@ class _Applied:
         except (WidthError, NonFiniteError) as error:
             raise type(error)(f"the edit at {self.located.site}: {error}") from error
 
+    def skip(self, passes: int) -> None:
+        """Draw numbers up to that of a pass."""
+        while next(self._passes) < passes:
+            pass
+
     def _mark(self, call: ForwardCall, at: Rows, stream: Tensor) -> None:
         """Note that the edit has run."""
         self.places.mark(call)

@@ -1121,6 +1121,12 @@ class _Pass:
         next(watch.passes)
         try:
             output = forward(*args, **kwargs)
+        except BaseException:
+            # Stopped before a site, perhaps: no other run of it is to count in place of that.
+            passes = next(watch.passes)
+            for each in watch.edits:
+                each.skip(passes)
+            raise
         finally:
             call = calls.pop()
         if not (watch.plain or call.like):

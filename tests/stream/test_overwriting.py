@@ -269,6 +269,36 @@ def test_a_layer_of_t5_is_the_stream_under_another_name() -> None:
     assert edit.probe.weight.shape[1] == ZOO_WIDTH and hook_count(model) == 0
 
 
+@pytest.mark.parametrize("stopped", [0, 1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+@torch.no_grad()
+def test_a_stopped_pass_hides_no_run_by_a_hook(stopped: int, layer: int) -> None:
+    """As of helpers that leave a forward pass early by an exception, before a site or behind it."""
+    model: Any = build("gpt2")
+    edit, mlp = edit_at(model, "L1.mlp_out"), model.transformer.h[1].mlp
+
+    def stops(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def runs(module: Any, args: Any, output: Any) -> None:
+        mlp(2 * args[0])
+
+    for hidden in (False, True):
+        told = pytest.raises(PositionError, match="ran more often") if hidden else nullcontext()
+        with told, edit.at(model, "L1.mlp_out", positions=AT, target=1) as run:
+            handle = model.transformer.h[layer].register_forward_pre_hook(stops)
+            for _ in range(stopped):
+                with pytest.raises(KeyboardInterrupt):
+                    model(**INPUTS)
+            handle.remove()
+            handle = model.transformer.h[0].register_forward_hook(runs) if hidden else None
+            model(**INPUTS)
+            if handle is not None:
+                handle.remove()
+        if not hidden:
+            assert len(run.steps) == 1 + stopped * (layer == 2)
+
+
 @pytest.mark.parametrize("passes", [0, 1, 4])
 @torch.no_grad()
 def test_a_module_that_a_hook_runs_by_itself_is_not_taken_for_the_models_own_run(
