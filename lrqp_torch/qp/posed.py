@@ -81,6 +81,9 @@ class Reduction:
             return cls(factor, identity, factor, whitening, unit, mean, complete=True)
         read = torch.cat([centred, features.detach().cpu().double()])
         rows = orthonormal_basis(read @ factor)
+        if not len(rows):
+            # Nothing of x' is read, but a program needs a variable: any one direction.
+            rows = torch.eye(1, len(scale), dtype=torch.float64)
         return cls(factor @ rows.T, rows, factor, whitening, unit, mean, complete=False)
 
     @property

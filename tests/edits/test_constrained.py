@@ -579,3 +579,16 @@ def test_made_in_inference_mode_or_in_transforms() -> None:
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
     with pytest.raises(SolverError, match=r"torch\.func .* use torch\.autograd"):
         torch.func.grad(lambda z: edit(z, 1).square().sum())(x)
+
+
+@pytest.mark.parametrize("reads", ["length", "activation"])
+def test_classes_that_are_all_equal_are_out_of_reach_or_there_already(reads: Any) -> None:
+    """Nothing of x' is read then, and a program without a variable cannot be posed."""
+    weight, bias = torch.ones(2, WIDTH, dtype=torch.float64), torch.tensor([0.0, 3.0]).double()
+    probe, metric = LinearProbe.from_weights(weight, bias), Mahalanobis(metric_of().covariance)
+    near = lambda point: [point.distance <= 1]  # noqa: E731
+    edit = ConstrainedLRQP(probe, metric, near, reads=reads, log_odds=2.0, on_infeasible="skip")
+    x = normal(2, WIDTH, seed=3)
+    solution = edit.solve(x, torch.tensor([0, 1]))
+    assert solution.status.tolist() == [Status.INFEASIBLE, Status.SATISFIED]
+    assert torch.equal(solution.x_new, x)
