@@ -118,6 +118,8 @@ def test_stops_after_the_last_site(name: str) -> None:
         if name == "gpt2"
         else ("model.layers", ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
     )
+    # Sites are found and proven by whole passes, once.
+    lrqp.capture(model, PROMPTS.padded("left"), ["L0.pre"])
     calls = Calls(model)
 
     def called(sites: list[str]) -> list[str]:
