@@ -60,6 +60,7 @@ def test_an_organism_needs_no_network_and_is_in_eval_mode(
     assert not model.training
     assert model.config.vocab_size == len(tokenizer)
     assert model.dtype == torch.float32
+    assert model.config._name_or_path == name  # on any machine
 
 
 @pytest.mark.parametrize(("name", "kind"), ORGANISMS.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 import lrqp_torch as lrqp
 from lrqp_torch.errors import MissingExtraError, RequestError, ServingError
 from lrqp_torch.ioi import IOIDataset
-from lrqp_torch.models import load
+from lrqp_torch.models.load import load, pretrained_folder
 from lrqp_torch.serving import operator, plugin
 from lrqp_torch.serving.requests import FOLDERS_VARIABLE, Library
 
@@ -60,9 +60,8 @@ def edits(folder: Path) -> Library:
 
 
 @pytest.fixture(scope="module")
-def place(organism: tuple[Any, Any]) -> Any:
-    model, _ = organism
-    return model.config._name_or_path
+def place() -> str:
+    return pretrained_folder("organism")
 
 
 @pytest.fixture(scope="module")
