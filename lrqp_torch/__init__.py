@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lrqp_torch.stream.store import ActivationStore, capture_to
     from lrqp_torch.stream.text import Span
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 
 __all__ = [
     "LRQP",

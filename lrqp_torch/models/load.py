@@ -77,7 +77,7 @@ def load(
     }
     if str(name) in named:
         model, tokenizer = named[str(name)](dtype)
-        # What it is called on any machine, and not where this one keeps it: edits are saved with it.
+        # Its name on any machine, and not where this one keeps it: edits are saved with it.
         model.config._name_or_path = str(name)
     elif Path(name).suffix == ".gguf":
         model, tokenizer = _gguf(Path(name), dtype)
