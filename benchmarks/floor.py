@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lrqp_torch.stream.sites import blocks_of, layout_of, trunk_of
+from lrqp_torch.stream.sites import layout_of, trunk_of
 
 
 class BarePasses:
@@ -69,7 +69,8 @@ class BarePasses:
 def only_blocks(model: nn.Module, first: int = 0, end: int | None = None) -> Iterator[None]:
     """Take the other blocks out of the model for as long as the context lasts."""
     parent, _, name = layout_of(model).blocks.rpartition(".")
-    owner, blocks = trunk_of(model).get_submodule(parent), blocks_of(model)
+    owner = trunk_of(model).get_submodule(parent)
+    blocks = getattr(owner, name)
     setattr(owner, name, blocks[first:end])
     try:
         yield

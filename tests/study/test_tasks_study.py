@@ -218,7 +218,7 @@ def test_a_model_that_never_answers_right_is_said_to_be_unused(
     assert found.answered.value == 0
     assert found.sites["L2.mid"].counterfactual.flipped == Estimate.count(0, 0)
     assert found.used_sites == []
-    assert any("None is left" in line for line in said(found))
+    assert any("no answer can flip" in line for line in said(found))
 
 
 def test_studies_of_prompts_that_do_not_fit_are_refused(
