@@ -40,6 +40,17 @@ def roles() -> Any:
     return HEADS.compute(given(few()), Count())
 
 
+def test_methods_that_never_reach_the_effect_of_lrqp_have_their_chart() -> None:
+    site = result().sites[SITE]
+    never = [
+        row if row.relative is None else replace(row, relative=dict.fromkeys(row.relative))
+        for row in site.methods
+    ]
+    found = replace(result(), sites={SITE: replace(site, methods=never)})
+    chart = PART.figures(found)["compare_equal_effect"]
+    assert all(pane.y_range == (0.5, 2.0) for pane in chart.panes)
+
+
 def without_times(found: CompareResult) -> dict[str, Any]:
     raw = asdict(found)
     for site in raw["sites"].values():

@@ -430,8 +430,8 @@ def _equal_effect(result: CompareResult, site: SiteComparison) -> Chart:
         found = [(r, r.relative[cost]) for r in site.methods if r.relative and r.name != FITTED]
         known = [end for _, ratio in found if ratio for end in ratio.interval or ()]
         # Differences of a few per cent should look like that.
-        low = min(0.5, *(0.95 * end for end in known))
-        high = max(2.0, *(1.05 * end for end in known))
+        low = min([0.5, *(0.95 * end for end in known)])
+        high = max([2.0, *(1.05 * end for end in known)])
         panes.append(
             _by_method(
                 site,
