@@ -443,7 +443,7 @@ def _key_of(item: Intervention) -> tuple[object, ...]:
 
 def _owner(edit: Any) -> Any:
     """The edit of a run of it; of a function None."""
-    return getattr(edit, "edit", None) if hasattr(edit, "begin") else None
+    return getattr(edit, "edit", None) if hasattr(edit, "raise_late") else None
 
 
 _NUMBERS = count()
@@ -521,7 +521,7 @@ class _Plan:
         edit, inner = item.edit, inner_model(model)
         if self.edit is None:
             # A function may be another.
-            if hasattr(edit, "begin") or hasattr(edit, "edit_stream"):
+            if hasattr(edit, "raise_late") or hasattr(edit, "edit_stream"):
                 return False
         elif type(edit) is not self.kind or self.edit() is not _owner(edit):
             return False
@@ -624,7 +624,7 @@ class _Applied:
         """Be that of an intervention."""
         self.item, self.located = item, located
         edit = cast(Recorded, item.edit)
-        self.record = edit if hasattr(edit, "begin") else None
+        self.record = edit if hasattr(edit, "raise_late") else None
         self.raises_late = hasattr(edit, "raise_late")
         self.certified = bool(getattr(edit, "certified", False))
         self.streams = getattr(edit, "edit_stream", None)

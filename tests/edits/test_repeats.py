@@ -390,6 +390,21 @@ def test_threads_of_one_context_generate_each_its_own(region: str) -> None:
 
 
 @torch.no_grad()
+def test_an_edit_of_ones_own_may_have_any_other_attributes() -> None:
+    class Added:
+        begin = end_step = 3
+
+        def __call__(self, x: Tensor, context: Any) -> Tensor:
+            return function(x, context)
+
+    model = build()
+    with intervene(model, Intervention("L1.pre", AT, function)):
+        expected = model(IDS).logits
+    with intervene(model, Intervention("L1.pre", AT, Added())):
+        assert all(torch.equal(model(IDS).logits, expected) for _ in range(3))
+
+
+@torch.no_grad()
 def test_a_closed_context_keeps_nothing_of_its_passes() -> None:
     model = build()
     seen: list[Any] = []
